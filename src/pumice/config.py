@@ -1,0 +1,173 @@
+"""What a model is made of, as frozen dataclasses.
+
+Knows: sizes, names and choices, and how they are written to and read from `config.json`.
+Does not know: tensors, text, pictures, files. Everything that a checkpoint's behaviour depends on
+stands here; nothing is ever decided from a name or a path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from pumice.errors import InputError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower: pixels (B, 3, S, S) in, features (B, grid * grid, width) out."""
+
+    kind: str = "efficientnet_lite"  # model/vision tables: efficientnet_lite, clip, siglip
+    image_size: int = 256  # S, pixels on a side
+    width: int = 1280  # channels of one feature
+    stride: int = 32  # pixels that one feature stands for; grid = image_size / stride
+    variant: str = "lite2"  # EfficientNet-Lite only: widths and depths of its blocks
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.stride
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.stride:
+            raise InputError(
+                f"image size {self.image_size} is not a multiple of the tower's stride {self.stride}"
+            )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A pre-norm decoder with rotary positions: Llama, Mistral, Qwen2 and Qwen3 are settings of it."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    context: int = 2048  # longest sequence, tokens
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    tied_head: bool = False  # the vocabulary projection is the embedding's transpose
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3
+    sliding_window: int | None = None  # Mistral: a token sees this many positions, itself included
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise InputError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """Tower features (B, grid * grid, vision width) to image tokens (B, N, decoder width)."""
+
+    kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity
+    reduce: str = "none"  # none | average | pixel_shuffle: how a square of features becomes one token
+    factor: int = 1  # side of that square
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """How a picture of any size becomes the tower's square of pixels."""
+
+    mode: str = "pad"  # pad (to a square, then resize) | crop (shortest edge, centre) | squash
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    resample: str = "bicubic"  # bicubic | bilinear
+    pad_color: tuple[int, int, int] = (124, 116, 104)  # int(mean * 255)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates (arXiv 2106.09685) of the decoder's linear layers: W + alpha / rank * B @ A."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole LLaVA, and how text and pictures reach it."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    image: ImagePolicy = field(default_factory=ImagePolicy)
+    template: str = "chatml"  # one template, for training and serving alike
+    stop_token_ids: tuple[int, ...] = ()  # any of these ends an answer
+    lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
+
+    @property
+    def image_tokens(self) -> int:
+        """N: the number of tokens that one picture takes in the sequence."""
+        if self.connector.reduce == "none":
+            return self.vision.grid**2
+        grid, factor = self.vision.grid, self.connector.factor
+        if grid % factor:
+            raise InputError(f"a grid of {grid} x {grid} features cannot be reduced by {factor}")
+        return (grid // factor) ** 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"pumice_format": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`; raises InputError on an unknown or missing key and a wrong type."""
+        values = dict(values)
+        version = values.pop("pumice_format", None)
+        if version != FORMAT_VERSION:
+            raise InputError(f"config.json has pumice_format {version}, this version reads {FORMAT_VERSION}")
+        return typing.cast(ModelConfig, from_dict(cls, values, "config.json"))
+
+
+def from_dict(cls: type, values: Any, where: str) -> Any:
+    """Build dataclass `cls` from plain JSON values, recursively and strictly.
+
+    `where` names the place in error messages. An unknown key is refused with the nearest known one.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected an object for {cls.__name__}, found {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{where}: unknown key {key!r}{hint}")
+    arguments = {}
+    for name, spec in fields.items():
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], f"{where}: {name}")
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: the key {name!r} is missing")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, types.UnionType):  # only "X | None" occurs
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{where}: expected a list, found {value!r}")
+        inner, *rest = typing.get_args(hint)
+        if rest and rest[0] is not Ellipsis and len(value) != len(rest) + 1:
+            raise InputError(f"{where}: expected {len(rest) + 1} values, found {len(value)}")
+        return tuple(_convert(inner, v, where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise InputError(f"{where}: expected {hint.__name__}, found {value!r}")
+    return value

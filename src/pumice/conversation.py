@@ -1,0 +1,158 @@
+"""A conversation: messages of text and pictures, and the checks that any of them must pass.
+
+Knows: roles, their order, which part is a picture. Does not know: templates, tokens, pixels.
+Standard library only. A picture is carried as it was given (a path, bytes, or a PIL image) and
+opened by `pumice.images` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from pumice.errors import InputError
+
+IMAGE_PLACEHOLDER = "<image>"
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """One picture in a message: a path, raw file bytes, or a PIL image."""
+
+    source: str | PathLike[str] | bytes | Any
+
+    @property
+    def name(self) -> str:
+        """What to call the picture in a message to a person."""
+        if isinstance(self.source, bytes):
+            return f"picture of {len(self.source)} bytes"
+        if isinstance(self.source, str | PathLike):
+            return str(self.source)
+        return type(self.source).__name__
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: who speaks, and what, in order."""
+
+    role: str
+    parts: tuple[str | ImagePart, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(p for p in self.parts if isinstance(p, str))
+
+    @property
+    def images(self) -> list[ImagePart]:
+        return [p for p in self.parts if isinstance(p, ImagePart)]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order: an optional system message, then user and assistant in turn."""
+
+    messages: tuple[Message, ...]
+    id: str = ""
+
+    @property
+    def images(self) -> list[ImagePart]:
+        return [image for message in self.messages for image in message.images]
+
+    def check(self, *, answered: bool) -> Conversation:
+        """Raise InputError unless roles alternate from the user on.
+
+        answered: True for training (the assistant speaks last and says something), False for
+        asking (the user speaks last, and says something).
+        """
+        where = f"conversation {self.id!r}: " if self.id else ""
+        turns = self.messages[1:] if self.messages[:1] and self.messages[0].role == "system" else self.messages
+        if not turns:
+            raise InputError(f"{where}there are no messages; give at least one question")
+        for number, message in enumerate(turns):
+            expected = ("user", "assistant")[number % 2]
+            if message.role not in ROLES:
+                raise InputError(f"{where}unknown role {message.role!r}; use one of {', '.join(ROLES)}")
+            if message.role != expected:
+                raise InputError(
+                    f"{where}message {number + 1} is from {message.role!r} where {expected!r} should speak; "
+                    "a conversation starts with the user and takes turns"
+                )
+            if message.images and message.role != "user":
+                raise InputError(f"{where}message {number + 1}: only the user can show a picture")
+            if answered and message.role == "assistant" and not message.text.strip():
+                raise InputError(f"{where}message {number + 1} is an empty answer; remove the turn")
+        last = turns[-1].role
+        if answered and last != "assistant":
+            raise InputError(f"{where}the last question has no answer to learn from")
+        if not answered:
+            if last != "user":
+                raise InputError(f"{where}the last message must be a question from the user")
+            if not turns[-1].text.strip():
+                raise InputError(f"{where}the question is empty; say what you want to know")
+        return self
+
+
+def user_message(text: str, images: Sequence[Any] = ()) -> Message:
+    """A user's turn as LLaVA writes it: pictures first, then the text.
+
+    `<image>` in the text says where a picture goes and must then occur exactly once per picture.
+    A single picture always moves to the front of its message (LLaVA's own rule), several stay
+    where they are written.
+    """
+    return Message("user", _with_images(text, [ImagePart(i) for i in images], "question"))
+
+
+def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[Any] = ()) -> Conversation:
+    """A LLaVA-Instruct row as a Conversation.
+
+    turns: (speaker, text), speaker "human", "gpt" or "system". The row's pictures are dealt to the
+    `<image>` placeholders in order. Raises InputError when their numbers differ.
+    """
+    names = {"human": "user", "gpt": "assistant", "system": "system"}
+    rest = [ImagePart(i) for i in images]
+    total = len(rest)
+    messages: list[Message] = []
+    turns = list(turns)
+    wanted = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in turns if speaker == "human")
+    if wanted != total:
+        raise InputError(
+            f"row {row_id!r}: {_count(wanted, '<image> placeholder')} for {_count(total, 'picture')}; "
+            "write one placeholder per picture"
+        )
+    for speaker, text in turns:
+        if speaker not in names:
+            raise InputError(f"row {row_id!r}: unknown speaker {speaker!r}; use 'human' or 'gpt'")
+        if speaker != "human":
+            messages.append(Message(names[speaker], (text,)))
+            continue
+        count = text.count(IMAGE_PLACEHOLDER)
+        messages.append(Message("user", _with_images(text, rest[:count], f"row {row_id!r}")))
+        rest = rest[count:]
+    return Conversation(tuple(messages), id=row_id)
+
+
+def _with_images(text: str, images: Sequence[ImagePart], where: str) -> tuple[str | ImagePart, ...]:
+    count = text.count(IMAGE_PLACEHOLDER)
+    if count and count != len(images):
+        raise InputError(
+            f"{where}: {_count(count, '<image> placeholder')} for {_count(len(images), 'picture')}; "
+            "write one placeholder per picture, or none"
+        )
+    if count <= 1:
+        stripped = text.replace(IMAGE_PLACEHOLDER, "").strip() if count else text
+        return (*images, stripped) if stripped else tuple(images)
+    pieces = text.split(IMAGE_PLACEHOLDER)
+    parts: list[str | ImagePart] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            parts.append(images[number - 1])
+        if piece.strip():
+            parts.append(piece)
+    return tuple(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
