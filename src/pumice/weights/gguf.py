@@ -1,0 +1,199 @@
+"""The GGUF container: metadata, and tensors read and dequantised one at a time.
+
+Knows: the file layout (ggml's docs/gguf.md, versions 2 and 3, little-endian) and the common block
+formats. Does not know: what a tensor is for, or tokenizers. Rare block formats (q5, k-quants, ...)
+go through the `gguf` package, which is imported only then: its reader takes seconds to open a file
+with a vocabulary in it, this one takes a twentieth of a second.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pumice.errors import InputError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+_CHUNK = 1 << 15  # blocks dequantised at a time: a few MB, which stays in the processor's cache
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: shape in torch's order, ggml's type number, offset in the file."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+class GgufFile:
+    """A GGUF file: `metadata` (key -> Python value), `infos` (name -> TensorInfo), `tensor(name)`.
+
+    Raises InputError when the file is missing, is not GGUF, or ends too early.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                if file.read(4) != b"GGUF":
+                    raise InputError(f"{self.path} is not a GGUF file: it does not begin with 'GGUF'")
+                # Only the header is mapped: reading tensors is several times faster than faulting them in.
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                    self.metadata, self.infos = self._header(mapped)
+        except OSError as error:
+            raise InputError(f"cannot read the GGUF file {self.path}: {error.strerror}") from error
+        except (struct.error, OverflowError, MemoryError, UnicodeDecodeError) as error:
+            raise self._damaged() from error
+
+    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor `name`, dequantised, in `dtype`. Rounded once, from float32."""
+        info = self.infos[name]
+        count = prod(info.shape)
+        if info.kind in _PLAIN:
+            stored = _PLAIN[info.kind]
+            raw = self._bytes(info.offset, count * stored.itemsize)
+            return raw.view(stored).reshape(info.shape).to(dtype)
+        per_block, block_bytes, decode = _block_format(info.kind, f"{self.path}: {name}")
+        if info.shape[-1] % per_block:
+            raise InputError(
+                f"{self.path}: {name} has rows of {info.shape[-1]} values, not whole blocks of {per_block}"
+            )
+        blocks = self._bytes(info.offset, count // per_block * block_bytes).view(-1, block_bytes)
+        out = torch.empty(blocks.shape[0], per_block, dtype=dtype)
+        for start in range(0, blocks.shape[0], _CHUNK):
+            out[start : start + _CHUNK] = decode(blocks[start : start + _CHUNK])
+        return out.view(info.shape)
+
+    def _bytes(self, offset: int, size: int) -> Tensor:
+        raw = np.fromfile(self.path, dtype=np.uint8, count=size, offset=offset)
+        if len(raw) != size:
+            raise self._damaged()
+        return torch.from_numpy(raw)
+
+    def _damaged(self) -> InputError:
+        return InputError(f"the GGUF file {self.path} is damaged or cut short; fetch it again")
+
+    def _header(self, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        cursor = _Cursor(mapped, 4)
+        version = cursor.scalar("I")
+        if version not in (2, 3):
+            raise InputError(
+                f"{self.path} is GGUF version {version}; versions 2 and 3 (little-endian) can be read"
+            )
+        tensors, keys = cursor.scalar("Q"), cursor.scalar("Q")
+        metadata = {}
+        for _ in range(keys):
+            key = cursor.string()
+            metadata[key] = cursor.value(cursor.scalar("I"))
+        listed = []
+        for _ in range(tensors):
+            name = cursor.string()
+            shape = tuple(reversed([cursor.scalar("Q") for _ in range(cursor.scalar("I"))]))
+            listed.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+        align = metadata.get("general.alignment", 32)
+        start = -(-cursor.position // align) * align
+        return metadata, {name: TensorInfo(shape, kind, start + at) for name, shape, kind, at in listed}
+
+
+class _Cursor:
+    """Reads little-endian values one after another."""
+
+    def __init__(self, buffer: mmap.mmap, position: int) -> None:
+        self.buffer, self.position = buffer, position
+
+    def scalar(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.buffer, self.position)
+        self.position += struct.calcsize("<" + code)
+        return value
+
+    def string(self) -> str:
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        buffer, position, unpack = self.buffer, self.position, struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            (length,) = unpack(buffer, position)
+            position += 8
+            found.append(buffer[position : position + length].decode())
+            position += length
+        self.position = position
+        return found
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.scalar(self._code(kind))
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner == _STRING:
+            return self.strings(count)
+        if inner == _ARRAY:
+            return [self.value(_ARRAY) for _ in range(count)]
+        layout = f"<{count}{self._code(inner)}"
+        values = struct.unpack_from(layout, self.buffer, self.position)
+        self.position += struct.calcsize(layout)
+        return list(values)
+
+    @staticmethod
+    def _code(kind: int) -> str:
+        if kind not in _SCALARS:
+            raise struct.error(f"unknown value type {kind}")
+        return _SCALARS[kind]
+
+
+def _half(column: Tensor) -> Tensor:
+    """(n, 2) bytes -> (n, 1) float32."""
+    return column.contiguous().view(torch.float16).float()
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """(n, 16) bytes -> (n, 32) float32 in 0..15: all the low halves, then all the high ones."""
+    out = torch.empty(packed.shape[0], 32, dtype=torch.uint8)
+    torch.bitwise_and(packed, 15, out=out[:, :16])
+    torch.bitwise_right_shift(packed, 4, out=out[:, 16:])
+    return out.float()
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    return _nibbles(blocks[:, 2:]).sub_(8).mul_(_half(blocks[:, :2]))
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    return _nibbles(blocks[:, 4:]).mul_(_half(blocks[:, :2])).add_(_half(blocks[:, 2:4]))
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks[:, :2]))
+
+
+_Decode = Callable[[Tensor], Tensor]
+_BLOCKS: dict[int, tuple[int, int, _Decode]] = {2: (32, 18, _q4_0), 3: (32, 20, _q4_1), 8: (32, 34, _q8_0)}
+
+
+def _block_format(kind: int, where: str) -> tuple[int, int, _Decode]:
+    """(values per block, bytes per block, blocks (n, bytes) uint8 -> (n, values) float32)."""
+    if kind in _BLOCKS:
+        return _BLOCKS[kind]
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    try:
+        named = GGMLQuantizationType(kind)
+        quants.dequantize(torch.zeros(1, GGML_QUANT_SIZES[named][1], dtype=torch.uint8).numpy(), named)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"{where} is stored in ggml type {kind}, which cannot be dequantised") from error
+    values, size = GGML_QUANT_SIZES[named]
+    return values, size, lambda blocks: torch.from_numpy(quants.dequantize(blocks.numpy(), named))

