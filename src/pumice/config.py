@@ -17,6 +17,7 @@ from typing import Any
 from pumice.errors import InputError
 
 FORMAT_VERSION = 1
+IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
 
 
 @dataclass(frozen=True)

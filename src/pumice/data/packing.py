@@ -1,0 +1,130 @@
+"""Samples become packs: one sequence without padding, in which no sample sees another.
+
+Samples about the same pictures share their common beginning: a prefix tree computes the picture and
+the question once for five captions. Every token sees exactly the tokens that it would see alone, at
+the same positions, so that losses equal those of the samples run one by one.
+
+Shapes: T tokens of a pack, S supervised predictions, n tokens of one tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pumice.config import IMAGE_TOKEN
+from pumice.conversation import ImagePart
+from pumice.processor import Sample
+from pumice.tokens import IGNORE
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One prefix tree, its nodes in order of creation: a parent always stands before its children."""
+
+    input_ids: np.ndarray  # (n,)
+    positions: np.ndarray  # (n,), depth in the tree
+    visible: np.ndarray  # (n, n) bool: row i sees its ancestors and itself
+    sources: np.ndarray  # (s,), node from whose hidden state a supervised token is predicted
+    targets: np.ndarray  # (s,), that token
+    weights: np.ndarray  # (s,) float32, how many samples share the prediction
+    images: tuple[ImagePart, ...]  # in order of their placeholders
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def prefix_tree(samples: Sequence[Sample]) -> Tree:
+    """Merge the common beginnings of samples that show the same pictures in the same order."""
+    children: list[dict[tuple[int, int], int]] = []
+    ids: list[int] = []
+    parents: list[int] = []
+    images: list[ImagePart] = []
+    roots: dict[tuple[int, int], int] = {}
+    predictions: dict[int, int] = {}  # node -> number of samples that learn to write it
+    for sample in samples:
+        if sample.images != samples[0].images:
+            raise ValueError(f"samples {samples[0].id!r} and {sample.id!r} show different pictures")
+        per_image = int((sample.input_ids == IMAGE_TOKEN).sum()) // max(len(sample.images), 1)
+        node, seen = -1, 0
+        for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
+            number = seen // per_image if token == IMAGE_TOKEN else -1
+            here = children[node] if node >= 0 else roots
+            if (token, number) not in here:
+                here[token, number] = len(ids)
+                ids.append(token)
+                parents.append(node)
+                children.append({})
+                if token == IMAGE_TOKEN and seen % per_image == 0:
+                    images.append(sample.images[number])
+            node = here[token, number]
+            seen += token == IMAGE_TOKEN
+            if label != IGNORE and parents[node] >= 0:
+                predictions[node] = predictions.get(node, 0) + 1
+    size = len(ids)
+    visible = np.eye(size, dtype=bool)
+    positions = np.zeros(size, np.int64)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            visible[node] |= visible[parent]
+            positions[node] = positions[parent] + 1
+    learned = np.array(sorted(predictions), np.int64)
+    return Tree(
+        input_ids=np.array(ids, np.int64),
+        positions=positions,
+        visible=visible,
+        sources=np.array(parents, np.int64)[learned],
+        targets=np.array(ids, np.int64)[learned],
+        weights=np.array([predictions[n] for n in learned.tolist()], np.float32),
+        images=tuple(images),
+    )
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Trees end to end."""
+
+    trees: tuple[Tree, ...]
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        return np.concatenate([t.input_ids for t in self.trees])
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.concatenate([t.positions for t in self.trees])
+
+    @property
+    def sources(self) -> np.ndarray:
+        starts = np.cumsum([0, *(len(t) for t in self.trees[:-1])])
+        return np.concatenate([t.sources + s for t, s in zip(self.trees, starts, strict=True)])
+
+    @property
+    def targets(self) -> np.ndarray:
+        return np.concatenate([t.targets for t in self.trees])
+
+    @property
+    def weights(self) -> np.ndarray:
+        return np.concatenate([t.weights for t in self.trees])
+
+    @property
+    def images(self) -> list[ImagePart]:
+        return [image for t in self.trees for image in t.images]
+
+    def __len__(self) -> int:
+        return sum(len(t) for t in self.trees)
+
+
+def pack(trees: Iterable[Tree], budget: int) -> list[Pack]:
+    """Fill packs of at most `budget` tokens, longest tree first; a longer tree stands alone."""
+    packs: list[list[Tree]] = []
+    for tree in sorted(trees, key=len, reverse=True):
+        for filled in packs:
+            if sum(map(len, filled)) + len(tree) <= budget:
+                filled.append(tree)
+                break
+        else:
+            packs.append([tree])
+    return [Pack(tuple(filled)) for filled in packs]

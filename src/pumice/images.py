@@ -1,0 +1,219 @@
+"""Pictures: from whatever a person has to the tower's square of pixels.
+
+Knows: picture files, their oddities and dangers, and an ImagePolicy. Does not know: text, tokens,
+tensors. This is the only file that opens a picture.
+
+Shapes: S pixels on a side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pumice.config import ImagePolicy
+from pumice.conversation import ImagePart
+from pumice.errors import InputError
+
+Source = str | PathLike[str] | bytes | Image.Image
+
+MAX_PIXELS = 100_000_000  # of one picture, as its header claims them; more is refused undecoded
+LONGEST_PADDED = 4096  # pixels; a longer picture is shortened before it is padded to a square
+LONGEST_CROPPED = 16  # times the short side; beyond it the ends are cut off before resizing
+
+# Only formats that decode inside Pillow: EPS, for one, would start Ghostscript on a stranger's file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {  # EXIF 2.32, table 6: how the stored picture is turned to be seen
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(source: Source) -> Image.Image:
+    """A path, the bytes of a file, or a PIL image as an upright 8-bit RGB image.
+
+    The first frame of an animation; transparency on white; 16 bits scaled to 8. Raises InputError
+    when the source is missing, not a picture, damaged, or larger than MAX_PIXELS. A PIL image is
+    left as it was.
+    """
+    name = _name(source)
+    if isinstance(source, Image.Image):
+        _check_size(source.size, name)
+        return _decode(source, name)
+    with _open_file(source, name) as file:
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise InputError(f"{name} is refused as enormous ({error}); give a smaller copy") from error
+        except UnidentifiedImageError as error:
+            raise InputError(
+                f"{name} is not a picture that can be read; use one of {', '.join(FORMATS)}"
+            ) from error
+        except Exception as error:  # decoders raise anything, struct.error to MemoryError, on a bad header
+            raise _damaged(name, error) from error
+        with image:
+            _check_size(image.size, name)
+            return _decode(image, name)
+
+
+def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
+    """An RGB image, as `open_image` gives it, as the tower's float32 input (3, S, S), S = size.
+
+    "pad" is LLaVA's expand2square followed by a resize; "crop" is CLIPImageProcessor's shortest
+    edge and centre crop, equal to it bit for bit before normalisation; "squash" ignores the aspect
+    ratio. Raises InputError on an unknown mode or resampling.
+    """
+    if policy.resample not in _RESAMPLE:
+        raise InputError(f"unknown resampling {policy.resample!r}; use one of {', '.join(_RESAMPLE)}")
+    resample = _RESAMPLE[policy.resample]
+    if policy.mode == "pad":
+        square = _pad(image, policy.pad_color).resize((size, size), resample)
+    elif policy.mode == "crop":
+        square = _crop(image, size, resample)
+    elif policy.mode == "squash":
+        square = image.resize((size, size), resample)
+    else:
+        raise InputError(f"unknown image mode {policy.mode!r}; use one of pad, crop, squash")
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (policy.mean, policy.std))
+    values = np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1), dtype=np.float32)
+    values /= 255
+    values -= mean
+    values /= std
+    return values
+
+
+def image_key(source: Source) -> str:
+    """A name for the picture's contents, the same in every process: 32 hexadecimal digits.
+
+    A file and its bytes have the same key. Raises InputError where `open_image` could not begin.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, Image.Image):
+        image = open_image(source)
+        digest.update(f"{image.size}".encode())
+        digest.update(image.tobytes())
+        return digest.hexdigest()
+    with _open_file(source, _name(source)) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _name(source: Any) -> str:
+    name = ImagePart(source).name
+    return f"picture {name!r}" if isinstance(source, str | PathLike) else f"the {name}"
+
+
+def _open_file(source: Any, name: str) -> BinaryIO:
+    if isinstance(source, bytes):
+        if not source:
+            raise InputError("the picture is empty (0 bytes); give the whole file")
+        return io.BytesIO(source)
+    if not isinstance(source, str | PathLike):
+        raise InputError(f"{name} is not a picture; give a path, the bytes of a file, or a PIL image")
+    path = Path(source)
+    try:
+        if path.is_dir():
+            raise InputError(f"{name} is a folder; name a picture in it")
+        if not path.exists():
+            raise InputError(f"{name} does not exist; check the path")
+        if not path.is_file():
+            raise InputError(f"{name} is not a file; save the picture to a file first")
+        if not path.stat().st_size:
+            raise InputError(f"{name} is empty (0 bytes); fetch or save it again")
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{name} cannot be opened: {error.strerror}; check the path") from error
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if not width * height:
+        raise InputError(f"{name} has no pixels ({width} x {height}); give another")
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"{name} is {width} x {height}, more than {MAX_PIXELS / 1e6:g} megapixels; give a smaller copy"
+        )
+
+
+def _damaged(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{name} is truncated or damaged ({reason}); fetch or save it again")
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        turn = _turn(image)
+        rgb = _rgb(image)
+    except Exception as error:  # as above: what a decoder raises on damaged data is not limited
+        raise _damaged(name, error) from error
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    # After load(): a PNG may keep its EXIF behind the pixels, and a TIFF is turned by Pillow itself.
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a damaged EXIF block says nothing, and the pixels are sound
+        return None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.copy()
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _eight_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    # convert("L") would clip everything above 255 to white. "I" is how Pillow gives some 16-bit files.
+    values = np.nan_to_num(np.asarray(image).astype(np.float32))
+    white = max(1.0 if image.mode == "F" else 65535.0, float(values.max()))
+    return Image.fromarray(np.rint(values.clip(0, white) * np.float32(255 / white)).astype(np.uint8))
+
+
+def _pad(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    side = max(image.size)
+    if side > LONGEST_PADDED:  # the square of a 1 x 50000 picture would take ten gigabytes
+        width, height = (max(1, round(n * LONGEST_PADDED / side)) for n in image.size)
+        image, side = image.resize((width, height), Image.Resampling.BOX), LONGEST_PADDED
+    if image.width == image.height:
+        return image
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    short, long = sorted(image.size)
+    if long > LONGEST_CROPPED * short:  # only the middle is seen, and resizing all of it could exhaust memory
+        long = LONGEST_CROPPED * short
+        image = _middle(image, min(image.width, long), min(image.height, long))
+    grown = size * long // short
+    image = image.resize((size, grown) if image.width <= image.height else (grown, size), resample)
+    return _middle(image, size, size)
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

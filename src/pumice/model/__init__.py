@@ -1,0 +1,1 @@
+"""The model: torch and config only, never text, pictures or files."""

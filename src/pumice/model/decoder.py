@@ -1,0 +1,44 @@
+"""The language model: token embedding, blocks, final norm, vocabulary projection.
+
+Knows tensors and its config. Llama, Mistral, Qwen2 and Qwen3 are settings of `DecoderConfig`.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pumice.config import DecoderConfig
+from pumice.model.layers import Attend, Block, RMSNorm, rotary
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, attend: Attend, out: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Embedded tokens x (B, T, D) at positions (B, T) -> hidden states (B, T, D) after the norm.
+
+        out: when given, receives the residual stream after each block under `decoder.blocks.{i}`.
+        """
+        cos, sin = rotary(positions, self.config.head_width, self.config.rope_base)
+        for block in self.blocks:
+            x = block(x, cos, sin, attend)
+            if out is not None:
+                out[f"decoder.blocks.{block.attention.layer}"] = x
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V). Give it only the positions that need them."""
+        if self.head is not None:
+            return self.head(hidden)
+        return F.linear(hidden, self.embed.weight.to(hidden.dtype))

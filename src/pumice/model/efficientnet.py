@@ -1,0 +1,109 @@
+"""EfficientNet-Lite: the convolutional vision tower of the embedded model.
+
+Knows tensors only. Source: github.com/tensorflow/tpu, models/official/efficientnet/lite (no
+squeeze-and-excite, ReLU6, stem and head of fixed width); padding is TensorFlow's "SAME".
+
+Shapes: B pictures, S pixels on a side, G = S / 32, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pumice.config import VisionConfig
+from pumice.errors import InputError
+
+# width and depth multipliers of the published variants
+VARIANTS = {"lite0": (1.0, 1.0), "lite1": (1.0, 1.1), "lite2": (1.1, 1.2), "lite3": (1.2, 1.4), "lite4": (1.4, 1.8)}
+# EfficientNet-B0's stages: repeats, kernel, stride, expansion, channels
+STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # fmt: skip
+STEM, HEAD = 32, 1280
+
+
+def _round_channels(channels: int, multiplier: float) -> int:
+    """The nearest multiple of 8, never more than 10 % below."""
+    wanted = channels * multiplier
+    rounded = max(8, int(wanted + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * wanted else rounded
+
+
+class ConvNorm(nn.Module):
+    """Convolution with "SAME" padding, batch norm, and ReLU6 unless it is a projection."""
+
+    def __init__(
+        self, source: int, target: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(source, target, kernel, stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(target, eps=1e-3)
+        self.kernel, self.stride, self.act = kernel, stride, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        # SAME: the total padding gives ceil(size / stride) outputs; the odd pixel goes right and below
+        pads = []
+        for size in (x.shape[3], x.shape[2]):
+            total = max((math.ceil(size / self.stride) - 1) * self.stride + self.kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        if pads[0] == pads[1] and pads[2] == pads[3]:
+            x = F.conv2d(x, self.conv.weight, None, self.stride, (pads[2], pads[0]), 1, self.conv.groups)
+        else:
+            x = self.conv(F.pad(x, pads))
+        x = self.norm(x)
+        return F.relu6(x) if self.act else x
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: expand, depthwise, project, and a shortcut where the shape allows one."""
+
+    def __init__(self, source: int, target: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = source * expansion
+        self.expand = ConvNorm(source, inner, 1) if expansion > 1 else nn.Identity()
+        self.depthwise = ConvNorm(inner, inner, kernel, stride, groups=inner)
+        self.project = ConvNorm(inner, target, 1, act=False)
+        self.shortcut = stride == 1 and source == target
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.shortcut else y
+
+
+class EfficientNetLite(nn.Module):
+    """pixels (B, 3, S, S) -> features (B, G*G, 1280), row by row from the top left."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        if config.variant not in VARIANTS:
+            raise InputError(f"unknown EfficientNet-Lite {config.variant!r}; use one of {', '.join(VARIANTS)}")
+        if (config.width, config.stride) != (HEAD, 32):
+            raise InputError(
+                f"EfficientNet-Lite gives width {HEAD} at stride 32, "
+                f"the config says width {config.width} at stride {config.stride}"
+            )
+        width, depth = VARIANTS[config.variant]
+        self.stem = ConvNorm(3, STEM, 3, 2)
+        blocks: list[nn.Module] = []
+        source = STEM
+        for number, (repeats, kernel, stride, expansion, channels) in enumerate(STAGES):
+            target = _round_channels(channels, width)
+            if number not in (0, len(STAGES) - 1):  # Lite keeps the first and the last stage single
+                repeats = math.ceil(repeats * depth)
+            for repeat in range(repeats):
+                blocks.append(MBConv(source, target, kernel, stride if repeat == 0 else 1, expansion))
+                source = target
+        self.blocks = nn.ModuleList(blocks)
+        self.head = ConvNorm(source, HEAD, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.stem(pixels.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).flatten(2).transpose(1, 2)
+
+    def train(self, mode: bool = True) -> EfficientNetLite:
+        """Batch statistics stay those of ImageNet: a tower in training mode would drift by its batch."""
+        return super().train(False)

@@ -1,0 +1,173 @@
+"""The decoder's building blocks: norm, rotary positions, attention, MLP, block.
+
+Knows tensors only. How queries meet keys (causal, packed, cached) is an `Attend`, given from
+outside, so that training, prefill and decode run the same modules.
+
+Shapes: B batch, T tokens, D width, H heads, K key/value heads, d head width, S source positions.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pumice.config import DecoderConfig
+
+
+class Attend(Protocol):
+    """How the queries of one layer meet the keys and values of that layer."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, T, d), k and v (B, K, T, d), already rotated -> (B, H, T, d)."""
+        ...
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention with shared key/value heads.
+
+    mask: bool, broadcastable to (B, H, T, S), True = may see.
+    """
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def causal_mask(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
+    """Positions of queries (..., T) and keys (..., S) -> bool (..., T, S), True = may see.
+
+    window: a token sees this many positions, itself included (Mistral, arXiv 2310.06825).
+    """
+    distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+class Causal:
+    """Each row of the batch is one sequence; a token sees itself and what came before it.
+
+    padding: (B, T) bool, True = a real token, on either side; None = all real. A padded query sees
+    itself, so that no row of the softmax is empty.
+    """
+
+    def __init__(self, window: int | None = None, padding: Tensor | None = None) -> None:
+        self.window = window
+        self.padding = padding
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = q.shape[2]
+        if self.padding is None and (self.window is None or tokens <= self.window):
+            return sdpa(q, k, v, causal=True)
+        order = torch.arange(tokens, device=q.device)
+        mask = causal_mask(order, order, self.window)[None]
+        if self.padding is not None:
+            itself = torch.eye(tokens, dtype=torch.bool, device=q.device)
+            mask = (mask & self.padding[:, None, :]) | itself
+        return sdpa(q, k, v, mask[:, None])
+
+
+class Packed:
+    """One row of trees end to end (B = 1); a token sees what its tree's mask says, nothing across trees.
+
+    visible: one (n, n) bool mask per tree, in order, sum of n = T. Written out instead of `sdpa`
+    because the CPU's fused backward is twice as slow at these sizes.
+    """
+
+    def __init__(self, visible: list[Tensor], window: int | None = None) -> None:
+        if window is not None and any(len(mask) > window for mask in visible):
+            raise ValueError(f"a tree of more than {window} tokens does not fit the sliding window")
+        self.visible = visible
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _, heads, tokens, width = q.shape
+        shared = k.shape[1]
+        grouped = q.view(shared, heads // shared, tokens, width)
+        outputs, start = [], 0
+        for mask in self.visible:
+            end = start + len(mask)
+            past = k[0, :, None, start:end].transpose(-1, -2)
+            scores = (grouped[:, :, start:end] @ past).float() * width**-0.5
+            weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
+            outputs.append(weights @ v[0, :, None, start:end])
+            start = end
+        return torch.cat(outputs, 2).view(1, heads, tokens, width)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467), returned in the type of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (scaled * self.weight.float()).to(x.dtype)
+
+
+def rotary(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+    """positions (B, T) -> cos, sin (B, 1, T, d) in fp32; halves, not pairs, as Hugging Face stores it."""
+    powers = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
+    angles = positions.float()[..., None] * (base**-powers)
+    angles = torch.cat((angles, angles), -1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864): x (B, heads, T, d) turned by its position."""
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_width = layer, config.head_width
+        inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, shared, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, shared, bias=config.qkv_bias)
+        self.o = nn.Linear(inner, config.width, bias=False)
+        if config.qk_norm:
+            self.q_norm: nn.Module = RMSNorm(config.head_width, config.norm_eps)
+            self.k_norm: nn.Module = RMSNorm(config.head_width, config.norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        batch, tokens, _ = x.shape
+        heads = (batch, tokens, -1, self.head_width)
+        q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
+        v = self.v(x).view(heads).transpose(1, 2)
+        mixed = attend(self.layer, q, k, v)
+        return self.o(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.up = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        return x + self.mlp(self.mlp_norm(x))
