@@ -1,0 +1,63 @@
+# Pumice needs Python >= 3.10, pip and make; everything else is set up in .venv.
+#
+#   make demo    ask questions of the photographs in examples/
+#   make test    all the tests
+#   make check   lint, formatting, types, layers
+#   make fmt     rewrite the code as `make check` wants it
+#   make clean   remove .venv and caches
+#
+# Variables: PYTHON (which Python makes .venv), TORCH_INDEX (where the CPU build of PyTorch is
+# looked for on Linux when the default index does not have it), ARGS (more arguments for pytest).
+
+PYTHON ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TOO_OLD := Pumice needs Python >= 3.10; name a newer one: make PYTHON=python3.12
+
+.PHONY: demo test check fmt clean
+
+demo: .venv/.runtime
+	@$(BIN)/python examples/demo.py
+
+test: .venv/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+fmt: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(TOO_OLD)" or 0)'
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# On Linux PyPI's torch brings gigabytes of CUDA libraries. Without an NVIDIA GPU the small CPU build
+# is taken instead: from the default index if that has it, else from TORCH_INDEX. When neither
+# answers, the next step installs whatever the default index offers.
+.venv/.torch: constraints.txt | $(BIN)/python
+	@version=$$(sed -n 's/^torch==//p' constraints.txt); \
+	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
+		$(PIP) install --no-deps "torch==$$version+cpu" 2> /dev/null || \
+		$(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) "torch==$$version+cpu" || \
+		echo "No CPU build of torch $$version at $(TORCH_INDEX): taking the default build."; \
+	fi
+	@touch $@
+
+.venv/.runtime: pyproject.toml constraints.txt .venv/.torch
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt .venv/.torch
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch .venv/.runtime $@
