@@ -1,0 +1,45 @@
+"""Ask `pumice-tiny` about the photographs in this folder. Run by `make demo`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pumice
+
+HERE = Path(__file__).parent
+QUESTIONS = (
+    ("dog.jpg", "Describe this picture in one sentence."),
+    ("dog.jpg", "Is there a cat in the picture?"),
+    ("horses.jpg", "What animals are in the picture?"),
+    ("horses.jpg", "What colour is the sky?"),
+    ("kitten.jpg", "What is the animal doing?"),
+    ("spaniels.jpg", "How many dogs are there?"),
+    ("musicians.jpg", "What are the people doing?"),
+    ("pavilion.jpg", "Describe this picture in one sentence."),
+)
+
+
+def main() -> int:
+    start = time.perf_counter()
+    try:
+        assistant = pumice.load("pumice-tiny")
+        loaded = time.perf_counter()
+        for picture, question in QUESTIONS:
+            print(f"\n{picture}\n  Q: {question}\n  A: ", end="", flush=True)
+            print(assistant.ask(HERE / picture, question), flush=True)
+    except pumice.InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    answered = time.perf_counter()
+    print(
+        f"\nLoading took {loaded - start:.1f} s, {len(QUESTIONS)} answers {answered - loaded:.1f} s. "
+        "Ask about a photograph of your own:\n"
+        '  .venv/bin/pumice ask PHOTO "What is happening here?"'
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
