@@ -1,0 +1,224 @@
+"""LLaVA-Instruct rows, read lazily from JSON and JSON Lines files.
+
+Knows: the rows' format, where each begins in its file, and where their pictures are. Does not
+know: pixels, tokens, templates. Only offsets stay in memory; a row is parsed when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+
+from pumice.conversation import Conversation, from_llava
+from pumice.errors import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class ImageFinder:
+    """Finds the pictures that rows name, below one or several folders ("roots"), first root first."""
+
+    def __init__(self, roots: str | PathLike[str] | Sequence[str | PathLike[str]]) -> None:
+        """Raises InputError when a root is not a folder or none is given."""
+        given = [roots] if isinstance(roots, str | PathLike) else list(roots)
+        if not given:
+            raise InputError("no image folder is given; name at least one")
+        self.roots = [Path(root) for root in given]
+        for root in self.roots:
+            if not root.is_dir():
+                raise InputError(f"the image folder '{root}' does not exist; check the path")
+
+    def find(self, name: str) -> Path:
+        """The file of picture `name`, a path relative to a root or absolute.
+
+        A file of the same stem with another picture suffix stands in for a missing one (mix665K
+        names .jpg files that are .gif). Raises InputError when there is none, and for a relative
+        path that leads out of its root.
+        """
+        if Path(os.path.normpath(name)).parts[:1] == ("..",):
+            raise InputError(f"picture {name!r} leads out of the image folders; write the path without '..'")
+        candidates = [root / name for root in self.roots]  # an absolute name replaces its root
+        for path in candidates:
+            if os.path.isfile(path):  # unlike Path.is_file, False for an overlong name
+                return path
+        for path in candidates:
+            for suffix in SUFFIXES:
+                for written in (suffix, suffix.upper()):
+                    sibling = path.with_suffix(written) if path.name else path
+                    if os.path.isfile(sibling):
+                        return sibling
+        if Path(name).is_absolute():
+            raise InputError(f"picture {name!r} does not exist; check the path")
+        roots = ", ".join(f"'{root}'" for root in self.roots)
+        raise InputError(f"picture {name!r} is not in {roots}; fetch it or name its folder")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its pictures' names and its turns, as (speaker, text), as written in the file."""
+
+    id: str
+    image: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]
+    source: str
+
+    def conversation(self, finder: ImageFinder) -> Conversation:
+        """The row as a checked Conversation with the paths of its pictures.
+
+        Raises InputError when a picture is missing, the placeholders do not match the pictures, or
+        the turns are not question and answer in order.
+        """
+        images = [finder.find(name) for name in self.image]
+        return from_llava(self.id, self.turns, images).check(answered=True)
+
+
+class Rows(Sequence[Row]):
+    """The rows of one file: a JSON list, or JSON Lines; the contents tell which.
+
+    Indexing is one pass over the file. The file is opened anew for every row, so a Rows can be
+    pickled, forked and shared between threads.
+    """
+
+    def __init__(self, path: str | PathLike[str], source: str = "") -> None:
+        """source: what to call these rows in reports; the file's name without its suffix if empty.
+
+        Raises InputError when the file cannot be read, is not JSON, or holds no rows.
+        """
+        self.path = Path(path)
+        self.source = source or self.path.stem
+        try:
+            with self.path.open("rb") as file:
+                self._spans = _index(file, str(path))
+        except OSError as error:
+            raise InputError(f"the rows '{path}' cannot be read: {error.strerror}; check the path") from error
+        if not len(self._spans):
+            raise InputError(f"'{path}' holds no rows; write a JSON list or one JSON object per line")
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        """Row `index`, from 0 (messages count from 1). Raises InputError when it is malformed."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index] + 1
+        start, end = self._spans[number - 1].tolist()
+        where = f"'{self.path}', row {number}"
+        with self.path.open("rb") as file:
+            file.seek(start)
+            data = file.read(end - start)
+        try:
+            values = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: this is not JSON ({error}); mend or remove the row") from error
+        return _row(values, where, str(number), self.source)
+
+
+def _row(values: Any, where: str, fallback_id: str, source: str) -> Row:
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected an object, found {_kind(values)}")
+    row_id = values.get("id", fallback_id)
+    if not isinstance(row_id, str | int) or isinstance(row_id, bool):
+        raise InputError(f"{where}: 'id' must be text or a number, found {_kind(row_id)}")
+    where = f"{where} (id {str(row_id)!r})"
+    image = values.get("image")
+    images = [] if image is None else [image] if isinstance(image, str) else image
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise InputError(f"{where}: 'image' must be a path or a list of paths, found {json.dumps(image)}")
+    turns = values.get("conversations")
+    if turns is None:
+        raise InputError(f"{where}: 'conversations' is missing; write at least a question and its answer")
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"{where}: 'conversations' must be a list of turns, found {_kind(turns)}")
+    pairs = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise InputError(f"{where}: turn {number} must be an object, found {_kind(turn)}")
+        speaker, text = turn.get("from"), turn.get("value")
+        if not isinstance(speaker, str) or not isinstance(text, str):
+            raise InputError(f"{where}: turn {number} must have the texts 'from' and 'value'")
+        pairs.append((speaker, text))
+    if not any(speaker == "gpt" for speaker, _ in pairs):
+        raise InputError(f"{where}: there is no answer from 'gpt' to learn from; add one or remove the row")
+    return Row(str(row_id), tuple(images), tuple(pairs), source)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list | dict) and not value:
+        return "an empty list" if isinstance(value, list) else "an empty object"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def _index(file: BinaryIO, name: str) -> np.ndarray:
+    """Where each row begins and ends: (rows, 2) int64 byte offsets."""
+    start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+    file.seek(start)
+    while (first := file.read(1)).isspace():
+        pass
+    file.seek(start)
+    spans = _index_list(file, start, name) if first == b"[" else _index_lines(file, start)
+    return np.array(spans, np.int64).reshape(-1, 2)
+
+
+def _index_lines(file: BinaryIO, offset: int) -> list[tuple[int, int]]:
+    spans = []
+    for line in file:
+        if line.strip():
+            spans.append((offset, offset + len(line)))
+        offset += len(line)
+    return spans
+
+
+def _index_list(file: BinaryIO, start: int, name: str) -> list[tuple[int, int]]:
+    # Latin-1 makes one character of each byte, so that the parser's positions are byte offsets;
+    # the structure of JSON is ASCII, and a row's own text is decoded properly when it is read.
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        text = str(view, "latin-1")
+    parse = json.JSONDecoder().raw_decode
+    spans: list[tuple[int, int]] = []
+    at = _skip_blank(text, text.index("[", start) + 1)
+    closed = text[at : at + 1] == "]"
+    while not closed:
+        try:
+            _, end = parse(text, at)
+        except (ValueError, RecursionError) as error:
+            raise _broken_list(name, len(spans) + 1, getattr(error, "pos", at)) from error
+        spans.append((at, end))
+        at = _skip_blank(text, end)
+        closed = text[at : at + 1] == "]"
+        if not closed:
+            if text[at : at + 1] != ",":
+                raise _broken_list(name, len(spans), at)
+            at = _skip_blank(text, at + 1)
+    if _skip_blank(text, at + 1) != len(text):
+        raise InputError(f"'{name}': more follows the end of the list, at byte {at + 1}; mend the file")
+    return spans
+
+
+def _skip_blank(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
+
+
+def _broken_list(name: str, number: int, byte: int) -> InputError:
+    return InputError(
+        f"'{name}', row {number}: the JSON list is malformed or cut off near byte {byte}; mend the file"
+    )

@@ -1,0 +1,136 @@
+"""Every problem is found, counted and located; what is sound is left in peace."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pumice.conversation import Conversation
+from pumice.data.check import check
+from pumice.data.rows import ImageFinder, Rows
+from pumice.errors import InputError
+
+ASK = {"from": "human", "value": "<image>\nWhat?"}
+ASK_TEXT = {"from": "human", "value": "What?"}
+ANSWER = {"from": "gpt", "value": "A cat."}
+
+
+def row(row_id: str, image: Any = "good.png", *turns: dict[str, str]) -> dict[str, Any]:
+    return {"id": row_id, "image": image, "conversations": list(turns) or [ASK, ANSWER]}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageFinder:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (20, 20)).save(folder / "good.png")
+    data = (folder / "good.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+    return ImageFinder(folder)
+
+
+def rows(path: Path, values: list[Any]) -> Rows:
+    path.write_text("\n".join(json.dumps(v) for v in values))
+    return Rows(path)
+
+
+def test_every_problem_is_located(tmp_path: Path, images: ImageFinder) -> None:
+    source = rows(
+        tmp_path / "mixed.jsonl",
+        [
+            row("fine"),
+            row("gone", "missing.png"),
+            row("cut", "cut.png"),
+            row("suffix", "good.jpg"),
+            row("roles", None, ANSWER, ASK_TEXT),
+            row("silent", None, ASK_TEXT, {"from": "gpt", "value": " "}),
+            row("holes", "good.png", ASK_TEXT, ANSWER),
+            row("fine"),
+            {"id": "broken"},
+            row("two", ["missing.png", "cut.png"], {"from": "human", "value": "<image> <image>"}, ANSWER),
+            row("text", None, ASK_TEXT, ANSWER),
+            row("unanswered", None, ASK_TEXT, ANSWER, ASK_TEXT),
+        ],
+    )
+    ticks: list[int] = []
+    report = check([source], images, progress=lambda: ticks.append(1))
+    assert [(p.row, p.id, p.kind) for p in report.problems] == [
+        (2, "gone", "picture missing"),
+        (3, "cut", "picture unreadable"),
+        (4, "suffix", "wrong extension"),
+        (5, "roles", "roles out of order"),
+        (6, "silent", "empty answer"),
+        (7, "holes", "placeholder count"),
+        (8, "fine", "duplicate id"),
+        (9, "", "malformed row"),
+        (10, "two", "picture missing"),
+        (10, "two", "picture unreadable"),
+        (12, "unanswered", "roles out of order"),
+    ]
+    reasons = {(p.id, p.kind): p.reason for p in report.problems}
+    assert "'good.jpg' is stored as 'good.png'" in reasons["suffix", "wrong extension"]
+    assert "cut.png" in reasons["cut", "picture unreadable"]
+    assert "row 1 has the same id" in reasons["fine", "duplicate id"]
+    assert "'broken'" in reasons["", "malformed row"]
+    assert report.rows == len(ticks) == 12 and report.usable == 4 and not report.ok
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    assert report.to_dict()["sources"]["mixed"]["problems"]["picture missing"] == 2
+
+
+def test_without_decoding_damage_is_not_seen(tmp_path: Path, images: ImageFinder) -> None:
+    report = check([rows(tmp_path / "a.jsonl", [row("cut", "cut.png")])], images, decode=False)
+    assert report.ok and report.problems == []
+
+
+def test_pictures_are_opened_once(
+    tmp_path: Path, images: ImageFinder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: Counter[Path] = Counter()
+    monkeypatch.setattr("pumice.data.check.open_image", lambda path: opened.update([path]))
+    source = rows(tmp_path / "a.jsonl", [row(str(n)) for n in range(5)])
+    assert check([source], images).ok
+    assert list(opened.values()) == [1]
+
+
+def test_sources_and_budget(tmp_path: Path, images: ImageFinder) -> None:
+    good = rows(tmp_path / "good.jsonl", [row(str(n)) for n in range(9)])
+    bad = rows(tmp_path / "bad.jsonl", [row("0", "missing.png")])
+    assert not check([good, bad], images).ok
+    report = check([good, bad], images, budget=0.1)
+    assert report.ok and not check([good, bad], images, budget=0.09).ok
+    assert (report.sources["good"].usable, report.sources["bad"].usable) == (9, 0)
+    assert report.sources["bad"].problems == {"picture missing": 1}, "ids repeat between sources freely"
+    with pytest.raises(InputError, match="two sources are called 'good'"):
+        check([good, good], images)
+    with pytest.raises(InputError, match=r"the budget is 1\.5"):
+        check([good], images, budget=1.5)
+
+
+def test_lengths_come_from_the_caller(tmp_path: Path, images: ImageFinder) -> None:
+    def encode(conversation: Conversation) -> tuple[int, int]:
+        if conversation.id == "odd":
+            raise InputError("no room for an image")
+        assert [i.source for i in conversation.images] == [images.roots[0] / "good.png"]
+        answer = conversation.messages[-1].text
+        return 10 + len(answer), 0 if answer == "mute" else len(answer)
+
+    answers = {"short": "ab", "long": "x" * 90, "none": "mute", "odd": "y"}
+    values = [row(k, "good.png", ASK, {"from": "gpt", "value": v}) for k, v in answers.items()]
+    source = rows(tmp_path / "a.jsonl", [*values, row("gone", "missing.png")])
+    report = check([source], images, encode=encode, context=99)
+    assert [(p.id, p.kind) for p in report.problems] == [
+        ("long", "too long"),
+        ("none", "nothing supervised"),
+        ("odd", "not encoded"),
+        ("gone", "picture missing"),
+    ]
+    assert report.usable == 1
+    tokens = report.to_dict()["sources"]["a"]["tokens"]
+    assert tokens["total"] == 12 + 100 + 14 and tokens["longest"] == 100 and tokens["median"] == 14
+    assert tokens["supervised_share"] == pytest.approx(92 / 126)
+    assert check([source], images).to_dict()["sources"]["a"]["tokens"] is None
