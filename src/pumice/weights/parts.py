@@ -112,7 +112,6 @@ def from_hub(
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -142,7 +141,7 @@ def from_hub(
         raise InputError(
             f"the hub has no model {name!r} that you may read; check the name, or run `hf auth login`"
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the network's errors are those of whichever HTTP library the client uses
         raise InputError(
             f"{name} is not in the hub's cache and cannot be fetched; check the network "
             "(and HF_HUB_OFFLINE), or give a local folder"
