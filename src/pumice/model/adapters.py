@@ -45,13 +45,16 @@ class LoraLinear(nn.Linear):
 class Int8Linear(nn.Module):
     """Weight-only int8: one scale per output row, absolute maximum to 127; no bias is quantised."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        weight = base.weight.detach().float()
-        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.to(base.weight.dtype))
-        self.bias = base.bias
+        full = weight.detach().float()
+        scale = full.abs().amax(1).clamp_min(1e-12) / 127
+        self.register_buffer("weight", (full / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.to(weight.dtype))
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -88,8 +91,13 @@ def merge_lora(decoder: nn.Module) -> None:
 
 
 def quantize_int8(decoder: nn.Module) -> None:
-    """Swap every plain linear layer of the decoder for its int8 form."""
+    """Swap every plain linear layer of the decoder for its int8 form.
+
+    A tied vocabulary projection gets an int8 copy; the embedding stays as it is, to look tokens up in.
+    """
     for parent, name, child in _linears(decoder, None):
         if isinstance(child, LoraLinear):
             raise InputError("merge the LoRA adapters before quantising")
-        setattr(parent, name, Int8Linear(child))
+        setattr(parent, name, Int8Linear(child.weight, child.bias))
+    if decoder.head is None:
+        decoder.head = Int8Linear(decoder.embed.weight)

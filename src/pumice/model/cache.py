@@ -31,6 +31,14 @@ class KVCache:
         self.capacity = capacity
         self.window = config.sliding_window
 
+    def reserve(self, capacity: int) -> None:
+        """Grow to at least this capacity; what is kept stays."""
+        if capacity > self.capacity:
+            grown = (*self.keys.shape[:3], capacity - self.capacity, self.keys.shape[4])
+            self.keys = torch.cat((self.keys, self.keys.new_zeros(grown)), 3)
+            self.values = torch.cat((self.values, self.values.new_zeros(grown)), 3)
+            self.capacity = capacity
+
     def positions(self, slots: list[int], tokens: int) -> Tensor:
         """Where the next `tokens` tokens of each slot stand: (B, tokens)."""
         starts = torch.tensor([self.lengths[s] for s in slots], device=self.keys.device)

@@ -7,10 +7,12 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.config import DecoderConfig
+from pumice.model.adapters import Int8Linear
 from pumice.model.layers import Attend, Block, RMSNorm, rotary
 
 
@@ -21,7 +23,9 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head: nn.Linear | Int8Linear | None = None
+        if not config.tied_head:
+            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(
         self, x: Tensor, positions: Tensor, attend: Attend, out: dict[str, Tensor] | None = None
@@ -30,6 +34,8 @@ class Decoder(nn.Module):
 
         out: when given, receives the residual stream after each block under `decoder.blocks.{i}`.
         """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # the residual stream adds up small updates, which bf16 would round away
         cos, sin = rotary(positions, self.config.head_width, self.config.rope_base)
         for block in self.blocks:
             x = block(x, cos, sin, attend)
@@ -37,8 +43,13 @@ class Decoder(nn.Module):
                 out[f"decoder.blocks.{block.attention.layer}"] = x
         return self.norm(x)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection (V, D)."""
+        return self.embed.weight if self.head is None else self.head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V). Give it only the positions that need them."""
-        if self.head is not None:
+        if isinstance(self.head, Int8Linear):
             return self.head(hidden)
-        return F.linear(hidden, self.embed.weight.to(hidden.dtype))
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))

@@ -1,0 +1,18 @@
+"""Training: stages, the one loop, exact resume. `run` is the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Train what a recipe describes, resuming where it stopped; return the finished model's folder.
+
+    overrides: "key=value", dots for nested keys. Raises InputError before any compute when the recipe
+    or its data cannot do, and KeyboardInterrupt after saving when asked to stop.
+    """
+    from pumice.train.loop import train
+    from pumice.train.recipe import load_recipe
+
+    return train(load_recipe(recipe, overrides))

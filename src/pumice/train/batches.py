@@ -1,0 +1,119 @@
+"""What each optimiser step sees: a function of the recipe and the step's number alone.
+
+Knows rows, the processor and packing. Does not know the model. Nothing here is stateful but caches,
+so a resumed run continues in the same place by asking for the next step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pumice.data.mixture import Mixture
+from pumice.data.packing import Pack, Tree, pack, prefix_tree
+from pumice.data.rows import ImageFinder, Rows
+from pumice.errors import InputError
+from pumice.processor import Processor
+from pumice.train.recipe import Recipe, Source
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimiser step: packs, each with one flag per tree that says if its pictures are mirrored."""
+
+    packs: list[tuple[Pack, list[bool]]]
+    supervised: float  # supervised tokens of all packs: what the loss is divided by
+    tokens: int  # tokens computed
+
+
+@dataclass
+class Skipped:
+    """Spoiled rows met so far; InputError once they are more than the recipe allows."""
+
+    allowed: int
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, row: str, error: InputError) -> None:
+        self.reasons[row] = str(error)
+        if len(self.reasons) > self.allowed:
+            raise InputError(
+                f"{len(self.reasons)} spoiled rows, max_bad_rows allows {self.allowed}; the last: {error}"
+            ) from error
+
+
+class Batches:
+    def __init__(self, recipe: Recipe, processor: Processor) -> None:
+        self.recipe, self.processor = recipe, processor
+        self.finder = ImageFinder(recipe.pictures or ["."])
+        self.skipped = Skipped(recipe.max_bad_rows)
+        self.mixture = _mixture(recipe.data, recipe.seed)
+        self.mirror = [source.mirror for source in recipe.data]
+        self._epoch: tuple[int, list[list[tuple[int, int]]]] = (-1, [])
+        self.starts = [0]  # the step at which each epoch begins, and the last one's end
+        for epoch in range(math.ceil(recipe.epochs)):
+            share = min(1.0, recipe.epochs - epoch)
+            steps = math.ceil(len(self._groups(epoch)) * share / recipe.batch)
+            self.starts.append(self.starts[-1] + steps)
+        self.steps = min(self.starts[-1], recipe.max_steps or self.starts[-1])
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of step 0 <= step < steps."""
+        epoch = next(e for e in range(len(self.starts) - 1) if step < self.starts[e + 1])
+        first = (step - self.starts[epoch]) * self.recipe.batch
+        groups = self._groups(epoch)[first : first + self.recipe.batch]
+        trees, mirrored = [], {}
+        for number, group in enumerate(groups, first):
+            tree = self._tree(self.mixture, group)
+            if tree is not None:
+                trees.append(tree)
+                allowed = all(self.mirror[source] for source, _ in group)
+                chance = np.random.default_rng([self.recipe.seed, epoch, number]).random()
+                mirrored[id(tree)] = allowed and chance < self.recipe.mirror_chance
+        packs = [(p, [mirrored[id(t)] for t in p.trees]) for p in pack(trees, self.recipe.pack_tokens)]
+        return _batch(packs)
+
+    def held_out(self) -> Batch:
+        """The same held-out pictures each time, as one batch."""
+        mixture = _mixture(self.recipe.held_out, seed=0)
+        groups = mixture.groups(0)[: self.recipe.measure_rows]
+        trees = [tree for group in groups if (tree := self._tree(mixture, group)) is not None]
+        return _batch([(p, [False] * len(p.trees)) for p in pack(trees, self.recipe.pack_tokens)])
+
+    def _groups(self, epoch: int) -> list[list[tuple[int, int]]]:
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self.mixture.groups(epoch))
+        return self._epoch[1]
+
+    def _tree(self, mixture: Mixture, group: Sequence[tuple[int, int]]) -> Tree | None:
+        samples = []
+        for source, index in group:
+            rows = mixture.rows[source]
+            try:
+                row = rows[index]
+                samples.append(self.processor.training_sample(row.conversation(self.finder)))
+            except InputError as error:
+                self.skipped.add(f"{rows.path}:{index + 1}", error)
+        return prefix_tree(samples) if samples else None
+
+
+def _mixture(sources: Sequence[Source], seed: int) -> Mixture:
+    return Mixture([(Rows(s.rows), s.weight) for s in sources], seed)
+
+
+def _batch(packs: list[tuple[Pack, list[bool]]]) -> Batch:
+    return Batch(packs, float(sum(p.weights.sum() for p, _ in packs)), sum(len(p) for p, _ in packs))
+
+
+def prefetch(batches: Batches, first: int) -> Iterator[Batch]:
+    """Batches from step `first` on; the next one is prepared in a thread while one is computed."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(batches.__getitem__, first)
+        for step in range(first, batches.steps):
+            batch = waiting.result()
+            if step + 1 < batches.steps:
+                waiting = pool.submit(batches.__getitem__, step + 1)
+            yield batch

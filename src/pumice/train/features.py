@@ -1,0 +1,67 @@
+"""Tower features kept on disk, so that a frozen tower looks at each picture once.
+
+Knows files and arrays. A cache belongs to one tower and one image policy (its fingerprint) and
+refuses any other. One process writes.
+
+Shapes: M pictures, F features of one picture, C tower width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pumice.conversation import ImagePart
+from pumice.errors import InputError
+from pumice.images import image_key
+
+
+class FeatureCache:
+    """Records of equal size in `features.bin`, in the order of the keys in `keys.txt`.
+
+    A key is written only after its record, so that a run killed in between loses one record and
+    never reads a half-written one. Features are kept as bfloat16 bits.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, features: int, width: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.shape = (features, width)
+        meta = {"fingerprint": fingerprint, "features": features, "width": width}
+        description = folder / "cache.json"
+        if description.exists() and json.loads(description.read_text()) != meta:
+            raise InputError(f"{folder} holds the features of another tower or image policy; remove it")
+        description.write_text(json.dumps(meta))
+        self._keys_path, self._data_path = folder / "keys.txt", folder / "features.bin"
+        self._data_path.touch()
+        self._keys_path.touch()
+        keys = self._keys_path.read_text().split("\n")
+        self._rows = {key: row for row, key in enumerate(keys[:-1])}  # text after the last newline is torn
+        self._keys_path.write_text("".join(f"{key}\n" for key in self._rows))
+
+    def get(
+        self, images: Sequence[ImagePart], mirror: bool, compute: Callable[[ImagePart], Tensor]
+    ) -> Tensor:
+        """Features (M, F, C) bfloat16; `compute` gives (F, C) of a picture not seen before."""
+        return torch.stack([self._one(image, mirror, compute) for image in images])
+
+    def _one(self, image: ImagePart, mirror: bool, compute: Callable[[ImagePart], Tensor]) -> Tensor:
+        key = image_key(image.source) + ("-mirror" if mirror else "")
+        count = self.shape[0] * self.shape[1]
+        if key not in self._rows:
+            bits = compute(image).to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
+            row = len(self._rows)
+            with self._data_path.open("r+b") as file:
+                file.seek(row * count * 2)
+                file.write(bits.tobytes())
+            with self._keys_path.open("a") as keys:
+                keys.write(f"{key}\n")
+            self._rows[key] = row
+        with self._data_path.open("rb") as file:
+            file.seek(self._rows[key] * count * 2)
+            record = np.fromfile(file, np.int16, count)
+        return torch.from_numpy(record).view(torch.bfloat16).view(self.shape)

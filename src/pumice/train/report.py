@@ -1,0 +1,104 @@
+"""What a run tells: a progress bar, `metrics.jsonl`, and a picture of the loss at the end.
+
+Knows numbers and files. Does not know the model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pumice.train.recipe import Recipe
+
+
+class Report:
+    """Lines for people on stderr, one JSON object per event in `metrics.jsonl`."""
+
+    def __init__(self, recipe: Recipe, description: list[str], step: int, steps: int) -> None:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        self.path = recipe.output / "metrics.jsonl"
+        self.console = Console(stderr=True)
+        self.steps = steps
+        self._drop_after(step)
+        for line in description:
+            self.console.print(line, highlight=False)
+        if step:
+            self.console.print(f"resuming at step {step} of {steps}", highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=self.console, disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._task = self._progress.add_task(recipe.name, total=steps, completed=step, note="")
+        self._last_line = 0.0
+
+    def __enter__(self) -> Report:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, values: dict[str, float], tokens: int, seconds: float) -> None:
+        speed = tokens / seconds
+        self._write({"step": step, **values, "tokens": tokens, "seconds": seconds})
+        note = f"loss {values['loss']:.3f}  {speed:.0f} tokens/s"
+        self._progress.update(self._task, completed=step, note=note)
+        if not sys.stderr.isatty() and time.monotonic() - self._last_line > 30:
+            self._last_line = time.monotonic()
+            left = (self.steps - step) * seconds / 60
+            self.console.print(f"step {step}/{self.steps}  {note}  {left:.0f} min left", highlight=False)
+
+    def held_out(self, step: int, loss: float) -> None:
+        self._write({"step": step, "held_out_loss": loss})
+        self.console.print(f"step {step}: held-out loss {loss:.4f}", highlight=False)
+
+    def answer(self, step: int, question: str, reference: str, answer: str) -> None:
+        self._write({"step": step, "question": question, "reference": reference, "answer": answer})
+        self.console.print(f"  {question!r}\n    reference: {reference!r}\n    answer:    {answer!r}", highlight=False)
+
+    def picture(self) -> Path | None:
+        """Draw `loss.png` beside the metrics; None when matplotlib is not installed."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            self.console.print("no loss.png: install pumice[plot] to have the loss drawn", highlight=False)
+            return None
+        events = read_metrics(self.path)
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for key, style in (("loss", {"lw": 0.8, "alpha": 0.6}), ("held_out_loss", {"lw": 2, "marker": "o"})):
+            points = [(e["step"], e[key]) for e in events if key in e]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=key.replace("_", "-").replace("-loss", " loss"), **style)
+        axes.set(xlabel="optimiser step", ylabel="loss per supervised token (nats)")
+        axes.legend()
+        path = self.path.with_name("loss.png")
+        figure.savefig(path, dpi=120)
+        return path
+
+    def _write(self, event: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def _drop_after(self, step: int) -> None:
+        """A run that goes on from an older checkpoint repeats steps: their first metrics are dropped."""
+        kept = [event for event in read_metrics(self.path) if event["step"] <= step]
+        kept = kept if step else []
+        self.path.write_text("".join(json.dumps(event) + "\n" for event in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The events of a metrics file; a last line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
