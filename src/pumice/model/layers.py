@@ -83,20 +83,20 @@ class Packed:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _, heads, tokens, width = q.shape
         shared = k.shape[1]
-        grouped = q.view(shared, heads // shared, tokens, width)
+        grouped = (q * width**-0.5).view(shared, heads // shared, tokens, width)
         outputs, start = [], 0
         for mask in self.visible:
             end = start + len(mask)
             past = k[0, :, None, start:end].transpose(-1, -2)
-            scores = (grouped[:, :, start:end] @ past).float() * width**-0.5
-            weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
+            scores = (grouped[:, :, start:end] @ past).masked_fill(~mask, float("-inf"))
+            weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
             outputs.append(weights @ v[0, :, None, start:end])
             start = end
         return torch.cat(outputs, 2).view(1, heads, tokens, width)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467), returned in the type of x."""
+    """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467), returned in the type of the weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -104,8 +104,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return (scaled * self.weight.float()).to(x.dtype)
+        x = x.float()
+        scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (scaled * self.weight).to(self.weight.dtype)
 
 
 def rotary(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 256  # predictions whose logits exist at once: 256 x 49,152 x 4 bytes = 50 MB
@@ -30,14 +29,15 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             rows = hidden[part].to(head.dtype)
             logits = (rows @ head.T).float()
-            log_probs = logits.log_softmax(-1)
-            losses += (F.nll_loss(log_probs, targets[part], reduction="none") * weights[part]).sum()
-            grad = log_probs.exp_()
-            grad[torch.arange(len(grad), device=grad.device), targets[part]] -= 1
-            grad = (grad * weights[part, None]).to(head.dtype)
-            grad_hidden[part] = grad @ head
+            here = torch.arange(len(logits), device=logits.device), targets[part]
+            norm = logits.logsumexp(-1)
+            losses += ((norm - logits[here]) * weights[part]).sum()
+            grad = logits.sub_(norm[:, None]).exp_()
+            grad[here] -= 1
+            grad = grad.to(head.dtype)
+            grad_hidden[part] = (grad @ head) * weights[part, None]
             if grad_head is not None:
-                grad_head += (grad.T @ rows).float()
+                grad_head += (grad.T @ (rows * weights[part, None]).to(head.dtype)).float()
         ctx.save_for_backward(grad_hidden, grad_head)
         return losses
 
