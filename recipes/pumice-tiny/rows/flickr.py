@@ -1,0 +1,68 @@
+"""Reads the photographs: Flickr8k with cleaned captions, split by file name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from rows.base import Photo, capital
+
+FOLDER = "flickr8k"
+VALIDATION_PHOTOS = 500
+_BROKEN_END = re.compile(r"\b(a|an|the|and|or|of|at|in|on|with|to|from|by|is|are|his|her|their|its|while)\.$")
+
+
+def clean_caption(text: str) -> str | None:
+    """One tidy sentence: capital first, one full stop last; None for a caption that is broken."""
+    text = text.replace("\u2019", "'").replace("`", "'").replace('"', " ")
+    text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"\s+([.,;:!?])", r"\1", text)
+    text = re.sub(r"\s+('s|n't|'re|'ll)\b", r"\1", text)
+    text = re.sub(r"([,;])(?=[A-Za-z])", r"\1 ", text)
+    text = text.strip(" .,;:!?-") + "."
+    words = re.findall(r"[A-Za-z']+", text)
+    if len(words) < 4 or _BROKEN_END.search(text.lower()):
+        return None
+    if sum(word.isupper() and len(word) > 1 for word in words) > len(words) / 2:
+        text = text.lower()
+    return capital(text)
+
+
+def read_photos(photos: Path) -> list[Photo]:
+    """All photographs with at least one whole caption, in order of name."""
+    content = json.loads((photos / FOLDER / "captions.json").read_text())
+    captions: dict[int, list[str]] = defaultdict(list)
+    for annotation in content["annotations"]:
+        caption = clean_caption(annotation["caption"])
+        if caption is not None and caption not in captions[annotation["image_id"]]:
+            captions[annotation["image_id"]].append(caption)
+    found = [
+        Photo(
+            Path(image["file_name"]).stem,
+            f"{FOLDER}/images/{image['file_name']}",
+            tuple(captions[image["id"]]),
+        )
+        for image in content["images"]
+        if captions[image["id"]]
+    ]
+    return sorted(found, key=lambda photo: photo.name)
+
+
+def raw_captions(photos: Path) -> dict[str, list[str]]:
+    """Every caption as it was written, by picture path: what a caption score compares with."""
+    content = json.loads((photos / FOLDER / "captions.json").read_text())
+    names = {image["id"]: f"{FOLDER}/images/{image['file_name']}" for image in content["images"]}
+    captions: dict[str, list[str]] = defaultdict(list)
+    for annotation in content["annotations"]:
+        captions[names[annotation["image_id"]]].append(annotation["caption"].strip())
+    return dict(captions)
+
+
+def split(photos: list[Photo], validation: int = VALIDATION_PHOTOS) -> tuple[list[Photo], list[Photo]]:
+    """(training, validation): the validation photos have the smallest SHA-256 of their name."""
+    ranked = sorted(photos, key=lambda photo: hashlib.sha256(photo.name.encode()).hexdigest())
+    held = {photo.name for photo in ranked[:validation]}
+    return [p for p in photos if p.name not in held], [p for p in photos if p.name in held]
