@@ -30,8 +30,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        low = F.linear(low.to(self.lora_a.dtype), self.lora_a)
-        return super().forward(x) + F.linear(low, self.lora_b * self.scale).to(x.dtype)
+        return super().forward(x) + F.linear(F.linear(low, self.lora_a) * self.scale, self.lora_b)
 
     def merged(self) -> nn.Linear:
         """A plain layer with W + alpha / rank * B A, in the type of W."""
@@ -40,6 +39,11 @@ class LoraLinear(nn.Linear):
         weight = (self.weight.detach().float() + update.detach()).to(self.weight.dtype)
         layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return layer
+
+
+def has_int8_kernel() -> bool:
+    """Whether this PyTorch multiplies bf16 activations with int8 weights on the CPU without a detour."""
+    return hasattr(torch, "_weight_int8pack_mm")
 
 
 class Int8Linear(nn.Module):
@@ -58,7 +62,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_int8_kernel():
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale

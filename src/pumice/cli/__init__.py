@@ -1,0 +1,83 @@
+"""The command line: parse, call, print. One file per group of commands.
+
+Exit status: 0 done, 1 the work failed, 2 wrong input, 130 interrupted. Heavy libraries are imported
+inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pumice import __version__
+from pumice.cli import ask, chat, data, train
+from pumice.errors import InputError
+
+
+class Commands(TyperGroup):
+    """Turns what goes wrong in any command into one line and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            raise self._end(str(error), 2) from error
+        except KeyboardInterrupt as error:
+            raise self._end("interrupted", 130) from error
+        except BrokenPipeError:
+            # Whoever read the output has seen enough; Python must not complain of it at its own end.
+            sys.stdout = io.StringIO()
+            raise typer.Exit(1) from None
+        except OSError as error:
+            raise self._end(str(error), 1) from error
+
+    @staticmethod
+    def _end(message: str, status: int) -> typer.Exit:
+        print(f"pumice: {' '.join(message.split())}", file=sys.stderr)
+        return typer.Exit(status)
+
+
+app = typer.Typer(
+    name="pumice",
+    cls=Commands,
+    help="LLaVA, light: train, fine-tune, question and measure a visual language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pumice {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("ask")(ask.ask)
+app.command("chat")(chat.chat)
+app.command("train")(train.train)
+app.add_typer(data.app, name="data")
+
+
+def main() -> int:
+    """The `pumice` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    app()  # leaves by SystemExit
+    return 0

@@ -1,0 +1,170 @@
+"""`pumice data check` and `pumice data show`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pumice.conversation import Conversation
+    from pumice.data.check import Encode
+    from pumice.tokens import Tokenizer
+
+app = typer.Typer(help="Look at training rows before they are learned.", no_args_is_help=True)
+
+File = Annotated[Path, typer.Argument(help="LLaVA rows, .json or .jsonl.", metavar="FILE")]
+
+
+@app.command()
+def show(
+    file: File,
+    template: Annotated[str, typer.Option(help="The chat format: chatml, plain, ...")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="A tokenizer.json, a folder with one, or a GGUF file.", metavar="PATH")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Look the pictures up here; without it none is needed.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Show only so many rows.", show_default=False)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a list of {id, input_ids, labels}; a picture is -200.")
+    ] = False,
+) -> None:
+    """Print rows as the model sees them: what it learns to write is green and in [+ +]."""
+    from pumice.conversation import from_llava
+    from pumice.data.rows import ImageFinder, Rows
+    from pumice.templates import get_template
+    from pumice.tokens import encode
+
+    written, words = get_template(template), _tokenizer(tokenizer)
+    finder = ImageFinder(images) if images is not None else None
+    shown = []
+    for row in Rows(file)[:rows]:
+        if finder is not None:
+            conversation = row.conversation(finder)
+        else:
+            conversation = from_llava(row.id, row.turns, row.image).check(answered=True)
+        ids, labels = encode(written.render(conversation), words, 1)
+        if as_json:
+            shown.append({"id": row.id, "input_ids": ids, "labels": labels})
+        else:
+            _print_row(row.id, ids, labels, words)
+    if as_json:
+        print(json.dumps(shown))
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    from pumice.tokens import Tokenizer
+
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+        if is_gguf:
+            from pumice.weights.gguf import GgufFile
+            from pumice.weights.gguf_llm import build_tokenizer
+
+            return Tokenizer(build_tokenizer(GgufFile(path).metadata, str(path)))
+    return Tokenizer.from_file(path)
+
+
+def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokenizer) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from pumice.config import IMAGE_TOKEN
+    from pumice.tokens import IGNORE
+
+    def decode(numbers: list[int]) -> str:
+        return tokenizer.backend.decode(numbers, skip_special_tokens=False)
+
+    learned = sum(label != IGNORE for label in labels)
+    text = Text(f"{row_id}: {len(ids)} tokens, {learned} supervised\n", "bold")
+    start = 0
+    while start < len(ids):
+        kind = (ids[start] == IMAGE_TOKEN, labels[start] != IGNORE)
+        end = start + 1
+        while end < len(ids) and (ids[end] == IMAGE_TOKEN, labels[end] != IGNORE) == kind:
+            end += 1
+        if kind[0]:
+            text.append("[image]" * (end - start), "magenta")
+        elif kind[1]:
+            text.append(f"[+{decode(ids[start:end])}+]", "green")
+        else:
+            text.append(decode(ids[start:end]), "dim")
+        start = end
+    Console(highlight=False, soft_wrap=True).print(text, end="\n\n")
+
+
+def _lengths(recipe: Path) -> Encode:
+    """Counts the tokens of a row as training by the recipe would."""
+    from pumice.train.recipe import load_recipe
+    from pumice.train.setup import prepare
+
+    processor = prepare(load_recipe(recipe)).processor
+
+    def encode(conversation: Conversation) -> tuple[int, int]:
+        sample = processor.training_sample(conversation)
+        return len(sample.input_ids), sample.supervised
+
+    return encode
+
+
+@app.command()
+def check(
+    file: File,
+    images: Annotated[list[Path], typer.Option(help="A folder of the pictures; repeat for several.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Also measure lengths as this recipe's stage has them.", show_default=False),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="The share of rows that may be unusable.")] = 0.0,
+    decode: Annotated[bool, typer.Option(help="Open every picture.")] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole report as one JSON object.")
+    ] = False,
+) -> None:
+    """Check rows and their pictures. Status 1 when more rows than --budget are unusable."""
+    from pumice.data.check import check as check_rows
+    from pumice.data.rows import ImageFinder, Rows
+
+    rows = Rows(file)
+    encode = None if recipe is None else _lengths(recipe)
+    watched = sys.stderr.isatty()
+    done = 0
+
+    def progress() -> None:
+        nonlocal done
+        done += 1
+        if watched and (done % 50 == 0 or done == len(rows)):
+            print(
+                f"\r{done} of {len(rows)} rows",
+                end="\n" if done == len(rows) else "",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    report = check_rows(
+        [rows],
+        ImageFinder(images),
+        decode=decode,
+        budget=budget,
+        encode=encode,
+        progress=progress,
+    )
+    values = report.to_dict()
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False))
+    else:
+        for problem in report.problems:
+            print(f"row {problem.row} ({problem.id}): {problem.kind}: {problem.reason}")
+        print(f"{report.usable} of {report.rows} rows can be used")
+    if not report.ok:
+        raise typer.Exit(1)
