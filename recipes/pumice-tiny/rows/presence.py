@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rows.base import SINGLE_PHRASE, Photo, Row, casual, rng, row, with_article
-from rows.mentions import caption_words, mentions
+from rows.mentions import Mentions, caption_words, mentions
 from rows.nouns import NOUNS, Noun
 
 NOUN_LIMIT = 1500  # yes questions per noun at most
@@ -136,13 +136,24 @@ def choose(photos: Sequence[Photo], seed: int, per_photo: int = 4, rare: int = R
 
 def _present(photo: Photo) -> list[str]:
     judged = mentions(photo.captions)
-    names = [*judged.yes, *(f"doing {name}" for name in judged.doing_yes)]
-    return [name for name in names if _doer_known(photo, name)]
+    return [*judged.yes, *_acts(judged, judged.doing_yes)]
 
 
 def _absent(photo: Photo) -> list[str]:
     judged = mentions(photo.captions)
-    return [*judged.no, *(f"doing {name}" for name in judged.doing_no)]
+    return [*judged.no, *_acts(judged, judged.doing_no)]
+
+
+def _acts(judged: Mentions, names: Iterable[str]) -> list[str]:
+    """Activities as names to ask: "doing reading", "dog running"; none where it is open who does it."""
+    dogs_only = "person" in judged.no and "dog" in judged.yes
+    acts = []
+    for name in names:
+        if name in ANIMALS_TOO and dogs_only:
+            acts.append(f"dog {name}")
+        elif name not in ANIMALS_TOO or "animal" in judged.no:
+            acts.append(f"doing {name}")
+    return acts
 
 
 def _cooccurrence(photos: Sequence[Photo]) -> dict[str, Counter[str]]:
@@ -188,7 +199,7 @@ def forced(question: str, random_: random.Random) -> str:
 def phrase(question: Question, random_: random.Random, short: bool) -> tuple[str, str]:
     """(question, answer) as text; a short one asks for and gets exactly Yes or No."""
     img = random_.choice(IMAGES)
-    if question.name.startswith("doing "):
+    if question.name not in NOUNS:
         text, full = _activity(question, img, random_)
     else:
         text, full = _thing(NOUNS[question.name], question.answer, img, random_)
@@ -216,21 +227,12 @@ def _thing(noun: Noun, answer: bool, img: str, random_: random.Random) -> tuple[
 
 
 def _activity(question: Question, img: str, random_: random.Random) -> tuple[str, str]:
-    doing = question.name.removeprefix("doing ")
-    text = random_.choice(ACTIVITY).format(v=doing, img=img)
-    judged = mentions(question.photo.captions)
-    if doing in ANIMALS_TOO and "person" not in judged.yes and "dog" in judged.yes:
+    who, doing = question.name.split(" ", 1)
+    if who == "dog":
         text = f"Is the dog {doing}{random_.choice(('', f' in the {img}', f' in this {img}'))}?"
         return text, f"Yes, the dog is {doing}." if question.answer else f"No, the dog is not {doing}."
+    text = random_.choice(ACTIVITY).format(v=doing, img=img)
     return text, f"Yes, someone is {doing}." if question.answer else f"No, nobody is {doing}."
-
-
-def _doer_known(photo: Photo, name: str) -> bool:
-    """Whether captions leave no doubt that a person, or the dog, does it."""
-    if name.removeprefix("doing ") not in ANIMALS_TOO or not name.startswith("doing "):
-        return True
-    judged = mentions(photo.captions)
-    return "animal" in judged.no or ("person" in judged.no and "dog" in judged.yes)
 
 
 def presence_rows(questions: Sequence[Question], seed: int) -> list[Row]:
@@ -248,7 +250,7 @@ def presence_test(photos: Sequence[Photo], seed: int) -> list[Row]:
 
     Things only, agreed by two captions; asked as POPE asks.
     """
-    questions = [q for q in choose(photos, seed, per_photo=4, rare=0) if not q.name.startswith("doing ")]
+    questions = [q for q in choose(photos, seed, per_photo=4, rare=0) if q.name in NOUNS]
     positive = [q for q in questions if q.answer]
     negative = [q for q in questions if not q.answer]
     size = min(len(positive), len(negative))
