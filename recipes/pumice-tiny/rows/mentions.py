@@ -69,7 +69,7 @@ TRAPS = [
         "paddling ",
     ),
     (
-        r"(?<!the )(?<!some )(?<!of )(?<!on )(?<!down )(?<!up )\bsteps (?=(over|onto|into|off|out|through)\b)",
+        r"(?<!the )(?<!some )(?<!of )(?<!on )(?<!down )(?<!up )\bsteps (?=(over|onto|into|off|through)\b)",
         "stepping ",
     ),
     (r"\btrains (?=(a|the|his|her|for|with)\b)", "training "),
