@@ -1,0 +1,126 @@
+"""Connectors: where each feature goes, which widths come out, and that the config counts the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.errors import InputError
+from pumice.model.connector import Connector, average, pixel_shuffle
+
+
+def grid_of_four() -> torch.Tensor:
+    """(1, 16, 2): the feature at row r, column c is (10 r + c, -(10 r + c))."""
+    cells = torch.tensor([[10.0 * r + c for c in range(4)] for r in range(4)]).flatten()
+    return torch.stack((cells, -cells), -1)[None]
+
+
+def test_pixel_shuffle_puts_each_square_into_one_token() -> None:
+    tokens = pixel_shuffle(grid_of_four(), 2)
+    assert tokens.shape == (1, 4, 8)
+    squares = [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]]
+    assert tokens[0, :, 0::2].tolist() == squares  # row by row within the square, channels last
+    assert tokens[0, :, 1::2].tolist() == [[-v for v in square] for square in squares]
+
+
+def test_pixel_shuffle_of_the_whole_grid_is_one_token_in_reading_order() -> None:
+    features = grid_of_four()
+    assert torch.equal(pixel_shuffle(features, 4), features.reshape(1, 1, 32))
+    assert torch.equal(pixel_shuffle(features, 1), features)
+
+
+def test_average_is_the_mean_of_each_square() -> None:
+    tokens = average(grid_of_four(), 2)
+    assert tokens[0].tolist() == [[5.5, -5.5], [7.5, -7.5], [25.5, -25.5], [27.5, -27.5]]
+
+
+def test_pictures_of_a_batch_stay_apart() -> None:
+    both = torch.cat((grid_of_four(), grid_of_four() + 100))
+    for reduce in (average, pixel_shuffle):
+        torch.testing.assert_close(reduce(both, 2), torch.cat([reduce(one[None], 2) for one in both]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)]
+)
+def test_layers_of_each_kind(kind: str, depth: int) -> None:
+    connector = Connector(ConnectorConfig(kind), 6, 10)
+    linears = [layer for layer in connector.layers if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linears] == [(6, 10), (10, 10), (10, 10)][
+        :depth
+    ]
+    assert sum(isinstance(layer, nn.GELU) for layer in connector.layers) == depth - 1
+    assert all(isinstance(layer, nn.GELU) for layer in connector.layers[1::2])
+
+
+def test_mlp2x_is_linear_gelu_linear() -> None:
+    connector = Connector(ConnectorConfig("mlp2x_gelu"), 3, 5)
+    state = connector.state_dict()
+    assert list(state) == [
+        "layers.0.weight",
+        "layers.0.bias",
+        "layers.2.weight",
+        "layers.2.bias",
+    ]  # LLaVA's own
+    x = torch.randn(2, 4, 3)
+    inner = x @ state["layers.0.weight"].T + state["layers.0.bias"]
+    inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+    torch.testing.assert_close(connector(x), inner @ state["layers.2.weight"].T + state["layers.2.bias"])
+
+
+def test_identity_passes_through_and_checks_both_widths() -> None:
+    x = torch.randn(2, 4, 8)
+    assert torch.equal(Connector(ConnectorConfig("identity"), 8, 8)(x), x)
+    shuffled = Connector(ConnectorConfig("identity", "pixel_shuffle", 2), 8, 32)(x)
+    assert torch.equal(shuffled, pixel_shuffle(x, 2))
+    with pytest.raises(InputError, match="the tower gives width 8, the LLM has 9"):
+        Connector(ConnectorConfig("identity"), 8, 9)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mlp0x_gelu", "mlp2x_relu", "mlp2x_gelu_", "resampler", ""])
+def test_unknown_kinds_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(InputError, match=f"unknown connector '{kind}'; use linear, mlpNx_gelu or identity"):
+        Connector(ConnectorConfig(kind), 4, 4)
+
+
+def test_unknown_reductions_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match="unknown reduction 'max'; use one of none, average, pixel_shuffle"):
+        Connector(ConnectorConfig("linear", "max", 2), 4, 4)
+
+
+@given(
+    kind=st.sampled_from(["linear", "mlp2x_gelu", "mlp3x_gelu"]),
+    reduce=st.sampled_from(["none", "average", "pixel_shuffle"]),
+    factor=st.integers(1, 5),
+    side=st.integers(1, 4),
+    pictures=st.integers(1, 3),
+)
+def test_tokens_are_as_many_as_the_config_counts(
+    kind: str, reduce: str, factor: int, side: int, pictures: int
+) -> None:
+    grid = side * factor
+    config = ModelConfig(
+        decoder=DecoderConfig(8, 6, 1, 1, 1, 6, 8),
+        vision=VisionConfig(image_size=32 * grid, width=3),
+        connector=ConnectorConfig(kind, reduce, factor),
+    )
+    tokens = Connector(config.connector, 3, 6)(torch.zeros(pictures, grid**2, 3))
+    assert tokens.shape == (pictures, config.image_tokens, 6)
+
+
+@given(grid=st.integers(1, 12), factor=st.integers(1, 13))
+def test_a_factor_that_does_not_divide_the_grid_is_refused(grid: int, factor: int) -> None:
+    config = ModelConfig(
+        decoder=DecoderConfig(8, 6, 1, 1, 1, 6, 8),
+        vision=VisionConfig(image_size=32 * grid),
+        connector=ConnectorConfig("linear", "average", factor),
+    )
+    if grid % factor:
+        with pytest.raises(InputError, match=f"{grid} x {grid} features cannot be reduced by {factor}"):
+            _ = config.image_tokens
+    else:
+        assert config.image_tokens == (grid // factor) ** 2

@@ -1,0 +1,229 @@
+"""The decoder against transformers, family by family, and against itself with cache and padding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from pumice.config import DecoderConfig
+from pumice.errors import InputError
+from pumice.model.cache import KVCache
+from pumice.model.decoder import Decoder
+from pumice.model.layers import Causal, Packed, causal_mask
+from pumice.weights import keymaps
+
+# head_width x heads differs from width, so that no reshape can pass by accident
+BASE = DecoderConfig(
+    vocab_size=67, width=32, depth=3, heads=4, kv_heads=2, head_width=12, mlp_width=40,
+    context=64, rope_base=500.0, norm_eps=1e-5,
+)  # fmt: skip
+FAMILIES: dict[str, tuple[str, DecoderConfig]] = {
+    "llama": ("LlamaForCausalLM", BASE),
+    "llama tied": ("LlamaForCausalLM", dataclasses.replace(BASE, tied_head=True)),
+    "llama one kv head": ("LlamaForCausalLM", dataclasses.replace(BASE, kv_heads=1)),
+    "mistral window": ("MistralForCausalLM", dataclasses.replace(BASE, sliding_window=5)),
+    "qwen2": ("Qwen2ForCausalLM", dataclasses.replace(BASE, head_width=8, qkv_bias=True, norm_eps=1e-6)),
+    "qwen3": ("Qwen3ForCausalLM", dataclasses.replace(BASE, qk_norm=True, norm_eps=1e-6, tied_head=True)),
+}
+TOKENS = 19  # longer than the sliding window
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Every parameter random, biases and norms too, and large enough that each one matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = noise * 0.3 if parameter.dim() == 2 else 1 + 0.5 * noise
+
+
+def make(config: DecoderConfig) -> Decoder:
+    decoder = Decoder(config).eval().requires_grad_(False)
+    randomise(decoder)
+    return decoder
+
+
+def ids(rows: int, tokens: int = TOKENS) -> Tensor:
+    return torch.randint(0, BASE.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def logits(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """The whole sequence at once, without a cache: the reference of the other tests."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    hidden = decoder(decoder.embed(tokens), positions, Causal(decoder.config.sliding_window))
+    return decoder.logits(hidden)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(family: str) -> None:
+    import transformers
+
+    name, config = FAMILIES[family]
+    model_class = getattr(transformers, name)
+    theirs = model_class(
+        model_class.config_class(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_width,
+            intermediate_size=config.mlp_width,
+            max_position_embeddings=config.context,
+            rope_theta=config.rope_base,
+            rms_norm_eps=config.norm_eps,
+            sliding_window=config.sliding_window,
+            tie_word_embeddings=config.tied_head,
+            attn_implementation="eager",
+        )
+    )
+    theirs = theirs.eval().requires_grad_(False)
+    randomise(theirs)
+    ours = Decoder(config).eval().requires_grad_(False)
+    ours.load_state_dict(keymaps.convert(dict(theirs.state_dict()), keymaps.hf_decoder(config)))
+    tokens = ids(2)
+    expected = theirs(tokens).logits
+    assert expected.std() > 1  # otherwise the tolerance would say nothing
+    difference = (logits(ours, tokens) - expected).abs().max().item()
+    print(f"{family}: {difference:.1e} of {expected.abs().max():.1f}")
+    assert difference < 1e-4  # measured worst: 1.4e-5
+
+
+def test_the_window_is_shorter_than_the_sequence_and_matters() -> None:
+    config = FAMILIES["mistral window"][1]
+    narrow, wide = make(config), make(dataclasses.replace(config, sliding_window=None))
+    tokens = ids(1)
+    assert config.sliding_window == 5
+    near, far = logits(narrow, tokens)[0], logits(wide, tokens)[0]
+    torch.testing.assert_close(near[:5], far[:5], atol=1e-4, rtol=0)
+    assert (near[5:] - far[5:]).abs().amax(-1).min() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_slots_of_different_lengths_decode_together_as_alone(family: str) -> None:
+    """Prefill each slot by itself, in one or two pieces, then one token for all slots at a time."""
+    config = FAMILIES[family][1]
+    decoder = make(config)
+    prompts = [3, 11, 7]
+    rows = ids(len(prompts))
+    expected = logits(decoder, rows)
+    cache = KVCache(config, slots=4, capacity=12, device=torch.device("cpu"), dtype=torch.float32)
+    slots = [2, 0, 3]  # not in order, one slot unused
+    worst = 0.0
+
+    def step(rows_now: list[int], slots_now: list[int], tokens: int) -> None:
+        nonlocal worst
+        starts = [cache.lengths[s] for s in slots_now]
+        pieces = [rows[r, a : a + tokens] for r, a in zip(rows_now, starts, strict=True)]
+        positions = cache.positions(slots_now, tokens)
+        attend = cache.attend(slots_now, tokens)
+        found = decoder.logits(decoder(decoder.embed(torch.stack(pieces)), positions, attend))
+        for row, start, ours in zip(rows_now, starts, found, strict=True):
+            worst = max(worst, (ours - expected[row, start : start + tokens]).abs().max().item())
+
+    for row, (slot, length) in enumerate(zip(slots, prompts, strict=True)):
+        first = length if row % 2 else length - 2
+        step([row], [slot], first)
+        if first < length:
+            step([row], [slot], length - first)
+    assert [cache.lengths[s] for s in slots] == prompts
+    cache.reserve(TOKENS)
+    while max(cache.lengths) < TOKENS:
+        step([0, 1, 2], slots, 1)
+    step([0, 2], [2, 3], 3)  # several tokens for several slots
+    assert cache.lengths == [19, 0, 14, 18]
+    print(f"{family}: {worst:.1e}")
+    assert worst < 1e-4  # measured worst: 1.4e-5
+
+
+def test_a_slot_is_used_again_from_its_beginning() -> None:
+    decoder = make(BASE)
+    cache = KVCache(BASE, slots=2, capacity=TOKENS, device=torch.device("cpu"), dtype=torch.float32)
+    rows = ids(2, 8)
+    for row in rows:
+        cache.lengths = [0, 0]
+        positions = cache.positions([0, 1], 8)
+        both = torch.stack((row, row.flip(0)))
+        found = decoder.logits(decoder(decoder.embed(both), positions, cache.attend([0, 1], 8)))
+        torch.testing.assert_close(found, logits(decoder, both), atol=1e-4, rtol=0)
+
+
+def test_a_full_slot_is_refused_and_left_as_it_was() -> None:
+    cache = KVCache(BASE, slots=2, capacity=8, device=torch.device("cpu"), dtype=torch.float32)
+    cache.lengths = [6, 2]
+    with pytest.raises(ValueError, match=r"slot 0: 6 \+ 3 tokens do not fit in 8"):
+        cache.attend([1, 0], 3)
+    assert cache.lengths == [6, 2]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(side: str, window: int | None) -> None:
+    decoder = make(dataclasses.replace(BASE, sliding_window=window))
+    rows, lengths = ids(3, 10), [10, 4, 7]
+    real = torch.zeros(3, 10, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        real[row, slice(10 - length, 10) if side == "left" else slice(0, length)] = True
+    positions = (real.cumsum(1) - 1).clamp_min(0)
+    hidden = decoder(decoder.embed(rows), positions, Causal(window, real))
+    assert hidden.isfinite().all()
+    for row in range(3):
+        alone = logits(decoder, rows[row, real[row]][None])[0]
+        # measured worst: 2.9e-6
+        torch.testing.assert_close(decoder.logits(hidden[row, real[row]]), alone, atol=1e-4, rtol=0)
+
+
+def test_packed_rows_do_not_see_each_other() -> None:
+    decoder = make(BASE)
+    rows = ids(2, 9)
+    lengths = (9, 5)
+    together = torch.cat((rows[0], rows[1, :5]))[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    attend = Packed([torch.ones(n, n, dtype=torch.bool).tril() for n in lengths])
+    found = decoder.logits(decoder(decoder.embed(together), positions, attend))[0]
+    for row, part in enumerate(found.split(lengths)):
+        alone = logits(decoder, rows[row : row + 1, : lengths[row]])[0]
+        torch.testing.assert_close(part, alone, atol=1e-4, rtol=0)
+
+
+def test_packed_refuses_what_the_window_cannot_hold() -> None:
+    masks = [torch.ones(n, n, dtype=torch.bool).tril() for n in (3, 6)]
+    Packed(masks, window=6)
+    with pytest.raises(ValueError, match="a tree of more than 5 tokens does not fit the sliding window"):
+        Packed(masks, window=5)
+
+
+def test_causal_mask_by_hand() -> None:
+    order = torch.arange(4)
+    assert causal_mask(order, order, 2).int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
+    ]
+    assert causal_mask(order[2:], order).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_tied_head_is_the_embedding() -> None:
+    decoder = Decoder(dataclasses.replace(BASE, tied_head=True))
+    assert decoder.head is None
+    assert decoder.head_weight is decoder.embed.weight
+    assert "head.weight" not in decoder.state_dict()
+
+
+def test_named_intermediates_are_the_residual_stream() -> None:
+    decoder = make(BASE)
+    tokens = ids(2, 6)
+    out: dict[str, Tensor] = {}
+    hidden = decoder(decoder.embed(tokens), torch.arange(6).expand(2, 6), Causal(), out)
+    assert list(out) == [f"decoder.blocks.{i}" for i in range(BASE.depth)]
+    assert all(value.shape == (2, 6, BASE.width) for value in out.values())
+    torch.testing.assert_close(decoder.norm(out["decoder.blocks.2"]), hidden)
+
+
+def test_heads_that_cannot_share_are_refused() -> None:
+    with pytest.raises(InputError, match="4 heads cannot share 3 key/value heads evenly"):
+        dataclasses.replace(BASE, kv_heads=3)

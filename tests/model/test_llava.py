@@ -1,0 +1,159 @@
+"""Encode, merge, forward: pictures land at their placeholders, in order, and gradients come back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from pumice.config import IMAGE_TOKEN, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
+from pumice.errors import InputError
+from pumice.model.adapters import LoraLinear
+from pumice.model.llava import Llava, make_tower
+
+N, D = 4, 16
+X = IMAGE_TOKEN
+
+
+def make(lora: LoraConfig | None = None) -> Llava:
+    config = ModelConfig(
+        decoder=DecoderConfig(
+            vocab_size=40, width=D, depth=2, heads=2, kv_heads=1, head_width=8, mlp_width=24, context=64
+        ),
+        vision=VisionConfig(image_size=64, variant="lite0"),
+        lora=lora,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Llava(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Llava:
+    return make()
+
+
+def tokens(pictures: int) -> Tensor:
+    return torch.randn(pictures, N, D, generator=torch.Generator().manual_seed(pictures))
+
+
+def test_pictures_of_several_rows_go_to_their_places_in_order(model: Llava) -> None:
+    ids = torch.tensor([
+        [1, X, X, X, X, 2, X, X, X, X, 3],
+        [4, 5, 6, 7, X, X, X, X, 8, 9, 10],
+    ])  # fmt: skip
+    given = tokens(3)
+    merged = model.merge(ids, given)
+    embed = model.decoder.embed.weight
+    assert torch.equal(merged[0, 1:5], given[0])
+    assert torch.equal(merged[0, 6:10], given[1])
+    assert torch.equal(merged[1, 4:8], given[2])
+    for row, column in (ids != X).nonzero().tolist():
+        assert torch.equal(merged[row, column], embed[ids[row, column]])
+
+
+def test_placeholders_of_one_picture_need_not_be_adjacent(model: Llava) -> None:
+    ids = torch.tensor([[X, 1, X, 2, X, X]])
+    merged = model.merge(ids, tokens(1))
+    assert torch.equal(merged[0, [0, 2, 4, 5]], tokens(1)[0])
+
+
+@pytest.mark.parametrize(("wanted", "pictures"), [(4, 2), (8, 1), (3, 1), (0, 1), (4, None), (5, 1)])
+def test_both_counts_are_in_the_message(model: Llava, wanted: int, pictures: int | None) -> None:
+    ids = torch.tensor([[1, *[X] * wanted, 2]])
+    given = None if pictures is None else tokens(pictures)
+    total = (pictures or 0) * N
+    with pytest.raises(
+        ValueError, match=f"hold {wanted} image placeholders, the pictures give {total} tokens"
+    ):
+        model.merge(ids, given)
+
+
+@pytest.mark.parametrize("given", [None, torch.zeros(0, N, D)])
+def test_text_alone_needs_no_picture(model: Llava, given: Tensor | None) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model.merge(ids, given), model.decoder.embed(ids))
+    assert model(ids, given).shape == (1, 3, D)
+
+
+def test_the_picture_changes_what_follows_it_and_nothing_before(model: Llava) -> None:
+    ids = torch.tensor([[1, 2, X, X, X, X, 3, 4]])
+    with torch.no_grad():
+        change = (model(ids, tokens(1)) - model(ids, tokens(1) + 1)).abs().amax(-1)[0]
+    assert change[:2].eq(0).all()
+    assert change[2:].gt(1e-4).all()
+
+
+def test_gradients_reach_every_image_token_connector_and_embedding() -> None:
+    model = make()
+    ids = torch.tensor([[1, X, X, X, X, 2, 3]])
+    features = torch.randn(1, N, 1280)
+    connected = model.connect(features)
+    connected.retain_grad()
+    model(ids, connected)[0, -1].square().sum().backward()
+    assert connected.grad is not None
+    assert connected.grad.abs().sum(-1).gt(0).all()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.connector.parameters())
+    touched = model.decoder.embed.weight.grad.abs().sum(-1)
+    assert touched.nonzero().flatten().tolist() == [1, 2, 3]  # row 0 only fills the placeholders' places
+
+
+def test_image_tokens_take_the_type_of_the_embedding() -> None:
+    model = make()
+    model.decoder.to(torch.bfloat16)
+    merged = model.merge(torch.tensor([[1, X, X, X, X]]), tokens(1))
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged[0, 1:], tokens(1)[0].bfloat16())
+
+
+def test_encode_is_tower_then_connector(model: Llava) -> None:
+    pixels = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        encoded = model.encode(pixels)
+        assert torch.equal(encoded, model.connector(model.tower(pixels)))
+    assert encoded.shape == (2, model.config.image_tokens, D)
+
+
+def test_named_intermediates(model: Llava) -> None:
+    ids = torch.tensor([[1, X, X, X, X, 2]])
+    out: dict[str, Tensor] = {}
+    with torch.no_grad():
+        hidden = model(ids, tokens(1), out=out)
+        assert list(out) == ["embeddings", "decoder.blocks.0", "decoder.blocks.1"]
+        assert torch.equal(out["embeddings"], model.merge(ids, tokens(1)))
+        assert torch.equal(model.decoder.norm(out["decoder.blocks.1"]), hidden)
+        assert torch.equal(model(ids, tokens(1)), hidden)
+
+
+def test_positions_default_to_counting(model: Llava) -> None:
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    counted = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    with torch.no_grad():
+        assert torch.equal(model(ids), model(ids, positions=counted))
+        spread = model(ids, positions=counted * 3)
+    assert (model(ids) - spread).abs().max() > 1e-4
+
+
+def test_the_window_of_the_config_is_used() -> None:
+    model = make()
+    ids = torch.arange(9)[None]
+    decoder = dataclasses.replace(model.config.decoder, sliding_window=3)
+    narrow = Llava(dataclasses.replace(model.config, decoder=decoder)).eval()
+    narrow.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        change = (model(ids) - narrow(ids)).abs().amax(-1)[0]
+    assert change[:3].lt(1e-5).all()
+    assert change[3:].gt(1e-5).all()
+
+
+def test_adapters_of_the_config_are_in_the_decoder_only() -> None:
+    model = make(LoraConfig(rank=2, targets=("q",)))
+    names = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    assert names == ["decoder.blocks.0.attention.q", "decoder.blocks.1.attention.q"]
+
+
+def test_unknown_towers_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match="unknown vision tower 'clip2'; use one of"):
+        make_tower(VisionConfig(kind="clip2"))
