@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import settings
 
 # Before torch is imported: results to the last bit depend on the number of threads.
@@ -31,3 +33,51 @@ def no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local_only)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder like any other, small and random: 4 image tokens, a byte-level vocabulary, ChatML."""
+    import torch
+
+    from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+    from pumice.model.llava import Llava
+    from pumice.weights.folder import save
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=specials,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["user assistant system What is in the picture? A dog runs."] * 4, trainer)
+    config = ModelConfig(
+        decoder=DecoderConfig(
+            vocab_size=320,
+            width=64,
+            depth=2,
+            heads=4,
+            kv_heads=2,
+            head_width=16,
+            mlp_width=96,
+            context=256,
+            tied_head=True,
+        ),
+        vision=VisionConfig(image_size=64, variant="lite0"),
+        connector=ConnectorConfig(kind="mlp2x_gelu"),
+        template="chatml",
+        stop_token_ids=(2,),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Llava(config)
+        for parameter in model.decoder.parameters():
+            if parameter.dim() == 2:  # weights so large that it says something else at every step
+                torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save(folder, config, model.state_dict(), tokenizer=tokenizer.to_str())
+    return folder

@@ -133,19 +133,20 @@ class Chat:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
-        asked = user_message(question, [data for _, data in self.pending])
         self.unsent = question
+        asked = user_message(question, [data for _, data in self.pending])
         text = ""
         try:
             for piece in self.assistant.stream([*self.messages, asked], **self.sampling):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
-            print(" (stopped)" if text.strip() else "(stopped before the first word)", end="")
+            print(" (stopped)", end="")
         finally:
             if text:
                 print()
         if not text.strip():
+            print("(no answer)")
             return
         self.messages += [asked, Message("assistant", (text,))]
         self.shown += [name for name, _ in self.pending]
@@ -183,17 +184,11 @@ class Chat:
         if path.exists():
             raise InputError(f"'{path}' exists already; name another file")
         turns = [
-            {
-                "from": "human" if message.role == "user" else "gpt",
-                "value": f"{IMAGE_PLACEHOLDER}\n" * len(message.images) + message.text,
-            }
+            {"from": "human" if message.role == "user" else "gpt", "value": _as_llava(message)}
             for message in self.messages
         ]
-        row: dict[str, Any] = {
-            "id": path.stem,
-            **({"image": images} if images else {}),
-            "conversations": turns,
-        }
+        pictures = {"image": self.shown} if self.shown else {}
+        row = {"id": path.stem, **pictures, "conversations": turns}
         text = json.dumps([row], ensure_ascii=False, indent=1) + "\n"
         try:
             with path.open("x", encoding="utf-8") as file:
@@ -227,6 +222,12 @@ class Chat:
         """Ctrl-C while typing: the line is reached again with the up arrow."""
         if self.readline is not None and (line := self.readline.get_line_buffer()).strip():
             self.readline.add_history(line)
+
+
+def _as_llava(message: Message) -> str:
+    """A message with `<image>` where its pictures are; a new line follows a single one, as in LLaVA."""
+    mark = IMAGE_PLACEHOLDER + "\n" * (len(message.images) == 1)
+    return "".join(part if isinstance(part, str) else mark for part in message.parts)
 
 
 def _readline() -> ModuleType | None:

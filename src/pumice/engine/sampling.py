@@ -93,7 +93,7 @@ def sample(
 
 def penalise(logits: Tensor, penalty: float, history: Sequence[Sequence[int]]) -> Tensor:
     """Divide the positive logits of tokens already seen, multiply the negative ones."""
-    logits = logits.float()
+    logits = logits.to(torch.float32, copy=True)
     for row, seen in enumerate(history):
         ids = torch.tensor(sorted({n for n in seen if n >= 0}), device=logits.device, dtype=torch.long)
         values = logits[row, ids]

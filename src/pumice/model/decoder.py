@@ -20,7 +20,10 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        vocabulary = torch.empty(config.vocab_size, config.width)
+        self.embed = nn.Embedding(*vocabulary.shape, _weight=vocabulary)
+        if not self.embed.weight.is_meta:  # where drawing nothing would import all of torch's compiler
+            nn.init.normal_(self.embed.weight)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head: nn.Linear | Int8Linear | None = None
@@ -37,10 +40,10 @@ class Decoder(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # the residual stream adds up small updates, which bf16 would round away
         cos, sin = rotary(positions, self.config.head_width, self.config.rope_base)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             x = block(x, cos, sin, attend)
             if out is not None:
-                out[f"decoder.blocks.{block.attention.layer}"] = x
+                out[f"decoder.blocks.{number}"] = x
         return self.norm(x)
 
     @property

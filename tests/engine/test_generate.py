@@ -1,0 +1,186 @@
+"""The cached, batched engine against the naive one, token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pumice import InputError
+from pumice.config import IMAGE_TOKEN, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.engine.generate import Answer, Prompt, generate, naive_generate
+from pumice.engine.sampling import SamplingParams
+from pumice.model.llava import Llava
+
+N = 4  # image tokens of one picture
+
+
+def make(window: int | None = None, context: int = 96, stops: tuple[int, ...] = (), **more: bool) -> Llava:
+    decoder = DecoderConfig(
+        vocab_size=101, width=32, depth=3, heads=4, kv_heads=2, head_width=8, mlp_width=48,
+        context=context, sliding_window=window, **more,
+    )  # fmt: skip
+    config = ModelConfig(
+        decoder=decoder,
+        vision=VisionConfig(image_size=64, variant="lite0"),
+        connector=ConnectorConfig(kind="linear"),
+        stop_token_ids=stops,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Llava(config).eval()
+        for parameter in model.decoder.parameters():  # large weights: no two logits are close
+            if parameter.dim() == 2:
+                parameter.data.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Llava:
+    return make()
+
+
+def prompt(length: int, pictures: int = 0, seed: int = 0, **sampling: object) -> Prompt:
+    """Text of `length` tokens with `pictures` pictures among it."""
+    random = torch.Generator().manual_seed(seed)
+    pieces = [torch.randint(0, 101, (length,), generator=random)]
+    for _ in range(pictures):
+        pieces += [torch.full((N,), IMAGE_TOKEN), torch.randint(0, 101, (2,), generator=random)]
+    tokens = torch.randn(pictures, N, 32, generator=random) if pictures else None
+    return Prompt(torch.cat(pieces), tokens, SamplingParams(**{"max_new_tokens": 20, **sampling}))
+
+
+def answers(model: Llava, prompts: list[Prompt], slots: int) -> list[Answer]:
+    streamed: dict[int, list[int]] = {}
+    done: dict[int, Answer] = {}
+    for answer, token in generate(model, prompts, slots=slots):
+        assert answer.index not in done
+        if token is None:
+            done[answer.index] = answer
+        else:
+            streamed.setdefault(answer.index, []).append(token)
+    assert all(streamed.get(i, []) == answer.ids for i, answer in done.items())
+    return [done[i] for i in range(len(prompts))]
+
+
+MIXED = [(5, 0), (17, 1), (2, 2), (1, 0), (30, 3), (9, 1)]
+
+
+@pytest.mark.parametrize(("length", "pictures"), MIXED)
+def test_cached_equals_naive(model: Llava, length: int, pictures: int) -> None:
+    given = prompt(length, pictures)
+    (answer,) = answers(model, [given], 1)
+    assert answer.ids == naive_generate(model, given)
+    assert (len(answer.ids), answer.finish) == (20, "length")
+
+
+@pytest.mark.parametrize("slots", [2, 3, 8])
+def test_batched_equals_naive(model: Llava, slots: int) -> None:
+    given = [
+        prompt(length, pictures, seed=i, max_new_tokens=5 + 4 * i)
+        for i, (length, pictures) in enumerate(MIXED)
+    ]
+    assert [a.ids for a in answers(model, given, slots)] == [naive_generate(model, p) for p in given]
+
+
+@pytest.mark.parametrize("more", [{"qkv_bias": True}, {"qk_norm": True}, {"tied_head": True}])
+def test_other_families(more: dict[str, bool]) -> None:
+    other = make(**more)
+    given = [prompt(6, 1, seed=1), prompt(11, seed=2)]
+    assert [a.ids for a in answers(other, given, 2)] == [naive_generate(other, p) for p in given]
+
+
+def test_sliding_window() -> None:
+    narrow = make(window=7)
+    given = [prompt(12, 1), prompt(3, seed=4)]
+    assert [a.ids for a in answers(narrow, given, 2)] == [naive_generate(narrow, p) for p in given]
+    assert answers(narrow, given[:1], 1)[0].ids == naive_generate(narrow, given[0])
+    assert answers(narrow, given, 2)[0].ids != answers(make(), given, 2)[0].ids
+
+
+def test_a_seed_draws_the_same_alone_and_in_a_batch(model: Llava) -> None:
+    given = [
+        Prompt(prompt(4 + i, seed=i).input_ids, None, SamplingParams(20, temperature=1.5, top_p=0.9, seed=i))
+        for i in range(4)
+    ]
+    first = [a.ids for a in answers(model, given, 3)]
+    assert (
+        first == [answers(model, [p], 1)[0].ids for p in given] == [naive_generate(model, p) for p in given]
+    )
+    other = Prompt(given[0].input_ids, None, SamplingParams(20, temperature=1.5, top_p=0.9, seed=99))
+    assert naive_generate(model, other) != first[0]
+
+
+def test_without_a_seed_draws_differ(model: Llava) -> None:
+    given = prompt(4, temperature=2.0)
+    assert answers(model, [given], 1)[0].ids != answers(model, [given], 1)[0].ids
+
+
+def test_the_repetition_penalty_sees_prompt_and_answer(model: Llava) -> None:
+    given = prompt(4, 1, repetition_penalty=1e6)
+    ids = answers(model, [given], 1)[0].ids
+    assert len(set(ids)) == 20
+    assert not set(ids) & set(given.input_ids.tolist())
+    assert ids == naive_generate(model, given)
+
+
+def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(model: Llava) -> None:
+    free = naive_generate(model, prompt(5))
+    stopping = make(stops=(free[6], free[9]))
+    at = min(free.index(free[6]), free.index(free[9]))
+    (answer,) = answers(stopping, [prompt(5)], 1)
+    assert (answer.ids, answer.finish) == (free[:at], "stop")
+    immediately = make(stops=(free[0],))
+    (answer,) = answers(immediately, [prompt(5)], 1)
+    assert (answer.ids, answer.finish) == ([], "stop")
+
+
+def test_the_context_ends_an_answer() -> None:
+    small = make(context=16)
+    given = prompt(10)
+    (answer,) = answers(small, [given], 1)
+    assert (len(answer.ids), answer.finish) == (6, "length")
+    assert answer.ids == naive_generate(small, given)
+
+
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
+    with pytest.raises(InputError, match=r"takes 16 tokens .* context of 16"):
+        answers(make(context=16), [prompt(16)], 1)
+
+
+def test_whoever_reads_may_end_one_answer_and_the_others_go_on(model: Llava) -> None:
+    given = [prompt(5), prompt(7, 1, seed=2)]
+    for answer, token in generate(model, given, slots=2):
+        if token is not None and answer.index == 0 and len(answer.ids) == 3:
+            answer.end()
+        if token is None and answer.index == 0:
+            assert (len(answer.ids), answer.finish) == (3, "stop")
+        if token is None and answer.index == 1:
+            assert answer.ids == naive_generate(model, given[1])
+
+
+def test_prompts_are_taken_only_when_a_slot_is_free(model: Llava) -> None:
+    taken = 0
+
+    def prompts() -> Iterator[Prompt]:
+        nonlocal taken
+        for i in range(6):
+            taken += 1
+            yield prompt(3, seed=i, max_new_tokens=4)
+
+    finished = 0
+    for _, token in generate(model, prompts(), slots=2):
+        assert taken <= finished + 2
+        finished += token is None
+    assert (taken, finished) == (6, 6)
+
+
+def test_image_tokens_matter_and_are_counted(model: Llava) -> None:
+    given = prompt(5, 1)
+    other = Prompt(given.input_ids, torch.zeros(1, N, 32), given.params)
+    assert naive_generate(model, given) != naive_generate(model, other)
+    short: Tensor = torch.zeros(1, N - 1, 32)
+    with pytest.raises(ValueError, match="hold 4 image placeholders, the pictures give 3 tokens"):
+        naive_generate(model, Prompt(given.input_ids, short, given.params))
