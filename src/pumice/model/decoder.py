@@ -21,7 +21,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         vocabulary = torch.empty(config.vocab_size, config.width)
-        self.embed = nn.Embedding(*vocabulary.shape, _weight=vocabulary)
+        self.embed = nn.Embedding(config.vocab_size, config.width, _weight=vocabulary)
         if not self.embed.weight.is_meta:  # where drawing nothing would import all of torch's compiler
             nn.init.normal_(self.embed.weight)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
