@@ -73,6 +73,10 @@ class ConnectorConfig:
     reduce: str = "none"  # none | average | pixel_shuffle: how a square of features becomes one token
     factor: int = 1  # side of that square
 
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise InputError(f"connector: the factor must be 1 or more, not {self.factor}")
+
 
 @dataclass(frozen=True)
 class ImagePolicy:

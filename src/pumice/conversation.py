@@ -68,9 +68,19 @@ class Conversation:
         asking (the user speaks last, and says something).
         """
         where = f"conversation {self.id!r}: " if self.id else ""
-        turns = self.messages[1:] if self.messages[:1] and self.messages[0].role == "system" else self.messages
+        system = self.messages[:1] if self.messages and self.messages[0].role == "system" else ()
+        turns = self.messages[len(system) :]
+        if any(message.images for message in system):
+            raise InputError(f"{where}the system message holds a picture; only the user can show one")
         if not turns:
             raise InputError(f"{where}there are no messages; give at least one question")
+        for message in self.messages:
+            try:
+                message.text.encode()
+            except UnicodeEncodeError as error:  # half of a surrogate pair, as cut JSON escapes leave it
+                raise InputError(
+                    f"{where}a text holds half of a character, {message.text[error.start]!r}; remove it"
+                ) from error
         for number, message in enumerate(turns):
             expected = ("user", "assistant")[number % 2]
             if message.role not in ROLES:

@@ -48,8 +48,11 @@ class Template:
         spans: Spans = []
         for number, message in enumerate(conversation.messages):
             if message.role == "assistant":
+                # A space at the front would merge with the newline before it, which stands alone when
+                # the model begins to answer.
+                text = message.text.lstrip() if self.assistant.endswith("\n") else message.text
                 spans.append(Span(self.assistant, control=True))
-                spans.append(Span(message.text, supervised=True))
+                spans.append(Span(text, supervised=True))
                 spans.append(Span(self.stop, supervised=True, control=True))
                 if number + 1 < len(conversation.messages):
                     spans.append(Span(self.between, control=True))
