@@ -1,0 +1,258 @@
+"""Packs: every loss and gradient as if each sample ran alone, and no sample lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pumice.config import IMAGE_TOKEN, DecoderConfig, ModelConfig, VisionConfig
+from pumice.conversation import Conversation, ImagePart, Message, user_message
+from pumice.data.packing import Pack, Tree, pack, prefix_tree
+from pumice.model.layers import Packed
+from pumice.model.llava import Llava
+from pumice.processor import Processor, Sample
+from pumice.tokens import IGNORE, Tokenizer
+from pumice.train.loss import supervised_loss
+
+N = 2  # image tokens of one picture
+A, B = ImagePart("a"), ImagePart("b")
+
+
+def sample(text: str, *images: ImagePart, name: str = "s") -> Sample:
+    """Letters are ids, capitals are supervised, `#` is a picture: sample("q#A") learns to say A."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for letter in text:
+        if letter == "#":
+            ids += [IMAGE_TOKEN] * N
+            labels += [IGNORE] * N
+        else:
+            ids.append(ord(letter.lower()) - ord("a"))
+            labels.append(ids[-1] if letter.isupper() else IGNORE)
+    return Sample(name, np.array(ids), np.array(labels), images)
+
+
+def language_model(tied: bool = True) -> Llava:
+    config = ModelConfig(
+        DecoderConfig(
+            vocab_size=26, width=24, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=32, tied_head=tied
+        ),
+        VisionConfig(image_size=64, variant="lite0"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Llava(config)
+        for parameter in model.decoder.parameters():
+            if parameter.dim() == 2:
+                parameter.data.normal_(0, 0.3)
+    return model
+
+
+def image_tokens(images: tuple[ImagePart, ...] | list[ImagePart], leaves: dict[str, Tensor]) -> Tensor | None:
+    """(M, N, D); the same picture has the same tokens, as leaves whose gradients add up."""
+    for image in images:
+        if image.name not in leaves:
+            generator = torch.Generator().manual_seed(ord(image.name))
+            leaves[image.name] = torch.randn(N, 24, generator=generator).requires_grad_()
+    return torch.stack([leaves[image.name] for image in images]) if images else None
+
+
+def packed_loss(model: Llava, packed: Pack, leaves: dict[str, Tensor]) -> Tensor:
+    """As the training loop computes it."""
+    here = torch.from_numpy
+    hidden = model(
+        here(packed.input_ids)[None],
+        image_tokens(packed.images, leaves),
+        positions=here(packed.positions)[None],
+        attend=Packed([here(t.visible) for t in packed.trees]),
+    )
+    head = model.decoder.head_weight
+    return supervised_loss(hidden[0], head, here(packed.sources), here(packed.targets), here(packed.weights))
+
+
+def loss_alone(model: Llava, one: Sample, leaves: dict[str, Tensor]) -> Tensor:
+    """One sample, plain causal attention, the library's own cross-entropy."""
+    hidden = model(torch.from_numpy(one.input_ids)[None], image_tokens(one.images, leaves))
+    logits = model.decoder.logits(hidden)[0, :-1]
+    labels = torch.from_numpy(one.labels)[1:]
+    return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
+
+def gradients(model: Llava, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    found |= {f"picture {n}": t.grad.clone() for n, t in leaves.items() if t.grad is not None}
+    model.zero_grad(set_to_none=True)
+    leaves.clear()
+    return found
+
+
+GROUPS = {
+    "captions of one picture": [["#whatDOG", "#whatDOGGY", "#whoCAT", "#whatD"]],
+    "equal samples": [["#abCD", "#abCD", "#abCD"]],
+    "two pictures": [["#a#bYES", "#a#bYET", "#a#cNO"]],
+    "several turns": [["#aBcDe", "#aBcF", "#aGcD", "#abCd"]],  # the same text, differently marked
+    "text only": [["abC", "abD", "xyZ"]],
+    "a caption alone": [["#DOG", "#DIG"]],
+    "several trees": [["#whatDOG", "#whatD"], ["abC", "abD"], ["#x#yZ"], ["Q", "aB"]],
+}
+
+
+def grouped(name: str) -> list[list[Sample]]:
+    return [
+        [sample(text, *(A, B)[: text.count("#")], name=f"{name} {text}") for text in texts]
+        for texts in GROUPS[name]
+    ]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", GROUPS)
+def test_losses_and_gradients_equal_those_of_the_samples_alone(name: str, tied: bool) -> None:
+    model, leaves = language_model(tied), {}
+    groups = grouped(name)
+    alone = torch.stack([loss_alone(model, one, leaves) for group in groups for one in group]).sum()
+    alone.backward()
+    expected = gradients(model, leaves)
+    together = packed_loss(model, Pack(tuple(map(prefix_tree, groups))), leaves)
+    together.backward()
+    found = gradients(model, leaves)
+    assert alone > 1
+    relative = abs(together.item() - alone.item()) / alone.item()
+    assert found.keys() == expected.keys()
+    worst = max((found[n] - expected[n]).abs().max() / (1 + expected[n].abs().max()) for n in found).item()
+    print(f"{name}: loss {relative:.1e}, gradients {worst:.1e}")
+    assert relative < 1e-5  # measured worst: 2.2e-7
+    assert worst < 1e-5  # measured worst: 1.8e-6
+
+
+def test_the_loss_counts_every_supervised_token_once() -> None:
+    for name in GROUPS:
+        for group in grouped(name):
+            tree = prefix_tree(group)
+            first = sum(
+                one.labels[0] != IGNORE for one in group
+            )  # nothing stands before it to predict it from
+            assert tree.weights.sum() == sum(one.supervised for one in group) - first
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    tree = prefix_tree(grouped("captions of one picture")[0])
+    assert len(tree) == N + len("what" + "dog" + "gy") + len("o" + "cat")
+    assert tree.images == (A,)
+    assert tree.positions[:N].tolist() == [0, 1]
+    weights = dict(zip(tree.targets.tolist(), tree.weights.tolist(), strict=False))
+    assert weights[ord("d") - ord("a")] == 3
+
+
+def test_a_tree_by_hand() -> None:
+    tree = prefix_tree([sample("aBC"), sample("aBD"), sample("aX")])
+    assert tree.input_ids.tolist() == [0, 1, 2, 3, 23]
+    assert tree.positions.tolist() == [0, 1, 2, 2, 1]
+    assert tree.visible.astype(int).tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 0, 0, 0, 1],
+    ]
+    assert tree.sources.tolist() == [0, 1, 1, 0]
+    assert tree.targets.tolist() == [1, 2, 3, 23]
+    assert tree.weights.tolist() == [2, 1, 1, 1]
+
+
+def test_the_second_picture_after_different_text_is_looked_at_again() -> None:
+    tree = prefix_tree([sample("#a#X", A, B), sample("#b#X", A, B)])
+    assert tree.images == (A, B, B)
+    assert (tree.input_ids == IMAGE_TOKEN).sum() == 3 * N
+
+
+def test_different_pictures_do_not_share_a_tree() -> None:
+    with pytest.raises(ValueError, match="samples 'one' and 'two' show different pictures"):
+        prefix_tree([sample("#aB", A, name="one"), sample("#aB", B, name="two")])
+    with pytest.raises(ValueError, match="show different pictures"):
+        prefix_tree([sample("#a#B", A, B), sample("#a#B", B, A)])
+
+
+def test_a_pack_places_its_trees_end_to_end() -> None:
+    one, two = prefix_tree([sample("#aB", A)]), prefix_tree([sample("cD"), sample("cE")])
+    joined = Pack((one, two))
+    assert len(joined) == len(one) + len(two) == 7
+    assert joined.input_ids.tolist() == [IMAGE_TOKEN, IMAGE_TOKEN, 0, 1, 2, 3, 4]
+    assert joined.positions.tolist() == [0, 1, 2, 3, 0, 1, 1]
+    assert joined.sources.tolist() == [2, 4, 4]
+    assert joined.targets.tolist() == [1, 3, 4]
+    assert joined.images == [A]
+
+
+MODEL = language_model()
+letters = st.text("abAB", min_size=1, max_size=6)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.tuples(st.booleans(), st.lists(letters, min_size=1, max_size=4)), min_size=1, max_size=4))
+def test_any_pack_has_the_losses_of_its_samples(groups: list[tuple[bool, list[str]]]) -> None:
+    trees, expected = [], 0.0
+    with torch.no_grad():
+        for pictured, texts in groups:
+            samples = [sample("#" + t, A) if pictured else sample(t) for t in texts]
+            expected += sum(loss_alone(MODEL, one, {}).item() for one in samples)
+            trees.append(prefix_tree(samples))
+        found = packed_loss(MODEL, Pack(tuple(trees)), {}).item()
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@settings(max_examples=40)
+@given(st.lists(letters, min_size=1, max_size=6))
+def test_every_sample_can_be_read_back_from_the_tree(texts: list[str]) -> None:
+    """A node and what it sees, in order of depth, is a sample's beginning; each beginning is there once."""
+    tree = prefix_tree([sample(text) for text in texts])
+    paths = []
+    for row in tree.visible:
+        seen = np.flatnonzero(row)
+        assert tree.positions[seen].tolist() == list(range(len(seen)))
+        paths.append("".join(chr(ord("a") + i) for i in tree.input_ids[seen]))
+    beginnings = {text.lower()[: i + 1] for text in texts for i in range(len(text))}
+    assert sorted(paths) == sorted(beginnings)
+    assert np.isin(tree.sources, range(len(tree))).all()
+
+
+def trees_of(lengths: list[int]) -> list[Tree]:
+    return [prefix_tree([sample("a" * (n - 1) + "B", name=str(i))]) for i, n in enumerate(lengths)]
+
+
+@settings(max_examples=40)
+@given(lengths=st.lists(st.integers(1, 9), max_size=9), budget=st.integers(1, 20))
+def test_packs_keep_to_the_budget_and_lose_nothing(lengths: list[int], budget: int) -> None:
+    trees = trees_of(lengths)
+    packs = pack(trees, budget)
+    assert all(len(p) <= budget or len(p.trees) == 1 for p in packs)
+    assert all(p.trees for p in packs)
+    assert sorted(id(t) for p in packs for t in p.trees) == sorted(map(id, trees))
+    assert pack(trees, budget) == packs
+    # First fit: the smallest tree of a later pack fits in no earlier one.
+    for late in range(1, len(packs)):
+        smallest = min(map(len, packs[late].trees))
+        assert all(len(early) + smallest > budget for early in packs[:late])
+
+
+def test_real_samples_share_picture_and_question(tiny_folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(tiny_folder / "tokenizer.json")
+    decoder = DecoderConfig(320, 24, 1, 2, 1, 8, 16)
+    processor = Processor(ModelConfig(decoder, VisionConfig(image_size=64)), tokenizer)
+    question = user_message("What is in the picture?", ["a"])
+    samples = [
+        processor.training_sample(Conversation((question, Message("assistant", (answer,)))))
+        for answer in ("A dog.", "A dog runs.", "The picture.")
+    ]
+    prompt = processor.prompt(Conversation((question,)))
+    tree = prefix_tree(samples)
+    shared = len(prompt.input_ids)
+    assert tree.input_ids[:shared].tolist() == prompt.input_ids.tolist()
+    assert tree.visible[:, :shared][shared:].all()
+    assert len(tree) < shared + sum(s.supervised for s in samples)
+    assert tree.weights.sum() == sum(s.supervised for s in samples)

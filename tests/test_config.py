@@ -1,0 +1,150 @@
+"""Configs: to JSON and back without loss, and strict about every key and type."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pumice.config import (
+    FORMAT_VERSION,
+    ConnectorConfig,
+    DecoderConfig,
+    ImagePolicy,
+    LoraConfig,
+    ModelConfig,
+    VisionConfig,
+    from_dict,
+)
+from pumice.errors import InputError
+
+DECODER = DecoderConfig(vocab_size=100, width=32, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=64)
+
+
+def plain() -> dict[str, Any]:
+    """A config as it is read from a file."""
+    return json.loads(json.dumps(ModelConfig(DECODER, lora=LoraConfig()).to_dict()))
+
+
+decoders = st.builds(
+    DecoderConfig,
+    vocab_size=st.integers(1, 10**6),
+    width=st.integers(1, 10**4),
+    depth=st.integers(1, 99),
+    heads=st.just(8),
+    kv_heads=st.sampled_from([1, 2, 4, 8]),
+    head_width=st.integers(1, 256),
+    mlp_width=st.integers(1, 10**5),
+    context=st.integers(1, 10**6),
+    rope_base=st.floats(1, 1e7),
+    norm_eps=st.floats(1e-12, 1e-3),
+    tied_head=st.booleans(),
+    qkv_bias=st.booleans(),
+    qk_norm=st.booleans(),
+    sliding_window=st.none() | st.integers(1, 10**5),
+)
+models = st.builds(
+    ModelConfig,
+    decoder=decoders,
+    vision=st.builds(VisionConfig, image_size=st.integers(1, 40).map(lambda n: 14 * n), stride=st.just(14)),
+    connector=st.builds(ConnectorConfig, kind=st.text(), reduce=st.text(), factor=st.integers(1, 9)),
+    image=st.builds(
+        ImagePolicy, mean=st.tuples(*[st.floats(0, 1)] * 3), pad_color=st.tuples(*[st.integers(0, 255)] * 3)
+    ),
+    template=st.text(),
+    stop_token_ids=st.lists(st.integers(0, 10**6), max_size=4).map(tuple),
+    lora=st.none() | st.builds(LoraConfig, rank=st.integers(1, 512), targets=st.lists(st.text()).map(tuple)),
+)
+
+
+@given(models)
+def test_a_config_survives_json(config: ModelConfig) -> None:
+    written = json.dumps(config.to_dict())
+    assert ModelConfig.from_dict(json.loads(written)) == config
+
+
+def test_reading_does_not_change_what_was_given() -> None:
+    values = plain()
+    ModelConfig.from_dict(values)
+    assert values == plain()
+
+
+def test_left_out_keys_take_their_defaults() -> None:
+    values = {"pumice_format": FORMAT_VERSION, "decoder": dataclasses.asdict(DECODER)}
+    assert ModelConfig.from_dict(values) == ModelConfig(DECODER)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("decoder", "widht"), 3, "config.json: decoder: unknown key 'widht'; did you mean 'width'?"),
+        (("tempalte",), "x", "config.json: unknown key 'tempalte'; did you mean 'template'?"),
+        (("zzz",), 1, "config.json: unknown key 'zzz'"),
+        (("decoder", "depth"), "2", "config.json: decoder: depth: expected int, found '2'"),
+        (("decoder", "depth"), 2.0, "config.json: decoder: depth: expected int, found 2.0"),
+        (("decoder", "depth"), True, "config.json: decoder: depth: expected int, found True"),
+        (("decoder", "depth"), None, "config.json: decoder: depth: expected int, found None"),
+        (("decoder", "rope_base"), "1e4", "config.json: decoder: rope_base: expected float, found '1e4'"),
+        (("decoder", "rope_base"), False, "config.json: decoder: rope_base: expected float, found False"),
+        (("decoder", "tied_head"), 1, "config.json: decoder: tied_head: expected bool, found 1"),
+        (("decoder", "sliding_window"), "4", "config.json: decoder: sliding_window: expected int, found '4'"),
+        (("image", "mean"), [0.5, 0.5], "config.json: image: mean: expected 3 values, found 2"),
+        (("image", "mean"), 0.5, "config.json: image: mean: expected a list, found 0.5"),
+        (("image", "pad_color"), [1, 2, 3.5], "config.json: image: pad_color: expected int, found 3.5"),
+        (("stop_token_ids",), ["2"], "config.json: stop_token_ids: expected int, found '2'"),
+        (("lora", "targets"), "q", "config.json: lora: targets: expected a list, found 'q'"),
+        (("vision",), [], "config.json: vision: expected an object for VisionConfig, found list"),
+        (("vision", "image_size"), 250, "image size 250 is not a multiple of the tower's stride 32"),
+        (("decoder", "kv_heads"), 3, "4 heads cannot share 3 key/value heads evenly"),
+        (("connector", "factor"), 0, "connector: the factor must be 1 or more, not 0"),
+        (("pumice_format",), 7, f"config.json has pumice_format 7, this version reads {FORMAT_VERSION}"),
+    ],
+)
+def test_wrong_values_are_named_with_their_place(path: tuple[str, ...], value: Any, message: str) -> None:
+    values = plain()
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(InputError) as caught:
+        ModelConfig.from_dict(values)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "mlp_width"])
+def test_missing_keys_are_named(key: str) -> None:
+    values = plain()
+    del values["decoder"][key]
+    with pytest.raises(InputError, match=f"config.json: decoder: the key '{key}' is missing"):
+        ModelConfig.from_dict(values)
+
+
+def test_a_file_without_a_version_is_not_ours() -> None:
+    values = plain()
+    del values["pumice_format"]
+    with pytest.raises(InputError, match=r"^config\.json has pumice_format None"):
+        ModelConfig.from_dict(values)
+
+
+def test_whole_numbers_become_floats_where_floats_stand() -> None:
+    policy = from_dict(ImagePolicy, {"mean": [0, 1, 0]}, "image")
+    assert policy.mean == (0.0, 1.0, 0.0)
+    assert all(type(value) is float for value in policy.mean)
+
+
+@pytest.mark.parametrize(
+    ("size", "connector", "tokens"),
+    [
+        (256, ConnectorConfig(), 64),
+        (336, ConnectorConfig("linear"), 576),
+        (336, ConnectorConfig("linear", "average", 2), 144),
+        (336, ConnectorConfig("linear", "pixel_shuffle", 24), 1),
+    ],
+)
+def test_image_tokens(size: int, connector: ConnectorConfig, tokens: int) -> None:
+    vision = VisionConfig(image_size=size, stride=32 if size == 256 else 14)
+    assert ModelConfig(DECODER, vision, connector).image_tokens == tokens

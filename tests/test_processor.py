@@ -1,0 +1,147 @@
+"""The processor: one path from a conversation to ids, labels and pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pumice.config import IMAGE_TOKEN, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.conversation import Conversation, ImagePart, Message, from_llava, user_message
+from pumice.errors import InputError
+from pumice.images import pixels
+from pumice.processor import Processor
+from pumice.tokens import IGNORE, Tokenizer
+
+CONFIG = ModelConfig(
+    DecoderConfig(
+        vocab_size=320, width=32, depth=1, heads=2, kv_heads=1, head_width=16, mlp_width=32, context=128
+    ),
+    VisionConfig(image_size=64),
+    stop_token_ids=(2,),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(tiny_folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer: Tokenizer) -> Processor:
+    return Processor(CONFIG, tokenizer)
+
+
+def picture(color: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+def row(answer: str = "A dog.", images: int = 1, name: str = "r1") -> Conversation:
+    question = "<image>" * images + "What?"
+    return from_llava(name, [("human", question), ("gpt", answer)], [picture((9, 9, 9))] * images)
+
+
+def test_a_training_sample(processor: Processor, tokenizer: Tokenizer) -> None:
+    conversation = row()
+    sample = processor.training_sample(conversation)
+    assert sample.id == "r1"
+    assert sample.input_ids.dtype == sample.labels.dtype == np.int64
+    assert sample.input_ids.shape == sample.labels.shape == (len(sample.input_ids),)
+    assert (sample.input_ids == IMAGE_TOKEN).sum() == CONFIG.image_tokens == 4
+    assert sample.images == tuple(conversation.images)
+    supervised = sample.labels[sample.labels != IGNORE]
+    assert sample.supervised == len(supervised)
+    assert tokenizer.backend.decode(supervised.tolist(), skip_special_tokens=False) == "A dog.<|im_end|>"
+
+
+def test_a_prompt_is_the_beginning_of_the_training_sample(processor: Processor) -> None:
+    conversation = row()
+    sample = processor.training_sample(conversation)
+    prompt = processor.prompt(Conversation(conversation.messages[:1]))
+    assert np.array_equal(sample.input_ids[: len(prompt.input_ids)], prompt.input_ids)
+    assert len(sample.input_ids) - len(prompt.input_ids) == sample.supervised
+    assert prompt.supervised == 0
+    assert prompt.images == sample.images
+
+
+@pytest.mark.parametrize("reduce", ["average", "pixel_shuffle"])
+def test_placeholders_follow_the_connector(tokenizer: Tokenizer, reduce: str) -> None:
+    config = dataclasses.replace(CONFIG, connector=ConnectorConfig("linear", reduce, 2))
+    sample = Processor(config, tokenizer).training_sample(row(images=3))
+    assert (sample.input_ids == IMAGE_TOKEN).sum() == 3
+
+
+def test_pictures_keep_their_order_over_messages(processor: Processor) -> None:
+    a, b, c = (ImagePart(name) for name in "abc")
+    conversation = Conversation((
+        Message("user", ("Now ", a, " and ", b)), Message("assistant", ("Yes.",)),
+        user_message("This?", ["c"]), Message("assistant", ("No.",)),
+    ))  # fmt: skip
+    sample = processor.training_sample(conversation)
+    assert sample.images == (a, b, c)
+    here = np.flatnonzero(sample.input_ids == IMAGE_TOKEN)
+    assert [len(run) for run in np.split(here, np.flatnonzero(np.diff(here) > 1) + 1)] == [4, 4, 4]
+
+
+def test_pixels_are_those_of_the_image_policy(processor: Processor, tmp_path: Path) -> None:
+    path = tmp_path / "red.png"
+    picture((200, 10, 10)).save(path)
+    given = (ImagePart(path), ImagePart(picture((0, 0, 250), (30, 40))), ImagePart(path.read_bytes()))
+    stacked = processor.pixels(given)
+    assert stacked.shape == (3, 3, 64, 64)
+    assert stacked.dtype == np.float32
+    expected = pixels(picture((200, 10, 10)), 64, CONFIG.image)
+    assert np.array_equal(stacked[0], expected)
+    assert np.array_equal(stacked[2], expected)
+    assert stacked[0, 0, 32, 32] > stacked[1, 0, 32, 32]
+
+
+def test_no_pictures_are_no_pixels(processor: Processor) -> None:
+    assert processor.pixels(()).shape == (0, 3, 64, 64)
+    assert processor.training_sample(row(images=0)).images == ()
+
+
+def test_both_lengths_are_in_the_message(processor: Processor) -> None:
+    long = row("?! " * 80)
+    with pytest.raises(InputError, match=r"^conversation 'r1' takes \d+ tokens, the model's context is 128$"):
+        processor.training_sample(long)
+    with pytest.raises(InputError, match=r"^the conversation takes \d+ tokens, the model's context is 128$"):
+        processor.prompt(Conversation((user_message("?! " * 80),)))
+
+
+def test_a_conversation_may_fill_the_context_exactly(tokenizer: Tokenizer) -> None:
+    length = len(Processor(CONFIG, tokenizer).training_sample(row()).input_ids)
+    for context, fits in ((length, True), (length - 1, False)):
+        config = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, context=context))
+        exact = Processor(config, tokenizer)
+        if fits:
+            assert len(exact.training_sample(row()).input_ids) == length
+        else:
+            with pytest.raises(
+                InputError, match=f"takes {length} tokens, the model's context is {length - 1}"
+            ):
+                exact.training_sample(row())
+
+
+def test_conversations_are_checked(processor: Processor) -> None:
+    with pytest.raises(InputError, match="conversation 'r1': message 2 is an empty answer"):
+        processor.training_sample(row(" "))
+    with pytest.raises(InputError, match="the last question has no answer"):
+        processor.training_sample(Conversation((user_message("Hi"),)))
+    with pytest.raises(InputError, match="the last message must be a question"):
+        processor.prompt(row())
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer: Tokenizer) -> None:
+    small = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=100))
+    size = len(tokenizer)
+    with pytest.raises(InputError, match=f"the tokenizer has {size} tokens, the embedding only 100 rows"):
+        Processor(small, tokenizer)
+
+
+def test_an_unknown_template_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="unknown template 'chatm'; did you mean 'chatml'"):
+        Processor(dataclasses.replace(CONFIG, template="chatm"), tokenizer)
