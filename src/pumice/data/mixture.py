@@ -64,7 +64,9 @@ class Mixture:
             shown[row] = turn = shown.get(row, -1) + 1
             picture = int(self._pictures[source][index])
             groups.setdefault((turn, picture) if picture >= 0 else (turn, source, index), []).append(row)
-        return list(groups.values())
+        # By first appearance, a picture with many rows would tend to come early: shuffle once more.
+        listed = list(groups.values())
+        return [listed[i] for i in np.random.default_rng([self.seed, epoch, 1]).permutation(len(listed))]
 
     @cached_property
     def _pictures(self) -> list[np.ndarray]:

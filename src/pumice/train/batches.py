@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pumice.conversation import Conversation, Message
 from pumice.data.mixture import Mixture
 from pumice.data.packing import Pack, Tree, pack, prefix_tree
 from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
-from pumice.processor import Processor
+from pumice.processor import Processor, Sample
 from pumice.train.recipe import Recipe, Source
 
 
@@ -82,6 +83,21 @@ class Batches:
         groups = mixture.groups(0)[: self.recipe.measure_rows]
         trees = [tree for group in groups if (tree := self._tree(mixture, group)) is not None]
         return _batch([(p, [False] * len(p.trees)) for p in pack(trees, self.recipe.pack_tokens)])
+
+    def questions(self, count: int) -> list[tuple[Sample, str, str]]:
+        """Held-out questions from each source in turn: (prompt, the question's text, the answer's text)."""
+        rows = [Rows(source.rows) for source in self.recipe.held_out]
+        asked = []
+        for number in range(count):
+            source = rows[number % len(rows)]
+            messages = source[number // len(rows) % len(source)].conversation(self.finder).messages
+            turn = next(n for n, message in enumerate(messages) if message.role == "assistant")
+            # the plain template drops the question, and its rows may have none
+            question = messages[turn - 1].text or "Describe the picture."
+            last = Message("user", (*messages[turn - 1].images, question))
+            prompt = self.processor.prompt(Conversation((*messages[: turn - 1], last)))
+            asked.append((prompt, question, messages[turn].text))
+        return asked
 
     def _groups(self, epoch: int) -> list[list[tuple[int, int]]]:
         if self._epoch[0] != epoch:

@@ -58,11 +58,14 @@ def latest(folder: Path, recipe: dict[str, Any], device: torch.device) -> Checkp
         return None
     path = found[-1]
     state = json.loads((path / "state.json").read_text())
-    different = sorted(k for k in recipe.keys() | state["recipe"].keys() if recipe.get(k) != state["recipe"].get(k))
+    different = sorted(
+        k for k in recipe.keys() | state["recipe"].keys() if recipe.get(k) != state["recipe"].get(k)
+    )
     if different:
         key = different[0]
+        before, now = state["recipe"].get(key), recipe.get(key)
         raise InputError(
-            f"{path} was made with {key}: {state['recipe'].get(key)!r}, the recipe now says {recipe.get(key)!r}; "
+            f"{path} was made with {key}: {before!r}, the recipe now says {now!r}; "
             "choose another output folder, or remove this one to begin again"
         )
     tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import signal
 import time
@@ -25,10 +24,13 @@ from torch import Tensor, nn
 
 from pumice.conversation import ImagePart
 from pumice.data.packing import Pack
+from pumice.engine.generate import Prompt, generate
+from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError
 from pumice.images import open_image, pixels
 from pumice.model.layers import Packed
 from pumice.model.llava import Llava
+from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
 from pumice.train.batches import Batch, Batches, prefetch
 from pumice.train.features import FeatureCache
@@ -37,7 +39,7 @@ from pumice.train.recipe import Recipe
 from pumice.train.report import Report
 from pumice.train.setup import Setup, prepare
 
-log = logging.getLogger(__name__)
+ANSWER_TOKENS = 40  # of a sample answer while training
 
 # fields of a recipe that may change between a run and its continuation without changing its result
 FREE = {"output", "save_every", "keep_last", "measure_every", "measure_rows", "sample_answers", "held_out", "device", "feature_cache", "max_bad_rows", "name"}  # fmt: skip
@@ -169,6 +171,20 @@ class Trainer:
         batch = self.batches.held_out()
         loss = sum(self._loss(p, m).item() for p, m in batch.packs) / batch.supervised
         report.held_out(self.step, loss)
+        for sample, question, reference in self.batches.questions(self.recipe.sample_answers):
+            report.answer(self.step, question, reference, self._answer(sample))
+
+    def _answer(self, sample: Sample) -> str:
+        """A greedy answer of the model as it stands."""
+        mixed = self.recipe.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            features = self._features(sample.images, mirror=False) if sample.images else None
+            image_tokens = None if features is None else self.model.connect(features)
+            ids = torch.from_numpy(sample.input_ids).to(self.device)
+            prompt = Prompt(ids, image_tokens, SamplingParams(max_new_tokens=ANSWER_TOKENS))
+            tokens = [token for _, token in generate(self.model, [prompt]) if token is not None]
+        text = self.setup.processor.tokenizer.decode(tokens)
+        return text.partition(self.setup.processor.template.stop)[0]
 
     def _save(self, folder: Path) -> None:
         rng = {"cpu": torch.get_rng_state()}

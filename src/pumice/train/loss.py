@@ -49,7 +49,9 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale, head, None, None
 
 
-def supervised_loss(hidden: Tensor, head: Tensor, sources: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def supervised_loss(
+    hidden: Tensor, head: Tensor, sources: Tensor, targets: Tensor, weights: Tensor
+) -> Tensor:
     """Weighted sum of the cross-entropies of a pack, fp32 scalar.
 
     hidden (T, D); head (V, D); sources (S,) rows of hidden that predict targets (S,), weights (S,).

@@ -63,7 +63,9 @@ class Report:
 
     def answer(self, step: int, question: str, reference: str, answer: str) -> None:
         self._write({"step": step, "question": question, "reference": reference, "answer": answer})
-        self.console.print(f"  {question!r}\n    reference: {reference!r}\n    answer:    {answer!r}", highlight=False)
+        self.console.print(
+            f"  {question!r}\n    reference: {reference!r}\n    answer:    {answer!r}", highlight=False
+        )
 
     def picture(self) -> Path | None:
         """Draw `loss.png` beside the metrics; None when matplotlib is not installed."""
@@ -78,7 +80,9 @@ class Report:
         for key, style in (("loss", {"lw": 0.8, "alpha": 0.6}), ("held_out_loss", {"lw": 2, "marker": "o"})):
             points = [(e["step"], e[key]) for e in events if key in e]
             if points:
-                axes.plot(*zip(*points, strict=True), label=key.replace("_", "-").replace("-loss", " loss"), **style)
+                axes.plot(
+                    *zip(*points, strict=True), label=key.replace("_", "-").replace("-loss", " loss"), **style
+                )
         axes.set(xlabel="optimiser step", ylabel="loss per supervised token (nats)")
         axes.legend()
         path = self.path.with_name("loss.png")

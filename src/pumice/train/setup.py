@@ -42,7 +42,7 @@ class Setup:
         for name, parameter in self.model.named_parameters():
             part = self.part_of(name)
             sizes[part] = sizes.get(part, 0) + parameter.numel()
-        learn: dict[str, float] = dict(self.recipe.stage.learn)
+        learn = {str(part): rate for part, rate in self.recipe.stage.learn.items()}
         lines = [f"{self.recipe.name}: {steps} steps of {self.recipe.batch} pictures on {self.device}"]
         for part, size in sizes.items():
             does = f"learns at {learn[part]:g}" if part in learn else "frozen"
@@ -72,7 +72,9 @@ class Setup:
         self.recipe.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.recipe.output) as scratch:
             path = self.save(Path(scratch) / "model", {})
-            read = open_model(path, device=self.device, dtype=self.model.dtype, merge=False).model.state_dict()
+            read = open_model(
+                path, device=self.device, dtype=self.model.dtype, merge=False
+            ).model.state_dict()
         for name, tensor in self.model.state_dict().items():
             if not torch.equal(read[name].to(tensor.dtype), tensor):
                 raise RuntimeError(f"saving the model changes {name}; nothing was trained")

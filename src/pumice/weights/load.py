@@ -45,7 +45,9 @@ def find_model(source: str | Path) -> Path:
     built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
     if str(source) in built_in:
         return BUILT_IN / source
-    raise InputError(f"there is no model {str(source)!r}; give a model folder or one of: {', '.join(built_in)}")
+    raise InputError(
+        f"there is no model {str(source)!r}; give a model folder or one of: {', '.join(built_in)}"
+    )
 
 
 def open_model(
@@ -119,9 +121,13 @@ def assemble(
     with torch.device("meta"):
         model = Llava(config)
     seeing = torch.float32 if device.type == "cpu" else dtype
-    placed = {
-        name: tensor.to(device, dtype if name.startswith("decoder.") else seeing)
-        for name, tensor in state.items()
-    }
+
+
+    def kind(name: str) -> torch.dtype:
+        if name.endswith((".lora_a", ".lora_b")):
+            return torch.float32  # merged or trained further, either of which wants every bit
+        return dtype if name.startswith("decoder.") else seeing
+
+    placed = {name: tensor.to(device, kind(name)) for name, tensor in state.items()}
     model.load_state_dict(placed, assign=True)
     return model.requires_grad_(False).eval()

@@ -1,0 +1,91 @@
+"""What a run keeps on disk: checkpoints, cached features, metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pumice.conversation import ImagePart
+from pumice.errors import InputError
+from pumice.train import checkpoint as checkpoints
+from pumice.train.checkpoint import Checkpoint
+from pumice.train.features import FeatureCache
+from pumice.train.report import read_metrics
+
+CPU = torch.device("cpu")
+
+
+def point(step: int) -> Checkpoint:
+    return Checkpoint(
+        step=step,
+        weights={"a": torch.full((2,), float(step))},
+        optimizer={"state": {0: {"step": torch.tensor(float(step))}}, "param_groups": [{"lr": 0.1}]},
+        rng={"cpu": torch.get_rng_state()},
+        recipe={"seed": 1},
+        progress={"tokens": 10 * step},
+    )
+
+
+def test_a_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        checkpoints.save(tmp_path, point(step), keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000015"]
+    found = checkpoints.latest(tmp_path, {"seed": 1}, CPU)
+    assert found is not None
+    assert (found.step, found.progress) == (15, {"tokens": 150})
+    assert found.weights["a"].tolist() == [15.0, 15.0]
+    assert found.optimizer["state"][0]["step"].item() == 15
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, point(5), keep_last=2)
+    partial = tmp_path / ".step-000010.partial"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"torn")
+    found = checkpoints.latest(tmp_path, {"seed": 1}, CPU)
+    assert found is not None and found.step == 5
+    checkpoints.save(tmp_path, point(10), keep_last=2)
+    assert not partial.exists()
+
+
+def test_no_checkpoint_and_another_recipe(tmp_path: Path) -> None:
+    assert checkpoints.latest(tmp_path / "none", {}, CPU) is None
+    checkpoints.save(tmp_path, point(5), keep_last=1)
+    with pytest.raises(InputError, match=r"made with seed: 1, the recipe now says 2"):
+        checkpoints.latest(tmp_path, {"seed": 2}, CPU)
+
+
+def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(picture)
+    image, calls = ImagePart(picture), []
+
+    def compute(part: ImagePart) -> torch.Tensor:
+        calls.append(part)
+        return torch.full((3, 2), float(len(calls)))
+
+    folder = tmp_path / "cache"
+    cache = FeatureCache(folder, "tower", 3, 2)
+    assert cache.get([image, image], False, compute).tolist() == [[[1.0, 1.0]] * 3] * 2
+    assert cache.get([image], True, compute)[0, 0, 0] == 2  # mirrored is another picture
+    with (folder / "keys.txt").open("a") as file:
+        file.write("torn-key-without-its-newline")
+    with (folder / "features.bin").open("ab") as file:
+        file.write(b"torn")
+    again = FeatureCache(folder, "tower", 3, 2)
+    assert again.get([image], False, compute)[0, 0, 0] == 1
+    Image.new("RGB", (4, 4), (1, 1, 1)).save(tmp_path / "b.png")
+    assert again.get([ImagePart(tmp_path / "b.png")], False, compute)[0, 0, 0] == 3
+    assert len(calls) == 3
+    with pytest.raises(InputError, match="another tower or image policy"):
+        FeatureCache(folder, "other", 3, 2)
+
+
+def test_a_torn_line_of_metrics_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]

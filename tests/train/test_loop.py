@@ -1,0 +1,159 @@
+"""The loop as a whole: it learns, follows its golden curve, and resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pumice.conversation import Conversation, user_message
+from pumice.engine.generate import Prompt, naive_generate
+from pumice.errors import InputError
+from pumice.train import run
+from pumice.train.loop import schedule
+from pumice.train.report import read_metrics
+from pumice.weights.load import open_model
+
+MakeRecipe = Callable[..., Path]
+GOLDEN = Path(__file__).parent.parent / "golden" / "tiny_losses.json"
+
+
+def losses(output: Path) -> list[float]:
+    return [event["loss"] for event in read_metrics(output / "metrics.jsonl") if "loss" in event]
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return load_file(model / "model.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    one, other = weights(first), weights(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_losses_follow_the_golden_curve(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run(make_recipe())
+    measured = losses(tmp_path / "run")
+    golden = json.loads(GOLDEN.read_text())
+    assert len(measured) == len(golden)
+    # Measured worst case between one and two threads and two machines' kernels: 2e-6.
+    assert measured == pytest.approx(golden, rel=1e-4)
+    assert golden[-1] < 0.5 * golden[0]
+
+
+def test_eight_samples_are_learned_to_exact_answers(
+    make_recipe: MakeRecipe, rows: Path, tmp_path: Path
+) -> None:
+    folder = run(make_recipe(epochs=60, feature_cache=str(tmp_path / "cache")))
+    opened = open_model(folder)
+    for line in (rows / "rows.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        question, answer = (turn["value"] for turn in row["conversations"])
+        conversation = Conversation((user_message(question, [rows / row["image"]]),))
+        sample = opened.processor.prompt(conversation)
+        pixels = torch.from_numpy(opened.processor.pixels(sample.images))
+        with torch.no_grad():
+            tokens = opened.model.encode(pixels)
+        written = naive_generate(opened.model, Prompt(torch.from_numpy(sample.input_ids), tokens))
+        assert opened.processor.tokenizer.decode(written) == answer, row["id"]
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    lora = {"rank": 4, "dropout": 0.2}  # dropout: the generator's state matters too
+    stage = {"learn": {"connector": 3e-3, "lora": 3e-3}, "lora": lora}
+    whole = run(make_recipe("whole", stage=stage))
+    recipe = make_recipe("broken", stage=stage)
+    script = "import sys, torch; torch.set_num_threads(1); from pumice.train import run; run(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(recipe)]
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    for kind, after in ((signal.SIGKILL, 4), (signal.SIGINT, 8)):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if sum("loss" in event for event in read_metrics(metrics)) >= after:
+                break
+            time.sleep(0.01)
+        process.send_signal(kind)
+        assert process.wait(60) != 0, "the run ended before it could be stopped"
+    again = run(recipe)
+    assert same(whole, again)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_stage_changes_only_what_it_names(make_recipe: MakeRecipe, tiny_model: Path) -> None:
+    before = weights(tiny_model)
+    after = weights(run(make_recipe(stage={"learn": {"connector": 1e-3}}, max_steps=2)))
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"connector"}
+
+
+def test_a_second_stage_goes_on_from_the_first(make_recipe: MakeRecipe) -> None:
+    first = run(make_recipe("first", max_steps=2, stage={"template": "plain", "learn": {"connector": 1e-3}}))
+    stage = {"learn": {"connector": 1e-3, "lora": 1e-3}, "lora": {"rank": 2}}
+    second = run(make_recipe("second", model=str(first), stage=stage, max_steps=2))
+    opened = open_model(second)
+    assert opened.model.config.template == "chatml"  # the stage's own template is not the model's
+    assert [stage["recipe"]["name"] for stage in opened.provenance["stages"]] == ["first", "second"]
+
+
+def test_accumulated_packs_equal_one_large_pack(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run(make_recipe("small", pack_tokens=64, batch=4, epochs=2))
+    run(make_recipe("large", pack_tokens=512, batch=4, epochs=2))
+    assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "large"), rel=1e-4)
+
+
+def test_cached_features_and_mirrored_pictures(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
+    data = [{"rows": str(rows / "rows.jsonl"), "mirror": True}]
+    options = {"data": data, "stage": {"learn": {"connector": 1e-3}}, "mirror_chance": 1.0, "epochs": 2}
+    plain = run(make_recipe("plain", **(options | {"mirror_chance": 0.0})))
+    mirrored = run(make_recipe("mirrored", **options))
+    cached = run(make_recipe("cached", **options, feature_cache=str(tmp_path / "cache")))
+    assert not same(plain, mirrored)
+    # bfloat16 features: 8 bits of mantissa
+    assert losses(tmp_path / "mirrored") == pytest.approx(losses(tmp_path / "cached"), rel=1e-2)
+    again = run(make_recipe("again", **options, feature_cache=str(tmp_path / "cache")))
+    assert same(cached, again)
+
+
+def test_a_changed_recipe_does_not_go_on_from_old_checkpoints(make_recipe: MakeRecipe) -> None:
+    run(make_recipe(max_steps=3))
+    with pytest.raises(InputError, match=r"stage.*another output folder"):
+        run(make_recipe(max_steps=3, stage={"learn": {"connector": 1e-2}}))
+
+
+def test_spoiled_rows_are_counted_and_refused_beyond_the_budget(
+    make_recipe: MakeRecipe, rows: Path, tmp_path: Path
+) -> None:
+    spoiled = tmp_path / "spoiled.jsonl"
+    good = (rows / "rows.jsonl").read_text()
+    bad = {"id": "gone", "image": "gone.png", "conversations": json.loads(good.splitlines()[0])["conversations"]}
+    spoiled.write_text(good + json.dumps(bad) + "\n")
+    data = [{"rows": str(spoiled)}]
+    with pytest.raises(InputError, match=r"1 spoiled rows, max_bad_rows allows 0.*gone\.png"):
+        run(make_recipe("strict", data=data, max_steps=4))
+    folder = run(make_recipe("lenient", data=data, max_bad_rows=1, epochs=1))
+    assert open_model(folder).provenance["stages"][-1]["skipped_rows"] == 1
+
+
+def test_a_stage_without_adapters_cannot_train_them(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(InputError, match=r"lora.*no adapters"):
+        run(make_recipe(stage={"learn": {"lora": 1e-3}}))
+
+
+def test_schedule_rises_and_falls() -> None:
+    rates = [schedule(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1.0
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert 0 < rates[-1] < 0.001
