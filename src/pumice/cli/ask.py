@@ -101,6 +101,7 @@ def _ask_one(
     from pumice.images import open_image
 
     opened = [open_image(path) for path in images]  # before torch is imported: a wrong path is told at once
+    options.share_cores()
     from pumice.assistant import load
     from pumice.conversation import Conversation, user_message
 
@@ -172,6 +173,7 @@ def _ask_batch(
 def _answers(
     rows: list[_Row], model: str, device: str | None, slots: int, sampling: dict[str, Any]
 ) -> Iterator[tuple[_Row, str | InputError]]:
+    options.share_cores()
     from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
 

@@ -54,6 +54,7 @@ def chat(
 
     for path in images or []:
         open_image(path)  # before torch is imported: a wrong path is told at once
+    options.share_cores()
     from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
 

@@ -41,6 +41,10 @@ class LoraLinear(nn.Linear):
         return layer
 
 
+# Above so many rows the product costs more than reading the weights, and bf16's is the faster one.
+KERNEL_ROWS = 16
+
+
 def has_int8_kernel() -> bool:
     """Whether this PyTorch multiplies bf16 activations with int8 weights on the CPU without a detour."""
     return hasattr(torch, "_weight_int8pack_mm")
@@ -54,15 +58,16 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        full = weight.detach().float()
-        scale = full.abs().amax(1).clamp_min(1e-12) / 127
-        self.register_buffer("weight", (full / scale[:, None]).round().to(torch.int8))
+        scale = weight.detach().abs().amax(1).float().clamp_min(1e-12) / 127
+        rounded = weight.detach().to(torch.float32, copy=True).div_(scale[:, None]).round_()
+        self.register_buffer("weight", rounded.to(torch.int8))
         self.register_buffer("scale", scale.to(weight.dtype))
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_int8_kernel():
+        few = len(rows) <= KERNEL_ROWS
+        if few and x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_int8_kernel():
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
