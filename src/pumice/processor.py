@@ -45,9 +45,8 @@ class Processor:
         self.tokenizer = tokenizer
         self.template = get_template(config.template)
         if len(tokenizer) > config.decoder.vocab_size:
-            raise InputError(
-                f"the tokenizer has {len(tokenizer)} tokens, the embedding only {config.decoder.vocab_size} rows"
-            )
+            rows = config.decoder.vocab_size
+            raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows")
 
     def training_sample(self, conversation: Conversation) -> Sample:
         """An answered conversation with its labels. InputError when nothing would be supervised."""

@@ -76,7 +76,9 @@ class Tokenizer:
             starts.append(len(text))
             marks.append(span.supervised)
             if span.control:
-                cuts += [(len(text) + m.start(), m.group()) for m in self._special_pattern.finditer(span.text)]
+                cuts += [
+                    (len(text) + m.start(), m.group()) for m in self._special_pattern.finditer(span.text)
+                ]
             text += span.text
 
         def mark(position: int) -> bool:

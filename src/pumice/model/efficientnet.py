@@ -18,9 +18,23 @@ from pumice.config import VisionConfig
 from pumice.errors import InputError
 
 # width and depth multipliers of the published variants
-VARIANTS = {"lite0": (1.0, 1.0), "lite1": (1.0, 1.1), "lite2": (1.1, 1.2), "lite3": (1.2, 1.4), "lite4": (1.4, 1.8)}
+VARIANTS = {
+    "lite0": (1.0, 1.0),
+    "lite1": (1.0, 1.1),
+    "lite2": (1.1, 1.2),
+    "lite3": (1.2, 1.4),
+    "lite4": (1.4, 1.8),
+}
 # EfficientNet-B0's stages: repeats, kernel, stride, expansion, channels
-STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # fmt: skip
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 STEM, HEAD = 32, 1280
 
 
@@ -78,7 +92,9 @@ class EfficientNetLite(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         if config.variant not in VARIANTS:
-            raise InputError(f"unknown EfficientNet-Lite {config.variant!r}; use one of {', '.join(VARIANTS)}")
+            raise InputError(
+                f"unknown EfficientNet-Lite {config.variant!r}; use one of {', '.join(VARIANTS)}"
+            )
         if (config.width, config.stride) != (HEAD, 32):
             raise InputError(
                 f"EfficientNet-Lite gives width {HEAD} at stride 32, "
