@@ -30,7 +30,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
 
     mask: bool, broadcastable to (B, H, T, S), True = may see.
     """
-    if q.shape[2] == 1 and q.shape[1] != k.shape[1] and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
+    if (
+        q.shape[2] == 1
+        and q.shape[1] != k.shape[1]
+        and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1)
+    ):
         # One new token: queries that share a head become that head's tokens, which is several times
         # faster on a CPU than shared heads are.
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
