@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -78,7 +79,9 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     command = [sys.executable, "-c", script, str(recipe)]
     metrics = tmp_path / "broken" / "metrics.jsonl"
     for kind, after in ((signal.SIGKILL, 4), (signal.SIGINT, 8)):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
             if sum("loss" in event for event in read_metrics(metrics)) >= after:
@@ -137,7 +140,11 @@ def test_spoiled_rows_are_counted_and_refused_beyond_the_budget(
 ) -> None:
     spoiled = tmp_path / "spoiled.jsonl"
     good = (rows / "rows.jsonl").read_text()
-    bad = {"id": "gone", "image": "gone.png", "conversations": json.loads(good.splitlines()[0])["conversations"]}
+    bad = {
+        "id": "gone",
+        "image": "gone.png",
+        "conversations": json.loads(good.splitlines()[0])["conversations"],
+    }
     spoiled.write_text(good + json.dumps(bad) + "\n")
     data = [{"rows": str(spoiled)}]
     with pytest.raises(InputError, match=r"1 spoiled rows, max_bad_rows allows 0.*gone\.png"):
@@ -155,5 +162,5 @@ def test_schedule_rises_and_falls() -> None:
     rates = [schedule(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert 0 < rates[-1] < 0.001

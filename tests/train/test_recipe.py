@@ -39,7 +39,10 @@ def test_every_shipped_recipe_is_read(path: Path) -> None:
 
 
 def test_there_are_shipped_recipes() -> None:
-    assert [path.name for path in SHIPPED if path.parent.name == "pumice-tiny"] == ["1-align.yaml", "2-instruct.yaml"]
+    assert [path.name for path in SHIPPED if path.parent.name == "pumice-tiny"] == [
+        "1-align.yaml",
+        "2-instruct.yaml",
+    ]
 
 
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:

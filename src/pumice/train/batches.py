@@ -7,7 +7,7 @@ so a resumed run continues in the same place by asking for the next step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -124,7 +124,7 @@ def _batch(packs: list[tuple[Pack, list[bool]]]) -> Batch:
     return Batch(packs, float(sum(p.weights.sum() for p, _ in packs)), sum(len(p) for p, _ in packs))
 
 
-def prefetch(batches: Batches, first: int) -> Iterator[Batch]:
+def prefetch(batches: Batches, first: int) -> Generator[Batch, None, None]:
     """Batches from step `first` on; the next one is prepared in a thread while one is computed."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(batches.__getitem__, first)

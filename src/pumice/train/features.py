@@ -1,13 +1,14 @@
-"""Tower features kept on disk, so that a frozen tower looks at each picture once.
+"""The tower's features of pictures, kept on disk where the tower is frozen: it looks at each once.
 
-Knows files and arrays. A cache belongs to one tower and one image policy (its fingerprint) and
-refuses any other. One process writes.
+Knows the tower, files and arrays. A cache belongs to one tower and one image policy (its fingerprint)
+and refuses any other. One process writes.
 
 Shapes: M pictures, F features of one picture, C tower width.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,50 @@ from torch import Tensor
 
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
-from pumice.images import image_key
+from pumice.images import image_key, open_image, pixels
+from pumice.model.llava import Llava
+
+
+class TowerFeatures:
+    """Called with the pictures of one sample, gives the tower's features of them.
+
+    A picture is looked at alone, so that its features never depend on what else is in a batch.
+    """
+
+    def __init__(self, model: Llava, folder: Path | None, learns: bool) -> None:
+        """folder: of a cache, or None. Raises InputError when it is another tower's, or the tower learns."""
+        self.model, self.learns = model, learns
+        self.cache: FeatureCache | None = None
+        if folder is not None:
+            if learns:
+                raise InputError(
+                    "feature_cache: the tower learns in this stage and its features change; leave it out"
+                )
+            vision = model.config.vision
+            self.cache = FeatureCache(folder, fingerprint(model), vision.grid**2, vision.width)
+
+    def __call__(self, images: Sequence[ImagePart], mirror: bool) -> Tensor:
+        """Features (M, F, C) on the model's device, of the pictures mirrored left to right if asked."""
+        with torch.set_grad_enabled(self.learns):
+            if self.cache is None:
+                return torch.stack([self._look(image, mirror) for image in images])
+            found = self.cache.get(images, mirror, lambda image: self._look(image, mirror))
+            return found.to(self.model.device)
+
+    def _look(self, image: ImagePart, mirror: bool) -> Tensor:
+        config = self.model.config
+        array = pixels(open_image(image.source), config.vision.image_size, config.image)
+        array = np.ascontiguousarray(array[:, :, ::-1]) if mirror else array
+        with torch.autocast(self.model.device.type, enabled=False):
+            return self.model.features(torch.from_numpy(array)[None])[0]
+
+
+def fingerprint(model: Llava) -> str:
+    """Of everything that a picture's features depend on: tower weights, sizes, image policy."""
+    digest = hashlib.blake2b(repr((model.config.vision, model.config.image)).encode(), digest_size=16)
+    for name, tensor in sorted(model.tower.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class FeatureCache:

@@ -9,7 +9,6 @@ generators whose state is saved.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import signal
@@ -22,18 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pumice.conversation import ImagePart
 from pumice.data.packing import Pack
 from pumice.engine.generate import Prompt, generate
 from pumice.engine.sampling import SamplingParams
-from pumice.errors import InputError
-from pumice.images import open_image, pixels
 from pumice.model.layers import Packed
-from pumice.model.llava import Llava
 from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
 from pumice.train.batches import Batch, Batches, prefetch
-from pumice.train.features import FeatureCache
+from pumice.train.features import TowerFeatures
 from pumice.train.loss import supervised_loss
 from pumice.train.recipe import Recipe
 from pumice.train.report import Report
@@ -42,7 +37,10 @@ from pumice.train.setup import Setup, prepare
 ANSWER_TOKENS = 40  # of a sample answer while training
 
 # fields of a recipe that may change between a run and its continuation without changing its result
-FREE = {"output", "save_every", "keep_last", "measure_every", "measure_rows", "sample_answers", "held_out", "device", "feature_cache", "max_bad_rows", "name"}  # fmt: skip
+FREE = {
+    "name", "output", "device", "feature_cache", "max_bad_rows", "held_out",
+    "save_every", "keep_last", "measure_every", "measure_rows", "sample_answers",
+}  # fmt: skip
 
 
 def train(recipe: Recipe) -> Path:
@@ -59,14 +57,17 @@ class Trainer:
         self.batches = Batches(recipe, setup.processor)
         self.learned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         groups = [
-            {"params": [p for n, p in self.learned.items() if setup.part_of(n) == part], "lr": rate, "peak": rate}
+            {
+                "params": [p for n, p in self.learned.items() if setup.part_of(n) == part],
+                "lr": rate,
+                "peak": rate,
+            }
             for part, rate in recipe.stage.learn.items()
         ]
         self.optimizer = torch.optim.AdamW(
             groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=self.device.type != "mps"
         )
-        self.tower_learns = "tower" in recipe.stage.learn
-        self.cache = self._feature_cache()
+        self.features = TowerFeatures(self.model, recipe.feature_cache, "tower" in recipe.stage.learn)
         self.step = 0
         self.tokens = 0
         self.decided = json.loads(recipe.model_dump_json(exclude=FREE))
@@ -126,42 +127,25 @@ class Trainer:
 
         mixed = self.recipe.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            features = [self._features(t.images, m) for t, m in zip(packed.trees, mirrored, strict=True) if t.images]
+            features = [
+                self.features(t.images, m) for t, m in zip(packed.trees, mirrored, strict=True) if t.images
+            ]
             image_tokens = self.model.connect(torch.cat(features)) if features else None
             hidden = self.model(
                 here(packed.input_ids)[None],
                 image_tokens,
                 positions=here(packed.positions)[None],
-                attend=Packed([here(t.visible) for t in packed.trees], self.model.config.decoder.sliding_window),
+                attend=Packed(
+                    [here(t.visible) for t in packed.trees], self.model.config.decoder.sliding_window
+                ),
             )
             return supervised_loss(
-                hidden[0], self.model.decoder.head_weight, here(packed.sources), here(packed.targets), here(packed.weights)
+                hidden[0],
+                self.model.decoder.head_weight,
+                here(packed.sources),
+                here(packed.targets),
+                here(packed.weights),
             )
-
-    def _features(self, images: tuple[ImagePart, ...], mirror: bool) -> Tensor:
-        """Tower features of one tree's pictures, (M, G*G, C)."""
-        if self.cache is not None:
-            return self.cache.get(images, mirror, lambda image: self._look(image, mirror)).to(self.device)
-        with torch.set_grad_enabled(self.tower_learns):
-            return torch.stack([self._look(image, mirror) for image in images])
-
-    def _look(self, image: ImagePart, mirror: bool) -> Tensor:
-        config = self.model.config
-        array = pixels(open_image(image.source), config.vision.image_size, config.image)
-        array = np.ascontiguousarray(array[:, :, ::-1]) if mirror else array
-        with torch.set_grad_enabled(self.tower_learns), torch.autocast(self.device.type, enabled=False):
-            return self.model.features(torch.from_numpy(array)[None])[0]
-
-    def _feature_cache(self) -> FeatureCache | None:
-        if self.recipe.feature_cache is None:
-            return None
-        if self.tower_learns:
-            raise InputError("feature_cache: the tower learns in this stage, so its features change; leave it out")
-        config = self.model.config
-        digest = hashlib.blake2b(repr((config.vision, config.image)).encode(), digest_size=16)
-        for name, tensor in sorted(self.model.tower.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
-        return FeatureCache(self.recipe.feature_cache, digest.hexdigest(), config.vision.grid**2, config.vision.width)
 
     @torch.no_grad()
     def _measure(self, report: Report) -> None:
@@ -178,7 +162,7 @@ class Trainer:
         """A greedy answer of the model as it stands."""
         mixed = self.recipe.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            features = self._features(sample.images, mirror=False) if sample.images else None
+            features = self.features(sample.images, mirror=False) if sample.images else None
             image_tokens = None if features is None else self.model.connect(features)
             ids = torch.from_numpy(sample.input_ids).to(self.device)
             prompt = Prompt(ids, image_tokens, SamplingParams(max_new_tokens=ANSWER_TOKENS))

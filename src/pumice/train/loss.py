@@ -5,7 +5,8 @@ Shapes: T tokens, S supervised predictions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,5 +58,5 @@ def supervised_loss(
     hidden (T, D); head (V, D); sources (S,) rows of hidden that predict targets (S,), weights (S,).
     Divide by the weights' sum over the whole batch, so that every supervised token counts the same.
     """
-    loss: Tensor = _ProjectedCrossEntropy.apply(hidden[sources], head, targets, weights)
-    return loss
+    apply = cast(Callable[..., Tensor], _ProjectedCrossEntropy.apply)
+    return apply(hidden[sources], head, targets, weights)

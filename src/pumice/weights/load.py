@@ -122,7 +122,6 @@ def assemble(
         model = Llava(config)
     seeing = torch.float32 if device.type == "cpu" else dtype
 
-
     def kind(name: str) -> torch.dtype:
         if name.endswith((".lora_a", ".lora_b")):
             return torch.float32  # merged or trained further, either of which wants every bit
