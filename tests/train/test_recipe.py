@@ -64,6 +64,9 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         ({"batch": 0}, r"batch: .*greater than 0"),
         ({"data": []}, r"data: .*at least 1"),
         ({"precision": "fp8"}, r"precision: .*'fp32' or 'bf16'"),
+        ({"epochs": float("inf")}, r"epochs: .*finite"),
+        ({"stage": {"learn": {"connector": float("nan")}}}, r"stage\.learn\.connector: .*finite"),
+        ({"seed": -1}, r"seed: .*greater than or equal to 0"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -73,7 +76,12 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, changes: dict[str, An
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("seed", "write key=value"), ("seed.deep=1", "no 'seed'|no 'deep'"), ("sead=1", "did you mean 'seed'")],
+    [
+        ("seed", "write key=value"),
+        ("seed.deep=1", "no 'seed'|no 'deep'"),
+        ("sead=1", "did you mean 'seed'"),
+        ("seed=[1", r"--set seed=\[1: the value is not YAML"),
+    ],
 )
 def test_a_wrong_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -89,3 +97,6 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(InputError, match="is not YAML"):
         load_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_recipe(tmp_path / "latin.yaml")

@@ -20,7 +20,7 @@ Part = Literal["tower", "connector", "decoder", "lora"]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class NewModel(Strict):
@@ -84,7 +84,7 @@ class Recipe(Strict):
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["fp32", "bf16"] = "bf16"
     device: str | None = Field(None, description="cuda, mps or cpu; the best one here when absent")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     mirror_chance: float = Field(0.5, ge=0, le=1, description="share of mirrored groups, where allowed")
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
 
@@ -99,9 +99,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply "key=value" overrides. InputError names the key and the nearest one."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
@@ -110,7 +112,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key, separator, value = override.partition("=")
         if not separator:
             raise InputError(f"--set {override}: write key=value")
-        _put(values, key.strip().split("."), yaml.safe_load(value), override)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {override}: the value is not YAML; quote it as in a recipe") from error
+        _put(values, key.strip().split("."), parsed, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
