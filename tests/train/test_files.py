@@ -83,6 +83,9 @@ def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> No
     assert len(calls) == 3
     with pytest.raises(InputError, match="another tower or image policy"):
         FeatureCache(folder, "other", 3, 2)
+    (folder / "features.bin").write_bytes(b"")  # keys without their records
+    assert FeatureCache(folder, "tower", 3, 2).get([image], False, compute)[0, 0, 0] == 4
+    assert FeatureCache(folder, "tower", 3, 2).get([image], True, compute)[0, 0, 0] == 5
 
 
 def test_a_torn_line_of_metrics_is_left_out(tmp_path: Path) -> None:

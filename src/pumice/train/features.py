@@ -77,14 +77,16 @@ class FeatureCache:
         self.shape = (features, width)
         meta = {"fingerprint": fingerprint, "features": features, "width": width}
         description = folder / "cache.json"
-        if description.exists() and json.loads(description.read_text()) != meta:
+        if not description.exists():
+            description.write_text(json.dumps(meta))
+        elif description.read_text() != json.dumps(meta):
             raise InputError(f"{folder} holds the features of another tower or image policy; remove it")
-        description.write_text(json.dumps(meta))
         self._keys_path, self._data_path = folder / "keys.txt", folder / "features.bin"
         self._data_path.touch()
         self._keys_path.touch()
-        keys = self._keys_path.read_text().split("\n")
-        self._rows = {key: row for row, key in enumerate(keys[:-1])}  # text after the last newline is torn
+        keys = self._keys_path.read_text().split("\n")[:-1]  # text after the last newline is torn
+        whole = self._data_path.stat().st_size // (features * width * 2)  # records that are there
+        self._rows = {key: row for row, key in enumerate(keys[:whole])}
         self._keys_path.write_text("".join(f"{key}\n" for key in self._rows))
 
     def get(
