@@ -43,7 +43,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
     state = {"step": checkpoint.step, "recipe": checkpoint.recipe, "progress": checkpoint.progress}
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for path in partial.iterdir():
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)

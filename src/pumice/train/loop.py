@@ -123,7 +123,7 @@ class Trainer:
         """Summed loss of one pack, fp32 scalar."""
 
         def here(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(self.device, non_blocking=True)
+            return torch.from_numpy(values).to(self.device)
 
         mixed = self.recipe.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
@@ -180,7 +180,8 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             rng=rng,
             recipe=self.decided,
-            progress={"tokens": self.tokens, "skipped": self.batches.skipped.reasons},
+            # A copy: the thread that prepares the next batch may add to it while it is written.
+            progress={"tokens": self.tokens, "skipped": dict(self.batches.skipped.reasons)},
         )
         checkpoints.save(folder, point, self.recipe.keep_last)
 
