@@ -104,6 +104,12 @@ def test_no_pictures_are_no_pixels(processor: Processor) -> None:
     assert processor.training_sample(row(images=0)).images == ()
 
 
+def test_a_question_that_the_template_drops_is_refused(tokenizer: Tokenizer) -> None:
+    plain = Processor(dataclasses.replace(CONFIG, template="plain"), tokenizer)
+    with pytest.raises(InputError, match="'plain' sees pictures only"):
+        plain.prompt(Conversation((user_message("What?"),)))
+
+
 def test_both_lengths_are_in_the_message(processor: Processor) -> None:
     long = row("?! " * 80)
     with pytest.raises(InputError, match=r"^conversation 'r1' takes \d+ tokens, the model's context is 128$"):

@@ -58,7 +58,10 @@ class Processor:
 
     def prompt(self, conversation: Conversation) -> Sample:
         """A conversation that ends in a question, up to where the model's answer begins."""
-        return self._sample(conversation.check(answered=False), generate=True)
+        sample = self._sample(conversation.check(answered=False), generate=True)
+        if not len(sample.input_ids):
+            raise InputError(f"the template {self.template.name!r} sees pictures only; show one")
+        return sample
 
     def _sample(self, conversation: Conversation, *, generate: bool) -> Sample:
         spans = self.template.render(conversation, generate=generate)
@@ -68,7 +71,7 @@ class Processor:
             name = f"conversation {conversation.id!r}" if conversation.id else "the conversation"
             raise InputError(f"{name} takes {len(input_ids)} tokens, the model's context is {limit}")
         images = tuple(span for span in spans if isinstance(span, ImagePart))
-        return Sample(conversation.id, np.array(input_ids), np.array(labels), images)
+        return Sample(conversation.id, np.array(input_ids, np.int64), np.array(labels, np.int64), images)
 
     def pixels(self, images: tuple[ImagePart, ...]) -> np.ndarray:
         """Pictures -> pixels (M, 3, S, S) float32, by the checkpoint's image policy."""
