@@ -56,6 +56,7 @@ def test_a_question_ends_where_the_answer_begins() -> None:
     [
         ((A, "What?"), "{a}\nWhat?"),
         ((A, B, "Both?"), "{a}\n{b}\nBoth?"),
+        ((A, B, "\nBoth?"), "{a}\n{b}\nBoth?"),
         (("First ", A, " then ", B), "First {a} then {b}"),
         ((A, "and ", B, "?"), "{a}\nand {b}?"),
         ((A,), "{a}"),

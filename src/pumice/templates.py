@@ -92,8 +92,9 @@ def _content(message: Message) -> Spans:
             if leading and number + 1 < len(message.parts):
                 spans.append(Span("\n"))
         else:
+            # A row may write that new line itself, and must not get two where a question gets one.
+            spans.append(Span(part.lstrip("\n") if leading and number else part))
             leading = False
-            spans.append(Span(part))
     return spans
 
 
