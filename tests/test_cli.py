@@ -159,7 +159,7 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
         "{broken",
         "",
         "[1]",
-        {"id": "text", "question": "Who are you?"},
+        '{"id": "text", "question": "Who are\u2028you?"}',
         {"id": "silent"},
         {"id": "odd", "image": 3, "question": "What?"},
         {"id": "empty", "question": " "},
@@ -178,7 +178,7 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
     ]
     for number, message in {2: "'no.png' does not exist", 4: "line 5 is not JSON", 10: "2 <image>"}.items():
         assert message in answers[number]["error"]
-    alone = load(tiny_folder, device="cpu").ask(None, "Who are you?", max_new_tokens=8)
+    alone = load(tiny_folder, device="cpu").ask(None, "Who are\u2028you?", max_new_tokens=8)
     assert answers[6]["answer"] == alone
     assert sorted(p.name for p in folder.iterdir()) == ["a dog.png", "inside", "out.jsonl"]
 

@@ -137,7 +137,8 @@ def _ask_batch(
     sampling: dict[str, Any],
 ) -> None:
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: JSON text may hold other characters that it takes for line ends.
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(
             f"the questions '{source}' cannot be read: {error.strerror}; check the path"
