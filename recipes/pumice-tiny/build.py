@@ -86,7 +86,9 @@ def build(
     summary = write(sources, out)
     written = raw_captions(photos_root)
     captions = [{"image": photo.image, "captions": written[photo.image]} for photo in held]
-    (out / "val" / "captions.json").write_text(json.dumps(captions, indent=1, ensure_ascii=False) + "\n")
+    (out / "val" / "captions.json").write_text(
+        json.dumps(captions, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return summary
 
 
@@ -96,7 +98,7 @@ def write(sources: Mapping[str, Sequence[Row]], out: Path) -> dict[str, dict[str
     for name, rows in sources.items():
         path = out / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
         summary[name] = {"rows": len(rows), "pictures": len({r["image"] for r in rows if "image" in r})}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

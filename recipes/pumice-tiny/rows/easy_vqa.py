@@ -21,7 +21,7 @@ def easy_vqa_rows(package: Path, out: Path, seed: int, pictures: int = PICTURES)
     """Copy some pictures to `out`/easy-vqa and turn their questions into rows of short answers."""
     folder = package / "data" / "train"
     by_picture: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for question, answer, number in json.loads((folder / "questions.json").read_text()):
+    for question, answer, number in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         by_picture[number].append((question, answer))
     random_ = rng(seed, "easy-vqa")
     (out / "easy-vqa").mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def clean_caption(text: str) -> str | None:
 
 def read_photos(photos: Path) -> list[Photo]:
     """All photographs with at least one whole caption, in order of name."""
-    content = json.loads((photos / FOLDER / "captions.json").read_text())
+    content = json.loads((photos / FOLDER / "captions.json").read_text(encoding="utf-8"))
     captions: dict[int, list[str]] = defaultdict(list)
     for annotation in content["annotations"]:
         caption = clean_caption(annotation["caption"])
@@ -53,7 +53,7 @@ def read_photos(photos: Path) -> list[Photo]:
 
 def raw_captions(photos: Path) -> dict[str, list[str]]:
     """Every caption as it was written, by picture path: what a caption score compares with."""
-    content = json.loads((photos / FOLDER / "captions.json").read_text())
+    content = json.loads((photos / FOLDER / "captions.json").read_text(encoding="utf-8"))
     names = {image["id"]: f"{FOLDER}/images/{image['file_name']}" for image in content["images"]}
     captions: dict[str, list[str]] = defaultdict(list)
     for annotation in content["annotations"]:

@@ -57,7 +57,7 @@ class Named:
 def read_named(photos: Path) -> list[Named]:
     """The ImageNet photographs in order of WordNet id."""
     found = []
-    for label in json.loads((photos / FOLDER / "labels.json").read_text()):
+    for label in json.loads((photos / FOLDER / "labels.json").read_text(encoding="utf-8")):
         key = label["wordnet_id"]
         name = RENAMED.get(label["name"], label["name"])
         bare = name.removeprefix("=").removeprefix("a pair of ").removeprefix("a field of ")
