@@ -25,7 +25,7 @@ from pumice.images import image_key
 from pumice.model.adapters import has_int8_kernel, quantize_int8
 from pumice.model.llava import Llava
 from pumice.processor import Processor
-from pumice.weights.load import open_model
+from pumice.weights.load import find_device, open_model
 
 REMEMBERED = 64  # pictures whose image tokens are kept, so that asking again costs no vision tower
 
@@ -45,7 +45,7 @@ def load(
     """
     if quantize not in ("auto", "int8", None):
         raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8' or None")
-    place = _device(device)
+    place = find_device(device)
     int8 = quantize == "int8" or (quantize == "auto" and place.type == "cpu" and has_int8_kernel())
     if dtype is None:
         usual = {"cuda": torch.bfloat16, "mps": torch.float16}
@@ -55,19 +55,6 @@ def load(
     if int8:
         quantize_int8(opened.model.decoder)
     return Assistant(opened.model, opened.processor, opened.provenance)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not available here; try 'cpu'") from error
-    return device
 
 
 class Reply(Iterator[str]):

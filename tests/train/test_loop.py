@@ -135,6 +135,11 @@ def test_a_changed_recipe_does_not_go_on_from_old_checkpoints(make_recipe: MakeR
         run(make_recipe(max_steps=3, stage={"learn": {"connector": 1e-2}}))
 
 
+def test_a_device_that_is_not_here_is_named(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(InputError, match="device 'abacus' is not available here"):
+        run(make_recipe(device="abacus"))
+
+
 def test_spoiled_rows_are_counted_and_refused_beyond_the_budget(
     make_recipe: MakeRecipe, rows: Path, tmp_path: Path
 ) -> None:

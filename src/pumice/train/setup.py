@@ -20,7 +20,7 @@ from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.train.recipe import NewModel, Recipe
 from pumice.weights import folder
-from pumice.weights.load import Opened, new_model, open_model
+from pumice.weights.load import Opened, find_device, new_model, open_model
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Setup:
 
 def prepare(recipe: Recipe) -> Setup:
     """The model of a recipe on its device, the stage's parts in fp32 and learning, the rest frozen."""
-    device = torch.device(recipe.device or best_device())
+    device = find_device(recipe.device)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if isinstance(recipe.model, NewModel):
         new = recipe.model
@@ -109,10 +109,3 @@ def prepare(recipe: Recipe) -> Setup:
             parameter.data = parameter.data.float()  # small updates need more than bf16's eight bits
     config = dataclasses.replace(model.config, template=recipe.stage.template or model.config.template)
     return Setup(model, Processor(config, opened.processor.tokenizer), opened, recipe, device)
-
-
-def best_device() -> str:
-    """cuda, mps or cpu: the first that is here."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

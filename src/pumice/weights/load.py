@@ -20,7 +20,7 @@ from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.templates import Template, get_template
 from pumice.tokens import Tokenizer
-from pumice.weights.folder import check, open_parts
+from pumice.weights.folder import CONFIG, check, open_parts
 from pumice.weights.gguf_llm import load_gguf
 from pumice.weights.parts import from_wheel, wheel
 from pumice.weights.tower import load_efficientnet_lite
@@ -40,11 +40,14 @@ class Opened:
 
 def find_model(source: str | Path) -> Path:
     """The folder of a built-in model's name or of a path. InputError when there is neither."""
-    if Path(source).is_dir():
-        return Path(source)
+    folder = Path(source)
+    if (folder / CONFIG).is_file():
+        return folder
     built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
     if str(source) in built_in:
         return BUILT_IN / source
+    if folder.is_dir():
+        return folder  # opening it says what it lacks
     raise InputError(
         f"there is no model {str(source)!r}; give a model folder or one of: {', '.join(built_in)}"
     )
@@ -130,3 +133,17 @@ def assemble(
     placed = {name: tensor.to(device, kind(name)) for name, tensor in state.items()}
     model.load_state_dict(placed, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The named device, or the best one here. InputError when it is not available."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} is not available here; try 'cpu'") from error
+    return device
