@@ -20,4 +20,4 @@ def train(
     """Train by a recipe. Run it again to go on where it was stopped."""
     from pumice.train import run
 
-    run(recipe, overrides or [])
+    print(f"The model is in {run(recipe, overrides or [])}")
