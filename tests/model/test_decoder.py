@@ -189,11 +189,19 @@ def test_packed_rows_do_not_see_each_other() -> None:
         torch.testing.assert_close(part, alone, atol=1e-4, rtol=0)
 
 
-def test_packed_refuses_what_the_window_cannot_hold() -> None:
-    masks = [torch.ones(n, n, dtype=torch.bool).tril() for n in (3, 6)]
-    Packed(masks, window=6)
-    with pytest.raises(ValueError, match="a tree of more than 5 tokens does not fit the sliding window"):
-        Packed(masks, window=5)
+def test_packed_branches_heed_the_sliding_window() -> None:
+    """Depth in the tree counts, not the number of nodes: two branches of a trunk, each as if alone."""
+    decoder = make(BASE)
+    trunk, first, second = ids(1, 4)[0], ids(1, 3)[0], ids(1, 3)[0].flip(0)
+    mask = torch.ones(10, 10, dtype=torch.bool).tril()
+    mask[7:, 4:7] = False  # the second branch does not see the first
+    tree = torch.cat((trunk, first, second))[None]
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]])
+    found = decoder.logits(decoder(decoder.embed(tree), positions, Packed([mask], window=3)))[0]
+    for branch, rows in ((first, [*range(7)]), (second, [*range(4), 7, 8, 9])):
+        alone = torch.cat((trunk, branch))[None]
+        hidden = decoder(decoder.embed(alone), torch.arange(7)[None], Causal(window=3))
+        torch.testing.assert_close(found[rows], decoder.logits(hidden)[0], atol=1e-4, rtol=0)
 
 
 def test_causal_mask_by_hand() -> None:

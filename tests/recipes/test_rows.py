@@ -16,7 +16,7 @@ from PIL import Image
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pumice-tiny"
 MODULES = (
-    *("attributes", "base", "composites", "flickr", "grammar", "mentions"),
+    *("attributes", "base", "captions", "composites", "flickr", "grammar", "mentions"),
     *("nouns", "presence", "refusal", "scene_rows", "text_only"),
 )
 
@@ -52,11 +52,29 @@ def photo(rows: Any, *captions: str, name: str = "p") -> Any:
         ("A man 's hat is red , and blue", "A man's hat is red, and blue."),
         ("a girl jumps !", None),  # under four words
         ("A Chinese Dragon at a", None),  # broken off
+        ("A dog looks to the left .", None),  # would be wrong of the mirrored picture
         ("A MAN RIDES A HORSE .", "A man rides a horse."),
     ],
 )
 def test_captions_are_cleaned(rows: Any, raw: str, clean: str | None) -> None:
     assert rows.flickr.clean_caption(raw) == clean
+
+
+def test_captions_that_agree_come_first(rows: Any) -> None:
+    photos = [
+        photo(
+            rows, "A sunny day of fun.", "A dog runs on grass.", "A brown dog runs on the grass.", name="a"
+        ),
+        photo(
+            rows, "Two men climb a rock.", "Two men climb a tall rock.", "Friends enjoy themselves.", name="b"
+        ),
+        photo(rows, "A boy swims in a pool.", name="c"),
+    ]
+    ranked = rows.captions.agreeing(photos)
+    assert ranked[0][-1] == "A sunny day of fun."
+    assert ranked[1][-1] == "Friends enjoy themselves."
+    assert ranked[2] == ["A boy swims in a pool."]
+    assert [sorted(captions) for captions in ranked] == [sorted(p.captions) for p in photos]
 
 
 @pytest.mark.parametrize(

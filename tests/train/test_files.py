@@ -72,6 +72,9 @@ def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> No
     cache = FeatureCache(folder, "tower", 3, 2)
     assert cache.get([image, image], False, compute).tolist() == [[[1.0, 1.0]] * 3] * 2
     assert cache.get([image], True, compute)[0, 0, 0] == 2  # mirrored is another picture
+    with pytest.raises(InputError, match=r"another run is using the cache"):
+        FeatureCache(folder, "tower", 3, 2)
+    cache.close()
     with (folder / "keys.txt").open("a") as file:
         file.write("torn-key-without-its-newline")
     with (folder / "features.bin").open("ab") as file:
@@ -81,6 +84,7 @@ def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> No
     Image.new("RGB", (4, 4), (1, 1, 1)).save(tmp_path / "b.png")
     assert again.get([ImagePart(tmp_path / "b.png")], False, compute)[0, 0, 0] == 3
     assert len(calls) == 3
+    again.close()
     with pytest.raises(InputError, match="another tower or image policy"):
         FeatureCache(folder, "other", 3, 2)
     (folder / "features.bin").write_bytes(b"")  # keys without their records

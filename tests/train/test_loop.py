@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from pumice.conversation import Conversation, user_message
 from pumice.engine.generate import Prompt, naive_generate
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.train import run
+from pumice.train.lock import hold
 from pumice.train.loop import schedule
 from pumice.train.report import read_metrics
 from pumice.weights.load import open_model
@@ -161,6 +162,54 @@ def test_spoiled_rows_are_counted_and_refused_beyond_the_budget(
 def test_a_stage_without_adapters_cannot_train_them(make_recipe: MakeRecipe) -> None:
     with pytest.raises(InputError, match=r"lora.*no adapters"):
         run(make_recipe(stage={"learn": {"lora": 1e-3}}))
+
+
+def test_a_run_tells_how_it_goes(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    text = {"id": "t", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "red"}]}
+    (tmp_path / "text.jsonl").write_text(json.dumps(text) + "\n")
+    data = [{"rows": str(rows / "rows.jsonl")}, {"rows": str(tmp_path / "text.jsonl")}]
+    run(make_recipe(data=data, held_out=data, epochs=4, precision="bf16", measure_every=4, sample_answers=3))
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    held_out = [event["held_out_loss"] for event in events if "held_out_loss" in event]
+    assert len(held_out) >= 3
+    assert held_out[-1] < 0.8 * held_out[0]
+    questions = [(event["question"], event["reference"]) for event in events if "answer" in event]
+    assert questions[:3] == [("left?", "red"), ("hi", "red"), ("right?", "green")]
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
+
+
+def test_packs_without_pictures_teach_a_connector_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    text = {"id": "t", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "red"}]}
+    (tmp_path / "text.jsonl").write_text(json.dumps(text) + "\n")
+    data = [{"rows": str(tmp_path / "text.jsonl")}]
+    run(make_recipe(data=data, stage={"learn": {"connector": 1e-3}}, epochs=2))
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_diverging_run_stops_before_its_weights_are_spoiled(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    with pytest.raises(WorkError, match=r"step \d+: the loss is .* lower learning rate"):
+        run(make_recipe(stage={"learn": {"decoder": 1e30}}, clip=1e30, save_every=1))
+
+
+def test_two_runs_do_not_share_an_output_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with hold(tmp_path / "run", "output folder"), pytest.raises(InputError, match="another run is using"):
+        run(make_recipe())
+
+
+def test_rows_that_changed_do_not_go_on_from_old_checkpoints(
+    make_recipe: MakeRecipe, rows: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text((rows / "rows.jsonl").read_text())
+    data = [{"rows": str(mine)}]
+    run(make_recipe(data=data, max_steps=3))
+    mine.write_text((rows / "rows.jsonl").read_text().replace("red", "tan"))
+    with pytest.raises(InputError, match=r"contents of .*mine\.jsonl"):
+        run(make_recipe(data=data, max_steps=3))
 
 
 def test_schedule_rises_and_falls() -> None:

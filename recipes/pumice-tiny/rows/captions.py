@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pumice.evaluate.cider import Cider
 from rows import prompts
 from rows.base import Photo, Row, casual, rng, row
 
-FIRST_PROMPT_CAPTIONS = 3
+KEPT = 3  # captions per photograph, those that agree best with the others
 
 
 def align_rows(photos: Sequence[Photo]) -> list[Row]:
@@ -20,14 +21,26 @@ def align_rows(photos: Sequence[Photo]) -> list[Row]:
 
 
 def caption_rows(photos: Sequence[Photo], seed: int) -> list[Row]:
-    """Short captions under two prompts per photo, so that rows share their beginnings."""
+    """The captions that say what the others say too, under one prompt per photo, so that they share it."""
     rows = []
-    for photo in photos:
+    for photo, captions in zip(photos, agreeing(photos), strict=True):
         random_ = rng(seed, "captions", photo.name)
-        asked = [casual(prompt, random_) for prompt in random_.sample(prompts.CAPTION, 2)]
-        captions = list(photo.captions)
-        random_.shuffle(captions)
-        for number, caption in enumerate(captions):
-            prompt = asked[0] if number < FIRST_PROMPT_CAPTIONS else asked[1]
+        prompt = casual(random_.choice(prompts.CAPTION), random_)
+        for number, caption in enumerate(captions[:KEPT]):
             rows.append(row(f"caption-{photo.name}-{number}", photo.image, [(prompt, caption)]))
     return rows
+
+
+def agreeing(photos: Sequence[Photo]) -> list[list[str]]:
+    """Each photo's captions, first the one that scores the highest CIDEr against the others."""
+    ranked: list[list[tuple[float, int]]] = [[] for _ in photos]
+    for number in range(max((len(photo.captions) for photo in photos), default=0)):
+        rivals = [i for i, photo in enumerate(photos) if len(photo.captions) > max(number, 1)]
+        others = [[c for n, c in enumerate(photos[i].captions) if n != number] for i in rivals]
+        scores = Cider(others).score([photos[i].captions[number] for i in rivals])
+        for i, score in zip(rivals, scores, strict=True):
+            ranked[i].append((-score, number))
+    return [
+        [photo.captions[number] for _, number in sorted(scores)] or list(photo.captions)
+        for photo, scores in zip(photos, ranked, strict=True)
+    ]

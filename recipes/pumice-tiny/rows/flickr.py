@@ -16,7 +16,7 @@ _BROKEN_END = re.compile(r"\b(a|an|the|and|or|of|at|in|on|with|to|from|by|is|are
 
 
 def clean_caption(text: str) -> str | None:
-    """One tidy sentence: capital first, one full stop last; None for a caption that is broken."""
+    """One tidy sentence: capital first, one full stop last; None for one that is broken or tells sides."""
     text = text.replace("\u2019", "'").replace("`", "'").replace('"', " ")
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"\s+([.,;:!?])", r"\1", text)
@@ -25,6 +25,8 @@ def clean_caption(text: str) -> str | None:
     text = text.strip(" .,;:!?-") + "."
     words = re.findall(r"[A-Za-z']+", text)
     if len(words) < 4 or _BROKEN_END.search(text.lower()):
+        return None
+    if re.search(r"\b(left|right)\b", text.lower()):  # training mirrors pictures
         return None
     if sum(word.isupper() and len(word) > 1 for word in words) > len(words) / 2:
         text = text.lower()

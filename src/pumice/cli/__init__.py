@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from pumice import __version__
 from pumice.cli import ask, chat, data, train
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 
 
 class Commands(TyperGroup):
@@ -32,7 +32,7 @@ class Commands(TyperGroup):
             # Whoever read the output has seen enough; Python must not complain of it at its own end.
             sys.stdout = io.StringIO()
             raise typer.Exit(1) from None
-        except OSError as error:
+        except (OSError, WorkError) as error:
             raise self._end(str(error), 1) from error
 
     @staticmethod

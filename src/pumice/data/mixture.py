@@ -55,7 +55,8 @@ class Mixture:
         Rows of one group share their pictures and can be packed behind one copy of them. Rows
         without a picture stand alone; a row that an epoch repeats goes to another group. Names are
         compared as they are written: equal names in two sources must mean the same picture, as they
-        do for one ImageFinder. Groups are in shuffled order. Raises InputError on a malformed row.
+        do for one ImageFinder. Groups are in shuffled order. A malformed row stands
+        alone.
         """
         groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         shown: dict[tuple[int, int], int] = {}
@@ -73,6 +74,14 @@ class Mixture:
         # Numbers instead of names: 665,000 rows' worth of tuples would be kept for the whole run.
         numbers: dict[tuple[str, ...], int] = {(): -1}
         return [
-            np.array([numbers.setdefault(row.image, len(numbers)) for row in rows], np.int64)
+            np.array([numbers.setdefault(_image(rows, i), len(numbers)) for i in range(len(rows))], np.int64)
             for rows in self.rows
         ]
+
+
+def _image(rows: Rows, index: int) -> tuple[str, ...]:
+    """The pictures of a row; none of a malformed one, which whoever reads it next will refuse."""
+    try:
+        return rows[index].image
+    except InputError:
+        return ()

@@ -82,6 +82,20 @@ def prefix_tree(samples: Sequence[Sample]) -> Tree:
     )
 
 
+def fitting_trees(samples: Sequence[Sample], budget: int) -> list[Tree]:
+    """One tree of all samples, or trees of halves of them until each has at most `budget` tokens.
+
+    A single sample stays whole, however long.
+    """
+    if not samples:
+        return []
+    tree = prefix_tree(samples)
+    if len(tree) <= budget or len(samples) == 1:
+        return [tree]
+    half = len(samples) // 2
+    return fitting_trees(samples[:half], budget) + fitting_trees(samples[half:], budget)
+
+
 @dataclass(frozen=True)
 class Pack:
     """Trees end to end."""

@@ -58,10 +58,11 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        scale = weight.detach().abs().amax(1).float().clamp_min(1e-12) / 127
-        rounded = weight.detach().to(torch.float32, copy=True).div_(scale[:, None]).round_()
-        self.register_buffer("weight", rounded.to(torch.int8))
-        self.register_buffer("scale", scale.to(weight.dtype))
+        # Rounded to its final type first, so that weights are divided by what multiplies them later.
+        scale = (weight.detach().abs().amax(1).float().clamp_min(1e-7) / 127).to(weight.dtype)
+        rounded = weight.detach().to(torch.float32, copy=True).div_(scale.float()[:, None]).round_()
+        self.register_buffer("weight", rounded.clamp_(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -85,9 +85,13 @@ class Packed:
     """
 
     def __init__(self, visible: list[Tensor], window: int | None = None) -> None:
-        if window is not None and any(len(mask) > window for mask in visible):
-            raise ValueError(f"a tree of more than {window} tokens does not fit the sliding window")
         self.visible = visible
+        if window is not None:
+            depths = [mask.sum(1) for mask in visible]  # a token sees as many as its depth, itself included
+            self.visible = [
+                mask & (depth[:, None] - depth[None, :] < window)
+                for mask, depth in zip(visible, depths, strict=True)
+            ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _, heads, tokens, width = q.shape

@@ -10,12 +10,14 @@ import math
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from pumice.conversation import Conversation, Message
+from pumice.data.check import NOTES, check
 from pumice.data.mixture import Mixture
-from pumice.data.packing import Pack, Tree, pack, prefix_tree
+from pumice.data.packing import Pack, Tree, fitting_trees, pack
 from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
 from pumice.processor import Processor, Sample
@@ -68,20 +70,32 @@ class Batches:
         groups = self._groups(epoch)[first : first + self.recipe.batch]
         trees, mirrored = [], {}
         for number, group in enumerate(groups, first):
-            tree = self._tree(self.mixture, group)
-            if tree is not None:
+            allowed = all(self.mirror[source] for source, _ in group)
+            chance = np.random.default_rng([self.recipe.seed, epoch, number]).random()
+            for tree in self._trees(self.mixture, group):
                 trees.append(tree)
-                allowed = all(self.mirror[source] for source, _ in group)
-                chance = np.random.default_rng([self.recipe.seed, epoch, number]).random()
                 mirrored[id(tree)] = allowed and chance < self.recipe.mirror_chance
         packs = [(p, [mirrored[id(t)] for t in p.trees]) for p in pack(trees, self.recipe.pack_tokens)]
         return _batch(packs)
 
+    def check(self) -> None:
+        """Look at every row before the first step; InputError beyond the budget of spoiled ones."""
+        report = check(self.mixture.rows, self.finder, decode=False)
+        spoiled = [problem for problem in report.problems if problem.kind not in NOTES]
+        if (count := report.rows - report.usable) > self.recipe.max_bad_rows:
+            raise InputError(
+                f"{count} spoiled rows, max_bad_rows allows {self.recipe.max_bad_rows}; "
+                f"the first: {spoiled[0].source}, row {spoiled[0].row}: {spoiled[0].reason}"
+            )
+
+    @cached_property
     def held_out(self) -> Batch:
-        """The same held-out pictures each time, as one batch."""
+        """Held-out pictures, the same each time, as one batch."""
         mixture = _mixture(self.recipe.held_out, seed=0)
         groups = mixture.groups(0)[: self.recipe.measure_rows]
-        trees = [tree for group in groups if (tree := self._tree(mixture, group)) is not None]
+        trees = [tree for group in groups for tree in self._trees(mixture, group)]
+        if not trees:
+            raise InputError("held_out: none of its rows can be used; mend them or leave it out")
         return _batch([(p, [False] * len(p.trees)) for p in pack(trees, self.recipe.pack_tokens)])
 
     def questions(self, count: int) -> list[tuple[Sample, str, str]]:
@@ -104,7 +118,8 @@ class Batches:
             self._epoch = (epoch, self.mixture.groups(epoch))
         return self._epoch[1]
 
-    def _tree(self, mixture: Mixture, group: Sequence[tuple[int, int]]) -> Tree | None:
+    def _trees(self, mixture: Mixture, group: Sequence[tuple[int, int]]) -> list[Tree]:
+        """The rows of one picture: one tree, or several where one would not fit a pack."""
         samples = []
         for source, index in group:
             rows = mixture.rows[source]
@@ -113,7 +128,7 @@ class Batches:
                 samples.append(self.processor.training_sample(row.conversation(self.finder)))
             except InputError as error:
                 self.skipped.add(f"{rows.path}:{index + 1}", error)
-        return prefix_tree(samples) if samples else None
+        return fitting_trees(samples, self.recipe.pack_tokens)
 
 
 def _mixture(sources: Sequence[Source], seed: int) -> Mixture:

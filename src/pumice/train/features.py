@@ -21,6 +21,7 @@ from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.images import image_key, open_image, pixels
 from pumice.model.llava import Llava
+from pumice.train.lock import hold
 
 
 class TowerFeatures:
@@ -41,9 +42,14 @@ class TowerFeatures:
             vision = model.config.vision
             self.cache = FeatureCache(folder, fingerprint(model), vision.grid**2, vision.width)
 
+    def close(self) -> None:
+        """Let another run use the cache."""
+        if self.cache is not None:
+            self.cache.close()
+
     def __call__(self, images: Sequence[ImagePart], mirror: bool) -> Tensor:
         """Features (M, F, C) on the model's device, of the pictures mirrored left to right if asked."""
-        with torch.set_grad_enabled(self.learns):
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
             if self.cache is None:
                 return torch.stack([self._look(image, mirror) for image in images])
             found = self.cache.get(images, mirror, lambda image: self._look(image, mirror))
@@ -74,6 +80,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path, fingerprint: str, features: int, width: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(folder, "cache of features")
         self.shape = (features, width)
         meta = {"fingerprint": fingerprint, "features": features, "width": width}
         description = folder / "cache.json"
@@ -88,6 +95,9 @@ class FeatureCache:
         whole = self._data_path.stat().st_size // (features * width * 2)  # records that are there
         self._rows = {key: row for row, key in enumerate(keys[:whole])}
         self._keys_path.write_text("".join(f"{key}\n" for key in self._rows))
+
+    def close(self) -> None:
+        self._lock.close()
 
     def get(
         self, images: Sequence[ImagePart], mirror: bool, compute: Callable[[ImagePart], Tensor]

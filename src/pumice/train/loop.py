@@ -9,12 +9,14 @@ generators whose state is saved.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,21 +26,24 @@ from torch import Tensor, nn
 from pumice.data.packing import Pack
 from pumice.engine.generate import Prompt, generate
 from pumice.engine.sampling import SamplingParams
+from pumice.errors import WorkError
 from pumice.model.layers import Packed
 from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
 from pumice.train.batches import Batch, Batches, prefetch
 from pumice.train.features import TowerFeatures
+from pumice.train.lock import hold
 from pumice.train.loss import supervised_loss
 from pumice.train.recipe import Recipe
 from pumice.train.report import Report
 from pumice.train.setup import Setup, prepare
+from pumice.weights.load import find_model
 
 ANSWER_TOKENS = 40  # of a sample answer while training
 
 # fields of a recipe that may change between a run and its continuation without changing its result
 FREE = {
-    "name", "output", "device", "feature_cache", "max_bad_rows", "held_out",
+    "name", "output", "pictures", "device", "feature_cache", "max_bad_rows", "held_out",
     "save_every", "keep_last", "measure_every", "measure_rows", "sample_answers",
 }  # fmt: skip
 
@@ -72,14 +77,22 @@ class Trainer:
         self.tokens = 0
         self.decided = json.loads(recipe.model_dump_json(exclude=FREE))
         self.decided["steps"] = self.batches.steps
+        self.decided |= contents(recipe)
 
     def run(self) -> Path:
         """Train to the last step; a checkpoint is left behind when a signal or Ctrl-C asks to stop."""
-        self.setup.save_and_compare()
         folder = self.recipe.output / "checkpoints"
-        found = checkpoints.latest(folder, self.decided, self.device)
-        if found is not None:
-            self._restore(found)
+        folder.mkdir(parents=True, exist_ok=True)
+        with hold(self.recipe.output, "output folder"), contextlib.closing(self.features):
+            found = checkpoints.latest(folder, self.decided, self.device)
+            if found is None:
+                self.batches.check()
+            else:
+                self._restore(found)
+            self.setup.save_and_compare()
+            return self._run(folder)
+
+    def _run(self, folder: Path) -> Path:
         report = Report(self.recipe, self.setup.describe(self.batches.steps), self.step, self.batches.steps)
         with report, _stop_requested() as stop:
             if self.step == 0:
@@ -110,11 +123,15 @@ class Trainer:
         total = 0.0
         for packed, mirrored in batch.packs:
             loss = self._loss(packed, mirrored) / batch.supervised
-            loss.backward()
+            if loss.requires_grad:  # a pack without pictures teaches a connector nothing
+                loss.backward()
             total += loss.item()
-        if not math.isfinite(total):
-            raise RuntimeError(f"step {self.step + 1}: the loss is {total}; lower the learning rate")
         norm = nn.utils.clip_grad_norm_(self.learned.values(), self.recipe.clip)
+        if not (math.isfinite(total) and norm.isfinite()):
+            raise WorkError(
+                f"step {self.step + 1}: the loss is {total}, its gradient's norm {norm.item()}; "
+                "go on with a lower learning rate in another output folder"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": total, "gradient_norm": norm.item(), "rate": rate, "supervised": batch.supervised}
@@ -152,7 +169,7 @@ class Trainer:
         if not self.recipe.held_out:
             return
         self.model.eval()
-        batch = self.batches.held_out()
+        batch = self.batches.held_out
         loss = sum(self._loss(p, m).item() for p, m in batch.packs) / batch.supervised
         report.held_out(self.step, loss)
         for sample, question, reference in self.batches.questions(self.recipe.sample_answers):
@@ -205,6 +222,21 @@ class Trainer:
         }
 
 
+def contents(recipe: Recipe) -> dict[str, str]:
+    """Digests of the files that decide a run: its rows, and the model that it starts from."""
+    paths = [source.rows for source in recipe.data]
+    if isinstance(recipe.model, Path):
+        paths += sorted(path for path in find_model(recipe.model).iterdir() if path.suffix == ".safetensors")
+    digests = {}
+    for path in paths:
+        digest = hashlib.blake2b(digest_size=16)
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digests[f"contents of {path}"] = digest.hexdigest()
+    return digests
+
+
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Share of the peak rate at 0 <= step < steps: linear warm-up, then a cosine to zero."""
     rising = math.ceil(steps * warmup)
@@ -217,11 +249,14 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 def _stop_requested() -> Iterator[list[int]]:
     """A list that fills when SIGINT or SIGTERM arrives, so that the step under way can end."""
     received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt  # asked twice: leave now, the last checkpoint stands
+        received.append(number)
+
     try:
-        previous = {
-            number: signal.signal(number, lambda number, _: received.append(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # only the main thread may handle signals; elsewhere the caller stops us
         yield received
         return

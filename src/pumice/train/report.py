@@ -37,6 +37,7 @@ class Report:
         )  # fmt: skip
         self._task = self._progress.add_task(recipe.name, total=steps, completed=step, note="")
         self._last_line = 0.0
+        self._first, self._started = step, time.monotonic()
 
     def __enter__(self) -> Report:
         self._progress.start()
@@ -54,7 +55,8 @@ class Report:
         self._progress.update(self._task, completed=step, note=note)
         if not sys.stderr.isatty() and time.monotonic() - self._last_line > 30:
             self._last_line = time.monotonic()
-            left = (self.steps - step) * seconds / 60
+            here = time.monotonic() - self._started
+            left = (self.steps - step) * here / (step - self._first) / 60
             self.console.print(f"step {step}/{self.steps}  {note}  {left:.0f} min left", highlight=False)
 
     def held_out(self, step: int, loss: float) -> None:

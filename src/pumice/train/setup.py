@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pumice.config import LoraConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.model.adapters import add_lora
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.train.recipe import NewModel, Recipe
 from pumice.weights import folder
-from pumice.weights.load import Opened, find_device, new_model, open_model
+from pumice.weights.load import Opened, find_device, find_model, new_model, open_model
 
 
 @dataclass
@@ -57,17 +58,25 @@ class Setup:
         folder.save(
             path,
             self.model.config,
-            self.model.state_dict(),
+            {**self.model.state_dict(), **self._untouched()},
             tokenizer=self.processor.tokenizer.backend.to_str(),
             provenance={**self.opened.provenance, "stages": history},
             parts=parts,
         )
         return path
 
+    def _untouched(self) -> dict[str, Tensor]:
+        """Frozen tensors as the folder that they came from holds them, before rounding to bf16."""
+        if isinstance(self.recipe.model, NewModel) or self.recipe.precision == "fp32":
+            return {}
+        stored = folder.own_tensors(find_model(self.recipe.model))
+        learn = self.recipe.stage.learn
+        return {name: tensor for name, tensor in stored.items() if self.part_of(name) not in learn}
+
     def save_and_compare(self) -> None:
         """Save the model and read it back before the first step, so that saving cannot fail at the end.
 
-        Raises RuntimeError naming the tensor that came back different.
+        Raises WorkError naming the tensor that came back different.
         """
         self.recipe.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.recipe.output) as scratch:
@@ -77,7 +86,7 @@ class Setup:
             ).model.state_dict()
         for name, tensor in self.model.state_dict().items():
             if not torch.equal(read[name].to(tensor.dtype), tensor):
-                raise RuntimeError(f"saving the model changes {name}; nothing was trained")
+                raise WorkError(f"saving the model changes {name}; nothing was trained")
 
 
 def prepare(recipe: Recipe) -> Setup:

@@ -120,6 +120,11 @@ def open_parts(folder: str | os.PathLike[str], *, decoder_dtype: torch.dtype = t
     return LoadedParts(config, state, tokenizer, provenance, parts)
 
 
+def own_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors that the folder itself holds, as stored."""
+    return _read_tensors(Path(folder) / WEIGHTS)
+
+
 def check(state: Mapping[str, Tensor], expected: Shapes, where: str) -> None:
     """Raise InputError unless `state` has exactly the names and shapes of `expected`.
 

