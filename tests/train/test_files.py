@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pumice.conversation import ImagePart
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.train import checkpoint as checkpoints
 from pumice.train.checkpoint import Checkpoint
 from pumice.train.features import FeatureCache
@@ -50,6 +50,19 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     assert found is not None and found.step == 5
     checkpoints.save(tmp_path, point(10), keep_last=2)
     assert not partial.exists()
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_and_nothing_else(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="this system has no limit of file sizes")
+    checkpoints.save(tmp_path, point(5), keep_last=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # bytes: writing more fails
+    try:
+        with pytest.raises(WorkError, match=r"cannot write the checkpoint .*step-000010.*make room"):
+            checkpoints.save(tmp_path, point(10), keep_last=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
 
 
 def test_no_checkpoint_and_another_recipe(tmp_path: Path) -> None:

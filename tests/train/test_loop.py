@@ -80,6 +80,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     command = [sys.executable, "-c", script, str(recipe)]
     metrics = tmp_path / "broken" / "metrics.jsonl"
     for kind, after in ((signal.SIGKILL, 4), (signal.SIGINT, 8)):
+        if kind == signal.SIGINT:  # nothing but the signal makes it save
+            recipe = make_recipe("broken", stage=stage, save_every=1000)
         process = subprocess.Popen(
             command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
@@ -90,6 +92,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
             time.sleep(0.01)
         process.send_signal(kind)
         assert process.wait(60) != 0, "the run ended before it could be stopped"
+    saved = sorted((tmp_path / "broken" / "checkpoints").iterdir())[-1].name
+    assert saved == f"step-{read_metrics(metrics)[-1]['step']:06d}"
     again = run(recipe)
     assert same(whole, again)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")

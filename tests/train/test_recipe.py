@@ -45,9 +45,10 @@ def test_there_are_shipped_recipes() -> None:
 
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     overrides = ["seed=3", "stage.learn.connector=0.5", "data.0.weight=0.25", "stage.lora={rank: 4}"]
+    overrides.append("stage.learn.lora=0.1")
     recipe = load_recipe(write(tmp_path), overrides)
     assert recipe.seed == 3
-    assert recipe.stage.learn == {"connector": 0.5}
+    assert recipe.stage.learn == {"connector": 0.5, "lora": 0.1}
     assert recipe.data[0].weight == 0.25
     assert recipe.stage.lora is not None and recipe.stage.lora.rank == 4
 
@@ -65,6 +66,14 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         ({"epochs": float("inf")}, r"epochs: .*finite"),
         ({"stage": {"learn": {"connector": float("nan")}}}, r"stage\.learn\.connector: .*finite"),
         ({"seed": -1}, r"seed: .*greater than or equal to 0"),
+        ({"betas": [0.9, 1.5]}, r"betas\.1: .*less than 1"),
+        ({"stage": {"lern": {}}}, r"unknown key 'stage\.lern'; did you mean 'learn'\?"),
+        ({"stage": {"learn": {"connector": 1e-3}, "lora": {}}}, r"stage: .*add lora to learn"),
+        ({"stage": {"learn": {"lora": 1e-3}, "lora": {"targets": ["query"]}}}, r"stage\.lora\.targets\.0: "),
+        ({"stage": {"learn": {"lora": 1e-3}, "lora": {"targets": []}}}, r"stage\.lora\.targets: .*at least 1"),
+        ({"model": {"tower": "a", "decodr": "b"}}, r"unknown key 'model\.decodr'; did you mean 'decoder'\?"),
+        ({"model": {"tower": "a"}}, r"model\.decoder: Field required"),
+        ({"model": 3}, r"model: .*not a valid path"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -53,15 +53,7 @@ def ask(
 
     pumice ask dog.jpg "What is the dog doing?"
     """
-    sampling: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()),
-        "seed": seed,
-    }
+    sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
     if batch is not None or out is not None:
         if words:
             raise InputError(f"--batch reads its questions from the file; leave out {words[-1]!r}")

@@ -54,19 +54,11 @@ def chat(
 
     for path in images or []:
         open_image(path)  # before torch is imported: a wrong path is told at once
-    options.share_cores()
+    options.share_cores(waits_for_people=True)
     from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
 
-    sampling: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()),
-        "seed": seed,
-    }
+    sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
     SamplingParams(**sampling)
     Chat(load(model, device=device), sampling, images or []).run()
 

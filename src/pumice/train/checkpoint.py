@@ -16,9 +16,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,28 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
-    """Write a checkpoint into `folder` and remove all but the newest `keep_last`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint into `folder` and remove all but the newest `keep_last`.
+
+    Raises WorkError when the disk cannot take it; the checkpoints before it stand.
+    """
     final = folder / f"step-{checkpoint.step:06d}"
     partial = folder / f".{final.name}.partial"
+    try:
+        _write(partial, checkpoint)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap what the disk says
+        shutil.rmtree(partial, ignore_errors=True)
+        raise WorkError(
+            f"cannot write the checkpoint {final} ({error}); make room and run the same command again"
+        ) from error
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    for old in _all(folder)[:-keep_last]:
+        shutil.rmtree(old)
+
+
+def _write(partial: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     safetensors.torch.save_file(checkpoint.weights, partial / "weights.safetensors")
     torch.save({"optimizer": checkpoint.optimizer, "rng": checkpoint.rng}, partial / "state.pt")
     state = {"step": checkpoint.step, "recipe": checkpoint.recipe, "progress": checkpoint.progress}
@@ -45,10 +62,6 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
     for path in partial.iterdir():
         with path.open("r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    for old in _all(folder)[:-keep_last]:
-        shutil.rmtree(old)
 
 
 def latest(folder: Path, recipe: dict[str, Any], device: torch.device) -> Checkpoint | None:

@@ -99,7 +99,9 @@ class Report:
         """A run that goes on from an older checkpoint repeats steps: their first metrics are dropped."""
         kept = [event for event in read_metrics(self.path) if event["step"] <= step]
         kept = kept if step else []
-        self.path.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        fresh = self.path.with_suffix(".partial")  # the old ones stand until the new ones do
+        fresh.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        fresh.replace(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
