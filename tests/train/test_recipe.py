@@ -70,7 +70,10 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         ({"stage": {"lern": {}}}, r"unknown key 'stage\.lern'; did you mean 'learn'\?"),
         ({"stage": {"learn": {"connector": 1e-3}, "lora": {}}}, r"stage: .*add lora to learn"),
         ({"stage": {"learn": {"lora": 1e-3}, "lora": {"targets": ["query"]}}}, r"stage\.lora\.targets\.0: "),
-        ({"stage": {"learn": {"lora": 1e-3}, "lora": {"targets": []}}}, r"stage\.lora\.targets: .*at least 1"),
+        (
+            {"stage": {"learn": {"lora": 1e-3}, "lora": {"targets": []}}},
+            r"stage\.lora\.targets: .*at least 1",
+        ),
         ({"model": {"tower": "a", "decodr": "b"}}, r"unknown key 'model\.decodr'; did you mean 'decoder'\?"),
         ({"model": {"tower": "a"}}, r"model\.decoder: Field required"),
         ({"model": 3}, r"model: .*not a valid path"),
