@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -76,6 +77,8 @@ app.add_typer(data.app, name="data")
 
 def main() -> int:
     """The `pumice` command."""
+    # Pillow warns of large pictures in its own words before ours are said.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another

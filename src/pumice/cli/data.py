@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at training rows before they are learned.", no_args_is_help=True)
 
+SHOWN = 50  # problems in the terminal
+
 File = Annotated[Path, typer.Argument(help="LLaVA rows, .json or .jsonl.", metavar="FILE")]
 
 
@@ -163,8 +165,21 @@ def check(
     if as_json:
         print(json.dumps(values, ensure_ascii=False))
     else:
-        for problem in report.problems:
-            print(f"row {problem.row} ({problem.id}): {problem.kind}: {problem.reason}")
+        for problem in report.problems[:SHOWN]:
+            # A malformed row's reason names the row itself.
+            where = f"row {problem.row} ({problem.id}): " if problem.id else ""
+            print(f"{where}{problem.kind}: {problem.reason}")
+        if len(report.problems) > SHOWN:
+            print(f"... and {len(report.problems) - SHOWN} more; --json lists all")
+        for source in report.sources.values():
+            for kind, count in source.problems.most_common():
+                print(f"{count:7} x {kind}")
+            if tokens := source.to_dict()["tokens"]:
+                median, high = tokens["median"], tokens["percentile_95"]
+                print(
+                    f"tokens of a row: median {median:.0f}, 95 % up to {high:.0f}, "
+                    f"longest {tokens['longest']}; {tokens['supervised_share']:.0%} of them supervised"
+                )
         print(f"{report.usable} of {report.rows} rows can be used")
     if not report.ok:
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -113,7 +113,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}{line}: this is not YAML ({problem}); mend the line") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no recipe; it must be a mapping of keys to values")
     for override in overrides:
@@ -153,10 +156,19 @@ def _first(error: ValidationError) -> str:
     # key that is misspelt is told before the one that is missing therefore.
     about = [problem for problem in problems if problem["loc"][0] == problems[0]["loc"][0]]
     problem = max(about, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
-    where = ".".join(str(part) for part in problem["loc"] if not re.match(r"NewModel$|lax-or-", str(part)))
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        known = [name for model in (Recipe, NewModel, Stage, Lora, Source) for name in model.model_fields]
+    loc = [str(part) for part in problem["loc"] if not re.match(r"NewModel$|lax-or-", str(part))]
+    known = [name for model in (Recipe, NewModel, Stage, Lora, Source) for name in model.model_fields]
+    if loc[-1] == "[key]":  # of stage.learn
+        loc, known = loc[:-1], list(get_args(Part))
+    where, key = ".".join(loc), loc[-1]
+    if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
         near = difflib.get_close_matches(key, known, n=1)
         return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    plain = {
+        "missing": "is missing",
+        "path_type": "must be a path or a mapping",
+        "too_short": "is empty; give one",
+    }
+    if problem["type"] in plain:
+        return f"{where} {plain[problem['type']]}"
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

@@ -47,7 +47,9 @@ def find_model(source: str | Path) -> Path:
     built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
     if str(source) in built_in:
         return BUILT_IN / source
-    if folder.is_dir():
+    if (folder / "model" / CONFIG).is_file():
+        raise InputError(f"{source} is a run's folder, its model is {folder / 'model'}; name that")
+    if folder.is_dir() and str(source):
         return folder  # opening it says what it lacks
     raise InputError(
         f"there is no model {str(source)!r}; give a model folder or one of: {', '.join(built_in)}"
