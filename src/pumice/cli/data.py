@@ -1,4 +1,4 @@
-"""`pumice data check` and `pumice data show`."""
+"""`pumice data check` and `pumice data show`; `data generate` and `data mix` stand in a file of their own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pumice.cli import generate
+
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
     from pumice.data.check import Encode
     from pumice.tokens import Tokenizer
 
-app = typer.Typer(help="Look at training rows before they are learned.", no_args_is_help=True)
+app = typer.Typer(help="Make training rows, and look at them before they are learned.", no_args_is_help=True)
+app.command("generate")(generate.generate)
+app.command("mix")(generate.mix)
 
 SHOWN = 50  # problems in the terminal
 
