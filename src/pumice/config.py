@@ -22,23 +22,47 @@ IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: pixels (B, 3, S, S) in, features (B, grid * grid, width) out."""
+    """The vision tower: pixels (B, 3, S, S) in, features (B, F, width) out."""
 
-    kind: str = "efficientnet_lite"  # model/vision tables: efficientnet_lite, clip, siglip
+    kind: str = "efficientnet_lite"  # efficientnet_lite | clip | siglip
     image_size: int = 256  # S, pixels on a side
     width: int = 1280  # channels of one feature
-    stride: int = 32  # pixels that one feature stands for; grid = image_size / stride
+    stride: int = 32  # pixels that one feature stands for (a ViT's patch); grid = image_size / stride
     variant: str = "lite2"  # EfficientNet-Lite only: widths and depths of its blocks
+    # A ViT only (clip, siglip):
+    depth: int = 0
+    heads: int = 0
+    mlp_width: int = 0
+    activation: str = "quick_gelu"  # quick_gelu | gelu | gelu_tanh
+    norm_eps: float = 1e-5
+    layer: int = -2  # which hidden state is the feature: 0 the embeddings, 1 the first block's, -1 the last's
+    select: str = "patch"  # patch (drops the class token) | cls_patch | full (siglip, which has none)
 
     @property
     def grid(self) -> int:
         return self.image_size // self.stride
 
+    @property
+    def features(self) -> int:
+        """F: the number of features that the tower gives of one square of pixels."""
+        return self.grid**2 + (self.select == "cls_patch")
+
     def __post_init__(self) -> None:
-        if self.image_size % self.stride:
+        if self.kind == "efficientnet_lite" and self.image_size % self.stride:
             raise InputError(
                 f"image size {self.image_size} is not a multiple of the tower's stride {self.stride}"
             )
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary positions turned more slowly, for contexts longer than the LLM was first trained on."""
+
+    kind: str  # linear | llama3
+    factor: float
+    low_freq_factor: float = 1.0  # llama3: what turns fewer times than this in original_context is slowed
+    high_freq_factor: float = 4.0  # llama3: what turns more often than this is not
+    original_context: int = 8192  # llama3: tokens
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,7 @@ class DecoderConfig:
     mlp_width: int
     context: int = 2048  # longest sequence, tokens
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied_head: bool = False  # the vocabulary projection is the embedding's transpose
     qkv_bias: bool = False  # Qwen2
@@ -82,11 +107,16 @@ class ConnectorConfig:
 class ImagePolicy:
     """How a picture of any size becomes the tower's square of pixels."""
 
-    mode: str = "pad"  # pad (to a square, then resize) | crop (shortest edge, centre) | squash
+    mode: str = "pad"  # pad (to a square, then resize) | crop (shortest edge, centre) | squash | anyres
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     resample: str = "bicubic"  # bicubic | bilinear
     pad_color: tuple[int, int, int] = (124, 116, 104)  # int(mean * 255)
+    # anyres only (LLaVA-NeXT): the picture squashed to one square, then tiles of it at the best of these
+    # (width, height), in pixels, in the checkpoint's order, which breaks ties.
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    unpad: bool = True  # drop features of the tiles' padding, end each row with `image_newline`
+    max_tiles: int | None = None  # LLaVA-OneVision's anyres_max_9: more features than that many tiles' shrink
 
 
 @dataclass(frozen=True)
@@ -109,6 +139,8 @@ class ModelConfig:
     image: ImagePolicy = field(default_factory=ImagePolicy)
     template: str = "chatml"  # one template, for training and serving alike
     stop_token_ids: tuple[int, ...] = ()  # any of these ends an answer
+    bos_token_id: int | None = None  # stands once, before everything
+    image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
 
     @property

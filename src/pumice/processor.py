@@ -65,12 +65,13 @@ class Processor:
 
     def _sample(self, conversation: Conversation, *, generate: bool) -> Sample:
         spans = self.template.render(conversation, generate=generate)
-        input_ids, labels = encode(spans, self.tokenizer, self.config.image_tokens)
+        images = tuple(span for span in spans if isinstance(span, ImagePart))
+        counts = [self.config.image_tokens] * len(images)
+        input_ids, labels = encode(spans, self.tokenizer, counts, self.config.bos_token_id)
         limit = self.config.decoder.context
         if len(input_ids) > limit:
             name = f"conversation {conversation.id!r}" if conversation.id else "the conversation"
             raise InputError(f"{name} takes {len(input_ids)} tokens, the model's context is {limit}")
-        images = tuple(span for span in spans if isinstance(span, ImagePart))
         return Sample(conversation.id, np.array(input_ids, np.int64), np.array(labels, np.int64), images)
 
     def pixels(self, images: tuple[ImagePart, ...]) -> np.ndarray:

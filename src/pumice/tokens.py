@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -95,10 +95,16 @@ class Tokenizer:
         return tokens
 
 
-def encode(spans: Spans, tokenizer: Tokenizer, image_tokens: int) -> tuple[list[int], list[int]]:
-    """Spans -> input_ids and labels of equal length; a picture becomes `image_tokens` placeholders."""
-    input_ids: list[int] = []
-    labels: list[int] = []
+def encode(
+    spans: Spans, tokenizer: Tokenizer, image_tokens: Iterable[int], bos: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Spans -> input_ids and labels of equal length.
+
+    image_tokens: of each picture, in order: as many placeholders. bos: a token that stands first of all.
+    """
+    counts = iter(image_tokens)
+    input_ids: list[int] = [] if bos is None else [bos]
+    labels: list[int] = [IGNORE] * len(input_ids)
     chunk: list[Span] = []
 
     def flush() -> None:
@@ -110,8 +116,9 @@ def encode(spans: Spans, tokenizer: Tokenizer, image_tokens: int) -> tuple[list[
     for span in spans:
         if isinstance(span, ImagePart):
             flush()
-            input_ids.extend([IMAGE_TOKEN] * image_tokens)
-            labels.extend([IGNORE] * image_tokens)
+            count = next(counts)
+            input_ids.extend([IMAGE_TOKEN] * count)
+            labels.extend([IGNORE] * count)
         else:
             chunk.append(span)
     flush()
