@@ -148,3 +148,21 @@ def test_whole_numbers_become_floats_where_floats_stand() -> None:
 def test_image_tokens(size: int, connector: ConnectorConfig, tokens: int) -> None:
     vision = VisionConfig(image_size=size, stride=32 if size == 256 else 14)
     assert ModelConfig(DECODER, vision, connector).image_tokens == tokens
+
+
+def test_a_class_token_is_counted_and_is_in_no_square() -> None:
+    vision = VisionConfig("clip", image_size=64, stride=8, select="cls_patch")
+    assert ModelConfig(DECODER, vision).image_tokens == vision.features == 65
+    assert VisionConfig("siglip", image_size=70, stride=8, select="full").features == 64
+    reduced = ModelConfig(DECODER, vision, ConnectorConfig(reduce="average", factor=2))
+    with pytest.raises(InputError, match="a class token stands in no square to reduce"):
+        _ = reduced.image_tokens
+
+
+def test_only_tiles_need_pinpoints_and_they_come_back_from_json() -> None:
+    policy = ImagePolicy("anyres", pinpoints=((256, 512), (512, 512)), max_tiles=9)
+    config = ModelConfig(DECODER, image=policy)
+    assert config.has_newline and not ModelConfig(DECODER).has_newline
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(InputError, match=r"anyres needs image\.pinpoints"):
+        ModelConfig(DECODER, image=ImagePolicy("anyres"))

@@ -24,7 +24,7 @@ IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
 class VisionConfig:
     """The vision tower: pixels (B, 3, S, S) in, features (B, F, width) out."""
 
-    kind: str = "efficientnet_lite"  # efficientnet_lite | clip | siglip
+    kind: str = "efficientnet_lite"  # efficientnet_lite | clip | siglip | none (a language model alone)
     image_size: int = 256  # S, pixels on a side
     width: int = 1280  # channels of one feature
     stride: int = 32  # pixels that one feature stands for (a ViT's patch); grid = image_size / stride
@@ -130,6 +130,24 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class ChatFormat:
+    """The fixed texts of a chat format; between them stands what people and the model say."""
+
+    user: tuple[str, str]  # before and after a question
+    assistant: str  # opens an answer; a prompt ends with it
+    stop: str  # ends an answer, and is learned with it
+    answer: tuple[str, str] = ("", "")  # around an answer's text, and learned with it
+    between: str = ""  # after an answer's stop, before the next question
+    system: tuple[str, str] | None = None  # before and after a system message; None: it has no place
+    default_system: str | None = None  # stands where a conversation has no system message of its own
+    system_in_user: bool = False  # the system message stands inside the first question, before its text
+    specials: tuple[str, ...] = ()  # special tokens in these texts: a tokenizer must have them
+    trim: tuple[str, ...] = ()  # roles whose text loses the blanks around it
+    opening: str = ""  # after `assistant` before the newest answer only (Qwen3's empty thought)
+    stop_once: bool = False  # only the newest answer ends with `stop` (LLaVA-1.5 in transformers)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole LLaVA, and how text and pictures reach it."""
 
@@ -138,16 +156,36 @@ class ModelConfig:
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     image: ImagePolicy = field(default_factory=ImagePolicy)
     template: str = "chatml"  # one template, for training and serving alike
+    chat: ChatFormat | None = None  # the format that the template "own" stands for
     stop_token_ids: tuple[int, ...] = ()  # any of these ends an answer
     bos_token_id: int | None = None  # stands once, before everything
     image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
 
+    def __post_init__(self) -> None:
+        if self.image.mode != "anyres":
+            return
+        side = self.vision.image_size
+        if not self.image.pinpoints:
+            raise InputError("anyres needs image.pinpoints: the widths and heights that tiles may fill")
+        for width, height in self.image.pinpoints:
+            if width % side or height % side or not width * height:
+                raise InputError(f"pinpoint {width} x {height} is not a whole number of {side}-pixel tiles")
+        if self.vision.select == "cls_patch":
+            raise InputError("anyres joins the patches of its tiles; vision.select cannot be cls_patch")
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the rows of a picture's tiles end with the learned token `image_newline`."""
+        return self.image.mode == "anyres" and self.image.unpad
+
     @property
     def image_tokens(self) -> int:
-        """N: the number of tokens that one picture takes in the sequence."""
+        """N: the tokens of one square of pixels, which is a whole picture unless the mode is anyres."""
         if self.connector.reduce == "none":
-            return self.vision.grid**2
+            return self.vision.features
+        if self.vision.select == "cls_patch":
+            raise InputError("a class token stands in no square to reduce; set vision.select to patch")
         grid, factor = self.vision.grid, self.connector.factor
         if grid % factor:
             raise InputError(f"a grid of {grid} x {grid} features cannot be reduced by {factor}")

@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
     from pumice.data.check import Encode
+    from pumice.templates import Plain, Template
     from pumice.tokens import Tokenizer
 
 app = typer.Typer(help="Look at training rows before they are learned.", no_args_is_help=True)
@@ -22,9 +23,15 @@ File = Annotated[Path, typer.Argument(help="LLaVA rows, .json or .jsonl.", metav
 @app.command()
 def show(
     file: File,
-    template: Annotated[str, typer.Option(help="The chat format: chatml, plain, ...")],
+    template: Annotated[
+        str, typer.Option(help="The chat format: v1, plain, chatml, ...; own: what PATH itself describes.")
+    ],
     tokenizer: Annotated[
-        Path, typer.Option(help="A tokenizer.json, a folder with one, or a GGUF file.", metavar="PATH")
+        Path,
+        typer.Option(
+            help="A tokenizer.json, a SentencePiece tokenizer.model, a folder with either, or a GGUF file.",
+            metavar="PATH",
+        ),
     ],
     images: Annotated[
         Path | None, typer.Option(help="Look the pictures up here; without it none is needed.")
@@ -39,10 +46,9 @@ def show(
     """Print rows as the model sees them: what it learns to write is green and in [+ +]."""
     from pumice.conversation import from_llava
     from pumice.data.rows import ImageFinder, Rows
-    from pumice.templates import get_template
     from pumice.tokens import encode
 
-    written, words = get_template(template), _tokenizer(tokenizer)
+    written, words, bos = _format(template, tokenizer)
     finder = ImageFinder(images) if images is not None else None
     shown = []
     for row in Rows(file)[:rows]:
@@ -50,7 +56,7 @@ def show(
             conversation = row.conversation(finder)
         else:
             conversation = from_llava(row.id, row.turns, row.image).check(answered=True)
-        ids, labels = encode(written.render(conversation), words, 1)
+        ids, labels = encode(written.render(conversation), words, [1] * len(conversation.images), bos)
         if as_json:
             shown.append({"id": row.id, "input_ids": ids, "labels": labels})
         else:
@@ -59,20 +65,36 @@ def show(
         print(json.dumps(shown))
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int | None]:
+    """How text becomes tokens: the template, the tokenizer, and what stands before everything."""
+    from pumice.config import ModelConfig
+    from pumice.errors import InputError
+    from pumice.templates import OWN, get_template
     from pumice.tokens import Tokenizer
+    from pumice.weights.chat_template import describe
+    from pumice.weights.jsonfile import read_json
+    from pumice.weights.tokenizer import read_tokenizer
 
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if path.is_file():
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-        if is_gguf:
-            from pumice.weights.gguf import GgufFile
-            from pumice.weights.gguf_llm import build_tokenizer
-
-            return Tokenizer(build_tokenizer(GgufFile(path).metadata, str(path)))
-    return Tokenizer.from_file(path)
+    files = read_tokenizer(path)
+    words, bos = Tokenizer(files.backend), files.bos_id
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "pumice_format" in config:  # one of our models
+        model = ModelConfig.from_dict(config)
+        written = get_template(model.template if template == OWN else template, model.chat)
+        bos = model.bos_token_id
+    elif template != OWN:
+        written = get_template(template)
+    elif files.chat_template is None:
+        raise InputError(f"{path} describes no chat format of its own; name one with --template")
+    else:
+        found = describe(
+            files.chat_template, bos=files.bos, eos=files.eos, specials=words.special, where=str(path)
+        )
+        written = get_template(found.template, found.chat)
+        if found.writes_bos and files.bos is not None:
+            bos = words.id_of(files.bos)
+    words.stops(written)  # refuses a template whose special tokens the tokenizer lacks
+    return written, words, bos
 
 
 def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokenizer) -> None:

@@ -18,7 +18,7 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model's name or a model folder.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a folder, or a name on the hub.")]
 Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; the best one here if not given.", show_default=False)
 ]
