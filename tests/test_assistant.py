@@ -123,6 +123,20 @@ def test_a_batch_answers_as_one_by_one(exact: Assistant, pictures: list[Path], t
         assert [isinstance(a, InputError) for a in answers] == [False, True, False, False, True, True, False]
 
 
+def test_wrong_python_values(exact: Assistant) -> None:
+    with pytest.raises(InputError, match="slots is 0"):
+        list(exact.ask_batch([(None, "What?")], slots=0))
+    bare: Any = ["a.jpg"]
+    assert "row 1 is 'a.jpg'; give (pictures, question)" in str(next(exact.ask_batch(bare)))
+    wrong: Any
+    for wrong in ("hello", [5], {"role": "user", "content": "hello"}):
+        with pytest.raises(InputError, match="messages must be a list"):
+            exact.stream(wrong)
+    number: Any = "fp16"
+    with pytest.raises(InputError, match=r"dtype is 'fp16'; use torch\."):
+        load("pumice-tiny", dtype=number)
+
+
 def test_a_picture_is_encoded_once(
     exact: Assistant, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,7 +126,10 @@ def bad_pictures(folder: Path) -> Path:
         (["What?", "--model", "pumice-huge"], "'pumice-huge'"),
         (["long " * 300], "context is 256"),
         (["What?", "--batch", "in.jsonl", "--out", "o.jsonl"], "leave out 'What?'"),
-        (["--batch", "in.jsonl"], "--out OUT.jsonl belong together"),
+        (["--batch", "in.jsonl"], "--batch needs --out"),
+        (["--out", "o.jsonl"], "--out belongs to --batch"),
+        (["cat.png", "what", "is", "this"], "there is no picture 'what'; if it belongs to the question"),
+        (["https://example.org/cat.png", "What?"], "is a web address; save the picture"),
         (["--batch", "missing.jsonl", "--out", "o.jsonl"], "'missing.jsonl' cannot be read"),
     ],
 )
@@ -165,22 +168,34 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
         {"id": "empty", "question": " "},
         {"id": "placeholders", "image": "cat.png", "question": "<image><image>"},
         {"question": "No id?"},
+        {"id": "typo", "image_path": "cat.png", "question": "What?"},
     ]
     write_rows(inside / "in.jsonl", rows)
     result = run("ask", "--batch", "inside/in.jsonl", "--out", "out.jsonl", "--slots", "2", *SHORT)
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == "pumice: 7 of 12 rows have an error instead of an answer\n"
+    assert result.stderr == "pumice: 8 of 13 rows have an error instead of an answer\n"
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-    ids = ["beside", "here", "missing", 7, 5, 7, "text", "silent", "odd", "empty", "placeholders", 13]
+    ids = ["beside", "here", "missing", 7, 5, 7, "text", "silent", "odd", "empty", "placeholders", 13, "typo"]
     assert [a["id"] for a in answers] == ids
     assert [set(a) - {"id"} for a in answers] == [
-        {"error" if i in (2, 4, 5, 7, 8, 9, 10) else "answer"} for i in range(12)
+        {"error" if i in (2, 4, 5, 7, 8, 9, 10, 12) else "answer"} for i in range(13)
     ]
-    for number, message in {2: "'no.png' does not exist", 4: "line 5 is not JSON", 10: "2 <image>"}.items():
+    for number, message in {
+        2: "'no.png' does not exist",
+        4: "line 5 is not JSON",
+        10: "2 <image>",
+        12: "write 'image'",
+    }.items():
         assert message in answers[number]["error"]
     alone = load(tiny_folder, device="cpu").ask(None, "Who are\u2028you?", max_new_tokens=8)
     assert answers[6]["answer"] == alone
     assert sorted(p.name for p in folder.iterdir()) == ["a dog.png", "inside", "out.jsonl"]
+
+
+def test_a_batch_without_a_single_answer_has_failed(run: Any, folder: Path) -> None:
+    write_rows(folder / "in.jsonl", [{"id": 1, "image": "no.png", "question": "What?"}])
+    result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl")
+    assert (result.exit_code, (folder / "out.jsonl").exists()) == (1, True)
 
 
 def test_batch_with_json(run: Any, folder: Path) -> None:

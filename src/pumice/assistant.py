@@ -49,6 +49,8 @@ def load(
     """
     if quantize not in ("auto", "int8", None):
         raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8' or None")
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise InputError(f"dtype is {dtype!r}; use torch.float32, torch.bfloat16 or torch.float16")
     place = find_device(device)
     int8 = quantize == "int8" or (quantize == "auto" and place.type == "cpu" and has_int8_kernel())
     if dtype is None:
@@ -130,13 +132,18 @@ class Assistant:
         What is wrong with a row stands in its answer's place. Rows are taken as they are needed and up
         to `slots` of them decoded together.
         """
+        if slots < 1:
+            raise InputError(f"slots is {slots}; at least one question must be answered at a time")
         params = self._params(sampling)
         results: dict[int, str | InputError] = {}
         numbers: list[int] = []  # of the rows that became prompts
 
         def prompts() -> Iterator[Prompt]:
-            for number, (images, question) in enumerate(rows):
+            for number, row in enumerate(rows):
                 try:
+                    if not isinstance(row, list | tuple) or len(row) != 2:
+                        raise InputError(f"row {number + 1} is {row!r}; give (pictures, question)")
+                    images, question = row
                     prompt = self._prompt(_question(images, question), params)
                 except InputError as error:
                     results[number] = error
@@ -222,6 +229,8 @@ def _question(images: Any, question: str) -> Conversation:
 def _conversation(messages: Conversation | Sequence[Message | Mapping[str, Any]]) -> Conversation:
     if isinstance(messages, Conversation):
         return messages
+    if isinstance(messages, str | Mapping) or not all(isinstance(m, Message | Mapping) for m in messages):
+        raise InputError("messages must be a list of {'role': ..., 'content': ...}, or a Conversation")
     return Conversation(tuple(_message(m, number) for number, m in enumerate(messages, 1)))
 
 

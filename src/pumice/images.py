@@ -141,7 +141,9 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         try:
             image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise InputError(f"{name} is refused as enormous ({error}); give a smaller copy") from error
+            raise InputError(
+                f"{name} is refused as enormous; give a copy of at most {MAX_PIXELS / 1e6:g} megapixels"
+            ) from error
         except UnidentifiedImageError as error:
             raise InputError(
                 f"{name} is not a picture that can be read; use one of {', '.join(FORMATS)}"
@@ -165,6 +167,8 @@ def _open_file(source: Any, name: str) -> BinaryIO:
         return io.BytesIO(source)
     if not isinstance(source, str | PathLike):
         raise InputError(f"{name} is not a picture; give a path, the bytes of a file, or a PIL image")
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise InputError(f"{name} is a web address; save the picture to a file first")
     path = Path(source)
     try:
         if path.is_dir():

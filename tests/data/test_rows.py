@@ -109,7 +109,7 @@ def test_rows_can_be_pickled_and_stay_small(tmp_path: Path) -> None:
             {"id": "x", "conversations": [TURNS[0], {"from": "gpt", "value": None}]},
             "turn 2 must have the texts",
         ),
-        ({"id": "x", "conversations": TURNS[:1]}, "(id 'x'): there is no answer from 'gpt'"),
+        ({"id": "x", "conversations": TURNS[:1]}, "(id 'x'): no turn is from 'gpt' (they are from 'human')"),
         (
             {"id": "x", "image": 5, "conversations": TURNS},
             "(id 'x'): 'image' must be a path or a list of paths",
@@ -132,6 +132,7 @@ def test_malformed_rows_are_named(tmp_path: Path, name: str, value: Any, reason:
     ("text", "reason"),
     [
         ("", "holds no rows"),
+        ("\x00PNG", "is no text file"),
         ("[]", "holds no rows"),
         ("\n \n", "holds no rows"),
         ("[", "row 1: the JSON list is malformed or cut off near byte 1"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 
 from pumice.errors import InputError
-from pumice.evaluate.bootstrap import interval
+from pumice.evaluate.bootstrap import draws, interval, interval_of, mcnemar
 
 
 def test_width_is_that_of_the_normal_approximation() -> None:
@@ -43,3 +44,27 @@ def test_wrong_input_is_refused() -> None:
         interval([])
     with pytest.raises(InputError, match="2 values, 1 groups"):
         interval([1, 2], ["a"])
+
+
+def test_an_interval_of_any_statistic_is_that_of_the_mean() -> None:
+    values = np.array([0.0, 1, 1, 0, 1, 0, 0, 1])
+    groups = [0, 0, 1, 1, 2, 2, 3, 3]
+    mean = interval_of(lambda w: float((w * values).sum() / w.sum()), groups, samples=2000)
+    assert mean == pytest.approx(interval(values.tolist(), groups), abs=0.05)  # measured: equal
+    assert math.isnan(interval_of(lambda w: math.nan, groups)[0])
+
+
+def test_draws_take_whole_groups() -> None:
+    for weights in draws(["a", "b", "a", "c"], 50, 0):
+        assert weights[0] == weights[2]
+        assert weights[0] + weights[1] + weights[3] == 3
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "p"), [(0, 0, 1.0), (5, 0, 2 / 32), (6, 2, 2 * 37 / 256), (3, 3, 1.0)]
+)
+def test_mcnemar_by_hand(better: int, worse: int, p: float) -> None:
+    # (6, 2): two-sided, 2 * (1 + 8 + 28) / 2**8.
+    first = [False] * better + [True] * worse + [True, False]
+    second = [True] * better + [False] * worse + [True, False]
+    assert mcnemar(first, second) == pytest.approx(p)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pumice.conversation import ImagePart
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.train import checkpoint as checkpoints
 from pumice.train.checkpoint import Checkpoint
 from pumice.train.features import FeatureCache
@@ -34,7 +37,7 @@ def test_a_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         checkpoints.save(tmp_path, point(step), keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000015"]
-    found = checkpoints.latest(tmp_path, {"seed": 1}, CPU)
+    found = checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
     assert found is not None
     assert (found.step, found.progress) == (15, {"tokens": 150})
     assert found.weights["a"].tolist() == [15.0, 15.0]
@@ -46,17 +49,80 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     partial = tmp_path / ".step-000010.partial"
     partial.mkdir()
     (partial / "weights.safetensors").write_bytes(b"torn")
-    found = checkpoints.latest(tmp_path, {"seed": 1}, CPU)
+    found = checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
     assert found is not None and found.step == 5
     checkpoints.save(tmp_path, point(10), keep_last=2)
     assert not partial.exists()
 
 
+def test_a_full_disk_leaves_the_checkpoints_before_and_nothing_else(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="this system has no limit of file sizes")
+    checkpoints.save(tmp_path, point(5), keep_last=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # bytes: writing more fails
+    try:
+        with pytest.raises(WorkError, match=r"cannot write the checkpoint .*step-000010.*make room"):
+            checkpoints.save(tmp_path, point(10), keep_last=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
 def test_no_checkpoint_and_another_recipe(tmp_path: Path) -> None:
-    assert checkpoints.latest(tmp_path / "none", {}, CPU) is None
+    assert checkpoints.latest(tmp_path / "none", {}, {}, CPU) is None
     checkpoints.save(tmp_path, point(5), keep_last=1)
     with pytest.raises(InputError, match=r"made with seed: 1, the recipe now says 2"):
-        checkpoints.latest(tmp_path, {"seed": 2}, CPU)
+        checkpoints.latest(tmp_path, {"seed": 2}, point(0).weights, CPU)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def rename_tensor(path: Path) -> None:
+    save_file({"b": torch.zeros(2)}, path)
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "message"),
+    [
+        (
+            "state.json",
+            Path.unlink,
+            r"step-000010 lacks state\.json; remove this folder to go on from step 5",
+        ),
+        ("state.pt", Path.unlink, r"lacks state\.pt"),
+        ("state.json", cut, r"step-000010 is damaged \(.*from step 5"),
+        ("state.pt", cut, r"is damaged"),
+        ("weights.safetensors", cut, r"is damaged"),
+        ("weights.safetensors", rename_tensor, r"does not fit the model: [ab] differs; remove this folder"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_with_the_remedy(
+    tmp_path: Path, file: str, spoil: Callable[[Path], None], message: str
+) -> None:
+    for step in (5, 10):
+        checkpoints.save(tmp_path, point(step), keep_last=2)
+    spoil(tmp_path / "step-000010" / file)
+    with pytest.raises(InputError, match=message):
+        checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
+
+
+def test_what_differs_in_a_recipe_is_named_alone(tmp_path: Path) -> None:
+    then = replace(point(5), recipe={"stage": {"learn": {"connector": 0.1}, "lora": None}})
+    checkpoints.save(tmp_path, then, keep_last=1)
+    now = {"stage": {"learn": {"connector": 0.2}, "lora": None}}
+    with pytest.raises(
+        InputError, match=r"made with stage\.learn\.connector: 0\.1, the recipe now says 0\.2;"
+    ):
+        checkpoints.latest(tmp_path, now, point(0).weights, CPU)
+
+
+def test_others_may_read_what_is_written(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, point(5), keep_last=1)
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "step-000005").iterdir()} == {usual}
 
 
 def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     command = [sys.executable, "-c", script, str(recipe)]
     metrics = tmp_path / "broken" / "metrics.jsonl"
     for kind, after in ((signal.SIGKILL, 4), (signal.SIGINT, 8)):
+        if kind == signal.SIGINT:  # nothing but the signal makes it save
+            recipe = make_recipe("broken", stage=stage, save_every=1000)
         process = subprocess.Popen(
             command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
@@ -97,9 +99,34 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
             time.sleep(0.01)
         process.send_signal(kind)
         assert process.wait(60) != 0, "the run ended before it could be stopped"
+    saved = sorted((tmp_path / "broken" / "checkpoints").iterdir())[-1].name
+    assert saved == f"step-{read_metrics(metrics)[-1]['step']:06d}"
     again = run(recipe)
     assert same(whole, again)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_square_brackets_are_text(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
+    row = json.loads((rows / "rows.jsonl").read_text().splitlines()[0])
+    row["conversations"][0]["value"] = "<image>\nWhat is in [this] picture? [/INST]"
+    (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
+    held_out = [{"rows": str(tmp_path / "held.jsonl")}]
+    run(make_recipe("brackets", held_out=held_out, max_steps=1), ["name='[v2] of [/mine]'"])
+    assert "[/INST]" in (tmp_path / "brackets" / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_is_left_alone(make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = make_recipe(max_steps=2)
+    written = (run(recipe) / "model.safetensors").stat()
+    again = (run(recipe) / "model.safetensors").stat()
+    assert (again.st_mtime_ns, again.st_ino) == (written.st_mtime_ns, written.st_ino)
+    assert "already finished: step 2 of 2" in capsys.readouterr().err
+
+
+def test_nowhere_to_write(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"output folder .*file.run cannot be made: .*; name another"):
+        run(make_recipe(output=str(tmp_path / "file" / "run")))
 
 
 def test_a_stage_changes_only_what_it_names(make_recipe: MakeRecipe, tiny_model: Path) -> None:

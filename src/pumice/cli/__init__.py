@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from pumice import __version__
-from pumice.cli import ask, chat, data, export, formats, train
+from pumice.cli import ask, chat, data, evaluate, export, formats, train
 from pumice.errors import InputError, WorkError
 
 
@@ -73,11 +74,14 @@ app.command("chat")(chat.chat)
 app.command("train")(train.train)
 app.command("import")(formats.import_)
 app.command("export")(export.export)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
 
 
 def main() -> int:
     """The `pumice` command."""
+    # Pillow warns of large pictures in its own words before ours are said.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another

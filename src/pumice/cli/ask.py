@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import sys
@@ -53,24 +54,24 @@ def ask(
 
     pumice ask dog.jpg "What is the dog doing?"
     """
-    sampling: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()),
-        "seed": seed,
-    }
+    sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
     if batch is not None or out is not None:
-        if words:
+        if words and batch is not None:
             raise InputError(f"--batch reads its questions from the file; leave out {words[-1]!r}")
-        if batch is None or out is None:
-            raise InputError("--batch IN.jsonl and --out OUT.jsonl belong together; give both")
+        if out is None:
+            raise InputError("--batch needs --out OUT.jsonl, where the answers go")
+        if batch is None:
+            raise InputError("--out belongs to --batch IN.jsonl; one answer goes to the terminal")
         _ask_batch(batch, out, model, device, slots, as_json, sampling)
         return
     *images, question = words or [""]
     _check_question(images, question)
+    for word in images:
+        if not Path(word).exists() and not _is_picture(word) and "/" not in word:
+            raise InputError(
+                f"there is no picture {word!r}; if it belongs to the question, put the question in quotes: "
+                'pumice ask dog.jpg "What is this?"'
+            )
     _ask_one(images, question, model, device, as_json, sampling)
 
 
@@ -169,6 +170,8 @@ def _ask_batch(
         )
     elif failed:
         print(f"pumice: {failed} of {len(rows)} rows have an error instead of an answer", file=sys.stderr)
+    if failed == len(rows):  # without a single answer the work has failed
+        raise typer.Exit(1)
 
 
 def _answers(
@@ -195,6 +198,10 @@ def _read_row(line: str, number: int, folder: Path) -> _Row:
     if not isinstance(values, dict):
         return _Row(number, error=f"line {number} is not an object with 'id' and 'question'")
     row_id = values.get("id", number)
+    if "image" not in values:
+        for key in values:  # answering without the picture that such a key means would go unnoticed
+            if difflib.get_close_matches(key, ("image", "picture", "photo"), n=1):
+                return _Row(row_id, error=f"unknown key {key!r}; write 'image'")
     image, question = values.get("image"), values.get("question")
     names = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /image PATH...  show pictures with your next question (or drop files into the terminal)
+/remove         take back the pictures that wait for your next question
 /reset          begin a new conversation, without pictures
 /save FILE      write the conversation as a LLaVA row, JSON
 /help           these lines
@@ -54,20 +55,14 @@ def chat(
 
     for path in images or []:
         open_image(path)  # before torch is imported: a wrong path is told at once
-    options.share_cores()
+    options.share_cores(waits_for_people=True)
     from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
 
-    sampling: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()),
-        "seed": seed,
-    }
+    sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
     SamplingParams(**sampling)
+    if sys.stdin.isatty():
+        print(f"Opening {model} ...", flush=True)
     Chat(load(model, device=device), sampling, images or []).run()
 
 
@@ -104,7 +99,7 @@ class Chat:
                 self._keep_line()
                 print("\n(/quit or Ctrl-D leaves)")
                 continue
-            if line == "/quit":
+            if line in ("/quit", "/exit", "quit", "exit"):
                 return
             try:
                 self._obey(line)
@@ -119,12 +114,15 @@ class Chat:
             return
         if command == "/image":
             self._add_pictures(rest)
-        elif line == "/reset":
+        elif command == "/remove":
+            self.pending = []
+            self._show_pictures()
+        elif command == "/reset":
             self.messages, self.pending, self.shown = [], [], []
             print("A new conversation, without pictures.")
         elif command == "/save":
             self._save(rest)
-        elif line == "/help":
+        elif command == "/help":
             print(HELP)
         elif dropped := _existing_files(line):
             self._add(dropped)
@@ -233,9 +231,13 @@ def _as_llava(message: Message) -> str:
 
 def _readline() -> ModuleType | None:
     try:
-        return import_module("readline")
+        readline = import_module("readline")
     except ImportError:  # Windows
         return None
+    readline.parse_and_bind("tab: complete")  # paths, where no other completer is set
+    readline.set_completer(None)
+    readline.set_completer_delims(" \t\n")
+    return readline
 
 
 def _clean(text: str) -> str:

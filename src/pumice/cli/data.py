@@ -1,4 +1,4 @@
-"""`pumice data check` and `pumice data show`."""
+"""`pumice data check` and `pumice data show`; `data generate` and `data mix` stand in a file of their own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pumice.cli import generate
+
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
     from pumice.data.check import Encode
     from pumice.templates import Plain, Template
     from pumice.tokens import Tokenizer
 
-app = typer.Typer(help="Look at training rows before they are learned.", no_args_is_help=True)
+app = typer.Typer(help="Make training rows, and look at them before they are learned.", no_args_is_help=True)
+app.command("generate")(generate.generate)
+app.command("mix")(generate.mix)
+
+SHOWN = 50  # problems in the terminal
 
 File = Annotated[Path, typer.Argument(help="LLaVA rows, .json or .jsonl.", metavar="FILE")]
 
@@ -185,8 +191,21 @@ def check(
     if as_json:
         print(json.dumps(values, ensure_ascii=False))
     else:
-        for problem in report.problems:
-            print(f"row {problem.row} ({problem.id}): {problem.kind}: {problem.reason}")
+        for problem in report.problems[:SHOWN]:
+            # A malformed row's reason names the row itself.
+            where = f"row {problem.row} ({problem.id}): " if problem.id else ""
+            print(f"{where}{problem.kind}: {problem.reason}")
+        if len(report.problems) > SHOWN:
+            print(f"... and {len(report.problems) - SHOWN} more; --json lists all")
+        for source in report.sources.values():
+            for kind, count in source.problems.most_common():
+                print(f"{count:7} x {kind}")
+            if tokens := source.to_dict()["tokens"]:
+                median, high = tokens["median"], tokens["percentile_95"]
+                print(
+                    f"tokens of a row: median {median:.0f}, 95 % up to {high:.0f}, "
+                    f"longest {tokens['longest']}; {tokens['supervised_share']:.0%} of them supervised"
+                )
         print(f"{report.usable} of {report.rows} rows can be used")
     if not report.ok:
         raise typer.Exit(1)

@@ -153,7 +153,11 @@ def _row(values: Any, where: str, fallback_id: str, source: str) -> Row:
             raise InputError(f"{where}: turn {number} must have the texts 'from' and 'value'")
         pairs.append((speaker, text))
     if not any(speaker == "gpt" for speaker, _ in pairs):
-        raise InputError(f"{where}: there is no answer from 'gpt' to learn from; add one or remove the row")
+        speakers = ", ".join(repr(name) for name in dict.fromkeys(speaker for speaker, _ in pairs))
+        raise InputError(
+            f"{where}: no turn is from 'gpt' (they are from {speakers}), so there is nothing to learn; "
+            "add an answer or remove the row"
+        )
     return Row(str(row_id), tuple(images), tuple(pairs), source)
 
 
@@ -173,11 +177,14 @@ def _index(file: BinaryIO, name: str) -> np.ndarray:
     while (first := file.read(1)).isspace():
         pass
     file.seek(start)
-    spans = _index_list(file, start, name) if first == b"[" else _index_lines(file, start)
+    spans = _index_list(file, start, name) if first == b"[" else _index_lines(file, start, name)
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
-def _index_lines(file: BinaryIO, offset: int) -> list[tuple[int, int]]:
+def _index_lines(file: BinaryIO, offset: int, name: str) -> list[tuple[int, int]]:
+    if b"\0" in file.read(4096):
+        raise InputError(f"'{name}' is no text file; give rows as JSON or JSON Lines")
+    file.seek(offset)
     spans = []
     for line in file:
         if line.strip():

@@ -10,15 +10,19 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
+from pumice.weights.folder import make_readable
 
 
 @dataclass(frozen=True)
@@ -32,51 +36,88 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
-    """Write a checkpoint into `folder` and remove all but the newest `keep_last`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint into `folder` and remove all but the newest `keep_last`.
+
+    Raises WorkError when the disk cannot take it; the checkpoints before it stand.
+    """
     final = folder / f"step-{checkpoint.step:06d}"
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    safetensors.torch.save_file(checkpoint.weights, partial / "weights.safetensors")
-    torch.save({"optimizer": checkpoint.optimizer, "rng": checkpoint.rng}, partial / "state.pt")
-    state = {"step": checkpoint.step, "recipe": checkpoint.recipe, "progress": checkpoint.progress}
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for path in partial.iterdir():
-        with path.open("r+b") as file:  # Windows flushes only what is open for writing
-            os.fsync(file.fileno())
+    try:
+        _write(partial, checkpoint)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap what the disk says
+        shutil.rmtree(partial, ignore_errors=True)
+        raise WorkError(
+            f"cannot write the checkpoint {final} ({error}); make room and run the same command again"
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     for old in _all(folder)[:-keep_last]:
         shutil.rmtree(old)
 
 
-def latest(folder: Path, recipe: dict[str, Any], device: torch.device) -> Checkpoint | None:
-    """The newest checkpoint of `folder`, or None. InputError when it belongs to another recipe."""
+def _write(partial: Path, checkpoint: Checkpoint) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    safetensors.torch.save_file(checkpoint.weights, partial / "weights.safetensors")
+    torch.save({"optimizer": checkpoint.optimizer, "rng": checkpoint.rng}, partial / "state.pt")
+    state = {"step": checkpoint.step, "recipe": checkpoint.recipe, "progress": checkpoint.progress}
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    for path in partial.iterdir():
+        make_readable(path)
+        with path.open("r+b") as file:  # Windows flushes only what is open for writing
+            os.fsync(file.fileno())
+
+
+def latest(
+    folder: Path, recipe: dict[str, Any], learned: Mapping[str, Tensor], device: torch.device
+) -> Checkpoint | None:
+    """The newest checkpoint of `folder`, or None.
+
+    learned: the tensors that it must hold. InputError when it belongs to another recipe or is damaged.
+    """
     found = _all(folder)
     if not found:
         return None
     path = found[-1]
-    state = json.loads((path / "state.json").read_text())
-    different = sorted(
-        k for k in recipe.keys() | state["recipe"].keys() if recipe.get(k) != state["recipe"].get(k)
-    )
-    if different:
-        key = different[0]
-        before, now = state["recipe"].get(key), recipe.get(key)
-        raise InputError(
-            f"{path} was made with {key}: {before!r}, the recipe now says {now!r}; "
-            "choose another output folder, or remove this one to begin again"
+    before = f"step {int(found[-2].name[5:])}" if len(found) > 1 else "the beginning"
+    remedy = f"remove this folder to go on from {before}"
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        checkpoint = Checkpoint(
+            step=state["step"],
+            weights=safetensors.torch.load_file(path / "weights.safetensors", device=str(device)),
+            optimizer=tensors["optimizer"],
+            rng=tensors["rng"],
+            recipe=state["recipe"],
+            progress=state["progress"],
         )
-    tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    return Checkpoint(
-        step=state["step"],
-        weights=safetensors.torch.load_file(path / "weights.safetensors", device=str(device)),
-        optimizer=tensors["optimizer"],
-        rng=tensors["rng"],
-        recipe=state["recipe"],
-        progress=state["progress"],
-    )
+    except FileNotFoundError as error:
+        raise InputError(f"the checkpoint {path} lacks {Path(error.filename).name}; {remedy}") from error
+    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError, ValueError, KeyError) as error:
+        raise InputError(f"the checkpoint {path} is damaged ({error}); {remedy}") from error
+    if different := _differences(checkpoint.recipe, recipe):
+        key, then, now = different[0]
+        raise InputError(
+            f"{path} was made with {key}: {then!r}, the recipe now says {now!r}; go on as it was, begin "
+            "again in another output folder, or name the finished model of this one as the next one's model"
+        )
+    shapes = [{name: tuple(t.shape) for name, t in held.items()} for held in (checkpoint.weights, learned)]
+    if shapes[0] != shapes[1]:
+        wrong = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+        raise InputError(f"the checkpoint {path} does not fit the model: {wrong[0]} differs; {remedy}")
+    return checkpoint
+
+
+def _differences(then: Any, now: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, value then, value now), keys joined by dots down to the values that differ."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return [(where, then, now)] if then != now else []
+    return [
+        found
+        for key in sorted(then.keys() | now.keys())
+        for found in _differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
+    ]
 
 
 def _all(folder: Path) -> list[Path]:

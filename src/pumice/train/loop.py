@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from pumice.data.packing import Pack
 from pumice.engine.generate import Prompt, generate
 from pumice.engine.sampling import SamplingParams
-from pumice.errors import WorkError
+from pumice.errors import InputError, WorkError
 from pumice.model.layers import Packed
 from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
@@ -84,13 +85,21 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step; a checkpoint is left behind when a signal or Ctrl-C asks to stop."""
         folder = self.recipe.output / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"the output folder {self.recipe.output} cannot be made: {error.strerror}; name another"
+            ) from error
         with hold(self.recipe.output, "output folder"), contextlib.closing(self.features):
-            found = checkpoints.latest(folder, self.decided, self.device)
+            found = checkpoints.latest(folder, self.decided, self.learned, self.device)
             if found is None:
                 self.batches.check()
             else:
                 self._restore(found)
+                if self.step == self.batches.steps and (self.recipe.output / "model").is_dir():
+                    print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
+                    return self.recipe.output / "model"
             self.setup.save_and_compare()
             return self._run(folder)
 
@@ -112,6 +121,7 @@ class Trainer:
                     self._save(folder)
                 if stop and self.step < self.batches.steps:
                     steps.close()
+                    report.say(f"saved at step {self.step} of {self.batches.steps}; the same command goes on")
                     raise KeyboardInterrupt
         model = self.setup.save(self.recipe.output / "model", self._summary())
         report.picture()

@@ -7,9 +7,10 @@ which the command runs.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -17,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from pumice.errors import InputError
 
 Part = Literal["tower", "connector", "decoder", "lora"]
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
@@ -36,9 +40,11 @@ class NewModel(Strict):
 
 class Lora(Strict):
     rank: PositiveInt = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
+        ("q", "k", "v", "o", "gate", "up", "down"), min_length=1
+    )
 
 
 class Stage(Strict):
@@ -55,6 +61,8 @@ class Stage(Strict):
         for part, rate in self.learn.items():
             if rate <= 0:
                 raise ValueError(f"learn: {part} has the rate {rate}; give a number above 0 or leave it out")
+        if self.lora is not None and "lora" not in self.learn:
+            raise ValueError("lora describes adapters, but learn gives them no rate; add lora to learn")
         return self
 
 
@@ -80,7 +88,7 @@ class Recipe(Strict):
     pack_tokens: PositiveInt = Field(1024, description="tokens per pack: what is in memory at once")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising rate")
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["fp32", "bf16"] = "bf16"
     device: str | None = Field(None, description="cuda, mps or cpu; the best one here when absent")
@@ -105,7 +113,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}{line}: this is not YAML ({problem}); mend the line") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no recipe; it must be a mapping of keys to values")
     for override in overrides:
@@ -140,11 +151,24 @@ def _put(values: Any, keys: list[str], value: Any, override: str) -> None:
 
 
 def _first(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        known = [name for model in (Recipe, NewModel, Stage, Lora, Source) for name in model.model_fields]
+    problems = error.errors()
+    # `model` is a path or a mapping: what is wrong inside the mapping stands deeper than "not a path". A
+    # key that is misspelt is told before the one that is missing therefore.
+    about = [problem for problem in problems if problem["loc"][0] == problems[0]["loc"][0]]
+    problem = max(about, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
+    loc = [str(part) for part in problem["loc"] if not re.match(r"NewModel$|lax-or-", str(part))]
+    known = [name for model in (Recipe, NewModel, Stage, Lora, Source) for name in model.model_fields]
+    if loc[-1] == "[key]":  # of stage.learn
+        loc, known = loc[:-1], list(get_args(Part))
+    where, key = ".".join(loc), loc[-1]
+    if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
         near = difflib.get_close_matches(key, known, n=1)
         return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    plain = {
+        "missing": "is missing",
+        "path_type": "must be a path or a mapping",
+        "too_short": "is empty; give one",
+    }
+    if problem["type"] in plain:
+        return f"{where} {plain[problem['type']]}"
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pumice.errors import InputError
 from pumice.train.recipe import Recipe
 
 
@@ -24,17 +25,19 @@ class Report:
     def __init__(self, recipe: Recipe, description: list[str], step: int, steps: int) -> None:
         recipe.output.mkdir(parents=True, exist_ok=True)
         self.path = recipe.output / "metrics.jsonl"
-        self.console = Console(stderr=True)
+        # Names, questions and answers may hold square brackets, which are no markup.
+        self.console = Console(stderr=True, markup=False, highlight=False)
         self.steps = steps
         self._drop_after(step)
         for line in description:
-            self.console.print(line, highlight=False)
+            self.console.print(line)
         if step:
-            self.console.print(f"resuming at step {step} of {steps}", highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"), console=self.console, disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+            self.console.print(f"resuming at step {step} of {steps}")
+        name, note = (
+            TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]")
+        )
+        bar = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
+        self._progress = Progress(*bar, console=self.console, disable=not sys.stderr.isatty())
         self._task = self._progress.add_task(recipe.name, total=steps, completed=step, note="")
         self._last_line = 0.0
         self._first, self._started = step, time.monotonic()
@@ -57,11 +60,11 @@ class Report:
             self._last_line = time.monotonic()
             here = time.monotonic() - self._started
             left = (self.steps - step) * here / (step - self._first) / 60
-            self.console.print(f"step {step}/{self.steps}  {note}  {left:.0f} min left", highlight=False)
+            self.console.print(f"step {step}/{self.steps}  {note}  {left:.0f} min left")
 
     def held_out(self, step: int, loss: float) -> None:
         self._write({"step": step, "held_out_loss": loss})
-        self.console.print(f"step {step}: held-out loss {loss:.4f}", highlight=False)
+        self.console.print(f"step {step}: held-out loss {loss:.4f}")
 
     def answer(self, step: int, question: str, reference: str, answer: str) -> None:
         self._write({"step": step, "question": question, "reference": reference, "answer": answer})
@@ -69,12 +72,15 @@ class Report:
             f"  {question!r}\n    reference: {reference!r}\n    answer:    {answer!r}", highlight=False
         )
 
+    def say(self, line: str) -> None:
+        self.console.print(line)
+
     def picture(self) -> Path | None:
         """Draw `loss.png` beside the metrics; None when matplotlib is not installed."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            self.console.print("no loss.png: install pumice[plot] to have the loss drawn", highlight=False)
+            self.console.print("no loss.png: it needs matplotlib; pip install 'pumice[plot]'")
             return None
         events = read_metrics(self.path)
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -99,12 +105,17 @@ class Report:
         """A run that goes on from an older checkpoint repeats steps: their first metrics are dropped."""
         kept = [event for event in read_metrics(self.path) if event["step"] <= step]
         kept = kept if step else []
-        self.path.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        fresh = self.path.with_suffix(".partial")  # the old ones stand until the new ones do
+        fresh.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        fresh.replace(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics file; a last line torn by a crash is left out."""
+    """The events of a metrics file; a last line torn by a crash is left out. InputError on any other."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, the checkpoints do not need it") from error

@@ -156,7 +156,7 @@ def marked(chat: str) -> str:
     It joins text and markers without the new line that our templates put behind leading pictures.
     """
     before, macro, rest = chat.partition("{% macro said(content, trim) %}")
-    said, end, after = rest.partition("{% endmacro %}")
+    _, end, after = rest.partition("{% endmacro %}")
     if not (macro and end):  # a template that leaves all questions out
         return chat
     return before + macro + _SAID + end + after

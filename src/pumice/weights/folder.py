@@ -210,8 +210,10 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
         fresh, old = Path(name) / "new", Path(name) / "old"
         fresh.mkdir()
         yield fresh
-        for path in (*fresh.iterdir(), fresh):
+        for path in fresh.iterdir():
+            make_readable(path)
             _sync(path)
+        _sync(fresh)
         try:
             if target.exists():
                 target.rename(old)
@@ -225,6 +227,13 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 if not _OURS.fullmatch(path.name) and not (target / path.name).exists():
                     path.rename(target / path.name)
         _sync(target.parent)
+
+
+def make_readable(path: Path) -> None:
+    """Give a file the permissions of any new one; safetensors writes for the owner's eyes only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _sync(path: Path) -> None:

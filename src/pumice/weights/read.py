@@ -31,7 +31,9 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
     if str(source) in built_in:
         return BUILT_IN / source
-    if path.is_dir():
+    if (path / "model" / folder.CONFIG).is_file():
+        raise InputError(f"{source} is a run's folder, its model is {path / 'model'}; name that")
+    if path.is_dir() and str(source):
         return path  # opening it says what it lacks
     name = path.as_posix()
     if "/" in name.partition("@")[0]:

@@ -1,0 +1,161 @@
+"""LLaVA-Bench (arXiv 2304.08485, 2310.03744): a judge compares with what GPT-4 said, reading captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pumice.errors import InputError
+from pumice.evaluate.files import DataFile, Pictures, locate, need, read_jsonl
+from pumice.evaluate.judge import JudgedTask
+from pumice.evaluate.task import Answered, Cell, Floats, Question, Score, Source
+
+PROMPT_VERSION = "pumice-llava-bench-1"
+PROMPT = """\
+Two assistants were asked about a picture. You cannot see it; here is what is in it.
+
+[Picture]
+{context}
+
+[Question]
+{question}
+
+[Answer of assistant 1]
+{reference}
+
+[Answer of assistant 2]
+{answer}
+
+Grade each answer from 1 (useless) to 10 (excellent) by how helpful, relevant, correct and detailed it is, \
+judging by the description alone. Do not let the order of the answers count.
+Write the two grades in the first line, assistant 1's first, separated by one space and nothing else in \
+that line. Then explain them in a few sentences.
+"""
+
+
+def parse_scores(reply: str) -> tuple[float, float] | None:
+    """The two numbers of the first line, separated by spaces or a comma; None where there are not two."""
+    words = reply.partition("\n")[0].replace(",", " ").split()
+    try:
+        first, second = map(float, words)
+    except ValueError:
+        return None
+    return (first, second) if 0 <= first <= 10 and 0 <= second <= 10 else None
+
+
+class LlavaBench(JudgedTask):
+    """Headline: the judge's mean grade in percent of the mean grade of GPT-4's answers, in the wild."""
+
+    name = "llava-bench"
+    title = "LLaVA-Bench (in the wild)"
+    headline = "relative"
+    rank = 11
+    splits = ("test",)
+    max_new_tokens = 1024
+    prompt_version = PROMPT_VERSION
+    source = Source(
+        url="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
+        version="24 pictures, 60 questions",
+        licence="CC BY-NC 4.0",
+        layout=("questions.jsonl, context.jsonl, answers_gpt4.jsonl", "images/"),
+        sizes={"test": 60},
+    )
+    listed: tuple[str, ...] = ("questions.jsonl",)
+    contexts: tuple[str, ...] = ("context.jsonl",)
+    references: tuple[str, ...] = ("answers_gpt4.jsonl",)
+    folders: tuple[str, ...] = ("images",)
+
+    def questions(self, data: Path) -> Iterator[Question]:
+        file = locate(data, self.listed, self.source.files)
+        about = self._contexts(locate(data, self.contexts, self.source.files))
+        other = locate(data, self.references, self.source.files)
+        references = {str(row["question_id"]): row["text"] for row in read_jsonl(other)}
+        pictures = Pictures(data, *self.folders)
+        for number, row in enumerate(read_jsonl(file), 1):
+            need(row, ("question_id", "image", "text", "category"), f"'{file}', line {number}")
+            key, image = str(row["question_id"]), row["image"]
+            if key not in references or image not in about:
+                raise InputError(
+                    f"question {key} of '{file}' has no answer of GPT-4 or no description of {image!r}; "
+                    "fetch all files from one place"
+                )
+            meta = {
+                "question": row["text"],
+                "category": row["category"],
+                "answer": references[key],
+                "context": about[image],
+            }
+            yield Question(key, (pictures.get(image, f"COCO_val2014_{image}"),), row["text"], meta)
+
+    def _contexts(self, file: DataFile) -> dict[str, str]:
+        found = {}
+        for number, row in enumerate(read_jsonl(file), 1):
+            need(row, ("image",), f"'{file}', line {number}")
+            caption = row.get("caption", row.get("captions", ""))
+            boxes = [f"{b['category']}: {b['bbox']}" for b in row.get("instances", ())]
+            lines = [caption] if isinstance(caption, str) else list(caption)
+            found[row["image"]] = "\n".join([*lines, *boxes])
+        return found
+
+    def score(self, answered: Sequence[Answered]) -> Score:
+        prompts = [
+            (
+                question.id,
+                PROMPT.format(
+                    context=question.meta["context"],
+                    question=question.meta["question"],
+                    reference=question.meta["answer"],
+                    answer=text,
+                ),
+            )
+            for question, text in answered
+        ]
+        replies = self.replies(prompts, temperature=0.0, max_tokens=1024)
+        pairs = [parse_scores(reply.text) if reply else None for reply in replies]
+        read = np.array([pair is not None for pair in pairs], dtype=np.float64)
+        grades = np.array([pair or (0.0, 0.0) for pair in pairs]).reshape(-1, 2)
+        kinds = np.array([question.meta["category"] for question, _ in answered])
+
+        def relative(weights: Floats) -> float:
+            w = weights * read
+            below = float((w * grades[:, 0]).sum())
+            return 100 * float((w * grades[:, 1]).sum()) / below if below else float("nan")
+
+        unparsed = int((1 - read).sum())
+        cells = {
+            str(kind): Cell(relative((kinds == kind).astype(float)), int(((kinds == kind) * read).sum()))
+            for kind in dict.fromkeys(kinds.tolist())
+        }
+        metrics: dict[str, float] = {"relative": relative(np.ones(len(answered)))}
+        if total := read.sum():
+            metrics["grade"] = float((read * grades[:, 1]).sum() / total)
+            metrics["grade_reference"] = float((read * grades[:, 0]).sum() / total)
+        metrics["unparsed"] = float(unparsed)
+        values: list[float | None] = [pair[1] / 10 if pair else None for pair in pairs]
+        notes: list[str] = ["judges differ: compare only results of one judge and one prompt version"]
+        if unparsed:
+            notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
+        about: dict[str, Any] = self.about(replies, unparsed, answered)
+        return Score(metrics, {"category": cells}, values, relative, notes, about)
+
+
+class LlavaBenchCoco(LlavaBench):
+    """The first version: 30 pictures of COCO val2014, three questions each."""
+
+    name = "llava-bench-coco"
+    title = "LLaVA-Bench (COCO)"
+    rank = 20
+    source = Source(
+        url="https://github.com/haotian-liu/LLaVA, playground/data and llava/eval/table",
+        version="30 pictures, 90 questions",
+        licence="CC BY-NC 4.0; pictures under COCO's terms",
+        layout=("qa90_questions.jsonl, caps_boxes_coco2014_val_80.jsonl, qa90_gpt4_answer.jsonl", "val2014/"),
+        sizes={"test": 90},
+    )
+    listed = ("qa90_questions.jsonl", "coco2014_val_qa_eval/qa90_questions.jsonl")
+    contexts = ("caps_boxes_coco2014_val_80.jsonl",)
+    references = ("qa90_gpt4_answer.jsonl", "coco2014_val_qa_eval/qa90_gpt4_answer.jsonl")
+    folders = ("val2014", "images/val2014")

@@ -1,0 +1,162 @@
+"""MMBench and MMBench-CN (arXiv 2307.06281): choices asked in every rotation, right only if all are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pumice.errors import InputError
+from pumice.evaluate.choice import infer_option
+from pumice.evaluate.files import base64_picture, locate, read_tsv
+from pumice.evaluate.task import (
+    LETTER,
+    Answered,
+    Question,
+    Score,
+    Source,
+    Task,
+    categories,
+    mean_statistic,
+    percent,
+)
+from pumice.evaluate.xlsx import write_xlsx
+
+OPTIONS = "ABCD"
+ROTATION = 1_000_000  # a rotated copy has the index of its question plus a multiple of this
+REFERENCE = 64  # an "image" this short names the row that holds the picture
+
+
+class MMBench(Task):
+    """Headline: circular accuracy. A letter is read by VLMEvalKit's rules; what they cannot read is wrong.
+
+    Its server asks a language model to read the rest, so numbers from there can be higher for models
+    that answer in sentences.
+    """
+
+    name = "mmbench"
+    title = "MMBench"
+    headline = "accuracy"
+    rank = 8
+    splits = ("dev", "test")
+    max_new_tokens = 16
+    instruction = LETTER
+    source = Source(
+        url="https://github.com/open-compass/MMBench",
+        version="dev_20230712 or dev_en_20231003",
+        licence="Apache-2.0",
+        layout=("mmbench_dev_20230712.tsv (LLaVA-1.5's), mmbench_dev_en_20231003.tsv or MMBench_DEV_EN.tsv",),
+        sizes={"dev": (4377, 4329), "test": (6718, 6666)},
+    )
+    files: ClassVar[dict[str, tuple[str, ...]]] = {
+        "dev": ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"),
+        "test": ("mmbench_test_20230712.tsv", "mmbench_test_en_20231003.tsv", "MMBench_TEST_EN.tsv"),
+    }
+
+    def questions(self, data: Path) -> Iterator[Question]:
+        file = locate(data, self.files[self.split], self.source.files)
+        pictures: dict[str, str] = {}
+        for number, row in enumerate(read_tsv(file), 1):
+            index, text, image = row.get("index"), row.get("question"), row.get("image")
+            if index is None or text is None or image is None or not index.isdecimal():
+                raise InputError(
+                    f"'{file}', row {number}: 'index', 'question' or 'image' is missing; "
+                    "is this the official file?"
+                )
+            if len(image) <= REFERENCE and image in pictures:
+                image = pictures[image]
+            elif int(index) < ROTATION:
+                pictures[index] = image
+            choices: dict[str, str] = {}
+            for letter in OPTIONS:
+                option = row.get(letter)
+                if option is None or option.lower() in ("nan", "none"):
+                    break
+                choices[letter] = option
+            hint = row.get("hint")
+            asked = text if hint is None or hint.lower() in ("nan", "none") else f"{hint}\n{text}"
+            lines = [asked, *(f"{letter}. {option}" for letter, option in choices.items()), self.instruction]
+            group = str(int(index) % ROTATION)
+            meta = {
+                "question": text,
+                "choices": choices,
+                "answer": row.get("answer"),
+                "category": row.get("l2-category"),
+                "ability": row.get("category"),
+                "group": group,
+                "row": row | {"image": None},
+            }
+            yield Question(index, (base64_picture(group, image),), "\n".join(lines), meta)
+
+    def score(self, answered: Sequence[Answered]) -> Score:
+        if answered and all(question.meta["answer"] is None for question, _ in answered):
+            raise InputError(
+                f"the answers of {self.title} {self.split} are not public; write --submission FILE.xlsx and "
+                "upload it to https://mmbench.opencompass.org.cn, or score --split dev"
+            )
+        read = [infer_option(text, question.meta["choices"]) for question, text in answered]
+        right = [
+            option == question.meta["answer"] for option, (question, _) in zip(read, answered, strict=True)
+        ]
+        groups: dict[str, list[bool]] = {}
+        for (question, _), hit in zip(answered, right, strict=True):
+            groups.setdefault(question.meta["group"], []).append(hit)
+        # The circular score belongs to the question as it stands first in the file.
+        base: list[float | None] = []
+        seen: set[str] = set()
+        for question, _ in answered:
+            group = question.meta["group"]
+            base.append(None if group in seen else float(all(groups[group])))
+            seen.add(group)
+        first = [a for a, b in zip(answered, base, strict=True) if b is not None]
+        circular = [b for b in base if b is not None]
+        vanilla = [hit for (q, _), hit in zip(answered, right, strict=True) if int(q.id) < ROTATION]
+        unread = sum(option is None for option in read)
+        metrics = {
+            "accuracy": percent(circular),
+            "accuracy_every_rotation": percent([float(hit) for hit in right]),
+            "accuracy_first_order": percent([float(hit) for hit in vanilla]),
+            "unread": float(unread),
+        }
+        parts = {
+            "ability (l2)": categories(first, circular, "category"),
+            "ability": categories(first, circular, "ability"),
+        }
+        notes = [f"{unread} answers name no option by the rules and count as wrong"] if unread else []
+        if len(groups) == len(answered):
+            notes.append("no question was asked in another rotation: this is not circular evaluation")
+        values: list[float | None] = [float(hit) for hit in right]
+        return Score(metrics, parts, values, statistic=mean_statistic(base), notes=notes)
+
+    def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
+        """The server's workbook: the table without pictures, and a column of predictions."""
+        if not answered:
+            raise InputError(f"there are no answers to {self.title} to write")
+        dropped = ("hint", "category", "source", "image", "comment", "l2-category", "split")
+        columns = [name for name in answered[0].question.meta["row"] if name not in dropped]
+        columns = [*columns[:6], "prediction", *columns[6:]]
+        rows: list[list[str | int | None]] = []
+        for question, text in answered:
+            found = {**question.meta["row"], "prediction": text}
+            rows.append([int(found[c]) if c == "index" else found[c] for c in columns])
+        write_xlsx(path, columns, rows)
+
+
+class MMBenchCN(MMBench):
+    """The same questions in Chinese."""
+
+    name = "mmbench-cn"
+    title = "MMBench-CN"
+    rank = 9
+    instruction = "请直接回答选项字母。"
+    source = Source(
+        url=MMBench.source.url,
+        version="dev_cn_20231003",
+        licence=MMBench.source.licence,
+        layout=("mmbench_dev_cn_20231003.tsv or MMBench_DEV_CN.tsv",),
+        sizes={"dev": 4329, "test": 6666},
+    )
+    files: ClassVar[dict[str, tuple[str, ...]]] = {
+        "dev": ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv"),
+        "test": ("mmbench_test_cn_20231003.tsv", "MMBench_TEST_CN.tsv"),
+    }

@@ -1,0 +1,135 @@
+"""MMMU (arXiv 2311.16502): college questions with one to seven pictures, in thirty subjects."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pumice.errors import InputError
+from pumice.evaluate.choice import as_list, mmmu_open_right, mmmu_option
+from pumice.evaluate.files import bytes_picture, need, read_parquet
+from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Source, Task, categories, percent
+
+DOMAINS = {
+    "Art and Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health and Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine "
+    "Pharmacy Public_Health",
+    "Humanities and Social Science": "History Literature Sociology Psychology",
+    "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics "
+    "Energy_and_Power Materials Mechanical_Engineering",
+}
+DOMAIN = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
+# The order in which the official script reads the subjects: its random letters depend on it.
+ORDER = {name: number for number, name in enumerate(sorted(DOMAIN))}
+_IMAGE = re.compile(r"<image (\d)>")
+SEED = 42
+
+
+def subject_of(key: str) -> str:
+    """validation_Art_Theory_3 -> Art_Theory."""
+    return "_".join(key.split("_")[1:-1])
+
+
+class MMMU(Task):
+    """Letters and open answers are read by MMMU's eval_utils.py.
+
+    It draws a random letter (seed 42) where it reads none; the headline does the same, and
+    accuracy_without_guessing counts those as wrong.
+    """
+
+    name = "mmmu"
+    title = "MMMU"
+    headline = "accuracy"
+    rank = 22
+    splits = ("validation", "dev", "test")
+    max_new_tokens = 128
+    source = Source(
+        url="https://huggingface.co/datasets/MMMU/MMMU",
+        version="900 validation questions",
+        licence="Apache-2.0; pictures under their own terms",
+        layout=("SUBJECT/validation-00000-of-00001.parquet for each of 30 subjects",),
+        sizes={"validation": 900, "dev": 150, "test": 10500},
+    )
+
+    def questions(self, data: Path) -> Iterator[Question]:
+        files = sorted(data.glob(f"**/{self.split}-*.parquet")) if data.is_dir() else []
+        if not files:
+            raise InputError(f"no {self.split}-*.parquet is in '{data}'; expected {self.source.files}")
+        for number, row in enumerate(read_parquet(files), 1):
+            need(row, ("id", "question", "options", "question_type"), f"MMMU in '{data}', row {number}")
+            yield self._question(row)
+
+    def _question(self, row: dict[str, Any]) -> Question:
+        key, options = str(row["id"]), as_list(str(row["options"]))
+        choice = row["question_type"] == "multiple-choice"
+        lines = [f"({chr(ord('A') + n)}) {option}" for n, option in enumerate(options)] if choice else []
+        body = "\n".join(lines)
+        text = f"{row['question']}\n\n{body}\n\n{LETTER}" if choice else f"{row['question']}\n\n{SHORT}"
+        order = [int(n) for n in _IMAGE.findall(text)]
+        images, kept = [], []
+        for place, number in enumerate(order):
+            held = row.get(f"image_{number}")
+            if isinstance(held, dict) and isinstance(held.get("bytes"), bytes):
+                images.append(bytes_picture(f"{key}_{number}", held["bytes"]))
+                kept.append(place)
+        places = iter(range(len(order)))
+        prompt = _IMAGE.sub(lambda _: "<image>" if next(places) in kept else "", text)
+        meta = {
+            "question": row["question"],
+            "answers": as_list(str(row.get("answer", ""))),
+            "options": options if choice else None,
+            "category": subject_of(key),
+            "domain": DOMAIN.get(subject_of(key)),
+            "difficulty": row.get("topic_difficulty"),
+            "group": key,
+        }
+        return Question(key, tuple(images), prompt, meta)
+
+    def score(self, answered: Sequence[Answered]) -> Score:
+        if self.split == "test":
+            raise InputError(
+                "the answers of MMMU test are not public; write --submission FILE and upload it to EvalAI, "
+                "or score --split validation"
+            )
+        random = Random(SEED)
+        order = sorted(
+            range(len(answered)), key=lambda n: ORDER.get(answered[n].question.meta["category"], len(ORDER))
+        )
+        guessed = [0.0] * len(answered)
+        strict = [0.0] * len(answered)
+        unread = 0
+        for number in order:
+            question, text = answered[number]
+            truths, options = question.meta["answers"], question.meta["options"]
+            if options is None:
+                guessed[number] = strict[number] = float(mmmu_open_right(text, truths))
+                continue
+            read = mmmu_option(text, options, None)
+            unread += read is None
+            strict[number] = float(read in truths)
+            guessed[number] = float((read or mmmu_option(text, options, random)) in truths)
+        notes = (
+            [f"{unread} answers name no option; a random one is counted, as in the original"]
+            if unread
+            else []
+        )
+        metrics = {"accuracy": percent(guessed), "accuracy_without_guessing": percent(strict)}
+        parts = {
+            "domain": categories(answered, guessed, "domain"),
+            "subject": categories(answered, guessed, "category"),
+            "difficulty": categories(answered, guessed, "difficulty"),
+        }
+        return Score({**metrics, "unread": float(unread)}, parts, list(guessed), notes=notes)
+
+    def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
+        found = {}
+        for question, text in answered:
+            options = question.meta["options"]
+            found[question.id] = text if options is None else mmmu_option(text, options, None) or ""
+        path.write_text(json.dumps(found, indent=2), encoding="utf-8")

@@ -1,0 +1,139 @@
+"""Your own file: a line for each question with its picture, its answers, and how they are compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pumice.errors import InputError
+from pumice.evaluate.captions import rouge_l
+from pumice.evaluate.choice import infer_option
+from pumice.evaluate.files import DataFile, Picture, locate, need, read_jsonl
+from pumice.evaluate.presence import means_yes
+from pumice.evaluate.task import Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.vqa import m4c, textvqa_accuracy
+
+_SPACE = re.compile(r"\s+")
+
+
+def _plain(text: str) -> str:
+    return _SPACE.sub(" ", text.strip().rstrip(".").lower())
+
+
+def _exact(text: str, meta: Any) -> float:
+    return float(_plain(text) in [_plain(answer) for answer in meta["answers"]])
+
+
+def _contains(text: str, meta: Any) -> float:
+    words = f" {m4c(text)} "
+    return float(any(f" {m4c(answer)} " in words for answer in meta["answers"]))
+
+
+def _vqa(text: str, meta: Any) -> float:
+    answers = meta["answers"]
+    if len(answers) < 4:  # too few people to leave one out
+        return float(m4c(text) in [m4c(answer) for answer in answers])
+    return textvqa_accuracy(text, answers)
+
+
+def _option(text: str, meta: Any) -> float:
+    return float(infer_option(text.strip(), meta["choices"]) in meta["answers"])
+
+
+def _yes_no(text: str, meta: Any) -> float:
+    return float(means_yes(text) == means_yes(meta["answers"][0]))
+
+
+def _rouge(text: str, meta: Any) -> float:
+    return rouge_l(text, meta["answers"])
+
+
+METRICS: dict[str, Callable[[str, Any], float]] = {
+    "exact": _exact,  # the same text, in any case, with or without a full stop
+    "contains": _contains,  # an answer stands in it, as whole words
+    "vqa": _vqa,  # M4C's processing; ten people's answers are left one out
+    "option": _option,  # the letter of one of "choices"
+    "yes_no": _yes_no,  # POPE's reading
+    "rouge_l": _rouge,
+}
+
+
+class Own(Task):
+    """Rows {"id", "image", "question", "answers", "metric"}; "category", "choices" and "prompt" if wanted."""
+
+    name = "own"
+    title = "Your own file"
+    headline = "score"
+    rank = 90
+    splits = ("all",)
+    max_new_tokens = 256
+    source = Source(
+        url="your own",
+        version="your own",
+        licence="your own",
+        layout=("questions.jsonl, or any .jsonl given to --data", "pictures beside it"),
+    )
+
+    def questions(self, data: Path) -> Iterator[Question]:
+        file = DataFile(data) if data.is_file() else locate(data, ("questions.jsonl",), self.source.files)
+        for number, row in enumerate(read_jsonl(file), 1):
+            yield _question(row, file, number)
+
+    def score(self, answered: Sequence[Answered]) -> Score:
+        values = [METRICS[question.meta["metric"]](text, question.meta) for question, text in answered]
+        parts = {
+            "category": categories(answered, values, "category"),
+            "metric": categories(answered, values, "metric"),
+        }
+        return Score({"score": percent(values)}, {k: v for k, v in parts.items() if v}, list(values))
+
+
+def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
+    where = f"'{file}', line {number}"
+    need(row, ("question",), where)
+    answers = row.get("answers", row.get("answer"))
+    answers = [answers] if isinstance(answers, str | int | float) else answers
+    if not isinstance(answers, list) or not answers:
+        raise InputError(f"{where}: 'answers' must be a text or a list of texts, found {answers!r}")
+    metric = row.get("metric", "option" if row.get("choices") else "exact")
+    if metric not in METRICS:
+        raise InputError(f"{where}: there is no metric {metric!r}; use one of {', '.join(METRICS)}")
+    choices = row.get("choices")
+    if isinstance(choices, list):
+        choices = {chr(ord("A") + n): str(text) for n, text in enumerate(choices)}
+    if metric == "option" and not isinstance(choices, dict):
+        raise InputError(f"{where}: the metric 'option' needs 'choices', a list of texts")
+    names = row.get("image", [])
+    names = [names] if isinstance(names, str) else names or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: 'image' must be a path or a list of paths, found {names!r}")
+    prompt = row.get("prompt", row["question"])
+    if choices and "prompt" not in row:
+        prompt = "\n".join([prompt, *(f"{letter}. {text}" for letter, text in choices.items())])
+    meta = {
+        "question": row["question"],
+        "answers": [str(answer) for answer in answers],
+        "choices": choices,
+        "metric": metric,
+        "category": row.get("category"),
+    }
+    images = tuple(_picture(file.path.parent, name) for name in names)
+    return Question(str(row.get("id", number)), images, prompt, meta)
+
+
+def _picture(folder: Path, name: str) -> Picture:
+    path = folder / name
+
+    def wrong() -> str:
+        if path.is_file():
+            return ""
+        return f"picture '{name}' is not beside '{folder}'; write its path relative to the file"
+
+    def load() -> Path:
+        if said := wrong():
+            raise InputError(said)
+        return path
+
+    return Picture(name, load, wrong)

@@ -1,0 +1,115 @@
+"""POPE (arXiv 2305.10355): is there such a thing in the picture?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pumice.errors import InputError
+from pumice.evaluate.files import DataFile, Pictures, locate, need, read_jsonl, search
+from pumice.evaluate.presence import means_yes, presence_score
+from pumice.evaluate.task import SHORT, Answered, Cell, Floats, Question, Score, Source, Task
+
+KINDS = ("adversarial", "popular", "random")
+
+
+class Pope(Task):
+    """Headline: the mean over the three ways of sampling of F1, "yes" being the positive class.
+
+    Labels belong to a question here, where the original pairs them with answers by position.
+    """
+
+    name = "pope"
+    title = "POPE"
+    headline = "f1"
+    rank = 6
+    splits = ("test",)
+    max_new_tokens = 16
+    source = Source(
+        url="https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco",
+        version="e3e3926 (8,910 questions, of which LLaVA-1.5 was asked)",
+        licence="MIT; pictures under COCO's terms",
+        layout=("coco/coco_pope_adversarial.json, _popular.json and _random.json", "val2014/"),
+        sizes={"test": (8910, 9000)},
+    )
+
+    def questions(self, data: Path) -> Iterator[Question]:
+        files = {kind: locate(data, (f"coco_pope_{kind}.json",), self.source.files) for kind in KINDS}
+        listed = search(data, ("llava_pope_test.jsonl",))
+        pictures = Pictures(data, "val2014", "images/val2014")
+        for kind, file in files.items():
+            rows = read_jsonl(file)
+            names = _llava_ids(listed, kind, rows) if listed is not None else None
+            for place, row in enumerate(rows):
+                need(row, ("question_id", "image", "text", "label"), f"'{file}', line {place + 1}")
+                key = str(row["question_id"])
+                meta = {
+                    "question": row["text"],
+                    "answer": row["label"],
+                    "category": kind,
+                    "group": row["image"],
+                }
+                if names is not None:
+                    identity, also = names[place], f"{kind}/{key}"
+                else:
+                    identity, also = f"{kind}/{key}", key
+                yield Question(identity, (pictures.get(row["image"]),), f"{row['text']}\n{SHORT}", meta, also)
+
+    def score(self, answered: Sequence[Answered]) -> Score:
+        said = np.array([means_yes(text) for _, text in answered])
+        truth = np.array([question.meta["answer"] != "no" for question, _ in answered])
+        kinds = np.array([question.meta["category"] for question, _ in answered])
+        present = [kind for kind in KINDS if (kinds == kind).any()]
+
+        def f1(weights: Floats) -> float:
+            found = []
+            for kind in present:
+                w = weights * (kinds == kind)
+                hits, wrong = (w * (said & truth)).sum(), (w * (said != truth)).sum()
+                found.append(2 * hits / (2 * hits + wrong) if hits else 0.0)
+            return 100 * float(np.mean(found))
+
+        cells: dict[str, dict[str, Cell]] = {"f1": {}, "accuracy": {}, "yes rate": {}}
+        metrics = {"f1": f1(np.ones(len(answered)))}
+        unclear = 0.0
+        for kind in present:
+            chosen = [text for (question, text) in answered if question.meta["category"] == kind]
+            part = presence_score(chosen, [bool(t) for t in truth[kinds == kind]])
+            unclear += part.unclear * part.questions
+            for title, value in (("f1", part.f1), ("accuracy", part.accuracy), ("yes rate", part.yes_rate)):
+                cells[title][kind] = Cell(100 * value, part.questions)
+            metrics[f"precision_{kind}"] = 100 * part.precision
+            metrics[f"recall_{kind}"] = 100 * part.recall
+        for title, name in (("accuracy", "accuracy"), ("yes rate", "yes_rate")):
+            metrics[name] = float(np.mean([cell.value for cell in cells[title].values()]))
+        notes = []
+        if len(present) < len(KINDS):
+            notes.append(f"only {', '.join(present)} of {len(KINDS)} kinds of questions are answered")
+        if not said.any():
+            notes.append("every answer says no; F1 is 0 where the original divides by zero")
+        if unclear:
+            notes.append(
+                f"{round(unclear)} answers hold neither yes nor no and count as yes, as in the original"
+            )
+        return Score(metrics, cells, [float(v) for v in said == truth], statistic=f1, notes=notes)
+
+
+def _llava_ids(file: DataFile, kind: str, labelled: Sequence[dict[str, Any]]) -> list[str]:
+    """The ids of LLaVA's list, whose questions stand in the order of the labels."""
+    rows = [row for row in read_jsonl(file) if row.get("category") == kind]
+    other = f"coco_pope_{kind}.json"
+    remedy = "take both from one version, or remove LLaVA's list"
+    if len(rows) != len(labelled):
+        raise InputError(
+            f"'{file}' lists {len(rows)} {kind} questions where {other} has {len(labelled)}; {remedy}"
+        )
+    for number, (row, label) in enumerate(zip(rows, labelled, strict=True), 1):
+        if row.get("image") != label.get("image"):
+            raise InputError(
+                f"{kind} question {number} is about {row.get('image')!r} in '{file}' and about "
+                f"{label.get('image')!r} in {other}; {remedy}"
+            )
+    return [str(row["question_id"]) for row in rows]

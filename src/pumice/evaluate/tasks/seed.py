@@ -1,0 +1,82 @@
+"""SEED-Bench (arXiv 2307.16125): four choices about pictures and videos, of which one frame is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pumice.evaluate.files import Pictures, locate, need, read_json
+from pumice.evaluate.task import LETTER, Answered, Question, Score, Source, Task, categories, percent
+
+
+class SeedBench(Task):
+    """The answer must be the bare letter, as LLaVA's convert_seed_for_submission.py has it."""
+
+    name = "seed"
+    title = "SEED-Bench"
+    headline = "accuracy"
+    rank = 10
+    splits = ("test",)
+    max_new_tokens = 16
+    source = Source(
+        url="https://huggingface.co/datasets/AILab-CVC/SEED-Bench",
+        version="1 (19,242 questions)",
+        licence="CC BY-NC 4.0",
+        layout=(
+            "SEED-Bench.json",
+            "SEED-Bench-image/",
+            "SEED-Bench-video-image/TASK_QUESTION.png, the middle frame of each video",
+        ),
+        sizes={"test": 19242},
+    )
+
+    def questions(self, data: Path) -> Iterator[Question]:
+        file = locate(data, ("SEED-Bench.json",), self.source.files)
+        found = read_json(file)
+        need(found, ("questions",), f"'{file}'")
+        names = {number: name for name, number in found.get("question_type", {}).items()}
+        images = Pictures(data, "SEED-Bench-image")
+        frames = Pictures(data, "SEED-Bench-video-image")
+        keys = (
+            "question_id",
+            "question",
+            "choice_a",
+            "choice_b",
+            "choice_c",
+            "choice_d",
+            "answer",
+            "data_type",
+        )
+        for number, row in enumerate(found["questions"], 1):
+            need(row, keys, f"'{file}', question {number}")
+            key, kind = str(row["question_id"]), row.get("question_type_id")
+            if row["data_type"] == "image":
+                name = str(row["data_id"])
+                picture = images.get(name, f"{name}.jpg", f"{name}.png")
+            else:
+                picture = frames.get(
+                    f"{kind}_{key}.png", f"{kind}_{key}", f"{key}.png", f"{row['data_id']}.png"
+                )
+            choices = [f"{letter}. {row['choice_' + letter.lower()]}" for letter in "ABCD"]
+            meta = {
+                "question": row["question"],
+                "answer": row["answer"],
+                "category": names.get(kind, kind),
+                "kind": row["data_type"],
+            }
+            yield Question(key, (picture,), "\n".join([row["question"], *choices, LETTER]), meta)
+
+    def score(self, answered: Sequence[Answered]) -> Score:
+        values = [float(text == question.meta["answer"]) for question, text in answered]
+        loose = [float(text.strip()[:1].upper() == question.meta["answer"]) for question, text in answered]
+        kinds = categories(answered, values, "kind")
+        metrics = {"accuracy": percent(values)}
+        metrics |= {f"accuracy_{name}": cell.value for name, cell in kinds.items()}
+        metrics["accuracy_first_letter"] = percent(loose)
+        parts = {"kind": kinds, "ability": categories(answered, values, "category")}
+        return Score(metrics, parts, list(values))
+
+    def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
+        rows = ({"question_id": question.id, "prediction": text} for question, text in answered)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,95 @@
+"""What a teacher is told about a picture: captions, and boxes as category and place.
+
+Knows: pictures by name, words, normalised corners. Does not know: which file the annotations came from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pumice.errors import InputError
+
+MOST_CAPTIONS, MOST_BOXES = 30, 40  # written into a prompt; the checks know them all
+ROUNDING = 1e-2  # of a side: how far outside a box may reach before it is an error and not rounding
+
+
+@dataclass(frozen=True)
+class Box:
+    """One annotated object: its category and (left, top, right, bottom) as shares of width and height."""
+
+    category: str
+    corners: tuple[float, float, float, float]
+
+    @property
+    def area(self) -> float:
+        left, top, right, bottom = self.corners
+        return (right - left) * (bottom - top)
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that is known about one picture. id is unique in a run; image is a path below a picture folder."""
+
+    id: str
+    image: str
+    captions: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    text: str = ""
+
+    def described(self, *, boxes: bool) -> str:
+        """As LLaVA's prompts have it (arXiv 2304.08485, section 3): captions, then `category: [corners]`.
+
+        Corners have three decimals. Of many captions or boxes the first and the largest are written.
+        """
+        parts = []
+        if self.captions:
+            parts.append("\n".join(self.captions[:MOST_CAPTIONS]))
+        if boxes and self.boxes:
+            large = sorted(self.boxes, key=lambda box: -box.area)[:MOST_BOXES]
+            kept = [box for box in self.boxes if box in large]
+            parts.append(
+                "\n".join(f"{b.category}: [{', '.join(f'{v:.3f}' for v in b.corners)}]" for b in kept)
+            )
+        if self.text:
+            parts.append(self.text)
+        return "\n\n".join(parts)
+
+
+class Spoiled:
+    """Counts what is wrong with annotations, and raises InputError when it is more than allowed."""
+
+    def __init__(self, allowed: int = 0) -> None:
+        self.allowed, self.count = allowed, 0
+        self.first: list[str] = []  # sentences to show
+
+    def add(self, sentence: str) -> None:
+        self.count += 1
+        if len(self.first) < 20:
+            self.first.append(sentence)
+        if self.count > self.allowed:
+            allowed = f" ({self.count - 1} before it were allowed)" if self.allowed else ""
+            raise InputError(f"{sentence}, or leave such annotations out with --max-spoiled{allowed}")
+
+
+def normalised(
+    corners: Iterable[Any], width: float, height: float, where: str
+) -> tuple[float, float, float, float] | str:
+    """Pixels (left, top, right, bottom) as shares of the sides; a sentence when they make no box inside."""
+    values = list(corners)
+    if len(values) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        return f"{where}: the box {values!r} is not four numbers; mend it"
+    if not (width > 0 and height > 0):
+        return f"{where}: the picture is {width:g} x {height:g}; give its real size"
+    left, top, right, bottom = (v / s for v, s in zip(values, (width, height) * 2, strict=True))
+    if left < -ROUNDING or top < -ROUNDING or right > 1 + ROUNDING or bottom > 1 + ROUNDING:
+        return (
+            f"{where}: the box [{', '.join(f'{v:g}' for v in values)}] reaches out of the picture of "
+            f"{width:g} x {height:g}; mend it"
+        )
+    left, top, right, bottom = (min(max(v, 0.0), 1.0) for v in (left, top, right, bottom))
+    if right <= left or bottom <= top:
+        return f"{where}: the box [{', '.join(f'{v:g}' for v in values)}] has no area; mend it"
+    return left, top, right, bottom

@@ -1,0 +1,271 @@
+"""The journal: every request before it is sent, every reply as it came, only ever appended, on the disk.
+
+Knows: records, their order, what they cost. Does not know: HTTP, prompts, rows.
+
+A record is one line of JSON, and is on the disk (fsync) before anything depends on it:
+
+    {"event": "prompt", "id": P, "messages": [...]}         what comes before the user's text; once each
+    {"event": "sent", "id": R, "prompt": P, "user": ..., "image": ..., "reserved": [in, out]}
+    {"event": "reply", "id": R, "raw": ..., "cost": [in, out]}
+    {"event": "failed", "id": R, "why": ..., "status": ..., "raw": ..., "cost": [in, out]}
+
+A "sent" that nothing follows was under way when its process died: its reservation counts as spent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from pumice.errors import InputError
+
+Cost = tuple[int, int]  # tokens in, tokens out
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a teacher. prompt: (role, text) before the user's; image: a file to show, or None."""
+
+    id: str
+    prompt: tuple[tuple[str, str], ...]
+    user: str
+    max_tokens: int
+    image: str | None = None
+
+    @property
+    def prompt_id(self) -> str:
+        return digest(self.prompt)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its text: no tokenizer that falls back to bytes can make more tokens of it."""
+        return sum(len(text.encode()) for _, text in self.prompt) + len(self.user.encode())
+
+
+def digest(*values: Any) -> str:
+    """32 hexadecimal digits that stand for the values."""
+    return hashlib.blake2b(json.dumps(values, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+
+
+@dataclass
+class Tally:
+    """What the journal adds up to."""
+
+    sent: int = 0  # calls
+    replies: int = 0
+    failures: Counter[str] = field(default_factory=Counter)  # by cause
+    tokens_in: int = 0  # spent, reservations of lost calls included
+    tokens_out: int = 0
+    lost: int = 0  # calls under way when their process died
+    damaged: int = 0  # lines that a crash tore
+    prompt_bytes: int = 0  # of the requests that were answered, to learn bytes per token
+    replied_in: int = 0  # tokens of those
+    replied_out: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "calls": self.sent - self.failures["unreachable"],
+            "replies": self.replies,
+            "failures": dict(sorted(self.failures.items())),
+            "lost": self.lost,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+        }
+
+
+class Journal:
+    """A journal that is read once and then appended to. Only offsets stay in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tally = Tally()
+        self.why: dict[str, str] = {}  # request -> its last failure, while it has no reply
+        self._replies: dict[str, tuple[int, int]] = {}
+        self._prompts: set[str] = set()
+        self._open: dict[str, tuple[Cost, int]] = {}  # sent, and not yet answered
+        self._end = 0
+        self._file: IO[bytes] | None = None
+        self.read()
+
+    def read(self) -> None:
+        """Take in what stands in the file behind what was read before."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._end)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._take(line)
+                # Else the last record was torn off by a crash: a later one begins on a line of its own.
+                elif line.strip():
+                    self.tally.damaged += 1
+                self._end += len(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            event, key = record["event"], record["id"]
+        except (ValueError, KeyError, TypeError):
+            self.tally.damaged += bool(line.strip())
+            return
+        tally = self.tally
+        if event == "prompt":
+            self._prompts.add(key)
+            return
+        if event == "sent":
+            self._close(key)
+            self._open[key] = (tuple(record["reserved"]), record["bytes"])
+            tally.sent += 1
+            return
+        _, size = self._open.pop(key, ((0, 0), 0))
+        spent_in, spent_out = record["cost"]
+        tally.tokens_in += spent_in
+        tally.tokens_out += spent_out
+        if event == "reply":
+            tally.replies += 1
+            tally.prompt_bytes += size
+            tally.replied_in += spent_in
+            tally.replied_out += spent_out
+            self._replies[key] = (self._end, len(line))
+            self.why.pop(key, None)
+        else:
+            tally.failures[record["why"]] += 1
+            self.why[key] = record["why"]
+
+    def _close(self, key: str) -> None:
+        if key in self._open:
+            (spent_in, spent_out), _ = self._open.pop(key)
+            self.tally.tokens_in += spent_in
+            self.tally.tokens_out += spent_out
+            self.tally.lost += 1
+            self.why[key] = "lost"
+
+    def settle(self) -> list[str]:
+        """Count calls without an outcome as lost, once nobody can be writing any more; their requests."""
+        lost = list(self._open)
+        for key in lost:
+            self._close(key)
+        return lost
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._replies
+
+    def reply(self, request_id: str) -> str | None:
+        """The raw reply to a request, or None."""
+        if request_id not in self._replies:
+            return None
+        start, length = self._replies[request_id]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return str(json.loads(file.read(length))["raw"])
+
+    def sent(self, request: Request, reserved: Cost, model: str) -> list[dict[str, Any]]:
+        """The records to append before a request is sent."""
+        records: list[dict[str, Any]] = []
+        if request.prompt_id not in self._prompts:
+            self._prompts.add(request.prompt_id)
+            records.append({"event": "prompt", "id": request.prompt_id, "messages": request.prompt})
+        records.append(
+            {
+                "event": "sent", "id": request.id, "prompt": request.prompt_id, "user": request.user,
+                "image": request.image, "model": model, "reserved": reserved, "bytes": request.size,
+                "time": round(time.time(), 3),
+            }
+        )  # fmt: skip
+        return records
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write records and wait until they are on the disk."""
+        if self._file is None:
+            torn = self._is_torn()
+            self._file = self.path.open("ab")
+            if torn:
+                self._file.write(b"\n")
+            _sync_folder(self.path.parent)
+        for record in records:
+            self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _is_torn(self) -> bool:
+        if not self.path.exists() or not self.path.stat().st_size:
+            return False
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+
+
+def reply(request_id: str, raw: str, cost: Cost) -> dict[str, Any]:
+    return {"event": "reply", "id": request_id, "raw": raw, "cost": cost, "time": round(time.time(), 3)}
+
+
+def failed(request_id: str, why: str, status: int | None, raw: str, cost: Cost) -> dict[str, Any]:
+    return {
+        "event": "failed", "id": request_id, "why": why, "status": status, "raw": raw[:2000], "cost": cost,
+        "time": round(time.time(), 3),
+    }  # fmt: skip
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform != "win32":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class Lock:
+    """A file that one process at a time holds; the system lets go of it when the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a")
+
+    def take(self) -> bool:
+        """Whether the lock is ours now."""
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def wait(self, seconds: float, waiting: Callable[[], None]) -> None:
+        """Take the lock; call `waiting` once when somebody else has it. InputError after `seconds`."""
+        end = time.monotonic() + seconds
+        told = False
+        while not self.take():
+            if not told:
+                waiting()
+                told = True
+            if time.monotonic() > end:
+                raise InputError(f"another run has held '{self._file.name}' for {seconds:g} s; end it first")
+            time.sleep(0.05)
+
+    def release(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def costs(values: Sequence[int], prices: tuple[float, float]) -> float:
+    """Money for (tokens in, tokens out) at prices per million tokens."""
+    return (values[0] * prices[0] + values[1] * prices[1]) / 1e6

@@ -1,0 +1,217 @@
+"""ScienceQA, MMBench, SEED-Bench, MMStar and MMMU: official layouts made small, scores by hand."""
+
+from __future__ import annotations
+
+import base64
+import zipfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from pumice.errors import InputError
+from pumice.evaluate.result import read_questions
+from pumice.evaluate.task import Answered, get_task
+
+LETTER = "Answer with the option's letter from the given choices directly."
+PICTURE = base64.b64encode(
+    b"\xff\xd8 not really a picture, but long enough to be no reference at all"
+).decode()
+
+
+@pytest.fixture
+def scienceqa(data: Any) -> Any:
+    problems = {
+        "7": {"question": "Which one?", "choices": ["x", "y"], "answer": 1, "hint": "Look.",
+              "image": "image.png", "subject": "natural science", "grade": "grade2"},
+        "8": {"question": "And now?", "choices": ["x", "y", "z"], "answer": 0, "hint": "", "image": None,
+              "subject": "social science", "grade": "grade3"},
+        "9": {"question": "Train?", "choices": ["x"], "answer": 0, "hint": "", "image": None},
+    }  # fmt: skip
+    data.json("problems.json", problems)
+    data.json("pid_splits.json", {"test": ["7", "8"], "train": ["9"]})
+    return data
+
+
+def test_scienceqa(scienceqa: Any, scored: Any, asked: Any) -> None:
+    found = scored("scienceqa", {"7": "B. y", "8": "The answer is C."})
+    assert found["headline"]["name"] == "image_accuracy"
+    assert found["headline"]["value"] == 100
+    assert found["metrics"]["accuracy"] == 50
+    assert found["categories"]["modality"]["neither"]["value"] == 0
+    questions = asked("scienceqa")
+    assert questions["7"].prompt == f"Context: Look.\nQuestion: Which one?\nOptions: (A) x (B) y\n{LETTER}"
+    assert questions["8"].prompt.startswith("Context: N/A\n")
+    assert questions["7"].images[0].name == "7/image.png"
+    assert questions["8"].images == ()
+
+
+def test_scienceqa_with_a_problem_missing(scienceqa: Any, scored: Any) -> None:
+    scienceqa.json("pid_splits.json", {"test": ["7", "70"]})
+    with pytest.raises(InputError, match=r"1 of 2 problems .* the first is 70"):
+        scored("scienceqa", {"7": "B"})
+
+
+def table(rows: list[list[str]]) -> str:
+    header = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source",
+              "l2-category", "comment", "split"]  # fmt: skip
+    return "\n".join("\t".join(row) for row in [header, *rows]) + "\n"
+
+
+@pytest.fixture
+def mmbench(data: Any) -> Any:
+    end = ["image_scene", PICTURE, "web", "coarse_perception", "", "dev"]
+    rows = [
+        ["1", "What?", "", "cat", "dog", "", "", "A", *end],
+        ["1000001", "What?", "nan", "dog", "cat", "", "", "B", "image_scene", "1", *end[2:]],
+        [
+            "2",
+            '"Which, ""this""?"',
+            "See.",
+            "red",
+            "blue",
+            "None",
+            "x",
+            "B",
+            "ocr",
+            PICTURE,
+            "web",
+            "logic",
+            "",
+            "dev",
+        ],
+    ]
+    data.text("mmbench_dev_20230712.tsv", table(rows))
+    return data
+
+
+def test_mmbench_is_circular(mmbench: Any, scored: Any, asked: Any) -> None:
+    found = scored("mmbench", {1: "A", 1000001: "A", 2: "(B) blue"})
+    # Question 1 is right in one order and wrong in the other: wrong. Question 2: right.
+    assert found["headline"]["value"] == 50
+    assert found["metrics"]["accuracy_every_rotation"] == pytest.approx(200 / 3)
+    assert found["metrics"]["accuracy_first_order"] == 100
+    assert found["categories"]["ability (l2)"] == {
+        "coarse_perception": {"value": 0, "questions": 1},
+        "logic": {"value": 100, "questions": 1},
+    }
+    questions = asked("mmbench")
+    assert (
+        questions["2"].prompt == f'See.\nWhich, "this"?\nA. red\nB. blue\n{LETTER}'
+    )  # "None" ends the options
+    assert questions["1000001"].images[0].source() == base64.b64decode(PICTURE)
+    assert questions["1000001"].group == "1"
+
+
+def test_mmbench_answers_that_no_rule_reads(mmbench: Any, scored: Any) -> None:
+    found = scored("mmbench", {1: "A cat", 1000001: "the cat", 2: ""})
+    assert found["headline"]["value"] == 50
+    assert found["metrics"]["unread"] == 1
+
+
+def test_mmbench_for_the_server(mmbench: Any, tmp_path: Path) -> None:
+    task = get_task("mmbench")
+    answered = [Answered(q, "A & <b>") for q in read_questions(task, mmbench.path).questions]
+    task.submission(answered, tmp_path / "up.xlsx", mmbench.path)
+    with zipfile.ZipFile(tmp_path / "up.xlsx") as archive:
+        sheet = archive.read("xl/worksheets/sheet1.xml").decode()
+    assert sheet.count("<row ") == 4
+    assert "prediction" in sheet
+    assert "A &amp; &lt;b&gt;" in sheet
+    assert "image" not in sheet
+    openpyxl: Any = pytest.importorskip("openpyxl")
+    cells = list(openpyxl.load_workbook(tmp_path / "up.xlsx").active.values)
+    assert cells[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer")
+    assert cells[3][:4] == (2, 'Which, "this"?', "red", "blue")
+
+
+def test_mmbench_cut_off(mmbench: Any, scored: Any) -> None:
+    mmbench.text("mmbench_dev_20230712.tsv", table([["1", "What?", "", "cat"]]))
+    with pytest.raises(InputError, match="row 2: 4 columns where the header has 14"):
+        scored("mmbench", {1: "A"})
+
+
+def test_mmbench_cn_asks_in_chinese(data: Any, asked: Any) -> None:
+    row = ["1", "什么?", "", "猫", "狗", "", "", "A", "c", PICTURE, "w", "l", "", "dev"]
+    data.text("mmbench_dev_cn_20231003.tsv", table([row]))
+    assert asked("mmbench-cn")["1"].prompt == "什么?\nA. 猫\nB. 狗\n请直接回答选项字母。"
+
+
+def test_seed(data: Any, scored: Any, asked: Any) -> None:
+    def row(key: str, kind: str, number: int) -> dict[str, Any]:
+        choices = {f"choice_{letter}": letter * 2 for letter in "abcd"}
+        return {"question_id": key, "question": "What?", **choices, "answer": "B", "data_type": kind,
+                "data_id": "1_2", "question_type_id": number}  # fmt: skip
+
+    questions = [row("101", "image", 1), row("102", "image", 1), row("v3", "video", 10)]
+    types = {"Scene Understanding": 1, "Action Recognition": 10}
+    data.json("SEED-Bench.json", {"questions": questions, "question_type": types})
+    found = scored("seed", [{"question_id": 101, "text": "B"}, {"question_id": 102, "text": "B."},
+                            {"question_id": "v3", "text": "B"}])  # fmt: skip
+    # "B." is not the bare letter.
+    assert found["headline"]["value"] == pytest.approx(200 / 3)
+    assert found["metrics"]["accuracy_image"] == 50
+    assert found["metrics"]["accuracy_video"] == 100
+    assert found["metrics"]["accuracy_first_letter"] == 100
+    assert found["categories"]["ability"]["Scene Understanding"]["value"] == 50
+    assert asked("seed")["101"].prompt == f"What?\nA. aa\nB. bb\nC. cc\nD. dd\n{LETTER}"
+
+
+def test_mmstar(data: Any, scored: Any) -> None:
+    rows = [
+        ["0", "Which? Options: A: x, B: y", "A", "math", "geometry", PICTURE],
+        ["1", "Where? Options: A: x, B: y", "B", "math", "geometry", PICTURE],
+    ]
+    header = ["index", "question", "answer", "category", "l2_category", "image"]
+    data.text("MMStar.tsv", "\n".join("\t".join(row) for row in [header, *rows]))
+    found = scored("mmstar", {0: "(a) x", 1: "I think B"})
+    assert found["headline"]["value"] == 50
+    assert found["categories"]["part"]["geometry"]["questions"] == 2
+
+
+@pytest.fixture
+def mmmu(data: Any) -> Any:
+    pyarrow: Any = pytest.importorskip("pyarrow")
+    parquet: Any = pytest.importorskip("pyarrow.parquet")
+    image = {"bytes": b"picture", "path": "1.png"}
+    choice = {
+        "options": "['Ann', 'Bob']",
+        "image_1": image,
+        "image_2": None,
+        "question_type": "multiple-choice",
+    }
+    rows = {
+        "Art": [
+            {"id": "validation_Art_1", "question": "See <image 1>. Who?", "answer": "B", **choice},
+            {"id": "validation_Art_2", "question": "Who now?", "answer": "A", **choice},
+        ],
+        "Math": [
+            {"id": "validation_Math_1", "question": "<image 1> <image 2> Sum?", "options": "[]",
+             "image_1": image, "image_2": image, "question_type": "open", "answer": "['1.5', '3/2']"},
+        ],
+    }  # fmt: skip
+    for subject, found in rows.items():
+        (data.path / subject).mkdir()
+        parquet.write_table(
+            pyarrow.Table.from_pylist(found), data.path / subject / "validation-00000-of-00001.parquet"
+        )
+    return data
+
+
+def test_mmmu(mmmu: Any, scored: Any, asked: Any) -> None:
+    answers = {
+        "validation_Art_1": "(B)",
+        "validation_Art_2": "no idea",
+        "validation_Math_1": "The sum is 1.50",
+    }
+    found = scored("mmmu", answers)
+    drawn = Random(42).choice(["A", "B"]) == "A"
+    assert found["headline"]["value"] == pytest.approx(100 * (2 + drawn) / 3)
+    assert found["metrics"]["accuracy_without_guessing"] == pytest.approx(200 / 3)
+    assert found["metrics"]["unread"] == 1
+    assert found["categories"]["domain"]["Science"]["value"] == 100
+    questions = asked("mmmu")
+    assert questions["validation_Art_1"].prompt == f"See <image>. Who?\n\n(A) Ann\n(B) Bob\n\n{LETTER}"
+    assert questions["validation_Math_1"].prompt.startswith("<image> <image> Sum?")
+    assert len(questions["validation_Math_1"].images) == 2

@@ -1,0 +1,196 @@
+"""Captions, CLEVR, CHAIR and your own file: official layouts made small, scores by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pumice.errors import InputError
+from pumice.evaluate.result import read_questions
+from pumice.evaluate.task import Answered, get_task, registry
+from pumice.evaluate.tasks.hallucination import Things
+
+
+def test_every_task_says_where_its_files_come_from() -> None:
+    assert list(registry())[:12] == [
+        "vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench-cn", "seed",
+        "llava-bench", "mmvet",
+    ]  # fmt: skip
+    for task in registry().values():
+        assert task.source.url and task.source.version and task.source.licence and task.source.layout
+    with pytest.raises(InputError, match="there is no task 'popes'"):
+        get_task("popes")
+    with pytest.raises(InputError, match="pope has no split 'val'"):
+        get_task("pope", "val")
+
+
+def test_no_benchmark_needs_torch() -> None:
+    code = """
+import sys
+from pumice.evaluate import compare, report, run
+from pumice.evaluate.task import registry
+import pumice.cli
+assert len(registry()) > 20
+heavy = ("torch", "transformers", "pyarrow", "httpx", "pycocoevalcap")
+print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.fixture(autouse=True)
+def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pumice.evaluate.captions.shutil.which", lambda _: None)
+
+
+def test_coco_captions_of_karpathys_file(data: Any, scored: Any, asked: Any, tmp_path: Path) -> None:
+    texts = {391895: "A man rides a red motorcycle.", 522418: "A woman cuts a large cake."}
+    images = [
+        {"filepath": "val2014", "filename": f"COCO_val2014_{key:012d}.jpg", "cocoid": key, "imgid": n,
+         "split": "test", "sentences": [{"raw": text}, {"raw": text}]}
+        for n, (key, text) in enumerate(texts.items())
+    ]  # fmt: skip
+    train = {"filepath": "train2014", "filename": "x.jpg", "cocoid": 1, "split": "train", "sentences": []}
+    data.json("dataset_coco.json", {"images": [*images, train], "dataset": "coco"})
+    rows = [{"image_id": key, "caption": text} for key, text in texts.items()]
+    found = scored("coco-caption", rows)
+    # The people's own words: every metric is at its top, CIDEr-D at 10 per picture, written as 1000.
+    assert found["headline"]["value"] == pytest.approx(1000)
+    assert found["metrics"]["BLEU-4"] == pytest.approx(100)
+    assert found["metrics"]["ROUGE-L"] == pytest.approx(100)
+    assert any("METEOR is left out" in note for note in found["notes"])
+    assert found["questions"] == 2
+    task = get_task("coco-caption")
+    answered = [Answered(q, "A\ncat ") for q in read_questions(task, data.path).questions]
+    task.submission(answered, tmp_path / "captions.json", data.path)
+    assert json.loads((tmp_path / "captions.json").read_text())[0] == {"image_id": 391895, "caption": "A cat"}
+
+
+def test_flickr_is_known_by_file_name(data: Any, scored: Any) -> None:
+    images = [{"filename": f"{n}.jpg", "imgid": n, "split": "test", "sentences": [{"raw": text}]}
+              for n, text in enumerate(("A dog runs fast.", "Two cats sleep here."))]  # fmt: skip
+    data.json("dataset_flickr8k.json", {"images": images})
+    assert scored("flickr8k", {"0.jpg": "A dog runs fast.", "1.jpg": "no"})["headline"][
+        "value"
+    ] == pytest.approx(500)
+
+
+def test_nocaps_by_domain(data: Any, scored: Any) -> None:
+    images = [{"id": n, "file_name": f"{n}.jpg", "domain": domain} for n, domain in
+              enumerate(("in-domain", "out-domain"))]  # fmt: skip
+    notes = [{"image_id": 0, "caption": "a dog runs fast"}, {"image_id": 1, "caption": "a sushi roll here"}]
+    data.json("nocaps_val_4500_captions.json", {"images": images, "annotations": notes})
+    found = scored("nocaps", {0: "a dog runs fast", 1: "nothing"})
+    assert found["categories"]["domain"]["in-domain"]["value"] == pytest.approx(1000)
+    assert found["categories"]["domain"]["out-domain"]["value"] == 0
+
+
+def test_clevr_by_kind_and_family(data: Any, scored: Any) -> None:
+    functions = ["count", "equal_color", "query_size", "less_than"]
+    answers = ["3", "yes", "large", "no"]
+    rows = [
+        {"question_index": n, "question": "?", "answer": answer, "image_filename": "CLEVR_val_000000.png",
+         "question_family_index": n % 2, "program": [{"function": "scene"}, {"function": name}]}
+        for n, (name, answer) in enumerate(zip(functions, answers, strict=True))
+    ]  # fmt: skip
+    data.json("questions/CLEVR_val_questions.json", {"questions": rows})
+    found = scored("clevr", {0: "three", 1: "Yes.", 2: "small", 3: "no"})
+    assert found["headline"]["value"] == 50
+    assert found["metrics"]["accuracy_number_words"] == 75
+    assert set(found["categories"]["kind"]) == {
+        "count",
+        "compare attribute",
+        "query attribute",
+        "compare integer",
+    }
+    assert found["categories"]["family"]["1"]["value"] == 100
+
+
+SYNONYMS = (
+    "person, man, woman, child\ndog, puppy\nsheep, lamb\ncat, kitten\nchair, seat\ntoilet\nbench\n"
+    "hot dog\nwine glass\nknife\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "things"),
+    [
+        ("Two men and three puppies", ["person", "dog"]),
+        ("A hot dog, two hot dogs", ["hot dog", "hot dog"]),
+        ("a baby sheep", ["sheep"]),
+        ("A toilet seat", ["toilet"]),
+        ("The dog's bench; benches", ["dog", "bench", "bench"]),
+        ("wine glasses and knives", ["wine glass", "knife"]),
+        ("nothing of the sort", []),
+    ],
+)
+def test_things_in_a_text(text: str, things: list[str]) -> None:
+    assert [thing for _, thing in Things(SYNONYMS.splitlines()).named(text)] == things
+
+
+def test_chair(data: Any, scored: Any) -> None:
+    data.text("synonyms.txt", SYNONYMS)
+    data.json("annotations/instances_val2014.json", {
+        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in (1, 2)],
+        "categories": [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}],
+        "annotations": [{"image_id": 1, "category_id": 1}, {"image_id": 2, "category_id": 18}],
+    })  # fmt: skip
+    data.json(
+        "annotations/captions_val2014.json",
+        {"annotations": [{"image_id": 1, "caption": "A man on a bench."}]},
+    )
+    found = scored("chair", {1: "A woman and a cat on a bench, another cat.", 2: "A puppy."})
+    # Named: person, cat, bench, cat, dog. Not there: cat, twice.
+    assert found["headline"]["value"] == pytest.approx(100 * 2 / 5)
+    assert found["metrics"]["CHAIRs"] == 50
+    assert found["metrics"]["recall"] == pytest.approx(100)
+    assert found["categories"]["invented things"]["cat"]["questions"] == 2
+
+
+def test_your_own_file(data: Any, scored: Any, asked: Any) -> None:
+    rows = [
+        {
+            "id": "a",
+            "image": "a.png",
+            "question": "Color?",
+            "answers": ["Red", "dark red"],
+            "category": "color",
+        },
+        {"id": "b", "question": "Many?", "answer": 3, "metric": "vqa"},
+        {"id": "c", "question": "Which?", "answers": "B", "choices": ["cat", "dog"]},
+        {"id": "d", "question": "Is it?", "answers": "no", "metric": "yes_no"},
+        {"id": "e", "question": "Say.", "answers": ["dog"], "metric": "contains"},
+        {"id": "f", "question": "Describe.", "answers": ["a dog"], "metric": "rouge_l"},
+    ]
+    data.lines("questions.jsonl", rows)
+    answers = {"a": "dark  red.", "b": "three", "c": "the dog", "d": "No.", "e": "hotdogs", "f": "a dog"}
+    found = scored("own", answers)
+    assert found["headline"]["value"] == pytest.approx(100 * 5 / 6)
+    assert found["categories"]["metric"]["contains"]["value"] == 0
+    assert found["version"]["same"] is None
+    assert asked("own")["c"].prompt == "Which?\nA. cat\nB. dog"
+    with pytest.raises(InputError, match=r"picture 'a.png' is not beside"):
+        asked("own")["a"].images[0].source()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "?"}, "'answers' must be a text or a list of texts"),
+        ({"question": "?", "answers": "x", "metric": "bleu"}, "there is no metric 'bleu'"),
+        ({"question": "?", "answers": "x", "metric": "option"}, "needs 'choices'"),
+        ({"answers": "x"}, "'question' is missing"),
+        ({"question": "?", "answers": "x", "image": 3}, "'image' must be a path"),
+    ],
+)
+def test_your_own_file_with_a_mistake(data: Any, scored: Any, row: dict[str, Any], message: str) -> None:
+    data.lines("questions.jsonl", [row])
+    with pytest.raises(InputError, match=message):
+        scored("own", {1: "x"})

@@ -1,0 +1,173 @@
+"""`pumice eval`: what it prints and writes, its exit statuses, the pages."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from pumice.cli import app
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Six questions about three pictures; model "one" is right on four, "two" on five."""
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for n in range(6):
+        image = f"{n // 2}.png"
+        Image.new("RGB", (600, 300), (40 * n, 80, 90)).save(tmp_path / image)
+        rows.append(
+            {"id": n, "image": image, "question": f"Is it <b>{n}</b>?", "answers": "yes", "category": "odd"}
+        )
+    write(tmp_path / "questions.jsonl", rows)
+    for name, wrong in (("one", (0, 3)), ("two", (3,))):
+        answers = [{"id": n, "answer": "no" if n in wrong else "Yes.", "model": name} for n in range(6)]
+        write(tmp_path / f"{name}.jsonl", answers)
+    return tmp_path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["eval", *arguments])
+
+
+class Tags(HTMLParser):
+    """Raises where a tag is closed that is not the last one open."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in ("meta", "img", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def refused(result: Any, message: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+OWN = ("own", "--data", ".", "--predictions")
+
+
+def test_scores_a_file(folder: Path) -> None:
+    result = run(*OWN, "one.jsonl", "--json", "out.json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Your own file (all), one: score 66.67%  [")
+    assert json.loads((folder / "out.json").read_text())["headline"]["value"] == pytest.approx(200 / 3)
+    printed = run(*OWN, "one.jsonl", "--json", "-")
+    assert json.loads(printed.stdout) == json.loads((folder / "out.json").read_text())
+
+
+def test_wrong_input(folder: Path) -> None:
+    refused(run(), "there is no task")
+    refused(run("popes", "--data", "."), "there is no task 'popes'")
+    refused(
+        run("pope", "--data", ".", "--predictions", "one.jsonl"), "'coco_pope_adversarial.json' is not in '.'"
+    )
+    refused(run("own", "--predictions", "one.jsonl"), "--data is missing")
+    refused(run("own", "--data", "."), "--predictions is missing")
+    refused(run(*OWN, "no.jsonl"), "'no.jsonl' cannot be read")
+    refused(run(*OWN, "one.jsonl", "--json", "no/x.json"), "the folder 'no'")
+    refused(run(*OWN, "one.jsonl", "--judge-url", "http://x", "--judge-model", "m"), "own needs no judge")
+    refused(run(*OWN, "one.jsonl", "--reference", "LLaVA"), "no numbers of 'LLaVA' are known")
+    refused(run(*OWN, "one.jsonl", "--model", "http://x/v1"), "say which model is meant")
+    (folder / "one.jsonl").write_text('{"id": 0, "answer": "yes"}\n')
+    refused(run(*OWN, "one.jsonl"), "5 of 6 questions have no answer (first: 1)")
+    result = run(*OWN, "one.jsonl", "--allow-missing")
+    assert result.exit_code == 0
+    assert "PARTIAL: 5 of 6 questions unanswered" in result.stdout
+
+
+def test_names_the_benchmarks() -> None:
+    result = run("--list")
+    assert result.exit_code == 0
+    assert "POPE: f1; splits test" in result.stdout
+
+
+def test_a_page_needs_nothing_from_elsewhere(folder: Path) -> None:
+    run(*OWN, "two.jsonl", "--json", "other.json")
+    result = run(*OWN, "one.jsonl", "--report", "page.html", "--with", "other.json", "--limit", "5")
+    assert result.exit_code == 0, result.output
+    page = (folder / "page.html").read_text()
+    Tags(page)
+    assert not re.search(r"https?://", page)
+    assert page.count("<li data-kind=") == 5
+    assert page.count('data-kind="wrong"') == 2
+    assert "&lt;b&gt;0&lt;/b&gt;" in page and "<b>0</b>" not in page
+    assert page.count("data:image/jpeg;base64,") == 5
+    assert "Partial:" in page and "(partial)" in page
+    assert 'lang="en"' in page and "prefers-color-scheme: dark" in page
+    (folder / "0.png").unlink()
+    run(*OWN, "one.jsonl", "--report", "page.html")
+    assert "(the picture is missing)" in (folder / "page.html").read_text()
+
+
+def test_from_three_results_on_there_is_a_radar(folder: Path) -> None:
+    run(*OWN, "one.jsonl", "--json", "r.json")
+    found = json.loads((folder / "r.json").read_text())
+    for task, value in (("pope", 80.0), ("mme", 1000.0)):
+        other = {**found, "task": task, "title": task.upper(), "published": {"LLaVA-1.5-7B": value}}
+        (folder / f"{task}.json").write_text(json.dumps(other))
+    run(*OWN, "one.jsonl", "--report", "page.html", "--with", "pope.json", "--with", "mme.json")
+    page = (folder / "page.html").read_text()
+    Tags(page)
+    assert page.count("<svg ") == 1
+    assert 'aria-label="Radar of the headlines. this model: Your own file 0.67, POPE 0.67, MME 0.03' in page
+
+
+def test_compares_two_files(folder: Path) -> None:
+    result = run(*OWN, "one.jsonl", "--compare", "two.jsonl", "--report", "both.html", "--json", "both.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((folder / "both.json").read_text())
+    assert found["models"] == ["one", "two"]
+    assert found["difference"] == pytest.approx(100 / 6)
+    assert (found["better"], found["worse"], found["mcnemar"]) == (1, 0, 1.0)
+    assert 0 <= found["interval"][0] <= found["interval"][1]
+    page = (folder / "both.html").read_text()
+    Tags(page)
+    assert page.count("<li data-kind=") == 1
+    assert 'data-kind="two better"' in page
+    refused(run(*OWN, "one.jsonl", "--compare", "two.jsonl", "--model", "x"), "--compare is for two files")
+
+
+def test_a_server_that_scores(folder: Path) -> None:
+    rows = [{"image_id": 1, "question": "What?", "question_id": 5}]
+    (folder / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps({"questions": rows}))
+    write(folder / "a.jsonl", [{"question_id": 5, "text": "The dog."}])
+    arguments = ("vqav2", "--split", "test-dev", "--data", ".", "--predictions", "a.jsonl")
+    refused(run(*arguments), "not public")
+    result = run(*arguments, "--submission", "up.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((folder / "up.json").read_text()) == [{"question_id": 5, "answer": "dog"}]
+    refused(run(*OWN, "one.jsonl", "--submission", "up.json"), "own has no server")
+
+
+def test_a_model_answers_and_is_scored(folder: Path, tiny_folder: Path) -> None:
+    """The one test here that needs torch: a whole run on a real small model, and again from its file."""
+    arguments = (*OWN, "made.jsonl", "--model", str(tiny_folder), "--device", "cpu")
+    result = run(*arguments, "--limit", "3")
+    assert result.exit_code == 0, result.output
+    made = (folder / "made.jsonl").read_text()
+    assert len(made.splitlines()) == 3
+    assert run(*arguments).exit_code == 0
+    assert (folder / "made.jsonl").read_text().startswith(made)
+    assert len((folder / "made.jsonl").read_text().splitlines()) == 6

@@ -1,0 +1,92 @@
+"""Results: intervals, what makes them partial, drift, and the words of the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pumice.errors import InputError
+from pumice.evaluate.published import drift, published
+from pumice.evaluate.result import in_words, read_questions, read_result, score_predictions, write_json
+from pumice.evaluate.task import get_task
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Ten questions about five pictures, answered; every second answer is right."""
+    rows = [{"id": n, "image": f"{n // 2}.png", "question": f"Q{n}?", "answers": "yes"} for n in range(10)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [{"id": n, "answer": "yes" if n % 2 else "no", "model": "m"} for n in range(10)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    return tmp_path
+
+
+def score(files: Path, **options: Any) -> dict[str, Any]:
+    return score_predictions(get_task("own"), files, files / "answers.jsonl", **options)[0]
+
+
+def test_a_whole_result(files: Path) -> None:
+    found = score(files)
+    # One of two answers is right for every picture: whatever pictures are drawn, it stays one half.
+    assert found["headline"] == {
+        "name": "score",
+        "value": 50,
+        "unit": "%",
+        "interval": [50, 50],
+        "level": 0.95,
+    }
+    assert (found["model"], found["partial"], found["answered"]) == ("m", False, 10)
+    assert found["version"]["digest"] == score(files, limit=2)["version"]["digest"]
+    write_json(files / "r.json", found)
+    assert read_result(files / "r.json") == found
+    assert in_words(found).startswith("Your own file (all), m: score 50.00%  [50.00, 50.00]\n")
+
+
+def test_a_limit_is_partial_everywhere(files: Path) -> None:
+    found = score(files, limit=3)
+    assert found["headline"]["value"] == pytest.approx(100 / 3)
+    assert found["partial"]
+    assert found["why_partial"] == "--limit 3 of 10 questions"
+    assert not found["comparable"]
+    assert "PARTIAL: --limit 3 of 10 questions" in in_words(found)
+    with pytest.raises(InputError, match="--limit is 0"):
+        score(files, limit=0)
+
+
+def test_missing_answers_are_refused_or_partial(files: Path) -> None:
+    lines = (files / "answers.jsonl").read_text().splitlines(keepends=True)
+    (files / "answers.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(InputError, match=r"1 of 10 questions have no answer \(first: 0\)"):
+        score(files)
+    found = score(files, allow_missing=True)
+    assert found["headline"]["value"] == pytest.approx(500 / 9)
+    assert found["why_partial"] == "1 of 10 questions unanswered"
+    (files / "answers.jsonl").write_text('{"id": 77, "answer": "x"}\n')
+    with pytest.raises(InputError, match="answers none of the 10 questions"):
+        score(files, allow_missing=True)
+
+
+def test_questions_that_came_before(files: Path) -> None:
+    with (files / "questions.jsonl").open("a") as file:
+        file.write('{"id": 3, "question": "Q?", "answers": "yes"}\n')
+    with pytest.raises(InputError, match="1 questions of own have an id that came before, the first is '3'"):
+        read_questions(get_task("own"), files)
+
+
+def test_drift_is_flagged_beyond_what_retraining_makes() -> None:
+    assert published("mme") == {"LLaVA-1.5-7B": 1510.7, "LLaVA-1.5-13B": 1531.3}
+    assert not drift("mme", 1495.0, "LLaVA-1.5-7B", comparable=True)["drifted"]
+    assert drift("mme", 1480.0, "LLaVA-1.5-7B", comparable=True)["drifted"]
+    assert drift("pope", 84.0, "LLaVA-1.5-7B", comparable=True)["drifted"]
+    assert not drift("pope", 84.0, "LLaVA-1.5-7B", comparable=False)["drifted"]
+    assert not drift("vqav2", 70.0, "LLaVA-1.5-7B", comparable=True)["drifted"]  # val here, test-dev there
+    assert drift("clevr", 70.0, "LLaVA-1.5-7B", comparable=True) == {}
+
+
+def test_a_file_that_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(InputError, match="not a result of pumice eval"):
+        read_result(tmp_path / "x.json")

@@ -1,0 +1,176 @@
+"""Asking and keeping: order, resuming, shares of processes, and models behind an address."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pumice.errors import InputError
+from pumice.evaluate.endpoint import Endpoint
+from pumice.evaluate.files import Picture
+from pumice.evaluate.run import (
+    EndpointAnswerer,
+    LocalAnswerer,
+    check_pictures,
+    in_order,
+    resume,
+    run,
+    shard,
+)
+from pumice.evaluate.task import Question, get_task
+
+TASK = get_task("own")
+
+
+def picture(name: str) -> Picture:
+    def load() -> bytes:
+        if "missing" in name:
+            raise InputError(f"picture '{name}' is not there")
+        return name.encode()
+
+    return Picture(name, load, lambda: f"picture '{name}' is not there" if "missing" in name else "")
+
+
+def question(key: int, image: str | None) -> Question:
+    return Question(f"q{key}", (picture(image),) if image else (), f"Question {key}?", {"answers": ["x"]})
+
+
+QUESTIONS = [question(n, f"p{n % 3}.png") for n in range(9)] + [question(9, None)]
+
+
+class Counts:
+    """An answerer that says how many it was asked; stops after `most` if that is given."""
+
+    name = "counts"
+
+    def __init__(self, most: int | None = None) -> None:
+        self.asked: list[str] = []
+        self.most = most
+
+    def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
+        for one in questions:
+            if self.most is not None and len(self.asked) == self.most:
+                raise KeyboardInterrupt
+            self.asked.append(one.id)
+            yield f"answer to {one.prompt}"
+
+
+def test_the_questions_of_a_picture_are_asked_together() -> None:
+    assert [q.id for q in in_order(QUESTIONS)] == ["q0", "q3", "q6", "q1", "q4", "q7", "q2", "q5", "q8", "q9"]
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_file(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    assert run(TASK, QUESTIONS, Counts(), whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(TASK, QUESTIONS, Counts(4), stopped)
+    with stopped.open("a") as file:
+        file.write('{"id": "q4", "pro')  # as a kill in the middle of a line leaves it
+    again = Counts()
+    assert run(TASK, QUESTIONS, again, stopped)
+    assert again.asked == ["q4", "q7", "q2", "q5", "q8", "q9"]
+    assert stopped.read_bytes() == whole.read_bytes()
+    nothing = Counts()
+    assert run(TASK, QUESTIONS, nothing, whole)
+    assert nothing.asked == []
+    row = json.loads(whole.read_text().splitlines()[0])
+    assert row == {"id": "q0", "prompt": "Question 0?", "answer": "answer to Question 0?", "model": "counts"}
+
+
+def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    run(TASK, QUESTIONS, Counts(), path)
+    with pytest.raises(InputError, match=r"line 10: nothing belongs here; the file is of another run"):
+        resume(path, in_order(QUESTIONS)[:-1], "counts")
+    with pytest.raises(InputError, match="line 1: the answer of 'other' to question 'q0' belongs here"):
+        resume(path, in_order(QUESTIONS), "other")
+    with pytest.raises(InputError, match=r"the folder .* does not exist"):
+        resume(tmp_path / "no" / "a.jsonl", QUESTIONS, "counts")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 20])
+def test_shares_keep_pictures_whole_and_order(world: int) -> None:
+    ordered = in_order(QUESTIONS)
+    shares = [shard(ordered, rank, world) for rank in range(world)]
+    assert [q.id for share in shares for q in share] == [q.id for q in ordered]
+    owners = {q.images[0].name: rank for rank, share in enumerate(shares) for q in share if q.images}
+    for rank, share in enumerate(shares):
+        assert all(owners[q.images[0].name] == rank for q in share if q.images)
+
+
+def test_processes_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "shared.jsonl"
+    run(TASK, QUESTIONS, Counts(), whole)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (2, 1, 0):  # the first waits for the others, so it comes last here
+        monkeypatch.setenv("RANK", str(rank))
+        assert run(TASK, QUESTIONS, Counts(), path) is (rank == 0)
+    assert path.read_bytes() == whole.read_bytes()
+    again = Counts()
+    assert run(TASK, QUESTIONS, again, path) and again.asked == []
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(InputError, match="RANK or WORLD_SIZE is no number"):
+        run(TASK, QUESTIONS, Counts(), path)
+
+
+class Batches:
+    """An assistant: takes rows in advance, as the engine does."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[Any, str]] = []
+
+    def ask_batch(self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any) -> Iterator[Any]:
+        assert sampling == {"max_new_tokens": TASK.max_new_tokens}
+        self.rows = list(rows)
+        for images, text in self.rows:
+            yield f"{len(images or ())} {text}"
+
+
+def test_a_local_model_and_pictures_that_are_missing(tmp_path: Path) -> None:
+    asked = [question(0, "missing0"), question(1, "a"), question(2, "missing2"), question(3, "missing3"),
+             question(4, None), question(5, "missing5")]  # fmt: skip
+    assistant = Batches()
+    path = tmp_path / "a.jsonl"
+    run(TASK, asked, LocalAnswerer(assistant, "m"), path, allow_missing=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row.get("answer") for row in rows] == [None, "1 Question 1?", None, None, "0 Question 4?", None]
+    assert "missing2" in rows[2]["error"]
+    assert assistant.rows == [([b"a"], "Question 1?"), (None, "Question 4?")]
+    with pytest.raises(InputError, match="question q0 of own cannot be asked: picture 'missing0'"):
+        run(TASK, asked, LocalAnswerer(Batches(), "m"), tmp_path / "b.jsonl")
+
+
+def test_missing_pictures_are_counted_before_the_first_question() -> None:
+    asked = [question(0, "missing0"), question(1, "a"), question(2, "missing2"), question(3, "missing2")]
+    with pytest.raises(InputError, match="2 of 3 pictures are missing; the first: picture 'missing0'"):
+        check_pictures(asked, allow_missing=False)
+    assert check_pictures(asked, allow_missing=True) == 2
+    assert check_pictures(asked[1:2], allow_missing=False) == 0
+
+
+def test_a_model_behind_an_address_answers_in_order(tmp_path: Path) -> None:
+    httpx: Any = pytest.importorskip("httpx")
+    first = threading.Event()
+
+    def handle(request: Any) -> Any:
+        body = json.loads(request.content)
+        content = body["messages"][0]["content"]
+        text = content if isinstance(content, str) else content[-1]["text"]
+        if text == "Question 0?":
+            first.wait(5)  # the first question is answered after the second
+        else:
+            first.set()
+        assert (body["temperature"], body["max_tokens"]) == (0.0, TASK.max_new_tokens)
+        return httpx.Response(200, json={"choices": [{"message": {"content": f"to {text}"}}]})
+
+    endpoint = Endpoint("http://server/v1", "big", transport=httpx.MockTransport(handle))
+    path = tmp_path / "a.jsonl"
+    run(TASK, QUESTIONS, EndpointAnswerer(endpoint, workers=2), path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["answer"] for row in rows] == [f"to {q.prompt}" for q in in_order(QUESTIONS)]
+    assert rows[0]["model"] == "big"
