@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
+import functools
 import io
 import json
 import sys
@@ -47,6 +49,7 @@ from pumice.conversation import Conversation, user_message
 from pumice.engine.generate import naive_generate
 from pumice.errors import InputError
 from pumice.model.llava import Llava
+from pumice.model.vision import ViT
 from pumice.processor import Processor
 from pumice.tokens import Tokenizer as OurTokenizer
 from pumice.weights.checkpoint import stored
@@ -228,6 +231,7 @@ class Cell:
     greedy: bool | None = None
     bytes: bool | None = None
     skipped: str | None = None  # what would have to be installed to run it
+    note: str | None = None
 
 
 def measure(name: str, to: str, folder: Path) -> Cell:
@@ -248,14 +252,14 @@ def measure(name: str, to: str, folder: Path) -> Cell:
     if to == "hf":
         return run(model, shown, lambda: transformers(target, shown), same_bytes(model, target))
     if to == "gguf":
-        return run(model, shown, lambda: llama_cpp(target, shown), same_decoder_bytes(model, target))
+        return run_llama_cpp(model, shown, target)
     export(model, "hf", folder / "base", drop_lora=True)
     back = read_model(target, base=str(folder / "base"))
     return run(model, shown, lambda: transformers(folder / "base", shown, target), same(model, back))
 
 
 def run(
-    model: LoadedParts, shown: Image.Image, theirs: Callable[[], tuple[Tensor, list[int]]], same: bool
+    model: LoadedParts, shown: Image.Image | None, theirs: Callable[[], tuple[Tensor, list[int]]], same: bool
 ) -> Cell:
     """Ours beside theirs: logits, or what is left of them, and the next tokens."""
     try:
@@ -274,15 +278,51 @@ def run(
     )
 
 
-def ours(model: LoadedParts, shown: Image.Image) -> tuple[Tensor, list[int]]:
+def run_llama_cpp(model: LoadedParts, shown: Image.Image | None, folder: Path) -> Cell:
+    """As `run`. A CLIP is compared with what llama.cpp makes of it as well; the closer of both counts."""
+    same = same_decoder_bytes(model, folder)
+    answer = functools.cache(lambda: llama_cpp(folder, shown))
+    cell = run(model, shown, answer, same)
+    if cell.difference is None or shown is None or model.config.vision.kind != "clip":
+        return cell
+    with class_token_last():
+        other = run(model, shown, answer, same)
+    if other.difference is None or other.difference > cell.difference:
+        return cell
+    return replace(other, note="class token last, as llama.cpp has it (its issue 25814)")
+
+
+@contextlib.contextmanager
+def class_token_last() -> Iterator[None]:
+    """What llama.cpp has made of a CLIP since May 2025 (its issue 25814).
+
+    The class token stands behind the patches, whose positions are therefore those of their neighbours, and
+    the first feature is left out in its place.
+    """
+
+    def forward(self: ViT, pixels: Tensor) -> Tensor:
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        x = self.pre_norm(torch.cat((x, self.class_token.expand(len(x), 1, -1)), 1) + self.positions)
+        for block in self.blocks[: self.running]:
+            x = block(x)
+        return x[:, 1:]
+
+    true, ViT.forward = ViT.forward, forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ViT.forward = true  # type: ignore[method-assign]
+
+
+def ours(model: LoadedParts, shown: Image.Image | None) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the question, and the greedy tokens after it."""
     answering = assistant(model)
     prompt = answering.prompt(question(shown), temperature=0.0, max_new_tokens=NEW_TOKENS)
     return answering.logits(shown, QUESTION), naive_generate(answering.model, prompt)
 
 
-def question(shown: Image.Image) -> Conversation:
-    return Conversation((user_message(QUESTION, [shown]),))
+def question(shown: Image.Image | None) -> Conversation:
+    return Conversation((user_message(QUESTION, [] if shown is None else [shown]),))
 
 
 def transformers(folder: Path, shown: Image.Image, adapter: Path | None = None) -> tuple[Tensor, list[int]]:
@@ -304,21 +344,24 @@ def transformers(folder: Path, shown: Image.Image, adapter: Path | None = None) 
     return logits, made[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def llama_cpp(folder: Path, shown: Image.Image) -> tuple[Tensor, list[int]]:
+def llama_cpp(folder: Path, shown: Image.Image | None) -> tuple[Tensor, list[int]]:
     """The first token's log-probabilities (V,) and the greedy tokens from llama.cpp."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     [params.model.path] = map(str, folder.glob("model-*.gguf"))
-    [params.mmproj.path] = map(str, folder.glob("mmproj-*.gguf"))
+    for file in folder.glob("mmproj-*.gguf"):
+        params.mmproj.path = str(file)
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # f16 when not said
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    file = io.BytesIO()
-    shown.save(file, "PNG")
-    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": QUESTION}]
+    content: list[dict[str, Any]] = [{"type": "text", "text": QUESTION}]
+    if shown is not None:
+        stream = io.BytesIO()
+        shown.save(stream, "PNG")
+        data = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": data}})
     reply = xllamacpp.Server(params).handle_chat_completions(
         {
             "messages": [{"role": "user", "content": content}],
@@ -378,6 +421,7 @@ def printed(cells: dict[str, dict[str, Cell]]) -> Iterator[str]:
                 continue
             difference = "-" if cell.difference is None else f"{cell.difference:.1e}"
             note = f" ({cell.skipped} is not installed)" if cell.skipped else ""
+            note += f" ({cell.note})" if cell.note else ""
             yield f"| {name} | {to} | {difference}{note} | {words[cell.greedy]} | {words[cell.bytes]} |"
 
 

@@ -425,15 +425,6 @@ def test_long_pictures_stay_in_the_middle() -> None:
     assert (seen[:13] == (0, 0, 255)).all() and (seen[47:] == (0, 0, 255)).all()
 
 
-def test_unknown_policy_is_refused() -> None:
-    with pytest.raises(
-        InputError, match="unknown image mode 'stretch'; use one of pad, crop, squash, anyres"
-    ):
-        pixels(photograph(4, 4), 4, ImagePolicy(mode="stretch"))
-    with pytest.raises(InputError, match="unknown resampling 'nearest'; use one of bicubic, bilinear"):
-        pixels(photograph(4, 4), 4, ImagePolicy(resample="nearest"))
-
-
 def test_image_key_follows_contents(tmp_path: Path) -> None:
     image, other = photograph(9, 7), photograph(9, 7, seed=1)
     data = encoded(image, "PNG")

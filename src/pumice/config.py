@@ -17,6 +17,8 @@ from typing import Any
 from pumice.errors import InputError
 
 FORMAT_VERSION = 1
+IMAGE_MODES = ("pad", "crop", "squash", "anyres")
+RESAMPLINGS = ("bicubic", "bilinear")
 IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
 
 
@@ -118,6 +120,14 @@ class ImagePolicy:
     unpad: bool = True  # drop features of the tiles' padding, end each row with `image_newline`
     max_tiles: int | None = None  # LLaVA-OneVision's anyres_max_9: more features than that many tiles' shrink
 
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("mode", self.mode, IMAGE_MODES),
+            ("resample", self.resample, RESAMPLINGS),
+        ):
+            if value not in known:
+                raise InputError(f"image: unknown {name} {value!r}; use one of {', '.join(known)}")
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -163,6 +173,8 @@ class ModelConfig:
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
 
     def __post_init__(self) -> None:
+        if self.vision.kind != "none":
+            _ = self.image_tokens  # raises where the connector's squares do not fit the tower's grid
         if self.image.mode != "anyres":
             return
         side = self.vision.image_size

@@ -76,17 +76,16 @@ def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
 
     "pad" is LLaVA's expand2square followed by a resize; "crop" is CLIPImageProcessor's shortest
     edge and centre crop, equal to it bit for bit before normalisation; "squash" ignores the aspect
-    ratio. Raises InputError on an unknown mode or resampling.
+    ratio.
     """
-    resample = _resample(policy)
+    resample = _RESAMPLE[policy.resample]
     if policy.mode == "pad":
         square = _pad(image, policy.pad_color).resize((size, size), resample)
     elif policy.mode == "crop":
         square = _crop(image, size, resample)
-    elif policy.mode == "squash":
-        square = image.resize((size, size), resample)
     else:
-        raise InputError(f"unknown image mode {policy.mode!r}; use one of pad, crop, squash, anyres")
+        assert policy.mode == "squash", policy.mode
+        square = image.resize((size, size), resample)
     return _normalise(square, policy)
 
 
@@ -99,7 +98,7 @@ def squares(image: Image.Image, size: int, policy: ImagePolicy, *, mirror: bool 
     if policy.mode != "anyres":
         square = pixels(image, size, policy)
         return np.ascontiguousarray(square[:, :, ::-1] if mirror else square)[None]
-    resample = _resample(policy)
+    resample = _RESAMPLE[policy.resample]
     if mirror:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     width, height = best_resolution(image.size, policy.pinpoints)
@@ -234,12 +233,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image).astype(np.float32))
     white = max(1.0 if image.mode == "F" else 65535.0, float(values.max()))
     return Image.fromarray(np.rint(values.clip(0, white) * np.float32(255 / white)).astype(np.uint8))
-
-
-def _resample(policy: ImagePolicy) -> Image.Resampling:
-    if policy.resample not in _RESAMPLE:
-        raise InputError(f"unknown resampling {policy.resample!r}; use one of {', '.join(_RESAMPLE)}")
-    return _RESAMPLE[policy.resample]
 
 
 def _normalise(square: Image.Image, policy: ImagePolicy) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pumice.cli import generate
+from pumice.cli import generate, options
 
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
     from pumice.data.check import Encode
+    from pumice.processor import Processor
     from pumice.templates import Plain, Template
     from pumice.tokens import Tokenizer
 
@@ -29,16 +31,19 @@ File = Annotated[Path, typer.Argument(help="LLaVA rows, .json or .jsonl.", metav
 @app.command()
 def show(
     file: File,
+    model: options.Model = "pumice-tiny",
     template: Annotated[
-        str, typer.Option(help="The chat format: v1, plain, chatml, ...; own: what PATH itself describes.")
-    ],
+        str | None,
+        typer.Option(help="Another chat format than the model's: v1, plain, ...", show_default=False),
+    ] = None,
     tokenizer: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help="A tokenizer.json, a SentencePiece tokenizer.model, a folder with either, or a GGUF file.",
+            help="Not a model's but this tokenizer.json, SentencePiece tokenizer.model, folder or GGUF file.",
             metavar="PATH",
+            show_default=False,
         ),
-    ],
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Look the pictures up here; without it none is needed.")
     ] = None,
@@ -52,9 +57,14 @@ def show(
     """Print rows as the model sees them: what it learns to write is green and in [+ +]."""
     from pumice.conversation import from_llava
     from pumice.data.rows import ImageFinder, Rows
+    from pumice.templates import OWN
     from pumice.tokens import encode
 
-    written, words, bos = _format(template, tokenizer)
+    if tokenizer is not None:
+        written, words, bos = _format(template or OWN, tokenizer)
+    else:
+        processor = _processor(model, template)
+        written, words, bos = processor.template, processor.tokenizer, processor.config.bos_token_id
     finder = ImageFinder(images) if images is not None else None
     shown = []
     for row in Rows(file)[:rows]:
@@ -131,12 +141,27 @@ def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokeni
     Console(highlight=False, soft_wrap=True).print(text, end="\n\n")
 
 
-def _lengths(recipe: Path) -> Encode:
+def _processor(model: str, template: str | None) -> Processor:
+    """What prepares a model's input; its weights stay unread."""
+    from pumice.processor import Processor
+    from pumice.tokens import Tokenizer
+    from pumice.weights.read import read_model
+
+    loaded = read_model(model)
+    config = dataclasses.replace(loaded.config, template=template or loaded.config.template)
+    return Processor(config, Tokenizer(loaded.tokenizer))
+
+
+def _lengths(path: Path) -> Encode:
     """Counts the tokens of a row as training by the recipe would."""
-    from pumice.train.recipe import load_recipe
+    from pumice.train.recipe import NewModel, load_recipe
     from pumice.train.setup import prepare
 
-    processor = prepare(load_recipe(recipe)).processor
+    recipe = load_recipe(path)
+    if isinstance(recipe.model, NewModel):
+        processor = prepare(recipe).processor
+    else:
+        processor = _processor(str(recipe.model), recipe.stage.template)
 
     def encode(conversation: Conversation) -> tuple[int, int]:
         sample = processor.training_sample(conversation)
