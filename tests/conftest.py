@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -38,25 +37,25 @@ def no_network() -> Iterator[None]:
         yield
 
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="session")
+def models() -> ModuleType:
+    """benchmarks/architectures.py: tiny random models of every architecture."""
+    return _benchmark("architectures")
+
+
 @pytest.fixture(scope="session")
 def formats() -> ModuleType:
-    """benchmarks/formats.py: tiny random models of every architecture, and what runs them elsewhere."""
-    path = Path(__file__).parent.parent / "benchmarks" / "formats.py"
-    spec = importlib.util.spec_from_file_location("formats", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["formats"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """benchmarks/formats.py: exporting them, and running them elsewhere."""
+    return _benchmark("formats")
 
 
-@pytest.fixture(scope="session")
-def sentencepiece_file() -> Path:
-    """A real SentencePiece model, that of Mistral 7B, in the package mistral-common (not imported)."""
-    spec = importlib.util.find_spec("mistral_common")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("mistral-common is not installed")
-    return Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+def _benchmark(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="session")

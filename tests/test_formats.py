@@ -41,8 +41,8 @@ def test_no_cell_is_worse(formats: ModuleType, tmp_path: Path, name: str, to: st
     assert worse(now, GOLDEN[name][to]) == []
 
 
-def test_every_architecture_is_recorded(formats: ModuleType) -> None:
-    assert list(GOLDEN) == list(formats.ARCHITECTURES)
+def test_every_architecture_is_recorded(models: ModuleType) -> None:
+    assert list(GOLDEN) == list(models.ARCHITECTURES)
 
 
 @pytest.mark.parametrize(

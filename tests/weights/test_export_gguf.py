@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 
+from pumice.config import ConnectorConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.weights.checkpoint import stored
 from pumice.weights.export import export
@@ -23,14 +23,14 @@ from pumice.weights.gguf_vocab import write_vocabulary
 NAMES = ["LLaVA 1.5", "Mistral, pad", "Llama 3", "SigLIP + Qwen2", "Qwen3", "SigLIP + SmolLM2"]
 
 
-def _tiny(formats: ModuleType, part: str) -> LoadedParts:
-    [name] = [name for name in formats.ARCHITECTURES if part in name]
-    return formats.tiny(formats.ARCHITECTURES[name])
+def _tiny(models: ModuleType, part: str) -> LoadedParts:
+    [name] = [name for name in models.ARCHITECTURES if part in name]
+    return models.tiny(models.ARCHITECTURES[name])
 
 
 @pytest.mark.parametrize("part", NAMES)
-def test_the_language_model_is_read_back(formats: ModuleType, tmp_path: Path, part: str) -> None:
-    model = _tiny(formats, part)
+def test_the_language_model_is_read_back(models: ModuleType, tmp_path: Path, part: str) -> None:
+    model = _tiny(models, part)
     export(model, "gguf", tmp_path / "out", kind="f32")
     back = open_gguf(tmp_path / "out" / "model-f32.gguf")
     decoder = model.config.decoder
@@ -45,11 +45,9 @@ def test_the_language_model_is_read_back(formats: ModuleType, tmp_path: Path, pa
 @pytest.mark.parametrize(
     ("kind", "matrix", "seeing", "worst"), [("f16", 1, 1, 5e-4), ("q8_0", 8, 1, 6e-3), ("f32", 0, 0, 0.0)]
 )
-def test_types(
-    formats: ModuleType, tmp_path: Path, kind: str, matrix: int, seeing: int, worst: float
-) -> None:
+def test_types(models: ModuleType, tmp_path: Path, kind: str, matrix: int, seeing: int, worst: float) -> None:
     """Only the language model is ever quantised; vectors and positions never are."""
-    model = _tiny(formats, "LLaVA 1.5")
+    model = _tiny(models, "LLaVA 1.5")
     export(model, "gguf", tmp_path / "out", kind=kind)
     [llm] = (tmp_path / "out").glob("model-*")
     [tower] = (tmp_path / "out").glob("mmproj-*")
@@ -64,8 +62,8 @@ def test_types(
     assert (file.tensor("blk.0.ffn_up.weight") - exact).abs().max() <= worst  # of weights up to 1.2
 
 
-def test_the_tower_is_described_as_llama_cpp_reads_it(formats: ModuleType, tmp_path: Path) -> None:
-    model = _tiny(formats, "SigLIP + SmolLM2")
+def test_the_tower_is_described_as_llama_cpp_reads_it(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "SigLIP + SmolLM2")
     notes = export(model, "gguf", tmp_path / "out").notes
     file = GgufFile(tmp_path / "out" / "mmproj-f16.gguf")
     said = {key: file.metadata[key] for key in file.metadata if key.startswith("clip.")}
@@ -122,8 +120,8 @@ def test_a_picture_in_the_chat_template_is_llama_cpps_marker(
     assert shown.endswith(f"USER: {expected} ASSISTANT:")
 
 
-def test_llama_3_divides_its_slow_frequencies(formats: ModuleType, tmp_path: Path) -> None:
-    model = _tiny(formats, "Llama 3")
+def test_llama_3_divides_its_slow_frequencies(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "Llama 3")
     export(model, "gguf", tmp_path / "out")
     divisors = GgufFile(tmp_path / "out" / "model-f16.gguf").tensor("rope_freqs.weight")
     assert divisors.shape == (8,)
@@ -132,8 +130,8 @@ def test_llama_3_divides_its_slow_frequencies(formats: ModuleType, tmp_path: Pat
     assert (divisors.diff() >= 0).all()
 
 
-def test_a_value_beyond_f16_is_refused(formats: ModuleType, tmp_path: Path) -> None:
-    model = _tiny(formats, "LLaVA 1.5")
+def test_a_value_beyond_f16_is_refused(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "LLaVA 1.5")
     name = "decoder.blocks.0.mlp.up.weight"
     weight = model.state[name].read().clone()
     weight[0, 0] = 1e5
@@ -155,8 +153,8 @@ class _Writer:
     add_string = add_array = add_bool = add_uint32 = _keep
 
 
-def test_a_sentencepiece_vocabulary(formats: ModuleType) -> None:
-    model = _tiny(formats, "LLaVA 1.5")
+def test_a_sentencepiece_vocabulary(models: ModuleType) -> None:
+    model = _tiny(models, "LLaVA 1.5")
     config = replace(model.config, decoder=replace(model.config.decoder, vocab_size=400))
     writer = _Writer()
     write_vocabulary(writer, config, model.tokenizer)
@@ -177,9 +175,9 @@ def test_a_sentencepiece_vocabulary(formats: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("split", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
-def test_a_byte_level_vocabulary_names_how_words_are_split(formats: ModuleType, split: str) -> None:
-    model = _tiny(formats, "SigLIP + Qwen2")
-    tokenizer = formats.byte_level(split, formats.CHATML)
+def test_a_byte_level_vocabulary_names_how_words_are_split(models: ModuleType, split: str) -> None:
+    model = _tiny(models, "SigLIP + Qwen2")
+    tokenizer = models.byte_level(split, models.CHATML)
     writer = _Writer()
     config = replace(model.config, decoder=replace(model.config.decoder, vocab_size=320))
     write_vocabulary(writer, config, tokenizer)
@@ -190,12 +188,12 @@ def test_a_byte_level_vocabulary_names_how_words_are_split(formats: ModuleType, 
 
 
 @pytest.mark.parametrize("kind", ["words", "merges"])
-def test_a_tokenizer_that_llama_cpp_has_not_is_refused(formats: ModuleType, kind: str) -> None:
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused(models: ModuleType, kind: str) -> None:
     import tokenizers
 
-    model = _tiny(formats, "LLaVA 1.5")
+    model = _tiny(models, "LLaVA 1.5")
     if kind == "words":
-        tokenizer = formats.byte_level("gpt-2", formats.CHATML)
+        tokenizer = models.byte_level("gpt-2", models.CHATML)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         message = "no name for how the tokenizer splits words"
     else:
@@ -207,15 +205,43 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(formats: ModuleType, kind
         write_vocabulary(_Writer(), model.config, tokenizer)
 
 
-# llama.cpp computes GELU by its tanh form, rounded to 16 bits in a table; measured worst case of a
-# log-probability: see tests/golden/formats.json.
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("part", NAMES)
-def test_llama_cpp_answers_the_same(formats: ModuleType, tmp_path: Path, part: str) -> None:
-    model = _tiny(formats, part)
+@pytest.mark.parametrize("seeing", [True, False])
+def test_llama_cpp_answers_the_same(
+    models: ModuleType, formats: ModuleType, tmp_path: Path, part: str, seeing: bool
+) -> None:
+    """With its class token last (its issue 25814), where the model has one and llama.cpp still does so."""
+    model = _tiny(models, part)
     export(model, "gguf", tmp_path / "out", kind="f32")
-    shown = formats.picture(56, 56)
-    cell = formats.run(model, shown, lambda: formats.llama_cpp(tmp_path / "out", shown), True)
+    cell = formats.run_llama_cpp(model, models.picture(56, 56) if seeing else None, tmp_path / "out")
     assert cell.greedy
-    assert cell.difference < 0.05
-    assert np.isfinite(cell.difference)
+    # Of log-probabilities. Measured: 6.7e-5 of text; 3.9e-2 of a picture, for which llama.cpp takes GELU
+    # in its tanh form, and GELU and quick GELU from tables of 16-bit numbers.
+    assert cell.difference < (0.15 if seeing else 3e-4)
+
+
+def test_what_llama_cpp_does_otherwise_is_told(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "Mistral, pad")
+    notes = " ".join(export(model, "gguf", tmp_path / "out").notes)
+    assert "25814" in notes
+    assert "512 tokens" in notes, "of the sliding window"
+    bare = replace(model, tokenizer=models.sentencepiece(legacy=False))
+    notes = " ".join(export(bare, "gguf", tmp_path / "bare").notes)
+    assert "puts a space" in notes
+    [seeing] = [name for name in models.ARCHITECTURES if "SigLIP + Qwen2" in name]
+    notes = " ".join(export(models.tiny(models.ARCHITECTURES[seeing]), "gguf", tmp_path / "siglip").notes)
+    assert "25814" not in notes
+    assert "squash" in notes
+
+
+def test_a_language_model_alone(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "SigLIP + SmolLM2")
+    config = replace(
+        model.config,
+        vision=VisionConfig(kind="none", width=model.config.decoder.width),
+        connector=ConnectorConfig("identity"),
+    )
+    state = {name: tensor for name, tensor in model.state.items() if name.startswith("decoder.")}
+    export(replace(model, config=config, state=state), "gguf", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model-f16.gguf"]

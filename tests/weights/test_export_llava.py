@@ -22,9 +22,11 @@ NAMES = {
 
 
 @pytest.mark.parametrize("part", NAMES)
-def test_it_is_read_back_bit_for_bit(formats: ModuleType, tmp_path: Path, part: str) -> None:
-    [name] = [name for name in formats.ARCHITECTURES if part in name]
-    model = formats.tiny(formats.ARCHITECTURES[name])
+def test_it_is_read_back_bit_for_bit(
+    models: ModuleType, formats: ModuleType, tmp_path: Path, part: str
+) -> None:
+    [name] = [name for name in models.ARCHITECTURES if part in name]
+    model = models.tiny(models.ARCHITECTURES[name])
     export(model, "llava", tmp_path / "out")
     back = read_model(tmp_path / "out", template=model.config.template)
     assert formats.same(model, back)
@@ -32,8 +34,8 @@ def test_it_is_read_back_bit_for_bit(formats: ModuleType, tmp_path: Path, part: 
     assert back.tokenizer.to_str() == model.tokenizer.to_str()
 
 
-def test_config_and_names_are_the_original_ones(formats: ModuleType, tmp_path: Path) -> None:
-    model = formats.tiny(formats.ARCHITECTURES["CLIP + Mistral, anyres (LLaVA 1.6)"])
+def test_config_and_names_are_the_original_ones(models: ModuleType, tmp_path: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES["CLIP + Mistral, anyres (LLaVA 1.6)"])
     notes = export(model, "llava", tmp_path / "out", tower="openai/some-clip").notes
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     expected = {
@@ -61,13 +63,15 @@ def test_config_and_names_are_the_original_ones(formats: ModuleType, tmp_path: P
         "model.vision_tower.vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight",
     } <= set(tensors)
     assert any("tokenizer.model" in note for note in notes)
+    # The folder itself says what the tower is, so that reading it needs no hub.
+    assert read_model(tmp_path / "out", template=model.config.template).config == model.config
 
 
-def test_the_start_and_end_of_a_picture_are_kept(formats: ModuleType, tmp_path: Path) -> None:
-    model = formats.tiny(formats.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
+def test_the_start_and_end_of_a_picture_are_kept(models: ModuleType, tmp_path: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
     model.tokenizer.add_special_tokens(["<im_start>", "<im_end>"])
     wrapped = replace(model.config, image_wrap=("<im_start>", "<im_end>"))
-    grown = formats.tiny(formats.Architecture(wrapped, lambda: model.tokenizer))
+    grown = models.tiny(models.Architecture(wrapped, lambda: model.tokenizer))
     export(grown, "llava", tmp_path / "out")
     assert read_model(tmp_path / "out", template="v1").config == grown.config
 
@@ -75,8 +79,8 @@ def test_the_start_and_end_of_a_picture_are_kept(formats: ModuleType, tmp_path: 
 @pytest.mark.parametrize(
     ("width", "named"), [(1024, "openai/clip-vit-large-patch14-336"), (1023, "vision_tower")]
 )
-def test_a_published_tower_is_named(formats: ModuleType, width: int, named: str) -> None:
+def test_a_published_tower_is_named(models: ModuleType, width: int, named: str) -> None:
     from pumice.weights.export_llava import tower_name
 
-    vision = replace(formats.CLIP, image_size=336, width=width, depth=24, heads=16, mlp_width=4096)
+    vision = replace(models.CLIP, image_size=336, width=width, depth=24, heads=16, mlp_width=4096)
     assert tower_name(vision) == named

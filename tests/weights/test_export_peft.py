@@ -17,8 +17,8 @@ from pumice.weights.read import read_model
 
 
 @pytest.fixture(scope="module")
-def model(formats: ModuleType) -> LoadedParts:
-    return formats.tiny(formats.ARCHITECTURES["CLIP + Llama, LoRA"])
+def model(models: ModuleType) -> LoadedParts:
+    return models.tiny(models.ARCHITECTURES["CLIP + Llama, LoRA"])
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,15 @@ def test_names_and_config_are_as_peft_writes_them(folders: tuple[Path, Path]) ->
     }
 
 
-def test_peft_computes_the_same(model: LoadedParts, formats: ModuleType, folders: tuple[Path, Path]) -> None:
+def test_peft_computes_the_same(
+    model: LoadedParts, models: ModuleType, formats: ModuleType, folders: tuple[Path, Path]
+) -> None:
     adapter, base = folders
-    shown = formats.picture(120, 80)
+    shown = models.picture(120, 80)
     theirs, tokens = formats.transformers(base, shown, adapter)
     logits, following = formats.ours(model, shown)
-    # worst case measured: 3.4e-5 of logits up to 40
-    assert (theirs[:, : logits.shape[1]] - logits).abs().max() < 5e-4
+    # measured: no difference, of logits up to 10
+    assert (theirs[:, : logits.shape[1]] - logits).abs().max() < 1e-4
     assert tokens == following
     without, _ = formats.transformers(base, shown)
     assert (without[:, : logits.shape[1]] - logits).abs().max() > 1, "the adapter does nothing"
@@ -65,8 +67,8 @@ def test_it_is_read_back_bit_for_bit(
     assert formats.same(model, back)
 
 
-def test_another_base_is_refused(formats: ModuleType, folders: tuple[Path, Path], tmp_path: Path) -> None:
-    other = formats.tiny(formats.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"], seed=1)
+def test_another_base_is_refused(models: ModuleType, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    other = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"], seed=1)
     export(other, "hf", tmp_path / "other")
     with pytest.raises(InputError, match="fingerprint"):
         read_model(folders[0], base=str(tmp_path / "other"))

@@ -39,7 +39,7 @@ FORMATS = tuple(REFUSALS)
 _LORA = (".lora_a", ".lora_b")
 _PROBE = 32  # tokens on which merged adapters are compared
 # How far logits may move when adapters are merged, as a share of the largest: merged weights are rounded to
-# the type they are stored in, which is all that differs. Measured worst case beside each.
+# the type they are stored in, which is all that differs. Measured on small models: 3.9e-6, 2.8e-3, 2.2e-2.
 _MOVED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 

@@ -5,7 +5,8 @@ projector. Does not know: where the model comes from.
 
 What llama.cpp does otherwise than the model: it fits a picture into the square before it pads it, and
 resizes with filters of its own, so that only a picture of the tower's own size reaches it unchanged; it
-computes GELU by its tanh form from a table of 16-bit values.
+computes GELU by its tanh form from a table of 16-bit values; and it has the class token of a CLIP in the
+wrong place (its issue 25814), which no file can make good.
 """
 
 from __future__ import annotations
@@ -104,6 +105,11 @@ def write(
             seeing,
         )
     notes = []
+    if '"prepend_scheme":"first"' in tokenizer.to_str():
+        notes.append(
+            "llama.cpp puts a space before the text behind a picture or a special token, this tokenizer only "
+            "before the very first word: some tokens differ"
+        )
     window = config.decoder.sliding_window
     if window is not None:
         notes.append(f"llama.cpp has no sliding window here, so its context is the window's {window} tokens")
@@ -113,6 +119,11 @@ def write(
         notes.append(
             f"llama.cpp pads every picture to a square with {_PAD_COLOR}, this model's way is "
             f"{config.image.mode}: only square pictures are seen alike"
+        )
+    if config.vision.kind == "clip":
+        notes.append(
+            "llama.cpp has put a CLIP's class token behind its patches since May 2025 (its issue 25814), so "
+            "that every feature is that of the next patch: until it is mended, answers about pictures differ"
         )
     if config.vision.activation == "gelu":
         notes.append("llama.cpp computes the tower's GELU by its tanh form")

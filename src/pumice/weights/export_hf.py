@@ -75,11 +75,10 @@ def write(folder: Path, config: ModelConfig, state: Stocks, tokenizer: Tokenizer
     chat: the chat template, Jinja.
     """
     config, state, tokenizer = with_image_token(config, state, tokenizer)
-    image_token = tokenizer.token_to_id(IMAGE)
     table = keymaps.llava(config, keymaps.HF_NESTINGS[0], keymaps.hf_connector(True), "vision_model.")
     names = keymaps.inverse(table)
     write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
-    _write_config(folder, config, image_token, state)
+    _write_config(folder, config, state, tokenizer)
     write_tokenizer(folder, config, tokenizer, chat)
     _write_processor(folder, config, chat)
 
@@ -90,10 +89,10 @@ def with_image_token(
     """The model with `<image>` among its tokens, and an embedding long enough for it."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    rows = config.decoder.vocab_size
-    if tokenizer.token_to_id(IMAGE) < rows:
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed <= config.decoder.vocab_size:
         return config, state, tokenizer
-    rows = -(-(tokenizer.token_to_id(IMAGE) + 1) // _ROWS) * _ROWS
+    rows = -(-needed // _ROWS) * _ROWS
 
     def grow(weight: Tensor) -> Tensor:
         mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
@@ -191,9 +190,9 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
             special_tokens=[] if bos is None else [(bos, config.bos_token_id)],
         )
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="")
-    stop = [tokenizer.id_to_token(number) for number in config.stop_token_ids[:1]]
-    padding_token = next((t for t in ("<pad>", *stop) if tokenizer.token_to_id(t) is not None), None)
-    named = {"bos_token": bos, "eos_token": stop[0] if stop else None, "pad_token": padding_token}
+    stop = tokenizer.id_to_token(config.stop_token_ids[0]) if config.stop_token_ids else None
+    fills = stop if tokenizer.token_to_id("<pad>") is None else "<pad>"
+    named = {"bos_token": bos, "eos_token": stop, "pad_token": fills}
     special = {key: token for key, token in named.items() if token is not None}
     write_json(folder / "special_tokens_map.json", special)
     own: dict[str, Any] = {} if chat is None else {"chat_template": chat}
@@ -204,6 +203,7 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
             **special,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.decoder.context,
+            "model_input_names": ["input_ids", "attention_mask"],  # before 5.0 there would be token_type_ids
             "padding_side": "left",
             **own,
         },
@@ -221,7 +221,7 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
     return {"do_sample": False} | {key: value for key, value in values.items() if value is not None}
 
 
-def _write_config(folder: Path, config: ModelConfig, image_token: int, state: Stocks) -> None:
+def _write_config(folder: Path, config: ModelConfig, state: Stocks, tokenizer: Tokenizer) -> None:
     anyres = config.image.mode == "anyres"
     text = text_config(config.decoder)
     if config.bos_token_id is not None:
@@ -232,7 +232,7 @@ def _write_config(folder: Path, config: ModelConfig, image_token: int, state: St
     values: dict[str, Any] = {
         "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
         "model_type": "llava_next" if anyres else "llava",
-        "image_token_index": image_token,
+        "image_token_index": tokenizer.token_to_id(IMAGE),
         "image_seq_length": config.image_tokens,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,

@@ -58,14 +58,13 @@ def _tokens(tokenizer: Tokenizer, values: dict[str, Any], rows: int) -> tuple[li
         tokens[number], kinds[number] = token, NORMAL
     if values["model"].get("byte_fallback"):
         for byte in range(256):
-            if (number := tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
-                kinds[number] = BYTE
+            if (found := tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
+                kinds[found] = BYTE
     for added in values["added_tokens"]:
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    if (unknown := values["model"].get("unk_token")) is not None:
-        number = tokenizer.token_to_id(unknown)
-        if number is not None:
-            kinds[number] = UNKNOWN
+    unknown = values["model"].get("unk_token")
+    if unknown is not None and (found := tokenizer.token_to_id(unknown)) is not None:
+        kinds[found] = UNKNOWN
     return tokens, kinds
 
 

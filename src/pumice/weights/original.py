@@ -130,7 +130,10 @@ def _tower_name(folder: Path, keys: Keys, tower: str | None) -> str:
     if tower is not None:
         return tower
     named = keys.get("mm_vision_tower", str)
-    return str(folder / named) if (folder / named).is_dir() else named
+    if (folder / named).is_dir():
+        return str(folder / named)
+    described = folder / "vision_tower"  # where Pumice's own exports say what the name stands for
+    return str(described) if (described / "config.json").is_file() else named
 
 
 def _tower(
