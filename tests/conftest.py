@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,6 +35,27 @@ def no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local_only)
         yield
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="session")
+def models() -> ModuleType:
+    """benchmarks/architectures.py: tiny random models of every architecture."""
+    return _benchmark("architectures")
+
+
+@pytest.fixture(scope="session")
+def formats() -> ModuleType:
+    """benchmarks/formats.py: exporting them, and running them elsewhere."""
+    return _benchmark("formats")
+
+
+def _benchmark(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from PIL import Image
 import pumice
 from pumice import InputError
 from pumice.assistant import REMEMBERED, Assistant, load
+from pumice.config import ImagePolicy
 from pumice.conversation import Conversation, ImagePart, Message, user_message
+from pumice.weights.folder import save
+from pumice.weights.load import open_model
 
 SHORT = {"max_new_tokens": 12}
 
@@ -140,9 +144,9 @@ def test_a_picture_is_encoded_once(
     shapes = []
     encode = type(exact.model).encode
 
-    def counted(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+    def counted(self: Any, pixels: torch.Tensor, *more: Any) -> torch.Tensor:
         shapes.append(pixels.shape)
-        return encode(self, pixels)
+        return encode(self, pixels, *more)
 
     monkeypatch.setattr(type(exact.model), "encode", counted)
     fresh.ask(pictures[0], "What?", **SHORT)
@@ -226,3 +230,57 @@ def test_no_question(exact: Assistant, question: Any) -> None:
 def test_wrong_arguments_of_load(tiny_folder: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load(**{"name": tiny_folder, **arguments})
+
+
+# --- pictures in tiles ---
+
+
+@pytest.fixture(scope="module")
+def tiled(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+    """The tiny model with the image policy of LLaVA-NeXT."""
+    opened = open_model(tiny_folder)
+    policy = ImagePolicy("anyres", pinpoints=((64, 128), (128, 64), (128, 128)))
+    config = dataclasses.replace(opened.model.config, image=policy)
+    state = opened.model.state_dict() | {"image_newline": torch.ones(config.decoder.width)}
+    path = tmp_path_factory.mktemp("tiled") / "model"
+    save(path, config, state, tokenizer=opened.processor.tokenizer.backend.to_str())
+    return load(path, device="cpu", quantize=None)
+
+
+def test_pictures_in_tiles_answer_alike_in_every_way(tiled: Assistant, pictures: list[Path]) -> None:
+    shapes = [(50, 40), (20, 90), (200, 30)]
+    given = [Image.open(path).resize(shape) for path, shape in zip(pictures, shapes, strict=True)]
+    rows: list[tuple[Any, str]] = [
+        (given[0], "What?"), (given[1], "What?"), (None, "What?"), (given, "All?"), (given[2], "Why?"),
+    ]  # fmt: skip
+    one_by_one = [tiled.ask(images, question, **SHORT) for images, question in rows]
+    assert list(tiled.ask_batch(rows, slots=3, **SHORT)) == one_by_one
+    lengths = [len(tiled.logits(image, "What?")) for image in given]
+    layouts = [tiled.processor.layout(ImagePart(image)) for image in given]
+    bare = len(tiled.logits(None, "What?")) + 1  # the newline behind the picture
+    assert lengths == [bare + layout.tokens for layout in layouts]
+    assert len(set(lengths)) == 3
+    together = tiled.prompt(Conversation((user_message("All?", given),)))
+    assert together.image_tokens is not None
+    assert len(together.image_tokens) == sum(layout.tokens for layout in layouts)
+
+
+def test_what_is_remembered_is_counted_in_tokens(tiled: Assistant) -> None:
+    fresh = Assistant(tiled.model, tiled.processor)
+    room = REMEMBERED * tiled.model.config.image_tokens
+    for color in range(REMEMBERED):
+        fresh.logits(Image.new("RGB", (90, 90), (color, 0, 0)), "What?")
+        assert sum(map(len, fresh._seen.values())) <= room
+    assert 1 < len(fresh._seen) < REMEMBERED / 2
+
+
+def test_the_end_of_a_row_of_tiles_matters(tiled: Assistant, pictures: list[Path]) -> None:
+    before = tiled.logits(pictures[0], "What?")
+    tiled._seen.clear()
+    newline = tiled.model.image_newline
+    assert newline is not None
+    newline.data.neg_()
+    after = tiled.logits(pictures[0], "What?")
+    newline.data.neg_()
+    tiled._seen.clear()
+    assert (before - after).abs().max() > 0.1

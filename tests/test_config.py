@@ -51,7 +51,7 @@ models = st.builds(
     ModelConfig,
     decoder=decoders,
     vision=st.builds(VisionConfig, image_size=st.integers(1, 40).map(lambda n: 14 * n), stride=st.just(14)),
-    connector=st.builds(ConnectorConfig, kind=st.text(), reduce=st.text(), factor=st.integers(1, 9)),
+    connector=st.builds(ConnectorConfig, kind=st.text(), reduce=st.text()),
     image=st.builds(
         ImagePolicy, mean=st.tuples(*[st.floats(0, 1)] * 3), pad_color=st.tuples(*[st.integers(0, 255)] * 3)
     ),
@@ -148,3 +148,29 @@ def test_whole_numbers_become_floats_where_floats_stand() -> None:
 def test_image_tokens(size: int, connector: ConnectorConfig, tokens: int) -> None:
     vision = VisionConfig(image_size=size, stride=32 if size == 256 else 14)
     assert ModelConfig(DECODER, vision, connector).image_tokens == tokens
+
+
+def test_a_class_token_is_counted_and_is_in_no_square() -> None:
+    vision = VisionConfig("clip", image_size=64, stride=8, select="cls_patch")
+    assert ModelConfig(DECODER, vision).image_tokens == vision.features == 65
+    assert VisionConfig("siglip", image_size=70, stride=8, select="full").features == 64
+    with pytest.raises(InputError, match="a class token stands in no square to reduce"):
+        ModelConfig(DECODER, vision, ConnectorConfig(reduce="average", factor=2))
+
+
+def test_only_tiles_need_pinpoints_and_they_come_back_from_json() -> None:
+    policy = ImagePolicy("anyres", pinpoints=((256, 512), (512, 512)), max_tiles=9)
+    config = ModelConfig(DECODER, image=policy)
+    assert config.has_newline and not ModelConfig(DECODER).has_newline
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(InputError, match=r"anyres needs image\.pinpoints"):
+        ModelConfig(DECODER, image=ImagePolicy("anyres"))
+
+
+def test_unknown_choices_and_squares_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="unknown mode 'stretch'; use one of pad, crop, squash, anyres"):
+        ImagePolicy(mode="stretch")
+    with pytest.raises(InputError, match="unknown resample 'nearest'; use one of bicubic, bilinear"):
+        ImagePolicy(resample="nearest")
+    with pytest.raises(InputError, match="8 x 8 features cannot be reduced by 3"):
+        ModelConfig(DECODER, connector=ConnectorConfig(reduce="average", factor=3))

@@ -17,6 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "pumice"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config", "conversation"),
+    ("geometry",),
     ("templates", "tokens", "images", "processor", "model"),
     ("weights", "data", "engine"),
     ("assistant",),
@@ -32,10 +33,16 @@ BESIDE = {
     "__main__": {"cli"},
 }
 # Parts that may import less than the lines above allow.
-ONLY = {"model": {"config", "errors"}}
+ONLY = {"model": {"config", "errors", "geometry"}}
 
 # Third-party libraries: parts that may use these alone, and libraries that no part may use.
-LIBRARIES: dict[str, set[str]] = {"errors": set(), "config": set(), "conversation": set(), "model": {"torch"}}
+LIBRARIES: dict[str, set[str]] = {
+    "errors": set(),
+    "config": set(),
+    "conversation": set(),
+    "geometry": set(),
+    "model": {"torch"},
+}
 NEIGHBOURS = {"transformers", "peft", "torchvision", "timm", "vllm", "sglang", "llama_cpp"}
 
 

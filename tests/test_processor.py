@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pumice.config import IMAGE_TOKEN, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.config import (
+    IMAGE_TOKEN,
+    ConnectorConfig,
+    DecoderConfig,
+    ImagePolicy,
+    ModelConfig,
+    VisionConfig,
+)
 from pumice.conversation import Conversation, ImagePart, Message, from_llava, user_message
 from pumice.errors import InputError
-from pumice.images import pixels
+from pumice.geometry import Layout, tile_layout
+from pumice.images import pixels, squares
 from pumice.processor import Processor
 from pumice.tokens import IGNORE, Tokenizer
 
@@ -97,6 +106,73 @@ def test_pixels_are_those_of_the_image_policy(processor: Processor, tmp_path: Pa
     assert np.array_equal(stacked[0], expected)
     assert np.array_equal(stacked[2], expected)
     assert stacked[0, 0, 32, 32] > stacked[1, 0, 32, 32]
+
+
+TILED = dataclasses.replace(
+    CONFIG, image=ImagePolicy("anyres", pinpoints=((64, 128), (128, 64), (128, 128))), bos_token_id=None
+)
+
+
+def runs(ids: np.ndarray) -> list[int]:
+    """How many placeholders stand in each run of them."""
+    here = np.flatnonzero(ids == IMAGE_TOKEN)
+    return [len(run) for run in np.split(here, np.flatnonzero(np.diff(here) > 1) + 1)]
+
+
+def test_under_anyres_every_picture_has_its_own_count(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    processor = Processor(TILED, tokenizer)
+    sizes = [(40, 30), (30, 90), (200, 10)]
+    path = tmp_path / "a.png"
+    picture((1, 2, 3), sizes[1]).save(path)
+    given = [
+        ImagePart(picture((9, 9, 9), sizes[0])),
+        ImagePart(path),
+        ImagePart(picture((5, 5, 5), sizes[2])),
+    ]
+    question = Message("user", (given[0], "one", given[1], "two", given[2], "three?"))
+    sample = processor.prompt(Conversation((question,)))
+    assert sample.layouts == tuple(tile_layout(TILED, size) for size in sizes)
+    assert runs(sample.input_ids) == [layout.tokens for layout in sample.layouts]
+    assert len({layout.tokens for layout in sample.layouts}) == 3
+    pixels_of = processor.pixels(sample.images)
+    assert len(pixels_of) == sum(layout.squares for layout in sample.layouts)
+    first = squares(picture((9, 9, 9), sizes[0]), 64, TILED.image)
+    assert np.array_equal(pixels_of[: len(first)], first)
+
+
+def test_a_picture_on_its_side_is_counted_upright(tokenizer: Tokenizer) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    picture((9, 9, 9), (90, 30)).save(buffer, "JPEG", exif=exif)
+    processor = Processor(TILED, tokenizer)
+    layout = processor.layout(ImagePart(buffer.getvalue()))
+    assert layout == tile_layout(TILED, (30, 90)) != tile_layout(TILED, (90, 30))
+    assert len(processor.pixels((ImagePart(buffer.getvalue()),))) == layout.squares
+
+
+def test_without_tiles_a_picture_is_not_opened_to_be_counted(processor: Processor) -> None:
+    assert processor.layout(ImagePart("no such file")) == Layout(4)
+
+
+def test_pictures_are_wrapped_in_special_tokens(tokenizer: Tokenizer) -> None:
+    wrapped = Processor(dataclasses.replace(CONFIG, image_wrap=("<|im_start|>", "<|endoftext|>")), tokenizer)
+    plain = Processor(CONFIG, tokenizer)
+    before, after = tokenizer.special["<|im_start|>"], tokenizer.special["<|endoftext|>"]
+    conversation = row(images=2)
+    ids, bare = (p.training_sample(conversation).input_ids.tolist() for p in (wrapped, plain))
+    one = [IMAGE_TOKEN] * 4
+    start, second = bare.index(IMAGE_TOKEN), len(bare) - bare[::-1].index(IMAGE_TOKEN) - 4
+    between = bare[start + 4 : second]
+    around = [before, *one, after]
+    assert ids == [*bare[:start], *around, *between, *around, *bare[second + 4 :]]
+    labels = wrapped.training_sample(conversation).labels
+    assert (labels != IGNORE).sum() == plain.training_sample(conversation).supervised
+
+
+def test_a_wrapping_that_the_tokenizer_lacks_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="image_wrap names '<im_start>', which is no special token"):
+        Processor(dataclasses.replace(CONFIG, image_wrap=("<im_start>", "<im_end>")), tokenizer)
 
 
 def test_no_pictures_are_no_pixels(processor: Processor) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.errors import InputError
-from pumice.templates import Span, get_template
+from pumice.templates import TEMPLATES, Span, Template, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 
 N = 3
@@ -97,7 +98,7 @@ def conversations(draw: st.DrawFn) -> Conversation:
 def encoded(
     conversation: Conversation, generate: bool = False, tokenizer: Tokenizer = TOKENIZER
 ) -> tuple[list[int], list[int]]:
-    return encode(CHATML.render(conversation, generate=generate), tokenizer, N)
+    return encode(CHATML.render(conversation, generate=generate), tokenizer, repeat(N))
 
 
 def learned(ids: list[int], labels: list[int]) -> list[list[int]]:
@@ -188,11 +189,18 @@ def test_special_words_of_a_user_are_plain_text() -> None:
 
 def test_pictures_cut_the_text_and_are_never_learned() -> None:
     spans = [Span("A "), ImagePart("a"), ImagePart("b"), Span(" dog", supervised=True)]
-    ids, labels = encode(spans, TOKENIZER, 2)
+    ids, labels = encode(spans, TOKENIZER, [2, 1])
     begin = len(TOKENIZER.pieces("A "))
-    assert ids[begin : begin + 4] == [IMAGE_TOKEN] * 4
-    assert labels[: begin + 4] == [IGNORE] * (begin + 4)
-    assert labels[begin + 4 :] == ids[begin + 4 :] == [n for n, _ in TOKENIZER.pieces(" dog")]
+    assert ids[begin : begin + 3] == [IMAGE_TOKEN] * 3
+    assert labels[: begin + 3] == [IGNORE] * (begin + 3)
+    assert labels[begin + 3 :] == ids[begin + 3 :] == [n for n, _ in TOKENIZER.pieces(" dog")]
+
+
+def test_begin_of_text_stands_once_and_is_not_learned() -> None:
+    spans = [Span("A", supervised=True), ImagePart("a"), Span("B", supervised=True)]
+    ids, labels = encode(spans, TOKENIZER, [1], 0)
+    assert ids == [0, *encode(spans, TOKENIZER, [1])[0]]
+    assert labels[0] == IGNORE
 
 
 def test_a_token_takes_the_mark_of_its_first_character() -> None:
@@ -210,7 +218,7 @@ def test_characters_of_several_tokens_are_marked_as_one() -> None:
 
 def test_plain_learns_the_caption_and_its_newline() -> None:
     conversation = Conversation((user_message("Describe.", ["a"]), Message("assistant", ("A dog.",))))
-    ids, labels = encode(get_template("plain").render(conversation), TOKENIZER, N)
+    ids, labels = encode(get_template("plain").render(conversation), TOKENIZER, repeat(N))
     assert ids[:N] == [IMAGE_TOKEN] * N
     assert labels[:N] == [IGNORE] * N
     assert labels[N:] == ids[N:]
@@ -224,7 +232,7 @@ def test_decode_leaves_special_tokens_out() -> None:
 
 def test_nothing_becomes_nothing() -> None:
     assert TOKENIZER.pieces("") == []
-    assert encode([], TOKENIZER, N) == ([], [])
+    assert encode([], TOKENIZER, repeat(N)) == ([], [])
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
@@ -245,3 +253,88 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 def test_a_token_that_is_not_there_is_named() -> None:
     with pytest.raises(InputError, match=r"the tokenizer has no token '<\|eot\|>', which the template needs"):
         TOKENIZER.id_of("<|eot|>")
+
+
+def test_stops_are_special_tokens_that_the_template_needs() -> None:
+    assert TOKENIZER.stops(CHATML) == (TOKENIZER.id_of("<|im_end|>"),)
+    assert TOKENIZER.stops(get_template("v0")) == ()  # "###" is text
+    assert TOKENIZER.stops(get_template("plain")) == ()
+    with pytest.raises(InputError, match="the tokenizer has no token '</s>', which the template needs"):
+        TOKENIZER.stops(get_template("v1"))
+
+
+@pytest.mark.parametrize("name", [name for name, t in TEMPLATES.items() if isinstance(t, Template)])
+@settings(max_examples=10)
+@given(conversation=conversations())
+def test_every_template_serves_as_it_trains(name: str, conversation: Conversation) -> None:
+    """Before every answer, the prompt is exactly what training had there."""
+    template = get_template(name)
+    ids, _ = encode(template.render(conversation), TOKENIZER, repeat(N))
+    for number, message in enumerate(conversation.messages):
+        if message.role == "assistant":
+            asked = template.render(Conversation(conversation.messages[:number]), generate=True)
+            prompt, _ = encode(asked, TOKENIZER, repeat(N))
+            assert ids[: len(prompt)] == prompt
+
+
+# What follows is SentencePiece's: byte tokens, and a space put before a text.
+
+LETTERS = ["▁", "a", "b", "c", ":", "▁a", "b▁", "ab"]
+MERGES = [("▁", "a"), ("a", "b")]
+
+
+def sentencepiece_like(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> Tokenizer:
+    vocab = {token: n for n, token in enumerate(["<unk>", "<s>", "</s>"])}
+    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocab |= {token: 259 + n for n, token in enumerate(LETTERS)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, MERGES, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    if pre_tokenizer is None:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Tokenizer(backend)
+
+
+LEGACY = sentencepiece_like(None)
+FIRST = sentencepiece_like(pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False))
+
+
+def tokens(tokenizer: Tokenizer, spans: list[Span | ImagePart]) -> list[str]:
+    ids, _ = encode(spans, tokenizer, repeat(1))
+    return ["*" if n == IMAGE_TOKEN else tokenizer.backend.id_to_token(n) for n in ids]
+
+
+def test_the_space_before_a_text() -> None:
+    """Llama's original code puts it before each piece between special tokens; newer ones once."""
+    spans = [Span("a:"), ImagePart("x"), Span("ac"), Span("</s>", control=True), Span("ab</s>")]
+    end = ["<0x3C>", "<0x2F>", "<0x73>", "<0x3E>"]  # text, as people wrote it
+    assert tokens(LEGACY, spans) == ["▁a", ":", "*", "▁a", "c", "</s>", "▁a", "b", *end]
+    assert tokens(FIRST, spans) == ["▁a", ":", "*", "a", "c", "</s>", "ab", *end]
+    assert tokens(FIRST, spans) == ["▁a", ":", "*", "a", "c", "</s>", "ab", *end]  # nothing is left switched
+
+
+def test_the_bytes_of_a_character_are_marked_as_one() -> None:
+    marks = LEGACY.encode([Span("a:"), Span("🙂", supervised=True), Span("é")])
+    assert [mark for _, mark in marks] == [False] * 2 + [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        (["▁a", "▁", "ab"], "a ab"),
+        (["▁", "▁a"], " a"),
+        (["a", "</s>", "▁a"], "a a"),
+        (["</s>", "▁a"], "a"),
+        (["<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "<0xF0>", "<0x9F>"], "🙂\ufffd\ufffd"),
+        (["<0x20>", "a"], " a"),
+        ([], ""),
+    ],
+)
+def test_decode_as_sentencepiece(pieces: list[str], text: str) -> None:
+    assert LEGACY.decode([LEGACY.id_of(piece) for piece in pieces]) == text

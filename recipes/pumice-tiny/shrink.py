@@ -23,7 +23,7 @@ LIMIT = 20 * 2**20  # bytes
 def shrink(source: Path, target: Path) -> int:
     """Write `target` and return the size of its tensors in bytes."""
     loaded = open_parts(source)
-    state = {name: tensor.to(torch.float16) for name, tensor in loaded.state.items()}
+    state = {name: tensor.read(torch.float16) for name, tensor in loaded.state.items()}
     folder.save(target, loaded.config, state, provenance=loaded.provenance, parts=loaded.parts)
     return (target / folder.WEIGHTS).stat().st_size
 

@@ -2,11 +2,12 @@
 
 Knows how questions become prompts and tokens become text. Does not know the command line.
 
-Shapes: M pictures, N image tokens, D decoder width, T tokens of a prompt, V vocabulary.
+Shapes: N image tokens, D decoder width, T tokens of a prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,13 +22,16 @@ from pumice.engine.detokenize import Detokenizer
 from pumice.engine.generate import Answer, Prompt, check_room, generate
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError
+from pumice.geometry import Layout
 from pumice.images import image_key
 from pumice.model.adapters import has_int8_kernel, quantize_int8
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.weights.load import find_device, open_model
 
-REMEMBERED = 64  # pictures whose image tokens are kept, so that asking again costs no vision tower
+# Pictures whose image tokens are kept, so that asking again costs no vision tower; of pictures in tiles so
+# many fewer that they take no more room.
+REMEMBERED = 64
 
 
 def load(
@@ -130,7 +134,7 @@ class Assistant:
         """
         if slots < 1:
             raise InputError(f"slots is {slots}; at least one question must be answered at a time")
-        params = SamplingParams(**sampling)
+        params = self._params(sampling)
         results: dict[int, str | InputError] = {}
         numbers: list[int] = []  # of the rows that became prompts
 
@@ -167,7 +171,7 @@ class Assistant:
 
     def prompt(self, conversation: Conversation, **sampling: Any) -> Prompt:
         """What the engine needs to answer a conversation. Raises InputError."""
-        return self._prompt(conversation, SamplingParams(**sampling))
+        return self._prompt(conversation, self._params(sampling))
 
     @torch.inference_mode()
     def logits(self, images: Any, prompt: str) -> Tensor:
@@ -176,25 +180,36 @@ class Assistant:
         hidden = self.model(made.input_ids.to(self.model.device)[None], made.image_tokens)
         return self.model.decoder.logits(hidden)[0].float()
 
+    def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        """The caller's options, and the template's own end of an answer where that is text (v0's `###`)."""
+        params = SamplingParams(**sampling)
+        template = self.processor.template
+        if self.processor.tokenizer.stops(template):
+            return params
+        return dataclasses.replace(params, stop=(*params.stop, template.stop))
+
     def _prompt(self, conversation: Conversation, params: SamplingParams) -> Prompt:
         sample = self.processor.prompt(conversation)
-        tokens = [self._image_tokens(image) for image in sample.images]
-        made = Prompt(torch.from_numpy(sample.input_ids), torch.stack(tokens) if tokens else None, params)
+        shown = zip(sample.images, sample.layouts, strict=True)
+        tokens = [self._image_tokens(image, layout) for image, layout in shown]
+        made = Prompt(torch.from_numpy(sample.input_ids), torch.cat(tokens) if tokens else None, params)
         check_room(self.model, made)
         return made
 
     @torch.inference_mode()
-    def _image_tokens(self, image: ImagePart) -> Tensor:
+    def _image_tokens(self, image: ImagePart, layout: Layout) -> Tensor:
         """Image tokens (N, D) of one picture; those of the pictures seen last are remembered."""
         key = image_key(image.source)
         with self._lock:
             if key in self._seen:
                 self._seen.move_to_end(key)
                 return self._seen[key]
-        tokens: Tensor = self.model.encode(torch.from_numpy(self.processor.pixels((image,))))[0]
+        pixels = torch.from_numpy(self.processor.pixels((image,)))
+        tokens = self.model.encode(pixels, (layout,)).flatten(0, -2)
         with self._lock:
             self._seen[key] = tokens
-            if len(self._seen) > REMEMBERED:
+            room = REMEMBERED * self.model.config.image_tokens
+            while len(self._seen) > 1 and sum(map(len, self._seen.values())) > room:
                 self._seen.popitem(last=False)
         return tokens
 

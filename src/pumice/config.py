@@ -17,28 +17,54 @@ from typing import Any
 from pumice.errors import InputError
 
 FORMAT_VERSION = 1
+IMAGE_MODES = ("pad", "crop", "squash", "anyres")
+RESAMPLINGS = ("bicubic", "bilinear")
 IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: pixels (B, 3, S, S) in, features (B, grid * grid, width) out."""
+    """The vision tower: pixels (B, 3, S, S) in, features (B, F, width) out."""
 
-    kind: str = "efficientnet_lite"  # model/vision tables: efficientnet_lite, clip, siglip
+    kind: str = "efficientnet_lite"  # efficientnet_lite | clip | siglip | none (a language model alone)
     image_size: int = 256  # S, pixels on a side
     width: int = 1280  # channels of one feature
-    stride: int = 32  # pixels that one feature stands for; grid = image_size / stride
+    stride: int = 32  # pixels that one feature stands for (a ViT's patch); grid = image_size / stride
     variant: str = "lite2"  # EfficientNet-Lite only: widths and depths of its blocks
+    # A ViT only (clip, siglip):
+    depth: int = 0
+    heads: int = 0
+    mlp_width: int = 0
+    activation: str = "quick_gelu"  # quick_gelu | gelu | gelu_tanh
+    norm_eps: float = 1e-5
+    layer: int = -2  # which hidden state is the feature: 0 the embeddings, 1 the first block's, -1 the last's
+    select: str = "patch"  # patch (drops the class token) | cls_patch | full (siglip, which has none)
 
     @property
     def grid(self) -> int:
         return self.image_size // self.stride
 
+    @property
+    def features(self) -> int:
+        """F: the number of features that the tower gives of one square of pixels."""
+        return self.grid**2 + (self.select == "cls_patch")
+
     def __post_init__(self) -> None:
-        if self.image_size % self.stride:
+        if self.kind == "efficientnet_lite" and self.image_size % self.stride:
             raise InputError(
                 f"image size {self.image_size} is not a multiple of the tower's stride {self.stride}"
             )
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary positions turned more slowly, for contexts longer than the LLM was first trained on."""
+
+    kind: str  # linear | llama3
+    factor: float
+    low_freq_factor: float = 1.0  # llama3: what turns fewer times than this in original_context is slowed
+    high_freq_factor: float = 4.0  # llama3: what turns more often than this is not
+    original_context: int = 8192  # llama3: tokens
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,7 @@ class DecoderConfig:
     mlp_width: int
     context: int = 2048  # longest sequence, tokens
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied_head: bool = False  # the vocabulary projection is the embedding's transpose
     qkv_bias: bool = False  # Qwen2
@@ -82,11 +109,24 @@ class ConnectorConfig:
 class ImagePolicy:
     """How a picture of any size becomes the tower's square of pixels."""
 
-    mode: str = "pad"  # pad (to a square, then resize) | crop (shortest edge, centre) | squash
+    mode: str = "pad"  # pad (to a square, then resize) | crop (shortest edge, centre) | squash | anyres
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     resample: str = "bicubic"  # bicubic | bilinear
     pad_color: tuple[int, int, int] = (124, 116, 104)  # int(mean * 255)
+    # anyres only (LLaVA-NeXT): the picture squashed to one square, then tiles of it at the best of these
+    # (width, height), in pixels, in the checkpoint's order, which breaks ties.
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    unpad: bool = True  # drop features of the tiles' padding, end each row with `image_newline`
+    max_tiles: int | None = None  # LLaVA-OneVision's anyres_max_9: more features than that many tiles' shrink
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("mode", self.mode, IMAGE_MODES),
+            ("resample", self.resample, RESAMPLINGS),
+        ):
+            if value not in known:
+                raise InputError(f"image: unknown {name} {value!r}; use one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -100,6 +140,24 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class ChatFormat:
+    """The fixed texts of a chat format; between them stands what people and the model say."""
+
+    user: tuple[str, str]  # before and after a question
+    assistant: str  # opens an answer; a prompt ends with it
+    stop: str  # ends an answer, and is learned with it
+    answer: tuple[str, str] = ("", "")  # around an answer's text, and learned with it
+    between: str = ""  # after an answer's stop, before the next question
+    system: tuple[str, str] | None = None  # before and after a system message; None: it has no place
+    default_system: str | None = None  # stands where a conversation has no system message of its own
+    system_in_user: bool = False  # the system message stands inside the first question, before its text
+    specials: tuple[str, ...] = ()  # special tokens in these texts: a tokenizer must have them
+    trim: tuple[str, ...] = ()  # roles whose text loses the blanks around it
+    opening: str = ""  # after `assistant` before the newest answer only (Qwen3's empty thought)
+    stop_once: bool = False  # only the newest answer ends with `stop` (LLaVA-1.5 in transformers)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole LLaVA, and how text and pictures reach it."""
 
@@ -108,14 +166,38 @@ class ModelConfig:
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     image: ImagePolicy = field(default_factory=ImagePolicy)
     template: str = "chatml"  # one template, for training and serving alike
+    chat: ChatFormat | None = None  # the format that the template "own" stands for
     stop_token_ids: tuple[int, ...] = ()  # any of these ends an answer
+    bos_token_id: int | None = None  # stands once, before everything
+    image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
+
+    def __post_init__(self) -> None:
+        if self.vision.kind != "none":
+            _ = self.image_tokens  # raises where the connector's squares do not fit the tower's grid
+        if self.image.mode != "anyres":
+            return
+        side = self.vision.image_size
+        if not self.image.pinpoints:
+            raise InputError("anyres needs image.pinpoints: the widths and heights that tiles may fill")
+        for width, height in self.image.pinpoints:
+            if width % side or height % side or not width * height:
+                raise InputError(f"pinpoint {width} x {height} is not a whole number of {side}-pixel tiles")
+        if self.vision.select == "cls_patch":
+            raise InputError("anyres joins the patches of its tiles; vision.select cannot be cls_patch")
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the rows of a picture's tiles end with the learned token `image_newline`."""
+        return self.image.mode == "anyres" and self.image.unpad
 
     @property
     def image_tokens(self) -> int:
-        """N: the number of tokens that one picture takes in the sequence."""
+        """N: the tokens of one square of pixels, which is a whole picture unless the mode is anyres."""
         if self.connector.reduce == "none":
-            return self.vision.grid**2
+            return self.vision.features
+        if self.vision.select == "cls_patch":
+            raise InputError("a class token stands in no square to reduce; set vision.select to patch")
         grid, factor = self.vision.grid, self.connector.factor
         if grid % factor:
             raise InputError(f"a grid of {grid} x {grid} features cannot be reduced by {factor}")

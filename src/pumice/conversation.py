@@ -126,6 +126,8 @@ def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[A
     total = len(rest)
     messages: list[Message] = []
     turns = list(turns)
+    if len(turns) > 1 and turns[0][0] == "gpt":
+        turns = turns[1:]  # ShareGPT's rows may begin with the end of an exchange; LLaVA leaves it out, too
     wanted = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in turns if speaker == "human")
     if wanted != total:
         raise InputError(

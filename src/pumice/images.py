@@ -1,15 +1,17 @@
-"""Pictures: from whatever a person has to the tower's square of pixels.
+"""Pictures: from whatever a person has to the tower's squares of pixels.
 
 Knows: picture files, their oddities and dangers, and an ImagePolicy. Does not know: text, tokens,
 tensors. This is the only file that opens a picture.
 
-Shapes: S pixels on a side.
+Shapes: P squares of one picture, S pixels on a side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from pumice.config import ImagePolicy
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
+from pumice.geometry import best_resolution, letterbox
 
 Source = str | PathLike[str] | bytes | Image.Image
 
@@ -42,6 +45,7 @@ _UPRIGHT = {  # EXIF 2.32, table 6: how the stored picture is turned to be seen
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = {_UPRIGHT[number] for number in (5, 6, 7, 8)}
 
 
 def open_image(source: Source) -> Image.Image:
@@ -51,52 +55,60 @@ def open_image(source: Source) -> Image.Image:
     when the source is missing, not a picture, damaged, or larger than MAX_PIXELS. A PIL image is
     left as it was.
     """
-    name = _name(source)
-    if isinstance(source, Image.Image):
-        _check_size(source.size, name)
-        return _decode(source, name)
-    with _open_file(source, name) as file:
-        try:
-            image = Image.open(file, formats=FORMATS)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise InputError(
-                f"{name} is refused as enormous; give a copy of at most {MAX_PIXELS / 1e6:g} megapixels"
-            ) from error
-        except UnidentifiedImageError as error:
-            raise InputError(
-                f"{name} is not a picture that can be read; use one of {', '.join(FORMATS)}"
-            ) from error
-        except Exception as error:  # decoders raise anything, struct.error to MemoryError, on a bad header
-            raise _damaged(name, error) from error
-        with image:
-            _check_size(image.size, name)
-            return _decode(image, name)
+    with _opened(source) as image:
+        return _decode(image, _name(source))
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """(width, height) that `open_image` would give, from the file's header where that is enough.
+
+    Raises InputError as `open_image` does, except that damage behind the header may go unseen.
+    """
+    with _opened(source) as image:
+        if image.format == "TIFF":  # Pillow turns these by itself, one version before, another after decoding
+            return _decode(image, _name(source)).size
+        width, height = image.size
+        return (height, width) if _turn(image) in _SIDEWAYS else (width, height)
 
 
 def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
-    """An RGB image, as `open_image` gives it, as the tower's float32 input (3, S, S), S = size.
+    """An RGB image, as `open_image` gives it, as one square for the tower, float32 (3, S, S), S = size.
 
     "pad" is LLaVA's expand2square followed by a resize; "crop" is CLIPImageProcessor's shortest
     edge and centre crop, equal to it bit for bit before normalisation; "squash" ignores the aspect
-    ratio. Raises InputError on an unknown mode or resampling.
+    ratio.
     """
-    if policy.resample not in _RESAMPLE:
-        raise InputError(f"unknown resampling {policy.resample!r}; use one of {', '.join(_RESAMPLE)}")
     resample = _RESAMPLE[policy.resample]
     if policy.mode == "pad":
         square = _pad(image, policy.pad_color).resize((size, size), resample)
     elif policy.mode == "crop":
         square = _crop(image, size, resample)
-    elif policy.mode == "squash":
-        square = image.resize((size, size), resample)
     else:
-        raise InputError(f"unknown image mode {policy.mode!r}; use one of pad, crop, squash")
-    mean, std = (np.array(v, np.float32)[:, None, None] for v in (policy.mean, policy.std))
-    values = np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1), dtype=np.float32)
-    values /= 255
-    values -= mean
-    values /= std
-    return values
+        assert policy.mode == "squash", policy.mode
+        square = image.resize((size, size), resample)
+    return _normalise(square, policy)
+
+
+def squares(image: Image.Image, size: int, policy: ImagePolicy, *, mirror: bool = False) -> np.ndarray:
+    """An RGB image as all squares that the tower looks at, float32 (P, 3, S, S), S = size.
+
+    "anyres" (LLaVA-NeXT): the picture squashed, then, letterboxed in black at its best resolution, tiles
+    row by row; P = `geometry.tile_layout(...).squares`. Any other mode: one square. mirror: left to right.
+    """
+    if policy.mode != "anyres":
+        square = pixels(image, size, policy)
+        return np.ascontiguousarray(square[:, :, ::-1] if mirror else square)[None]
+    resample = _RESAMPLE[policy.resample]
+    if mirror:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    width, height = best_resolution(image.size, policy.pinpoints)
+    fitted = image.resize(letterbox(image.size, (width, height)), resample)
+    boxed = Image.new("RGB", (width, height))
+    boxed.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
+    cut = [image.resize((size, size), resample)]
+    for top in range(0, height, size):
+        cut += [boxed.crop((left, top, left + size, top + size)) for left in range(0, width, size)]
+    return np.stack([_normalise(square, policy) for square in cut])
 
 
 def image_key(source: Source) -> str:
@@ -114,6 +126,32 @@ def image_key(source: Source) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(source: Any) -> Iterator[Image.Image]:
+    """The picture with its header read, its size checked and its pixels still undecoded."""
+    name = _name(source)
+    if isinstance(source, Image.Image):
+        _check_size(source.size, name)
+        yield source
+        return
+    with _open_file(source, name) as file:
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise InputError(
+                f"{name} is refused as enormous; give a copy of at most {MAX_PIXELS / 1e6:g} megapixels"
+            ) from error
+        except UnidentifiedImageError as error:
+            raise InputError(
+                f"{name} is not a picture that can be read; use one of {', '.join(FORMATS)}"
+            ) from error
+        except Exception as error:  # decoders raise anything, struct.error to MemoryError, on a bad header
+            raise _damaged(name, error) from error
+        with image:
+            _check_size(image.size, name)
+            yield image
 
 
 def _name(source: Any) -> str:
@@ -171,7 +209,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    # After load(): a PNG may keep its EXIF behind the pixels, and a TIFF is turned by Pillow itself.
+    # A PNG may keep its EXIF behind the pixels: before load(), getexif() decodes them. After load(), a TIFF
+    # was turned by Pillow itself and says so no more.
     try:
         return _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # a damaged EXIF block says nothing, and the pixels are sound
@@ -194,6 +233,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image).astype(np.float32))
     white = max(1.0 if image.mode == "F" else 65535.0, float(values.max()))
     return Image.fromarray(np.rint(values.clip(0, white) * np.float32(255 / white)).astype(np.uint8))
+
+
+def _normalise(square: Image.Image, policy: ImagePolicy) -> np.ndarray:
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (policy.mean, policy.std))
+    values = np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1), dtype=np.float32)
+    values /= 255
+    values -= mean
+    values /= std
+    return values
 
 
 def _pad(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

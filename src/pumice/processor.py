@@ -2,11 +2,12 @@
 
 Training, evaluation, chat and serving all pass here. Numpy only, no torch.
 
-Shapes: T tokens, M pictures, S pixels on a side.
+Shapes: T tokens, M pictures, P squares of pixels (M of them, more under anyres), S pixels on a side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,9 @@ import numpy as np
 from pumice.config import ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import InputError
-from pumice.images import open_image, pixels
-from pumice.templates import get_template
+from pumice.geometry import Layout, square_layout, tile_layout
+from pumice.images import image_size, open_image, squares
+from pumice.templates import Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 
 
@@ -31,6 +33,7 @@ class Sample:
     input_ids: np.ndarray
     labels: np.ndarray
     images: tuple[ImagePart, ...]
+    layouts: tuple[Layout, ...]  # of each picture: how many placeholders it has, and of which squares
 
     @property
     def supervised(self) -> int:
@@ -43,10 +46,13 @@ class Processor:
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.template = get_template(config.template)
+        self.template = get_template(config.template, config.chat)
         if len(tokenizer) > config.decoder.vocab_size:
             rows = config.decoder.vocab_size
             raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows")
+        for token in config.image_wrap or ():
+            if token not in tokenizer.special:
+                raise InputError(f"image_wrap names {token!r}, which is no special token of the tokenizer")
 
     def training_sample(self, conversation: Conversation) -> Sample:
         """An answered conversation with its labels. InputError when nothing would be supervised."""
@@ -65,16 +71,40 @@ class Processor:
 
     def _sample(self, conversation: Conversation, *, generate: bool) -> Sample:
         spans = self.template.render(conversation, generate=generate)
-        input_ids, labels = encode(spans, self.tokenizer, self.config.image_tokens)
+        images = tuple(span for span in spans if isinstance(span, ImagePart))
+        if images and self.config.vision.kind == "none":
+            raise InputError("this model is a language model without a vision tower; ask it without pictures")
+        layouts = tuple(self.layout(image) for image in images)
+        counts = [layout.tokens for layout in layouts]
+        input_ids, labels = encode(self._wrap(spans), self.tokenizer, counts, self.config.bos_token_id)
         limit = self.config.decoder.context
         if len(input_ids) > limit:
             name = f"conversation {conversation.id!r}" if conversation.id else "the conversation"
             raise InputError(f"{name} takes {len(input_ids)} tokens, the model's context is {limit}")
-        images = tuple(span for span in spans if isinstance(span, ImagePart))
-        return Sample(conversation.id, np.array(input_ids, np.int64), np.array(labels, np.int64), images)
+        ids = np.array(input_ids, np.int64)
+        return Sample(conversation.id, ids, np.array(labels, np.int64), images, layouts)
 
-    def pixels(self, images: tuple[ImagePart, ...]) -> np.ndarray:
-        """Pictures -> pixels (M, 3, S, S) float32, by the checkpoint's image policy."""
-        size = self.config.vision.image_size
-        opened = [pixels(open_image(image.source), size, self.config.image) for image in images]
-        return np.stack(opened) if opened else np.zeros((0, 3, size, size), np.float32)
+    def _wrap(self, spans: Spans) -> Spans:
+        """The spans with `image_wrap` around each picture, as LLaVA 1.0 has it."""
+        if self.config.image_wrap is None:
+            return spans
+        before, after = (Span(token, control=True) for token in self.config.image_wrap)
+        wrapped: Spans = []
+        for span in spans:
+            wrapped += [before, span, after] if isinstance(span, ImagePart) else [span]
+        return wrapped
+
+    def layout(self, image: ImagePart) -> Layout:
+        """How the picture becomes image tokens; under anyres its size decides, so that it is opened."""
+        if self.config.image.mode != "anyres":
+            return square_layout(self.config)
+        return tile_layout(self.config, image_size(image.source))
+
+    def pixels(self, images: Sequence[ImagePart], *, mirror: bool = False) -> np.ndarray:
+        """Pictures -> squares of pixels (P, 3, S, S) float32, by the checkpoint's image policy.
+
+        mirror: the pictures left to right.
+        """
+        size, policy = self.config.vision.image_size, self.config.image
+        seen = [squares(open_image(image.source), size, policy, mirror=mirror) for image in images]
+        return np.concatenate(seen) if seen else np.zeros((0, 3, size, size), np.float32)

@@ -1,7 +1,7 @@
 """Chat formats: a conversation becomes spans of text, each marked as supervised or not.
 
 Knows roles and wording. Does not know tokens or pixels. A template is chosen by the `template` field
-of a model's config, for training and serving alike.
+of a model's config, for training and serving alike; "own" is the format in its `chat` field.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+from pumice.config import ChatFormat
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError
+
+OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -31,39 +34,68 @@ Spans = list[Span | ImagePart]
 
 @dataclass(frozen=True)
 class Template:
-    """A format that writes every message between fixed strings.
-
-    stop: what ends an answer, supervised with it. between: what follows `stop` before the next turn.
-    """
+    """Writes a conversation between the fixed texts of one chat format."""
 
     name: str
-    system: tuple[str, str]
-    user: tuple[str, str]
-    assistant: str
-    stop: str
-    between: str
+    chat: ChatFormat
+
+    @property
+    def stop(self) -> str:
+        return self.chat.stop
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        return self.chat.specials
 
     def render(self, conversation: Conversation, *, generate: bool = False) -> Spans:
         """Spans of a checked conversation; `generate` ends them where the model's answer begins."""
-        spans: Spans = []
-        for number, message in enumerate(conversation.messages):
+        chat = self.chat
+        turns = [message for message in conversation.messages if message.role != "system"]
+        system = self._system(conversation)
+        spans: Spans = [] if chat.system_in_user else [*system]
+        for number, message in enumerate(turns, 1):
             if message.role == "assistant":
-                # A space at the front would merge with the newline before it, which stands alone when
-                # the model begins to answer.
-                text = message.text.lstrip() if self.assistant.endswith("\n") else message.text
-                spans.append(Span(self.assistant, control=True))
-                spans.append(Span(text, supervised=True))
-                spans.append(Span(self.stop, supervised=True, control=True))
-                if number + 1 < len(conversation.messages):
-                    spans.append(Span(self.between, control=True))
+                spans += self._answer(message, newest=number == len(turns))
+                if number < len(turns):
+                    spans.append(Span(chat.between, control=True))
             else:
-                before, after = self.system if message.role == "system" else self.user
-                spans.append(Span(before, control=True))
-                spans += _content(message)
-                spans.append(Span(after, control=True))
+                spans.append(Span(chat.user[0], control=True))
+                if number == 1 and chat.system_in_user:
+                    spans += system
+                spans += _content(message, trim="user" in chat.trim)
+                spans.append(Span(chat.user[1], control=True))
         if generate:
-            spans.append(Span(self.assistant, control=True))
+            spans.append(Span(chat.assistant + chat.opening, control=True))
         return [s for s in spans if isinstance(s, ImagePart) or s.text]
+
+    def _system(self, conversation: Conversation) -> list[Span]:
+        given = [message.text for message in conversation.messages if message.role == "system"]
+        if given and self.chat.system is None:
+            raise InputError(
+                f"the template {self.name!r} has no place for a system message; write it into the question"
+            )
+        text = given[0] if given else self.chat.default_system
+        if text is None or self.chat.system is None:
+            return []
+        before, after = self.chat.system
+        text = text.strip() if "system" in self.chat.trim else text
+        return [Span(before, control=True), Span(text), Span(after, control=True)]
+
+    def _answer(self, message: Message, newest: bool) -> list[Span]:
+        chat = self.chat
+        opens = chat.assistant + (chat.opening if newest else "")
+        text = message.text.strip() if "assistant" in chat.trim else message.text
+        if (chat.user[1] + opens + chat.answer[0]).endswith("\n"):
+            # A space at the front would merge with the newline before it, which stands alone when the
+            # model begins to answer.
+            text = text.lstrip()
+        return [
+            Span(opens, control=True),
+            Span(chat.answer[0], supervised=True, control=True),
+            Span(text, supervised=True),
+            Span(chat.answer[1], supervised=True, control=True),
+            Span(chat.stop if newest or not chat.stop_once else "", supervised=True, control=True),
+        ]
 
 
 @dataclass(frozen=True)
@@ -72,6 +104,7 @@ class Plain:
 
     name: str = "plain"
     stop: str = "\n"
+    specials: tuple[str, ...] = ()
 
     def render(self, conversation: Conversation, *, generate: bool = False) -> Spans:
         spans: Spans = []
@@ -82,14 +115,19 @@ class Plain:
         return spans
 
 
-def _content(message: Message) -> Spans:
+def _content(message: Message, trim: bool = False) -> Spans:
     """Leading pictures each stand on a line of their own (`<image>\\n`), later ones where they are."""
+    parts = list(message.parts)
+    if trim and parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if trim and parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
     spans: Spans = []
     leading = True
-    for number, part in enumerate(message.parts):
+    for number, part in enumerate(parts):
         if isinstance(part, ImagePart):
             spans.append(part)
-            if leading and number + 1 < len(message.parts):
+            if leading and number + 1 < len(parts):
                 spans.append(Span("\n"))
         else:
             # A row may write that new line itself, and must not get two where a question gets one.
@@ -98,20 +136,96 @@ def _content(message: Message) -> Spans:
     return spans
 
 
-TEMPLATES: dict[str, Template | Plain] = {
-    "plain": Plain(),
-    "chatml": Template(
-        name="chatml",
-        system=("<|im_start|>system\n", "<|im_end|>\n"),
-        user=("<|im_start|>user\n", "<|im_end|>\n"),
+def _vicuna(who: str) -> ChatFormat:
+    return ChatFormat(
+        system=("", " "),
+        default_system=_POLITE % (who, who),
+        user=("USER: ", " "),
+        assistant="ASSISTANT:",
+        answer=(" ", ""),
+        stop="</s>",
+        specials=("</s>",),
+    )
+
+
+def _llama_2(system: str | None, begin: str) -> ChatFormat:
+    return ChatFormat(
+        system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        default_system=system,
+        system_in_user=True,
+        user=("[INST] ", " [/INST]"),
+        assistant="",
+        answer=(" ", " "),
+        stop="</s>",
+        between=begin,
+        specials=tuple(token for token in (begin, "</s>") if token),
+    )
+
+
+def _chatml(system: str | None, line_end: str) -> ChatFormat:
+    return ChatFormat(
+        system=("<|im_start|>system\n", "<|im_end|>" + line_end),
+        default_system=system,
+        user=("<|im_start|>user\n", "<|im_end|>" + line_end),
         assistant="<|im_start|>assistant\n",
         stop="<|im_end|>",
-        between="\n",
+        between=line_end,
+        specials=("<|im_start|>", "<|im_end|>"),
+    )
+
+
+# The wording of haotian-liu/LLaVA, llava/conversation.py, which its checkpoints were trained on.
+_POLITE = (
+    "A chat between a curious %s and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the %s's questions."
+)
+_SAFE = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
+    "being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, "
+    "or illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+_SEEING = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
+_FORMATS = {
+    "chatml": _chatml(None, "\n"),
+    "chatml_direct": _chatml("Answer the questions.", ""),
+    "mpt": _chatml(
+        "A conversation between a user and an LLM-based AI assistant. "
+        "The assistant gives helpful and honest answers.",
+        "",
     ),
+    "v1": _vicuna("user"),
+    "llava_v1": _vicuna("human"),
+    "v0": ChatFormat(
+        system=("", "###"),
+        default_system=_POLITE % ("human", "human"),
+        user=("Human: ", "###"),
+        assistant="Assistant:",
+        answer=(" ", ""),
+        stop="###",
+    ),
+    "llama_2": _llama_2(_SAFE, "<s>"),
+    "llava_llama_2": _llama_2(_SEEING, "<s>"),
+    "mistral_instruct": _llama_2(None, ""),
+}
+_SAME = {"vicuna_v1": "v1", "llava_v0": "v0"}  # further names of LLaVA's
+TEMPLATES: dict[str, Template | Plain] = {
+    "plain": Plain(),
+    **{name: Template(name, chat) for name, chat in _FORMATS.items()},
+    **{name: Template(name, _FORMATS[first]) for name, first in _SAME.items()},
 }
 
 
-def get_template(name: str) -> Template | Plain:
+def get_template(name: str, chat: ChatFormat | None = None) -> Template | Plain:
+    """The template of a config's `template` and `chat` fields. Raises InputError when there is none."""
+    if name == OWN:
+        if chat is None:
+            raise InputError(f"the template {OWN!r} needs the format that it stands for, and none is given")
+        return Template(name, chat)
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -6,20 +6,34 @@ with the ids and never recovered afterwards.
 
 from __future__ import annotations
 
+import codecs
+import json
 import re
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
-from pumice.templates import Span, Spans
+from pumice.templates import Plain, Span, Spans, Template
 
 IGNORE = -100  # a label that is not supervised
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a SentencePiece token of one byte
+_BAD_BYTES = "pumice.tokens"
+
+
+def _replace_each(error: UnicodeError) -> tuple[str, int]:
+    """One replacement character for each bad byte, as SentencePiece decodes; Python's own joins several."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(_BAD_BYTES, _replace_each)
 
 
 class Tokenizer:
@@ -34,6 +48,10 @@ class Tokenizer:
         }
         longest_first = sorted(self.special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        steps = [step["type"] for step in _state(backend.decoder).get("decoders", ())]
+        self._has_bytes, self._strips = "ByteFallback" in steps, "Strip" in steps
+        # SentencePiece's newer behaviour: only what stands at the very beginning gets a space before it.
+        self._prefix_first = _state(backend.pre_tokenizer).get("prepend_scheme") == "first"
         self._lock = threading.Lock()
 
     @classmethod
@@ -54,18 +72,53 @@ class Tokenizer:
             raise InputError(f"the tokenizer has no token {token!r}, which the template needs")
         return number
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+    def stops(self, template: Template | Plain) -> tuple[int, ...]:
+        """The ids that end an answer; none when the template's `stop` is ordinary text.
 
-    def pieces(self, text: str) -> list[tuple[int, int]]:
-        """Ordinary text, special tokens in it read as text: a list of (id, first character)."""
-        with self._lock:  # the switch belongs to the shared backend
+        Raises InputError when the tokenizer lacks a special token of the template's.
+        """
+        numbers = {token: self.id_of(token) for token in template.specials}
+        return (numbers[template.stop],) if template.stop in numbers else ()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out."""
+        if not self._has_bytes:
+            return self.backend.decode(list(ids), skip_special_tokens=True)
+        # As SentencePiece does. The backend's own decoder gives up a whole run of byte tokens, characters
+        # that were complete included, for one byte that is not, or not yet, a character.
+        data = bytearray()
+        at_start = self._strips
+        for number in ids:
+            piece = self.backend.id_to_token(number)
+            if piece is None or piece in self.special:
+                continue
+            if byte := _BYTE.fullmatch(piece):
+                data.append(int(byte[1], 16))
+            else:
+                text = piece.replace("▁", " ")
+                data += (text.removeprefix(" ") if at_start else text).encode()
+            at_start = False
+        return data.decode(errors=_BAD_BYTES)
+
+    def pieces(self, text: str, *, first: bool = True) -> list[tuple[int, int]]:
+        """Ordinary text, special tokens in it read as text: a list of (id, first character).
+
+        first: the text stands at the very beginning, which some tokenizers write in their own way.
+        """
+        bare = self._prefix_first and not first
+        with self._lock:  # the switches belong to the shared backend
             self.backend.encode_special_tokens = True
-            encoding = self.backend.encode(text, add_special_tokens=False)
-            self.backend.encode_special_tokens = False
+            if bare:
+                self.backend.pre_tokenizer.prepend_scheme = "never"
+            try:
+                encoding = self.backend.encode(text, add_special_tokens=False)
+            finally:
+                self.backend.encode_special_tokens = False
+                if bare:
+                    self.backend.pre_tokenizer.prepend_scheme = "first"
         return [(number, start) for number, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
-    def encode(self, spans: Sequence[Span]) -> list[tuple[int, bool]]:
+    def encode(self, spans: Sequence[Span], *, first: bool = True) -> list[tuple[int, bool]]:
         """The spans of one chunk (all text between two pictures): a list of (id, supervised).
 
         The chunk is cut only at special tokens in control spans; what lies between is tokenised whole,
@@ -88,21 +141,29 @@ class Tokenizer:
         begin = 0
         for position, token in [*cuts, (len(text), "")]:
             if begin < position:
-                tokens += [(n, mark(begin + s)) for n, s in self.pieces(text[begin:position])]
+                pieces = self.pieces(text[begin:position], first=first and begin == 0)
+                tokens += [(number, mark(begin + start)) for number, start in pieces]
             if token:
                 tokens.append((self.special[token], mark(position)))
             begin = position + len(token)
         return tokens
 
 
-def encode(spans: Spans, tokenizer: Tokenizer, image_tokens: int) -> tuple[list[int], list[int]]:
-    """Spans -> input_ids and labels of equal length; a picture becomes `image_tokens` placeholders."""
-    input_ids: list[int] = []
-    labels: list[int] = []
+def encode(
+    spans: Spans, tokenizer: Tokenizer, image_tokens: Iterable[int], bos: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Spans -> input_ids and labels of equal length.
+
+    image_tokens: of each picture, in order: as many placeholders. bos: a token that stands first of all.
+    """
+    counts = iter(image_tokens)
+    input_ids: list[int] = [] if bos is None else [bos]
+    labels: list[int] = [IGNORE] * len(input_ids)
     chunk: list[Span] = []
+    first = True
 
     def flush() -> None:
-        for number, supervised in tokenizer.encode(chunk):
+        for number, supervised in tokenizer.encode(chunk, first=first):
             input_ids.append(number)
             labels.append(number if supervised else IGNORE)
         chunk.clear()
@@ -110,9 +171,16 @@ def encode(spans: Spans, tokenizer: Tokenizer, image_tokens: int) -> tuple[list[
     for span in spans:
         if isinstance(span, ImagePart):
             flush()
-            input_ids.extend([IMAGE_TOKEN] * image_tokens)
-            labels.extend([IGNORE] * image_tokens)
+            first = False
+            count = next(counts)
+            input_ids.extend([IMAGE_TOKEN] * count)
+            labels.extend([IGNORE] * count)
         else:
             chunk.append(span)
     flush()
     return input_ids, labels
+
+
+def _state(part: Any) -> dict[str, Any]:
+    """How a part of a `tokenizers` tokenizer is configured: what tokenizer.json has for it."""
+    return {} if part is None else json.loads(part.__getstate__())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pumice.config import IMAGE_TOKEN, DecoderConfig, ModelConfig, VisionConfig
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.data.packing import Pack, Tree, pack, prefix_tree
+from pumice.geometry import Layout
 from pumice.model.layers import Packed
 from pumice.model.llava import Llava
 from pumice.processor import Processor, Sample
@@ -35,7 +36,7 @@ def sample(text: str, *images: ImagePart, name: str = "s") -> Sample:
         else:
             ids.append(ord(letter.lower()) - ord("a"))
             labels.append(ids[-1] if letter.isupper() else IGNORE)
-    return Sample(name, np.array(ids), np.array(labels), images)
+    return Sample(name, np.array(ids), np.array(labels), images, (Layout(N),) * len(images))
 
 
 def language_model(tied: bool = True) -> Llava:
@@ -169,6 +170,17 @@ def test_the_second_picture_after_different_text_is_looked_at_again() -> None:
     tree = prefix_tree([sample("#a#X", A, B), sample("#b#X", A, B)])
     assert tree.images == (A, B, B)
     assert (tree.input_ids == IMAGE_TOKEN).sum() == 3 * N
+
+
+def test_pictures_of_different_lengths_keep_their_placeholders() -> None:
+    def pictured(answer: int) -> Sample:
+        ids = np.array([1, *[IMAGE_TOKEN] * 3, *[IMAGE_TOKEN] * 2, 2, answer])
+        labels = np.array([*[IGNORE] * 7, answer])
+        return Sample("s", ids, labels, (A, B), (Layout(3), Layout(2)))
+
+    tree = prefix_tree([pictured(5), pictured(6)])
+    assert tree.input_ids.tolist() == [1, *[IMAGE_TOKEN] * 5, 2, 5, 6]
+    assert (tree.images, tree.layouts) == ((A, B), (Layout(3), Layout(2)))
 
 
 def test_different_pictures_do_not_share_a_tree() -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
-from pumice.model.connector import Connector, average, pixel_shuffle
+from pumice.geometry import Layout
+from pumice.model.connector import Connector, arrange, average, pixel_shuffle
 
 
 def grid_of_four() -> torch.Tensor:
@@ -124,3 +125,34 @@ def test_a_factor_that_does_not_divide_the_grid_is_refused(grid: int, factor: in
             _ = config.image_tokens
     else:
         assert config.image_tokens == (grid // factor) ** 2
+
+
+def numbered(layout: Layout, side: int) -> Tensor:
+    """Tokens (squares, side * side, 1) that hold the number of their square and their place in it."""
+    squares = torch.arange(layout.squares).view(-1, 1, 1) * 100
+    return (squares + torch.arange(side**2).view(1, -1, 1)).float()
+
+
+def test_tiles_are_read_row_by_row_over_all_of_them() -> None:
+    layout = Layout(4, columns=2, rows=1, height=2, width=4)
+    arranged = arrange(numbered(layout, 2), layout, None).flatten().tolist()
+    assert arranged == [0, 1, 2, 3, *[100, 101, 200, 201], *[102, 103, 202, 203]]
+
+
+def test_padding_is_dropped_on_both_sides_and_rows_are_ended() -> None:
+    layout = Layout(4, columns=1, rows=2, top=1, height=2, width=2, newline=True)
+    arranged = arrange(numbered(layout, 2), layout, torch.tensor([-1.0])).flatten().tolist()
+    assert arranged == [0, 1, 2, 3, *[102, 103, -1], *[200, 201, -1]]
+
+
+@pytest.mark.parametrize(("top", "left", "height", "width"), [(2, 0, 0, 2), (0, 1, 4, 0)])
+def test_nothing_but_newlines_may_be_left(top: int, left: int, height: int, width: int) -> None:
+    layout = Layout(4, columns=1, rows=2, top=top, left=left, height=height, width=width, newline=True)
+    arranged = arrange(numbered(layout, 2), layout, torch.tensor([-1.0])).flatten().tolist()
+    assert arranged == [0, 1, 2, 3, *[-1] * height]
+
+
+def test_a_large_map_is_shrunk() -> None:
+    layout = Layout(4, columns=2, rows=2, height=2, width=2)
+    tokens = torch.arange(5.0).view(5, 1, 1).expand(5, 4, 3)
+    assert arrange(tokens, layout, None)[4:, 0].tolist() == [1, 2, 3, 4]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pumice.config import IMAGE_TOKEN, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
+from pumice.config import IMAGE_TOKEN, DecoderConfig, ImagePolicy, LoraConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
+from pumice.geometry import tile_layout
 from pumice.model.adapters import LoraLinear
+from pumice.model.connector import arrange
 from pumice.model.llava import Llava, make_tower
 
 N, D = 4, 16
@@ -114,6 +116,53 @@ def test_encode_is_tower_then_connector(model: Llava) -> None:
         encoded = model.encode(pixels)
         assert torch.equal(encoded, model.connector(model.tower(pixels)))
     assert encoded.shape == (2, model.config.image_tokens, D)
+
+
+TILED = ImagePolicy("anyres", pinpoints=((64, 128), (128, 64), (128, 128)))
+
+
+def test_tokens_of_pictures_that_differ_may_come_in_one_row(model: Llava) -> None:
+    ids = torch.tensor([[X, X, X, X, 1, X, X, X, X]])
+    assert torch.equal(model.merge(ids, tokens(2).flatten(0, 1)), model.merge(ids, tokens(2)))
+    with pytest.raises(ValueError, match="hold 8 image placeholders, the pictures give 7 tokens"):
+        model.merge(ids, tokens(2).flatten(0, 1)[1:])
+
+
+def test_tiles_are_encoded_picture_by_picture() -> None:
+    plain = make()
+    model = Llava(dataclasses.replace(plain.config, image=TILED)).eval()
+    extra = model.load_state_dict(plain.state_dict(), strict=False)
+    assert extra.missing_keys == ["image_newline"] and model.image_newline is not None
+    layouts = [tile_layout(model.config, size) for size in ((50, 20), (30, 90))]
+    pixels = torch.rand(sum(layout.squares for layout in layouts), 3, 64, 64)
+    with torch.no_grad():
+        encoded = model.encode(pixels, layouts)
+        first, second = layouts
+        squares = plain.encode(pixels)
+        expected = [
+            arrange(squares[: first.squares], first, model.image_newline),
+            arrange(squares[first.squares :], second, model.image_newline),
+        ]
+        assert torch.equal(encoded, torch.cat(expected))
+        assert torch.equal(encoded[:N], squares[0])
+        assert model.encode(pixels[:0], []).shape == (0, D)
+    assert encoded.shape == (first.tokens + second.tokens, D)
+    with pytest.raises(ValueError, match="the tower saw 6 squares, the layouts speak of 3"):
+        model.encode(pixels, layouts[:1])
+
+
+def test_only_tiles_with_rows_have_a_newline() -> None:
+    config = make().config
+    assert "image_newline" not in make().state_dict()
+    whole = dataclasses.replace(config, image=dataclasses.replace(TILED, unpad=False))
+    assert "image_newline" not in Llava(whole).state_dict()
+    model = Llava(dataclasses.replace(config, image=TILED))
+    newline = model.state_dict()["image_newline"]
+    assert newline.shape == (D,) and newline.std() > 0
+    layout = tile_layout(model.config, (50, 20))
+    model.connect(torch.randn(layout.squares, N, 1280), [layout]).sum().backward()
+    assert model.image_newline is not None and model.image_newline.grad is not None
+    assert model.image_newline.grad.eq(layout.height).all()
 
 
 def test_named_intermediates(model: Llava) -> None:

@@ -132,7 +132,7 @@ def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> No
 
     def compute(part: ImagePart) -> torch.Tensor:
         calls.append(part)
-        return torch.full((3, 2), float(len(calls)))
+        return torch.full((1, 3, 2), float(len(calls)))
 
     folder = tmp_path / "cache"
     cache = FeatureCache(folder, "tower", 3, 2)
@@ -156,6 +156,31 @@ def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> No
     (folder / "features.bin").write_bytes(b"")  # keys without their records
     assert FeatureCache(folder, "tower", 3, 2).get([image], False, compute)[0, 0, 0] == 4
     assert FeatureCache(folder, "tower", 3, 2).get([image], True, compute)[0, 0, 0] == 5
+
+
+def test_pictures_of_several_squares_are_cached_whole(tmp_path: Path) -> None:
+    parts = []
+    for number, squares in enumerate((3, 1, 2)):
+        Image.new("RGB", (squares, 4), (number, 9, 9)).save(tmp_path / f"{number}.png")
+        parts.append(ImagePart(tmp_path / f"{number}.png"))
+    features = {part: torch.randn(n, 5, 2).bfloat16() for part, n in zip(parts, (3, 1, 2), strict=True)}
+    folder = tmp_path / "cache"
+    cache = FeatureCache(folder, "tower", 5, 2)
+    expected = torch.cat(list(features.values()))
+    assert torch.equal(cache.get(parts, False, features.__getitem__), expected)
+    cache.close()
+    records = (folder / "features.bin").read_bytes()
+    assert len(records) == 6 * 5 * 2 * 2
+    (folder / "features.bin").write_bytes(records[:-20])  # one square of the last picture is gone
+    again = FeatureCache(folder, "tower", 5, 2)
+    computed: list[ImagePart] = []
+
+    def compute(part: ImagePart) -> torch.Tensor:
+        computed.append(part)
+        return features[part]
+
+    assert torch.equal(again.get(parts, False, compute), expected)
+    assert computed == parts[2:]
 
 
 def test_a_torn_line_of_metrics_is_left_out(tmp_path: Path) -> None:

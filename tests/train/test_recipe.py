@@ -12,7 +12,7 @@ import yaml
 from pumice.data.rows import Rows
 from pumice.errors import InputError
 from pumice.train.recipe import NewModel, load_recipe
-from pumice.weights.load import find_model
+from pumice.weights.read import find_model
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "examples").glob("*.yaml")])

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from pumice.config import DecoderConfig
+from pumice.config import DecoderConfig, RopeScaling
 from pumice.errors import InputError
 from pumice.model.decoder import Decoder
-from pumice.model.layers import Causal
+from pumice.model.layers import Causal, frequencies
 from pumice.weights import keymaps, parts
 from pumice.weights.gguf import GgufFile
-from pumice.weights.gguf_llm import build_tokenizer, load_gguf, unpermute
+from pumice.weights.gguf_llm import build_tokenizer, open_gguf, unpermute
 
 CONFIG = DecoderConfig(
     vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_width=64, mlp_width=512, tied_head=True
@@ -38,10 +38,14 @@ TEXTS = [
 @pytest.mark.parametrize("quantised", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_tensors_are_those_of_the_gguf_package(tmp_path: Path, write_gguf: Any, quantised: str) -> None:
     exact = write_gguf(tmp_path / "m.gguf", quantised=quantised)
-    state = load_gguf(tmp_path / "m.gguf").state
+    state = open_gguf(tmp_path / "m.gguf").state
     assert state.keys() == exact.keys()
     for name, tensor in exact.items():
-        assert torch.equal(state[name], tensor), name
+        assert state[name].shape == tensor.shape
+        assert torch.equal(state[name].read(torch.float32), tensor), name
+    assert state["embed.weight"].dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(
+        quantised, torch.float32
+    )
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q5_K", "Q2_K"])
@@ -65,8 +69,9 @@ def test_rare_block_formats_go_through_the_gguf_package(tmp_path: Path, name: st
 
 def test_dtype_is_rounded_once(tmp_path: Path, write_gguf: Any) -> None:
     exact = write_gguf(tmp_path / "m.gguf", quantised="Q4_1")
-    state = load_gguf(tmp_path / "m.gguf", torch.bfloat16).state
-    assert all(torch.equal(state[name], tensor.to(torch.bfloat16)) for name, tensor in exact.items())
+    state = open_gguf(tmp_path / "m.gguf").state
+    half = torch.bfloat16
+    assert all(torch.equal(state[name].read(half), tensor.to(half)) for name, tensor in exact.items())
 
 
 def test_config_and_special_ids(tmp_path: Path, write_gguf: Any) -> None:
@@ -75,12 +80,12 @@ def test_config_and_special_ids(tmp_path: Path, write_gguf: Any) -> None:
         context=777, rope_base=1e6, norm_eps=1e-6, qkv_bias=True, qk_norm=True,
     )  # fmt: skip
     exact = write_gguf(tmp_path / "m.gguf", config, kind="qwen3")
-    model = load_gguf(tmp_path / "m.gguf")
+    model = open_gguf(tmp_path / "m.gguf")
     assert model.config == config
     assert (model.bos, model.eos, model.pad, model.add_bos) == (1, 2, None, True)
     assert model.chat_template == "{{ messages }}"
     for name in ("blocks.1.attention.q.weight", "blocks.1.attention.k.bias"):  # only llama is permuted
-        assert torch.equal(model.state[name], exact[name])
+        assert torch.equal(model.state[name].read(), exact[name])
 
 
 def test_unpermute_pairs_neighbours_with_halves() -> None:
@@ -96,12 +101,12 @@ def test_transformers_reads_the_same_model(tmp_path: Path, write_gguf: Any, kind
     if kind == "qwen3":  # transformers takes its heads to be 128 wide, whatever the file says
         config = dataclasses.replace(CONFIG, qk_norm=True, heads=2, kv_heads=1, head_width=128)
     write_gguf(tmp_path / "m.gguf", config, kind=kind, quantised="Q8_0")
-    ours = load_gguf(tmp_path / "m.gguf")
+    ours = open_gguf(tmp_path / "m.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     assert theirs.config.rms_norm_eps == pytest.approx(ours.config.norm_eps)
     state = keymaps.convert(theirs.state_dict(), keymaps.hf_decoder(config))
     assert state.keys() == ours.state.keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in ours.state.items())
+    assert all(torch.equal(state[name], tensor.read()) for name, tensor in ours.state.items())
 
 
 @pytest.mark.parametrize(
@@ -119,7 +124,7 @@ def test_tokenizer_splits_words_as_named(
     tmp_path: Path, write_gguf: Any, pre: str, text: str, pieces: list[str]
 ) -> None:
     write_gguf(tmp_path / "m.gguf", pre=pre)
-    tokenizer = load_gguf(tmp_path / "m.gguf").tokenizer
+    tokenizer = open_gguf(tmp_path / "m.gguf").tokenizer
     encoded = tokenizer.encode(text)
     assert encoded.tokens == pieces
     assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
@@ -147,13 +152,13 @@ def test_damaged_files(tmp_path: Path, write_gguf: Any, change: Any, message: st
     write_gguf(path)
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(InputError, match=message) as caught:
-        load_gguf(path)
+        open_gguf(path)
     assert str(path) in str(caught.value)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read the GGUF file .*none\.gguf: No such file"):
-        load_gguf(tmp_path / "none.gguf")
+        open_gguf(tmp_path / "none.gguf")
 
 
 @pytest.mark.parametrize(
@@ -170,12 +175,47 @@ def test_what_our_decoder_is_not(
 ) -> None:
     write_gguf(tmp_path / "m.gguf", **options)
     with pytest.raises(InputError, match=message):
-        load_gguf(tmp_path / "m.gguf")
+        open_gguf(tmp_path / "m.gguf")
+
+
+def test_scaled_rotary_positions(tmp_path: Path, write_gguf: Any) -> None:
+    write_gguf(tmp_path / "l.gguf", llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
+    assert open_gguf(tmp_path / "l.gguf").config.rope_scaling == RopeScaling("linear", 4.0)
+    config = dataclasses.replace(CONFIG, rope_base=500000.0)
+    scaling = RopeScaling("llama3", 32.0)
+    device = torch.device("cpu")
+    # As llama.cpp's converter writes it: by how much each frequency is divided.
+    slowed = frequencies(64, 500000.0, None, device) / frequencies(64, 500000.0, scaling, device)
+    write_gguf(tmp_path / "3.gguf", config, extra={"rope_freqs.weight": slowed})
+    model = open_gguf(tmp_path / "3.gguf")
+    assert model.config.rope_scaling == scaling
+    assert "rope_freqs.weight" not in model.state
+    write_gguf(tmp_path / "x.gguf", config, extra={"rope_freqs.weight": slowed.sqrt()})
+    with pytest.raises(InputError, match=r"rope_freqs\.weight does not hold Llama 3's divisors"):
+        open_gguf(tmp_path / "x.gguf")
 
 
 def test_other_kinds_of_tokenizer_are_refused() -> None:
-    with pytest.raises(InputError, match="kind 'llama'; only byte-level BPE"):
-        build_tokenizer({"tokenizer.ggml.model": "llama"}, "x.gguf")
+    with pytest.raises(InputError, match="kind 'bert'; only gpt2 and llama can be read"):
+        build_tokenizer({"tokenizer.ggml.model": "bert"}, "x.gguf")
+
+
+def test_a_sentencepiece_tokenizer() -> None:
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<0x41>", 0.0, 6), ("▁", -1.0, 1)]
+    pieces += [("h", -2.0, 1), ("i", -3.0, 1), ("hi", -4.0, 1), ("▁hi", -5.0, 1), ("[PAD9]", -1e4, 5)]
+    tokens, scores, kinds = map(list, zip(*pieces, strict=True))
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    tokenizer = build_tokenizer(metadata, "x.gguf")
+    assert tokenizer.encode("hi A</s>").tokens == ["▁hi", "▁", "<0x41>", "</s>"]
+    assert tokenizer.get_vocab_size() == 9  # what only fills up the vocabulary is left out
+    with pytest.raises(InputError, match="has 10 tokens, 0 scores and 10 token types"):
+        build_tokenizer({**metadata, "tokenizer.ggml.scores": []}, "x.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +228,12 @@ def smollm2() -> Path:
 
 
 def test_smollm2_knows_the_capital_of_france(smollm2: Path) -> None:
-    model = load_gguf(smollm2)
+    model = open_gguf(smollm2)
     assert (model.config.norm_eps, model.config.rope_base) == (1e-5, 100000.0)
     assert (model.bos, model.eos, model.pad, model.add_bos) == (1, 2, 2, False)
     with torch.device("meta"):
         decoder = Decoder(model.config)
-    decoder.load_state_dict(model.state, assign=True)
+    decoder.load_state_dict({name: tensor.read() for name, tensor in model.state.items()}, assign=True)
     ids = torch.tensor([model.tokenizer.encode("The capital of France is").ids])
     with torch.no_grad():
         hidden = decoder(decoder.embed(ids), torch.arange(ids.shape[1])[None], Causal())

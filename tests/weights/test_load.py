@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pumice.errors import InputError
-from pumice.weights.load import BUILT_IN, find_model
+from pumice.weights.read import BUILT_IN, find_model
 
 
 def test_a_folder_without_a_model_does_not_hide_a_built_in_one(

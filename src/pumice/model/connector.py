@@ -2,18 +2,20 @@
 
 Knows tensors only. One table of kinds; a new one is one function and one row.
 
-Shapes: B pictures, G grid side, C tower width, N image tokens, D decoder width.
+Shapes: B squares, G grid side, C tower width, N image tokens of a square, D decoder width.
 """
 
 from __future__ import annotations
 
 import re
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.config import ConnectorConfig
 from pumice.errors import InputError
+from pumice.geometry import Layout
 
 
 def pixel_shuffle(features: Tensor, factor: int) -> Tensor:
@@ -39,6 +41,25 @@ REDUCE = {
     "pixel_shuffle": pixel_shuffle,
 }
 WIDENS = {"none": False, "average": False, "pixel_shuffle": True}
+
+
+def arrange(tokens: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
+    """Tokens (layout.squares, N, D) of one picture's squares -> its image tokens (layout.tokens, D).
+
+    newline: (D,), where the layout has one. As haotian-liu/LLaVA's `spatial_unpad` (llava_arch.py, v1.6).
+    """
+    count, width = tokens.shape[1:]
+    side = int(count**0.5)
+    tiles = tokens[1:].view(layout.rows, layout.columns, side, side, width).transpose(1, 2)
+    whole = tiles.reshape(layout.rows * side, layout.columns * side, width)
+    kept = whole[layout.top : len(whole) - layout.top, layout.left : whole.shape[1] - layout.left]
+    if kept.shape[:2] != (layout.height, layout.width):
+        planes = kept.permute(2, 0, 1)[None]
+        shrunk = F.interpolate(planes, (layout.height, layout.width), mode="bilinear")
+        kept = shrunk[0].permute(1, 2, 0)
+    if newline is not None:
+        kept = torch.cat((kept, newline.to(kept).expand(layout.height, 1, width)), 1)
+    return torch.cat((tokens[0], kept.flatten(0, 1)))
 
 
 def _mlp(depth: int, source: int, width: int) -> nn.Sequential:

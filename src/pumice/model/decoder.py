@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # the residual stream adds up small updates, which bf16 would round away
-        cos, sin = rotary(positions, self.config.head_width, self.config.rope_base)
+        cos, sin = rotary(positions, self.config)
         for number, block in enumerate(self.blocks):
             x = block(x, cos, sin, attend)
             if out is not None:

@@ -8,13 +8,14 @@ Shapes: B batch, T tokens, D width, H heads, K key/value heads, d head width, S 
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pumice.config import DecoderConfig
+from pumice.config import DecoderConfig, RopeScaling
 
 
 class Attend(Protocol):
@@ -122,10 +123,29 @@ class RMSNorm(nn.Module):
         return (scaled * self.weight).to(self.weight.dtype)
 
 
-def rotary(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+def frequencies(head_width: int, base: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """How far each pair of values turns per position, in radians: (d / 2,) in fp32.
+
+    linear: all turn `factor` times more slowly (arXiv 2306.15595). llama3 (Llama 3.1's own code): only
+    the slow ones do, which turn less than `low_freq_factor` times in the original context; from there to
+    `high_freq_factor` turns the slowing fades out.
+    """
+    powers = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
+    turning = 1.0 / base**powers
+    if scaling is None:
+        return turning
+    if scaling.kind == "linear":
+        return turning / scaling.factor
+    turns = scaling.original_context * turning / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return turning * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
     """positions (B, T) -> cos, sin (B, 1, T, d) in fp32; halves, not pairs, as Hugging Face stores it."""
-    powers = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
-    angles = positions.float()[..., None] * (base**-powers)
+    turning = frequencies(config.head_width, config.rope_base, config.rope_scaling, positions.device)
+    angles = positions.float()[..., None] * turning
     angles = torch.cat((angles, angles), -1).unsqueeze(1)
     return angles.cos(), angles.sin()
 

@@ -38,7 +38,8 @@ from pumice.train.loss import supervised_loss
 from pumice.train.recipe import Recipe
 from pumice.train.report import Report
 from pumice.train.setup import Setup, prepare
-from pumice.weights.load import find_model
+from pumice.weights.parts import WHEELS, locate, weight_files
+from pumice.weights.read import find_model
 
 ANSWER_TOKENS = 40  # of a sample answer while training
 
@@ -73,7 +74,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=self.device.type != "mps"
         )
-        self.features = TowerFeatures(self.model, recipe.feature_cache, "tower" in recipe.stage.learn)
+        learns = "tower" in recipe.stage.learn
+        self.features = TowerFeatures(self.model, setup.processor, recipe.feature_cache, learns)
         self.step = 0
         self.tokens = 0
         self.decided = json.loads(recipe.model_dump_json(exclude=FREE))
@@ -157,7 +159,7 @@ class Trainer:
             features = [
                 self.features(t.images, m) for t, m in zip(packed.trees, mirrored, strict=True) if t.images
             ]
-            image_tokens = self.model.connect(torch.cat(features)) if features else None
+            image_tokens = self.model.connect(torch.cat(features), packed.layouts) if features else None
             hidden = self.model(
                 here(packed.input_ids)[None],
                 image_tokens,
@@ -190,7 +192,7 @@ class Trainer:
         mixed = self.recipe.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             features = self.features(sample.images, mirror=False) if sample.images else None
-            image_tokens = None if features is None else self.model.connect(features)
+            image_tokens = None if features is None else self.model.connect(features, sample.layouts)
             ids = torch.from_numpy(sample.input_ids).to(self.device)
             prompt = Prompt(ids, image_tokens, SamplingParams(max_new_tokens=ANSWER_TOKENS))
             tokens = [token for _, token in generate(self.model, [prompt]) if token is not None]
@@ -236,7 +238,10 @@ def contents(recipe: Recipe) -> dict[str, str]:
     """Digests of the files that decide a run: its rows, and the model that it starts from."""
     paths = [source.rows for source in recipe.data]
     if isinstance(recipe.model, Path):
-        paths += sorted(path for path in find_model(recipe.model).iterdir() if path.suffix == ".safetensors")
+        paths += weight_files(find_model(recipe.model))
+    else:
+        named = (recipe.model.tower, recipe.model.decoder)
+        paths += [file for name in named if name not in WHEELS for file in weight_files(locate(name))]
     digests = {}
     for path in paths:
         digest = hashlib.blake2b(digest_size=16)

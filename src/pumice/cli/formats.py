@@ -1,0 +1,54 @@
+"""`pumice import`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="A folder, a GGUF file, or a name on the hub.", metavar="SRC")
+    ],
+    target: Annotated[Path, typer.Argument(help="The folder to write.", metavar="DST")],
+    template: Annotated[
+        str | None, typer.Option(help="The chat format, where SRC does not say it.", show_default=False)
+    ] = None,
+    tower: Annotated[
+        str | None,
+        typer.Option(
+            help="The vision tower: of an original LLaVA, or to join to a bare language model.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="What a LoRA or a projector was trained on.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Store weights as fp16, bf16 or fp32; keep: as they are.")
+    ] = "keep",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a model of transformers, the original LLaVA, PEFT or GGUF as a Pumice folder.
+
+    What SRC is, its contents say. A model need not be imported to be asked: `--model SRC` opens it as well.
+    """
+    from pumice.weights.importing import import_model
+
+    done = import_model(source, target, dtype=dtype, template=template, tower=tower, base=base)
+    summary = done.summary()
+    if as_json:
+        print(json.dumps({"folder": str(target), **summary}, ensure_ascii=False))
+        return
+    print(f"{source} is {summary['source']}")
+    for key in ("decoder", "tower", "connector", "pictures", "template", "lora"):
+        if summary[key] is not None:
+            print(f"  {key:<10} {summary[key]}")
+    size, count = summary["bytes"] / 1e9, summary["parameters"] / 1e6
+    print(f"  {'weights':<10} {count:.1f} M parameters in {', '.join(summary['types'])}, {size:.2f} GB")
+    for note in summary["notes"]:
+        print(f"Note: {note}")
+    print(f"The model is in {target}")

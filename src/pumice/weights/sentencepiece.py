@@ -1,0 +1,203 @@
+"""A SentencePiece model as a tokenizer of the `tokenizers` library, equal to SentencePiece itself.
+
+Knows: the file's protobuf layout (google/sentencepiece, src/sentencepiece_model.proto) and how such a
+model cuts text. Does not know: folders, chat formats. The sentencepiece library is not needed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from pumice.errors import InputError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of piece; GGUF has the same
+_BPE = 2  # trainer_spec.model_type
+_TYPES = {1: "Unigram", _BPE: "BPE", 3: "word", 4: "character"}
+_SPACE = "▁"
+
+
+@dataclass(frozen=True)
+class SentencePiece:
+    """What a SentencePiece model says; the defaults are those of its format.
+
+    pieces: (text, score, kind), by id. Ids are -1 where there is no such token.
+    """
+
+    pieces: Sequence[tuple[str, float, int]]
+    model_type: int = 1
+    unk: int = 0
+    bos: int = 1
+    eos: int = 2
+    pad: int = -1
+    charsmap: bytes = b""  # a compiled table of character replacements
+    add_prefix: bool = True  # a space before the text
+    remove_spaces: bool = True  # at both ends, and all but one of several
+
+    @classmethod
+    def read(cls, path: str | Path) -> SentencePiece:
+        """Raises InputError when the file is something else, or damaged."""
+        try:
+            fields = list(_fields(Path(path).read_bytes()))
+            pieces = [_piece(value) for number, value in fields if number == 1]
+            trainer = {number: value for spec in _all(fields, 2) for number, value in _fields(spec)}
+            normalizer = {number: value for spec in _all(fields, 3) for number, value in _fields(spec)}
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, struct.error) as error:
+            raise InputError(
+                f"{path} is no SentencePiece model, or damaged ({error}); copy it again"
+            ) from error
+        if not pieces or not trainer or not normalizer:
+            raise InputError(f"{path} is no whole SentencePiece model; copy it again")
+        return cls(
+            pieces=pieces,
+            model_type=_int(trainer.get(3), 1),
+            unk=_int(trainer.get(40), 0),
+            bos=_int(trainer.get(41), 1),
+            eos=_int(trainer.get(42), 2),
+            pad=_int(trainer.get(43), -1),
+            charsmap=bytes(normalizer.get(2, b"")),
+            add_prefix=bool(normalizer.get(3, True)),
+            remove_spaces=bool(normalizer.get(4, True)),
+        )
+
+    def text_of(self, number: int) -> str | None:
+        """The text of a token such as `bos`, or None when the model has no such token."""
+        return self.pieces[number][0] if 0 <= number < len(self.pieces) else None
+
+    def tokenizer(self, where: str, *, legacy: bool = True, add_bos: bool = True) -> Tokenizer:
+        """The tokenizer that cuts text as this model does; it finds the control tokens in text, too.
+
+        legacy: as the original Llama code, each piece of text between special tokens begins with the
+        added space; else only the first one does. add_bos: what its own `encode` puts first. `where`
+        names the model in errors.
+        """
+        kinds = {kind for _, _, kind in self.pieces}
+        if self.model_type != _BPE or UNUSED in kinds:
+            kind = _TYPES.get(self.model_type, "unknown") if UNUSED not in kinds else "BPE with unused pieces"
+            raise InputError(
+                f"{where} is a SentencePiece model of the kind {kind}; only BPE is read from one: "
+                "put the tokenizer.json that transformers writes beside it"
+            )
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab={text: number for number, (text, _, _) in enumerate(self.pieces)},
+                merges=self._merges(),
+                unk_token=self.text_of(self.unk),
+                fuse_unk=True,
+                byte_fallback=BYTE in kinds,
+            )
+        )
+        changes: list[normalizers.Normalizer] = []
+        if self.charsmap:
+            changes.append(normalizers.Precompiled(self.charsmap))
+        if self.remove_spaces:
+            changes += [
+                normalizers.Replace(Regex(r"\A +| +\z"), ""),
+                normalizers.Replace(Regex(" {2,}"), " "),
+            ]
+        if legacy:
+            changes += [normalizers.Prepend(_SPACE)] if self.add_prefix else []
+            changes.append(normalizers.Replace(" ", _SPACE))
+        else:
+            scheme = "first" if self.add_prefix else "never"
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
+        if changes:
+            tokenizer.normalizer = normalizers.Sequence(changes)
+        steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        strips = [decoders.Strip(" ", 1, 0)] if self.add_prefix else []
+        tokenizer.decoder = decoders.Sequence([*steps, *strips])
+        tokenizer.add_special_tokens(
+            [_token(text, True) for text, _, kind in self.pieces if kind in (CONTROL, UNKNOWN)]
+        )
+        tokenizer.add_tokens([_token(text, False) for text, _, kind in self.pieces if kind == USER_DEFINED])
+        if add_bos and (bos := self.text_of(self.bos)) is not None:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos)]
+            )
+        return tokenizer
+
+    def _merges(self) -> list[tuple[str, str]]:
+        """Pairs of pieces that make a piece, best score first: SentencePiece's BPE stores scores only."""
+        scores = {text: score for text, score, kind in self.pieces if kind == NORMAL}
+        found = [
+            (-score, -cut, text)
+            for text, score in scores.items()
+            for cut in range(1, len(text))
+            if text[:cut] in scores and text[cut:] in scores
+        ]
+        return [(text[:-less], text[-less:]) for _, less, text in sorted(found)]
+
+
+def _token(text: str, special: bool) -> AddedToken:
+    return AddedToken(text, special=special, normalized=False)
+
+
+def _piece(data: int | bytes) -> tuple[str, float, int]:
+    values = dict(_fields(data))
+    (score,) = struct.unpack("<f", bytes(values.get(2, bytes(4))))
+    return bytes(values.get(1, b"")).decode(), score, _int(values.get(3), NORMAL)
+
+
+def _all(fields: list[tuple[int, int | bytes]], number: int) -> list[int | bytes]:
+    return [value for found, value in fields if found == number]
+
+
+def _int(value: int | bytes | None, default: int) -> int:
+    """A protobuf int32; a negative one is written as a 64-bit number."""
+    if value is None:
+        return default
+    if not isinstance(value, int):
+        raise ValueError("a number is not one")
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _fields(data: int | bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of one protobuf message: (number, value), a value other than a varint as bytes."""
+    if isinstance(data, int):
+        raise ValueError("a message is not one")
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"a field of kind {kind}")
+        if at + size > len(data):
+            raise ValueError("it is cut short")
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise ValueError("it is cut short")
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7

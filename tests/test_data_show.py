@@ -1,0 +1,87 @@
+"""`pumice data show`: which template and which tokenizer, and what stands before everything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pumice.cli.data import app
+from pumice.config import ChatFormat, DecoderConfig, ModelConfig
+from pumice.errors import InputError
+from pumice.weights.tokenizer import read_tokenizer
+
+ROW = {
+    "id": "r", "image": "x.jpg",
+    "conversations": [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}],
+}  # fmt: skip
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+ASK = "{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+def show(tokenizer: Path, template: str = "own") -> tuple[str, list[int]]:
+    """The text of the only row, the learned part in [], and its ids."""
+    rows = tokenizer.parent / "rows.json"
+    rows.write_text(json.dumps([ROW]))
+    arguments = ["show", str(rows), "--template", template, "--tokenizer", str(tokenizer), "--json"]
+    (shown,) = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)
+    backend = read_tokenizer(tokenizer).backend
+    text, learned = "", False
+    for number, label in zip(shown["input_ids"], shown["labels"], strict=True):
+        text += "[" if label != -100 and not learned else "]" if label == -100 and learned else ""
+        learned = label != -100
+        text += "*" if number == -200 else backend.id_to_token(number)
+    return text + "]" * learned, shown["input_ids"]
+
+
+@pytest.fixture
+def folder(sentencepiece_file: Path, tmp_path: Path) -> Path:
+    inner = tmp_path / "model"
+    inner.mkdir()
+    (inner / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())
+    return inner
+
+
+def write(folder: Path, file: str, values: dict[str, Any]) -> None:
+    (folder / file).write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_tokenizers_own_format(folder: Path, adds_bos: bool) -> None:
+    """It writes its begin of text itself, whatever the tokenizer does."""
+    write(folder, "tokenizer_config.json", {"chat_template": TEMPLATE + ASK, "add_bos_token": adds_bos})
+    assert show(folder)[0] == "<s>▁user:*▁<0x0A>Q</s>▁assistant:[▁A</s>]".replace(":[▁A", ":[A")
+
+
+def test_begin_of_text_is_the_tokenizers_habit_under_a_known_format(folder: Path) -> None:
+    assert show(folder, "mistral_instruct")[0].startswith("<s>▁[INST]▁*▁<0x0A>Q▁[/INST][▁A▁</s>]")
+    write(folder, "tokenizer_config.json", {"add_bos_token": False})
+    assert show(folder, "mistral_instruct")[0].startswith("▁[INST]▁*▁<0x0A>Q▁[/INST][▁A▁</s>]")
+
+
+def test_one_of_our_models_says_its_own(folder: Path) -> None:
+    decoder = DecoderConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_width=8, mlp_width=8)
+    chat = ChatFormat(user=("(", ")"), assistant="", stop="</s>", specials=("</s>",))
+    config = ModelConfig(decoder=decoder, template="own", chat=chat)
+    read_tokenizer(folder).backend.save(str(folder / "tokenizer.json"))
+    write(folder, "config.json", config.to_dict())
+    assert show(folder)[0] == "▁(*▁<0x0A>Q)[A</s>]"
+    write(folder, "config.json", {**config.to_dict(), "bos_token_id": 1, "template": "mistral_instruct"})
+    assert show(folder) == show(folder, "mistral_instruct")
+    assert show(folder)[1][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("own", "describes no chat format of its own; name one with --template"),
+        ("chatml", r"the tokenizer has no token '<\|im_start\|>', which the template needs"),
+        ("vicuna", "unknown template 'vicuna'; did you mean 'vicuna_v1'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder: Path, template: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        show(folder, template)
