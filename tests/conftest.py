@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import socket
 from collections.abc import Iterator
@@ -50,6 +51,15 @@ def models() -> ModuleType:
 def formats() -> ModuleType:
     """benchmarks/formats.py: exporting them, and running them elsewhere."""
     return _benchmark("formats")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file() -> Path:
+    """A real SentencePiece model, that of Mistral 7B, in the package mistral-common (not imported)."""
+    spec = importlib.util.find_spec("mistral_common")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("mistral-common is not installed")
+    return Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
 
 
 def _benchmark(name: str) -> ModuleType:

@@ -115,16 +115,18 @@ def test_tokens_are_as_many_as_the_config_counts(
 
 @given(grid=st.integers(1, 12), factor=st.integers(1, 13))
 def test_a_factor_that_does_not_divide_the_grid_is_refused(grid: int, factor: int) -> None:
-    config = ModelConfig(
-        decoder=DecoderConfig(8, 6, 1, 1, 1, 6, 8),
-        vision=VisionConfig(image_size=32 * grid),
-        connector=ConnectorConfig("linear", "average", factor),
-    )
+    def config() -> ModelConfig:
+        return ModelConfig(
+            decoder=DecoderConfig(8, 6, 1, 1, 1, 6, 8),
+            vision=VisionConfig(image_size=32 * grid),
+            connector=ConnectorConfig("linear", "average", factor),
+        )
+
     if grid % factor:
         with pytest.raises(InputError, match=f"{grid} x {grid} features cannot be reduced by {factor}"):
-            _ = config.image_tokens
+            config()
     else:
-        assert config.image_tokens == (grid // factor) ** 2
+        assert config().image_tokens == (grid // factor) ** 2
 
 
 def numbered(layout: Layout, side: int) -> Tensor:
