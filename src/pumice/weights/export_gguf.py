@@ -116,9 +116,10 @@ def write(
     if config.vision.kind == "none":
         return notes
     if config.image.mode != "pad" or config.image.pad_color != _PAD_COLOR:
+        color = f" and {config.image.pad_color}" if config.image.mode == "pad" else ""
         notes.append(
-            f"llama.cpp pads every picture to a square with {_PAD_COLOR}, this model's way is "
-            f"{config.image.mode}: only square pictures are seen alike"
+            f"llama.cpp pads every picture to a square with {_PAD_COLOR}, this model was trained with "
+            f"{config.image.mode}{color}: only square pictures are seen alike"
         )
     if config.vision.kind == "clip":
         notes.append(
