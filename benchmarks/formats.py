@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from architectures import ARCHITECTURES, assistant, picture, tiny
@@ -155,11 +156,8 @@ def class_token_last() -> Iterator[None]:
             x = block(x)
         return x[:, 1:]
 
-    true, ViT.forward = ViT.forward, forward  # type: ignore[method-assign]
-    try:
+    with patch.object(ViT, "forward", forward):
         yield
-    finally:
-        ViT.forward = true  # type: ignore[method-assign]
 
 
 def ours(model: LoadedParts, shown: Image.Image | None) -> tuple[Tensor, list[int]]:

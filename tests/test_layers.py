@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "pumice"
 # A part is a file or folder of src/pumice. It may import parts of the lines above its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "conversation"),
+    ("config", "conversation", "files"),
     ("geometry",),
     ("templates", "tokens", "images", "processor", "model"),
     ("weights", "data", "engine"),
@@ -40,6 +40,7 @@ LIBRARIES: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
     "conversation": set(),
+    "files": set(),
     "geometry": set(),
     "model": {"torch"},
 }

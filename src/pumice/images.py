@@ -8,6 +8,7 @@ Shapes: P squares of one picture, S pixels on a side.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -32,6 +33,9 @@ LONGEST_CROPPED = 16  # times the short side; beyond it the ends are cut off bef
 
 # Only formats that decode inside Pillow: EPS, for one, would start Ghostscript on a stranger's file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+# How files of the formats begin that every reader of data URLs knows.
+_COMMON = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -126,6 +130,21 @@ def image_key(source: Source) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def data_url(source: str | PathLike[str] | bytes) -> str:
+    """A picture's file as a data URL (RFC 2397), as JPEG where it is of a format that browsers lack.
+
+    Raises InputError when it cannot be read; only a file of a rarer format is decoded and so checked.
+    """
+    with _open_file(source, _name(source)) as file:
+        data = file.read()
+    kind = next((name for mark, name in _COMMON.items() if data.startswith(mark)), None)
+    if kind is None:
+        made, kind = io.BytesIO(), "jpeg"
+        open_image(source).save(made, "JPEG", quality=90)
+        data = made.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 @contextlib.contextmanager

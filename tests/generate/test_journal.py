@@ -20,11 +20,12 @@ from pumice.errors import InputError
 from pumice.generate import kinds, report
 from pumice.generate.checks import Settings, examine, row
 from pumice.generate.duplicates import Seen
-from pumice.generate.endpoint import Endpoint, data_url, judge, text_of
+from pumice.generate.endpoint import Endpoint, judge, text_of
 from pumice.generate.journal import Journal, Request, failed, reply
 from pumice.generate.kinds.base import Draft
 from pumice.generate.objects import Vocabulary
 from pumice.generate.statistics import Statistics, question_type
+from pumice.images import data_url
 
 ASKED = Request("r1", (("system", "Be brief."),), "a dog", 100)
 PLACE = Endpoint("http://here/v1", "m", budget_tokens=1000)

@@ -236,7 +236,7 @@ def test_the_key_goes_into_the_header_alone(
 
 
 def test_two_runs_at_once(endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path) -> None:
-    from pumice.generate.journal import Lock
+    from pumice.files import Lock
 
     (tmp_path / "out").mkdir()
     lock = Lock(tmp_path / "out" / "run.lock")

@@ -23,8 +23,8 @@ from pumice.conversation import Conversation, user_message
 from pumice.data.packing import Pack
 from pumice.engine.generate import Prompt, naive_generate
 from pumice.errors import InputError, WorkError
+from pumice.files import hold
 from pumice.train import run
-from pumice.train.lock import hold
 from pumice.train.loop import Trainer, schedule
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics

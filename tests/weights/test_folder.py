@@ -82,7 +82,7 @@ def test_replacing_keeps_files_that_are_not_ours(model: Path) -> None:
     assert [p.name for p in model.parent.iterdir()] == ["m"]
 
 
-@pytest.mark.parametrize("fails", ["write_json", "_sync", "write_weights"])
+@pytest.mark.parametrize("fails", ["write_json", "sync", "write_weights"])
 def test_a_failure_leaves_the_old_folder(model: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     before = contents(model)
 

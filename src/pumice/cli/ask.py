@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import typer
 
 from pumice.cli import options
 from pumice.errors import InputError
+from pumice.files import replacing
 
 
 def ask(
@@ -154,7 +153,7 @@ def _ask_batch(
     if out.exists() and (out.is_dir() or out.samefile(source)):
         raise InputError(f"--out '{out}' is a folder or the questions themselves; name another file")
     failed = 0
-    with _replacing(out) as file:
+    with replacing(out) as file:
         for number, (row, answer) in enumerate(_answers(rows, model, device, slots, sampling), 1):
             wrong = isinstance(answer, InputError)
             failed += wrong
@@ -210,23 +209,3 @@ def _read_row(line: str, number: int, folder: Path) -> _Row:
         return _Row(row_id, error="'question' is missing or not text")
     beside = [folder / name for name in names]
     return _Row(row_id, tuple(b if b.exists() else n for b, n in zip(beside, names, strict=True)), question)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A text file that takes its place only when it is complete."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield file
-        Path(name).chmod(0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

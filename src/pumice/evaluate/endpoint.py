@@ -5,7 +5,6 @@ Knows: HTTP and its failures. Does not know: questions and judges. httpx is an e
 
 from __future__ import annotations
 
-import base64
 import os
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError, WorkError
+from pumice.images import data_url
 
 TRIES = 5
 PAUSE = 2.0  # seconds before the second try; each further pause is twice as long
@@ -74,13 +74,7 @@ def with_images(text: str, images: Sequence[Path | bytes]) -> list[dict[str, Any
 
     `<image>` in the text says where a picture goes, when there is one for each.
     """
-    parts = [
-        {
-            "type": "image_url",
-            "image_url": {"url": f"data:{_kind(data)};base64,{base64.b64encode(data).decode()}"},
-        }
-        for data in (image if isinstance(image, bytes) else image.read_bytes() for image in images)
-    ]
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     pieces = text.split("<image>")
     if len(pieces) != len(parts) + 1:
         return [*parts, {"type": "text", "text": text}]
@@ -89,8 +83,3 @@ def with_images(text: str, images: Sequence[Path | bytes]) -> list[dict[str, Any
         message += [parts[number - 1]] if number else []
         message += [{"type": "text", "text": piece}] if piece.strip() else []
     return message
-
-
-def _kind(data: bytes) -> str:
-    starts = {b"\x89PNG": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
-    return starts.get(data[:4], "image/jpeg")

@@ -22,6 +22,7 @@ from pumice.evaluate.files import Picture
 from pumice.evaluate.predictions import check, match, read_predictions
 from pumice.evaluate.published import drift, published
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_statistic
+from pumice.files import replacing
 
 LEVEL = 0.95
 FORMAT = 1  # of the result
@@ -188,7 +189,8 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, found: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(found, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as file:
+        file.write(json.dumps(found, ensure_ascii=False, indent=2) + "\n")
 
 
 def in_words(found: Mapping[str, Any], rows: int = 40) -> str:

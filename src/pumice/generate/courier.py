@@ -29,8 +29,9 @@ from typing import Any
 import httpx
 
 from pumice.errors import InputError
+from pumice.files import Lock
 from pumice.generate.endpoint import Endpoint, Outcome, judge
-from pumice.generate.journal import Cost, Journal, Lock, Request, failed, reply
+from pumice.generate.journal import Cost, Journal, Request, failed, reply
 
 WAITING = 4  # requests that are held ready, times the calls under way
 LONGEST_BACKOFF = 60.0  # seconds

@@ -5,8 +5,6 @@ Knows: the chat completions protocol, statuses, prices. Does not know: when to c
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
@@ -21,6 +19,7 @@ from typing import Any, Literal
 from pumice.errors import InputError
 from pumice.generate.checks import is_refusal
 from pumice.generate.journal import Cost, Request, costs
+from pumice.images import data_url
 
 PER_MESSAGE, PER_REQUEST = 16, 64  # tokens that a chat template may add, generously
 
@@ -103,23 +102,6 @@ class Endpoint:
 
     def money(self, cost: Cost) -> float:
         return costs(cost, self.prices or (0.0, 0.0))
-
-
-def data_url(path: Path) -> str:
-    """A picture's file as base64, turned into JPEG where it is of a rarer format. InputError."""
-    kinds = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"picture '{path}' cannot be read: {error.strerror}; check the path") from error
-    kind = next((name for mark, name in kinds.items() if data.startswith(mark)), None)
-    if kind is None:
-        from pumice.images import open_image
-
-        file, kind = io.BytesIO(), "jpeg"
-        open_image(data).save(file, "JPEG", quality=90)
-        data = file.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pumice.errors import InputError
+from pumice.files import sync
 
 Cost = tuple[int, int]  # tokens in, tokens out
 
@@ -189,7 +188,7 @@ class Journal:
             self._file = self.path.open("ab")
             if torn:
                 self._file.write(b"\n")
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
         for record in records:
             self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         self._file.flush()
@@ -212,58 +211,6 @@ def failed(request_id: str, why: str, status: int | None, raw: str, cost: Cost) 
         "event": "failed", "id": request_id, "why": why, "status": status, "raw": raw[:2000], "cost": cost,
         "time": round(time.time(), 3),
     }  # fmt: skip
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform != "win32":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-class Lock:
-    """A file that one process at a time holds; the system lets go of it when the process ends."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
-
-    def take(self) -> bool:
-        """Whether the lock is ours now."""
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
-
-    def wait(self, seconds: float, waiting: Callable[[], None]) -> None:
-        """Take the lock; call `waiting` once when somebody else has it. InputError after `seconds`."""
-        end = time.monotonic() + seconds
-        told = False
-        while not self.take():
-            if not told:
-                waiting()
-                told = True
-            if time.monotonic() > end:
-                raise InputError(f"another run has held '{self._file.name}' for {seconds:g} s; end it first")
-            time.sleep(0.05)
-
-    def release(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 def costs(values: Sequence[int], prices: tuple[float, float]) -> float:

@@ -11,7 +11,6 @@ Knows: the order of everything, the folder's files. Does not know: how a teacher
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +21,12 @@ from typing import IO, Any
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
+from pumice.files import Lock, replacing
 from pumice.generate.checks import Rejection, Settings, examine, row
 from pumice.generate.context import Context
 from pumice.generate.duplicates import Seen
 from pumice.generate.endpoint import Endpoint, text_of
-from pumice.generate.journal import Journal, Lock, Request, digest
+from pumice.generate.journal import Journal, Request, digest
 from pumice.generate.kinds.base import Draft, Kind
 from pumice.generate.objects import Vocabulary
 from pumice.generate.statistics import Statistics
@@ -79,7 +79,7 @@ def plan(job: Job, teacher: Teacher) -> Iterator[tuple[str, Kind, Context, Reque
             if job.show:
                 assert job.finder is not None
                 image = str(job.finder.find(context.image))
-                digest_of = _picture(image, os.stat(image).st_mtime_ns)
+                digest_of = _picture(image, Path(image).stat().st_mtime_ns)
             prompt = tuple(before)
             key = digest(teacher.model, teacher.options, kind.max_tokens, prompt, user, digest_of, job.seed)
             yield (
@@ -194,7 +194,7 @@ def finish(job: Job, teacher: Teacher, journal: Journal) -> Statistics:
     vocabulary = Vocabulary(sorted({box.category for c in job.contexts for box in c.boxes}))
     statistics = Statistics(journal.tally.to_dict())
     seen = Seen(job.similar)
-    with _whole(job.out / "rows.jsonl") as rows, _whole(job.out / "rejected.jsonl") as rejected:
+    with replacing(job.out / "rows.jsonl") as rows, replacing(job.out / "rejected.jsonl") as rejected:
         for row_id, kind, context, request in plan(job, teacher):
             raw = journal.reply(request.id)
             reply = "" if raw is None else text_of(raw)
@@ -228,27 +228,6 @@ def duplicate(draft: Draft, row_id: str, seen: Seen) -> Rejection | None:
         text, scope = " ".join(turn.answer for turn in draft.turns), draft.kind.name
     other = seen.like(row_id, text, scope)
     return None if other is None else Rejection("near-duplicate", f"of row {other}")
-
-
-class _whole:
-    """A text file that takes its place only when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._partial = path, path.with_name(path.name + ".partial")
-
-    def __enter__(self) -> IO[str]:
-        self._file = self._partial.open("w", encoding="utf-8", errors="replace", newline="\n")
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            self._partial.replace(self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
 
 
 def _line(file: IO[str], values: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ flushed, and renamed.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pumice.errors import InputError, WorkError
-from pumice.weights.folder import make_readable
+from pumice.files import make_readable, sync
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int) -> None:
             f"cannot write the checkpoint {final} ({error}); make room and run the same command again"
         ) from error
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    partial.replace(final)
+    sync(folder)
     for old in _all(folder)[:-keep_last]:
         shutil.rmtree(old)
 
@@ -64,8 +64,8 @@ def _write(partial: Path, checkpoint: Checkpoint) -> None:
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for path in partial.iterdir():
         make_readable(path)
-        with path.open("r+b") as file:  # Windows flushes only what is open for writing
-            os.fsync(file.fileno())
+        sync(path)
+    sync(partial)
 
 
 def latest(

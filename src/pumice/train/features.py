@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
+from pumice.files import hold
 from pumice.images import image_key
 from pumice.model.llava import Llava
 from pumice.processor import Processor
-from pumice.train.lock import hold
 
 
 class TowerFeatures:
@@ -105,7 +105,7 @@ class FeatureCache:
         self._keys_path.write_text("".join(_line(*item) for item in self._places.items()))
 
     def close(self) -> None:
-        self._lock.close()
+        self._lock.release()
 
     def get(
         self, images: Sequence[ImagePart], mirror: bool, compute: Callable[[ImagePart], Tensor]

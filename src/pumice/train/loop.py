@@ -28,12 +28,12 @@ from pumice.data.packing import Pack
 from pumice.engine.generate import Prompt, generate
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError, WorkError
+from pumice.files import hold
 from pumice.model.layers import Packed
 from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
 from pumice.train.batches import Batch, Batches, prefetch
 from pumice.train.features import TowerFeatures
-from pumice.train.lock import hold
 from pumice.train.loss import supervised_loss
 from pumice.train.recipe import Recipe
 from pumice.train.report import Report

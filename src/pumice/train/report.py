@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pumice.errors import InputError
+from pumice.files import replacing
 from pumice.train.recipe import Recipe
 
 
@@ -105,9 +106,8 @@ class Report:
         """A run that goes on from an older checkpoint repeats steps: their first metrics are dropped."""
         kept = [event for event in read_metrics(self.path) if event["step"] <= step]
         kept = kept if step else []
-        fresh = self.path.with_suffix(".partial")  # the old ones stand until the new ones do
-        fresh.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        fresh.replace(self.path)
+        with replacing(self.path) as file:  # the old ones stand until the new ones do
+            file.writelines(json.dumps(event) + "\n" for event in kept)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pumice.config import DecoderConfig, ModelConfig
 from pumice.errors import InputError, WorkError
+from pumice.files import make_readable, sync
 from pumice.weights.checkpoint import (
     FLOATS,
     Stocks,
@@ -212,8 +213,8 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield fresh
         for path in fresh.iterdir():
             make_readable(path)
-            _sync(path)
-        _sync(fresh)
+            sync(path)
+        sync(fresh)
         try:
             if target.exists():
                 target.rename(old)
@@ -226,24 +227,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
             for path in old.iterdir():
                 if not _OURS.fullmatch(path.name) and not (target / path.name).exists():
                     path.rename(target / path.name)
-        _sync(target.parent)
-
-
-def make_readable(path: Path) -> None:
-    """Give a file the permissions of any new one; safetensors writes for the owner's eyes only."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows has no handle of a folder to flush
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(target.parent)
 
 
 def _supplied(name: str, parts: Mapping[str, str]) -> bool:

@@ -1,0 +1,106 @@
+"""Files that appear whole or not at all, and files that one process at a time holds.
+
+Knows the operating system. Does not know what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from pumice.errors import InputError
+
+
+def make_readable(path: Path) -> None:
+    """Give a file the mode that a plain `open` would have given it; temporary files are private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a folder, would survive a power cut."""
+    if path.is_dir():
+        if sys.platform == "win32":  # has no such call for folders
+            return
+        handle = os.open(path, os.O_RDONLY)
+    else:
+        handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))  # Windows syncs only writable files
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """A UTF-8 text file that takes the place of `path` when the block ends, and never by halves."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+            yield file
+        make_readable(partial)
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class Lock:
+    """A file that one process at a time holds; the system lets go of it when the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a")
+
+    def take(self) -> bool:
+        """Whether the lock is ours now."""
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def wait(self, seconds: float, waiting: Callable[[], None]) -> None:
+        """Take the lock; call `waiting` once when somebody else has it. InputError after `seconds`."""
+        end = time.monotonic() + seconds
+        told = False
+        while not self.take():
+            if not told:
+                waiting()
+                told = True
+            if time.monotonic() > end:
+                raise InputError(f"another run has held '{self._file.name}' for {seconds:g} s; end it first")
+            time.sleep(0.05)
+
+    def release(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def hold(folder: Path, what: str) -> Lock:
+    """Keep `folder` for this process until the lock is released. InputError when another has it."""
+    lock = Lock(folder / ".lock")
+    if not lock.take():
+        lock.release()
+        raise InputError(f"another run is using the {what} {folder}; wait for it, or name another")
+    return lock
