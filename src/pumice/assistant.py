@@ -8,8 +8,9 @@ Shapes: N image tokens, D decoder width, T tokens of a prompt, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from pumice.conversation import Conversation, ImagePart, Message, user_message
-from pumice.engine.detokenize import Detokenizer
-from pumice.engine.generate import Answer, Prompt, check_room, generate
+from pumice.engine.engine import Engine
+from pumice.engine.generate import Picture, Prompt, check_room
+from pumice.engine.requests import Delta, Request
 from pumice.engine.sampling import SamplingParams
+from pumice.engine.text import TextStream
 from pumice.errors import InputError
 from pumice.geometry import Layout
 from pumice.images import image_key
@@ -67,31 +70,48 @@ class Reply(Iterator[str]):
     """An answer on its way: iterate over it for its pieces of text.
 
     finish: "stop" or "length" once it is complete, None before. tokens: how many were written so far.
+    cached_tokens: of the prompt, those that were computed for an earlier question.
     """
 
-    def __init__(self, model: Llava, processor: Processor, prompt: Prompt) -> None:
-        self.finish: str | None = None
-        self.tokens = 0
-        self._text = Detokenizer(processor.tokenizer.decode, prompt.params.stop)
-        self._pieces = self._run(generate(model, [prompt]))
+    def __init__(self, engine: Engine, processor: Processor, prompt: Prompt) -> None:
+        self._engine, self._prompt = engine, prompt
+        self._text = TextStream(processor.tokenizer.decode, prompt.params.stop)
+        self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        self._request: Request | None = None
+
+    @property
+    def finish(self) -> str | None:
+        return self._text.finish
+
+    @property
+    def tokens(self) -> int:
+        return self._text.tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._text.cached_tokens
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        if self._request is None:
+            self._request = self._engine.submit(self._prompt, self._deltas.put)
+        while self._text.finish is None:
+            piece = self._text.add(self._next_delta())
+            if self._text.finish is not None:
+                self._engine.cancel(self._request)
+            if self._text.error is not None:
+                raise self._text.error
+            if piece:
+                return piece
+        raise StopIteration
 
-    def _run(self, events: Iterator[tuple[Answer, int | None]]) -> Iterator[str]:
-        for answer, token in events:
-            self.tokens += token is not None
-            if piece := _piece(self._text, answer, token):
-                yield piece
-            self.finish = answer.finish
+    def _next_delta(self) -> Delta:
+        while not self._engine.started and self._deltas.empty():
+            self._engine.step()
+        return self._deltas.get()
 
-
-def _piece(text: Detokenizer, answer: Answer, token: int | None) -> str:
-    """The text that one event of `generate` makes certain; ends the answer at a stop string."""
-    piece = text.finish() if token is None else text.add(token)
-    if text.stopped:
-        answer.end()
-    return piece
+    def __del__(self) -> None:
+        if self._request is not None:
+            self._engine.cancel(self._request)
 
 
 class Assistant:
@@ -105,6 +125,7 @@ class Assistant:
         self.provenance = dict(provenance or {})
         self._seen: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
+        self.engine = Engine(model)
 
     def ask(self, images: Any, question: str, **sampling: Any) -> str:
         """One answer about a picture, a list of them, or None: paths, bytes of files, or PIL images.
@@ -122,7 +143,7 @@ class Assistant:
         {"type": "image", "image": path, bytes or PIL image}, ...]}, Message objects, or a Conversation.
         Wrong input raises InputError now, not when the first piece is taken.
         """
-        return Reply(self.model, self.processor, self.prompt(_conversation(messages), **sampling))
+        return Reply(self.engine, self.processor, self.prompt(_conversation(messages), **sampling))
 
     def ask_batch(
         self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any
@@ -151,23 +172,38 @@ class Assistant:
                     numbers.append(number)
                     yield prompt
 
-        texts: dict[int, Detokenizer] = {}
-        pieces: dict[int, str] = {}
+        running: deque[tuple[int, Request, TextStream, list[str]]] = deque()
         following = 0
-        for answer, token in generate(self.model, prompts(), slots=slots):
-            number = numbers[answer.index]
-            if number not in texts:
-                texts[number] = Detokenizer(self.processor.tokenizer.decode, params.stop)
-            pieces[number] = pieces.get(number, "") + _piece(texts[number], answer, token)
-            if token is None:
-                results[number] = pieces.pop(number)
-                del texts[number]
+        waiting, exhausted = iter(prompts()), False
+        while running or not exhausted:
+            while len(running) < slots and not exhausted:
+                prompt = next(waiting, None)
+                if prompt is None:
+                    exhausted = True
+                    break
+                running.append(self._collect(numbers[-1], prompt))
+            if running and not self.engine.started:
+                self.engine.step()
+            for one in [one for one in running if one[2].finish is not None]:
+                running.remove(one)
+                number, _, text, pieces = one
+                if text.error is not None and not isinstance(text.error, InputError):
+                    raise text.error
+                results[number] = text.error or "".join(pieces)
             while following in results:
                 yield results.pop(following)
                 following += 1
-        while following in results:
-            yield results.pop(following)
-            following += 1
+
+    def _collect(self, number: int, prompt: Prompt) -> tuple[int, Request, TextStream, list[str]]:
+        text, pieces = TextStream(self.processor.tokenizer.decode, prompt.params.stop), list[str]()
+
+        def deliver(delta: Delta) -> None:
+            pieces.append(text.add(delta))
+            if text.finish is not None and delta.finish is None:
+                self.engine.cancel(request)
+
+        request = self.engine.submit(prompt, deliver)
+        return number, request, text, pieces
 
     def prompt(self, conversation: Conversation, **sampling: Any) -> Prompt:
         """What the engine needs to answer a conversation. Raises InputError."""
@@ -177,7 +213,7 @@ class Assistant:
     def logits(self, images: Any, prompt: str) -> Tensor:
         """Logits (T, V) in fp32 of every position of the rendered question, without a cache."""
         made = self.prompt(_question(images, prompt))
-        hidden = self.model(made.input_ids.to(self.model.device)[None], made.image_tokens)
+        hidden = self.model(made.input_ids.to(self.model.device)[None], made.look())
         return self.model.decoder.logits(hidden)[0].float()
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
@@ -191,27 +227,35 @@ class Assistant:
     def _prompt(self, conversation: Conversation, params: SamplingParams) -> Prompt:
         sample = self.processor.prompt(conversation)
         shown = zip(sample.images, sample.layouts, strict=True)
-        tokens = [self._image_tokens(image, layout) for image, layout in shown]
-        made = Prompt(torch.from_numpy(sample.input_ids), torch.cat(tokens) if tokens else None, params)
+        pictures = tuple(self._picture(image, layout) for image, layout in shown)
+        made = Prompt(torch.from_numpy(sample.input_ids), None, params, pictures)
         check_room(self.model, made)
         return made
 
-    @torch.inference_mode()
-    def _image_tokens(self, image: ImagePart, layout: Layout) -> Tensor:
-        """Image tokens (N, D) of one picture; those of the pictures seen last are remembered."""
+    def _picture(self, image: ImagePart, layout: Layout) -> Picture:
+        """A picture that the tower sees when the engine asks for it; it is opened now, and wrong now."""
         key = image_key(image.source)
         with self._lock:
-            if key in self._seen:
+            tokens = self._seen.get(key)
+            if tokens is not None:
                 self._seen.move_to_end(key)
-                return self._seen[key]
+                return Picture(key, layout.tokens, lambda: tokens)
         pixels = torch.from_numpy(self.processor.pixels((image,)))
-        tokens = self.model.encode(pixels, (layout,)).flatten(0, -2)
-        with self._lock:
-            self._seen[key] = tokens
-            room = REMEMBERED * self.model.config.image_tokens
-            while len(self._seen) > 1 and sum(map(len, self._seen.values())) > room:
-                self._seen.popitem(last=False)
-        return tokens
+
+        @torch.inference_mode()
+        def look() -> Tensor:
+            with self._lock:
+                if key in self._seen:
+                    return self._seen[key]
+            tokens = self.model.encode(pixels, (layout,)).flatten(0, -2)
+            with self._lock:
+                self._seen[key] = tokens
+                room = REMEMBERED * self.model.config.image_tokens
+                while len(self._seen) > 1 and sum(map(len, self._seen.values())) > room:
+                    self._seen.popitem(last=False)
+            return tokens
+
+        return Picture(key, layout.tokens, look)
 
 
 def _question(images: Any, question: str) -> Conversation:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pumice import InputError
 from pumice.config import IMAGE_TOKEN, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
-from pumice.engine.generate import Answer, Prompt, generate, naive_generate
+from pumice.engine.generate import Prompt, generate, naive_generate
 from pumice.engine.sampling import SamplingParams
 from pumice.model.llava import Llava
 
@@ -52,17 +52,17 @@ def prompt(length: int, pictures: int = 0, seed: int = 0, **sampling: object) ->
     return Prompt(torch.cat(pieces), tokens, SamplingParams(**{"max_new_tokens": 20, **sampling}))
 
 
-def answers(model: Llava, prompts: list[Prompt], slots: int) -> list[Answer]:
-    streamed: dict[int, list[int]] = {}
-    done: dict[int, Answer] = {}
-    for answer, token in generate(model, prompts, slots=slots):
-        assert answer.index not in done
+def answers(model: Llava, prompts: list[Prompt], slots: int) -> list[list[int]]:
+    written: list[list[int]] = [[] for _ in prompts]
+    done: set[int] = set()
+    for number, token in generate(model, prompts, slots=slots):
+        assert number not in done
         if token is None:
-            done[answer.index] = answer
+            done.add(number)
         else:
-            streamed.setdefault(answer.index, []).append(token)
-    assert all(streamed.get(i, []) == answer.ids for i, answer in done.items())
-    return [done[i] for i in range(len(prompts))]
+            written[number].append(token)
+    assert done == set(range(len(prompts)))
+    return written
 
 
 MIXED = [(5, 0), (17, 1), (2, 2), (1, 0), (30, 3), (9, 1)]

@@ -32,6 +32,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # of every token seen so far (arXiv 1909.05858); 1 is off
     stop: tuple[str, ...] = ()  # an answer ends before any of these
     seed: int | None = None  # None draws differently each time
+    logprobs: int | None = None  # also give each token's log probability, and of so many likeliest ones
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -39,6 +40,7 @@ class SamplingParams:
             "max_new_tokens": self.max_new_tokens,
             "top_k": self.top_k,
             "seed": self.seed,
+            "logprobs": self.logprobs,
         }
         for name, value in whole.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -58,6 +60,8 @@ class SamplingParams:
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "more than 0")
         if self.seed is not None:
             _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
+        if self.logprobs is not None:
+            _require(self.logprobs >= 0, "logprobs", self.logprobs, "0 or more")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
 
@@ -69,6 +73,26 @@ class SamplingParams:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model held a token, before temperature and penalties: natural logarithms.
+
+    top: (token, log probability) of the likeliest ones, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprob:
+    """Logits (V,) -> the log probability of `token` and of the `count` likeliest."""
+    values = logits.float().log_softmax(-1)
+    best = values.topk(min(count, len(values)))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprob(token, float(values[token]), tuple(top))
 
 
 def sample(
