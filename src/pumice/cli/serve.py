@@ -154,8 +154,8 @@ def _local(
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     assistant = load(model, device=device)
-    engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=chunk)
-    return Local(assistant, engine, names, settings), slots
+    assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=chunk)
+    return Local(assistant, names, settings), slots
 
 
 def _upstream(url: str, slots: int, settings: Settings) -> tuple[Backend, int]:

@@ -32,7 +32,6 @@ from pumice.serve.settings import Settings
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
-    from pumice.engine.engine import Engine
     from pumice.engine.generate import Prompt
     from pumice.engine.requests import Delta
 
@@ -43,16 +42,15 @@ THREADS = 2  # that prepare prompts: each may hold a decoded picture
 
 
 class Local:
-    """A backend that is an engine. names: what the model is called, the first is the usual one."""
+    """A backend that is an assistant's engine. names: what the model is called, the usual one first."""
 
-    def __init__(
-        self, assistant: Assistant, engine: Engine, names: tuple[str, ...], settings: Settings
-    ) -> None:
-        self.assistant, self.engine, self.names, self.settings = assistant, engine, names, settings
+    def __init__(self, assistant: Assistant, names: tuple[str, ...], settings: Settings) -> None:
+        self.assistant, self.names, self.settings = assistant, names, settings
+        self.engine = assistant.engine
         self._fetcher: Fetcher | None = None
 
     async def start(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+        self.metrics = metrics
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pumice-prompts")
         if self.settings.allow_image_urls:
             self._fetcher = Fetcher(size=self.settings.max_body, seconds=self.settings.image_timeout)
@@ -105,7 +103,7 @@ class Local:
         images = asked.images
         files = await pictures.read(images, self.settings, self._fetcher, self._pool)
         call.record.fields["pictures"] = len(files)
-        self._metrics.pictures.inc(len(files))
+        self.metrics.pictures.inc(len(files))
         params = [param for param, _ in images]
         try:
             prompt = await self._apart(self._chat_prompt, asked, files, sampling)
@@ -197,7 +195,10 @@ class Local:
         params: list[str],
         files: list[bytes],
     ) -> Response:
-        running = _Running(self, call, prompt)
+        try:
+            running = _Running(self, call, prompt)
+        except InputError as error:  # prompt and answer do not fit in the engine's cache
+            raise ApiError(400, str(error), param=asked.limit[0]) from error
         try:
             first = await running.next()
             if asked.stream:
@@ -223,9 +224,7 @@ class Local:
             yield (shape.usage_event(running.usage()) if shape.usage_wanted else b"") + DONE
         except ApiError as error:
             yield shape.error_event(error.body())
-        except (
-            Exception
-        ) as error:  # the status has gone out: the reader is told in the stream, the log all of it
+        except Exception as error:  # the status has gone out: the reader is told here, the log all of it
             running.record.error = error
             yield shape.error_event(internal(running.record).body())
 
@@ -249,12 +248,11 @@ class _Running:
     """One request in the engine: `next` gives its pieces of text as they become certain."""
 
     def __init__(self, local: Local, call: Call, prompt: Prompt) -> None:
-        from pumice.engine.detokenize import Detokenizer
+        from pumice.engine.text import TextStream
 
         self.record, self._local, self._prompt = call.record, local, prompt
         self._decode = local.assistant.processor.tokenizer.decode
-        self._text = Detokenizer(self._decode, prompt.params.stop)
-        self._tokens = self._cached = 0
+        self._text = TextStream(self._decode, prompt.params.stop)
         self._open = True
         self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -275,29 +273,21 @@ class _Running:
             raise ApiError(
                 504, f"the answer took longer than {limit:g} s; ask for a shorter one", code="timeout"
             )
-        if delta.error is not None:
-            raise delta.error
-        if delta.finish == "cancelled":  # not by us: whoever cancels here does not wait for more
+        first = not self._text.tokens
+        text = self._text.add(delta)
+        if self._text.error is not None:
+            raise self._text.error
+        if self._text.finish == "cancelled":  # not by us: whoever cancels here does not wait for more
             raise ApiError(503, "the server is about to stop; ask again soon", code="draining")
-        self._cached = delta.cached_tokens
-        if not self._tokens and delta.tokens:
-            first = self.record.seconds
-            self.record.fields["first_token_seconds"] = round(first, 4)
-            self._local._metrics.first.observe(first)
-        text, scored = "", []
-        for number, token in enumerate(delta.tokens):
-            self._tokens += 1
-            text += self._text.add(token)
-            if delta.logprobs is not None:
-                scored.append(self._scored(delta.logprobs[number]))
-            if self._text.stopped:
-                return Piece(text, tuple(scored), "stop")
-        if delta.finish is None:
-            return Piece(text, tuple(scored))
-        return Piece(text + self._text.finish(), tuple(scored), delta.finish)
+        if first and self._text.tokens:
+            seconds = self.record.seconds
+            self.record.fields["first_token_seconds"] = round(seconds, 4)
+            self._local.metrics.first.observe(seconds)
+        scored = tuple(self._scored(one) for one in delta.logprobs or ())
+        return Piece(text, scored, self._text.finish)
 
     def usage(self) -> dict[str, Any]:
-        return usage(len(self._prompt.input_ids), self._tokens, self._cached)
+        return usage(len(self._prompt.input_ids), self._text.tokens, self._text.cached_tokens)
 
     def end(self) -> None:
         """Give the engine its place back, and write down what was used. May be called twice."""
@@ -308,8 +298,8 @@ class _Running:
         local = self._local
         if self._request.finish is None:
             local.engine.cancel(self._request)
-            if not self._text.stopped:
-                local._metrics.cancelled.inc()
+            if self._text.finish is None:
+                local.metrics.cancelled.inc()
         told = self.usage()
         cached = told["prompt_tokens_details"]["cached_tokens"]
         self.record.fields |= {
@@ -317,9 +307,9 @@ class _Running:
             "cached_tokens": cached,
             "completion_tokens": told["completion_tokens"],
         }
-        local._metrics.prompt.inc(told["prompt_tokens"])
-        local._metrics.cached.inc(cached)
-        local._metrics.generated.inc(told["completion_tokens"])
+        local.metrics.prompt.inc(told["prompt_tokens"])
+        local.metrics.cached.inc(cached)
+        local.metrics.generated.inc(told["completion_tokens"])
 
     def _scored(self, found: Any) -> Scored:
         top = tuple((self._decode([token]), value) for token, value in found.top)

@@ -284,9 +284,8 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "away"]
     version: str
-    models: list[str]
 
 
 class ErrorDetail(BaseModel):

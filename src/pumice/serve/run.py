@@ -52,7 +52,7 @@ class Plan:
 def serve(plan: Plan) -> None:
     """Serve until a signal says to stop. Raises InputError, WorkError, or OSError where the port is taken."""
     plan.settings.check()
-    bound = _bind(plan.settings)
+    bound = bind(plan.settings)
     with bound:
         if plan.workers == 1:
             work(plan, bound)
@@ -161,7 +161,7 @@ def _patient(seconds: float) -> type[asyncio.Protocol]:
     return Patient
 
 
-def _bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
     try:
         found = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
