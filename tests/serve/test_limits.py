@@ -235,7 +235,8 @@ def test_a_body_that_never_arrives(local: Any) -> None:
             assert connection.recv(4096) == b""
 
 
-def test_readers_who_go_away_end_their_requests(server: str) -> None:
+def test_readers_who_go_away_end_their_requests(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pumice.serve")
     for stream in (False, True):
         before = _count(server, "pumice_cancelled_requests_total")
         body = json.dumps(ask(max_tokens=2000, temperature=1.0, stream=stream))
@@ -246,6 +247,9 @@ def test_readers_who_go_away_end_their_requests(server: str) -> None:
             _until(lambda: _count(server, "pumice_running_requests") >= 1)
         _until(lambda before=before: _count(server, "pumice_cancelled_requests_total") > before)
         assert _settled(server)
+    lines = [line.__dict__["fields"] for line in caplog.records if line.levelname == "INFO"]
+    assert sum(bool(line.get("gone")) for line in lines) == 2
+    assert not [line for line in caplog.records if line.levelname == "ERROR"]
 
 
 def test_too_many_connections(local: Any) -> None:

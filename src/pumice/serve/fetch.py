@@ -34,6 +34,8 @@ def is_public(address: Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return True  # what is mapped was checked
     never = address.is_multicast or address.is_reserved or address.is_unspecified or address.is_link_local
+    if isinstance(address, ipaddress.IPv6Address) and address.is_site_local:
+        return False
     return address.is_global and not address.is_private and not address.is_loopback and not never
 
 
@@ -83,7 +85,7 @@ class Fetcher:
                 return await self._follow(url, refuse)
         except TimeoutError:
             raise refuse(f"did not arrive within {self._seconds:g} s; send it as a data URI") from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             raise refuse(f"cannot be fetched ({type(error).__name__}); send it as a data URI") from error
 
     async def _follow(self, url: str, refuse: Callable[[str], ApiError]) -> bytes:

@@ -5,6 +5,7 @@ Pure ASGI, so that streams pass through untouched.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import secrets
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -79,7 +80,8 @@ class Observe:
 
         self.metrics.opened(1)
         try:
-            await self.app(scope, receive, send_on)
+            with contextlib.suppress(ClientDisconnect):  # nobody is left to be told
+                await self.app(scope, receive, send_on)
         except Exception as error:
             note.error = error
             if not status:

@@ -380,6 +380,7 @@ async function begin() {
 
 function wireUp() {
   $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+  $("fields").addEventListener("submit", (event) => event.preventDefault());
   $("question").addEventListener("input", grow);
   $("question").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
