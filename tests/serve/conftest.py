@@ -85,7 +85,10 @@ class Process:
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "pumice", "serve", "--log", "json", *arguments]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         )
         self.lines: list[dict[str, Any]] = []
         self.other: list[str] = []

@@ -80,7 +80,11 @@ def test_the_official_client(client: openai.OpenAI, exact: Assistant) -> None:
 
 def test_a_second_turn(client: openai.OpenAI, exact: Assistant) -> None:
     first: Any = shown("What?", picture(3))
-    said = client.chat.completions.create(model="tiny", messages=[first], max_tokens=6).choices[0].message.content
+    said = (
+        client.chat.completions.create(model="tiny", messages=[first], max_tokens=6)
+        .choices[0]
+        .message.content
+    )
     assert said
     messages: Any = [first, {"role": "assistant", "content": said}, {"role": "user", "content": "Sure?"}]
     second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=6)
@@ -95,7 +99,9 @@ def test_plain_completion(client: openai.OpenAI, exact: Assistant) -> None:
     answer = client.completions.create(model="tiny", prompt="A dog", max_tokens=9)
     pieces = client.completions.create(model="tiny", prompt=["A dog"], max_tokens=9, stream=True)
     assert "".join(p.choices[0].text for p in pieces) == answer.choices[0].text
-    told = client.completions.create(model="tiny", prompt="A dog", max_tokens=3, logprobs=2).choices[0].logprobs
+    told = (
+        client.completions.create(model="tiny", prompt="A dog", max_tokens=3, logprobs=2).choices[0].logprobs
+    )
     assert told is not None
     assert told.tokens is not None
     assert len(told.tokens) == 3
@@ -168,7 +174,10 @@ def test_every_way_to_write_a_picture(server: str) -> None:
     urls = [usual, data_uri(data, "png"), broken_lines, usual.rstrip("=")]
     answers = set()
     for url in urls:
-        content = [{"type": "image_url", "image_url": {"url": url, "detail": "low"}}, {"type": "text", "text": "?"}]
+        content = [
+            {"type": "image_url", "image_url": {"url": url, "detail": "low"}},
+            {"type": "text", "text": "?"},
+        ]
         response = post(server, {"messages": [{"role": "user", "content": content}], "max_tokens": 8})
         assert response.status_code == 200, response.text
         answers.add(response.json()["choices"][0]["message"]["content"])

@@ -45,7 +45,9 @@ def test_hiding_an_address_in_ipv6_gains_nothing(address: ipaddress.IPv4Address)
     mapped = ipaddress.IPv6Address(b"\0" * 10 + b"\xff\xff" + address.packed)
     if not is_public(address):
         assert not is_public(mapped)
-        assert not is_public(ipaddress.IPv6Address(ipaddress.ip_address("64:ff9b::").packed[:12] + address.packed))
+        assert not is_public(
+            ipaddress.IPv6Address(ipaddress.ip_address("64:ff9b::").packed[:12] + address.packed)
+        )
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -117,7 +119,9 @@ def refused(url: str, names: dict[str, list[str]] | None = None, **more: Any) ->
 
 def test_the_connection_goes_to_the_address_that_was_checked(site: Any) -> None:
     port = site.server_port
-    data, asked = fetch(f"http://pictures.example:{port}/a.png", {"pictures.example": ["127.0.0.1"]}, permitted=here)
+    data, asked = fetch(
+        f"http://pictures.example:{port}/a.png", {"pictures.example": ["127.0.0.1"]}, permitted=here
+    )
     assert data == picture()
     assert asked == ["pictures.example"]  # once: a second look could be told something else
     assert site.seen[-1] == ("/a.png", f"pictures.example:{port}")

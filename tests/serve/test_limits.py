@@ -6,7 +6,6 @@ import concurrent.futures
 import json
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -55,7 +54,11 @@ FIELD = "messages.0.content.0.image_url"
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"model": "gpt-5"}, "model", "no model 'gpt-5'"),
         ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system', 'developer', 'user'"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages.0.role",
+            "'system', 'developer', 'user'",
+        ),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
         (
@@ -136,7 +139,19 @@ def test_too_many_pictures_and_too_large_bodies(small: str) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"3", b'"x"', b"\xff", b"null", b"[" * 100_000, b'{"messages": "\\ud800"}', b"{}", b"NaN"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'"x"',
+        b"\xff",
+        b"null",
+        b"[" * 100_000,
+        b'{"messages": "\\ud800"}',
+        b"{}",
+        b"NaN",
+    ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_bodies_that_are_none(server: str, body: bytes, path: str) -> None:
@@ -243,7 +258,9 @@ def test_readers_who_go_away_end_their_requests(server: str, caplog: pytest.LogC
         port = int(server.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as connection:
             head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}{body}".encode())
+            connection.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}{body}".encode()
+            )
             _until(lambda: _count(server, "pumice_running_requests") >= 1)
         _until(lambda before=before: _count(server, "pumice_cancelled_requests_total") > before)
         assert _settled(server)

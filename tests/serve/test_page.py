@@ -1,4 +1,4 @@
-"""The page in a real browser: upload, ask, stream, stop, second turn, and a server that goes and comes back."""
+"""The page in a real browser: upload, ask, stream, stop, second turn, a server that dies and comes back."""
 
 from __future__ import annotations
 
@@ -95,7 +95,10 @@ def test_a_conversation(page: Page, server: str, tmp_path: Path) -> None:
     body = asked[-1]
     assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
-    assert body["messages"][1]["content"].strip() == first.strip() or first.strip() in body["messages"][1]["content"]
+    assert (
+        body["messages"][1]["content"].strip() == first.strip()
+        or first.strip() in body["messages"][1]["content"]
+    )
     assert (body["max_tokens"], body["seed"], body["temperature"]) == (8, 3, 0)
     # a reload finds everything again
     page.reload()

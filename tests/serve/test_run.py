@@ -91,7 +91,9 @@ def test_in_front_of_another_server(process: Callable[..., Any], server: str) ->
     wrong = post(url, ask(max_tokens=21), headers=key)
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "max_tokens")
     assert post(url, ask(n=2), headers=key).json()["error"]["param"] == "n"
-    assert post(url, ask(temperature=9), headers=key).json()["error"]["param"] == "temperature"  # upstream's word
+    assert (
+        post(url, ask(temperature=9), headers=key).json()["error"]["param"] == "temperature"
+    )  # upstream's word
     web = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/cat.jpg"}}
     body = {"messages": [{"role": "user", "content": [web, {"type": "text", "text": "?"}]}]}
     assert post(url, body, headers=key).json()["error"]["code"] == "image_urls_not_allowed"
