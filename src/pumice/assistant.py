@@ -11,7 +11,7 @@ import dataclasses
 import queue
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from pumice.weights.load import find_device, open_model
 # Pictures whose image tokens are kept, so that asking again costs no vision tower; of pictures in tiles so
 # many fewer that they take no more room.
 REMEMBERED = 64
+SLOTS = 32  # questions that `ask_many` has computed together
 
 
 def load(
@@ -69,15 +70,21 @@ def load(
 class Reply(Iterator[str]):
     """An answer on its way: iterate over it for its pieces of text.
 
-    finish: "stop" or "length" once it is complete, None before. tokens: how many were written so far.
-    cached_tokens: of the prompt, those that were computed for an earlier question.
+    finish: "stop" or "length" once it is complete ("cancelled" when it was closed before), None until then.
+    tokens: how many were written so far. cached_tokens: of the prompt, those computed for earlier questions.
     """
 
-    def __init__(self, engine: Engine, processor: Processor, prompt: Prompt) -> None:
-        self._engine, self._prompt = engine, prompt
-        self._text = TextStream(processor.tokenizer.decode, prompt.params.stop)
-        self._deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        self._request: Request | None = None
+    def __init__(
+        self,
+        engine: Engine,
+        decode: Callable[[Sequence[int]], str],
+        prompt: Prompt,
+        ended: Callable[[], object] | None = None,
+    ) -> None:
+        self._engine, self._prompt, self._ended = engine, prompt, ended
+        self._text = TextStream(decode, prompt.params.stop)
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None comes last
+        self._requests: list[Request] = []  # none before it begins, then one
 
     @property
     def finish(self) -> str | None:
@@ -91,31 +98,54 @@ class Reply(Iterator[str]):
     def cached_tokens(self) -> int:
         return self._text.cached_tokens
 
+    def begin(self) -> Reply:
+        """Hand the prompt to the engine; the first piece that is asked for does it too."""
+        if not self._requests:
+            # Nothing here refers to the reply: one that nobody wants any more is closed by `__del__`.
+            engine, text, pieces, requests, ended = (
+                self._engine, self._text, self._pieces, self._requests, self._ended,
+            )  # fmt: skip
+
+            def deliver(delta: Delta) -> None:
+                if text.finish is not None:
+                    return
+                if piece := text.add(delta):
+                    pieces.put(piece)
+                if text.finish is not None:
+                    for request in requests:
+                        engine.cancel(request)
+                    pieces.put(None)
+                    if ended is not None:
+                        ended()
+
+            requests.append(engine.submit(self._prompt, deliver))
+            if text.finish is not None:  # so fast that `requests` was empty when it ended
+                engine.cancel(requests[0])
+        return self
+
+    def close(self) -> None:
+        """Write no more of it."""
+        for request in self._requests:
+            self._engine.cancel(request)
+
     def __next__(self) -> str:
-        if self._request is None:
-            self._request = self._engine.submit(self._prompt, self._deltas.put)
-        while self._text.finish is None:
-            piece = self._text.add(self._next_delta())
-            if self._text.finish is not None:
-                self._engine.cancel(self._request)
-            if self._text.error is not None:
-                raise self._text.error
-            if piece:
-                return piece
+        self.begin()
+        while not self._engine.started and self._pieces.empty():
+            self._engine.step()
+        piece = self._pieces.get()
+        if piece is not None:
+            return piece
+        self._pieces.put(None)
+        if self._text.error is not None:
+            raise self._text.error
         raise StopIteration
 
-    def _next_delta(self) -> Delta:
-        while not self._engine.started and self._deltas.empty():
-            self._engine.step()
-        return self._deltas.get()
-
     def __del__(self) -> None:
-        if self._request is not None:
-            self._engine.cancel(self._request)
+        self.close()
 
 
 class Assistant:
-    """Answers questions about pictures. One answer at a time; several in one go by `ask_batch`."""
+    """Answers questions about pictures. Many in one go by `ask_many`."""
 
     def __init__(
         self, model: Llava, processor: Processor, provenance: Mapping[str, Any] | None = None
@@ -125,7 +155,7 @@ class Assistant:
         self.provenance = dict(provenance or {})
         self._seen: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
-        self.engine = Engine(model)
+        self.engine = Engine(model, slots=SLOTS)
 
     def ask(self, images: Any, question: str, **sampling: Any) -> str:
         """One answer about a picture, a list of them, or None: paths, bytes of files, or PIL images.
@@ -143,67 +173,84 @@ class Assistant:
         {"type": "image", "image": path, bytes or PIL image}, ...]}, Message objects, or a Conversation.
         Wrong input raises InputError now, not when the first piece is taken.
         """
-        return Reply(self.engine, self.processor, self.prompt(_conversation(messages), **sampling))
+        return self._reply(self.prompt(_conversation(messages), **sampling))
 
-    def ask_batch(
-        self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any
-    ) -> Iterator[str | InputError]:
-        """Answers to rows of (pictures as in `ask`, question), in order.
+    def ask_many(
+        self,
+        rows: Iterable[tuple[Any, str]],
+        *,
+        out: str | PathLike[str] | None = None,
+        progress: Callable[[int], None] | None = None,
+        slots: int = SLOTS,
+        **sampling: Any,
+    ) -> list[str | InputError]:
+        """Answers to rows of (pictures as in `ask`, question), in order; many are computed together.
 
-        What is wrong with a row stands in its answer's place. Rows are taken as they are needed and up
-        to `slots` of them decoded together.
+        What is wrong with a row stands in its answer's place. out: a file that gets one JSON line per row,
+        {"images", "question", "answer" or "error"}, as it is answered; where it holds the first lines of
+        the same rows, from a run that was stopped, these are not asked again. progress: told how many rows
+        are done. Raises InputError when `out` is of other rows, or in use.
+
+        Questions about one picture should follow each other: the picture is then computed once.
         """
+        from pumice.answers import AnswerFile
+
+        if out is None:
+            return self._report(self.ask_each(rows, slots=slots, **sampling), [], progress)
+        given = list(rows)
+        with AnswerFile(out, given) as file:
+            rest = self.ask_each(given[len(file.answers) :], slots=slots, **sampling)
+            return self._report(map(file.add, rest), file.answers, progress)
+
+    @staticmethod
+    def _report(
+        answers: Iterable[str | InputError],
+        before: Iterable[str | InputError],
+        progress: Callable[[int], None] | None,
+    ) -> list[str | InputError]:
+        done = list(before)
+        for answer in answers:
+            done.append(answer)
+            if progress is not None:
+                progress(len(done))
+        return done
+
+    def ask_each(
+        self, rows: Iterable[tuple[Any, str]], *, slots: int = SLOTS, **sampling: Any
+    ) -> Iterator[str | InputError]:
+        """`ask_many` as an iterator: rows are taken as they are needed, `slots` of them computed together."""
         if slots < 1:
             raise InputError(f"slots is {slots}; at least one question must be answered at a time")
-        params = self._params(sampling)
-        results: dict[int, str | InputError] = {}
-        numbers: list[int] = []  # of the rows that became prompts
+        return self._each(rows, slots, self._params(sampling))
 
-        def prompts() -> Iterator[Prompt]:
-            for number, row in enumerate(rows):
+    def _each(
+        self, rows: Iterable[tuple[Any, str]], slots: int, params: SamplingParams
+    ) -> Iterator[str | InputError]:
+        replies: deque[Reply | InputError] = deque()  # of the rows taken and not given yet, in order
+        free = threading.Semaphore(slots)
+        try:
+            for number, row in enumerate(rows, 1):
                 try:
                     if not isinstance(row, list | tuple) or len(row) != 2:
-                        raise InputError(f"row {number + 1} is {row!r}; give (pictures, question)")
-                    images, question = row
-                    prompt = self._prompt(_question(images, question), params)
+                        raise InputError(f"row {number} is {row!r}; give (pictures, question)")
+                    prompt = self._prompt(_question(*row), params)
                 except InputError as error:
-                    results[number] = error
+                    replies.append(error)
                 else:
-                    numbers.append(number)
-                    yield prompt
+                    while not free.acquire(blocking=self.engine.started):
+                        self.engine.step()
+                    replies.append(self._reply(prompt, free.release).begin())
+                while replies and _is_done(replies[0]):
+                    yield _outcome(replies.popleft())
+            while replies:
+                yield _outcome(replies.popleft())
+        finally:
+            for reply in replies:
+                if isinstance(reply, Reply):
+                    reply.close()
 
-        running: deque[tuple[int, Request, TextStream, list[str]]] = deque()
-        following = 0
-        waiting, exhausted = iter(prompts()), False
-        while running or not exhausted:
-            while len(running) < slots and not exhausted:
-                prompt = next(waiting, None)
-                if prompt is None:
-                    exhausted = True
-                    break
-                running.append(self._collect(numbers[-1], prompt))
-            if running and not self.engine.started:
-                self.engine.step()
-            for one in [one for one in running if one[2].finish is not None]:
-                running.remove(one)
-                number, _, text, pieces = one
-                if text.error is not None and not isinstance(text.error, InputError):
-                    raise text.error
-                results[number] = text.error or "".join(pieces)
-            while following in results:
-                yield results.pop(following)
-                following += 1
-
-    def _collect(self, number: int, prompt: Prompt) -> tuple[int, Request, TextStream, list[str]]:
-        text, pieces = TextStream(self.processor.tokenizer.decode, prompt.params.stop), list[str]()
-
-        def deliver(delta: Delta) -> None:
-            pieces.append(text.add(delta))
-            if text.finish is not None and delta.finish is None:
-                self.engine.cancel(request)
-
-        request = self.engine.submit(prompt, deliver)
-        return number, request, text, pieces
+    def _reply(self, prompt: Prompt, ended: Callable[[], object] | None = None) -> Reply:
+        return Reply(self.engine, self.processor.tokenizer.decode, prompt, ended)
 
     def prompt(self, conversation: Conversation, **sampling: Any) -> Prompt:
         """What the engine needs to answer a conversation. Raises InputError."""
@@ -256,6 +303,19 @@ class Assistant:
             return tokens
 
         return Picture(key, layout.tokens, look)
+
+
+def _is_done(reply: Reply | InputError) -> bool:
+    return isinstance(reply, InputError) or reply.finish is not None
+
+
+def _outcome(reply: Reply | InputError) -> str | InputError:
+    if isinstance(reply, InputError):
+        return reply
+    try:
+        return "".join(reply)
+    except InputError as error:
+        return error
 
 
 def _question(images: Any, question: str) -> Conversation:

@@ -124,7 +124,7 @@ class Batches:
     def __init__(self) -> None:
         self.rows: list[tuple[Any, str]] = []
 
-    def ask_batch(self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any) -> Iterator[Any]:
+    def ask_each(self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any) -> Iterator[Any]:
         assert sampling == {"max_new_tokens": TASK.max_new_tokens}
         self.rows = list(rows)
         for images, text in self.rows:

@@ -39,9 +39,9 @@ class EngineStats:
     slots: int
     cached_tokens: int  # kept of finished requests, to be shared
     cache_capacity: int  # tokens
-    prompt_tokens: int
+    prompt_tokens: int  # of the requests that began
     generated_tokens: int
-    prefix_hits: int  # tokens of prompts that were not computed again
+    prefix_hits: int  # of prompt_tokens, those that were not computed again
     evictions: int  # finished requests that had to make room
     steps: int
 
@@ -82,7 +82,7 @@ class Engine:
         self._stepping = threading.RLock()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._prompt_tokens = self._generated_tokens = self._steps = 0
+        self._generated_tokens = self._steps = 0
 
     def submit(self, prompt: Prompt, deliver: Callable[[Delta], None]) -> Request:
         """Queue a prompt; `deliver` is called with each Delta by whichever thread steps, so it must be quick.
@@ -165,7 +165,7 @@ class Engine:
             slots=self.slots,
             cached_tokens=self._prefix.held,
             cache_capacity=self._prefix.capacity,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=scheduler.prompt_tokens,
             generated_tokens=self._generated_tokens,
             prefix_hits=scheduler.hits,
             evictions=self._prefix.evictions,
@@ -256,7 +256,6 @@ class Engine:
         return tokens
 
     def _deliver(self, plan: list[tuple[Request, int]], logits: Tensor | None) -> None:
-        self._prompt_tokens += sum(count for request, count in plan if not request.tokens)
         if logits is None:
             return
         due = [request for request, _ in plan if request.remaining == 0]

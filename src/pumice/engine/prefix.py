@@ -71,6 +71,7 @@ class PrefixCache:
         return best, shared
 
     def touch(self, region: Region) -> None:
+        """Used just now: the last idle region to be evicted."""
         if region.start in self.idle:
             self.idle.move_to_end(region.start)
 
@@ -96,10 +97,21 @@ class PrefixCache:
         return False
 
     def release(self, region: Region) -> None:
-        """The sequence is finished: it stays as long as there is room, but not in more than it needs."""
+        """The sequence is finished: it stays as long as there is room, but not in more than it needs.
+
+        Of two of which one is the beginning of the other, only the longer stays.
+        """
         if not (self.keep and region.length):
             self.drop(region)
             return
+        for other in list(self.idle.values()):
+            shared = common(other.keys, region.keys)
+            if shared == region.length:
+                self.drop(region)
+                self.touch(other)
+                return
+            if shared == other.length:
+                self.drop(other)
         del self.busy[region.start]
         self._free(region.start + region.length, region.room - region.length)
         region.resize(region.length)

@@ -16,7 +16,7 @@ from pumice.engine.prefix import PrefixCache, Region, common
 from pumice.engine.requests import Request
 
 ROOM = 128  # places that an answer gets at a time
-WORTH = 16  # tokens of a shared beginning that are worth waiting for
+WORTH = 16  # a shared beginning of so many tokens is worth waiting for
 
 
 class Scheduler:
@@ -28,7 +28,8 @@ class Scheduler:
         self.slots, self.chunk, self.prefix, self.copy = slots, chunk, prefix, copy
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order in which they were admitted
-        self.hits = 0  # tokens found in the prefix cache
+        self.prompt_tokens = 0  # of the requests admitted so far
+        self.hits = 0  # of these, found in the prefix cache
 
     def plan(self) -> list[tuple[Request, int]]:
         """Requests and how many of their tokens are computed next; empty when nothing is to do."""
@@ -71,7 +72,8 @@ class Scheduler:
             return False
         keys = request.keys[:-1]
         return any(
-            other.remaining > 1 and common(other.keys, keys) >= shared + WORTH for other in self.running
+            other.remaining > 1 and common(other.keys, keys) >= max(WORTH, shared + 1)
+            for other in self.running
         )
 
     def _start(self, request: Request, source: Region | None, shared: int) -> bool:
@@ -91,6 +93,7 @@ class Scheduler:
         if not request.tokens:
             request.cached_tokens = shared
             self.hits += shared
+            self.prompt_tokens += request.count
         self.running.append(request)
         return True
 
@@ -116,7 +119,7 @@ class Scheduler:
     def _put_back(self, request: Request) -> None:
         """It waits again, and goes on later where it was."""
         if request.region is not None:
-            self.prefix.drop(request.region)
+            self.prefix.release(request.region)
             request.region = None
         self.running.remove(request)
         self.waiting.appendleft(request)

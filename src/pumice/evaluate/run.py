@@ -33,10 +33,10 @@ class Answerer(Protocol):
         ...
 
 
-class AsksBatches(Protocol):
+class AsksMany(Protocol):
     """The part of `pumice.Assistant` that is used."""
 
-    def ask_batch(
+    def ask_each(
         self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any
     ) -> Iterator[str | InputError]: ...
 
@@ -44,7 +44,7 @@ class AsksBatches(Protocol):
 class LocalAnswerer:
     """A model in this process, greedy."""
 
-    def __init__(self, assistant: AsksBatches, name: str, slots: int = 16) -> None:
+    def __init__(self, assistant: AsksMany, name: str, slots: int = 16) -> None:
         self.assistant, self.name, self.slots = assistant, name, slots
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
@@ -60,7 +60,7 @@ class LocalAnswerer:
                     order.append(None)
                     yield images or None, question.prompt
 
-        for answer in self.assistant.ask_batch(rows(), slots=self.slots, max_new_tokens=max_new_tokens):
+        for answer in self.assistant.ask_each(rows(), slots=self.slots, max_new_tokens=max_new_tokens):
             while (error := order.popleft()) is not None:
                 yield error
             yield answer
