@@ -1,6 +1,6 @@
 """What the server adds, and what it gives: streams at once against one after the other, cost per request.
 
-    python benchmarks/over_http.py [--model pumice-tiny] [--streams 32] [--rate 200] [--seconds 20] [--json FILE]
+    python benchmarks/over_http.py [--model pumice-tiny] [--streams 32] [--rate 200] [--json FILE]
 
 Two tables from real servers on real sockets, each a process of its own:
 

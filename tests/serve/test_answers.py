@@ -74,7 +74,7 @@ def test_the_official_client(client: openai.OpenAI, exact: Assistant) -> None:
     with pytest.raises(openai.BadRequestError) as found:
         client.chat.completions.create(model="tiny", messages=messages, n=2)
     assert found.value.param == "n"
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt'; use 'tiny'|no model 'gpt' here"):
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt' here"):
         client.chat.completions.create(model="gpt", messages=messages)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -85,6 +85,7 @@ def serve(
     ] = "auto",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     device: options.Device = None,
+    quantize: options.Quantize = options.Bits.auto,
 ) -> None:
     """Serve a model over HTTP: OpenAI's protocol at /v1, a page to chat on at /.
 
@@ -124,7 +125,9 @@ def serve(
         _check_room(workers)
         options.share_cores(waits_for_people=True)
         names = tuple(name or (Path(model).name or model,))
-        backend = functools.partial(_local, model, names, slots, cache_tokens, chunk, device, workers)
+        backend = functools.partial(
+            _local, model, names, slots, cache_tokens, chunk, options.opening(device, quantize), workers
+        )
         shown = names[0]
     else:
         backend = functools.partial(_upstream, upstream, slots)
@@ -140,7 +143,7 @@ def _local(
     slots: int,
     cache_tokens: int | None,
     chunk: int,
-    device: str | None,
+    opening: dict[str, Any],
     workers: int,
     settings: Settings,
 ) -> tuple[Backend, int]:
@@ -153,7 +156,7 @@ def _local(
 
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    assistant = load(model, device=device)
+    assistant = load(model, **opening)
     assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=chunk)
     return Local(assistant, names, settings), slots
 
