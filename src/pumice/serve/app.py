@@ -5,6 +5,7 @@ Knows routes, bodies and the order of the layers around them. How an answer is m
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -39,9 +40,12 @@ def build(settings: Settings, backend: Backend, metrics: Metrics, gate: Gate) ->
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await backend.start(metrics)
+        ticking = asyncio.create_task(_tick(metrics)) if metrics.shared else None
         try:
             yield
         finally:
+            if ticking is not None:
+                ticking.cancel()
             await backend.close()
 
     async def call(request: Request) -> Call:
@@ -103,6 +107,12 @@ def build(settings: Settings, backend: Backend, metrics: Metrics, gate: Gate) ->
     layers.append(Middleware(Guard, settings=settings, gate=gate))
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error}
     return Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
+
+
+async def _tick(metrics: Metrics) -> None:
+    while True:
+        metrics.refresh()
+        await asyncio.sleep(1)
 
 
 async def _body(request: Request, settings: Settings) -> bytes:

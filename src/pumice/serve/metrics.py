@@ -7,7 +7,7 @@ PROMETHEUS_MULTIPROC_DIR before that.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import (
@@ -42,41 +42,51 @@ class Metrics:
 
     def __init__(self, version: str, model: str) -> None:
         self.registry = CollectorRegistry()
-        kept = {"registry": self.registry}
-        self.requests = Counter("pumice_requests", "Requests by path and status.", ["path", "status"], **kept)
-        self.seconds = Histogram(
-            "pumice_request_seconds", "From a request's arrival to the end of its answer.", ["path"],
-            buckets=SECONDS, **kept,
-        )  # fmt: skip
-        self.first = Histogram(
-            "pumice_first_token_seconds", "From a request's arrival to its answer's first text.",
-            buckets=SECONDS, **kept,
-        )  # fmt: skip
-        self.prompt = Counter("pumice_prompt_tokens", "Tokens of prompts that were answered.", **kept)
-        self.cached = Counter("pumice_cached_prompt_tokens", "Those of them from the prefix cache.", **kept)
-        self.generated = Counter("pumice_generated_tokens", "Tokens of answers.", **kept)
-        self.pictures = Counter("pumice_pictures", "Pictures shown.", **kept)
-        self.cancelled = Counter("pumice_cancelled_requests", "Answers whose readers went away.", **kept)
-        gauges = {"multiprocess_mode": "livesum", **kept}
-        self._open = Gauge("pumice_open_requests", "Requests that are being answered.", **gauges)
+
+        def counter(name: str, says: str, labels: Sequence[str] = ()) -> Counter:
+            return Counter(f"pumice_{name}", says, labels, registry=self.registry)
+
+        def seconds(name: str, says: str, labels: Sequence[str] = ()) -> Histogram:
+            return Histogram(f"pumice_{name}", says, labels, buckets=SECONDS, registry=self.registry)
+
+        def gauge(name: str, says: str) -> Gauge:
+            return Gauge(f"pumice_{name}", says, multiprocess_mode="livesum", registry=self.registry)
+
+        self.requests = counter("requests", "Requests by path and status.", ["path", "status"])
+        self.seconds = seconds("request_seconds", "From a request to the end of its answer.", ["path"])
+        self.first = seconds("first_token_seconds", "From a request to its answer's first token.")
+        self.prompt = counter("prompt_tokens", "Tokens of prompts that were answered.")
+        self.cached = counter("cached_prompt_tokens", "Those of them from the prefix cache.")
+        self.generated = counter("generated_tokens", "Tokens of answers.")
+        self.pictures = counter("pictures", "Pictures shown.")
+        self.cancelled = counter("cancelled_requests", "Answers whose readers went away.")
+        self._open = gauge("open_requests", "Requests that are being answered.")
         self._up = {
-            "running": Gauge("pumice_running_requests", "Requests that have a slot.", **gauges),
-            "waiting": Gauge("pumice_waiting_requests", "Requests that wait for a slot.", **gauges),
-            "cached_tokens": Gauge("pumice_cache_tokens", "Tokens in the KV cache.", **gauges),
-            "cache_capacity": Gauge("pumice_cache_capacity_tokens", "Tokens that it can hold.", **gauges),
+            "running": gauge("running_requests", "Requests that have a slot."),
+            "waiting": gauge("waiting_requests", "Requests that wait for a slot."),
+            "cached_tokens": gauge("cache_tokens", "Tokens that finished requests left in the cache."),
+            "cache_capacity": gauge("cache_capacity_tokens", "Tokens that the KV cache holds."),
         }
         self._counts = {
-            "prefix_hits": Counter("pumice_prefix_hits", "Prompts that began with a cached prefix.", **kept),
-            "evictions": Counter("pumice_cache_evictions", "Cached prefixes that made room.", **kept),
-            "steps": Counter("pumice_steps", "Steps of the engine.", **kept),
+            "prefix_hits": counter("prefix_hits", "Tokens of prompts that were not computed again."),
+            "evictions": counter("cache_evictions", "Finished requests that had to make room."),
+            "steps": counter("steps", "Steps of the engine."),
         }
         info = Gauge(
-            "pumice_info", "The version and the model.", ["version", "model"],
-            multiprocess_mode="max", registry=self.registry,
-        )  # fmt: skip
+            "pumice_info",
+            "The version and the model.",
+            ["version", "model"],
+            multiprocess_mode="max",
+            registry=self.registry,
+        )
         info.labels(version, model).set(1)
         self._before = Levels()
         self.levels: Callable[[], Levels] = Levels
+
+    @property
+    def shared(self) -> bool:
+        """Whether several workers count together; then each must `refresh` without being asked."""
+        return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
     def opened(self, change: int) -> None:
         self._open.inc(change)
@@ -93,7 +103,7 @@ class Metrics:
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
         self.refresh()
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        if not self.shared:
             return generate_latest(self.registry)
         everybody = CollectorRegistry()
         multiprocess.MultiProcessCollector(everybody)
