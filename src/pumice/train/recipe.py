@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from pumice.errors import InputError
 
-Part = Literal["tower", "connector", "decoder", "lora"]
+Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -90,11 +90,28 @@ class Recipe(Strict):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     device: str | None = Field(None, description="cuda, mps or cpu; the best one here when absent")
     seed: int = Field(0, ge=0)
     mirror_chance: float = Field(0.5, ge=0, le=1, description="share of mirrored groups, where allowed")
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
+
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8-bit states need bitsandbytes")
+    order: Literal["pack", "length_grouped"] = Field(
+        "pack", description="rows of a step at random, or of like length and kind, as LLaVA's own sampler"
+    )
+    loss_average: Literal["tokens", "micro_batch"] = Field(
+        "tokens", description="over all supervised tokens of the step, or of each pack and then over packs"
+    )
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="what is computed again instead of kept: nothing, the MLPs, or whole blocks"
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="under torchrun: whole copies, or shards; auto shards where copies do not fit"
+    )
+    workers: PositiveInt = Field(1, description="threads that prepare rows and pictures ahead of the step")
+    compile: bool = Field(False, description="torch.compile the blocks; pays on GPUs and in long runs")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="told beside the metrics")
 
     save_every: PositiveInt = 100
     keep_last: PositiveInt = 2
