@@ -29,7 +29,7 @@ from pumice.engine.generate import Prompt, generate
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError, WorkError
 from pumice.files import hold
-from pumice.model.layers import Packed
+from pumice.model.packed import Packed
 from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
 from pumice.train.batches import Batch, Batches, prefetch
@@ -164,9 +164,7 @@ class Trainer:
                 here(packed.input_ids)[None],
                 image_tokens,
                 positions=here(packed.positions)[None],
-                attend=Packed(
-                    [here(t.visible) for t in packed.trees], self.model.config.decoder.sliding_window
-                ),
+                attend=Packed(packed.runs, self.model.config.decoder.sliding_window, self.device),
             )
             return supervised_loss(
                 hidden[0],
