@@ -15,8 +15,8 @@ from pumice.config import IMAGE_TOKEN, DecoderConfig, ModelConfig, VisionConfig
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.data.packing import Pack, Tree, pack, prefix_tree
 from pumice.geometry import Layout
-from pumice.model.packed import Packed, Run
 from pumice.model.llava import Llava
+from pumice.model.packed import Packed, Run
 from pumice.processor import Processor, Sample
 from pumice.tokens import IGNORE, Tokenizer
 from pumice.train.loss import supervised_loss

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +28,12 @@ from pumice.config import ModelConfig
 from pumice.model.llava import Llava
 from pumice.model.packed import Packed, Run
 from pumice.model.quantized_base import QuantizedLinear, quantize_base
+from pumice.model.vision import ViT
+from pumice.train.features import TOGETHER
 from pumice.train.loss import supervised_loss
+from pumice.train.memory import checkpoint_blocks
 from pumice.train.recipe import Recipe
-from pumice.train.setup import Setup
+from pumice.train.setup import part_of
 
 DEPTHS = (2, 4)  # blocks of the decoders that run; what they differ by is what two blocks take
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # of a weight: its bits, and doubly quantised scales of 64 weights
@@ -61,7 +64,7 @@ class Footprint:
     optimizer: float
     activations: float  # alive at most in a step beyond weights and gradients
     logits: float  # the share of the activations that the vocabulary projection has
-    picture: float  # alive at most while a frozen tower looks at one picture
+    picture: float  # alive at most while a frozen tower looks at a few squares
     copies: float  # of learned weights in the type of the products, within `activations`
     flops: float  # of a pack: forward, backward, what is computed again
     tower_flops: float  # of one square, forward
@@ -128,7 +131,7 @@ def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: st
         learned = [p for p in model.parameters() if p.requires_grad]
         alive, counter = _Alive(), FlopCounterMode(display=False)
         alive.known([*model.parameters(), *model.buffers()])
-        picture, tower_flops = _look(model, config)
+        picture, tower_flops = _look(model, config, work.squares)
         with counter, alive:
             _step(model, recipe, config, work, device)
             gradients = alive.now  # the second pack finds the gradients of the first
@@ -141,7 +144,7 @@ def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: st
     size = 2 if mixed else 4
     logits = min(256, work.supervised) * config.decoder.vocab_size * (4 + size)
     return Footprint(
-        parameters=_parameters(model),
+        parameters=_parameters(model, recipe.stage.learn),
         learning=sum(p.numel() for p in learned),
         weights=_weights(recipe, model),
         gradients=held,
@@ -164,7 +167,7 @@ def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
     learn = recipe.stage.learn
 
     def kind(name: str) -> torch.dtype:
-        if Setup.part_of(name) in learn or name.endswith((".lora_a", ".lora_b")):
+        if part_of(name, learn) in learn or name.endswith((".lora_a", ".lora_b")):
             return torch.float32
         return low if name.startswith("decoder.") else seeing
 
@@ -173,7 +176,10 @@ def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
     if recipe.stage.base != "none":
         quantize_base(model.decoder, "int8")  # nf4's weights are counted by NF4_BYTES
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(Setup.part_of(name) in learn)
+        parameter.requires_grad_(part_of(name, learn) in learn)
+    checkpoint_blocks(model.decoder.blocks, recipe.checkpointing)
+    if "tower" in learn and isinstance(model.tower, ViT):
+        checkpoint_blocks(model.tower.blocks, recipe.checkpointing)
     return model.train()
 
 
@@ -197,9 +203,7 @@ def _step(model: Llava, recipe: Recipe, config: ModelConfig, work: Work, device:
         attend = Packed(work.runs, config.decoder.sliding_window, x.device)
         hidden = model.decoder(x, torch.zeros(1, tokens, dtype=torch.int64), attend)
         rows = torch.zeros(work.supervised, dtype=torch.int64)
-        loss = supervised_loss(
-            hidden[0], model.decoder.head_weight, rows, rows, torch.ones(work.supervised)
-        )
+        loss = supervised_loss(hidden[0], model.decoder.head_weight, rows, rows, torch.ones(work.supervised))
     if loss.requires_grad:
         loss.backward()
 
@@ -213,22 +217,23 @@ def _features(model: Llava, config: ModelConfig, squares: int, learns: bool) -> 
     return torch.empty(squares, vision.features, vision.width, dtype=dtype)
 
 
-def _look(model: Llava, config: ModelConfig) -> tuple[float, float]:
-    """(bytes at most, operations) of the tower on one square, nothing learning."""
-    if config.vision.kind == "none":
+def _look(model: Llava, config: ModelConfig, squares: int) -> tuple[float, float]:
+    """(bytes at most, operations of one square) of the tower on a few squares, nothing learning."""
+    if config.vision.kind == "none" or not squares:
         return 0.0, 0.0
+    together = min(TOGETHER, squares)
     side = config.vision.image_size
     alive, counter = _Alive(), FlopCounterMode(display=False)
     alive.known([*model.tower.parameters(), *model.tower.buffers()])
     with torch.no_grad(), counter, alive:
-        model.features(torch.empty(1, 3, side, side))
-    return float(alive.peak), float(counter.get_total_flops())
+        model.features(torch.empty(together, 3, side, side))
+    return float(alive.peak), counter.get_total_flops() / together
 
 
-def _parameters(model: Llava) -> dict[str, int]:
+def _parameters(model: Llava, learn: Container[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = Setup.part_of(name)
+        part = part_of(name, learn)
         sizes[part] = sizes.get(part, 0) + parameter.numel()
     for module in model.decoder.modules():
         if isinstance(module, QuantizedLinear):

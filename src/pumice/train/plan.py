@@ -10,25 +10,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pumice.config import ModelConfig
-from pumice.data.rows import ImageFinder, Rows
+from pumice.config import LoraConfig, ModelConfig
 from pumice.errors import InputError, WorkError
 from pumice.geometry import square_layout, tile_layout
 from pumice.model.packed import Run
 from pumice.processor import Processor
 from pumice.tokens import Tokenizer
 from pumice.train.batches import Batches
-from pumice.train.footprint import Footprint, Work, measure
+from pumice.train.footprint import NF4_BYTES, Footprint, Work, measure
 from pumice.train.recipe import NewModel, Recipe
+from pumice.train.setup import part_of
 from pumice.train.shapes import shape
 from pumice.weights.folder import LoadedParts
 from pumice.weights.load import find_device, new_parts, shapes
@@ -47,7 +45,6 @@ TEXT = 160  # tokens of text beside a picture, where no rows are here to tell: m
 SUPERVISED = 0.4  # share of them that is learned
 FRAMEWORK = {"cpu": 0.33 * GB, "cuda": 0.8 * GB}  # Python, PyTorch and its libraries (measured on the CPU)
 SLACK = {"cpu": 1.06, "cuda": 1.08}  # what allocators hold beyond what is alive
-LOOKED_AT = 64  # rows of each source whose labels are made before a run
 STEPS_LOOKED_AT = 12
 
 
@@ -145,7 +142,9 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
     if gpu is None and gpu_memory is not None:
         gpu = "rtx4090" if gpu_memory <= 24 else "l40s" if gpu_memory <= 48 else "a100-80g"
         return dataclasses.replace(
-            describe_device(recipe, gpu), name=f"a GPU of {gpu_memory:g} GB like {gpu}", memory=gpu_memory * GB
+            describe_device(recipe, gpu),
+            name=f"a GPU of {gpu_memory:g} GB like {gpu}",
+            memory=gpu_memory * GB,
         )
     if gpu is not None:
         if gpu.lower() not in GPUS:
@@ -160,13 +159,18 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
         name = torch.cuda.get_device_name(device)
         return Device(name, "cuda", memory, products(device, recipe.precision) * REACHED_HERE)
     memory = available_memory()
-    return Device(f"this machine ({device})", device.type, memory, products(device, recipe.precision) * REACHED_HERE)
+    return Device(
+        f"this machine ({device})", device.type, memory, products(device, recipe.precision) * REACHED_HERE
+    )
 
 
 def products(device: torch.device, precision: str) -> float:
     """Operations per second of matrix products here, timed for about a fifth of a second."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    first, second = torch.randn(512, 1024, device=device).to(dtype), torch.randn(1024, 1024, device=device).to(dtype)
+    first, second = (
+        torch.randn(512, 1024, device=device).to(dtype),
+        torch.randn(1024, 1024, device=device).to(dtype),
+    )
     best, end = math.inf, time.perf_counter() + 0.2
     while best == math.inf or time.perf_counter() < end:
         started = time.perf_counter()
@@ -195,7 +199,7 @@ def _memory(
     """Bytes of one process by kind. shards: over how many processes weights and states are split."""
     gathered = 2 * found.weights / config.decoder.depth if shards > 1 else 0.0  # one block used, one fetched
     alive = SLACK[kind]
-    step = {
+    return {
         "weights": found.weights / shards + gathered,
         "gradients": found.gradients / shards,
         "optimiser": found.optimizer / shards,
@@ -204,10 +208,6 @@ def _memory(
         "picture": 0.0 if "tower" in recipe.stage.learn else found.picture,
         "framework": FRAMEWORK[kind],
     }
-    if kind == "cpu":  # the model is saved once and read back before the first step
-        trial = found.weights * 2 + FRAMEWORK[kind]
-        step["saving on trial"] = max(0.0, trial - sum(step.values()))
-    return step
 
 
 def _sharded(recipe: Recipe, found: Footprint, device: Device, processes: int) -> bool:
@@ -229,7 +229,9 @@ def _works(
         except (InputError, WorkError) as error:
             notes.append(f"the rows were not read ({error})")
     else:
-        notes.append(f"{lacking[0]} is not here: samples of {TEXT} tokens of text beside a picture are assumed")
+        notes.append(
+            f"{lacking[0]} is not here: samples of {TEXT} tokens of text beside a picture are assumed"
+        )
     work = assumed(recipe, config)
     length = work.runs[0].length
     if rows is None:
@@ -298,97 +300,38 @@ def processor_of(recipe: Recipe) -> Processor:
     )
 
 
-def preflight(recipe: Recipe, processes: int = 1) -> None:
-    """Refuse a run that cannot end well, before its weights are read. Raises InputError.
+def refuse_without_memory(recipe: Recipe, processes: int = 1) -> None:
+    """Raise InputError where memory is below what weights, gradients and optimiser take by themselves.
 
-    Refused: a picture whose tokens exceed the pack or the context; rows of which none would be supervised;
-    memory below what weights, gradients and optimiser take by themselves; a disk too small for the
-    checkpoints. What can be told only by running (activations) is `plan`'s to say.
+    Told before the weights are read. What can be told only by running (activations) is `plan`'s to say.
     """
-    loaded = read_parts(recipe)
-    config = recipe.stage_config(loaded.config)
-    _pictures_fit(recipe, config)
-    _something_is_supervised(recipe, Processor(config, Tokenizer(loaded.tokenizer), truncate=recipe.truncate))
-    floor, learned, whole = _floor(recipe, loaded.config)
+    floor = _floor(recipe, read_parts(recipe).config)
     device = find_device(recipe.device)
     if device.type == "cuda":
         memory: float | None = torch.cuda.mem_get_info(device)[1]
+        floor /= processes if recipe.parallel != "ddp" else 1
     else:
-        memory = available_memory()
-    shards = processes if recipe.parallel != "ddp" else 1
-    if device.type == "cpu":
-        shards = 1  # all processes share this machine's memory; at least one copy is in it
-    if memory is not None and floor / shards > memory:
+        memory = available_memory()  # which all processes share: at least one copy is in it
+    if memory is not None and floor > memory:
         raise InputError(
-            f"{recipe.name}: weights, gradients and optimiser take {floor / shards / GB:.1f} GB, {device} has "
+            f"{recipe.name}: weights, gradients and optimiser take {floor / GB:.1f} GB, {device} has "
             f"{memory / GB:.1f} GB; learn fewer parts, use stage.lora with stage.base, or more processes "
             "(`pumice plan` tells)"
         )
-    place = recipe.output.absolute()
-    while not place.exists():
-        place = place.parent
-    needed, free = 3 * learned * 2 + 2 * whole, shutil.disk_usage(place).free
-    if needed > free:
-        raise InputError(
-            f"{recipe.name}: two checkpoints being replaced and the model take {needed / GB:.1f} GB, "
-            f"{place} has {free / GB:.1f} GB free; name another output"
-        )
 
 
-def _pictures_fit(recipe: Recipe, config: ModelConfig) -> None:
-    if config.vision.kind == "none":
-        return
-    tokens = square_layout(config).tokens
-    if config.image.mode == "anyres":
-        tokens = max(tile_layout(config, size).tokens for size in config.image.pinpoints)
-    for name, limit in (("pack_tokens", recipe.pack_tokens), ("the context", config.decoder.context)):
-        if tokens >= limit:
-            raise InputError(
-                f"{recipe.name}: a picture takes {tokens} tokens, {name} is {limit}: no text would fit beside "
-                "it; raise it, or reduce the connector's tokens"
-            )
-
-
-def _something_is_supervised(recipe: Recipe, processor: Processor) -> None:
-    finder = ImageFinder(recipe.pictures or ["."])
-    for source in recipe.data:
-        rows, last = Rows(source.rows), None
-        for index in _spread(len(rows), LOOKED_AT):
-            try:
-                processor.training_sample(rows[index].conversation(finder))
-                break
-            except InputError as error:
-                last = last or error
-        else:
-            if len(rows) > recipe.max_bad_rows:
-                raise InputError(
-                    f"{source.rows}: none of {min(len(rows), LOOKED_AT)} rows looked at can be learned from; "
-                    f"the first: {last}"
-                ) from last
-
-
-def _spread(count: int, wanted: int) -> Iterator[int]:
-    """Indices all over a file, each once."""
-    yield from sorted({n * count // min(count, wanted) for n in range(min(count, wanted))})
-
-
-def _floor(recipe: Recipe, config: ModelConfig) -> tuple[float, float, float]:
-    """(bytes that are always alive in a step, bytes of learned weights, bytes of the model's folder)."""
-    from pumice.config import LoraConfig
-    from pumice.train.setup import Setup
-
+def _floor(recipe: Recipe, config: ModelConfig) -> float:
+    """Bytes that are alive whenever a step computes."""
     if recipe.stage.lora is not None and config.lora is None:
         config = dataclasses.replace(config, lora=LoraConfig(**recipe.stage.lora.model_dump()))
     low = 2 if recipe.precision == "bf16" else 4
-    held = {"none": float(low), "int8": 1.0, "nf4": 0.52}[recipe.stage.base]
-    alive = learned = whole = 0.0
+    held = {"none": float(low), "int8": 1.0, "nf4": NF4_BYTES}[recipe.stage.base]
+    alive = 0.0
     for name, size in shapes(config).items():
         numbers = math.prod(size)
-        whole += numbers * low
-        if Setup.part_of(name) in recipe.stage.learn:
-            learned += numbers * 4
+        if part_of(name, recipe.stage.learn) in recipe.stage.learn:
             alive += numbers * (16 if recipe.optimizer == "adamw" else 10)
         else:
             quantised = name.startswith("decoder.blocks.") and len(size) == 2
             alive += numbers * (held if quantised else low)
-    return alive, learned, whole
+    return alive

@@ -149,7 +149,8 @@ class Recipe(Strict):
         if self.context is not None:
             if self.context > decoder.context:
                 raise InputError(
-                    f"context: {self.context} tokens, the LLM takes {decoder.context}; lower it or leave it out"
+                    f"context: {self.context} tokens, the LLM takes {decoder.context}; "
+                    "lower it or leave it out"
                 )
             decoder = dataclasses.replace(decoder, context=self.context)
         template = self.stage.template or config.template
@@ -227,12 +228,12 @@ def _parse(path: Path) -> dict[str, Any]:
     return values
 
 
-def _note(
-    values: Any, place: str, origin: dict[tuple[str, ...], str], where: tuple[str, ...] = ()
-) -> None:
+def _note(values: Any, place: str, origin: dict[tuple[str, ...], str], where: tuple[str, ...] = ()) -> None:
     if where:
         origin[where] = place
-    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    items = (
+        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    )
     for key, value in items:
         _note(value, place, origin, (*where, str(key)))
 

@@ -35,8 +35,8 @@ def _llama(vocab: int, width: int, depth: int, heads: int, mlp: int, context: in
 
 
 def _grouped(
-    vocab: int, width: int, depth: int, heads: int, shared: int, mlp: int, context: int, *, qwen: bool = False,
-    tied: bool = False,
+    vocab: int, width: int, depth: int, heads: int, shared: int, mlp: int, context: int, *,
+    qwen: bool = False, tied: bool = False,
 ) -> DecoderConfig:  # fmt: skip
     return DecoderConfig(
         vocab, width, depth, heads, shared, width // heads, mlp, context, qkv_bias=qwen, tied_head=tied
