@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, from_llava
-from pumice.data.pictures import decode_all
+from pumice.data.pictures import Seen, decode_all
 from pumice.data.rows import ImageFinder, Row, Rows
 from pumice.errors import InputError
 
@@ -129,7 +129,7 @@ def check(
         raise InputError(f"the budget is {budget}; give the share of rows that may be unusable, 0 to 1")
     report = Report(budget)
     rows = list(rows)
-    opened: dict[Path, str] = {}  # why a picture cannot be read; "" when it can
+    opened: dict[Path, Seen] = {}
     if decode:
         paths = _paths(rows, finder)
         told = None if decoded is None else lambda more: decoded(more, len(paths))
@@ -183,7 +183,7 @@ def _paths(rows: list[Rows], finder: ImageFinder) -> list[Path]:
     return list(found)
 
 
-def _pictures(row: Row, finder: ImageFinder, opened: dict[Path, str], decode: bool) -> list[Finding]:
+def _pictures(row: Row, finder: ImageFinder, opened: dict[Path, Seen], decode: bool) -> list[Finding]:
     found = []
     for name in row.image:
         try:
@@ -193,8 +193,10 @@ def _pictures(row: Row, finder: ImageFinder, opened: dict[Path, str], decode: bo
             continue
         if path.name != Path(name).name:
             found.append(("wrong extension", f"picture {name!r} is stored as {path.name!r}"))
-        if decode and opened[path]:
-            found.append(("picture unreadable", opened[path]))
+        if decode and opened[path].unreadable:
+            found.append(("picture unreadable", opened[path].unreadable))
+        elif decode and opened[path].kind:
+            found.append(("wrong extension", f"picture {name!r} holds {opened[path].kind}"))
     return found
 
 
@@ -211,6 +213,10 @@ def _kind_of_turns(row: Row) -> str:
     if asked != len(row.image):
         return "placeholder count"
     speakers = [speaker for speaker, _ in row.turns]
+    if set(speakers) - {"human", "gpt", "system"}:
+        return "unknown speaker"
+    if any("\ud800" <= letter <= "\udfff" for _, text in row.turns for letter in text):
+        return "broken text"
     if speakers[0] == "system":
         del speakers[0]
     if speakers != ["human", "gpt"] * (len(speakers) // 2):

@@ -43,8 +43,8 @@ def fix(rows: Rows, finder: ImageFinder, report: Report, out: Path) -> Counter[s
                 continue
             values = json.loads(rows.raw(number - 1))
             if "wrong extension" in found:
-                values["image"] = _stored_names(values["image"], finder)
-                done["pictures named as they are stored"] += 1
+                written, values["image"] = values["image"], _stored_names(values["image"], finder)
+                done["pictures named as they are stored"] += written != values["image"]
             if not _own_id(values, rows[number - 1].id, ids, done):
                 continue
             comma = ",\n" if listed and done["rows written"] else ""

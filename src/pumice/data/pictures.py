@@ -5,36 +5,54 @@ Knows pictures and processes. A picture that kills the library that opens it is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
 
 from pumice.errors import InputError
 from pumice.images import open_image
 
 FEW = 64  # pictures for which no processes are started: starting one takes as long as opening these
+_ALIKE = {"JPEG", "MPO"}  # cameras write several pictures into one .jpg
 TOGETHER = 32  # pictures that are handed to a process at once
 
 
-def why_unreadable(path: Path) -> str:
-    """Why the picture cannot be decoded as a whole; "" when it can."""
+class Seen(NamedTuple):
+    """What opening a picture told."""
+
+    unreadable: str = ""  # why it cannot be decoded as a whole; "" when it can
+    kind: str = ""  # the format that it is in, where the ending of its name says another; else ""
+
+
+def look(path: Path) -> Seen:
+    """Decode a picture and compare its format with its name."""
     try:
         open_image(path)
     except InputError as error:
-        return str(error)
-    return ""
+        return Seen(str(error))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it has been opened already
+        with Image.open(path) as picture:
+            kind = picture.format or ""
+    Image.init()
+    named = Image.EXTENSION.get(path.suffix.lower(), kind)
+    return Seen(kind="" if {named, kind} <= _ALIKE or named == kind else kind)
 
 
 def decode_all(
     paths: Sequence[Path], workers: int = 0, progress: Callable[[int], None] | None = None
-) -> dict[Path, str]:
-    """Each picture and why it cannot be read ("" when it can). progress: told how many more are done.
+) -> dict[Path, Seen]:
+    """What each picture is. progress: told how many more are done.
 
     workers: processes; 0 opens all here.
     """
-    found: dict[Path, str] = {}
+    found: dict[Path, Seen] = {}
     for some, reasons in _decoded(paths, workers):
         found.update(zip(some, reasons, strict=True))
         if progress is not None:
@@ -42,10 +60,10 @@ def decode_all(
     return found
 
 
-def _decoded(paths: Sequence[Path], workers: int) -> Iterator[tuple[Sequence[Path], list[str]]]:
+def _decoded(paths: Sequence[Path], workers: int) -> Iterator[tuple[Sequence[Path], list[Seen]]]:
     if not workers or len(paths) <= FEW:
         for path in paths:
-            yield [path], [why_unreadable(path)]
+            yield [path], [look(path)]
         return
     parts = [paths[start : start + TOGETHER] for start in range(0, len(paths), TOGETHER)]
     done = 0
@@ -60,14 +78,14 @@ def _decoded(paths: Sequence[Path], workers: int) -> Iterator[tuple[Sequence[Pat
             yield part, [_alone(path) for path in part]
 
 
-def _several(paths: Sequence[Path]) -> list[str]:
-    return [why_unreadable(path) for path in paths]
+def _several(paths: Sequence[Path]) -> list[Seen]:
+    return [look(path) for path in paths]
 
 
-def _alone(path: Path) -> str:
+def _alone(path: Path) -> Seen:
     """In a process of its own, which it may bring down."""
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(why_unreadable, path).result()
+            return pool.submit(look, path).result()
     except BrokenProcessPool:
-        return f"'{path}' brings down the library that opens it; remove it"
+        return Seen(f"'{path}' brings down the library that opens it; remove it")

@@ -21,16 +21,12 @@ from pumice.config import LoraConfig, ModelConfig
 from pumice.errors import InputError, WorkError
 from pumice.geometry import square_layout, tile_layout
 from pumice.model.packed import Run
-from pumice.processor import Processor
-from pumice.tokens import Tokenizer
 from pumice.train.batches import Batches
 from pumice.train.footprint import NF4_BYTES, Footprint, Work, measure
-from pumice.train.recipe import NewModel, Recipe
+from pumice.train.recipe import Recipe
 from pumice.train.setup import part_of
-from pumice.train.shapes import shape
-from pumice.weights.folder import LoadedParts
-from pumice.weights.load import find_device, new_parts, shapes
-from pumice.weights.read import read_model
+from pumice.train.shapes import processor_of, read_parts, shape
+from pumice.weights.load import find_device, shapes
 
 GB = 1e9
 # (memory in GB, dense bf16 products in TFLOP/s), as the makers say
@@ -278,26 +274,6 @@ def _twice(work: Work) -> Work:
     shift = len(work.runs)
     again = tuple(Run(r.length, tuple((n + shift, k) for n, k in r.before)) for r in work.runs)
     return Work((*work.runs, *again), 2 * work.squares, 2 * work.image_tokens, 2 * work.supervised)
-
-
-def read_parts(recipe: Recipe) -> LoadedParts:
-    """The recipe's model in parts, its weights not read yet; torch's generator stays as it was."""
-    if not isinstance(recipe.model, NewModel):
-        return read_model(recipe.model)
-    new = recipe.model
-    with torch.random.fork_rng(devices=[]):
-        return new_parts(
-            new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
-            template=new.template,
-        )  # fmt: skip
-
-
-def processor_of(recipe: Recipe) -> Processor:
-    """What prepares the stage's samples."""
-    loaded = read_parts(recipe)
-    return Processor(
-        recipe.stage_config(loaded.config), Tokenizer(loaded.tokenizer), truncate=recipe.truncate
-    )
 
 
 def refuse_without_memory(recipe: Recipe, processes: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""The shape of a recipe's model, where its weights need not be here.
+"""The shape of a recipe's model, and what prepares its samples; its weights are not read.
 
 Knows: configs on this disk, and the published sizes of the models that the shipped recipes name. Does not
 know tensors. A config that is here goes before the table; the table is only for planning.
@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from pumice.config import (
     ConnectorConfig,
     DecoderConfig,
@@ -20,12 +22,15 @@ from pumice.config import (
     from_dict,
 )
 from pumice.errors import InputError
+from pumice.processor import Processor
+from pumice.tokens import Tokenizer
 from pumice.train.recipe import NewModel, Recipe, load_recipe
 from pumice.weights.bare import describe_tower
-from pumice.weights.folder import CONFIG
+from pumice.weights.folder import CONFIG, LoadedParts
 from pumice.weights.gguf_llm import open_gguf
 from pumice.weights.hf_config import decoder_config, default_policy, padding
 from pumice.weights.jsonfile import Keys, read_json
+from pumice.weights.load import new_parts
 from pumice.weights.parts import from_hub
 from pumice.weights.read import find_model, read_model
 
@@ -174,3 +179,23 @@ def _decoder(name: str, notes: list[str]) -> DecoderConfig:
         notes.append(f"the sizes of {name} are the published ones; its files were not read")
         return DECODERS[name]
     return decoder_config(Keys.of(from_hub(name, ["config.json"]) / "config.json"))
+
+
+def read_parts(recipe: Recipe) -> LoadedParts:
+    """The recipe's model in parts, its weights not read yet; torch's generator stays as it was."""
+    if not isinstance(recipe.model, NewModel):
+        return read_model(recipe.model)
+    new = recipe.model
+    with torch.random.fork_rng(devices=[]):
+        return new_parts(
+            new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
+            template=new.template,
+        )  # fmt: skip
+
+
+def processor_of(recipe: Recipe) -> Processor:
+    """What prepares the stage's samples."""
+    loaded = read_parts(recipe)
+    return Processor(
+        recipe.stage_config(loaded.config), Tokenizer(loaded.tokenizer), truncate=recipe.truncate
+    )
