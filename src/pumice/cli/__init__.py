@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pumice import __version__
-from pumice.cli import ask, chat, data, evaluate, export, formats, serve, train
+from pumice.cli import ask, chat, data, evaluate, export, formats, plan, serve, train
 from pumice.errors import InputError, WorkError
 
 
@@ -72,6 +72,7 @@ def _root(
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("import")(formats.import_)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
