@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from pumice.model.adapters import has_int8_kernel, quantize_int8
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.weights.load import find_device, open_model
+
+if TYPE_CHECKING:
+    from pumice.explain.explanation import Explanation
 
 # Pictures whose image tokens are kept, so that asking again costs no vision tower; of pictures in tiles so
 # many fewer that they take no more room.
@@ -179,6 +182,16 @@ class Assistant:
         made = self.prompt(_question(images, prompt))
         hidden = self.model(made.input_ids.to(self.model.device)[None], made.image_tokens)
         return self.model.decoder.logits(hidden)[0].float()
+
+    def explain(self, images: Any, question: str, answer: str | None = None, **options: Any) -> Explanation:
+        """Where each word of an answer looked in the pictures, and whether they mattered, as plain arrays.
+
+        images: as in `ask`, at least one. answer: its text; the model's own when None. options: of
+        `pumice.explain.explanation.explain`, and fields of `SamplingParams`. Raises InputError.
+        """
+        from pumice.explain.explanation import explain
+
+        return explain(self, _question(images, question), answer, **options)
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         """The caller's options, and the template's own end of an answer where that is text (v0's `###`)."""

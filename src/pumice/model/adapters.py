@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        few = len(rows) <= KERNEL_ROWS
+        few = len(rows) <= KERNEL_ROWS and not x.requires_grad  # the kernel has no derivative
         if few and x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_int8_kernel():
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
