@@ -34,6 +34,7 @@ from pumice.processor import Processor
 from pumice.weights.load import find_device, open_model
 
 if TYPE_CHECKING:
+    from pumice.explain.explanation import Explanation
     from pumice.structured import JsonSchema
 
 # Pictures whose image tokens are kept, so that asking again costs no vision tower; of pictures in tiles so
@@ -282,6 +283,16 @@ class Assistant:
         made = self.prompt(_question(images, prompt))
         hidden = self.model(made.input_ids.to(self.model.device)[None], made.look())
         return self.model.decoder.logits(hidden)[0].float()
+
+    def explain(self, images: Any, question: str, answer: str | None = None, **options: Any) -> Explanation:
+        """Where each word of an answer looked in the pictures, and whether they mattered, as plain arrays.
+
+        images: as in `ask`, at least one. answer: its text; the model's own when None. options: of
+        `pumice.explain.explanation.explain`, and fields of `SamplingParams`. Raises InputError.
+        """
+        from pumice.explain.explanation import explain
+
+        return explain(self, _question(images, question), answer, **options)
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         """The caller's options, and the template's own end of an answer where that is text (v0's `###`)."""
