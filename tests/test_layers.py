@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("templates", "tokens", "images", "processor", "model"),
     ("weights", "data", "engine"),
     ("assistant",),
-    ("train", "serve", "evaluate", "generate", "explain"),
+    ("train", "serve", "evaluate", "generate", "explain", "doctor"),
     ("cli", "__init__", "__main__"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

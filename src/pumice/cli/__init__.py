@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pumice import __version__
-from pumice.cli import ask, chat, data, evaluate, export, formats, train
+from pumice.cli import ask, chat, data, doctor, evaluate, export, formats, train
 from pumice.errors import InputError, WorkError
 
 
@@ -75,6 +75,7 @@ app.command("train")(train.train)
 app.command("import")(formats.import_)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
+app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 
 
