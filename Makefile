@@ -9,7 +9,8 @@
 #   make clean   remove .venv and caches
 #
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX (where the CPU build of PyTorch is
-# looked for on Linux when the default index does not have it), ARGS (more arguments for pytest).
+# looked for on Linux when the default index does not have it), ARGS (more arguments for pytest, or for
+# notebooks/run.py).
 
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -38,7 +39,7 @@ docs: .venv/.docs
 	$(BIN)/python docs/site/check.py build/site
 
 notebooks: .venv/.dev
-	$(BIN)/python notebooks/run.py
+	$(BIN)/python notebooks/run.py $(ARGS)
 
 fmt: .venv/.dev
 	$(BIN)/ruff check --fix .

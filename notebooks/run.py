@@ -14,24 +14,38 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+__all__ = ["LARGEST", "CellExecutionError", "run"]
 
 HERE = Path(__file__).parent
 LARGEST = 200_000  # bytes of a notebook with its outputs
 
 
-def run(path: Path, seconds: int = 600) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run in a fresh kernel; an error in a cell is raised."""
+def run(path: Path, *, beside: Sequence[Path] = (), seconds: int = 600) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a run in a fresh kernel; an error in a cell is raised.
+
+    beside: folders that it finds beside examples/, a model in the place of a built-in one say.
+    """
     notebook = nbformat.read(path, as_version=4)
+    # `pumice` in a shell cell is this environment's.
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
-        shutil.copytree(HERE.parent / "examples", Path(folder) / "examples")
+        for found in (HERE.parent / "examples", *beside):
+            shutil.copytree(found, Path(folder) / found.name)
         client = NotebookClient(
-            notebook, timeout=seconds, kernel_name="python3", resources={"metadata": {"path": folder}}
+            notebook,
+            timeout=seconds,
+            startup_timeout=seconds,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
         )
-        client.execute()
+        client.execute(env=environ)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
@@ -47,8 +61,6 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="all of them when none is given")
     parser.add_argument("--check", action="store_true", help="run only, write nothing")
     options = parser.parse_args()
-    # The kernel's python3 is whichever comes first on the PATH: this one.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for path in [Path(name) for name in options.names] or sorted(HERE.glob("*.ipynb")):
         start = time.perf_counter()
         notebook = run(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pumice.doctor.finding import Finding
@@ -21,7 +22,7 @@ def self_test() -> list[Finding]:
 
     start = time.perf_counter()
     places = dict.fromkeys([torch.device("cpu"), find_device()])
-    found = [_attempt(f"random model, {place.type}", lambda place=place: _random(place)) for place in places]
+    found = [_attempt(f"random model, {place.type}", partial(_random, place)) for place in places]
     if all(kept(part) is not None for part in WHEELS.values()):
         found.append(_attempt("pumice-tiny", _embedded))
     else:
