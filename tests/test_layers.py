@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("weights", "data", "engine"),
     ("answers", "structured"),
     ("assistant",),
-    ("train", "serve", "evaluate", "generate", "explain"),
+    ("train", "serve", "evaluate", "generate", "explain", "doctor"),
     ("cli", "__init__", "__main__"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

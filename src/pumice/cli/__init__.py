@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pumice import __version__
-from pumice.cli import ask, chat, data, evaluate, explain, export, formats, plan, serve, train
+from pumice.cli import ask, chat, data, doctor, evaluate, explain, export, formats, plan, serve, train
 from pumice.errors import InputError, WorkError
 
 
@@ -78,6 +78,7 @@ app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
 app.command("explain")(explain.explain)
+app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 
 
