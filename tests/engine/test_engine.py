@@ -328,6 +328,39 @@ def test_a_pass_that_fails_ends_the_requests_in_it_and_the_next_work(
     assert kit.run(made, PROMPTS[0])[0].tokens == NAIVE[None][0]
 
 
+def test_an_interrupted_step_is_done_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C interrupts it, at either end of the pass."""
+    model = kit.model()
+    made = Engine(model)
+    heard = [kit.submit(made, PROMPTS[n]) for n in (0, 2)]
+    made.step()
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for owner, name in ((model.decoder, "logits"), (made, "_choose"), (model.decoder, "forward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                made.step()
+    while made.step():
+        pass
+    assert [one.tokens for one in heard] == [NAIVE[None][n] for n in (0, 2)]
+
+
+def test_an_owner_that_fails_ends_its_own_request_only(
+    kit: Kit, engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(delta: Delta) -> None:
+        raise RuntimeError("the connection is gone")
+
+    made = engine()
+    made.submit(PROMPTS[3], fail)
+    assert kit.run(made, PROMPTS[0])[0].tokens == NAIVE[None][0]
+    assert made.stats().generated_tokens == 1 + len(NAIVE[None][0])
+    assert "the connection is gone" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

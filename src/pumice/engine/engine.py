@@ -10,6 +10,7 @@ Shapes: T new tokens of a step, R requests whose next token is due, D width, V v
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -281,7 +282,7 @@ class Engine:
             if request.count > request.limit:
                 self._finish(request, "length", tokens=(token,), logprobs=logprobs)
             else:
-                request.deliver(Delta((token,), logprobs, None, None, request.cached_tokens))
+                self._tell(request, Delta((token,), logprobs, None, None, request.cached_tokens))
 
     def _finish(
         self,
@@ -293,4 +294,11 @@ class Engine:
     ) -> None:
         self._scheduler.remove(request)
         request.finish = finish
-        request.deliver(Delta(tokens, logprobs, finish, error, request.cached_tokens))
+        self._tell(request, Delta(tokens, logprobs, finish, error, request.cached_tokens))
+
+    def _tell(self, request: Request, delta: Delta) -> None:
+        try:
+            request.deliver(delta)
+        except Exception:  # the owner's fault, from which no other request may suffer
+            logging.getLogger("pumice").exception("the owner of a request failed to take a delta")
+            request.cancelled = True

@@ -34,6 +34,9 @@ class Scheduler:
     def plan(self) -> list[tuple[Request, int]]:
         """Requests and how many of their tokens are computed next; empty when nothing is to do."""
         self._admit()
+        for request in self.running:
+            if request.remaining == 0 and request.region is not None:
+                request.region.length -= 1  # a step was interrupted before it chose the next token
         for request in list(self.running):
             if request in self.running and request.remaining == 1:
                 self._make_room(request)
