@@ -166,6 +166,15 @@ def test_a_body_must_be_json_by_its_type(server: str) -> None:
     told(httpx.post(f"{server}/v1/chat/completions", content=content, headers=headers), 415)
 
 
+def test_what_was_refused_is_logged(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pumice.serve")
+    told(post(server, ask(n=2), headers={"X-Request-Id": "wrong-n"}), 400)
+    _until(lambda: bool(caplog.records))
+    fields = caplog.records[-1].__dict__["fields"]
+    assert (fields["request_id"], fields["status"], fields["param"]) == ("wrong-n", 400, "n")
+    assert "one answer per request" in fields["error"]
+
+
 def test_addresses_and_methods(server: str) -> None:
     told(httpx.get(f"{server}/v1/chat/completions"), 405)
     told(httpx.post(f"{server}/health"), 405)

@@ -223,6 +223,7 @@ class Local:
                     yield shape.event(piece)
             yield (shape.usage_event(running.usage()) if shape.usage_wanted else b"") + DONE
         except ApiError as error:
+            running.record.refuse(error)
             yield shape.error_event(error.body())
         except Exception as error:  # the status has gone out: the reader is told here, the log all of it
             running.record.error = error
