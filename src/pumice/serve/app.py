@@ -97,13 +97,15 @@ def build(settings: Settings, backend: Backend, metrics: Metrics, gate: Gate) ->
     paths = frozenset(route.path for route in routes)
     layers = [Middleware(Observe, metrics=metrics, paths=paths)]
     if settings.cors:
-        allowed = {
-            "allow_origins": list(settings.cors),
-            "allow_methods": ["GET", "POST"],
-            "allow_headers": ["*"],
-            "expose_headers": ["X-Request-Id", "Retry-After"],
-        }
-        layers.append(Middleware(CORSMiddleware, **allowed))
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.cors),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id", "Retry-After"],
+            )
+        )
     layers.append(Middleware(Guard, settings=settings, gate=gate))
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error}
     return Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Generation)
 
 LONG = 1 << 15  # bytes of a body above which reading it would hold up the others
+GRACE = 10.0  # seconds to send the last of an answer
 THREADS = 2  # that prepare prompts: each may hold a decoded picture
 
 
@@ -240,7 +242,9 @@ class _Events(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            # The answer's own alarm does not ring while a reader who takes nothing holds up the sending.
+            with anyio.move_on_after(self._running.left + GRACE):
+                await super().__call__(scope, receive, send)
         finally:
             self._running.end()
 
@@ -263,8 +267,12 @@ class _Running:
                 loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
 
         self._request = local.engine.submit(prompt, deliver)
-        left = max(0.0, local.settings.timeout - self.record.seconds)
-        self._alarm = loop.call_later(left, self._deltas.put_nowait, None)
+        self._alarm = loop.call_later(self.left, self._deltas.put_nowait, None)
+
+    @property
+    def left(self) -> float:
+        """Seconds of the request's time that remain."""
+        return max(0.0, self._local.settings.timeout - self.record.seconds)
 
     async def next(self) -> Piece:
         """The next piece; the last one has a finish. Raises ApiError, InputError, or what the engine met."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import multiprocessing
 import os
@@ -127,11 +128,13 @@ class Server(uvicorn.Server):
 def _patient(seconds: float) -> type[asyncio.Protocol]:
     """uvicorn's HTTP protocol, which waits only so long for a request's headers."""
     try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Base
-    except ImportError:
-        from uvicorn.protocols.http.h11_impl import H11Protocol as Base
+        fast = importlib.import_module("uvicorn.protocols.http.httptools_impl")
+    except ImportError:  # httptools is not there for every platform
+        base: Any = importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
+    else:
+        base = fast.HttpToolsProtocol
 
-    class Patient(Base):
+    class Patient(base):  # either of the two has these methods and attributes
         _alarm: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
