@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from PIL import Image
 
 import pumice
 from pumice import InputError
-from pumice.assistant import REMEMBERED, Assistant, load
+from pumice.assistant import REMEMBERED, Assistant, _conversation, load
 from pumice.config import ImagePolicy
 from pumice.conversation import Conversation, ImagePart, Message, user_message
+from pumice.files import Lock
 from pumice.weights.folder import save
 from pumice.weights.load import open_model
 
@@ -121,6 +123,86 @@ def test_a_batch_answers_as_one_by_one(exact: Assistant, pictures: list[Path], t
             else:
                 assert answer == exact.ask(images, question, **SHORT)
         assert [isinstance(a, InputError) for a in answers] == [False, True, False, False, True, True, False]
+
+
+def test_many_answers_in_a_file_go_on_where_they_stopped(
+    exact: Assistant, pictures: list[Path], tmp_path: Path
+) -> None:
+    rows: list[tuple[Any, str]] = [
+        (pictures[0], "What is it?"),
+        (tmp_path / "missing.png", "What?"),
+        (None, "Who?"),
+        (pictures[:2], "All?"),
+    ]
+    whole, told = tmp_path / "whole.jsonl", list[int]()
+    answers = exact.ask_many(rows, out=whole, progress=told.append, **SHORT)
+    assert told == [1, 2, 3, 4]
+    assert [str(a) for a in answers] == [str(a) for a in exact.ask_many(rows, **SHORT)]
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert lines[0] == {"images": [str(pictures[0])], "question": "What is it?", "answer": answers[0]}
+    assert "missing.png" in lines[1]["error"]
+
+    stopped = tmp_path / "stopped.jsonl"
+    stopped.write_bytes(
+        whole.read_bytes()[: whole.read_bytes().find(b"\n", 200) + 5]
+    )  # in the midst of a line
+    kept = len(stopped.read_text().splitlines()) - 1
+    assert 0 < kept < 4
+    told.clear()
+    again = exact.ask_many(rows, out=stopped, progress=told.append, **SHORT)
+    assert [str(a) for a in again] == [str(a) for a in answers]
+    assert [isinstance(a, InputError) for a in again] == [False, True, False, False]
+    assert told == list(range(kept + 1, 5))
+    assert stopped.read_bytes() == whole.read_bytes()
+
+    before = whole.read_bytes()
+    for other in (rows[:3], [(None, "What is it?"), *rows[1:]], [(pictures[0], "Why?"), *rows[1:]]):
+        with pytest.raises(InputError, match="the file is of other rows"):
+            exact.ask_many(other, out=whole, **SHORT)
+    with Lock(whole) as lock:
+        assert lock.take()
+        with pytest.raises(InputError, match="another run is writing"):
+            exact.ask_many(rows, out=whole, **SHORT)
+    with pytest.raises(InputError, match="cannot be written"):
+        exact.ask_many(rows, out=tmp_path / "no" / "folder.jsonl")
+    assert whole.read_bytes() == before
+
+
+def test_a_second_turn_computes_only_what_is_new(exact: Assistant, pictures: list[Path]) -> None:
+    fresh = Assistant(exact.model, exact.processor)
+    first = [{"role": "user", "content": [image_part(pictures[0]), {"type": "text", "text": "What?"}]}]
+    reply = fresh.stream(first, **SHORT)
+    said = "".join(reply)
+    assert reply.cached_tokens == 0
+    again = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "Sure?"}]
+    reply = fresh.stream(again, **SHORT)
+    answer = "".join(reply)
+    asked = fresh.prompt(_conversation(first))
+    assert reply.cached_tokens >= len(asked.input_ids) - 1
+    assert answer == "".join(Assistant(exact.model, exact.processor).stream(again, **SHORT))
+
+
+def test_a_reply_that_is_closed_or_forgotten_costs_nothing_more(exact: Assistant) -> None:
+    fresh = Assistant(exact.model, exact.processor)
+    reply = fresh.stream([{"role": "user", "content": "What?"}])
+    next(reply)
+    reply.close()
+    assert len(list(reply)) <= 1
+    assert reply.finish == "cancelled"
+    forgotten = fresh.stream([{"role": "user", "content": "What?"}]).begin()
+    fresh.engine.step()
+    del forgotten
+    fresh.engine.step()
+    assert fresh.engine.stats().running == 0
+
+
+def test_replies_come_from_an_engine_that_runs_by_itself(exact: Assistant, pictures: list[Path]) -> None:
+    fresh = Assistant(exact.model, exact.processor)
+    fresh.engine.start()
+    rows = [(pictures[n % 3], question) for n in range(3) for question in ("What?", "Why?")]
+    assert fresh.ask_many(rows, slots=4, **SHORT) == exact.ask_many(rows, **SHORT)
+    assert fresh.ask(pictures[0], "What?", **SHORT) == exact.ask(pictures[0], "What?", **SHORT)
+    fresh.engine.close()
 
 
 def test_wrong_python_values(exact: Assistant) -> None:

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("geometry",),
     ("templates", "tokens", "images", "processor", "model"),
     ("weights", "data", "engine"),
-    ("answers",),
+    ("answers", "structured"),
     ("assistant",),
     ("train", "serve", "evaluate", "generate", "explain"),
     ("cli", "__init__", "__main__"),

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from pumice.model.adapters import has_int8_kernel, quantize_int8
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.weights.load import find_device, open_model
+
+if TYPE_CHECKING:
+    from pumice.structured import JsonSchema
 
 # Pictures whose image tokens are kept, so that asking again costs no vision tower; of pictures in tiles so
 # many fewer that they take no more room.
@@ -165,15 +168,20 @@ class Assistant:
         return "".join(self.stream(_question(images, question), **sampling))
 
     def stream(
-        self, messages: Conversation | Sequence[Message | Mapping[str, Any]], **sampling: Any
+        self,
+        messages: Conversation | Sequence[Message | Mapping[str, Any]],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        **sampling: Any,
     ) -> Reply:
         """The answer to a conversation that ends with the user, as pieces of text while they are made.
 
         messages: {"role": ..., "content": text} or {"role": ..., "content": [{"type": "text", "text": ...},
         {"type": "image", "image": path, bytes or PIL image}, ...]}, Message objects, or a Conversation.
-        Wrong input raises InputError now, not when the first piece is taken.
+        schema: a JSON Schema that the answer follows as far as max_new_tokens lets it. Wrong input raises
+        InputError now, not when the first piece is taken.
         """
-        return self._reply(self.prompt(_conversation(messages), **sampling))
+        return self._reply(self.prompt(_conversation(messages), schema=schema, **sampling))
 
     def ask_many(
         self,
@@ -252,9 +260,19 @@ class Assistant:
     def _reply(self, prompt: Prompt, ended: Callable[[], object] | None = None) -> Reply:
         return Reply(self.engine, self.processor.tokenizer.decode, prompt, ended)
 
-    def prompt(self, conversation: Conversation, **sampling: Any) -> Prompt:
-        """What the engine needs to answer a conversation. Raises InputError."""
-        return self._prompt(conversation, self._params(sampling))
+    def prompt(
+        self, conversation: Conversation, *, schema: Mapping[str, Any] | None = None, **sampling: Any
+    ) -> Prompt:
+        """What the engine needs to answer a conversation, as `stream` is asked. Raises InputError."""
+        prompt = self._prompt(conversation, self._params(sampling))
+        return prompt if schema is None else dataclasses.replace(prompt, constraint=self.json(schema))
+
+    def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:
+        """What holds an answer to a JSON Schema, or to any JSON object; costs a moment, so keep it."""
+        from pumice.structured import JsonSchema
+
+        config = self.model.config
+        return JsonSchema(self.processor.tokenizer, schema, config.decoder.vocab_size, config.stop_token_ids)
 
     @torch.inference_mode()
     def logits(self, images: Any, prompt: str) -> Tensor:

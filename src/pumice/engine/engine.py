@@ -245,27 +245,37 @@ class Engine:
             region.append(request.keys[region.length : region.length + count])
         return model.decoder.logits(hidden[due]) if due else None
 
-    def _choose(self, requests: list[Request], logits: Tensor) -> list[int]:
-        """The next token of each request."""
-        tokens = logits.argmax(-1).tolist()
+    def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
+        """The next token of each request, or what kept it from being chosen."""
+        chosen: list[int | Exception] = logits.argmax(-1).tolist()
         for row, request in enumerate(requests):
-            params = request.prompt.params
-            if params.temperature or params.repetition_penalty != 1:
-                history = [request.ids.tolist()]
-                tokens[row] = int(sample(logits[row : row + 1], params, history, [request.generator]))
-        return tokens
+            params, constraint = request.prompt.params, request.constraint
+            if not (params.temperature or params.repetition_penalty != 1 or constraint is not None):
+                continue
+            try:
+                allowed = constraint.allowed() if constraint is not None else None
+                history, generators = [request.ids.tolist()], [request.generator]
+                token = int(sample(logits[row : row + 1], params, history, generators, allowed))
+                if constraint is not None and token not in self._stops:
+                    constraint.accept(token)
+                chosen[row] = token
+            except Exception as error:  # a constraint too hard to follow ends its own request
+                chosen[row] = error
+        return chosen
 
     def _deliver(self, plan: list[tuple[Request, int]], logits: Tensor | None) -> None:
         if logits is None:
             return
         due = [request for request, _ in plan if request.remaining == 0]
         for row, (request, token) in enumerate(zip(due, self._choose(due, logits), strict=True)):
-            params = request.prompt.params
+            if isinstance(token, Exception):
+                self._finish(request, "error", token)
+                continue
             if token in self._stops:
                 self._finish(request, "stop")
                 continue
             self._generated_tokens += 1
-            wanted = params.logprobs
+            wanted = request.prompt.params.logprobs
             logprobs = None if wanted is None else (token_logprobs(logits[row], token, wanted),)
             request.add(token)
             if request.count > request.limit:

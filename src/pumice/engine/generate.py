@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pumice.config import IMAGE_TOKEN
-from pumice.engine.sampling import SamplingParams, sample
+from pumice.engine.sampling import Constraint, SamplingParams, sample
 from pumice.errors import InputError
 from pumice.model.llava import Llava
 
@@ -45,12 +45,14 @@ class Prompt:
     """input_ids (T,) int64 with placeholders, and its pictures in order.
 
     image_tokens: (M, N, D) or (total, D), where they are there already; they become `pictures`.
+    constraint: begins one answer's constraint on its tokens; any may come when None.
     """
 
     input_ids: Tensor
     image_tokens: Tensor | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
     pictures: tuple[Picture, ...] = ()
+    constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
         if self.image_tokens is None:
@@ -106,13 +108,17 @@ def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
     """One answer without a cache: the whole sequence runs again for every token."""
     params, context = prompt.params, model.config.decoder.context
     generator, image_tokens = params.generator(model.device), prompt.look()
+    constraint = prompt.constraint() if prompt.constraint is not None else None
     history = prompt.input_ids.tolist()
     answer: list[int] = []
     while len(answer) < params.max_new_tokens and len(history) < context:
         hidden = model(torch.tensor([history], device=model.device), image_tokens)[:, -1]
-        token = int(sample(model.decoder.logits(hidden), params, [history], [generator]))
+        allowed = constraint.allowed() if constraint is not None else None
+        token = int(sample(model.decoder.logits(hidden), params, [history], [generator], allowed))
         if token in model.config.stop_token_ids:
             break
+        if constraint is not None:
+            constraint.accept(token)
         answer.append(token)
         history.append(token)
     return answer

@@ -56,6 +56,8 @@ class Request:
     _seen: dict[str, Tensor] = field(default_factory=dict)  # image tokens of pictures being computed
 
     def __post_init__(self) -> None:
+        made = self.prompt.constraint
+        self.constraint = made() if made is not None else None
         given = self.prompt.input_ids.numpy()
         room = self.limit + 1 - len(given)
         self.count = len(given)  # tokens known: the prompt's and the answer's

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +75,18 @@ class SamplingParams:
         return generator
 
 
+class Constraint(Protocol):
+    """What one answer may say, token by token."""
+
+    def allowed(self) -> Tensor:
+        """(V,) bool: the tokens that may come next; at least one."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The next token; not called with one that ends the answer."""
+        ...
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """How likely the model held a token, before temperature and penalties: natural logarithms.
@@ -100,12 +112,16 @@ def sample(
     params: SamplingParams,
     history: Sequence[Sequence[int]],
     generators: Sequence[torch.Generator],
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Logits (B, V) -> the next token of each row (B,).
 
     history: the tokens seen so far, row by row; negative ones (image placeholders) do not count. Each
     row draws from its own generator, so that what it gives does not depend on its neighbours.
+    allowed: (B, V) or (V,) bool, the tokens that may come; any when None.
     """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed.to(logits.device), float("-inf"))
     if params.repetition_penalty != 1:
         logits = penalise(logits, params.repetition_penalty, history)
     if params.temperature == 0:
