@@ -195,6 +195,7 @@ def main() -> None:
             "json",
         ]
         options += ["--device", "cpu", "--quantize", "none"]  # exact, so that answers can be compared
+        options += ["--body-timeout", 600]  # a machine that sleeps for a while is no fault of the server
         log = Path(name) / "log"
         with log.open("w", encoding="utf-8") as file:
             command = [sys.executable, "-m", "pumice", "serve", "--model", folder, *options]

@@ -80,6 +80,11 @@ FIELD = "messages.0.content.0.image_url"
         ),
         ({"messages": [{"role": "user", "content": "long " * 300}]}, "messages", "context is 256"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "belong together"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            "is missing",
+        ),
     ],
 )
 def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, message: str) -> None:

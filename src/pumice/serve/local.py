@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
+import json
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,17 +31,25 @@ from pumice.serve.errors import ApiError, invalid, no_model
 from pumice.serve.fetch import Fetcher
 from pumice.serve.metrics import Levels, Metrics
 from pumice.serve.observe import internal
-from pumice.serve.protocol import ChatRequest, CompletionRequest, Generation, TextPart
+from pumice.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    ResponseFormat,
+    TextPart,
+)
 from pumice.serve.settings import Settings
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
     from pumice.engine.generate import Prompt
     from pumice.engine.requests import Delta
+    from pumice.structured import JsonSchema
 
 T = TypeVar("T", bound=Generation)
 
 LONG = 1 << 15  # bytes of a body above which reading it would hold up the others
+FORMS = 32  # JSON schemas that are kept ready
 GRACE = 10.0  # seconds to send the last of an answer
 THREADS = 2  # that prepare prompts: each may hold a decoded picture
 
@@ -50,6 +61,7 @@ class Local:
         self.assistant, self.names, self.settings = assistant, names, settings
         self.engine = assistant.engine
         self._fetcher: Fetcher | None = None
+        self._forms: OrderedDict[str, JsonSchema] = OrderedDict()
 
     async def start(self, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -95,20 +107,14 @@ class Local:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         if asked.logprobs:
             sampling["logprobs"] = asked.top_logprobs or 0
-        if asked.response_format is not None and asked.response_format.type != "text":
-            raise ApiError(
-                400,
-                f"the response format {asked.response_format.type!r} is not supported; leave it out",
-                param="response_format",
-                code="unsupported_value",
-            )
+        constraint = await self._form(asked.response_format)
         images = asked.images
         files = await pictures.read(images, self.settings, self._fetcher, self._pool)
         call.record.fields["pictures"] = len(files)
         self.metrics.pictures.inc(len(files))
         params = [param for param, _ in images]
         try:
-            prompt = await self._apart(self._chat_prompt, asked, files, sampling)
+            prompt = await self._apart(self._chat_prompt, asked, files, sampling, constraint)
         except InputError as error:
             raise await self._wrong(error, params, files, "messages") from error
         shape = self._shape("chat", asked, bool(asked.logprobs))
@@ -165,8 +171,30 @@ class Local:
         }
         return {key: value for key, value in wanted.items() if value is not None}
 
-    def _chat_prompt(self, asked: ChatRequest, files: list[bytes], sampling: dict[str, Any]) -> Prompt:
-        return self.assistant.prompt(conversation(asked, files), **sampling)
+    def _chat_prompt(
+        self, asked: ChatRequest, files: list[bytes], sampling: dict[str, Any], constraint: JsonSchema | None
+    ) -> Prompt:
+        prompt = self.assistant.prompt(conversation(asked, files), **sampling)
+        return prompt if constraint is None else dataclasses.replace(prompt, constraint=constraint)
+
+    async def _form(self, wanted: ResponseFormat | None) -> JsonSchema | None:
+        """What holds the answer to the form that is asked for; those asked for last are kept."""
+        if wanted is None or wanted.type == "text":
+            return None
+        schema = None if wanted.json_schema is None else wanted.json_schema.schema_
+        key = json.dumps(schema, sort_keys=True)
+        if key not in self._forms:
+            try:
+                made = await self._apart(self.assistant.json, schema)
+            except InputError as error:
+                raise ApiError(
+                    400, str(error), param="response_format", code="invalid_json_schema"
+                ) from error
+            while len(self._forms) >= FORMS:
+                self._forms.popitem(last=False)
+            self._forms[key] = made
+        self._forms.move_to_end(key)
+        return self._forms[key]
 
     def _text_prompt(self, text: str, sampling: dict[str, Any]) -> Prompt:
         import torch

@@ -33,7 +33,7 @@ from pumice.serve.settings import Settings
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-KEEP_ALIVE = 30  # seconds that an idle connection stays open
+KEEP_ALIVE = 75  # seconds that an idle connection stays open
 LAST_WORDS = 5  # seconds for what still runs when the drain's time is over
 EARLY = 10.0  # seconds: a worker that ends before that has failed to start
 _LOG = logging.getLogger("pumice.serve")
