@@ -27,12 +27,14 @@ from pumice.engine.text import TextStream
 from pumice.errors import InputError
 from pumice.geometry import Layout
 from pumice.images import image_key
-from pumice.model.adapters import has_int8_kernel, quantize_int8
 from pumice.model.llava import Llava
+from pumice.model.quantized import has_int8_kernel
+from pumice.model.quantized import quantize as quantize_weights
 from pumice.processor import Processor
 from pumice.weights.load import find_device, open_model
 
 if TYPE_CHECKING:
+    from pumice.explain.explanation import Explanation
     from pumice.structured import JsonSchema
 
 # Pictures whose image tokens are kept, so that asking again costs no vision tower; of pictures in tiles so
@@ -45,28 +47,29 @@ def load(
     name: str | PathLike[str] = "pumice-tiny",
     *,
     device: str | None = None,
-    quantize: Literal["auto", "int8"] | None = "auto",
+    quantize: Literal["auto", "int8", "int4"] | None = "auto",
     dtype: torch.dtype | None = None,
 ) -> Assistant:
     """Open a built-in model or a model folder to answer questions.
 
-    device: the best one here when None. quantize: "int8" keeps the decoder's weights in 8 bits, None
-    keeps them as they are, "auto" takes 8 bits on a CPU that has a kernel for them. dtype: of the
-    decoder; when None, bf16 on CUDA and with int8, fp16 on MPS, fp32 else. Raises InputError.
+    device: the best one here when None. quantize: "int8" or "int4" keeps the decoder's weights in 8 or
+    4 bits, None as they are, "auto" takes 8 bits on a CPU that has a kernel for them. dtype: of the
+    decoder; when None, bf16 on CUDA and with fewer bits, fp16 on MPS, fp32 else. Raises InputError.
     """
-    if quantize not in ("auto", "int8", None):
-        raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8' or None")
+    if quantize not in ("auto", "int8", "int4", None):
+        raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8', 'int4' or None")
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise InputError(f"dtype is {dtype!r}; use torch.float32, torch.bfloat16 or torch.float16")
     place = find_device(device)
-    int8 = quantize == "int8" or (quantize == "auto" and place.type == "cpu" and has_int8_kernel())
+    if quantize == "auto":
+        quantize = "int8" if place.type == "cpu" and has_int8_kernel() else None
     if dtype is None:
         usual = {"cuda": torch.bfloat16, "mps": torch.float16}
-        # The CPU's int8 kernel takes bf16; without it, most CPUs compute fp32 faster than bf16.
-        dtype = usual.get(place.type, torch.bfloat16 if int8 else torch.float32)
+        # The CPU's kernels for few bits take bf16; without them, most CPUs compute fp32 faster than bf16.
+        dtype = usual.get(place.type, torch.bfloat16 if quantize else torch.float32)
     opened = open_model(str(name), device=place, dtype=dtype)
-    if int8:
-        quantize_int8(opened.model.decoder)
+    if quantize:
+        quantize_weights(opened.model.decoder, quantize)
     return Assistant(opened.model, opened.processor, opened.provenance)
 
 
@@ -280,6 +283,16 @@ class Assistant:
         made = self.prompt(_question(images, prompt))
         hidden = self.model(made.input_ids.to(self.model.device)[None], made.look())
         return self.model.decoder.logits(hidden)[0].float()
+
+    def explain(self, images: Any, question: str, answer: str | None = None, **options: Any) -> Explanation:
+        """Where each word of an answer looked in the pictures, and whether they mattered, as plain arrays.
+
+        images: as in `ask`, at least one. answer: its text; the model's own when None. options: of
+        `pumice.explain.explanation.explain`, and fields of `SamplingParams`. Raises InputError.
+        """
+        from pumice.explain.explanation import explain
+
+        return explain(self, _question(images, question), answer, **options)
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         """The caller's options, and the template's own end of an answer where that is text (v0's `###`)."""

@@ -12,7 +12,8 @@ from pumice.config import DecoderConfig, RopeScaling
 from pumice.errors import InputError
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
-from pumice.model.layers import Causal, Packed, causal_mask, frequencies
+from pumice.model.layers import Causal, causal_mask, frequencies
+from pumice.model.packed import Packed, Run
 from pumice.weights import keymaps
 
 # head_width x heads differs from width, so that no reshape can pass by accident
@@ -227,7 +228,7 @@ def test_packed_rows_do_not_see_each_other() -> None:
     lengths = (9, 5)
     together = torch.cat((rows[0], rows[1, :5]))[None]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    attend = Packed([torch.ones(n, n, dtype=torch.bool).tril() for n in lengths])
+    attend = Packed([Run(n) for n in lengths])
     found = decoder.logits(decoder(decoder.embed(together), positions, attend))[0]
     for row, part in enumerate(found.split(lengths)):
         alone = logits(decoder, rows[row : row + 1, : lengths[row]])[0]
@@ -238,11 +239,10 @@ def test_packed_branches_heed_the_sliding_window() -> None:
     """Depth in the tree counts, not the number of nodes: two branches of a trunk, each as if alone."""
     decoder = make(BASE)
     trunk, first, second = ids(1, 4)[0], ids(1, 3)[0], ids(1, 3)[0].flip(0)
-    mask = torch.ones(10, 10, dtype=torch.bool).tril()
-    mask[7:, 4:7] = False  # the second branch does not see the first
+    runs = [Run(7), Run(3, ((0, 4),))]  # the second branch goes on where the trunk ends
     tree = torch.cat((trunk, first, second))[None]
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]])
-    found = decoder.logits(decoder(decoder.embed(tree), positions, Packed([mask], window=3)))[0]
+    found = decoder.logits(decoder(decoder.embed(tree), positions, Packed(runs, window=3)))[0]
     for branch, rows in ((first, [*range(7)]), (second, [*range(4), 7, 8, 9])):
         alone = torch.cat((trunk, branch))[None]
         hidden = decoder(decoder.embed(alone), torch.arange(7)[None], Causal(window=3))
