@@ -46,7 +46,7 @@ class Plan:
     settings: Settings
     backend: Callable[[Settings], tuple[Backend, int]]  # and how many requests it answers at a time
     name: str
-    log: Any = None  # how to set up logging, in each worker anew
+    log: Callable[[], None]  # sets up logging, in each worker anew
     workers: int = 1
 
 
@@ -55,6 +55,7 @@ def serve(plan: Plan) -> None:
     plan.settings.check()
     bound = bind(plan.settings)
     with bound:
+        plan.log()
         if plan.workers == 1:
             work(plan, bound)
         else:
@@ -63,8 +64,6 @@ def serve(plan: Plan) -> None:
 
 def work(plan: Plan, bound: socket.socket) -> None:
     """One worker: open the model, serve until told to stop, answer what is in flight, leave."""
-    if plan.log is not None:
-        plan.log()
     from pumice import __version__
     from pumice.serve.app import build
     from pumice.serve.metrics import Metrics
@@ -237,6 +236,7 @@ def _supervise(plan: Plan, bound: socket.socket) -> None:
 
 def _worker(plan: Plan, bound: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells us
+    plan.log()
     try:
         work(plan, bound)
     except (InputError, WorkError) as error:
