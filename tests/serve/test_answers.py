@@ -193,3 +193,25 @@ def test_streams_are_server_sent_events(server: str) -> None:
     events = [json.loads(line[6:]) for line in lines[:-1]]
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert all("usage" not in event for event in events)
+
+
+def test_answers_that_are_json(client: openai.OpenAI, server: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"animal": {"enum": ["dog", "cat"]}, "many": {"type": "boolean"}},
+        "required": ["animal", "many"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "seen", "schema": schema, "strict": True}}
+    messages: Any = [shown("What is it?", picture(4))]
+    for _ in range(2):  # the second time from what was kept
+        answer = client.chat.completions.create(
+            model="tiny", messages=messages, response_format=form, max_tokens=100
+        )
+        found = json.loads(answer.choices[0].message.content or "")
+        assert found["animal"] in ("dog", "cat")
+        assert isinstance(found["many"], bool)
+        assert answer.choices[0].finish_reason == "stop"
+    form["json_schema"]["schema"] = {"type": "nonsense"}
+    error = post(server, ask(response_format=form)).json()["error"]
+    assert (error["param"], error["code"]) == ("response_format", "invalid_json_schema")

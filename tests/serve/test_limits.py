@@ -80,6 +80,11 @@ FIELD = "messages.0.content.0.image_url"
         ),
         ({"messages": [{"role": "user", "content": "long " * 300}]}, "messages", "context is 256"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "belong together"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            "is missing",
+        ),
     ],
 )
 def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, message: str) -> None:
@@ -164,6 +169,15 @@ def test_a_body_must_be_json_by_its_type(server: str) -> None:
     content = json.dumps(ask()).encode()
     headers = {"Content-Type": "text/plain"}
     told(httpx.post(f"{server}/v1/chat/completions", content=content, headers=headers), 415)
+
+
+def test_what_was_refused_is_logged(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pumice.serve")
+    told(post(server, ask(n=2), headers={"X-Request-Id": "wrong-n"}), 400)
+    _until(lambda: bool(caplog.records))
+    fields = caplog.records[-1].__dict__["fields"]
+    assert (fields["request_id"], fields["status"], fields["param"]) == ("wrong-n", 400, "n")
+    assert "one answer per request" in fields["error"]
 
 
 def test_addresses_and_methods(server: str) -> None:

@@ -133,7 +133,6 @@ def serve(
         backend = functools.partial(_upstream, upstream, slots)
         shown = upstream
         backend(settings)  # what is wrong with the address is told before anything starts
-    set_up(form, level)
     run(Plan(settings, backend, shown, functools.partial(set_up, form, level), workers))
 
 

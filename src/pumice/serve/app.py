@@ -25,7 +25,7 @@ from pumice.serve.backend import Backend, Call
 from pumice.serve.errors import ApiError
 from pumice.serve.guard import Gate, Guard, too_large
 from pumice.serve.metrics import CONTENT_TYPE, Metrics
-from pumice.serve.observe import Observe
+from pumice.serve.observe import Observe, record
 from pumice.serve.openapi import document
 from pumice.serve.page import files, send
 from pumice.serve.settings import Settings
@@ -97,13 +97,15 @@ def build(settings: Settings, backend: Backend, metrics: Metrics, gate: Gate) ->
     paths = frozenset(route.path for route in routes)
     layers = [Middleware(Observe, metrics=metrics, paths=paths)]
     if settings.cors:
-        allowed = {
-            "allow_origins": list(settings.cors),
-            "allow_methods": ["GET", "POST"],
-            "allow_headers": ["*"],
-            "expose_headers": ["X-Request-Id", "Retry-After"],
-        }
-        layers.append(Middleware(CORSMiddleware, **allowed))
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.cors),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id", "Retry-After"],
+            )
+        )
     layers.append(Middleware(Guard, settings=settings, gate=gate))
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error}
     return Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
@@ -131,8 +133,9 @@ async def _body(request: Request, settings: Settings) -> bytes:
     return bytes(data)
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    record(request).refuse(error)
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -146,4 +149,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
     else:
         message = error.detail
     made = ApiError(error.status_code, message, headers=error.headers)
+    record(request).refuse(made)
     return JSONResponse(made.body(), made.status, made.headers)

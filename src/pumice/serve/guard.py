@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pumice.serve.errors import ApiError
+from pumice.serve.observe import record
 from pumice.serve.settings import Settings
 
 ANSWERING = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -55,6 +57,7 @@ class Guard:
             if answering:
                 self._admit(headers)
         except ApiError as error:
+            record(Request(scope)).refuse(error)
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
             return
         self.gate.inside += answering

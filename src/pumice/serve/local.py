@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
+import json
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -27,17 +31,26 @@ from pumice.serve.errors import ApiError, invalid, no_model
 from pumice.serve.fetch import Fetcher
 from pumice.serve.metrics import Levels, Metrics
 from pumice.serve.observe import internal
-from pumice.serve.protocol import ChatRequest, CompletionRequest, Generation, TextPart
+from pumice.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    ResponseFormat,
+    TextPart,
+)
 from pumice.serve.settings import Settings
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
     from pumice.engine.generate import Prompt
     from pumice.engine.requests import Delta
+    from pumice.structured import JsonSchema
 
 T = TypeVar("T", bound=Generation)
 
 LONG = 1 << 15  # bytes of a body above which reading it would hold up the others
+FORMS = 32  # JSON schemas that are kept ready
+GRACE = 10.0  # seconds to send the last of an answer
 THREADS = 2  # that prepare prompts: each may hold a decoded picture
 
 
@@ -48,6 +61,7 @@ class Local:
         self.assistant, self.names, self.settings = assistant, names, settings
         self.engine = assistant.engine
         self._fetcher: Fetcher | None = None
+        self._forms: OrderedDict[str, JsonSchema] = OrderedDict()
 
     async def start(self, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -93,20 +107,14 @@ class Local:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         if asked.logprobs:
             sampling["logprobs"] = asked.top_logprobs or 0
-        if asked.response_format is not None and asked.response_format.type != "text":
-            raise ApiError(
-                400,
-                f"the response format {asked.response_format.type!r} is not supported; leave it out",
-                param="response_format",
-                code="unsupported_value",
-            )
+        constraint = await self._form(asked.response_format)
         images = asked.images
         files = await pictures.read(images, self.settings, self._fetcher, self._pool)
         call.record.fields["pictures"] = len(files)
         self.metrics.pictures.inc(len(files))
         params = [param for param, _ in images]
         try:
-            prompt = await self._apart(self._chat_prompt, asked, files, sampling)
+            prompt = await self._apart(self._chat_prompt, asked, files, sampling, constraint)
         except InputError as error:
             raise await self._wrong(error, params, files, "messages") from error
         shape = self._shape("chat", asked, bool(asked.logprobs))
@@ -163,8 +171,30 @@ class Local:
         }
         return {key: value for key, value in wanted.items() if value is not None}
 
-    def _chat_prompt(self, asked: ChatRequest, files: list[bytes], sampling: dict[str, Any]) -> Prompt:
-        return self.assistant.prompt(conversation(asked, files), **sampling)
+    def _chat_prompt(
+        self, asked: ChatRequest, files: list[bytes], sampling: dict[str, Any], constraint: JsonSchema | None
+    ) -> Prompt:
+        prompt = self.assistant.prompt(conversation(asked, files), **sampling)
+        return prompt if constraint is None else dataclasses.replace(prompt, constraint=constraint)
+
+    async def _form(self, wanted: ResponseFormat | None) -> JsonSchema | None:
+        """What holds the answer to the form that is asked for; those asked for last are kept."""
+        if wanted is None or wanted.type == "text":
+            return None
+        schema = None if wanted.json_schema is None else wanted.json_schema.schema_
+        key = json.dumps(schema, sort_keys=True)
+        if key not in self._forms:
+            try:
+                made = await self._apart(self.assistant.json, schema)
+            except InputError as error:
+                raise ApiError(
+                    400, str(error), param="response_format", code="invalid_json_schema"
+                ) from error
+            while len(self._forms) >= FORMS:
+                self._forms.popitem(last=False)
+            self._forms[key] = made
+        self._forms.move_to_end(key)
+        return self._forms[key]
 
     def _text_prompt(self, text: str, sampling: dict[str, Any]) -> Prompt:
         import torch
@@ -223,6 +253,7 @@ class Local:
                     yield shape.event(piece)
             yield (shape.usage_event(running.usage()) if shape.usage_wanted else b"") + DONE
         except ApiError as error:
+            running.record.refuse(error)
             yield shape.error_event(error.body())
         except Exception as error:  # the status has gone out: the reader is told here, the log all of it
             running.record.error = error
@@ -239,7 +270,9 @@ class _Events(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            # The answer's own alarm does not ring while a reader who takes nothing holds up the sending.
+            with anyio.move_on_after(self._running.left + GRACE):
+                await super().__call__(scope, receive, send)
         finally:
             self._running.end()
 
@@ -262,8 +295,12 @@ class _Running:
                 loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
 
         self._request = local.engine.submit(prompt, deliver)
-        left = max(0.0, local.settings.timeout - self.record.seconds)
-        self._alarm = loop.call_later(left, self._deltas.put_nowait, None)
+        self._alarm = loop.call_later(self.left, self._deltas.put_nowait, None)
+
+    @property
+    def left(self) -> float:
+        """Seconds of the request's time that remain."""
+        return max(0.0, self._local.settings.timeout - self.record.seconds)
 
     async def next(self) -> Piece:
         """The next piece; the last one has a finish. Raises ApiError, InputError, or what the engine met."""

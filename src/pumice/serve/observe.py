@@ -40,6 +40,10 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None  # its trace goes to the log
 
+    def refuse(self, error: ApiError) -> None:
+        """Note what the client is told."""
+        self.fields |= {"error": error.message, "param": error.param, "code": error.code}
+
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.begun
@@ -85,7 +89,9 @@ class Observe:
         except Exception as error:
             note.error = error
             if not status:
-                await JSONResponse(internal(note).body(), 500)(scope, receive, send_on)
+                told = internal(note)
+                note.refuse(told)
+                await JSONResponse(told.body(), told.status)(scope, receive, send_on)
         finally:
             self.metrics.opened(-1)
             self._close(scope, note, status, ended)

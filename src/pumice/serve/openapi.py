@@ -29,8 +29,8 @@ _GET = ("401", "421", "500")
 
 def document(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
-    asked = [protocol.ChatRequest, protocol.CompletionRequest]
-    told = [
+    asked: list[type[BaseModel]] = [protocol.ChatRequest, protocol.CompletionRequest]
+    told: list[type[BaseModel]] = [
         protocol.ChatCompletion,
         protocol.ChatChunk,
         protocol.Completion,
@@ -39,10 +39,8 @@ def document(version: str) -> dict[str, Any]:
         protocol.Health,
         protocol.ErrorBody,
     ]
-    models: list[tuple[type[BaseModel], Any]] = [
-        *((model, "validation") for model in asked),
-        *((model, "serialization") for model in told),
-    ]
+    models: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in asked]
+    models += [(model, "serialization") for model in told]
     _, schemas = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
     paths = {
         "/v1/chat/completions": {

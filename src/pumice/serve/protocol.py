@@ -75,8 +75,8 @@ class StreamOptions(Strict):
 class JsonSchema(Strict):
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="Answers are always held to the schema.")
 
 
 class ResponseFormat(Strict):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ from pumice.serve.settings import Settings
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-KEEP_ALIVE = 30  # seconds that an idle connection stays open
+KEEP_ALIVE = 75  # seconds that an idle connection stays open
 LAST_WORDS = 5  # seconds for what still runs when the drain's time is over
 EARLY = 10.0  # seconds: a worker that ends before that has failed to start
 _LOG = logging.getLogger("pumice.serve")
@@ -45,7 +46,7 @@ class Plan:
     settings: Settings
     backend: Callable[[Settings], tuple[Backend, int]]  # and how many requests it answers at a time
     name: str
-    log: Any = None  # how to set up logging, in each worker anew
+    log: Callable[[], None]  # sets up logging, in each worker anew
     workers: int = 1
 
 
@@ -54,6 +55,7 @@ def serve(plan: Plan) -> None:
     plan.settings.check()
     bound = bind(plan.settings)
     with bound:
+        plan.log()
         if plan.workers == 1:
             work(plan, bound)
         else:
@@ -62,8 +64,6 @@ def serve(plan: Plan) -> None:
 
 def work(plan: Plan, bound: socket.socket) -> None:
     """One worker: open the model, serve until told to stop, answer what is in flight, leave."""
-    if plan.log is not None:
-        plan.log()
     from pumice import __version__
     from pumice.serve.app import build
     from pumice.serve.metrics import Metrics
@@ -127,11 +127,13 @@ class Server(uvicorn.Server):
 def _patient(seconds: float) -> type[asyncio.Protocol]:
     """uvicorn's HTTP protocol, which waits only so long for a request's headers."""
     try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Base
-    except ImportError:
-        from uvicorn.protocols.http.h11_impl import H11Protocol as Base
+        fast = importlib.import_module("uvicorn.protocols.http.httptools_impl")
+    except ImportError:  # httptools is not there for every platform
+        base: Any = importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
+    else:
+        base = fast.HttpToolsProtocol
 
-    class Patient(Base):
+    class Patient(base):  # either of the two has these methods and attributes
         _alarm: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
@@ -234,6 +236,7 @@ def _supervise(plan: Plan, bound: socket.socket) -> None:
 
 def _worker(plan: Plan, bound: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells us
+    plan.log()
     try:
         work(plan, bound)
     except (InputError, WorkError) as error:

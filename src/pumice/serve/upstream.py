@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anyio
 import httpx
 from pydantic import ValidationError
 from starlette.responses import Response, StreamingResponse
@@ -129,7 +130,7 @@ class Upstream:
                 502, f"the upstream failed with status {response.status_code}", code="upstream_failed"
             )
         headers = {name: response.headers[name] for name in _PASSED if name in response.headers}
-        return _Relayed(self._relay(call, response), response, headers)
+        return _Relayed(self._relay(call, response), response, headers, left)
 
     async def _relay(self, call: Call, response: httpx.Response) -> AsyncIterator[bytes]:
         first = True
@@ -189,13 +190,16 @@ class Upstream:
 class _Relayed(StreamingResponse):
     """The upstream's answer as it comes; its connection is given back whatever happens."""
 
-    def __init__(self, body: AsyncIterator[bytes], response: httpx.Response, headers: dict[str, str]) -> None:
-        self._upstream = response
+    def __init__(
+        self, body: AsyncIterator[bytes], response: httpx.Response, headers: dict[str, str], seconds: float
+    ) -> None:
+        self._upstream, self._seconds = response, seconds
         super().__init__(body, status_code=response.status_code, headers=headers)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with anyio.move_on_after(self._seconds):
+                await super().__call__(scope, receive, send)
         finally:
             await self._upstream.aclose()
 
