@@ -214,9 +214,8 @@ def child(name: str, folder: Path, length: int, new: int, threads: int) -> None:
     opened = time.perf_counter() - start
     given = prompts(length)
     measure(next(given)[: length // 4], 4)
-    found = [measure(next(given), new) for _ in range(2)]
+    prefill, decode = measure(next(given), new)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
-    prefill, decode = (min(times) for times in zip(*found, strict=True))
     print(json.dumps({"open": opened, "prefill": length / prefill, "decode": new / decode, "peak": peak}))
 
 
@@ -225,7 +224,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prompt", type=int, default=600)
-    parser.add_argument("--new", type=int, default=96)
+    parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", type=Path, help="where the GGUF files are kept from run to run")
@@ -260,6 +259,7 @@ def run(folder: Path, given: argparse.Namespace) -> None:
                 names.remove(name)
                 print(f"{name}: left out ({found['missing']})", file=sys.stderr)
             else:
+                print(name, {key: round(value, 2) for key, value in found.items()}, file=sys.stderr)
                 results.setdefault(name, []).append(found)
     print(f"prompt {given.prompt}, {given.new} new tokens, {given.threads} threads, {given.rounds} rounds\n")
     print("| | prefill, tokens/s | decode, tokens/s | opened in, s | peak memory, GB |\n|---|---|---|---|---|")
