@@ -1,8 +1,8 @@
 """How fast the language model reads a prompt and writes an answer here, beside llama.cpp and transformers.
 
-    python benchmarks/decode.py [--prompt 600] [--new 96] [--rounds 3] [--threads N] [--keep FOLDER]
+    python benchmarks/decode.py [--prompt 600] [--new 64] [--rounds 3] [--threads N] [--keep FOLDER]
 
-Everyone runs SmolLM2-135M-Instruct with the same prompts, threads and greedy tokens, one stream; whoever is not
+Everyone runs SmolLM2-135M-Instruct with as many threads and greedy tokens, one stream; whoever is not
 installed is left out. Each measurement is a process of its own, since threads that wait for one library's
 work would disturb the next, and contenders take turns, so that a slower minute of the machine is shared.
 Shown are the best of all rounds. The decoded tokens follow a prompt of a third of --prompt.
@@ -49,7 +49,7 @@ def pumice(bits: str | None, threads: int) -> Measure:
 
     assistant = package.load(from_wheel(wheel(NAME)), device="cpu", quantize=bits)
     decoder = assistant.model.decoder
-    object.__setattr__(assistant.model.config, "stop_token_ids", ())  # answers of the length that is asked for
+    object.__setattr__(assistant.model.config, "stop_token_ids", ())  # answers as long as is asked for
     decoding = assistant.processor.tokenizer.decode
 
     def measure(ids: list[int], new: int) -> tuple[float, float]:
@@ -262,7 +262,8 @@ def run(folder: Path, given: argparse.Namespace) -> None:
                 print(name, {key: round(value, 2) for key, value in found.items()}, file=sys.stderr)
                 results.setdefault(name, []).append(found)
     print(f"prompt {given.prompt}, {given.new} new tokens, {given.threads} threads, {given.rounds} rounds\n")
-    print("| | prefill, tokens/s | decode, tokens/s | opened in, s | peak memory, GB |\n|---|---|---|---|---|")
+    print("| | prefill, tokens/s | decode, tokens/s | opened in, s | peak memory, GB |")
+    print("|---|---|---|---|---|")
     for name, rows in results.items():
         best = [max(row[key] for row in rows) for key in ("prefill", "decode")]
         least = [min(row[key] for row in rows) for key in ("open", "peak")]
