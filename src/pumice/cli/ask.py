@@ -190,7 +190,7 @@ def _answers(
     SamplingParams(**sampling)  # raises before the model is loaded
     sound = [row for row in rows if not row.error]
     given = ((list(row.images), row.question) for row in sound)
-    answers = load(model, **opening).ask_batch(given, slots=slots, **sampling) if sound else iter(())
+    answers = load(model, **opening).ask_each(given, slots=slots, **sampling) if sound else iter(())
     for row in rows:
         yield row, InputError(row.error) if row.error else next(answers)
 

@@ -83,37 +83,6 @@ class Causal:
         return sdpa(q, k, v, mask[:, None])
 
 
-class Packed:
-    """One row of trees end to end (B = 1); a token sees what its tree's mask says, nothing across trees.
-
-    visible: one (n, n) bool mask per tree, in order, sum of n = T. Written out instead of `sdpa`
-    because the CPU's fused backward is twice as slow at these sizes.
-    """
-
-    def __init__(self, visible: list[Tensor], window: int | None = None) -> None:
-        self.visible = visible
-        if window is not None:
-            depths = [mask.sum(1) for mask in visible]  # a token sees as many as its depth, itself included
-            self.visible = [
-                mask & (depth[:, None] - depth[None, :] < window)
-                for mask, depth in zip(visible, depths, strict=True)
-            ]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _, heads, tokens, width = q.shape
-        shared = k.shape[1]
-        grouped = (q * width**-0.5).view(shared, heads // shared, tokens, width)
-        outputs, start = [], 0
-        for mask in self.visible:
-            end = start + len(mask)
-            past = k[0, :, None, start:end].transpose(-1, -2)
-            scores = (grouped[:, :, start:end] @ past).masked_fill(~mask, float("-inf"))
-            weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-            outputs.append(weights @ v[0, :, None, start:end])
-            start = end
-        return torch.cat(outputs, 2).view(1, heads, tokens, width)
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467), returned in the type of the weight."""
 

@@ -59,7 +59,8 @@ class Int8Linear(nn.Module):
         return (self.weight.to(torch.float32) * self.scale.float()[:, None]).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel and x.numel() <= _INT8_ROWS * self.weight.shape[1]:
+        few = x.numel() <= _INT8_ROWS * self.weight.shape[1]
+        if self.kernel and few and not x.requires_grad:  # the kernel has no derivative
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
             y = y.view(*x.shape[:-1], -1)
         else:
@@ -115,7 +116,8 @@ class Int4Linear(nn.Module):
         return weight.reshape(len(numbers), -1)[: self.outputs]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel and (x.numel() <= _INT4_ROWS * self.inputs or not _tiles_as_known()):
+        few = x.numel() <= _INT4_ROWS * self.inputs or not _tiles_as_known()
+        if self.kernel and few and not x.requires_grad:  # the kernel has no derivative
             rows = x.flatten(0, -2)
             y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scale_offset)
             y = y[:, : self.outputs].view(*x.shape[:-1], -1)
