@@ -88,6 +88,13 @@ def test_sampling_options_reach_the_model(run: Any) -> None:
     assert run("ask", "What?", *SHORT, "--stop", free[3:5]).stdout[:-1] == free[: free.index(free[3:5])]
 
 
+@pytest.mark.parametrize(("word", "bits"), [("none", None), ("int8", "int8"), ("int4", "int4")])
+def test_bits_reach_the_model(run: Any, tiny_folder: Path, word: str, bits: Any) -> None:
+    expected = load(tiny_folder, device="cpu", quantize=bits).ask(None, "What?", max_new_tokens=8)
+    assert run("ask", "What?", *SHORT, "--quantize", word).stdout == expected + "\n"
+    assert run("ask", "What?", *SHORT, "--quantize", "int3").exit_code == 2
+
+
 @pytest.fixture
 def bad_pictures(folder: Path) -> Path:
     (folder / "empty.jpg").write_bytes(b"")

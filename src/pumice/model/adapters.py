@@ -35,8 +35,8 @@ class LoraLinear(nn.Linear):
     def merged(self) -> nn.Linear:
         """A plain layer with W + alpha / rank * B A, in the type of W."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        update = self.scale * (self.lora_b.float() @ self.lora_a.float())
-        weight = (self.weight.detach().float() + update.detach()).to(self.weight.dtype)
+        a, b, plain = self.lora_a.detach().float(), self.lora_b.detach().float(), self.weight.detach()
+        weight = torch.addmm(plain.float(), b, a, alpha=self.scale).to(plain.dtype)
         layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return layer
 
