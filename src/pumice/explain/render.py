@@ -34,7 +34,7 @@ def strip(found: Explanation) -> Image.Image:
     across = min(across, panels)
     text = _font(17)
     width = max(across * (wide + GAP) - GAP, 600)
-    head = _wrap(f"{found.question} — {found.answer or '(an empty answer)'}", text, width)
+    head = [*_wrap(found.question, text, width), *_wrap(found.answer or "(an empty answer)", text, width)]
     told = _wrap(found.reliance.verdict(), _font(14), width)
     top = MARGIN + (len(head) + len(told)) * 24 + 8
     rows = math.ceil(panels / across)
@@ -125,6 +125,6 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
+    while text and font.getlength(text + "...") > width:
         text = text[:-1]
-    return text + "…"
+    return text + "..."
