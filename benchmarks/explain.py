@@ -15,7 +15,8 @@ seconds, beside those of the answer.
 
 STAMPS is /usr/share/tuxpaint/stamps of Debian's tuxpaint-stamps-default; PHOTOS holds flickr8k/, of which
 only the 500 photographs set aside by recipes/pumice-tiny are used. Intervals are 95% bootstraps over
-pictures. Each part prints Markdown and, with --json FILE, writes its numbers.
+pictures. Each part prints Markdown. With --keep FILE each picture's numbers are kept as they come, and a
+second run takes up where the first was ended.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from rows.base import Photo, capital, rng, with_article
 from rows.composites import INK, SHAPES, SIZE, Thing, draw_shape, read_stamps
 from rows.flickr import read_photos, split
@@ -44,11 +45,13 @@ from pumice.explain.attention import read
 from pumice.explain.explanation import Explanation, _answer_ids, _passage, explain
 from pumice.explain.maps import places
 from pumice.explain.methods import METHODS, choose_layers
+from pumice.explain.reliance import THRESHOLD
 from pumice.explain.words import Word, averages
 from pumice.explain.words import split as split_words
 
 CAPTION = "What is happening in this picture?"
 Box = tuple[int, int, int, int]
+Row = dict[str, Any]  # of one picture
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,6 @@ def _things(random_: random.Random, stamps: Sequence[Thing], count: int) -> list
 
 
 def _ground(random_: random.Random, photos: Sequence[Photo], root: Path, avoid: set[str]) -> Image.Image:
-    from PIL import ImageFilter
-
     if photos and random_.random() < 0.5:
         with Image.open(root / random_.choice(list(photos)).image) as photo:
             ground = photo.convert("RGB").resize((SIZE, SIZE))
@@ -123,113 +124,104 @@ def naming(words: Sequence[Word], noun: str) -> int | None:
     return next((n for n, word in enumerate(words) if word.text.lower() == noun.lower()), None)
 
 
-def boxes(assistant: Assistant, scenes: Sequence[Composite], answers: Sequence[str]) -> dict[str, Any]:
-    """Factors by method, for scenes whose answer names the thing."""
+def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
+    """Factors by method of the word that names the thing; None where none does."""
     config = assistant.model.config
-    found: dict[str, list[float]] = {name: [] for name in METHODS}
-    right: dict[str, list[float]] = {name: [] for name in METHODS}
-    for scene, answer in zip(scenes, answers, strict=True):
-        conversation = Conversation((user_message(scene.question, [scene.picture]),))
-        ids, first = _answer_ids(assistant, conversation, answer)
-        _, words = split_words(ids[first:].tolist(), assistant.processor.tokenizer.decode)
-        word = naming(words, scene.noun)
-        if word is None:
-            continue
-        passage = _passage(assistant, conversation, ids, first)
-        _, looks = read(assistant.model, [passage], rollout=True, gradient=True)
-        mean = averages(words, len(passage.answer))[word]
-        where = places(config, scene.picture.size, assistant.processor.layout(conversation.images[0]))
-        for name, method in METHODS.items():
-            weights = mean @ method.weigh(looks, choose_layers(method, config.decoder.depth, None))
-            heat = where.paint(weights, (SIZE, SIZE))
-            found[name].append(factor(heat, scene.box))
-            if scene.other is not None:
-                right[name].append(float(factor(heat, scene.box) > factor(heat, scene.other)))
-    return {"factor": found, "right": right}
+    conversation = Conversation((user_message(scene.question, [scene.picture]),))
+    ids, first = _answer_ids(assistant, conversation, answer)
+    _, words = split_words(ids[first:].tolist(), assistant.processor.tokenizer.decode)
+    word = naming(words, scene.noun)
+    if word is None:
+        return None
+    passage = _passage(assistant, conversation, ids, first)
+    _, looks = read(assistant.model, [passage], rollout=True, gradient=True)
+    mean = averages(words, len(passage.answer))[word]
+    where = places(config, scene.picture.size, assistant.processor.layout(conversation.images[0]))
+    row: Row = {}
+    for name, method in METHODS.items():
+        weights = mean @ method.weigh(looks, choose_layers(method, config.decoder.depth, None))
+        row[name] = _both(where.paint(weights, (SIZE, SIZE)), scene)
+    return row
 
 
-def show_boxes(found: dict[str, Any], sentences: str) -> dict[str, Any]:
-    rows = {}
-    print(
-        f"| method | factor, {sentences} | 95% interval | own box hotter than the other's |\n|---|---|---|---|"
-    )
-    for name, values in found["factor"].items():
+def occlusion(assistant: Assistant, scene: Composite, regions: int) -> Row | None:
+    """The same of what is lost where regions are greyed, gains counted as nothing."""
+    found = assistant.explain(scene.picture, scene.question, scene.sentence, method="mean", occlusion=regions)
+    word, lost = naming(found.words, scene.noun), found.pictures[0].occlusion
+    if word is None or lost is None:
+        return None
+    heat = Image.fromarray(lost[word].clip(0)).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    return {f"occlusion {regions} × {regions}": _both(np.asarray(heat), scene)}
+
+
+def _both(heat: np.ndarray, scene: Composite) -> list[float | None]:
+    """The factor of the thing named, and of the other one, if there is one."""
+    return [factor(heat, scene.box), None if scene.other is None else factor(heat, scene.other)]
+
+
+def show_boxes(rows: Sequence[Row]) -> None:
+    print("| method | factor | 95% interval | hotter than the other's box |\n|---|---|---|---|")
+    for name in rows[0] if rows else ():
+        values = [row[name][0] for row in rows]
+        right = [row[name][0] > row[name][1] for row in rows if row[name][1] is not None]
         low, high = interval(values)
-        right = found["right"][name]
-        rows[name] = {"factor": statistics.mean(values), "interval": [low, high], "pictures": len(values),
-                      "right": statistics.mean(right) if right else None, "pairs": len(right)}  # fmt: skip
         told = f"{100 * statistics.mean(right):.0f}% of {len(right)}" if right else "-"
         print(f"| `{name}` | {statistics.mean(values):.2f} | {low:.2f}–{high:.2f} | {told} |")
-    print(f"\n{len(values)} pictures")
-    return rows
+    print(f"\n{len(rows)} pictures")
 
 
-def occlusion(assistant: Assistant, scenes: Sequence[Composite], regions: int) -> dict[str, Any]:
-    """The factor of the map of losses, negative ones counted as none."""
-    values = []
-    for scene in scenes:
-        found = assistant.explain(scene.picture, scene.question, scene.sentence, occlusion=regions)
-        word = naming(found.words, scene.noun)
-        lost = found.pictures[0].occlusion
-        if word is None or lost is None:
-            continue
-        heat = Image.fromarray(lost[word].clip(0)).resize((SIZE, SIZE), Image.Resampling.NEAREST)
-        values.append(factor(np.asarray(heat), scene.box))
-    low, high = interval(values)
-    print(
-        f"occlusion, {regions} x {regions}: {statistics.mean(values):.2f} ({low:.2f}–{high:.2f}), {len(values)}"
-    )
-    return {"factor": statistics.mean(values), "interval": [low, high], "pictures": len(values)}
+def caption(assistant: Assistant, photo: Path, number: int) -> Row:
+    """What the words of the model's own caption lose; every other time the answer to a plain picture, too."""
+    found = assistant.explain(photo, CAPTION, method="mean", max_new_tokens=32)
+    losses = found.reliance.loss_grey, found.reliance.loss_dropped, found.reliance.share
+    words = [
+        [word.is_content, *(float(values[n]) for values in losses)]
+        for n, word in enumerate(found.words)
+        if word.is_content or word.is_function
+    ]
+    plain = None if number % 2 else _scores(plain_answer(assistant, number))
+    return {"words": words, "score": _scores(found), "plain": plain}
 
 
-def captions(assistant: Assistant, photos: Sequence[Photo], root: Path) -> dict[str, Any]:
-    """What words of the model's own captions lose, and the scores of answers to photographs and to plain ones."""
-    losses: dict[str, list[tuple[int, bool, float]]] = {"grey": [], "dropped": [], "share": []}
-    scores, plain = [], []
-    for number, photo in enumerate(photos):
-        found = assistant.explain(root / photo.image, CAPTION, max_new_tokens=32)
-        scores.append(found.reliance.score)
-        for n, word in enumerate(found.words):
-            if word.is_content or word.is_function:
-                kind = word.is_content
-                losses["grey"].append((number, kind, float(found.reliance.loss_grey[n])))
-                losses["dropped"].append((number, kind, float(found.reliance.loss_dropped[n])))
-                losses["share"].append((number, kind, float(found.reliance.share[n])))
-        if number % 2 == 0:
-            plain.append(plain_answer(assistant, number).reliance.score)
-    result: dict[str, Any] = {"captions": len(scores), "threshold": pumice.explain.reliance.THRESHOLD}
-    print("| taken away | content words | function words | Cohen's d | 95% interval |\n|---|---|---|---|---|")
-    for name, rows in losses.items():
-        groups = [row[0] for row in rows]
-        content, values = np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
-
-        def effect(weights: np.ndarray, content: np.ndarray = content, values: np.ndarray = values) -> float:
-            return cohen(values, content, weights)
-
-        low, high = interval_of(effect, groups)
-        d = effect(np.ones(len(values)))
-        means = values[content].mean(), values[~content].mean()
-        result[name] = {"d": d, "interval": [low, high], "content": means[0], "function": means[1],
-                        "words": [int(content.sum()), int((~content).sum())]}  # fmt: skip
-        print(f"| {name} | {means[0]:.3f} | {means[1]:.3f} | {d:.2f} | {low:.2f}–{high:.2f} |")
-    for name, values in (("photographs", scores), ("plain pictures", plain)):
-        leaning = sum(value >= result["threshold"] for value in values)
-        quantiles = [round(float(q), 3) for q in np.quantile(values, [0, 0.05, 0.5, 0.95, 1])]
-        result[name] = {"leaning": leaning, "of": len(values), "quantiles": quantiles}
-        print(f"{name}: {leaning} of {len(values)} lean; score at 0, 5, 50, 95, 100%: {quantiles}")
-    return result
+def _scores(found: Explanation) -> list[float]:
+    return [
+        found.reliance.score,
+        float(found.reliance.loss_grey.mean()),
+        float(found.reliance.loss_dropped.mean()),
+    ]
 
 
 def plain_answer(assistant: Assistant, number: int) -> Explanation:
-    """The answer to a grey picture: of another grey than the mean colour, every other one with noise."""
+    """The answer to a grey picture: of another grey than the mean colour, most of them with noise."""
     random_ = np.random.default_rng(number)
-    level = int(random_.integers(96, 160))
-    values = np.full((224, 224, 3), level, np.float32)
-    if number % 4:
+    values = np.full((224, 224, 3), random_.integers(96, 160), np.float32)
+    if number % 8:
         values += random_.normal(0, 4, values.shape)
-    return assistant.explain(
-        Image.fromarray(values.clip(0, 255).astype(np.uint8)), CAPTION, max_new_tokens=32
-    )
+    picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return assistant.explain(picture, CAPTION, method="mean", max_new_tokens=32)
+
+
+def show_captions(rows: Sequence[Row]) -> None:
+    print("| measure | content words | function words | Cohen's d | 95% interval |\n|---|---|---|---|---|")
+    groups = [number for number, row in enumerate(rows) for _ in row["words"]]
+    table = np.array([word for row in rows for word in row["words"]], np.float64)
+    content = table[:, 0] > 0
+    for column, name in enumerate(("loss, grey", "loss, dropped", "share of attention"), 1):
+        values = table[:, column]
+
+        def effect(weights: np.ndarray, values: np.ndarray = values) -> float:
+            return cohen(values, content, weights)
+
+        low, high = interval_of(effect, groups)
+        means = values[content].mean(), values[~content].mean()
+        d = effect(np.ones(len(values)))
+        print(f"| {name} | {means[0]:.3f} | {means[1]:.3f} | {d:.2f} | {low:.2f}–{high:.2f} |")
+    print(f"\n{len(rows)} captions, {content.sum()} content words, {(~content).sum()} function words")
+    for kind, key in (("photographs", "score"), ("plain pictures", "plain")):
+        scores = np.array([row[key] for row in rows if row[key] is not None])
+        told = [np.quantile(column, [0, 0.05, 0.5, 0.95, 1]).round(2).tolist() for column in scores.T]
+        print(f"{kind}: {(scores[:, 0] >= THRESHOLD).sum()} of {len(scores)} lean; at 0, 5, 50, 95 and 100%:")
+        print(f"  score {told[0]}, grey {told[1]}, dropped {told[2]}")
 
 
 def cohen(values: np.ndarray, first: np.ndarray, weights: np.ndarray) -> float:
@@ -243,7 +235,7 @@ def cohen(values: np.ndarray, first: np.ndarray, weights: np.ndarray) -> float:
     return float((a - b) / np.sqrt((n_a * var_a + n_b * var_b) / (n_a + n_b - 2)))
 
 
-def cost(assistant: Assistant, picture: Path) -> dict[str, Any]:
+def cost(assistant: Assistant, picture: Path) -> None:
     """Median seconds of an answer to a new picture, and of explaining it."""
     rows: dict[str, list[float]] = {"answer": [], **{name: [] for name in METHODS}}
     conversation = Conversation((user_message("Describe this picture in detail.", [picture]),))
@@ -263,7 +255,12 @@ def cost(assistant: Assistant, picture: Path) -> dict[str, Any]:
     print(f"an answer of {tokens} tokens: {medians['answer']:.3f} s")
     for name in METHODS:
         print(f"| `{name}` | {medians[name]:.3f} s | {medians[name] / medians['answer']:.2f} |")
-    return {"tokens": tokens, "seconds": medians}
+
+
+def kept(path: Path | None) -> dict[int, Row | None]:
+    if path is None or not path.exists():
+        return {}
+    return {n: row for n, row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
 
 def main() -> None:
@@ -273,37 +270,40 @@ def main() -> None:
     parser.add_argument("--stamps", type=Path)
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--first", type=int, default=0, help="where to begin, to measure in pieces")
     parser.add_argument("--seed", type=int, default=9)
     parser.add_argument("--regions", type=int, default=4)
-    parser.add_argument("--asked", action="store_true")
+    parser.add_argument("--asked", action="store_true", help="the model's own answers")
     parser.add_argument("--picture", type=Path, default=Path(__file__).parent.parent / "examples" / "dog.jpg")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     assistant = pumice.load(options.model)
+    if options.part == "cost":
+        cost(assistant, options.picture)
+        return
     photos = split(read_photos(options.photos))[1] if options.photos else []
     root = options.photos or Path()
     stamps = read_stamps(options.stamps) if options.stamps else []
-    numbers = range(options.first, options.first + options.count)
-    start = time.perf_counter()
-    if options.part in ("boxes", "occlusion"):
-        scenes = [composite(number, options.seed, photos, root, stamps) for number in numbers]
-    if options.part == "boxes" and options.asked:
-        answers = list(
-            assistant.ask_batch(((s.picture, s.question) for s in scenes), slots=16, max_new_tokens=16)
-        )
-        result = show_boxes(boxes(assistant, scenes, [str(a) for a in answers]), "own sentence")
-    elif options.part == "boxes":
-        result = show_boxes(boxes(assistant, scenes, [s.sentence for s in scenes]), "true sentence")
-    elif options.part == "occlusion":
-        result = occlusion(assistant, scenes, options.regions)
-    elif options.part == "captions":
-        result = captions(assistant, photos[numbers.start : numbers.stop], root)
-    else:
-        result = cost(assistant, options.picture)
-    print(f"{time.perf_counter() - start:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    done = kept(options.keep)
+    for number in range(options.count):
+        if number in done:
+            continue
+        if options.part == "captions":
+            row: Row | None = caption(assistant, root / photos[number].image, number)
+        else:
+            scene = composite(number, options.seed, photos, root, stamps)
+            if options.part == "occlusion":
+                row = occlusion(assistant, scene, options.regions)
+            else:
+                own = (
+                    assistant.ask(scene.picture, scene.question, max_new_tokens=16) if options.asked else None
+                )
+                row = boxes(assistant, scene, own or scene.sentence)
+        done[number] = row
+        if options.keep is not None:
+            with options.keep.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([number, row]) + "\n")
+    rows = [row for _, row in sorted(done.items()) if row is not None]
+    (show_captions if options.part == "captions" else show_boxes)(rows)
 
 
 if __name__ == "__main__":

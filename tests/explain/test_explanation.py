@@ -130,7 +130,6 @@ def test_the_score_is_the_smaller_loss() -> None:
 
 
 def test_hundreds_of_words(tiny: Assistant, models: ModuleType, tmp_path: Path) -> None:
-    # 240 tokens of the context's 256 would hold no prompt; words of one letter are one token each with the blank
     found = models.assistant(models.tiny(models.ARCHITECTURES["SigLIP + SmolLM2, pad"])).explain(
         models.picture(60, 40), "What?", " ".join("dogs"[n % 4] for n in range(300))
     )
@@ -248,7 +247,8 @@ def test_the_browser_paints_the_same_map(tiny: Assistant, models: ModuleType) ->
     weights = found.weights[1].tolist()
     script = f"""
     import {{ paint }} from {json.dumps(PAGE_JS.as_uri())};
-    const boxes = new Float32Array(Uint8Array.from(Buffer.from({json.dumps(data["boxes"])}, 'base64')).buffer);
+    const bytes = Uint8Array.from(Buffer.from({json.dumps(data["boxes"])}, 'base64'));
+    const boxes = new Float32Array(bytes.buffer);
     console.log(JSON.stringify([...paint({weights}, boxes, {json.dumps(data["grid"])})]));
     """
     done = subprocess.run(

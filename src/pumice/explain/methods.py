@@ -53,8 +53,8 @@ METHODS = {
     ),
     "best-layers": Method(
         "attention of the best layers",
-        "Attention from the word's position, the mean over the heads of the layers between 40% and 80% of the "
-        "depth.",
+        "Attention from the word's position, the mean over the heads of the layers between 40% and 80% of "
+        "the depth.",
         _mean,
         best_layers=True,
     ),
