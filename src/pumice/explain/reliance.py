@@ -32,8 +32,9 @@ PLAIN = ((1.0, 0.0), (0.8, 4.0), (1.2, 4.0))
 @dataclass(frozen=True)
 class Reliance:
     """Log-probabilities of each word (W,), in nats, given the words before it: as it was answered, and again
-    with every picture dropped and with every picture grey (the likeliest of `PLAIN`). share (W,): of attention that goes to the
-    pictures' tokens, mean over layers and heads.
+    with every picture dropped and with every picture grey (the likeliest of `PLAIN`).
+
+    share (W,): of attention that goes to the pictures' tokens, mean over layers and heads.
     """
 
     shown: np.ndarray
