@@ -51,10 +51,10 @@ def strip(found: Explanation) -> Image.Image:
         word = panel - 1
         if word >= 0:
             lean = float(np.clip(loss[word] / 3, 0, 1))  # 3 nats: twenty times less likely
-            ink = tuple(round(a + (b - a) * lean) for a, b in zip(INK, TINT, strict=True))
+            shade = tuple(round(a + (b - a) * lean) for a, b in zip(INK, TINT, strict=True))
             if lean > 0.02:
                 pen.rectangle((x, y + line - 4, x + max(2, round(wide * lean)), y + line - 3), fill=TINT)
-            pen.text((x, y), _cut(found.words[word].text, label, wide), fill=ink, font=label)
+            pen.text((x, y), _cut(found.words[word].text, label, wide), fill=shade, font=label)
         for picture, size in zip(found.pictures, sizes, strict=True):
             drawn = picture.image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
             if word >= 0:
