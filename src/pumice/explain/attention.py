@@ -112,9 +112,13 @@ class Passages:
         self.lengths, self.window, self.recorder = list(lengths), window, recorder
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = list(zip(*(x.split(self.lengths, 2) for x in (q, k, v)), strict=True))
-        mixed = [] if self.recorder is None else [self.recorder.attend(layer, *parts.pop(0), self.window)]
-        return torch.cat(mixed + [_causal(*part, self.window) for part in parts], 2)
+        mixed = []
+        for number, (a, b, c) in enumerate(zip(*(x.split(self.lengths, 2) for x in (q, k, v)), strict=True)):
+            if number == 0 and self.recorder is not None:
+                mixed.append(self.recorder.attend(layer, a, b, c, self.window))
+            else:
+                mixed.append(_causal(a, b, c, self.window))
+        return torch.cat(mixed, 2)
 
 
 def read(
@@ -167,10 +171,10 @@ def log_probabilities(model: Llava, hidden: Tensor, answer: Tensor) -> Tensor:
 def gradients(model: Llava, passage: Passage, recorder: Recorder, stream: dict[str, Tensor]) -> Tensor:
     """Gradient times attention, positive part, mean over heads (arXiv 2103.15679, equation 5): (n, L, N).
 
-    The gradient is that of each token's log-probability to the row of its own position. A position reaches
-    its own word through its own residual stream alone, if other positions' keys and values are held fixed;
-    so one pass backwards serves all words at once. Blocks are run again one by one, from the last to the
-    first, so that no more than one block's activations are kept.
+    The gradient is that of each token's log-probability to the row of its own position. That row acts on its
+    own word through its own position's residual stream alone; held apart from what positions tell each other
+    (their keys and values), one pass backwards serves all words at once, and exactly. Blocks are run again
+    one by one, from the last to the first, so that no more than one block's activations are kept.
     """
     config = model.config.decoder
     count, length = len(passage.answer), len(passage.input_ids)

@@ -2,8 +2,8 @@
 
 Knows: an Assistant, and how the other files of this folder join. Does not know: pages, PNG, commands.
 
-Normal answers pay nothing for this: the finished answer is read once more, together with its two shadows
-(pictures dropped, pictures grey), as one row.
+Normal answers pay nothing for this: the finished answer is read once more, together with its shadows
+(pictures grey, pictures dropped), as one row.
 
 Shapes: W words, N image tokens of all pictures, L layers, H heads, h x w cells of a map, R regions a side.
 """
@@ -25,9 +25,10 @@ from pumice.explain.attention import Passage, read, score
 from pumice.explain.maps import Places, grid_for, places
 from pumice.explain.methods import DEFAULT, METHODS, choose_layers, get_method
 from pumice.explain.reliance import (
+    PLAIN,
     Reliance,
-    grey_picture,
     occluded,
+    plain_picture,
     with_pictures,
     without_pictures,
 )
@@ -132,7 +133,8 @@ def explain(
 
     ids, first = _answer_ids(assistant, conversation, answer)
     text, words = split(ids[first:].tolist(), assistant.processor.tokenizer.decode)
-    greys = [grey_picture(image.size, config.image.pad_color) for image in images]
+    color = config.image.pad_color
+    greys = [[plain_picture(image.size, color, *kind) for image in images] for kind in PLAIN]
     passages = [
         _passage(assistant, conversation, ids, first),
         *_shadows(assistant, conversation, greys, answer),
@@ -147,8 +149,11 @@ def explain(
         for every in [choose_layers(other, config.decoder.depth, None)]
     }
     attention = np.tensordot(mean, looks.attention.numpy(), 1)
-    logs = [total @ found[min(number, len(found) - 1)].numpy() for number in range(3)]
-    reliance = Reliance(*logs, attention.sum(-1).mean((1, 2)))
+    logs = [total @ chances.numpy() for chances in found]
+    grey = max(logs[1 : 1 + len(PLAIN)], key=lambda log: float(log.sum()))
+    reliance = Reliance(
+        logs[0], logs[-1] if len(logs) > 1 + len(PLAIN) else grey, grey, attention.sum(-1).mean((1, 2))
+    )
     hidden: list[np.ndarray | None] = [None] * len(images)
     if occlusion:
         hidden = [
@@ -195,20 +200,16 @@ def _passage(assistant: Assistant, conversation: Conversation, ids: Tensor, firs
 
 
 def _shadows(
-    assistant: Assistant, conversation: Conversation, greys: Sequence[Image.Image], answer: str
+    assistant: Assistant, conversation: Conversation, greys: Sequence[Sequence[Image.Image]], answer: str
 ) -> list[Passage]:
-    """The answer with its pictures dropped, and with them grey.
+    """The answer with its pictures grey, in each of the ways given, and last with them dropped.
 
-    A template that shows pictures alone (stage 1's) has no prompt without them: then grey stands for both.
+    A template that shows pictures alone (stage 1's) has no prompt without them, and so no last one.
     """
-    alone = without_pictures(conversation)
-    grey = with_pictures(conversation, greys)
-    ids, first = _answer_ids(assistant, grey, answer)
-    made = [_passage(assistant, grey, ids, first)]
+    others = [with_pictures(conversation, pictures) for pictures in greys]
     if assistant.processor.template.name != "plain":
-        ids, first = _answer_ids(assistant, alone, answer)
-        made.insert(0, _passage(assistant, alone, ids, first))
-    return made
+        others.append(without_pictures(conversation))
+    return [_passage(assistant, other, *_answer_ids(assistant, other, answer)) for other in others]
 
 
 def _occlude(

@@ -24,7 +24,7 @@ from pumice.images import LONGEST_CROPPED, LONGEST_PADDED
 
 @dataclass(frozen=True)
 class Axis:
-    """Pixels of the tower's square to pixels of the original along one side: original = at * scale + start."""
+    """Pixels of the tower's square to pixels of the original, along one side: at * scale + start."""
 
     scale: float
     start: float
@@ -150,7 +150,7 @@ def _tiles(config: ModelConfig, size: Size, layout: Layout) -> tuple[np.ndarray,
     ):  # fmt: skip
         side, _ = _tokens(config)
         # `kept` tokens share the columns (rows) that were left of the tiles' side * tiles.
-        edges = cut + np.arange(kept + 1) * ((side * tiles - 2 * cut) / kept)
+        edges = cut + np.arange(kept + 1) * ((side * tiles - 2 * cut) / max(kept, 1))
         begin, end = _pixels(edges[:-1], config, last=False), _pixels(edges[1:], config, last=True)
         axis = Axis(n / shown, -((whole - shown) // 2) * n / shown)
         spans.append(np.stack((axis(begin), axis(end))))

@@ -53,7 +53,8 @@ METHODS = {
     ),
     "best-layers": Method(
         "attention of the best layers",
-        "The same mean over the layers between 40% and 80% of the depth, which point best.",
+        "Attention from the word's position, the mean over the heads of the layers between 40% and 80% of "
+        "the depth.",
         _mean,
         best_layers=True,
     ),
@@ -74,7 +75,8 @@ METHODS = {
     ),
     "gradient-best-layers": Method(
         "gradient-weighted attention of the best layers",
-        "The same over the layers between 40% and 80% of the depth.",
+        "Attention times the gradient of the word's log-probability to it, where that is positive: what made "
+        "the word likelier, the mean over the heads of the layers between 40% and 80% of the depth.",
         _gradient,
         best_layers=True,
         gradient=True,

@@ -166,7 +166,8 @@ def _picture(found: Explanation, number: int, with_pixels: bool) -> dict[str, An
 
 def _thin(found: Explanation) -> list[str]:
     return [
-        f"A picture of {image.width} × {image.height} pixels is so thin that the model sees little of it; it is stretched here."
+        f"A picture of {image.width} × {image.height} pixels is so thin that the model sees little of it; "
+        "it is stretched here."
         for image in (picture.image for picture in found.pictures)
         if max(image.size) > 12 * min(image.size)
     ]

@@ -34,7 +34,7 @@ def strip(found: Explanation) -> Image.Image:
     across = min(across, panels)
     text = _font(17)
     width = max(across * (wide + GAP) - GAP, 600)
-    head = _wrap(f"{found.question} — {found.answer or '(an empty answer)'}", text, width)
+    head = [*_wrap(found.question, text, width), *_wrap(found.answer or "(an empty answer)", text, width)]
     told = _wrap(found.reliance.verdict(), _font(14), width)
     top = MARGIN + (len(head) + len(told)) * 24 + 8
     rows = math.ceil(panels / across)
@@ -51,10 +51,10 @@ def strip(found: Explanation) -> Image.Image:
         word = panel - 1
         if word >= 0:
             lean = float(np.clip(loss[word] / 3, 0, 1))  # 3 nats: twenty times less likely
-            ink = tuple(round(a + (b - a) * lean) for a, b in zip(INK, TINT, strict=True))
+            shade = tuple(round(a + (b - a) * lean) for a, b in zip(INK, TINT, strict=True))
             if lean > 0.02:
                 pen.rectangle((x, y + line - 4, x + max(2, round(wide * lean)), y + line - 3), fill=TINT)
-            pen.text((x, y), _cut(found.words[word].text, label, wide), fill=ink, font=label)
+            pen.text((x, y), _cut(found.words[word].text, label, wide), fill=shade, font=label)
         for picture, size in zip(found.pictures, sizes, strict=True):
             drawn = picture.image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
             if word >= 0:
@@ -125,6 +125,6 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
+    while text and font.getlength(text + "...") > width:
         text = text[:-1]
-    return text + "…"
+    return text + "..."
