@@ -112,7 +112,7 @@ def test_a_batch_answers_as_one_by_one(exact: Assistant, pictures: list[Path], t
         (pictures[0], "Why?"),
     ]
     for slots in (1, 2, 8):
-        answers = list(exact.ask_batch(rows, slots=slots, **SHORT))
+        answers = list(exact.ask_each(rows, slots=slots, **SHORT))
         for (images, question), answer in zip(rows, answers, strict=True):
             if isinstance(answer, InputError):
                 with pytest.raises(InputError) as found:
@@ -125,9 +125,9 @@ def test_a_batch_answers_as_one_by_one(exact: Assistant, pictures: list[Path], t
 
 def test_wrong_python_values(exact: Assistant) -> None:
     with pytest.raises(InputError, match="slots is 0"):
-        list(exact.ask_batch([(None, "What?")], slots=0))
+        list(exact.ask_each([(None, "What?")], slots=0))
     bare: Any = ["a.jpg"]
-    assert "row 1 is 'a.jpg'; give (pictures, question)" in str(next(exact.ask_batch(bare)))
+    assert "row 1 is 'a.jpg'; give (pictures, question)" in str(next(exact.ask_each(bare)))
     wrong: Any
     for wrong in ("hello", [5], {"role": "user", "content": "hello"}):
         with pytest.raises(InputError, match="messages must be a list"):
@@ -150,7 +150,7 @@ def test_a_picture_is_encoded_once(
 
     monkeypatch.setattr(type(exact.model), "encode", counted)
     fresh.ask(pictures[0], "What?", **SHORT)
-    list(fresh.ask_batch([(pictures[0].read_bytes(), "Why?"), (pictures[:2], "Who?")], **SHORT))
+    list(fresh.ask_each([(pictures[0].read_bytes(), "Why?"), (pictures[:2], "Who?")], **SHORT))
     assert len(shapes) == 2
     for color in range(REMEMBERED):
         fresh.logits(Image.new("RGB", (8, 8), (color, 0, 0)), "What?")
@@ -254,15 +254,15 @@ def test_pictures_in_tiles_answer_alike_in_every_way(tiled: Assistant, pictures:
         (given[0], "What?"), (given[1], "What?"), (None, "What?"), (given, "All?"), (given[2], "Why?"),
     ]  # fmt: skip
     one_by_one = [tiled.ask(images, question, **SHORT) for images, question in rows]
-    assert list(tiled.ask_batch(rows, slots=3, **SHORT)) == one_by_one
+    assert list(tiled.ask_each(rows, slots=3, **SHORT)) == one_by_one
     lengths = [len(tiled.logits(image, "What?")) for image in given]
     layouts = [tiled.processor.layout(ImagePart(image)) for image in given]
     bare = len(tiled.logits(None, "What?")) + 1  # the newline behind the picture
     assert lengths == [bare + layout.tokens for layout in layouts]
     assert len(set(lengths)) == 3
     together = tiled.prompt(Conversation((user_message("All?", given),)))
-    assert together.image_tokens is not None
-    assert len(together.image_tokens) == sum(layout.tokens for layout in layouts)
+    assert together.pictures
+    assert len(together.look()) == sum(layout.tokens for layout in layouts)
 
 
 def test_what_is_remembered_is_counted_in_tokens(tiled: Assistant) -> None:

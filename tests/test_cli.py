@@ -227,7 +227,7 @@ def test_a_batch_that_fails_leaves_the_old_answers(
         yield "one answer"
         raise failure
 
-    monkeypatch.setattr(Assistant, "ask_batch", fail)
+    monkeypatch.setattr(Assistant, "ask_each", fail)
     write_rows(folder / "in.jsonl", [{"id": 1, "question": "What?"}] * 3)
     (folder / "out.jsonl").write_text("old\n")
     result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl")

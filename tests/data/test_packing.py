@@ -15,8 +15,8 @@ from pumice.config import IMAGE_TOKEN, DecoderConfig, ModelConfig, VisionConfig
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.data.packing import Pack, Tree, pack, prefix_tree
 from pumice.geometry import Layout
-from pumice.model.layers import Packed
 from pumice.model.llava import Llava
+from pumice.model.packed import Packed, Run
 from pumice.processor import Processor, Sample
 from pumice.tokens import IGNORE, Tokenizer
 from pumice.train.loss import supervised_loss
@@ -71,7 +71,7 @@ def packed_loss(model: Llava, packed: Pack, leaves: dict[str, Tensor]) -> Tensor
         here(packed.input_ids)[None],
         image_tokens(packed.images, leaves),
         positions=here(packed.positions)[None],
-        attend=Packed([here(t.visible) for t in packed.trees]),
+        attend=Packed(packed.runs),
     )
     head = model.decoder.head_weight
     return supervised_loss(hidden[0], head, here(packed.sources), here(packed.targets), here(packed.weights))
@@ -161,9 +161,37 @@ def test_a_tree_by_hand() -> None:
         [1, 1, 0, 1, 0],
         [1, 0, 0, 0, 1],
     ]
+    assert tree.runs == [Run(3), Run(1, ((0, 2),)), Run(1, ((0, 1),))]
     assert tree.sources.tolist() == [0, 1, 1, 0]
     assert tree.targets.tolist() == [1, 2, 3, 23]
     assert tree.weights.tolist() == [2, 1, 1, 1]
+
+
+def test_branches_of_branches_count_what_stands_before_them() -> None:
+    tree = prefix_tree([sample("aBCD"), sample("aXYZ"), sample("aXYQR"), sample("T")])
+    assert tree.runs == [Run(4), Run(3, ((0, 1),)), Run(2, ((0, 1), (1, 2))), Run(1)]
+    pair = Pack((prefix_tree([sample("aB")]), tree))
+    assert pair.runs[3] == Run(2, ((1, 1), (2, 2)))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=6))
+def test_runs_see_what_the_tree_says(texts: list[str]) -> None:
+    tree = prefix_tree([sample(text) for text in texts])
+    starts = np.cumsum([0, *(run.length for run in tree.runs)])
+    seen = np.zeros((len(tree), len(tree)), bool)
+    for start, run in zip(starts, tree.runs, strict=False):
+        for token in range(run.length):
+            for owner, count in run.before:
+                seen[start + token, starts[owner] : starts[owner] + count] = True
+            seen[start + token, start : start + token + 1] = True
+    assert (seen == tree.visible).all()
+
+
+def test_plain_samples_cost_no_mask() -> None:
+    long = prefix_tree([sample("a" * 3000 + "B")])
+    packed = Packed(Pack((long, long)).runs)
+    assert packed.lengths == [3001, 3001] and packed.masks == [None, None]
 
 
 def test_the_second_picture_after_different_text_is_looked_at_again() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from pumice.conversation import ImagePart
 from pumice.errors import InputError, WorkError
@@ -26,7 +25,8 @@ def point(step: int) -> Checkpoint:
     return Checkpoint(
         step=step,
         weights={"a": torch.full((2,), float(step))},
-        optimizer={"state": {0: {"step": torch.tensor(float(step))}}, "param_groups": [{"lr": 0.1}]},
+        moments={"exp_avg.a": torch.full((2,), step / 2)},
+        plain={"step.a": float(step)},
         rng={"cpu": torch.get_rng_state()},
         recipe={"seed": 1},
         progress={"tokens": 10 * step},
@@ -41,14 +41,15 @@ def test_a_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     assert found is not None
     assert (found.step, found.progress) == (15, {"tokens": 150})
     assert found.weights["a"].tolist() == [15.0, 15.0]
-    assert found.optimizer["state"][0]["step"].item() == 15
+    assert found.plain == {"step.a": 15.0}
+    assert found.moments["exp_avg.a"].tolist() == [7.5, 7.5]
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, point(5), keep_last=2)
     partial = tmp_path / ".step-000010.partial"
     partial.mkdir()
-    (partial / "weights.safetensors").write_bytes(b"torn")
+    (partial / "state.json").write_bytes(b"torn")
     found = checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
     assert found is not None and found.step == 5
     checkpoints.save(tmp_path, point(10), keep_last=2)
@@ -79,8 +80,10 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-def rename_tensor(path: Path) -> None:
-    save_file({"b": torch.zeros(2)}, path)
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +94,12 @@ def rename_tensor(path: Path) -> None:
             Path.unlink,
             r"step-000010 lacks state\.json; remove this folder to go on from step 5",
         ),
-        ("state.pt", Path.unlink, r"lacks state\.pt"),
-        ("state.json", cut, r"step-000010 is damaged \(.*from step 5"),
-        ("state.pt", cut, r"is damaged"),
-        ("weights.safetensors", cut, r"is damaged"),
-        ("weights.safetensors", rename_tensor, r"does not fit the model: [ab] differs; remove this folder"),
+        ("tensors/all.safetensors", Path.unlink, r"lacks all\.safetensors"),
+        ("rng-00000.safetensors", Path.unlink, r"lacks rng-00000\.safetensors"),
+        ("manifest.json", Path.unlink, r"lacks manifest\.json"),
+        ("state.json", cut, r"step-000010 is damaged \(state\.json has \d+ bytes, .*from step 5"),
+        ("tensors/all.safetensors", cut, r"is damaged"),
+        ("tensors/all.safetensors", flip_a_bit, r"is damaged \(.*is not what was written, by its digest"),
     ],
 )
 def test_a_damaged_checkpoint_is_told_with_the_remedy(
@@ -106,6 +110,13 @@ def test_a_damaged_checkpoint_is_told_with_the_remedy(
     spoil(tmp_path / "step-000010" / file)
     with pytest.raises(InputError, match=message):
         checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, point(5), keep_last=2)
+    for learned in ({"b": torch.zeros(2)}, {"a": torch.zeros(3)}):
+        with pytest.raises(InputError, match=r"does not fit the model: [ab] differs; remove this folder"):
+            checkpoints.latest(tmp_path, {"seed": 1}, learned, CPU)
 
 
 def test_what_differs_in_a_recipe_is_named_alone(tmp_path: Path) -> None:
@@ -122,7 +133,23 @@ def test_others_may_read_what_is_written(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, point(5), keep_last=1)
     (tmp_path / "new").touch()
     usual = (tmp_path / "new").stat().st_mode
-    assert {path.stat().st_mode for path in (tmp_path / "step-000005").iterdir()} == {usual}
+    written = [path for path in (tmp_path / "step-000005").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in written} == {usual}
+
+
+def get(
+    cache: FeatureCache,
+    images: Sequence[ImagePart],
+    mirror: bool,
+    compute: Callable[[ImagePart], torch.Tensor],
+) -> torch.Tensor:
+    """As the training loop uses it."""
+    found = []
+    for image in images:
+        key = cache.key(image, mirror)
+        kept = cache.read(key)
+        found.append(cache.put(key, compute(image)) if kept is None else kept)
+    return torch.cat(found)
 
 
 def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> None:
@@ -136,8 +163,8 @@ def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> No
 
     folder = tmp_path / "cache"
     cache = FeatureCache(folder, "tower", 3, 2)
-    assert cache.get([image, image], False, compute).tolist() == [[[1.0, 1.0]] * 3] * 2
-    assert cache.get([image], True, compute)[0, 0, 0] == 2  # mirrored is another picture
+    assert get(cache, [image, image], False, compute).tolist() == [[[1.0, 1.0]] * 3] * 2
+    assert get(cache, [image], True, compute)[0, 0, 0] == 2  # mirrored is another picture
     with pytest.raises(InputError, match=r"another run is using the cache"):
         FeatureCache(folder, "tower", 3, 2)
     cache.close()
@@ -146,16 +173,16 @@ def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> No
     with (folder / "features.bin").open("ab") as file:
         file.write(b"torn")
     again = FeatureCache(folder, "tower", 3, 2)
-    assert again.get([image], False, compute)[0, 0, 0] == 1
+    assert get(again, [image], False, compute)[0, 0, 0] == 1
     Image.new("RGB", (4, 4), (1, 1, 1)).save(tmp_path / "b.png")
-    assert again.get([ImagePart(tmp_path / "b.png")], False, compute)[0, 0, 0] == 3
+    assert get(again, [ImagePart(tmp_path / "b.png")], False, compute)[0, 0, 0] == 3
     assert len(calls) == 3
     again.close()
     with pytest.raises(InputError, match="another tower or image policy"):
         FeatureCache(folder, "other", 3, 2)
     (folder / "features.bin").write_bytes(b"")  # keys without their records
-    assert FeatureCache(folder, "tower", 3, 2).get([image], False, compute)[0, 0, 0] == 4
-    assert FeatureCache(folder, "tower", 3, 2).get([image], True, compute)[0, 0, 0] == 5
+    assert get(FeatureCache(folder, "tower", 3, 2), [image], False, compute)[0, 0, 0] == 4
+    assert get(FeatureCache(folder, "tower", 3, 2), [image], True, compute)[0, 0, 0] == 5
 
 
 def test_pictures_of_several_squares_are_cached_whole(tmp_path: Path) -> None:
@@ -167,7 +194,7 @@ def test_pictures_of_several_squares_are_cached_whole(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     cache = FeatureCache(folder, "tower", 5, 2)
     expected = torch.cat(list(features.values()))
-    assert torch.equal(cache.get(parts, False, features.__getitem__), expected)
+    assert torch.equal(get(cache, parts, False, features.__getitem__), expected)
     cache.close()
     records = (folder / "features.bin").read_bytes()
     assert len(records) == 6 * 5 * 2 * 2
@@ -179,7 +206,7 @@ def test_pictures_of_several_squares_are_cached_whole(tmp_path: Path) -> None:
         computed.append(part)
         return features[part]
 
-    assert torch.equal(again.get(parts, False, compute), expected)
+    assert torch.equal(get(again, parts, False, compute), expected)
     assert computed == parts[2:]
 
 

@@ -69,6 +69,10 @@ class Mixture:
         listed = list(groups.values())
         return [listed[i] for i in np.random.default_rng([self.seed, epoch, 1]).permutation(len(listed))]
 
+    def has_picture(self, source: int, index: int) -> bool:
+        """Whether a row names a picture."""
+        return bool(self._pictures[source][index] >= 0)
+
     @cached_property
     def _pictures(self) -> list[np.ndarray]:
         # Numbers instead of names: 665,000 rows' worth of tuples would be kept for the whole run.

@@ -2,7 +2,8 @@
 
 Samples about the same pictures share their common beginning: a prefix tree computes the picture and
 the question once for five captions. Every token sees exactly the tokens that it would see alone, at
-the same positions, so that losses equal those of the samples run one by one.
+the same positions, so that losses equal those of the samples run one by one. What a token sees is told in
+runs (`pumice.model.packed`), never as a matrix: a plain sample of n tokens costs n numbers, not n * n.
 
 Shapes: T tokens of a pack, S supervised predictions, n tokens of one tree.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import ImagePart
 from pumice.geometry import Layout
+from pumice.model.packed import Run
 from pumice.processor import Sample
 from pumice.tokens import IGNORE
 
@@ -27,7 +30,7 @@ class Tree:
 
     input_ids: np.ndarray  # (n,)
     positions: np.ndarray  # (n,), depth in the tree
-    visible: np.ndarray  # (n, n) bool: row i sees its ancestors and itself
+    parents: np.ndarray  # (n,), -1 where a sample begins
     sources: np.ndarray  # (s,), node from whose hidden state a supervised token is predicted
     targets: np.ndarray  # (s,), that token
     weights: np.ndarray  # (s,) float32, how many samples share the prediction
@@ -36,6 +39,32 @@ class Tree:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The tree as stretches of nodes that follow each other; `before` counts runs from 0 in this tree."""
+        starts = np.flatnonzero(self.parents != np.arange(-1, len(self) - 1))
+        starts = np.concatenate([[0], starts[starts > 0]])
+        ends = [*starts[1:].tolist(), len(self)]
+        runs: list[Run] = []
+        for start, end in zip(starts.tolist(), ends, strict=True):
+            parent = int(self.parents[start])
+            if parent < 0:
+                runs.append(Run(end - start))
+                continue
+            owner = int(np.searchsorted(starts, parent, "right")) - 1
+            before = (*runs[owner].before, (owner, parent - int(starts[owner]) + 1))
+            runs.append(Run(end - start, before))
+        return runs
+
+    @property
+    def visible(self) -> np.ndarray:
+        """What each node sees, (n, n) bool: its ancestors and itself. For tests and pictures only."""
+        seen = np.eye(len(self), dtype=bool)
+        for node, parent in enumerate(self.parents.tolist()):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
 
 
 def prefix_tree(samples: Sequence[Sample]) -> Tree:
@@ -67,17 +96,15 @@ def prefix_tree(samples: Sequence[Sample]) -> Tree:
             if label != IGNORE and parents[node] >= 0:
                 predictions[node] = predictions.get(node, 0) + 1
     size = len(ids)
-    visible = np.eye(size, dtype=bool)
     positions = np.zeros(size, np.int64)
     for node, parent in enumerate(parents):
         if parent >= 0:
-            visible[node] |= visible[parent]
             positions[node] = positions[parent] + 1
     learned = np.array(sorted(predictions), np.int64)
     return Tree(
         input_ids=np.array(ids, np.int64),
         positions=positions,
-        visible=visible,
+        parents=np.array(parents, np.int64),
         sources=np.array(parents, np.int64)[learned],
         targets=np.array(ids, np.int64)[learned],
         weights=np.array([predictions[n] for n in learned.tolist()], np.float32),
@@ -118,6 +145,15 @@ class Pack:
     def sources(self) -> np.ndarray:
         starts = np.cumsum([0, *(len(t) for t in self.trees[:-1])])
         return np.concatenate([t.sources + s for t, s in zip(self.trees, starts, strict=True)])
+
+    @property
+    def runs(self) -> list[Run]:
+        """The trees' runs, counted from the pack's first."""
+        runs: list[Run] = []
+        for tree in self.trees:
+            first = len(runs)
+            runs += [Run(n, tuple((first + owner, c) for owner, c in before)) for n, before in tree.runs]
+        return runs
 
     @property
     def targets(self) -> np.ndarray:

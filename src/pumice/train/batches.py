@@ -7,10 +7,11 @@ so a resumed run continues in the same place by asking for the next step.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from pumice.errors import InputError
 from pumice.processor import Processor, Sample
 from pumice.train.recipe import Recipe, Source
 
+Groups = list[list[tuple[int, int]]]  # rows, as (source, index), that share their pictures
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -32,10 +36,15 @@ class Batch:
     supervised: float  # supervised tokens of all packs: what the loss is divided by
     tokens: int  # tokens computed
 
+    @classmethod
+    def of(cls, packs: list[tuple[Pack, list[bool]]]) -> Batch:
+        supervised = float(sum(p.weights.sum() for p, _ in packs))
+        return cls(packs, supervised, sum(len(p) for p, _ in packs))
+
 
 @dataclass
 class Skipped:
-    """Spoiled rows met so far; InputError once they are more than the recipe allows."""
+    """Spoiled rows and pictures met so far; InputError once they are more than the recipe allows."""
 
     allowed: int
     reasons: dict[str, str] = field(default_factory=dict)
@@ -49,13 +58,14 @@ class Skipped:
 
 
 class Batches:
-    def __init__(self, recipe: Recipe, processor: Processor) -> None:
-        self.recipe, self.processor = recipe, processor
+    def __init__(self, recipe: Recipe, processor: Processor, processes: int = 1) -> None:
+        """processes: that share each step's packs."""
+        self.recipe, self.processor, self.processes = recipe, processor, processes
         self.finder = ImageFinder(recipe.pictures or ["."])
         self.skipped = Skipped(recipe.max_bad_rows)
         self.mixture = _mixture(recipe.data, recipe.seed)
         self.mirror = [source.mirror for source in recipe.data]
-        self._epoch: tuple[int, list[list[tuple[int, int]]]] = (-1, [])
+        self._epoch: tuple[int, Groups] = (-1, [])
         self.starts = [0]  # the step at which each epoch begins, and the last one's end
         for epoch in range(math.ceil(recipe.epochs)):
             share = min(1.0, recipe.epochs - epoch)
@@ -75,8 +85,8 @@ class Batches:
             for tree in self._trees(self.mixture, group):
                 trees.append(tree)
                 mirrored[id(tree)] = allowed and chance < self.recipe.mirror_chance
-        packs = [(p, [mirrored[id(t)] for t in p.trees]) for p in pack(trees, self.recipe.pack_tokens)]
-        return _batch(packs)
+        packs = [(p, [mirrored[id(t)] for t in p.trees]) for p in pack(trees, self._budget(trees))]
+        return Batch.of(packs)
 
     def check(self) -> None:
         """Look at every row before the first step; InputError beyond the budget of spoiled ones."""
@@ -88,6 +98,22 @@ class Batches:
                 f"the first: {spoiled[0].source}, row {spoiled[0].row}: {spoiled[0].reason}"
             )
 
+    def try_rows(self, count: int) -> None:
+        """Prepare up to `count` rows spread over the first epoch; InputError when none teaches anything."""
+        order = self.mixture.order(0)
+        picked = order[np.linspace(0, len(order) - 1, min(count, len(order)), dtype=int)].tolist()
+        reason = ""
+        for source, index in picked:
+            try:
+                row = self.mixture.rows[source][index]
+                self.processor.training_sample(row.conversation(self.finder))
+                return
+            except InputError as error:
+                reason = str(error)
+        raise InputError(
+            f"none of {len(picked)} rows tried can be learned from; the last: {reason}; see pumice data check"
+        )
+
     @cached_property
     def held_out(self) -> Batch:
         """Held-out pictures, the same each time, as one batch."""
@@ -96,7 +122,7 @@ class Batches:
         trees = [tree for group in groups for tree in self._trees(mixture, group)]
         if not trees:
             raise InputError("held_out: none of its rows can be used; mend them or leave it out")
-        return _batch([(p, [False] * len(p.trees)) for p in pack(trees, self.recipe.pack_tokens)])
+        return Batch.of([(p, [False] * len(p.trees)) for p in pack(trees, self.recipe.pack_tokens)])
 
     def questions(self, count: int) -> list[tuple[Sample, str, str]]:
         """Held-out questions from each source in turn: (prompt, the question's text, the answer's text)."""
@@ -113,10 +139,38 @@ class Batches:
             asked.append((prompt, question, messages[turn].text))
         return asked
 
-    def _groups(self, epoch: int) -> list[list[tuple[int, int]]]:
+    def _groups(self, epoch: int) -> Groups:
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, self.mixture.groups(epoch))
+            grouped = self.recipe.order == "length_grouped"
+            order = self._by_kind(epoch) if grouped else self.mixture.groups(epoch)
+            self._epoch = (epoch, order)
         return self._epoch[1]
+
+    def _by_kind(self, epoch: int) -> Groups:
+        """Every row alone, in steps that show pictures in all their rows or in none.
+
+        As haotian-liu/LLaVA's LengthGroupedSampler with `group_by_modality_length`: rows are shuffled
+        within each kind and cut into steps, the steps are shuffled, and what is left of both kinds makes
+        the last ones. Its sorting by length within a step decides only which process gets which row;
+        packing does that here.
+        """
+        order = self.mixture.order(epoch)
+        seen = np.array([self.mixture.has_picture(source, index) for source, index in order.tolist()])
+        size = self.recipe.batch
+        steps, rest = [], []
+        for rows in (order[seen].tolist(), order[~seen].tolist()):
+            whole = len(rows) // size * size
+            steps += [rows[i : i + size] for i in range(0, whole, size)]
+            rest += rows[whole:]
+        picked = np.random.default_rng([self.recipe.seed, epoch, 2]).permutation(len(steps))
+        return [[tuple(row)] for i in picked for row in steps[i]] + [[tuple(row)] for row in rest]
+
+    def _budget(self, trees: Sequence[Tree]) -> int:
+        """Tokens of a pack: fewer where full packs would leave a process without one."""
+        if self.processes == 1 or not trees:
+            return self.recipe.pack_tokens
+        even = math.ceil(sum(map(len, trees)) / self.processes)
+        return min(self.recipe.pack_tokens, max(even, *map(len, trees)))
 
     def _trees(self, mixture: Mixture, group: Sequence[tuple[int, int]]) -> list[Tree]:
         """The rows of one picture: one tree, or several where one would not fit a pack."""
@@ -135,16 +189,21 @@ def _mixture(sources: Sequence[Source], seed: int) -> Mixture:
     return Mixture([(Rows(s.rows), s.weight) for s in sources], seed)
 
 
-def _batch(packs: list[tuple[Pack, list[bool]]]) -> Batch:
-    return Batch(packs, float(sum(p.weights.sum() for p, _ in packs)), sum(len(p) for p, _ in packs))
+def prefetch(prepare: Callable[[int], T], first: int, end: int, workers: int) -> Generator[T, None, None]:
+    """prepare(step) for first <= step < end, in order; `workers` threads prepare what comes next.
 
-
-def prefetch(batches: Batches, first: int) -> Generator[Batch, None, None]:
-    """Batches from step `first` on; the next one is prepared in a thread while one is computed."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(batches.__getitem__, first)
-        for step in range(first, batches.steps):
-            batch = waiting.result()
-            if step + 1 < batches.steps:
-                waiting = pool.submit(batches.__getitem__, step + 1)
-            yield batch
+    An error of a step is raised when its turn comes.
+    """
+    with ThreadPoolExecutor(workers, "rows") as pool:
+        waiting: list[Future[T]] = []
+        upcoming = iter(range(first, end))
+        for _, step in zip(range(workers), upcoming, strict=False):
+            waiting.append(pool.submit(prepare, step))
+        try:
+            while waiting:
+                ready = waiting.pop(0).result()
+                waiting += [pool.submit(prepare, step) for _, step in zip(range(1), upcoming, strict=False)]
+                yield ready
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pumice.config import ModelConfig
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.files import hold
@@ -25,12 +27,19 @@ from pumice.images import image_key
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
+TOGETHER = 8  # squares that a frozen tower looks at in one call
+
+
+class Looked(NamedTuple):
+    """One picture, fetched: its pixels (P, 3, S, S), or its features (P, F, C) where they were kept."""
+
+    key: str | None
+    pixels: Tensor | None
+    features: Tensor | None
+
 
 class TowerFeatures:
-    """Called with the pictures of one sample, gives the tower's features of them.
-
-    A picture is looked at alone, so that its features never depend on what else is in a batch.
-    """
+    """`fetch` reads pictures, in any thread; `look` gives the tower's features of them."""
 
     def __init__(self, model: Llava, processor: Processor, folder: Path | None, learns: bool) -> None:
         """folder: of a cache, or None. Raises InputError when it is another tower's, or the tower learns."""
@@ -42,30 +51,67 @@ class TowerFeatures:
                     "feature_cache: the tower learns in this stage and its features change; leave it out"
                 )
             vision = model.config.vision
-            self.cache = FeatureCache(folder, fingerprint(model), vision.features, vision.width)
+            self.cache = FeatureCache(
+                folder, fingerprint(model, processor.config), vision.features, vision.width
+            )
 
     def close(self) -> None:
         """Let another run use the cache."""
         if self.cache is not None:
             self.cache.close()
 
+    def fetch(self, images: Sequence[ImagePart], mirror: bool, pin: bool = False) -> list[Looked]:
+        """What is needed of pictures before the model sees them; safe in any thread, and no torch graph.
+
+        mirror: left to right. pin: where a GPU can fetch it while it computes. InputError on a picture that
+        cannot be read.
+        """
+        found = []
+        for image in images:
+            key, features, pixels = None, None, None
+            if self.cache is not None:
+                key = self.cache.key(image, mirror)
+                features = self.cache.read(key)
+            if features is None:
+                pixels = torch.from_numpy(self.processor.pixels((image,), mirror=mirror))
+                pixels = pixels.pin_memory() if pin else pixels
+            found.append(Looked(key, pixels, features))
+        return found
+
     def __call__(self, images: Sequence[ImagePart], mirror: bool) -> Tensor:
-        """Features (P, F, C) on the model's device, of the pictures mirrored left to right if asked."""
+        """Features (P, F, C) of pictures, fetched here and now."""
+        return self.look(self.fetch(images, mirror))
+
+    def look(self, pictures: Sequence[Looked]) -> Tensor:
+        """Features (P, F, C) on the model's device.
+
+        Where there is a cache each picture is looked at alone, so that what is kept of it never depends on
+        its company; otherwise a few together, in the order given.
+        """
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
             if self.cache is None:
-                return torch.cat([self._look(image, mirror) for image in images])
-            found = self.cache.get(images, mirror, lambda image: self._look(image, mirror))
-            return found.to(self.model.device)
+                pixels = [picture.pixels for picture in pictures if picture.pixels is not None]
+                if self.learns:  # one call, as FSDP gathers the tower once a call
+                    return self._tower(torch.cat(pixels))
+                return torch.cat([self._tower(some) for some in torch.cat(pixels).split(TOGETHER)])
+            return torch.cat([self._cached(picture) for picture in pictures]).to(self.model.device)
 
-    def _look(self, image: ImagePart, mirror: bool) -> Tensor:
-        pixels = self.processor.pixels((image,), mirror=mirror)
+    def _cached(self, picture: Looked) -> Tensor:
+        assert self.cache is not None and picture.key is not None
+        found = picture.features if picture.features is not None else self.cache.read(picture.key)
+        if found is None:
+            assert picture.pixels is not None
+            found = self.cache.put(picture.key, self._tower(picture.pixels))
+        return found
+
+    def _tower(self, pixels: Tensor) -> Tensor:
         with torch.autocast(self.model.device.type, enabled=False):
-            return self.model.features(torch.from_numpy(pixels))
+            return self.model.features(pixels)
 
 
-def fingerprint(model: Llava) -> str:
-    """Of everything that a picture's features depend on: tower weights, sizes, image policy."""
-    digest = hashlib.blake2b(repr((model.config.vision, model.config.image)).encode(), digest_size=16)
+def fingerprint(model: Llava, config: ModelConfig) -> str:
+    """Of everything that a picture's features depend on: tower weights, sizes, the stage's image policy."""
+    digest = hashlib.blake2b(repr((config.vision, config.image)).encode(), digest_size=16)
     for name, tensor in sorted(model.tower.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
     return digest.hexdigest()
@@ -107,29 +153,33 @@ class FeatureCache:
     def close(self) -> None:
         self._lock.release()
 
-    def get(
-        self, images: Sequence[ImagePart], mirror: bool, compute: Callable[[ImagePart], Tensor]
-    ) -> Tensor:
-        """Features (P, F, C) bfloat16; `compute` gives those of the squares of a picture not seen before."""
-        return torch.cat([self._one(image, mirror, compute) for image in images])
+    def key(self, image: ImagePart, mirror: bool) -> str:
+        return image_key(image.source) + ("-mirror" if mirror else "")
 
-    def _one(self, image: ImagePart, mirror: bool, compute: Callable[[ImagePart], Tensor]) -> Tensor:
-        key = image_key(image.source) + ("-mirror" if mirror else "")
+    def read(self, key: str) -> Tensor | None:
+        """Features (P, F, C) bfloat16 of a picture seen before."""
+        place = self._places.get(key)
+        if place is None:
+            return None
         count = self.shape[0] * self.shape[1]
-        if key not in self._places:
-            bits = compute(image).to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
-            place = range(self._end, self._end + len(bits))
-            with self._data_path.open("r+b") as file:
-                file.seek(place.start * count * 2)
-                file.write(bits.tobytes())
-            with self._keys_path.open("a") as keys:
-                keys.write(_line(key, place))
-            self._places[key], self._end = place, place.stop
-        place = self._places[key]
         with self._data_path.open("rb") as file:
             file.seek(place.start * count * 2)
             records = np.fromfile(file, np.int16, len(place) * count)
         return torch.from_numpy(records).view(torch.bfloat16).view(len(place), *self.shape)
+
+    def put(self, key: str, features: Tensor) -> Tensor:
+        """Keep a picture's features (P, F, C); returns them as they will be read. One thread writes."""
+        kept = features.detach().to("cpu", torch.bfloat16).contiguous()
+        bits = kept.view(torch.int16).numpy()
+        place = range(self._end, self._end + len(bits))
+        with self._data_path.open("r+b") as file:
+            file.seek(place.start * self.shape[0] * self.shape[1] * 2)
+            file.write(bits.tobytes())
+        with self._keys_path.open("a") as keys:
+            keys.write(_line(key, place))
+        self._end = place.stop
+        self._places[key] = place  # last: another thread may read from now on
+        return kept
 
 
 def _line(key: str, place: range) -> str:

@@ -1,6 +1,6 @@
-"""The one training loop: any stage, on one process, resumed by running it again.
+"""The one training loop: any stage, on one process or many, resumed by running it again.
 
-Knows the model, the batches and the optimiser. A step: for each pack, image tokens from features,
+Knows the objective, the batches and the optimiser. A step: for each pack, image tokens from features,
 one forward pass, the summed loss of the supervised tokens divided by their number in the whole
 batch; then clip and step. Every random draw depends on the recipe's seed and the step alone, or on
 generators whose state is saved.
@@ -9,37 +9,43 @@ generators whose state is saved.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pumice.data.packing import Pack
+from pumice.data.packing import Pack, Tree
 from pumice.engine.generate import Prompt, generate
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError, WorkError
 from pumice.files import hold
-from pumice.model.layers import Packed
+from pumice.model.packed import Run
 from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
 from pumice.train.batches import Batch, Batches, prefetch
-from pumice.train.features import TowerFeatures
-from pumice.train.loss import supervised_loss
+from pumice.train.features import Looked, TowerFeatures
+from pumice.train.memory import checkpoint_blocks, keep_freed_memory
+from pumice.train.objective import Objective, Work
+from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
+from pumice.train.parallel import World
+from pumice.train.plan import refuse_without_memory
+from pumice.train.preflight import preflight
+from pumice.train.provenance import contents, versions
 from pumice.train.recipe import Recipe
 from pumice.train.report import Report
 from pumice.train.setup import Setup, prepare
-from pumice.weights.parts import WHEELS, locate, weight_files
-from pumice.weights.read import find_model
+from pumice.train.speed import flops_per_prediction, flops_per_square, flops_per_token, peak
+
+__all__ = ["Trainer", "schedule", "train"]
 
 ANSWER_TOKENS = 40  # of a sample answer while training
 
@@ -47,40 +53,81 @@ ANSWER_TOKENS = 40  # of a sample answer while training
 FREE = {
     "name", "output", "pictures", "device", "feature_cache", "max_bad_rows", "held_out",
     "save_every", "keep_last", "measure_every", "measure_rows", "sample_answers",
+    "checkpointing", "parallel", "workers", "compile", "trackers",
 }  # fmt: skip
 
 
 def train(recipe: Recipe) -> Path:
     """Run a recipe to its end and return the folder of the finished model."""
     torch.manual_seed(recipe.seed)
-    setup = prepare(recipe)
-    return Trainer(recipe, setup).run()
+    world = World.join(recipe)
+    try:
+        refuse_without_memory(recipe, world.size)
+        place = "cpu" if world.kind == "fsdp" else world.device(recipe)
+        return Trainer(recipe, prepare(recipe, place), world).run()
+    finally:
+        world.leave()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One step as this process computes it."""
+
+    works: list[Work]
+    packs: int  # of all processes, as is what follows
+    tokens: int
+    flops: float  # products that it needs
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe, setup: Setup) -> None:
-        self.recipe, self.setup = recipe, setup
+    def __init__(self, recipe: Recipe, setup: Setup, world: World | None = None) -> None:
+        self.recipe, self.setup, self.world = recipe, setup, world or World()
         self.model, self.device = setup.model, setup.device
-        self.batches = Batches(recipe, setup.processor)
-        self.learned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        groups = [
-            {
-                "params": [p for n, p in self.learned.items() if setup.part_of(n) == part],
-                "lr": rate,
-                "peak": rate,
-            }
-            for part, rate in recipe.stage.learn.items()
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=self.device.type != "mps"
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        elif recipe.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+        self.batches = Batches(recipe, setup.processor, self.world.size)
+        cache = recipe.feature_cache
+        if cache is not None and self.world.size > 1:
+            cache = cache / f"process-{self.world.rank}"  # each keeps what it has seen
+        self.features = TowerFeatures(self.model, setup.processor, cache, "tower" in recipe.stage.learn)
+        mixed, always = recipe.precision == "bf16", self.world.size > 1
+        self.objective = Objective(self.model, self.features, mixed, always)
+        self._costs = (
+            flops_per_token(self.model, setup.part_of),
+            flops_per_prediction(self.model),
+            flops_per_square(self.model),
         )
-        learns = "tower" in recipe.stage.learn
-        self.features = TowerFeatures(self.model, setup.processor, recipe.feature_cache, learns)
-        self.step = 0
-        self.tokens = 0
+        self.runner = self._spread()
+        self.learned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(recipe, self.learned, setup.part_of, self.device)
+        self.step = self.tokens = 0
+        self.data = contents(recipe)
         self.decided = json.loads(recipe.model_dump_json(exclude=FREE))
-        self.decided["steps"] = self.batches.steps
-        self.decided |= contents(recipe)
+        self.decided |= {"steps": self.batches.steps, **self.data}
+
+    def _spread(self) -> nn.Module:
+        """The objective as this world runs it, its blocks compiled and checkpointed as the recipe says."""
+        recipe, world, tower = self.recipe, self.world, self.model.tower
+        blocks: list[Any] = [*self.model.decoder.blocks]
+        if recipe.compile:
+            for block in blocks:
+                # what an `Attend` does differs from pack to pack; these are the same for every pack
+                for part in (block.attention_norm, block.mlp_norm, block.mlp):
+                    part.compile(dynamic=True)
+        if self.features.learns:
+            blocks += getattr(tower, "blocks", ())
+        checkpoint_blocks(blocks, recipe.checkpointing)
+        world.choose(recipe, self.model, self.device)
+        whole = [] if self.features.learns else [tower]
+        if world.kind == "fsdp" and torch.cuda.is_available() and recipe.device != "cpu":
+            self.device = torch.device("cuda", world.local)
+            tower.to(self.device)
+        runner = world.wrap(self.objective, blocks, whole)
+        if world.size > 1:
+            torch.manual_seed(recipe.seed + world.rank)  # dropout is each process's own
+        return runner
 
     def run(self) -> Path:
         """Train to the last step; a checkpoint is left behind when a signal or Ctrl-C asks to stop."""
@@ -91,173 +138,219 @@ class Trainer:
             raise InputError(
                 f"the output folder {self.recipe.output} cannot be made: {error.strerror}; name another"
             ) from error
-        with hold(self.recipe.output, "output folder"), contextlib.closing(self.features):
-            found = checkpoints.latest(folder, self.decided, self.learned, self.device)
-            if found is None:
-                self.batches.check()
-            else:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(self.features))
+            if self.world.main:
+                stack.enter_context(hold(self.recipe.output, "output folder"))
+            found = checkpoints.latest(folder, self.decided, self.learned, self.device, self.world)
+            if found is not None:
                 self._restore(found)
                 if self.step == self.batches.steps and (self.recipe.output / "model").is_dir():
                     print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
                     return self.recipe.output / "model"
-            self.setup.save_and_compare()
+            elif self.world.main:
+                preflight(self.setup, self.batches, self.learned)
+            state = self.world.full_state(self.model)
+            if self.world.main:
+                self.setup.save_and_compare(state)
+            del state
             return self._run(folder)
 
     def _run(self, folder: Path) -> Path:
-        report = Report(self.recipe, self.setup.describe(self.batches.steps), self.step, self.batches.steps)
+        last = self.batches.steps
+        report = self._report()
         with report, _stop_requested() as stop:
             if self.step == 0:
                 self._measure(report)
-            steps = prefetch(self.batches, self.step)
-            for batch in steps:
-                started = time.perf_counter()
-                values = self._step(batch)
-                self.step += 1
-                self.tokens += batch.tokens
-                report.step(self.step, values, batch.tokens, time.perf_counter() - started)
-                if self.step % self.recipe.measure_every == 0 or self.step == self.batches.steps:
-                    self._measure(report)
-                if stop or self.step % self.recipe.save_every == 0 or self.step == self.batches.steps:
-                    self._save(folder)
-                if stop and self.step < self.batches.steps:
-                    steps.close()
-                    report.say(f"saved at step {self.step} of {self.batches.steps}; the same command goes on")
-                    raise KeyboardInterrupt
-        model = self.setup.save(self.recipe.output / "model", self._summary())
-        report.picture()
+            steps = prefetch(self._prepare, self.step, last, self.recipe.workers)
+            with contextlib.closing(steps):
+                for ready in steps:
+                    started = time.perf_counter()
+                    values = self._step(ready)
+                    self.step += 1
+                    self.tokens += ready.tokens
+                    report.step(self.step, values, ready.tokens, time.perf_counter() - started, ready.flops)
+                    if self.step % self.recipe.measure_every == 0 or self.step == last:
+                        self._measure(report)
+                    # every process stops after the same step, whichever was asked to
+                    leave = bool(stop) if self.world.size == 1 else self.world.sum(len(stop))[0] > 0
+                    if leave or self.step % self.recipe.save_every == 0 or self.step == last:
+                        self._save(folder)
+                    if leave and self.step < last:
+                        report.say(f"saved at step {self.step} of {last}; the same command goes on")
+                        raise KeyboardInterrupt
+        model = self.recipe.output / "model"
+        state = self.world.full_state(self.model)
+        if self.world.main:
+            self.setup.save(model, self._summary(report), state)
+            report.picture()
+        self.world.barrier()
         return model
 
-    def _step(self, batch: Batch) -> dict[str, float]:
+    def _report(self) -> Report:
+        recipe = self.recipe
+        if not self.world.main:
+            return Report(recipe, [], self.step, self.batches.steps, None, speaks=False)
+        kind = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        lines = self.setup.describe(self.batches.steps)
+        if self.world.size > 1:
+            spread = {"ddp": "a copy of the model each (DDP)", "fsdp": "the model in shards (FSDP)"}
+            lines.append(f"  {self.world.size} processes, {spread[self.world.kind]}")
+        most = peak(self.device, kind) * self.world.size
+        return Report(recipe, lines, self.step, self.batches.steps, most)
+
+    def _prepare(self, step: int) -> Ready:
+        """A step's rows and pictures; called in threads, ahead of time."""
+        batch = self.batches[step]
+        works = self._share(batch)
+        costs = (
+            batch.tokens,
+            sum(len(pack.targets) for pack, _ in batch.packs),
+            sum(layout.squares for pack, _ in batch.packs for layout in pack.layouts),
+        )
+        flops = sum(count * cost for count, cost in zip(costs, self._costs, strict=True))
+        return Ready(works, len(batch.packs), batch.tokens, flops)
+
+    def _share(self, batch: Batch) -> list[Work]:
+        """This process's packs; as many on every process."""
+        rank, size = self.world.rank, self.world.size
+        works = [self._work(pack, mirrored) for pack, mirrored in batch.packs[rank::size]]
+        missing = -(-len(batch.packs) // size) - len(works)
+        return works + [Work.dummy()] * missing
+
+    def _work(self, pack: Pack, mirrored: list[bool]) -> Work:
+        """A pack with its pictures; trees whose pictures cannot be read are left out and counted."""
+        pin = self.device.type == "cuda"
+        trees: list[Tree] = []
+        pictures: list[Looked] = []
+        for tree, mirror in zip(pack.trees, mirrored, strict=True):
+            try:
+                pictures += self.features.fetch(tree.images, mirror, pin)
+                trees.append(tree)
+            except InputError as error:
+                self.batches.skipped.add(", ".join(image.name for image in tree.images), error)
+        if not trees:
+            return Work.dummy()
+        return Work.of(pack if len(trees) == len(pack.trees) else Pack(tuple(trees)), pictures, pin)
+
+    def _step(self, ready: Ready) -> dict[str, Any]:
         rate = schedule(self.step, self.batches.steps, self.recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         self.model.train()
-        total = 0.0
-        for packed, mirrored in batch.packs:
-            loss = self._loss(packed, mirrored) / batch.supervised
-            if loss.requires_grad:  # a pack without pictures teaches a connector nothing
-                loss.backward()
-            total += loss.item()
-        norm = nn.utils.clip_grad_norm_(self.learned.values(), self.recipe.clip)
-        if not (math.isfinite(total) and norm.isfinite()):
+        world = self.world
+        [supervised] = world.sum(sum(work.supervised for work in ready.works))
+        losses = []
+        for number, work in enumerate(ready.works, 1):
+            share = 1 / max(supervised, 1)
+            if self.recipe.loss_average == "micro_batch":
+                share = 1 / (max(work.supervised, 1) * ready.packs)
+            with world.accumulate(last=number == len(ready.works)):
+                loss = self.runner(work) * share
+                if loss.requires_grad:  # a pack without pictures teaches a connector nothing
+                    (loss * world.size if world.size > 1 else loss).backward()  # gradients are averaged
+            losses.append(loss.detach())
+        [total] = world.sum(sum(loss.item() for loss in losses))
+        norms = gradient_norms(self.optimizer, world)
+        norm = math.sqrt(sum(part**2 for part in norms.values()))
+        if not (math.isfinite(total) and math.isfinite(norm)):
             raise WorkError(
-                f"step {self.step + 1}: the loss is {total}, its gradient's norm {norm.item()}; "
+                f"step {self.step + 1}: the loss is {total}, its gradient's norm {norm}; "
                 "go on with a lower learning rate in another output folder"
             )
+        clip(self.optimizer, norm, self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": total, "gradient_norm": norm.item(), "rate": rate, "supervised": batch.supervised}
+        parts = {f"gradient_norm/{part}": value for part, value in norms.items()} if len(norms) > 1 else {}
+        return {"loss": total, "gradient_norm": norm, **parts, "rate": rate, "supervised": supervised}
 
     def _loss(self, packed: Pack, mirrored: list[bool]) -> Tensor:
         """Summed loss of one pack, fp32 scalar."""
-
-        def here(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(self.device)
-
-        mixed = self.recipe.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            features = [
-                self.features(t.images, m) for t, m in zip(packed.trees, mirrored, strict=True) if t.images
-            ]
-            image_tokens = self.model.connect(torch.cat(features), packed.layouts) if features else None
-            hidden = self.model(
-                here(packed.input_ids)[None],
-                image_tokens,
-                positions=here(packed.positions)[None],
-                attend=Packed(
-                    [here(t.visible) for t in packed.trees], self.model.config.decoder.sliding_window
-                ),
-            )
-            return supervised_loss(
-                hidden[0],
-                self.model.decoder.head_weight,
-                here(packed.sources),
-                here(packed.targets),
-                here(packed.weights),
-            )
+        return self.objective(self._work(packed, mirrored))
 
     @torch.no_grad()
     def _measure(self, report: Report) -> None:
         if not self.recipe.held_out:
             return
         self.model.eval()
-        batch = self.batches.held_out
-        loss = sum(self._loss(p, m).item() for p, m in batch.packs) / batch.supervised
-        report.held_out(self.step, loss)
+        works = self._share(self.batches.held_out)
+        mine = (sum(self.runner(work).item() for work in works), sum(work.supervised for work in works))
+        loss, supervised = self.world.sum(*mine)
+        report.held_out(self.step, loss / max(supervised, 1))
         for sample, question, reference in self.batches.questions(self.recipe.sample_answers):
-            report.answer(self.step, question, reference, self._answer(sample))
+            if self.world.main or self.world.kind == "fsdp":
+                report.answer(self.step, question, reference, self._answer(sample))
 
     def _answer(self, sample: Sample) -> str:
         """A greedy answer of the model as it stands."""
-        mixed = self.recipe.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            features = self.features(sample.images, mirror=False) if sample.images else None
-            image_tokens = None if features is None else self.model.connect(features, sample.layouts)
-            ids = torch.from_numpy(sample.input_ids).to(self.device)
-            prompt = Prompt(ids, image_tokens, SamplingParams(max_new_tokens=ANSWER_TOKENS))
-            tokens = [token for _, token in generate(self.model, [prompt]) if token is not None]
+        pictures = self.features.fetch(sample.images, mirror=False)
+        if self.world.kind == "fsdp":
+            tokens = self._slowly(sample, pictures)
+        else:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.objective.mixed):
+                features = self.features.look(pictures) if pictures else None
+                image_tokens = None if features is None else self.model.connect(features, sample.layouts)
+                ids = torch.from_numpy(sample.input_ids).to(self.device)
+                prompt = Prompt(ids, image_tokens, SamplingParams(max_new_tokens=ANSWER_TOKENS))
+                tokens = [token for _, token in generate(self.model, [prompt]) if token is not None]
         text = self.setup.processor.tokenizer.decode(tokens)
         return text.partition(self.setup.processor.template.stop)[0]
+
+    def _slowly(self, sample: Sample, pictures: list[Looked]) -> list[int]:
+        """The same without a cache, all processes in step, as sharded weights have to be gathered."""
+        ids, tokens = torch.from_numpy(sample.input_ids), list[int]()
+        while len(tokens) < ANSWER_TOKENS:
+            work = Work(
+                ids, torch.arange(len(ids)), [Run(len(ids))], ids[:0], ids[:0], torch.zeros(0),
+                pictures, sample.layouts,
+            )  # fmt: skip
+            token = self.world.agree(int(self.runner(work, last=True).argmax()))
+            if token in self.model.config.stop_token_ids:
+                break
+            tokens.append(token)
+            ids = torch.cat((ids, torch.tensor([token])))
+        return tokens
 
     def _save(self, folder: Path) -> None:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        moments, plain = checkpoints.optimizer_state(self.optimizer, self.learned)
         point = checkpoints.Checkpoint(
             step=self.step,
             weights={name: p.detach().contiguous() for name, p in self.learned.items()},
-            optimizer=self.optimizer.state_dict(),
+            moments=moments,
+            plain=plain,
             rng=rng,
             recipe=self.decided,
             # A copy: the thread that prepares the next batch may add to it while it is written.
             progress={"tokens": self.tokens, "skipped": dict(self.batches.skipped.reasons)},
         )
-        checkpoints.save(folder, point, self.recipe.keep_last)
+        checkpoints.save(folder, point, self.recipe.keep_last, self.world)
 
     def _restore(self, found: checkpoints.Checkpoint) -> None:
         with torch.no_grad():
             for name, parameter in self.learned.items():
                 parameter.copy_(found.weights[name])
-        self.optimizer.load_state_dict(found.optimizer)
-        torch.set_rng_state(found.rng["cpu"])
+        checkpoints.restore_optimizer(self.optimizer, self.learned, found)
+        if "cpu" in found.rng:
+            torch.set_rng_state(found.rng["cpu"])
         if "cuda" in found.rng and self.device.type == "cuda":
             torch.cuda.set_rng_state(found.rng["cuda"], self.device)
         self.step, self.tokens = found.step, found.progress["tokens"]
         self.batches.skipped.reasons.update(found.progress["skipped"])
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self, report: Report) -> dict[str, Any]:
         return {
             "recipe": json.loads(self.recipe.model_dump_json()),
             "steps": self.step,
             "tokens": self.tokens,
             "skipped_rows": len(self.batches.skipped.reasons),
+            "processes": self.world.size,
+            "digests": self.data,
+            "versions": versions(),
+            "answers": report.answers(),
         }
-
-
-def contents(recipe: Recipe) -> dict[str, str]:
-    """Digests of the files that decide a run: its rows, and the model that it starts from."""
-    paths = [source.rows for source in recipe.data]
-    if isinstance(recipe.model, Path):
-        paths += weight_files(find_model(recipe.model))
-    else:
-        named = (recipe.model.tower, recipe.model.decoder)
-        paths += [file for name in named if name not in WHEELS for file in weight_files(locate(name))]
-    digests = {}
-    for path in paths:
-        digest = hashlib.blake2b(digest_size=16)
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        digests[f"contents of {path}"] = digest.hexdigest()
-    return digests
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak rate at 0 <= step < steps: linear warm-up, then a cosine to zero."""
-    rising = math.ceil(steps * warmup)
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 @contextlib.contextmanager

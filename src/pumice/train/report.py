@@ -12,24 +12,44 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.train.recipe import Recipe
+from pumice.train.trackers import TRACKERS
 
 
 class Report:
     """Lines for people on stderr, one JSON object per event in `metrics.jsonl`."""
 
-    def __init__(self, recipe: Recipe, description: list[str], step: int, steps: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        description: list[str],
+        step: int,
+        steps: int,
+        peak: float | None = None,
+        speaks: bool = True,
+    ) -> None:
+        """peak: FLOP/s that the devices of all processes could do together, where it is known.
+
+        speaks: False on every process but the first, whose report is the run's.
+        """
+        self.peak, self.speaks = peak, speaks
         recipe.output.mkdir(parents=True, exist_ok=True)
         self.path = recipe.output / "metrics.jsonl"
         # Names, questions and answers may hold square brackets, which are no markup.
-        self.console = Console(stderr=True, markup=False, highlight=False)
+        self.console = Console(stderr=True, markup=False, highlight=False, quiet=not speaks)
         self.steps = steps
-        self._drop_after(step)
+        if speaks:
+            self._drop_after(step)
+            with replacing(recipe.output / "recipe.yaml") as file:  # with every default, and overrides
+                yaml.safe_dump(
+                    json.loads(recipe.model_dump_json()), file, sort_keys=False, allow_unicode=True
+                )
         for line in description:
             self.console.print(line)
         if step:
@@ -38,10 +58,11 @@ class Report:
             TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]")
         )
         bar = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
-        self._progress = Progress(*bar, console=self.console, disable=not sys.stderr.isatty())
+        self._progress = Progress(*bar, console=self.console, disable=not (speaks and sys.stderr.isatty()))
         self._task = self._progress.add_task(recipe.name, total=steps, completed=step, note="")
         self._last_line = 0.0
         self._first, self._started = step, time.monotonic()
+        self._trackers = [TRACKERS[name](recipe) for name in recipe.trackers if speaks]
 
     def __enter__(self) -> Report:
         self._progress.start()
@@ -51,11 +72,20 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        for tracker in self._trackers:
+            tracker.close()
 
-    def step(self, step: int, values: dict[str, float], tokens: int, seconds: float) -> None:
+    def step(
+        self, step: int, values: dict[str, Any], tokens: int, seconds: float, flops: float | None = None
+    ) -> None:
+        """One optimiser step: its numbers, its tokens, its time; flops: products that it needed."""
         speed = tokens / seconds
-        self._write({"step": step, **values, "tokens": tokens, "seconds": seconds})
+        event = {"step": step, **values, "tokens": tokens, "seconds": seconds}
         note = f"loss {values['loss']:.3f}  {speed:.0f} tokens/s"
+        if flops and self.peak:
+            event["peak_share"] = flops / seconds / self.peak
+            note += f"  {event['peak_share']:.0%} of peak"
+        self._write(event)
         self._progress.update(self._task, completed=step, note=note)
         if not sys.stderr.isatty() and time.monotonic() - self._last_line > 30:
             self._last_line = time.monotonic()
@@ -98,7 +128,18 @@ class Report:
         figure.savefig(path, dpi=120)
         return path
 
+    def answers(self) -> list[dict[str, Any]]:
+        """Sample answers of the first and of the last measuring: before and after."""
+        events = [event for event in read_metrics(self.path) if "answer" in event]
+        ends = {event["step"] for event in (events[:1] + events[-1:])}
+        return [event for event in events if event["step"] in ends]
+
     def _write(self, event: dict[str, Any]) -> None:
+        if not self.speaks:
+            return
+        numbers = {key: value for key, value in event.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.log(event["step"], {k: float(v) for k, v in numbers.items() if k != "step"})
         with self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
 

