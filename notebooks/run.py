@@ -64,7 +64,7 @@ def _kept(outputs: list[nbformat.NotebookNode], folder: str) -> list[nbformat.No
             if kept and kept[-1].output_type == "stream":
                 kept[-1].text += text
             else:
-                kept.append(output | {"text": text})
+                kept.append(nbformat.v4.new_output("stream", name="stdout", text=text))
     return kept
 
 
