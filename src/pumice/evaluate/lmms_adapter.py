@@ -72,7 +72,7 @@ class Pumice(lmms):
         answers = [""] * len(rows)
         for options, numbers in groups.items():
             chosen = (rows[number] for number in numbers)
-            said = self.assistant.ask_batch(chosen, slots=self.slots, **dict(options))
+            said = self.assistant.ask_each(chosen, slots=self.slots, **dict(options))
             for number, answer in zip(numbers, said, strict=True):
                 if isinstance(answer, InputError):
                     raise answer
