@@ -42,16 +42,16 @@ FULL = {"learn": {"connector": 1e-4, "decoder": 1e-4}}
 
 # name -> decoder, tower, what the recipe says
 CONFIGURATIONS: dict[str, tuple[DecoderConfig, VisionConfig, dict[str, Any]]] = {
-    "small, whole LLM": (SMALL, LITE, {"stage": FULL, "pack_tokens": 4096}),
-    "135M, connector": (SMOL, CLIP_B, {"stage": {"learn": {"connector": 1e-3}}, "pack_tokens": 1024}),
-    "135M, LoRA": (SMOL, CLIP_B, {"stage": LORA, "pack_tokens": 1024}),
-    "135M, LoRA on int8": (SMOL, CLIP_B, {"stage": LORA | {"base": "int8"}, "pack_tokens": 1024}),
-    "135M, whole LLM": (SMOL, CLIP_B, {"stage": FULL, "pack_tokens": 1024}),
+    "small, whole LLM": (SMALL, LITE, {"stage": FULL, "pack_tokens": 2048}),
+    "135M, connector": (SMOL, CLIP_B, {"stage": {"learn": {"connector": 1e-3}}, "pack_tokens": 512}),
+    "135M, LoRA": (SMOL, CLIP_B, {"stage": LORA, "pack_tokens": 512}),
+    "135M, LoRA on int8": (SMOL, CLIP_B, {"stage": LORA | {"base": "int8"}, "pack_tokens": 512}),
+    "135M, whole LLM": (SMOL, CLIP_B, {"stage": FULL, "pack_tokens": 512}),
     "135M, whole LLM, full checkpointing": (
-        SMOL, CLIP_B, {"stage": FULL, "pack_tokens": 2048, "checkpointing": "full"}
+        SMOL, CLIP_B, {"stage": FULL, "pack_tokens": 768, "checkpointing": "full"}
     ),
     "135M, whole LLM and tower": (
-        SMOL, CLIP_B, {"stage": {"learn": FULL["learn"] | {"tower": 1e-5}}, "pack_tokens": 512}
+        SMOL, CLIP_B, {"stage": {"learn": FULL["learn"] | {"tower": 1e-5}}, "pack_tokens": 256}
     ),
 }  # fmt: skip
 
@@ -110,7 +110,7 @@ def compare(name: str, scratch: Path) -> dict[str, Any]:
     values = {
         "name": name, "output": str(scratch / "run"), "model": str(scratch / "model"),
         "data": [{"rows": str(scratch / "rows" / "rows.jsonl")}], "pictures": [str(scratch / "rows")],
-        "batch": 16, "max_steps": 3, "precision": "fp32", "device": "cpu", "warmup": 0.0,
+        "batch": 8, "max_steps": 2, "precision": "fp32", "device": "cpu", "warmup": 0.0,
     } | changes  # fmt: skip
     path = scratch / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
