@@ -19,7 +19,9 @@ def test_spoiled_rows_are_skipped_within_the_budget(
     folder, bad = spoiled
     path = tmp_path / "mixed.jsonl"
     good = (rows / "rows.jsonl").read_text().splitlines()
-    long = '{"id": "long", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "%s"}]}'
+    long = (
+        '{"id": "long", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "%s"}]}'
+    )
     path.write_text("\n".join([*(entry.text for entry in bad), long % ("x" * 300), *good]) + "\n")
     changes = {"data": [{"rows": str(path)}], "pictures": [str(rows), str(folder)], "epochs": 2}
     finished = run(make_recipe("lenient", max_bad_rows=len(bad) + 1, **changes))

@@ -166,12 +166,14 @@ def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
         model = Llava(config)
     learn = recipe.stage.learn
 
-    def kind(name: str) -> torch.dtype:
+    def kind(name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
         if part_of(name, learn) in learn or name.endswith((".lora_a", ".lora_b")):
             return torch.float32
         return low if name.startswith("decoder.") else seeing
 
-    state = {name: torch.empty(t.shape, dtype=kind(name)) for name, t in model.state_dict().items()}
+    state = {name: torch.empty(t.shape, dtype=kind(name, t)) for name, t in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     if recipe.stage.base != "none":
         quantize_base(model.decoder, "int8")  # nf4's weights are counted by NF4_BYTES
