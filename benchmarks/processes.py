@@ -156,7 +156,9 @@ def main() -> None:
         prepare(folder)
         if arguments.what == "kill":
             kills, same = kill(folder, arguments.times)
-            print(f"killed {kills} times: the final weights and all losses are {'equal' if same else 'NOT equal'}")
+            print(
+                f"killed {kills} times: the final weights and all losses are {'equal' if same else 'NOT equal'}"
+            )
             raise SystemExit(not same)
         for name, apart in spread(folder, ["one", *arguments.only] if arguments.only else [*RUNS]).items():
             print(f"{name:<18} losses differ by {apart:.1e} at most", flush=True)

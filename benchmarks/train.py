@@ -319,7 +319,12 @@ def theirs(folder: Path, stage: str, steps: int, checkpointing: bool = False) ->
     InOrder(
         model=model, args=arguments, train_dataset=Steps(), data_collator=collate, callbacks=[clock]
     ).train()
-    return {"losses": clock.losses, "seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, "whole": time.perf_counter() - started}
+    return {
+        "losses": clock.losses,
+        "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
+        "whole": time.perf_counter() - started,
+    }
 
 
 def measure(folder: Path, side: str, stage: str, steps: int, without: list[str], options: list[str]) -> Any:
