@@ -66,14 +66,15 @@ class Packed:
         except ImportError:  # before PyTorch 2.10: one call a run is the same, only later
             outputs = [
                 sdpa(*parts, causal=True)
-                for parts in zip(*(x.split(self.lengths, 2) for x in (q, k, v)), strict=True)
+                for parts in zip(
+                    q.split(self.lengths, 2), k.split(self.lengths, 2), v.split(self.lengths, 2), strict=True
+                )
             ]
             return torch.cat(outputs, 2)
         ends = torch.tensor([0, *self.lengths], device=q.device).cumsum(0, dtype=torch.int32)
         longest = max(self.lengths)
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, d)
-        mixed = varlen_attn(
-            *rows, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
-        )
+        shared = q.shape[1] != k.shape[1]
+        q, k, v = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (T, heads, d)
+        mixed = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=shared)
         assert isinstance(mixed, Tensor)
         return mixed.transpose(0, 1)[None]

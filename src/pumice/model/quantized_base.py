@@ -104,11 +104,10 @@ def quantize_base(decoder: nn.Module, kind: str) -> None:
     kind: "int8" or "nf4". One layer at a time: its floats are let go before the next one's turn. Raises
     InputError when nf4's library is not installed.
     """
-    for block in decoder.blocks:
-        for parent in list(block.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, QuantizedLinear(child, kind))
+    for parent in list(decoder.get_submodule("blocks").modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, QuantizedLinear(child, kind))
 
 
 def _bitsandbytes() -> Any:

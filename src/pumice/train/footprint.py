@@ -58,7 +58,7 @@ class Footprint:
     """Bytes and operations; operations of one pack."""
 
     parameters: dict[str, int]  # part -> numbers
-    learning: int  # numbers that learn
+    learning: float  # numbers that learn
     weights: float
     gradients: float
     optimizer: float
@@ -121,7 +121,7 @@ def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Foo
     numbers = {
         field.name: whole(field.name) for field in dataclasses.fields(Footprint) if field.name != "parameters"
     }
-    return Footprint(parameters=parts, **(numbers | {"learning": round(numbers["learning"])}))
+    return Footprint(parameters=parts, **numbers)
 
 
 def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: str) -> Footprint:
