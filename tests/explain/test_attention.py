@@ -40,8 +40,7 @@ def passage_of(assistant: Assistant, models: ModuleType, tokens: int = 7) -> Pas
     prompt = assistant.prompt(conversation, max_new_tokens=tokens)
     ids = [token for _, token in generate(assistant.model, [prompt]) if token is not None]
     assert ids
-    assert prompt.image_tokens is not None
-    return Passage.of(prompt.input_ids, prompt.image_tokens.flatten(0, -2), ids)
+    return Passage.of(prompt.input_ids, prompt.look(), ids)
 
 
 class Spelled:
