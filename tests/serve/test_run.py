@@ -72,8 +72,10 @@ def test_workers_share_a_port_and_are_replaced(process: Callable[..., Any]) -> N
     assert len(server.wait_for("listening", 3)) == 3
     assert len({line["pid"] for line in server.lines if line["message"] == "listening"}) == 3
     assert post(url, ask()).status_code == 200
-    text = httpx.get(f"{url}/metrics").text
-    assert 'pumice_requests_total{path="/v1/chat/completions",status="200"} 2.0' in text
+    both = 'pumice_requests_total{path="/v1/chat/completions",status="200"} 2.0'
+    end = time.monotonic() + 60  # a request is counted when its answer has gone out
+    while both not in httpx.get(f"{url}/metrics").text:
+        assert time.monotonic() < end
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0
 
