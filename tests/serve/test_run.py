@@ -72,10 +72,36 @@ def test_workers_share_a_port_and_are_replaced(process: Callable[..., Any]) -> N
     assert len(server.wait_for("listening", 3)) == 3
     assert len({line["pid"] for line in server.lines if line["message"] == "listening"}) == 3
     assert post(url, ask()).status_code == 200
-    text = httpx.get(f"{url}/metrics").text
-    assert 'pumice_requests_total{path="/v1/chat/completions",status="200"} 2.0' in text
+    both = 'pumice_requests_total{path="/v1/chat/completions",status="200"} 2.0'
+    end = time.monotonic() + 60  # a request is counted when its answer has gone out
+    while both not in httpx.get(f"{url}/metrics").text:
+        assert time.monotonic() < end
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(30) == 0
+    assert server.process.wait(60) == 0
+
+
+@posix
+def test_workers_leave_with_their_parent(process: Callable[..., Any]) -> None:
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one core")
+    server = process("--workers", "2")
+    pids = {line["pid"] for line in server.wait_for("listening", 2)}
+    server.process.kill()
+    server.process.wait()
+    end = time.monotonic() + 60
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # One that has ended and that nobody has asked about yet is a zombie.
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_in_front_of_another_server(process: Callable[..., Any], server: str) -> None:
