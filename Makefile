@@ -3,11 +3,14 @@
 #   make demo    ask questions of the photographs in examples/
 #   make test    all the tests
 #   make check   lint, formatting, types, layers
+#   make docs    the documentation as a site, in build/site
+#   make notebooks   run the notebooks and keep their outputs
 #   make fmt     rewrite the code as `make check` wants it
 #   make clean   remove .venv and caches
 #
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX (where the CPU build of PyTorch is
-# looked for on Linux when the default index does not have it), ARGS (more arguments for pytest).
+# looked for on Linux when the default index does not have it), ARGS (more arguments for pytest, or for
+# notebooks/run.py).
 
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -17,7 +20,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TOO_OLD := Pumice needs Python >= 3.10; name a newer one: make PYTHON=python3.12
 
-.PHONY: demo test check fmt clean
+.PHONY: demo test check docs notebooks fmt clean
 
 demo: .venv/.runtime
 	@$(BIN)/python examples/demo.py
@@ -30,6 +33,13 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/site/check.py build/site
+
+notebooks: .venv/.dev
+	$(BIN)/python notebooks/run.py $(ARGS)
 
 fmt: .venv/.dev
 	$(BIN)/ruff check --fix .
@@ -60,4 +70,8 @@ $(BIN)/python:
 
 .venv/.dev: pyproject.toml constraints.txt .venv/.torch
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch .venv/.runtime $@
+
+.venv/.docs: pyproject.toml constraints.txt .venv/.torch
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	@touch .venv/.runtime $@

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import socket
+import struct
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 import pytest
 import tokenizers
 from hypothesis import settings
+from PIL import Image
 
 # Before torch is imported: results to the last bit depend on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +41,76 @@ def no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local_only)
         yield
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """One row that cannot be used, as it is written in a file, and what a check says of it."""
+
+    text: str
+    kind: str
+    reason: str
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> tuple[Path, list[Spoiled]]:
+    """A folder of pictures, sound and spoiled, and more than twenty kinds of spoiled rows about them."""
+    folder = tmp_path / "spoiled-pictures"
+    folder.mkdir()
+    noise = bytes(range(256)) * 48
+    picture = Image.frombytes("RGB", (64, 64), noise)
+    for name in ("good.png", "cut.png", "cut.jpg"):
+        picture.save(folder / name)
+    for name in ("cut.png", "cut.jpg"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+    (folder / "empty.png").touch()
+    (folder / "page.jpg").write_text("<html>404 Not Found</html>")
+    (folder / "folder.png").mkdir()
+    pixels = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + pixels + struct.pack(">I", zlib.crc32(pixels))
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header)
+
+    ask, text, answer = ("human", "<image>\nWhat?"), ("human", "What?"), ("gpt", "A cat.")
+
+    def row(image: Any, *turns: tuple[str, Any], **more: Any) -> str:
+        said = [{"from": speaker, "value": value} for speaker, value in turns or (ask, answer)]
+        return json.dumps({"id": "r", "image": image, "conversations": said} | more)
+
+    listed = [
+        ('{"id": "torn", "conversations": [', "malformed row", "not JSON"),
+        ('["a list"]', "malformed row", "expected an object"),
+        ("42", "malformed row", "expected an object"),
+        ("[" * 100_000, "malformed row", "not JSON"),
+        (row(None, id={"a": 1}), "malformed row", "'id' must be"),
+        ('{"id": "bare"}', "malformed row", "'conversations' is missing"),
+        (row(None, conversations=[]), "malformed row", "an empty list"),
+        (row(None, conversations="What? A cat."), "malformed row", "must be a list"),
+        (row(None, conversations=["What?"]), "malformed row", "turn 1 must be an object"),
+        (row(None, text, ("gpt", 42)), "malformed row", "turn 2 must have the texts"),
+        (row(None, text, ("assistant", "A cat.")), "malformed row", "no turn is from 'gpt'"),
+        (row(7), "malformed row", "'image' must be"),
+        (row([""]), "malformed row", "'image' must be"),
+        (row(None, text, text, answer), "roles out of order", "takes turns"),
+        (row(None, text, answer, text), "roles out of order", "no answer to learn from"),
+        (row(None, ("tool", "x"), answer), "unknown speaker", "'tool'"),
+        (row(None, text, ("gpt", " \n")), "empty answer", "empty answer"),
+        (row(None, text, ("gpt", "A \ud83d.")), "broken text", "half of a character"),
+        (row(None, ask, answer), "placeholder count", "1 <image> placeholder for 0 pictures"),
+        (row("good.png", text, answer), "placeholder count", "0 <image> placeholders for 1 picture"),
+        (row("good.png", ("human", "<image><image>"), answer), "placeholder count", "2 <image>"),
+        (row("gone.png"), "picture missing", "gone.png"),
+        (row("../good.png"), "picture missing", "leads out of"),
+        (row("a" * 5000 + ".png"), "picture missing", "aaa"),
+        (row("nul\0.png"), "picture missing", "nul"),
+        (row("folder.png"), "picture missing", "folder.png"),
+        (row("cut.png"), "picture unreadable", "cut.png"),
+        (row("cut.jpg"), "picture unreadable", "cut.jpg"),
+        (row("empty.png"), "picture unreadable", "empty.png"),
+        (row("page.jpg"), "picture unreadable", "page.jpg"),
+        (row("bomb.png"), "picture unreadable", "bomb.png"),
+    ]
+    return folder, [Spoiled(*values) for values in listed]
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from PIL import Image
 
 import pumice
 from pumice import InputError
-from pumice.assistant import REMEMBERED, Assistant, load
+from pumice.assistant import REMEMBERED, Assistant, _conversation, load
 from pumice.config import ImagePolicy
 from pumice.conversation import Conversation, ImagePart, Message, user_message
+from pumice.files import Lock
 from pumice.weights.folder import save
 from pumice.weights.load import open_model
 
@@ -112,7 +114,7 @@ def test_a_batch_answers_as_one_by_one(exact: Assistant, pictures: list[Path], t
         (pictures[0], "Why?"),
     ]
     for slots in (1, 2, 8):
-        answers = list(exact.ask_batch(rows, slots=slots, **SHORT))
+        answers = list(exact.ask_each(rows, slots=slots, **SHORT))
         for (images, question), answer in zip(rows, answers, strict=True):
             if isinstance(answer, InputError):
                 with pytest.raises(InputError) as found:
@@ -123,11 +125,91 @@ def test_a_batch_answers_as_one_by_one(exact: Assistant, pictures: list[Path], t
         assert [isinstance(a, InputError) for a in answers] == [False, True, False, False, True, True, False]
 
 
+def test_many_answers_in_a_file_go_on_where_they_stopped(
+    exact: Assistant, pictures: list[Path], tmp_path: Path
+) -> None:
+    rows: list[tuple[Any, str]] = [
+        (pictures[0], "What is it?"),
+        (tmp_path / "missing.png", "What?"),
+        (None, "Who?"),
+        (pictures[:2], "All?"),
+    ]
+    whole, told = tmp_path / "whole.jsonl", list[int]()
+    answers = exact.ask_many(rows, out=whole, progress=told.append, **SHORT)
+    assert told == [1, 2, 3, 4]
+    assert [str(a) for a in answers] == [str(a) for a in exact.ask_many(rows, **SHORT)]
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert lines[0] == {"images": [str(pictures[0])], "question": "What is it?", "answer": answers[0]}
+    assert "missing.png" in lines[1]["error"]
+
+    stopped = tmp_path / "stopped.jsonl"
+    stopped.write_bytes(
+        whole.read_bytes()[: whole.read_bytes().find(b"\n", 200) + 5]
+    )  # in the midst of a line
+    kept = len(stopped.read_text().splitlines()) - 1
+    assert 0 < kept < 4
+    told.clear()
+    again = exact.ask_many(rows, out=stopped, progress=told.append, **SHORT)
+    assert [str(a) for a in again] == [str(a) for a in answers]
+    assert [isinstance(a, InputError) for a in again] == [False, True, False, False]
+    assert told == list(range(kept + 1, 5))
+    assert stopped.read_bytes() == whole.read_bytes()
+
+    before = whole.read_bytes()
+    for other in (rows[:3], [(None, "What is it?"), *rows[1:]], [(pictures[0], "Why?"), *rows[1:]]):
+        with pytest.raises(InputError, match="the file is of other rows"):
+            exact.ask_many(other, out=whole, **SHORT)
+    with Lock(whole) as lock:
+        assert lock.take()
+        with pytest.raises(InputError, match="another run is writing"):
+            exact.ask_many(rows, out=whole, **SHORT)
+    with pytest.raises(InputError, match="cannot be written"):
+        exact.ask_many(rows, out=tmp_path / "no" / "folder.jsonl")
+    assert whole.read_bytes() == before
+
+
+def test_a_second_turn_computes_only_what_is_new(exact: Assistant, pictures: list[Path]) -> None:
+    fresh = Assistant(exact.model, exact.processor)
+    first = [{"role": "user", "content": [image_part(pictures[0]), {"type": "text", "text": "What?"}]}]
+    reply = fresh.stream(first, **SHORT)
+    said = "".join(reply)
+    assert reply.cached_tokens == 0
+    again = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "Sure?"}]
+    reply = fresh.stream(again, **SHORT)
+    answer = "".join(reply)
+    asked = fresh.prompt(_conversation(first))
+    assert reply.cached_tokens >= len(asked.input_ids) - 1
+    assert answer == "".join(Assistant(exact.model, exact.processor).stream(again, **SHORT))
+
+
+def test_a_reply_that_is_closed_or_forgotten_costs_nothing_more(exact: Assistant) -> None:
+    fresh = Assistant(exact.model, exact.processor)
+    reply = fresh.stream([{"role": "user", "content": "What?"}])
+    next(reply)
+    reply.close()
+    assert len(list(reply)) <= 1
+    assert reply.finish == "cancelled"
+    forgotten = fresh.stream([{"role": "user", "content": "What?"}]).begin()
+    fresh.engine.step()
+    del forgotten
+    fresh.engine.step()
+    assert fresh.engine.stats().running == 0
+
+
+def test_replies_come_from_an_engine_that_runs_by_itself(exact: Assistant, pictures: list[Path]) -> None:
+    fresh = Assistant(exact.model, exact.processor)
+    fresh.engine.start()
+    rows = [(pictures[n % 3], question) for n in range(3) for question in ("What?", "Why?")]
+    assert fresh.ask_many(rows, slots=4, **SHORT) == exact.ask_many(rows, **SHORT)
+    assert fresh.ask(pictures[0], "What?", **SHORT) == exact.ask(pictures[0], "What?", **SHORT)
+    fresh.engine.close()
+
+
 def test_wrong_python_values(exact: Assistant) -> None:
     with pytest.raises(InputError, match="slots is 0"):
-        list(exact.ask_batch([(None, "What?")], slots=0))
+        list(exact.ask_each([(None, "What?")], slots=0))
     bare: Any = ["a.jpg"]
-    assert "row 1 is 'a.jpg'; give (pictures, question)" in str(next(exact.ask_batch(bare)))
+    assert "row 1 is 'a.jpg'; give (pictures, question)" in str(next(exact.ask_each(bare)))
     wrong: Any
     for wrong in ("hello", [5], {"role": "user", "content": "hello"}):
         with pytest.raises(InputError, match="messages must be a list"):
@@ -150,7 +232,7 @@ def test_a_picture_is_encoded_once(
 
     monkeypatch.setattr(type(exact.model), "encode", counted)
     fresh.ask(pictures[0], "What?", **SHORT)
-    list(fresh.ask_batch([(pictures[0].read_bytes(), "Why?"), (pictures[:2], "Who?")], **SHORT))
+    list(fresh.ask_each([(pictures[0].read_bytes(), "Why?"), (pictures[:2], "Who?")], **SHORT))
     assert len(shapes) == 2
     for color in range(REMEMBERED):
         fresh.logits(Image.new("RGB", (8, 8), (color, 0, 0)), "What?")
@@ -254,15 +336,15 @@ def test_pictures_in_tiles_answer_alike_in_every_way(tiled: Assistant, pictures:
         (given[0], "What?"), (given[1], "What?"), (None, "What?"), (given, "All?"), (given[2], "Why?"),
     ]  # fmt: skip
     one_by_one = [tiled.ask(images, question, **SHORT) for images, question in rows]
-    assert list(tiled.ask_batch(rows, slots=3, **SHORT)) == one_by_one
+    assert list(tiled.ask_each(rows, slots=3, **SHORT)) == one_by_one
     lengths = [len(tiled.logits(image, "What?")) for image in given]
     layouts = [tiled.processor.layout(ImagePart(image)) for image in given]
     bare = len(tiled.logits(None, "What?")) + 1  # the newline behind the picture
     assert lengths == [bare + layout.tokens for layout in layouts]
     assert len(set(lengths)) == 3
     together = tiled.prompt(Conversation((user_message("All?", given),)))
-    assert together.image_tokens is not None
-    assert len(together.image_tokens) == sum(layout.tokens for layout in layouts)
+    assert together.pictures
+    assert len(together.look()) == sum(layout.tokens for layout in layouts)
 
 
 def test_what_is_remembered_is_counted_in_tokens(tiled: Assistant) -> None:

@@ -88,6 +88,13 @@ def test_sampling_options_reach_the_model(run: Any) -> None:
     assert run("ask", "What?", *SHORT, "--stop", free[3:5]).stdout[:-1] == free[: free.index(free[3:5])]
 
 
+@pytest.mark.parametrize(("word", "bits"), [("none", None), ("int8", "int8"), ("int4", "int4")])
+def test_bits_reach_the_model(run: Any, tiny_folder: Path, word: str, bits: Any) -> None:
+    expected = load(tiny_folder, device="cpu", quantize=bits).ask(None, "What?", max_new_tokens=8)
+    assert run("ask", "What?", *SHORT, "--quantize", word).stdout == expected + "\n"
+    assert run("ask", "What?", *SHORT, "--quantize", "int3").exit_code == 2
+
+
 @pytest.fixture
 def bad_pictures(folder: Path) -> Path:
     (folder / "empty.jpg").write_bytes(b"")
@@ -227,7 +234,7 @@ def test_a_batch_that_fails_leaves_the_old_answers(
         yield "one answer"
         raise failure
 
-    monkeypatch.setattr(Assistant, "ask_batch", fail)
+    monkeypatch.setattr(Assistant, "ask_each", fail)
     write_rows(folder / "in.jsonl", [{"id": 1, "question": "What?"}] * 3)
     (folder / "out.jsonl").write_text("old\n")
     result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl")

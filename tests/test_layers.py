@@ -20,8 +20,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("geometry",),
     ("templates", "tokens", "images", "processor", "model"),
     ("weights", "data", "engine"),
+    ("answers", "structured"),
     ("assistant",),
-    ("train", "serve", "evaluate", "generate", "explain"),
+    ("train", "serve", "evaluate", "generate", "explain", "doctor"),
     ("cli", "__init__", "__main__"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -30,6 +31,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 BESIDE = {
     "tokens": {"templates"},
     "processor": {"templates", "tokens", "images"},  # the only meeting of text and image
+    "assistant": {"explain"},  # its method of that name, imported when it is called
     "__main__": {"cli"},
 }
 # Parts that may import less than the lines above allow.

@@ -82,7 +82,7 @@ def read_held_out(rows: Path, limit: int | None = None) -> HeldOut:
 
 def ask_all(assistant: Any, asks: Sequence[tuple[Any, str]], what: str) -> list[str]:
     """One answer for each (picture, question), in order. Raises the InputError of the first that failed."""
-    answers = assistant.ask_batch(asks, slots=SLOTS, max_new_tokens=LONGEST)
+    answers = assistant.ask_each(asks, slots=SLOTS, max_new_tokens=LONGEST)
     shown = track(
         answers,
         description=what,

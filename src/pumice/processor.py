@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pumice.config import ModelConfig
+from pumice.config import IMAGE_TOKEN, ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import InputError
 from pumice.geometry import Layout, square_layout, tile_layout
@@ -40,11 +40,32 @@ class Sample:
         return int((self.labels != IGNORE).sum())
 
 
+def cut(sample: Sample, limit: int) -> Sample:
+    """The sample's first `limit` tokens; a picture that would be cut is left out with what follows it."""
+    end, pictures = limit, 0
+    placeholders = np.flatnonzero(sample.input_ids == IMAGE_TOKEN)
+    for layout in sample.layouts:
+        here, placeholders = placeholders[: layout.tokens], placeholders[layout.tokens :]
+        if here[-1] >= end:
+            end = min(end, int(here[0]))
+            break
+        pictures += 1
+    return Sample(
+        sample.id,
+        sample.input_ids[:end],
+        sample.labels[:end],
+        sample.images[:pictures],
+        sample.layouts[:pictures],
+    )
+
+
 class Processor:
     """What a checkpoint knows about preparing input: its template, tokenizer and image policy."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, *, truncate: bool = False) -> None:
+        """truncate: cut training samples that exceed the context instead of refusing them."""
         self.config = config
+        self.truncate = truncate
         self.tokenizer = tokenizer
         self.template = get_template(config.template, config.chat)
         if len(tokenizer) > config.decoder.vocab_size:
@@ -58,6 +79,13 @@ class Processor:
         """An answered conversation with its labels. InputError when nothing would be supervised."""
         conversation.check(answered=True)
         sample = self._sample(conversation, generate=False)
+        limit = self.config.decoder.context
+        if self.truncate and len(sample.input_ids) > limit:
+            sample = cut(sample, limit)
+            if not sample.supervised:
+                raise InputError(
+                    f"conversation {conversation.id!r}: nothing is supervised in its first {limit} tokens"
+                )
         if not sample.supervised:
             raise InputError(f"conversation {conversation.id!r}: nothing is supervised by its template")
         return sample
@@ -78,7 +106,7 @@ class Processor:
         counts = [layout.tokens for layout in layouts]
         input_ids, labels = encode(self._wrap(spans), self.tokenizer, counts, self.config.bos_token_id)
         limit = self.config.decoder.context
-        if len(input_ids) > limit:
+        if len(input_ids) > limit and (generate or not self.truncate):
             name = f"conversation {conversation.id!r}" if conversation.id else "the conversation"
             raise InputError(f"{name} takes {len(input_ids)} tokens, the model's context is {limit}")
         ids = np.array(input_ids, np.int64)

@@ -12,6 +12,8 @@ from PIL import Image
 
 from pumice.conversation import Conversation
 from pumice.data.check import check
+from pumice.data.fix import fix
+from pumice.data.pictures import FEW, decode_all
 from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
 
@@ -91,7 +93,7 @@ def test_pictures_are_opened_once(
     tmp_path: Path, images: ImageFinder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: Counter[Path] = Counter()
-    monkeypatch.setattr("pumice.data.check.open_image", lambda path: opened.update([path]))
+    monkeypatch.setattr("pumice.data.pictures.open_image", lambda path: opened.update([path]))
     source = rows(tmp_path / "a.jsonl", [row(str(n)) for n in range(5)])
     assert check([source], images).ok
     assert list(opened.values()) == [1]
@@ -134,3 +136,95 @@ def test_lengths_come_from_the_caller(tmp_path: Path, images: ImageFinder) -> No
     assert tokens["total"] == 12 + 100 + 14 and tokens["longest"] == 100 and tokens["median"] == 14
     assert tokens["supervised_share"] == pytest.approx(92 / 126)
     assert check([source], images).to_dict()["sources"]["a"]["tokens"] is None
+
+
+def test_every_kind_of_spoiled_row_is_told_by_row_and_reason(spoiled: Any, tmp_path: Path) -> None:
+    folder, bad = spoiled
+    good = json.dumps(row("good"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(text for entry in bad for text in (entry.text, good)) + "\n")
+    report = check([Rows(path)], ImageFinder(folder))
+    told = [problem for problem in report.problems if problem.kind != "duplicate id"]
+    assert [(p.row, p.kind) for p in told] == [(2 * n + 1, entry.kind) for n, entry in enumerate(bad)]
+    for problem, entry in zip(told, bad, strict=True):
+        assert entry.reason in problem.reason, problem
+    assert report.usable == len(bad) >= 20, "the sound rows between them stay"
+
+
+def test_a_picture_in_another_format_than_its_name_is_noted(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg", format="GIF")
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.jpeg", format="JPEG")
+    source = rows(tmp_path / "a.jsonl", [row("a", "a.jpg"), row("b", "b.jpeg")])
+    report = check([source], ImageFinder(tmp_path))
+    assert [(p.id, p.kind, p.reason) for p in report.problems] == [
+        ("a", "wrong extension", "picture 'a.jpg' holds GIF")
+    ]
+    assert report.usable == 2
+
+
+def test_processes_find_what_one_finds(tmp_path: Path) -> None:
+    for number in range(FEW + 6):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:03}.png")
+    (tmp_path / "007.png").write_bytes(b"no picture")
+    paths = sorted(tmp_path.glob("*.png"))
+    ticks: list[int] = []
+    found = decode_all(paths, workers=2, progress=ticks.append)
+    assert found == decode_all(paths) and list(found) == paths and sum(ticks) == len(paths)
+    assert [path.name for path, seen in found.items() if seen.unreadable] == ["007.png"]
+
+
+def test_rows_to_be_truncated_are_counted_and_stay(tmp_path: Path, images: ImageFinder) -> None:
+    values = [row(str(n), None, ASK_TEXT, {"from": "gpt", "value": "x" * n}) for n in (10, 40, 200)]
+    source = rows(tmp_path / "a.jsonl", values)
+
+    def encode(conversation: Conversation) -> tuple[int, int]:
+        return len(conversation.messages[-1].text), 5
+
+    report = check([source], images, encode=encode, context=64, truncate=True)
+    tokens = report.to_dict()["sources"]["a"]["tokens"]
+    assert report.usable == 3 and tokens["too_long_share"] == pytest.approx(1 / 3)
+    assert tokens["histogram"] == {"up to 32": 1, "up to 64": 1, "up to 128": 0, "up to 256": 1}
+    assert check([source], images, encode=encode, context=64).usable == 2
+
+
+def test_a_fixed_copy_can_be_used_and_the_original_stays(tmp_path: Path, images: ImageFinder) -> None:
+    other = {"from": "gpt", "value": "A dog."}
+    values = [
+        row("a", "good.jpg") | {"extra": "kept", "caf\u00e9": 1},
+        row("a", "good.jpg"),
+        row("a", "good.jpg", ASK, other),
+        row("gone", "missing.png"),
+        row("b", ["good.png"]),
+    ]
+    source = rows(tmp_path / "rows.jsonl", values)
+    before = source.path.read_bytes()
+    report = check([source], images)
+    out = tmp_path / "fixed.json"
+    done = fix(source, images, report, out)
+    assert source.path.read_bytes() == before
+    assert done == {
+        "rows written": 3,
+        "rows left out": 1,
+        "pictures named as they are stored": 3,
+        "repeated rows left out": 1,
+        "ids made different": 1,
+    }
+    again = check([Rows(out)], images)
+    assert again.ok and again.problems == []
+    written = json.loads(out.read_text())
+    assert [(w["id"], w["image"]) for w in written] == [
+        ("a", "good.png"), ("a-2", "good.png"), ("b", ["good.png"]),
+    ]  # fmt: skip
+    assert written[0]["extra"] == "kept" and written[0]["caf\u00e9"] == 1
+    assert len(Rows(out)) == 3
+
+
+def test_a_fixed_copy_never_replaces_what_is_checked(tmp_path: Path, images: ImageFinder) -> None:
+    source = rows(tmp_path / "rows.jsonl", [row("a")])
+    (tmp_path / "link.jsonl").symlink_to(source.path)
+    report = check([source], images)
+    for out in (source.path, tmp_path / "link.jsonl"):
+        with pytest.raises(InputError, match="is the file that is checked"):
+            fix(source, images, report, out)
+    with pytest.raises(InputError, match="there is no folder"):
+        fix(source, images, report, tmp_path / "no" / "rows.jsonl")

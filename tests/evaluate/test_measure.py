@@ -58,7 +58,7 @@ class Knowing:
     def __init__(self) -> None:
         self.asked: list[tuple[Any, str]] = []
 
-    def ask_batch(self, asks: Any, **options: Any) -> Iterator[str]:
+    def ask_each(self, asks: Any, **options: Any) -> Iterator[str]:
         for image, question in asks:
             self.asked.append((image, question))
             name = image.stem if isinstance(image, Path) else "nothing"

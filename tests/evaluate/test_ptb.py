@@ -34,6 +34,13 @@ OFFICIAL = {
     "the dog\u2019s \u201cbig\u201d ball \u2014 caf\u00e9": "the dog 's big ball caf\u00e9",
     "visit www.dogs.com or a@b.com": "visit www.dogs.com or a@b.com",
     "an R&B band at 9 o'clock": "an r&b band at 9 o'clock",
+    "is 1,000 -3.10 $5 007 so C. ½ > 日本": "is 1,000 -3.10 $ 5 007 so c. 1/2 > 日本",
+    "**b** 007 via #a# /!": "** b ** 007 via #a # /",
+    "A dog carries a@b.co a large :) ] stick.": "a dog carries a@b.co a large :-rrb- -rsb- stick",
+    "Woman \u2019s in Obama + t-shirt smiling.": "woman 's in obama + t-shirt smiling",
+    "A <b> woman in a green costume": "a <b> woman in a green costume",
+    "A. A white dog plays.": "a a white dog plays",
+    "-- = < . ? -2": "= < -2",
     "": "",
     " . ": "",
 }

@@ -93,6 +93,17 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
         resume(tmp_path / "no" / "a.jsonl", QUESTIONS, "counts")
 
 
+def test_another_longest_answer_is_told_and_kept(tmp_path: Path) -> None:
+    questions, path = [question(0, None), question(1, None)], tmp_path / "answers.jsonl"
+    task = get_task("gqa")
+    run(task, questions[:1], Counts(), path, max_new_tokens=5)
+    assert json.loads(path.read_text())["max_new_tokens"] == 5
+    with pytest.raises(InputError, match="at most 5 tokens, now the benchmark's own number"):
+        run(task, questions, Counts(), path)
+    run(task, questions, Counts(), path, max_new_tokens=5)
+    assert len(path.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 20])
 def test_shares_keep_pictures_whole_and_order(world: int) -> None:
     ordered = in_order(QUESTIONS)
@@ -124,7 +135,7 @@ class Batches:
     def __init__(self) -> None:
         self.rows: list[tuple[Any, str]] = []
 
-    def ask_batch(self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any) -> Iterator[Any]:
+    def ask_each(self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any) -> Iterator[Any]:
         assert sampling == {"max_new_tokens": TASK.max_new_tokens}
         self.rows = list(rows)
         for images, text in self.rows:

@@ -1,4 +1,4 @@
-"""LoRA and int8 as module swaps: nothing at the start, exact when merged, bounded when rounded."""
+"""LoRA as a module swap: nothing at the start, exact when merged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pumice.config import DecoderConfig, LoraConfig
 from pumice.errors import InputError
-from pumice.model.adapters import Int8Linear, LoraLinear, add_lora, has_int8_kernel, merge_lora, quantize_int8
+from pumice.model.adapters import LoraLinear, add_lora, merge_lora
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal
 
@@ -100,61 +100,3 @@ def test_dropout_acts_on_the_update_only_and_only_in_training() -> None:
 def test_unknown_targets_are_refused_by_name() -> None:
     with pytest.raises(InputError, match="the decoder has no linear layer named gates, wq"):
         add_lora(make(), LoraConfig(targets=("q", "wq", "gates")))
-
-
-def test_int8_rounds_each_weight_by_half_a_step_of_its_row() -> None:
-    torch.manual_seed(1)
-    weight = torch.randn(9, 64) * torch.logspace(-3, 2, 9)[:, None]  # rows of very different sizes
-    weight[4] = 0
-    layer = Int8Linear(weight)
-    restored = layer.weight.float() * layer.scale[:, None]
-    step = weight.abs().amax(1) / 127
-    assert ((restored - weight).abs().amax(1) <= step * 0.5 * (1 + 1e-5)).all()
-    assert layer.weight.abs().amax(1).tolist() == [127] * 4 + [0] + [127] * 4
-    x = torch.randn(5, 64)
-    bound = x.abs().sum(1)[:, None] * step * 0.5
-    assert ((layer(x) - x @ weight.T).abs() <= bound * (1 + 1e-4) + 1e-6).all()
-    assert layer(x)[:, 4].eq(0).all()
-
-
-def test_int8_keeps_the_bias_and_the_shape() -> None:
-    linear = nn.Linear(32, 16)
-    layer = Int8Linear(linear.weight, linear.bias)
-    x = torch.randn(2, 3, 32)
-    y = layer(x)
-    assert y.shape == (2, 3, 16)
-    assert (y - linear(x)).abs().max() < 0.05
-    assert torch.equal(layer(torch.zeros(1, 32))[0], linear.bias)
-
-
-@pytest.mark.skipif(not has_int8_kernel(), reason="this PyTorch has no int8 kernel")
-def test_the_bf16_kernel_computes_what_the_detour_computes() -> None:
-    torch.manual_seed(2)
-    layer = Int8Linear(torch.randn(48, 64).bfloat16())
-    x = torch.randn(2, 5, 64).bfloat16()
-    expected = (x.float() @ (layer.weight.float() * layer.scale.float()[:, None]).T).bfloat16().float()
-    # bf16 keeps 8 bits; measured worst: 0
-    assert (layer(x).float() - expected).abs().max() / expected.abs().max() < 2**-7
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_quantised_decoder_stays_near_and_has_no_plain_linear(tied: bool) -> None:
-    decoder = make(tied_head=tied)
-    before, embedding = logits(decoder), decoder.embed.weight.clone()
-    quantize_int8(decoder)
-    assert not any(isinstance(module, nn.Linear) for module in decoder.modules())
-    assert isinstance(decoder.head, Int8Linear)
-    assert torch.equal(decoder.embed.weight, embedding)
-    after = logits(decoder)
-    error = ((after - before).abs().max() / before.abs().max()).item()
-    print(f"int8: {error:.1e}")
-    assert 0 < error < 0.05  # of the largest logit; measured worst: 2.0e-2
-
-
-def test_int8_refuses_adapters_that_are_not_merged() -> None:
-    decoder = make()
-    add_lora(decoder, LoraConfig(rank=2, targets=("v",)))
-    with pytest.raises(InputError, match="merge the LoRA adapters before quantising"):
-        quantize_int8(decoder)
-    merge_lora(decoder)
-    quantize_int8(make())

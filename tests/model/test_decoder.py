@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pumice.config import DecoderConfig, RopeScaling
 from pumice.errors import InputError
-from pumice.model.cache import KVCache
+from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal, causal_mask, frequencies
 from pumice.model.packed import Packed, Run
@@ -158,62 +158,51 @@ def test_the_window_is_shorter_than_the_sequence_and_matters() -> None:
     assert (near[5:] - far[5:]).abs().amax(-1).min() > 1e-2
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_slots_of_different_lengths_decode_together_as_alone(family: str) -> None:
-    """Prefill each slot by itself, in one or two pieces, then one token for all slots at a time."""
-    config = FAMILIES[family][1]
+def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None) -> None:
+    """Prompts in one or two pieces, single tokens and several at once, all in the same passes."""
+    config = dataclasses.replace(FAMILIES[family][1], sliding_window=window)
     decoder = make(config)
-    prompts = [3, 11, 7]
-    rows = ids(len(prompts))
+    rows = ids(3)
     expected = logits(decoder, rows)
-    cache = KVCache(config, slots=4, capacity=12, device=torch.device("cpu"), dtype=torch.float32)
-    slots = [2, 0, 3]  # not in order, one slot unused
+    cache = KVCache(config, 64, torch.device("cpu"), torch.float32)
+    starts, past = [40, 1, 20], [0, 0, 0]  # not in order, places unused
     worst = 0.0
 
-    def step(rows_now: list[int], slots_now: list[int], tokens: int) -> None:
+    def step(*new: int) -> None:
         nonlocal worst
-        starts = [cache.lengths[s] for s in slots_now]
-        pieces = [rows[r, a : a + tokens] for r, a in zip(rows_now, starts, strict=True)]
-        positions = cache.positions(slots_now, tokens)
-        attend = cache.attend(slots_now, tokens)
-        found = decoder.logits(decoder(decoder.embed(torch.stack(pieces)), positions, attend))
-        for row, start, ours in zip(rows_now, starts, found, strict=True):
-            worst = max(worst, (ours - expected[row, start : start + tokens]).abs().max().item())
+        chosen = [row for row, count in enumerate(new) if count]
+        segments = [Segment(starts[row], past[row], new[row]) for row in chosen]
+        tokens = torch.cat([rows[row, past[row] : past[row] + new[row]] for row in chosen])[None]
+        hidden = decoder(decoder.embed(tokens), cache.positions(segments), cache.attend(segments))
+        pieces = decoder.logits(hidden)[0].split([new[row] for row in chosen])
+        for row, ours in zip(chosen, pieces, strict=True):
+            worst = max(worst, (ours - expected[row, past[row] : past[row] + new[row]]).abs().max().item())
+            past[row] += new[row]
 
-    for row, (slot, length) in enumerate(zip(slots, prompts, strict=True)):
-        first = length if row % 2 else length - 2
-        step([row], [slot], first)
-        if first < length:
-            step([row], [slot], length - first)
-    assert [cache.lengths[s] for s in slots] == prompts
-    cache.reserve(TOKENS)
-    while max(cache.lengths) < TOKENS:
-        step([0, 1, 2], slots, 1)
-    step([0, 2], [2, 3], 3)  # several tokens for several slots
-    assert cache.lengths == [19, 0, 14, 18]
+    step(3, 0, 0)
+    step(1, 9, 0)  # an answer, and another's prompt
+    step(1, 2, 7)
+    step(1, 1, 1)
+    step(2, 0, 8)
+    step(1, 1, 1)
+    assert past == [9, 13, 17]
+    cache.copy(starts[2], 0, 6)  # the beginning of one, now also of another, which goes on differently
+    starts[1], past[1], rows[1, :6] = 0, 6, rows[2, :6]
+    expected = logits(decoder, rows)
+    step(0, 5, 0)
+    step(1, 1, 1)
     print(f"{family}: {worst:.1e}")
     assert worst < 1e-4  # measured worst: 1.6e-5
 
 
-def test_a_slot_is_used_again_from_its_beginning() -> None:
-    decoder = make(BASE)
-    cache = KVCache(BASE, slots=2, capacity=TOKENS, device=torch.device("cpu"), dtype=torch.float32)
-    rows = ids(2, 8)
-    for row in rows:
-        cache.lengths = [0, 0]
-        positions = cache.positions([0, 1], 8)
-        both = torch.stack((row, row.flip(0)))
-        found = decoder.logits(decoder(decoder.embed(both), positions, cache.attend([0, 1], 8)))
-        torch.testing.assert_close(found, logits(decoder, both), atol=1e-4, rtol=0)
-
-
-def test_a_full_slot_is_refused_and_left_as_it_was() -> None:
-    cache = KVCache(BASE, slots=2, capacity=8, device=torch.device("cpu"), dtype=torch.float32)
-    cache.lengths = [6, 2]
-    with pytest.raises(ValueError, match=r"slot 0: 6 \+ 3 tokens do not fit in 8"):
-        cache.attend([1, 0], 3)
-    assert cache.lengths == [6, 2]
+def test_what_does_not_fit_in_the_cache_is_refused() -> None:
+    cache = KVCache(BASE, 8, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=r"place 1: 6 \+ 2 tokens do not fit in 8"):
+        cache.attend([Segment(0, 0, 1), Segment(1, 6, 2)])
+    cache.attend([Segment(1, 5, 2)])
 
 
 @pytest.mark.parametrize("window", [None, 4])

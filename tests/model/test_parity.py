@@ -17,7 +17,7 @@ from pumice.engine.generate import Prompt, generate, naive_generate
 from pumice.engine.sampling import SamplingParams
 from pumice.geometry import Layout, square_layout, tile_layout
 from pumice.images import squares
-from pumice.model.cache import KVCache
+from pumice.model.cache import KVCache, Segment
 from pumice.model.layers import Causal
 from pumice.model.llava import Llava
 from pumice.weights.keymaps import clip_tower, convert, hf_decoder, siglip_tower
@@ -203,14 +203,14 @@ def test_logits_with_a_cache_equal(pair: Pair) -> None:
     sizes = SHAPES[:2]
     ids = torch.tensor([[*pair.ids(sizes), 7, 8, 9]])
     theirs = pair.their_logits(ids, sizes)[0, -4:]
-    cache = KVCache(pair.config.decoder, 1, ids.shape[1], torch.device("cpu"), torch.float32)
-    prompt, rest = ids[:, :-3], ids[0, -3:]
-    positions = cache.positions([0], prompt.shape[1])
-    attend = cache.attend([0], prompt.shape[1])
-    steps = [pair.ours(prompt, pair.image_tokens(sizes), positions, attend)[:, -1]]
-    for token in rest:
-        positions = cache.positions([0], 1)
-        steps.append(pair.ours(token.view(1, 1), None, positions, cache.attend([0], 1))[:, -1])
+    cache = KVCache(pair.config.decoder, ids.shape[1], torch.device("cpu"), torch.float32)
+    length = ids.shape[1] - 3
+    whole = [Segment(0, 0, length)]
+    prompt = ids[:, :length], pair.image_tokens(sizes)
+    steps = [pair.ours(*prompt, cache.positions(whole), cache.attend(whole))[:, -1]]
+    for past, token in enumerate(ids[0, length:], length):
+        one = [Segment(0, past, 1)]
+        steps.append(pair.ours(token.view(1, 1), None, cache.positions(one), cache.attend(one))[:, -1])
     assert (pair.ours.decoder.logits(torch.cat(steps)) - theirs).abs().max() < CLOSE
 
 

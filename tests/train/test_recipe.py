@@ -1,21 +1,17 @@
-"""Recipes are typed and checked when read; every shipped one is read here."""
+"""Recipes are typed and checked when read, with what they extend; tests/recipes reads the shipped ones."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pumice.data.rows import Rows
+from pumice.config import DecoderConfig, ImagePolicy, ModelConfig
 from pumice.errors import InputError
-from pumice.train.recipe import NewModel, load_recipe
-from pumice.weights.read import find_model
+from pumice.train.recipe import Recipe, load_recipe
 
-ROOT = Path(__file__).parents[2]
-SHIPPED = sorted([*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "examples").glob("*.yaml")])
 VALUES: dict[str, Any] = {
     "name": "a",
     "output": "out",
@@ -29,24 +25,6 @@ def write(folder: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(VALUES | changes))
     return path
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_recipe_is_read(path: Path) -> None:
-    recipe = load_recipe(path)
-    assert recipe.stage.learn
-    if path.parent.name == "examples":
-        assert {row.image[0] for row in Rows(ROOT / recipe.data[0].rows)} < set(os.listdir(path.parent))
-        find_model(recipe.model)
-    elif not isinstance(recipe.model, NewModel):
-        # a stage that goes on from another names the model that the other writes
-        outputs = {load_recipe(other).output / "model" for other in path.parent.glob("*.yaml")}
-        assert recipe.model in outputs
-
-
-def test_there_are_shipped_recipes() -> None:
-    names = [path.name for path in SHIPPED if path.parent.name == "pumice-tiny"]
-    assert names == ["0-warm.yaml", "1-align.yaml", "2-instruct.yaml"]
 
 
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
@@ -68,7 +46,7 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         ({"stage": {"learn": {"projector": 1e-3}}}, r"unknown key 'stage\.learn\.projector'; .*"),
         ({"batch": 0}, r"batch: .*greater than 0"),
         ({"data": []}, r"data is empty; give one"),
-        ({"precision": "fp8"}, r"precision: .*'fp32' or 'bf16'"),
+        ({"precision": "fp8"}, r"precision: .*'fp32', 'tf32' or 'bf16'"),
         ({"epochs": float("inf")}, r"epochs: .*finite"),
         ({"stage": {"learn": {"connector": float("nan")}}}, r"stage\.learn\.connector: .*finite"),
         ({"seed": -1}, r"seed: .*greater than or equal to 0"),
@@ -83,6 +61,11 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         ({"model": {"tower": "a", "decodr": "b"}}, r"unknown key 'model\.decodr'; did you mean 'decoder'\?"),
         ({"model": {"tower": "a"}}, r"model\.decoder is missing"),
         ({"model": 3}, r"model must be a path or a mapping"),
+        ({"stage": {"learn": {"connector": 1e-3}, "base": "int8"}}, r"base: int8 .*add lora to learn"),
+        (
+            {"stage": {"learn": {"lora": 1e-3, "decoder": 1e-3}, "base": "nf4"}},
+            r"base: nf4 freezes the LLM; take decoder",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -117,3 +100,77 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     with pytest.raises(InputError, match="not UTF-8"):
         load_recipe(tmp_path / "latin.yaml")
+
+
+def extend(folder: Path, name: str, **values: Any) -> Path:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_extending_merges_mappings_replaces_the_rest_and_null_takes_away(tmp_path: Path) -> None:
+    stage = {"learn": {"connector": 1e-3, "decoder": 1e-3}, "template": "plain"}
+    write(tmp_path, stage=stage, pictures=["a", "b"], batch=7, betas=[0.8, 0.9])
+    learn = {"decoder": None, "lora": 2e-4}
+    extend(tmp_path, "sub/middle.yaml", extends="../recipe.yaml", stage={"learn": learn, "lora": {"rank": 4}})
+    last = extend(tmp_path, "sub/last.yaml", extends="middle.yaml", pictures=["c"], stage={"template": None})
+    recipe = load_recipe(last, ["stage.lora.rank=8"])
+    assert recipe.stage.learn == {"connector": 1e-3, "lora": 2e-4} and recipe.stage.template is None
+    assert recipe.stage.lora is not None and recipe.stage.lora.rank == 8
+    assert (recipe.pictures, recipe.batch, recipe.betas) == ([Path("c")], 7, (0.8, 0.9))
+
+
+def test_a_mapping_of_a_new_model_gives_way_to_a_path(tmp_path: Path) -> None:
+    write(tmp_path, model={"tower": "t", "decoder": "d"})
+    assert load_recipe(extend(tmp_path, "b.yaml", extends="recipe.yaml", model="m/model")).model == Path(
+        "m/model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "over", "message"),
+    [
+        ({"stage": {"learn": {"connector": 1e-3}, "tempalte": "plain"}}, {}, r"recipe\.yaml: unknown key"),
+        ({}, {"stage": {"tempalte": "plain"}}, r"over\.yaml: unknown key 'stage\.tempalte'.*'template'"),
+        ({}, {"sead": None}, r"over\.yaml: unknown key 'sead'; did you mean 'seed'"),
+        ({"batch": 0}, {}, r"recipe\.yaml: batch"),
+        ({"batch": 0}, {"batch": -1}, r"over\.yaml: batch"),
+    ],
+)
+def test_a_mistake_is_told_of_the_file_that_makes_it(
+    tmp_path: Path, base: dict[str, Any], over: dict[str, Any], message: str
+) -> None:
+    write(tmp_path, **base)
+    with pytest.raises(InputError, match=message):
+        load_recipe(extend(tmp_path, "over.yaml", extends="recipe.yaml", **over))
+
+
+def test_extending_in_a_circle_or_nothing_is_refused(tmp_path: Path) -> None:
+    extend(tmp_path, "a.yaml", extends="b.yaml")
+    extend(tmp_path, "b.yaml", extends="c.yaml")
+    extend(tmp_path, "c.yaml", extends="a.yaml")
+    with pytest.raises(InputError, match=r"circle, a\.yaml -> b\.yaml -> c\.yaml -> a\.yaml"):
+        load_recipe(tmp_path / "a.yaml")
+    with pytest.raises(InputError, match=r"lone\.yaml: extends gone\.yaml, but there is no"):
+        load_recipe(extend(tmp_path, "lone.yaml", extends="gone.yaml"))
+    with pytest.raises(InputError, match=r"extends must be the path of one recipe"):
+        load_recipe(extend(tmp_path, "two.yaml", extends=["a.yaml", "b.yaml"]))
+
+
+def test_a_stage_has_its_own_pictures_and_context() -> None:
+    config = ModelConfig(DecoderConfig(64, 16, 1, 2, 2, 8, 16, context=128), image=ImagePolicy("pad"))
+    stage = {"learn": {"connector": 1e-3}, "image": {"mode": "crop"}, "template": "plain"}
+    staged = Recipe.model_validate(VALUES | {"stage": stage, "context": 64}).stage_config(config)
+    assert (staged.image.mode, staged.template, staged.decoder.context) == ("crop", "plain", 64)
+    assert staged.image.mean == config.image.mean
+    for changes, message in (
+        ({"context": 256}, "context: 256 tokens, the LLM takes 128"),
+        ({"stage": stage | {"image": {"moed": "crop"}}}, "stage.image: unknown key 'moed'"),
+        (
+            {"stage": stage | {"image": {"mode": "anyres", "pinpoints": [[256, 512]]}}},
+            "tiles need the model's image_newline",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            Recipe.model_validate(VALUES | changes).stage_config(config)

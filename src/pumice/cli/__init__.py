@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pumice import __version__
-from pumice.cli import ask, chat, data, evaluate, export, formats, train
+from pumice.cli import ask, chat, data, doctor, evaluate, explain, export, formats, plan, serve, train
 from pumice.errors import InputError, WorkError
 
 
@@ -72,9 +72,13 @@ def _root(
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("import")(formats.import_)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
+app.command("serve")(serve.serve)
+app.command("explain")(explain.explain)
+app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 
 

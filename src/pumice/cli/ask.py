@@ -48,12 +48,14 @@ def ask(
     stop: options.Stop = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    quantize: options.Quantize = options.Bits.auto,
 ) -> None:
     """Ask a question about pictures, or without any.
 
     pumice ask dog.jpg "What is the dog doing?"
     """
     sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    opening = options.opening(device, quantize)
     if batch is not None or out is not None:
         if words and batch is not None:
             raise InputError(f"--batch reads its questions from the file; leave out {words[-1]!r}")
@@ -61,7 +63,7 @@ def ask(
             raise InputError("--batch needs --out OUT.jsonl, where the answers go")
         if batch is None:
             raise InputError("--out belongs to --batch IN.jsonl; one answer goes to the terminal")
-        _ask_batch(batch, out, model, device, slots, as_json, sampling)
+        _ask_batch(batch, out, model, opening, slots, as_json, sampling)
         return
     *images, question = words or [""]
     _check_question(images, question)
@@ -71,7 +73,7 @@ def ask(
                 f"there is no picture {word!r}; if it belongs to the question, put the question in quotes: "
                 'pumice ask dog.jpg "What is this?"'
             )
-    _ask_one(images, question, model, device, as_json, sampling)
+    _ask_one(images, question, model, opening, as_json, sampling)
 
 
 def _check_question(images: list[str], question: str) -> None:
@@ -96,7 +98,12 @@ def _is_picture(text: str) -> bool:
 
 
 def _ask_one(
-    images: list[str], question: str, model: str, device: str | None, as_json: bool, sampling: dict[str, Any]
+    images: list[str],
+    question: str,
+    model: str,
+    opening: dict[str, Any],
+    as_json: bool,
+    sampling: dict[str, Any],
 ) -> None:
     from pumice.images import open_image
 
@@ -105,7 +112,7 @@ def _ask_one(
     from pumice.assistant import load
     from pumice.conversation import Conversation, user_message
 
-    assistant = load(model, device=device)
+    assistant = load(model, **opening)
     reply = assistant.stream(Conversation((user_message(question, opened),)), **sampling)
     if as_json:
         answer = "".join(reply)
@@ -131,7 +138,7 @@ def _ask_batch(
     source: Path,
     out: Path,
     model: str,
-    device: str | None,
+    opening: dict[str, Any],
     slots: int,
     as_json: bool,
     sampling: dict[str, Any],
@@ -154,7 +161,7 @@ def _ask_batch(
         raise InputError(f"--out '{out}' is a folder or the questions themselves; name another file")
     failed = 0
     with replacing(out) as file:
-        for number, (row, answer) in enumerate(_answers(rows, model, device, slots, sampling), 1):
+        for number, (row, answer) in enumerate(_answers(rows, model, opening, slots, sampling), 1):
             wrong = isinstance(answer, InputError)
             failed += wrong
             line = {"id": row.id, "error" if wrong else "answer": str(answer)}
@@ -174,7 +181,7 @@ def _ask_batch(
 
 
 def _answers(
-    rows: list[_Row], model: str, device: str | None, slots: int, sampling: dict[str, Any]
+    rows: list[_Row], model: str, opening: dict[str, Any], slots: int, sampling: dict[str, Any]
 ) -> Iterator[tuple[_Row, str | InputError]]:
     options.share_cores()
     from pumice.assistant import load
@@ -183,7 +190,7 @@ def _answers(
     SamplingParams(**sampling)  # raises before the model is loaded
     sound = [row for row in rows if not row.error]
     given = ((list(row.images), row.question) for row in sound)
-    answers = load(model, device=device).ask_batch(given, slots=slots, **sampling) if sound else iter(())
+    answers = load(model, **opening).ask_each(given, slots=slots, **sampling) if sound else iter(())
     for row in rows:
         yield row, InputError(row.error) if row.error else next(answers)
 

@@ -49,6 +49,7 @@ def chat(
     stop: options.Stop = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    quantize: options.Quantize = options.Bits.auto,
 ) -> None:
     """Talk about pictures in the terminal. /help lists what else can be typed."""
     from pumice.images import open_image
@@ -63,7 +64,7 @@ def chat(
     SamplingParams(**sampling)
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
-    Chat(load(model, device=device), sampling, images or []).run()
+    Chat(load(model, **options.opening(device, quantize)), sampling, images or []).run()
 
 
 class Chat:

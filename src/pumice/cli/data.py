@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,8 @@ from pumice.cli import generate, options
 
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
-    from pumice.data.check import Encode
+    from pumice.data.check import Encode, Report
+    from pumice.data.rows import ImageFinder, Rows
     from pumice.processor import Processor
     from pumice.templates import Plain, Template
     from pumice.tokens import Tokenizer
@@ -132,7 +134,7 @@ def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokeni
         while end < len(ids) and (ids[end] == IMAGE_TOKEN, labels[end] != IGNORE) == kind:
             end += 1
         if kind[0]:
-            text.append("[image]" * (end - start), "magenta")
+            text.append("[image]" if end == start + 1 else f"[image x {end - start}]", "magenta")
         elif kind[1]:
             text.append(f"[+{decode(ids[start:end])}+]", "green")
         else:
@@ -152,19 +154,15 @@ def _processor(model: str, template: str | None) -> Processor:
     return Processor(config, Tokenizer(loaded.tokenizer))
 
 
-def _lengths(path: Path) -> Encode:
-    """Counts the tokens of a row as training by the recipe would."""
-    from pumice.train.recipe import NewModel, load_recipe
-    from pumice.train.setup import prepare
+def _encode(processor: Processor) -> Encode:
+    """Counts the tokens of a row, however long, as training would without its limit."""
+    from pumice.processor import Processor
 
-    recipe = load_recipe(path)
-    if isinstance(recipe.model, NewModel):
-        processor = prepare(recipe).processor
-    else:
-        processor = _processor(str(recipe.model), recipe.stage.template)
+    decoder = dataclasses.replace(processor.config.decoder, context=sys.maxsize)
+    endless = Processor(dataclasses.replace(processor.config, decoder=decoder), processor.tokenizer)
 
     def encode(conversation: Conversation) -> tuple[int, int]:
-        sample = processor.training_sample(conversation)
+        sample = endless.training_sample(conversation)
         return len(sample.input_ids), sample.supervised
 
     return encode
@@ -172,65 +170,139 @@ def _lengths(path: Path) -> Encode:
 
 @app.command()
 def check(
-    file: File,
-    images: Annotated[list[Path], typer.Option(help="A folder of the pictures; repeat for several.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="LLaVA rows, .json or .jsonl; the recipe's if none is given.", metavar="FILE..."),
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder of the pictures; repeat for several. The recipe's if none is given."),
+    ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Also measure lengths as this recipe's stage has them.", show_default=False),
+        typer.Option(help="Also count tokens as this recipe's stage has them.", show_default=False),
     ] = None,
     budget: Annotated[float, typer.Option(help="The share of rows that may be unusable.")] = 0.0,
     decode: Annotated[bool, typer.Option(help="Open every picture.")] = True,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that open them; one per core.", show_default=False)
+    ] = None,
+    sample: Annotated[bool, typer.Option(help="Show a row of each file in tokens (with --recipe).")] = True,
+    fixed: Annotated[
+        Path | None, typer.Option("--fix", help="Write a cleaned copy of FILE here.", show_default=False)
+    ] = None,
+    report_to: Annotated[
+        Path | None, typer.Option("--report", help="Write the report here as JSON.", show_default=False)
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole report as one JSON object.")
     ] = False,
 ) -> None:
     """Check rows and their pictures. Status 1 when more rows than --budget are unusable."""
     from pumice.data.check import check as check_rows
+    from pumice.data.fix import fix
     from pumice.data.rows import ImageFinder, Rows
+    from pumice.errors import InputError
+    from pumice.files import replacing
 
-    rows = Rows(file)
-    encode = None if recipe is None else _lengths(recipe)
-    watched = sys.stderr.isatty()
-    done = 0
+    processor = told = None
+    if recipe is not None:
+        from pumice.train.recipe import load_recipe
+        from pumice.train.shapes import processor_of
 
-    def progress() -> None:
-        nonlocal done
-        done += 1
-        if watched and (done % 50 == 0 or done == len(rows)):
-            print(
-                f"\r{done} of {len(rows)} rows",
-                end="\n" if done == len(rows) else "",
-                file=sys.stderr,
-                flush=True,
-            )
-
+        told = load_recipe(recipe)
+        processor = processor_of(told)
+        files = files or [source.rows for source in told.data]
+        images = images or told.pictures
+    if not files:
+        raise InputError("there is nothing to check: give a file of rows, or --recipe")
+    if fixed is not None and len(files) != 1:
+        raise InputError(f"--fix writes one cleaned file, but {len(files)} are checked; check them in turn")
+    rows = [Rows(file) for file in files]
+    finder = ImageFinder(images or ["."])
+    total, progress = sum(map(len, rows)), _Progress()
     report = check_rows(
-        [rows],
-        ImageFinder(images),
+        rows,
+        finder,
         decode=decode,
         budget=budget,
-        encode=encode,
-        progress=progress,
+        encode=None if processor is None else _encode(processor),
+        context=None if processor is None else processor.config.decoder.context,
+        truncate=told is not None and told.truncate,
+        workers=(os.cpu_count() or 1) if workers is None else workers,
+        progress=lambda: progress(1, total, "rows"),
+        decoded=lambda more, pictures: progress(more, pictures, "pictures"),
     )
     values = report.to_dict()
+    if fixed is not None:
+        values["fixed"] = dict(fix(rows[0], finder, report, fixed))
+    if report_to is not None:
+        with replacing(report_to) as file:
+            json.dump(values, file, ensure_ascii=False, indent=1)
     if as_json:
         print(json.dumps(values, ensure_ascii=False))
     else:
-        for problem in report.problems[:SHOWN]:
-            # A malformed row's reason names the row itself.
-            where = f"row {problem.row} ({problem.id}): " if problem.id else ""
-            print(f"{where}{problem.kind}: {problem.reason}")
-        if len(report.problems) > SHOWN:
-            print(f"... and {len(report.problems) - SHOWN} more; --json lists all")
-        for source in report.sources.values():
-            for kind, count in source.problems.most_common():
-                print(f"{count:7} x {kind}")
-            if tokens := source.to_dict()["tokens"]:
-                median, high = tokens["median"], tokens["percentile_95"]
-                print(
-                    f"tokens of a row: median {median:.0f}, 95 % up to {high:.0f}, "
-                    f"longest {tokens['longest']}; {tokens['supervised_share']:.0%} of them supervised"
-                )
-        print(f"{report.usable} of {report.rows} rows can be used")
+        _print_report(report)
+        if fixed is not None:
+            print(f"{fixed}: " + ", ".join(f"{count} {what}" for what, count in values["fixed"].items()))
+        if processor is not None and sample:
+            for source in rows:
+                _print_sample(source, finder, processor)
     if not report.ok:
         raise typer.Exit(1)
+
+
+class _Progress:
+    """A counter on stderr, where a person watches it."""
+
+    def __init__(self) -> None:
+        self.what, self.done, self.watched = "", 0, sys.stderr.isatty()
+
+    def __call__(self, more: int, total: int, what: str) -> None:
+        if what != self.what:
+            self.what, self.done = what, 0
+        before, self.done = self.done, self.done + more
+        if self.watched and (before // 50 != self.done // 50 or self.done == total):
+            end = "\n" if self.done == total else ""
+            print(f"\r{self.done} of {total} {what}", end=end, file=sys.stderr, flush=True)
+
+
+def _print_report(report: Report) -> None:
+    for problem in report.problems[:SHOWN]:
+        # A malformed row's reason names the row itself.
+        source = f"{problem.source}, " if len(report.sources) > 1 else ""
+        where = f"{source}row {problem.row} ({problem.id}): " if problem.id else ""
+        print(f"{where}{problem.kind}: {problem.reason}")
+    if len(report.problems) > SHOWN:
+        print(f"... and {len(report.problems) - SHOWN} more; --json or --report lists all")
+    for name, source in report.sources.items():
+        if len(report.sources) > 1:
+            print(f"\n{name}: {source.usable} of {source.rows} rows can be used")
+        for kind, count in source.problems.most_common():
+            print(f"{count:7} x {kind}")
+        if tokens := source.to_dict()["tokens"]:
+            median, high = tokens["median"], tokens["percentile_95"]
+            print(
+                f"tokens of a row: median {median:.0f}, 95 % up to {high:.0f}, longest {tokens['longest']}; "
+                f"{tokens['supervised_share']:.0%} of them supervised; "
+                f"{tokens['too_long_share']:.1%} of the rows exceed the context"
+            )
+            most = max(tokens["histogram"].values())
+            for bin, count in tokens["histogram"].items():
+                print(f"  {bin:>12}  {'#' * round(40 * count / most):<40} {count}")
+    print(f"{report.usable} of {report.rows} rows can be used")
+
+
+def _print_sample(rows: Rows, finder: ImageFinder, processor: Processor) -> None:
+    """The first row that can be used, as the model sees it."""
+    from pumice.errors import InputError
+
+    for index in range(len(rows)):
+        try:
+            row = rows[index]
+            sample = processor.training_sample(row.conversation(finder))
+        except InputError:
+            continue  # told of above
+        title = f"{rows.source}, row {index + 1} ({row.id})"
+        _print_row(title, sample.input_ids.tolist(), sample.labels.tolist(), processor.tokenizer)
+        return

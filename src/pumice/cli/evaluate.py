@@ -83,6 +83,12 @@ def evaluate(
     judge_model: Annotated[
         str | None, typer.Option(help="The judge's name there.", show_default=False)
     ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The longest answer, in tokens; else the benchmark's own.", show_default=False
+        ),
+    ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
     device: options.Device = None,
     show_list: Annotated[bool, typer.Option("--list", help="Name the benchmarks and their files.")] = False,
@@ -110,6 +116,8 @@ def evaluate(
         raise InputError("--predictions is missing; name the file of answers (with --model it is written)")
     if reference is not None and reference not in PUBLISHED:
         raise InputError(f"no numbers of {reference!r} are known; use one of {', '.join(PUBLISHED)}")
+    if max_new_tokens is not None and model is None:
+        raise InputError("--max-new-tokens is for a model that answers; add --model, or leave it out")
     if compare is not None and model is not None:
         raise InputError("--compare is for two files of answers; leave out --model")
     _check_outputs(json_file, report, submission)
@@ -118,7 +126,7 @@ def evaluate(
 
     asked = result.read_questions(chosen, data, limit, keep_images=model is not None)
     if model is not None and not _answer(
-        chosen, asked, predictions, model, model_name, device, slots, allow_missing
+        chosen, asked, predictions, model, model_name, device, slots, allow_missing, max_new_tokens
     ):
         return  # another process of torchrun goes on
     read = answers.read_predictions(predictions)
@@ -195,6 +203,7 @@ def _answer(
     device: str | None,
     slots: int,
     allow_missing: bool,
+    max_new_tokens: int | None,
 ) -> bool:
     """Lets the model answer into `path`; False where another process goes on."""
     from pumice.evaluate.run import check_pictures, run
@@ -218,7 +227,10 @@ def _answer(
             )
 
     try:
-        return run(task, asked.questions, answerer, path, allow_missing=allow_missing, progress=progress)
+        return run(
+            task, asked.questions, answerer, path,
+            allow_missing=allow_missing, progress=progress, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
     finally:
         if first and sys.stderr.isatty():
             print(file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,20 @@ def share_cores(*, waits_for_people: bool = False) -> None:
     idle = hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.5 * (os.cpu_count() or 1)
     policy = "ACTIVE" if idle and not waits_for_people else "PASSIVE"
     os.environ.setdefault("OMP_WAIT_POLICY", policy)
+
+
+class Bits(str, Enum):
+    """How many bits a weight of the decoder keeps."""
+
+    auto = "auto"
+    int8 = "int8"
+    int4 = "int4"
+    none = "none"
+
+
+def opening(device: str | None, quantize: Bits) -> dict[str, Any]:
+    """The options of opening a model as those of `pumice.load`."""
+    return {"device": device, "quantize": None if quantize is Bits.none else quantize.value}
 
 
 def sampling(
@@ -46,6 +61,9 @@ def sampling(
 Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a folder or a hub name.")]
 Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; the best one here if not given.", show_default=False)
+]
+Quantize = Annotated[
+    Bits, typer.Option(help="Bits of the language model's weights; auto: int8 on a CPU, none elsewhere.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest word each time; 1 draws freely.")]

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, from_llava
+from pumice.data.pictures import Seen, decode_all
 from pumice.data.rows import ImageFinder, Row, Rows
 from pumice.errors import InputError
-from pumice.images import open_image
 
 Encode = Callable[[Conversation], tuple[int, int]]  # to (tokens, supervised tokens)
 Finding = tuple[str, str]  # kind of problem, reason
@@ -45,6 +45,14 @@ class SourceReport:
     problems: Counter[str] = field(default_factory=Counter)
     tokens: list[int] = field(default_factory=list)  # of each row that could be encoded
     supervised: int = 0  # tokens, of all those rows
+    too_long: int = 0  # rows with more tokens than the context
+
+    def histogram(self) -> dict[str, int]:
+        """Rows by their length in tokens, each bin twice the one before: {"up to 128": 40, ...}."""
+        bins: Counter[int] = Counter(max(5, (tokens - 1).bit_length()) for tokens in self.tokens)
+        if not bins:
+            return {}
+        return {f"up to {2**power}": bins[power] for power in range(min(bins), max(bins) + 1)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; "tokens" is None where nothing was encoded."""
@@ -57,6 +65,8 @@ class SourceReport:
                 "percentile_95": high,
                 "longest": max(self.tokens),
                 "supervised_share": self.supervised / max(1, sum(self.tokens)),
+                "too_long_share": self.too_long / len(self.tokens),
+                "histogram": self.histogram(),
             }
         return {"rows": self.rows, "usable": self.usable, "problems": dict(self.problems), "tokens": tokens}
 
@@ -102,18 +112,28 @@ def check(
     budget: float = 0.0,
     encode: Encode | None = None,
     context: int | None = None,
+    truncate: bool = False,
+    workers: int = 0,
     progress: Callable[[], None] | None = None,
+    decoded: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Look at every row of every source, and go on after whatever is wrong.
 
-    decode: open every picture, each once. budget: the share of rows that may be unusable. encode:
-    counts the tokens of a row; one longer than `context`, or with nothing supervised, is unusable.
-    progress: called after each row. Raises InputError on a wrong budget or two sources of one name.
+    decode: open every picture, each once, in so many `workers` processes; 0 does it here. budget: the share
+    of rows that may be unusable. encode: counts the tokens of a row; one longer than `context` (unless it
+    is to be truncated), or with nothing supervised, is unusable. progress: called after each row. decoded:
+    told how many pictures of how many more are open. Raises InputError on a wrong budget or two sources of
+    one name.
     """
     if not 0 <= budget <= 1:
         raise InputError(f"the budget is {budget}; give the share of rows that may be unusable, 0 to 1")
     report = Report(budget)
-    opened: dict[Path, str] = {}  # why a picture cannot be read; "" when it can
+    rows = list(rows)
+    opened: dict[Path, Seen] = {}
+    if decode:
+        paths = _paths(rows, finder)
+        told = None if decoded is None else lambda more: decoded(more, len(paths))
+        opened = decode_all(paths, workers, told)
     for source in rows:
         if source.source in report.sources:
             raise InputError(f"two sources are called '{source.source}'; give each its own name")
@@ -131,7 +151,7 @@ def check(
                 if (first := first_row.setdefault(row_id, number)) != number:
                     found.append(("duplicate id", f"row {first} has the same id"))
                 if encode is not None and _usable(found):
-                    found += _lengths(row.conversation(finder), encode, context, counts)
+                    found += _lengths(row.conversation(finder), encode, context, truncate, counts)
             counts.usable += _usable(found)
             counts.problems.update(kind for kind, _ in found)
             report.problems += [Problem(kind, source.source, number, row_id, why) for kind, why in found]
@@ -144,7 +164,26 @@ def _usable(found: list[Finding]) -> bool:
     return all(kind in NOTES for kind, _ in found)
 
 
-def _pictures(row: Row, finder: ImageFinder, opened: dict[Path, str], decode: bool) -> list[Finding]:
+def _paths(rows: list[Rows], finder: ImageFinder) -> list[Path]:
+    """The pictures that rows name and that are there, each once, in order."""
+    found: dict[Path, None] = {}
+    names: set[str] = set()
+    for source in rows:
+        for index in range(len(source)):
+            try:
+                new = [name for name in source[index].image if name not in names]
+            except InputError:
+                continue  # told of with the row itself
+            for name in new:
+                names.add(name)
+                try:
+                    found[finder.find(name)] = None
+                except InputError:
+                    continue  # told of with each row that names it
+    return list(found)
+
+
+def _pictures(row: Row, finder: ImageFinder, opened: dict[Path, Seen], decode: bool) -> list[Finding]:
     found = []
     for name in row.image:
         try:
@@ -154,20 +193,11 @@ def _pictures(row: Row, finder: ImageFinder, opened: dict[Path, str], decode: bo
             continue
         if path.name != Path(name).name:
             found.append(("wrong extension", f"picture {name!r} is stored as {path.name!r}"))
-        if decode:
-            if path not in opened:
-                opened[path] = _why_unreadable(path)
-            if opened[path]:
-                found.append(("picture unreadable", opened[path]))
+        if decode and opened[path].unreadable:
+            found.append(("picture unreadable", opened[path].unreadable))
+        elif decode and opened[path].kind:
+            found.append(("wrong extension", f"picture {name!r} holds {opened[path].kind}"))
     return found
-
-
-def _why_unreadable(path: Path) -> str:
-    try:
-        open_image(path)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def _turns(row: Row) -> list[Finding]:
@@ -183,6 +213,10 @@ def _kind_of_turns(row: Row) -> str:
     if asked != len(row.image):
         return "placeholder count"
     speakers = [speaker for speaker, _ in row.turns]
+    if set(speakers) - {"human", "gpt", "system"}:
+        return "unknown speaker"
+    if any("\ud800" <= letter <= "\udfff" for _, text in row.turns for letter in text):
+        return "broken text"
     if speakers[0] == "system":
         del speakers[0]
     if speakers != ["human", "gpt"] * (len(speakers) // 2):
@@ -191,7 +225,11 @@ def _kind_of_turns(row: Row) -> str:
 
 
 def _lengths(
-    conversation: Conversation, encode: Encode, context: int | None, counts: SourceReport
+    conversation: Conversation,
+    encode: Encode,
+    context: int | None,
+    truncate: bool,
+    counts: SourceReport,
 ) -> list[Finding]:
     try:
         tokens, supervised = encode(conversation)
@@ -201,6 +239,9 @@ def _lengths(
     counts.supervised += supervised
     if not supervised:
         return [("nothing supervised", f"none of the {tokens} tokens is learnt from")]
-    if context is not None and tokens > context:
+    if context is None or tokens <= context:
+        return []
+    counts.too_long += 1
+    if not truncate:
         return [("too long", f"{tokens} tokens, the context holds {context}")]
     return []

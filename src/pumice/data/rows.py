@@ -116,16 +116,19 @@ class Rows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = range(len(self))[index] + 1
-        start, end = self._spans[number - 1].tolist()
         where = f"'{self.path}', row {number}"
-        with self.path.open("rb") as file:
-            file.seek(start)
-            data = file.read(end - start)
         try:
-            values = json.loads(data)
+            values = json.loads(self.raw(index))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: this is not JSON ({error}); mend or remove the row") from error
         return _row(values, where, str(number), self.source)
+
+    def raw(self, index: int) -> bytes:
+        """Row `index` as it is written in the file."""
+        start, end = self._spans[index].tolist()
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
 
 
 def _row(values: Any, where: str, fallback_id: str, source: str) -> Row:

@@ -1,57 +1,96 @@
-"""Prompts become tokens: prefill, then one token per step for every answer in progress.
+"""What the engine is asked, and the reference that it must equal.
 
-Knows: a Llava, its KV cache, sampling. Does not know: text, templates, pictures; a prompt is ids and
-image tokens. `naive_generate` is the reference that everything faster must equal.
+Knows: a Llava, sampling. Does not know: text, templates, pixels; a prompt is ids and image tokens.
+`naive_generate` runs the whole sequence again for every token; `generate` is the engine as one iterator.
 
-Shapes: T tokens of a prompt, M pictures, N image tokens, D width, B answers in progress.
+Shapes: T tokens of a prompt, M pictures, N image tokens, D width.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pumice.engine.sampling import SamplingParams, sample
+from pumice.config import IMAGE_TOKEN
+from pumice.engine.sampling import Constraint, SamplingParams, sample
 from pumice.errors import InputError
-from pumice.model.cache import KVCache
 from pumice.model.llava import Llava
 
-_ROOM = 128  # the cache grows by multiples of this many tokens
+if TYPE_CHECKING:
+    from pumice.engine.requests import Delta
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a prompt: `count` placeholders, whose image tokens (count, D) are asked for when needed.
+
+    key: equal for pictures with equal image tokens, different for others. look: is not called when the
+    prefix cache holds what it would give; raises InputError when the picture cannot be read.
+    """
+
+    key: str
+    count: int
+    look: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """input_ids (T,) int64 with placeholders, and the pictures' tokens in order, (M, N, D) or (total, D)."""
+    """input_ids (T,) int64 with placeholders, and its pictures in order.
+
+    image_tokens: (M, N, D) or (total, D), where they are there already; they become `pictures`.
+    constraint: begins one answer's constraint on its tokens; any may come when None.
+    """
 
     input_ids: Tensor
     image_tokens: Tensor | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
+    pictures: tuple[Picture, ...] = ()
+    constraint: Callable[[], Constraint] | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_tokens is None:
+            return
+        if self.pictures:
+            raise ValueError("give image_tokens or pictures, not both")
+        given = self.image_tokens
+        separate = [given.flatten(0, -2)] if given.dim() < 3 else list(given)
+        made = tuple(Picture(_fingerprint(t), len(t), functools.partial(_same, t)) for t in separate)
+        object.__setattr__(self, "pictures", made)
+
+    def check(self, vocabulary: int) -> None:
+        """Raise ValueError unless the pictures fill the placeholders and the other ids are tokens."""
+        here = self.input_ids == IMAGE_TOKEN
+        wanted, given = int(here.sum()), sum(picture.count for picture in self.pictures)
+        if wanted != given:
+            raise ValueError(f"input_ids hold {wanted} image placeholders, the pictures give {given} tokens")
+        text = self.input_ids[~here]
+        if len(text) and not (int(text.min()) >= 0 and int(text.max()) < vocabulary):
+            raise ValueError(f"input_ids reach from {text.min()} to {text.max()}, the vocabulary from 0 to "
+                             f"{vocabulary - 1}")  # fmt: skip
+
+    def look(self) -> Tensor | None:
+        """The image tokens of all pictures (total, D); None without pictures."""
+        return torch.cat([picture.look() for picture in self.pictures]) if self.pictures else None
 
 
-@dataclass(eq=False)
-class Answer:
-    """One prompt's tokens so far, without the token that ends them.
+def _note(events: deque[tuple[int, Delta]], number: int, delta: Delta) -> None:
+    events.append((number, delta))
 
-    finish: "stop" (the model ended it, or whoever reads it did, by `end`), "length" (max_new_tokens or
-    the model's context was reached), None while it grows.
-    """
 
-    index: int  # of its prompt
-    prompt: Prompt
-    ids: list[int] = field(default_factory=list)
-    finish: str | None = None
+def _same(tokens: Tensor) -> Tensor:
+    return tokens
 
-    def end(self) -> None:
-        """No more tokens, please: a stop string was met, say."""
-        self.finish = "stop"
 
-    @property
-    def history(self) -> list[int]:
-        return [*self.prompt.input_ids.tolist(), *self.ids]
+def _fingerprint(tokens: Tensor) -> str:
+    values = tokens.detach().contiguous().cpu().view(torch.uint8).numpy()
+    return hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest()
 
 
 def check_room(model: Llava, prompt: Prompt) -> None:
@@ -67,99 +106,52 @@ def check_room(model: Llava, prompt: Prompt) -> None:
 @torch.inference_mode()
 def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
     """One answer without a cache: the whole sequence runs again for every token."""
-    answer = Answer(0, prompt)
-    generator = prompt.params.generator(model.device)
-    while answer.finish is None:
-        ids = torch.tensor([answer.history], device=model.device)
-        hidden = model(ids, prompt.image_tokens)[:, -1]
-        logits = model.decoder.logits(hidden)
-        _extend(model, answer, int(sample(logits, prompt.params, [answer.history], [generator])))
-    return answer.ids
+    params, context = prompt.params, model.config.decoder.context
+    generator, image_tokens = params.generator(model.device), prompt.look()
+    constraint = prompt.constraint() if prompt.constraint is not None else None
+    history = prompt.input_ids.tolist()
+    answer: list[int] = []
+    while len(answer) < params.max_new_tokens and len(history) < context:
+        hidden = model(torch.tensor([history], device=model.device), image_tokens)[:, -1]
+        allowed = constraint.allowed() if constraint is not None else None
+        token = int(sample(model.decoder.logits(hidden), params, [history], [generator], allowed))
+        if token in model.config.stop_token_ids:
+            break
+        if constraint is not None:
+            constraint.accept(token)
+        answer.append(token)
+        history.append(token)
+    return answer
 
 
-@torch.inference_mode()
-def generate(
-    model: Llava, prompts: Iterable[Prompt], *, slots: int = 1
-) -> Iterator[tuple[Answer, int | None]]:
-    """Answer prompts, at most `slots` at a time; yields (answer, its next token), None at its end.
+def generate(model: Llava, prompts: Iterable[Prompt], *, slots: int = 1) -> Iterator[tuple[int, int | None]]:
+    """Answer prompts, at most `slots` at a time; yields (number of the prompt, its next token or None).
 
-    A prompt is taken from the iterable when a slot is free and prefilled alone; answers in progress are
-    decoded together, and one that ends makes room for the next. Answers of a greedy or seeded prompt do
-    not depend on their neighbours, to rounding. Raises InputError when a prompt leaves no room in the
-    model's context for an answer.
+    None comes once, at the answer's end. A prompt is taken from the iterable when a slot is free. Raises
+    InputError when a prompt leaves no room for an answer, and what a picture's `look` raises.
     """
-    waiting = iter(prompts)
-    free = deque(range(slots))
-    running: list[_Running] = []
-    cache = KVCache(model.config.decoder, slots, 0, model.device, model.dtype)
-    count, exhausted = 0, False
+    from pumice.engine.engine import Engine
+
+    engine = Engine(model, slots=slots)
+    events: deque[tuple[int, Delta]] = deque()
+    waiting, open_requests = enumerate(prompts), 0
+    exhausted = False
     while True:
-        while free and not exhausted:
-            prompt = next(waiting, None)
+        while open_requests < slots and not exhausted:
+            number, prompt = next(waiting, (-1, None))
             if prompt is None:
                 exhausted = True
                 break
-            row = _Running(Answer(count, prompt), free.popleft(), prompt.params.generator(model.device))
-            count += 1
-            running.append(row)
-            yield from _deliver(model, [row], _prefill(model, cache, row))
-        for row in [row for row in running if row.answer.finish is not None]:
-            running.remove(row)
-            free.append(row.slot)
-            yield row.answer, None
-        if running:
-            yield from _deliver(model, running, _decode(model, cache, running))
-        elif exhausted:
+            engine.submit(prompt, functools.partial(_note, events, number))
+            open_requests += 1
+        if not open_requests:
             return
-
-
-@dataclass(eq=False)
-class _Running:
-    answer: Answer
-    slot: int
-    generator: torch.Generator
-
-
-def _prefill(model: Llava, cache: KVCache, row: _Running) -> Tensor:
-    """The prompt's logits after its last token: (1, V)."""
-    prompt = row.answer.prompt
-    check_room(model, prompt)
-    ids = prompt.input_ids.to(model.device)[None]
-    length, context = ids.shape[1], model.config.decoder.context
-    # The last token of an answer is never fed back, so its key and value need no room.
-    needed = min(context, length + prompt.params.max_new_tokens - 1)
-    cache.reserve(-(-needed // _ROOM) * _ROOM)
-    cache.lengths[row.slot] = 0
-    positions = cache.positions([row.slot], length)
-    hidden = model(ids, prompt.image_tokens, positions, cache.attend([row.slot], length))
-    return model.decoder.logits(hidden[:, -1])
-
-
-def _decode(model: Llava, cache: KVCache, running: list[_Running]) -> Tensor:
-    """Feed each answer's last token: logits (B, V)."""
-    tokens = torch.tensor([[row.answer.ids[-1]] for row in running], device=model.device)
-    slots = [row.slot for row in running]
-    positions = cache.positions(slots, 1)
-    hidden = model.decoder(model.decoder.embed(tokens), positions, cache.attend(slots, 1))
-    return model.decoder.logits(hidden[:, -1])
-
-
-def _deliver(model: Llava, rows: list[_Running], logits: Tensor) -> Iterator[tuple[Answer, int]]:
-    for number, row in enumerate(rows):
-        params = row.answer.prompt.params
-        history = [row.answer.history if params.repetition_penalty != 1 else []]
-        token = int(sample(logits[number : number + 1], params, history, [row.generator]))
-        if _extend(model, row.answer, token):
-            yield row.answer, token
-
-
-def _extend(model: Llava, answer: Answer, token: int) -> bool:
-    """Add a token unless it ends the answer; say whether it was added."""
-    if token in model.config.stop_token_ids:
-        answer.finish = "stop"
-        return False
-    answer.ids.append(token)
-    full = len(answer.prompt.input_ids) + len(answer.ids) >= model.config.decoder.context
-    if full or len(answer.ids) >= answer.prompt.params.max_new_tokens:
-        answer.finish = "length"
-    return True
+        engine.step()
+        while events:
+            number, delta = events.popleft()
+            if delta.error is not None:
+                raise delta.error
+            yield from ((number, token) for token in delta.tokens)
+            if delta.finish is not None:
+                open_requests -= 1
+                yield number, None

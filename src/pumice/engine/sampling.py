@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # of every token seen so far (arXiv 1909.05858); 1 is off
     stop: tuple[str, ...] = ()  # an answer ends before any of these
     seed: int | None = None  # None draws differently each time
+    logprobs: int | None = None  # also give each token's log probability, and of so many likeliest ones
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -39,6 +40,7 @@ class SamplingParams:
             "max_new_tokens": self.max_new_tokens,
             "top_k": self.top_k,
             "seed": self.seed,
+            "logprobs": self.logprobs,
         }
         for name, value in whole.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -58,6 +60,8 @@ class SamplingParams:
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "more than 0")
         if self.seed is not None:
             _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
+        if self.logprobs is not None:
+            _require(self.logprobs >= 0, "logprobs", self.logprobs, "0 or more")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
 
@@ -71,17 +75,53 @@ class SamplingParams:
         return generator
 
 
+class Constraint(Protocol):
+    """What one answer may say, token by token."""
+
+    def allowed(self) -> Tensor:
+        """(V,) bool: the tokens that may come next; at least one."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The next token; not called with one that ends the answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model held a token, before temperature and penalties: natural logarithms.
+
+    top: (token, log probability) of the likeliest ones, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprob:
+    """Logits (V,) -> the log probability of `token` and of the `count` likeliest."""
+    values = logits.float().log_softmax(-1)
+    best = values.topk(min(count, len(values)))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprob(token, float(values[token]), tuple(top))
+
+
 def sample(
     logits: Tensor,
     params: SamplingParams,
     history: Sequence[Sequence[int]],
     generators: Sequence[torch.Generator],
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Logits (B, V) -> the next token of each row (B,).
 
     history: the tokens seen so far, row by row; negative ones (image placeholders) do not count. Each
     row draws from its own generator, so that what it gives does not depend on its neighbours.
+    allowed: (B, V) or (V,) bool, the tokens that may come; any when None.
     """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed.to(logits.device), float("-inf"))
     if params.repetition_penalty != 1:
         logits = penalise(logits, params.repetition_penalty, history)
     if params.temperature == 0:

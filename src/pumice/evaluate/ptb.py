@@ -13,6 +13,7 @@ import re
 _REMOVED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _WRITTEN = {
     '"': "''", "“": "``", "”": "''", "\u2018": "`", "’": "'", "…": "...", "–": "--", "—": "--",
+    "½": "1/2", "¼": "1/4", "¾": "3/4", ":)": ":-rrb-", ":(": ":-lrb-",
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
 }  # fmt: skip
 
@@ -21,6 +22,12 @@ _ABBREVIATIONS = (
     "mr|mrs|ms|messrs|dr|prof|sr|jr|st|mt|gen|col|sgt|capt|lt|rev|hon|gov|sen|rep|pres|maj|adm|cmdr|"
     "inc|co|corp|ltd|bros|assn|dept|est|ave|blvd|rd|ft|etc|vs|ph\\.d|"
     "jan|feb|apr|aug|sept|sep|oct|nov|dec|calif|fla"
+)
+# After a single capital and its full stop these begin a sentence.
+_STARTS = (
+    "A|About|According|Additionally|After|An|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many|More|"
+    "Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|When|While|"
+    "What|Yet|You"
 )
 _TOKEN = re.compile(
     rf"""
@@ -31,17 +38,21 @@ _TOKEN = re.compile(
     | \b(?-i:[A-Z]+&[A-Z]+)\b                   # R&B
     | \b(?:{_ABBREVIATIONS})\.                  # mr.
     | \bno\.(?=\s*\d)                           # no. 7
-    | \b(?-i:[A-Z])\.                           # the letter P.
+    | \b(?-i:[A-Z])\.(?!\s*$|\s+(?-i:{_STARTS})\b)   # the letter P., but not at the end of a sentence
+    | (?<!\S)(?-i:a)\.(?=\s|$)                  # a.
+    | </?[a-z][^<>\s]*> | :[()](?!\w)            # a tag, a smile
     | n't\b | '(?:s|m|d|re|ve|ll)\b             # the ends of is n't, dog 's, they 're
     | \b[dol]'\w+                               # o'clock
+    | (?<!\S)(?:-\d*\.?|\.)\d+(?:[.,:]\d+)*(?=[\s)\]}},;!?]|\.?(?:\s|$))    # -2 and .5
     | \d+(?:[.,:/-]\d+)+(?:-\w+)*                # 1,000 and 10:30
+    | \#[^\W\d]\w*                             # a hashtag
     | \w+?(?=n't\b)
     | \w+(?:[-/.]\w+)*
-    | \.\.\. | -- | `` | '' | [!?]+ | \S
+    | \.\.\. | -- | `` | '' | [!?]+ | \*+ | \S
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-_APOSTROPHE_AFTER_LETTER = re.compile(r"(?<=\w)’(?=\w)")
+_APOSTROPHE_AFTER_LETTER = re.compile(r"(?<=\w)’(?=\w)|’(?=(?:s|m|d|re|ve|ll)\b)", re.IGNORECASE)
 _OPENING = re.compile(r"(?<!\S)'(?=\w)(?!(?:tis|twas|n|s|m|d|re|ve|ll|\d0s)\b)", re.IGNORECASE)
 
 

@@ -33,10 +33,10 @@ class Answerer(Protocol):
         ...
 
 
-class AsksBatches(Protocol):
+class AsksMany(Protocol):
     """The part of `pumice.Assistant` that is used."""
 
-    def ask_batch(
+    def ask_each(
         self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any
     ) -> Iterator[str | InputError]: ...
 
@@ -44,7 +44,7 @@ class AsksBatches(Protocol):
 class LocalAnswerer:
     """A model in this process, greedy."""
 
-    def __init__(self, assistant: AsksBatches, name: str, slots: int = 16) -> None:
+    def __init__(self, assistant: AsksMany, name: str, slots: int = 16) -> None:
         self.assistant, self.name, self.slots = assistant, name, slots
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
@@ -60,7 +60,7 @@ class LocalAnswerer:
                     order.append(None)
                     yield images or None, question.prompt
 
-        for answer in self.assistant.ask_batch(rows(), slots=self.slots, max_new_tokens=max_new_tokens):
+        for answer in self.assistant.ask_each(rows(), slots=self.slots, max_new_tokens=max_new_tokens):
             while (error := order.popleft()) is not None:
                 yield error
             yield answer
@@ -158,28 +158,32 @@ def run(
     *,
     allow_missing: bool = False,
     progress: Progress | None = None,
+    max_new_tokens: int | None = None,
 ) -> bool:
     """Answers all questions into `path`; True in the process that should go on with the whole file.
 
+    max_new_tokens: another longest answer than the task's; every line then tells it.
     Raises InputError when the file is of another run, or a question cannot be asked and that is not
     allowed; what was answered stays.
     """
     rank, world = processes()
     ordered = in_order(questions)
-    if world > 1 and path.exists() and resume(path, ordered, answerer.name) == len(ordered):
+    longest = max_new_tokens or task.max_new_tokens
+    told = None if longest == task.max_new_tokens else longest
+    if world > 1 and path.exists() and resume(path, ordered, answerer.name, told) == len(ordered):
         return rank == 0
     parts = [path if world == 1 else path.with_name(f"{path.name}.{r}-of-{world}") for r in range(world)]
     own = shard(ordered, rank, world)
-    done = resume(parts[rank], own, answerer.name)
+    done = resume(parts[rank], own, answerer.name, told)
     total = len(own)
     with parts[rank].open("a", encoding="utf-8") as file:
-        answers = answerer.answer(own[done:], task.max_new_tokens)
+        answers = answerer.answer(own[done:], longest)
         for number, (question, answer) in enumerate(zip(own[done:], answers, strict=True), done + 1):
             if isinstance(answer, InputError) and not allow_missing:
                 raise InputError(
                     f"question {question.id} of {task.name} cannot be asked: {answer}"
                 ) from answer
-            file.write(row_of(question, answer, answerer.name))
+            file.write(row_of(question, answer, answerer.name, told))
             file.flush()
             if progress is not None:
                 progress(number, total)
@@ -191,17 +195,18 @@ def run(
     return True
 
 
-def row_of(question: Question, answer: str | InputError, model: str) -> str:
-    """A line of predictions.jsonl."""
+def row_of(question: Question, answer: str | InputError, model: str, longest: int | None = None) -> str:
+    """A line of predictions.jsonl; longest: the longest answer in tokens, where it is not the task's."""
     said = {"error": str(answer)} if isinstance(answer, InputError) else {"answer": answer}
-    row = {"id": question.id, "prompt": question.prompt, **said, "model": model}
+    row: dict[str, Any] = {"id": question.id, "prompt": question.prompt, **said, "model": model}
+    row |= {} if longest is None else {"max_new_tokens": longest}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def resume(path: Path, questions: Sequence[Question], model: str) -> int:
+def resume(path: Path, questions: Sequence[Question], model: str, longest: int | None = None) -> int:
     """How many questions the file already answers; a line that was cut off is removed.
 
-    Raises InputError when its lines are not the first of these questions, by this model.
+    Raises InputError when its lines are not the first of these questions, by this model, as long as now.
     """
     if not path.exists():
         if not path.parent.is_dir():
@@ -225,6 +230,12 @@ def resume(path: Path, questions: Sequence[Question], model: str) -> int:
             raise InputError(
                 f"'{path}', line {number + 1}: {expected} belongs here; the file is of another run, "
                 "name another one or remove it"
+            )
+        if row.get("max_new_tokens") != longest:
+            found, now = (n or "the benchmark's own number of" for n in (row.get("max_new_tokens"), longest))
+            raise InputError(
+                f"'{path}', line {number + 1}: its answers have at most {found} tokens, now {now} are "
+                "wanted; name another file, or give the same --max-new-tokens"
             )
     if whole < len(data):
         with path.open("r+b") as file:

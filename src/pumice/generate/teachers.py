@@ -171,7 +171,7 @@ class Local:
         journal.append([r for q in batch for r in journal.sent(q, (0, 0), self.model)])
         rows = [(request.image, flat(request)) for request in batch]
         errors = []
-        for request, text in zip(batch, assistant.ask_batch(rows, slots=self.batch, **options), strict=True):
+        for request, text in zip(batch, assistant.ask_each(rows, slots=self.batch, **options), strict=True):
             refused = isinstance(text, InputError)
             if refused:
                 errors.append(text)

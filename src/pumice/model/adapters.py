@@ -1,7 +1,7 @@
-"""Changes to linear layers as module swaps: LoRA while training, int8 weights while answering.
+"""LoRA: changes to linear layers as module swaps, folded into the weights when training is done.
 
 Knows tensors and module trees; nothing of what the layers are for. Only the decoder is ever
-adapted or quantised: the tower and the connector stay as they are.
+adapted: the tower and the connector stay as they are.
 """
 
 from __future__ import annotations
@@ -35,45 +35,10 @@ class LoraLinear(nn.Linear):
     def merged(self) -> nn.Linear:
         """A plain layer with W + alpha / rank * B A, in the type of W."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        update = self.scale * (self.lora_b.float() @ self.lora_a.float())
-        weight = (self.weight.detach().float() + update.detach()).to(self.weight.dtype)
+        a, b, plain = self.lora_a.detach().float(), self.lora_b.detach().float(), self.weight.detach()
+        weight = torch.addmm(plain.float(), b, a, alpha=self.scale).to(plain.dtype)
         layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return layer
-
-
-# Above so many rows the product costs more than reading the weights, and bf16's is the faster one.
-KERNEL_ROWS = 16
-
-
-def has_int8_kernel() -> bool:
-    """Whether this PyTorch multiplies bf16 activations with int8 weights on the CPU without a detour."""
-    return hasattr(torch, "_weight_int8pack_mm")
-
-
-class Int8Linear(nn.Module):
-    """Weight-only int8: one scale per output row, absolute maximum to 127; no bias is quantised."""
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        # Rounded to its final type first, so that weights are divided by what multiplies them later.
-        scale = (weight.detach().abs().amax(1).float().clamp_min(1e-7) / 127).to(weight.dtype)
-        rounded = weight.detach().to(torch.float32, copy=True).div_(scale.float()[:, None]).round_()
-        self.register_buffer("weight", rounded.clamp_(-127, 127).to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        few = len(rows) <= KERNEL_ROWS
-        if few and x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_int8_kernel():
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
 
 
 def _linears(root: nn.Module, names: tuple[str, ...] | None) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -98,16 +63,3 @@ def merge_lora(decoder: nn.Module) -> None:
     for parent, name, child in _linears(decoder, None):
         if isinstance(child, LoraLinear):
             setattr(parent, name, child.merged())
-
-
-def quantize_int8(decoder: nn.Module) -> None:
-    """Swap every plain linear layer of the decoder for its int8 form.
-
-    A tied vocabulary projection gets an int8 copy; the embedding stays as it is, to look tokens up in.
-    """
-    for parent, name, child in _linears(decoder, None):
-        if isinstance(child, LoraLinear):
-            raise InputError("merge the LoRA adapters before quantising")
-        setattr(parent, name, Int8Linear(child.weight, child.bias))
-    if decoder.head is None:
-        decoder.head = Int8Linear(decoder.embed.weight)

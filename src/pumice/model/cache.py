@@ -1,12 +1,17 @@
 """The KV cache: what the decoder has seen, so that a new token costs one token.
 
-Knows tensors only. Slots hold independent sequences; an `Attend` made by `KVCache.attend` appends
-the new keys and values of the named slots and lets each query see its own slot's past.
+Knows tensors only. The cache is one row of places for tokens; a sequence owns places that lie side by
+side, so that attention reads them where they stand. Who owns which is decided elsewhere
+(`pumice.engine.prefix`). The tokens of many sequences pass the decoder end to end, as one row: some
+sequences bring one token (decode), others many (prefill).
 
-Shapes: L layers, B slots in use, K key/value heads, T new tokens, C capacity, d head width.
+Shapes: L layers, K key/value heads, C places, d head width; B = 1, T new tokens of all sequences.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,69 +20,75 @@ from pumice.config import DecoderConfig
 from pumice.model.layers import Attend, causal_mask, sdpa
 
 
+class Segment(NamedTuple):
+    """One sequence's part of a step: `new` tokens after `past` ones, kept from the place `start` on."""
+
+    start: int
+    past: int
+    new: int
+
+
 class KVCache:
-    """Room for `slots` sequences of up to `capacity` tokens each.
+    """Keys and values of up to `places` tokens in all. Only places that were written are ever read."""
 
-    lengths[slot] is the number of tokens kept; 0 <= lengths[slot] <= capacity always.
-    """
-
-    def __init__(
-        self, config: DecoderConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (config.depth, slots, config.kv_heads, capacity, config.head_width)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = [0] * slots
-        self.capacity = capacity
+    def __init__(self, config: DecoderConfig, places: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.depth, config.kv_heads, places, config.head_width)
+        # Not zeroed: on a CPU, memory that was never written to is never taken from the system.
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.places = places
         self.window = config.sliding_window
 
-    def reserve(self, capacity: int) -> None:
-        """Grow to at least this capacity; what is kept stays."""
-        if capacity > self.capacity:
-            grown = (*self.keys.shape[:3], capacity - self.capacity, self.keys.shape[4])
-            self.keys = torch.cat((self.keys, self.keys.new_zeros(grown)), 3)
-            self.values = torch.cat((self.values, self.values.new_zeros(grown)), 3)
-            self.capacity = capacity
+    @staticmethod
+    def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+        return 2 * config.depth * config.kv_heads * config.head_width * dtype.itemsize
 
-    def positions(self, slots: list[int], tokens: int) -> Tensor:
-        """Where the next `tokens` tokens of each slot stand: (B, tokens)."""
-        starts = torch.tensor([self.lengths[s] for s in slots], device=self.keys.device)
-        return starts[:, None] + torch.arange(tokens, device=self.keys.device)
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """What stands in `tokens` places from `source` on, also from `target` on; they must not overlap."""
+        for kept in (self.keys, self.values):
+            kept[:, :, target : target + tokens] = kept[:, :, source : source + tokens]
 
-    def attend(self, slots: list[int], tokens: int) -> Attend:
-        """Append `tokens` tokens to each slot (the lengths grow now) and attend over each slot's past."""
-        starts = [self.lengths[s] for s in slots]
-        for slot, start in zip(slots, starts, strict=True):
-            if start + tokens > self.capacity:
-                raise ValueError(f"slot {slot}: {start} + {tokens} tokens do not fit in {self.capacity}")
-        positions = self.positions(slots, tokens)
-        for slot in slots:
-            self.lengths[slot] += tokens
-        if len(slots) == 1:
-            return self._attend_one(slots[0], starts[0], tokens)
-        longest = max(starts) + tokens
-        mask = causal_mask(positions, torch.arange(longest, device=positions.device), self.window)[:, None]
-        rows = torch.tensor(slots, device=positions.device)[:, None]
+    def positions(self, segments: Sequence[Segment]) -> Tensor:
+        """Where each new token stands in its sequence: (1, T)."""
+        return self._count(segments, [s.past for s in segments])[None]
+
+    def attend(self, segments: Sequence[Segment]) -> Attend:
+        """Keep the new tokens' keys and values, and let each see its own sequence up to itself."""
+        for start, past, new in segments:
+            if start < 0 or past < 0 or new < 1 or start + past + new > self.places:
+                raise ValueError(f"place {start}: {past} + {new} tokens do not fit in {self.places} places")
+        where = self._count(segments, [s.start + s.past for s in segments])
+        views = [self._view(segment) for segment in segments]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, positions] = k.transpose(1, 2)
-            values[rows, :, positions] = v.transpose(1, 2)
-            return sdpa(q, keys[rows[:, 0], :, :longest], values[rows[:, 0], :, :longest], mask)
+            keys.index_copy_(1, where, k[0])
+            values.index_copy_(1, where, v[0])
+            outputs, at = [], 0
+            for new, first, end, mask in views:
+                mine, seen = q[:, :, at : at + new], slice(first, end)
+                causal = mask is None and new > 1
+                outputs.append(sdpa(mine, keys[None, :, seen], values[None, :, seen], mask, causal))
+                at += new
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
         return attend
 
-    def _attend_one(self, slot: int, start: int, tokens: int) -> Attend:
-        end = start + tokens
+    def _view(self, segment: Segment) -> tuple[int, int, int, Tensor | None]:
+        """(new tokens, the first place that any of them sees, the end of the last, mask unless causal)."""
+        start, past, new = segment
+        seen = 0 if self.window is None else max(0, past + 1 - self.window)
         mask = None
-        if (tokens > 1 and start) or (self.window is not None and end > self.window):
-            order = torch.arange(end, device=self.keys.device)
-            mask = causal_mask(order[start:], order, self.window)
+        if new > 1 and (past or (self.window is not None and new > self.window)):
+            order = torch.arange(seen, past + new, device=self.keys.device)
+            mask = causal_mask(order[past - seen :], order, self.window)
+        return new, start + seen, start + past + new, mask
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer, slot], self.values[layer, slot]
-            keys[:, start:end], values[:, start:end] = k[0], v[0]
-            causal = mask is None and tokens > 1
-            return sdpa(q, keys[None, :, :end], values[None, :, :end], mask, causal)
-
-        return attend
+    def _count(self, segments: Sequence[Segment], starts: Sequence[int]) -> Tensor:
+        """Each segment's numbers from its start on, one segment after the other: (T,)."""
+        device = self.keys.device
+        news = [s.new for s in segments]
+        if max(news) == 1:
+            return torch.tensor(starts, device=device)
+        counted = [range(start, start + new) for start, new in zip(starts, news, strict=True)]
+        return torch.tensor([n for numbers in counted for n in numbers], device=device)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.config import DecoderConfig
-from pumice.model.adapters import Int8Linear
 from pumice.model.layers import Attend, Block, RMSNorm, rotary
+from pumice.model.quantized import Int8Linear
 
 
 class Decoder(nn.Module):

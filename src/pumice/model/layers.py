@@ -9,7 +9,8 @@ Shapes: B batch, T tokens, D width, H heads, K key/value heads, d head width, S 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from functools import lru_cache
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
         # faster on a CPU than shared heads are.
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    shared = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # where fp32 is twice as fast
+        mixed = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal, enable_gqa=shared
+        )
+        return mixed.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
 
 
 def causal_mask(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
@@ -87,11 +92,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (scaled * self.weight).to(self.weight.dtype)
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
+@lru_cache(maxsize=16)
 def frequencies(head_width: int, base: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """How far each pair of values turns per position, in radians: (d / 2,) in fp32.
 
@@ -112,24 +117,33 @@ def frequencies(head_width: int, base: float, scaling: RopeScaling | None, devic
 
 
 def rotary(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos, sin (B, 1, T, d) in fp32; halves, not pairs, as Hugging Face stores it."""
+    """positions (B, T) -> cos and signed sin (B, 1, T, d) in fp32, as `rotate` takes them.
+
+    Halves turn, not pairs, as Hugging Face stores it; the sin of the first half is negative.
+    """
     turning = frequencies(config.head_width, config.rope_base, config.rope_scaling, positions.device)
-    angles = positions.float()[..., None] * turning
-    angles = torch.cat((angles, angles), -1).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    angles = (positions.float()[..., None] * turning).unsqueeze(1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864): x (B, heads, T, d) turned by its position."""
-    first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+    wide = x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
+    """q, k and v, or in place of them `qkv`, all in one product (`quantized.quantize`)."""
+
+    joins: ClassVar = ("qkv", ("q", "k", "v"))
+
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_width = layer, config.head_width
+        self.layer, self.heads, self.shared = layer, config.heads, config.kv_heads
+        self.head_width = config.head_width
         inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.qkv: nn.Module | None = None
         self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, shared, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, shared, bias=config.qkv_bias)
@@ -143,24 +157,42 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         batch, tokens, _ = x.shape
         heads = (batch, tokens, -1, self.head_width)
-        q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
-        v = self.v(x).view(heads).transpose(1, 2)
+        if self.qkv is None:
+            q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
+            k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
+            v = self.v(x).view(heads).transpose(1, 2)
+        else:
+            q, k, v = self._joined(self.qkv(x).view(heads), cos, sin)
         mixed = attend(self.layer, q, k, v)
         return self.o(mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
+    def _joined(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H + 2 K, d) -> q (B, H, T, d), k and v (B, K, T, d); queries and keys turn together."""
+        if isinstance(self.q_norm, RMSNorm):
+            q, k, v = qkv.split((self.heads, self.shared, self.shared), 2)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), 2)
+        turning, v = qkv.transpose(1, 2).split((self.heads + self.shared, self.shared), 1)
+        q, k = rotate(turning, cos, sin).split((self.heads, self.shared), 1)
+        return q, k, v
+
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202): gate and up, or in place of them `gate_up` (`quantized.quantize`)."""
+
+    joins: ClassVar = ("gate_up", ("gate", "up"))
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.gate_up: nn.Module | None = None
         self.gate = nn.Linear(config.width, config.mlp_width, bias=False)
         self.up = nn.Linear(config.width, config.mlp_width, bias=False)
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.gate_up is None:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):

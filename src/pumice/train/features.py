@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pumice.config import ModelConfig
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.files import hold
@@ -50,7 +51,9 @@ class TowerFeatures:
                     "feature_cache: the tower learns in this stage and its features change; leave it out"
                 )
             vision = model.config.vision
-            self.cache = FeatureCache(folder, fingerprint(model), vision.features, vision.width)
+            self.cache = FeatureCache(
+                folder, fingerprint(model, processor.config), vision.features, vision.width
+            )
 
     def close(self) -> None:
         """Let another run use the cache."""
@@ -106,9 +109,9 @@ class TowerFeatures:
             return self.model.features(pixels)
 
 
-def fingerprint(model: Llava) -> str:
-    """Of everything that a picture's features depend on: tower weights, sizes, image policy."""
-    digest = hashlib.blake2b(repr((model.config.vision, model.config.image)).encode(), digest_size=16)
+def fingerprint(model: Llava, config: ModelConfig) -> str:
+    """Of everything that a picture's features depend on: tower weights, sizes, the stage's image policy."""
+    digest = hashlib.blake2b(repr((config.vision, config.image)).encode(), digest_size=16)
     for name, tensor in sorted(model.tower.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
     return digest.hexdigest()

@@ -37,6 +37,7 @@ from pumice.train.memory import checkpoint_blocks, keep_freed_memory
 from pumice.train.objective import Objective, Work
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
 from pumice.train.parallel import World
+from pumice.train.plan import refuse_without_memory
 from pumice.train.preflight import preflight
 from pumice.train.provenance import contents, versions
 from pumice.train.recipe import Recipe
@@ -61,6 +62,7 @@ def train(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.seed)
     world = World.join(recipe)
     try:
+        refuse_without_memory(recipe, world.size)
         place = "cpu" if world.kind == "fsdp" else world.device(recipe)
         return Trainer(recipe, prepare(recipe, place), world).run()
     finally:

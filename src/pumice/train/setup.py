@@ -38,6 +38,7 @@ from pumice.config import LoraConfig
 from pumice.errors import InputError, WorkError
 from pumice.model.adapters import add_lora
 from pumice.model.llava import Llava
+from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
 from pumice.train.recipe import NewModel, Recipe
@@ -64,6 +65,9 @@ class Setup:
         for name, parameter in self.model.named_parameters():
             part = self.part_of(name)
             sizes[part] = sizes.get(part, 0) + parameter.numel()
+        for module in self.model.decoder.modules():
+            if isinstance(module, QuantizedLinear):
+                sizes["decoder"] += module.in_features * module.out_features
         learn = {str(part): rate for part, rate in self.recipe.stage.learn.items()}
         lines = [f"{self.recipe.name}: {steps} steps of {self.recipe.batch} pictures on {self.device}"]
         for part, size in sizes.items():
@@ -133,15 +137,17 @@ def prepare(recipe: Recipe, place: str | None = None) -> Setup:
     place: the device, where it is not the recipe's own: one of several, or the CPU before shards are cut.
     """
     device = find_device(place or recipe.device)
+    quantised = recipe.stage.base != "none"
+    first = torch.device("cpu") if quantised else device  # whole weights need not fit the GPU then
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if isinstance(recipe.model, NewModel):
         new = recipe.model
         opened = new_model(
             new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
-            template=new.template, device=device, dtype=dtype,
+            template=new.template, device=first, dtype=dtype,
         )  # fmt: skip
     else:
-        opened = open_model(recipe.model, device=device, dtype=dtype, merge=False)
+        opened = open_model(recipe.model, device=first, dtype=dtype, merge=False)
     model = opened.model
     if recipe.stage.lora is not None:
         if model.config.lora is not None:
@@ -149,6 +155,12 @@ def prepare(recipe: Recipe, place: str | None = None) -> Setup:
         lora = LoraConfig(**recipe.stage.lora.model_dump())
         add_lora(model.decoder, lora)
         model.config = dataclasses.replace(model.config, lora=lora)
+    if quantised:
+        quantize_base(model.decoder, recipe.stage.base)
+        model.to(device)
+        if device.type != "cpu":
+            model.tower.to(dtype)
+            model.connector.to(dtype)
     learn = recipe.stage.learn
     if "lora" in learn and model.config.lora is None:
         raise InputError("stage.learn names lora, but the model has no adapters; describe them in stage.lora")
@@ -158,8 +170,10 @@ def prepare(recipe: Recipe, place: str | None = None) -> Setup:
         parameter.requires_grad_(learns)
         if learns:
             parameter.data = parameter.data.float()  # small updates need more than bf16's eight bits
-    config = dataclasses.replace(model.config, template=recipe.stage.template or model.config.template)
-    return Setup(model, Processor(config, opened.processor.tokenizer), opened, recipe, device)
+    processor = Processor(
+        recipe.stage_config(model.config), opened.processor.tokenizer, truncate=recipe.truncate
+    )
+    return Setup(model, processor, opened, recipe, device)
 
 
 def _never_run(model: Llava) -> list[torch.nn.Parameter]:

@@ -26,7 +26,7 @@ from pumice.errors import InputError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that are not quantised
-_CHUNK = 1 << 15  # blocks dequantised at a time: a few MB, which stays in the processor's cache
+_CHUNK = 1 << 13  # blocks dequantised at a time: 1 MB of values, which stays in the processor's cache
 
 
 @dataclass(frozen=True)

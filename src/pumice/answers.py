@@ -1,0 +1,91 @@
+"""Answers in a file, one JSON line per row, so that asking can stop and go on.
+
+Knows rows of (pictures, question) and their answers. Does not know: models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pumice.conversation import ImagePart
+from pumice.errors import InputError
+from pumice.files import Lock
+
+
+class AnswerFile:
+    """The file of the answers to `rows`. answers: those that it holds from before, in order.
+
+    A line that was cut off is removed. Raises InputError when the file cannot be written, another process
+    has it, or its lines are not of the first of these rows.
+    """
+
+    def __init__(self, path: str | PathLike[str], rows: Sequence[Any]) -> None:
+        self.path, self.rows = Path(path), rows
+        self.answers: list[str | InputError] = []
+        try:
+            self._lock = Lock(self.path)
+        except OSError as error:
+            raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error
+        if not self._lock.take():
+            self._lock.release()
+            raise InputError(f"another run is writing '{path}'; wait for it, or name another file")
+        try:
+            self._read()
+            self._file = self.path.open("a", encoding="utf-8", errors="replace", newline="\n")
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def add(self, answer: str | InputError) -> str | InputError:
+        """Write the next row's answer, and give it back."""
+        kind = "error" if isinstance(answer, InputError) else "answer"
+        line = {**_name(self.rows[len(self.answers)]), kind: str(answer)}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.answers.append(answer)
+        return answer
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._lock.release()
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].decode("utf-8", errors="replace").split("\n")[:-1]):
+            self.answers.append(self._answer(number, line))
+        if whole < len(data):
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
+
+    def _answer(self, number: int, line: str) -> str | InputError:
+        wanted = _name(self.rows[number]) if number < len(self.rows) else None
+        try:
+            values = json.loads(line)
+            found = {"images": values["images"], "question": values["question"]}
+            answer = values["answer"] if "answer" in values else InputError(values["error"])
+        except (ValueError, KeyError, TypeError):
+            found, answer = None, ""
+        if wanted is None or found != wanted:
+            expected = "nothing" if wanted is None else f"the answer to {wanted['question']!r}"
+            raise InputError(
+                f"'{self.path}', line {number + 1}: {expected} belongs here; the file is of other rows, "
+                "name another one or remove it"
+            )
+        return answer
+
+
+def _name(row: Any) -> dict[str, Any]:
+    """What a line says of its row."""
+    if not isinstance(row, list | tuple) or len(row) != 2:
+        return {"images": [], "question": repr(row)}
+    images, question = row
+    given = [] if images is None else images if isinstance(images, list | tuple) else [images]
+    return {"images": [ImagePart(image).name for image in given], "question": str(question)}

@@ -1,0 +1,121 @@
+"""`pumice explain`: where each word of an answer looked, and whether the picture mattered."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pumice.cli import options
+from pumice.errors import InputError
+from pumice.files import replacing
+
+KINDS = (".html", ".png", ".json")
+
+
+def explain(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="Pictures, then the question.", metavar="IMAGE... QUESTION", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="page.html, picture.png or data.json.", metavar="FILE", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="Explain this answer instead of the model's own.", show_default=False),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="mean, best-layers, rollout, gradient or gradient-best-layers (the default).",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to look at, from 0: 12-23 or 3,7,21.", show_default=False),
+    ] = None,
+    occlusion: Annotated[
+        int, typer.Option(help="Grey so many regions on a side one by one: slow, but causal. 0 is off.")
+    ] = 0,
+    model: options.Model = "pumice-tiny",
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = None,
+    device: options.Device = None,
+) -> None:
+    """Show where each word of an answer looked, and whether the picture mattered.
+
+    pumice explain dog.jpg "What is the dog doing?" --out page.html
+    """
+    *images, question = words or [""]
+    if not question.strip():
+        raise InputError(
+            'there is no question; write for example: pumice explain dog.jpg "What is this?" --out page.html'
+        )
+    if not images:
+        raise InputError(
+            f"there is no picture before the question {question!r}; an explanation shows where an answer "
+            "looked in one"
+        )
+    if out is None and not as_json:
+        raise InputError("say where it goes: --out page.html, --out picture.png or --out data.json")
+    if out is not None:
+        if out.suffix.lower() not in KINDS:
+            raise InputError(f"--out '{out}' must end in .html, .png or .json")
+        if not out.parent.is_dir():
+            raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
+        if out.is_dir() or any(
+            Path(name).exists() and out.exists() and out.samefile(name) for name in images
+        ):
+            raise InputError(f"--out '{out}' is a folder or the picture itself; name another file")
+
+    from pumice.explain.page import page, to_json
+    from pumice.images import open_image
+
+    chosen = _layers(layers)
+    opened = [open_image(name) for name in images]  # before torch is busy: a wrong path is told at once
+    options.share_cores()
+    from pumice.assistant import load
+    from pumice.explain.methods import DEFAULT, get_method
+    from pumice.explain.render import save
+
+    get_method(method or DEFAULT)  # raises before the model is loaded
+    found = load(model, device=device).explain(
+        opened, question, answer, method=method or DEFAULT, layers=chosen, occlusion=occlusion,
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    if out is not None:
+        if out.suffix.lower() == ".png":
+            save(found, out)
+        else:
+            with replacing(out) as file:
+                if out.suffix.lower() == ".html":
+                    file.write(page(found))
+                else:
+                    file.write(json.dumps(to_json(found), ensure_ascii=False) + "\n")
+    if as_json:
+        told = {"model": model, "images": images, **to_json(found, pictures=False)}
+        print(json.dumps({**told, "out": None if out is None else str(out)}, ensure_ascii=False))
+        return
+    print(found.answer)
+    print(found.reliance.verdict(), file=sys.stderr)
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """ "12-23" or "3,7,21", or both, as numbers."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        if not low.isdigit() or not (high or low).isdigit() or int(high or low) > 10_000:
+            raise InputError(f"--layers is {text!r}; write numbers from 0, such as 12-23 or 3,7,21")
+        found += range(int(low), int(high or low) + 1)
+    return found

@@ -1,0 +1,91 @@
+"""`pumice plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pumice.train.plan import Plan
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.", metavar="RECIPE.yaml")],
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="a100-80g, h100, rtx4090, ...; this machine if not given.", show_default=False),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of the GPU in GB.", show_default=False)
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs that share the run.")] = 1,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of an epoch, where they are not here.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another value for a key of the recipe; repeat.", metavar="KEY=VALUE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
+) -> None:
+    """Say what a recipe takes before it runs: memory and time. Status 1 when it does not fit."""
+    from pumice.train.plan import plan as make
+    from pumice.train.recipe import load_recipe
+
+    found = make(
+        load_recipe(recipe, overrides or []),
+        recipe,
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        processes=processes,
+        rows=rows,
+    )
+    print(json.dumps(found.to_dict()) if as_json else "\n".join(describe(found)))
+    if found.fits is False:
+        raise typer.Exit(1)
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan in lines."""
+    device = plan.device
+    room = "memory unknown" if device.memory is None else f"{device.memory / 1e9:.1f} GB"
+    share = "" if plan.processes == 1 else f" x {plan.processes}, " + ("shards" if plan.sharded else "copies")
+    lines = [f"{plan.recipe} on {device.name}{share}, {room}", "", "parameters"]
+    for part, count in plan.parameters.items():
+        lines.append(f"  {part:<14}{count / 1e6:10.1f} M")
+    lines += [
+        f"  {'learning':<14}{plan.learning / 1e6:10.1f} M",
+        "",
+        f"memory at packs of {plan.pack_tokens} tokens",
+    ]
+    lines += [f"  {kind:<14}{amount / 1e9:10.2f} GB" for kind, amount in plan.memory.items() if amount]
+    lines.append(f"  {'in all':<14}{plan.total / 1e9:10.2f} GB  {_verdict(plan)}")
+    if plan.largest_pack:
+        lines.append(f"  largest pack that fits: {plan.largest_pack} tokens (pack_tokens)")
+    lines += ["", f"disk: {plan.disk / 1e9:.2f} GB, {plan.checkpoint / 1e9:.2f} GB a checkpoint"]
+    speed = f"time: {plan.tokens_per_second:,.0f} tokens/s"
+    if plan.seconds is not None:
+        speed += f"; {plan.steps:,} steps ({plan.steps_per_epoch:,} an epoch), {_time(plan.seconds)}"
+    else:
+        speed += "; --rows N tells steps and hours"
+    lines.append(speed)
+    return lines + [f"note: {note}" for note in plan.notes]
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.fits is None:
+        return ""
+    if plan.fits:
+        return "fits"
+    if plan.largest_pack:
+        return "does not fit: lower pack_tokens"
+    return "does not fit, whatever the pack: learn less (stage.lora, stage.base), checkpoint, or share it"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

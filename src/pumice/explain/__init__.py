@@ -1,0 +1,1 @@
+"""Where an answer looked: attention over the pictures per word, and whether the pictures mattered."""

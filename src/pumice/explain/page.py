@@ -1,0 +1,186 @@
+"""An explanation as JSON for a browser, and as one page that needs nothing from elsewhere.
+
+Knows: explanations, HTML around them. Does not know: models, how they were made. What the page does stands in
+page.js, which the server's page uses, too.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html import escape
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from pumice.explain.explanation import Explanation, explain
+from pumice.explain.methods import METHODS
+
+if TYPE_CHECKING:
+    from pumice.assistant import Assistant
+    from pumice.conversation import Conversation
+
+LIMIT = 4 * 2**20  # bytes of attention in a page; beyond it heads, then layers are left out
+SIDE = 1024  # pixels of a picture's longer side in a page
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_STYLE = """
+:root { color-scheme: light dark; --back: #fff; }
+@media (prefers-color-scheme: dark) { :root { --back: #141418; } }
+body { margin: 0 auto; max-width: 80rem; padding: 1.5rem; background: var(--back); }
+h1 { font-size: 1.4rem; margin: 0 0 1rem; }
+"""
+
+
+def explanation_json(
+    assistant: Assistant, conversation: Conversation, answer: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """An answer explained, ready for `json.dumps` and for `mount` of page.js; no pictures in it.
+
+    options: of `pumice.explain.explanation.explain`. Raises InputError, whose sentence a page can show, when
+    there is no picture in the conversation.
+    """
+    return to_json(explain(assistant, conversation, answer, **options), pictures=False)
+
+
+def to_json(found: Explanation, *, pictures: bool = True) -> dict[str, Any]:
+    """Plain values; big arrays as base64 of bytes.
+
+    "words": text, where it stands in the answer, log-probabilities (shown, grey, dropped), attention share.
+    "methods": name, title, text, weights of each word on the image tokens. "attention": every layer and head,
+    row (word * layers + layer) * heads + head. Packed rows are uint8 "values" times float32 "scales", one
+    per row. "pictures": size, range of tokens, their boxes as shares of the picture (float32, N x 4), and
+    the picture itself as a data address unless `pictures` is False.
+    """
+    reliance = found.reliance
+    words = [
+        {
+            "text": word.text,
+            "start": _units(found.answer, word.start),
+            "end": _units(found.answer, word.end),
+            "content": word.is_content,
+            "shown": _number(reliance.shown[i]),
+            "grey": _number(reliance.grey[i]),
+            "dropped": _number(reliance.dropped[i]),
+            "share": _number(reliance.share[i]),
+        }
+        for i, word in enumerate(found.words)
+    ]
+    attention, notes = _attention(found)
+    return {
+        "format": 1,
+        "question": found.question,
+        "answer": found.answer,
+        "method": found.method,
+        "chosen_layers": list(found.layers),
+        "layers": found.attention.shape[1],
+        "tokens": found.attention.shape[3],
+        "words": words,
+        "reliance": {
+            "score": _number(reliance.score),
+            "leans": reliance.leans,
+            "attention": _number(reliance.attention),
+            "verdict": reliance.verdict(),
+        },
+        "methods": [
+            {
+                "name": name,
+                "title": METHODS[name].title,
+                "text": METHODS[name].text,
+                "weights": _pack(weights),
+            }
+            for name, weights in found.by_method.items()
+        ],
+        "attention": attention,
+        "pictures": [_picture(found, number, pictures) for number in range(len(found.pictures))],
+        "notes": [*notes, *_thin(found)],
+    }
+
+
+def page(found: Explanation) -> str:
+    """One HTML page; it loads nothing and may load nothing."""
+    folder = files("pumice.explain")
+    style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    # "<" is written as JSON may write it, so that no text of a model can end the script.
+    data = json.dumps(to_json(found), ensure_ascii=False).replace("<", "\\u003c")
+    title = escape(f"Where the answer looked: {found.question}")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}{style}</style></head>\n"
+        '<body class="px"><main><h1>Where the answer looked</h1><div id="explanation"></div></main>\n'
+        f'<script id="data" type="application/json">{data}</script>\n'
+        f'<script type="module">{script}\n'
+        "mount(document.getElementById('explanation'), "
+        "JSON.parse(document.getElementById('data').textContent));</script></body></html>\n"
+    )
+
+
+def _attention(found: Explanation) -> tuple[dict[str, Any] | None, list[str]]:
+    """Attention that fits in a page, and what to say about what does not."""
+    words, layers, heads, tokens = found.attention.shape
+    if words * layers * heads * (tokens + 4) <= LIMIT:
+        notes = [] if heads > 1 else ["The heads took too much room; layers are means over them."]
+        return {"heads": heads, "packed": _pack(found.attention.reshape(-1, tokens))}, notes
+    if words * layers * (tokens + 4) <= LIMIT:
+        mean = found.attention.mean(2).reshape(-1, tokens)
+        return {"heads": 1, "packed": _pack(mean)}, ["The page holds layers as means over their heads."]
+    return None, ["The answer is too long for layers and heads in a page; Python gives them as arrays."]
+
+
+def _pack(rows: np.ndarray) -> dict[str, Any]:
+    """(R, N) of numbers from 0 up."""
+    most = rows.max(1, initial=0)
+    scales = (most / 255).astype("<f4")
+    divisor = np.where(most > 0, most / 255, 1)
+    values = np.rint(rows / divisor[:, None]).astype(np.uint8)
+    return {"values": _base64(values.tobytes()), "scales": _base64(scales.tobytes()), "width": rows.shape[1]}
+
+
+def _picture(found: Explanation, number: int, with_pixels: bool) -> dict[str, Any]:
+    picture = found.pictures[number]
+    width, height = picture.image.size
+    grid = (picture.heat.shape[2], picture.heat.shape[1])
+    boxes = picture.places.boxes / np.array([width, height, width, height])
+    values: dict[str, Any] = {
+        "width": width,
+        "height": height,
+        "grid": grid,
+        "tokens": picture.tokens,
+        "boxes": _base64(boxes.astype("<f4").tobytes()),
+        "padding": [_number(value) for value in picture.padding],
+        "occlusion": None if picture.occlusion is None else np.round(picture.occlusion, 4).tolist(),
+    }
+    if with_pixels:
+        small = picture.image.copy()
+        small.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+        written = io.BytesIO()
+        small.save(written, "JPEG", quality=85)
+        values["source"] = "data:image/jpeg;base64," + _base64(written.getvalue())
+    return values
+
+
+def _thin(found: Explanation) -> list[str]:
+    return [
+        f"A picture of {image.width} × {image.height} pixels is so thin that the model sees little of it; "
+        "it is stretched here."
+        for image in (picture.image for picture in found.pictures)
+        if max(image.size) > 12 * min(image.size)
+    ]
+
+
+def _units(text: str, position: int) -> int:
+    """A place in the text as JavaScript counts, in UTF-16 units."""
+    return len(text[:position].encode("utf-16-le")) // 2
+
+
+def _number(value: Any) -> float:
+    return round(float(value), 5)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -1,0 +1,130 @@
+"""The classic figure: the picture, then one panel per word in which light falls where the word looked.
+
+Knows: explanations, Pillow. Does not know: pages, models. As figure 3 of Show, Attend and Tell (arXiv
+1502.03044): a grey picture that turns white with the weight, up to an opacity of 0.8.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from pumice.explain.explanation import Explanation, PictureMap
+
+OPACITY = 0.8
+LEAST = 20  # pixels on a side of the thinnest picture's panel, which is then stretched
+GAP, MARGIN = 6, 16
+WIDEST = 1600  # pixels of the whole strip
+INK, SOFT, TINT = (27, 27, 31), (85, 86, 94), (11, 87, 208)
+
+
+def strip(found: Explanation) -> Image.Image:
+    """The picture of an explanation, RGB; at most WIDEST wide, panels smaller where there are many words."""
+    side = 220 if len(found.words) <= 24 else 150 if len(found.words) <= 80 else 96
+    sizes = _sizes(found.pictures, side)
+    wide = sum(width for width, _ in sizes) + 2 * (len(sizes) - 1)
+    tall = max(height for _, height in sizes)
+    label = _font(max(12, side // 11))
+    line = _height(label) + 6
+    across = max(1, (WIDEST - 2 * MARGIN + GAP) // (wide + GAP))
+    panels = 1 + len(found.words)
+    across = min(across, panels)
+    text = _font(17)
+    width = max(across * (wide + GAP) - GAP, 600)
+    head = [*_wrap(found.question, text, width), *_wrap(found.answer or "(an empty answer)", text, width)]
+    told = _wrap(found.reliance.verdict(), _font(14), width)
+    top = MARGIN + (len(head) + len(told)) * 24 + 8
+    rows = math.ceil(panels / across)
+    canvas = Image.new("RGB", (width + 2 * MARGIN, top + rows * (tall + line + GAP) + MARGIN), "white")
+    pen = ImageDraw.Draw(canvas)
+    for number, words in enumerate([*head, *told]):
+        ink, font = (INK, text) if number < len(head) else (SOFT, _font(14))
+        pen.text((MARGIN, MARGIN + 24 * number), words, fill=ink, font=font)
+    brightest = max((_peak(found.pictures, word) for word in range(len(found.words))), default=0.0)
+    loss = found.reliance.loss_grey
+    for panel in range(panels):
+        x = MARGIN + panel % across * (wide + GAP)
+        y = top + panel // across * (tall + line + GAP)
+        word = panel - 1
+        if word >= 0:
+            lean = float(np.clip(loss[word] / 3, 0, 1))  # 3 nats: twenty times less likely
+            shade = tuple(round(a + (b - a) * lean) for a, b in zip(INK, TINT, strict=True))
+            if lean > 0.02:
+                pen.rectangle((x, y + line - 4, x + max(2, round(wide * lean)), y + line - 3), fill=TINT)
+            pen.text((x, y), _cut(found.words[word].text, label, wide), fill=shade, font=label)
+        for picture, size in zip(found.pictures, sizes, strict=True):
+            drawn = picture.image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+            if word >= 0:
+                peak = _peak(found.pictures, word)
+                # A word that looked nowhere in particular stays dimmer than one that looked at a spot.
+                share = math.sqrt(peak / brightest) if brightest > 0 else 0.0
+                drawn = _lit(drawn, picture.heat[word] * (picture.heat[word].size * share / max(peak, 1e-12)))
+            canvas.paste(drawn, (x, y + line))
+            x += size[0] + 2
+    return canvas
+
+
+def save(found: Explanation, path: Path) -> None:
+    """Write the strip as PNG, whole or not at all."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        strip(found).save(partial, "PNG", optimize=True)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _lit(picture: Image.Image, heat: np.ndarray) -> Image.Image:
+    """A grey picture with white laid over it; heat (h, w) from 0 to 1."""
+    mask = Image.fromarray((255 * OPACITY * heat.clip(0, 1)).astype(np.uint8)).resize(
+        picture.size, Image.Resampling.BICUBIC
+    )
+    soft = mask.filter(ImageFilter.GaussianBlur(max(picture.size) / 40))
+    dark = picture.convert("L").point(lambda value: value * 0.55).convert("RGB")
+    return Image.composite(Image.new("RGB", picture.size, "white"), dark, soft)
+
+
+def _peak(pictures: tuple[PictureMap, ...], word: int) -> float:
+    """The densest cell, as a multiple of a map's mean where all heat is evenly spread."""
+    return max(float(p.heat[word].max() * p.heat[word].size) for p in pictures)
+
+
+def _sizes(pictures: tuple[PictureMap, ...], side: int) -> list[tuple[int, int]]:
+    """Of the panels: the pictures' shapes, the longer side as given, of several less."""
+    side = max(48, side // min(len(pictures), 3)) if len(pictures) > 1 else side
+    found = []
+    for picture in pictures:
+        width, height = picture.image.size
+        scale = side / max(width, height)
+        found.append((max(LEAST, round(width * scale)), max(LEAST, round(height * scale))))
+    return found
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _height(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    return math.ceil(font.getbbox("Ágy")[3])
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(_cut(word, font, width))
+    return [line for line in lines if line] or [""]
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,125 @@
+"""Frozen weights held in few bits under adapters that learn (QLoRA, arXiv 2305.14314).
+
+Knows tensors and module trees. Only the linear layers inside the decoder's blocks are held so; embedding,
+norms and vocabulary projection stay as they are, and so do the tower and the connector. The original
+weights are what a trained model is saved with: the few bits are for the run's memory alone.
+
+int8 runs anywhere: one scale per output row. nf4 is bitsandbytes' (an optional dependency).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pumice.errors import InputError
+from pumice.model.adapters import LoraLinear
+
+BLOCK = 64  # nf4: weights that share a scale
+
+
+class _Int8Product(torch.autograd.Function):
+    """x @ (q * scale).T; q is turned into floats for the moment of a product, never kept so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(q, scale)
+        return (x @ q.to(x.dtype).T) * scale.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, scale = ctx.saved_tensors
+        grad = grads[0]
+        return (grad * scale.to(grad.dtype)) @ q.to(grad.dtype), None, None
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer in few bits, with an adapter's update on top if it had one.
+
+    Its few bits are no part of the state: `state_dict` holds the adapter alone.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
+
+    def __init__(self, layer: nn.Linear, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        weight = layer.weight.detach()
+        self._nf4: Any = None
+        if kind == "int8":
+            scale = weight.float().abs().amax(1).clamp_min(1e-7) / 127
+            packed = (weight.float() / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+            self.register_buffer("scale", scale, persistent=False)
+        else:
+            packed, self._nf4 = _bitsandbytes().quantize_4bit(
+                weight.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
+            )
+        self.register_buffer("packed", packed, persistent=False)
+        self.bias = layer.bias
+        self.lora_a = self.lora_b = None
+        if isinstance(layer, LoraLinear):
+            self.lora_a, self.lora_b = layer.lora_a, layer.lora_b
+            self.update, self.dropout = layer.scale, layer.dropout
+
+    def dequantized(self) -> Tensor:
+        """The weights (out, in) that the layer computes with, fp32."""
+        if self.kind == "int8":
+            return self.packed.float() * self.scale[:, None]
+        whole: Tensor = _bitsandbytes().dequantize_4bit(self.packed, self._nf4)
+        return whole.float()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        super()._apply(fn, recurse)
+        if self._nf4 is not None:
+            self._nf4.to(self.packed.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.kind == "int8":
+            y = cast(Callable[..., Tensor], _Int8Product.apply)(x, self.packed, self.scale)
+        else:
+            y = _matmul_4bit(x, self.packed, self._nf4)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        low = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return y + F.linear(F.linear(low, self.lora_a) * self.update, self.lora_b)
+
+
+def quantize_base(decoder: nn.Module, kind: str) -> None:
+    """Swap the linear layers of the decoder's blocks, adapters included, for quantised frozen ones.
+
+    kind: "int8" or "nf4". One layer at a time: its floats are let go before the next one's turn. Raises
+    InputError when nf4's library is not installed.
+    """
+    for block in decoder.blocks:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, QuantizedLinear(child, kind))
+
+
+def _bitsandbytes() -> Any:
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ImportError as error:
+        raise InputError(
+            "base: nf4 needs bitsandbytes (pip install 'pumice[qlora]'); base: int8 needs nothing"
+        ) from error
+
+
+def _matmul_4bit(x: Tensor, packed: Tensor, state: Any) -> Tensor:
+    product: Tensor = importlib.import_module("bitsandbytes").matmul_4bit(x, packed.t(), state)
+    return product

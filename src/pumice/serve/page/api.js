@@ -1,0 +1,95 @@
+// The server's protocol: one streamed answer, and whether the server is there.
+
+/** The server or the way to it is away; it is worth asking again. `wait`: seconds it asks us to wait. */
+export class Away extends Error {
+  constructor(message, wait = null) { super(message); this.wait = wait; }
+}
+
+/** The server does not take the question. `status`: of HTTP. */
+export class Refused extends Error {
+  constructor(message, status) { super(message); this.status = status; }
+}
+
+const headers = (key) => ({ "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) });
+
+export async function models(key) {
+  const response = await fetch("/v1/models", { headers: headers(key) });
+  if (!response.ok) throw await refusal(response);
+  return (await response.json()).data.map((model) => model.id);
+}
+
+export async function healthy() {
+  try {
+    return (await fetch("/health", { cache: "no-store", signal: AbortSignal.timeout(5000) })).ok;
+  } catch {
+    return false;
+  }
+}
+
+/** Ask, and call `onText` with each piece; resolves to {finish, usage} at the answer's end. */
+export async function answer(body, { key, signal, onText }) {
+  let response;
+  try {
+    response = await fetch("/v1/chat/completions", {
+      method: "POST",
+      headers: headers(key),
+      body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+      signal,
+    });
+  } catch (error) {
+    if (signal.aborted) throw error;
+    throw new Away("The server is away; trying again.");
+  }
+  if (!response.ok) throw await refusal(response);
+  const result = { finish: null, usage: null };
+  let done = false;
+  try {
+    for await (const data of events(response.body)) {
+      if (data === "[DONE]") { done = true; break; }
+      const event = JSON.parse(data);
+      if (event.error) throw new Refused(event.error.message, 500);
+      const [choice] = event.choices;
+      if (choice?.delta?.content) onText(choice.delta.content);
+      result.finish = choice?.finish_reason ?? result.finish;
+      result.usage = event.usage ?? result.usage;
+    }
+  } catch (error) {
+    if (signal.aborted || error instanceof Refused) throw error;
+    throw new Away("The server went away in the middle of its answer; trying again.");
+  }
+  if (!done) throw new Away("The server went away in the middle of its answer; trying again.");
+  return result;
+}
+
+async function refusal(response) {
+  let message = `The server answered with status ${response.status}.`;
+  try { message = (await response.json()).error.message; } catch { /* a proxy's own page */ }
+  const wait = Number(response.headers.get("Retry-After")) || null;
+  if (response.status === 429) return new Away("Many people are asking; trying again.", wait ?? 2);
+  if ([502, 503].includes(response.status)) {
+    return new Away("The server is away; trying again.", wait);
+  }
+  return new Refused(sentence(message), response.status);
+}
+
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+
+/** The data of server-sent events. */
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      rest += value;
+      const whole = rest.split("\n\n");
+      rest = whole.pop();
+      for (const event of whole) {
+        for (const line of event.split("\n")) if (line.startsWith("data: ")) yield line.slice(6);
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

@@ -1,0 +1,117 @@
+"""Pictures of a request: from `image_url` to bytes whose header was checked.
+
+Knows data URIs and limits. Does not know the model; how a picture is opened, `pumice.images` knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from urllib.parse import unquote_to_bytes
+
+from pumice.errors import InputError
+from pumice.images import image_size, open_image
+from pumice.serve.errors import ApiError
+from pumice.serve.fetch import Fetcher
+from pumice.serve.protocol import ImageUrl
+from pumice.serve.settings import Settings
+
+_DATA = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[\w.+-]*)*)(;base64)?,", re.IGNORECASE)
+
+
+async def read(
+    images: Sequence[tuple[str, ImageUrl]], settings: Settings, fetcher: Fetcher | None, pool: Executor
+) -> list[bytes]:
+    """The files of a request's pictures, in order. Raises ApiError that names the field."""
+    if len(images) > settings.max_images:
+        raise ApiError(
+            400,
+            f"the request shows {len(images)} pictures, {settings.max_images} are allowed; show fewer",
+            param=images[settings.max_images][0],
+            code="too_many_images",
+        )
+    fetched = await asyncio.gather(*(_fetch(param, image.url, fetcher) for param, image in images))
+    loop = asyncio.get_running_loop()
+    return [
+        await loop.run_in_executor(pool, _check, param, image.url if data is None else data, settings)
+        for (param, image), data in zip(images, fetched, strict=True)
+    ]
+
+
+def find_damaged(params: Sequence[str], files: Sequence[bytes]) -> str | None:
+    """The field of the first picture that does not decode, when something was wrong with one of them."""
+    for param, data in zip(params, files, strict=True):
+        try:
+            open_image(data)
+        except InputError:
+            return param
+    return None
+
+
+async def _fetch(param: str, url: str, fetcher: Fetcher | None) -> bytes | None:
+    """The bytes behind a web address; None for a data URI."""
+    scheme = url[:8].lower()
+    if scheme.startswith("data:"):
+        return None
+    if not scheme.startswith(("http://", "https://")):
+        raise ApiError(
+            400,
+            f"'{param}.url' begins with {url[:12]!r}; give a picture as data:image/jpeg;base64,...",
+            param=param,
+            code="invalid_image_url",
+        )
+    if fetcher is None:
+        raise ApiError(
+            400,
+            "this server fetches no pictures from the web; send it as data:image/jpeg;base64,...",
+            param=param,
+            code="image_urls_not_allowed",
+        )
+    return await fetcher.get(url, param)
+
+
+def _check(param: str, source: str | bytes, settings: Settings) -> bytes:
+    data = _decode(param, source) if isinstance(source, str) else source
+    try:
+        width, height = image_size(data)
+    except InputError as error:
+        raise ApiError(400, str(error), param=param, code="invalid_image") from error
+    if width * height > settings.max_pixels:
+        raise ApiError(
+            400,
+            f"the picture is {width} x {height}, more than {settings.max_pixels / 1e6:g} megapixels; "
+            "send a smaller copy",
+            param=param,
+            code="image_too_large",
+        )
+    return data
+
+
+def _decode(param: str, url: str) -> bytes:
+    """The bytes of a data URI (RFC 2397)."""
+    head = _DATA.match(url)
+    if head is None:
+        raise ApiError(
+            400,
+            f"'{param}.url' is no data URI; write data:image/jpeg;base64,...",
+            param=param,
+            code="invalid_image_url",
+        )
+    rest = url[head.end() :]
+    if not head[3]:
+        return unquote_to_bytes(rest)
+    try:
+        # Line breaks and URL-safe letters are common; anything else is damage.
+        letters = rest.translate({ord("-"): "+", ord("_"): "/", ord("\n"): None, ord("\r"): None})
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(
+            400,
+            f"'{param}.url' is not base64 ({error}); encode the file again",
+            param=param,
+            code="invalid_image_url",
+        ) from error

@@ -1,0 +1,258 @@
+"""What one step of a stage takes: bytes alive at most, and floating-point operations.
+
+Knows the model's modules, and runs them. Nothing is computed: the step runs forward and backward on
+PyTorch's fake tensors, which have shapes and types and no contents, while every storage is counted from its
+making to its end. So checkpointing, autocast and packed attention are counted as they are, not as a formula
+remembers them. Blocks are alike: a decoder of two and one of four say what each further block adds.
+
+Shapes: T tokens, P squares of pixels, F features of a square, C tower width, S supervised predictions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from pumice.config import ModelConfig
+from pumice.model.llava import Llava
+from pumice.model.packed import Packed, Run
+from pumice.model.quantized_base import QuantizedLinear, quantize_base
+from pumice.model.vision import ViT
+from pumice.train.features import TOGETHER
+from pumice.train.loss import supervised_loss
+from pumice.train.memory import checkpoint_blocks
+from pumice.train.recipe import Recipe
+from pumice.train.setup import part_of
+
+DEPTHS = (2, 4)  # blocks of the decoders that run; what they differ by is what two blocks take
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # of a weight: its bits, and doubly quantised scales of 64 weights
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pack: what is computed at once."""
+
+    runs: tuple[Run, ...]  # tokens of each sample; branches, where samples share a beginning
+    squares: int  # of pixels, all pictures together
+    image_tokens: int  # among the tokens
+    supervised: int  # predictions
+
+    @property
+    def tokens(self) -> int:
+        return sum(run.length for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes and operations; operations of one pack."""
+
+    parameters: dict[str, int]  # part -> numbers
+    learning: int  # numbers that learn
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # alive at most in a step beyond weights and gradients
+    logits: float  # the share of the activations that the vocabulary projection has
+    picture: float  # alive at most while a frozen tower looks at a few squares
+    copies: float  # of learned weights in the type of the products, within `activations`
+    flops: float  # of a pack: forward, backward, what is computed again
+    tower_flops: float  # of one square, forward
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the storages made under it: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._count(value)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._let_go, key, size)
+
+    def _let_go(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+    def known(self, tensors: Sequence[Tensor]) -> None:
+        """Leave these out of the count: they were there before."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Footprint:
+    """The footprint of the recipe's stage on a device of this type ("cpu", "cuda") for such packs."""
+    low, high = (_run(recipe, config, work, depth, device) for depth in DEPTHS)
+    blocks = (config.decoder.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+
+    def whole(name: str) -> float:
+        first: float = getattr(low, name)
+        second: float = getattr(high, name)
+        return first + (second - first) * blocks
+
+    parts = {
+        part: round(low.parameters[part] + (high.parameters[part] - low.parameters[part]) * blocks)
+        for part in low.parameters
+    }
+    numbers = {
+        field.name: whole(field.name) for field in dataclasses.fields(Footprint) if field.name != "parameters"
+    }
+    return Footprint(parameters=parts, **(numbers | {"learning": round(numbers["learning"])}))
+
+
+def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: str) -> Footprint:
+    cut = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, depth=depth))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
+        model = _model(recipe, cut, device)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        alive, counter = _Alive(), FlopCounterMode(display=False)
+        alive.known([*model.parameters(), *model.buffers()])
+        picture, tower_flops = _look(model, config, work.squares)
+        with counter, alive:
+            _step(model, recipe, config, work, device)
+            gradients = alive.now  # the second pack finds the gradients of the first
+            alive.peak = alive.now
+            before = counter.get_total_flops()
+            _step(model, recipe, config, work, device)
+        del mode
+    held = sum(p.numel() * 4 for p in learned)
+    mixed = recipe.precision == "bf16"
+    size = 2 if mixed else 4
+    logits = min(256, work.supervised) * config.decoder.vocab_size * (4 + size)
+    return Footprint(
+        parameters=_parameters(model, recipe.stage.learn),
+        learning=sum(p.numel() for p in learned),
+        weights=_weights(recipe, model),
+        gradients=held,
+        optimizer=held * (2 if recipe.optimizer == "adamw" else 0.5),
+        activations=alive.peak - gradients,
+        logits=logits,
+        picture=picture,
+        copies=sum(p.numel() * size for p in learned) if mixed else 0.0,
+        flops=counter.get_total_flops() - before,
+        tower_flops=tower_flops,
+    )
+
+
+def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
+    """The model as `prepare` sets it up for the stage, without contents."""
+    low = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    seeing = torch.float32 if device == "cpu" else low
+    with torch.device("meta"):
+        model = Llava(config)
+    learn = recipe.stage.learn
+
+    def kind(name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        if part_of(name, learn) in learn or name.endswith((".lora_a", ".lora_b")):
+            return torch.float32
+        return low if name.startswith("decoder.") else seeing
+
+    state = {name: torch.empty(t.shape, dtype=kind(name, t)) for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    if recipe.stage.base != "none":
+        quantize_base(model.decoder, "int8")  # nf4's weights are counted by NF4_BYTES
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name, learn) in learn)
+    checkpoint_blocks(model.decoder.blocks, recipe.checkpointing)
+    if "tower" in learn and isinstance(model.tower, ViT):
+        checkpoint_blocks(model.tower.blocks, recipe.checkpointing)
+    return model.train()
+
+
+def _step(model: Llava, recipe: Recipe, config: ModelConfig, work: Work, device: str) -> None:
+    """One pack forward and backward, as the loop computes it."""
+    tokens = work.tokens
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    here = torch.zeros(1, tokens, 1, dtype=torch.bool)
+    learns = "tower" in recipe.stage.learn
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+        image_tokens = None
+        if work.squares:
+            with torch.set_grad_enabled(learns), torch.autocast("cpu", enabled=False):
+                features = _features(model, config, work.squares, learns)
+            weight = next(model.connector.parameters(), None)
+            seen = model.connector(features if weight is None else features.to(weight.dtype))
+            image_tokens = seen.flatten(0, 1)[: work.image_tokens]
+        x = model.decoder.embed(ids)
+        if image_tokens is not None:
+            x = x.masked_scatter(here, image_tokens.to(x.dtype))
+        attend = Packed(work.runs, config.decoder.sliding_window, x.device)
+        hidden = model.decoder(x, torch.zeros(1, tokens, dtype=torch.int64), attend)
+        rows = torch.zeros(work.supervised, dtype=torch.int64)
+        loss = supervised_loss(hidden[0], model.decoder.head_weight, rows, rows, torch.ones(work.supervised))
+    if loss.requires_grad:
+        loss.backward()
+
+
+def _features(model: Llava, config: ModelConfig, squares: int, learns: bool) -> Tensor:
+    vision = config.vision
+    dtype = next(model.tower.parameters()).dtype
+    if learns:
+        side = vision.image_size
+        return model.features(torch.empty(squares, 3, side, side, dtype=dtype))
+    return torch.empty(squares, vision.features, vision.width, dtype=dtype)
+
+
+def _look(model: Llava, config: ModelConfig, squares: int) -> tuple[float, float]:
+    """(bytes at most, operations of one square) of the tower on a few squares, nothing learning."""
+    if config.vision.kind == "none" or not squares:
+        return 0.0, 0.0
+    together = min(TOGETHER, squares)
+    side = config.vision.image_size
+    alive, counter = _Alive(), FlopCounterMode(display=False)
+    alive.known([*model.tower.parameters(), *model.tower.buffers()])
+    with torch.no_grad(), counter, alive:
+        model.features(torch.empty(together, 3, side, side))
+    return float(alive.peak), counter.get_total_flops() / together
+
+
+def _parameters(model: Llava, learn: Container[str]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = part_of(name, learn)
+        sizes[part] = sizes.get(part, 0) + parameter.numel()
+    for module in model.decoder.modules():
+        if isinstance(module, QuantizedLinear):
+            sizes["decoder"] += module.in_features * module.out_features
+    return sizes
+
+
+def _weights(recipe: Recipe, model: nn.Module) -> float:
+    total = 0.0
+    for tensor in (*model.parameters(), *model.buffers()):
+        few = recipe.stage.base == "nf4" and tensor.dtype == torch.int8
+        total += tensor.numel() * (NF4_BYTES if few else tensor.dtype.itemsize)
+    return total
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's generator: drawing fake weights moves it."""
+    with torch.random.fork_rng(devices=[]):
+        yield

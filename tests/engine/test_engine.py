@@ -1,0 +1,434 @@
+"""The engine against the naive one, token for token, whatever else it does at the time.
+
+In fp32 a pass over other tokens at once rounds otherwise, so two logits that are equal to about 1e-5 could
+change places; the models here have weights so large that their logits are far apart.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pumice import InputError
+from pumice.config import IMAGE_TOKEN, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.engine.engine import Engine
+from pumice.engine.generate import Picture, Prompt, naive_generate
+from pumice.engine.requests import Delta, Request
+from pumice.engine.sampling import SamplingParams
+from pumice.model.llava import Llava
+
+VOCABULARY, WIDTH = 101, 32
+
+
+@dataclass
+class Heard:
+    """All that one request delivered."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    request: Request | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for delta in self.deltas for token in delta.tokens]
+
+    @property
+    def last(self) -> Delta:
+        return self.deltas[-1]
+
+
+@dataclass
+class Kit:
+    """What tests of the engine are made of."""
+
+    looks: list[str] = field(default_factory=list)  # keys of the pictures that were looked at, in order
+
+    def model(self, window: int | None = None, context: int = 96, stops: tuple[int, ...] = ()) -> Llava:
+        decoder = DecoderConfig(
+            vocab_size=VOCABULARY, width=WIDTH, depth=3, heads=4, kv_heads=2, head_width=8, mlp_width=48,
+            context=context, sliding_window=window,
+        )  # fmt: skip
+        config = ModelConfig(
+            decoder=decoder,
+            vision=VisionConfig(image_size=64, variant="lite0"),
+            connector=ConnectorConfig(kind="linear"),
+            stop_token_ids=stops,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            model = Llava(config).eval()
+            for parameter in model.decoder.parameters():  # large weights: no two logits are close
+                if parameter.dim() == 2:
+                    parameter.data.normal_(0, 0.3)
+        return model
+
+    def picture(self, seed: int, count: int) -> Picture:
+        tokens = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+        def look() -> torch.Tensor:
+            self.looks.append(f"picture {seed}")
+            return tokens
+
+        return Picture(f"picture {seed}", count, look)
+
+    def prompt(self, *parts: int | Picture, **sampling: object) -> Prompt:
+        """Ids as they are, and pictures among them."""
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else [IMAGE_TOKEN] * part.count
+        pictures = tuple(part for part in parts if isinstance(part, Picture))
+        params = SamplingParams(**{"max_new_tokens": 10, **sampling})
+        return Prompt(torch.tensor(ids), None, params, pictures)
+
+    @staticmethod
+    def submit(engine: Engine, prompt: Prompt) -> Heard:
+        heard = Heard()
+        heard.request = engine.submit(prompt, heard.deltas.append)
+        return heard
+
+    def run(self, engine: Engine, *prompts: Prompt) -> list[Heard]:
+        heard = [self.submit(engine, prompt) for prompt in prompts]
+        while engine.step():
+            pass
+        return heard
+
+
+@pytest.fixture
+def kit() -> Kit:
+    return Kit()
+
+
+@pytest.fixture(scope="session")
+def model() -> Llava:
+    return Kit().model()
+
+
+@pytest.fixture
+def engine(model: Llava) -> Callable[..., Engine]:
+    return lambda **options: Engine(model, **options)
+
+
+KIT = Kit()
+MODELS = {window: KIT.model(window) for window in (None, 7)}
+PICTURES = [KIT.picture(seed, count) for seed, count in ((1, 4), (2, 9), (3, 4))]
+# Prompts that share beginnings of text and pictures, differ early, or contain one another.
+PROMPTS = [
+    KIT.prompt(1, 2, 3),
+    KIT.prompt(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, max_new_tokens=3),
+    KIT.prompt(1, PICTURES[0], 4, 5),
+    KIT.prompt(1, PICTURES[0], 4, 6, max_new_tokens=14),
+    KIT.prompt(1, PICTURES[1], 4, 5, max_new_tokens=6),
+    KIT.prompt(1, PICTURES[0], 7, PICTURES[1], 8, PICTURES[2], 9),
+    KIT.prompt(1, PICTURES[0], 7, PICTURES[2], 8, max_new_tokens=5),
+    KIT.prompt(PICTURES[1], *range(30, 50), max_new_tokens=1),
+    KIT.prompt(9),
+    KIT.prompt(1, PICTURES[2], 4, 5, temperature=1.5, top_p=0.9, seed=5),
+    KIT.prompt(1, PICTURES[2], 4, 5, repetition_penalty=3.0),
+]
+NAIVE = {w: [naive_generate(m, p) for p in PROMPTS] for w, m in MODELS.items()}
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("submit"), st.integers(0, len(PROMPTS) - 1)),
+    st.tuples(st.just("step"), st.integers(1, 6)),
+    st.tuples(st.just("cancel"), st.integers(0, 20)),
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(list(MODELS)),
+    st.integers(1, 5),
+    st.sampled_from([40, 64, 200]),
+    st.sampled_from([1, 3, 8, 512]),
+    st.booleans(),
+    st.lists(ACTIONS, max_size=25),
+)
+def test_answers_equal_the_naive_ones_whatever_happens(
+    window: int | None,
+    slots: int,
+    cache_tokens: int,
+    chunk: int,
+    prefix: bool,
+    actions: list[tuple[str, int]],
+) -> None:
+    engine = Engine(MODELS[window], slots=slots, cache_tokens=cache_tokens, chunk=chunk, prefix_cache=prefix)
+    asked: list[tuple[int, Heard]] = []
+    cancelled = set()
+    for what, number in actions:
+        if what == "submit":
+            asked.append((number, KIT.submit(engine, PROMPTS[number])))
+        elif what == "step":
+            for _ in range(number):
+                engine.step()
+        elif number < len(asked) and (request := asked[number][1].request) is not None:
+            engine.cancel(request)
+            cancelled.add(number)
+    while engine.step():
+        pass
+    for place, (number, heard) in enumerate(asked):
+        expected = NAIVE[window][number]
+        if place in cancelled and heard.last.finish == "cancelled":
+            assert heard.tokens == expected[: len(heard.tokens)]
+        else:
+            assert (heard.tokens, heard.last.finish) == (expected, "length")
+        assert [delta.finish for delta in heard.deltas[:-1]] == [None] * (len(heard.deltas) - 1)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert stats.cached_tokens <= stats.cache_capacity == cache_tokens
+    assert prefix or (stats.cached_tokens, stats.prefix_hits) == (0, 0)
+
+
+def test_requests_join_and_leave_between_steps(kit: Kit, engine: Callable[..., Engine]) -> None:
+    made = engine(slots=2)
+    first, second = (kit.submit(made, PROMPTS[n]) for n in (3, 1))
+    made.step()
+    made.step()
+    assert (len(first.tokens), len(second.tokens)) == (2, 2)
+    third = kit.submit(made, PROMPTS[8])
+    made.step()
+    assert (second.last.finish, third.deltas) == ("length", [])
+    assert (made.stats().running, made.stats().waiting) == (1, 1)
+    made.step()
+    assert (len(first.tokens), len(third.tokens)) == (4, 1)
+
+
+def test_a_long_prompt_does_not_stall_the_others(kit: Kit, engine: Callable[..., Engine]) -> None:
+    made = engine(chunk=8)
+    short = kit.submit(made, kit.prompt(5, max_new_tokens=40))
+    made.step()
+    long = kit.submit(made, kit.prompt(*range(40)))
+    for step in range(1, 6):
+        assert long.deltas == []
+        made.step()
+        assert len(short.tokens) == 1 + step
+    assert len(long.tokens) == 1
+
+
+def test_a_second_question_about_a_picture_computes_only_the_question(
+    kit: Kit, engine: Callable[..., Engine]
+) -> None:
+    made, shown = engine(), kit.picture(1, 9)
+    (first,) = kit.run(made, kit.prompt(1, shown, 3, 4))
+    assert (kit.looks, first.last.cached_tokens) == (["picture 1"], 0)
+    before = made.stats()
+    (second,) = kit.run(made, kit.prompt(1, shown, 5, 6))
+    assert (kit.looks, second.last.cached_tokens) == (["picture 1"], 10)
+    assert made.stats().prefix_hits - before.prefix_hits == 10
+    (other,) = kit.run(made, kit.prompt(1, kit.picture(2, 9), 5, 6))
+    assert (len(kit.looks), other.last.cached_tokens) == (2, 1)
+
+
+def test_questions_about_one_picture_that_come_together_look_once(
+    kit: Kit, engine: Callable[..., Engine]
+) -> None:
+    shown = kit.picture(1, 40)
+    asked = [kit.prompt(shown, n, n + 1) for n in range(6)]
+    heard = kit.run(engine(chunk=16), *asked)
+    assert kit.looks == ["picture 1"]
+    assert [one.last.cached_tokens for one in heard] == [0, 40, 40, 40, 40, 40]
+
+
+def test_a_second_turn_computes_only_what_is_new(kit: Kit, engine: Callable[..., Engine]) -> None:
+    made, shown = engine(), kit.picture(1, 9)
+    (first,) = kit.run(made, kit.prompt(1, shown, 3, 4))
+    (second,) = kit.run(made, kit.prompt(1, shown, 3, 4, *first.tokens, 7, 8))
+    # the last token of an answer was never fed to the model
+    assert second.last.cached_tokens == 12 + len(first.tokens) - 1
+    assert len(made._prefix.idle) == 1  # the first turn lives on in the second
+
+
+def test_the_same_prompt_again_computes_its_last_token(kit: Kit, engine: Callable[..., Engine]) -> None:
+    made = engine()
+    first, second = (kit.run(made, PROMPTS[5])[0] for _ in range(2))
+    assert first.tokens == second.tokens
+    assert second.last.cached_tokens == len(PROMPTS[5].input_ids) - 1
+
+
+def test_eviction_keeps_within_the_budget_and_the_newest(kit: Kit, engine: Callable[..., Engine]) -> None:
+    made = engine(cache_tokens=60)
+    for seed in (1, 2, 3, 4):
+        kit.run(made, kit.prompt(kit.picture(seed, 10), 5, max_new_tokens=8))
+    assert made.stats().evictions == 1
+    assert kit.run(made, kit.prompt(kit.picture(4, 10), 6))[0].last.cached_tokens == 10
+    assert kit.run(made, kit.prompt(kit.picture(1, 10), 6))[0].last.cached_tokens == 0
+
+
+def test_answers_that_outgrow_the_cache_wait_and_go_on(kit: Kit, model: Llava) -> None:
+    """Three answers that each nearly need all of it: the newest are put back, and none is wrong."""
+    large = kit.model(context=400)
+    asked = [kit.prompt(n, n + 1, max_new_tokens=250) for n in (1, 5, 9)]
+    made = Engine(large, cache_tokens=400)
+    heard = kit.run(made, *asked)
+    assert [one.tokens for one in heard] == [naive_generate(large, one) for one in asked]
+    assert sum(len(one.tokens) for one in heard) == 750
+
+
+def test_a_model_that_changed_is_not_mixed_with_what_it_said_before(kit: Kit) -> None:
+    model = kit.model()
+    made = Engine(model)
+    kit.run(made, PROMPTS[2])
+    with torch.no_grad():
+        model.decoder.blocks[0].mlp.down.weight.neg_()
+    made.forget()
+    assert kit.run(made, PROMPTS[2])[0].tokens == naive_generate(model, PROMPTS[2])
+
+
+def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(kit: Kit) -> None:
+    free = NAIVE[None][0]
+    (heard,) = kit.run(Engine(kit.model(stops=(free[4],))), PROMPTS[0])
+    assert (heard.tokens, heard.last.tokens, heard.last.finish) == (free[: free.index(free[4])], (), "stop")
+
+
+def test_log_probabilities(kit: Kit, model: Llava, engine: Callable[..., Engine]) -> None:
+    asked = kit.prompt(1, 2, 3, logprobs=3, max_new_tokens=2)
+    (heard,) = kit.run(engine(), asked)
+    logits = model.decoder.logits(model(torch.tensor([[1, 2, 3]])))[0, -1]
+    expected = logits.log_softmax(-1).topk(3)
+    [first] = heard.deltas[0].logprobs or ()
+    assert [token for token, _ in first.top] == expected.indices.tolist()
+    assert [value for _, value in first.top] == pytest.approx(expected.values.tolist(), abs=1e-4)
+    assert (first.token, first.logprob) == first.top[0]
+    (bare,) = kit.run(engine(), kit.prompt(1, 2, logprobs=0, max_new_tokens=1))
+    assert bare.last.logprobs is not None
+    assert bare.last.logprobs[0].top == ()
+    assert math.exp(bare.last.logprobs[0].logprob) <= 1
+
+
+def test_a_picture_that_fails_ends_its_own_request_only(kit: Kit, engine: Callable[..., Engine]) -> None:
+    def look() -> torch.Tensor:
+        raise InputError("the picture is torn")
+
+    bad, good = kit.run(engine(), kit.prompt(1, Picture("torn", 4, look), 2), PROMPTS[2])
+    assert (bad.last.finish, str(bad.last.error), bad.tokens) == ("error", "the picture is torn", [])
+    assert good.tokens == NAIVE[None][2]
+
+
+def test_a_pass_that_fails_ends_the_requests_in_it_and_the_next_work(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = kit.model()
+    made = Engine(model)
+    first = kit.submit(made, PROMPTS[0])
+    made.step()
+
+    def fail(hidden: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder, "logits", fail)
+        made.step()
+    assert (first.last.finish, str(first.last.error)) == ("error", "no memory")
+    assert kit.run(made, PROMPTS[0])[0].tokens == NAIVE[None][0]
+
+
+def test_an_interrupted_step_is_done_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C interrupts it, at either end of the pass."""
+    model = kit.model()
+    made = Engine(model)
+    heard = [kit.submit(made, PROMPTS[n]) for n in (0, 2)]
+    made.step()
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for owner, name in ((model.decoder, "logits"), (made, "_choose"), (model.decoder, "forward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                made.step()
+    while made.step():
+        pass
+    assert [one.tokens for one in heard] == [NAIVE[None][n] for n in (0, 2)]
+
+
+def test_an_owner_that_fails_ends_its_own_request_only(
+    kit: Kit, engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(delta: Delta) -> None:
+        raise RuntimeError("the connection is gone")
+
+    made = engine()
+    made.submit(PROMPTS[3], fail)
+    assert kit.run(made, PROMPTS[0])[0].tokens == NAIVE[None][0]
+    assert made.stats().generated_tokens == 1 + len(NAIVE[None][0])
+    assert "the connection is gone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda kit: kit.prompt(*range(96)), "takes 96 tokens .* context of 96"),
+        (lambda kit: kit.prompt(*range(30), max_new_tokens=30), "30 tokens and an answer of up to 30 .* 50"),
+        (lambda kit: kit.prompt(1, 101), "from 1 to 101, the vocabulary from 0 to 100"),
+        (lambda kit: Prompt(torch.tensor([1, -200, 2])), "hold 1 image placeholders, the pictures give 0"),
+    ],
+)
+def test_what_can_never_be_answered_is_refused(
+    kit: Kit, engine: Callable[..., Engine], wrong: Callable[[Kit], Prompt], message: str
+) -> None:
+    made = engine(cache_tokens=50)
+    with pytest.raises(ValueError, match=message):
+        kit.submit(made, wrong(kit))
+    assert not made.step()
+
+
+@pytest.mark.parametrize("options", [{"slots": 0}, {"chunk": 0}, {"cache_tokens": 0}])
+def test_wrong_options(engine: Callable[..., Engine], options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="is 0; give 1 or more"):
+        engine(**options)
+
+
+def test_threads_submit_and_cancel_while_it_steps(kit: Kit, engine: Callable[..., Engine]) -> None:
+    made = engine(slots=3)
+    made.start()
+    made.start()
+    wrong: list[str] = []
+
+    def ask(number: int) -> None:
+        for turn in range(5):
+            place = (number + turn) % len(PROMPTS)
+            done, tokens = threading.Event(), list[int]()
+
+            def deliver(delta: Delta, done: threading.Event = done, tokens: list[int] = tokens) -> None:
+                tokens.extend(delta.tokens)
+                if delta.finish is not None:
+                    done.set()
+
+            request = made.submit(PROMPTS[place], deliver)
+            if turn == 3:
+                made.cancel(request)
+                made.cancel(request)
+            if not done.wait(60):
+                wrong.append(f"{number}.{turn} did not end")
+            expected = NAIVE[None][place]
+            if tokens != (expected[: len(tokens)] if turn == 3 else expected):
+                wrong.append(f"{number}.{turn} said {tokens}")
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    made.close()
+
+
+def test_close_cancels_what_runs_and_what_waits(kit: Kit, engine: Callable[..., Engine]) -> None:
+    made = engine(slots=1)
+    heard = [kit.submit(made, PROMPTS[n]) for n in (0, 1)]
+    made.step()
+    late = kit.submit(made, PROMPTS[2])
+    made.close()
+    made.close()
+    assert [one.last.finish for one in (*heard, late)] == ["cancelled"] * 3
+    assert heard[0].tokens == NAIVE[None][0][:1]
+    with pytest.raises(RuntimeError, match="closed"):
+        kit.submit(made, PROMPTS[0])
+    assert not made.step()

@@ -1,0 +1,65 @@
+"""Pumice as a model of lmms-eval; runs where that is installed (`pip install lmms-eval`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pumice.errors import InputError
+
+lmms_eval = pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
+DOCS = [{"color": "red"}, {"color": "blue"}, {"color": "green"}]
+
+
+def visual(doc: dict[str, str]) -> list[Image.Image]:
+    return [Image.new("RGB", (40, 30), doc["color"])]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> Any:
+    from lmms_eval.models import get_model
+
+    made = get_model("pumice").create_from_arg_string(
+        f"pretrained={tiny_folder},quantize=none", {"batch_size": 2, "max_batch_size": None, "device": "cpu"}
+    )
+    made.task_dict = {"colours": {"test": DOCS}}
+    return made
+
+
+def requests(kind: str, argument: Any, show: Any = visual) -> list[Any]:
+    from lmms_eval.api.instance import Instance
+
+    about = {"task": "colours", "doc_id": 0, "repeats": 1}
+    return [
+        Instance(kind, ("What colour?", argument, show, n, "colours", "test"), 0, about)
+        for n in range(len(DOCS))
+    ]
+
+
+def test_answers_as_the_assistant_does(model: Any) -> None:
+    kwargs = {"max_new_tokens": 5, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
+    said = model.generate_until(requests("generate_until", kwargs))
+    asked = [model.assistant.ask(visual(doc), "What colour?", max_new_tokens=5) for doc in DOCS]
+    assert said == [answer.partition("\n\n")[0] for answer in asked]
+
+
+def test_the_loss_is_that_of_the_logits(model: Any) -> None:
+    losses = model.loglikelihood(requests("loglikelihood", "red and blue"))
+    assert len({loss for loss, _ in losses}) == len(DOCS)  # the picture counts
+    greedy = model.assistant.ask(visual(DOCS[0]), "What colour?", max_new_tokens=4).strip()
+    (likeliest, _), *_ = model.loglikelihood(requests("loglikelihood", greedy)[:1])
+    (other, is_greedy), *_ = model.loglikelihood(requests("loglikelihood", "zebra crossing")[:1])
+    assert likeliest < other
+    assert not is_greedy
+
+
+def test_what_it_cannot_do_is_refused(model: Any) -> None:
+    with pytest.raises(InputError, match="sees pictures alone"):
+        model.generate_until(requests("generate_until", {}, lambda doc: ["film.mp4"]))
+    with pytest.raises(InputError, match="5 beams"):
+        model.generate_until(requests("generate_until", {"num_beams": 5}))
+    with pytest.raises(InputError, match="one round only"):
+        model.generate_until_multi_round([])

@@ -1,0 +1,146 @@
+"""A real server with a tiny random model, on a real port: in a thread, or as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pumice.serve.backend import Backend
+from pumice.serve.settings import Settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `asking`, which test files import
+
+Serving = Callable[..., AbstractContextManager[str]]
+
+
+@contextlib.contextmanager
+def serving(backend: Callable[[Settings], Backend], slots: int = 4, **settings: Any) -> Iterator[str]:
+    """Serve in a thread; gives the address."""
+    from pumice import __version__
+    from pumice.serve import run
+    from pumice.serve.app import build
+    from pumice.serve.guard import Gate
+    from pumice.serve.metrics import Metrics
+
+    chosen = Settings(port=0, **settings).check()
+    gate = Gate(slots + chosen.queue)
+    app = build(chosen, backend(chosen), Metrics(__version__, "tiny"), gate)
+    server = run.Server(run.config(app, chosen), chosen, gate, "tiny")
+    gate.connections = lambda: len(server.server_state.connections)
+    bound = run.bind(chosen)
+    port = bound.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def local(tiny_folder: Path) -> Callable[..., AbstractContextManager[str]]:
+    """`with local(**settings) as url`: the tiny model, served."""
+
+    def serve(
+        slots: int = 4, cache_tokens: int = 2048, names: tuple[str, ...] = ("tiny",), **settings: Any
+    ) -> Any:
+        from pumice.assistant import load
+        from pumice.engine.engine import Engine
+        from pumice.serve.local import Local
+
+        assistant = load(tiny_folder, device="cpu", quantize=None)
+        assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=64)
+        return serving(lambda chosen: Local(assistant, names, chosen), slots, **settings)
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def server(local: Serving) -> Iterator[str]:
+    """One server for all tests that need nothing special of it."""
+    with local() as url:
+        yield url
+
+
+class Process:
+    """`pumice serve` as a process; its log lines as they come."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "pumice", "serve", "--log", "json", *arguments]
+        self.process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        )
+        self.lines: list[dict[str, Any]] = []
+        self.other: list[str] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            try:
+                self.lines.append(json.loads(line))
+            except ValueError:
+                self.other.append(line)
+
+    def wait_for(self, message: str, count: int = 1, seconds: float = 120) -> list[dict[str, Any]]:
+        end = time.monotonic() + seconds
+        while True:
+            found = [line for line in self.lines if line["message"] == message]
+            if len(found) >= count:
+                return found
+            assert self.process.poll() is None, self.other
+            assert time.monotonic() < end, self.other
+            time.sleep(0.02)
+
+    @property
+    def url(self) -> str:
+        return str(self.wait_for("listening")[0]["url"])
+
+    @property
+    def port(self) -> str:
+        return re.sub(r".*:", "", self.url)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._thread.join(10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def process(tiny_folder: Path) -> Iterator[Callable[..., Process]]:
+    """`process(*options)`: `pumice serve` of the tiny model on a free port."""
+    begun: list[Process] = []
+
+    def begin(*arguments: str, env: dict[str, str] | None = None) -> Process:
+        model = [] if "--upstream" in arguments else ["--model", str(tiny_folder), "--name", "tiny"]
+        port = [] if "--port" in arguments else ["--port", "0"]
+        begun.append(Process(*model, *port, *arguments, env=env))
+        return begun[-1]
+
+    yield begin
+    for one in begun:
+        one.end()

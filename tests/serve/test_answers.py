@@ -1,0 +1,217 @@
+"""What the server answers, over a real socket, is what the model says; the official client reads it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from asking import ask, data_uri, picture, post, shown
+
+from pumice.assistant import Assistant, load
+from pumice.conversation import Conversation, ImagePart, Message
+from pumice.engine.generate import naive_generate
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_folder: Path) -> Assistant:
+    return load(tiny_folder, device="cpu", quantize=None)
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+
+
+def naive(exact: Assistant, *messages: Message, **sampling: Any) -> str:
+    """What the model says without a cache, alone."""
+    prompt = exact.prompt(Conversation(messages), **sampling)
+    return exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))
+
+
+def user(text: str, *pictures: bytes) -> Message:
+    return Message("user", (*map(ImagePart, pictures), text))
+
+
+def test_the_official_client(client: openai.OpenAI, exact: Assistant) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "pumice"
+    content: Any = shown("What is it?", picture(1), picture(2))["content"]
+    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=10)
+    expected = naive(
+        exact,
+        Message("system", ("Be brief.",)),
+        user("What is it?", picture(1), picture(2)),
+        max_new_tokens=10,
+    )
+    [choice] = answer.choices
+    assert choice.message.content == expected
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 10
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 10
+    told: Any = {"include_usage": True}
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=10, stream=True, stream_options=told
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert len({c.id for c in chunks}) == 1
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == 10
+    assert usage.prompt_tokens_details is not None
+    # All of the prompt but its last token was computed for the first request.
+    assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1
+    with pytest.raises(openai.BadRequestError) as found:
+        client.chat.completions.create(model="tiny", messages=messages, n=2)
+    assert found.value.param == "n"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt' here"):
+        client.chat.completions.create(model="gpt", messages=messages)
+
+
+def test_a_second_turn(client: openai.OpenAI, exact: Assistant) -> None:
+    first: Any = shown("What?", picture(3))
+    said = (
+        client.chat.completions.create(model="tiny", messages=[first], max_tokens=6)
+        .choices[0]
+        .message.content
+    )
+    assert said
+    messages: Any = [first, {"role": "assistant", "content": said}, {"role": "user", "content": "Sure?"}]
+    second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=6)
+    turns = (user("What?", picture(3)), Message("assistant", (said,)), Message("user", ("Sure?",)))
+    assert second.choices[0].message.content == naive(exact, *turns, max_new_tokens=6)
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= 10
+
+
+def test_plain_completion(client: openai.OpenAI, exact: Assistant) -> None:
+    answer = client.completions.create(model="tiny", prompt="A dog", max_tokens=9)
+    pieces = client.completions.create(model="tiny", prompt=["A dog"], max_tokens=9, stream=True)
+    assert "".join(p.choices[0].text for p in pieces) == answer.choices[0].text
+    told = (
+        client.completions.create(model="tiny", prompt="A dog", max_tokens=3, logprobs=2).choices[0].logprobs
+    )
+    assert told is not None
+    assert told.tokens is not None
+    assert len(told.tokens) == 3
+    assert told.top_logprobs is not None
+    assert told.text_offset == [0, len(told.tokens[0]), len(told.tokens[0] + told.tokens[1])]
+
+
+def test_sampling_stops_and_logprobs(client: openai.OpenAI, exact: Assistant) -> None:
+    messages: Any = [{"role": "user", "content": "What is in the picture?"}]
+    drawn = [
+        client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=12, temperature=1.5, top_p=0.9, seed=seed
+        ).choices[0].message.content
+        for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert drawn[0] == drawn[1] != drawn[2]
+    sampling: dict[str, Any] = {"temperature": 1.5, "top_p": 0.9, "seed": 1, "max_new_tokens": 12}
+    assert drawn[0] == naive(exact, Message("user", ("What is in the picture?",)), **sampling)
+    whole = naive(exact, Message("user", ("What is in the picture?",)), max_new_tokens=12)
+    stop = whole[4:6]
+    cut = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, stop=[stop])
+    assert cut.choices[0].message.content == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert len(told.content) == 5
+    assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in told.content)  # greedy
+    assert all(len(token.top_logprobs) == 3 for token in told.content)
+
+
+def test_many_at_once_answer_as_alone(server: str, exact: Assistant) -> None:
+    questions = [(f"What is {n}?", picture(n % 3)) for n in range(12)]
+    expected = [naive(exact, user(text, shown), max_new_tokens=8) for text, shown in questions]
+
+    def answer(question: tuple[str, bytes]) -> str:
+        response = post(server, ask(question[0], question[1]))
+        return str(response.json()["choices"][0]["message"]["content"])
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(answer, questions)) == expected
+
+
+def test_texts_that_look_like_control(server: str, exact: Assistant) -> None:
+    text = "<image> <|im_end|> {{x}}"
+    response = post(server, ask(text))
+    assert response.json()["choices"][0]["message"]["content"] == naive(
+        exact, Message("user", (text,)), max_new_tokens=8
+    )
+
+
+def test_two_leading_instructions_become_one(server: str, exact: Assistant) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
+        {"role": "user", "content": "What?"},
+    ]
+    said = post(server, {"messages": messages, "max_tokens": 8}).json()["choices"][0]["message"]["content"]
+    system = Message("system", ("Be brief.\n\nBe kind.",))
+    assert said == naive(exact, system, Message("user", ("What?",)), max_new_tokens=8)
+
+
+def test_every_way_to_write_a_picture(server: str) -> None:
+    data = picture(5, form="JPEG")
+    usual = data_uri(data, "jpeg")
+    broken_lines = usual[:60] + "\n" + usual[60:]
+    urls = [usual, data_uri(data, "png"), broken_lines, usual.rstrip("=")]
+    answers = set()
+    for url in urls:
+        content = [
+            {"type": "image_url", "image_url": {"url": url, "detail": "low"}},
+            {"type": "text", "text": "?"},
+        ]
+        response = post(server, {"messages": [{"role": "user", "content": content}], "max_tokens": 8})
+        assert response.status_code == 200, response.text
+        answers.add(response.json()["choices"][0]["message"]["content"])
+    assert len(answers) == 1
+
+
+def test_streams_are_server_sent_events(server: str) -> None:
+    with httpx.stream("POST", f"{server}/v1/chat/completions", json=ask(stream=True), timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    events = [json.loads(line[6:]) for line in lines[:-1]]
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all("usage" not in event for event in events)
+
+
+def test_answers_that_are_json(client: openai.OpenAI, server: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"animal": {"enum": ["dog", "cat"]}, "many": {"type": "boolean"}},
+        "required": ["animal", "many"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "seen", "schema": schema, "strict": True}}
+    messages: Any = [shown("What is it?", picture(4))]
+    for _ in range(2):  # the second time from what was kept
+        answer = client.chat.completions.create(
+            model="tiny", messages=messages, response_format=form, max_tokens=100
+        )
+        found = json.loads(answer.choices[0].message.content or "")
+        assert found["animal"] in ("dog", "cat")
+        assert isinstance(found["many"], bool)
+        assert answer.choices[0].finish_reason == "stop"
+    form["json_schema"]["schema"] = {"type": "nonsense"}
+    error = post(server, ask(response_format=form)).json()["error"]
+    assert (error["param"], error["code"]) == ("response_format", "invalid_json_schema")

@@ -1,0 +1,348 @@
+"""Wrong requests: a status, a sentence, the field's name, never a trace; and limits that hold."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import socket
+import time
+from typing import Any
+
+import httpx
+import pytest
+from asking import ask, data_uri, picture, post
+
+from pumice import InputError
+from pumice.serve.settings import Settings
+
+
+def told(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["x-request-id"]
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in error["message"]
+    return error
+
+
+def with_url(url: Any) -> dict[str, Any]:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]}
+
+
+FIELD = "messages.0.content.0.image_url"
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "message"),
+    [
+        ({"n": 2}, "n", "one answer per request"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"temperature": "hot"}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 10**6}, "max_tokens", "this server allows 2048"),
+        ({"max_tokens": True}, "max_tokens", "valid integer"),
+        ({"max_completion_tokens": 10**6}, "max_completion_tokens", "this server allows 2048"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "use repetition_penalty"),
+        ({"tools": []}, "tools", "calls no tools"),
+        ({"banana": 1}, "banana", "unknown field 'banana'"),
+        ({"stop": [""]}, "stop.0", "at least 1 character"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"stream_options": {"include_usage": True}}, None, "needs stream"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"model": "gpt-5"}, "model", "no model 'gpt-5'"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages.0.role",
+            "'system', 'developer', 'user'",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text",
+            "is missing",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+            "messages.0.content.0.type",
+            "should be 'text'",
+        ),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages", "question is empty"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "where 'user' should speak"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+            "messages",
+            "takes turns",
+        ),
+        ({"messages": [{"role": "user", "content": "long " * 300}]}, "messages", "context is 256"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "belong together"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            "is missing",
+        ),
+    ],
+)
+def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, message: str) -> None:
+    body = {"messages": [{"role": "user", "content": "What?"}], **more}
+    error = told(post(server, body), 404 if "model" in more else 400)
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "at least 1 character"),
+        ("cat.jpg", "give a picture as data:"),
+        ("file:///etc/passwd", "give a picture as data:"),
+        ("http://example.org/a.jpg", "fetches no pictures"),
+        ("data:image/png", "no data URI"),
+        ("data:image/png;base64,$$$$", "not base64"),
+        ("data:image/png;base64,", "is empty"),
+        ("data:text/plain,hello", "not a picture"),
+        (data_uri(b"GIF89a"), "not a picture"),
+        (data_uri(picture()[:-200]), "truncated or damaged"),
+        (data_uri(picture(size=(300, 300))), "more than 0.01 megapixels"),
+    ],
+)
+def test_wrong_pictures(small: str, url: str, message: str) -> None:
+    error = told(post(small, with_url(url)), 400)
+    assert error["param"].startswith(FIELD)
+    assert message in error["message"]
+
+
+@pytest.fixture(scope="module")
+def small(local: Any) -> Any:
+    with local(max_pixels=10_000, max_images=2, max_body=600_000) as url:
+        yield url
+
+
+def test_the_damaged_one_of_several_is_named(small: str) -> None:
+    error = told(post(small, ask("What?", picture(), picture()[:-200])), 400)
+    assert error["param"] == "messages.0.content.1.image_url"
+
+
+def test_too_many_pictures_and_too_large_bodies(small: str) -> None:
+    error = told(post(small, ask("What?", *[picture()] * 3)), 400)
+    assert error["param"] == "messages.0.content.2.image_url"
+    assert "3 pictures, 2 are allowed" in error["message"]
+    assert "larger than 600000 bytes" in told(post(small, ask("x" * 700_000)), 413)["message"]
+
+    def chunks() -> Any:  # without a Content-Length
+        for _ in range(8):
+            yield b" " * 100_000
+
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{small}/v1/chat/completions", content=chunks(), headers=headers, timeout=60)
+    told(response, 413)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'"x"',
+        b"\xff",
+        b"null",
+        b"[" * 100_000,
+        b'{"messages": "\\ud800"}',
+        b"{}",
+        b"NaN",
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_bodies_that_are_none(server: str, body: bytes, path: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    told(httpx.post(server + path, content=body, headers=headers, timeout=60), 400)
+
+
+def test_a_body_must_be_json_by_its_type(server: str) -> None:
+    """A page elsewhere can send text/plain without asking, so that it must not be understood."""
+    content = json.dumps(ask()).encode()
+    headers = {"Content-Type": "text/plain"}
+    told(httpx.post(f"{server}/v1/chat/completions", content=content, headers=headers), 415)
+
+
+def test_what_was_refused_is_logged(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pumice.serve")
+    told(post(server, ask(n=2), headers={"X-Request-Id": "wrong-n"}), 400)
+    _until(lambda: bool(caplog.records))
+    fields = caplog.records[-1].__dict__["fields"]
+    assert (fields["request_id"], fields["status"], fields["param"]) == ("wrong-n", 400, "n")
+    assert "one answer per request" in fields["error"]
+
+
+def test_addresses_and_methods(server: str) -> None:
+    told(httpx.get(f"{server}/v1/chat/completions"), 405)
+    told(httpx.post(f"{server}/health"), 405)
+    told(httpx.get(f"{server}/nothing"), 404)
+    told(httpx.get(f"{server}/v1/models/other"), 404)
+    assert httpx.get(f"{server}/health").json()["status"] == "ok"
+    assert "pumice_requests_total" in httpx.get(f"{server}/metrics").text
+
+
+def test_request_ids(server: str) -> None:
+    assert httpx.get(f"{server}/health", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    odd = httpx.get(f"{server}/health", headers={"X-Request-Id": "a b" * 100})
+    assert odd.headers["x-request-id"].startswith("req-")
+
+
+def test_strange_host_names(server: str, local: Any) -> None:
+    """A name that resolves to this machine lets a page elsewhere reach it, unless it is refused."""
+    told(httpx.get(f"{server}/v1/models", headers={"Host": "evil.example"}), 421)
+    for host in ("localhost:1", "127.0.0.1", "[::1]:8000"):
+        assert httpx.get(f"{server}/v1/models", headers={"Host": host}).status_code == 200
+    with local(hosts=("chat.example",)) as url:
+        assert httpx.get(f"{url}/v1/models", headers={"Host": "chat.example"}).status_code == 200
+
+
+def test_keys_and_other_origins(local: Any) -> None:
+    origin = {"Origin": "https://app.example"}
+    with local(keys=("first-key", "second-key"), cors=("https://app.example",)) as url:
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}):
+            response = httpx.get(f"{url}/v1/models", headers={**header, **origin})
+            assert told(response, 401)["code"] == "invalid_api_key"
+            assert response.headers["access-control-allow-origin"] == "https://app.example"
+        told(post(url, ask()), 401)
+        told(httpx.get(f"{url}/metrics"), 401)
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/").status_code == 200
+        for key in ("first-key", "second-key"):
+            response = post(url, ask(), headers={"Authorization": f"Bearer {key}"})
+            assert response.status_code == 200
+        asking = {**origin, "Access-Control-Request-Method": "POST"}
+        assert httpx.options(f"{url}/v1/chat/completions", headers=asking).status_code == 200
+        asking["Origin"] = "https://evil.example"
+        response = httpx.options(f"{url}/v1/chat/completions", headers=asking)
+        assert "access-control-allow-origin" not in response.headers
+
+
+def test_other_origins_are_off(server: str) -> None:
+    asking = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+    response = httpx.options(f"{server}/v1/chat/completions", headers=asking)
+    assert response.status_code == 405
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_full_queue(local: Any) -> None:
+    with local(slots=1, queue=1) as url, concurrent.futures.ThreadPoolExecutor(12) as pool:
+        body = ask(max_tokens=200)
+        responses = list(pool.map(lambda _: post(url, body), range(12)))
+        statuses = [response.status_code for response in responses]
+        assert set(statuses) == {200, 429}
+        refused = responses[statuses.index(429)]
+        assert told(refused, 429)["code"] == "queue_full"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert post(url, ask()).status_code == 200  # and afterwards there is room again
+
+
+def test_an_answer_that_takes_too_long(local: Any) -> None:
+    with local(timeout=0.05) as url:
+        assert told(post(url, ask(max_tokens=200)), 504)["code"] == "timeout"
+        assert _settled(url)
+
+
+def test_a_body_that_never_arrives(local: Any) -> None:
+    with local(body_timeout=0.3) as url:
+        port = int(url.rpartition(":")[2])
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+            connection.settimeout(10)
+            assert b" 408 " in connection.recv(4096)
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head)  # and no end of the headers
+            connection.settimeout(10)
+            assert connection.recv(4096) == b""
+
+
+def test_readers_who_go_away_end_their_requests(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pumice.serve")
+    for stream in (False, True):
+        before = _count(server, "pumice_cancelled_requests_total")
+        body = json.dumps(ask(max_tokens=2000, temperature=1.0, stream=stream))
+        port = int(server.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}{body}".encode()
+            )
+            _until(lambda: _count(server, "pumice_running_requests") >= 1)
+        _until(lambda before=before: _count(server, "pumice_cancelled_requests_total") > before)
+        assert _settled(server)
+    lines = [line.__dict__["fields"] for line in caplog.records if line.levelname == "INFO"]
+    assert sum(bool(line.get("gone")) for line in lines) == 2
+    assert not [line for line in caplog.records if line.levelname == "ERROR"]
+
+
+def test_too_many_connections(local: Any) -> None:
+    with local(max_connections=2) as url:
+        port = int(url.rpartition(":")[2])
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        try:
+            _until(lambda: httpx.get(f"{url}/health").status_code == 429)
+        finally:
+            for connection in idle:
+                connection.close()
+        _until(lambda: httpx.get(f"{url}/health").status_code == 200)
+
+
+def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
+    local: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pumice.serve import local as answering
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(answering, "conversation", fail)
+    with local() as url, caplog.at_level("ERROR", "pumice.serve"):
+        response = post(url, ask(), headers={"X-Request-Id": "find-me"})
+        error = told(response, 500)
+        assert "find-me" in error["message"]
+        assert "secret" not in response.text
+        _until(lambda: bool(caplog.records))
+    [line] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert line.__dict__["fields"]["request_id"] == "find-me"
+    assert "secret detail" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"port": 70000}, "the port is 70000"),
+        ({"queue": -1}, "queue is -1"),
+        ({"timeout": 0.0}, "timeout is 0.0"),
+        ({"keys": ("short",)}, "too short"),
+        ({"cors": ("app.example",)}, "CORS origin 'app.example'"),
+        ({"default_tokens": 9, "max_tokens": 8}, "default_tokens is 9"),
+    ],
+)
+def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Settings(**wrong).check()
+
+
+def _count(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+def _settled(url: str) -> bool:
+    _until(lambda: _count(url, "pumice_running_requests") == _count(url, "pumice_waiting_requests") == 0)
+    return True
+
+
+def _until(holds: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -1,0 +1,217 @@
+"""The page in a real browser: upload, ask, stream, stop, second turn, a server that dies and comes back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from asking import picture
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PAGE = Path(__file__).parents[2] / "src" / "pumice" / "serve" / "page"
+PATIENT = 120_000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("there is no Chromium here")
+    with playwright.sync_playwright() as running:
+        found = running.chromium.launch(executable_path=path, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context()
+    context.set_default_timeout(PATIENT)
+    made = context.new_page()
+    faults: list[str] = []
+    made.on("pageerror", lambda error: faults.append(str(error)))
+    yield made
+    context.close()
+    assert faults == []
+
+
+def write(page: Page, text: str) -> None:
+    page.get_by_label("Your question", exact=True).last.fill(text)
+    page.keyboard.press("Enter")
+
+
+def answers(page: Page) -> list[str]:
+    return page.locator(".assistant .said").all_inner_texts()
+
+
+def answered(page: Page, count: int) -> list[str]:
+    page.locator(".assistant .tools").nth(count - 1).wait_for()
+    return answers(page)
+
+
+def visit(page: Page, url: str, **choices: Any) -> None:
+    page.goto(url)
+    page.locator("body[data-ready]").wait_for()
+    page.get_by_text("tiny", exact=True).wait_for()
+    if choices:
+        page.locator("#parameters > summary").click()
+        for name, value in choices.items():
+            page.locator(f"#{name}").fill(str(value))
+        page.locator("#parameters > summary").click()
+
+
+def test_a_conversation(page: Page, server: str, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    page.on("request", lambda r: asked.append(r.post_data_json) if r.url.endswith("completions") else None)
+    visit(page, server, max_tokens=8, seed=3)
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    page.locator("#files").set_input_files([tmp_path / "1.png", tmp_path / "2.png"])
+    page.get_by_role("button", name="Remove 2.png").click()
+    page.get_by_role("button", name="Remove 1.png").wait_for()
+    write(page, "What is it?")
+    [first] = answered(page, 1)
+    assert page.locator(".user img").count() == 1
+    write(page, "Sure?")
+    answered(page, 2)
+    body = asked[-1]
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert (
+        body["messages"][1]["content"].strip() == first.strip()
+        or first.strip() in body["messages"][1]["content"]
+    )
+    assert (body["max_tokens"], body["seed"], body["temperature"]) == (8, 3, 0)
+    # a reload finds everything again
+    page.reload()
+    answered(page, 2)
+    assert page.locator(".user img").count() == 1
+    assert page.locator("#max_tokens").input_value() == "8"
+    # changing the first question takes back what followed it
+    page.locator(".user").first.hover()
+    page.get_by_role("button", name="Edit the question: What is it?").click()
+    page.get_by_text("You are changing an earlier question").wait_for()
+    write(page, "Who is it?")
+    answered(page, 1)
+    page.get_by_text("Who is it?").wait_for()
+    assert page.locator(".assistant").count() == 1
+    page.get_by_role("button", name="Regenerate").click()
+    answered(page, 1)
+    assert asked[-1] == asked[-2]
+    # and away with it
+    page.locator("#menu > summary").click()
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Download as JSON").click()
+    kept = json.loads(Path(saved.value.path()).read_text(encoding="utf-8"))
+    assert kept["messages"][0]["content"][1]["text"] == "Who is it?"
+    page.locator("#menu > summary").click()
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Download as Markdown").click()
+    assert "**You**" in Path(saved.value.path()).read_text(encoding="utf-8")
+    page.get_by_role("button", name="New", exact=True).click()
+    page.get_by_text("Show a picture, ask about it.").wait_for()
+
+
+def test_stopping_keeps_what_was_said(page: Page, server: str) -> None:
+    visit(page, server, max_tokens=2000, temperature=1)
+    write(page, "What is in the picture?")
+    page.locator(".assistant .said p").first.wait_for()  # it streams
+    page.get_by_role("button", name="Stop").click()
+    [text] = answered(page, 1)
+    assert text.strip()
+    page.get_by_text(re.compile("stopped")).first.wait_for()
+    page.locator("#max_tokens").evaluate("field => { field.value = 4 }")
+    write(page, "Sure?")
+    answered(page, 2)
+
+
+def test_an_example_and_a_wrong_file(page: Page, server: str, tmp_path: Path) -> None:
+    visit(page, server, max_tokens=4)
+    (tmp_path / "notes.txt").write_text("no picture")
+    page.locator("#files").set_input_files(tmp_path / "notes.txt")
+    page.get_by_text("notes.txt is not a picture").wait_for()
+    page.get_by_role("button", name="How many horses are there?").click()
+    answered(page, 1)
+    assert page.locator(".user img").get_attribute("alt") == "Horses in a meadow.jpg"
+
+
+def test_what_the_server_refuses_is_told(page: Page, server: str) -> None:
+    visit(page, server, max_tokens=100_000)
+    write(page, "What?")
+    page.get_by_text("this server allows 2048", exact=False).wait_for()
+    page.get_by_role("button", name="Try again").wait_for()
+
+
+def test_a_key_is_asked_for(page: Page, local: Callable[..., Any]) -> None:
+    with local(keys=("sesame-open",)) as url:
+        page.goto(url)
+        page.locator("body[data-ready]").wait_for()
+        page.locator("#key").wait_for()  # the parameters have opened by themselves
+        page.locator("#key").fill("sesame-open")
+        page.keyboard.press("Tab")
+        page.get_by_text("tiny", exact=True).wait_for()
+        page.locator("#max_tokens").fill("4")
+        write(page, "What?")
+        answered(page, 1)
+
+
+def test_a_server_that_dies_and_comes_back(page: Page, process: Callable[..., Any]) -> None:
+    first = process()
+    visit(page, first.url, max_tokens=220, temperature=1)
+    write(page, "What is in the picture?")
+    page.locator(".assistant .said p").first.wait_for()
+    port = first.port
+    first.process.kill()  # in the middle of its answer
+    page.get_by_text("trying again", exact=False).first.wait_for()
+    page.reload()  # the page is still there, and goes on
+    page.get_by_text("The server is away; trying again.").wait_for()
+    page.get_by_text("What is in the picture?").wait_for()
+    process("--port", port).wait_for("listening")
+    answered(page, 1)
+    assert answers(page)[0].strip()
+    page.locator("#away").wait_for(state="hidden")
+
+
+def test_the_keyboard_reaches_everything(page: Page, server: str) -> None:
+    visit(page, server)
+    assert page.evaluate("document.activeElement.id") == "question"
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, input, textarea, summary, select")].filter((node) =>
+             !node.getAttribute("aria-label") && !node.textContent.trim() &&
+             !(node.labels && node.labels.length && node.labels[0].textContent.trim()))
+             .map((node) => node.outerHTML)"""
+    )
+    assert nameless == []
+    assert page.locator("button").count() > 10
+    assert page.evaluate("[...document.images].every((image) => image.hasAttribute('alt'))")
+
+
+def test_nothing_comes_from_elsewhere(server: str) -> None:
+    response = httpx.get(server)
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for path in PAGE.rglob("*"):
+        if path.suffix in (".html", ".css", ".js"):
+            found = re.findall(r"https?://[^\s\"'<>]+", path.read_text(encoding="utf-8"))
+            assert not found, path
+    again = httpx.get(server, headers={"If-None-Match": response.headers["etag"]})
+    assert again.status_code == 304

@@ -1,0 +1,147 @@
+"""`pumice serve` as a process: signals, workers, an upstream, wrong options."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from asking import ask, post
+from typer.testing import CliRunner
+
+from pumice.cli import app
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+
+
+def stream(url: str, **more: Any) -> tuple[str, bool]:
+    """(what a stream said, whether it came to its end)."""
+    text, ended = "", False
+    body = ask(stream=True, **more)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line == "data: [DONE]":
+                ended = True
+            elif line.startswith("data: "):
+                text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+    return text, ended
+
+
+@posix
+def test_a_drain_finishes_what_it_began(process: Callable[..., Any]) -> None:
+    server = process("--slots", "2")
+    url = server.url
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = pool.submit(stream, url, max_tokens=2000, temperature=1.0, seed=1)
+        while "pumice_running_requests 1.0" not in httpx.get(f"{url}/metrics").text:
+            assert not running.done()
+        server.process.send_signal(signal.SIGTERM)
+        while (response := httpx.get(f"{url}/health")).status_code == 200:
+            time.sleep(0.001)
+        assert response.json()["status"] == "draining"
+        refused = post(url, ask())
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        text, ended = running.result(60)
+    assert text
+    assert ended
+    assert server.process.wait(30) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+@posix
+def test_workers_share_a_port_and_are_replaced(process: Callable[..., Any]) -> None:
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one core")
+    server = process("--workers", "2")
+    first, second = server.wait_for("listening", 2)
+    assert first["url"] == second["url"]
+    url = first["url"]
+    assert post(url, ask()).status_code == 200
+    os.kill(first["pid"], signal.SIGKILL)
+    assert len(server.wait_for("listening", 3)) == 3
+    assert len({line["pid"] for line in server.lines if line["message"] == "listening"}) == 3
+    assert post(url, ask()).status_code == 200
+    text = httpx.get(f"{url}/metrics").text
+    assert 'pumice_requests_total{path="/v1/chat/completions",status="200"} 2.0' in text
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0
+
+
+def test_in_front_of_another_server(process: Callable[..., Any], server: str) -> None:
+    env = {"PUMICE_API_KEY": "front-door-key", "PUMICE_UPSTREAM_KEY": "unused"}
+    front = process("--upstream", f"{server}/v1", "--max-tokens", "20", "--default-tokens", "6", env=env)
+    url, key = front.url, {"Authorization": "Bearer front-door-key"}
+    assert post(url, ask()).status_code == 401
+    assert httpx.get(f"{url}/v1/models", headers=key).json()["data"][0]["id"] == "tiny"
+    direct, passed = post(server, ask("Who?")).json(), post(url, ask("Who?"), headers=key).json()
+    assert passed["choices"] == direct["choices"]
+    unlimited = ask()
+    del unlimited["max_tokens"]
+    assert post(url, unlimited, headers=key).json()["usage"]["completion_tokens"] == 6
+    wrong = post(url, ask(max_tokens=21), headers=key)
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "max_tokens")
+    assert post(url, ask(n=2), headers=key).json()["error"]["param"] == "n"
+    assert (
+        post(url, ask(temperature=9), headers=key).json()["error"]["param"] == "temperature"
+    )  # upstream's word
+    web = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/cat.jpg"}}
+    body = {"messages": [{"role": "user", "content": [web, {"type": "text", "text": "?"}]}]}
+    assert post(url, body, headers=key).json()["error"]["code"] == "image_urls_not_allowed"
+    with httpx.stream(
+        "POST", f"{url}/v1/chat/completions", json=ask(stream=True), headers=key, timeout=60
+    ) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_an_upstream_that_is_away(process: Callable[..., Any]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        front = process("--upstream", f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
+        response = post(front.url, ask())
+        assert response.status_code == 502
+        assert response.json()["error"]["code"] == "upstream_away"
+        assert httpx.get(f"{front.url}/health").json()["status"] == "away"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "99999"], "the port is 99999"),
+        (["--host", "nowhere.invalid"], "no address of this machine"),
+        (["--max-body", "huge"], "the size 'huge' is none"),
+        (["--api-key", "x"], "an API key is too short"),
+        (["--api-key-file", "missing"], "the keys 'missing' cannot be read"),
+        (["--upstream", "localhost"], "the upstream 'localhost' is no address"),
+        (["--workers", "1000"], "on a machine of"),
+        (["--log", "xml"], "--log is 'xml'"),
+    ],
+)
+def test_wrong_options(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
+    assert ended.exit_code == 2, ended.output
+    assert message in " ".join(ended.output.split())
+    assert "Traceback" not in ended.output
+
+
+def test_a_taken_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ended = CliRunner().invoke(app, ["serve", "--port", str(taken.getsockname()[1])])
+    assert ended.exit_code == 2
+    assert "choose another --port" in ended.output

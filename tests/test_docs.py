@@ -1,0 +1,265 @@
+"""What the documentation says can be done: its commands exist and run, its links lead somewhere.
+
+Every line in a block that begins with `pumice` is parsed by the real command line. The blocks marked `bash`
+of the pages in RUN are run as well, in order, one folder per page, on a tiny random model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from pumice.cli import app
+from pumice.config import LoraConfig
+from pumice.model.adapters import add_lora
+from pumice.weights.export import export
+from pumice.weights.folder import save
+from pumice.weights.load import open_model
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "recipes/pumice-tiny/README.md"]
+PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+PAGES += ["src/pumice/models/pumice-tiny/README.md"]
+RUN = ["README.md", "docs/tutorial.md", "docs/finetuning.md", "docs/troubleshooting.md", "docs/doctor.md"]
+RUN += ["docs/coming-from.md"]
+COMMAND = re.compile(r"^(?:\$ )?(?:\.venv/bin/|python -m |torchrun .* -m )?pumice (.*)$")
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, code) of each fenced or indented block; the language of an indented one is empty."""
+    fence = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+    yield from fence.findall(text)
+    for found in re.findall(r"(?:^    [^\n]*\n)+", fence.sub("", text), re.M):
+        yield "", re.sub(r"^    ", "", found, flags=re.M)
+
+
+def commands(code: str) -> Iterator[str]:
+    """The lines of a block, those joined that a backslash joins, without comments."""
+    for line in code.replace("\\\n", " ").splitlines():
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield line.strip()
+
+
+def arguments(line: str) -> list[str] | None:
+    """What stands behind `pumice`, as a shell would give it; None for another command."""
+    match = COMMAND.match(line)
+    return None if match is None else shlex.split(match[1], comments=True)
+
+
+def parse(words: list[str]) -> None:
+    """Have the real command line take the words apart, running nothing. Raises click's errors."""
+    command, context = typer.main.get_command(app), click.Context(click.Command("pumice"))
+    while isinstance(command, click.Group) or hasattr(command, "resolve_command"):
+        name, command, words = command.resolve_command(click.Context(command), words)
+        assert command is not None, f"there is no command {name!r}"
+    command.make_context(command.name, words, parent=context)
+
+
+def problem(words: list[str]) -> str:
+    """Why the command line would not take the words; empty when it would."""
+    if words[:1] == ["--help"] or words[:1] == ["--version"]:
+        return ""
+    try:
+        parse(words)
+    except Exception as error:  # typer brings classes of its own for the same errors
+        if not type(error).__module__.startswith(("click", "typer")):
+            raise
+        return f"{type(error).__name__} {getattr(error, 'message', error)}"
+    return ""
+
+
+SAID = [
+    (page, words)
+    for page in PAGES
+    for _, code in blocks((ROOT / page).read_text(encoding="utf-8"))
+    for line in commands(code)
+    if (words := arguments(line)) is not None
+]
+# Words that stand for other words cannot be parsed: `pumice data generate ...`.
+SAID = [(page, words) for page, words in SAID if "..." not in words]
+
+
+@pytest.mark.parametrize("page", sorted({page for page, _ in SAID}))
+def test_every_command_exists(page: str) -> None:
+    here = [words for where, words in SAID if where == page]
+    assert [f"{shlex.join(words)}: {said}" for words in here if (said := problem(words))] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pumice aks dog.jpg What",
+        "pumice ask dog.jpg What --moddel x",
+        "pumice data chek rows.jsonl",
+        "pumice export model DST",
+        "pumice ask What --top-k many",
+    ],
+)
+def test_a_wrong_command_is_found(line: str) -> None:
+    words = arguments(line)
+    assert words is not None
+    assert problem(words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page: str) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    said = [
+        line.split()[1]
+        for _, code in blocks((ROOT / page).read_text(encoding="utf-8"))
+        for line in commands(code)
+        if line.startswith("make ")
+    ]
+    assert set(said) <= targets
+
+
+def test_scripts_exist() -> None:
+    for page in PAGES:
+        for _, code in blocks((ROOT / page).read_text(encoding="utf-8")):
+            for line in commands(code):
+                if line.startswith("python ") and not line.startswith("python -m "):
+                    assert (ROOT / line.split()[1]).is_file(), f"{page}: {line}"
+
+
+def headings(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub and the site make them."""
+    found = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", title.replace("`", "")).strip().lower().replace(" ", "-") for title in found
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), f"{page} links to {target}"
+        if anchor:
+            assert anchor in headings(there.read_text(encoding="utf-8")), f"{page} links to {target}"
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, models: ModuleType) -> Path:
+    """A folder as the pages assume it: examples/, pictures and rows of one's own, tiny models.
+
+    A local folder comes before the built-in model, or the one on the hub, that has its name.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    for name in ("examples", "my-pictures"):
+        shutil.copytree(ROOT / "examples", tmp_path / name)
+    for name in ("dog.jpg", "photo.jpg"):
+        shutil.copy(ROOT / "examples" / "dog.jpg", tmp_path / name)
+    shutil.copy(ROOT / "examples" / "finetune.jsonl", tmp_path / "my.jsonl")
+    own = {"image": "dog.jpg", "question": "Who is this?", "answers": ["Rex"], "metric": "contains"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(own) + "\n", encoding="utf-8")
+
+    opened = open_model(tiny_folder, merge=False)
+    lora = LoraConfig(rank=2, targets=("q", "v"))  # pumice-tiny has adapters, too
+    add_lora(opened.model.decoder, lora)
+    tokenizer = (tiny_folder / "tokenizer.json").read_text(encoding="utf-8")
+    config = dataclasses.replace(opened.model.config, lora=lora)
+    save(tmp_path / "pumice-tiny", config, opened.model.state_dict(), tokenizer=tokenizer)
+    (tmp_path / "liuhaotian").mkdir()
+    llava = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
+    export(llava, "llava", tmp_path / "liuhaotian" / "llava-v1.5-7b")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_commands_run(page: str, place: Path) -> None:
+    found = list(blocks((ROOT / page).read_text(encoding="utf-8")))
+    recipes = [code for language, code in found if language == "yaml"]
+    if recipes:  # the page's own recipe is the one that its commands name
+        (place / "my.yaml").write_text(recipes[0], encoding="utf-8")
+    ran = 0
+    for line in (line for language, code in found if language == "bash" for line in commands(code)):
+        words = arguments(line)
+        if line.startswith("printf "):
+            subprocess.run(line, shell=True, check=True)
+        elif words is None:
+            assert line.startswith(("make ", ". .venv/")), f"{line!r} is not run by any test"
+        else:
+            result = CliRunner().invoke(app, words)
+            allowed = (0, 1) if words[0] == "doctor" else (0,)  # which may find this machine wanting
+            assert result.exit_code in allowed, f"{line}\n{result.output}"
+            ran += 1
+    assert ran
+
+
+def test_python_blocks_run(place: Path) -> None:
+    for page in ("README.md", "docs/tutorial.md", "docs/asking.md"):
+        for language, code in blocks((ROOT / page).read_text(encoding="utf-8")):
+            if language == "python":
+                shutil.copy("dog.jpg", "a.jpg")
+                shutil.copy("dog.jpg", "b.jpg")
+                exec(compile(code, page, "exec"), {})
+
+
+# ---------------------------------------------------------------------------------------------- site
+
+
+@pytest.fixture(scope="module")
+def site_check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("site_check", ROOT / "docs" / "site" / "check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "loaded",
+    [
+        '<script src="https://cdn.example/x.js"></script>',
+        '<link rel="stylesheet" href="//fonts.example/css">',
+        '<link rel="preconnect" href="https://fonts.example">',
+        '<img srcset="https://example.org/a.png 2x">',
+        '<div style="background: url(https://example.org/a.png)"></div>',
+        "<style>@import 'https://example.org/a.css';</style>",
+    ],
+)
+def test_what_is_fetched_from_elsewhere_is_found(site_check: ModuleType, loaded: str) -> None:
+    assert len(site_check.fetched(f"<html>{loaded}</html>", ".html")) == 1
+
+
+def test_what_stays_here_is_not(site_check: ModuleType) -> None:
+    text = '<a href="https://example.org">there</a><img src="assets/a.png"><link rel="canonical" href="https://x">'
+    assert site_check.fetched(text, ".html") == []
+    assert site_check.fetched("@font-face { src: url(fonts/a.woff2) }", ".css") == []
+
+
+def test_the_site(site_check: ModuleType, tmp_path: Path) -> None:
+    """Built strictly: every page, link and docstring; and it fetches nothing from elsewhere."""
+    if not (importlib.util.find_spec("material") and importlib.util.find_spec("mkdocstrings")):
+        pytest.skip("the extra docs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environ = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(site_check.check(tmp_path)) == []
+    commands_page = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert "pumice data check" in commands_page

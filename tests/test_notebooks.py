@@ -1,0 +1,75 @@
+"""The notebooks run from the top: here with a tiny random model in the place of `pumice-tiny`.
+
+`make notebooks ARGS=--check` runs them on `pumice-tiny` itself, as continuous integration does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nbformat
+import pytest
+
+from pumice.config import LoraConfig
+from pumice.model.adapters import add_lora
+from pumice.weights.folder import save
+from pumice.weights.load import open_model
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModuleType:
+    """notebooks/run.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(NOTEBOOKS[0].parent)
+        return importlib.import_module("run")
+
+
+@pytest.fixture(scope="module")
+def stand_in(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with adapters, as pumice-tiny has them."""
+    opened = open_model(tiny_folder, merge=False)
+    lora = LoraConfig(rank=2, targets=("q", "v"))
+    add_lora(opened.model.decoder, lora)
+    folder = tmp_path_factory.mktemp("notebooks") / "pumice-tiny"
+    tokenizer = (tiny_folder / "tokenizer.json").read_text(encoding="utf-8")
+    config = dataclasses.replace(opened.model.config, lora=lora)
+    save(folder, config, opened.model.state_dict(), tokenizer=tokenizer)
+    return folder
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path: Path, runner: ModuleType, stand_in: Path) -> None:
+    kept = nbformat.read(path, as_version=4)
+    ran = runner.run(path, beside=[stand_in])
+    assert [cell.source for cell in ran.cells] == [cell.source for cell in kept.cells]
+    # The kinds of outputs that are kept are those that a run gives.
+    assert [output.output_type for output in outputs(ran)] == [o.output_type for o in outputs(kept)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_kept(path: Path, runner: ModuleType) -> None:
+    """Every cell was run in order, without an error; the file is small."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for output in outputs(notebook) if output.output_type == "error"]
+    assert path.stat().st_size < runner.LARGEST
+
+
+def test_an_error_is_an_error(tmp_path: Path, runner: ModuleType) -> None:
+    """Also that of a command in a shell."""
+    cell = nbformat.v4.new_code_cell("%%bash\nfalse")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "wrong.ipynb")
+    with pytest.raises(runner.CellExecutionError):
+        runner.run(tmp_path / "wrong.ipynb")

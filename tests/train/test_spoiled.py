@@ -1,0 +1,31 @@
+"""A run among spoiled rows: it goes on within its budget and stops above it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pumice.errors import InputError
+from pumice.train import run
+from pumice.weights.load import open_model
+
+
+def test_spoiled_rows_are_skipped_within_the_budget(
+    make_recipe: Callable[..., Path], rows: Path, spoiled: Any, tmp_path: Path
+) -> None:
+    folder, bad = spoiled
+    path = tmp_path / "mixed.jsonl"
+    good = (rows / "rows.jsonl").read_text().splitlines()
+    long = (
+        '{"id": "long", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "%s"}]}'
+    )
+    path.write_text("\n".join([*(entry.text for entry in bad), long % ("x" * 300), *good]) + "\n")
+    changes = {"data": [{"rows": str(path)}], "pictures": [str(rows), str(folder)], "epochs": 2}
+    finished = run(make_recipe("lenient", max_bad_rows=len(bad) + 1, **changes))
+    skipped = open_model(finished).provenance["stages"][-1]["skipped_rows"]
+    assert skipped == len(bad) + 1
+    with pytest.raises(InputError, match=rf"spoiled rows, max_bad_rows allows {len(bad)}"):
+        run(make_recipe("strict", max_bad_rows=len(bad), **changes))
