@@ -90,6 +90,7 @@ def spread(folder: Path, names: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     expected: list[float] = []
     for name in names:
+        print(name, file=sys.stderr, flush=True)
         processes, parallel, before = RUNS[name]
         path = recipe(folder, name, parallel=parallel)
         if before is not None:
