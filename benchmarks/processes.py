@@ -1,7 +1,7 @@
 """One run on one process and on many: the same losses; and killed at random moments: the same bits.
 
     python benchmarks/processes.py spread [--only NAME ...]     one, DDP, FSDP2, resumed on another number
-    python benchmarks/processes.py kill [--times 10]            kill -9, then the same command, again and again
+    python benchmarks/processes.py kill [--times 10]            kill -9, then the same command again
 
 A tiny random LLaVA on the CPU (gloo), rows with and without a picture in one step, and steps with fewer
 packs than processes. `spread` prints the largest difference of a loss, relative, against one process.
@@ -90,6 +90,7 @@ def spread(folder: Path, names: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     expected: list[float] = []
     for name in names:
+        print(name, file=sys.stderr, flush=True)
         processes, parallel, before = RUNS[name]
         path = recipe(folder, name, parallel=parallel)
         if before is not None:
@@ -156,9 +157,8 @@ def main() -> None:
         prepare(folder)
         if arguments.what == "kill":
             kills, same = kill(folder, arguments.times)
-            print(
-                f"killed {kills} times: the final weights and all losses are {'equal' if same else 'NOT equal'}"
-            )
+            verdict = "equal" if same else "NOT equal"
+            print(f"killed {kills} times: the final weights and all losses are {verdict}")
             raise SystemExit(not same)
         for name, apart in spread(folder, ["one", *arguments.only] if arguments.only else [*RUNS]).items():
             print(f"{name:<18} losses differ by {apart:.1e} at most", flush=True)

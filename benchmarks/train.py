@@ -221,7 +221,8 @@ def ours(folder: Path, stage: str, steps: int, without: list[str], options: list
         trainer.run()
     events = [event for event in read_metrics(out / "metrics.jsonl") if "loss" in event]
     return {"losses": [e["loss"] for e in events], "seconds": [e["seconds"] for e in events],
-            "cpu_seconds": cpu_seconds, "tokens": [e["tokens"] for e in events], "peak_share": [e["peak_share"] for e in events]}  # fmt: skip
+            "cpu_seconds": cpu_seconds, "tokens": [e["tokens"] for e in events],
+            "peak_share": [e["peak_share"] for e in events]}  # fmt: skip
 
 
 LONGEST: list[int] = []

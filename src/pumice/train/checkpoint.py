@@ -182,8 +182,8 @@ def latest(
     except _Different as error:
         raise InputError(
             f"{path} was made with {error.key}: {error.then!r}, the recipe now says {error.now!r}; go on as "
-            "it was, begin again in another output folder, or name the finished model of this one as the next "
-            "one's model"
+            "it was, begin again in another output folder, or name its finished model as the next one's "
+            "model"
         ) from error
     except FileNotFoundError as error:
         lacking = Path(error.filename or str(error).rpartition(": ")[2]).name
