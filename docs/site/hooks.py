@@ -218,5 +218,6 @@ def _markdown(path: Path) -> tuple[str, dict[str, bytes]]:
                 lines.append(f"![output]({name})")
             else:
                 said = "".join(output.get("text", data.get("text/plain", "")))
+                said = re.sub(r"\x1b\[[0-9;]*m", "", said)  # colours of a terminal
                 lines.append(f"```text\n{said.rstrip()}\n```")
     return "\n\n".join(lines), pictures
