@@ -25,6 +25,7 @@ largest pack's tokens, S supervised predictions of a chunk, D width, M MLP width
 from __future__ import annotations
 
 import dataclasses
+import gc
 import tempfile
 from collections.abc import Container
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from pumice.model.vision import ViT
 from pumice.processor import Processor
 from pumice.train.recipe import NewModel, Recipe
 from pumice.weights import folder
-from pumice.weights.checkpoint import Stored
+from pumice.weights.checkpoint import Stored, let_go
 from pumice.weights.load import Opened, find_device, new_model, open_model
 
 
@@ -112,6 +113,9 @@ class Setup:
         for name, tensor in (state or self.model.state_dict()).items():
             if not torch.equal(read[name].to(tensor), tensor):
                 raise WorkError(f"saving the model changes {name}; nothing was trained")
+        del read
+        let_go()
+        gc.collect()  # the copy's pages would count as memory during the first steps
 
 
 # parts that stand inside another one: it learns them too unless a recipe names them apart
