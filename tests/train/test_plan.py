@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,8 @@ def test_activations_are_those_that_autograd_keeps() -> None:
 
 
 def test_less_is_kept_the_more_is_computed_again() -> None:
-    none, some, full = (of(FULL, checkpointing=kind) for kind in ("none", "selective", "full"))
+    deep = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, depth=24))
+    none, some, full = (of(FULL, deep, checkpointing=kind) for kind in ("none", "selective", "full"))
     assert none.activations > some.activations > full.activations
     assert none.flops == pytest.approx(some.flops, rel=0.02) and full.flops > 1.2 * none.flops
 
@@ -116,6 +118,12 @@ def test_a_7b_recipe_is_planned_without_its_weights() -> None:
     shared = plan(load_recipe(whole), whole, gpu="a100-80g", processes=8)
     assert shared.sharded and shared.fits
     assert "does not fit, whatever the pack" in "\n".join(describe(alone))
+
+
+def test_nothing_without_contents_is_left_behind() -> None:
+    of(FULL)
+    x = torch.randn(1, 5, 64)
+    assert type(Llava(CONFIG).decoder(x, torch.arange(5)[None], Packed([Run(5)])).detach()) is torch.Tensor
 
 
 def test_rows_that_are_here_tell_the_steps(make_recipe: Callable[..., Path]) -> None:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pumice.config import ModelConfig
+from pumice.model.layers import frequencies
 from pumice.model.llava import Llava
 from pumice.model.packed import Packed, Run
 from pumice.model.quantized_base import QuantizedLinear, quantize_base
@@ -126,6 +127,8 @@ def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Foo
 
 def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: str) -> Footprint:
     cut = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, depth=depth))
+    turning = (cut.decoder.head_width, cut.decoder.rope_base, cut.decoder.rope_scaling)
+    frequencies(*turning, torch.device("cpu"))  # kept for good by its cache: it must not be a fake one
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
         model = _model(recipe, cut, device)
         learned = [p for p in model.parameters() if p.requires_grad]

@@ -43,7 +43,7 @@ from pumice.model.vision import ViT
 from pumice.processor import Processor
 from pumice.train.recipe import NewModel, Recipe
 from pumice.weights import folder
-from pumice.weights.checkpoint import Stored
+from pumice.weights.checkpoint import Stored, let_go
 from pumice.weights.load import Opened, find_device, new_model, open_model
 from pumice.weights.read import read_model
 
@@ -114,6 +114,7 @@ class Setup:
                     continue  # no model needs it, none keeps it
                 if name not in read or not torch.equal(read[name].read(tensor.dtype).to(tensor), tensor):
                     raise WorkError(f"saving the model changes {name}; nothing was trained")
+        let_go()  # its pages would count as memory during the first steps
 
 
 # parts that stand inside another one: it learns them too unless a recipe names them apart

@@ -177,6 +177,12 @@ class _File:
         return InputError(f"{self.path} is {what or f'damaged or cut short ({reason})'}; fetch it again")
 
 
+def let_go() -> None:
+    """Close the file that was read last: its pages count as this process's memory while it is open."""
+    if _File._last is not None:
+        _File._last._opened = _File._last = None
+
+
 class _Safetensors(_File):
     def names(self) -> list[str]:
         return list(self.opened().keys())
