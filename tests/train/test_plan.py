@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(
     DecoderConfig(256, 64, 6, 4, 2, 16, 128, context=512), VisionConfig(image_size=64, variant="lite0")
 )
+SHORT = ["pack_tokens=1024"]  # fewer samples to a pack are planned sooner
 WORK = Work((Run(100), Run(60)), 2, 8, 70)
 
 
@@ -78,8 +79,9 @@ def test_activations_are_those_that_autograd_keeps() -> None:
 
 
 def test_less_is_kept_the_more_is_computed_again() -> None:
-    deep = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, depth=24))
-    none, some, full = (of(FULL, deep, checkpointing=kind) for kind in ("none", "selective", "full"))
+    long = dataclasses.replace(WORK, runs=(Run(1500), Run(1500)))
+    kinds = ("none", "selective", "full")
+    none, some, full = (measure(recipe(FULL, checkpointing=kind), CONFIG, long, "cpu") for kind in kinds)
     assert none.activations > some.activations > full.activations
     assert none.flops == pytest.approx(some.flops, rel=0.02) and full.flops > 1.2 * none.flops
 
@@ -103,7 +105,7 @@ def test_operations_are_those_of_the_whole_depth() -> None:
 
 def test_a_7b_recipe_is_planned_without_its_weights() -> None:
     path = ROOT / "recipes" / "llava-1.5" / "2-lora-7b.yaml"
-    found = plan(load_recipe(path), path, gpu="a100-80g", rows=665_298)
+    found = plan(load_recipe(path, SHORT), path, gpu="a100-80g", rows=665_298)
     assert found.fits and found.steps == found.steps_per_epoch == 5_198
     assert found.parameters["decoder"] == pytest.approx(6.738e9, rel=1e-3)
     assert found.parameters["lora"] == pytest.approx(319.8e6, rel=1e-3)
@@ -113,9 +115,9 @@ def test_a_7b_recipe_is_planned_without_its_weights() -> None:
     assert "6738.4 M" in text and "fits" in text and "5,198 steps" in text
     assert json.loads(json.dumps(found.to_dict()))["fits"] is True
     whole = ROOT / "recipes" / "llava-1.5" / "2-instruct-7b.yaml"
-    alone = plan(load_recipe(whole), whole, gpu="rtx4090")
+    alone = plan(load_recipe(whole, SHORT), whole, gpu="rtx4090")
     assert alone.fits is False and alone.largest_pack == 0 and not alone.sharded
-    shared = plan(load_recipe(whole), whole, gpu="a100-80g", processes=8)
+    shared = plan(load_recipe(whole, SHORT), whole, gpu="a100-80g", processes=8)
     assert shared.sharded and shared.fits
     assert "does not fit, whatever the pack" in "\n".join(describe(alone))
 

@@ -113,8 +113,8 @@ def plan(
     fitting = None
     if device.memory is not None:
         grown = sum(_memory(recipe, config, double, kind, processes if sharded else 1).values())
-        slope = (grown - total) / largest.tokens
-        fitting = max(0, int(largest.tokens + (device.memory - total) / slope))
+        slope = max((grown - total) / largest.tokens, 1.0)  # small packs may hide behind the weights' copies
+        fitting = min(max(0, int(largest.tokens + (device.memory - total) / slope)), 16 * largest.tokens)
         fitting = fitting // 64 * 64 if fitting >= largest.runs[0].length else 0
     per_token = found.flops / largest.tokens
     squares = sum(work.squares for work in works) / sum(work.tokens for work in works)
