@@ -62,8 +62,8 @@ class KVCache:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            keys.index_copy_(1, where, k[0])
-            values.index_copy_(1, where, v[0])
+            keys.index_copy_(1, where, k[0].to(keys.dtype))  # autocast may have made them shorter
+            values.index_copy_(1, where, v[0].to(values.dtype))
             outputs, at = [], 0
             for new, first, end, mask in views:
                 mine, seen = q[:, :, at : at + new], slice(first, end)
