@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,6 @@ class Footprint:
     activations: float  # alive at most in a step beyond weights and gradients
     logits: float  # the share of the activations that the vocabulary projection has
     picture: float  # alive at most while a frozen tower looks at a few squares
-    copies: float  # of learned weights in the type of the products, within `activations`
     flops: float  # of a pack: forward, backward, what is computed again
     tower_flops: float  # of one square, forward
 
@@ -75,7 +74,7 @@ class _Alive(TorchDispatchMode):
     """Counts the bytes of the storages made under it: now, and at most."""
 
     def __init__(self) -> None:
-        super().__init__()
+        cast(Any, super()).__init__()  # torch leaves it untyped
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -119,10 +118,18 @@ def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Foo
         part: round(low.parameters[part] + (high.parameters[part] - low.parameters[part]) * blocks)
         for part in low.parameters
     }
-    numbers = {
-        field.name: whole(field.name) for field in dataclasses.fields(Footprint) if field.name != "parameters"
-    }
-    return Footprint(parameters=parts, **(numbers | {"learning": round(numbers["learning"])}))
+    return Footprint(
+        parameters=parts,
+        learning=round(whole("learning")),
+        weights=whole("weights"),
+        gradients=whole("gradients"),
+        optimizer=whole("optimizer"),
+        activations=whole("activations"),
+        logits=whole("logits"),
+        picture=whole("picture"),
+        flops=whole("flops"),
+        tower_flops=whole("tower_flops"),
+    )
 
 
 def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: str) -> Footprint:
@@ -155,7 +162,6 @@ def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: st
         activations=alive.peak - gradients,
         logits=logits,
         picture=picture,
-        copies=sum(p.numel() * size for p in learned) if mixed else 0.0,
         flops=counter.get_total_flops() - before,
         tower_flops=tower_flops,
     )

@@ -151,13 +151,11 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
         return Device(gpu.lower(), "cuda", given * GB, rate * 1e12 * REACHED * slower)
     device = find_device(recipe.device)
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
+        here = float(torch.cuda.get_device_properties(device).total_memory)
         name = torch.cuda.get_device_name(device)
-        return Device(name, "cuda", memory, products(device, recipe.precision) * REACHED_HERE)
-    memory = available_memory()
-    return Device(
-        f"this machine ({device})", device.type, memory, products(device, recipe.precision) * REACHED_HERE
-    )
+        return Device(name, "cuda", here, products(device, recipe.precision) * REACHED_HERE)
+    rate = products(device, recipe.precision) * REACHED_HERE
+    return Device(f"this machine ({device})", device.type, available_memory(), rate)
 
 
 def products(device: torch.device, precision: str) -> float:
