@@ -12,6 +12,7 @@ greedy, fp32, answers of a fixed length; the answers of both are compared. A rat
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import os
 import statistics
@@ -25,7 +26,7 @@ import torch
 from architectures import CLIP_MEAN, CLIP_STD, picture
 from PIL import Image
 
-from pumice.assistant import SLOTS, Assistant, load
+from pumice.assistant import SLOTS, Assistant, Reply, conversation_of, load
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.evaluate.files import Picture
 from pumice.evaluate.run import LocalAnswerer
@@ -61,6 +62,7 @@ THINGS = (
     "dog", "cat", "person", "car", "chair", "table", "tree", "bottle", "bird", "boat", "horse", "cup", "bus",
     "train", "clock", "ball", "book", "bed",
 )  # fmt: skip
+SAID = "It is a small dog on a lawn."  # the answer of the first turn
 TOKENS = {"questions": 5, "pope": 2}  # of an answer: a word or two and the end, "Yes" and the end
 BATCHES = (6, 18)  # questions in one batch of transformers; the faster counts
 
@@ -181,6 +183,19 @@ def pope(ours: Assistant, pair: tuple[Any, Any], pictures: int) -> None:
     compare(f"{len(THINGS)} questions on each of {pictures} pictures", answers, seconds, pair, rows, tokens)
 
 
+class Saying:
+    """A constraint on an answer: these tokens, so that a random model says something that people would."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+
+    def allowed(self) -> torch.Tensor:
+        return torch.arange(CONFIG.decoder.vocab_size) == self.ids[0]
+
+    def accept(self, token: int) -> None:
+        del self.ids[0]
+
+
 def turn(ours: Assistant, pair: tuple[Any, Any], pictures: int) -> None:
     model, processor = pair
     our_times, their_times, same = [], [], 0
@@ -191,7 +206,11 @@ def turn(ours: Assistant, pair: tuple[Any, Any], pictures: int) -> None:
                 "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTIONS[0]}],
             }
         ]
-        said = "".join(ours.stream(first, max_new_tokens=4))
+        ids = ours.processor.tokenizer.backend.encode(SAID).ids
+        prompt = ours.prompt(conversation_of(first), max_new_tokens=len(ids))
+        prompt = dataclasses.replace(prompt, constraint=lambda ids=ids: Saying(ids))
+        said = "".join(Reply(ours.engine, ours.processor.tokenizer.decode, prompt))
+        assert said == SAID
         again = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": QUESTIONS[1]}]
         (piece, took) = timed(lambda again=again: "".join(ours.stream(again, max_new_tokens=1)))
         our_times.append(took)

@@ -37,6 +37,7 @@ from pumice.serve.local import conversation
 from pumice.serve.protocol import ChatRequest
 
 SLOTS, QUEUE, CACHE = 4, 8, 1500  # so small that prefixes are evicted and the queue fills
+SLEEP = 20.0  # seconds
 GROWTH = 1.1  # of the resident memory after the warm-up
 
 
@@ -83,6 +84,15 @@ class Soak:
         self.statuses: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.compared = 0
+        self.slept: list[float] = []  # when this process was found to have been stopped for a while
+
+    async def watch(self) -> None:
+        """Notice when the machine sleeps: idle connections are over then, which is no fault of the server."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(1)
+            if time.monotonic() - before > SLEEP:
+                self.slept.append(time.monotonic())
 
     async def client(self, number: int) -> None:
         chosen = random.Random(number)
@@ -95,7 +105,11 @@ class Soak:
                 try:
                     await kind(client, chosen)
                 except httpx.HTTPError as error:
-                    self.wrong.append(f"{kind.__name__}: {error!r}")
+                    await asyncio.sleep(3)  # so that `watch` has looked
+                    if self.slept and time.monotonic() - self.slept[-1] < 2 * SLEEP:
+                        self.statuses["lost in the machine's sleep"] += 1
+                    else:
+                        self.wrong.append(f"{kind.__name__}: {error!r}")
 
     def note(self, kind: str, status: int, *expected: int) -> bool:
         self.statuses[f"{kind} {status}"] += 1
@@ -162,7 +176,9 @@ class Soak:
         await asyncio.sleep(chosen.random())
 
     async def run(self, clients: int) -> None:
+        watching = asyncio.create_task(self.watch())
         await asyncio.gather(*(self.client(number) for number in range(clients)))
+        watching.cancel()
 
 
 def resident(pid: int) -> int:
@@ -248,6 +264,7 @@ def _soak(process: subprocess.Popen[bytes], log: Path, made: list[Any], given: A
         "minutes": given.minutes,
         "requests": dict(sorted(soak.statuses.items())),
         "answers compared": soak.compared,
+        "times the machine slept": len(soak.slept),
         "wrong": soak.wrong[:20],
         "memory after the warm-up, MB": round(warm / 1e6),
         "memory at the end, MB": round(last / 1e6),

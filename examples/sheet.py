@@ -2,7 +2,8 @@
 
     python examples/sheet.py
 
-The questions are chosen, the answers are as they come, wrong ones included. Run it again when the model changes.
+The questions are chosen, the answers are as they come, wrong ones included. Run it again when the model
+changes.
 """
 
 from __future__ import annotations

@@ -49,11 +49,23 @@ def run(path: Path, *, beside: Sequence[Path] = (), seconds: int = 600) -> nbfor
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                if "text" in output:
-                    output.text = output.text.replace(folder, "...")
+            cell.outputs = _kept(cell.outputs, folder)
     return notebook
+
+
+def _kept(outputs: list[nbformat.NotebookNode], folder: str) -> list[nbformat.NotebookNode]:
+    """Outputs without stderr and the temporary folder's name, pieces of one text joined."""
+    kept: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.output_type != "stream":
+            kept.append(output)
+        elif output.name == "stdout":
+            text = output.text.replace(folder, "...")
+            if kept and kept[-1].output_type == "stream":
+                kept[-1].text += text
+            else:
+                kept.append(nbformat.v4.new_output("stream", name="stdout", text=text))
+    return kept
 
 
 def main() -> int:

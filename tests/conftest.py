@@ -137,6 +137,12 @@ def sentencepiece_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
 
 
+@pytest.fixture(scope="session")
+def processes() -> ModuleType:
+    """benchmarks/processes.py: one run on one process, on many, and killed."""
+    return _benchmark("processes")
+
+
 def _benchmark(name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import pumice
 from pumice import InputError
-from pumice.assistant import REMEMBERED, Assistant, _conversation, load
+from pumice.assistant import REMEMBERED, Assistant, conversation_of, load
 from pumice.config import ImagePolicy
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.files import Lock
@@ -177,7 +177,7 @@ def test_a_second_turn_computes_only_what_is_new(exact: Assistant, pictures: lis
     again = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "Sure?"}]
     reply = fresh.stream(again, **SHORT)
     answer = "".join(reply)
-    asked = fresh.prompt(_conversation(first))
+    asked = fresh.prompt(conversation_of(first))
     assert reply.cached_tokens >= len(asked.input_ids) - 1
     assert answer == "".join(Assistant(exact.model, exact.processor).stream(again, **SHORT))
 

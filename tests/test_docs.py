@@ -32,9 +32,9 @@ from pumice.weights.folder import save
 from pumice.weights.load import open_model
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "recipes/pumice-tiny/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "recipes/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-PAGES += ["src/pumice/models/pumice-tiny/README.md"]
+PAGES += ["recipes/pumice-tiny/README.md", "src/pumice/models/pumice-tiny/README.md"]
 RUN = ["README.md", "docs/tutorial.md", "docs/finetuning.md", "docs/troubleshooting.md", "docs/doctor.md"]
 RUN += ["docs/coming-from.md"]
 COMMAND = re.compile(r"^(?:\$ )?(?:\.venv/bin/|python -m |torchrun .* -m )?pumice (.*)$")
@@ -170,6 +170,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, mo
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("examples", "my-pictures"):
         shutil.copytree(ROOT / "examples", tmp_path / name)
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(ROOT / "recipes" / "finetune.yaml", tmp_path / "recipes")  # which the example extends
     for name in ("dog.jpg", "photo.jpg"):
         shutil.copy(ROOT / "examples" / "dog.jpg", tmp_path / name)
     shutil.copy(ROOT / "examples" / "finetune.jsonl", tmp_path / "my.jsonl")

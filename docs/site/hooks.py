@@ -32,13 +32,14 @@ _LOG = logging.getLogger("mkdocs.hooks")
 # File of the repository -> (page of the site, section of the navigation, title)
 ELSEWHERE = {
     "src/pumice/models/pumice-tiny/README.md": ("model-card.md", "How it works", "Model card"),
+    "recipes/README.md": ("recipes.md", "How it works", "Recipes"),
     "recipes/pumice-tiny/README.md": ("pumice-tiny.md", "How it works", "How pumice-tiny is made"),
     "examples/README.md": ("examples.md", "Project", "Example photographs"),
     "CONTRIBUTING.md": ("contributing.md", "Project", "Contributing"),
     "CHANGELOG.md": ("changelog.md", "Project", "Changes"),
 }
 # Folders that mean more than their code; their own README is the page.
-FOLDERS = {"recipes/pumice-tiny": "recipes/pumice-tiny/README.md"}
+FOLDERS = {"recipes": "recipes/README.md", "recipes/pumice-tiny": "recipes/pumice-tiny/README.md"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -79,8 +80,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in _notebooks():
         text, pictures = _markdown(path)
         page = f"notebooks/{path.stem}.md"
-        source = path.relative_to(ROOT).as_posix()
-        files.append(File.generated(config, page, content=_relink(text, source, page)))
+        files.append(File.generated(config, page, content=text))
         for name, content in pictures.items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
     files.append(File.generated(config, "reference/commands.md", content=_commands()))
@@ -206,7 +206,7 @@ def _markdown(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            lines.append(source)
+            lines.append(_relink(source, f"notebooks/{path.name}", f"notebooks/{path.stem}.md"))
             continue
         lines.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
@@ -218,5 +218,6 @@ def _markdown(path: Path) -> tuple[str, dict[str, bytes]]:
                 lines.append(f"![output]({name})")
             else:
                 said = "".join(output.get("text", data.get("text/plain", "")))
+                said = re.sub(r"\x1b\[[0-9;]*m", "", said)  # colours of a terminal
                 lines.append(f"```text\n{said.rstrip()}\n```")
     return "\n\n".join(lines), pictures

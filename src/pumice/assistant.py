@@ -184,7 +184,7 @@ class Assistant:
         schema: a JSON Schema that the answer follows as far as max_new_tokens lets it. Wrong input raises
         InputError now, not when the first piece is taken.
         """
-        return self._reply(self.prompt(_conversation(messages), schema=schema, **sampling))
+        return self._reply(self.prompt(conversation_of(messages), schema=schema, **sampling))
 
     def ask_many(
         self,
@@ -361,7 +361,8 @@ def _question(images: Any, question: str) -> Conversation:
     return Conversation((user_message(question, given),))
 
 
-def _conversation(messages: Conversation | Sequence[Message | Mapping[str, Any]]) -> Conversation:
+def conversation_of(messages: Conversation | Sequence[Message | Mapping[str, Any]]) -> Conversation:
+    """Messages in any form that `Assistant.stream` takes. Raises InputError."""
     if isinstance(messages, Conversation):
         return messages
     if isinstance(messages, str | Mapping) or not all(isinstance(m, Message | Mapping) for m in messages):

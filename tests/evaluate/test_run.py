@@ -25,13 +25,14 @@ from pumice.evaluate.run import (
 from pumice.evaluate.task import Question, get_task
 
 TASK = get_task("own")
+PNG = b"\x89PNG\r\n\x1a\n"  # how the file of a picture begins
 
 
 def picture(name: str) -> Picture:
     def load() -> bytes:
         if "missing" in name:
             raise InputError(f"picture '{name}' is not there")
-        return name.encode()
+        return PNG + name.encode()
 
     return Picture(name, load, lambda: f"picture '{name}' is not there" if "missing" in name else "")
 
@@ -151,7 +152,7 @@ def test_a_local_model_and_pictures_that_are_missing(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row.get("answer") for row in rows] == [None, "1 Question 1?", None, None, "0 Question 4?", None]
     assert "missing2" in rows[2]["error"]
-    assert assistant.rows == [([b"a"], "Question 1?"), (None, "Question 4?")]
+    assert assistant.rows == [([PNG + b"a"], "Question 1?"), (None, "Question 4?")]
     with pytest.raises(InputError, match="question q0 of own cannot be asked: picture 'missing0'"):
         run(TASK, asked, LocalAnswerer(Batches(), "m"), tmp_path / "b.jsonl")
 

@@ -14,7 +14,7 @@ from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, user_message
 from pumice.engine.generate import generate
 from pumice.explain.attention import Passage, log_probabilities, read, score
-from pumice.model.adapters import quantize_int8
+from pumice.model.quantized import quantize
 
 NAMES = (
     "CLIP + Llama, pad (LLaVA 1.5)",
@@ -40,8 +40,7 @@ def passage_of(assistant: Assistant, models: ModuleType, tokens: int = 7) -> Pas
     prompt = assistant.prompt(conversation, max_new_tokens=tokens)
     ids = [token for _, token in generate(assistant.model, [prompt]) if token is not None]
     assert ids
-    assert prompt.image_tokens is not None
-    return Passage.of(prompt.input_ids, prompt.image_tokens.flatten(0, -2), ids)
+    return Passage.of(prompt.input_ids, prompt.look(), ids)
 
 
 class Spelled:
@@ -128,7 +127,7 @@ def test_gradients_of_all_words_at_once_are_those_of_each_alone(
 def test_gradients_through_int8(models: ModuleType) -> None:
     assistant = opened(models, NAMES[4])
     passage = passage_of(assistant, models)
-    quantize_int8(assistant.model.decoder)
+    quantize(assistant.model.decoder, "int8")
     assistant.model.decoder.bfloat16()
     _, looks = read(assistant.model, [passage], gradient=True)
     assert looks.gradient is not None

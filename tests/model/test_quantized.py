@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pumice.config import DecoderConfig, LoraConfig
 from pumice.errors import InputError
 from pumice.model.adapters import add_lora, merge_lora
-from pumice.model.cache import KVCache
+from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Attention, Causal
 from pumice.model.quantized import (
@@ -177,12 +177,13 @@ def test_a_bf16_decoder_decodes_with_its_kernels_what_it_prefills_without(kind: 
     decoder = make(torch.bfloat16)
     quantize(decoder, kind)
     whole = logits(decoder, rows=1, tokens=40)
-    cache = KVCache(decoder.config, 1, 40, torch.device("cpu"), torch.bfloat16)
+    cache = KVCache(decoder.config, 40, torch.device("cpu"), torch.bfloat16)
     steps = []
     for token in range(40):
         x = decoder.embed(torch.tensor([[token]]))
         with torch.no_grad():
-            hidden = decoder(x, cache.positions([0], 1), cache.attend([0], 1))
+            segments = [Segment(0, token, 1)]
+            hidden = decoder(x, cache.positions(segments), cache.attend(segments))
             steps.append(decoder.logits(hidden)[0].float())
     difference = away(torch.cat(steps), whole[0])
     print(f"{kind}: {difference:.1e}")

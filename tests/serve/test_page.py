@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from asking import picture
+
+from pumice.engine.engine import Engine
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -130,17 +136,43 @@ def test_a_conversation(page: Page, server: str, tmp_path: Path) -> None:
     page.get_by_text("Show a picture, ask about it.").wait_for()
 
 
-def test_stopping_keeps_what_was_said(page: Page, server: str) -> None:
-    visit(page, server, max_tokens=2000, temperature=1)
-    write(page, "What is in the picture?")
-    page.locator(".assistant .said p").first.wait_for()  # it streams
-    page.get_by_role("button", name="Stop").click()
+def test_stopping_keeps_what_was_said(
+    page: Page, local: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps, go = Engine.step, itertools.count(), threading.Event()
+
+    def held(engine: Engine) -> bool:
+        """Some steps, and no more until the test says so: the answer cannot end before it is stopped."""
+        if next(steps) == 20:
+            assert go.wait(PATIENT / 1000)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", held)
+    with local() as url:
+        visit(page, url, max_tokens=2000, temperature=1)
+        write(page, "What is in the picture?")
+        page.locator(".assistant .said p").first.wait_for()  # it streams
+        page.get_by_role("button", name="Stop").click()
+        [text] = answered(page, 1)
+        assert text.strip()
+        page.get_by_text(re.compile("stopped")).first.wait_for()
+        go.set()
+        page.locator("#max_tokens").evaluate("field => { field.value = 4 }")
+        write(page, "Sure?")
+        answered(page, 2)
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(page: Page, server: str) -> None:
+    visit(page, server, max_tokens=6)
+    piece = {"choices": [{"index": 0, "delta": {"content": "half of an ans"}, "finish_reason": None}]}
+    broken = f"data: {json.dumps(piece)}\n\n"  # and no data: [DONE]
+    kind = {"Content-Type": "text/event-stream"}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=broken, headers=kind), times=1)
+    write(page, "What?")
+    page.get_by_text("in the middle of its answer").wait_for()
     [text] = answered(page, 1)
-    assert text.strip()
-    page.get_by_text(re.compile("stopped")).first.wait_for()
-    page.locator("#max_tokens").evaluate("field => { field.value = 4 }")
-    write(page, "Sure?")
-    answered(page, 2)
+    assert "half of an ans" not in text
+    page.locator("#away").wait_for(state="hidden")
 
 
 def test_an_example_and_a_wrong_file(page: Page, server: str, tmp_path: Path) -> None:
@@ -173,20 +205,23 @@ def test_a_key_is_asked_for(page: Page, local: Callable[..., Any]) -> None:
         answered(page, 1)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_a_server_that_dies_and_comes_back(page: Page, process: Callable[..., Any]) -> None:
     first = process()
-    visit(page, first.url, max_tokens=220, temperature=1)
+    visit(page, first.url, max_tokens=6)
+    write(page, "What is it?")
+    answered(page, 1)
+    first.process.send_signal(signal.SIGSTOP)  # it hears the next question and cannot answer
     write(page, "What is in the picture?")
-    page.locator(".assistant .said p").first.wait_for()
+    page.get_by_label("An answer is on its way").wait_for()
     port = first.port
-    first.process.kill()  # in the middle of its answer
-    page.get_by_text("trying again", exact=False).first.wait_for()
-    page.reload()  # the page is still there, and goes on
+    first.process.kill()
+    page.get_by_text("The server is away; trying again.").wait_for()
+    page.reload()  # the page is still there, with everything, and goes on
     page.get_by_text("The server is away; trying again.").wait_for()
     page.get_by_text("What is in the picture?").wait_for()
     process("--port", port).wait_for("listening")
-    answered(page, 1)
-    assert answers(page)[0].strip()
+    assert answered(page, 2)[1].strip()
     page.locator("#away").wait_for(state="hidden")
 
 

@@ -275,12 +275,12 @@ def _print_report(report: Report) -> None:
         print(f"{where}{problem.kind}: {problem.reason}")
     if len(report.problems) > SHOWN:
         print(f"... and {len(report.problems) - SHOWN} more; --json or --report lists all")
-    for name, counts in report.sources.items():
+    for name, found in report.sources.items():
         if len(report.sources) > 1:
-            print(f"\n{name}: {counts.usable} of {counts.rows} rows can be used")
-        for kind, count in counts.problems.most_common():
+            print(f"\n{name}: {found.usable} of {found.rows} rows can be used")
+        for kind, count in found.problems.most_common():
             print(f"{count:7} x {kind}")
-        if tokens := counts.to_dict()["tokens"]:
+        if tokens := found.to_dict()["tokens"]:
             median, high = tokens["median"], tokens["percentile_95"]
             print(
                 f"tokens of a row: median {median:.0f}, 95 % up to {high:.0f}, longest {tokens['longest']}; "

@@ -16,7 +16,7 @@ def devices() -> list[Finding]:
     """The processor, NVIDIA and Apple GPUs, and which device is taken when none is named."""
     import torch
 
-    from pumice.model.adapters import has_int8_kernel
+    from pumice.model.quantized import has_int8_kernel
     from pumice.weights.load import find_device
 
     level = torch.backends.cpu.get_cpu_capability()

@@ -72,7 +72,7 @@ class Pumice(lmms):
         answers = [""] * len(rows)
         for options, numbers in groups.items():
             chosen = (rows[number] for number in numbers)
-            said = self.assistant.ask_batch(chosen, slots=self.slots, **dict(options))
+            said = self.assistant.ask_each(chosen, slots=self.slots, **dict(options))
             for number, answer in zip(numbers, said, strict=True):
                 if isinstance(answer, InputError):
                     raise answer
@@ -109,7 +109,7 @@ class Pumice(lmms):
         said = (labels != IGNORE).nonzero().flatten()
         if len(said) > 1:
             said = said[:-1]  # without the template's own end of an answer
-        image_tokens = assistant.prompt(asked).image_tokens
+        image_tokens = assistant.prompt(asked).look()
         ids = torch.from_numpy(sample.input_ids).to(assistant.model.device)[None]
         hidden = assistant.model(ids, image_tokens)  # (1, T, D)
         logits = assistant.model.decoder.logits(hidden[:, said.to(hidden.device) - 1])[0].float().cpu()

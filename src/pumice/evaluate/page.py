@@ -104,7 +104,10 @@ def bars(cells: Mapping[str, tuple[float, str]], most: float) -> str:
 
 
 def radar(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]], size: int = 460) -> str:
-    """An SVG with a polygon per name; values from 0 (the middle) to 1. Fewer than three axes draw nothing."""
+    """An SVG with a polygon per name; values from 0 (the middle) to 1. Fewer than three axes draw nothing.
+
+    Where a value is None the outline is open: there is no number, not a zero.
+    """
     if len(axes) < 3:
         return ""
     middle, reach = size / 2, size / 2 - 80
@@ -126,15 +129,27 @@ def radar(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]], siz
         x, y = point(number, 1.12)
         anchor = "middle" if abs(x - middle) < 20 else "start" if x > middle else "end"
         parts.append(f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(axis)}</text>')
+    parts += [
+        f'<text x="{middle + 3}" y="{middle - reach * ring - 3:.1f}" opacity=".6">{100 * ring:.0f}</text>'
+        for ring in (0.25, 0.5, 0.75)
+    ]
     dashes = ("", "6 4", "2 3")
     for number, (name, values) in enumerate(shapes.items()):
-        known = [0.0 if value is None else max(0.0, min(1.0, value)) for value in values]
+        known = {n: max(0.0, min(1.0, value)) for n, value in enumerate(values) if value is not None}
         color = f"var(--{'abc'[number % 3]})"
-        parts.append(
-            f'<polygon points="{polygon(known)}" fill="{color}" fill-opacity="{0.15 if number == 0 else 0}" '
-            f'stroke="{color}" stroke-width="2" stroke-dasharray="{dashes[number % 3]}"><title>{escape(name)}'
-            "</title></polygon>"
-        )
+        style = f'stroke="{color}" stroke-width="2" stroke-dasharray="{dashes[number % 3]}"'
+        if len(known) == len(axes):
+            opacity = 0.15 if number == 0 else 0
+            outline = f'<polygon points="{polygon(list(known.values()))}" fill-opacity="{opacity}"/>'
+        else:
+            pairs = ((n, (n + 1) % len(axes)) for n in known)
+            ends = (point(a, known[a]) + point(b, known[b]) for a, b in pairs if b in known)
+            lines = " ".join("M{:.1f} {:.1f}L{:.1f} {:.1f}".format(*end) for end in ends)
+            dots = (point(n, value) for n, value in known.items())
+            outline = f'<path d="{lines}"/>' + "".join(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in dots
+            )
+        parts.append(f'<g fill="{color}" {style}><title>{escape(name)}</title>{outline}</g>')
         y = 18 + 18 * number
         parts.append(
             f'<line x1="8" y1="{y - 4}" x2="36" y2="{y - 4}" stroke="{color}" stroke-width="2" '

@@ -192,10 +192,7 @@ def _answer_ids(assistant: Assistant, conversation: Conversation, answer: str) -
 
 def _passage(assistant: Assistant, conversation: Conversation, ids: Tensor, first: int) -> Passage:
     """ids of prompt and answer, which begins at `first`, with the conversation's pictures."""
-    tokens = None
-    if conversation.images:
-        tokens = assistant.prompt(conversation).image_tokens
-        tokens = None if tokens is None else tokens.flatten(0, -2)
+    tokens = assistant.prompt(conversation).look() if conversation.images else None
     return Passage.of(ids[:first], tokens, ids[first:].tolist())
 
 

@@ -64,16 +64,15 @@ class Packed:
         try:
             from torch.nn.attention.varlen import varlen_attn
         except ImportError:  # before PyTorch 2.10: one call a run is the same, only later
-            outputs = [
-                sdpa(*parts, causal=True)
-                for parts in zip(*(x.split(self.lengths, 2) for x in (q, k, v)), strict=True)
-            ]
-            return torch.cat(outputs, 2)
+            queries, keys, values = (x.split(self.lengths, 2) for x in (q, k, v))
+            runs = zip(queries, keys, values, strict=True)
+            return torch.cat([sdpa(a, b, c, causal=True) for a, b, c in runs], 2)
         ends = torch.tensor([0, *self.lengths], device=q.device).cumsum(0, dtype=torch.int32)
         longest = max(self.lengths)
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, d)
+        one, two, three = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, d)
         mixed = varlen_attn(
-            *rows, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
-        )
+            one, two, three, ends, ends, longest, longest,
+            window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
         assert isinstance(mixed, Tensor)
         return mixed.transpose(0, 1)[None]

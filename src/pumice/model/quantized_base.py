@@ -77,13 +77,18 @@ class QuantizedLinear(nn.Module):
         whole: Tensor = _bitsandbytes().dequantize_4bit(self.packed, self._nf4)
         return whole.float()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        super()._apply(fn, recurse)
+        if self._nf4 is not None:
+            self._nf4.to(self.packed.device)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.kind == "int8":
             y = cast(Callable[..., Tensor], _Int8Product.apply)(x, self.packed, self.scale)
         else:
-            self._nf4.to(x.device)  # is no buffer, so that the module's own move leaves it behind
             y = _matmul_4bit(x, self.packed, self._nf4)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
@@ -99,11 +104,10 @@ def quantize_base(decoder: nn.Module, kind: str) -> None:
     kind: "int8" or "nf4". One layer at a time: its floats are let go before the next one's turn. Raises
     InputError when nf4's library is not installed.
     """
-    for block in decoder.get_submodule("blocks").children():
-        for parent in list(block.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, QuantizedLinear(child, kind))
+    for parent in list(decoder.get_submodule("blocks").modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, QuantizedLinear(child, kind))
 
 
 def _bitsandbytes() -> Any:

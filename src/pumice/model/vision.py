@@ -38,14 +38,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 SELECTS = {"clip": ("patch", "cls_patch"), "siglip": ("full",)}  # only CLIP has a class token
 
 
+class WideningLinear(nn.Linear):
+    """A Linear whose weights may be kept in fewer bits than what comes in: they are widened as they are used.
+
+    fp16 and bf16 weights then take half the memory, and the result is that of weights widened beforehand.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
 class ViTAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.q = nn.Linear(config.width, config.width)
-        self.k = nn.Linear(config.width, config.width)
-        self.v = nn.Linear(config.width, config.width)
-        self.o = nn.Linear(config.width, config.width)
+        self.q = WideningLinear(config.width, config.width)
+        self.k = WideningLinear(config.width, config.width)
+        self.v = WideningLinear(config.width, config.width)
+        self.o = WideningLinear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, count, width = x.shape
@@ -56,8 +67,8 @@ class ViTAttention(nn.Module):
 class ViTMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, config.mlp_width)
-        self.down = nn.Linear(config.mlp_width, config.width)
+        self.up = WideningLinear(config.width, config.mlp_width)
+        self.down = WideningLinear(config.mlp_width, config.width)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:

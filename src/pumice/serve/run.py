@@ -14,9 +14,11 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -236,9 +238,18 @@ def _supervise(plan: Plan, bound: socket.socket) -> None:
 
 def _worker(plan: Plan, bound: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells us
+    threading.Thread(target=_follow, daemon=True).start()
     plan.log()
     try:
         work(plan, bound)
     except (InputError, WorkError) as error:
         _LOG.error("%s", error)
         raise SystemExit(1) from None
+
+
+def _follow() -> None:
+    """Drain and leave when the parent is gone, even killed: nobody would stop this worker else."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -117,10 +117,12 @@ def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
     safetensors.torch.save_file(checkpoint.rng, rng)
     written = [rng]
     if world.kind == "fsdp":
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-        writer = dcp.HuggingFaceStorageWriter(str(partial / _TENSORS), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+        save_shards(
+            tensors, storage_writer=HuggingFaceStorageWriter(str(partial / _TENSORS), save_distributed=True)
+        )
         written += (partial / _TENSORS).glob(f"shard-{world.rank + 1:05d}-*")
     elif world.main:
         path = partial / _TENSORS / "all.safetensors"
@@ -182,8 +184,8 @@ def latest(
     except _Different as error:
         raise InputError(
             f"{path} was made with {error.key}: {error.then!r}, the recipe now says {error.now!r}; go on as "
-            "it was, begin again in another output folder, or name the finished model of this one as the next "
-            "one's model"
+            "it was, begin again in another output folder, or name its finished model as the next one's "
+            "model"
         ) from error
     except FileNotFoundError as error:
         lacking = Path(error.filename or str(error).rpartition(": ")[2]).name
@@ -209,7 +211,8 @@ def _read(
     files = sorted(folder.glob("*.safetensors"))
     if world.kind != "fsdp" and [path.name for path in files] == ["all.safetensors"]:
         return safetensors.torch.load_file(files[0], device=str(device))
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     # Every tensor is as large as the parameter whose name it ends with, and is read into a place like it.
     names = set()
@@ -222,8 +225,8 @@ def _read(
         if parameter is None:
             raise ValueError(f"{name} is of no parameter that learns")
         places[name] = torch.zeros_like(parameter, requires_grad=False)
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    dcp.load(places, storage_reader=reader, no_dist=world.size == 1)
+    reader = HuggingFaceStorageReader(str(folder))
+    load(places, storage_reader=reader, no_dist=world.size == 1)
     return places
 
 

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +59,14 @@ class Footprint:
     """Bytes and operations; operations of one pack."""
 
     parameters: dict[str, int]  # part -> numbers
-    learning: int  # numbers that learn
+    learning: float  # numbers that learn
     weights: float
     gradients: float
     optimizer: float
     activations: float  # alive at most in a step beyond weights and gradients
     logits: float  # the share of the activations that the vocabulary projection has
     picture: float  # alive at most while a frozen tower looks at a few squares
+    copies: float  # of learned weights in the type of the products, within `activations`
     flops: float  # of a pack: forward, backward, what is computed again
     tower_flops: float  # of one square, forward
 
@@ -74,7 +75,7 @@ class _Alive(TorchDispatchMode):
     """Counts the bytes of the storages made under it: now, and at most."""
 
     def __init__(self) -> None:
-        cast(Any, super()).__init__()  # torch leaves it untyped
+        super().__init__()
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -118,18 +119,10 @@ def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Foo
         part: round(low.parameters[part] + (high.parameters[part] - low.parameters[part]) * blocks)
         for part in low.parameters
     }
-    return Footprint(
-        parameters=parts,
-        learning=round(whole("learning")),
-        weights=whole("weights"),
-        gradients=whole("gradients"),
-        optimizer=whole("optimizer"),
-        activations=whole("activations"),
-        logits=whole("logits"),
-        picture=whole("picture"),
-        flops=whole("flops"),
-        tower_flops=whole("tower_flops"),
-    )
+    numbers = {
+        field.name: whole(field.name) for field in dataclasses.fields(Footprint) if field.name != "parameters"
+    }
+    return Footprint(parameters=parts, **numbers)
 
 
 def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: str) -> Footprint:
@@ -162,6 +155,7 @@ def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: st
         activations=alive.peak - gradients,
         logits=logits,
         picture=picture,
+        copies=sum(p.numel() * size for p in learned) if mixed else 0.0,
         flops=counter.get_total_flops() - before,
         tower_flops=tower_flops,
     )

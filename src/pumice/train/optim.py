@@ -5,8 +5,10 @@ Knows parameters by name and torch's optimisers. Does not know the model or data
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,12 +36,12 @@ def make_optimizer(
             raise InputError(f"stage.learn names {group['part']}, but the model has no such part")
     if recipe.optimizer == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit
+            optim: Any = importlib.import_module("bitsandbytes.optim")
         except ImportError as error:
             raise InputError(
                 "optimizer: adamw8bit needs the package bitsandbytes; pip install bitsandbytes, or use adamw"
             ) from error
-        return AdamW8bit(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        return optim.AdamW8bit(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
     return torch.optim.AdamW(
         groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=device.type != "mps"
     )

@@ -125,7 +125,7 @@ def plan(
     whole = sum(found.parameters.values()) * (4 if recipe.precision == "fp32" else 2) + found.gradients
     return Plan(
         recipe=recipe.name, device=device, processes=processes, sharded=sharded,
-        parameters=found.parameters, learning=found.learning, memory=memory, total=total,
+        parameters=found.parameters, learning=round(found.learning), memory=memory, total=total,
         pack_tokens=recipe.pack_tokens, largest_pack=fitting, checkpoint=checkpoint,
         disk=checkpoint * (recipe.keep_last + 1) + 2 * whole, tokens_per_second=speed,
         steps=steps, steps_per_epoch=per_epoch,
@@ -151,11 +151,13 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
         return Device(gpu.lower(), "cuda", given * GB, rate * 1e12 * REACHED * slower)
     device = find_device(recipe.device)
     if device.type == "cuda":
-        here = float(torch.cuda.get_device_properties(device).total_memory)
+        there = torch.cuda.get_device_properties(device).total_memory
         name = torch.cuda.get_device_name(device)
-        return Device(name, "cuda", here, products(device, recipe.precision) * REACHED_HERE)
-    rate = products(device, recipe.precision) * REACHED_HERE
-    return Device(f"this machine ({device})", device.type, available_memory(), rate)
+        return Device(name, "cuda", there, products(device, recipe.precision) * REACHED_HERE)
+    free = available_memory()
+    return Device(
+        f"this machine ({device})", device.type, free, products(device, recipe.precision) * REACHED_HERE
+    )
 
 
 def products(device: torch.device, precision: str) -> float:

@@ -25,7 +25,6 @@ largest pack's tokens, S supervised predictions of a chunk, D width, M MLP width
 from __future__ import annotations
 
 import dataclasses
-import gc
 import tempfile
 from collections.abc import Container
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from pumice.train.recipe import NewModel, Recipe
 from pumice.weights import folder
 from pumice.weights.checkpoint import Stored, let_go
 from pumice.weights.load import Opened, find_device, new_model, open_model
+from pumice.weights.read import read_model
 
 
 @dataclass
@@ -107,15 +107,14 @@ class Setup:
         self.recipe.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.recipe.output) as scratch:
             path = self.save(Path(scratch) / "model", {}, state)
-            read = open_model(
-                path, device=self.device, dtype=self.model.dtype, merge=False
-            ).model.state_dict()
-        for name, tensor in (state or self.model.state_dict()).items():
-            if not torch.equal(read[name].to(tensor), tensor):
-                raise WorkError(f"saving the model changes {name}; nothing was trained")
-        del read
-        let_go()
-        gc.collect()  # the copy's pages would count as memory during the first steps
+            # one tensor at a time: a second model need not fit into memory
+            read = read_model(path).state
+            for name, tensor in (state or self.model.state_dict()).items():
+                if name.endswith(".num_batches_tracked"):
+                    continue  # no model needs it, none keeps it
+                if name not in read or not torch.equal(read[name].read(tensor.dtype).to(tensor), tensor):
+                    raise WorkError(f"saving the model changes {name}; nothing was trained")
+        let_go()  # its pages would count as memory during the first steps
 
 
 # parts that stand inside another one: it learns them too unless a recipe names them apart

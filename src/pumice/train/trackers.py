@@ -5,6 +5,7 @@ Knows their packages' interfaces, imported only when a recipe names them. Does n
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -44,7 +45,7 @@ class WandB:
 
     def __init__(self, recipe: Recipe) -> None:
         try:
-            import wandb
+            wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise InputError(
                 "trackers: wandb is not installed; pip install wandb, or leave it out"

@@ -179,8 +179,9 @@ class _File:
 
 def let_go() -> None:
     """Close the file that was read last: its pages count as this process's memory while it is open."""
-    if _File._last is not None:
-        _File._last._opened = _File._last = None
+    last, _File._last = _File._last, None
+    if last is not None:
+        last._opened = None
 
 
 class _Safetensors(_File):

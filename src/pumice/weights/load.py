@@ -19,6 +19,7 @@ from pumice.errors import InputError
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
 from pumice.model.llava import Llava
+from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.tokens import Tokenizer
 from pumice.weights.bare import open_llm, open_tower
@@ -54,8 +55,9 @@ def open_model(
     """Open a model in evaluation mode, nothing learning.
 
     source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
-    connector stay in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it. InputError
-    on anything missing, extra, misshapen or unfetchable. What was assumed is logged.
+    connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
+    weights then stay in the type they are stored in. InputError on anything missing, extra, misshapen or
+    unfetchable. What was assumed is logged.
     """
     loaded = read_model(source, template=template, tower=tower, base=base)
     for note in loaded.notes:
@@ -119,7 +121,7 @@ def new_parts(
 def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), where)
-    model = assemble(loaded.config, loaded.state, device, dtype)
+    model = assemble(loaded.config, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)
     return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
@@ -131,16 +133,23 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in Llava(config).state_dict().items()}
 
 
-def assemble(config: ModelConfig, state: Stocks, device: torch.device, dtype: torch.dtype) -> Llava:
+def assemble(
+    config: ModelConfig, state: Stocks, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False
+) -> Llava:
     """Modules around tensors that have been checked; no weight is drawn only to be replaced.
 
-    Tensors are read one at a time: besides the model, no more than one file's pages are in memory.
+    as_stored: keep weights that are widened only when they are used (`WideningLinear`). Tensors are read one
+    at a time: besides the model, no more than one file's pages are in memory.
     """
     with torch.device("meta"):
         model = Llava(config)
     seeing = torch.float32 if device.type == "cpu" else dtype
+    widened = [name for name, part in model.named_modules() if isinstance(part, WideningLinear)]
+    narrow = {f"{name}.weight" for name in widened if as_stored and seeing == torch.float32}
 
     def kind(name: str) -> torch.dtype:
+        if name in narrow and state[name].dtype in (torch.float16, torch.bfloat16):
+            return state[name].dtype
         if name.endswith((".lora_a", ".lora_b")):
             return torch.float32  # merged or trained further, either of which wants every bit
         return dtype if name.startswith("decoder.") else seeing

@@ -172,5 +172,5 @@ def test_pictures_go_where_the_text_says() -> None:
     one = with_images("What?", [b"\x89PNG"])
     assert [part["type"] for part in one] == ["image_url", "text"]
     assert one[0]["image_url"]["url"] == "data:image/png;base64,iVBORw=="
-    two = with_images("<image> and <image>?", [b"a", b"b"])
+    two = with_images("<image> and <image>?", [b"\x89PNGa", b"\x89PNGb"])
     assert [part["type"] for part in two] == ["image_url", "text", "image_url", "text"]

@@ -1,0 +1,148 @@
+"""What a step sees: kinds kept apart on demand, rows prepared ahead in order, doomed runs refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pumice.errors import InputError
+from pumice.train import run
+from pumice.train.batches import Batches, prefetch
+from pumice.train.preflight import pictures_fit, room
+from pumice.train.recipe import load_recipe
+from pumice.train.report import read_metrics
+from pumice.train.setup import prepare
+from pumice.weights.load import open_model
+
+MakeRecipe = Callable[..., Path]
+
+
+@pytest.fixture
+def mixed(rows: Path, tmp_path: Path) -> Path:
+    """The eight rows with pictures, and five of text alone."""
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "red"}]
+    text = [json.dumps({"id": f"t{n}", "conversations": turns}) for n in range(5)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text((rows / "rows.jsonl").read_text() + "\n".join(text) + "\n")
+    return path
+
+
+def test_length_grouped_steps_show_pictures_in_all_rows_or_none(make_recipe: MakeRecipe, mixed: Path) -> None:
+    recipe = load_recipe(
+        make_recipe(data=[{"rows": str(mixed)}], order="length_grouped", batch=3, epochs=1, pack_tokens=9999)
+    )
+    batches = Batches(recipe, prepare(recipe).processor)
+    assert batches.steps == 5  # 2 of pictures, 1 of text, and 2 + 2 rows left of both
+    kinds = []
+    for step in range(batches.steps):
+        trees = [tree for pack, _ in batches[step].packs for tree in pack.trees]
+        kinds.append({bool(tree.images) for tree in trees})
+        assert len(trees) == (3 if step < 4 else 1)
+    assert sorted(map(len, kinds[:3])) == [1, 1, 1]
+    every = [row for group in batches._groups(0) for row in group]
+    assert sorted(every) == [(0, index) for index in range(13)]
+    assert batches._groups(0) == Batches(recipe, batches.processor)._groups(0)
+
+
+def test_steps_are_prepared_ahead_and_come_in_order() -> None:
+    begun, release = [], threading.Event()
+
+    def make(step: int) -> int:
+        begun.append(step)
+        if step == 3:
+            release.set()
+        if step == 0:
+            release.wait(30)  # not before another thread came as far as 3
+        return step
+
+    assert list(prefetch(make, 0, 6, workers=4)) == [0, 1, 2, 3, 4, 5]
+    assert set(begun[:4]) == {0, 1, 2, 3}
+
+
+def test_an_error_waits_for_its_step() -> None:
+    def make(step: int) -> int:
+        if step == 2:
+            raise InputError("row 3 is spoiled")
+        return step
+
+    seen = []
+    with pytest.raises(InputError, match="row 3"):
+        for step in prefetch(make, 0, 5, workers=3):
+            seen.append(step)
+    assert seen == [0, 1]
+
+
+def test_pictures_that_cannot_be_read_are_skipped_within_the_budget(
+    make_recipe: MakeRecipe, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "torn.png").write_bytes((rows / "0.png").read_bytes()[:60])
+    row = json.loads((rows / "rows.jsonl").read_text().splitlines()[0]) | {"id": "torn", "image": "torn.png"}
+    path = tmp_path / "torn.jsonl"
+    path.write_text((rows / "rows.jsonl").read_text() + json.dumps(row) + "\n")
+    changes = {"data": [{"rows": str(path)}], "pictures": [str(rows), str(tmp_path)], "epochs": 1}
+    with pytest.raises(InputError, match=r"1 spoiled rows, max_bad_rows allows 0.*torn\.png"):
+        run(make_recipe("strict", **changes))
+    folder = run(make_recipe("lenient", max_bad_rows=1, **changes))
+    assert open_model(folder).provenance["stages"][-1]["skipped_rows"] == 1
+
+
+def test_a_run_that_teaches_nothing_is_refused(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (rows / "rows.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["conversations"][0]["value"] = "<image>\n" + "long " * 100  # beyond the context of 256
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r"none of 8 rows tried can be learned from; the last: .*context"):
+        run(make_recipe(data=[{"rows": str(path)}], max_bad_rows=99))
+
+
+def test_pictures_too_large_for_the_context_are_refused(make_recipe: MakeRecipe) -> None:
+    setup = prepare(load_recipe(make_recipe()))
+    config = setup.processor.config
+    setup.processor.config = dataclasses.replace(
+        config, decoder=dataclasses.replace(config.decoder, context=4)
+    )
+    with pytest.raises(InputError, match="a picture takes 4 tokens, a row at most 4; raise the context"):
+        pictures_fit(setup)
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(make_recipe: MakeRecipe) -> None:
+    recipe = load_recipe(make_recipe(keep_last=10**9))
+    setup = prepare(recipe)
+    recipe.output.mkdir()
+    learned = {name: p for name, p in setup.model.named_parameters() if p.requires_grad}
+    with pytest.raises(InputError, match=r"needs .* GB \(1000000000 \+ 1 checkpoints .* lower keep_last"):
+        room(setup, learned)
+
+
+def test_a_mean_per_pack_is_another_loss(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run(make_recipe("tokens", max_steps=1, batch=4, pack_tokens=64))
+    run(make_recipe("packs", max_steps=1, batch=4, pack_tokens=64, loss_average="micro_batch"))
+    events = [read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("tokens", "packs")]
+    assert events[0]["supervised"] == events[1]["supervised"]
+    assert events[0]["loss"] != events[1]["loss"]
+    assert events[0]["loss"] == pytest.approx(events[1]["loss"], rel=0.2)
+
+
+def test_a_finished_model_tells_what_it_was_made_of(
+    make_recipe: MakeRecipe, rows: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    held_out = [{"rows": str(rows / "rows.jsonl")}]
+    stage = {"learn": {"connector": 1e-3, "decoder": 1e-3}}
+    changes = {"held_out": held_out, "trackers": ["tensorboard"], "stage": stage, "measure_every": 2}
+    folder = run(make_recipe(max_steps=4, sample_answers=1, workers=3, **changes))
+    made = open_model(folder).provenance["stages"][-1]
+    assert made["versions"]["torch"] and made["digests"]
+    assert [answer["step"] for answer in made["answers"]] == [0, 4]
+    first = read_metrics(tmp_path / "run" / "metrics.jsonl")[2]
+    parts = [first[f"gradient_norm/{part}"] for part in ("connector", "decoder")]
+    assert first["gradient_norm"] == pytest.approx((parts[0] ** 2 + parts[1] ** 2) ** 0.5)
+    assert first["peak_share"] > 0
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").max_steps == 4
