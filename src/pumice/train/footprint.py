@@ -11,6 +11,7 @@ Shapes: T tokens, P squares of pixels, F features of a square, C tower width, S 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,8 +136,9 @@ def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: st
         alive, counter = _Alive(), FlopCounterMode(display=False)
         alive.known([*model.parameters(), *model.buffers()])
         picture, tower_flops = _look(model, config, work.squares)
-        with counter, alive:
+        with counter, alive, _swept():
             _step(model, recipe, config, work, device)
+            gc.collect()
             gradients = alive.now  # the second pack finds the gradients of the first
             alive.peak = alive.now
             before = counter.get_total_flops()
@@ -252,6 +254,20 @@ def _weights(recipe: Recipe, model: nn.Module) -> float:
         few = recipe.stage.base == "nf4" and tensor.dtype == torch.int8
         total += tensor.numel() * (NF4_BYTES if few else tensor.dtype.itemsize)
     return total
+
+
+@contextmanager
+def _swept() -> Iterator[None]:
+    """Collect circles of Python objects at once: what they hold would be counted for as long as they stay."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through each time
+    gc.set_threshold(200, 1, 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 @contextmanager
