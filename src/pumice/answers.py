@@ -13,7 +13,7 @@ from typing import Any
 
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
-from pumice.files import Lock
+from pumice.files import Lock, appending, whole_lines
 
 
 class AnswerFile:
@@ -35,7 +35,7 @@ class AnswerFile:
             raise InputError(f"another run is writing '{path}'; wait for it, or name another file")
         try:
             self._read()
-            self._file = self.path.open("a", encoding="utf-8", errors="replace", newline="\n")
+            self._file = appending(self.path)
         except BaseException:
             self._lock.release()
             raise
@@ -57,13 +57,8 @@ class AnswerFile:
         self._lock.release()
 
     def _read(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].decode("utf-8", errors="replace").split("\n")[:-1]):
+        for number, line in enumerate(whole_lines(self.path)):
             self.answers.append(self._answer(number, line))
-        if whole < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
 
     def _answer(self, number: int, line: str) -> str | InputError:
         wanted = _name(self.rows[number]) if number < len(self.rows) else None

@@ -6,6 +6,8 @@ Knows the operating system. Does not know what is written.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
 import sys
 import tempfile
@@ -52,6 +54,29 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that is only ever appended to, without a last one that a crash tore."""
+    return path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
+
+
+def appending(path: Path) -> IO[str]:
+    """Open a UTF-8 file to append lines; a last one that a crash tore is cut off."""
+    file = path.open("a+b")
+    file.seek(0)
+    whole = file.read().rfind(b"\n") + 1
+    file.truncate(whole)
+    return io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n")
 
 
 class Lock:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from pumice.errors import InputError, WorkError
 from pumice.evaluate.endpoint import Endpoint, with_images
 from pumice.evaluate.task import Question, Task
+from pumice.files import appending, whole_lines
 
 Progress = Callable[[int, int], None]  # (answered, of)
 
@@ -176,7 +177,7 @@ def run(
     own = shard(ordered, rank, world)
     done = resume(parts[rank], own, answerer.name, told)
     total = len(own)
-    with parts[rank].open("a", encoding="utf-8") as file:
+    with appending(parts[rank]) as file:
         answers = answerer.answer(own[done:], longest)
         for number, (question, answer) in enumerate(zip(own[done:], answers, strict=True), done + 1):
             if isinstance(answer, InputError) and not allow_missing:
@@ -204,7 +205,7 @@ def row_of(question: Question, answer: str | InputError, model: str, longest: in
 
 
 def resume(path: Path, questions: Sequence[Question], model: str, longest: int | None = None) -> int:
-    """How many questions the file already answers; a line that was cut off is removed.
+    """How many questions the file already answers; a line that was cut off does not count.
 
     Raises InputError when its lines are not the first of these questions, by this model, as long as now.
     """
@@ -212,9 +213,7 @@ def resume(path: Path, questions: Sequence[Question], model: str, longest: int |
         if not path.parent.is_dir():
             raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
         return 0
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    lines = data[:whole].decode("utf-8", errors="replace").split("\n")[:-1]
+    lines = whole_lines(path)
     for number, line in enumerate(lines):
         try:
             row = json.loads(line)
@@ -237,9 +236,6 @@ def resume(path: Path, questions: Sequence[Question], model: str, longest: int |
                 f"'{path}', line {number + 1}: its answers have at most {found} tokens, now {now} are "
                 "wanted; name another file, or give the same --max-new-tokens"
             )
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
     return len(lines)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
+from pumice.files import replacing
 from pumice.generate.checks import REASONS
 from pumice.generate.statistics import LENGTHS, Statistics
 from pumice.images import open_image
@@ -40,9 +41,8 @@ def write(path: Path, statistics: Statistics, title: str, finder: ImageFinder | 
     }
     page = (Path(__file__).parent / "report_page.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found.group(1)], page)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write(page)
 
 
 def _summary(statistics: Statistics) -> str:

@@ -14,7 +14,6 @@ Knows files and tensors, sharded or not. Does not know the model. Nothing is pic
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -29,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pumice.errors import InputError, WorkError
-from pumice.files import make_readable, sync
+from pumice.files import make_readable, sha256, sync
 from pumice.train.parallel import World
 
 _STATE, _MANIFEST, _TENSORS = "state.json", "manifest.json", "tensors"
@@ -232,17 +231,9 @@ def _read(
 
 def _digests(partial: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
     return {
-        path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "blake2b": _digest(path)}
+        path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in files
     }
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _verify(path: Path, world: World) -> None:
@@ -252,7 +243,7 @@ def _verify(path: Path, world: World) -> None:
         if (size := (path / name).stat().st_size) != expected["size"]:
             raise ValueError(f"{name} has {size} bytes, its manifest says {expected['size']}")
     for name, expected in sorted(manifest.items())[world.rank :: world.size]:
-        if _digest(path / name) != expected["blake2b"]:
+        if sha256(path / name) != expected["sha256"]:
             raise ValueError(f"{name} is not what was written, by its digest")
 
 

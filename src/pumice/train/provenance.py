@@ -5,11 +5,11 @@ Knows files and packages. Does not know the run.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from importlib import metadata
 from pathlib import Path
 
+from pumice.files import sha256
 from pumice.train.recipe import Recipe
 from pumice.weights.parts import WHEELS, locate, weight_files
 from pumice.weights.read import find_model
@@ -36,11 +36,4 @@ def contents(recipe: Recipe) -> dict[str, str]:
     else:
         named = (recipe.model.tower, recipe.model.decoder)
         paths += [file for name in named if name not in WHEELS for file in weight_files(locate(name))]
-    digests = {}
-    for path in paths:
-        digest = hashlib.blake2b(digest_size=16)
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        digests[f"contents of {path}"] = digest.hexdigest()
-    return digests
+    return {f"contents of {path}": sha256(path) for path in paths}

