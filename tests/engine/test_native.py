@@ -1,0 +1,177 @@
+"""Compiled decoding against the modules: the same numbers, whatever the company."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, RopeScaling, VisionConfig
+from pumice.engine import native
+from pumice.engine.generate import Prompt, generate
+from pumice.engine.native import NativeDecoder, native_decoder
+from pumice.engine.sampling import SamplingParams
+from pumice.model.cache import KVCache, Segment
+from pumice.model.decoder import Decoder
+from pumice.model.llava import Llava
+from pumice.model.quantized import Int8Linear, quantize
+
+CPU, PAST = torch.device("cpu"), (5, 1, 9, 0, 7, 3, 8)
+FAMILIES = pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"qkv_bias": True},
+        {"qk_norm": True},
+        {"tied_head": True},
+        {"sliding_window": 4},
+        {"rope_scaling": RopeScaling("linear", 2.0)},
+    ],
+    ids=lambda more: next(iter(more), "llama"),
+)
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    if native._library() is None:
+        pytest.skip("there is no C compiler here, or compiled code is off")
+
+
+def make(**more: Any) -> Decoder:
+    config = DecoderConfig(
+        vocab_size=52, width=64, depth=3, heads=4, kv_heads=2, head_width=16, mlp_width=160, **more
+    )
+    torch.manual_seed(0)
+    decoder = Decoder(config).eval().requires_grad_(False)
+    for parameter in decoder.parameters():
+        parameter.data.normal_(0, 0.15) if parameter.dim() == 2 else parameter.data.uniform_(0.5, 1.5)
+    decoder = decoder.to(torch.bfloat16)
+    quantize(decoder, "int8")
+    return decoder
+
+
+def exact(decoder: Decoder) -> Decoder:
+    """The same decoder, computing in fp32."""
+    twin = copy.deepcopy(decoder).float()
+    for part in twin.modules():
+        if isinstance(part, Int8Linear):
+            part.kernel = False  # which takes bfloat16 alone
+    return twin
+
+
+def filled(decoder: Decoder) -> tuple[KVCache, list[Segment]]:
+    """A cache in which seven sequences have had some tokens, with free places in between."""
+    cache = KVCache(decoder.config, 12 * len(PAST), CPU, torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    cache.keys.copy_(torch.randn(cache.keys.shape, generator=generator))
+    cache.values.copy_(torch.randn(cache.values.shape, generator=generator))
+    return cache, [Segment(12 * n, past, 1) for n, past in enumerate(PAST)]
+
+
+def ready(decoder: Decoder, cache: KVCache) -> NativeDecoder:
+    found = native_decoder(decoder, cache)
+    assert found is not None
+    return found
+
+
+@FAMILIES
+@torch.inference_mode()
+def test_equals_the_modules_in_fp32(more: dict[str, Any]) -> None:
+    decoder = make(**more)
+    cache, segments = filled(decoder)
+    same, _ = filled(decoder)
+    twin, wide = exact(decoder), KVCache(decoder.config, cache.places, CPU, torch.float32)
+    wide.keys.copy_(same.keys)
+    wide.values.copy_(same.values)
+    x = decoder.embed(torch.arange(len(PAST)) * 3)
+    found = ready(decoder, cache).logits(x, segments)
+    hidden = twin(x.float()[None], wide.positions(segments), wide.attend(segments))[0]
+    expected = twin.logits(hidden)
+    # worst measured: 5.4e-3, all of it from keys and values kept in bfloat16
+    assert (found - expected).abs().max() < 8e-3 * expected.abs().max()
+    for ours, theirs in ((cache.keys, wide.keys), (cache.values, wide.values)):
+        assert (ours.float() - theirs).abs().max() < 6e-3 * theirs.abs().max()  # worst measured: 3.8e-3
+
+
+@torch.inference_mode()
+def test_a_row_is_the_same_in_any_company_and_with_any_threads() -> None:
+    decoder = make()
+    x = decoder.embed(torch.arange(len(PAST)) * 3)
+    cache, segments = filled(decoder)
+    together = ready(decoder, cache).logits(x, segments)
+
+    def alone(row: int) -> Tensor:
+        fresh, _ = filled(decoder)
+        return ready(decoder, fresh).logits(x[row : row + 1], [segments[row]])[0]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(torch.stack([alone(row) for row in range(len(PAST))]), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def llava(**more: Any) -> Llava:
+    config = ModelConfig(
+        decoder=make(**more).config,
+        vision=VisionConfig(image_size=64, variant="lite0"),
+        connector=ConnectorConfig(kind="linear"),
+    )
+    model = Llava(config).eval()
+    model.decoder = make(**more)
+    return model.to(torch.bfloat16)
+
+
+def test_the_engine_answers_alike_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llava()
+    prompts = [Prompt(torch.arange(2, 2 + n), params=SamplingParams(max_new_tokens=12)) for n in (3, 9, 5, 7)]
+    used = []
+    plain = NativeDecoder.logits
+    monkeypatch.setattr(NativeDecoder, "logits", lambda *given: used.append(len(given[2])) or plain(*given))
+    fast = list(generate(model, prompts, slots=3))
+    assert max(used) == 3  # several at once
+    monkeypatch.setattr(native, "_library", lambda: None)
+    used.clear()
+    slow = list(generate(model, prompts, slots=3))
+    assert not used
+
+    def first(said: list[tuple[int, int | None]]) -> list[list[int | None]]:
+        return [[token for number, token in said if number == n][:4] for n in range(4)]
+
+    assert first(fast) == first(slow)  # later ones may differ: bfloat16 rounds otherwise
+
+
+@pytest.mark.parametrize("width", [64, 72])
+def test_serves_only_what_it_can_compute(width: int) -> None:
+    config = DecoderConfig(
+        vocab_size=52, width=width, depth=1, heads=4, kv_heads=2, head_width=16, mlp_width=160
+    )
+    decoder = Decoder(config).to(torch.bfloat16)
+    cache = KVCache(config, 8, CPU, torch.bfloat16)
+    assert native_decoder(decoder, cache) is None  # not quantised
+    quantize(decoder, "int8")
+    assert (native_decoder(decoder, cache) is not None) == (width == 64)
+    assert native_decoder(decoder, KVCache(config, 8, CPU, torch.float32)) is None
+
+
+def test_goes_on_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
+    with caplog.at_level(logging.INFO, "pumice"):
+        assert native._library.__wrapped__() is None
+    assert "no such option" in caplog.text
+    assert not list((tmp_path / "cache" / "native").iterdir())  # nothing by halves
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PUMICE_NATIVE", "off")
+    assert native._library.__wrapped__() is None
