@@ -28,6 +28,7 @@ from pumice.tokens import Tokenizer as OurTokenizer
 from pumice.weights.checkpoint import stored
 from pumice.weights.folder import LoadedParts
 from pumice.weights.gguf_llm import PRE_TOKENIZERS
+from pumice.weights.original import IMAGE_WRAP
 from pumice.weights.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePiece
 
 TEXT = ["user assistant system human What is in the picture? A dog runs over the green field."] * 4
@@ -48,6 +49,13 @@ def sentencepiece(legacy: bool = True) -> Tokenizer:
     pieces += [(word, -float(rank), NORMAL) for rank, word in enumerate([*longer, *letters])]
     model = SentencePiece(pieces, model_type=2, charsmap=b"", remove_spaces=False)
     return model.tokenizer("a tiny model", legacy=legacy)
+
+
+def with_picture_marks() -> Tokenizer:
+    """The same with what LLaVA 1.0 puts around a picture."""
+    tokenizer = sentencepiece()
+    tokenizer.add_special_tokens(list(IMAGE_WRAP))
+    return tokenizer
 
 
 def byte_level(split: str, specials: list[str]) -> Tokenizer:
@@ -102,9 +110,9 @@ ARCHITECTURES = {
             connector=ConnectorConfig("linear"),
             template="v0",
             image=replace(PAD, mode="crop"),
-            stop_token_ids=(2,),
+            image_wrap=IMAGE_WRAP,
         ),
-        sentencepiece,
+        with_picture_marks,
     ),
     "CLIP + Mistral, anyres (LLaVA 1.6)": Architecture(
         _vicuna(
@@ -129,6 +137,16 @@ ARCHITECTURES = {
             replace(DECODER, qkv_bias=True, norm_eps=1e-6, rope_base=1e6),
             vision=SIGLIP,
             image=ImagePolicy("squash", HALF, HALF, pad_color=(127, 127, 127)),
+        ),
+        lambda: byte_level("qwen2", CHATML),
+    ),
+    "LLaVA-OneVision, anyres_max": Architecture(
+        _chatml(
+            replace(DECODER, qkv_bias=True, norm_eps=1e-6, rope_base=1e6),
+            vision=replace(SIGLIP, layer=-1),
+            image=ImagePolicy(
+                "anyres", HALF, HALF, pad_color=(127, 127, 127), pinpoints=TILES, max_tiles=1
+            ),  # so that the tiles of most pictures are shrunk
         ),
         lambda: byte_level("qwen2", CHATML),
     ),

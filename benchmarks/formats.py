@@ -173,14 +173,14 @@ def question(shown: Image.Image | None) -> Conversation:
 
 def transformers(folder: Path, shown: Image.Image, adapter: Path | None = None) -> tuple[Tensor, list[int]]:
     """The same from transformers, through its processor and its chat template."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = _processor(folder)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=shown, text=text, return_tensors="pt")
@@ -188,6 +188,20 @@ def transformers(folder: Path, shown: Image.Image, adapter: Path | None = None) 
         logits = model(**inputs).logits[0]
         made = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     return logits, made[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _processor(folder: Path) -> Any:
+    """transformers' processor; LlavaOnevision's without its half for videos, which needs torchvision."""
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    values = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    if values.pop("processor_class") != "LlavaOnevisionProcessor":
+        return AutoProcessor.from_pretrained(folder)
+    from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+    tokenizer, images = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    with patch.object(LlavaOnevisionProcessor, "check_argument_for_proper_class"):
+        return LlavaOnevisionProcessor(images, tokenizer, chat_template=tokenizer.chat_template, **values)
 
 
 def llama_cpp(folder: Path, shown: Image.Image | None) -> tuple[dict[int, Tensor], list[int]]:

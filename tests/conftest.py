@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -111,6 +111,22 @@ def spoiled(tmp_path: Path) -> tuple[Path, list[Spoiled]]:
         (row("bomb.png"), "picture unreadable", "bomb.png"),
     ]
     return folder, [Spoiled(*values) for values in listed]
+
+
+@pytest.fixture(scope="session")
+def learned() -> Callable[[Sequence[int], Sequence[int]], list[list[int]]]:
+    def learned(ids: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
+        """Runs of supervised ids, each of which is its own label."""
+        runs: list[list[int]] = [[]]
+        for number, label in zip(ids, labels, strict=True):
+            if label == -100:
+                runs.append([])
+            else:
+                assert label == number
+                runs[-1].append(label)
+        return [run for run in runs if run]
+
+    return learned
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

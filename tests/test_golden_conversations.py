@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pumice.cli.data import app
-from pumice.tokens import IGNORE, Tokenizer
+from pumice.tokens import Tokenizer
 from pumice.weights.tokenizer import read_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "conversations.json").read_text(encoding="utf-8"))
@@ -28,18 +28,6 @@ def show(rows: list[Any], template: str, tokenizer: Path, folder: Path) -> list[
 
 def answers(row: dict[str, Any]) -> list[str]:
     return [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
-
-
-def learned(shown: dict[str, Any]) -> list[list[int]]:
-    """Runs of supervised ids."""
-    runs: list[list[int]] = [[]]
-    for number, label in zip(shown["input_ids"], shown["labels"], strict=True):
-        if label == IGNORE:
-            runs.append([])
-        else:
-            assert label == number
-            runs[-1].append(label)
-    return [run for run in runs if run]
 
 
 @pytest.mark.parametrize("template", ["v1", "vicuna_v1", "llava_llama_2", "plain"])
@@ -67,14 +55,14 @@ AROUND = {"v1": "{}", "llava_v1": "{}", "llama_2": "{} ", "llava_llama_2": "{} "
 
 @pytest.mark.parametrize("template", AROUND)
 def test_every_answer_and_its_stop_are_learned_and_nothing_else(
-    template: str, sentencepiece_file: Path, tmp_path: Path
+    learned: Any, template: str, sentencepiece_file: Path, tmp_path: Path
 ) -> None:
     """Of all cases, those included whose labels the original dropped with a warning (9 of v1)."""
     tokenizer = Tokenizer(read_tokenizer(sentencepiece_file).backend)
     dropped = [case["id"] for case in CASES if ("v1", case["id"]) not in RECORDED]
     assert len(dropped) == 9  # "ASSISTANT: " stands in one of their questions
     for row, shown in zip(CASES, show(CASES, template, sentencepiece_file, tmp_path), strict=True):
-        runs = learned(shown)
+        runs = learned(shown["input_ids"], shown["labels"])
         assert [run[-1] for run in runs] == [EOS] * len(runs)
         assert [tokenizer.decode(run[:-1]) for run in runs] == [
             AROUND[template].format(text) for text in answers(row)
@@ -91,7 +79,9 @@ TRAPS = [
 
 
 @pytest.mark.parametrize("template", ["v1", "llava_llama_2"])
-def test_odd_texts_are_learned_whole(template: str, sentencepiece_file: Path, tmp_path: Path) -> None:
+def test_odd_texts_are_learned_whole(
+    learned: Any, template: str, sentencepiece_file: Path, tmp_path: Path
+) -> None:
     """What the original mismeasured or took for a token of its own is text here, said by people."""
     tokenizer = Tokenizer(read_tokenizer(sentencepiece_file).backend)
     rows = []
@@ -105,7 +95,7 @@ def test_odd_texts_are_learned_whole(template: str, sentencepiece_file: Path, tm
             "conversations": [{"from": speaker, "value": value} for speaker, value in turns],
         })  # fmt: skip
     for row, shown in zip(rows, show(rows, template, sentencepiece_file, tmp_path), strict=True):
-        runs = learned(shown)
+        runs = learned(shown["input_ids"], shown["labels"])
         expected = [AROUND[template].format(text).replace("▁", " ") for text in answers(row)]
         assert [tokenizer.decode(run[:-1]) for run in runs] == expected
         assert [run[-1] for run in runs] == [EOS, EOS]

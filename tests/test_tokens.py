@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -101,18 +102,6 @@ def encoded(
     return encode(CHATML.render(conversation, generate=generate), tokenizer, repeat(N))
 
 
-def learned(ids: list[int], labels: list[int]) -> list[list[int]]:
-    """Runs of supervised ids."""
-    runs: list[list[int]] = [[]]
-    for number, label in zip(ids, labels, strict=True):
-        if label == IGNORE:
-            runs.append([])
-        else:
-            assert label == number
-            runs[-1].append(label)
-    return [run for run in runs if run]
-
-
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=30)
 @given(conversation=conversations())
@@ -135,7 +124,7 @@ def test_serving_begins_as_training_does(name: str, conversation: Conversation) 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=30)
 @given(conversation=conversations())
-def test_labels_are_the_answers_and_their_stops(name: str, conversation: Conversation) -> None:
+def test_labels_are_the_answers_and_their_stops(learned: Any, name: str, conversation: Conversation) -> None:
     tokenizer = TOKENIZERS[name]
     runs = learned(*encoded(conversation, tokenizer=tokenizer))
     said = [m.text.lstrip() for m in conversation.messages if m.role == "assistant"]

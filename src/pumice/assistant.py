@@ -49,12 +49,16 @@ def load(
     device: str | None = None,
     quantize: Literal["auto", "int8", "int4"] | None = "auto",
     dtype: torch.dtype | None = None,
+    template: str | None = None,
+    tower: str | None = None,
+    base: str | None = None,
 ) -> Assistant:
-    """Open a built-in model or a model folder to answer questions.
+    """Open a model to answer questions: a built-in one, a folder, a GGUF file or a name on the hub.
 
     device: the best one here when None. quantize: "int8" or "int4" keeps the decoder's weights in 8 or
     4 bits, None as they are, "auto" takes 8 bits on a CPU that has a kernel for them. dtype: of the
-    decoder; when None, bf16 on CUDA and with fewer bits, fp16 on MPS, fp32 else. Raises InputError.
+    decoder; when None, bf16 on CUDA and with fewer bits, fp16 on MPS, fp32 else. template, tower, base: what
+    a model of others does not say or hold, as `weights.read.read_model` takes them. Raises InputError.
     """
     if quantize not in ("auto", "int8", "int4", None):
         raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8', 'int4' or None")
@@ -67,7 +71,7 @@ def load(
         usual = {"cuda": torch.bfloat16, "mps": torch.float16}
         # The CPU's kernels for few bits take bf16; without them, most CPUs compute fp32 faster than bf16.
         dtype = usual.get(place.type, torch.bfloat16 if quantize else torch.float32)
-    opened = open_model(str(name), device=place, dtype=dtype)
+    opened = open_model(str(name), device=place, dtype=dtype, template=template, tower=tower, base=base)
     if quantize:
         quantize_weights(opened.model.decoder, quantize)
     return Assistant(opened.model, opened.processor, opened.provenance)

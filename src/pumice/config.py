@@ -7,10 +7,12 @@ stands here; nothing is ever decided from a name or a path.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,21 @@ FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop", "squash", "anyres")
 RESAMPLINGS = ("bicubic", "bilinear")
 IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put `where` before the message of an InputError: configs do not know which file they come from."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"{name} must be {least} or more, not {value}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class VisionConfig:
         return self.grid**2 + (self.select == "cls_patch")
 
     def __post_init__(self) -> None:
+        _at_least(1, image_size=self.image_size, width=self.width, stride=self.stride)
         if self.kind == "efficientnet_lite" and self.image_size % self.stride:
             raise InputError(
                 f"image size {self.image_size} is not a multiple of the tower's stride {self.stride}"
@@ -65,6 +83,12 @@ class RopeScaling:
     low_freq_factor: float = 1.0  # llama3: what turns fewer times than this in original_context is slowed
     high_freq_factor: float = 4.0  # llama3: what turns more often than this is not
     original_context: int = 8192  # llama3: tokens
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise InputError(f"unknown kind {self.kind!r}; use linear or llama3")
+        if self.factor <= 0:
+            raise InputError(f"the factor must be more than 0, not {self.factor}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,13 @@ class DecoderConfig:
     sliding_window: int | None = None  # Mistral: a token sees this many positions, itself included
 
     def __post_init__(self) -> None:
+        _at_least(0, vocab_size=self.vocab_size, depth=self.depth)
+        _at_least(1, width=self.width, heads=self.heads, kv_heads=self.kv_heads)
+        _at_least(1, mlp_width=self.mlp_width, context=self.context)
+        if self.head_width < 2 or self.head_width % 2:
+            raise InputError(f"rotary positions turn pairs; a head_width of {self.head_width} has none")
+        if self.sliding_window is not None:
+            _at_least(1, sliding_window=self.sliding_window)
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
 
@@ -101,8 +132,7 @@ class ConnectorConfig:
     factor: int = 1  # side of that square
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise InputError(f"connector: the factor must be 1 or more, not {self.factor}")
+        _at_least(1, factor=self.factor)
 
 
 @dataclass(frozen=True)
@@ -126,7 +156,11 @@ class ImagePolicy:
             ("resample", self.resample, RESAMPLINGS),
         ):
             if value not in known:
-                raise InputError(f"image: unknown {name} {value!r}; use one of {', '.join(known)}")
+                raise InputError(f"unknown {name} {value!r}; use one of {', '.join(known)}")
+        if not all(part > 0 for part in self.std):
+            raise InputError(f"pixels cannot be divided by a std of {self.std}; each must be more than 0")
+        if self.max_tiles is not None:
+            _at_least(1, max_tiles=self.max_tiles)
 
 
 @dataclass(frozen=True)
@@ -137,6 +171,9 @@ class LoraConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+    def __post_init__(self) -> None:
+        _at_least(1, rank=self.rank)
 
 
 @dataclass(frozen=True)
@@ -207,13 +244,13 @@ class ModelConfig:
         return {"pumice_format": FORMAT_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_dict`; raises InputError on an unknown or missing key and a wrong type."""
+    def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:
+        """Inverse of `to_dict`; raises InputError on an unknown or missing key and a wrong type or value."""
         values = dict(values)
         version = values.pop("pumice_format", None)
         if version != FORMAT_VERSION:
-            raise InputError(f"config.json has pumice_format {version}, this version reads {FORMAT_VERSION}")
-        return typing.cast(ModelConfig, from_dict(cls, values, "config.json"))
+            raise InputError(f"{where} has pumice_format {version}, this version reads {FORMAT_VERSION}")
+        return typing.cast(ModelConfig, from_dict(cls, values, where))
 
 
 def from_dict(cls: type, values: Any, where: str) -> Any:
@@ -236,7 +273,8 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
             arguments[name] = _convert(hints[name], values[name], f"{where}: {name}")
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: the key {name!r} is missing")
-    return cls(**arguments)
+    with naming(where):
+        return cls(**arguments)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -71,6 +71,11 @@ class Processor:
         if len(tokenizer) > config.decoder.vocab_size:
             rows = config.decoder.vocab_size
             raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows")
+        bos = () if config.bos_token_id is None else (config.bos_token_id,)
+        for number in (*config.stop_token_ids, *bos):
+            if not 0 <= number < config.decoder.vocab_size:
+                rows = config.decoder.vocab_size
+                raise InputError(f"the config names the token {number}, the embedding has only {rows} rows")
         for token in config.image_wrap or ():
             if token not in tokenizer.special:
                 raise InputError(f"image_wrap names {token!r}, which is no special token of the tokenizer")

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pumice.config import DecoderConfig, RopeScaling
@@ -265,6 +266,22 @@ def test_tied_head_is_the_embedding() -> None:
     assert decoder.head is None
     assert decoder.head_weight is decoder.embed.weight
     assert "head.weight" not in decoder.state_dict()
+
+
+def test_the_projection_takes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a slice with a batch PyTorch makes a product of matrices, for which it copies all the weights."""
+    decoder, shapes, linear = make(BASE), [], F.linear
+
+    def seen(x: Tensor, weight: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return linear(x, weight)
+
+    monkeypatch.setattr("pumice.model.decoder.F.linear", seen)
+    hidden = torch.randn(2, 4, BASE.width)
+    last = decoder.logits(hidden[:, -1:])
+    torch.testing.assert_close(last[1, 0], decoder.logits(hidden[1, -1]))
+    assert decoder.logits(hidden[:, :0]).shape == (2, 0, BASE.vocab_size)
+    assert shapes == [(2, BASE.width), (1, BASE.width), (0, BASE.width)]
 
 
 def test_named_intermediates_are_the_residual_stream() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -16,7 +17,7 @@ from pumice.config import ChatFormat, DecoderConfig, ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError
 from pumice.templates import OWN, TEMPLATES, Plain, Template, get_template
-from pumice.weights.chat_template import Described, describe, to_jinja
+from pumice.weights.chat_template import Described, describe, image_wrap, to_jinja
 
 SPECIALS = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
@@ -211,13 +212,17 @@ CHATS: list[list[tuple[str, str]]] = [
 
 def written(source: str, messages: list[dict[str, Any]], generate: bool) -> str:
     """As transformers renders a chat template."""
+    return compiled(source).render(messages=messages, add_generation_prompt=generate)
 
+
+@lru_cache
+def compiled(source: str) -> jinja2.Template:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
-    return environment.from_string(source).render(messages=messages, add_generation_prompt=generate)
+    return environment.from_string(source)
 
 
 def rendered(template: Template | Plain, conversation: Conversation, generate: bool) -> str:
@@ -263,6 +268,29 @@ def test_jinja_writes_what_we_do(name: str, data: st.DataObject) -> None:
     generate = turns[-1].role == "user"
     ours = rendered(template, Conversation(tuple(turns)), generate)
     assert written(to_jinja(template), messages, generate) == ours
+
+
+@pytest.mark.parametrize("name", ["v1", "plain"])
+def test_what_stands_around_a_picture_is_written_and_read(name: str) -> None:
+    wrap = ("<im_start>", "<im_end>")
+    source = to_jinja(TEMPLATES[name], wrap)
+    shown = [{"type": "image"}, {"type": "text", "text": "Q"}, {"type": "image"}]
+    messages = [{"role": "user", "content": shown}, {"role": "assistant", "content": "A"}]
+    alone = written(to_jinja(TEMPLATES[name]), messages, False)
+    assert alone.count("<image>") == 2
+    assert written(source, messages, False) == alone.replace("<image>", "<im_start><image><im_end>")
+    for text, expected in ((source, wrap), (to_jinja(TEMPLATES[name]), None)):
+        found = image_wrap(text, bos="<s>", eos="</s>", specials=["<s>", "</s>", "<im_start>", "<im_end>"])
+        assert found == (expected if name == "v1" else None)  # plain has no question to be known by
+
+
+def test_parts_with_marks_around_a_picture_are_a_known_format() -> None:
+    """A template that takes lists of parts only, as those of newer LLaVAs."""
+    source = to_jinja(TEMPLATES["v1"], ("<im_start>", "<im_end>")).replace(
+        "{% if content is string %}", "{% if content is string %}{{ raise_exception('parts') }}"
+    )
+    specials = ["<s>", "</s>", "<im_start>", "<im_end>"]
+    assert describe(source, bos="<s>", eos="</s>", specials=specials, where="here").template == "v1"
 
 
 def test_a_format_without_a_system_message_says_so() -> None:

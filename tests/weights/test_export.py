@@ -19,7 +19,7 @@ from pumice.config import ConnectorConfig, ModelConfig, RopeScaling, VisionConfi
 from pumice.errors import InputError, WorkError
 from pumice.weights import checkpoint
 from pumice.weights.checkpoint import stored
-from pumice.weights.export import REFUSALS, export, merged, probe
+from pumice.weights.export import REFUSALS, export, merged, probe, refusal
 from pumice.weights.folder import LoadedParts, save
 
 LLAVA = "CLIP + Llama, pad (LLaVA 1.5)"
@@ -44,6 +44,10 @@ def _decoder(**changes: Any) -> Callable[[ModelConfig], ModelConfig]:
     return lambda config: replace(config, decoder=replace(config.decoder, **changes))
 
 
+def _wide_tower(config: ModelConfig) -> ModelConfig:
+    return replace(config, vision=replace(config.vision, width=48))
+
+
 TILES = {"mode": "anyres", "pinpoints": ((56, 112),)}
 LLAMA_3 = RopeScaling("llama3", 8.0)
 
@@ -53,21 +57,31 @@ LLAMA_3 = RopeScaling("llama3", 8.0)
     [
         (lambda c: c, [], ""),
         (lambda c: replace(c, vision=VisionConfig()), ["hf", "llava", "gguf"], "EfficientNet"),
-        (lambda c: replace(c, vision=VisionConfig(kind="none")), ["hf", "llava"], "use --to gguf"),
-        (lambda c: replace(c, connector=ConnectorConfig("linear")), ["hf", "gguf"], "linear"),
+        (lambda c: replace(c, vision=VisionConfig(kind="none")), ["hf", "llava"], "language model alone"),
+        (lambda c: replace(c, connector=ConnectorConfig("linear")), [], ""),
+        (
+            lambda c: replace(_wide_tower(c), connector=ConnectorConfig("linear")),
+            ["hf", "gguf"],
+            "LLM (64) is twice as wide as the tower (48)",
+        ),
+        (
+            lambda c: replace(c, connector=ConnectorConfig("identity"), decoder=replace(c.decoder, width=32)),
+            ["hf", "gguf"],
+            "identity",
+        ),
         (lambda c: replace(c, connector=ConnectorConfig("mlp3x_gelu")), ["hf", "gguf"], "mlp3x_gelu"),
         (
             lambda c: replace(c, connector=ConnectorConfig(reduce="pixel_shuffle", factor=2)),
             ["hf", "llava", "gguf"],
             "pixel_shuffle",
         ),
-        (lambda c: replace(c, image_wrap=("<im_start>", "<im_end>")), ["hf", "gguf"], "<im_start>"),
-        (lambda c: replace(c, image_wrap=("[", "]")), ["hf", "llava", "gguf"], "[ and ]"),
+        (lambda c: replace(c, image_wrap=("<im_start>", "<im_end>")), [], ""),
+        (lambda c: replace(c, image_wrap=("[", "]")), ["llava"], "[ and ]"),
         (_image(pad_color=(0, 0, 0)), ["hf", "llava"], "(0, 0, 0)"),
         (_image(mode="squash"), ["llava"], "squashes"),
         (_image(**TILES), ["gguf"], "image_newline"),
-        (_image(**TILES, unpad=False), ["hf", "gguf"], "tiles"),
-        (_image(**TILES, max_tiles=9), ["hf", "gguf"], "tiles"),
+        (_image(**TILES, unpad=False), ["hf", "gguf"], "image_newline"),
+        (_image(**TILES, max_tiles=9), ["gguf"], "image_newline"),
         (lambda c: replace(c, vision=replace(c.vision, select="cls_patch")), ["gguf"], "class token"),
         (_decoder(qk_norm=True), ["llava"], "Qwen3"),
         (_decoder(qk_norm=True, qkv_bias=True), ["hf", "llava", "gguf"], "both biases"),
@@ -85,12 +99,15 @@ def test_what_a_format_cannot_hold_is_refused(
     reasons = {to: REFUSALS[to](config) for to in ("hf", "llava", "gguf")}
     assert [to for to, reason in reasons.items() if reason] == formats_that_refuse, reasons
     assert not formats_that_refuse or any(words in str(reason) for reason in reasons.values()), reasons
+    instead = next((to for to, reason in reasons.items() if not reason), None)
+    remedy = f"; use --to {instead}" if instead else "; share the Pumice folder itself"
+    assert all(str(refusal(to, config)).endswith(remedy) for to in formats_that_refuse)
 
 
-def test_the_refusal_says_why_and_what_to_do(llava: LoadedParts, tmp_path: Path) -> None:
-    wrapped = replace(llava, config=replace(llava.config, image_wrap=("<im_start>", "<im_end>")))
-    with pytest.raises(InputError, match=r"cannot be exported to gguf: .*<im_start>.*use --to llava"):
-        export(wrapped, "gguf", tmp_path / "out")
+def test_a_refusal_writes_nothing(llava: LoadedParts, tmp_path: Path) -> None:
+    tiled = replace(llava, config=_image(**TILES)(llava.config))
+    with pytest.raises(InputError, match=r"cannot be exported to gguf: .*image_newline.*use --to hf"):
+        export(tiled, "gguf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +164,7 @@ def test_too_little_room_is_seen_before_anything_is_written(
     llava: LoadedParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: (100, 99, 1))
-    with pytest.raises(InputError, match="GB are free"):
+    with pytest.raises(InputError, match="MB are free"):
         export(llava, "hf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

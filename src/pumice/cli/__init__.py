@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pumice import __version__
-from pumice.cli import ask, chat, data, doctor, evaluate, explain, export, formats, plan, serve, train
+from pumice.cli import ask, chat, data, doctor, evaluate, explain, export, importing, plan, serve, train
 from pumice.errors import InputError, WorkError
 
 
@@ -73,7 +73,7 @@ app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
-app.command("import")(formats.import_)
+app.command("import")(importing.import_)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)

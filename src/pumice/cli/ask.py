@@ -49,13 +49,16 @@ def ask(
     seed: options.Seed = None,
     device: options.Device = None,
     quantize: options.Quantize = options.Bits.auto,
+    template: options.Template = None,
+    tower: options.Tower = None,
+    base: options.Base = None,
 ) -> None:
     """Ask a question about pictures, or without any.
 
     pumice ask dog.jpg "What is the dog doing?"
     """
     sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-    opening = options.opening(device, quantize)
+    opening = options.opening(device, quantize, template, tower, base)
     if batch is not None or out is not None:
         if words and batch is not None:
             raise InputError(f"--batch reads its questions from the file; leave out {words[-1]!r}")

@@ -21,6 +21,7 @@ import typer
 from pumice.cli import options
 from pumice.conversation import IMAGE_PLACEHOLDER, Message, user_message
 from pumice.errors import InputError
+from pumice.files import replacing
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
@@ -50,6 +51,9 @@ def chat(
     seed: options.Seed = None,
     device: options.Device = None,
     quantize: options.Quantize = options.Bits.auto,
+    template: options.Template = None,
+    tower: options.Tower = None,
+    base: options.Base = None,
 ) -> None:
     """Talk about pictures in the terminal. /help lists what else can be typed."""
     from pumice.images import open_image
@@ -64,7 +68,8 @@ def chat(
     SamplingParams(**sampling)
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
-    Chat(load(model, **options.opening(device, quantize)), sampling, images or []).run()
+    opened = load(model, **options.opening(device, quantize, template, tower, base))
+    Chat(opened, sampling, images or []).run()
 
 
 class Chat:
@@ -191,7 +196,7 @@ class Chat:
         row = {"id": path.stem, **pictures, "conversations": turns}
         text = json.dumps([row], ensure_ascii=False, indent=1) + "\n"
         try:
-            with path.open("x", encoding="utf-8") as file:
+            with replacing(path) as file:
                 file.write(text)
         except OSError as error:
             raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from pumice.cli import options
+
 
 def export(
     source: Annotated[
@@ -20,16 +22,15 @@ def export(
     ] = "keep",
     kind: Annotated[str, typer.Option("--type", help="gguf: f32, f16 or q8_0.")] = "f16",
     tower_name: Annotated[
-        str | None, typer.Option(help="llava: the hub name from which its code builds the tower.")
+        str | None,
+        typer.Option(help="llava: the hub name from which its code builds the tower.", show_default=False),
     ] = None,
     drop_lora: Annotated[
         bool, typer.Option("--drop-lora", help="Leave LoRA adapters out, do not merge them.")
     ] = False,
-    template: Annotated[str | None, typer.Option(help="The chat format, where SRC does not say it.")] = None,
-    tower: Annotated[
-        str | None, typer.Option(help="The vision tower of SRC, where it does not hold it.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="The model that SRC, a LoRA, was trained on.")] = None,
+    template: options.Template = None,
+    tower: options.Tower = None,
+    base: options.Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model for transformers, llama.cpp, PEFT or the original LLaVA code."""

@@ -32,9 +32,16 @@ class Bits(str, Enum):
     none = "none"
 
 
-def opening(device: str | None, quantize: Bits) -> dict[str, Any]:
+def opening(
+    device: str | None,
+    quantize: Bits,
+    template: str | None = None,
+    tower: str | None = None,
+    base: str | None = None,
+) -> dict[str, Any]:
     """The options of opening a model as those of `pumice.load`."""
-    return {"device": device, "quantize": None if quantize is Bits.none else quantize.value}
+    bits = None if quantize is Bits.none else quantize.value
+    return {"device": device, "quantize": bits, "template": template, "tower": tower, "base": base}
 
 
 def sampling(
@@ -64,6 +71,16 @@ Device = Annotated[
 ]
 Quantize = Annotated[
     Bits, typer.Option(help="Bits of the language model's weights; auto: int8 on a CPU, none elsewhere.")
+]
+Template = Annotated[
+    str | None, typer.Option(help="The chat format, where the model does not say it.", show_default=False)
+]
+Tower = Annotated[
+    str | None, typer.Option(help="The vision tower, where the model does not hold it.", show_default=False)
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="What the model, a LoRA or a projector, was trained on.", show_default=False),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest word each time; 1 draws freely.")]

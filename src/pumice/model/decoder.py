@@ -53,6 +53,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V). Give it only the positions that need them."""
+        # As one matrix: for a slice such as hidden[:, -1:] PyTorch would copy the whole projection.
+        rows = hidden.reshape(-1, self.config.width)
         if isinstance(self.head, Int8Linear):
-            return self.head(hidden)
-        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+            logits = self.head(rows)
+        else:
+            logits = F.linear(rows, self.head_weight.to(rows.dtype))
+        return logits.view(*hidden.shape[:-1], self.config.vocab_size)

@@ -16,15 +16,14 @@ from pumice.config import DecoderConfig, ImagePolicy, VisionConfig, from_dict
 from pumice.errors import InputError
 from pumice.model.vision import resize_positions
 from pumice.weights import keymaps
-from pumice.weights.checkpoint import Stocks, open_weights, stored
+from pumice.weights.checkpoint import Stocks, open_weights
 from pumice.weights.gguf_llm import open_gguf
 from pumice.weights.hf_config import decoder_config, default_policy, image_policy, vision_config
 from pumice.weights.jsonfile import Keys
 from pumice.weights.parts import WHEELS, locate
 from pumice.weights.recognise import Kind, gguf_file, recognise
 from pumice.weights.text import TextSide, read_text_side
-from pumice.weights.tokenizer import TokenizerFiles
-from pumice.weights.tower import load_efficientnet_lite
+from pumice.weights.tower import open_efficientnet_lite
 
 Source = str | os.PathLike[str]
 _CHOICES = ("layer", "select", "image_size")  # fields of VisionConfig that a ViT's own config leaves open
@@ -58,12 +57,7 @@ def open_llm(source: Source) -> LanguageModel:
     kind = recognise(path)
     if kind is Kind.GGUF:
         model = open_gguf(gguf_file(path))
-        bos, eos = (None if n is None else model.tokenizer.id_to_token(n) for n in (model.bos, model.eos))
-        files = TokenizerFiles(
-            model.tokenizer, bos=bos, eos=eos, adds_bos=model.add_bos, chat_template=model.chat_template
-        )
-        text = TextSide(files)
-        return LanguageModel(model.config, model.state, text, path, _wheel(source))
+        return LanguageModel(model.config, model.state, TextSide(model.text), path, _wheel(source))
     if kind is not Kind.LLM:
         raise InputError(f"{path} is {kind.value}, not a language model")
     keys = Keys.of(path / "config.json")
@@ -87,8 +81,7 @@ def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Towe
     path = locate(source)
     if path.is_file():
         config = from_dict(VisionConfig, choices, "vision")
-        tensors = {name: stored(tensor, name) for name, tensor in load_efficientnet_lite(path).items()}
-        return Tower(config, ImagePolicy(), tensors, path, _wheel(source))
+        return Tower(config, ImagePolicy(), open_efficientnet_lite(path), path, _wheel(source))
     own, policy = describe_tower(path)
     if wrong := [key for key in choices if key not in _CHOICES]:
         known = ", ".join(_CHOICES)

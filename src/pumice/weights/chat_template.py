@@ -51,7 +51,7 @@ def describe(
     """
     known = list(dict.fromkeys([*specials, *filter(None, (bos, eos))]))
     try:
-        jinja = _Jinja(source, bos, eos)
+        jinja = _Jinja(source, bos, eos, known)
         writes_bos = bool(bos) and jinja.raw([_QUESTIONS[0]]).startswith(bos or "")
         for name, template in TEMPLATES.items():
             if isinstance(template, Template) and not _difference(template, jinja):
@@ -69,18 +69,31 @@ def describe(
         ) from error
 
 
-def to_jinja(template: Template | Plain) -> str:
+def image_wrap(
+    source: str, *, bos: str | None, eos: str | None, specials: Collection[str]
+) -> tuple[str, str] | None:
+    """The special tokens that a chat template writes around each picture, as LLaVA 1.0 has them."""
+    try:
+        return _Jinja(source, bos, eos, specials).wrap
+    except _Unlike:
+        return None  # `describe` says so, where the template is needed
+
+
+def to_jinja(template: Template | Plain, wrap: tuple[str, str] | None = None) -> str:
     """A chat template for transformers that writes what `template` does.
 
     Contents may be texts, or lists of {"type": "image"} and {"type": "text", "text": ...}; a picture
-    becomes `<image>`. The begin-of-text token is left to the tokenizer, which puts it before everything.
+    becomes `<image>`, with `wrap` around it. The begin-of-text token is left to the tokenizer, which puts it
+    before everything.
     """
+    said = _SAID if wrap is None else _SAID.replace(_IMAGE, quoted(wrap[0] + IMAGE_PLACEHOLDER + wrap[1]))
     if isinstance(template, Plain):
         return (
-            _SAID + "{% for message in messages %}{% if message['content'] is not string %}"
-            "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}{% endif %}"
-            "{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}"
-            "{{ said(message['content'], false) + " + _quoted(template.stop) + " }}{% endif %}{% endfor %}"
+            said + "{% for message in messages %}{% if message['content'] is not string %}"
+            "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+            "{{ said([part], false) }}{% endif %}{% endfor %}{% endif %}"
+            "{% if message['role'] == 'assistant' %}"
+            "{{ said(message['content'], false) + " + quoted(template.stop) + " }}{% endif %}{% endfor %}"
         )
     chat = template.chat
     fields: dict[str, _Value] = {
@@ -96,10 +109,11 @@ def to_jinja(template: Template | Plain) -> str:
         "inside": chat.system_in_user,
         "trim": chat.trim,
     }
-    sets = "".join("{% set " + name + " = " + _quoted(value) + " %}" for name, value in fields.items())
-    return sets + _SAID + _TURNS
+    sets = "".join("{% set " + name + " = " + quoted(value) + " %}" for name, value in fields.items())
+    return sets + said + _TURNS
 
 
+_IMAGE = f"'{IMAGE_PLACEHOLDER}'"
 # What a message says, pictures at its front each on a line of their own: `templates._content`.
 _SAID = (
     "{% macro said(content, trim) %}{% if content is string %}"
@@ -132,10 +146,10 @@ _TURNS = (
 )
 
 
-def _quoted(value: _Value) -> str:
+def quoted(value: _Value) -> str:
     """A value as Jinja writes it."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_quoted, value)) + "]"
+        return "[" + ", ".join(map(quoted, value)) + "]"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
     return str(value).lower()
@@ -144,7 +158,7 @@ def _quoted(value: _Value) -> str:
 class _Jinja:
     """A chat template as transformers runs it."""
 
-    def __init__(self, source: str, bos: str | None, eos: str | None) -> None:
+    def __init__(self, source: str, bos: str | None, eos: str | None, specials: Collection[str]) -> None:
         import jinja2
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -174,6 +188,7 @@ class _Jinja:
         self._tokens = {"bos_token": bos or "", "eos_token": eos or ""}
         self.bos = bos or ""
         self.parts = False  # whether a content is a list of parts
+        self.wrap: tuple[str, str] | None = None  # what stands around a picture
         try:
             whole = _QUESTIONS[0][1] in self.raw([_QUESTIONS[0]])
         except _Unlike:
@@ -182,9 +197,24 @@ class _Jinja:
             self.parts = True
             if _QUESTIONS[0][1] not in self.raw([_QUESTIONS[0]]):
                 raise _Unlike("it leaves out what the user says")
+        self.wrap = self._around_a_picture(specials)
+
+    def _around_a_picture(self, specials: Collection[str]) -> tuple[str, str] | None:
+        content = [{"type": "image"}, {"type": "text", "text": "?"}]
+        try:
+            written = self._render([{"role": "user", "content": content}])
+        except _Unlike:
+            return None
+        before, _, after = written.partition(IMAGE_PLACEHOLDER)
+        left = max((token for token in specials if before.endswith(token)), key=len, default=None)
+        right = max((token for token in specials if after.startswith(token)), key=len, default=None)
+        return None if left is None or right is None else (left, right)
 
     def raw(self, turns: Sequence[_Turn], *, generate: bool = False, image: bool = False) -> str:
-        """What the template writes. image: the first question shows a picture, for a list of parts only."""
+        """What the template writes, without what it puts around pictures.
+
+        image: the first question shows a picture, for a list of parts only.
+        """
         messages: list[dict[str, Any]] = []
         for role, text in turns:
             content: Any = text
@@ -194,6 +224,12 @@ class _Jinja:
                     content.insert(0, {"type": "image"})
                     image = False
             messages.append({"role": role, "content": content})
+        text = self._render(messages, generate)
+        if self.wrap is not None:
+            text = text.replace(IMAGE_PLACEHOLDER.join(self.wrap), IMAGE_PLACEHOLDER)
+        return text
+
+    def _render(self, messages: list[dict[str, Any]], generate: bool = False) -> str:
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=generate, enable_thinking=False, **self._tokens

@@ -12,6 +12,7 @@ import json
 import math
 import pickle
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +214,11 @@ class _Bin(_File):
 
     def _open(self) -> Any:
         try:
-            state = self._load()
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # torch muses on how a stranger's pickle was made
+                state = self._load()
         except pickle.UnpicklingError as error:
             what = "refused: it is damaged, or holds more than tensors, and code in it is never run"
             raise self._bad(error, what) from error

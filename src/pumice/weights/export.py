@@ -21,13 +21,12 @@ from pumice.config import ModelConfig
 from pumice.errors import InputError
 from pumice.model.adapters import add_lora
 from pumice.model.layers import Block, Causal, RMSNorm, rotary
-from pumice.templates import get_template
 from pumice.weights import export_gguf, export_hf, export_llava, export_peft
-from pumice.weights.chat_template import to_jinja
-from pumice.weights.checkpoint import Stocks, Stored
+from pumice.weights.checkpoint import Stocks
 from pumice.weights.folder import LoadedParts, check, writing
 from pumice.weights.importing import DTYPES
 from pumice.weights.load import shapes
+from pumice.weights.peft import add_update
 
 REFUSALS: dict[str, Callable[[ModelConfig], str | None]] = {
     "hf": export_hf.refusal,
@@ -72,7 +71,7 @@ def export(
         raise InputError(f"there is no format {to!r} to export to; use one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise InputError(f"there is no type {dtype!r} to store; use one of {', '.join(DTYPES)}")
-    if reason := REFUSALS[to](model.config):
+    if reason := refusal(to, model.config):
         raise InputError(f"this model cannot be exported to {to}: {reason}")
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -82,20 +81,28 @@ def export(
     if to != "peft":
         config, state = (without_lora if drop_lora else merged)(config, state)
     if (wanted := DTYPES[dtype]) is not None:
-        state = {name: _cast(tensor, wanted) for name, tensor in state.items()}
-    template = get_template(config.template, config.chat)
-    chat = to_jinja(template)
+        state = {name: tensor.cast(wanted) for name, tensor in state.items()}
+    model = replace(model, config=config, state=state)
     notes: list[str] = []
     with writing(target, state) as fresh:
         if to == "hf":
-            export_hf.write(fresh, config, state, model.tokenizer, chat)
+            notes = export_hf.write(fresh, model)
         elif to == "llava":
-            notes = export_llava.write(fresh, config, state, model.tokenizer, chat, tower)
+            notes = export_llava.write(fresh, model, tower)
         elif to == "gguf":
-            notes = export_gguf.write(fresh, config, state, model.tokenizer, chat, kind)
+            notes = export_gguf.write(fresh, model, kind)
         else:
-            export_peft.write(fresh, config, state, model.tokenizer)
+            export_peft.write(fresh, model)
     return Exported(target, tuple(notes))
+
+
+def refusal(to: str, config: ModelConfig) -> str | None:
+    """Why the format cannot hold the model, and what to do instead; None when it can."""
+    reason = REFUSALS[to](config)
+    if reason is None:
+        return None
+    others = [other for other in ("hf", "llava", "gguf") if REFUSALS[other](config) is None]
+    return f"{reason}; {f'use --to {others[0]}' if others else 'share the Pumice folder itself'}"
 
 
 def without_lora(config: ModelConfig, state: Stocks) -> tuple[ModelConfig, Stocks]:
@@ -116,7 +123,7 @@ def merged(config: ModelConfig, state: Stocks) -> tuple[ModelConfig, Stocks]:
     for name in [name for name in state if name.endswith(".lora_a")]:
         layer = name.removesuffix(".lora_a")
         low, high = state[name], state[f"{layer}.lora_b"]
-        kept[f"{layer}.weight"] = state[f"{layer}.weight"].then(_add(low, high, lora.alpha / lora.rank))
+        kept[f"{layer}.weight"] = add_update(state[f"{layer}.weight"], low, high, lora.alpha / lora.rank)
     with_adapters, without = (probe(c, s) for c, s in ((config, state), (plain, kept)))
     moved = ((with_adapters - without).abs().max() / with_adapters.abs().max()).item()
     allowed = _MOVED[state["decoder.embed.weight"].dtype]
@@ -149,15 +156,3 @@ def probe(config: ModelConfig, state: Stocks) -> Tensor:
     norm.weight.copy_(state["decoder.norm.weight"].read())
     head = state["decoder.embed.weight" if decoder.tied_head else "decoder.head.weight"]
     return F.linear(norm(x[0]), head.read(torch.float32))
-
-
-def _add(low: Stored, high: Stored, scale: float) -> Callable[[Tensor], Tensor]:
-    def add(weight: Tensor) -> Tensor:
-        update = scale * (high.read(torch.float32) @ low.read(torch.float32))
-        return (weight.float() + update).to(weight.dtype)
-
-    return add
-
-
-def _cast(tensor: Stored, dtype: torch.dtype) -> Stored:
-    return Stored(tensor.shape, dtype, tensor.fetch, tensor.origin)

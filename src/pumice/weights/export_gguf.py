@@ -23,9 +23,12 @@ from torch import Tensor
 from pumice.config import ModelConfig
 from pumice.errors import InputError
 from pumice.model.layers import frequencies
+from pumice.templates import get_template
 from pumice.weights import keymaps
+from pumice.weights.chat_template import quoted, to_jinja
 from pumice.weights.checkpoint import Stocks, Stored, stored
-from pumice.weights.export_hf import tower_refusal
+from pumice.weights.export_hf import as_mlp, connector_refusal, tower_refusal
+from pumice.weights.folder import LoadedParts
 from pumice.weights.gguf_vocab import write_vocabulary
 
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers of file types
@@ -38,7 +41,9 @@ _SAID = (
     "{% set pieces = (all.text.strip() if trim else all.text).split('__>') %}"
     "{% set at = namespace(front=true) %}{% for piece in pieces %}"
     "{% if at.front and not loop.first %}{% set piece = piece.lstrip('\\n') %}{% endif %}"
-    "{% if loop.last %}{{ piece }}{% else %}{{ piece + '__>' }}"
+    "{% if loop.last %}{{ piece }}{% else %}{% set halves = piece.split('<__media') %}"
+    "{% if halves|length == 1 %}{{ piece + '__>' }}"
+    "{% else %}{{ halves[0] + left + '<__media' + halves[1] + '__>' + right }}{% endif %}"
     "{% set at.front = at.front and piece.startswith('<__media') %}"
     "{% if at.front and not (pieces[-1] == '' and loop.index + 1 == pieces|length) %}{{ '\\n' }}{% endif %}"
     "{% endif %}{% endfor %}"
@@ -46,7 +51,7 @@ _SAID = (
 
 
 def refusal(config: ModelConfig) -> str | None:
-    """Why llama.cpp cannot compute this model, and what can; None when it can."""
+    """Why llama.cpp cannot compute this model; None when it can."""
     decoder, arch = config.decoder, _architecture(config)
     if decoder.qk_norm and decoder.qkv_bias:
         return "its attention has both biases and query norms, which no architecture of llama.cpp has"
@@ -56,42 +61,33 @@ def refusal(config: ModelConfig) -> str | None:
 
 
 def _picture_refusal(config: ModelConfig) -> str | None:
-    connector = config.connector
-    if connector.reduce != "none" or connector.kind != "mlp2x_gelu":
-        kind = connector.kind if connector.reduce == "none" else connector.reduce
-        return f"its connector is {kind}, llama.cpp knows LLaVA's as mlp2x_gelu only; use --to llava"
+    if reason := connector_refusal(config):
+        return reason
     if config.image.mode == "anyres":
         return (
             "llama.cpp leaves out what joins LLaVA-NeXT's tiles (image_newline, cropped padding, rows across "
-            "tiles), so its answers would differ; use --to hf"
+            "tiles), so its answers would differ"
         )
     if config.vision.select == "cls_patch":
-        return "it keeps the class token, which llama.cpp drops; use --to hf"
-    if config.image_wrap:
-        return f"it puts {' and '.join(config.image_wrap)} around each picture; use --to llava"
+        return "it keeps the class token, which llama.cpp drops"
     return None
 
 
-def write(
-    folder: Path,
-    config: ModelConfig,
-    state: Stocks,
-    tokenizer: Tokenizer,
-    chat: str | None,
-    kind: str = "f16",
-) -> list[str]:
-    """Write `model-{kind}.gguf` and `mmproj-{kind}.gguf`; `state` has the names of `Llava`. Returns notes.
+def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
+    """Write `model-{kind}.gguf` and `mmproj-{kind}.gguf`; the model has no adapters. Returns notes.
 
     kind: of TYPES, for the matrices; the rest is f32. q8_0 leaves tower and connector in f16, and so any
-    row that is no whole number of blocks. chat: the chat template, Jinja.
+    row that is no whole number of blocks.
     """
     if kind not in TYPES:
         raise InputError(f"there is no GGUF type {kind!r} here; use one of {', '.join(TYPES)}")
+    model = as_mlp(model)
+    config, state, tokenizer = model.config, model.state, model.tokenizer
     decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}
     _write(
         folder / f"model-{kind}.gguf",
         _architecture(config),
-        lambda writer: _describe_llm(writer, config, tokenizer, chat, kind),
+        lambda writer: _describe_llm(writer, config, tokenizer, kind),
         _llm(config, decoder),
         kind,
     )
@@ -131,9 +127,7 @@ def write(
     return notes
 
 
-def _describe_llm(
-    writer: Any, config: ModelConfig, tokenizer: Tokenizer, chat: str | None, kind: str
-) -> None:
+def _describe_llm(writer: Any, config: ModelConfig, tokenizer: Tokenizer, kind: str) -> None:
     decoder, arch = config.decoder, _architecture(config)
     context = min(decoder.context, decoder.sliding_window or decoder.context)
     numbers = {
@@ -158,20 +152,21 @@ def _describe_llm(
         writer.add_string(f"{arch}.rope.scaling.type", "linear")
         writer.add_float32(f"{arch}.rope.scaling.factor", decoder.rope_scaling.factor)
     write_vocabulary(writer, config, tokenizer)
-    if chat is not None:
-        writer.add_string("tokenizer.chat_template", marked(chat))
+    chat = to_jinja(get_template(config.template, config.chat))
+    writer.add_string("tokenizer.chat_template", marked(chat, config.image_wrap))
 
 
-def marked(chat: str) -> str:
+def marked(chat: str, wrap: tuple[str, str] | None = None) -> str:
     """A template of `to_jinja` for llama.cpp, which writes a picture's marker into the text itself.
 
-    It joins text and markers without the new line that our templates put behind leading pictures.
+    It joins text and markers without the new line that our templates put behind leading pictures. wrap: what
+    stands around each picture.
     """
-    before, macro, rest = chat.partition("{% macro said(content, trim) %}")
-    _, end, after = rest.partition("{% endmacro %}")
-    if not (macro and end):  # a template that leaves all questions out
-        return chat
-    return before + macro + _SAID + end + after
+    before, _, rest = chat.partition("{% macro said(content, trim) %}")
+    _, _, after = rest.partition("{% endmacro %}")
+    left, right = map(quoted, wrap or ("", ""))
+    around = "{% set left = " + left + " %}{% set right = " + right + " %}"
+    return before + "{% macro said(content, trim) %}" + around + _SAID + "{% endmacro %}" + after
 
 
 def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Written for transformers: a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration folder.
+"""Written for transformers: the folder of a Llava-, LlavaNext- or LlavaOnevisionForConditionalGeneration.
 
 Knows: its keys, config.json and the files of its processor. Does not know: where the model comes from.
 
@@ -23,8 +23,11 @@ from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor
 
 from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
+from pumice.templates import get_template
 from pumice.weights import keymaps
+from pumice.weights.chat_template import to_jinja
 from pumice.weights.checkpoint import Stocks, write_weights
+from pumice.weights.folder import LoadedParts
 from pumice.weights.hf_config import RESAMPLE, padding
 from pumice.weights.jsonfile import write_json
 
@@ -32,20 +35,18 @@ IMAGE = "<image>"
 _ROWS = 64  # an embedding that grows gets a multiple of so many rows
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _OWN_KEYS: dict[str, dict[str, Any]] = {"clip": {}, "siglip": {"vision_use_head": False}}
+_CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
+_LINEAR = ("linear", "mlp1x_gelu")  # kinds of connector without anything but a matrix and a bias
 _RESAMPLE = {name: number for number, name in RESAMPLE.items()}
 
 
 def refusal(config: ModelConfig) -> str | None:
-    """Why transformers' LLaVA cannot compute this model, and what can; None when it can."""
-    connector, image = config.connector, config.image
-    if reason := tower_refusal(config):
+    """Why transformers' LLaVA cannot compute this model; None when it can."""
+    image = config.image
+    if reason := tower_refusal(config) or connector_refusal(config):
         return reason
-    if connector.reduce != "none" or connector.kind != "mlp2x_gelu":
-        return f"its connector is {_connector(config)}, there it is always mlp2x_gelu; use --to llava"
-    if config.image_wrap:
-        return f"it puts {' and '.join(config.image_wrap)} around each picture; use --to llava"
-    if image.mode == "anyres" and not (image.unpad and image.max_tiles is None):
-        return "its tiles are not joined as LLaVA-NeXT does (spatial_unpad, no limit); use --to llava"
+    if image.mode == "anyres" and not image.unpad:
+        return "the rows of its tiles do not end with image_newline, there they always do"
     if image.mode == "pad" and image.pad_color != padding(image.mean):
         return f"it pads with {image.pad_color}, there the colour is that of the mean, {padding(image.mean)}"
     return text_refusal(config.decoder)
@@ -54,44 +55,94 @@ def refusal(config: ModelConfig) -> str | None:
 def tower_refusal(config: ModelConfig) -> str | None:
     """Why the tower is none that others have; None when it is."""
     if config.vision.kind == "none":
-        return "it is a language model alone; use --to gguf"
+        return "it is a language model alone"
     if config.vision.kind not in ("clip", "siglip"):
-        return "no other software has its vision tower, an EfficientNet-Lite; share the Pumice folder itself"
+        return "no other software has its vision tower, an EfficientNet-Lite"
     return None
+
+
+def connector_refusal(config: ModelConfig) -> str | None:
+    """Why the connector is no mlp2x_gelu, nor can be written as one (`as_mlp`); None when it can."""
+    kind, reduce = config.connector.kind, config.connector.reduce
+    if reduce != "none":
+        return f"its connector has {reduce} before it, which no other software has"
+    if kind == "mlp2x_gelu":
+        return None
+    if kind not in _LINEAR:
+        return f"its connector is {kind}, there it is always mlp2x_gelu"
+    if 2 * config.vision.width > config.decoder.width:
+        return (
+            f"its connector is {kind}, there it is always mlp2x_gelu, which is a linear one only where the "
+            f"LLM ({config.decoder.width}) is twice as wide as the tower ({config.vision.width})"
+        )
+    return None
+
+
+def as_mlp(model: LoadedParts) -> LoadedParts:
+    """A linear connector as the mlp2x_gelu that computes the same, because gelu(x) - gelu(-x) = x.
+
+    Of D hidden values C are the features, C the features with the opposite sign; the second layer takes their
+    difference as the linear one takes the features. Every weight stays as it is, in its type.
+    """
+    if model.config.connector.kind not in _LINEAR:
+        return model
+    weight, bias = (model.state[f"connector.layers.0.{part}"] for part in ("weight", "bias"))
+    width, features = weight.shape  # D, C
+
+    def both_signs(old: Tensor) -> Tensor:
+        new, number = torch.zeros_like(old), torch.arange(features)
+        new[number, number], new[features + number, number] = 1, -1
+        return new
+
+    def difference(old: Tensor) -> Tensor:
+        return torch.cat((old, -old, old.new_zeros(width, width - 2 * features)), 1)
+
+    state = model.state | {
+        "connector.layers.0.weight": weight.then(both_signs),
+        "connector.layers.0.bias": bias.then(torch.zeros_like),
+        "connector.layers.2.weight": weight.then(difference, (width, width)),
+        "connector.layers.2.bias": bias,
+    }
+    config = replace(model.config, connector=replace(model.config.connector, kind="mlp2x_gelu"))
+    return replace(model, config=config, state=state)
 
 
 def text_refusal(config: DecoderConfig) -> str | None:
     """Why none of transformers' Llama, Mistral, Qwen2 and Qwen3 is this decoder; None when one is."""
     if config.qk_norm and config.qkv_bias:
         return "its attention has both biases and query norms, which none of the decoders there has"
-    if config.qkv_bias and config.heads * config.head_width != config.width:
-        return f"its heads take {config.heads * config.head_width} values, Qwen2's always {config.width}"
+    if config.qkv_bias and (inner := config.heads * config.head_width) != config.width:
+        return f"its heads take {inner} values, Qwen2's always {config.width}"
     return None
 
 
-def write(folder: Path, config: ModelConfig, state: Stocks, tokenizer: Tokenizer, chat: str | None) -> None:
-    """Write the folder; `state` has the names of `Llava`, no adapters among them.
-
-    chat: the chat template, Jinja.
-    """
-    config, state, tokenizer = with_image_token(config, state, tokenizer)
+def write(folder: Path, model: LoadedParts) -> list[str]:
+    """Write the folder; the model has no adapters. Returns notes."""
+    notes = []
+    if model.config.connector.kind in _LINEAR:
+        notes.append("the linear connector is written as an mlp2x_gelu that computes the same")
+    if _kind(model.config) == "llava_onevision":
+        notes.append("transformers shows one picture in tiles, but each of several as one square")
+    model = as_mlp(with_image_token(model))
+    config, state, tokenizer = model.config, model.state, model.tokenizer
+    chat = to_jinja(get_template(config.template, config.chat), config.image_wrap)
     table = keymaps.llava(config, keymaps.HF_NESTINGS[0], keymaps.hf_connector(True), "vision_model.")
     names = keymaps.inverse(table)
     write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
     _write_config(folder, config, state, tokenizer)
     write_tokenizer(folder, config, tokenizer, chat)
     _write_processor(folder, config, chat)
+    return notes
 
 
-def with_image_token(
-    config: ModelConfig, state: Stocks, tokenizer: Tokenizer
-) -> tuple[ModelConfig, Stocks, Tokenizer]:
+def with_image_token(model: LoadedParts) -> LoadedParts:
     """The model with `<image>` among its tokens, and an embedding long enough for it."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    config, state = model.config, model.state
+    tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed <= config.decoder.vocab_size:
-        return config, state, tokenizer
+        return replace(model, tokenizer=tokenizer)
     rows = -(-needed // _ROWS) * _ROWS
 
     def grow(weight: Tensor) -> Tensor:
@@ -100,7 +151,8 @@ def with_image_token(
 
     long = {name: state[name] for name in ("decoder.embed.weight", "decoder.head.weight") if name in state}
     state = state | {name: tensor.then(grow, (rows, tensor.shape[1])) for name, tensor in long.items()}
-    return replace(config, decoder=replace(config.decoder, vocab_size=rows)), state, tokenizer
+    config = replace(config, decoder=replace(config.decoder, vocab_size=rows))
+    return replace(model, config=config, state=state, tokenizer=tokenizer)
 
 
 def text_config(config: DecoderConfig) -> dict[str, Any]:
@@ -152,10 +204,12 @@ def vision_config(config: VisionConfig) -> dict[str, Any]:
 
 
 def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
-    """preprocessor_config.json of CLIPImageProcessor, LlavaImageProcessor or LlavaNextImageProcessor."""
-    kinds = {"pad": "LlavaImageProcessor", "anyres": "LlavaNextImageProcessor"}
+    """preprocessor_config.json: of CLIPImageProcessor, or of Llava's, LlavaNext's or LlavaOnevision's own."""
+    kind = "LlavaImageProcessor" if image.mode == "pad" else "CLIPImageProcessor"
+    if image.mode == "anyres":
+        kind = "LlavaNextImageProcessor" if image.max_tiles is None else "LlavaOnevisionImageProcessor"
     values: dict[str, Any] = {
-        "image_processor_type": kinds.get(image.mode, "CLIPImageProcessor"),
+        "image_processor_type": kind,
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": size},
@@ -168,7 +222,7 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
         "image_mean": list(image.mean),
         "image_std": list(image.std),
     }
-    if image.mode == "squash":
+    if image.mode == "squash" or image.max_tiles is not None:
         values |= {"size": {"height": size, "width": size}, "do_center_crop": False}
     if image.mode in ("pad", "anyres"):
         values["do_pad"] = True  # its default for squares is False, which would crop in silence
@@ -177,7 +231,7 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
     return values
 
 
-def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, chat: str | None) -> None:
+def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, chat: str) -> None:
     """tokenizer.json, which adds the begin-of-text by itself, and the two files beside it."""
     bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
     plain = tokenizer.encode("a", add_special_tokens=False).ids
@@ -195,7 +249,6 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
     named = {"bos_token": bos, "eos_token": stop, "pad_token": fills}
     special = {key: token for key, token in named.items() if token is not None}
     write_json(folder / "special_tokens_map.json", special)
-    own: dict[str, Any] = {} if chat is None else {"chat_template": chat}
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -205,7 +258,7 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
             "model_max_length": config.decoder.context,
             "model_input_names": ["input_ids", "attention_mask"],  # before 5.0 there would be token_type_ids
             "padding_side": "left",
-            **own,
+            "chat_template": chat,
         },
     )
 
@@ -222,7 +275,7 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write_config(folder: Path, config: ModelConfig, state: Stocks, tokenizer: Tokenizer) -> None:
-    anyres = config.image.mode == "anyres"
+    kind = _kind(config)
     text = text_config(config.decoder)
     if config.bos_token_id is not None:
         text["bos_token_id"] = config.bos_token_id
@@ -230,8 +283,8 @@ def _write_config(folder: Path, config: ModelConfig, state: Stocks, tokenizer: T
         text["eos_token_id"] = config.stop_token_ids[0]
     dtype = str(state["decoder.embed.weight"].dtype).removeprefix("torch.")
     values: dict[str, Any] = {
-        "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
-        "model_type": "llava_next" if anyres else "llava",
+        "architectures": [f"{_CLASSES[kind]}ForConditionalGeneration"],
+        "model_type": kind,
         "image_token_index": tokenizer.token_to_id(IMAGE),
         "image_seq_length": config.image_tokens,
         "projector_hidden_act": "gelu",
@@ -243,35 +296,48 @@ def _write_config(folder: Path, config: ModelConfig, state: Stocks, tokenizer: T
         "text_config": text | {"torch_dtype": dtype},
         "vision_config": vision_config(config.vision),
     }
-    if anyres:
+    if config.image.mode == "anyres":
         values["image_grid_pinpoints"] = _pinpoints(config.image)
+    if kind == "llava_onevision":
+        values |= {"vision_aspect_ratio": _aspect_ratio(config.image)}
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", generation_config(config))
 
 
-def _write_processor(folder: Path, config: ModelConfig, chat: str | None) -> None:
-    anyres = config.image.mode == "anyres"
-    kind = "LlavaNextProcessor" if anyres else "LlavaProcessor"
-    images = image_processor(config.image, config.vision.image_size)
-    write_json(folder / "preprocessor_config.json", images | {"processor_class": kind})
-    write_json(
-        folder / "processor_config.json",
-        {
-            "processor_class": kind,
-            "image_token": IMAGE,
-            "patch_size": config.vision.stride,
-            "num_additional_image_tokens": int(config.vision.kind == "clip"),  # the class token
-            "vision_feature_select_strategy": _strategy(config),
-        },
-    )
-    if chat is not None:
-        (folder / "chat_template.jinja").write_text(chat, encoding="utf-8", newline="")
-        write_json(folder / "chat_template.json", {"chat_template": chat})  # read before 4.50
+def _write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
+    name = f"{_CLASSES[_kind(config)]}Processor"
+    images = image_processor(config.image, config.vision.image_size) | {"processor_class": name}
+    values: dict[str, Any] = {
+        "processor_class": name,
+        "image_token": IMAGE,
+        "vision_feature_select_strategy": _strategy(config),
+    }
+    if _kind(config) == "llava_onevision":
+        values |= {
+            "num_image_tokens": config.vision.grid**2 + (config.vision.kind == "clip"),
+            "vision_aspect_ratio": _aspect_ratio(config.image),
+        }
+        videos = {key: value for key, value in images.items() if key != "image_grid_pinpoints"}
+        videos |= {"image_processor_type": None, "video_processor_type": "LlavaOnevisionVideoProcessor"}
+        write_json(folder / "video_preprocessor_config.json", videos)  # its processor is not made without one
+    else:
+        class_tokens = int(config.vision.kind == "clip")
+        values |= {"patch_size": config.vision.stride, "num_additional_image_tokens": class_tokens}
+    write_json(folder / "preprocessor_config.json", images)
+    write_json(folder / "processor_config.json", values)
+    (folder / "chat_template.jinja").write_text(chat, encoding="utf-8", newline="")
+    write_json(folder / "chat_template.json", {"chat_template": chat})  # read before 4.50
 
 
-def _connector(config: ModelConfig) -> str:
-    reduce = "" if config.connector.reduce == "none" else f" after {config.connector.reduce}"
-    return f"{config.connector.kind}{reduce}"
+def _kind(config: ModelConfig) -> str:
+    """Its model_type."""
+    if config.image.mode != "anyres":
+        return "llava"
+    return "llava_next" if config.image.max_tiles is None else "llava_onevision"
+
+
+def _aspect_ratio(image: ImagePolicy) -> str:
+    return f"anyres_max_{image.max_tiles}"
 
 
 def _strategy(config: ModelConfig) -> str:

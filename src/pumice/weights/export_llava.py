@@ -16,10 +16,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from pumice.config import ImagePolicy, ModelConfig, VisionConfig
+from pumice.templates import get_template
 from pumice.weights import keymaps
+from pumice.weights.chat_template import to_jinja
 from pumice.weights.checkpoint import Stocks, write_weights
 from pumice.weights.export_hf import (
     generation_config,
@@ -30,11 +30,12 @@ from pumice.weights.export_hf import (
     vision_config,
     write_tokenizer,
 )
+from pumice.weights.folder import LoadedParts
 from pumice.weights.hf_config import padding
 from pumice.weights.jsonfile import write_json
+from pumice.weights.original import IMAGE_WRAP
 
 TOWER = "vision_tower"  # the folder beside the weights
-IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
 # Published towers by kind, width, depth, patch and picture: which name the original code can build.
 _PUBLISHED = {
@@ -45,44 +46,38 @@ _PUBLISHED = {
 
 
 def refusal(config: ModelConfig) -> str | None:
-    """Why the original code cannot compute this model, and what can; None when it can."""
+    """Why the original code cannot compute this model; None when it can."""
     image, connector = config.image, config.connector
     if reason := tower_refusal(config):
         return reason
     if connector.reduce != "none":
-        return f"its connector reduces by {connector.reduce}, which that code cannot; share the Pumice folder"
-    if config.image_wrap not in (None, (IMAGE_START, IMAGE_END)):
-        around = " and ".join(config.image_wrap or ())
-        return f"it puts {around} around each picture, that code only {IMAGE_START} and {IMAGE_END}"
+        return f"its connector reduces by {connector.reduce}, which that code cannot"
+    if config.image_wrap not in (None, IMAGE_WRAP):
+        around, theirs = (" and ".join(wrap or ()) for wrap in (config.image_wrap, IMAGE_WRAP))
+        return f"it puts {around} around each picture, that code only {theirs}"
     if image.mode == "squash" and config.vision.kind == "clip":
-        return "it squashes pictures to a square, which that code does with no CLIP tower; use --to hf"
+        return "it squashes pictures to a square, which that code does with no CLIP tower"
     if image.mode == "pad" and image.pad_color != padding(image.mean):
         return f"it pads with {image.pad_color}, that code with the mean's colour, {padding(image.mean)}"
     if config.decoder.qk_norm:
-        return "its decoder is a Qwen3, which that code has not; use --to hf"
+        return "its decoder is a Qwen3, which that code has not"
     return text_refusal(config.decoder)
 
 
-def write(
-    folder: Path,
-    config: ModelConfig,
-    state: Stocks,
-    tokenizer: Tokenizer,
-    chat: str | None,
-    tower: str | None = None,
-) -> list[str]:
-    """Write the folder; `state` has the names of `Llava`, no adapters among them. Returns notes.
+def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[str]:
+    """Write the folder; the model has no adapters. Returns notes.
 
-    chat: the chat template, Jinja. tower: a hub name or a path from which the original code can build a
-    tower of this shape; that of the published one when not given.
+    tower: a hub name or a path from which the original code can build a tower of this shape; that of the
+    published one when not given.
     """
+    config, state = model.config, model.state
     tower = tower or tower_name(config.vision)
     connector = keymaps.original_connector(config.connector.kind)
     names = keymaps.inverse(keymaps.llava(config, keymaps.ORIGINAL, connector, "vision_model."))
     write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
     write_json(folder / "config.json", _config(config, state, tower))
     write_json(folder / "generation_config.json", generation_config(config))
-    write_tokenizer(folder, config, tokenizer, chat)
+    write_tokenizer(folder, config, model.tokenizer, to_jinja(get_template(config.template, config.chat)))
     (folder / TOWER).mkdir()
     write_json(folder / TOWER / "config.json", vision_config(config.vision))
     squares = ImagePolicy(

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from pumice.config import ModelConfig
 from pumice.weights import export_hf, keymaps
 from pumice.weights.checkpoint import Stocks, write_weights
+from pumice.weights.folder import LoadedParts
 from pumice.weights.jsonfile import write_json
 
 BASE = "base.json"
@@ -27,17 +27,17 @@ _SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 def refusal(config: ModelConfig) -> str | None:
     """Why there is no adapter to write; None when there is one."""
     if config.lora is None:
-        return "it has no LoRA adapters; use --to hf for the whole model"
+        return "it has no LoRA adapters"
     return export_hf.refusal(config)  # PEFT puts the adapters onto that model
 
 
-def write(folder: Path, config: ModelConfig, state: Stocks, tokenizer: Tokenizer) -> None:
-    """Write the folder; of `state` (by the names of `Llava`) it holds the adapters."""
-    lora = config.lora
+def write(folder: Path, model: LoadedParts) -> None:
+    """Write the folder, which holds the model's adapters alone."""
+    config, lora = model.config, model.config.lora
     assert lora is not None
     names = keymaps.inverse(keymaps.hf_decoder(config.decoder))
     adapters: Stocks = {}
-    for name, tensor in state.items():
+    for name, tensor in model.state.items():
         layer, _, kind = name.removeprefix("decoder.").rpartition(".")
         if kind in _SUFFIXES:
             theirs = str(names[f"{layer}.weight"]).removeprefix("model.").removesuffix(".weight")
@@ -59,8 +59,8 @@ def write(folder: Path, config: ModelConfig, state: Stocks, tokenizer: Tokenizer
     }
     write_weights(folder, adapters, "adapter_model")
     write_json(folder / "adapter_config.json", values)
-    exported = export_hf.with_image_token(config, state, tokenizer)[1]
-    write_json(folder / BASE, {"fingerprint": fingerprint(exported)})
+    exported = export_hf.with_image_token(model)
+    write_json(folder / BASE, {"fingerprint": fingerprint(exported.state)})
 
 
 def fingerprint(state: Stocks) -> str:

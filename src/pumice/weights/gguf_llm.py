@@ -15,18 +15,17 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from pumice.config import DecoderConfig, RopeScaling
+from pumice.config import DecoderConfig, RopeScaling, naming
 from pumice.errors import InputError
 from pumice.model.layers import frequencies
 from pumice.weights import keymaps
 from pumice.weights.checkpoint import Stocks, Stored
 from pumice.weights.gguf import PLAIN, GgufFile
-from pumice.weights.sentencepiece import SentencePiece
+from pumice.weights.sentencepiece import BPE, CONTROL, UNUSED, USER_DEFINED, SentencePiece
+from pumice.weights.tokenizer import TokenizerFiles
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _FACTORS = "rope_freqs.weight"
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # tokenizer.ggml.token_type
-_SENTENCEPIECE_BPE = 2  # trainer_spec.model_type of a SentencePiece model
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,12 +38,7 @@ class GgufModel:
 
     config: DecoderConfig
     state: Stocks
-    tokenizer: Tokenizer
-    bos: int | None
-    eos: int | None
-    pad: int | None
-    add_bos: bool  # a conversation begins with bos, which the tokenizer itself does not add
-    chat_template: str | None
+    text: TokenizerFiles
 
 
 def open_gguf(path: str | PathLike[str]) -> GgufModel:
@@ -53,18 +47,8 @@ def open_gguf(path: str | PathLike[str]) -> GgufModel:
     Raises InputError when the file is damaged, or is of a kind that our decoder or tokenizer is not.
     """
     file = GgufFile(path)
-    metadata = file.metadata
     config = decoder_config(file)
-    return GgufModel(
-        config=config,
-        state=_state(file, config),
-        tokenizer=build_tokenizer(metadata, str(path)),
-        bos=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos=metadata.get("tokenizer.ggml.eos_token_id"),
-        pad=metadata.get("tokenizer.ggml.padding_token_id"),
-        add_bos=metadata.get("tokenizer.ggml.add_bos_token", False),
-        chat_template=metadata.get("tokenizer.chat_template"),
-    )
+    return GgufModel(config, _state(file, config), tokenizer_files(file))
 
 
 def decoder_config(file: GgufFile) -> DecoderConfig:
@@ -97,22 +81,44 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
     rope_base = _shortest(value("rope.freq_base", 10000.0))
     if _FACTORS in file.infos:
         rope_scaling = _slowed(file, head_width, rope_base)
-    return DecoderConfig(
-        vocab_size=file.infos["token_embd.weight"].shape[0],
-        width=width,
-        depth=value("block_count"),
-        heads=heads,
-        kv_heads=value("attention.head_count_kv", heads),
-        head_width=head_width,
-        mlp_width=value("feed_forward_length"),
-        context=value("context_length"),
-        rope_base=rope_base,
-        rope_scaling=rope_scaling,
-        norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
-        tied_head="output.weight" not in file.infos,
-        qkv_bias="blk.0.attn_q.bias" in file.infos,
-        qk_norm="blk.0.attn_q_norm.weight" in file.infos,
-        sliding_window=metadata.get(f"{kind}.attention.sliding_window"),
+    with naming(str(file.path)):
+        return DecoderConfig(
+            vocab_size=file.infos["token_embd.weight"].shape[0],
+            width=width,
+            depth=value("block_count"),
+            heads=heads,
+            kv_heads=value("attention.head_count_kv", heads),
+            head_width=head_width,
+            mlp_width=value("feed_forward_length"),
+            context=value("context_length"),
+            rope_base=rope_base,
+            rope_scaling=rope_scaling,
+            norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
+            tied_head="output.weight" not in file.infos,
+            qkv_bias="blk.0.attn_q.bias" in file.infos,
+            qk_norm="blk.0.attn_q_norm.weight" in file.infos,
+            sliding_window=metadata.get(f"{kind}.attention.sliding_window"),
+        )
+
+
+def tokenizer_files(file: GgufFile) -> TokenizerFiles:
+    """What the metadata says of text; what it leaves out is as in llama.cpp (src/llama-vocab.cpp)."""
+    metadata = file.metadata
+    tokenizer = build_tokenizer(metadata, str(file.path))
+    sentencepiece = metadata["tokenizer.ggml.model"] == "llama"
+    usual: dict[str, int] = {"bos": 1, "eos": 2} if sentencepiece else {}
+
+    def token(name: str) -> str | None:
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
+        return None if number is None else tokenizer.id_to_token(number)
+
+    adds_bos = sentencepiece or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    return TokenizerFiles(
+        tokenizer,
+        bos=token("bos"),
+        eos=token("eos"),
+        adds_bos=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
+        chat_template=metadata.get("tokenizer.chat_template"),
     )
 
 
@@ -126,12 +132,12 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre", "gpt-2")
     if name not in PRE_TOKENIZERS:
         raise InputError(f"{where} splits words as {name!r}; known are {', '.join(PRE_TOKENIZERS)}")
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    tokens = _needed(metadata, "tokenizer.ggml.tokens", where)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
-            merges=[_pair(merge) for merge in metadata["tokenizer.ggml.merges"]],
+            merges=[_pair(merge) for merge in _needed(metadata, "tokenizer.ggml.merges", where)],
             unk_token=None if unknown is None else tokens[unknown],
             ignore_merges=name == "llama-bpe",
         )
@@ -139,14 +145,14 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]()
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, metadata.get("tokenizer.ggml.token_type", ()), strict=False):
-        if kind in (_CONTROL, _USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
+        if kind in (CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
     return tokenizer
 
 
 def _sentencepiece(metadata: dict[str, Any], where: str) -> Tokenizer:
     """A SentencePiece BPE, of which GGUF keeps the pieces, their scores and kinds."""
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    tokens = _needed(metadata, "tokenizer.ggml.tokens", where)
     scores = metadata.get("tokenizer.ggml.scores", ())
     kinds = metadata.get("tokenizer.ggml.token_type", ())
     if not len(tokens) == len(scores) == len(kinds):
@@ -160,9 +166,9 @@ def _sentencepiece(metadata: dict[str, Any], where: str) -> Tokenizer:
     }
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     pieces = list(zip(tokens, scores, kinds, strict=True))
-    while pieces and pieces[-1][2] == _UNUSED:  # they fill up a vocabulary to a round number
+    while pieces and pieces[-1][2] == UNUSED:  # they fill up a vocabulary to a round number
         pieces.pop()
-    model = SentencePiece(pieces, _SENTENCEPIECE_BPE, add_prefix=prefix, remove_spaces=False, **numbers)
+    model = SentencePiece(pieces, BPE, add_prefix=prefix, remove_spaces=False, **numbers)
     return model.tokenizer(where, add_bos=False)
 
 
@@ -207,6 +213,13 @@ def _stored(file: GgufFile, name: str, heads: int | None) -> Stored:
     info = file.infos[name]
     dtype = PLAIN.get(info.kind, torch.float32)
     return Stored(info.shape, dtype, fetch, f"{name} in {file.path.name}")
+
+
+def _needed(metadata: dict[str, Any], key: str, where: str) -> list[str]:
+    if key not in metadata:
+        raise InputError(f"{where} does not say {key}, so it holds no whole tokenizer")
+    found: list[str] = metadata[key]
+    return found
 
 
 def _pair(merge: str) -> tuple[str, str]:

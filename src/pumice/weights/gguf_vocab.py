@@ -14,9 +14,7 @@ from tokenizers import Tokenizer, models
 from pumice.config import ModelConfig
 from pumice.errors import InputError
 from pumice.weights.gguf_llm import PRE_TOKENIZERS
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-_SPACE = "\u2581"  # SentencePiece's
+from pumice.weights.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
 
 def write_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -94,7 +92,7 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 def _begins_with_space(tokenizer: Tokenizer) -> bool:
     """Whether a space is put before the first word."""
     plain = tokenizer.encode("a", add_special_tokens=False).tokens
-    return bool(plain) and plain[0].startswith(_SPACE)
+    return bool(plain) and plain[0].startswith(SPACE)
 
 
 def _pre_tokenizer(values: dict[str, Any]) -> str:

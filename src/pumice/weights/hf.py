@@ -71,7 +71,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     biases = keys.get("multimodal_projector_bias", bool, True)
     config, notes = side.model_config(
         template, str(folder), fallback=_USUAL[text.get("model_type", str)], decoder=decoder, vision=vision,
-        connector=ConnectorConfig("mlp2x_gelu"), image=image,
+        connector=ConnectorConfig("mlp2x_gelu"), image=image, image_wrap=side.image_wrap(),
     )  # fmt: skip
     if image.mode == "crop" and "do_pad" not in processor.values:  # transformers' own conversions lack it
         notes += (f"pictures are cropped, as {Path(processor.where).name} does not ask for do_pad",)

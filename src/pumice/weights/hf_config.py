@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pumice.config import DecoderConfig, ImagePolicy, RopeScaling, VisionConfig
+from pumice.config import DecoderConfig, ImagePolicy, RopeScaling, VisionConfig, naming
 from pumice.errors import InputError
 from pumice.weights.jsonfile import Keys
 
@@ -70,23 +70,24 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
         head_width = width // heads
     shared = _nullable(keys, "num_key_value_heads")
     base, scaling = _rope(keys, context)
-    return DecoderConfig(
-        vocab_size=keys.get("vocab_size", int),
-        width=width,
-        depth=depth,
-        heads=heads,
-        kv_heads=heads if shared is None else shared,
-        head_width=head_width,
-        mlp_width=keys.get("intermediate_size", int),
-        context=context,
-        rope_base=base,
-        rope_scaling=scaling,
-        norm_eps=keys.get("rms_norm_eps", float),
-        tied_head=keys.get("tie_word_embeddings", bool, False) if tied is None else tied,
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        sliding_window=_window(keys, kind, depth, context),
-    )
+    with naming(keys.where):
+        return DecoderConfig(
+            vocab_size=keys.get("vocab_size", int),
+            width=width,
+            depth=depth,
+            heads=heads,
+            kv_heads=heads if shared is None else shared,
+            head_width=head_width,
+            mlp_width=keys.get("intermediate_size", int),
+            context=context,
+            rope_base=base,
+            rope_scaling=scaling,
+            norm_eps=keys.get("rms_norm_eps", float),
+            tied_head=keys.get("tie_word_embeddings", bool, False) if tied is None else tied,
+            qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
+            sliding_window=_window(keys, kind, depth, context),
+        )
 
 
 def vision_config(given: Keys, kind: str | None = None, **choices: Any) -> VisionConfig:
@@ -107,18 +108,19 @@ def vision_config(given: Keys, kind: str | None = None, **choices: Any) -> Visio
     size, patch = keys.get("image_size", int), keys.get("patch_size", int)
     if not 0 < patch <= size:
         raise InputError(f"{keys.where}: a patch_size of {patch} does not fit into an image_size of {size}")
-    return VisionConfig(
-        kind=ours,
-        image_size=size,
-        width=keys.get("hidden_size", int),
-        stride=patch,
-        depth=keys.get("num_hidden_layers", int),
-        heads=keys.get("num_attention_heads", int),
-        mlp_width=keys.get("intermediate_size", int),
-        activation=keys.only("hidden_act", ACTIVATIONS, None),
-        norm_eps=keys.get("layer_norm_eps", float),
-        **choices,
-    )
+    with naming(keys.where):
+        return VisionConfig(
+            kind=ours,
+            image_size=size,
+            width=keys.get("hidden_size", int),
+            stride=patch,
+            depth=keys.get("num_hidden_layers", int),
+            heads=keys.get("num_attention_heads", int),
+            mlp_width=keys.get("intermediate_size", int),
+            activation=keys.only("hidden_act", ACTIVATIONS, None),
+            norm_eps=keys.get("layer_norm_eps", float),
+            **choices,
+        )
 
 
 def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:

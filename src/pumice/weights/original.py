@@ -44,7 +44,7 @@ _BEGINNINGS = (
     ("lm_head.", "lm_head."),
     ("", "model."),
 )
-IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
+IMAGE_WRAP = ("<im_start>", "<im_end>")  # around each picture where mm_use_im_start_end says so
 Sources = dict[str, tuple[str, Path]]
 
 
@@ -73,7 +73,7 @@ def open_original(
     sources["tower"] = (named, path)
     connector = _connector(keys)
     image = _image(keys, vision, published)
-    wrap = (IMAGE_START, IMAGE_END) if keys.get("mm_use_im_start_end", bool, False) else None
+    wrap = IMAGE_WRAP if keys.get("mm_use_im_start_end", bool, False) else None
     config, notes = side.model_config(
         template, str(folder), usual=usual, decoder=decoder, vision=vision, connector=connector, image=image,
         image_wrap=wrap,

@@ -56,7 +56,8 @@ def adapt(base: LoadedParts, folder: Path) -> LoadedParts:
             state[name.removesuffix("weight") + "lora_a"] = a
             state[name.removesuffix("weight") + "lora_b"] = b
         else:
-            state[name] = _merged(base.state[name], a, b, config.alpha / config.rank, keys.where)
+            _check_fit(base.state[name], a, b, keys.where)
+            state[name] = add_update(base.state[name], a, b, config.alpha / config.rank)
     if kept is not None:
         order = [target for target in LoraConfig().targets if target in targets]
         kept = dataclasses.replace(kept, targets=tuple(order))
@@ -147,10 +148,14 @@ def _block(name: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match else None
 
 
-def _merged(weight: Stored, a: Stored, b: Stored, scale: float, where: str) -> Stored:
-    if (b.shape[0], a.shape[1]) != weight.shape:
-        update = [b.shape[0], a.shape[1]]
+def _check_fit(weight: Stored, a: Stored, b: Stored, where: str) -> None:
+    update = [b.shape[0], a.shape[1]]
+    if update != list(weight.shape):
         raise InputError(f"{where}: an update of {update} does not fit {weight.origin}, {list(weight.shape)}")
+
+
+def add_update(weight: Stored, a: Stored, b: Stored, scale: float) -> Stored:
+    """weight (out, in) + scale * b (out, rank) @ a (rank, in), computed in fp32 when it is read."""
 
     def add(tensor: Tensor) -> Tensor:
         update = scale * (b.read(torch.float32) @ a.read(torch.float32))

@@ -25,9 +25,9 @@ from tokenizers import (
 from pumice.errors import InputError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of piece; GGUF has the same
-_BPE = 2  # trainer_spec.model_type
-_TYPES = {1: "Unigram", _BPE: "BPE", 3: "word", 4: "character"}
-_SPACE = "▁"
+BPE = 2  # trainer_spec.model_type
+_TYPES = {1: "Unigram", BPE: "BPE", 3: "word", 4: "character"}
+SPACE = "▁"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class SentencePiece:
     unk: int = 0
     bos: int = 1
     eos: int = 2
-    pad: int = -1
     charsmap: bytes = b""  # a compiled table of character replacements
     add_prefix: bool = True  # a space before the text
     remove_spaces: bool = True  # at both ends, and all but one of several
@@ -69,7 +68,6 @@ class SentencePiece:
             unk=_int(trainer.get(40), 0),
             bos=_int(trainer.get(41), 1),
             eos=_int(trainer.get(42), 2),
-            pad=_int(trainer.get(43), -1),
             charsmap=bytes(normalizer.get(2, b"")),
             add_prefix=bool(normalizer.get(3, True)),
             remove_spaces=bool(normalizer.get(4, True)),
@@ -87,7 +85,7 @@ class SentencePiece:
         names the model in errors.
         """
         kinds = {kind for _, _, kind in self.pieces}
-        if self.model_type != _BPE or UNUSED in kinds:
+        if self.model_type != BPE or UNUSED in kinds:
             kind = _TYPES.get(self.model_type, "unknown") if UNUSED not in kinds else "BPE with unused pieces"
             raise InputError(
                 f"{where} is a SentencePiece model of the kind {kind}; only BPE is read from one: "
@@ -111,14 +109,14 @@ class SentencePiece:
                 normalizers.Replace(Regex(" {2,}"), " "),
             ]
         if legacy:
-            changes += [normalizers.Prepend(_SPACE)] if self.add_prefix else []
-            changes.append(normalizers.Replace(" ", _SPACE))
+            changes += [normalizers.Prepend(SPACE)] if self.add_prefix else []
+            changes.append(normalizers.Replace(" ", SPACE))
         else:
             scheme = "first" if self.add_prefix else "never"
-            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
         if changes:
             tokenizer.normalizer = normalizers.Sequence(changes)
-        steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         strips = [decoders.Strip(" ", 1, 0)] if self.add_prefix else []
         tokenizer.decoder = decoders.Sequence([*steps, *strips])
         tokenizer.add_special_tokens(

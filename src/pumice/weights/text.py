@@ -16,7 +16,7 @@ from pumice.config import ChatFormat, ModelConfig
 from pumice.errors import InputError
 from pumice.templates import OWN, TEMPLATES, get_template
 from pumice.tokens import Tokenizer
-from pumice.weights.chat_template import describe
+from pumice.weights.chat_template import describe, image_wrap
 from pumice.weights.jsonfile import Keys
 from pumice.weights.tokenizer import TokenizerFiles, read_tokenizer
 
@@ -69,6 +69,14 @@ class TextSide:
             bos_token_id=bos,
         )
         return config, (note,) if note else ()
+
+    def image_wrap(self) -> tuple[str, str] | None:
+        """The special tokens that the chat template writes around each picture."""
+        files = self.files
+        if files.chat_template is None:
+            return None
+        special = list(Tokenizer(self.tokenizer).special)
+        return image_wrap(files.chat_template, bos=files.bos, eos=files.eos, specials=special)
 
     def _format(
         self, asked: str | None, where: str, usual: str | None, fallback: str | None

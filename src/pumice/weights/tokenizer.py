@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 
 from pumice.errors import InputError
 from pumice.tokens import Tokenizer
+from pumice.weights.gguf import GgufFile
 from pumice.weights.jsonfile import read_json, read_text
 from pumice.weights.sentencepiece import SentencePiece
 
@@ -24,7 +25,7 @@ KINDS = "a tokenizer.json, a tokenizer.model, a GGUF file, or a folder with one 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a tokenizer's files say. bos, eos, pad: the tokens' texts, None where unknown.
+    """What a tokenizer's files say. bos, eos: the tokens' texts, None where unknown.
 
     adds_bos: a text that is not a chat begins with bos. chat_template: in Jinja, as written.
     """
@@ -32,7 +33,6 @@ class TokenizerFiles:
     backend: tokenizers.Tokenizer
     bos: str | None = None
     eos: str | None = None
-    pad: str | None = None
     adds_bos: bool = False
     chat_template: str | None = None
 
@@ -55,24 +55,9 @@ def read_tokenizer(path: str | Path) -> TokenizerFiles:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"GGUF"):
-        from pumice.weights.gguf import GgufFile
-        from pumice.weights.gguf_llm import build_tokenizer
+        from pumice.weights import gguf_llm
 
-        metadata = GgufFile(path).metadata
-        backend = build_tokenizer(metadata, str(path))
-
-        def token(name: str) -> str | None:
-            number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-            return None if number is None else backend.id_to_token(number)
-
-        return TokenizerFiles(
-            backend,
-            bos=token("bos"),
-            eos=token("eos"),
-            pad=token("padding"),
-            adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
-            chat_template=metadata.get("tokenizer.chat_template"),
-        )
+        return gguf_llm.tokenizer_files(GgufFile(path))
     if head.lstrip()[:1] in (b"{", b"["):  # a list is refused as what it is not
         backend = Tokenizer.from_file(path).backend
         bos = _added_first(backend)
@@ -99,7 +84,6 @@ def _folder(folder: Path) -> TokenizerFiles:
         backend=files.backend,
         bos=bos,
         eos=_text(config.get("eos_token")) or files.eos,
-        pad=_text(config.get("pad_token")) or files.pad,
         adds_bos=files.adds_bos if not isinstance(adds, bool) else adds and bos is not None,
         chat_template=_chat_template(folder, config),
     )
@@ -109,11 +93,11 @@ def _sentencepiece(path: Path, config: dict[str, Any]) -> TokenizerFiles:
     model = SentencePiece.read(path)
     if config.get("add_prefix_space") is False:
         model = dataclasses.replace(model, add_prefix=False)
-    bos, eos, pad = (model.text_of(number) for number in (model.bos, model.eos, model.pad))
+    bos, eos = model.text_of(model.bos), model.text_of(model.eos)
     adds = config.get("add_bos_token") is not False and bos is not None
     # transformers takes the old behaviour where the key is absent or null.
     backend = model.tokenizer(str(path), legacy=config.get("legacy") is not False, add_bos=adds)
-    return TokenizerFiles(backend, bos=bos, eos=eos, pad=pad, adds_bos=adds)
+    return TokenizerFiles(backend, bos=bos, eos=eos, adds_bos=adds)
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, where: Path, config: dict[str, Any]) -> None:
@@ -123,8 +107,14 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, where: Path, config
         for text, number in _optional(folder / "added_tokens.json").items()
     ]
     for number, values in (config.get("added_tokens_decoder") or {}).items():
+        text = _text(values)
+        if not number.isdecimal() or not isinstance(values, dict) or text is None:
+            raise InputError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {number!r} {values!r}, "
+                "not the id of a token with its content"
+            )
         flags = {key: values[key] for key in _FLAGS if key in values}
-        given.append((int(number), values["content"], flags, "tokenizer_config.json"))
+        given.append((int(number), text, flags, "tokenizer_config.json"))
     for number, text, flags, file in sorted(given, key=lambda item: item[0]):
         known, size = backend.token_to_id(text), backend.get_vocab_size()
         if (size if known is None else known) != number:

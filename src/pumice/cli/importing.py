@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
+from pumice.cli import options
+
 
 def import_(
     source: Annotated[
         str, typer.Argument(help="A folder, a GGUF file, or a name on the hub.", metavar="SRC")
     ],
     target: Annotated[Path, typer.Argument(help="The folder to write.", metavar="DST")],
-    template: Annotated[
-        str | None, typer.Option(help="The chat format, where SRC does not say it.", show_default=False)
-    ] = None,
+    template: options.Template = None,
     tower: Annotated[
         str | None,
         typer.Option(
@@ -24,9 +24,7 @@ def import_(
             show_default=False,
         ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="What a LoRA or a projector was trained on.", show_default=False)
-    ] = None,
+    base: options.Base = None,
     dtype: Annotated[
         str, typer.Option(help="Store weights as fp16, bf16 or fp32; keep: as they are.")
     ] = "keep",

@@ -1,0 +1,51 @@
+"""All commands: statuses, what is printed where, and the options that only pass something on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pumice.assistant import Assistant
+from pumice.cli import app
+
+
+@pytest.mark.parametrize(
+    "arguments", [["ask", "--no-such"], ["ask", "--seed", "x"], ["draw"], ["data", "show"]]
+)
+def test_wrong_usage_is_status_2(run: Any, arguments: list[str]) -> None:
+    result = run(*arguments, model=False)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Traceback" not in result.stderr
+
+
+def test_failed_work_is_status_1(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Iterator[str]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Assistant, "stream", full)
+    result = run("ask", "What?")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "pumice: [Errno 28] No space left on device\n"
+
+
+def test_train_passes_its_recipe_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pumice.train
+
+    seen: list[Any] = []
+    monkeypatch.setattr(pumice.train, "run", lambda recipe, overrides: seen.append((recipe, overrides)))
+    result = run("train", "recipe.yaml", "--set", "seed=1", "--set", "a.b=2", model=False)
+    assert (result.exit_code, seen) == (0, [(Path("recipe.yaml"), ["seed=1", "a.b=2"])])
+
+
+def test_a_missing_recipe(run: Any, refused: Any, folder: Path) -> None:
+    refused(run("train", "no.yaml", model=False), "no.yaml")
+
+
+def test_version() -> None:
+    import pumice
+
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"pumice {pumice.__version__}\n"

@@ -1,0 +1,212 @@
+"""`pumice ask`: one answer, many, and what is wrong with a question."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pumice.assistant import Assistant, load
+from pumice.weights.export import export
+
+SHORT = ["--max-new-tokens", "8"]
+
+
+def test_ask(run: Any, folder: Path, tiny_folder: Path) -> None:
+    result = run("ask", "a dog.png", "cat.png", "What?", *SHORT)
+    expected = load(tiny_folder, device="cpu").ask(["a dog.png", "cat.png"], "What?", max_new_tokens=8)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, expected + "\n", "")
+
+
+def test_ask_without_a_picture(run: Any) -> None:
+    result = run("ask", "What?", *SHORT)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.strip()
+
+
+def test_a_model_of_others_takes_its_template(run: Any, folder: Path, models: ModuleType) -> None:
+    export(models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"]), "llava", folder / "llava")
+    asked = ["ask", "cat.png", "What?", *SHORT, "--model", str(folder / "llava"), "--device", "cpu"]
+    v0, v1, usual = (
+        run(*asked, *more, model=False).stdout for more in (["--template", "v0"], ["--template", "v1"], [])
+    )
+    assert v0 != v1 == usual
+    expected = load(folder / "llava", device="cpu", template="v0").ask("cat.png", "What?", max_new_tokens=8)
+    assert v0 == expected + "\n"
+
+
+def test_json_is_one_object(run: Any, folder: Path, tiny_folder: Path) -> None:
+    result = run("ask", "cat.png", "What?", "--json", *SHORT)
+    values = json.loads(result.stdout)
+    plain = run("ask", "cat.png", "What?", *SHORT).stdout
+    assert values == {
+        "model": str(tiny_folder),
+        "images": ["cat.png"],
+        "question": "What?",
+        "answer": plain[:-1],
+        "finish": "length",
+        "tokens": 8,
+    }
+    assert result.stderr == ""
+
+
+def test_sampling_options_reach_the_model(run: Any) -> None:
+    drawn = [run("ask", "What?", *SHORT, "--temperature", "2", "--seed", s).stdout for s in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    free = run("ask", "What?", *SHORT).stdout[:-1]
+    assert run("ask", "What?", *SHORT, "--stop", free[3:5]).stdout[:-1] == free[: free.index(free[3:5])]
+
+
+@pytest.mark.parametrize(("word", "bits"), [("none", None), ("int8", "int8"), ("int4", "int4")])
+def test_bits_reach_the_model(run: Any, tiny_folder: Path, word: str, bits: Any) -> None:
+    expected = load(tiny_folder, device="cpu", quantize=bits).ask(None, "What?", max_new_tokens=8)
+    assert run("ask", "What?", *SHORT, "--quantize", word).stdout == expected + "\n"
+    assert run("ask", "What?", *SHORT, "--quantize", "int3").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jpg", "What?"], "picture 'missing.jpg' does not exist"),
+        (["empty.jpg", "What?"], "'empty.jpg' is empty"),
+        (["text.jpg", "What?"], "'text.jpg' is not a picture"),
+        (["cut.png", "What?"], "'cut.png' is truncated or damaged"),
+        (["bomb.png", "What?"], "'bomb.png'"),
+        (["folder.jpg", "What?"], "'folder.jpg' is a folder"),
+        ([], "there is no question"),
+        ([""], "there is no question"),
+        (["cat.png", "  "], "there is no question"),
+        (["cat.png"], "'cat.png' is a picture; write for example: pumice ask cat.png"),
+        (["cat.png", "a dog.png"], "'a dog.png' is a picture"),
+        (["other.jpeg"], "'other.jpeg' is a picture"),
+        (["cat.png", "<image> <image>?"], "2 <image> placeholders for 1 picture;"),
+        (["cat.png", "cat.png", "<image>?"], "1 <image> placeholder for 2 pictures;"),
+        (["<image>?"], "1 <image> placeholder for 0 pictures;"),
+        (["<image>"], "1 <image> placeholder for 0 pictures;"),
+        (["cat.png", "<image>"], "the question is empty"),
+        (["What?", "--temperature", "-1"], "temperature is -1"),
+        (["What?", "--top-p", "0"], "top_p is 0"),
+        (["What?", "--device", "abacus"], "device 'abacus'"),
+        (["What?", "--model", "pumice-huge"], "'pumice-huge'"),
+        (["long " * 300], "context is 256"),
+        (["What?", "--batch", "in.jsonl", "--out", "o.jsonl"], "leave out 'What?'"),
+        (["--batch", "in.jsonl"], "--batch needs --out"),
+        (["--out", "o.jsonl"], "--out belongs to --batch"),
+        (["cat.png", "what", "is", "this"], "there is no picture 'what'; if it belongs to the question"),
+        (["https://example.org/cat.png", "What?"], "is a web address; save the picture"),
+        (["--batch", "missing.jsonl", "--out", "o.jsonl"], "'missing.jsonl' cannot be read"),
+    ],
+)
+def test_wrong_input(run: Any, refused: Any, bad_pictures: Path, arguments: list[str], message: str) -> None:
+    refused(run("ask", *arguments), message)
+
+
+def write_rows(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+
+
+def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = folder / "inside"
+    inside.mkdir()
+    (folder / "cat.png").rename(inside / "cat.png")
+    rows = [
+        {"id": "beside", "image": "cat.png", "question": "What?"},
+        {"id": "here", "image": "a dog.png", "question": "What?"},
+        {"id": "missing", "image": "no.png", "question": "What?"},
+        {"id": 7, "image": ["cat.png", "a dog.png"], "question": "<image> or <image>?"},
+        "{broken",
+        "",
+        "[1]",
+        '{"id": "text", "question": "Who are\u2028you?"}',
+        {"id": "silent"},
+        {"id": "odd", "image": 3, "question": "What?"},
+        {"id": "empty", "question": " "},
+        {"id": "placeholders", "image": "cat.png", "question": "<image><image>"},
+        {"question": "No id?"},
+        {"id": "typo", "image_path": "cat.png", "question": "What?"},
+    ]
+    write_rows(inside / "in.jsonl", rows)
+    result = run("ask", "--batch", "inside/in.jsonl", "--out", "out.jsonl", "--slots", "2", *SHORT)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "pumice: 8 of 13 rows have an error instead of an answer\n"
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    ids = ["beside", "here", "missing", 7, 5, 7, "text", "silent", "odd", "empty", "placeholders", 13, "typo"]
+    assert [a["id"] for a in answers] == ids
+    assert [set(a) - {"id"} for a in answers] == [
+        {"error" if i in (2, 4, 5, 7, 8, 9, 10, 12) else "answer"} for i in range(13)
+    ]
+    for number, message in {
+        2: "'no.png' does not exist",
+        4: "line 5 is not JSON",
+        10: "2 <image>",
+        12: "write 'image'",
+    }.items():
+        assert message in answers[number]["error"]
+    alone = load(tiny_folder, device="cpu").ask(None, "Who are\u2028you?", max_new_tokens=8)
+    assert answers[6]["answer"] == alone
+    assert sorted(p.name for p in folder.iterdir()) == ["a dog.png", "inside", "out.jsonl"]
+
+
+def test_a_batch_without_a_single_answer_has_failed(run: Any, folder: Path) -> None:
+    write_rows(folder / "in.jsonl", [{"id": 1, "image": "no.png", "question": "What?"}])
+    result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl")
+    assert (result.exit_code, (folder / "out.jsonl").exists()) == (1, True)
+
+
+def test_batch_with_json(run: Any, folder: Path) -> None:
+    write_rows(folder / "in.jsonl", [{"id": 1, "question": "What?"}, {"id": 2}])
+    result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl", "--json", *SHORT)
+    counts = json.loads(result.stdout)
+    assert (counts["rows"], counts["answered"], counts["errors"], counts["out"]) == (2, 1, 1, "out.jsonl")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("no/out.jsonl", "'no' of --out does not exist"),
+        ("in.jsonl", "name another file"),
+        (".", "name another"),
+    ],
+)
+def test_batch_with_nowhere_to_write(run: Any, refused: Any, folder: Path, out: str, message: str) -> None:
+    write_rows(folder / "in.jsonl", [{"id": 1, "question": "What?"}])
+    refused(run("ask", "--batch", "in.jsonl", "--out", out), message)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_a_batch_that_fails_leaves_the_old_answers(
+    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Iterator[str]:
+        yield "one answer"
+        raise failure
+
+    monkeypatch.setattr(Assistant, "ask_each", fail)
+    write_rows(folder / "in.jsonl", [{"id": 1, "question": "What?"}] * 3)
+    (folder / "out.jsonl").write_text("old\n")
+    result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl")
+    assert result.exit_code == (130 if failure is KeyboardInterrupt else 1)
+    assert (folder / "out.jsonl").read_text() == "old\n"
+    assert sorted(p.name for p in folder.iterdir()) == ["a dog.png", "cat.png", "in.jsonl", "out.jsonl"]
+
+
+def test_ask_imports_nothing_heavy(tiny_folder: Path, folder: Path) -> None:
+    code = f"""
+import sys
+from pumice.cli import app
+sys.argv = ["pumice", "ask", "cat.png", "What?", "--model", {str(tiny_folder)!r}, "--max-new-tokens", "2"]
+try:
+    app()
+finally:
+    heavy = {{"transformers", "torchvision", "peft", "sympy", "scipy", "rich", "huggingface_hub"}}
+    print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "[]\n")

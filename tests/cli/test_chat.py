@@ -1,0 +1,172 @@
+"""`pumice chat`: through a pipe and at a keyboard, where nothing typed is ever lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pumice.assistant import Assistant, load
+from pumice.conversation import from_llava
+
+SHORT = ["--max-new-tokens", "8"]
+
+
+def test_chat(run: Any, folder: Path, tiny_folder: Path) -> None:
+    typed = [
+        "What?",
+        "/image a dog.png",
+        "/image 'cat.png' 'a dog.png'",
+        "",
+        "Who?",
+        "/save talk.json",
+        "/help",
+        "/reset",
+        f'"{folder / "cat.png"}"',
+        f"file://{folder}/a%20dog.png",
+        "Why?",
+        "/save second.json",
+        "/quit",
+        "never said",
+    ]
+    result = run("chat", *SHORT, stdin="\n".join(typed) + "\n")
+    assert (result.exit_code, result.stderr) == (0, "")
+    (talk,) = json.loads((folder / "talk.json").read_text())
+    assert talk["image"] == ["a dog.png", "cat.png", "a dog.png"]
+    spoken = [(turn["from"], turn["value"]) for turn in talk["conversations"]]
+    assert spoken[0] == ("human", "What?")
+    assert spoken[2] == ("human", "<image><image><image>Who?")
+    assistant = load(tiny_folder, device="cpu")
+    assert spoken[1] == ("gpt", assistant.ask(None, "What?", max_new_tokens=8))
+    conversation = from_llava("talk", spoken[:3], talk["image"])
+    assert spoken[3] == ("gpt", "".join(assistant.stream(conversation, max_new_tokens=8)))
+    (second,) = json.loads((folder / "second.json").read_text())
+    assert second["image"] == [str(folder / "cat.png"), str(folder / "a dog.png")]
+    assert len(second["conversations"]) == 2
+    assert "With your next question: a dog.png, cat.png, a dog.png" in result.stdout
+    assert "Ctrl-C" in result.stdout
+
+
+def test_chat_begins_with_pictures_and_ends_with_its_input(run: Any, folder: Path) -> None:
+    result = run("chat", "cat.png", *SHORT, stdin="What?\n/image cat.png\nWhat?")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("With your next question: cat.png\n")
+    assert "In the conversation: cat.png\n" in result.stdout
+
+
+def test_chat_goes_on_after_wrong_input(run: Any, bad_pictures: Path) -> None:
+    typed = [
+        "/image missing.jpg",
+        "/image cut.png",
+        "/image",
+        "/dance",
+        "/save talk.json",
+        "<image> and <image>?",
+        "/save",
+        "/image cat.png",
+        "long " * 300,
+        "What?",
+        "/save text.jpg",
+        "/save no/talk.json",
+        "/save talk.json",
+    ]
+    result = run("chat", *SHORT, stdin="\n".join(typed) + "\n")
+    assert result.exit_code == 0
+    errors = result.stderr.splitlines()
+    parts = ["'missing.jpg' does not exist", "'cut.png' is truncated", "needs a path", "no command '/dance'"]
+    parts += ["nothing to save", "2 <image> placeholders for 0 pictures", "/save needs a file"]
+    parts += ["context is 256", "'text.jpg' exists already", "'no/talk.json' cannot be written"]
+    assert len(errors) == len(parts), errors
+    assert all(part in error for part, error in zip(parts, errors, strict=True)), errors
+    (talk,) = json.loads((bad_pictures / "talk.json").read_text())
+    assert talk["image"] == ["cat.png"]
+    assert talk["conversations"][0]["value"] == "<image>\nWhat?"
+
+
+def test_chat_with_a_picture_that_cannot_be_read(run: Any, refused: Any, folder: Path) -> None:
+    refused(run("chat", "no.png", stdin="What?\n"), "'no.png' does not exist")
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
+    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def stream(_: Assistant, messages: Any, **__: Any) -> Iterator[str]:
+        asked.append(messages[-1].text)
+        if asked[-1] == "nothing":
+            raise KeyboardInterrupt
+        yield "Half an "
+        if asked[-1] == "half":
+            raise KeyboardInterrupt
+        yield "answer."
+
+    monkeypatch.setattr(Assistant, "stream", stream)
+    result = run("chat", "cat.png", stdin="nothing\nhalf\nwhole\n/save talk.json\n")
+    assert (result.exit_code, asked) == (0, ["nothing", "half", "whole"])
+    (talk,) = json.loads((folder / "talk.json").read_text())
+    turns = [turn["value"] for turn in talk["conversations"]]
+    assert turns == ["<image>\nhalf", "Half an ", "whole", "Half an answer."]
+
+
+class Terminal:
+    """`pumice chat` at a pseudo-terminal, typed at and read as a person would."""
+
+    def __init__(self, *arguments: str) -> None:
+        import pty
+
+        self.end, theirs = pty.openpty()
+        command = [sys.executable, "-m", "pumice", "chat", *arguments]
+        self.child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        self.unread = b""
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def expect(self, wanted: str) -> None:
+        """Read up to and including `wanted`."""
+        import select
+
+        last = time.monotonic() + 60
+        while wanted.encode() not in self.unread:
+            ready, _, _ = select.select([self.end], [], [], max(0.0, last - time.monotonic()))
+            assert ready, f"expected {wanted!r}, the terminal shows {self.unread!r}"
+            self.unread += os.read(self.end, 4096)
+        _, _, self.unread = self.unread.partition(wanted.encode())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_at_a_keyboard_nothing_typed_is_lost(tiny_folder: Path, folder: Path) -> None:
+    pytest.importorskip("readline")
+    terminal = Terminal("--model", str(tiny_folder), "--device", "cpu", *SHORT)
+    try:
+        terminal.expect("[0 pictures] > ")
+        terminal.type("<image>What?\n")
+        terminal.expect("1 <image> placeholder for 0 pictures")
+        terminal.expect("[0 pictures] > <image>What?")
+        terminal.type("\x01" + "\x04" * len("<image>") + "\n")  # to the beginning, delete, send
+        terminal.expect("[0 pictures] > ")
+        terminal.type("half a line")
+        terminal.expect("half a line")
+        terminal.child.send_signal(signal.SIGINT)
+        terminal.expect("/quit or Ctrl-D leaves")
+        terminal.expect("[0 pictures] > ")
+        terminal.type("\x1b[A")
+        terminal.expect("half a line")
+        terminal.type("\x15/save talk.json\n/quit\n")
+        terminal.expect("Saved to talk.json")
+        assert terminal.child.wait(timeout=30) == 0
+    finally:
+        terminal.child.kill()
+        os.close(terminal.end)
+    (talk,) = json.loads((folder / "talk.json").read_text())
+    assert talk["conversations"][0]["value"] == "What?"

@@ -1,0 +1,93 @@
+"""`pumice data show` and `pumice data check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pumice.assistant import load
+from pumice.conversation import from_llava
+from pumice.processor import Processor
+
+ROWS = [
+    {"id": "one", "image": "gone.jpg", "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]},
+    {"id": "two", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello 漢"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["chatml", "plain"])
+def test_data_show_json(run: Any, folder: Path, tiny_folder: Path, template: str) -> None:
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    arguments = ["rows.json", "--template", template, "--tokenizer", str(tiny_folder), "--json"]
+    result = run("data", "show", *arguments, model=False)
+    assert (result.exit_code, result.stderr) == (0, "")
+    shown = json.loads(result.stdout)
+    assistant = load(tiny_folder, device="cpu")
+    config = dataclasses.replace(assistant.processor.config, template=template)
+    processor = Processor(config, assistant.processor.tokenizer)
+    for row, found in zip(ROWS, shown, strict=True):
+        turns = [(t["from"], t["value"]) for t in row["conversations"]]
+        images = [row["image"]] if "image" in row else []
+        sample = processor.training_sample(from_llava(row["id"], turns, images))
+        # ours holds one placeholder per picture, a sample one per image token
+        ids = [
+            n for i, n in enumerate(sample.input_ids.tolist()) if n != -200 or sample.input_ids[i - 1] != -200
+        ]
+        assert found["id"] == row["id"]
+        assert found["input_ids"] == ids
+        learned = [n for n in found["labels"] if n != -100]
+        assert learned == [n for n in sample.labels.tolist() if n != -100]
+        assert len(found["labels"]) == len(ids)
+
+
+def test_data_show_in_words(run: Any, folder: Path, tiny_folder: Path) -> None:
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    arguments = ["rows.json", "--template", "chatml", "--tokenizer", str(tiny_folder / "tokenizer.json")]
+    result = run("data", "show", *arguments, "--rows", "1", model=False)
+    assert result.exit_code == 0, result.output
+    first, rest = result.stdout.split("\n", 1)
+    assert first.startswith("one: ") and first.endswith(" supervised")
+    assert rest.strip() == (
+        "<|im_start|>user\n[image]\nWhat?<|im_end|>\n<|im_start|>assistant\n[+A dog.<|im_end|>+]\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n[+Yes.<|im_end|>+]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rows.json", "--template", "chat-ml", "--tokenizer", "TOKENIZER"], "did you mean 'chatml'"),
+        (["rows.json", "--template", "plain", "--tokenizer", "no.json"], "there is no tokenizer at no.json"),
+        (["rows.json", "--template", "plain", "--tokenizer", "."], "there is no tokenizer at"),
+        (["rows.json", "--template", "plain", "--tokenizer", "rows.json"], "is not a tokenizer.json"),
+        (["no.json", "--template", "plain", "--tokenizer", "TOKENIZER"], "'no.json' cannot be read"),
+        (["rows.json", "--template", "plain", "--tokenizer", "TOKENIZER", "--images", "."], "'gone.jpg'"),
+    ],
+)
+def test_data_show_wrong_input(
+    run: Any, refused: Any, folder: Path, tiny_folder: Path, arguments: list[str], message: str
+) -> None:
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    named = [str(tiny_folder) if a == "TOKENIZER" else a for a in arguments]
+    refused(run("data", "show", *named, "--json", model=False), message)
+
+
+def test_data_check(run: Any, refused: Any, folder: Path) -> None:
+    rows = [dict(ROWS[0], image="cat.png"), ROWS[1]]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    result = run("data", "check", "rows.json", "--images", ".", model=False)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "2 of 2 rows can be used\n", "")
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    result = run("data", "check", "rows.json", "--images", ".", model=False)
+    assert result.exit_code == 1
+    assert result.stdout.startswith("row 1 (one): picture missing: ")
+    assert result.stdout.endswith("1 of 2 rows can be used\n")
+    result = run("data", "check", "rows.json", "--images", ".", "--json", "--budget", "0.5", model=False)
+    assert (result.exit_code, json.loads(result.stdout)["usable"]) == (0, 1)
+    refused(run("data", "check", "rows.json", "--images", "no", model=False), "'no' does not exist")
