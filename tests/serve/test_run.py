@@ -124,6 +124,8 @@ def test_in_front_of_another_server(process: Callable[..., Any], server: str) ->
     assert (
         post(url, ask(temperature=9), headers=key).json()["error"]["param"] == "temperature"
     )  # upstream's word
+    explained = post(url, {"messages": [{"role": "user", "content": "?"}]}, "/explain", headers=key)
+    assert (explained.status_code, explained.json()["error"]["code"]) == (404, "not_explained")
     web = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/cat.jpg"}}
     body = {"messages": [{"role": "user", "content": [web, {"type": "text", "text": "?"}]}]}
     assert post(url, body, headers=key).json()["error"]["code"] == "image_urls_not_allowed"
