@@ -97,7 +97,7 @@ class PrefixCache:
         return False
 
     def wake(self, region: Region, room: int) -> bool:
-        """Go on with an idle region where it stands, in `room` places; False when there is no room behind it."""
+        """Go on with an idle region where it stands, `room` places wide; False as of `grow`."""
         if room > region.room and not self.grow(region, room):
             return False
         del self.idle[region.start]
