@@ -1,11 +1,11 @@
 """What the server adds, and what it gives: streams at once against one after the other, cost per request.
 
-    python benchmarks/over_http.py [--model pumice-tiny] [--streams 32] [--rate 200] [--json FILE]
+    python benchmarks/over_http.py [--model random --quantize none] [--streams 32] [--rate 200] [--json FILE]
 
 Two tables from real servers on real sockets, each a process of its own:
 
-1. the given model: `streams` different questions about pictures, asked one after the other and then all at
-   once, every answer streamed to its end, tokens per second of both;
+1. the given model ("random" is that of benchmarks/serve.py): `streams` different questions about pictures,
+   asked one after the other and then all at once, each answer streamed to its end, tokens per second of both;
 2. the server's own cost: a stand-in model of trivial size (one decoder layer of width 32, random weights,
    answers of one token), asked `rate` times a second for `seconds`: what is left is HTTP, JSON, checks, the
    prompt, the queue between threads. A request is due at its own time whatever became of the others, so
@@ -68,12 +68,13 @@ def server(model: str, *options: str) -> Iterator[str]:
             else:
                 raise SystemExit("the server did not start")
             # Whoever does not read the log would stop the server when the pipe is full.
-            drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
-            yield str(found["url"])
+            with subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL):
+                try:
+                    yield str(found["url"])
+                finally:
+                    process.terminate()
         finally:
             process.terminate()
-            process.wait()
-            drain.wait()
 
 
 def picture(seed: int) -> str:
@@ -219,7 +220,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="pumice-tiny")
+    parser.add_argument("--model", default="pumice-tiny", help='"random" is that of benchmarks/serve.py')
+    parser.add_argument("--quantize", default="auto", help="as of pumice serve")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rate", type=int, default=200)
@@ -230,8 +232,16 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     found: dict[str, Any] = {"cores": os.cpu_count()}
     if given.only != "cost":
-        with server(given.model, "--slots", str(given.streams), "--default-tokens", str(given.tokens)) as url:
-            found["streams"] = asyncio.run(streams(url, given.streams, given.tokens))
+        with tempfile.TemporaryDirectory() as folder:
+            model = given.model
+            if model == "random":
+                from serve import random_model
+
+                model = folder
+                random_model(Path(folder))
+            options = ["--slots", str(given.streams), "--quantize", given.quantize]
+            with server(model, *options) as url:
+                found["streams"] = asyncio.run(streams(url, given.streams, given.tokens))
         print(given.model, found["streams"])
     if given.only != "streams":
         with tempfile.TemporaryDirectory() as folder, server(str(tiny(Path(folder)))) as url:

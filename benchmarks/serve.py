@@ -67,13 +67,8 @@ TOKENS = {"questions": 5, "pope": 2}  # of an answer: a word or two and the end,
 BATCHES = (6, 18)  # questions in one batch of transformers; the faster counts
 
 
-def make(folder: Path) -> tuple[Assistant, Any, Any]:
-    """(ours, their model, their processor) with the same random weights."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def random_model(folder: Path) -> LoadedParts:
+    """The model of all figures, random, in a folder."""
     tokenizer = open_model("pumice-tiny").processor.tokenizer.backend
     torch.manual_seed(0)
     model = Llava(CONFIG)
@@ -82,10 +77,18 @@ def make(folder: Path) -> tuple[Assistant, Any, Any]:
         if parameter.dim() == 2:  # so large that what is seen decides what is said
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
     state = {name: value.detach() for name, value in model.state_dict().items()}
-    save(folder / "ours", CONFIG, state, tokenizer=tokenizer.to_str())
-    kept = {name: stored(value) for name, value in state.items()}
-    export(LoadedParts(CONFIG, kept, tokenizer, {}), "hf", folder / "theirs")
-    del model, state, kept
+    save(folder, CONFIG, state, tokenizer=tokenizer.to_str())
+    return LoadedParts(CONFIG, {name: stored(value) for name, value in state.items()}, tokenizer, {})
+
+
+def make(folder: Path) -> tuple[Assistant, Any, Any]:
+    """(ours, their model, their processor) with the same random weights."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    export(random_model(folder / "ours"), "hf", folder / "theirs")
     ours = load(folder / "ours", device="cpu", quantize=None, dtype=torch.float32)
     theirs = LlavaForConditionalGeneration.from_pretrained(folder / "theirs", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder / "theirs")

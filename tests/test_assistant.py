@@ -139,7 +139,8 @@ def test_many_answers_in_a_file_go_on_where_they_stopped(
     assert told == [1, 2, 3, 4]
     assert [str(a) for a in answers] == [str(a) for a in exact.ask_many(rows, **SHORT)]
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert lines[0] == {"images": [str(pictures[0])], "question": "What is it?", "answer": answers[0]}
+    said = {"images": [str(pictures[0])], "question": "What is it?", "answer": answers[0]}
+    assert lines[0] == {**said, "asked": SHORT}
     assert "missing.png" in lines[1]["error"]
 
     stopped = tmp_path / "stopped.jsonl"
@@ -159,6 +160,8 @@ def test_many_answers_in_a_file_go_on_where_they_stopped(
     for other in (rows[:3], [(None, "What is it?"), *rows[1:]], [(pictures[0], "Why?"), *rows[1:]]):
         with pytest.raises(InputError, match="the file is of other rows"):
             exact.ask_many(other, out=whole, **SHORT)
+    with pytest.raises(InputError, match=r"it was asked with .* now with .* ask as before"):
+        exact.ask_many(rows, out=whole, max_new_tokens=9)
     with Lock(whole) as lock:
         assert lock.take()
         with pytest.raises(InputError, match="another run is writing"):

@@ -32,6 +32,7 @@ BESIDE = {
     "tokens": {"templates"},
     "processor": {"templates", "tokens", "images"},  # the only meeting of text and image
     "assistant": {"explain"},  # its method of that name, imported when it is called
+    "serve": {"explain"},  # on its page
     "__main__": {"cli"},
 }
 # Parts that may import less than the lines above allow.

@@ -6,7 +6,7 @@ Knows rows of (pictures, question) and their answers. Does not know: models.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from pumice.files import Lock, appending, whole_lines
 class AnswerFile:
     """The file of the answers to `rows`. answers: those that it holds from before, in order.
 
-    A line that was cut off is removed. Raises InputError when the file cannot be written, another process
-    has it, or its lines are not of the first of these rows.
+    asked: how they are asked (sampling, say), told in every line. A line that was cut off is removed. Raises
+    InputError when the file cannot be written, another process has it, or its lines are not of the first of
+    these rows, asked like this.
     """
 
-    def __init__(self, path: str | PathLike[str], rows: Sequence[Any]) -> None:
+    def __init__(self, path: str | PathLike[str], rows: Sequence[Any], asked: Mapping[str, Any]) -> None:
         self.path, self.rows = Path(path), rows
+        self.asked = json.loads(json.dumps(asked, default=list))  # as a line will give it back
         self.answers: list[str | InputError] = []
         try:
             self._lock = Lock(self.path)
@@ -44,6 +46,8 @@ class AnswerFile:
         """Write the next row's answer, and give it back."""
         kind = "error" if isinstance(answer, InputError) else "answer"
         line = {**_name(self.rows[len(self.answers)]), kind: str(answer)}
+        if self.asked:
+            line["asked"] = self.asked
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
         self.answers.append(answer)
@@ -66,13 +70,19 @@ class AnswerFile:
             values = json.loads(line)
             found = {"images": values["images"], "question": values["question"]}
             answer = values["answer"] if "answer" in values else InputError(values["error"])
+            asked = values.get("asked", {})
         except (ValueError, KeyError, TypeError):
-            found, answer = None, ""
+            found, answer, asked = None, "", {}
         if wanted is None or found != wanted:
             expected = "nothing" if wanted is None else f"the answer to {wanted['question']!r}"
             raise InputError(
                 f"'{self.path}', line {number + 1}: {expected} belongs here; the file is of other rows, "
                 "name another one or remove it"
+            )
+        if asked != self.asked:
+            raise InputError(
+                f"'{self.path}', line {number + 1}: it was asked with {asked}, now with {self.asked}; "
+                "ask as before, name another file or remove it"
             )
         return answer
 

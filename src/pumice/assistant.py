@@ -202,9 +202,10 @@ class Assistant:
         """Answers to rows of (pictures as in `ask`, question), in order; many are computed together.
 
         What is wrong with a row stands in its answer's place. out: a file that gets one JSON line per row,
-        {"images", "question", "answer" or "error"}, as it is answered; where it holds the first lines of
-        the same rows, from a run that was stopped, these are not asked again. progress: told how many rows
-        are done. Raises InputError when `out` is of other rows, or in use.
+        {"images", "question", "answer" or "error", and the sampling as "asked"}, as it is answered; where it
+        holds the first lines of the same rows, from a run that was stopped, these are not asked again.
+        progress: told how many rows are done. Raises InputError when `out` is of other rows or another
+        sampling, or in use.
 
         Questions about one picture should follow each other: the picture is then computed once.
         """
@@ -213,7 +214,8 @@ class Assistant:
         if out is None:
             return self._report(self.ask_each(rows, slots=slots, **sampling), [], progress)
         given = list(rows)
-        with AnswerFile(out, given) as file:
+        self._params(sampling)  # raises before the file is made
+        with AnswerFile(out, given, sampling) as file:
             rest = self.ask_each(given[len(file.answers) :], slots=slots, **sampling)
             return self._report(map(file.add, rest), file.answers, progress)
 

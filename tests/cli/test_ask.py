@@ -181,19 +181,34 @@ def test_batch_with_nowhere_to_write(run: Any, refused: Any, folder: Path, out: 
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
-def test_a_batch_that_fails_leaves_the_old_answers(
-    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+def test_a_batch_that_was_stopped_goes_on(
+    run: Any, refused: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
 ) -> None:
+    ask_each, asked = Assistant.ask_each, list[list[Any]]()
+
     def fail(*_: Any, **__: Any) -> Iterator[str]:
-        yield "one answer"
+        yield "an answer from before"
         raise failure
 
+    def count(self: Assistant, rows: Any, **more: Any) -> Iterator[Any]:
+        asked.append(list(rows))
+        return ask_each(self, asked[-1], **more)
+
     monkeypatch.setattr(Assistant, "ask_each", fail)
-    write_rows(folder / "in.jsonl", [{"id": 1, "question": "What?"}] * 3)
+    rows = [{"id": "broken", "image": 3}, *({"id": n, "question": f"What is {n}?"} for n in range(3))]
+    write_rows(folder / "in.jsonl", rows)
     (folder / "out.jsonl").write_text("old\n")
-    result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl")
-    assert result.exit_code == (130 if failure is KeyboardInterrupt else 1)
-    assert (folder / "out.jsonl").read_text() == "old\n"
+    command = ("ask", "--batch", "in.jsonl", "--out", "out.jsonl", *SHORT)
+    assert run(*command).exit_code == (130 if failure is KeyboardInterrupt else 1)
+    assert (folder / "out.jsonl").read_text() == "old\n"  # until there is something whole to replace it
+    refused(run(*command, "--temperature", "1"), "ask as before, name another file or remove it")
+    monkeypatch.setattr(Assistant, "ask_each", count)
+    result = run(*command)
+    assert (result.exit_code, asked) == (0, [[([], "What is 1?"), ([], "What is 2?")]])
+    assert "1 of 3 answers stand in 'out.jsonl.partial' already" in result.stderr
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [a["id"] for a in answers] == ["broken", 0, 1, 2]
+    assert answers[1]["answer"] == "an answer from before"
     assert sorted(p.name for p in folder.iterdir()) == ["a dog.png", "cat.png", "in.jsonl", "out.jsonl"]
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from small import VOCABULARY, WIDTH, small_model
 from torch import Tensor
 
 from pumice import InputError
-from pumice.config import IMAGE_TOKEN, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.config import IMAGE_TOKEN
 from pumice.engine.generate import Prompt, generate, naive_generate
 from pumice.engine.sampling import SamplingParams
 from pumice.model.llava import Llava
@@ -17,38 +18,18 @@ from pumice.model.llava import Llava
 N = 4  # image tokens of one picture
 
 
-def make(window: int | None = None, context: int = 96, stops: tuple[int, ...] = (), **more: bool) -> Llava:
-    decoder = DecoderConfig(
-        vocab_size=101, width=32, depth=3, heads=4, kv_heads=2, head_width=8, mlp_width=48,
-        context=context, sliding_window=window, **more,
-    )  # fmt: skip
-    config = ModelConfig(
-        decoder=decoder,
-        vision=VisionConfig(image_size=64, variant="lite0"),
-        connector=ConnectorConfig(kind="linear"),
-        stop_token_ids=stops,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = Llava(config).eval()
-        for parameter in model.decoder.parameters():  # large weights: no two logits are close
-            if parameter.dim() == 2:
-                parameter.data.normal_(0, 0.3)
-    return model
-
-
 @pytest.fixture(scope="module")
 def model() -> Llava:
-    return make()
+    return small_model()
 
 
 def prompt(length: int, pictures: int = 0, seed: int = 0, **sampling: object) -> Prompt:
     """Text of `length` tokens with `pictures` pictures among it."""
     random = torch.Generator().manual_seed(seed)
-    pieces = [torch.randint(0, 101, (length,), generator=random)]
+    pieces = [torch.randint(0, VOCABULARY, (length,), generator=random)]
     for _ in range(pictures):
-        pieces += [torch.full((N,), IMAGE_TOKEN), torch.randint(0, 101, (2,), generator=random)]
-    tokens = torch.randn(pictures, N, 32, generator=random) if pictures else None
+        pieces += [torch.full((N,), IMAGE_TOKEN), torch.randint(0, VOCABULARY, (2,), generator=random)]
+    tokens = torch.randn(pictures, N, WIDTH, generator=random) if pictures else None
     return Prompt(torch.cat(pieces), tokens, SamplingParams(**{"max_new_tokens": 20, **sampling}))
 
 
@@ -87,17 +68,17 @@ def test_batched_equals_naive(model: Llava, slots: int) -> None:
 
 @pytest.mark.parametrize("more", [{"qkv_bias": True}, {"qk_norm": True}, {"tied_head": True}])
 def test_other_families(more: dict[str, bool]) -> None:
-    other = make(**more)
+    other = small_model(**more)
     given = [prompt(6, 1, seed=1), prompt(11, seed=2)]
     assert answers(other, given, 2) == [naive_generate(other, p) for p in given]
 
 
 def test_sliding_window() -> None:
-    narrow = make(window=7)
+    narrow = small_model(window=7)
     given = [prompt(12, 1), prompt(3, seed=4)]
     assert answers(narrow, given, 2) == [naive_generate(narrow, p) for p in given]
     assert answers(narrow, given[:1], 1)[0] == naive_generate(narrow, given[0])
-    assert answers(narrow, given, 2)[0] != answers(make(), given, 2)[0]
+    assert answers(narrow, given, 2)[0] != answers(small_model(), given, 2)[0]
 
 
 def test_a_seed_draws_the_same_alone_and_in_a_batch(model: Llava) -> None:
@@ -126,17 +107,17 @@ def test_the_repetition_penalty_sees_prompt_and_answer(model: Llava) -> None:
 
 def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(model: Llava) -> None:
     free = naive_generate(model, prompt(5))
-    stopping = make(stops=(free[6], free[9]))
+    stopping = small_model(stops=(free[6], free[9]))
     at = min(free.index(free[6]), free.index(free[9]))
     (answer,) = answers(stopping, [prompt(5)], 1)
     assert answer == free[:at]
-    immediately = make(stops=(free[0],))
+    immediately = small_model(stops=(free[0],))
     (answer,) = answers(immediately, [prompt(5)], 1)
     assert answer == []
 
 
 def test_the_context_ends_an_answer() -> None:
-    small = make(context=16)
+    small = small_model(context=16)
     given = prompt(10)
     (answer,) = answers(small, [given], 1)
     assert len(answer) == 6
@@ -145,7 +126,7 @@ def test_the_context_ends_an_answer() -> None:
 
 def test_a_prompt_that_fills_the_context_is_refused() -> None:
     with pytest.raises(InputError, match=r"takes 16 tokens .* context of 16"):
-        answers(make(context=16), [prompt(16)], 1)
+        answers(small_model(context=16), [prompt(16)], 1)
 
 
 def test_prompts_are_taken_only_when_a_slot_is_free(model: Llava) -> None:
@@ -166,8 +147,8 @@ def test_prompts_are_taken_only_when_a_slot_is_free(model: Llava) -> None:
 
 def test_image_tokens_matter_and_are_counted(model: Llava) -> None:
     given = prompt(5, 1)
-    other = Prompt(given.input_ids, torch.zeros(1, N, 32), given.params)
+    other = Prompt(given.input_ids, torch.zeros(1, N, WIDTH), given.params)
     assert naive_generate(model, given) != naive_generate(model, other)
-    short: Tensor = torch.zeros(1, N - 1, 32)
+    short: Tensor = torch.zeros(1, N - 1, WIDTH)
     with pytest.raises(ValueError, match="hold 4 image placeholders, the pictures give 3 tokens"):
         naive_generate(model, Prompt(given.input_ids, short, given.params))

@@ -79,6 +79,20 @@ def test_a_region_grows_into_the_hole_behind_it() -> None:
     assert cache.grow(first, 10)
 
 
+def test_an_idle_region_goes_on_where_it_stands() -> None:
+    cache = PrefixCache(10)
+    first = filled(cache, 1, 2, 3)
+    cache.release(first)
+    assert cache.wake(first, 6)
+    assert (first.keys.tolist(), first.room, cache.held, dict(cache.idle)) == ([1, 2, 3], 6, 0, {})
+    second = filled(cache, 4)
+    cache.release(first)
+    assert not cache.wake(first, 7)  # the other stands behind it
+    assert (list(cache.idle.values()), cache.held) == ([first], 3)
+    cache.drop(second)
+    assert cache.wake(first, 10)
+
+
 def test_what_cannot_be_is_an_error() -> None:
     cache = PrefixCache(4)
     region = filled(cache, 1, 2, room=3)
@@ -89,7 +103,7 @@ def test_what_cannot_be_is_an_error() -> None:
         cache.drop(region)
 
 
-STEPS = st.tuples(st.sampled_from(["take", "release", "drop", "grow"]), st.integers(1, 9))
+STEPS = st.tuples(st.sampled_from(["take", "release", "drop", "grow", "wake"]), st.integers(1, 9))
 
 
 @given(st.lists(STEPS, max_size=60))
@@ -103,6 +117,10 @@ def test_every_place_has_one_owner(steps: list[tuple[str, int]]) -> None:
                 running.append(region)
             else:
                 assert not cache.idle  # all that could be evicted was
+        elif what == "wake":
+            for region in list(cache.idle.values())[-1:]:
+                if cache.wake(region, max(region.length, size)):
+                    running.append(region)
         elif running:
             region = running[size % len(running)]
             if what == "grow":

@@ -215,3 +215,12 @@ def test_answers_that_are_json(client: openai.OpenAI, server: str) -> None:
     form["json_schema"]["schema"] = {"type": "nonsense"}
     error = post(server, ask(response_format=form)).json()["error"]
     assert (error["param"], error["code"]) == ("response_format", "invalid_json_schema")
+
+
+def test_an_answer_is_explained(server: str, exact: Assistant) -> None:
+    messages = [shown("What is it?", picture(1)), {"role": "assistant", "content": "A 😀 dog."}]
+    found = post(server, {"messages": messages}, "/explain").json()
+    expected = exact.explain(picture(1), "What is it?", "A 😀 dog.")
+    assert [word["text"] for word in found["words"]] == [word.text for word in expected.words]
+    assert [w["shown"] for w in found["words"]] == pytest.approx(expected.reliance.shown, abs=1e-3)
+    assert [w["grey"] for w in found["words"]] == pytest.approx(expected.reliance.grey, abs=1e-3)

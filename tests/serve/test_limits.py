@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import ask, data_uri, picture, post
+from asking import ask, data_uri, picture, post, shown
 
 from pumice import InputError
 from pumice.serve.settings import Settings
@@ -122,6 +122,26 @@ def small(local: Any) -> Any:
         yield url
 
 
+SAID = {"role": "assistant", "content": "A dog."}
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "message"),
+    [
+        ([shown("What?", picture())], "messages", "must be the assistant's"),
+        ([SAID], "messages", "there are no messages"),
+        ([shown("What?"), SAID], "messages", "there is no picture to explain"),
+        ([shown("What?", picture()), {**SAID, "content": " "}], "messages", "the answer to explain is empty"),
+        ([shown("What?", picture()), {**SAID, "content": "dog " * 300}], "messages", "context is 256"),
+        ([shown("What?", picture()[:-200]), SAID], FIELD, "truncated or damaged"),
+    ],
+)
+def test_what_cannot_be_explained(server: str, messages: Any, param: str, message: str) -> None:
+    error = told(post(server, {"messages": messages}, "/explain"), 400)
+    assert message in error["message"]
+    assert error["param"] == param
+
+
 def test_the_damaged_one_of_several_is_named(small: str) -> None:
     error = told(post(small, ask("What?", picture(), picture()[:-200])), 400)
     assert error["param"] == "messages.0.content.1.image_url"
@@ -158,7 +178,7 @@ def test_too_many_pictures_and_too_large_bodies(small: str) -> None:
         b"NaN",
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/explain"])
 def test_bodies_that_are_none(server: str, body: bytes, path: str) -> None:
     headers = {"Content-Type": "application/json"}
     told(httpx.post(server + path, content=body, headers=headers, timeout=60), 400)
@@ -212,6 +232,7 @@ def test_keys_and_other_origins(local: Any) -> None:
             assert told(response, 401)["code"] == "invalid_api_key"
             assert response.headers["access-control-allow-origin"] == "https://app.example"
         told(post(url, ask()), 401)
+        told(post(url, ask(), "/explain"), 401)
         told(httpx.get(f"{url}/metrics"), 401)
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.get(f"{url}/").status_code == 200

@@ -18,6 +18,7 @@ import pytest
 from asking import picture
 
 from pumice.engine.engine import Engine
+from pumice.serve.page import files
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -30,7 +31,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PAGE = Path(__file__).parents[2] / "src" / "pumice" / "serve" / "page"
 PATIENT = 120_000  # milliseconds
 
 
@@ -134,6 +134,43 @@ def test_a_conversation(page: Page, server: str, tmp_path: Path) -> None:
     assert "**You**" in Path(saved.value.path()).read_text(encoding="utf-8")
     page.get_by_role("button", name="New", exact=True).click()
     page.get_by_text("Show a picture, ask about it.").wait_for()
+
+
+HEAT = """canvas => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]
+          .filter((value, place) => place % 4 === 3).some(Boolean)"""
+
+
+def test_an_answer_is_explained(page: Page, server: str, tmp_path: Path) -> None:
+    visit(page, server, max_tokens=8)
+    (tmp_path / "1.png").write_bytes(picture(1))
+    write(page, "Who?")
+    answered(page, 1)
+    assert (
+        page.get_by_role("button", name="Explain").count() == 0
+    )  # without a picture there is nothing to show
+    page.get_by_role("button", name="New", exact=True).click()
+    page.locator("#files").set_input_files(tmp_path / "1.png")
+    write(page, "What is it?")
+    answered(page, 1)
+    write(page, "Sure?")
+    answered(page, 2)
+    page.get_by_role("button", name="Explain").first.click()  # any answer, not only the last
+    heat, words = page.locator(".explained canvas"), page.locator(".px-word")
+    words.first.wait_for()
+    assert page.locator(".explained img").get_attribute("src") == page.locator(".user img").get_attribute(
+        "src"
+    )
+    assert not heat.evaluate(HEAT)
+    words.last.hover()
+    page.get_by_text(re.compile("of the heat of")).wait_for()
+    assert heat.evaluate(HEAT)
+    page.mouse.move(0, 0)
+    page.get_by_text(re.compile("of the heat of")).wait_for(state="detached")
+    words.first.focus()
+    page.get_by_text(re.compile("of the heat of")).wait_for()
+    page.get_by_role("button", name="Explain").first.click()
+    page.locator(".explained").wait_for(state="detached")
+    assert page.locator(".assistant .said").first.is_visible()
 
 
 def test_stopping_keeps_what_was_said(
@@ -244,9 +281,8 @@ def test_nothing_comes_from_elsewhere(server: str) -> None:
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for path in PAGE.rglob("*"):
-        if path.suffix in (".html", ".css", ".js"):
-            found = re.findall(r"https?://[^\s\"'<>]+", path.read_text(encoding="utf-8"))
-            assert not found, path
+    for address, file in files().items():
+        if file.kind.startswith("text/"):
+            assert not re.findall(rb"https?://[^\s\"'<>]+", file.body), address
     again = httpx.get(server, headers={"If-None-Match": response.headers["etag"]})
     assert again.status_code == 304

@@ -42,8 +42,8 @@ def stream(url: str, **more: Any) -> tuple[str, bool] | None:
 def test_a_drain_finishes_what_it_began(process: Callable[..., Any]) -> None:
     server = process("--slots", "1")
     url = server.url
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:  # so many that the drain takes a while
-        running = [pool.submit(stream, url, max_tokens=2000, temperature=1.0, seed=n) for n in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:  # so many that the drain takes a while
+        running = [pool.submit(stream, url, max_tokens=2000, temperature=1.0, seed=n) for n in range(10)]
         while "pumice_running_requests 1.0" not in httpx.get(f"{url}/metrics").text:
             assert not all(one.done() for one in running)
         server.process.send_signal(signal.SIGTERM)
@@ -124,6 +124,8 @@ def test_in_front_of_another_server(process: Callable[..., Any], server: str) ->
     assert (
         post(url, ask(temperature=9), headers=key).json()["error"]["param"] == "temperature"
     )  # upstream's word
+    explained = post(url, {"messages": [{"role": "user", "content": "?"}]}, "/explain", headers=key)
+    assert (explained.status_code, explained.json()["error"]["code"]) == (404, "not_explained")
     web = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/cat.jpg"}}
     body = {"messages": [{"role": "user", "content": [web, {"type": "text", "text": "?"}]}]}
     assert post(url, body, headers=key).json()["error"]["code"] == "image_urls_not_allowed"

@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,16 +162,16 @@ def _ask_batch(
     if out.exists() and (out.is_dir() or out.samefile(source)):
         raise InputError(f"--out '{out}' is a folder or the questions themselves; name another file")
     failed = 0
+    partial = out.with_name(f"{out.name}.partial")
+    answers = iter(_answers([row for row in rows if not row.error], partial, model, opening, slots, sampling))
     with replacing(out) as file:
-        for number, (row, answer) in enumerate(_answers(rows, model, opening, slots, sampling), 1):
+        for row in rows:
+            answer = InputError(row.error) if row.error else next(answers)
             wrong = isinstance(answer, InputError)
             failed += wrong
             line = {"id": row.id, "error" if wrong else "answer": str(answer)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            if sys.stderr.isatty():
-                print(f"\r{number} of {len(rows)}", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    partial.unlink(missing_ok=True)
     if as_json:
         print(
             json.dumps({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
@@ -184,18 +183,29 @@ def _ask_batch(
 
 
 def _answers(
-    rows: list[_Row], model: str, opening: dict[str, Any], slots: int, sampling: dict[str, Any]
-) -> Iterator[tuple[_Row, str | InputError]]:
+    rows: list[_Row], partial: Path, model: str, opening: dict[str, Any], slots: int, sampling: dict[str, Any]
+) -> list[str | InputError]:
+    """The answers to sound rows; they stand in `partial` as they come, where a stopped run goes on."""
+    if not rows:
+        return []
     options.share_cores()
+    from pumice.answers import AnswerFile
     from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
 
     SamplingParams(**sampling)  # raises before the model is loaded
-    sound = [row for row in rows if not row.error]
-    given = ((list(row.images), row.question) for row in sound)
-    answers = load(model, **opening).ask_each(given, slots=slots, **sampling) if sound else iter(())
-    for row in rows:
-        yield row, InputError(row.error) if row.error else next(answers)
+    assistant = load(model, **opening)
+    given = [(list(row.images), row.question) for row in rows]
+    with AnswerFile(partial, given, {"model": model, **opening, **sampling}) as file:
+        if done := len(file.answers):
+            print(f"pumice: {done} of {len(rows)} answers stand in '{partial}' already", file=sys.stderr)
+        for answer in assistant.ask_each(given[done:], slots=slots, **sampling):
+            file.add(answer)
+            if sys.stderr.isatty():
+                print(f"\r{len(file.answers)} of {len(rows)}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return file.answers
 
 
 def _read_row(line: str, number: int, folder: Path) -> _Row:

@@ -87,7 +87,7 @@ class PrefixCache:
         return region
 
     def grow(self, region: Region, room: int) -> bool:
-        """Widen a busy region to `room` places where it stands; False when its neighbour is in the way."""
+        """Widen a region to `room` places where it stands; False when its neighbour is in the way."""
         end, more = region.start + region.room, room - region.room
         for number, (start, size) in enumerate(self._holes):
             if start == end and size >= more:
@@ -95,6 +95,15 @@ class PrefixCache:
                 region.resize(room)
                 return True
         return False
+
+    def wake(self, region: Region, room: int) -> bool:
+        """Go on with an idle region where it stands, `room` places wide; False as of `grow`."""
+        if room > region.room and not self.grow(region, room):
+            return False
+        del self.idle[region.start]
+        self.held -= region.length
+        self.busy[region.start] = region
+        return True
 
     def release(self, region: Region) -> None:
         """The sequence is finished: it stays as long as there is room, but not in more than it needs.

@@ -81,18 +81,23 @@ class Scheduler:
 
     def _start(self, request: Request, source: Region | None, shared: int) -> bool:
         room = min(request.limit, request.count + ROOM)
-        region = self.prefix.take(room, source)
-        if region is None and not self.running:  # nothing but what it shares is in the way
-            region, source, shared = self.prefix.take(room), None, 0
-        if region is None:
-            return False
-        if source is not None:
-            self.copy(source.start, region.start, shared)
-            self.prefix.touch(source)
-            if source.length == shared and source.start in self.prefix.idle:
-                self.prefix.drop(source)  # all of it lives on in the new one
-        region.append(request.keys[:shared])
-        request.region = region
+        # All of an idle region lives on in the new one: the next turn of a conversation, say.
+        whole = source is not None and source.length == shared and source.start in self.prefix.idle
+        if source is not None and whole and self.prefix.wake(source, room):
+            request.region = source
+        else:
+            region = self.prefix.take(room, source)
+            if region is None and not self.running:  # nothing but what it shares is in the way
+                region, source, shared = self.prefix.take(room), None, 0
+            if region is None:
+                return False
+            if source is not None:
+                self.copy(source.start, region.start, shared)
+                self.prefix.touch(source)
+                if whole:
+                    self.prefix.drop(source)
+            region.append(request.keys[:shared])
+            request.region = region
         if not request.tokens:
             request.cached_tokens = shared
             self.hits += shared

@@ -36,6 +36,7 @@ class KVCache:
         # Not zeroed: on a CPU, memory that was never written to is never taken from the system.
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
         self.places = places
         self.window = config.sliding_window
 
@@ -59,30 +60,33 @@ class KVCache:
                 raise ValueError(f"place {start}: {past} + {new} tokens do not fit in {self.places} places")
         where = self._count(segments, [s.start + s.past for s in segments])
         views = [self._view(segment) for segment in segments]
+        news = [segment.new for segment in segments]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]
+            keys, values = self._layers[layer]
             keys.index_copy_(1, where, k[0].to(keys.dtype))  # autocast may have made them shorter
             values.index_copy_(1, where, v[0].to(values.dtype))
-            outputs, at = [], 0
-            for new, first, end, mask in views:
-                mine, seen = q[:, :, at : at + new], slice(first, end)
-                causal = mask is None and new > 1
-                outputs.append(sdpa(mine, keys[None, :, seen], values[None, :, seen], mask, causal))
-                at += new
+            outputs = [
+                sdpa(mine, keys[layer], values[layer], mask, causal=mask is None and new > 1)
+                for mine, new, (keys, values, mask) in zip(q.split(news, 2), news, views, strict=True)
+            ]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
         return attend
 
-    def _view(self, segment: Segment) -> tuple[int, int, int, Tensor | None]:
-        """(new tokens, the first place that any of them sees, the end of the last, mask unless causal)."""
+    def _view(self, segment: Segment) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
+        """(keys and values of each layer that its tokens see, (1, K, S, d), mask unless causal).
+
+        Cut for all layers at once: one by one it would cost more than it takes to attend to them.
+        """
         start, past, new = segment
         seen = 0 if self.window is None else max(0, past + 1 - self.window)
         mask = None
         if new > 1 and (past or (self.window is not None and new > self.window)):
             order = torch.arange(seen, past + new, device=self.keys.device)
             mask = causal_mask(order[past - seen :], order, self.window)
-        return new, start + seen, start + past + new, mask
+        places = slice(start + seen, start + past + new)
+        return self.keys[:, None, :, places].unbind(), self.values[:, None, :, places].unbind(), mask
 
     def _count(self, segments: Sequence[Segment], starts: Sequence[int]) -> Tensor:
         """Each segment's numbers from its start on, one segment after the other: (T,)."""

@@ -57,6 +57,9 @@ def build(settings: Settings, backend: Backend, metrics: Metrics, gate: Gate) ->
     async def complete(request: Request) -> Response:
         return await backend.complete(await call(request))
 
+    async def explain(request: Request) -> Response:
+        return await backend.explain(await call(request))
+
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card(name) for name in await backend.models()]})
 
@@ -87,6 +90,7 @@ def build(settings: Settings, backend: Backend, metrics: Metrics, gate: Gate) ->
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
+        Route("/explain", explain, methods=["POST"]),
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", model, methods=["GET"]),
         Route("/health", health, methods=["GET"]),

@@ -20,7 +20,7 @@ from pumice.serve.errors import ApiError
 from pumice.serve.observe import record
 from pumice.serve.settings import Settings
 
-ANSWERING = frozenset({"/v1/chat/completions", "/v1/completions"})
+ANSWERING = frozenset({"/v1/chat/completions", "/v1/completions", "/explain"})
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -89,7 +89,7 @@ class Guard:
         )
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._keys or not (path.startswith("/v1/") or path == "/metrics"):
+        if not self._keys or not (path.startswith("/v1/") or path in ("/explain", "/metrics")):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip().encode("latin-1", "replace"))

@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from pumice.conversation import Conversation, Message
 from pumice.conversation import ImagePart as Shown
 from pumice.errors import InputError
+from pumice.explain.page import explanation_json
 from pumice.serve import pictures
 from pumice.serve.answers import DONE, Piece, Scored, Shape, usage
 from pumice.serve.backend import Call, attended
@@ -32,8 +33,11 @@ from pumice.serve.fetch import Fetcher
 from pumice.serve.metrics import Levels, Metrics
 from pumice.serve.observe import internal
 from pumice.serve.protocol import (
+    Asking,
     ChatRequest,
     CompletionRequest,
+    Dialogue,
+    ExplainRequest,
     Generation,
     ResponseFormat,
     TextPart,
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
     from pumice.engine.requests import Delta
     from pumice.structured import JsonSchema
 
-T = TypeVar("T", bound=Generation)
+T = TypeVar("T", bound=Asking)
 
 LONG = 1 << 15  # bytes of a body above which reading it would hold up the others
 FORMS = 32  # JSON schemas that are kept ready
@@ -66,13 +70,15 @@ class Local:
     async def start(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pumice-prompts")
+        self._explaining = ThreadPoolExecutor(1, thread_name_prefix="pumice-explain")
         if self.settings.allow_image_urls:
             self._fetcher = Fetcher(size=self.settings.max_body, seconds=self.settings.image_timeout)
         self.engine.start()
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._explaining):
+            pool.shutdown(wait=False, cancel_futures=True)
         if self._fetcher is not None:
             await self._fetcher.close()
 
@@ -100,6 +106,9 @@ class Local:
     async def complete(self, call: Call) -> Response:
         return await attended(call.request, self._complete(call))
 
+    async def explain(self, call: Call) -> Response:
+        return await attended(call.request, self._explain(call))
+
     async def _chat(self, call: Call) -> Response:
         asked = await self._parse(ChatRequest, call.body)
         sampling = self._sampling(asked)
@@ -108,11 +117,7 @@ class Local:
         if asked.logprobs:
             sampling["logprobs"] = asked.top_logprobs or 0
         constraint = await self._form(asked.response_format)
-        images = asked.images
-        files = await pictures.read(images, self.settings, self._fetcher, self._pool)
-        call.record.fields["pictures"] = len(files)
-        self.metrics.pictures.inc(len(files))
-        params = [param for param, _ in images]
+        params, files = await self._pictures(call, asked)
         try:
             prompt = await self._apart(self._chat_prompt, asked, files, sampling, constraint)
         except InputError as error:
@@ -131,6 +136,35 @@ class Local:
             raise ApiError(400, str(error), param="prompt") from error
         shape = self._shape("text", asked, asked.logprobs is not None)
         return await self._answer(call, asked, prompt, shape, [], [])
+
+    async def _explain(self, call: Call) -> Response:
+        asked = await self._parse(ExplainRequest, call.body)
+        params, files = await self._pictures(call, asked)
+        limit, loop = self.settings.timeout, asyncio.get_running_loop()
+        try:
+            with anyio.fail_after(max(0.0, limit - call.record.seconds)):
+                found = await loop.run_in_executor(self._explaining, self._explanation, asked, files)
+        except InputError as error:
+            raise await self._wrong(error, params, files, "messages") from error
+        except TimeoutError:
+            raise ApiError(
+                504, f"the explanation took longer than {limit:g} s; ask about a shorter one", code="timeout"
+            ) from None
+        return Response(found, media_type="application/json")
+
+    def _explanation(self, asked: ExplainRequest, files: list[bytes]) -> bytes:
+        *before, said = conversation(asked, files).messages
+        if said.role != "assistant":
+            raise InputError("the last message must be the assistant's, the answer to explain")
+        found = explanation_json(self.assistant, Conversation(tuple(before)), said.text)
+        return json.dumps(found, ensure_ascii=False).encode()
+
+    async def _pictures(self, call: Call, asked: Dialogue) -> tuple[list[str], list[bytes]]:
+        """The fields of a conversation's pictures, and their files."""
+        files = await pictures.read(asked.images, self.settings, self._fetcher, self._pool)
+        call.record.fields["pictures"] = len(files)
+        self.metrics.pictures.inc(len(files))
+        return [param for param, _ in asked.images], files
 
     async def _apart(self, work: Callable[..., Any], *given: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(work, *given))
@@ -353,7 +387,7 @@ class _Running:
         return Scored(self._decode([found.token]), found.logprob, top)
 
 
-def conversation(asked: ChatRequest, files: list[bytes]) -> Conversation:
+def conversation(asked: Dialogue, files: list[bytes]) -> Conversation:
     """The request's messages with its pictures' files in their places.
 
     System messages at the front become one, "developer" is "system". Text is text: `<image>` in it is no

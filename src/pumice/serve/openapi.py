@@ -29,11 +29,16 @@ _GET = ("401", "421", "500")
 
 def document(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
-    asked: list[type[BaseModel]] = [protocol.ChatRequest, protocol.CompletionRequest]
+    asked: list[type[BaseModel]] = [
+        protocol.ChatRequest,
+        protocol.CompletionRequest,
+        protocol.ExplainRequest,
+    ]
     told: list[type[BaseModel]] = [
         protocol.ChatCompletion,
         protocol.ChatChunk,
         protocol.Completion,
+        protocol.Explanation,
         protocol.ModelList,
         protocol.ModelCard,
         protocol.Health,
@@ -50,6 +55,9 @@ def document(version: str) -> dict[str, Any]:
         },
         "/v1/completions": {
             "post": _ask("complete", "Continue a text", "CompletionRequest", "Completion", "Completion")
+        },
+        "/explain": {
+            "post": _ask("explain", "Where an answer's words looked", "ExplainRequest", "Explanation")
         },
         "/v1/models": {"get": _look("models", "The models here", "ModelList")},
         "/v1/models/{name}": {
@@ -94,9 +102,12 @@ def _components(schemas: dict[str, Any]) -> dict[str, Any]:
     return {"schemas": schemas["$defs"]}
 
 
-def _ask(name: str, summary: str, body: str, whole: str, piece: str) -> dict[str, Any]:
-    answer = _json("The answer; with `stream`, server-sent events that end with `data: [DONE]`.", whole)
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}, "x-event": _SCHEMAS + piece}
+def _ask(name: str, summary: str, body: str, whole: str, piece: str | None = None) -> dict[str, Any]:
+    """piece: the schema of an event, where the answer can be streamed."""
+    answer = _json("The answer.", whole)
+    if piece is not None:
+        answer["description"] = "The answer; with `stream`, server-sent events that end with `data: [DONE]`."
+        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}, "x-event": _SCHEMAS + piece}
     return {
         "operationId": name,
         "summary": summary,

@@ -90,10 +90,15 @@ class ResponseFormat(Strict):
         return self
 
 
-class Generation(Strict):
-    """What chat and plain completion have in common."""
+class Asking(Strict):
+    """What every question has."""
 
     model: str | None = Field(None, description="One of /v1/models; the first of them when left out.")
+
+
+class Generation(Asking):
+    """What chat and plain completion have in common."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -132,8 +137,24 @@ class Generation(Strict):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(Generation):
+class Dialogue(Asking):
+    """A conversation with pictures in it."""
+
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+
+    @property
+    def images(self) -> list[tuple[str, ImageUrl]]:
+        """Each picture with its field's name, in order."""
+        return [
+            (f"messages.{m}.content.{p}.image_url", part.image_url)
+            for m, message in enumerate(self.messages)
+            if not isinstance(message.content, str)
+            for p, part in enumerate(message.content)
+            if isinstance(part, ImagePart)
+        ]
+
+
+class ChatRequest(Dialogue, Generation):
     max_completion_tokens: int | None = Field(None, ge=1, description="Counts before max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -146,16 +167,9 @@ class ChatRequest(Generation):
             return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens
 
-    @property
-    def images(self) -> list[tuple[str, ImageUrl]]:
-        """Each picture with its field's name, in order."""
-        return [
-            (f"messages.{m}.content.{p}.image_url", part.image_url)
-            for m, message in enumerate(self.messages)
-            if not isinstance(message.content, str)
-            for p, part in enumerate(message.content)
-            if isinstance(part, ImagePart)
-        ]
+
+class ExplainRequest(Dialogue):
+    """Its last message is the assistant's: the answer to explain."""
 
 
 class CompletionRequest(Generation):
@@ -269,6 +283,28 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class ExplainedWord(BaseModel):
+    text: str
+    start: int = Field(description="Where it stands in the answer, in UTF-16 units.")
+    end: int
+    content: bool = Field(description="Whether it is more than grammar.")
+    shown: float = Field(description="Natural logarithm of its probability.")
+    grey: float = Field(description="The same with the pictures grey.")
+    dropped: float = Field(description="The same without pictures.")
+    share: float = Field(description="Of its attention, on the pictures.")
+
+
+class Explanation(BaseModel):
+    """More stands beside it, packed, for `mount` of /page/explain.js."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Literal[1]
+    question: str
+    answer: str
+    words: list[ExplainedWord]
 
 
 class ModelCard(BaseModel):

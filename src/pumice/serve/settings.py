@@ -18,7 +18,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    keys: tuple[str, ...] = ()  # any of these opens /v1 and /metrics; none: everybody may ask
+    keys: tuple[str, ...] = ()  # any of these opens /v1, /explain and /metrics; none: everybody may ask
     cors: tuple[str, ...] = ()  # origins whose pages may ask, "*" for all
     hosts: tuple[str, ...] = ()  # further names under which a server on a loopback address is reached
 

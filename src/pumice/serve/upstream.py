@@ -86,6 +86,11 @@ class Upstream:
     async def complete(self, call: Call) -> Response:
         return await attended(call.request, self._pass_on(call, "/completions"))
 
+    async def explain(self, call: Call) -> Response:
+        raise ApiError(
+            404, "the answers of an upstream cannot be explained; serve the model here", code="not_explained"
+        )
+
     async def _models(self) -> list[str] | None:
         """Names of the upstream's models, None when it does not answer; asked for at most every FRESH s."""
         asked, names = self._known

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 FOLDER = Path(__file__).parent
+EXPLAIN = FOLDER.parents[1] / "explain"  # what shows an explanation, there and here
 KINDS = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -45,6 +46,8 @@ def files() -> dict[str, File]:
             name = path.relative_to(FOLDER).as_posix()
             address = {"index.html": "/", "sw.js": "/sw.js"}.get(name, f"/page/{name}")
             found[address] = File(path.read_bytes(), KINDS[path.suffix])
+    for suffix in (".js", ".css"):
+        found[f"/page/explain{suffix}"] = File(EXPLAIN.joinpath(f"page{suffix}").read_bytes(), KINDS[suffix])
     return found
 
 

@@ -1,4 +1,4 @@
-// The server's protocol: one streamed answer, and whether the server is there.
+// The server's protocol: one streamed answer, an explanation, and whether the server is there.
 
 /** The server or the way to it is away; it is worth asking again. `wait`: seconds it asks us to wait. */
 export class Away extends Error {
@@ -24,6 +24,18 @@ export async function healthy() {
   } catch {
     return false;
   }
+}
+
+/** Where the words of an answer looked: the last of `messages` in the body. */
+export async function explanation(body, key) {
+  let response;
+  try {
+    response = await fetch("/explain", { method: "POST", headers: headers(key), body: JSON.stringify(body) });
+  } catch {
+    throw new Away("The server is away; try again later.");
+  }
+  if (!response.ok) throw await refusal(response);
+  return response.json();
 }
 
 /** Ask, and call `onText` with each piece; resolves to {finish, usage} at the answer's end. */

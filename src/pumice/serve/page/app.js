@@ -1,6 +1,7 @@
 // The page: what is asked, shown and kept. The protocol is in api.js, the memory in store.js.
 
-import { answer, Away, healthy, models, Refused } from "/page/api.js";
+import { answer, Away, explanation, healthy, models, Refused } from "/page/api.js";
+import { mount } from "/page/explain.js";
 import { render } from "/page/markdown.js";
 import { read } from "/page/pictures.js";
 import { loadChoice, loadConversation, saveChoice, saveConversation } from "/page/store.js";
@@ -22,6 +23,7 @@ const state = {
   model: null,
   stopper: null, // ends the answer that is on its way
 };
+const explained = new WeakMap(); // answers whose explanation is shown
 
 // --- elements ---
 
@@ -76,6 +78,12 @@ function reply(message, number) {
   const said = element("div", { class: "said" });
   node.append(said);
   showText(node, message);
+  if (explained.has(message)) {
+    said.hidden = true; // the explanation holds the same words
+    const shown = element("div", { class: "explained" });
+    mount(shown, explained.get(message), picturesUpTo(number).map((picture) => picture.url));
+    node.append(shown);
+  }
   if (message.error) node.append(element("p", { class: "problem", role: "alert" }, message.error));
   if (message.finish === null && !message.error) {
     node.setAttribute("aria-busy", "true");
@@ -83,6 +91,11 @@ function reply(message, number) {
   }
   const tools = element("div", { class: "tools" });
   if (message.text) tools.append(button("Copy", (event) => copy(message.text, event.target), "Copy the answer"));
+  if (message.text && picturesUpTo(number).length) {
+    tools.append(element("button", { type: "button", class: "explain", "aria-pressed": String(explained.has(message)),
+      title: "Point at a word: where it looked in the pictures", onclick: (event) => explain(message, event.target) },
+    "Explain"));
+  }
   if (number === state.messages.length - 1) {
     const word = message.error ? "Try again" : "Regenerate";
     tools.append(button(word, regenerate, `${word}: answer once more`));
@@ -261,13 +274,39 @@ function wire(message) {
   };
 }
 
-function request() {
+function dialogue(messages) {
   const system = $("system").value.trim();
   return {
     ...(state.model && { model: state.model }),
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...state.messages.map(wire)],
-    ...parameters(),
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages.map(wire)],
   };
+}
+
+const request = () => ({ ...dialogue(state.messages), ...parameters() });
+
+// --- explaining ---
+
+const picturesUpTo = (number) => state.messages.slice(0, number).flatMap((message) => message.pictures ?? []);
+
+/** Show where an answer's words looked, or no longer. */
+async function explain(message, node) {
+  complain(null);
+  if (!explained.delete(message)) {
+    node.disabled = true;
+    node.textContent = "Looking…";
+    const body = dialogue(state.messages.slice(0, state.messages.indexOf(message) + 1));
+    try {
+      explained.set(message, await explanation(body, $("key").value));
+    } catch (error) {
+      complain(error.message);
+    }
+  }
+  const number = state.messages.indexOf(message);
+  if (number < 0) return; // it is gone meanwhile
+  const before = $("messages").children[number], after = reply(message, number);
+  before.replaceWith(after);
+  after.querySelector(".explain")?.focus();
+  if (explained.has(message)) say("Explained. Move over the words with Tab and the arrow keys.");
 }
 
 // --- writing ---

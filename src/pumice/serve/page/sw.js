@@ -3,7 +3,7 @@
 
 const KEPT = "pumice-page";
 const FILES = ["/", "/page/style.css", "/page/app.js", "/page/api.js", "/page/store.js", "/page/pictures.js",
-  "/page/markdown.js", "/page/icon.svg"];
+  "/page/markdown.js", "/page/explain.js", "/page/explain.css", "/page/icon.svg"];
 
 self.addEventListener("install", (event) => {
   event.waitUntil(caches.open(KEPT).then((cache) => cache.addAll(FILES)).then(() => self.skipWaiting()));
