@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
+from pumice.evaluate.files import write_json
 from pumice.evaluate.published import drift, published
-from pumice.evaluate.result import in_words, read_questions, read_result, score_predictions, write_json
+from pumice.evaluate.result import in_words, make_result, read_answers, read_questions, read_result
 from pumice.evaluate.task import get_task
 
 
@@ -24,8 +25,11 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def score(files: Path, **options: Any) -> dict[str, Any]:
-    return score_predictions(get_task("own"), files, files / "answers.jsonl", **options)[0]
+def score(files: Path, limit: int | None = None, *, allow_missing: bool = False) -> dict[str, Any]:
+    task = get_task("own")
+    asked = read_questions(task, files, limit)
+    given = read_answers(asked, files / "answers.jsonl", allow_missing=allow_missing)
+    return make_result(task, asked, given, task.score(given.answered))
 
 
 def test_a_whole_result(files: Path) -> None:

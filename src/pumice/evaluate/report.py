@@ -39,9 +39,10 @@ class Card:
     pictures: list[str] = field(default_factory=list)  # data addresses, or "" for a missing one
 
 
-def cards(task: Task, data: Path, answered: Sequence[Answered], name: str) -> list[Card]:
-    """The first wrong answers and some right ones, with thumbnails."""
-    values = task.score(answered).values
+def cards(
+    task: Task, data: Path, answered: Sequence[Answered], values: Sequence[float | None], name: str
+) -> list[Card]:
+    """Some wrong answers and some right ones, with thumbnails. values: how right each answer is."""
     chosen: list[Card] = []
     for kind, most in (("wrong", WRONG), ("right", RIGHT)):
         fits = [
