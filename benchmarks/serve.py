@@ -174,9 +174,10 @@ def pope(ours: Assistant, pair: tuple[Any, Any], pictures: int) -> None:
         for number, image in enumerate(shown(pictures)):
             path = Path(folder) / f"{number}.png"
             image.save(path)
+            source = Picture(path.name, lambda path=path: path)
             for thing in THINGS:
                 text = f"Is there a {thing} in the image?\n{SHORT}"
-                asked.append(Question(f"{number} {thing}", (Picture(path.name, path),), text))
+                asked.append(Question(f"{number} {thing}", (source,), text))
                 rows.append((image, text))
         answerer = LocalAnswerer(ours, "ours", slots=SLOTS)
         answers, seconds = timed(lambda: list(answerer.answer(asked, tokens)))

@@ -88,10 +88,10 @@ def _questions(task: Task, data: Path) -> Iterator[Question]:
 
 def _check_texts(question: Question) -> None:
     meta = question.meta
-    truths = meta.get("answers", meta.get("answer"))
-    listed = truths if isinstance(truths, list) else [truths or ""]
-    texts = [question.id, question.prompt, question.also, *(p.name for p in question.images), *listed]
-    texts += [str(part) if isinstance(part := meta.get("category") or "", int) else part]
+    truths = meta["answers"] if "answers" in meta else [meta.get("answer") or ""]
+    texts = [question.id, question.prompt, question.also, *(p.name for p in question.images), *truths]
+    category = meta.get("category", "")
+    texts += [] if category is None or isinstance(category, int) else [category]
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"{wrong[0]!r} stands where a text should")
 
