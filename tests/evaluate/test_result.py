@@ -80,6 +80,19 @@ def test_questions_that_came_before(files: Path) -> None:
         read_questions(get_task("own"), files)
 
 
+def test_fields_that_differ_from_the_official_ones(tmp_path: Path) -> None:
+    (tmp_path / "CLEVR_val_questions.json").write_text(
+        json.dumps({"questions": [{"question": "?", "image_filename": "a", "program": 7}]})
+    )
+    with pytest.raises(InputError, match=r"clevr in .*, version 1.0, question 1: its fields .*TypeError"):
+        read_questions(get_task("clevr"), tmp_path)
+    (tmp_path / "val.json").write_text(
+        json.dumps([{"image": "a", "question": "?", "answers": [{"answer": None}]}])
+    )
+    with pytest.raises(InputError, match="None stands where a text should"):
+        read_questions(get_task("vizwiz"), tmp_path)
+
+
 def test_drift_is_flagged_beyond_what_retraining_makes() -> None:
     assert published("mme") == {"LLaVA-1.5-7B": 1510.7, "LLaVA-1.5-13B": 1531.3}
     assert not drift("mme", 1495.0, "LLaVA-1.5-7B", comparable=True)["drifted"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice import __version__
-from pumice.errors import InputError
+from pumice.errors import InputError, official
 from pumice.evaluate.bootstrap import interval_of
 from pumice.evaluate.files import Picture
 from pumice.evaluate.predictions import check, match, read_predictions
@@ -72,18 +72,11 @@ def read_questions(task: Task, data: Path, limit: int | None = None, *, keep_ima
 def _questions(task: Task, data: Path) -> Iterator[Question]:
     """A benchmark's questions. Raises InputError also where a field is missing or of another kind."""
     number = 0
-    try:
+    with official(lambda: f"{task.name} in '{data}', version {task.source.version}, question {number + 1}"):
         for question in task.questions(data):
-            number += 1
             _check_texts(question)
             yield question
-    except InputError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"the files of {task.name} in '{data}' differ from the official ones ({task.source.version}) "
-            f"behind question {number}: {type(error).__name__}, {error}; fetch them again"
-        ) from error
+            number += 1
 
 
 def _check_texts(question: Question) -> None:

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pumice import __version__
-from pumice.errors import InputError
+from pumice.errors import InputError, official
 from pumice.files import replacing, sha256
 from pumice.generate.mix.readers import READERS, Given, Reader
 
@@ -111,10 +111,12 @@ def build(mix: Mix, out: Path, seed: int | None = None) -> dict[str, Any]:
         reader, name = READERS[source.task], source.name or source.task
         first = stored
         turns = 0
-        for row in _rows(store, reader, given, name):
-            store.execute("INSERT INTO rows VALUES (?, ?)", (stored, json.dumps(row, ensure_ascii=False)))
-            stored += 1
-            turns += len(row["conversations"]) // 2
+        with official(lambda name=name, given=given: f"{name}, entry {given.items}"):
+            for row in _rows(store, reader, given, name):
+                text = json.dumps(row, ensure_ascii=False)
+                store.execute("INSERT INTO rows VALUES (?, ?)", (stored, text))
+                stored += 1
+                turns += len(row["conversations"]) // 2
         available = stored - first
         if not available:
             raise InputError(f"{name}: its files hold no usable row; look at {', '.join(map(str, files))}")
