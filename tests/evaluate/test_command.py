@@ -87,6 +87,7 @@ def test_wrong_input(folder: Path) -> None:
     refused(run("own", "--data", "."), "--predictions is missing")
     refused(run(*OWN, "no.jsonl"), "'no.jsonl' cannot be read")
     refused(run(*OWN, "one.jsonl", "--json", "no/x.json"), "the folder 'no'")
+    refused(run(*OWN, "one.jsonl", "--report", "."), "'.' is a folder")
     refused(run(*OWN, "one.jsonl", "--judge-url", "http://x", "--judge-model", "m"), "own needs no judge")
     refused(run(*OWN, "one.jsonl", "--reference", "LLaVA"), "no numbers of 'LLaVA' are known")
     refused(run(*OWN, "one.jsonl", "--model", "http://x/v1"), "say which model is meant")

@@ -164,8 +164,11 @@ def _print(found: dict[str, Any], json_file: Path | None, words: str) -> None:
     print(words)
 
 
-def _check_outputs(*paths: Path | None) -> None:
-    for path in paths:
+def _check_outputs(json_file: Path | None, report: Path | None, submission: Path | None) -> None:
+    for path in (json_file, report):
+        if path is not None and path.is_dir():
+            raise InputError(f"'{path}' is a folder; name a file")
+    for path in (json_file, report, submission):
         if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
             raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
 
