@@ -205,7 +205,7 @@ def test_your_own_file(data: Any, scored: Any, asked: Any) -> None:
         {"id": "f", "question": "Describe.", "answers": ["a dog"], "metric": "rouge_l"},
     ]
     data.lines("questions.jsonl", rows)
-    answers = {"a": "dark  red.", "b": "three", "c": "the dog", "d": "No.", "e": "hotdogs", "f": "a dog"}
+    answers = {"a": "dark  red .", "b": "three", "c": "the dog", "d": "No.", "e": "hotdogs", "f": "a dog"}
     found = scored("own", answers)
     assert found["headline"]["value"] == pytest.approx(100 * 5 / 6)
     assert found["categories"]["metric"]["contains"]["value"] == 0
