@@ -1,12 +1,14 @@
 """How fast the engine answers about pictures, beside transformers with the same weights in the same run.
 
-    OMP_WAIT_POLICY=ACTIVE python benchmarks/serve.py [questions] [turn] [pope] [--quick]
+    OMP_WAIT_POLICY=ACTIVE python benchmarks/serve.py [questions] [turn] [pope] [--quick] [--theirs N]
 
 questions: 6 short questions on each of 50 pictures, questions per second; transformers' generate gets them
 in left-padded batches. turn: a second question in a conversation about a picture, seconds to the first
 token; transformers gets the whole conversation again. pope: 18 yes/no questions on each of 50 pictures, by
 way of what `pumice eval` asks through. Weights are random (CLIP-ViT-B/16 at 224 px, an MLP, SmolLM2-135M),
 greedy, fp32, answers of a fixed length; the answers of both are compared. A ratio above 1 is in our favour.
+--theirs gives transformers the first N pictures only, which takes minutes off: it reads every question from
+its first token on, so that its questions per second do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -140,9 +142,12 @@ def report(name: str, ours: str, theirs: str, ratio: float, aim: str, same: str)
 
 def compare(
     name: str, ours: Sequence[Any], seconds: float, pair: tuple[Any, Any],
-    rows: Sequence[tuple[Image.Image, str]], tokens: int,
+    rows: Sequence[tuple[Image.Image, str]], tokens: int, first: int,
 ) -> None:  # fmt: skip
-    """Our answers and their time against transformers' best batch size, tried on the first pictures."""
+    """Our answers and their time against transformers' best batch size, tried on the first pictures.
+
+    first: how many rows transformers gets.
+    """
     model, processor = pair
     best = BATCHES[0]
     if len(BATCHES) > 1:
@@ -150,40 +155,48 @@ def compare(
             b: timed(their_answers, model, processor, rows[: max(BATCHES)], tokens, b)[1] for b in BATCHES
         }
         best = min(tries, key=lambda b: tries[b])
-    theirs, their_seconds = timed(their_answers, model, processor, rows, tokens, best)
-    same = sum(ours_one == their_one for ours_one, their_one in zip(ours, theirs, strict=True))
+    theirs, their_seconds = timed(their_answers, model, processor, rows[:first], tokens, best)
+    same = sum(ours_one == their_one for ours_one, their_one in zip(ours, theirs, strict=False))
+    speed, their_speed = len(rows) / seconds, len(theirs) / their_seconds
+    some = "" if len(theirs) == len(rows) else f", the first {len(theirs)}"
     report(
-        f"{name}, questions/s", f"{len(rows) / seconds:.2f}",
-        f"{len(rows) / their_seconds:.2f} (batches of {best})", their_seconds / seconds, ">= 6",
-        f"{same} of {len(rows)}, {len(set(ours))} different",
+        f"{name}, questions/s", f"{speed:.2f}", f"{their_speed:.2f} (batches of {best}{some})",
+        speed / their_speed, ">= 6", f"{same} of {len(theirs)}, {len(set(ours))} different",
     )  # fmt: skip
 
 
-def questions(ours: Assistant, pair: tuple[Any, Any], pictures: int) -> None:
+def warm(ours: Assistant, image: Image.Image) -> None:
+    """The first call of either costs more."""
+    ours.ask_many([(image, QUESTIONS[0])], max_new_tokens=2)
+    ours.engine.forget()
+
+
+def questions(ours: Assistant, pair: tuple[Any, Any], pictures: int, theirs: int) -> None:
     tokens = TOKENS["questions"]
     rows = [(image, question) for image in shown(pictures) for question in QUESTIONS]
-    ours.ask_many(rows[:1], max_new_tokens=2)  # the first call of either costs more
-    ours.engine.forget()
+    warm(ours, rows[0][0])
     answers, seconds = timed(lambda: ours.ask_many(rows, max_new_tokens=tokens))
-    compare(
-        f"{len(QUESTIONS)} questions on each of {pictures} pictures", answers, seconds, pair, rows, tokens
-    )
+    name = f"{len(QUESTIONS)} questions on each of {pictures} pictures"
+    compare(name, answers, seconds, pair, rows, tokens, theirs * len(QUESTIONS))
 
 
-def pope(ours: Assistant, pair: tuple[Any, Any], pictures: int) -> None:
+def pope(ours: Assistant, pair: tuple[Any, Any], pictures: int, theirs: int) -> None:
     tokens = TOKENS["pope"]
     with tempfile.TemporaryDirectory() as folder:
         asked, rows = [], []
         for number, image in enumerate(shown(pictures)):
             path = Path(folder) / f"{number}.png"
             image.save(path)
+            source = Picture(path.name, lambda path=path: path)
             for thing in THINGS:
                 text = f"Is there a {thing} in the image?\n{SHORT}"
-                asked.append(Question(f"{number} {thing}", (Picture(path.name, path),), text))
+                asked.append(Question(f"{number} {thing}", (source,), text))
                 rows.append((image, text))
+        warm(ours, rows[0][0])
         answerer = LocalAnswerer(ours, "ours", slots=SLOTS)
         answers, seconds = timed(lambda: list(answerer.answer(asked, tokens)))
-    compare(f"{len(THINGS)} questions on each of {pictures} pictures", answers, seconds, pair, rows, tokens)
+    name = f"{len(THINGS)} questions on each of {pictures} pictures"
+    compare(name, answers, seconds, pair, rows, tokens, theirs * len(THINGS))
 
 
 class Saying:
@@ -199,7 +212,7 @@ class Saying:
         del self.ids[0]
 
 
-def turn(ours: Assistant, pair: tuple[Any, Any], pictures: int) -> None:
+def turn(ours: Assistant, pair: tuple[Any, Any], pictures: int, _: int) -> None:
     model, processor = pair
     our_times, their_times, same = [], [], 0
     for image in shown(pictures):
@@ -243,6 +256,7 @@ def main() -> None:
     figures = {"questions": (questions, 50, 4), "turn": (turn, 12, 5), "pope": (pope, 50, 2)}
     parser.add_argument("figures", nargs="*", help=f"of {', '.join(figures)}; all when none is named")
     parser.add_argument("--quick", action="store_true", help="fewer pictures: about a minute for each figure")
+    parser.add_argument("--theirs", type=int, help="pictures that transformers gets; all when not given")
     arguments = parser.parse_args()
     if unknown := set(arguments.figures) - set(figures):
         parser.error(f"there is no figure {', '.join(sorted(unknown))}; use {', '.join(figures)}")
@@ -253,7 +267,8 @@ def main() -> None:
         print("| figure | pumice | transformers | ratio | aim | same answers |\n|---|---|---|---|---|---|")
         for name in arguments.figures or figures:
             run, many, few = figures[name]
-            run(ours, (pair[0], pair[1]), few if arguments.quick else many)
+            pictures = few if arguments.quick else many
+            run(ours, (pair[0], pair[1]), pictures, min(pictures, arguments.theirs or pictures))
 
 
 if __name__ == "__main__":

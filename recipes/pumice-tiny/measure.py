@@ -1,10 +1,12 @@
 """Measures a model on the held-out photographs that build.py set aside, beside a grey picture.
 
     python recipes/pumice-tiny/measure.py --model MODEL --rows ROWS/val --photos PHOTOS [--json FILE]
+        [--easy-vqa EASY_VQA]
 
 Every photograph is captioned under each prompt (CIDEr against the captions people wrote) and asked
 the yes/no questions of presence.jsonl (POPE's way of counting), greedily, through the public interface
 alone. The same is asked about a grey picture of the same size: what the words of a question give away.
+--easy-vqa asks the test split of easy-vqa too, as `pumice eval easy-vqa` does and counts.
 Prints a Markdown table.
 """
 
@@ -30,6 +32,9 @@ from pumice.errors import InputError
 from pumice.evaluate.bootstrap import interval
 from pumice.evaluate.cider import Cider
 from pumice.evaluate.presence import means_yes, presence_score
+from pumice.evaluate.result import Asked, Given, in_words, make_result, read_questions
+from pumice.evaluate.run import check_pictures
+from pumice.evaluate.task import Answered, get_task
 
 PROMPTS = (
     "Describe the image concisely.",
@@ -192,6 +197,21 @@ def measure(
     return result, answers
 
 
+def read_easy_vqa(data: Path, limit: int | None = None) -> Asked:
+    """The questions of easy-vqa's test split. Raises InputError, for missing pictures too."""
+    asked = read_questions(get_task("easy-vqa"), data, limit)
+    check_pictures(asked.questions, allow_missing=False)
+    return asked
+
+
+def easy_vqa(assistant: Any, asked: Asked, name: str) -> dict[str, Any]:
+    """The result of those questions, as `pumice eval` has it."""
+    answers = ask_all(assistant, [(q.images[0].source(), q.prompt) for q in asked.questions], "easy-vqa")
+    answered = [Answered(question, text) for question, text in zip(asked.questions, answers, strict=True)]
+    task = get_task("easy-vqa")
+    return make_result(task, asked, Given(answered, [], name, ""), task.score(answered))
+
+
 def answer_lines(held: HeldOut, answers: dict[Ask, str]) -> Iterable[str]:
     """Every answer beside its truth, as JSON lines."""
     for row in held.captions:
@@ -212,7 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="pumice-tiny", help="a built-in model or a model folder")
     parser.add_argument("--rows", type=Path, required=True, help="the val folder that build.py wrote")
     parser.add_argument("--photos", type=Path, required=True, help="holds flickr8k/")
-    parser.add_argument("--limit", type=int, help="the first N pictures only; marked as partial")
+    parser.add_argument("--easy-vqa", type=Path, help="unpacked easy_vqa package; its test split too")
+    parser.add_argument(
+        "--limit", type=int, help="the first N pictures (drawn: questions) only; marked as partial"
+    )
     parser.add_argument("--grey", action=argparse.BooleanOptionalAction, default=True, help="the baseline")
     parser.add_argument("--quantize", choices=("auto", "int8", "none"), default="auto")
     parser.add_argument("--json", type=Path, help="write the numbers here")
@@ -223,10 +246,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if path and not path.absolute().parent.is_dir():
                 raise InputError(f"cannot write {path}: there is no folder {path.parent}; make it first")
         held = read_held_out(options.rows, options.limit)
+        drawn = read_easy_vqa(options.easy_vqa, options.limit) if options.easy_vqa else None
         assistant = pumice.load(
             options.model, quantize=None if options.quantize == "none" else options.quantize
         )
         result, answers = measure(assistant, held, options.photos, options.grey)
+        if drawn is not None:
+            result["easy_vqa"] = easy_vqa(assistant, drawn, options.model)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -238,6 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {"model": options.model, "quantize": options.quantize, **result}
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
+    if "easy_vqa" in result:
+        print(in_words(result["easy_vqa"]))
     return 0
 
 

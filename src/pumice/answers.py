@@ -13,7 +13,7 @@ from typing import Any
 
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
-from pumice.files import Lock, appending, whole_lines
+from pumice.files import appending, hold_file, whole_lines
 
 
 class AnswerFile:
@@ -29,12 +29,9 @@ class AnswerFile:
         self.asked = json.loads(json.dumps(asked, default=list))  # as a line will give it back
         self.answers: list[str | InputError] = []
         try:
-            self._lock = Lock(self.path)
+            self._lock = hold_file(self.path)
         except OSError as error:
             raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error
-        if not self._lock.take():
-            self._lock.release()
-            raise InputError(f"another run is writing '{path}'; wait for it, or name another file")
         try:
             self._read()
             self._file = appending(self.path)

@@ -133,6 +133,15 @@ class Lock:
         self.release()
 
 
+def hold_file(path: Path) -> Lock:
+    """Keep the file that this process appends lines to. InputError when another process has it."""
+    lock = Lock(path)
+    if not lock.take():
+        lock.release()
+        raise InputError(f"another run is writing '{path}'; wait for it, or name another file")
+    return lock
+
+
 def hold(folder: Path, what: str) -> Lock:
     """Keep `folder` for this process until the lock is released. InputError when another has it."""
     lock = Lock(folder / ".lock")

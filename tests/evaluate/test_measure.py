@@ -111,6 +111,16 @@ def test_runs_on_a_model(measure: ModuleType, photos: Path, tiny_folder: Path, c
     assert "| presence, accuracy |" in capsys.readouterr().out
 
 
+def test_easy_vqa_is_asked_by_the_same_command(measure: ModuleType, photos: Path) -> None:
+    (photos / "test" / "images").mkdir(parents=True)
+    (photos / "test" / "questions.json").write_text('[["is there a circle?", "no", 0]]')
+    with pytest.raises(InputError, match="1 of 1 pictures are missing"):
+        measure.read_easy_vqa(photos)
+    Image.new("RGB", (32, 32)).save(photos / "test" / "images" / "0.png")
+    found = measure.easy_vqa(Knowing(), measure.read_easy_vqa(photos), "m")
+    assert (found["headline"]["value"], found["answered"], found["partial"]) == (0, 1, False)
+
+
 def test_wrong_input_is_one_sentence(measure: ModuleType, photos: Path, capsys: Any) -> None:
     arguments = ["--rows", str(photos / "absent"), "--photos", str(photos)]
     assert measure.main(arguments) == 2

@@ -41,6 +41,13 @@ OFFICIAL = {
     "A <b> woman in a green costume": "a <b> woman in a green costume",
     "A. A white dog plays.": "a a white dog plays",
     "-- = < . ? -2": "= < -2",
+    "y'all saw 'em 'til dawn, 'cause ma'am said so, ol' X'mas": (
+        "y' all saw 'em 'til dawn 'cause ma'am said so ol' x'mas"
+    ),
+    "3½ dogs\U0001f600 for €5, £6 or 7¢": "3 1/2 dogs for $ 5 # 6 or 7 cents",
+    "fish &amp; chips (http://x.com), see http://y.com!": "fish & chips -lrb- http://x.com -rrb- see http://y.com",
+    "plan b. dog, option a. The «cat» by Mr.Smith": "plan b. dog option a the cat by mr.smith",
+    "@user writes C++ :-) and C# =(": "@user writes c++ :--rrb- and c# =-lrb-",
     "": "",
     " . ": "",
 }

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
+from pumice.evaluate.files import write_json
 from pumice.evaluate.published import drift, published
-from pumice.evaluate.result import in_words, read_questions, read_result, score_predictions, write_json
+from pumice.evaluate.result import in_words, make_result, read_answers, read_questions, read_result
 from pumice.evaluate.task import get_task
 
 
@@ -24,8 +25,11 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def score(files: Path, **options: Any) -> dict[str, Any]:
-    return score_predictions(get_task("own"), files, files / "answers.jsonl", **options)[0]
+def score(files: Path, limit: int | None = None, *, allow_missing: bool = False) -> dict[str, Any]:
+    task = get_task("own")
+    asked = read_questions(task, files, limit)
+    given = read_answers(asked, files / "answers.jsonl", allow_missing=allow_missing)
+    return make_result(task, asked, given, task.score(given.answered))
 
 
 def test_a_whole_result(files: Path) -> None:
@@ -74,6 +78,19 @@ def test_questions_that_came_before(files: Path) -> None:
         file.write('{"id": 3, "question": "Q?", "answers": "yes"}\n')
     with pytest.raises(InputError, match="1 questions of own have an id that came before, the first is '3'"):
         read_questions(get_task("own"), files)
+
+
+def test_fields_that_differ_from_the_official_ones(tmp_path: Path) -> None:
+    (tmp_path / "CLEVR_val_questions.json").write_text(
+        json.dumps({"questions": [{"question": "?", "image_filename": "a", "program": 7}]})
+    )
+    with pytest.raises(InputError, match=r"clevr in .*, version 1.0, question 1: its fields .*TypeError"):
+        read_questions(get_task("clevr"), tmp_path)
+    (tmp_path / "val.json").write_text(
+        json.dumps([{"image": "a", "question": "?", "answers": [{"answer": None}]}])
+    )
+    with pytest.raises(InputError, match="None stands where a text should"):
+        read_questions(get_task("vizwiz"), tmp_path)
 
 
 def test_drift_is_flagged_beyond_what_retraining_makes() -> None:

@@ -23,6 +23,7 @@ from pumice.evaluate.run import (
     shard,
 )
 from pumice.evaluate.task import Question, get_task
+from pumice.files import hold_file
 
 TASK = get_task("own")
 PNG = b"\x89PNG\r\n\x1a\n"  # how the file of a picture begins
@@ -91,7 +92,9 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="line 1: the answer of 'other' to question 'q0' belongs here"):
         resume(path, in_order(QUESTIONS), "other")
     with pytest.raises(InputError, match=r"the folder .* does not exist"):
-        resume(tmp_path / "no" / "a.jsonl", QUESTIONS, "counts")
+        run(TASK, QUESTIONS, Counts(), tmp_path / "no" / "a.jsonl")
+    with hold_file(path), pytest.raises(InputError, match="another run is writing"):
+        run(TASK, QUESTIONS, Counts(), path)
 
 
 def test_another_longest_answer_is_told_and_kept(tmp_path: Path) -> None:

@@ -261,3 +261,10 @@ def test_the_recipe_in_the_docs_is_one() -> None:
     assert sorted(source.task for source in mix.sources) == sorted(READERS)
     for source in mix.sources:
         assert set(READERS[source.task].needs) <= set(source.files)
+
+
+def test_fields_that_differ_from_the_official_ones(make: Any) -> None:
+    Path("ocr.json").write_text(json.dumps({"b1": {"split": 1, "questions": 7}}))
+    with pytest.raises(InputError, match="ocrvqa, entry 1: its fields are not the official ones"):
+        make({"task": "ocrvqa", "files": {"dataset": "ocr.json"}})
+    assert not Path("mix.jsonl").exists()

@@ -187,3 +187,9 @@ def test_pictures_are_looked_up(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no picture with annotations is left"):
         gather([iter(())], None, Spoiled(), None)
     assert len(gather([iter(contexts)], None, Spoiled(), 1)) == 1
+
+
+def test_fields_that_differ_from_the_official_ones(written: Callable[..., Path]) -> None:
+    file = written("dataset_flickr30k.json", {"images": [{"filename": "a.jpg", "sentences": 7}]})
+    with pytest.raises(InputError, match="of 0 pictures: its fields are not the official ones"):
+        gather([flickr30k(file, Spoiled())], None, Spoiled(), None)

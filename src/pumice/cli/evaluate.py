@@ -14,9 +14,9 @@ from pumice.cli import options
 from pumice.errors import InputError
 
 if TYPE_CHECKING:
-    from pumice.evaluate.result import Asked
+    from pumice.evaluate.result import Asked, Given
     from pumice.evaluate.run import Answerer
-    from pumice.evaluate.task import Answered, Task
+    from pumice.evaluate.task import Task
 
 
 def evaluate(
@@ -97,10 +97,10 @@ def evaluate(
 
     pumice eval pope --data pope/ --predictions answers.jsonl
     """
-    from pumice.evaluate import predictions as answers
     from pumice.evaluate import result
     from pumice.evaluate.published import PUBLISHED
     from pumice.evaluate.task import get_task
+    from pumice.files import replacing
 
     if show_list:
         _print_list()
@@ -129,52 +129,46 @@ def evaluate(
         chosen, asked, predictions, model, model_name, device, slots, allow_missing, max_new_tokens
     ):
         return  # another process of torchrun goes on
-    read = answers.read_predictions(predictions)
-    matched = answers.match(asked.questions, read.rows)
-    problems = answers.check(matched, read, allow_missing=allow_missing, limited=asked.limited)
+    given = result.read_answers(asked, predictions, allow_missing=allow_missing)
     if submission is not None:
-        chosen.submission(matched.answered, submission, data)
+        chosen.submission(given.answered, submission, data)
         print(f"wrote {submission}", file=sys.stderr)
-        if not _scorable(chosen, matched.answered):
-            print(f"{chosen.title} {chosen.split} is scored by its server", file=sys.stderr)
-            return
     if compare is not None:
-        name = read.model or predictions.stem
-        _compare(chosen, data, asked, matched.answered, name, compare, json_file, report, allow_missing)
+        _compare(chosen, data, asked, given, compare, json_file, report, allow_missing)
         return
-    score = chosen.score(matched.answered)
-    found = result.make_result(chosen, asked, matched.answered, score, reference)
-    found |= {"model": read.model or predictions.stem, "predictions": str(predictions)}
-    found["notes"] = problems + found["notes"]
-    _print(found, json_file, result.in_words(found))
+    try:
+        score = chosen.score(given.answered)
+    except InputError:
+        if submission is None:
+            raise
+        print(f"{chosen.title} {chosen.split} is scored by its server", file=sys.stderr)
+        return
+    found = result.make_result(chosen, asked, given, score, reference)
     if report is not None:
         from pumice.evaluate.report import cards, page
 
-        shown = cards(chosen, data, matched.answered, found["model"])
-        report.write_text(page([found, *others], shown), encoding="utf-8")
-
-
-def _scorable(task: Task, answered: list[Answered]) -> bool:
-    try:
-        task.score(answered)
-    except InputError:
-        return False
-    return True
+        shown = cards(chosen, data, given.answered, score.values, given.model)
+        with replacing(report) as file:
+            file.write(page([found, *others], shown))
+    _print(found, json_file, result.in_words(found))
 
 
 def _print(found: dict[str, Any], json_file: Path | None, words: str) -> None:
-    from pumice.evaluate.result import write_json
+    from pumice.evaluate.files import write_json
 
     if json_file is not None and str(json_file) == "-":
         print(json.dumps(found, ensure_ascii=False))
         return
     if json_file is not None:
-        write_json(json_file, found)
+        write_json(json_file, found, indent=2)
     print(words)
 
 
-def _check_outputs(*paths: Path | None) -> None:
-    for path in paths:
+def _check_outputs(json_file: Path | None, report: Path | None, submission: Path | None) -> None:
+    for path in (json_file, report):
+        if path is not None and path.is_dir():
+            raise InputError(f"'{path}' is a folder; name a file")
+    for path in (json_file, report, submission):
         if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
             raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
 
@@ -255,24 +249,23 @@ def _compare(
     task: Task,
     data: Path,
     asked: Asked,
-    first: list[Answered],
-    name: str,
+    first: Given,
     other: Path,
     json_file: Path | None,
     report: Path | None,
     allow_missing: bool,
 ) -> None:
     from pumice.evaluate import compare
-    from pumice.evaluate import predictions as answers
+    from pumice.evaluate.result import read_answers
+    from pumice.files import replacing
 
-    read = answers.read_predictions(other)
-    matched = answers.match(asked.questions, read.rows)
-    answers.check(matched, read, allow_missing=allow_missing, limited=asked.limited)
-    names = (name, read.model or other.stem)
+    second = read_answers(asked, other, allow_missing=allow_missing)
+    names = (first.model, second.model)
     if names[0] == names[1]:
         names = (f"{names[0]} (first)", f"{names[1]} (second)")
-    both = {question.id for question, _ in first} & {question.id for question, _ in matched.answered}
-    ours, theirs = ([a for a in said if a.question.id in both] for said in (first, matched.answered))
+    told = first.answered, second.answered
+    both = set.intersection(*({question.id for question, _ in said} for said in told))
+    ours, theirs = ([answer for answer in said if answer.question.id in both] for said in told)
     found = compare.compare(task, ours, theirs, names)
     found["partial"] = len(both) < asked.total
     found["why_partial"] = f"{len(both)} of {asked.total} questions" if found["partial"] else ""
@@ -281,9 +274,8 @@ def _compare(
     if report is not None:
         from pumice.evaluate.report import compare_page, compared_cards
 
-        report.write_text(
-            compare_page(found, compared_cards(task, data, ours, theirs, names)), encoding="utf-8"
-        )
+        with replacing(report) as file:
+            file.write(compare_page(found, compared_cards(task, data, ours, theirs, names)))
 
 
 def _print_list() -> None:

@@ -112,6 +112,7 @@ def generate(
 ) -> None:
     """Have a teacher write instruction data about annotated pictures. Run it again to go on."""
     from pumice.data.rows import ImageFinder
+    from pumice.files import replacing
     from pumice.generate import report
     from pumice.generate import run as runs
     from pumice.generate.checks import Settings
@@ -170,7 +171,8 @@ def generate(
             progress.end()
         statistics = runs.finish(job, asked, journal)
         values = statistics.to_dict()
-        (out / "report.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        with replacing(out / "report.json") as file:
+            file.write(json.dumps(values, indent=1) + "\n")
         report.write(out / "report.html", statistics, f"Instruction data by {asked.model}", finder)
     if as_json:
         print(json.dumps(values))

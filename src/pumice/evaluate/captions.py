@@ -16,46 +16,32 @@ from pumice.evaluate.ptb import tokenize
 SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's guards against division by zero
 BETA = 1.2  # weight of recall in ROUGE-L
 
-Counts = tuple[int, int, list[int], list[int]]  # words, closest reference, n-grams right, n-grams said
 
-
-class Bleu:
-    """BLEU-1 to BLEU-4 of a corpus; each pair's counts are kept, so that any resample is cheap."""
-
-    def __init__(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        self.counts = [_counts(said, refs) for said, refs in zip(captions, references, strict=True)]
-
-    def score(self, weights: Sequence[float] | None = None) -> list[float]:
-        """[BLEU-1, ..., BLEU-4], 0 to 1; weights: how often each caption is drawn."""
-        weights = [1.0] * len(self.counts) if weights is None else weights
-        pairs = list(zip(weights, self.counts, strict=True))
-        said = sum(w * c[0] for w, c in pairs)
-        closest = sum(w * c[1] for w, c in pairs)
-        right = [sum(w * c[2][n] for w, c in pairs) for n in range(4)]
-        total = [sum(w * c[3][n] for w, c in pairs) for n in range(4)]
-        ratio = (said + TINY) / (closest + SMALL)
-        brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-        product, scores = 1.0, []
-        for n in range(4):
-            product *= (right[n] + TINY) / (total[n] + SMALL)
-            scores.append(product ** (1 / (n + 1)) * brevity)
-        return scores
+def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """[BLEU-1, ..., BLEU-4] of a corpus, 0 to 1; of several references the one closest in length counts."""
+    said = closest = 0
+    right, total = [0] * 4, [0] * 4  # n-grams that a reference has, n-grams said
+    for caption, texts in zip(captions, references, strict=True):
+        words, others = tokenize(caption), [tokenize(text) for text in texts]
+        said += len(words)
+        closest += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
+        most: Counter[tuple[str, ...]] = Counter()
+        for other in others:
+            most |= _grams(other)
+        for gram, count in _grams(words).items():
+            right[len(gram) - 1] += min(count, most[gram])
+            total[len(gram) - 1] += count
+    ratio = (said + TINY) / (closest + SMALL)
+    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    product, scores = 1.0, []
+    for n in range(4):
+        product *= (right[n] + TINY) / (total[n] + SMALL)
+        scores.append(product ** (1 / (n + 1)) * brevity)
+    return scores
 
 
 def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
-
-
-def _counts(caption: str, references: Sequence[str]) -> Counts:
-    words, others = tokenize(caption), [tokenize(reference) for reference in references]
-    most: Counter[tuple[str, ...]] = Counter()
-    for other in others:
-        most |= _grams(other)
-    right = [0] * 4
-    for gram, count in _grams(words).items():
-        right[len(gram) - 1] += min(count, most[gram])
-    closest = min((abs(len(other) - len(words)), len(other)) for other in others)[1]
-    return len(words), closest, right, [max(0, len(words) - n) for n in range(4)]
 
 
 def rouge_l(caption: str, references: Sequence[str]) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pumice.errors import InputError
+from pumice.files import replacing
 
 DEPTH = 4  # folders below --data in which a file is looked for
 
@@ -293,6 +294,12 @@ def base64_picture(name: str, text: str) -> Picture:
 
 def bytes_picture(name: str, data: bytes) -> Picture:
     return Picture(name, lambda: data)
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Writes a result or a submission, whole or not at all."""
+    with replacing(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
 def need(row: Any, keys: Sequence[str], where: str) -> None:

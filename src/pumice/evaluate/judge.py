@@ -18,6 +18,7 @@ from pumice.errors import InputError
 from pumice.evaluate.endpoint import Endpoint
 from pumice.evaluate.files import DataFile, read_json, read_lines
 from pumice.evaluate.task import Answered, Task
+from pumice.files import appending
 
 WORKERS = 4  # requests to the judge at a time
 
@@ -47,6 +48,13 @@ class Judge:
 
     def _read(self, path: Path) -> None:
         rows, broken = read_lines(DataFile(path))
+        whole = DataFile(path).text()
+        if rows and not whole.endswith("\n"):
+            torn = broken[-1:] == [whole.count("\n") + 1]  # by a crash; it will be asked again
+            broken = broken[:-1] if torn else broken
+            if self.endpoint is not None:
+                with appending(path) if torn else path.open("a", encoding="utf-8") as file:
+                    file.write("" if torn else "\n")
         if broken and not rows:
             rows, broken = [read_json(DataFile(path))], []
         if broken:

@@ -12,8 +12,8 @@ import re
 # pycocoevalcap's list. Its "-LRB-" never matches, since tokens are in lower case by then.
 _REMOVED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _WRITTEN = {
-    '"': "''", "“": "``", "”": "''", "\u2018": "`", "’": "'", "…": "...", "–": "--", "—": "--",
-    "½": "1/2", "¼": "1/4", "¾": "3/4", ":)": ":-rrb-", ":(": ":-lrb-",
+    '"': "''", "“": "``", "”": "''", "«": "``", "»": "''", "\u2018": "`", "’": "'", "…": "...",
+    "–": "--", "—": "--", "½": "1/2", "¼": "1/4", "¾": "3/4", "€": "$", "£": "#", "¢": "cents",
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
 }  # fmt: skip
 
@@ -31,21 +31,22 @@ _STARTS = (
 )
 _TOKEN = re.compile(
     rf"""
-      https?://\S+ | \w[\w.]*@\w[\w.]*\w | (?:www\.)?[\w-]+(?:\.[\w-]+)*\.(?:com|net|org|edu|gov)\b
+      https?://[^\s()"]*[^\s()".,:;!?] | \w[\w.]*@\w[\w.]*\w
+    | (?:www\.)?[\w-]+(?:\.[\w-]+)*\.(?:com|net|org|edu|gov)\b
     | \b(?:can(?=not\b) | gon(?=na\b) | got(?=ta\b) | wan(?=na\b) | gim(?=me\b) | lem(?=me\b))
-    | 't(?=is\b|was\b) | 'n' | '\d0s\b           # 't is, rock 'n' roll, '80s
+    | 't(?=is\b|was\b) | 'n' | '\d0s\b | '(?:cause|til|em)\b      # 't is, rock 'n' roll, '80s
+    | \b(?: y'(?=all\b) | ol'(?!\w) | ma'am\b | (?-i:X)'mas\b )
     | (?:[^\W\d_]\.){{2,}}(?:[^\W\d_]\b)?        # u.s.a. and u.s.a
     | \b(?-i:[A-Z]+&[A-Z]+)\b                   # R&B
-    | \b(?:{_ABBREVIATIONS})\.                  # mr.
+    | \b(?:{_ABBREVIATIONS})\.(?!\w)            # mr.
     | \bno\.(?=\s*\d)                           # no. 7
-    | \b(?-i:[A-Z])\.(?!\s*$|\s+(?-i:{_STARTS})\b)   # the letter P., but not at the end of a sentence
-    | (?<!\S)(?-i:a)\.(?=\s|$)                  # a.
-    | </?[a-z][^<>\s]*> | :[()](?!\w)            # a tag, a smile
+    | (?<![\w'])[a-z]\.(?!\w|\s*$|\s+(?-i:{_STARTS})\b)    # the letter p., but not at a sentence's end
+    | </?[a-z][^<>\s]*> | [:;=]-?[()](?!\w)      # a tag, a smile
     | n't\b | '(?:s|m|d|re|ve|ll)\b             # the ends of is n't, dog 's, they 're
     | \b[dol]'\w+                               # o'clock
     | (?<!\S)(?:-\d*\.?|\.)\d+(?:[.,:]\d+)*(?=[\s)\]}},;!?]|\.?(?:\s|$))    # -2 and .5
     | \d+(?:[.,:/-]\d+)+(?:-\w+)*                # 1,000 and 10:30
-    | \#[^\W\d]\w*                             # a hashtag
+    | \#[^\W\d]\w* | @\w+ | \bc(?:\+\+|\#)      # a hashtag, a name, a language
     | \w+?(?=n't\b)
     | \w+(?:[-/.]\w+)*
     | \.\.\. | -- | `` | '' | [!?]+ | \*+ | \S
@@ -53,11 +54,21 @@ _TOKEN = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _APOSTROPHE_AFTER_LETTER = re.compile(r"(?<=\w)’(?=\w)|’(?=(?:s|m|d|re|ve|ll)\b)", re.IGNORECASE)
-_OPENING = re.compile(r"(?<!\S)'(?=\w)(?!(?:tis|twas|n|s|m|d|re|ve|ll|\d0s)\b)", re.IGNORECASE)
+_OPENING = re.compile(r"(?<!\S)'(?=\w)(?!(?:tis|twas|cause|til|em|n|s|m|d|re|ve|ll|\d0s)\b)", re.IGNORECASE)
+_DROPPED = re.compile("[\U00010000-\U0010ffff\u200b-\u200d\ufe0f]")  # emoji and what joins them
+_MIXED = re.compile(r"(?<=\d)(?=[½¼¾])")
 
 
 def tokenize(caption: str) -> list[str]:
     """The words of a caption, as caption metrics count them; empty when it holds none."""
-    text = _OPENING.sub("`", _APOSTROPHE_AFTER_LETTER.sub("'", caption))
-    words = (_WRITTEN.get(word, word.lower()) for word in _TOKEN.findall(text))
+    text = _MIXED.sub(" ", _DROPPED.sub(" ", caption).replace("&amp;", "&").replace("&quot;", '"'))
+    text = _OPENING.sub("`", _APOSTROPHE_AFTER_LETTER.sub("'", text))
+    words = (_written(word) for word in _TOKEN.findall(text))
     return [word for word in words if word not in _REMOVED]
+
+
+def _written(word: str) -> str:
+    if word in _WRITTEN:
+        return _WRITTEN[word]
+    smile = len(word) > 1 and word[-1] in "()"
+    return word[:-1] + _WRITTEN[word[-1]] if smile else word.lower()

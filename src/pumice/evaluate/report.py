@@ -39,9 +39,10 @@ class Card:
     pictures: list[str] = field(default_factory=list)  # data addresses, or "" for a missing one
 
 
-def cards(task: Task, data: Path, answered: Sequence[Answered], name: str) -> list[Card]:
-    """The first wrong answers and some right ones, with thumbnails."""
-    values = task.score(answered).values
+def cards(
+    task: Task, data: Path, answered: Sequence[Answered], values: Sequence[float | None], name: str
+) -> list[Card]:
+    """Some wrong answers and some right ones, with thumbnails. values: how right each answer is."""
     chosen: list[Card] = []
     for kind, most in (("wrong", WRONG), ("right", RIGHT)):
         fits = [
@@ -119,7 +120,7 @@ def page(results: Sequence[Mapping[str, Any]], shown: Sequence[Card] = ()) -> st
     for found in results:
         body.append(_parts(found))
     if shown:
-        body.append(_gallery(shown, f"Answers of {results[0]['title']}"))
+        body.append(_gallery(shown, f"Answers of {_title(results[0])}"))
     return document("Evaluation of " + ", ".join(names), "\n".join(body), script=bool(shown))
 
 
@@ -154,6 +155,10 @@ def _partial(found: Mapping[str, Any]) -> str:
     return f'<p class="partial"><strong>Partial:</strong> {words}</p>'
 
 
+def _title(found: Mapping[str, Any]) -> str:
+    return found["title"] + (" (partial)" if found["partial"] else "")
+
+
 def _value(found: Mapping[str, Any]) -> str:
     value = found["headline"]["value"]
     return "-" if value is None else f"{value:.1f}"
@@ -167,7 +172,7 @@ def _numbers(results: Sequence[Mapping[str, Any]]) -> str:
         numbers = [found["published"].get(model) for model in PUBLISHED]
         rows.append(
             [
-                found["title"] + (" (partial)" if found["partial"] else ""),
+                _title(found),
                 head["name"],
                 _value(found),
                 f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "-",
@@ -199,12 +204,12 @@ def _radar(results: Sequence[Mapping[str, Any]]) -> str:
             found["published"][model] / top if model in found["published"] else None
             for found, top in zip(kept, most, strict=True)
         ]
-    drawn = radar([found["title"] for found in kept], shapes)
+    drawn = radar([_title(found) for found in kept], shapes)
     return f"<h2>All at once</h2>{drawn}" if drawn else ""
 
 
 def _parts(found: Mapping[str, Any]) -> str:
-    body = [f"<h2>{escape(found['title'])}: {_value(found)}</h2>"]
+    body = [f"<h2>{escape(_title(found))}: {_value(found)}</h2>"]
     others = {k: v for k, v in found["metrics"].items() if v is not None}
     rows = [[name, f"{value:.2f}"] for name, value in others.items()]
     body.append(table("All numbers", ["metric", "value"], rows))

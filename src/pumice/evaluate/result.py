@@ -9,20 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pumice import __version__
-from pumice.errors import InputError
+from pumice.errors import InputError, official
 from pumice.evaluate.bootstrap import interval_of
 from pumice.evaluate.files import Picture
 from pumice.evaluate.predictions import check, match, read_predictions
 from pumice.evaluate.published import drift, published
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_statistic
-from pumice.files import replacing
 
 LEVEL = 0.95
 FORMAT = 1  # of the result
@@ -51,7 +50,7 @@ def read_questions(task: Task, data: Path, limit: int | None = None, *, keep_ima
     twice: list[str] = []
     total = 0
     digest = hashlib.sha256()
-    for question in task.questions(data):
+    for question in _questions(task, data):
         total += 1
         twice += [question.id] if question.id in seen else []
         seen.add(question.id)
@@ -70,6 +69,26 @@ def read_questions(task: Task, data: Path, limit: int | None = None, *, keep_ima
     return Asked(kept, total, task.source.known(task.split), digest.hexdigest())
 
 
+def _questions(task: Task, data: Path) -> Iterator[Question]:
+    """A benchmark's questions. Raises InputError also where a field is missing or of another kind."""
+    number = 0
+    with official(lambda: f"{task.name} in '{data}', version {task.source.version}, question {number + 1}"):
+        for question in task.questions(data):
+            _check_texts(question)
+            yield question
+            number += 1
+
+
+def _check_texts(question: Question) -> None:
+    meta = question.meta
+    truths = meta["answers"] if "answers" in meta else [meta.get("answer") or ""]
+    texts = [question.id, question.prompt, question.also, *(p.name for p in question.images), *truths]
+    category = meta.get("category", "")
+    texts += [] if category is None or isinstance(category, int) else [category]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{wrong[0]!r} stands where a text should")
+
+
 def _names_only(question: Question) -> tuple[Picture, ...]:
     return tuple(Picture(picture.name, _forgotten) for picture in question.images)
 
@@ -78,42 +97,36 @@ def _forgotten() -> bytes:
     raise InputError("pictures are not kept when answers are only scored")
 
 
-def score_predictions(
-    task: Task,
-    data: Path,
-    predictions: Path,
-    *,
-    limit: int | None = None,
-    allow_missing: bool = False,
-    reference: str | None = None,
-) -> tuple[dict[str, Any], list[Answered]]:
-    """Scores a file of answers; returns (result, answers in the order of the questions).
+@dataclass(frozen=True)
+class Given:
+    """A file of answers, matched to the questions, in their order. notes: what did not fit."""
 
-    Raises InputError where files are missing or damaged, and where the answers are not exactly those
-    to the questions, unless `limit` or `allow_missing` says that a part is wanted.
-    """
-    read = read_predictions(predictions)
-    asked = read_questions(task, data, limit, keep_images=False)
+    answered: list[Answered]
+    notes: list[str]
+    model: str
+    path: str
+
+
+def read_answers(asked: Asked, path: Path, *, allow_missing: bool = False) -> Given:
+    """Raises InputError where the answers are not exactly those to the questions, unless a part is wanted."""
+    read = read_predictions(path)
     matched = match(asked.questions, read.rows)
-    problems = check(matched, read, allow_missing=allow_missing, limited=asked.limited)
-    found = make_result(task, asked, matched.answered, task.score(matched.answered), reference)
-    found["model"] = read.model or Path(read.path).stem
-    found["predictions"] = read.path
-    found["notes"] = problems + found["notes"]
-    return found, matched.answered
+    notes = check(matched, read, allow_missing=allow_missing, limited=asked.limited)
+    return Given(matched.answered, notes, read.model or path.stem, read.path)
 
 
 def make_result(
-    task: Task, asked: Asked, answered: Sequence[Answered], score: Score, reference: str | None = None
+    task: Task, asked: Asked, given: Given, score: Score, reference: str | None = None
 ) -> dict[str, Any]:
     """The result dictionary of a score."""
+    answered = given.answered
     value = score.metrics[task.headline]
     why = []
     if asked.limited:
         why.append(f"--limit {len(asked.questions)} of {asked.total} questions")
     if len(answered) < len(asked.questions):
         why.append(f"{len(asked.questions) - len(answered)} of {len(asked.questions)} questions unanswered")
-    notes = list(score.notes)
+    notes = given.notes + score.notes
     same = asked.total in asked.known if asked.known else None
     if same is False:
         notes.append(
@@ -128,7 +141,8 @@ def make_result(
         "task": task.name,
         "title": task.title,
         "split": task.split,
-        "model": "",
+        "model": given.model,
+        "predictions": given.path,
         "headline": {
             "name": task.headline,
             "value": _number(value),
@@ -178,7 +192,7 @@ def _number(value: float | None) -> float | None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result written by `write_json`. Raises InputError."""
+    """A result that `pumice eval --json` wrote. Raises InputError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -186,11 +200,6 @@ def read_result(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != FORMAT or "headline" not in found:
         raise InputError(f"'{path}' is not a result of pumice eval, format {FORMAT}; write it with --json")
     return found
-
-
-def write_json(path: Path, found: Mapping[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write(json.dumps(found, ensure_ascii=False, indent=2) + "\n")
 
 
 def in_words(found: Mapping[str, Any], rows: int = 40) -> str:

@@ -16,10 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from pumice.errors import InputError, WorkError
+from pumice.errors import InputError
 from pumice.evaluate.endpoint import Endpoint, with_images
 from pumice.evaluate.task import Question, Task
-from pumice.files import appending, whole_lines
+from pumice.files import appending, hold_file, replacing, whole_lines
 
 Progress = Callable[[int, int], None]  # (answered, of)
 
@@ -175,19 +175,20 @@ def run(
         return rank == 0
     parts = [path if world == 1 else path.with_name(f"{path.name}.{r}-of-{world}") for r in range(world)]
     own = shard(ordered, rank, world)
-    done = resume(parts[rank], own, answerer.name, told)
-    total = len(own)
-    with appending(parts[rank]) as file:
-        answers = answerer.answer(own[done:], longest)
-        for number, (question, answer) in enumerate(zip(own[done:], answers, strict=True), done + 1):
-            if isinstance(answer, InputError) and not allow_missing:
-                raise InputError(
-                    f"question {question.id} of {task.name} cannot be asked: {answer}"
-                ) from answer
-            file.write(row_of(question, answer, answerer.name, told))
-            file.flush()
-            if progress is not None:
-                progress(number, total)
+    _check_folder(path)
+    with hold_file(parts[rank]):
+        done = resume(parts[rank], own, answerer.name, told)
+        with appending(parts[rank]) as file:
+            answers = answerer.answer(own[done:], longest)
+            for number, (question, answer) in enumerate(zip(own[done:], answers, strict=True), done + 1):
+                if isinstance(answer, InputError) and not allow_missing:
+                    raise InputError(
+                        f"question {question.id} of {task.name} cannot be asked: {answer}"
+                    ) from answer
+                file.write(row_of(question, answer, answerer.name, told))
+                file.flush()
+                if progress is not None:
+                    progress(number, len(own))
     if world == 1:
         return True
     if rank != 0:
@@ -209,10 +210,6 @@ def resume(path: Path, questions: Sequence[Question], model: str, longest: int |
 
     Raises InputError when its lines are not the first of these questions, by this model, as long as now.
     """
-    if not path.exists():
-        if not path.parent.is_dir():
-            raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
-        return 0
     lines = whole_lines(path)
     for number, line in enumerate(lines):
         try:
@@ -239,17 +236,18 @@ def resume(path: Path, questions: Sequence[Question], model: str, longest: int |
     return len(lines)
 
 
+def _check_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
+
+
 def _join(path: Path, parts: Sequence[Path], shares: Sequence[Sequence[Question]]) -> None:
     """Waits until every part is whole and joins them. torchrun ends all processes when one fails."""
-    waited = 0.0
     while any(_lines(part) < len(share) for part, share in zip(parts, shares, strict=True)):
         time.sleep(0.2)
-        waited += 0.2
-        if waited > 7 * 24 * 3600:
-            raise WorkError(f"the parts of '{path}' were not complete after a week")
-    joined = path.with_name(f"{path.name}.joining")
-    joined.write_bytes(b"".join(part.read_bytes() for part in parts if part.exists()))
-    os.replace(joined, path)
+    with replacing(path) as file:
+        for part in parts:
+            file.writelines(f"{line}\n" for line in whole_lines(part))
 
 
 def _lines(path: Path) -> int:

@@ -82,6 +82,11 @@ def m4c(text: str, *, corrected: bool = False) -> str:
     return digits_and_articles(strip_punctuation(text, corrected=corrected))
 
 
+def bare(text: str) -> str:
+    """Lower case, without a full stop and spaces around it; what is inside stays."""
+    return text.strip().rstrip(".").strip().lower()
+
+
 def _plain(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pumice.evaluate.result import score_predictions
+from pumice.evaluate.result import make_result, read_answers, read_questions
 from pumice.evaluate.task import get_task
 
 
@@ -46,14 +46,16 @@ def scored(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         answers: Mapping[Any, str] | list[dict[str, Any]],
         split: str | None = None,
         task: Any = None,
-        **options: Any,
+        limit: int | None = None,
+        allow_missing: bool = False,
     ) -> dict[str, Any]:
         rows = answers if isinstance(answers, list) else [{"id": k, "answer": v} for k, v in answers.items()]
         path = tmp_path / "answers.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         chosen = task or get_task(name, split)
-        found, _ = score_predictions(chosen, tmp_path / "data", path, **options)
-        return found
+        questions = read_questions(chosen, tmp_path / "data", limit, keep_images=False)
+        given = read_answers(questions, path, allow_missing=allow_missing)
+        return make_result(chosen, questions, given, chosen.score(given.answered))
 
     return score
 

@@ -81,7 +81,7 @@ def test_a_judge_is_needed_and_so_are_all_replies(bench: Any, scored: Any, tmp_p
     task.judge = Judge(reviews)
     with pytest.raises(InputError, match=r"no reply to 2 of 3 answers \(first: 1\)"):
         scored("llava-bench", {n: "A cat." for n in range(3)}, task=task)
-    reviews.write_text('{"question_id": 0, "content": "8 6"}\n{"quest')
+    reviews.write_text('{"question_id": 0, "content": "8 6"}\n{"quest\n')
     with pytest.raises(InputError, match="1 lines are cut off"):
         Judge(reviews)
 
@@ -140,7 +140,15 @@ def test_mmvet_asks_keeps_and_does_not_ask_again(
     assert [row["reply"] for row in stored] == ["0.5", "1.0", "I cannot say"]
     task.judge = Judge(reviews)
     assert scored("mmvet", answers, task=task)["headline"] == found["headline"]
+    # A kill in the middle of a line: the reply is asked for again, and the line is gone.
+    reviews.write_text(reviews.read_text()[:-9])
+    server = Server("I still cannot say")
+    task.judge = Judge(reviews, server.endpoint())
+    assert scored("mmvet", answers, task=task)["headline"] == found["headline"]
+    assert len(server.asked) == 1
+    assert [json.loads(line)["id"] for line in reviews.read_text().splitlines()] == ["v1_0", "v1_1", "v1_2"]
     # Another answer has another prompt: its reply is not there.
+    task.judge = Judge(reviews)
     with pytest.raises(InputError, match="no reply to 1 of 3"):
         scored("mmvet", answers | {"v1_1": "a dog"}, task=task)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.captions import Bleu, java_metrics, rouge_l
+from pumice.evaluate.captions import bleu, java_metrics, rouge_l
 from pumice.evaluate.cider import Cider
-from pumice.evaluate.files import Pictures, locate, need, read_json
+from pumice.evaluate.files import Pictures, locate, need, read_json, write_json
 from pumice.evaluate.task import Answered, Cell, Floats, Question, Score, Source, Task
 
 PROMPT = "Provide a one-sentence caption for the provided image."
@@ -24,10 +23,9 @@ def caption_score(answered: Sequence[Answered], key: str = "category") -> Score:
     said = [" ".join(text.split()) for _, text in answered]
     truths = [question.meta["answers"] for question, _ in answered]
     cider = Cider(truths).score(said)
-    bleu = Bleu(said, truths)
     rouge = [rouge_l(text, captions) for text, captions in zip(said, truths, strict=True)]
     metrics = {"CIDEr": 100 * float(np.mean(cider))}
-    metrics |= {f"BLEU-{n}": 100 * value for n, value in enumerate(bleu.score(), 1)}
+    metrics |= {f"BLEU-{n}": 100 * value for n, value in enumerate(bleu(said, truths), 1)}
     metrics["ROUGE-L"] = 100 * float(np.mean(rouge))
     more, notes = java_metrics(said, truths, spice=os.environ.get(SPICE) == "1")
     parts: dict[str, dict[str, Cell]] = {}
@@ -82,7 +80,7 @@ class Karpathy(Task):
             {"image_id": int(q.id) if q.id.isdecimal() else q.id, "caption": " ".join(text.split())}
             for q, text in answered
         ]
-        path.write_text(json.dumps(rows), encoding="utf-8")
+        write_json(path, rows)
 
 
 _URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
@@ -179,4 +177,4 @@ class Nocaps(Task):
         rows = [
             {"image_id": int(question.id), "caption": " ".join(text.split())} for question, text in answered
         ]
-        path.write_text(json.dumps(rows), encoding="utf-8")
+        write_json(path, rows)

@@ -9,7 +9,7 @@ from typing import Any
 from pumice.errors import InputError
 from pumice.evaluate.files import Pictures, locate, need, read_object
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
-from pumice.evaluate.vqa import m4c
+from pumice.evaluate.vqa import bare, m4c
 
 _KINDS = {
     "count": "count",
@@ -67,10 +67,7 @@ class Clevr(Task):
     def score(self, answered: Sequence[Answered]) -> Score:
         if answered and all(question.meta["answer"] is None for question, _ in answered):
             raise InputError(f"the answers of CLEVR {self.split} are not public; score --split val")
-        values = [
-            float(text.strip().rstrip(".").strip().lower() == str(question.meta["answer"]))
-            for question, text in answered
-        ]
+        values = [float(bare(text) == str(question.meta["answer"])) for question, text in answered]
         loose = [float(m4c(text) == m4c(str(question.meta["answer"]))) for question, text in answered]
         parts = {
             "kind": categories(answered, values, "category"),

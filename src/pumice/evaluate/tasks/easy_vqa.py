@@ -8,13 +8,9 @@ from pathlib import Path
 from pumice.errors import InputError
 from pumice.evaluate.files import Pictures, locate, read_json
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.vqa import bare
 
 ROW = 3  # question, answer, number of the picture
-
-
-def reading(text: str) -> str:
-    """The answer without case, spaces around it and a full stop."""
-    return text.strip().rstrip(".").strip().lower()
 
 
 def kind_of(question: str, answer: str) -> str:
@@ -60,7 +56,7 @@ class EasyVQA(Task):
             yield Question(str(number - 1), (picture,), f"{question}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
-        values = [float(reading(text) == question.meta["answer"]) for question, text in answered]
+        values = [float(bare(text) == question.meta["answer"]) for question, text in answered]
         open_ended = [
             value
             for value, (question, _) in zip(values, answered, strict=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_jsonl, read_object
+from pumice.evaluate.files import Pictures, locate, need, read_jsonl, read_object, write_json
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
 
 
@@ -75,4 +74,4 @@ class GQA(Task):
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         rows = [{"questionId": question.id, "prediction": prediction(text)} for question, text in answered]
-        path.write_text(json.dumps(rows), encoding="utf-8")
+        write_json(path, rows)

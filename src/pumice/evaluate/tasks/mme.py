@@ -11,6 +11,7 @@ import numpy as np
 from pumice.errors import InputError
 from pumice.evaluate.files import Pictures
 from pumice.evaluate.task import SHORT, Answered, Cell, Floats, Question, Score, Source, Task
+from pumice.files import replacing
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -136,4 +137,5 @@ class MME(Task):
             )
             lines.setdefault(question.meta["category"], []).append("\t".join(row) + "\n")
         for name, rows in lines.items():
-            (path / f"{name}.txt").write_text("".join(rows), encoding="utf-8")
+            with replacing(path / f"{name}.txt") as file:
+                file.writelines(rows)

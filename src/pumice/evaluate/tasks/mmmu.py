@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from pumice.errors import InputError
 from pumice.evaluate.choice import as_list, mmmu_open_right, mmmu_option
-from pumice.evaluate.files import bytes_picture, need, read_parquet
+from pumice.evaluate.files import bytes_picture, need, read_parquet, write_json
 from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Source, Task, categories, percent
 
 DOMAINS = {
@@ -132,4 +131,4 @@ class MMMU(Task):
         for question, text in answered:
             options = question.meta["options"]
             found[question.id] = text if options is None else mmmu_option(text, options, None) or ""
-        path.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        write_json(path, found, indent=2)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pumice.evaluate.files import Pictures, locate, need, read_object
+from pumice.evaluate.files import Pictures, locate, need, read_object, write_json
 from pumice.evaluate.judge import JudgedTask
 from pumice.evaluate.task import Answered, Cell, Question, Score, Source, mean_statistic
 
@@ -60,7 +59,7 @@ class MMVet(JudgedTask):
             need(row, ("imagename", "question", "answer", "capability"), f"'{file}', {key}")
             meta = {
                 "question": row["question"],
-                "answer": row["answer"],
+                "answer": row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> "),
                 "abilities": sorted(set(row["capability"])),
                 "category": "_".join(sorted(set(row["capability"]))),
             }
@@ -74,7 +73,7 @@ class MMVet(JudgedTask):
                 question.id,
                 PROMPT.format(
                     question=question.meta["question"],
-                    truth=question.meta["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> "),
+                    truth=question.meta["answer"],
                     answer=text,
                 ),
             )
@@ -103,7 +102,7 @@ class MMVet(JudgedTask):
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         """The file that MM-Vet's own evaluator reads."""
         found = {question.id: text for question, text in answered}
-        path.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        write_json(path, found, indent=2)
 
 
 def _graded(has: np.ndarray, grades: Sequence[float | None]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ from pumice.evaluate.choice import infer_option
 from pumice.evaluate.files import DataFile, Picture, locate, need, read_jsonl
 from pumice.evaluate.presence import means_yes
 from pumice.evaluate.task import Answered, Question, Score, Source, Task, categories, percent
-from pumice.evaluate.vqa import m4c, textvqa_accuracy
-
-_SPACE = re.compile(r"\s+")
+from pumice.evaluate.vqa import bare, m4c, textvqa_accuracy
 
 
 def _plain(text: str) -> str:
-    return _SPACE.sub(" ", text.strip().rstrip(".").lower())
+    return " ".join(bare(text).split())
 
 
 def _exact(text: str, meta: Any) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
 from pumice.evaluate.choice import scienceqa_option
-from pumice.evaluate.files import Pictures, locate, need, read_object
+from pumice.evaluate.files import Pictures, locate, need, read_object, write_json
 from pumice.evaluate.task import (
     LETTER,
     Answered,
@@ -115,6 +114,4 @@ class ScienceQA(Task):
         score = self.score(answered).metrics
         right = round(score["accuracy"] * len(answered) / 100)
         found = {"acc": score["accuracy"], "correct": right, "count": len(answered)}
-        path.write_text(
-            json.dumps({**found, "results": chosen, "outputs": outputs}, indent=2), encoding="utf-8"
-        )
+        write_json(path, {**found, "results": chosen, "outputs": outputs}, indent=2)

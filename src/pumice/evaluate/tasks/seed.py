@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pumice.evaluate.files import Pictures, locate, need, read_json
 from pumice.evaluate.task import LETTER, Answered, Question, Score, Source, Task, categories, percent
+from pumice.files import replacing
 
 
 class SeedBench(Task):
@@ -79,4 +80,5 @@ class SeedBench(Task):
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         rows = ({"question_id": question.id, "prediction": text} for question, text in answered)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with replacing(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)

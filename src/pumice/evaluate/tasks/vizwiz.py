@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_json, read_jsonl, search
+from pumice.evaluate.files import Pictures, locate, need, read_json, read_jsonl, search, write_json
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
 from pumice.evaluate.vqa import m4c, textvqa_accuracy, vizwiz_accuracy
 
@@ -74,4 +73,4 @@ class VizWiz(Task):
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         rows = [{"image": question.id, "answer": m4c(text)} for question, text in answered]
-        path.write_text(json.dumps(rows), encoding="utf-8")
+        write_json(path, rows)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, Pictures, locate, need, read_json, read_jsonl, search
+from pumice.evaluate.files import DataFile, Pictures, locate, need, read_json, read_jsonl, search, write_json
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
 from pumice.evaluate.vqa import m4c, vqa_accuracy, vqa_accuracy_first
 
@@ -55,7 +54,7 @@ class VQAv2(Task):
                 continue
             need(row, ("question_id", "image_id", "question"), f"'{file}', question {number}")
             found = truth.get(row["question_id"], {})
-            if truth and not found:
+            if self.split == "val" and not found:
                 raise InputError(
                     f"question {row['question_id']} of '{file}' has no annotation; are both files of val2014?"
                 )
@@ -114,7 +113,7 @@ class VQAv2(Task):
             there = {row["question_id"] for row in rows}
             others = (row["question_id"] for row in _rows(everything))
             rows += [{"question_id": other, "answer": ""} for other in others if other not in there]
-        path.write_text(json.dumps(rows), encoding="utf-8")
+        write_json(path, rows)
 
 
 def _rows(file: DataFile) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pumice import __version__
-from pumice.errors import InputError
+from pumice.errors import InputError, official
 from pumice.files import replacing, sha256
-from pumice.generate.mix.readers import READERS, Given, Reader
+from pumice.generate.mix.readers import READERS, Given, Reader, Unit
 
 
 class Strict(BaseModel):
@@ -141,12 +141,13 @@ def build(mix: Mix, out: Path, seed: int | None = None) -> dict[str, Any]:
 
 def _rows(store: sqlite3.Connection, reader: Reader, given: Given, name: str) -> Iterator[dict[str, Any]]:
     """The rows of one source: units of the same picture and part together, in order of first appearance."""
+    units = _units(reader, given, name)
     if not reader.merge:
-        for number, unit in enumerate(reader.read(given)):
+        for number, unit in enumerate(units):
             yield _row(unit.image, list(unit.turns), f"{name}/{number}", reader.suffix)
         return
     firsts: dict[tuple[str | None, int], int] = {}
-    for number, unit in enumerate(reader.read(given)):
+    for number, unit in enumerate(units):
         first = firsts.setdefault((unit.image, unit.part), len(firsts))
         values = (first, number, unit.image, json.dumps(unit.turns, ensure_ascii=False))
         store.execute("INSERT INTO units VALUES (?, ?, ?, ?)", values)
@@ -161,6 +162,11 @@ def _rows(store: sqlite3.Connection, reader: Reader, given: Given, name: str) ->
     if current is not None:
         yield _row(image, turns, _row_id(name, image, current), reader.suffix)
     store.execute("DELETE FROM units")
+
+
+def _units(reader: Reader, given: Given, name: str) -> Iterator[Unit]:
+    with official(lambda: f"{name}, entry {given.items}"):
+        yield from reader.read(given)
 
 
 def _row_id(name: str, image: str, number: int) -> str:
