@@ -18,7 +18,8 @@ from pumice.doctor.finding import Finding, existing, size, weight
 
 def caches() -> list[Finding]:
     """Where fetched parts are kept, whether each is whole, and the hub's cache."""
-    from pumice.weights.parts import WHEELS, cache_folder, is_intact, kept
+    from pumice.files import cache_folder
+    from pumice.weights.parts import WHEELS, is_intact, kept
 
     place = cache_folder()
     nearest = existing(place)

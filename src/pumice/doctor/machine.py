@@ -116,7 +116,7 @@ def memory(root: Path = Path("/")) -> list[Finding]:
     says = f"{size(total)}" if free is None else f"{size(free)} of {size(total)} available"
     remedy = f"pumice-tiny wants {size(MEMORY)}: end other programs, or give the container more"
     found = [Finding("ram", says, "problem" if few else "ok", remedy if few else "", free or total)]
-    from pumice.weights.parts import cache_folder
+    from pumice.files import cache_folder
 
     places = {"cache": cache_folder(), "working folder": Path(), "temporary": Path(tempfile.gettempdir())}
     for name, place in places.items():
