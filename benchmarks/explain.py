@@ -177,7 +177,7 @@ def caption(assistant: Assistant, photo: Path, number: int) -> Row:
     words = [
         [word.is_content, *(float(values[n]) for values in losses)]
         for n, word in enumerate(found.words)
-        if word.is_content or word.is_function
+        if any(map(str.isalnum, word.text))  # punctuation is neither
     ]
     plain = None if number % 2 else _scores(plain_answer(assistant, number))
     return {"words": words, "score": _scores(found), "plain": plain}

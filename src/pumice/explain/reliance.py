@@ -34,6 +34,7 @@ class Reliance:
     """Log-probabilities of each word (W,), in nats, given the words before it: as it was answered, and again
     with every picture dropped and with every picture grey (the likeliest of `PLAIN`).
 
+    dropped is grey where the template has no prompt without pictures (stage 1's).
     share (W,): of attention that goes to the pictures' tokens, mean over layers and heads.
     """
 

@@ -48,11 +48,6 @@ class Word:
         """Whether it names something (a noun, verb, colour or number), by a closed list of English words."""
         return any(map(str.isalnum, self.text)) and self.text.lower().replace("’", "'") not in _FUNCTION
 
-    @property
-    def is_function(self) -> bool:
-        """Whether it is on that list."""
-        return self.text.lower().replace("’", "'") in _FUNCTION
-
 
 def split(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[Word]]:
     """The text of an answer's ids, blanks around it cut off, and its words in order.
