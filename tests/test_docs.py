@@ -1,7 +1,8 @@
 """What the documentation says can be done: its commands exist and run, its links lead somewhere.
 
-Every line in a block that begins with `pumice` is parsed by the real command line. The blocks marked `bash`
-of the pages in RUN are run as well, in order, one folder per page, on a tiny random model.
+Every line in a block that begins with `pumice`, and every `pumice ...` in a sentence, is parsed by the real
+command line. The blocks marked `bash` of the pages in RUN are run as well, in order, one folder per page, on
+a tiny random model.
 """
 
 from __future__ import annotations
@@ -98,6 +99,29 @@ SAID = [(page, words) for page, words in SAID if "..." not in words]
 def test_every_command_exists(page: str) -> None:
     here = [words for where, words in SAID if where == page]
     assert [f"{shlex.join(words)}: {said}" for words in here if (said := problem(words))] == []
+
+
+def mentioned(text: str) -> list[str]:
+    """`pumice ...` in sentences and tables."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    return [" ".join(code.split()) for code in re.findall(r"`(pumice [^`]+)`", prose)]
+
+
+def wrong(line: str) -> str:
+    """As `problem`, of a command that may lack what a sentence need not say: arguments, an option's value."""
+    said = problem(shlex.split(line)[1:])
+    return "" if said.startswith("MissingParameter") or "requires an argument" in said else said
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_mentioned_command_exists(page: str) -> None:
+    found = mentioned((ROOT / page).read_text(encoding="utf-8"))
+    assert [f"{line}: {said}" for line in found if (said := wrong(line))] == []
+
+
+def test_a_wrong_mention_is_found() -> None:
+    text = "`pumice data chek`, `pumice ask --quantise int4`, but not `pumice plan` or `pumice ask\n--batch`."
+    assert [bool(wrong(line)) for line in mentioned(text)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
