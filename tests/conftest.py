@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -235,4 +236,22 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save(folder, config, model.state_dict(), tokenizer=tokenizer.to_str())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_in(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder named pumice-tiny, small and random, with adapters as that has them."""
+    from pumice.config import LoraConfig
+    from pumice.model.adapters import add_lora
+    from pumice.weights.folder import save
+    from pumice.weights.load import open_model
+
+    opened = open_model(tiny_folder, merge=False)
+    lora = LoraConfig(rank=2, targets=("q", "v"))
+    add_lora(opened.model.decoder, lora)
+    config = dataclasses.replace(opened.model.config, lora=lora)
+    folder = tmp_path_factory.mktemp("stand-in") / "pumice-tiny"
+    tokenizer = (tiny_folder / "tokenizer.json").read_text(encoding="utf-8")
+    save(folder, config, opened.model.state_dict(), tokenizer=tokenizer)
     return folder

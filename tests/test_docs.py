@@ -7,7 +7,6 @@ a tiny random model.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -26,11 +25,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from pumice.cli import app
-from pumice.config import LoraConfig
-from pumice.model.adapters import add_lora
 from pumice.weights.export import export
-from pumice.weights.folder import save
-from pumice.weights.load import open_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "recipes/README.md"]
@@ -185,7 +180,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, models: ModuleType) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path, models: ModuleType) -> Path:
     """A folder as the pages assume it: examples/, pictures and rows of one's own, tiny models.
 
     A local folder comes before the built-in model, or the one on the hub, that has its name.
@@ -202,12 +197,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, mo
     own = {"image": "dog.jpg", "question": "Who is this?", "answers": ["Rex"], "metric": "contains"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(own) + "\n", encoding="utf-8")
 
-    opened = open_model(tiny_folder, merge=False)
-    lora = LoraConfig(rank=2, targets=("q", "v"))  # pumice-tiny has adapters, too
-    add_lora(opened.model.decoder, lora)
-    tokenizer = (tiny_folder / "tokenizer.json").read_text(encoding="utf-8")
-    config = dataclasses.replace(opened.model.config, lora=lora)
-    save(tmp_path / "pumice-tiny", config, opened.model.state_dict(), tokenizer=tokenizer)
+    shutil.copytree(stand_in, tmp_path / "pumice-tiny")
     (tmp_path / "liuhaotian").mkdir()
     llava = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
     export(llava, "llava", tmp_path / "liuhaotian" / "llava-v1.5-7b")

@@ -132,6 +132,7 @@ def test_the_score_is_the_mean_loss() -> None:
 
     assert reliance(2, 3, -1).score == pytest.approx(4 / 3)
     assert not reliance(THRESHOLD * 0.99).leans
+    assert "loses nothing;" in reliance(-0.6).verdict()
     assert reliance(THRESHOLD * 1.01).leans
 
 

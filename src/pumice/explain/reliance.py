@@ -74,9 +74,10 @@ class Reliance:
         told = f"{self.score:.2f} nats per word"
         if self.leans:
             return f"This answer leans on the picture: without it, it loses {told}."
+        lost = f"{told}, less than {THRESHOLD:g}" if self.score > 0 else "nothing"
         return (
-            f"This answer does not lean on the picture: without it, it loses {told}, "
-            f"less than {THRESHOLD:g}; the question's words alone would nearly do."
+            f"This answer does not lean on the picture: without it, it loses {lost}; "
+            "the question's words alone would nearly do."
         )
 
 
