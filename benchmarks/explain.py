@@ -42,7 +42,7 @@ from pumice.assistant import Assistant
 from pumice.conversation import Conversation, user_message
 from pumice.evaluate.bootstrap import interval, interval_of
 from pumice.explain.attention import read
-from pumice.explain.explanation import Explanation, _answer_ids, _passage, explain
+from pumice.explain.explanation import Explanation, answer_ids, explain, passage_of
 from pumice.explain.maps import places
 from pumice.explain.methods import METHODS, choose_layers
 from pumice.explain.reliance import THRESHOLD
@@ -128,12 +128,12 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     """Factors by method of the word that names the thing; None where none does."""
     config = assistant.model.config
     conversation = Conversation((user_message(scene.question, [scene.picture]),))
-    ids, first = _answer_ids(assistant, conversation, answer)
+    ids, first = answer_ids(assistant, conversation, answer)
     _, words = split_words(ids[first:].tolist(), assistant.processor.tokenizer.decode)
     word = naming(words, scene.noun)
     if word is None:
         return None
-    passage = _passage(assistant, conversation, ids, first)
+    passage = passage_of(assistant, conversation, ids, first)
     _, looks = read(assistant.model, [passage], rollout=True, gradient=True)
     mean = averages(words, len(passage.answer))[word]
     where = places(config, scene.picture.size, assistant.processor.layout(conversation.images[0]))
