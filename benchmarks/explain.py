@@ -48,6 +48,7 @@ from pumice.explain.methods import METHODS, choose_layers
 from pumice.explain.reliance import THRESHOLD
 from pumice.explain.words import Word, averages
 from pumice.explain.words import split as split_words
+from pumice.files import appending, whole_lines
 
 CAPTION = "What is happening in this picture?"
 Box = tuple[int, int, int, int]
@@ -184,11 +185,8 @@ def caption(assistant: Assistant, photo: Path, number: int) -> Row:
 
 
 def _scores(found: Explanation) -> list[float]:
-    return [
-        found.reliance.score,
-        float(found.reliance.loss_grey.mean()),
-        float(found.reliance.loss_dropped.mean()),
-    ]
+    """Of a whole answer: nats per word with grey pictures, which it is judged by, and with none."""
+    return [found.reliance.score, float(found.reliance.loss_dropped.mean())]
 
 
 def plain_answer(assistant: Assistant, number: int) -> Explanation:
@@ -221,7 +219,7 @@ def show_captions(rows: Sequence[Row]) -> None:
         scores = np.array([row[key] for row in rows if row[key] is not None])
         told = [np.quantile(column, [0, 0.05, 0.5, 0.95, 1]).round(2).tolist() for column in scores.T]
         print(f"{kind}: {(scores[:, 0] >= THRESHOLD).sum()} of {len(scores)} lean; at 0, 5, 50, 95 and 100%:")
-        print(f"  score {told[0]}, grey {told[1]}, dropped {told[2]}")
+        print(f"  grey {told[0]}, dropped {told[1]}")
 
 
 def cohen(values: np.ndarray, first: np.ndarray, weights: np.ndarray) -> float:
@@ -260,7 +258,7 @@ def cost(assistant: Assistant, picture: Path) -> None:
 def kept(path: Path | None) -> dict[int, Row | None]:
     if path is None or not path.exists():
         return {}
-    return {n: row for n, row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    return dict(map(json.loads, whole_lines(path)))
 
 
 def main() -> None:
@@ -300,7 +298,7 @@ def main() -> None:
                 row = boxes(assistant, scene, own or scene.sentence)
         done[number] = row
         if options.keep is not None:
-            with options.keep.open("a", encoding="utf-8") as file:
+            with appending(options.keep) as file:
                 file.write(json.dumps([number, row]) + "\n")
     rows = [row for _, row in sorted(done.items()) if row is not None]
     (show_captions if options.part == "captions" else show_boxes)(rows)
