@@ -6,7 +6,7 @@
 #   make docs    the documentation as a site, in build/site
 #   make notebooks   run the notebooks and keep their outputs
 #   make fmt     rewrite the code as `make check` wants it
-#   make clean   remove .venv and caches
+#   make clean   remove .venv, build and caches
 #
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX (where the CPU build of PyTorch is
 # looked for on Linux when the default index does not have it), ARGS (more arguments for pytest, or for
@@ -46,7 +46,7 @@ fmt: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(TOO_OLD)" or 0)'

@@ -42,12 +42,13 @@ from pumice.assistant import Assistant
 from pumice.conversation import Conversation, user_message
 from pumice.evaluate.bootstrap import interval, interval_of
 from pumice.explain.attention import read
-from pumice.explain.explanation import Explanation, _answer_ids, _passage, explain
+from pumice.explain.explanation import Explanation, answer_ids, explain, passage_of
 from pumice.explain.maps import places
 from pumice.explain.methods import METHODS, choose_layers
 from pumice.explain.reliance import THRESHOLD
 from pumice.explain.words import Word, averages
 from pumice.explain.words import split as split_words
+from pumice.files import appending, whole_lines
 
 CAPTION = "What is happening in this picture?"
 Box = tuple[int, int, int, int]
@@ -128,12 +129,12 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     """Factors by method of the word that names the thing; None where none does."""
     config = assistant.model.config
     conversation = Conversation((user_message(scene.question, [scene.picture]),))
-    ids, first = _answer_ids(assistant, conversation, answer)
+    ids, first = answer_ids(assistant, conversation, answer)
     _, words = split_words(ids[first:].tolist(), assistant.processor.tokenizer.decode)
     word = naming(words, scene.noun)
     if word is None:
         return None
-    passage = _passage(assistant, conversation, ids, first)
+    passage = passage_of(assistant, conversation, ids, first)
     _, looks = read(assistant.model, [passage], rollout=True, gradient=True)
     mean = averages(words, len(passage.answer))[word]
     where = places(config, scene.picture.size, assistant.processor.layout(conversation.images[0]))
@@ -177,18 +178,15 @@ def caption(assistant: Assistant, photo: Path, number: int) -> Row:
     words = [
         [word.is_content, *(float(values[n]) for values in losses)]
         for n, word in enumerate(found.words)
-        if word.is_content or word.is_function
+        if any(map(str.isalnum, word.text))  # punctuation is neither
     ]
     plain = None if number % 2 else _scores(plain_answer(assistant, number))
     return {"words": words, "score": _scores(found), "plain": plain}
 
 
 def _scores(found: Explanation) -> list[float]:
-    return [
-        found.reliance.score,
-        float(found.reliance.loss_grey.mean()),
-        float(found.reliance.loss_dropped.mean()),
-    ]
+    """Of a whole answer: nats per word with grey pictures, which it is judged by, and with none."""
+    return [found.reliance.score, float(found.reliance.loss_dropped.mean())]
 
 
 def plain_answer(assistant: Assistant, number: int) -> Explanation:
@@ -221,7 +219,7 @@ def show_captions(rows: Sequence[Row]) -> None:
         scores = np.array([row[key] for row in rows if row[key] is not None])
         told = [np.quantile(column, [0, 0.05, 0.5, 0.95, 1]).round(2).tolist() for column in scores.T]
         print(f"{kind}: {(scores[:, 0] >= THRESHOLD).sum()} of {len(scores)} lean; at 0, 5, 50, 95 and 100%:")
-        print(f"  score {told[0]}, grey {told[1]}, dropped {told[2]}")
+        print(f"  grey {told[0]}, dropped {told[1]}")
 
 
 def cohen(values: np.ndarray, first: np.ndarray, weights: np.ndarray) -> float:
@@ -260,7 +258,7 @@ def cost(assistant: Assistant, picture: Path) -> None:
 def kept(path: Path | None) -> dict[int, Row | None]:
     if path is None or not path.exists():
         return {}
-    return {n: row for n, row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    return dict(map(json.loads, whole_lines(path)))
 
 
 def main() -> None:
@@ -300,7 +298,7 @@ def main() -> None:
                 row = boxes(assistant, scene, own or scene.sentence)
         done[number] = row
         if options.keep is not None:
-            with options.keep.open("a", encoding="utf-8") as file:
+            with appending(options.keep) as file:
                 file.write(json.dumps([number, row]) + "\n")
     rows = [row for _, row in sorted(done.items()) if row is not None]
     (show_captions if options.part == "captions" else show_boxes)(rows)

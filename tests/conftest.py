@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import struct
 import zlib
@@ -13,12 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tokenizers
 from hypothesis import settings
 from PIL import Image
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 # Before torch is imported: results to the last bit depend on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -165,6 +170,43 @@ def _benchmark(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The Chromium of this machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("there is no Chromium here")
+    with playwright.sync_playwright() as running:
+        found = running.chromium.launch(executable_path=path, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """An empty page, on which no script may fail."""
+    context = browser.new_context()
+    context.set_default_timeout(120_000)  # milliseconds
+    made = context.new_page()
+    faults: list[str] = []
+    made.on("pageerror", lambda error: faults.append(str(error)))
+    yield made
+    context.close()
+    assert faults == []
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder like any other, small and random: 4 image tokens, a byte-level vocabulary, ChatML."""
@@ -210,4 +252,22 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save(folder, config, model.state_dict(), tokenizer=tokenizer.to_str())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_in(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder named pumice-tiny, small and random, with adapters as that has them."""
+    from pumice.config import LoraConfig
+    from pumice.model.adapters import add_lora
+    from pumice.weights.folder import save
+    from pumice.weights.load import open_model
+
+    opened = open_model(tiny_folder, merge=False)
+    lora = LoraConfig(rank=2, targets=("q", "v"))
+    add_lora(opened.model.decoder, lora)
+    config = dataclasses.replace(opened.model.config, lora=lora)
+    folder = tmp_path_factory.mktemp("stand-in") / "pumice-tiny"
+    tokenizer = (tiny_folder / "tokenizer.json").read_text(encoding="utf-8")
+    save(folder, config, opened.model.state_dict(), tokenizer=tokenizer)
     return folder

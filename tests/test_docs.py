@@ -1,12 +1,12 @@
 """What the documentation says can be done: its commands exist and run, its links lead somewhere.
 
-Every line in a block that begins with `pumice` is parsed by the real command line. The blocks marked `bash`
-of the pages in RUN are run as well, in order, one folder per page, on a tiny random model.
+Every line in a block that begins with `pumice`, and every `pumice ...` in a sentence, is parsed by the real
+command line. The blocks marked `bash` of the pages in RUN are run as well, in order, one folder per page, on
+a tiny random model.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -25,11 +25,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from pumice.cli import app
-from pumice.config import LoraConfig
-from pumice.model.adapters import add_lora
 from pumice.weights.export import export
-from pumice.weights.folder import save
-from pumice.weights.load import open_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "recipes/README.md"]
@@ -100,6 +96,29 @@ def test_every_command_exists(page: str) -> None:
     assert [f"{shlex.join(words)}: {said}" for words in here if (said := problem(words))] == []
 
 
+def mentioned(text: str) -> list[str]:
+    """`pumice ...` in sentences and tables."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    return [" ".join(code.split()) for code in re.findall(r"`(pumice [^`]+)`", prose)]
+
+
+def wrong(line: str) -> str:
+    """As `problem`, of a command that may lack what a sentence need not say: arguments, an option's value."""
+    said = problem(shlex.split(line)[1:])
+    return "" if said.startswith("MissingParameter") or "requires an argument" in said else said
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_mentioned_command_exists(page: str) -> None:
+    found = mentioned((ROOT / page).read_text(encoding="utf-8"))
+    assert [f"{line}: {said}" for line in found if (said := wrong(line))] == []
+
+
+def test_a_wrong_mention_is_found() -> None:
+    text = "`pumice data chek`, `pumice ask --quantise int4`, but not `pumice plan` or `pumice ask\n--batch`."
+    assert [bool(wrong(line)) for line in mentioned(text)] == [True, True, False, False]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -161,7 +180,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, models: ModuleType) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path, models: ModuleType) -> Path:
     """A folder as the pages assume it: examples/, pictures and rows of one's own, tiny models.
 
     A local folder comes before the built-in model, or the one on the hub, that has its name.
@@ -178,12 +197,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, mo
     own = {"image": "dog.jpg", "question": "Who is this?", "answers": ["Rex"], "metric": "contains"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(own) + "\n", encoding="utf-8")
 
-    opened = open_model(tiny_folder, merge=False)
-    lora = LoraConfig(rank=2, targets=("q", "v"))  # pumice-tiny has adapters, too
-    add_lora(opened.model.decoder, lora)
-    tokenizer = (tiny_folder / "tokenizer.json").read_text(encoding="utf-8")
-    config = dataclasses.replace(opened.model.config, lora=lora)
-    save(tmp_path / "pumice-tiny", config, opened.model.state_dict(), tokenizer=tokenizer)
+    shutil.copytree(stand_in, tmp_path / "pumice-tiny")
     (tmp_path / "liuhaotian").mkdir()
     llava = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
     export(llava, "llava", tmp_path / "liuhaotian" / "llava-v1.5-7b")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import pumice
 from pumice import doctor
 from pumice.cli import app
 from pumice.doctor import fetching, libraries, machine, trial
@@ -60,6 +61,7 @@ def test_json_and_status(cache: Path) -> None:
     assert tested["pumice-tiny"]["level"] == "note"  # its parts are not in this cache
     versions = {found["name"]: found for found in report["sections"]["versions"]}
     assert versions["torch"]["value"] == torch.__version__
+    assert versions["pumice"]["says"] == f"{pumice.__version__} in {Path(pumice.__file__).parent}"
 
 
 def test_a_problem_has_a_remedy_and_status_1(fetched: Path) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +12,6 @@ from typing import Any
 
 import nbformat
 import pytest
-
-from pumice.config import LoraConfig
-from pumice.model.adapters import add_lora
-from pumice.weights.folder import save
-from pumice.weights.load import open_model
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -28,19 +22,6 @@ def runner() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(NOTEBOOKS[0].parent)
         return importlib.import_module("run")
-
-
-@pytest.fixture(scope="module")
-def stand_in(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with adapters, as pumice-tiny has them."""
-    opened = open_model(tiny_folder, merge=False)
-    lora = LoraConfig(rank=2, targets=("q", "v"))
-    add_lora(opened.model.decoder, lora)
-    folder = tmp_path_factory.mktemp("notebooks") / "pumice-tiny"
-    tokenizer = (tiny_folder / "tokenizer.json").read_text(encoding="utf-8")
-    config = dataclasses.replace(opened.model.config, lora=lora)
-    save(folder, config, opened.model.state_dict(), tokenizer=tokenizer)
-    return folder
 
 
 def outputs(notebook: Any) -> list[Any]:

@@ -5,8 +5,9 @@
 - Pages that live elsewhere in the repository: the model card, CONTRIBUTING, CHANGELOG, the recipes.
 - The notebooks in notebooks/, with the outputs that they are kept with.
 
-In the repository a link to ../src/... or ../CONTRIBUTING.md is right. Here it leads to the page of that file,
-or, where there is none, keeps its text only. A link to a file that does not exist fails the strict build.
+In the repository a link to ../src/... or ../CONTRIBUTING.md is right. Here it leads to the page of that file
+(of a module, in the reference), or, where there is none, keeps its text only. A link to a file that does
+not exist fails the strict build.
 """
 
 from __future__ import annotations
@@ -38,20 +39,18 @@ ELSEWHERE = {
     "CONTRIBUTING.md": ("contributing.md", "Project", "Contributing"),
     "CHANGELOG.md": ("changelog.md", "Project", "Changes"),
 }
+# A module's page of the reference; the fields of recipes have one of their own.
+MODULE = re.compile(r"src/pumice/(\w+)(?:/[\w/]+)?\.py")
+RECIPE = ("src/pumice/train/recipe.py", "reference/recipe-fields.md")
 # Folders that mean more than their code; their own README is the page.
 FOLDERS = {"recipes": "recipes/README.md", "recipes/pumice-tiny": "recipes/pumice-tiny/README.md"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Complete the navigation: pages that mkdocs.yml does not name, notebooks, reference, the rest."""
+    """Complete the navigation: notebooks, the reference, and pages from outside docs/."""
     nav: list[Any] = config.nav or []
-    named = set(re.findall(r"[\w./-]+\.md", json.dumps(nav)))
     sections = {title: part for entry in nav for title, part in entry.items() if isinstance(part, list)}
-    docs = Path(config.docs_dir)
-    for path in sorted(docs.glob("*.md")):
-        if path.name not in named:
-            sections["By task"].append({_title(path.read_text(encoding="utf-8")): path.name})
     for page, section, title in ELSEWHERE.values():
         if section not in sections:
             sections[section] = []
@@ -117,6 +116,8 @@ def _relink(text: str, source: str, page: str) -> str:
             found = ELSEWHERE[there][0] if there in ELSEWHERE else ""
             if there.startswith("notebooks/") and there.endswith(".ipynb"):
                 found = there.removesuffix(".ipynb") + ".md"
+            elif module := MODULE.fullmatch(there):
+                found = RECIPE[1] if there == RECIPE[0] else f"reference/{module[1]}.md"
             if not (ROOT / there).exists():
                 _LOG.warning("%s links to %s, which does not exist", source, there)
         if not found:

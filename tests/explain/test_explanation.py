@@ -9,7 +9,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -22,9 +22,13 @@ from pumice.cli import app
 from pumice.conversation import Conversation, Message, user_message
 from pumice.explain.explanation import Explanation, explain
 from pumice.explain.methods import DEFAULT, METHODS
-from pumice.explain.page import explanation_json, page, to_json
+from pumice.explain.page import explanation_json, to_json
+from pumice.explain.page import page as html
 from pumice.explain.reliance import PLAIN, THRESHOLD, Reliance, plain_picture
-from pumice.explain.render import WIDEST, save, strip
+from pumice.explain.render import WIDEST, strip
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 SHORT = {"max_new_tokens": 10}
 PAGE_JS = Path(__file__).parents[2] / "src" / "pumice" / "explain" / "page.js"
@@ -128,19 +132,18 @@ def test_the_score_is_the_mean_loss() -> None:
 
     assert reliance(2, 3, -1).score == pytest.approx(4 / 3)
     assert not reliance(THRESHOLD * 0.99).leans
+    assert "loses nothing;" in reliance(-0.6).verdict()
     assert reliance(THRESHOLD * 1.01).leans
 
 
-def test_hundreds_of_words(tiny: Assistant, models: ModuleType, tmp_path: Path) -> None:
+def test_hundreds_of_words(tiny: Assistant, models: ModuleType) -> None:
     found = models.assistant(models.tiny(models.ARCHITECTURES["SigLIP + SmolLM2, pad"])).explain(
         models.picture(60, 40), "What?", " ".join("dogs"[n % 4] for n in range(300))
     )
     sound(found)
     assert len(found.words) == 300
-    save(found, tmp_path / "many.png")
-    with Image.open(tmp_path / "many.png") as picture:
-        assert picture.width <= WIDEST
-        assert picture.height < 4000
+    assert strip(found).width <= WIDEST
+    assert strip(found).height < 4000
     with pytest.raises(InputError, match="context is 256"):
         tiny.explain(models.picture(60, 40), "What?", "dog " * 300)
 
@@ -164,7 +167,7 @@ def test_an_empty_answer_is_a_clear_page(tiny: Assistant, models: ModuleType) ->
     assert not found.reliance.leans
     assert "no words" in found.reliance.verdict()
     assert strip(found).height > 50
-    assert "no words" in page(found)
+    assert "no words" in html(found)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,7 @@ class Links(HTMLParser):
 def test_a_page_needs_nothing_and_no_text_escapes(tiny: Assistant, models: ModuleType) -> None:
     evil = "</script><script src='https://example.org/x.js'></script><img src=x onerror=alert(1)>"
     found = tiny.explain(models.picture(40, 40), evil, "A " + evil)
-    made = page(found)
+    made = html(found)
     links = Links()
     links.feed(made)
     assert links.found == []
@@ -260,6 +263,34 @@ def test_the_browser_paints_the_same_map(tiny: Assistant, models: ModuleType) ->
     assert np.allclose(np.array(json.loads(done.stdout)).reshape(heat.shape), heat, atol=1e-5)
 
 
+def test_the_page_in_a_browser(tiny: Assistant, models: ModuleType, page: Page, tmp_path: Path) -> None:
+    found = tiny.explain([models.picture(90, 40), models.picture(1, 4000)], "What?", "A dog.", occlusion=2)
+    (tmp_path / "page.html").write_text(html(found), encoding="utf-8")
+    page.goto((tmp_path / "page.html").as_uri())
+    caption, word = page.locator("figcaption").first, page.locator(".px-word")
+    assert word.all_inner_texts() == ["A", "dog", "."]
+    heat = page.get_by_label("heat")
+    seen = []
+    for method in (DEFAULT, "raw", "occlusion"):
+        heat.select_option(method)
+        word.nth(1).hover()
+        page.wait_for_function("() => document.querySelector('figcaption').textContent !== ''")
+        assert "“dog”" in caption.inner_text()
+        seen.append(caption.inner_text())
+        page.mouse.move(0, 0)
+        page.wait_for_function("() => document.querySelector('figcaption').textContent === ''")
+    lost = found.pictures[0].occlusion
+    assert lost is not None
+    assert f"{max(lost[1].max(), 0):.2f} nats" in seen[2]
+    assert "so thin" in page.locator(".px-note").last.inner_text()
+    word.first.focus()
+    for key in ("End", "Enter", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert [word.nth(n).get_attribute("aria-pressed") for n in range(3)] == ["false", "false", "true"]
+    assert page.evaluate("document.activeElement.textContent") == "dog"
+    assert page.locator(".px-facts dd").first.inner_text() == "“dog”"
+
+
 @pytest.fixture
 def run(tiny_folder: Path, models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
@@ -303,6 +334,8 @@ def test_command_prints_json_alone(run: Any) -> None:
         (["a.png", "What?", "--json", "--method", "x"], "unknown method 'x'"),
         (["a.png", "What?", "--json", "--layers", "2-x"], "--layers is '2-x'"),
         (["a.png", "What?", "--json", "--layers", "5-3"], "were chosen, the decoder has layers 0 to 1"),
+        (["a.png", "What?", "--json", "--layers", "²"], "--layers is '²'"),
+        (["a.png", "What?", "--out", "x.png", "--occlusion", "2"], "a strip does not show --occlusion"),
         (["a.png", "What?", "--json", "--answer", " "], "the answer to explain is empty"),
     ],
 )

@@ -42,13 +42,15 @@ def explain(
         typer.Option(help="Layers to look at, from 0: 12-23 or 3,7,21.", show_default=False),
     ] = None,
     occlusion: Annotated[
-        int, typer.Option(help="Grey so many regions on a side one by one: slow, but causal. 0 is off.")
+        int,
+        typer.Option(help="Also grey so many regions on a side, one by one: slow, but causal; not in a PNG."),
     ] = 0,
     model: options.Model = "pumice-tiny",
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = None,
     device: options.Device = None,
+    quantize: options.Quantize = options.Bits.auto,
 ) -> None:
     """Show where each word of an answer looked, and whether the picture mattered.
 
@@ -66,8 +68,9 @@ def explain(
         )
     if out is None and not as_json:
         raise InputError("say where it goes: --out page.html, --out picture.png or --out data.json")
+    kind = "" if out is None else out.suffix.lower()
     if out is not None:
-        if out.suffix.lower() not in KINDS:
+        if kind not in KINDS:
             raise InputError(f"--out '{out}' must end in .html, .png or .json")
         if not out.parent.is_dir():
             raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
@@ -75,6 +78,8 @@ def explain(
             Path(name).exists() and out.exists() and out.samefile(name) for name in images
         ):
             raise InputError(f"--out '{out}' is a folder or the picture itself; name another file")
+    if occlusion and kind == ".png" and not as_json:
+        raise InputError("a strip does not show --occlusion; write a page.html or a data.json")
 
     from pumice.explain.page import page, to_json
     from pumice.images import open_image
@@ -84,22 +89,21 @@ def explain(
     options.share_cores()
     from pumice.assistant import load
     from pumice.explain.methods import DEFAULT, get_method
-    from pumice.explain.render import save
+    from pumice.explain.render import strip
 
     get_method(method or DEFAULT)  # raises before the model is loaded
-    found = load(model, device=device).explain(
+    found = load(model, **options.opening(device, quantize)).explain(
         opened, question, answer, method=method or DEFAULT, layers=chosen, occlusion=occlusion,
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
     if out is not None:
-        if out.suffix.lower() == ".png":
-            save(found, out)
-        else:
-            with replacing(out) as file:
-                if out.suffix.lower() == ".html":
-                    file.write(page(found))
-                else:
-                    file.write(json.dumps(to_json(found), ensure_ascii=False) + "\n")
+        with replacing(out) as file:
+            if kind == ".png":
+                strip(found).save(file.buffer, "PNG", optimize=True)
+            elif kind == ".html":
+                file.write(page(found))
+            else:
+                file.write(json.dumps(to_json(found), ensure_ascii=False) + "\n")
     if as_json:
         told = {"model": model, "images": images, **to_json(found, pictures=False)}
         print(json.dumps({**told, "out": None if out is None else str(out)}, ensure_ascii=False))
@@ -115,7 +119,7 @@ def _layers(text: str | None) -> list[int] | None:
     found: list[int] = []
     for part in text.split(","):
         low, _, high = part.strip().partition("-")
-        if not low.isdigit() or not (high or low).isdigit() or int(high or low) > 10_000:
+        if not low.isdecimal() or not (high or low).isdecimal() or int(high or low) > 10_000:
             raise InputError(f"--layers is {text!r}; write numbers from 0, such as 12-23 or 3,7,21")
         found += range(int(low), int(high or low) + 1)
     return found

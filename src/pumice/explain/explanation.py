@@ -131,12 +131,12 @@ def explain(
             question, "", (), method, tuple(used), drawn, nothing, empty, looked, {method: empty}
         )
 
-    ids, first = _answer_ids(assistant, conversation, answer)
+    ids, first = answer_ids(assistant, conversation, answer)
     text, words = split(ids[first:].tolist(), assistant.processor.tokenizer.decode)
     color = config.image.pad_color
     greys = [[plain_picture(image.size, color, *kind) for image in images] for kind in PLAIN]
     passages = [
-        _passage(assistant, conversation, ids, first),
+        passage_of(assistant, conversation, ids, first),
         *_shadows(assistant, conversation, greys, answer),
     ]
     found, looks = read(assistant.model, passages, rollout=chosen.rollout, gradient=chosen.gradient)
@@ -175,7 +175,7 @@ def explain(
     )
 
 
-def _answer_ids(assistant: Assistant, conversation: Conversation, answer: str) -> tuple[Tensor, int]:
+def answer_ids(assistant: Assistant, conversation: Conversation, answer: str) -> tuple[Tensor, int]:
     """The ids of prompt and answer, without what ends it, and where the answer begins."""
     said = Conversation((*conversation.messages, Message("assistant", (answer,))))
     sample = assistant.processor.training_sample(said)
@@ -190,7 +190,7 @@ def _answer_ids(assistant: Assistant, conversation: Conversation, answer: str) -
     return torch.from_numpy(sample.input_ids[: first + last]), first
 
 
-def _passage(assistant: Assistant, conversation: Conversation, ids: Tensor, first: int) -> Passage:
+def passage_of(assistant: Assistant, conversation: Conversation, ids: Tensor, first: int) -> Passage:
     """ids of prompt and answer, which begins at `first`, with the conversation's pictures."""
     tokens = assistant.prompt(conversation).look() if conversation.images else None
     return Passage.of(ids[:first], tokens, ids[first:].tolist())
@@ -206,7 +206,7 @@ def _shadows(
     others = [with_pictures(conversation, pictures) for pictures in greys]
     if assistant.processor.template.name != "plain":
         others.append(without_pictures(conversation))
-    return [_passage(assistant, other, *_answer_ids(assistant, other, answer)) for other in others]
+    return [passage_of(assistant, other, *answer_ids(assistant, other, answer)) for other in others]
 
 
 def _occlude(
@@ -233,8 +233,8 @@ def _occlude(
 
     for row, column, copy in occluded(images[number], regions, color):
         changed = with_pictures(conversation, [*images[:number], copy, *images[number + 1 :]])
-        ids, first = _answer_ids(assistant, changed, answer)
-        waiting.append((row, column, _passage(assistant, changed, ids, first)))
+        ids, first = answer_ids(assistant, changed, answer)
+        waiting.append((row, column, passage_of(assistant, changed, ids, first)))
         if sum(len(p.input_ids) for _, _, p in waiting) >= PACKED:
             flush()
     if waiting:

@@ -40,6 +40,12 @@ export const paint = (weights, boxes, [w, h]) => {
   return heat;
 };
 
+// The boxes of side x side equal regions, row by row.
+const regions = (side) => Float32Array.from({ length: 4 * side * side }, (_, i) => {
+  const region = i >> 2, edge = i & 3; // left, top, right, bottom
+  return ((edge % 2 ? Math.floor(region / side) : region % side) + (edge > 1 ? 1 : 0)) / side;
+});
+
 const percent = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
 const signed = (value) => (value < 0 ? '−' : '+') + Math.abs(value).toFixed(2);
 
@@ -89,9 +95,12 @@ export const mount = (root, data, sources = []) => {
   const draw = () => {
     const word = state.hovered >= 0 ? state.hovered : state.pinned;
     for (const [number, span] of spans.entries()) span.classList.toggle('px-on', number === word);
-    const weights = word < 0 ? null : weigh(word);
+    const weights = word < 0 || state.method === 'occlusion' ? null : weigh(word);
+    const lost = word < 0 || weights ? null : pictures.map((p) => p.occlusion[word].flat());
     // One scale for all pictures, so that the brightest is where the word looked most.
-    const heats = weights && pictures.map((p) => paint(weights.subarray(...p.tokens), p.boxes, p.grid));
+    const heats = weights ? pictures.map((p) => paint(weights.subarray(...p.tokens), p.boxes, p.grid))
+      : lost && pictures.map((p, n) =>
+        paint(lost[n].map((nats) => Math.max(nats, 0)), regions(p.occlusion[word].length), p.grid));
     const most = heats && Math.max(...heats.map((heat, n) => Math.max(...heat) * heat.length), 1e-9);
     for (const [number, picture] of pictures.entries()) {
       const [w, h] = picture.grid;
@@ -106,6 +115,11 @@ export const mount = (root, data, sources = []) => {
         shown.data.set([255, Math.round(235 * level), Math.round(60 * level), Math.round(205 * level)], 4 * i);
       }
       picture.pixels.putImageData(shown, 0, 0);
+      if (lost) {
+        picture.caption.textContent = `greying one region of ${picture.name} costs “${words[word].text}” at most ` +
+          `${Math.max(...lost[number], 0).toFixed(2)} nats`;
+        continue;
+      }
       const given = weights.subarray(...picture.tokens).reduce((a, b) => a + b, 0);
       picture.caption.textContent = `${percent(inside)} of the heat of “${words[word].text}” in ${picture.name}` +
         (given - inside > 0.005 ? `, ${percent(given - inside)} beside it (padding, line ends)` : '');
@@ -205,10 +219,12 @@ export const mount = (root, data, sources = []) => {
   const choose = (value) => {
     state.method = value;
     for (const control of [low, high, head]) control.disabled = value !== 'raw';
-    note.textContent = methods[value]?.text ?? 'Attention as it was, of the layers (counted from 0) and the head chosen here.';
+    note.textContent = methods[value]?.text ?? (value === 'occlusion'
+      ? 'What the word loses when a region of the picture is greyed: slow to find out, but causal.' : 'Attention as it was, of the layers (counted from 0) and the head chosen here.');
     later();
   };
   const choices = data.methods.map((m) => [m.name, m.title]);
+  if (pictures.every((p) => p.occlusion)) choices.push(['occlusion', 'what greying a region costs']);
   if (raw) choices.push(['raw', 'layers and heads by hand']);
   const controls = element('div', { className: 'px-controls' }, [
     label('heat', select(choices, state.method, choose)),

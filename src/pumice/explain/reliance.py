@@ -34,6 +34,7 @@ class Reliance:
     """Log-probabilities of each word (W,), in nats, given the words before it: as it was answered, and again
     with every picture dropped and with every picture grey (the likeliest of `PLAIN`).
 
+    dropped is grey where the template has no prompt without pictures (stage 1's).
     share (W,): of attention that goes to the pictures' tokens, mean over layers and heads.
     """
 
@@ -73,9 +74,10 @@ class Reliance:
         told = f"{self.score:.2f} nats per word"
         if self.leans:
             return f"This answer leans on the picture: without it, it loses {told}."
+        lost = f"{told}, less than {THRESHOLD:g}" if self.score > 0 else "nothing"
         return (
-            f"This answer does not lean on the picture: without it, it loses {told}, "
-            f"less than {THRESHOLD:g}; the question's words alone would nearly do."
+            f"This answer does not lean on the picture: without it, it loses {lost}; "
+            "the question's words alone would nearly do."
         )
 
 

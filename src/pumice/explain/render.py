@@ -7,7 +7,6 @@ Knows: explanations, Pillow. Does not know: pages, models. As figure 3 of Show, 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -65,16 +64,6 @@ def strip(found: Explanation) -> Image.Image:
             canvas.paste(drawn, (x, y + line))
             x += size[0] + 2
     return canvas
-
-
-def save(found: Explanation, path: Path) -> None:
-    """Write the strip as PNG, whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        strip(found).save(partial, "PNG", optimize=True)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _lit(picture: Image.Image, heat: np.ndarray) -> Image.Image:

@@ -28,9 +28,10 @@ through during before after behind beside besides near next along across around 
 toward towards upon as than like
 and or but nor so yet if because while although though until unless since whether
 very too also just only even then now again more most much many other another same own
-'s 't 're 've 'll 'd n't yes
+won't shan't yes
 """
 _FUNCTION = frozenset(_FUNCTION_WORDS.split())
+_CLITICS = ("", "'s", "'t", "n't", "'re", "'ve", "'ll", "'d", "'m")
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,8 @@ class Word:
     @property
     def is_content(self) -> bool:
         """Whether it names something (a noun, verb, colour or number), by a closed list of English words."""
-        return any(map(str.isalnum, self.text)) and self.text.lower().replace("’", "'") not in _FUNCTION
-
-    @property
-    def is_function(self) -> bool:
-        """Whether it is on that list."""
-        return self.text.lower().replace("’", "'") in _FUNCTION
+        word = self.text.lower().replace("’", "'")
+        return any(map(str.isalnum, word)) and all(word.removesuffix(c) not in _FUNCTION for c in _CLITICS)
 
 
 def split(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[Word]]:
