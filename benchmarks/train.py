@@ -260,7 +260,7 @@ def theirs(folder: Path, stage: str, steps: int, checkpointing: bool = False) ->
     image_token = model.config.image_token_id
     rows, finder = Rows(folder / "rows.jsonl"), ImageFinder(folder)
 
-    class Steps(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Steps(torch.utils.data.Dataset[list[dict[str, Any]]]):
         def __len__(self) -> int:
             return steps
 

@@ -25,7 +25,8 @@ from pumice.engine.generate import Prompt, naive_generate
 from pumice.errors import InputError, WorkError
 from pumice.files import hold
 from pumice.train import run
-from pumice.train.loop import Trainer, schedule
+from pumice.train.loop import Trainer
+from pumice.train.optim import schedule
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
 from pumice.train.setup import prepare
@@ -318,6 +319,6 @@ def test_a_packed_batch_of_tiles_has_the_losses_of_its_rows(
     assert len(packed.layouts) == len(packed.trees) == 4
     assert len({layout.tokens for layout in packed.layouts}) > 2
     with torch.no_grad():
-        together = trainer._loss(packed, mirrored).item()
-        alone = sum(trainer._loss(Pack((tree,)), [False]).item() for tree in packed.trees)
+        together = trainer.objective(trainer._work(packed, mirrored)).item()
+        alone = sum(trainer.objective(trainer._work(Pack((tree,)), [False])).item() for tree in packed.trees)
     assert together == pytest.approx(alone, rel=1e-5)
