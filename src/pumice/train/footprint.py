@@ -11,9 +11,8 @@ Shapes: T tokens, P squares of pixels, F features of a square, C tower width, S 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from pumice.config import ModelConfig
 from pumice.model.layers import frequencies
@@ -66,22 +65,28 @@ class Footprint:
     tower_flops: float  # of one square, forward
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of the storages made under it: now, and at most."""
+class _Count(TorchDispatchMode):
+    """Counts the bytes of the storages made under it, now and at most, and operations.
 
-    def __init__(self) -> None:
+    Not `FlopCounterMode`: what it keeps of a pass with checkpointing would be counted as alive.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        """tensors: left out of the count, as they are there before."""
         super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
+        self.now = self.peak = self.flops = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if (flops := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += flops(*args, **(kwargs or {}), out_val=out)
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
-                self._count(value)
+                self._hold(value)
         return out
 
-    def _count(self, tensor: Tensor) -> None:
+    def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
@@ -95,10 +100,6 @@ class _Alive(TorchDispatchMode):
         self._known.discard(key)
         self.now -= size
 
-    def known(self, tensors: Sequence[Tensor]) -> None:
-        """Leave these out of the count: they were there before."""
-        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
-
 
 def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Footprint:
     """The footprint of the recipe's stage on a device of this type ("cpu", "cuda") for such packs."""
@@ -110,32 +111,32 @@ def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Foo
         second: float = getattr(high, name)
         return first + (second - first) * blocks
 
-    return Footprint(**{field.name: whole(field.name) for field in dataclasses.fields(Footprint)})
+    return Footprint(
+        activations=whole("activations"), logits=low.logits, picture=low.picture, flops=whole("flops"),
+        tower_flops=low.tower_flops,
+    )  # fmt: skip
 
 
 def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: str) -> Footprint:
     cut = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, depth=depth))
     turning = (cut.decoder.head_width, cut.decoder.rope_base, cut.decoder.rope_scaling)
     frequencies(*turning, torch.device("cpu"))  # kept for good by its cache: it must not be a fake one
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         model = _model(recipe, cut, device)
-        alive, counter = _Alive(), FlopCounterMode(display=False)
-        alive.known([*model.parameters(), *model.buffers()])
-        picture, tower_flops = _look(model, config, work.squares)
-        with counter, alive, _swept():
+        picture, tower_flops = _look(model, config, work.squares) if depth == DEPTHS[0] else (0.0, 0.0)
+        held = [*model.parameters(), *model.buffers()]
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # every pack of a step but the first finds gradients
+                parameter.grad = torch.zeros_like(parameter)
+                held.append(parameter.grad)
+        with _Count(held) as count:
             _step(model, recipe, config, work, device)
-            gc.collect()
-            gradients = alive.now  # the second pack finds the gradients of the first
-            alive.peak = alive.now
-            before = counter.get_total_flops()
-            _step(model, recipe, config, work, device)
-        del mode
     size = 2 if recipe.precision == "bf16" else 4
     return Footprint(
-        activations=alive.peak - gradients,
+        activations=count.peak,
         logits=min(CHUNK, work.supervised) * config.decoder.vocab_size * (4 + size),
         picture=picture,
-        flops=counter.get_total_flops() - before,
+        flops=count.flops,
         tower_flops=tower_flops,
     )
 
@@ -206,25 +207,9 @@ def _look(model: Llava, config: ModelConfig, squares: int) -> tuple[float, float
         return 0.0, 0.0
     together = min(TOGETHER, squares)
     side = config.vision.image_size
-    alive, counter = _Alive(), FlopCounterMode(display=False)
-    alive.known([*model.tower.parameters(), *model.tower.buffers()])
-    with torch.no_grad(), counter, alive:
+    with torch.no_grad(), _Count([*model.tower.parameters(), *model.tower.buffers()]) as count:
         model.features(torch.empty(together, 3, side, side))
-    return float(alive.peak), counter.get_total_flops() / together
-
-
-@contextmanager
-def _swept() -> Iterator[None]:
-    """Collect circles of Python objects at once: what they hold would be counted for as long as they stay."""
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()  # what is there already need not be looked through each time
-    gc.set_threshold(200, 1, 1)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
+    return float(count.peak), count.flops / together
 
 
 @contextmanager
