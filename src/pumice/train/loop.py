@@ -44,6 +44,7 @@ from pumice.train.recipe import Recipe
 from pumice.train.report import Report
 from pumice.train.setup import Setup, prepare
 from pumice.train.speed import flops_per_prediction, flops_per_square, flops_per_token
+from pumice.train.trackers import installed
 
 ANSWER_TOKENS = 40  # of a sample answer while training
 
@@ -60,6 +61,7 @@ def train(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.seed)
     world = World.join(recipe)
     try:
+        installed(recipe)
         memory(recipe, world.size)
         place = "cpu" if world.kind == "fsdp" else world.device(recipe)
         return Trainer(recipe, prepare(recipe, place), world).run()
