@@ -1,6 +1,6 @@
 """Predicted against measured: the memory of training runs, and their speed.
 
-    python benchmarks/plan.py [--only NAME]
+    python benchmarks/plan.py [--only NAME ...]
 
 Each configuration trains a few steps in a process of its own, whose largest resident set the system tells
 (ru_maxrss); `pumice plan` says beforehand what it will be. One table. Models are random; rows and pictures
@@ -40,6 +40,8 @@ CLIP_B = VisionConfig(
 LORA = {"learn": {"connector": 1e-4, "lora": 1e-4}, "lora": {"rank": 16}}
 FULL = {"learn": {"connector": 1e-4, "decoder": 1e-4}}
 
+# to which the plan's constants were fitted; no other one was looked at before they stood
+FITTED = {"135M, LoRA", "135M, whole LLM", "135M, whole LLM, full checkpointing", "small, whole LLM"}
 # name -> decoder, tower, what the recipe says
 CONFIGURATIONS: dict[str, tuple[DecoderConfig, VisionConfig, dict[str, Any]]] = {
     "small, whole LLM": (SMALL, LITE, {"stage": FULL, "pack_tokens": 2048}),
@@ -53,6 +55,10 @@ CONFIGURATIONS: dict[str, tuple[DecoderConfig, VisionConfig, dict[str, Any]]] = 
     "135M, whole LLM and tower": (
         SMOL, CLIP_B, {"stage": {"learn": FULL["learn"] | {"tower": 1e-5}}, "pack_tokens": 256}
     ),
+    "135M, LoRA, selective checkpointing": (
+        SMOL, CLIP_B, {"stage": LORA, "pack_tokens": 1024, "checkpointing": "selective"}
+    ),
+    "small, connector": (SMALL, LITE, {"stage": {"learn": {"connector": 1e-3}}, "pack_tokens": 4096}),
 }  # fmt: skip
 
 
@@ -126,27 +132,29 @@ def compare(name: str, scratch: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=CONFIGURATIONS)
+    parser.add_argument("--only", action="append", choices=CONFIGURATIONS)
     only = parser.parse_args().only
     print(
-        "| configuration | predicted GB | measured GB | difference | beyond PyTorch's own | tokens/s: both |"
+        "| configuration | fitted | predicted GB | measured GB | difference | beyond PyTorch's own | "
+        "tokens/s: both |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     worst = 0.0
-    for name in [only] if only else CONFIGURATIONS:
+    for name in only or CONFIGURATIONS:
         with tempfile.TemporaryDirectory() as scratch:
             found = compare(name, Path(scratch))
         off = found["predicted"] / found["measured"] - 1
         base = FRAMEWORK["cpu"]
         beyond = (found["predicted"] - base) / (found["measured"] - base) - 1
-        worst = max(worst, abs(off))
+        worst = max(worst, 0.0 if name in FITTED else abs(off))
         print(
-            f"| {name} | {found['predicted'] / 1e9:.2f} | {found['measured'] / 1e9:.2f} | {off:+.0%} | "
-            f"{beyond:+.0%} | {found['predicted_speed']:.0f}, {found['speed']:.0f} |",
+            f"| {name} | {'yes' if name in FITTED else 'no'} | {found['predicted'] / 1e9:.2f} | "
+            f"{found['measured'] / 1e9:.2f} | {off:+.0%} | {beyond:+.0%} | {found['predicted_speed']:.0f}, "
+            f"{found['speed']:.0f} |",
             flush=True,
         )
         print({kind: round(amount / 1e9, 2) for kind, amount in found["memory"].items()}, file=sys.stderr)
-    print(f"\nworst difference {worst:.0%}")
+    print(f"\nworst difference of those that were not fitted {worst:.0%}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,14 @@ import argparse
 import json
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ import yaml
 from safetensors.torch import load_file
 from train import make_model, make_rows
 
+from pumice.train import run as train
 from pumice.train.report import read_metrics
 
 STEPS = 6
@@ -57,7 +62,7 @@ def recipe(folder: Path, name: str, **changes: Any) -> Path:
         "data": [{"rows": str(folder / "mixed.jsonl")}], "held_out": [{"rows": str(folder / "mixed.jsonl")}],
         "pictures": [str(folder)], "batch": 6, "pack_tokens": 160, "precision": "fp32", "device": "cpu",
         "max_steps": STEPS, "epochs": 2, "save_every": 1, "measure_every": 3, "measure_rows": 5,
-        "sample_answers": 2, "keep_last": 10,
+        "sample_answers": 1, "keep_last": 10,
     }  # fmt: skip
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values | changes))
@@ -76,6 +81,29 @@ def run(path: Path, processes: int) -> None:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-4000:]}")
 
 
+def run_forked(path: Path, processes: int) -> None:
+    """The same without torchrun: processes that share one import of what they run. Not on Windows."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["pumice.train.loop", "torch._dynamo", "torch.distributed.fsdp"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    members = [context.Process(target=_member, args=(path, n, processes, port)) for n in range(processes)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join()
+    if any(member.exitcode for member in members):
+        raise RuntimeError(f"{path}: the processes ended with {[member.exitcode for member in members]}")
+
+
+def _member(path: Path, rank: int, processes: int, port: int) -> None:
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    train(path)
+
+
 def losses(output: Path) -> list[float]:
     return [event["loss"] for event in read_metrics(output / "metrics.jsonl") if "loss" in event]
 
@@ -85,7 +113,7 @@ def held_out(output: Path) -> list[float]:
     return [event["held_out_loss"] for event in events if "held_out_loss" in event]
 
 
-def spread(folder: Path, names: list[str]) -> dict[str, float]:
+def spread(folder: Path, names: list[str], start: Callable[[Path, int], None] = run) -> dict[str, float]:
     """Largest relative difference of a loss, held-out losses included, from those of one process."""
     found: dict[str, float] = {}
     expected: list[float] = []
@@ -95,7 +123,7 @@ def spread(folder: Path, names: list[str]) -> dict[str, float]:
         path = recipe(folder, name, parallel=parallel)
         if before is not None:
             continue_from(folder / before, folder / name)
-        run(path, processes)
+        start(path, processes)
         told = losses(folder / name) + held_out(folder / name)
         if name == "one":
             expected = told
@@ -107,8 +135,6 @@ def spread(folder: Path, names: list[str]) -> dict[str, float]:
 
 def continue_from(finished: Path, output: Path) -> None:
     """Make `output` look as `finished` did half-way: its metrics, and its checkpoints up to there."""
-    import shutil
-
     (output / "checkpoints").mkdir(parents=True)
     shutil.copy(finished / "metrics.jsonl", output)
     half = f"step-{STEPS // 2:06d}"

@@ -1,7 +1,9 @@
 """Training speed and memory: Pumice beside transformers' Trainer, on the same weights, rows and batches.
 
-    python benchmarks/train.py [--stage connector|full] [--steps N] [--side pumice|transformers ...]
-    python benchmarks/train.py --without TRICK ...        one more row each, with a trick switched off
+    python benchmarks/train.py                     both sides and stages, then each trick's own share
+    python benchmarks/train.py --quick             the same in small, to see that it works
+    python benchmarks/train.py --stage connector --side pumice --without TRICK ...       one row
+    python benchmarks/train.py --precision bf16    both sides in bfloat16 (autocast)
 
 Model: a tower of CLIP ViT-B/16's size at 224 pixels (196 image tokens), an LLM of SmolLM2-135M's, random
 weights, fp32. Rows: the three kinds of LLaVA-Instruct in their published numbers (58 K conversations, 23 K
@@ -13,7 +15,8 @@ The other side is what a user would write: LlavaForConditionalGeneration from th
 a collator that pads to the longest row and masks all but the answers, the Trainer with the same optimiser,
 schedule, clipping and threads. Both read the same picture files with the same preprocessing. Each side runs
 in a process of its own; memory is that process's largest resident set, speed is that of all steps but the
-first. Prints a table, or with --json the numbers.
+first. A trick's share is what the connector stage loses when that trick alone is switched off. Ten minutes on
+two cores with nothing beside it. Prints a line a run, or with --json the numbers.
 """
 
 from __future__ import annotations
@@ -228,7 +231,7 @@ def ours(folder: Path, stage: str, steps: int, without: list[str], options: list
 LONGEST: list[int] = []
 
 
-def theirs(folder: Path, stage: str, steps: int, checkpointing: bool = False) -> dict[str, Any]:
+def theirs(folder: Path, stage: str, steps: int, precision: str, checkpointing: bool) -> dict[str, Any]:
     """Train with transformers."""
     import torch
     from transformers import (
@@ -241,13 +244,11 @@ def theirs(folder: Path, stage: str, steps: int, checkpointing: bool = False) ->
 
     from pumice.config import IMAGE_TOKEN
     from pumice.data.rows import ImageFinder, Rows
-    from pumice.tokens import IGNORE
-    from pumice.weights.load import Processor
+    from pumice.processor import Processor
+    from pumice.tokens import IGNORE, Tokenizer
     from pumice.weights.read import read_model
 
     loaded = read_model(folder / "ours")
-    from pumice.tokens import Tokenizer
-
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     del loaded
     set_seed(0)
@@ -260,7 +261,7 @@ def theirs(folder: Path, stage: str, steps: int, checkpointing: bool = False) ->
     image_token = model.config.image_token_id
     rows, finder = Rows(folder / "rows.jsonl"), ImageFinder(folder)
 
-    class Steps(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Steps(torch.utils.data.Dataset[list[dict[str, Any]]]):
         def __len__(self) -> int:
             return steps
 
@@ -314,7 +315,7 @@ def theirs(folder: Path, stage: str, steps: int, checkpointing: bool = False) ->
         learning_rate=next(iter(RATES[stage].values())), lr_scheduler_type="cosine", warmup_steps=0,
         weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[],
         remove_unused_columns=False, disable_tqdm=True, gradient_checkpointing=checkpointing,
-        optim="adamw_torch_fused", dataloader_pin_memory=False,
+        optim="adamw_torch_fused", dataloader_pin_memory=False, bf16=precision == "bf16",
     )  # fmt: skip
     started = time.perf_counter()
     InOrder(
@@ -328,11 +329,12 @@ def theirs(folder: Path, stage: str, steps: int, checkpointing: bool = False) ->
     }
 
 
-def measure(folder: Path, side: str, stage: str, steps: int, without: list[str], options: list[str]) -> Any:
+def measure(folder: Path, side: str, stage: str, without: list[str], given: argparse.Namespace) -> Any:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--inside", str(folder), "--side", side, "--stage", stage]
-    command += ["--steps", str(steps), *(word for trick in without for word in ("--without", trick))]
-    command += [word for option in options for word in ("--set", option)]
+    command += ["--steps", str(given.steps), "--precision", given.precision]
+    command += [word for trick in without for word in ("--without", trick)]
+    command += [word for option in given.set for word in ("--set", option)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
@@ -340,12 +342,13 @@ def measure(folder: Path, side: str, stage: str, steps: int, without: list[str],
 
 
 def inside(arguments: argparse.Namespace) -> None:
-    folder, stage = Path(arguments.inside), arguments.stage[0]
-    if arguments.side[0] == "pumice":
-        found = ours(folder, stage, arguments.steps, arguments.without, arguments.set)
+    folder, [stage], [side] = Path(arguments.inside), arguments.stage, arguments.side
+    if side == "pumice":
+        options = [f"precision={arguments.precision}", *arguments.set]
+        found = ours(folder, stage, arguments.steps, arguments.without, options)
     else:
-        checkpointing = arguments.side[0].endswith("checkpointing")
-        found = theirs(folder, stage, arguments.steps, checkpointing)
+        checkpointing = side.endswith("checkpointing")
+        found = theirs(folder, stage, arguments.steps, arguments.precision, checkpointing)
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     later = found["seconds"][1:] or found["seconds"]
     found["samples_per_second"] = ROWS * len(later) / sum(later)
@@ -359,8 +362,9 @@ def main() -> None:
     parser.add_argument("--stage", action="append", choices=tuple(RATES), default=None)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--without", action="append", choices=tuple(TRICKS), default=[])
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--set", action="append", default=[], help="a key of Pumice's recipe, key=value")
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and short rows")
     parser.add_argument("--folder", type=Path, help="where model and rows are kept for another run")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
@@ -368,30 +372,37 @@ def main() -> None:
     if arguments.inside:
         inside(arguments)
         return
+    everything = not (arguments.side or arguments.stage or arguments.without)
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "theirs").exists():
-            make_model(folder, arguments.size)
-        make_rows(folder, arguments.steps, 1.0 if arguments.size == "real" else 0.2)
-        results = {}
+            make_model(folder, "tiny" if arguments.quick else "real")
+        make_rows(folder, arguments.steps, 0.2 if arguments.quick else 1.0)
+        results: dict[str, Any] = {}
+
+        def row(stage: str, side: str, without: list[str], beside: str) -> None:
+            name = " ".join([stage, side, *(f"without {trick}" for trick in without)])
+            results[name] = measure(folder, side, stage, without, arguments)
+            if not arguments.json:
+                _tell(name, results[name], results.get(f"{stage} {beside}"))
+
         for stage in arguments.stage or RATES:
             for side in arguments.side or ("transformers", "pumice"):
-                without = arguments.without if side == "pumice" else []
-                found = measure(folder, side, stage, arguments.steps, without, arguments.set)
-                results[f"{stage} {side}"] = found
-                if not arguments.json:
-                    _tell(stage, side, found, results.get(f"{stage} transformers"))
+                row(stage, side, arguments.without if side == "pumice" else [], "transformers")
+        for trick in TRICKS if everything else ():
+            row("connector", "pumice", [trick], "pumice")
     if arguments.json:
         print(json.dumps(results))
 
 
-def _tell(stage: str, side: str, found: dict[str, Any], other: dict[str, Any] | None) -> None:
-    line = f"{stage:<10} {side:<14} {found['samples_per_second']:6.3f} rows/s {found['peak_gb']:6.2f} GB"
+def _tell(name: str, found: dict[str, Any], other: dict[str, Any] | None) -> None:
+    line = f"{name:<44} {found['samples_per_second']:6.3f} rows/s {found['peak_gb']:6.2f} GB"
     later = found["cpu_seconds"][1:] or found["cpu_seconds"]
     line += f" {sum(later) / len(later):6.1f} CPU s a step"
-    line += "  losses " + " ".join(f"{loss:.5f}" for loss in found["losses"])
-    if other is not None and other is not found:
+    if other is None or other is found:
+        line += "  losses " + " ".join(f"{loss:.5f}" for loss in found["losses"])
+    else:
         faster = found["samples_per_second"] / other["samples_per_second"]
         apart = max(abs(a - b) for a, b in zip(found["losses"], other["losses"], strict=True))
         line += f"  {faster:.2f} x the speed, {found['peak_gb'] / other['peak_gb']:.0%} of the memory"

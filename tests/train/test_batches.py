@@ -13,10 +13,12 @@ import pytest
 from pumice.errors import InputError
 from pumice.train import run
 from pumice.train.batches import Batches, prefetch
-from pumice.train.preflight import pictures_fit, room
+from pumice.train.preflight import disk, pictures_fit
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
 from pumice.train.setup import prepare
+from pumice.train.shapes import read_parts
+from pumice.train.sizes import sizes
 from pumice.weights.load import open_model
 
 MakeRecipe = Callable[..., Path]
@@ -113,11 +115,9 @@ def test_pictures_too_large_for_the_context_are_refused(make_recipe: MakeRecipe)
 
 def test_a_disk_without_room_is_told_before_the_first_step(make_recipe: MakeRecipe) -> None:
     recipe = load_recipe(make_recipe(keep_last=10**9))
-    setup = prepare(recipe)
     recipe.output.mkdir()
-    learned = {name: p for name, p in setup.model.named_parameters() if p.requires_grad}
     with pytest.raises(InputError, match=r"needs .* GB \(1000000000 \+ 1 checkpoints .* lower keep_last"):
-        room(setup, learned)
+        disk(recipe, sizes(recipe, read_parts(recipe).config, "cpu"))
 
 
 def test_a_mean_per_pack_is_another_loss(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from pumice.engine.generate import Prompt, naive_generate
 from pumice.errors import InputError, WorkError
 from pumice.files import hold
 from pumice.train import run
-from pumice.train.loop import Trainer, schedule
+from pumice.train.loop import Trainer
+from pumice.train.optim import schedule
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
 from pumice.train.setup import prepare
@@ -81,14 +82,14 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
 ) -> None:
     lora = {"rank": 4, "dropout": 0.2}  # dropout: the generator's state matters too
     stage = {"learn": {"connector": 3e-3, "lora": 3e-3}, "lora": lora}
-    whole = run(make_recipe("whole", stage=stage))
-    recipe = make_recipe("broken", stage=stage)
+    whole = run(make_recipe("whole", stage=stage, workers=2))
+    recipe = make_recipe("broken", stage=stage, workers=2)
     script = "import sys, torch; torch.set_num_threads(1); from pumice.train import run; run(sys.argv[1])"
     command = [sys.executable, "-c", script, str(recipe)]
     metrics = tmp_path / "broken" / "metrics.jsonl"
     for kind, after in ((signal.SIGKILL, 4), (signal.SIGINT, 8)):
         if kind == signal.SIGINT:  # nothing but the signal makes it save
-            recipe = make_recipe("broken", stage=stage, save_every=1000)
+            recipe = make_recipe("broken", stage=stage, workers=2, save_every=1000)
         process = subprocess.Popen(
             command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
@@ -127,6 +128,15 @@ def test_nowhere_to_write(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"output folder .*file.run cannot be made: .*; name another"):
         run(make_recipe(output=str(tmp_path / "file" / "run")))
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_written(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="wandb needs its package; pip install wandb, or leave it out"):
+        run(make_recipe(trackers=["wandb"]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_changes_only_what_it_names(make_recipe: MakeRecipe, tiny_model: Path) -> None:
@@ -318,6 +328,6 @@ def test_a_packed_batch_of_tiles_has_the_losses_of_its_rows(
     assert len(packed.layouts) == len(packed.trees) == 4
     assert len({layout.tokens for layout in packed.layouts}) > 2
     with torch.no_grad():
-        together = trainer._loss(packed, mirrored).item()
-        alone = sum(trainer._loss(Pack((tree,)), [False]).item() for tree in packed.trees)
+        together = trainer.objective(trainer._work(packed, mirrored)).item()
+        alone = sum(trainer.objective(trainer._work(Pack((tree,)), [False])).item() for tree in packed.trees)
     assert together == pytest.approx(alone, rel=1e-5)

@@ -57,15 +57,6 @@ class Tree:
             runs.append(Run(end - start, before))
         return runs
 
-    @property
-    def visible(self) -> np.ndarray:
-        """What each node sees, (n, n) bool: its ancestors and itself. For tests and pictures only."""
-        seen = np.eye(len(self), dtype=bool)
-        for node, parent in enumerate(self.parents.tolist()):
-            if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
-
 
 def prefix_tree(samples: Sequence[Sample]) -> Tree:
     """Merge the common beginnings of samples that show the same pictures in the same order."""

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-000123`, written under another name, flushed, and renamed:
 
-    manifest.json      size and BLAKE2b digest of every other file; a checkpoint without one is no checkpoint
+    manifest.json      size and SHA-256 of every other file; a checkpoint without one is no checkpoint
     state.json         step, what decides the run, counters, the optimiser's plain values
     tensors/*.safetensors   what learns, `weights.NAME`, and the optimiser's tensors, `exp_avg.NAME` and so on
     rng-00000.safetensors   random state of each process

@@ -22,7 +22,7 @@ from torch import Tensor
 from pumice.config import ModelConfig
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
-from pumice.files import hold
+from pumice.files import hold, replacing, whole_lines
 from pumice.images import image_key
 from pumice.model.llava import Llava
 from pumice.processor import Processor
@@ -132,23 +132,24 @@ class FeatureCache:
         meta = {"fingerprint": fingerprint, "features": features, "width": width}
         description = folder / "cache.json"
         if not description.exists():
-            description.write_text(json.dumps(meta))
+            with replacing(description) as file:
+                json.dump(meta, file)
         elif description.read_text() != json.dumps(meta):
             raise InputError(f"{folder} holds the features of another tower or image policy; remove it")
         self._keys_path, self._data_path = folder / "keys.txt", folder / "features.bin"
         self._data_path.touch()
         self._keys_path.touch()
-        lines = self._keys_path.read_text().split("\n")[:-1]  # text after the last newline is torn
         whole = self._data_path.stat().st_size // (features * width * 2)  # records that are there
         self._places: dict[str, range] = {}  # picture -> its records
         self._end = 0
-        for line in lines:
+        for line in whole_lines(self._keys_path):
             key, _, squares = line.partition(" ")
             place = range(self._end, self._end + int(squares or 1))
             if place.stop > whole:
                 break
             self._places[key], self._end = place, place.stop
-        self._keys_path.write_text("".join(_line(*item) for item in self._places.items()))
+        with replacing(self._keys_path) as file:
+            file.writelines(_line(*item) for item in self._places.items())
 
     def close(self) -> None:
         self._lock.release()

@@ -11,34 +11,33 @@ Shapes: T tokens, P squares of pixels, F features of a square, C tower width, S 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import weakref
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from pumice.config import ModelConfig
 from pumice.model.layers import frequencies
 from pumice.model.llava import Llava
 from pumice.model.packed import Packed, Run
-from pumice.model.quantized_base import QuantizedLinear, quantize_base
+from pumice.model.quantized_base import quantize_base
 from pumice.model.vision import ViT
 from pumice.train.features import TOGETHER
-from pumice.train.loss import supervised_loss
+from pumice.train.loss import CHUNK, supervised_loss
 from pumice.train.memory import checkpoint_blocks
 from pumice.train.recipe import Recipe
-from pumice.train.setup import part_of
+from pumice.train.setup import learned
+from pumice.train.sizes import kept_as
 
 DEPTHS = (2, 4)  # blocks of the decoders that run; what they differ by is what two blocks take
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # of a weight: its bits, and doubly quantised scales of 64 weights
 
 
 @dataclass(frozen=True)
@@ -57,37 +56,37 @@ class Work:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes and operations; operations of one pack."""
+    """Bytes that are alive only while a step runs, and operations of one pack."""
 
-    parameters: dict[str, int]  # part -> numbers
-    learning: float  # numbers that learn
-    weights: float
-    gradients: float
-    optimizer: float
     activations: float  # alive at most in a step beyond weights and gradients
     logits: float  # the share of the activations that the vocabulary projection has
     picture: float  # alive at most while a frozen tower looks at a few squares
-    copies: float  # of learned weights in the type of the products, within `activations`
     flops: float  # of a pack: forward, backward, what is computed again
     tower_flops: float  # of one square, forward
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of the storages made under it: now, and at most."""
+class _Count(TorchDispatchMode):
+    """Counts the bytes of the storages made under it, now and at most, and operations.
 
-    def __init__(self) -> None:
+    Not `FlopCounterMode`: what it keeps of a pass with checkpointing would be counted as alive.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        """tensors: left out of the count, as they are there before."""
         super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
+        self.now = self.peak = self.flops = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if (flops := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += flops(*args, **(kwargs or {}), out_val=out)
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
-                self._count(value)
+                self._hold(value)
         return out
 
-    def _count(self, tensor: Tensor) -> None:
+    def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
@@ -101,10 +100,6 @@ class _Alive(TorchDispatchMode):
         self._known.discard(key)
         self.now -= size
 
-    def known(self, tensors: Sequence[Tensor]) -> None:
-        """Leave these out of the count: they were there before."""
-        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
-
 
 def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Footprint:
     """The footprint of the recipe's stage on a device of this type ("cpu", "cuda") for such packs."""
@@ -116,74 +111,56 @@ def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Foo
         second: float = getattr(high, name)
         return first + (second - first) * blocks
 
-    parts = {
-        part: round(low.parameters[part] + (high.parameters[part] - low.parameters[part]) * blocks)
-        for part in low.parameters
-    }
-    numbers = {
-        field.name: whole(field.name) for field in dataclasses.fields(Footprint) if field.name != "parameters"
-    }
-    return Footprint(parameters=parts, **numbers)
+    return Footprint(
+        activations=whole("activations"), logits=low.logits, picture=low.picture, flops=whole("flops"),
+        tower_flops=low.tower_flops,
+    )  # fmt: skip
 
 
 def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: str) -> Footprint:
     cut = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, depth=depth))
     turning = (cut.decoder.head_width, cut.decoder.rope_base, cut.decoder.rope_scaling)
     frequencies(*turning, torch.device("cpu"))  # kept for good by its cache: it must not be a fake one
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         model = _model(recipe, cut, device)
-        learned = [p for p in model.parameters() if p.requires_grad]
-        alive, counter = _Alive(), FlopCounterMode(display=False)
-        alive.known([*model.parameters(), *model.buffers()])
-        picture, tower_flops = _look(model, config, work.squares)
-        with counter, alive, _swept():
+        picture, tower_flops = _look(model, config, work.squares) if depth == DEPTHS[0] else (0.0, 0.0)
+        held = [*model.parameters(), *model.buffers()]
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # every pack of a step but the first finds gradients
+                parameter.grad = torch.zeros_like(parameter)
+                held.append(parameter.grad)
+        with _Count(held) as count:
             _step(model, recipe, config, work, device)
-            gc.collect()
-            gradients = alive.now  # the second pack finds the gradients of the first
-            alive.peak = alive.now
-            before = counter.get_total_flops()
-            _step(model, recipe, config, work, device)
-        del mode
-    held = sum(p.numel() * 4 for p in learned)
-    mixed = recipe.precision == "bf16"
-    size = 2 if mixed else 4
-    logits = min(256, work.supervised) * config.decoder.vocab_size * (4 + size)
+    size = 2 if recipe.precision == "bf16" else 4
     return Footprint(
-        parameters=_parameters(model, recipe.stage.learn),
-        learning=sum(p.numel() for p in learned),
-        weights=_weights(recipe, model),
-        gradients=held,
-        optimizer=held * (2 if recipe.optimizer == "adamw" else 0.5),
-        activations=alive.peak - gradients,
-        logits=logits,
+        activations=count.peak,
+        logits=min(CHUNK, work.supervised) * config.decoder.vocab_size * (4 + size),
         picture=picture,
-        copies=sum(p.numel() * size for p in learned) if mixed else 0.0,
-        flops=counter.get_total_flops() - before,
+        flops=count.flops,
         tower_flops=tower_flops,
     )
 
 
 def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
     """The model as `prepare` sets it up for the stage, without contents."""
-    low = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    seeing = torch.float32 if device == "cpu" else low
     with torch.device("meta"):
         model = Llava(config)
     learn = recipe.stage.learn
-
-    def kind(name: str, tensor: Tensor) -> torch.dtype:
-        if not tensor.is_floating_point():
-            return tensor.dtype
-        if part_of(name, learn) in learn or name.endswith((".lora_a", ".lora_b")):
-            return torch.float32
-        return low if name.startswith("decoder.") else seeing
-
-    state = {name: torch.empty(t.shape, dtype=kind(name, t)) for name, t in model.state_dict().items()}
+    learning = learned(model, learn)
+    state = {
+        name: torch.empty(
+            tensor.shape,
+            dtype=kept_as(name, name in learning, recipe, device)
+            if tensor.is_floating_point()
+            else tensor.dtype,
+        )
+        for name, tensor in model.state_dict().items()
+    }
     model.load_state_dict(state, assign=True)
     if recipe.stage.base != "none":
-        quantize_base(model.decoder, "int8")  # nf4's weights are counted by NF4_BYTES
+        quantize_base(model.decoder, "int8")  # what nf4's weights take is no matter here
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name, learn) in learn)
+        parameter.requires_grad_(name in learning)
     checkpoint_blocks(model.decoder.blocks, recipe.checkpointing)
     if "tower" in learn and isinstance(model.tower, ViT):
         checkpoint_blocks(model.tower.blocks, recipe.checkpointing)
@@ -230,44 +207,9 @@ def _look(model: Llava, config: ModelConfig, squares: int) -> tuple[float, float
         return 0.0, 0.0
     together = min(TOGETHER, squares)
     side = config.vision.image_size
-    alive, counter = _Alive(), FlopCounterMode(display=False)
-    alive.known([*model.tower.parameters(), *model.tower.buffers()])
-    with torch.no_grad(), counter, alive:
+    with torch.no_grad(), _Count([*model.tower.parameters(), *model.tower.buffers()]) as count:
         model.features(torch.empty(together, 3, side, side))
-    return float(alive.peak), counter.get_total_flops() / together
-
-
-def _parameters(model: Llava, learn: Container[str]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        part = part_of(name, learn)
-        sizes[part] = sizes.get(part, 0) + parameter.numel()
-    for module in model.decoder.modules():
-        if isinstance(module, QuantizedLinear):
-            sizes["decoder"] += module.in_features * module.out_features
-    return sizes
-
-
-def _weights(recipe: Recipe, model: nn.Module) -> float:
-    total = 0.0
-    for tensor in (*model.parameters(), *model.buffers()):
-        few = recipe.stage.base == "nf4" and tensor.dtype == torch.int8
-        total += tensor.numel() * (NF4_BYTES if few else tensor.dtype.itemsize)
-    return total
-
-
-@contextmanager
-def _swept() -> Iterator[None]:
-    """Collect circles of Python objects at once: what they hold would be counted for as long as they stay."""
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()  # what is there already need not be looked through each time
-    gc.set_threshold(200, 1, 1)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
+    return float(count.peak), count.flops / together
 
 
 @contextmanager

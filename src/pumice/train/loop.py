@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pumice.data.packing import Pack, Tree
 from pumice.engine.generate import Prompt, generate
@@ -32,20 +32,19 @@ from pumice.model.packed import Run
 from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
 from pumice.train.batches import Batch, Batches, prefetch
+from pumice.train.devices import peak
 from pumice.train.features import Looked, TowerFeatures
 from pumice.train.memory import checkpoint_blocks, keep_freed_memory
 from pumice.train.objective import Objective, Work
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
 from pumice.train.parallel import World
-from pumice.train.plan import refuse_without_memory
-from pumice.train.preflight import preflight
+from pumice.train.preflight import memory, preflight
 from pumice.train.provenance import contents, versions
 from pumice.train.recipe import Recipe
 from pumice.train.report import Report
 from pumice.train.setup import Setup, prepare
-from pumice.train.speed import flops_per_prediction, flops_per_square, flops_per_token, peak
-
-__all__ = ["Trainer", "schedule", "train"]
+from pumice.train.speed import flops_per_prediction, flops_per_square, flops_per_token
+from pumice.train.trackers import installed
 
 ANSWER_TOKENS = 40  # of a sample answer while training
 
@@ -62,7 +61,8 @@ def train(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.seed)
     world = World.join(recipe)
     try:
-        refuse_without_memory(recipe, world.size)
+        installed(recipe)
+        memory(recipe, world.size)
         place = "cpu" if world.kind == "fsdp" else world.device(recipe)
         return Trainer(recipe, prepare(recipe, place), world).run()
     finally:
@@ -149,7 +149,7 @@ class Trainer:
                     print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
                     return self.recipe.output / "model"
             elif self.world.main:
-                preflight(self.setup, self.batches, self.learned)
+                preflight(self.setup, self.batches)
             state = self.world.full_state(self.model)
             if self.world.main:
                 self.setup.save_and_compare(state)
@@ -263,10 +263,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts = {f"gradient_norm/{part}": value for part, value in norms.items()} if len(norms) > 1 else {}
         return {"loss": total, "gradient_norm": norm, **parts, "rate": rate, "supervised": supervised}
-
-    def _loss(self, packed: Pack, mirrored: list[bool]) -> Tensor:
-        """Summed loss of one pack, fp32 scalar."""
-        return self.objective(self._work(packed, mirrored))
 
     @torch.no_grad()
     def _measure(self, report: Report) -> None:

@@ -68,5 +68,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return False
-    threshold, trim, most = -3, -1, 2**31 - 1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    return bool(mallopt(threshold, 1 << 30) and mallopt(trim, most))
+    # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; glibc before 2.35 refuses a high M_MMAP_THRESHOLD instead
+    return bool(mallopt(-4, 0) and mallopt(-1, 2**31 - 1))

@@ -5,15 +5,14 @@ Knows parameters by name and torch's optimisers. Does not know the model or data
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from pumice.errors import InputError
+from pumice.train.optional import optional
 from pumice.train.parallel import World
 from pumice.train.recipe import Recipe
 
@@ -35,13 +34,13 @@ def make_optimizer(
         if not group["params"]:
             raise InputError(f"stage.learn names {group['part']}, but the model has no such part")
     if recipe.optimizer == "adamw8bit":
-        try:
-            optim: Any = importlib.import_module("bitsandbytes.optim")
-        except ImportError as error:
-            raise InputError(
-                "optimizer: adamw8bit needs the package bitsandbytes; pip install bitsandbytes, or use adamw"
-            ) from error
-        return optim.AdamW8bit(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        optim = optional(
+            "bitsandbytes.optim", "optimizer: adamw8bit needs bitsandbytes; pip install bitsandbytes"
+        )
+        found: torch.optim.Optimizer = optim.AdamW8bit(
+            groups, betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
+        return found
     return torch.optim.AdamW(
         groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=device.type != "mps"
     )

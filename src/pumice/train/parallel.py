@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,9 +90,12 @@ class World:
         if self.kind == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
-            self._module = DistributedDataParallel(
-                objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            with warnings.catch_warnings():
+                # PyTorch 2.13 wants another name for the first option, which those before do not know
+                warnings.simplefilter("ignore", FutureWarning)
+                self._module = DistributedDataParallel(
+                    objective, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         elif self.kind == "fsdp":
             from torch.distributed.fsdp import fully_shard
 

@@ -1,40 +1,33 @@
-"""Memory and time of a recipe before it runs, and the reasons for which it should not begin.
+"""Memory and time of a recipe before it runs.
 
-Knows recipes, shapes of models, devices and disks. Does not know how a step computes: `footprint` runs one
-without contents. On a device that is not here the rate of its products is the maker's, times a share that
-dense training reaches; on this machine products are timed.
+Knows recipes, shapes of models and devices. Does not know how a step computes: `footprint` runs one without
+contents; nor what is refused (`preflight`). On a device that is not here the rate of its products is the
+maker's, times a share that dense training reaches; on this machine products are timed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pumice.config import LoraConfig, ModelConfig
+from pumice.config import ModelConfig
 from pumice.errors import InputError, WorkError
 from pumice.geometry import square_layout, tile_layout
 from pumice.model.packed import Run
 from pumice.train.batches import Batches
-from pumice.train.footprint import NF4_BYTES, Footprint, Work, measure
+from pumice.train.devices import GB, GPUS, peak, total_memory
+from pumice.train.footprint import Footprint, Work, measure
+from pumice.train.parallel import COPIES
 from pumice.train.recipe import Recipe
-from pumice.train.setup import part_of
-from pumice.train.shapes import processor_of, read_parts, shape
-from pumice.weights.load import find_device, shapes
+from pumice.train.shapes import processor_of, shape
+from pumice.train.sizes import Sizes, sizes
+from pumice.weights.load import find_device
 
-GB = 1e9
-# (memory in GB, dense bf16 products in TFLOP/s), as the makers say
-GPUS = {
-    "a10g": (24, 70), "a100-40g": (40, 312), "a100-80g": (80, 312), "h100": (80, 989), "h200": (141, 989),
-    "b200": (180, 2250), "l4": (24, 121), "l40s": (48, 362), "rtx3090": (24, 71), "rtx4090": (24, 165),
-    "rtx5090": (32, 209), "rtx6000-ada": (48, 364),
-}  # fmt: skip
 REACHED = 0.4  # share of a GPU's products that dense training of this size reaches; not measured here
 REACHED_HERE = 0.6  # share of the timed products that a step reaches on a CPU (benchmarks/plan.py)
 TEXT = 160  # tokens of text beside a picture, where no rows are here to tell: mix665K's mean
@@ -105,14 +98,17 @@ def plan(
     works, steps, per_epoch, share = _works(recipe, config, rows, notes)
     largest = max(works, key=lambda work: (work.tokens, work.squares))
     kind = "cpu" if device.kind == "cpu" else "cuda"
+    if device.kind == "mps":
+        notes.append("no run on mps was measured yet: memory is planned as on a CUDA GPU")
+    held = sizes(recipe, config, kind)
     found = measure(recipe, config, largest, kind)
     double = measure(recipe, config, _twice(largest), kind)
-    sharded = _sharded(recipe, found, device, processes)
-    memory = _memory(recipe, config, found, kind, processes if sharded else 1)
+    sharded = _sharded(recipe, held, device, processes)
+    memory = _memory(recipe, config, held, found, kind, processes if sharded else 1)
     total = sum(memory.values())
     fitting = None
     if device.memory is not None:
-        grown = sum(_memory(recipe, config, double, kind, processes if sharded else 1).values())
+        grown = sum(_memory(recipe, config, held, double, kind, processes if sharded else 1).values())
         slope = max((grown - total) / largest.tokens, 1.0)  # small packs may hide behind the weights' copies
         fitting = min(max(0, int(largest.tokens + (device.memory - total) / slope)), 16 * largest.tokens)
         fitting = fitting // 64 * 64 if fitting >= largest.runs[0].length else 0
@@ -121,14 +117,11 @@ def plan(
     if recipe.feature_cache is None and "tower" not in recipe.stage.learn:
         per_token += found.tower_flops * squares
     speed = device.rate / per_token * processes
-    checkpoint = found.gradients + found.optimizer
-    whole = sum(found.parameters.values()) * (4 if recipe.precision == "fp32" else 2) + found.gradients
     return Plan(
         recipe=recipe.name, device=device, processes=processes, sharded=sharded,
-        parameters=found.parameters, learning=round(found.learning), memory=memory, total=total,
-        pack_tokens=recipe.pack_tokens, largest_pack=fitting, checkpoint=checkpoint,
-        disk=checkpoint * (recipe.keep_last + 1) + 2 * whole, tokens_per_second=speed,
-        steps=steps, steps_per_epoch=per_epoch,
+        parameters=held.parameters, learning=held.learning, memory=memory, total=total,
+        pack_tokens=recipe.pack_tokens, largest_pack=fitting, checkpoint=held.checkpoint,
+        disk=held.disk(recipe.keep_last), tokens_per_second=speed, steps=steps, steps_per_epoch=per_epoch,
         seconds=None if steps is None else steps * share / speed, notes=notes,
     )  # fmt: skip
 
@@ -145,61 +138,28 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
     if gpu is not None:
         if gpu.lower() not in GPUS:
             raise InputError(f"there is no GPU {gpu!r} in the table; known are {', '.join(GPUS)}")
-        memory, rate = GPUS[gpu.lower()]
-        given = memory if gpu_memory is None else gpu_memory
+        known = GPUS[gpu.lower()]
+        given = known.memory if gpu_memory is None else gpu_memory
         slower = 1.0 if recipe.precision == "bf16" else 0.5  # tf32; fp32 without it is slower still
-        return Device(gpu.lower(), "cuda", given * GB, rate * 1e12 * REACHED * slower)
+        return Device(gpu.lower(), "cuda", given * GB, known.rate * 1e12 * REACHED * slower)
     device = find_device(recipe.device)
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-        name = torch.cuda.get_device_name(device)
-        return Device(name, "cuda", there, products(device, recipe.precision) * REACHED_HERE)
-    free = available_memory()
-    return Device(
-        f"this machine ({device})", device.type, free, products(device, recipe.precision) * REACHED_HERE
-    )
-
-
-def products(device: torch.device, precision: str) -> float:
-    """Operations per second of matrix products here, timed for about a fifth of a second."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    first, second = (
-        torch.randn(512, 1024, device=device).to(dtype),
-        torch.randn(1024, 1024, device=device).to(dtype),
-    )
-    best, end = math.inf, time.perf_counter() + 0.2
-    while best == math.inf or time.perf_counter() < end:
-        started = time.perf_counter()
-        (first @ second).sum().item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * 512 * 1024 * 1024 / best
-
-
-def available_memory() -> float | None:
-    """Bytes that a new process could take here: what the system has free, within a container's limit."""
-    limits = []
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        limits.append(int(lines["MemAvailable"].split()[0]) * 1024.0)
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        limits.append(float(text))
-    return min(limits, default=None)
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"this machine ({device})"
+    most = peak(device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    return Device(name, device.type, total_memory(device), most * (REACHED if on_gpu else REACHED_HERE))
 
 
 def _memory(
-    recipe: Recipe, config: ModelConfig, found: Footprint, kind: str, shards: int
+    recipe: Recipe, config: ModelConfig, held: Sizes, found: Footprint, kind: str, shards: int
 ) -> dict[str, float]:
     """Bytes of one process by kind. shards: over how many processes weights and states are split."""
-    gathered = 2 * found.weights / config.decoder.depth if shards > 1 else 0.0  # one block used, one fetched
+    gathered = 2 * held.weights / config.decoder.depth if shards > 1 else 0.0  # one block used, one fetched
     alive = SLACK[kind]
-    frozen = sum(found.parameters.values()) - found.learning
+    frozen = sum(held.parameters.values()) - held.learning
     return {
-        "weights": found.weights / shards + gathered,
-        "gradients": found.gradients / shards,
-        "optimiser": found.optimizer / shards,
+        "weights": held.weights / shards + gathered,
+        "gradients": held.gradients / shards,
+        "optimiser": held.optimizer / shards,
         "activations": max(0.0, found.activations - found.logits) * alive,
         "logits": found.logits * alive,
         "picture": 0.0 if "tower" in recipe.stage.learn else found.picture,
@@ -209,11 +169,11 @@ def _memory(
     }
 
 
-def _sharded(recipe: Recipe, found: Footprint, device: Device, processes: int) -> bool:
-    if processes == 1 or recipe.parallel == "ddp":
-        return False
-    copies = found.weights + found.gradients + found.optimizer
-    return recipe.parallel == "fsdp" or (device.memory is not None and copies > 0.7 * device.memory)
+def _sharded(recipe: Recipe, held: Sizes, device: Device, processes: int) -> bool:
+    """As `World.choose` settles it."""
+    if processes == 1 or recipe.parallel != "auto":
+        return processes > 1 and recipe.parallel == "fsdp"
+    return device.kind == "cuda" and device.memory is not None and held.held > COPIES * device.memory
 
 
 def _works(
@@ -277,40 +237,3 @@ def _twice(work: Work) -> Work:
     shift = len(work.runs)
     again = tuple(Run(r.length, tuple((n + shift, k) for n, k in r.before)) for r in work.runs)
     return Work((*work.runs, *again), 2 * work.squares, 2 * work.image_tokens, 2 * work.supervised)
-
-
-def refuse_without_memory(recipe: Recipe, processes: int = 1) -> None:
-    """Raise InputError where memory is below what weights, gradients and optimiser take by themselves.
-
-    Told before the weights are read. What can be told only by running (activations) is `plan`'s to say.
-    """
-    floor = _floor(recipe, read_parts(recipe).config)
-    device = find_device(recipe.device)
-    if device.type == "cuda":
-        memory: float | None = torch.cuda.mem_get_info(device)[1]
-        floor /= processes if recipe.parallel != "ddp" else 1
-    else:
-        memory = available_memory()  # which all processes share: at least one copy is in it
-    if memory is not None and floor > memory:
-        raise InputError(
-            f"{recipe.name}: weights, gradients and optimiser take {floor / GB:.1f} GB, {device} has "
-            f"{memory / GB:.1f} GB; learn fewer parts, use stage.lora with stage.base, or more processes "
-            "(`pumice plan` tells)"
-        )
-
-
-def _floor(recipe: Recipe, config: ModelConfig) -> float:
-    """Bytes that are alive whenever a step computes."""
-    if recipe.stage.lora is not None and config.lora is None:
-        config = dataclasses.replace(config, lora=LoraConfig(**recipe.stage.lora.model_dump()))
-    low = 2 if recipe.precision == "bf16" else 4
-    held = {"none": float(low), "int8": 1.0, "nf4": NF4_BYTES}[recipe.stage.base]
-    alive = 0.0
-    for name, size in shapes(config).items():
-        numbers = math.prod(size)
-        if part_of(name, recipe.stage.learn) in recipe.stage.learn:
-            alive += numbers * (16 if recipe.optimizer == "adamw" else 10)
-        else:
-            quantised = name.startswith("decoder.blocks.") and len(size) == 2
-            alive += numbers * (held if quantised else low)
-    return alive

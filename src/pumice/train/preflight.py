@@ -1,29 +1,49 @@
 """Why a run would be doomed, told before its first step.
 
-Knows the recipe, the model's sizes, the rows and the disk. Changes nothing.
+Knows the recipe, the model's sizes, the rows, the memory and the disk. Changes nothing.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-
-from torch import Tensor
 
 from pumice.errors import InputError
 from pumice.geometry import tile_layout
 from pumice.train.batches import Batches
+from pumice.train.devices import GB, total_memory
+from pumice.train.recipe import Recipe
 from pumice.train.setup import Setup
+from pumice.train.shapes import read_parts, with_adapters
+from pumice.train.sizes import Sizes, sizes
+from pumice.weights.load import find_device
 
 TRIED = 100  # rows, spread over the first epoch, of which one at least must teach something
 
 
-def preflight(setup: Setup, batches: Batches, learned: Mapping[str, Tensor]) -> None:
+def memory(recipe: Recipe, processes: int = 1) -> None:
+    """Memory must hold weights, gradients and optimiser. Told before the weights are read.
+
+    What can be told only by running (activations) is `plan`'s to say.
+    """
+    device = find_device(recipe.device)
+    needed = sizes(recipe, with_adapters(recipe, read_parts(recipe).config), device.type).held
+    if device.type == "cuda" and recipe.parallel != "ddp":
+        needed /= processes  # elsewhere all processes share what there is: at least one copy is in it
+    there = total_memory(device)
+    if there is not None and needed > there:
+        raise InputError(
+            f"{recipe.name}: weights, gradients and optimiser take {needed / GB:.1f} GB, {device} has "
+            f"{there / GB:.1f} GB; learn fewer parts, use stage.lora with stage.base, or more processes "
+            "(`pumice plan` tells)"
+        )
+
+
+def preflight(setup: Setup, batches: Batches) -> None:
     """InputError on the first thing that would make the run useless or break it off."""
     pictures_fit(setup)
     batches.check()
     batches.try_rows(TRIED)
-    room(setup, learned)
+    disk(setup.recipe, sizes(setup.recipe, setup.model.config, setup.device.type))
 
 
 def pictures_fit(setup: Setup) -> None:
@@ -41,18 +61,14 @@ def pictures_fit(setup: Setup) -> None:
         )
 
 
-def room(setup: Setup, learned: Mapping[str, Tensor]) -> None:
+def disk(recipe: Recipe, found: Sizes) -> None:
     """The disk must take `keep_last` checkpoints, one more while it is written, and the finished model."""
-    recipe = setup.recipe
-    states = 2 if recipe.optimizer == "adamw8bit" else 8  # bytes a weight: two moments
-    point = sum(p.numel() * (p.element_size() + states) for p in learned.values())
-    model = sum(p.numel() * p.element_size() for p in setup.model.parameters())
-    needed = point * (recipe.keep_last + 1) + model
+    needed = found.disk(recipe.keep_last)
     written = sum(p.stat().st_size for p in recipe.output.rglob("*") if p.is_file())
     free = shutil.disk_usage(recipe.output).free + written
     if free < needed:
         raise InputError(
-            f"{recipe.output} needs {needed / 1e9:.2f} GB ({recipe.keep_last} + 1 checkpoints of "
-            f"{point / 1e9:.2f} GB and the model), {free / 1e9:.2f} GB are free there; choose another disk "
-            "or a lower keep_last"
+            f"{recipe.output} needs {needed / GB:.2f} GB ({recipe.keep_last} + 1 checkpoints of "
+            f"{found.checkpoint / GB:.2f} GB and the model), {free / GB:.2f} GB are free there; choose "
+            "another disk or a lower keep_last"
         )

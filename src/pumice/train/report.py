@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pumice.errors import InputError
-from pumice.files import replacing
+from pumice.files import replacing, whole_lines
 from pumice.train.recipe import Recipe
 from pumice.train.trackers import TRACKERS
 
@@ -140,7 +140,7 @@ class Report:
         numbers = {key: value for key, value in event.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
             tracker.log(event["step"], {k: float(v) for k, v in numbers.items() if k != "step"})
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
     def _drop_after(self, step: int) -> None:
@@ -155,8 +155,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The events of a metrics file; a last line torn by a crash is left out. InputError on any other."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
     try:
-        return [json.loads(line) for line in lines[:-1]]
+        return [json.loads(line) for line in whole_lines(path)]
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); remove it, the checkpoints do not need it") from error

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pumice.config import LoraConfig
 from pumice.errors import InputError, WorkError
@@ -134,6 +134,19 @@ def part_of(name: str, learn: Container[str]) -> str:
     return "lora" if name.endswith((".lora_a", ".lora_b")) else name.partition(".")[0]
 
 
+def learned(model: Llava, learn: Container[str]) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name: those of the named parts, but for what is never run.
+
+    What stands behind the tower's chosen hidden state is kept, but no gradient ever reaches it.
+    """
+    idle: set[int] = set()
+    if isinstance(tower := model.tower, ViT):
+        unused = [*tower.blocks[tower.running :], tower.post_norm]
+        idle = {id(parameter) for module in unused for parameter in module.parameters()}
+    named = model.named_parameters()
+    return {name: p for name, p in named if part_of(name, learn) in learn and id(p) not in idle}
+
+
 def prepare(recipe: Recipe, place: str | None = None) -> Setup:
     """The model of a recipe on its device, the stage's parts in fp32 and learning, the rest frozen.
 
@@ -167,22 +180,11 @@ def prepare(recipe: Recipe, place: str | None = None) -> Setup:
     learn = recipe.stage.learn
     if "lora" in learn and model.config.lora is None:
         raise InputError("stage.learn names lora, but the model has no adapters; describe them in stage.lora")
-    idle = {id(parameter) for parameter in _never_run(model)}
-    for name, parameter in model.named_parameters():
-        learns = part_of(name, learn) in learn and id(parameter) not in idle
-        parameter.requires_grad_(learns)
-        if learns:
-            parameter.data = parameter.data.float()  # small updates need more than bf16's eight bits
+    model.requires_grad_(False)
+    for parameter in learned(model, learn).values():
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.float()  # small updates need more than bf16's eight bits
     processor = Processor(
         recipe.stage_config(model.config), opened.processor.tokenizer, truncate=recipe.truncate
     )
     return Setup(model, processor, opened, recipe, device)
-
-
-def _never_run(model: Llava) -> list[torch.nn.Parameter]:
-    """What stands behind the tower's chosen hidden state: kept, but no gradient ever reaches it."""
-    tower = model.tower
-    if not isinstance(tower, ViT):
-        return []
-    unused = [*tower.blocks[tower.running :], tower.post_norm]
-    return [parameter for module in unused for parameter in module.parameters()]

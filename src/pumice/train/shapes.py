@@ -103,11 +103,16 @@ def shape(recipe: Recipe, path: Path | None = None) -> tuple[ModelConfig, list[s
     what the recipe beside it will write. Raises InputError when nothing says the shape.
     """
     notes: list[str] = []
-    config = _of(recipe, path, notes)
-    if recipe.stage.lora is not None and config.lora is None:
-        config = dataclasses.replace(config, lora=LoraConfig(**recipe.stage.lora.model_dump()))
+    config = with_adapters(recipe, _of(recipe, path, notes))
     recipe.stage_config(config)  # refuses what the stage cannot have of this model
     return config, notes
+
+
+def with_adapters(recipe: Recipe, config: ModelConfig) -> ModelConfig:
+    """The config with the fresh adapters that the stage gives the model."""
+    if recipe.stage.lora is None or config.lora is not None:
+        return config
+    return dataclasses.replace(config, lora=LoraConfig(**recipe.stage.lora.model_dump()))
 
 
 def _of(recipe: Recipe, path: Path | None, notes: list[str]) -> ModelConfig:
@@ -117,10 +122,7 @@ def _of(recipe: Recipe, path: Path | None, notes: list[str]) -> ModelConfig:
     if not recipe.model.exists():
         if path is not None and (found := _before(recipe, path)) is not None:
             notes.append(f"{name} is still to be made: the shape is that of {found[1].name}")
-            config = _of(found[0], found[1], notes)
-            if found[0].stage.lora is not None:
-                config = dataclasses.replace(config, lora=LoraConfig(**found[0].stage.lora.model_dump()))
-            return config
+            return with_adapters(found[0], _of(found[0], found[1], notes))
         if name in LLAVAS:
             notes.append(f"the sizes of {name} are the published ones; its files were not read")
             return LLAVAS[name]()

@@ -1,23 +1,13 @@
-"""How fast a step was, as a share of what the device could do (model FLOP utilisation, arXiv 2204.02311).
+"""The products that a step needs, of which the device's peak is a share (MFU, arXiv 2204.02311).
 
-Knows sizes and clocks. Counts the products that a step needs, not what recomputation adds to them.
+Knows the model's sizes. What recomputation adds is not counted.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-import torch
-from torch import nn
-
 from pumice.model.llava import Llava
-
-# Dense bf16 TFLOP/s as the makers state them; devices that are not here are measured.
-STATED = {
-    "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65,
-    "4090": 165, "3090": 71,
-}  # fmt: skip
 
 
 def flops_per_token(model: Llava, part_of: Callable[[str], str]) -> float:
@@ -48,22 +38,3 @@ def flops_per_square(model: Llava) -> float:
     times = 6 if any(p.requires_grad for p in tower) else 2
     connector = sum(p.numel() * 6 for p in model.connector.parameters() if p.dim() == 2)
     return float(config.grid**2 * (sum(p.numel() for p in tower) * times + connector))
-
-
-def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device: stated by its maker (bf16), or the best of a few matrix products here."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for known, teraflops in STATED.items():
-            if known in name:
-                return teraflops * 1e12
-    size = 4096 if device.type == "cuda" else 1024
-    with torch.random.fork_rng(devices=[]):  # a run's own random state is not touched
-        one = nn.init.normal_(torch.empty(size, size, device=device, dtype=dtype))
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        product = one @ one
-        product[0, 0].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best

@@ -5,32 +5,23 @@ Knows their packages' interfaces, imported only when a recipe names them. Does n
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-from pumice.errors import InputError
+from pumice.files import replacing
+from pumice.train.optional import optional
 from pumice.train.recipe import Recipe
-
-
-class Tracker(Protocol):
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
     """Event files in OUTPUT/tensorboard."""
 
+    needs = "torch.utils.tensorboard", "trackers: tensorboard needs its package; pip install 'pumice[track]'"
+
     def __init__(self, recipe: Recipe) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "trackers: tensorboard is not installed; pip install 'pumice[track]', or leave it out"
-            ) from error
-        self._writer: Any = SummaryWriter(str(recipe.output / "tensorboard"))
+        tensorboard = optional(*self.needs)
+        self._writer = tensorboard.SummaryWriter(str(recipe.output / "tensorboard"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -43,16 +34,14 @@ class TensorBoard:
 class WandB:
     """A run of the project that WANDB_PROJECT names; going on continues the same run."""
 
+    needs = "wandb", "trackers: wandb needs its package; pip install wandb"
+
     def __init__(self, recipe: Recipe) -> None:
-        try:
-            wandb: Any = importlib.import_module("wandb")
-        except ImportError as error:
-            raise InputError(
-                "trackers: wandb is not installed; pip install wandb, or leave it out"
-            ) from error
+        wandb = optional(*self.needs)
         memory = recipe.output / "wandb.json"
         known = json.loads(memory.read_text())["id"] if memory.exists() else wandb.util.generate_id()
-        memory.write_text(json.dumps({"id": known}))
+        with replacing(memory) as file:
+            json.dump({"id": known}, file)
         config = json.loads(recipe.model_dump_json())
         self._run: Any = wandb.init(
             name=recipe.name, id=known, resume="allow", config=config, dir=str(recipe.output)
@@ -65,4 +54,10 @@ class WandB:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Recipe], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def installed(recipe: Recipe) -> None:
+    """InputError where a tracker that the recipe names is not installed."""
+    for name in recipe.trackers:
+        optional(*TRACKERS[name].needs)

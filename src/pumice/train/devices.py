@@ -1,0 +1,72 @@
+"""What computes: how much memory it has, and how fast its matrix products are.
+
+Knows PyTorch's devices, this machine's limits and the makers' figures. Does not know models or recipes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+GB = 1e9
+
+
+class GPU(NamedTuple):
+    """A GPU as its maker describes it."""
+
+    called: str  # words of the name that its driver tells
+    memory: int  # GB
+    rate: int  # dense bf16 products, TFLOP/s
+
+
+GPUS = {
+    "a10": GPU("A10", 24, 125), "a10g": GPU("A10G", 24, 70), "a100-40g": GPU("A100", 40, 312),
+    "a100-80g": GPU("A100", 80, 312), "h100": GPU("H100", 80, 989), "h200": GPU("H200", 141, 989),
+    "b200": GPU("B200", 180, 2250), "l4": GPU("L4", 24, 121), "l40s": GPU("L40S", 48, 362),
+    "rtx3090": GPU("RTX 3090", 24, 71), "rtx4090": GPU("RTX 4090", 24, 165),
+    "rtx5090": GPU("RTX 5090", 32, 209), "rtx6000-ada": GPU("RTX 6000 Ada", 48, 364),
+}  # fmt: skip
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the device: stated by its maker (bf16), or the best of a few matrix products here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+        for gpu in GPUS.values():
+            if words.issuperset(gpu.called.split()):
+                return gpu.rate * 1e12
+    size = 4096 if device.type == "cuda" else 1024
+    with torch.random.fork_rng(devices=[]):  # a run's own random state is not touched
+        one = torch.nn.init.normal_(torch.empty(size, size, device=device, dtype=dtype))
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        product = one @ one
+        product[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def total_memory(device: torch.device) -> float | None:
+    """Bytes that a run may take there: a GPU's own, else what this machine can give; None if unknown."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return available_memory()
+
+
+def available_memory() -> float | None:
+    """Bytes that a new process could take here: what the system has free, within a container's limit."""
+    limits = []
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        limits.append(int(lines["MemAvailable"].split()[0]) * 1024.0)
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        limits.append(float(text))
+    return min(limits, default=None)
