@@ -37,8 +37,8 @@ FAMILIES = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def compiled() -> None:
-    if native._library() is None:
+def compiler() -> None:
+    if native.compiled() is None:
         pytest.skip("there is no C compiler here, or compiled code is off")
 
 
@@ -136,7 +136,7 @@ def test_the_engine_answers_alike_with_and_without(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(NativeDecoder, "logits", lambda *given: used.append(len(given[2])) or plain(*given))
     fast = list(generate(model, prompts, slots=3))
     assert max(used) == 3  # several at once
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "compiled", lambda: None)
     used.clear()
     slow = list(generate(model, prompts, slots=3))
     assert not used
@@ -169,9 +169,9 @@ def test_goes_on_without_a_compiler(
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
     with caplog.at_level(logging.INFO, "pumice"):
-        assert native._library.__wrapped__() is None
+        assert native.compiled.__wrapped__() is None
     assert "no such option" in caplog.text
     assert not list((tmp_path / "cache" / "native").iterdir())  # nothing by halves
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PUMICE_NATIVE", "off")
-    assert native._library.__wrapped__() is None
+    assert native.compiled.__wrapped__() is None

@@ -24,6 +24,8 @@ def devices() -> list[Finding]:
     cores = usable_cores()
     cpu = Finding("cpu", f"{_processor()}, {count(cores, 'usable core')}, {level}, {kernels}", value=cores)
     found = [cpu]
+    if has_int8_kernel():
+        found.append(_compiled())
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
@@ -43,6 +45,16 @@ def devices() -> list[Finding]:
     chosen = find_device().type
     found.append(Finding("chosen", f"{chosen}, unless --device names another", value=chosen))
     return found
+
+
+def _compiled() -> Finding:
+    """Whether int8 weights are decoded by compiled code."""
+    from pumice.engine.native import compiled
+
+    if compiled() is not None:
+        return Finding("decoding", "int8 weights in code compiled for this processor", value=True)
+    remedy = "install a C compiler (gcc or clang), and unset PUMICE_NATIVE if it is set"
+    return Finding("decoding", "int8 weights without compiled code: slower", "note", remedy, False)
 
 
 def usable_cores(root: Path = Path("/")) -> int:

@@ -77,9 +77,9 @@ class _Model(ctypes.Structure):
 class NativeDecoder:
     """A decoder and its cache as `native.c` reads them, in place."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, library: ctypes.CDLL) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, code: ctypes.CDLL) -> None:
         config = decoder.config
-        self._decode = library.pumice_decode
+        self._decode = code.pumice_decode
         self._kept: list[Any] = []  # what C has addresses of
         self._vocabulary = config.vocab_size
         blocks = (_Block * config.depth)(*(self._block(block) for block in decoder.blocks))
@@ -128,8 +128,8 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
     """The decoder for compiled code, or None where that does not serve."""
     if not _fits(decoder, cache):
         return None
-    library = _library()
-    return None if library is None else NativeDecoder(decoder, cache, library)
+    code = compiled()
+    return None if code is None else NativeDecoder(decoder, cache, code)
 
 
 def _fits(decoder: Decoder, cache: KVCache) -> bool:
@@ -149,7 +149,7 @@ def _fits(decoder: Decoder, cache: KVCache) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled code, from the cache folder or made now; None where there is no compiler that can."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if os.environ.get("PUMICE_NATIVE") == "off" or compiler is None or sys.platform == "win32":

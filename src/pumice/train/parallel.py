@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -61,6 +62,10 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
+            # Gloo's thread may be letting go of the last step's tensors, and wait for Python's lock to do so.
+            # Whoever ends the group waits for that thread: DDP, with the lock in its hands.
+            time.sleep(0.1)
+            self._module = None
             dist.destroy_process_group()
 
     def device(self, recipe: Recipe) -> str | None:
