@@ -31,6 +31,8 @@ FAMILIES = pytest.mark.parametrize(
         {"tied_head": True},
         {"sliding_window": 4},
         {"rope_scaling": RopeScaling("linear", 2.0)},
+        {"heads": 6, "kv_heads": 2},
+        {"head_width": 48, "kv_heads": 1},  # heads of several vectors
     ],
     ids=lambda more: next(iter(more), "llama"),
 )
@@ -38,14 +40,14 @@ FAMILIES = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def compiler() -> None:
-    if native.compiled() is None:
-        pytest.skip("there is no C compiler here, or compiled code is off")
+    code, why = native.compiled()
+    if code is None:
+        pytest.skip(why)
 
 
 def make(**more: Any) -> Decoder:
-    config = DecoderConfig(
-        vocab_size=52, width=64, depth=3, heads=4, kv_heads=2, head_width=16, mlp_width=160, **more
-    )
+    sizes = {"heads": 4, "kv_heads": 2, "head_width": 16} | more
+    config = DecoderConfig(vocab_size=52, width=64, depth=3, mlp_width=160, **sizes)
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
     for parameter in decoder.parameters():
@@ -105,16 +107,26 @@ def test_a_row_is_the_same_in_any_company_and_with_any_threads() -> None:
     cache, segments = filled(decoder)
     together = ready(decoder, cache).logits(x, segments)
 
-    def alone(row: int) -> Tensor:
+    def some(first: int, last: int) -> Tensor:
         fresh, _ = filled(decoder)
-        return ready(decoder, fresh).logits(x[row : row + 1], [segments[row]])[0]
+        return ready(decoder, fresh).logits(x[first:last], segments[first:last])
 
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(torch.stack([alone(row) for row in range(len(PAST))]), together)
+        for first, last in [(n, n + 1) for n in range(len(PAST))] + [(0, n) for n in range(2, len(PAST))]:
+            assert torch.equal(some(first, last), together[first:last])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_token_without_a_place_is_refused() -> None:
+    decoder = make()
+    cache, _ = filled(decoder)
+    with pytest.raises(ValueError, match="do not fit"):
+        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(cache.places, 0, 1)])
+    with pytest.raises(ValueError, match="expected a token of 64 values for each of 2"):
+        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(0, 0, 1), Segment(12, 0, 1)])
 
 
 def llava(**more: Any) -> Llava:
@@ -136,7 +148,7 @@ def test_the_engine_answers_alike_with_and_without(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(NativeDecoder, "logits", lambda *given: used.append(len(given[2])) or plain(*given))
     fast = list(generate(model, prompts, slots=3))
     assert max(used) == 3  # several at once
-    monkeypatch.setattr(native, "compiled", lambda: None)
+    monkeypatch.setattr(native, "compiled", lambda: (None, "it is off"))
     used.clear()
     slow = list(generate(model, prompts, slots=3))
     assert not used
@@ -158,6 +170,20 @@ def test_serves_only_what_it_can_compute(width: int) -> None:
     quantize(decoder, "int8")
     assert (native_decoder(decoder, cache) is not None) == (width == 64)
     assert native_decoder(decoder, KVCache(config, 8, CPU, torch.float32)) is None
+    decoder.norm.float()
+    assert native_decoder(decoder, cache) is None
+
+
+def test_code_that_others_could_have_put_there_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
+    assert native.compiled.__wrapped__()[0] is not None
+    [kept] = (tmp_path / "native").iterdir()
+    kept.write_bytes(b"not code")
+    kept.parent.chmod(0o777)
+    assert native.compiled.__wrapped__()[0] is not None  # made anew, for this process
+    assert kept.read_bytes() == b"not code"
 
 
 def test_goes_on_without_a_compiler(
@@ -169,9 +195,9 @@ def test_goes_on_without_a_compiler(
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
     with caplog.at_level(logging.INFO, "pumice"):
-        assert native.compiled.__wrapped__() is None
+        assert native.compiled.__wrapped__()[0] is None
     assert "no such option" in caplog.text
     assert not list((tmp_path / "cache" / "native").iterdir())  # nothing by halves
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PUMICE_NATIVE", "off")
-    assert native.compiled.__wrapped__() is None
+    assert native.compiled.__wrapped__() == (None, "PUMICE_NATIVE turns it off")

@@ -51,10 +51,12 @@ def _compiled() -> Finding:
     """Whether int8 weights are decoded by compiled code."""
     from pumice.engine.native import compiled
 
-    if compiled() is not None:
+    code, why = compiled()
+    if code is not None:
         return Finding("decoding", "int8 weights in code compiled for this processor", value=True)
-    remedy = "install a C compiler (gcc or clang), and unset PUMICE_NATIVE if it is set"
-    return Finding("decoding", "int8 weights without compiled code: slower", "note", remedy, False)
+    remedy = "install gcc for twice the speed" if "no C compiler" in why else ""
+    says = f"int8 weights without compiled code: {why}"
+    return Finding("decoding", says, "note" if remedy else "ok", remedy, False)
 
 
 def usable_cores(root: Path = Path("/")) -> int:

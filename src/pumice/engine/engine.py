@@ -201,7 +201,7 @@ class Engine:
         """Requests that are computed together: those that write apart where compiled code serves them."""
         if self._native is None:
             return [plan] if plan else []
-        writing = [request.shown is None and request.remaining == 1 for request, _ in plan]
+        writing = [request.remaining == 1 for request, _ in plan]
         groups = [[item for item, one in zip(plan, writing, strict=True) if one == w] for w in (True, False)]
         return [group for group in groups if group]
 

@@ -3,7 +3,7 @@
  * Knows memory and numbers. Computes what `Decoder.forward` and `Decoder.logits` do over `Int8Linear` layers, with
  * activations in fp32 and keys and values in bfloat16. One call, because a step at a time in PyTorch is some 1,500
  * small operations, which take longer than reading the weights. A row is added up in the same order whatever
- * the other rows and however many threads there are.
+ * the other rows and however many threads there are (compilers contract every `tile` alike: a test holds them to it).
  *
  * Shapes: R rows (one new token of a sequence each), D width, H heads, K key/value heads, d head width,
  * M width of the MLP, V vocabulary, P places of the cache. Matrices lie row by row.
@@ -14,6 +14,9 @@
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(_OPENMP) && defined(__clang__)
+#error "the OpenMP of clang is another library than the one that PyTorch has loaded"
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -197,6 +200,15 @@ static void share(int64_t count, int64_t *first, int64_t *last) {
     int64_t tiles = count / TILE, thread = omp_get_thread_num(), threads = omp_get_num_threads();
     *first = tiles * thread / threads * TILE;
     *last = tiles * (thread + 1) / threads * TILE;
+}
+
+/* Whether more than one thread is used. */
+int pumice_threads(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 /* x (R, D): embedded tokens, overwritten. positions (R): how many tokens each sequence has had; starts (R): the

@@ -2,7 +2,8 @@
 
 Knows an int8 decoder's tensors and the C compiler of this machine. The code is compiled once per machine,
 when an engine with int8 weights first opens on a CPU, and kept in the cache folder. Without a compiler, for
-other weights and devices, and with PUMICE_NATIVE=off, PyTorch's operations serve: the same, more slowly.
+other weights and devices, and with PUMICE_NATIVE=off, PyTorch's operations serve: more slowly, and the same
+but for rounding activations to bfloat16.
 
 Shapes: R rows (one new token of a sequence each), D width, V vocabulary.
 """
@@ -14,6 +15,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumice.files import cache_folder
+from pumice.files import cache_folder, sync
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import RMSNorm, frequencies
@@ -34,7 +36,7 @@ from pumice.model.quantized import Int8Linear
 
 LANES, TILE = 16, 4  # as in native.c: inputs are whole LANES, outputs whole TILEs
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# OpenMP, where there is one, is the library that PyTorch has loaded: it goes by the same name.
+# Without OpenMP it serves where PyTorch has one thread, too.
 _TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 _LOG = logging.getLogger("pumice")
 
@@ -81,7 +83,7 @@ class NativeDecoder:
         config = decoder.config
         self._decode = code.pumice_decode
         self._kept: list[Any] = []  # what C has addresses of
-        self._vocabulary = config.vocab_size
+        self._cache, self._width, self._vocabulary = cache, config.width, config.vocab_size
         blocks = (_Block * config.depth)(*(self._block(block) for block in decoder.blocks))
         self._kept.append(blocks)
         turning = frequencies(config.head_width, config.rope_base, config.rope_scaling, cache.keys.device)
@@ -94,10 +96,15 @@ class NativeDecoder:
 
     def logits(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
         """The new token of each segment, embedded: x (R, D) -> logits (R, V) in fp32."""
+        self._cache.check(segments)
+        if x.shape != (len(segments), self._width) or any(segment.new != 1 for segment in segments):
+            raise ValueError(
+                f"x is {tuple(x.shape)}; expected a token of {self._width} values for each of {len(segments)}"
+            )
         x = x.to(torch.float32, copy=True).contiguous()
         past = (ctypes.c_int64 * len(x))(*(segment.past for segment in segments))
         starts = (ctypes.c_int64 * len(x))(*(segment.start for segment in segments))
-        logits = torch.empty(len(x), self._vocabulary)
+        logits = torch.empty(len(x), self._vocabulary, dtype=torch.float32, device="cpu")
         failed = self._decode(
             ctypes.byref(self._model), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()), past, starts,
             ctypes.c_void_p(logits.data_ptr()), torch.get_num_threads(),
@@ -128,65 +135,102 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
     """The decoder for compiled code, or None where that does not serve."""
     if not _fits(decoder, cache):
         return None
-    code = compiled()
-    return None if code is None else NativeDecoder(decoder, cache, code)
+    code, _ = compiled()
+    if code is None or (torch.get_num_threads() > 1 and not code.pumice_threads()):
+        return None
+    return NativeDecoder(decoder, cache, code)
 
 
 def _fits(decoder: Decoder, cache: KVCache) -> bool:
     config = decoder.config
     sizes = (config.width, config.heads * config.head_width, config.mlp_width, config.head_width)
-    parts = [module for block in decoder.blocks for module in block.modules() if not list(module.children())]
-    kinds = (Int8Linear, RMSNorm, nn.Identity)
+    parts = [part for part in decoder.modules() if not list(part.children()) and part is not decoder.embed]
+    small: list[Tensor] = [part.weight for part in parts if isinstance(part, RMSNorm)]
+    for part in parts:
+        if isinstance(part, Int8Linear):
+            small += [tensor for tensor in (part.scale, part.bias) if tensor is not None]
     return (
-        cache.keys.device.type == "cpu"
-        and cache.keys.dtype == torch.bfloat16
+        all(isinstance(part, Int8Linear | RMSNorm | nn.Identity) for part in parts)
+        and decoder.head is not None
         and all(size % LANES == 0 for size in sizes)
         and config.vocab_size % TILE == 0
-        and isinstance(decoder.head, Int8Linear)
-        and all(isinstance(part, kinds) for part in parts)
-        and all(part.scale.dtype == torch.bfloat16 for part in parts if isinstance(part, Int8Linear))
+        and all(
+            t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (*small, cache.keys, cache.values)
+        )
     )
 
 
 @lru_cache(maxsize=1)
-def compiled() -> ctypes.CDLL | None:
-    """The compiled code, from the cache folder or made now; None where there is no compiler that can."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if os.environ.get("PUMICE_NATIVE") == "off" or compiler is None or sys.platform == "win32":
-        return None
+def compiled() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled code, from the cache folder or made now; or None and why there is none."""
+    if os.environ.get("PUMICE_NATIVE", "").lower() in ("off", "0"):
+        return None, "PUMICE_NATIVE turns it off"
+    if sys.platform == "win32":
+        return None, "it is not made on Windows"
+    named = shlex.split(os.environ.get("CC", ""))
+    found = next(filter(None, map(shutil.which, named[:1] or ("cc", "gcc", "clang"))), None)
+    if found is None:
+        return None, "there is no C compiler"
+    command = [found, *named[1:]]
     source = Path(__file__).with_name("native.c")
-    # A home folder may be shared by machines, and what is made for one processor may not run on another.
-    known = [source.read_text(encoding="utf-8"), compiler, *_FLAGS, platform.machine(), _processor()]
-    name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+    try:
+        # A home folder may be shared by machines, and what is made for one processor may not run on another.
+        known = [source.read_text(encoding="utf-8"), *command, repr(_TRIED), *_FLAGS, _processor()]
+        name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+        return _load(command, source, name), ""
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
+        _LOG.info("decoding without compiled code: %s", error)
+        return None, str(error)
+
+
+def _load(command: list[str], source: Path, name: str) -> ctypes.CDLL:
+    """From the cache folder; where that is not this user's alone to write, made for this process only."""
     made = cache_folder() / "native" / f"{name}.so"
     try:
-        if not made.exists():
-            _compile(compiler, source, made)
-        return ctypes.CDLL(str(made))
-    except (OSError, subprocess.SubprocessError) as error:
-        _LOG.info("decoding without compiled code: %s", error)
-        return None
+        made.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private = _private(made.parent) and os.access(made.parent, os.W_OK)
+    except OSError:
+        private = False
+    if not private:
+        with tempfile.TemporaryDirectory() as folder:  # a loaded library may be removed
+            return ctypes.CDLL(str(_compile(command, source, Path(folder) / made.name)))
+    if not (made.exists() and _private(made)):
+        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+            fresh = _compile(command, source, Path(folder) / made.name)
+            fresh.chmod(0o700)
+            sync(fresh)
+            fresh.replace(made)
+    return ctypes.CDLL(str(made))
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        command = [compiler, *_FLAGS, str(source), "-o", str(made), "-lm"]
-        for extra in _TRIED:
-            done = subprocess.run(
-                [*command, *extra], capture_output=True, text=True, timeout=120, check=False
-            )
-            if done.returncode == 0:
-                made.replace(target)
-                return
-    raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
+def _private(path: Path) -> bool:
+    """Whether nobody else may put code here."""
+    state = path.stat()
+    return state.st_uid == os.getuid() and not state.st_mode & 0o022
+
+
+def _compile(command: list[str], source: Path, target: Path) -> Path:
+    # PyTorch's own OpenMP comes first, by whatever name: two of them would spin on the same cores.
+    packages = Path(torch.__file__).parents[1]
+    runtime = [
+        str(p) for at in ("torch/lib", "torch.libs") for p in sorted(packages.glob(f"{at}/libgomp*.so*"))
+    ]
+    for extra in _TRIED:
+        libraries = runtime if "-fopenmp" in extra else []
+        done = subprocess.run(
+            [*command, *_FLAGS, *extra, str(source), *libraries, "-o", str(target), "-lm"],
+            capture_output=True, text=True, errors="replace", timeout=120, check=False,
+        )  # fmt: skip
+        if done.returncode == 0:
+            return target
+    raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
 
 
 def _processor() -> str:
     """What tells this processor's abilities from another's."""
     listed = Path("/proc/cpuinfo")
     if not listed.exists():
-        return platform.processor()
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
     lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    told = {line for line in lines if line.startswith(("flags", "Features", "model name", "isa"))}
+    return "\n".join([platform.machine(), *sorted(told)])

@@ -53,11 +53,15 @@ class KVCache:
         """Where each new token stands in its sequence: (1, T)."""
         return self._count(segments, [s.past for s in segments])[None]
 
-    def attend(self, segments: Sequence[Segment]) -> Attend:
-        """Keep the new tokens' keys and values, and let each see its own sequence up to itself."""
+    def check(self, segments: Sequence[Segment]) -> None:
+        """Raise ValueError unless all new tokens have places."""
         for start, past, new in segments:
             if start < 0 or past < 0 or new < 1 or start + past + new > self.places:
                 raise ValueError(f"place {start}: {past} + {new} tokens do not fit in {self.places} places")
+
+    def attend(self, segments: Sequence[Segment]) -> Attend:
+        """Keep the new tokens' keys and values, and let each see its own sequence up to itself."""
+        self.check(segments)
         where = self._count(segments, [s.start + s.past for s in segments])
         views = [self._view(segment) for segment in segments]
         news = [segment.new for segment in segments]

@@ -62,9 +62,11 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            # Gloo's thread may be letting go of the last step's tensors, and wait for Python's lock to do so.
-            # Whoever ends the group waits for that thread: DDP, with the lock in its hands.
-            time.sleep(0.1)
+            if dist.get_backend() == "gloo":
+                # Its thread may be letting go of the last step's tensors, and wait for Python's lock for that.
+                # Whoever ends the group waits for that thread: DDP, with the lock in its hands. Nothing tells
+                # when the thread is through; a run hung so without this pause.
+                time.sleep(0.1)
             self._module = None
             dist.destroy_process_group()
 
