@@ -63,7 +63,7 @@ class World:
             import torch.distributed as dist
 
             if dist.get_backend() == "gloo":
-                # Its thread may be letting go of the last step's tensors, and wait for Python's lock for that.
+                # Its thread may be letting go of the last step's tensors, for which it needs Python's lock.
                 # Whoever ends the group waits for that thread: DDP, with the lock in its hands. Nothing tells
                 # when the thread is through; a run hung so without this pause.
                 time.sleep(0.1)

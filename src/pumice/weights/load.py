@@ -120,8 +120,9 @@ def new_parts(
 
 def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
-    check(loaded.state, shapes(loaded.config), where)
-    model = assemble(loaded.config, loaded.state, device, dtype, as_stored=merge)
+    model = _without_values(loaded.config)
+    check(loaded.state, _shapes(model), where)
+    _fill(model, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)
     return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
@@ -129,20 +130,27 @@ def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a model of this config has, by name."""
+    return _shapes(_without_values(config))
+
+
+def _shapes(model: Llava) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _without_values(config: ModelConfig) -> Llava:
+    """No weight is drawn only to be replaced."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Llava(config).state_dict().items()}
+        return Llava(config)
 
 
-def assemble(
-    config: ModelConfig, state: Stocks, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False
-) -> Llava:
-    """Modules around tensors that have been checked; no weight is drawn only to be replaced.
+def _fill(
+    model: Llava, state: Stocks, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False
+) -> None:
+    """Give a model tensors that have been checked.
 
     as_stored: keep weights that are widened only when they are used (`WideningLinear`). Tensors are read one
     at a time: besides the model, no more than one file's pages are in memory.
     """
-    with torch.device("meta"):
-        model = Llava(config)
     seeing = torch.float32 if device.type == "cpu" else dtype
     widened = [name for name, part in model.named_modules() if isinstance(part, WideningLinear)]
     narrow = {f"{name}.weight" for name in widened if as_stored and seeing == torch.float32}
@@ -156,7 +164,7 @@ def assemble(
 
     placed = {name: tensor.read(kind(name)).to(device) for name, tensor in state.items()}
     model.load_state_dict(placed, assign=True)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
 
 
 def find_device(name: str | None = None) -> torch.device:
