@@ -180,6 +180,7 @@ def test_code_that_others_could_have_put_there_is_not_loaded(
     monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
     assert native.compiled.__wrapped__()[0] is not None
     [kept] = (tmp_path / "native").iterdir()
+    kept.unlink()  # what is loaded must not be written over
     kept.write_bytes(b"not code")
     kept.parent.chmod(0o777)
     assert native.compiled.__wrapped__()[0] is not None  # made anew, for this process
