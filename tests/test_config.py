@@ -105,6 +105,11 @@ def test_left_out_keys_take_their_defaults() -> None:
         ),
         (("decoder", "kv_heads"), 3, "config.json: decoder: 4 heads cannot share 3 key/value heads evenly"),
         (("decoder", "kv_heads"), 0, "config.json: decoder: kv_heads must be 1 or more, not 0"),
+        (
+            ("decoder", "depth"),
+            10**9,
+            "config.json: decoder: 1000000000 blocks are more than any decoder has; is the depth right?",
+        ),
         (("decoder", "width"), -64, "config.json: decoder: width must be 1 or more, not -64"),
         (
             ("decoder", "head_width"),

@@ -91,6 +91,9 @@ class RopeScaling:
             raise InputError(f"the factor must be more than 0, not {self.factor}")
 
 
+MOST_BLOCKS = 1000  # every one is built before weights are compared: an absurd number would never end
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """A pre-norm decoder with rotary positions: Llama, Mistral, Qwen2 and Qwen3 are settings of it."""
@@ -113,6 +116,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, vocab_size=self.vocab_size, depth=self.depth)
+        if self.depth > MOST_BLOCKS:
+            raise InputError(f"{self.depth} blocks are more than any decoder has; is the depth right?")
         _at_least(1, width=self.width, heads=self.heads, kv_heads=self.kv_heads)
         _at_least(1, mlp_width=self.mlp_width, context=self.context)
         if self.head_width < 2 or self.head_width % 2:

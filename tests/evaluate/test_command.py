@@ -84,6 +84,8 @@ def test_wrong_input(folder: Path) -> None:
         run("pope", "--data", ".", "--predictions", "one.jsonl"), "'coco_pope_adversarial.json' is not in '.'"
     )
     refused(run("own", "--predictions", "one.jsonl"), "--data is missing")
+    for output in ("--json", "--report", "--submission"):
+        refused(run(*OWN, "one.jsonl", output, "one.jsonl"), "'one.jsonl' is named twice")
     refused(run("own", "--data", "."), "--predictions is missing")
     refused(run(*OWN, "no.jsonl"), "'no.jsonl' cannot be read")
     refused(run(*OWN, "one.jsonl", "--json", "no/x.json"), "the folder 'no'")

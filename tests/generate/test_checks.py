@@ -206,6 +206,9 @@ def test_a_kind_in_a_file(tmp_path: Any) -> None:
         "KIND = Kind('haiku', 'Write a haiku.', (), whole(['A poem?']), words=(3, 20))\n"
     )
     assert kinds.get(str(path)).name == "haiku"
+    path.write_text("x = (")
+    with pytest.raises(InputError, match=r"cannot be run \(SyntaxError"):
+        kinds.get(str(path))
     path.write_text("x = 1\n")
     with pytest.raises(InputError, match="defines no KIND"):
         kinds.get(str(path))

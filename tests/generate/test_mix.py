@@ -251,6 +251,10 @@ def test_the_command(make: Any) -> None:
     assert "llava: 20 rows of 20 (LLaVA-1.5 has 157,712)\n20 rows in out.json" in result.stdout
     refused = CliRunner().invoke(app, ["data", "mix", "mix.yaml", "out.txt"])
     assert (refused.exit_code, "is neither .json nor .jsonl" in refused.stderr) == (2, True)
+    before = Path("llava.json").read_bytes()
+    refused = CliRunner().invoke(app, ["data", "mix", "mix.yaml", "llava.json"])
+    assert (refused.exit_code, "'llava.json' is a file to be mixed" in refused.stderr) == (2, True)
+    assert Path("llava.json").read_bytes() == before
 
 
 def test_the_recipe_in_the_docs_is_one() -> None:

@@ -19,7 +19,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pumice.cli import app
+from pumice.errors import InputError
+from pumice.generate.endpoint import Endpoint, judge
 from pumice.generate.journal import Journal
+from pumice.generate.teachers import Local
 
 KINDS = ["--kind", "conversation", "--kind", "detail", "--kind", "short-answer"]
 FAILURES = ("429", "500", "hang", "truncated", "refusal")
@@ -229,10 +232,17 @@ def test_the_key_goes_into_the_header_alone(
     assert len({headers["idempotency-key"] for headers in endpoint.headers}) == 3
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert b"sk-secret" not in written
+    told = Endpoint("http://127.0.0.1/v1", "m", "MY_KEY")
+    assert judge(401, {}, '{"error": "no such key: sk-secret"}', told).raw == '{"error": "no such key: ***"}'
     monkeypatch.setenv("MY_KEY", "sk-\u00e9")
     refused(
         run(tmp_path / "out", endpoint.url, pictures(1), "--key-env", "MY_KEY"), "the key in $MY_KEY holds"
     )
+
+
+def test_a_local_teacher_knows_its_options() -> None:
+    with pytest.raises(InputError, match="options are max_new_tokens, temperature"):
+        Local("pumice-tiny", options={"max_tokens": 5}).check()
 
 
 def test_two_runs_at_once(endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path) -> None:
@@ -268,6 +278,8 @@ def test_the_picture_is_shown(endpoint: Any, pictures: Callable[[int], Path], tm
         (["--options", "{"], "is not JSON"),
         (["--images", "nowhere"], "the image folder 'nowhere' does not exist"),
         (["--price-in", "1"], "give both --price-in and --price-out, or neither"),
+        (["--options", '{"max_tokens": -3}'], "the option 'max_tokens' is -3; give a whole number above 0"),
+        (["--options", '{"messages": []}'], "the option 'messages' is not one to set"),
     ],
 )
 def test_wrong_options(

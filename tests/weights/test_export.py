@@ -117,6 +117,7 @@ def test_a_refusal_writes_nothing(llava: LoadedParts, tmp_path: Path) -> None:
         ({"to": "onnx"}, "no format 'onnx'.*hf, llava, gguf, peft"),
         ({"to": "hf", "dtype": "int8"}, "no type 'int8'.*fp16, bf16, fp32"),
         ({"to": "gguf", "kind": "q4_0"}, "no GGUF type 'q4_0'.*f32, f16, q8_0"),
+        ({"to": "gguf", "dtype": "fp16"}, "dtype is not for gguf.*--type"),
         ({"to": "peft"}, "no LoRA adapters; use --to hf"),
     ],
 )

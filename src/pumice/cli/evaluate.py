@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,6 +122,7 @@ def evaluate(
     if compare is not None and model is not None:
         raise InputError("--compare is for two files of answers; leave out --model")
     _check_outputs(json_file, report, submission)
+    _check_apart([predictions, data, compare, reviews, *(beside or ())], [json_file, report, submission])
     others = [result.read_result(path) for path in beside or ()]
     _set_judge(chosen, reviews, judge_url, judge_model)
 
@@ -171,6 +173,17 @@ def _check_outputs(json_file: Path | None, report: Path | None, submission: Path
     for path in (json_file, report, submission):
         if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
             raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
+
+
+def _check_apart(inputs: Sequence[Path | None], outputs: Sequence[Path | None]) -> None:
+    """No output takes the place of what is read, or of another output."""
+    taken = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        if path is None or str(path) == "-":
+            continue
+        if path.resolve() in taken:
+            raise InputError(f"'{path}' is named twice, and would be written over; name another file")
+        taken.add(path.resolve())
 
 
 def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | None) -> None:

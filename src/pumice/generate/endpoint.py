@@ -63,11 +63,17 @@ class Endpoint:
             raise InputError(f"the prices are {self.prices[0]} and {self.prices[1]}; give 0 or more")
         if self.budget_money is not None and self.prices is None:
             raise InputError("a budget in money needs both prices; give --price-in and --price-out")
+        if own := {"messages", "model", "n", "stream"} & self.options.keys():
+            raise InputError(f"the option '{sorted(own)[0]}' is not one to set; leave it out")
+        for name in ("max_tokens", "max_completion_tokens"):
+            value = self.options.get(name)
+            if value is not None and not (type(value) is int and value > 0):
+                raise InputError(f"the option '{name}' is {value!r}; give a whole number above 0")
         self.headers()
 
     def headers(self) -> dict[str, str]:
         """With the key from the environment, if there is one: it is never written anywhere."""
-        key = os.environ.get(self.key_variable, "").strip()
+        key = self._key()
         if not key:
             return {}
         if not key.isascii() or not key.isprintable():
@@ -75,6 +81,14 @@ class Endpoint:
                 f"the key in ${self.key_variable} holds characters that no key has; set it again"
             )
         return {"Authorization": f"Bearer {key}"}
+
+    def hide(self, text: str) -> str:
+        """Without the key, which some endpoints repeat when they refuse it."""
+        key = self._key()
+        return text.replace(key, "***") if key else text
+
+    def _key(self) -> str:
+        return os.environ.get(self.key_variable, "").strip()
 
     @property
     def address(self) -> str:
@@ -122,6 +136,7 @@ class Outcome:
 
 def judge(status: int, headers: Mapping[str, str], raw: str, endpoint: Endpoint) -> Outcome:
     """What an HTTP answer means. "foreign" is an answer that no OpenAI-compatible endpoint gives."""
+    raw = endpoint.hide(raw)
     values, whole = _json(raw)
     error = values.get("error") if isinstance(values, dict) else None
     if status == 200 and error:  # some gateways put an error of the model behind them into a 200

@@ -161,7 +161,10 @@ def estimate(job: Job, teacher: Teacher, journal: Journal, endpoint: Endpoint | 
 
 def open_journal(out: Path, waiting: Callable[[], None], patience: float) -> tuple[Journal, Lock]:
     """The folder's journal and the lock that keeps others out. Waits for an earlier run's last replies."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder '{out}' cannot be made ({error.strerror}); name another") from error
     lock = Lock(out / "run.lock")
     if not lock.take():
         raise InputError(f"another run is using '{out}'; wait for it, or name another folder")

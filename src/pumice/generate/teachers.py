@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -145,7 +145,14 @@ class Local:
         self.options = options or {}
 
     def check(self) -> None:
-        """Opening the model is the check; it is done before the first request."""
+        """Raise InputError on options that sampling does not have; the model is opened when it is asked."""
+        from pumice.engine.sampling import SamplingParams
+
+        try:
+            SamplingParams(**self.options)
+        except TypeError as error:
+            known = ", ".join(field.name for field in fields(SamplingParams))
+            raise InputError(f"a local teacher's options are {known}, not all of {self.options}") from error
 
     def answer(self, requests: Iterable[Request], journal: Journal, progress: Progress) -> str:
         from pumice.assistant import load

@@ -71,6 +71,10 @@ def export(
         raise InputError(f"there is no format {to!r} to export to; use one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise InputError(f"there is no type {dtype!r} to store; use one of {', '.join(DTYPES)}")
+    if to == "gguf" and dtype != "keep":
+        raise InputError(
+            "dtype is not for gguf, whose matrices have a type of their own; give --type instead"
+        )
     if reason := refusal(to, model.config):
         raise InputError(f"this model cannot be exported to {to}: {reason}")
     target = Path(target)

@@ -29,7 +29,10 @@ def get(name: str) -> Kind:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the file does
+            raise InputError(f"'{path}' cannot be run ({type(error).__name__}: {error}); mend it") from error
         if isinstance(getattr(module, "KIND", None), Kind):
             return module.KIND
         raise InputError(f"'{path}' defines no KIND; see the files of pumice/generate/kinds")

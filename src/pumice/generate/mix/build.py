@@ -107,6 +107,8 @@ def build(mix: Mix, out: Path, seed: int | None = None) -> dict[str, Any]:
     told, chosen, stored = [], [], 0
     for number, source in enumerate(mix.sources):
         files = _files(source, out)
+        if any(file.resolve() == out.resolve() for listed in files.values() for file in listed):
+            raise InputError(f"'{out}' is a file to be mixed; name another one to write")
         given = Given(files, source.images, seed, mix.boxes == "padded", source.longest)
         reader, name = READERS[source.task], source.name or source.task
         first = stored
