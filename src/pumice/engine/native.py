@@ -53,21 +53,9 @@ class _Block(ctypes.Structure):
 
 
 class _Model(ctypes.Structure):
+    _sizes = "depth width heads kv_heads head_width mlp_width vocabulary places window"
     _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "depth",
-                "width",
-                "heads",
-                "kv_heads",
-                "head_width",
-                "mlp_width",
-                "vocabulary",
-                "places",
-            )
-        ),
-        ("window", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in _sizes.split()),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("turning", "blocks", "norm")),
         ("head", _Linear),
