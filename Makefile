@@ -26,7 +26,7 @@ demo: .venv/.runtime
 	@$(BIN)/python examples/demo.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

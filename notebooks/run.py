@@ -2,8 +2,9 @@
 
     python notebooks/run.py [NAME ...] [--check]
 
---check runs them and writes nothing. What a run leaves (runs/) goes into a temporary folder. Outputs are kept
-small: progress on stderr, times and prompts are dropped, so that running again changes only what changed.
+--check writes nothing, and fails where a run gives outputs of other kinds than those kept. What a run leaves
+(runs/) goes into a temporary folder. Outputs are kept small: progress on stderr, times and prompts are
+dropped, so that running again changes only what changed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -27,17 +27,13 @@ HERE = Path(__file__).parent
 LARGEST = 200_000  # bytes of a notebook with its outputs
 
 
-def run(path: Path, *, beside: Sequence[Path] = (), seconds: int = 600) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run in a fresh kernel; an error in a cell is raised.
-
-    beside: folders that it finds beside examples/, a model in the place of a built-in one say.
-    """
+def run(path: Path, *, seconds: int = 600) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a run in a fresh kernel; an error in a cell is raised."""
     notebook = nbformat.read(path, as_version=4)
     # `pumice` in a shell cell is this environment's.
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
-        for found in (HERE.parent / "examples", *beside):
-            shutil.copytree(found, Path(folder) / found.name)
+        shutil.copytree(HERE.parent / "examples", Path(folder) / "examples")
         client = NotebookClient(
             notebook,
             timeout=seconds,
@@ -68,6 +64,10 @@ def _kept(outputs: list[nbformat.NotebookNode], folder: str) -> list[nbformat.No
     return kept
 
 
+def _kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
+    return [[output.output_type for output in cell.get("outputs", ())] for cell in notebook.cells]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="all of them when none is given")
@@ -85,6 +85,9 @@ def main() -> int:
             return 1
         if not options.check:
             path.write_text(text, encoding="utf-8")
+        elif _kinds(notebook) != _kinds(nbformat.read(path, as_version=4)):
+            print(f"{path.name} keeps other outputs than a run gives; run make notebooks", file=sys.stderr)
+            return 1
     return 0
 
 

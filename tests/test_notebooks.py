@@ -1,7 +1,4 @@
-"""The notebooks run from the top: here with a tiny random model in the place of `pumice-tiny`.
-
-`make notebooks ARGS=--check` runs them on `pumice-tiny` itself, as continuous integration does.
-"""
+"""What is kept of the notebooks. `make notebooks ARGS=--check`, which .ci/run calls, runs them all."""
 
 from __future__ import annotations
 
@@ -26,15 +23,6 @@ def runner() -> ModuleType:
 
 def outputs(notebook: Any) -> list[Any]:
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path: Path, runner: ModuleType, stand_in: Path) -> None:
-    kept = nbformat.read(path, as_version=4)
-    ran = runner.run(path, beside=[stand_in])
-    assert [cell.source for cell in ran.cells] == [cell.source for cell in kept.cells]
-    # The kinds of outputs that are kept are those that a run gives.
-    assert [output.output_type for output in outputs(ran)] == [o.output_type for o in outputs(kept)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

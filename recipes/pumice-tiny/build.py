@@ -42,9 +42,11 @@ def photo_rows(photos: Sequence[Photo], seed: int) -> dict[str, list[Row]]:
     chosen = choose(photos, seed)
     for question in chosen:
         questions[question.photo.name].append(question)
+    captions, consensus = caption_rows(photos, seed)
     return {
         "align": align_rows(photos),
-        "captions": caption_rows(photos, seed),
+        "captions": captions,
+        "consensus": consensus,
         "describe": describe_rows(photos, seed),
         "presence": presence_rows(chosen, seed),
         "counting": counting_rows(photos, seed),

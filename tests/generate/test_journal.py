@@ -111,9 +111,9 @@ def test_pace() -> None:
     assert asyncio.run(waits()) == pytest.approx([0, 0.5, 1.0], abs=0.05)
 
 
-def completion(**message: Any) -> str:
+def completion(finish: str = "stop", **message: Any) -> str:
     usage = {"prompt_tokens": 5, "completion_tokens": 3}
-    return json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage})
+    return json.dumps({"choices": [{"message": message, "finish_reason": finish}], "usage": usage})
 
 
 LATER = "30 seconds from when the test runs, as a date"
@@ -127,6 +127,8 @@ LATER = "30 seconds from when the test runs, as a date"
         (200, {}, completion(content="", refusal="No."), "refused", "refusal"),
         (200, {}, completion(content="I'm sorry, I can't."), "refused", "refusal"),
         (200, {}, completion(content=""), "again", "empty"),
+        (200, {}, completion("length", content=""), "leave", "no room"),
+        (200, {}, completion("length", content="Hi."), "reply", ""),
         (200, {}, completion(content="Hi.")[:-9], "again", "truncated"),
         (200, {}, "", "again", "truncated"),
         (200, {}, "<html>", "foreign", "not JSON"),
@@ -162,6 +164,7 @@ def test_what_an_answer_means(status: int, headers: dict[str, str], raw: str, wh
         ({"url": "here"}, "write an address such as"),
         ({"timeout": -1.0}, "timeout is -1.0; give a number above 0"),
         ({"budget_tokens": -1}, "budget tokens is -1; give 0 or more"),
+        ({"backoff": -1.0}, "backoff is -1.0; give 0 or more"),
         ({"budget_money": 1.0}, "a budget in money needs both prices"),
     ],
 )

@@ -156,8 +156,9 @@ def test_bad_coco(written: Callable[..., Path], _: str, told: Any, boxed: Any, m
         ('{"image": "a.jpg", "boxes": [{"box": [0, 0, 1, 1]}]}', "has no category; write one"),
         (
             '{"image": "a.jpg", "boxes": [{"category": "x", "box": [0, 0, 9, 9]}]}',
-            "reaches out of the picture",
+            "a box in pixels needs 'width' and 'height'",
         ),
+        ('{"image": "a.jpg", "boxes": [{"category": "x", "bbox": [0, 0, 1, 1]}]}', "the box of 'x' is None"),
     ],
 )
 def test_bad_lines(written: Callable[..., Path], line: str, message: str) -> None:

@@ -20,15 +20,19 @@ def align_rows(photos: Sequence[Photo]) -> list[Row]:
     ]
 
 
-def caption_rows(photos: Sequence[Photo], seed: int) -> list[Row]:
-    """The captions that say what the others say too, under one prompt per photo, so that they share it."""
-    rows = []
+def caption_rows(photos: Sequence[Photo], seed: int) -> tuple[list[Row], list[Row]]:
+    """The captions that say what the others say too, under one prompt per photo, so that they share it.
+
+    Returns rows of every photo's best KEPT captions, and rows of the best one alone (stage 3).
+    """
+    rows, best = [], []
     for photo, captions in zip(photos, agreeing(photos), strict=True):
         random_ = rng(seed, "captions", photo.name)
         prompt = casual(random_.choice(prompts.CAPTION), random_)
         for number, caption in enumerate(captions[:KEPT]):
             rows.append(row(f"caption-{photo.name}-{number}", photo.image, [(prompt, caption)]))
-    return rows
+        best.append(row(f"consensus-{photo.name}-0", photo.image, [(prompt, captions[0])]))
+    return rows, best
 
 
 def agreeing(photos: Sequence[Photo]) -> list[list[str]]:

@@ -55,17 +55,25 @@ class Endpoint:
             if response.status_code == 429 or response.status_code >= 500:
                 last = f"status {response.status_code}"
                 continue
+            said = " ".join(response.text.split())[:200]
+            if response.status_code in (401, 403):
+                raise InputError(
+                    f"{address} refuses the key in ${KEY} ({response.status_code}: {said}); set it"
+                )
             if response.status_code >= 400:
                 raise InputError(
-                    f"{address} refused the request: {response.status_code} {response.text[:200]}"
+                    f"{address} refuses the request ({response.status_code}: {said}); check the address, "
+                    "the model's name and the options"
                 )
             try:
                 found = response.json()
-                return str(found["choices"][0]["message"]["content"] or ""), str(
-                    found.get("model", self.model)
-                )
+                reply = found["choices"][0]["message"]["content"] or ""
+                return str(reply), str(found.get("model", self.model))
             except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise WorkError(f"{address} answered something else than a completion ({error!r})") from error
+                raise InputError(
+                    f"{address} answered something else than a chat completion: {said or 'nothing'}; "
+                    "give the address of an OpenAI-compatible server, up to and with /v1"
+                ) from error
         raise WorkError(f"{address} did not answer in {TRIES} tries ({last})")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from pumice.errors import InputError
 from pumice.generate.context import Context
 from pumice.generate.kinds.base import Draft, Kind, Turn, Unparsed, says_no
 from pumice.generate.objects import Vocabulary
@@ -175,6 +176,15 @@ def _language(draft: Draft, settings: Settings) -> str | None:
         return None
     found = _identifier()(text[:1000])
     return None if found == settings.language else f"reads as {found!r}, {settings.language!r} is asked for"
+
+
+def check_language(code: str) -> None:
+    """Raise InputError on a language that is not one of those told apart."""
+    from py3langid import rank
+
+    known = sorted(name for name, _ in rank(""))
+    if code not in known:
+        raise InputError(f"there is no language '{code}'; use any, or one of {', '.join(known)}")
 
 
 @cache

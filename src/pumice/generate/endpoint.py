@@ -55,7 +55,7 @@ class Endpoint:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name.replace('_', ' ')} is {value}; give a number above 0")
-        for name in ("budget_tokens", "budget_money"):
+        for name in ("budget_tokens", "budget_money", "backoff"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name.replace('_', ' ')} is {value}; give 0 or more")
@@ -143,7 +143,7 @@ def judge(status: int, headers: Mapping[str, str], raw: str, endpoint: Endpoint)
         code = error.get("code") if isinstance(error, dict) else None
         status = code if isinstance(code, int) and 400 <= code < 600 else 502
     if status == 200:
-        return _completion(values, whole, raw)
+        return _completion(values, whole, raw, endpoint)
     told = error.get("message") if isinstance(error, dict) else error
     told = " ".join(str(told or raw[:120] or "no reason given").split())[:200]
     wait = _retry_after(headers)
@@ -165,11 +165,17 @@ def judge(status: int, headers: Mapping[str, str], raw: str, endpoint: Endpoint)
             text = f"the endpoint {endpoint.url} asks to wait {wait:.0f} s ({status}: {told}); run again then"
             return Outcome("stop", str(status), text, None, status, raw)
         return Outcome("again", str(status), told, wait, status, raw)
+    if status < 400:
+        target = headers.get("location") or "somewhere else"
+        text = (
+            f"{endpoint.address} sends calls on to {target} ({status}); give the address that answers itself"
+        )
+        return Outcome("foreign", str(status), text, None, status, raw)
     text = f"the endpoint {endpoint.url} does not take the request ({status}: {told}); change the options"
-    return Outcome("foreign" if status < 400 else "leave", str(status), text, None, status, raw)
+    return Outcome("leave", str(status), text, None, status, raw)
 
 
-def _completion(values: Any, whole: bool, raw: str) -> Outcome:
+def _completion(values: Any, whole: bool, raw: str, endpoint: Endpoint) -> Outcome:
     if not whole:
         # What begins like JSON was cut off on its way, and the tokens were written all the same.
         cut = raw.lstrip()[:1] in ("{", "")
@@ -184,6 +190,13 @@ def _completion(values: Any, whole: bool, raw: str) -> Outcome:
     if message.get("refusal") or finish == "content_filter" or is_refusal(text):
         return Outcome("refused", "refusal", "", None, 200, raw, cost)
     if not text.strip():
+        # Models that think first can use up every token before a word of the answer: so would the next try.
+        if finish == "length":
+            told = (
+                f"{endpoint.model} at {endpoint.url} used all its tokens before the answer began; "
+                "allow more: --options '{\"max_tokens\": 4000}'"
+            )
+            return Outcome("leave", "no room", told, None, 200, raw, cost)
         return Outcome("again", "empty", "", None, 200, raw, cost)
     return Outcome("reply", "", "", None, 200, raw, cost)
 

@@ -59,7 +59,10 @@ def _translated(values: Iterator[Any], path: Path) -> Iterator[Any]:
     try:
         yield from values
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split("\n")[0].split())
+        told = error.args[0] if error.args else ""
+        if isinstance(told, bytes):  # the C parser's
+            told = told.decode("utf-8", "replace")
+        reason = str(told).split("\n")[0].strip()
         if "UTF" in reason.upper():
             raise InputError(f"'{path}' is not UTF-8 text ({reason}); save it as UTF-8") from error
         raise InputError(f"'{path}' is malformed or cut off JSON ({reason}); fetch it again") from error

@@ -22,7 +22,7 @@ from typing import IO, Any
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
 from pumice.files import Lock, replacing
-from pumice.generate.checks import Rejection, Settings, examine, row
+from pumice.generate.checks import Rejection, Settings, check_language, examine, row
 from pumice.generate.context import Context
 from pumice.generate.duplicates import Seen
 from pumice.generate.endpoint import Endpoint, text_of
@@ -65,6 +65,8 @@ class Job:
             raise InputError(f"the similarity is {self.similar}; give more than 0, at most 1")
         if self.settings.unsupported is not None and self.settings.unsupported < 0:
             raise InputError(f"--unsupported is {self.settings.unsupported}; give 0 or more")
+        if self.settings.language is not None:
+            check_language(self.settings.language)
 
 
 def plan(job: Job, teacher: Teacher) -> Iterator[tuple[str, Kind, Context, Request]]:

@@ -213,7 +213,14 @@ def plain(file: Path, spoiled: Spoiled) -> Iterator[Context]:
             if not isinstance(category, str) or not category.strip():
                 spoiled.add(f"{where}: the box {entry!r} has no category; write one")
                 continue
-            corners = normalised(entry.get("box") or (), *sides, where)
+            if not isinstance(box := entry.get("box"), list):
+                spoiled.add(
+                    f"{where}: the box of '{category}' is {box!r}; write 'box': left, top, right, bottom"
+                )
+                continue
+            corners = normalised(box, *sides, where)
+            if isinstance(corners, str) and sides == (1, 1):
+                corners += "; a box in pixels needs 'width' and 'height' in its line"
             if isinstance(corners, str):
                 spoiled.add(corners)
             else:

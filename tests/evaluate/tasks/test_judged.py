@@ -170,8 +170,10 @@ def test_an_endpoint_is_tried_again_and_refusals_are_told(monkeypatch: pytest.Mo
     assert Server(503, 429, "fine").endpoint().chat("hello") == ("fine", "judge-1")
     with pytest.raises(WorkError, match=r"did not answer in 5 tries \(status 500\)"):
         Server(*[500] * 5).endpoint().chat("hello")
-    with pytest.raises(InputError, match="refused the request: 401"):
+    with pytest.raises(InputError, match=r"refuses the key in \$OPENAI_API_KEY \(401"):
         Server(401).endpoint().chat("hello")
+    with pytest.raises(InputError, match=r"refuses the request \(400: .*\); check the address"):
+        Server(400).endpoint().chat("hello")
     with pytest.raises(InputError, match="is no address"):
         Endpoint("localhost:8000", "m")
 

@@ -102,6 +102,10 @@ def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
         choices = {chr(ord("A") + n): str(text) for n, text in enumerate(choices)}
     if metric == "option" and not isinstance(choices, dict):
         raise InputError(f"{where}: the metric 'option' needs 'choices', a list of texts")
+    answers = [_plain(str(answer)) if metric == "yes_no" else str(answer) for answer in answers]
+    possible = {"yes_no": ("yes", "no"), "option": tuple(choices or ())}.get(metric)
+    if possible and not set(answers) <= set(possible):  # no reply could ever be right
+        raise InputError(f"{where}: 'answers' of '{metric}' are of {', '.join(possible)}, found {answers!r}")
     names = row.get("image", [])
     names = [names] if isinstance(names, str) else names or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -111,7 +115,7 @@ def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
         prompt = "\n".join([prompt, *(f"{letter}. {text}" for letter, text in choices.items())])
     meta = {
         "question": row["question"],
-        "answers": [str(answer) for answer in answers],
+        "answers": answers,
         "choices": choices,
         "metric": metric,
         "category": row.get("category"),
