@@ -44,7 +44,7 @@ def test_all_published_recipes_are_there() -> None:
     wanted |= {"recipes/llava-next/1-align-7b.yaml", "recipes/llava-next/2-instruct-7b.yaml"}
     wanted |= {"recipes/scienceqa/1-align-13b.yaml", "recipes/scienceqa/2-answer-13b.yaml"}
     wanted |= {"recipes/small/1-align.yaml", "recipes/small/2-instruct.yaml", "recipes/finetune.yaml"}
-    wanted |= {f"recipes/pumice-tiny/{name}.yaml" for name in ("0-warm", "1-align", "2-instruct")}
+    wanted |= {f"recipes/pumice-tiny/{name}.yaml" for name in ("0-warm", "1-align", "2-instruct", "3-agree")}
     assert wanted | {"examples/finetune.yaml"} <= NAMES
 
 
