@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pumice.engine.generate import Prompt, check_room
-from pumice.engine.native import native_decoder
+from pumice.engine.native import NativeDecoder, native_decoder
 from pumice.engine.prefix import PrefixCache
 from pumice.engine.requests import Delta, Finish, Request
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
@@ -198,12 +198,17 @@ class Engine:
                     self._finish(request, "error", error)
 
     def _groups(self, plan: list[tuple[Request, int]]) -> list[list[tuple[Request, int]]]:
-        """Requests that are computed together: those that write apart where compiled code serves them."""
-        if self._native is None:
+        """Requests that are computed together: those that write apart where compiled code is theirs alone."""
+        if not plan or self._native is None or self._compiled(plan):
             return [plan] if plan else []
         writing = [request.remaining == 1 for request, _ in plan]
         groups = [[item for item, one in zip(plan, writing, strict=True) if one == w] for w in (True, False)]
         return [group for group in groups if group]
+
+    def _compiled(self, plan: list[tuple[Request, int]]) -> NativeDecoder | None:
+        """Compiled code, where it serves these tokens: not the many of a long prompt."""
+        many = sum(count for _, count in plan if count > 1)
+        return self._native if self._native is not None and many <= self._native.rows else None
 
     def _look(self, plan: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
         """Get the image tokens that this step needs; a picture that fails ends only its own requests."""
@@ -253,8 +258,8 @@ class Engine:
                 request.shown = None
             at += count
         logits: Tensor | None = None
-        if self._native is not None and len(due) == at == len(plan):
-            logits = self._native.logits(x, segments)
+        if native := self._compiled(plan):
+            logits = native.logits(x, segments, due)
         else:
             hidden = model.decoder(x[None], self._cache.positions(segments), self._cache.attend(segments))[0]
             if due:
@@ -263,7 +268,7 @@ class Engine:
             region = request.region
             assert region is not None
             region.append(request.keys[region.length : region.length + count])
-        return logits
+        return logits if due else None
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
         """The next token of each request, or what kept it from being chosen."""

@@ -1,11 +1,12 @@
-/* The next token of several sequences through an int8 decoder, on a CPU, in one call.
+/* A few new tokens of several sequences through a decoder, on a CPU, in one call.
  *
- * Knows memory and numbers. Computes what `Decoder.forward` and `Decoder.logits` do over `Int8Linear` layers, with
- * activations in fp32 and keys and values in bfloat16. One call, because a step at a time in PyTorch is some 1,500
- * small operations, which take longer than reading the weights. A row is added up in the same order whatever
- * the other rows and however many threads there are (compilers contract every `tile` alike: a test holds them to it).
+ * Knows memory and numbers. Computes what `Decoder.forward` and `Decoder.logits` do, with activations in fp32: over
+ * `Int8Linear` layers with all else in bfloat16, or, where PLAIN is defined, with everything in fp32. One call,
+ * because a step at a time in PyTorch is some 1,500 small operations, which take longer than reading the weights. A row
+ * is added up in the same order whatever the other rows and however many threads there are (compilers contract every
+ * `tile` alike: a test holds them to it).
  *
- * Shapes: R rows (one new token of a sequence each), D width, H heads, K key/value heads, d head width,
+ * Shapes: R rows (a new token of a sequence each), D width, H heads, K key/value heads, d head width,
  * M width of the MLP, V vocabulary, P places of the cache. Matrices lie row by row.
  */
 #include <math.h>
@@ -29,6 +30,7 @@
 #define TILE 4   /* outputs that are computed together */
 #define ROWS 6   /* rows that are: sums, weights and numbers then fill the 32 registers of AVX-512 */
 #define AHEAD 4096 /* bytes: weights are asked for so early, twice as fast as where the processor guesses */
+#define LINE 64    /* bytes that memory gives at a time */
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int8_t small_vector __attribute__((vector_size(LANES)));
@@ -36,18 +38,23 @@ typedef int16_t short_vector __attribute__((vector_size(2 * LANES)));
 typedef int32_t int_vector __attribute__((vector_size(4 * LANES)));
 typedef uint16_t half_vector __attribute__((vector_size(2 * LANES)));
 typedef uint32_t word_vector __attribute__((vector_size(4 * LANES)));
-typedef uint16_t bf16;
+#ifdef PLAIN
+typedef float number_type, weight_type;
+#else
+typedef uint16_t number_type; /* bfloat16 */
+typedef int8_t weight_type;
+#endif
 
 typedef struct {
-    const int8_t *weight; /* (outputs, inputs) */
-    const bf16 *scale;    /* (outputs) */
-    const bf16 *bias;     /* (outputs) or null */
+    const weight_type *weight; /* (outputs, inputs) */
+    const number_type *scale;   /* (outputs) or null */
+    const number_type *bias;    /* (outputs) or null */
 } Linear;
 
 typedef struct {
-    const bf16 *attention_norm, *mlp_norm; /* (D) */
-    const bf16 *q_norm, *k_norm;           /* (d) or null */
-    Linear qkv, o, gate_up, down;
+    const number_type *attention_norm, *mlp_norm; /* (D) */
+    const number_type *q_norm, *k_norm;           /* (d) or null */
+    Linear q, k, v, o, gate, up, down;
 } Block;
 
 typedef struct {
@@ -55,23 +62,10 @@ typedef struct {
     float eps;
     const float *turning; /* (d / 2), radians per position */
     const Block *blocks;
-    const bf16 *norm; /* (D) */
+    const number_type *norm; /* (D) */
     Linear head;
-    bf16 *keys, *values; /* (depth, K, P, d) */
+    number_type *keys, *values; /* (depth, K, P, d) */
 } Model;
-
-static inline float wide(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float number;
-    memcpy(&number, &bits, 4);
-    return number;
-}
-
-static inline bf16 narrow(float number) { /* to the nearest, ties to even; numbers are finite here */
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 static inline vector load(const float *from) {
     vector found;
@@ -79,7 +73,26 @@ static inline vector load(const float *from) {
     return found;
 }
 
-static inline vector load_int8(const int8_t *from) {
+#ifdef PLAIN
+#define load_weight load
+#define load_number load
+#define wide(value) (value)
+#define narrow(value) (value)
+#else
+static inline float wide(number_type value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float found;
+    memcpy(&found, &bits, 4);
+    return found;
+}
+
+static inline number_type narrow(float value) { /* to the nearest, ties to even; values are finite here */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (number_type)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline vector load_weight(const int8_t *from) {
 #ifdef __AVX512F__ /* where GCC 12 misses the instruction that does it at once */
     return (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
 #else
@@ -90,7 +103,7 @@ static inline vector load_int8(const int8_t *from) {
 #endif
 }
 
-static inline vector load_bf16(const bf16 *from) {
+static inline vector load_number(const number_type *from) {
     half_vector found;
     memcpy(&found, from, sizeof found);
     word_vector bits = __builtin_convertvector(found, word_vector) << 16;
@@ -98,6 +111,7 @@ static inline vector load_bf16(const bf16 *from) {
     memcpy(&numbers, &bits, sizeof numbers);
     return numbers;
 }
+#endif
 
 static inline float total(vector numbers) {
 #ifdef __AVX512F__
@@ -113,20 +127,21 @@ static inline float total(vector numbers) {
 static inline __attribute__((always_inline)) void tile(const Linear *layer, int64_t first, int64_t inputs,
                                                        const int rows, const float *x, float *y, int64_t stride,
                                                        int add) {
-    const int8_t *weight = layer->weight + first * inputs;
+    const weight_type *weight = layer->weight + first * inputs;
     vector sums[TILE][ROWS];
     memset(sums, 0, sizeof sums);
     for (int64_t k = 0; k < inputs; k += LANES) {
         vector w[TILE];
-        __builtin_prefetch(weight + TILE * k + AHEAD);
-        for (int i = 0; i < TILE; i++) w[i] = load_int8(weight + i * inputs + k);
+        for (uint64_t i = 0; i < sizeof *weight * TILE * LANES; i += LINE)
+            __builtin_prefetch((const char *)(weight + TILE * k) + i + AHEAD);
+        for (int i = 0; i < TILE; i++) w[i] = load_weight(weight + i * inputs + k);
         for (int r = 0; r < rows; r++) {
             vector numbers = load(x + r * inputs + k);
             for (int i = 0; i < TILE; i++) sums[i][r] += w[i] * numbers;
         }
     }
     for (int i = 0; i < TILE; i++) {
-        float scale = wide(layer->scale[first + i]);
+        float scale = layer->scale ? wide(layer->scale[first + i]) : 1;
         float bias = layer->bias ? wide(layer->bias[first + i]) : 0;
         for (int r = 0; r < rows; r++) {
             float *to = y + r * stride + first + i;
@@ -154,14 +169,14 @@ static void product(const Linear *layer, int64_t first, int64_t last, int64_t in
 }
 
 /* RMSNorm of one vector of `size`. */
-static void norm(const float *x, const bf16 *weight, int64_t size, float eps, float *y) {
+static void norm(const float *x, const number_type *weight, int64_t size, float eps, float *y) {
     vector squares = {0};
     for (int64_t i = 0; i < size; i += LANES) squares += load(x + i) * load(x + i);
     float factor = 1 / sqrtf(total(squares) / size + eps);
     for (int64_t i = 0; i < size; i++) y[i] = x[i] * factor * wide(weight[i]);
 }
 
-static void norm_rows(const float *x, const bf16 *weight, int64_t rows, int64_t size, float eps, float *y) {
+static void norm_rows(const float *x, const number_type *weight, int64_t rows, int64_t size, float eps, float *y) {
     for (int64_t r = 0; r < rows; r++) norm(x + r * size, weight, size, eps, y + r * size);
 }
 
@@ -176,12 +191,12 @@ static void rotate(float *x, int64_t size, const float *angles) {
 }
 
 /* Softmax attention of one query over `count` keys and values; scores: room for `count` numbers. */
-static void attend(const float *q, const bf16 *keys, const bf16 *values, int64_t count, int64_t size, float *scores,
+static void attend(const float *q, const number_type *keys, const number_type *values, int64_t count, int64_t size, float *scores,
                    float *y) {
     float most = -INFINITY, sum = 0, scale = 1 / sqrtf(size);
     for (int64_t t = 0; t < count; t++) {
         vector products = {0};
-        for (int64_t i = 0; i < size; i += LANES) products += load(q + i) * load_bf16(keys + t * size + i);
+        for (int64_t i = 0; i < size; i += LANES) products += load(q + i) * load_number(keys + t * size + i);
         scores[t] = total(products) * scale;
         if (scores[t] > most) most = scores[t];
     }
@@ -189,7 +204,7 @@ static void attend(const float *q, const bf16 *keys, const bf16 *values, int64_t
     for (int64_t t = 0; t < count; t++) sum += scores[t];
     for (int64_t i = 0; i < size; i += LANES) {
         vector mixed = {0};
-        for (int64_t t = 0; t < count; t++) mixed += scores[t] * load_bf16(values + t * size + i);
+        for (int64_t t = 0; t < count; t++) mixed += scores[t] * load_number(values + t * size + i);
         mixed /= sum;
         memcpy(y + i, &mixed, sizeof mixed);
     }
@@ -211,10 +226,19 @@ int pumice_threads(void) {
 #endif
 }
 
-/* x (R, D): embedded tokens, overwritten. positions (R): how many tokens each sequence has had; starts (R): the
- * place of its first. logits (R, V). Returns 0, or 1 when there is no memory. */
+/* The outputs of a thread's share of a product. */
+static void part(const Linear *layer, int64_t outputs, int64_t inputs, int64_t rows, const float *x, float *y,
+                 int64_t stride, int add) {
+    int64_t first, last;
+    share(outputs, &first, &last);
+    product(layer, first, last, inputs, rows, x, y, stride, add);
+}
+
+/* x (R, D): embedded tokens, overwritten. positions (R): where each stands in its sequence; starts (R): the place of
+ * the sequence's first. due (wanted): the rows whose logits (wanted, V) are asked for. Returns 0, or 1 when there is
+ * no memory. */
 int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positions, const int64_t *starts,
-                  float *logits, int threads) {
+                  int64_t wanted, const int64_t *due, float *logits, int threads) {
     const int64_t D = m->width, H = m->heads, K = m->kv_heads, d = m->head_width, M = m->mlp_width;
     const int64_t joined = (H + 2 * K) * d, inner = H * d;
     int64_t longest = 0;
@@ -235,7 +259,6 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
             angles[r * d + d / 2 + i] = sinf(positions[r] * m->turning[i]);
         }
 
-
 #pragma omp parallel num_threads(threads)
     {
         float *normed = own + omp_get_thread_num() * (rows * D + longest), *scores = normed + rows * D;
@@ -243,20 +266,21 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
         for (int64_t layer = 0; layer < m->depth; layer++) {
             const Block *block = m->blocks + layer;
             norm_rows(x, block->attention_norm, rows, D, m->eps, normed); /* in every thread: cheaper than waiting */
-            share(joined, &first, &last);
-            product(&block->qkv, first, last, D, rows, normed, qkv, joined, 0);
+            part(&block->q, inner, D, rows, normed, qkv, joined, 0);
+            part(&block->k, K * d, D, rows, normed, qkv + inner, joined, 0);
+            part(&block->v, K * d, D, rows, normed, qkv + inner + K * d, joined, 0);
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < rows * (H + K); item++) { /* queries turn; keys turn and are kept */
                 int64_t r = item / (H + K), h = item % (H + K);
-                float *part = qkv + r * joined + h * d;
-                const bf16 *weight = h < H ? block->q_norm : block->k_norm;
-                if (weight) norm(part, weight, d, m->eps, part);
-                rotate(part, d, angles + r * d);
+                float *head = qkv + r * joined + h * d;
+                const number_type *weight = h < H ? block->q_norm : block->k_norm;
+                if (weight) norm(head, weight, d, m->eps, head);
+                rotate(head, d, angles + r * d);
                 if (h < H) continue;
                 int64_t place = ((layer * K + h - H) * m->places + starts[r] + positions[r]) * d;
-                for (int64_t i = 0; i < d; i++) m->keys[place + i] = narrow(part[i]);
-                for (int64_t i = 0; i < d; i++) m->values[place + i] = narrow(part[K * d + i]);
+                for (int64_t i = 0; i < d; i++) m->keys[place + i] = narrow(head[i]);
+                for (int64_t i = 0; i < d; i++) m->values[place + i] = narrow(head[K * d + i]);
             }
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < rows * H; item++) {
@@ -266,26 +290,23 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
                 attend(qkv + r * joined + h * d, m->keys + place, m->values + place, positions[r] + 1 - seen, d, scores,
                        mixed + r * inner + h * d);
             }
-            share(D, &first, &last);
-            product(&block->o, first, last, inner, rows, mixed, x, D, 1);
+            part(&block->o, D, inner, rows, mixed, x, D, 1);
 #pragma omp barrier
             norm_rows(x, block->mlp_norm, rows, D, m->eps, normed);
             share(M, &first, &last); /* of the gate, and the same of what it gates */
-            product(&block->gate_up, first, last, D, rows, normed, mlp, 2 * M, 0);
-            product(&block->gate_up, M + first, M + last, D, rows, normed, mlp, 2 * M, 0);
+            product(&block->gate, first, last, D, rows, normed, mlp, 2 * M, 0);
+            product(&block->up, first, last, D, rows, normed, mlp + M, 2 * M, 0);
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t i = first; i < last; i++) {
                     float gate = mlp[r * 2 * M + i];
                     gated[r * M + i] = gate / (1 + expf(-gate)) * mlp[r * 2 * M + M + i];
                 }
 #pragma omp barrier
-            share(D, &first, &last);
-            product(&block->down, first, last, M, rows, gated, x, D, 1);
+            part(&block->down, D, M, rows, gated, x, D, 1);
 #pragma omp barrier
         }
-        norm_rows(x, m->norm, rows, D, m->eps, normed);
-        share(m->vocabulary, &first, &last);
-        product(&m->head, first, last, D, rows, normed, logits, m->vocabulary, 0);
+        for (int64_t r = 0; r < wanted; r++) norm(x + due[r] * D, m->norm, D, m->eps, normed + r * D);
+        part(&m->head, m->vocabulary, D, wanted, normed, logits, m->vocabulary, 0);
     }
     free(qkv);
     free(own);

@@ -1,17 +1,18 @@
-"""The next token of several sequences in one call of compiled code (`native.c`), where that can be had.
+"""A few new tokens of several sequences in one call of compiled code (`native.c`), where that can be had.
 
-Knows an int8 decoder's tensors and the C compiler of this machine. The code is compiled once per machine,
-when an engine with int8 weights first opens on a CPU, and kept in the cache folder. Without a compiler, for
-other weights and devices, and with PUMICE_NATIVE=off, PyTorch's operations serve: more slowly, and the same
-but for rounding activations to bfloat16.
+Knows the tensors of an int8 or fp32 decoder and the C compiler of this machine. The code is compiled once
+per machine, when an engine with such weights first opens on a CPU, and kept in the cache folder. Without a
+compiler, for other weights and devices, and with PUMICE_NATIVE=off, PyTorch's operations serve: more slowly,
+and the same but for rounding activations to bfloat16 beside int8.
 
-Shapes: R rows (one new token of a sequence each), D width, V vocabulary.
+Shapes: R rows (one new token each), D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -23,7 +24,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,14 @@ from pumice.model.decoder import Decoder
 from pumice.model.layers import RMSNorm, frequencies
 from pumice.model.quantized import Int8Linear
 
+Weights = Literal["int8", "fp32"]
+
 LANES, TILE = 16, 4  # as in native.c: inputs are whole LANES, outputs whole TILEs
+ROWS = {"int8": 16, "fp32": 48}  # of a prompt: with more, PyTorch's operations are faster (docs/speed.md)
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # Without OpenMP it serves where PyTorch has one thread, too.
 _TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+_DEFINED = {"int8": (), "fp32": ("-DPLAIN",)}
 _LOG = logging.getLogger("pumice")
 
 
@@ -48,7 +53,7 @@ class _Linear(ctypes.Structure):
 class _Block(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
-        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
     ]
 
 
@@ -65,9 +70,10 @@ class _Model(ctypes.Structure):
 
 
 class NativeDecoder:
-    """A decoder and its cache as `native.c` reads them, in place."""
+    """A decoder and its cache as `native.c` reads them, in place. rows: of a prompt, what it is good for."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, code: ctypes.CDLL) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, code: ctypes.CDLL, rows: int) -> None:
+        self.rows = rows
         config = decoder.config
         self._decode = code.pumice_decode
         self._kept: list[Any] = []  # what C has addresses of
@@ -79,26 +85,28 @@ class NativeDecoder:
             config.depth, config.width, config.heads, config.kv_heads, config.head_width, config.mlp_width,
             config.vocab_size, cache.places, cache.window or 0, config.norm_eps,
             self._address(turning), ctypes.addressof(blocks), self._address(decoder.norm.weight),
-            self._linear(decoder.head), self._address(cache.keys), self._address(cache.values),
+            self._linear(decoder.embed if decoder.head is None else decoder.head),
+            self._address(cache.keys), self._address(cache.values),
         )  # fmt: skip
 
-    def logits(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """The new token of each segment, embedded: x (R, D) -> logits (R, V) in fp32."""
+    def logits(self, x: Tensor, segments: Sequence[Segment], due: Sequence[int]) -> Tensor:
+        """Embedded tokens of the segments, x (R, D) -> logits (len(due), V) after these rows, in fp32."""
         self._cache.check(segments)
-        if x.shape != (len(segments), self._width) or any(segment.new != 1 for segment in segments):
+        if x.shape != (sum(segment.new for segment in segments), self._width):
             raise ValueError(
-                f"x is {tuple(x.shape)}; expected a token of {self._width} values for each of {len(segments)}"
+                f"x is {tuple(x.shape)}; expected {self._width} values for each new token of {list(segments)}"
             )
         x = x.to(torch.float32, copy=True).contiguous()
-        past = (ctypes.c_int64 * len(x))(*(segment.past for segment in segments))
-        starts = (ctypes.c_int64 * len(x))(*(segment.start for segment in segments))
-        logits = torch.empty(len(x), self._vocabulary, dtype=torch.float32, device="cpu")
+        positions = [n for _, past, new in segments for n in range(past, past + new)]
+        starts = [start for start, _, new in segments for _ in range(new)]
+        logits = torch.empty(len(due), self._vocabulary, dtype=torch.float32, device="cpu")
         failed = self._decode(
-            ctypes.byref(self._model), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()), past, starts,
+            ctypes.byref(self._model), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()),
+            _integers(positions), _integers(starts), ctypes.c_int64(len(due)), _integers(due),
             ctypes.c_void_p(logits.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"a step of {len(x)} sequences found no memory")
+            raise MemoryError(f"a step of {len(x)} tokens found no memory")
         return logits
 
     def _address(self, tensor: Tensor) -> int:
@@ -106,50 +114,72 @@ class NativeDecoder:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _linear(self, layer: Any) -> _Linear:
-        bias = None if layer.bias is None else self._address(layer.bias)
-        return _Linear(self._address(layer.weight), self._address(layer.scale), bias)
+    def _linear(self, layer: Any, first: int = 0, last: int | None = None) -> _Linear:
+        """Some outputs of a linear layer, or of an embedding as one."""
+        kept = (layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None))
+        return _Linear(*(None if tensor is None else self._address(tensor[first:last]) for tensor in kept))
 
     def _block(self, block: Any) -> _Block:
         attention, mlp = block.attention, block.mlp
         norms = (block.attention_norm, block.mlp_norm, attention.q_norm, attention.k_norm)
+        inner, shared = attention.heads * attention.head_width, attention.shared * attention.head_width
         return _Block(
             *(self._address(part.weight) if isinstance(part, RMSNorm) else None for part in norms),
-            *(self._linear(layer) for layer in (attention.qkv, attention.o, mlp.gate_up, mlp.down)),
+            *self._parts(attention, inner, shared, shared),
+            self._linear(attention.o),
+            *self._parts(mlp, mlp.down.weight.shape[1], mlp.down.weight.shape[1]),
+            self._linear(mlp.down),
         )
+
+    def _parts(self, parent: Any, *outputs: int) -> list[_Linear]:
+        """The layers that read the same input, which may have become one (`joins` of their module)."""
+        joined, names = parent.joins
+        layer = getattr(parent, joined)
+        if layer is None:
+            return [self._linear(getattr(parent, name)) for name in names]
+        ends = list(itertools.accumulate(outputs))
+        return [self._linear(layer, end - count, end) for count, end in zip(outputs, ends, strict=True)]
+
+
+def _integers(numbers: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
     """The decoder for compiled code, or None where that does not serve."""
-    if not _fits(decoder, cache):
+    weights = _fits(decoder, cache)
+    if weights is None:
         return None
-    code, _ = compiled()
+    code, _ = compiled(weights)
     if code is None or (torch.get_num_threads() > 1 and not code.pumice_threads()):
         return None
-    return NativeDecoder(decoder, cache, code)
+    return NativeDecoder(decoder, cache, code, ROWS[weights])
 
 
-def _fits(decoder: Decoder, cache: KVCache) -> bool:
+def _fits(decoder: Decoder, cache: KVCache) -> Weights | None:
+    """Which weights the decoder has, if they and all sizes are such as native.c takes."""
     config = decoder.config
     sizes = (config.width, config.heads * config.head_width, config.mlp_width, config.head_width)
+    if any(size % LANES for size in sizes) or config.vocab_size % TILE:
+        return None
     parts = [part for part in decoder.modules() if not list(part.children()) and part is not decoder.embed]
-    small: list[Tensor] = [part.weight for part in parts if isinstance(part, RMSNorm)]
-    for part in parts:
-        if isinstance(part, Int8Linear):
-            small += [tensor for tensor in (part.scale, part.bias) if tensor is not None]
-    return (
-        all(isinstance(part, Int8Linear | RMSNorm | nn.Identity) for part in parts)
-        and decoder.head is not None
-        and all(size % LANES == 0 for size in sizes)
-        and config.vocab_size % TILE == 0
-        and all(
-            t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in (*small, cache.keys, cache.values)
-        )
-    )
+    layers: list[Any] = [part for part in parts if not isinstance(part, RMSNorm | nn.Identity)]
+    norms = [part.weight for part in parts if isinstance(part, RMSNorm)]
+    small: list[Tensor] = [cache.keys, cache.values, *norms]
+    if decoder.head is not None and all(isinstance(part, Int8Linear) for part in layers):
+        weights: Weights = "int8"
+        small += [t for part in layers for t in (part.scale, part.bias) if t is not None]
+    elif all(type(part) is nn.Linear for part in layers):
+        weights = "fp32"
+        small += [decoder.embed.weight, *(t for part in layers for t in part.parameters())]
+    else:
+        return None
+    dtype = torch.bfloat16 if weights == "int8" else torch.float32
+    return weights if all(t.dtype == dtype and t.device.type == "cpu" for t in small) else None
 
 
-@lru_cache(maxsize=1)
-def compiled() -> tuple[ctypes.CDLL | None, str]:
+@lru_cache(maxsize=2)
+def compiled(weights: Weights = "int8") -> tuple[ctypes.CDLL | None, str]:
     """The compiled code, from the cache folder or made now; or None and why there is none."""
     if os.environ.get("PUMICE_NATIVE", "").lower() in ("off", "0"):
         return None, "PUMICE_NATIVE turns it off"
@@ -163,6 +193,7 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
     source = Path(__file__).with_name("native.c")
     try:
         # A home folder may be shared by machines, and what is made for one processor may not run on another.
+        command += _DEFINED[weights]
         known = [source.read_text(encoding="utf-8"), *command, repr(_TRIED), *_FLAGS, _processor()]
         name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
         return _load(command, source, name), ""
