@@ -4,8 +4,9 @@
 
 Two tables from real servers on real sockets, each a process of its own:
 
-1. the given model ("random" is that of benchmarks/serve.py): `streams` different questions about pictures,
-   asked one after the other and then all at once, each answer streamed to its end, tokens per second of both;
+1. the given model ("random" is that of benchmarks/serve.py): `streams` different questions, each about a
+   picture of its own, asked one after the other and then all at once, each answer streamed to its end, tokens
+   per second of both;
 2. the server's own cost: a stand-in model of trivial size (one decoder layer of width 32, random weights,
    answers of one token), asked `rate` times a second for `seconds`: what is left is HTTP, JSON, checks, the
    prompt, the queue between threads. A request is due at its own time whatever became of the others, so
@@ -29,7 +30,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 from PIL import Image
 
@@ -85,45 +85,70 @@ def picture(seed: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}"
 
 
-def question(number: int, tokens: int) -> dict[str, Any]:
-    content = [
-        {"type": "image_url", "image_url": {"url": picture(number)}},
-        {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]},
-    ]
+def question(number: int, tokens: int, pictures: bool) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
+    if pictures:
+        content.insert(0, {"type": "image_url", "image_url": {"url": picture(number)}})
+    else:
+        content[0]["text"] += f" Number {number}."
     messages = [{"role": "user", "content": content}]
     options = {"include_usage": True}
     return {"messages": messages, "max_tokens": tokens, "stream": True, "stream_options": options}
 
 
-async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[str, int]:
+class Connection:
+    """A kept connection. A client of little cost, because it shares the cores with the server."""
+
+    def __init__(self, url: str) -> None:
+        self.host, self.port = url.removeprefix("http://").split(":")
+
+    async def open(self) -> Connection:
+        self.reader, self.writer = await asyncio.open_connection(self.host, int(self.port))
+        return self
+
+    async def post(self, body: bytes) -> tuple[int, bytes]:
+        """(status, the whole answer)."""
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.host}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        self.writer.write(head.encode() + body)
+        told = (await self.reader.readuntil(b"\r\n\r\n")).lower()
+        status = int(told.split(b" ", 2)[1])
+        _, found, length = told.partition(b"content-length:")
+        if found:
+            return status, await self.reader.readexactly(int(length.split(b"\r\n")[0]))
+        pieces = []
+        while size := int(await self.reader.readline(), 16):  # transfer-encoding: chunked
+            pieces.append((await self.reader.readexactly(size + 2))[:-2])
+        await self.reader.readline()
+        return status, b"".join(pieces)
+
+
+async def stream(url: str, body: dict[str, Any]) -> tuple[str, int]:
     """(answer, its tokens)."""
-    text, tokens = "", 0
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
-            if event["choices"]:
-                text += event["choices"][0]["delta"].get("content") or ""
-            elif event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
-    return text, tokens
+    connection = await Connection(url).open()
+    status, answer = await connection.post(json.dumps(body).encode())
+    connection.writer.close()
+    events = [json.loads(line[6:]) for line in answer.decode().split("\n") if line.startswith("data: {")]
+    if status != 200 or "usage" not in events[-1]:
+        raise SystemExit(f"status {status}: {answer.decode()}")
+    deltas = [event["choices"][0]["delta"] for event in events if event["choices"]]
+    text = "".join(delta.get("content") or "" for delta in deltas)
+    return text, events[-1]["usage"]["completion_tokens"]
 
 
-async def streams(url: str, count: int, tokens: int) -> dict[str, Any]:
-    bodies = [question(number, tokens) for number in range(2 * count)]
-    limits = httpx.Limits(max_connections=count)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        await stream(client, question(10**6, tokens))  # the first request warms up
-        begun = time.perf_counter()
-        alone = [await stream(client, body) for body in bodies[:count]]
-        one_by_one = time.perf_counter() - begun
-        begun = time.perf_counter()
-        # Other pictures, so that nothing is remembered from before.
-        together = await asyncio.gather(*(stream(client, body) for body in bodies[count:]))
-        at_once = time.perf_counter() - begun
-        again = await asyncio.gather(*(stream(client, body) for body in bodies[:count]))
+async def streams(url: str, count: int, tokens: int, pictures: bool) -> dict[str, Any]:
+    bodies = [question(number, tokens, pictures) for number in range(2 * count)]
+    await stream(url, question(10**6, tokens, pictures))  # the first request warms up
+    begun = time.perf_counter()
+    alone = [await stream(url, body) for body in bodies[:count]]
+    one_by_one = time.perf_counter() - begun
+    begun = time.perf_counter()
+    # Other questions, so that nothing is remembered from before.
+    together = await asyncio.gather(*(stream(url, body) for body in bodies[count:]))
+    at_once = time.perf_counter() - begun
+    again = await asyncio.gather(*(stream(url, body) for body in bodies[:count]))
     rates = [sum(n for _, n in found) / took for found, took in ((alone, one_by_one), (together, at_once))]
     same = sum(a[0] == b[0] for a, b in zip(alone, again, strict=True))
     return {
@@ -186,19 +211,20 @@ async def cost(url: str, rate: int, seconds: float) -> dict[str, Any]:
     """Latencies of a text question at a steady rate, from the time at which each was due."""
     body = {"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 1}
     content = json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
     waits: list[float] = []
     statuses: dict[int, int] = {}
-    limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+    free: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
+    for _ in range(64):
+        free.put_nowait(await Connection(url).open())
 
-        async def one(due: float | None) -> None:
-            response = await client.post("/v1/chat/completions", content=content, headers=headers)
-            if due is not None:
-                waits.append(time.perf_counter() - due)
-                statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+    async def one(due: float) -> None:
+        connection = await free.get()
+        status, _ = await connection.post(content)
+        waits.append(time.perf_counter() - due)
+        statuses[status] = statuses.get(status, 0) + 1
+        free.put_nowait(connection)
 
-        await asyncio.gather(*(one(None) for _ in range(64)))  # connections and caches
+    async def steadily(seconds: float) -> float:
         begun = time.perf_counter()
         tasks = []
         for number in range(int(rate * seconds)):
@@ -206,7 +232,12 @@ async def cost(url: str, rate: int, seconds: float) -> dict[str, Any]:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             tasks.append(asyncio.create_task(one(due)))
         await asyncio.gather(*tasks)
-        took = time.perf_counter() - begun
+        return time.perf_counter() - begun
+
+    await steadily(2)  # caches
+    waits.clear()
+    statuses.clear()
+    took = await steadily(seconds)
     waits.sort()
 
     def percentile(share: float) -> float:
@@ -224,6 +255,7 @@ def main() -> None:
     parser.add_argument("--quantize", default="auto", help="as of pumice serve")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--without-pictures", action="store_true", help="streams answer text alone")
     parser.add_argument("--rate", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--only", choices=("streams", "cost"))
@@ -241,7 +273,9 @@ def main() -> None:
                 random_model(Path(folder))
             options = ["--slots", str(given.streams), "--quantize", given.quantize]
             with server(model, *options) as url:
-                found["streams"] = asyncio.run(streams(url, given.streams, given.tokens))
+                found["streams"] = asyncio.run(
+                    streams(url, given.streams, given.tokens, not given.without_pictures)
+                )
         print(given.model, found["streams"])
     if given.only != "streams":
         with tempfile.TemporaryDirectory() as folder, server(str(tiny(Path(folder)))) as url:

@@ -38,7 +38,7 @@ from pumice.model.quantized import Int8Linear
 Weights = Literal["int8", "fp32"]
 
 LANES, TILE = 16, 4  # as in native.c: inputs are whole LANES, outputs whole TILEs
-ROWS = {"int8": 16, "fp32": 48}  # of a prompt: with more, PyTorch's operations are faster (docs/speed.md)
+ROWS = {"int8": 32, "fp32": 48}  # of prompts: with more, PyTorch's operations are faster (docs/speed.md)
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # Without OpenMP it serves where PyTorch has one thread, too.
 _TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
