@@ -154,7 +154,8 @@ def llava(weights: str) -> Llava:
 @WEIGHTS
 def test_the_engine_answers_alike_with_and_without(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llava(weights)
-    monkeypatch.setitem(native.ROWS, weights, 8)  # so that PyTorch computes the longest prompt
+    rows = min(8, native.ROWS[weights])  # so that PyTorch computes the longest prompt, with int8 every one
+    monkeypatch.setitem(native.ROWS, weights, rows)
     texts = [range(2, 2 + n) for n in (3, 9, 5)] + [range(20, 27)]
     prompts = [Prompt(torch.tensor(text), params=SamplingParams(max_new_tokens=12)) for text in texts]
     used: list[list[int]] = []
@@ -166,7 +167,7 @@ def test_the_engine_answers_alike_with_and_without(weights: str, monkeypatch: py
 
     monkeypatch.setattr(NativeDecoder, "logits", noted)
     fast = list(generate(model, prompts, slots=3))
-    assert [1, 1, 1] in used and [7] in used and not any(9 in news for news in used)
+    assert [1, 1, 1] in used and ([7] in used) == (rows == 8) and not any(9 in news for news in used)
     monkeypatch.setattr(native, "compiled", lambda weights: (None, "it is off"))
     used.clear()
     slow = list(generate(model, prompts, slots=3))

@@ -38,7 +38,10 @@ from pumice.model.quantized import Int8Linear
 Weights = Literal["int8", "fp32"]
 
 LANES, TILE = 16, 4  # as in native.c: inputs are whole LANES, outputs whole TILEs
-ROWS = {"int8": 32, "fp32": 48}  # of prompts: with more, PyTorch's operations are faster (docs/speed.md)
+# Tokens of prompts in one step: with more in fp32, PyTorch's operations are faster (docs/speed.md). Beside
+# int8 these round activations otherwise, and an answer must not depend on how many others ask: there they
+# get all prompts.
+ROWS = {"int8": 0, "fp32": 48}
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # Without OpenMP it serves where PyTorch has one thread, too.
 _TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
