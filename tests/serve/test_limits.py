@@ -13,6 +13,7 @@ import pytest
 from asking import ask, data_uri, picture, post, shown
 
 from pumice import InputError
+from pumice.engine.engine import Engine
 from pumice.serve.settings import Settings
 
 
@@ -265,6 +266,19 @@ def test_a_full_queue(local: Any) -> None:
         assert post(url, ask()).status_code == 200  # and afterwards there is room again
 
 
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model so small would have answered before anybody can leave."""
+    step = Engine.step
+
+    def slow(engine: Engine) -> bool:
+        time.sleep(0.01)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow)
+
+
+@pytest.mark.usefixtures("slowly")
 def test_an_answer_that_takes_too_long(local: Any) -> None:
     with local(timeout=0.05) as url:
         assert told(post(url, ask(max_tokens=200)), 504)["code"] == "timeout"
@@ -285,6 +299,7 @@ def test_a_body_that_never_arrives(local: Any) -> None:
             assert connection.recv(4096) == b""
 
 
+@pytest.mark.usefixtures("slowly")
 def test_readers_who_go_away_end_their_requests(server: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pumice.serve")
     for stream in (False, True):
