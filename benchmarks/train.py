@@ -39,7 +39,7 @@ ROWS, PICTURES = 8, 4  # of a step
 TRICKS = {
     "sharing": "rows about one picture share what they begin alike",
     "packing": "no padding token is computed (and nothing shared)",
-    "supervised-only": "the vocabulary projection sees supervised positions only",
+    "supervised-only": "the last block and the vocabulary projection see supervised positions only",
     "small-packs": "packs of 1,024 tokens one after the other instead of the step at once",
     "no-graph": "frozen parts compute no gradient of their weights",
     "kept-memory": "freed memory stays with the process",
@@ -163,9 +163,20 @@ def ours(folder: Path, stage: str, steps: int, without: list[str], options: list
             made.append(packing.prefix_tree([Sample(sample.id, ids, labels, sample.images, sample.layouts)]))
         return made
 
-    def all_logits(hidden: Any, head: Any, sources: Any, targets: Any, weights: Any) -> Any:
-        losses = torch.nn.functional.cross_entropy((hidden @ head.T)[sources], targets, reduction="none")
-        return (losses * weights).sum()
+    class Everywhere(objective.Objective):
+        """What a step was with hidden states and logits of all positions."""
+
+        def _hidden(self, work: Any, rows: Any) -> Any:
+            self.sources = rows
+            return super()._hidden(work, torch.arange(len(work.input_ids)))
+
+        def loss(self, hidden: Any, head: Any, targets: Any, weights: Any) -> Any:
+            logits = (hidden @ head.T)[self.sources]
+            return (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+
+        def forward(self, *given: Any, **named: Any) -> Any:
+            with patch.object(objective, "supervised_loss", self.loss):
+                return super().forward(*given, **named)
 
     class Masked(objective.Packed):
         """What attention was without runs: every tree a matrix."""
@@ -198,7 +209,7 @@ def ours(folder: Path, stage: str, steps: int, without: list[str], options: list
         del setup
         patches.append(patch.object(batches, "fitting_trees", padded))
     if "supervised-only" in without:
-        patches.append(patch.object(objective, "supervised_loss", all_logits))
+        patches.append(patch.object(loop, "Objective", Everywhere))
     if "kept-memory" in without:
         patches.append(patch.object(loop, "keep_freed_memory", lambda: False))
     if "runs" in without:

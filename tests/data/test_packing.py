@@ -72,9 +72,10 @@ def packed_loss(model: Llava, packed: Pack, leaves: dict[str, Tensor]) -> Tensor
         image_tokens(packed.images, leaves),
         positions=here(packed.positions)[None],
         attend=Packed(packed.runs),
+        rows=here(packed.sources),
     )
     head = model.decoder.head_weight
-    return supervised_loss(hidden[0], head, here(packed.sources), here(packed.targets), here(packed.weights))
+    return supervised_loss(hidden[0], head, here(packed.targets), here(packed.weights))
 
 
 def loss_alone(model: Llava, one: Sample, leaves: dict[str, Tensor]) -> Tensor:

@@ -318,7 +318,7 @@ def test_an_interrupted_step_is_done_again(kit: Kit, monkeypatch: pytest.MonkeyP
     heard = [kit.submit(made, PROMPTS[n]) for n in (0, 2)]
     made.step()
 
-    def interrupt(*_: Any) -> Any:
+    def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     for owner, name in ((model.decoder, "logits"), (made, "_choose"), (model.decoder, "forward")):

@@ -261,9 +261,11 @@ class Engine:
         if native := self._compiled(plan):
             logits = native.logits(x, segments, due)
         else:
-            hidden = model.decoder(x[None], self._cache.positions(segments), self._cache.attend(segments))[0]
+            rows = torch.tensor(due, dtype=torch.long, device=x.device)
+            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
+            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
             if due:
-                logits = model.decoder.logits(hidden[due])
+                logits = model.decoder.logits(hidden)
         for request, count in plan:
             region = request.region
             assert region is not None

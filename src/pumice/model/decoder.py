@@ -31,17 +31,24 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(
-        self, x: Tensor, positions: Tensor, attend: Attend, out: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        out: dict[str, Tensor] | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Embedded tokens x (B, T, D) at positions (B, T) -> hidden states (B, T, D) after the norm.
 
-        out: when given, receives the residual stream after each block under `decoder.blocks.{i}`.
+        rows: (R,), the only positions whose hidden states (B, R, D) are wanted. The last block computes keys
+        and values alone for the others. out: when given, receives the residual stream after each block under
+        `decoder.blocks.{i}`.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # the residual stream adds up small updates, which bf16 would round away
         cos, sin = rotary(positions, self.config)
         for number, block in enumerate(self.blocks):
-            x = block(x, cos, sin, attend)
+            x = block(x, cos, sin, attend, None if number + 1 < len(self.blocks) else rows)
             if out is not None:
                 out[f"decoder.blocks.{number}"] = x
         return self.norm(x)

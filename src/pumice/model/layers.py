@@ -154,7 +154,10 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
+    ) -> Tensor:
+        """rows: as in `Block`."""
         batch, tokens, _ = x.shape
         heads = (batch, tokens, -1, self.head_width)
         if self.qkv is None:
@@ -163,8 +166,10 @@ class Attention(nn.Module):
             v = self.v(x).view(heads).transpose(1, 2)
         else:
             q, k, v = self._joined(self.qkv(x).view(heads), cos, sin)
-        mixed = attend(self.layer, q, k, v)
-        return self.o(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        mixed = attend(self.layer, q, k, v).transpose(1, 2)
+        if rows is not None:
+            mixed = mixed.index_select(1, rows)
+        return self.o(mixed.flatten(2))
 
     def _joined(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, H + 2 K, d) -> q (B, H, T, d), k and v (B, K, T, d); queries and keys turn together."""
@@ -203,6 +208,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with rows (R,) (B, R, D), those positions alone."""
+        mixed = self.attention(self.attention_norm(x), cos, sin, attend, rows)
+        x = mixed + (x if rows is None else x.index_select(1, rows))
         return x + self.mlp(self.mlp_norm(x))

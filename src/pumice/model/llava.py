@@ -114,14 +114,15 @@ class Llava(nn.Module):
         positions: Tensor | None = None,
         attend: Attend | None = None,
         out: dict[str, Tensor] | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """input_ids (B, T) and image tokens (M, N, D) or (total, D) -> hidden states (B, T, D).
 
-        positions (B, T) default to 0..T-1, `attend` to plain causal attention.
+        positions (B, T) default to 0..T-1, `attend` to plain causal attention; out and rows as in `Decoder`.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         x = self.merge(input_ids, image_tokens)
         if out is not None:
             out["embeddings"] = x
-        return self.decoder(x, positions, attend or Causal(self.config.decoder.sliding_window), out)
+        return self.decoder(x, positions, attend or Causal(self.config.decoder.sliding_window), out, rows)

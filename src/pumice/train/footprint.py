@@ -185,9 +185,9 @@ def _step(model: Llava, recipe: Recipe, config: ModelConfig, work: Work, device:
         if image_tokens is not None:
             x = x.masked_scatter(here, image_tokens.to(x.dtype))
         attend = Packed(work.runs, config.decoder.sliding_window, x.device)
-        hidden = model.decoder(x, torch.zeros(1, tokens, dtype=torch.int64), attend)
         rows = torch.zeros(work.supervised, dtype=torch.int64)
-        loss = supervised_loss(hidden[0], model.decoder.head_weight, rows, rows, torch.ones(work.supervised))
+        hidden = model.decoder(x, torch.zeros(1, tokens, dtype=torch.int64), attend, rows=rows)
+        loss = supervised_loss(hidden[0], model.decoder.head_weight, rows, torch.ones(work.supervised))
     if loss.requires_grad:
         loss.backward()
 

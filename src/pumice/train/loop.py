@@ -96,7 +96,7 @@ class Trainer:
         self.objective = Objective(self.model, self.features, mixed, always)
         self._costs = (
             flops_per_token(self.model, setup.part_of),
-            flops_per_prediction(self.model),
+            flops_per_prediction(self.model, setup.part_of),
             flops_per_square(self.model),
         )
         self.runner = self._spread()

@@ -1,6 +1,6 @@
 """The loss of a pack: the vocabulary projection at supervised positions only, in chunks.
 
-Shapes: T tokens, S supervised predictions, D width, V vocabulary.
+Shapes: S supervised predictions, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,13 +50,11 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale, head, None, None
 
 
-def supervised_loss(
-    hidden: Tensor, head: Tensor, sources: Tensor, targets: Tensor, weights: Tensor
-) -> Tensor:
+def supervised_loss(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of the cross-entropies of a pack, fp32 scalar.
 
-    hidden (T, D); head (V, D); sources (S,) rows of hidden that predict targets (S,), weights (S,).
+    hidden (S, D), what predicts targets (S,); head (V, D); weights (S,).
     Divide by the weights' sum over the whole batch, so that every supervised token counts the same.
     """
     apply = cast(Callable[..., Tensor], _ProjectedCrossEntropy.apply)
-    return apply(hidden[sources], head, targets, weights)
+    return apply(hidden, head, targets, weights)

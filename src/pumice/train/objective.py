@@ -76,13 +76,15 @@ class Objective(nn.Module):
             t.to(device, non_blocking=True) for t in (work.sources, work.targets, work.weights)
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
-            hidden, unused = self._hidden(work)
             if last:
-                return self.model.decoder.logits(hidden[0, -1])
-            loss = supervised_loss(hidden[0], self.model.decoder.head_weight, sources, targets, weights)
+                sources = torch.tensor([len(work.input_ids) - 1], device=device)
+            hidden, unused = self._hidden(work, sources)
+            if last:
+                return self.model.decoder.logits(hidden[0])
+            loss = supervised_loss(hidden[0], self.model.decoder.head_weight, targets, weights)
             return loss if unused is None else loss + unused
 
-    def _hidden(self, work: Work) -> tuple[Tensor, Tensor | None]:
+    def _hidden(self, work: Work, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         device = self.model.device
         image_tokens = unused = None
         if work.pictures:
@@ -94,6 +96,7 @@ class Objective(nn.Module):
             image_tokens,
             positions=work.positions.to(device, non_blocking=True)[None],
             attend=Packed(work.runs, self.model.config.decoder.sliding_window, device),
+            rows=rows,
         )
         return hidden, unused
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from pumice.model.llava import Llava
 
 
@@ -16,17 +18,32 @@ def flops_per_token(model: Llava, part_of: Callable[[str], str]) -> float:
     Forward 2 a weight; backward 2 for what lies before and 2 where the weight itself learns. Attention is
     left out: it depends on the lengths, and below 2,000 tokens adds some per cent.
     """
-    decoder = model.decoder
-    blocks = [p for p in decoder.blocks.parameters() if p.dim() == 2]
-    learned = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
-    through = 2 if learned - {"embeddings"} else 0  # gradients must reach the embeddings
-    return float(sum(p.numel() * (2 + through + (2 if p.requires_grad else 0)) for p in blocks))
+    every, late = _matrices(model.decoder.blocks), _matrices(model.decoder.blocks[-1], late=True)
+    through = _through(model, part_of)
+    return _products(every, through) - _products(late, through)
 
 
-def flops_per_prediction(model: Llava) -> float:
-    """The same of one supervised token's projection to the vocabulary."""
+def flops_per_prediction(model: Llava, part_of: Callable[[str], str]) -> float:
+    """The same of one supervised token's way to the vocabulary, from the last block's attention on."""
+    late = _products(_matrices(model.decoder.blocks[-1], late=True), _through(model, part_of))
     head = model.decoder.head_weight
-    return float(head.numel() * (4 + (2 if head.requires_grad else 0)))
+    return late + float(head.numel() * (4 + (2 if head.requires_grad else 0)))
+
+
+def _matrices(block: nn.Module, late: bool = False) -> list[nn.Parameter]:
+    """late: those that the last block uses at supervised positions alone."""
+    named = block.named_parameters()
+    return [p for n, p in named if p.dim() == 2 and (not late or n.startswith(("attention.o.", "mlp.")))]
+
+
+def _products(weights: list[nn.Parameter], through: int) -> float:
+    return float(sum(p.numel() * (2 + through + (2 if p.requires_grad else 0)) for p in weights))
+
+
+def _through(model: Llava, part_of: Callable[[str], str]) -> int:
+    """Products a weight for gradients that must reach the embeddings."""
+    learned = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
+    return 2 if learned - {"embeddings"} else 0
 
 
 def flops_per_square(model: Llava) -> float:
