@@ -135,7 +135,7 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     if word is None:
         return None
     passage = passage_of(assistant, conversation, ids, first)
-    _, looks = read(assistant.model, [passage], rollout=True, gradient=True)
+    _, looks = read(assistant.model, [passage], rollout=True, gradient_from=0)
     mean = averages(words, len(passage.answer))[word]
     where = places(config, scene.picture.size, assistant.processor.layout(conversation.images[0]))
     row: Row = {}

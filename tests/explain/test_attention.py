@@ -79,7 +79,7 @@ def test_the_fast_path_s_numbers(models: ModuleType, name: str) -> None:
         hidden = assistant.model(passage.input_ids[None], passage.image_tokens)
         fast = log_probabilities(assistant.model, hidden[0, -len(passage.answer) :], passage.answer)
     # logits are of the order of 50 here
-    for options in ({}, {"rollout": True}, {"gradient": True}):
+    for options in ({}, {"rollout": True}, {"gradient_from": 0}):
         found, _ = read(assistant.model, [passage, text, passage], **options)
         assert torch.allclose(found[0], fast, atol=2e-4)
         assert torch.allclose(found[2], fast, atol=2e-4)
@@ -110,7 +110,7 @@ def test_gradients_of_all_words_at_once_are_those_of_each_alone(
 ) -> None:
     assistant = opened(models, name, window)
     passage = passage_of(assistant, models)
-    _, looks = read(assistant.model, [passage], gradient=True)
+    _, looks = read(assistant.model, [passage], gradient_from=0)
     assert looks.gradient is not None
     with torch.inference_mode(False), torch.enable_grad():
         found, rows, columns = spelled_out(assistant, passage)
@@ -129,7 +129,7 @@ def test_gradients_through_int8(models: ModuleType) -> None:
     passage = passage_of(assistant, models)
     quantize(assistant.model.decoder, "int8")
     assistant.model.decoder.bfloat16()
-    _, looks = read(assistant.model, [passage], gradient=True)
+    _, looks = read(assistant.model, [passage], gradient_from=0)
     assert looks.gradient is not None
     assert looks.gradient.isfinite().all()
     assert looks.gradient.sum() > 0

@@ -40,7 +40,7 @@ def stream(url: str, **more: Any) -> tuple[str, bool] | None:
 
 @posix
 def test_a_drain_finishes_what_it_began(process: Callable[..., Any]) -> None:
-    server = process("--slots", "1")
+    server = process("--slots", "1", "--drain-timeout", "110")
     url = server.url
     with concurrent.futures.ThreadPoolExecutor(10) as pool:  # so many that the drain takes a while
         running = [pool.submit(stream, url, max_tokens=2000, temperature=1.0, seed=n) for n in range(10)]

@@ -53,7 +53,7 @@ def _compiled() -> Finding:
 
     code, why = compiled()
     if code is not None:
-        return Finding("decoding", "int8 weights in code compiled for this processor", value=True)
+        return Finding("decoding", "int8 and fp32 weights in code compiled for this processor", value=True)
     remedy = "install gcc for twice the speed" if "no C compiler" in why else ""
     says = f"int8 weights without compiled code: {why}"
     return Finding("decoding", says, "note" if remedy else "ok", remedy, False)

@@ -50,7 +50,7 @@ class Looks:
     """What the pass recorded, fp32 on the CPU; rows of attention sum to 1 over all that a token sees.
 
     attention (n, L, H, N); H is 1 where only the mean over heads was kept. rollout (n, N): attention rollout.
-    gradient (n, L, N): gradient times attention, its positive part, the mean over heads.
+    gradient (n, L, N): gradient times attention, its positive part, the mean over heads; 0 where not wanted.
     """
 
     attention: Tensor
@@ -122,18 +122,22 @@ class Passages:
 
 
 def read(
-    model: Llava, passages: Sequence[Passage], *, rollout: bool = False, gradient: bool = False
+    model: Llava, passages: Sequence[Passage], *, rollout: bool = False, gradient_from: int | None = None
 ) -> tuple[list[Tensor], Looks]:
     """Log-probabilities (n,) of each passage's answer, fp32 on the CPU, and where the first one looked.
 
-    The passages run together, as one row of the batch, which costs little more than the longest alone.
+    gradient_from: the lowest layer whose gradient is wanted, None for none. The passages run together, as one
+    row of the batch, which costs little more than the longest alone.
     """
     config = model.config.decoder
-    recorder = Recorder(passages[0], config.depth, config.heads, rollout=rollout, keep=gradient)
+    keep = gradient_from is not None
+    recorder = Recorder(passages[0], config.depth, config.heads, rollout=rollout, keep=keep)
     with torch.inference_mode(False), torch.no_grad():
-        stream = _Rows(_rows(passages[:1])) if gradient else None
+        stream = None if gradient_from is None else _Rows(_rows(passages[:1]))
         found = _run(model, passages, recorder, stream)
-        weighted = None if stream is None else gradients(model, passages[0], recorder, stream)
+        weighted = None
+        if stream is not None and gradient_from is not None:
+            weighted = gradients(model, passages[0], recorder, stream, gradient_from)
     flow = None if recorder.flow is None else recorder.flow[-recorder.count :]
     return found, Looks(recorder.attention, flow, weighted)
 
@@ -168,13 +172,15 @@ def log_probabilities(model: Llava, hidden: Tensor, answer: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
 
 
-def gradients(model: Llava, passage: Passage, recorder: Recorder, stream: dict[str, Tensor]) -> Tensor:
+def gradients(
+    model: Llava, passage: Passage, recorder: Recorder, stream: dict[str, Tensor], lowest: int
+) -> Tensor:
     """Gradient times attention, positive part, mean over heads (arXiv 2103.15679, equation 5): (n, L, N).
 
     The gradient is that of each token's log-probability to the row of its own position. That row acts on its
     own word through its own position's residual stream alone; held apart from what positions tell each other
     (their keys and values), one pass backwards serves all words at once, and exactly. Blocks are run again
-    one by one, from the last to the first, so that no more than one block's activations are kept.
+    one by one, from the last to the lowest, so that no more than one block's activations are kept.
     """
     config = model.config.decoder
     count, length = len(passage.answer), len(passage.input_ids)
@@ -186,11 +192,12 @@ def gradients(model: Llava, passage: Passage, recorder: Recorder, stream: dict[s
         x = stream[f"decoder.blocks.{config.depth - 1}"].requires_grad_()
         said = log_probabilities(model, model.decoder.norm(x)[0], passage.answer.to(model.device)).sum()
         (above,) = torch.autograd.grad(said, x)
-        for layer in range(config.depth - 1, -1, -1):
+        for layer in range(config.depth - 1, lowest - 1, -1):
             below = stream["embeddings" if layer == 0 else f"decoder.blocks.{layer - 1}"].requires_grad_()
             attend = _Own(recorder.keys[layer], recorder.values[layer], config.sliding_window)
             made = model.decoder.blocks[layer](below, cos, sin, attend)
-            above, slope = torch.autograd.grad(made, (below, attend.rows), above)
+            # of a sum: given a gradient to begin with, PyTorch imports a second's worth of symbolic algebra
+            above, slope = torch.autograd.grad((made * above).sum(), (below, attend.rows))
             both = (slope * attend.rows.detach())[:, :, columns].clamp_min(0)
             weighted[:, layer] = both.mean(0).cpu()
     return weighted

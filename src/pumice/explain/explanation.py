@@ -139,14 +139,16 @@ def explain(
         passage_of(assistant, conversation, ids, first),
         *_shadows(assistant, conversation, greys, answer),
     ]
-    found, looks = read(assistant.model, passages, rollout=chosen.rollout, gradient=chosen.gradient)
+    lowest = used[0] if chosen.gradient else None
+    found, looks = read(assistant.model, passages, rollout=chosen.rollout, gradient_from=lowest)
     mean = averages(words, len(found[0]))
     total = (mean > 0).astype(np.float32)
     weights = {
         name: _shares(mean @ other.weigh(looks, used if name == method else every))
         for name, other in METHODS.items()
-        if (not other.rollout or chosen.rollout) and (not other.gradient or chosen.gradient)
         for every in [choose_layers(other, config.decoder.depth, None)]
+        if (not other.rollout or chosen.rollout)
+        and (not other.gradient or name == method or (lowest is not None and every[0] >= lowest))
     }
     attention = np.tensordot(mean, looks.attention.numpy(), 1)
     logs = [total @ chances.numpy() for chances in found]

@@ -26,7 +26,7 @@ THRESHOLD = 0.3
 
 # The plain pictures: brightness as a multiple of the policy's mean colour, and how much noise (standard
 # deviation, of 255), because a tower may find an even surface stranger than a photograph's.
-PLAIN = ((1.0, 0.0), (0.8, 4.0), (1.2, 4.0))
+PLAIN = ((0.85, 0.0), (1.15, 4.0))
 
 
 @dataclass(frozen=True)
