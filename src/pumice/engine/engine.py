@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pumice.engine.generate import Prompt, check_room
+from pumice.engine.memory import keep_freed_memory
 from pumice.engine.native import NativeDecoder, native_decoder
 from pumice.engine.prefix import PrefixCache
 from pumice.engine.requests import Delta, Finish, Request
@@ -30,6 +31,7 @@ from pumice.model.cache import KVCache, Segment
 from pumice.model.llava import Llava
 
 CACHE_BYTES = 1 << 30  # the KV cache's size where nobody says otherwise, more if one context needs more
+FREED_BYTES = 256 * 2**20  # that stay with the process from step to step: a long prompt frees some 100 MB
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Engine:
         if cache_tokens is None:
             each = KVCache.bytes_per_token(config, model.dtype)
             cache_tokens = max(config.context, min(CACHE_BYTES // each, 2 * slots * config.context))
+        if model.device.type == "cpu":
+            keep_freed_memory(FREED_BYTES)
         self.model, self.slots = model, slots
         self._cache = KVCache(config, cache_tokens, model.device, model.dtype)
         self._native = native_decoder(model.decoder, self._cache)

@@ -25,6 +25,7 @@ from torch import nn
 
 from pumice.data.packing import Pack, Tree
 from pumice.engine.generate import Prompt, generate
+from pumice.engine.memory import keep_freed_memory
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError, WorkError
 from pumice.files import hold
@@ -34,7 +35,7 @@ from pumice.train import checkpoint as checkpoints
 from pumice.train.batches import Batch, Batches, prefetch
 from pumice.train.devices import peak
 from pumice.train.features import Looked, TowerFeatures
-from pumice.train.memory import checkpoint_blocks, keep_freed_memory
+from pumice.train.memory import checkpoint_blocks
 from pumice.train.objective import Objective, Work
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
 from pumice.train.parallel import World

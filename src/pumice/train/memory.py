@@ -5,10 +5,7 @@ Knows modules and PyTorch's checkpointing. Does not know what the modules are fo
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import os
-import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -52,21 +49,3 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], kind: Kind) -> None:
             return checkpoint(plain, *args, **options, **named)
 
         block.forward = forward
-
-
-def keep_freed_memory() -> bool:
-    """Have the C library keep what a step frees for the next one, instead of asking the system anew.
-
-    On a CPU every large tensor is otherwise mapped, zeroed page by page, and unmapped again. glibc only;
-    settings of the user's own (MALLOC_ variables, another allocator preloaded) stand. Whether it was done.
-    """
-    if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
-        return False
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # another C library
-        return False
-    # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h; glibc before 2.35 refuses a high M_MMAP_THRESHOLD instead
-    return bool(mallopt(-4, 0) and mallopt(-1, 2**31 - 1))
