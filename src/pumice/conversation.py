@@ -126,17 +126,26 @@ def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[A
     total = len(rest)
     messages: list[Message] = []
     turns = list(turns)
-    if len(turns) > 1 and turns[0][0] == "gpt":
+    left_out = int(len(turns) > 1 and turns[0][0] == "gpt")
+    if left_out:
         turns = turns[1:]  # ShareGPT's rows may begin with the end of an exchange; LLaVA leaves it out, too
     wanted = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in turns if speaker == "human")
     if wanted != total:
+        stray = sum(IMAGE_PLACEHOLDER in text for speaker, text in turns if speaker != "human")
         raise InputError(
             f"row {row_id!r}: {_count(wanted, '<image> placeholder')} for {_count(total, 'picture')}; "
-            "write one placeholder per picture"
+            "write one placeholder per picture" + (", in a turn of 'human'" if stray else "")
         )
-    for speaker, text in turns:
+    started = 1 if turns and turns[0][0] == "system" else 0
+    for number, (speaker, text) in enumerate(turns):
         if speaker not in names:
             raise InputError(f"row {row_id!r}: unknown speaker {speaker!r}; use 'human' or 'gpt'")
+        expected = ("human", "gpt")[(number - started) % 2]
+        if number >= started and speaker != expected:
+            raise InputError(
+                f"row {row_id!r}: turn {number + 1 + left_out} is from {speaker!r} where {expected!r} should "
+                "speak; a row starts with 'human' and takes turns"
+            )
         if speaker != "human":
             messages.append(Message(names[speaker], (text,)))
             continue

@@ -172,7 +172,7 @@ def test_row_becomes_a_checked_conversation(tmp_path: Path) -> None:
     assert [i.source for i in good.images] == [tmp_path / "1.jpg"]
     assert good.messages[0].text == "What is it?"
     bad = {
-        "message 1 is from 'assistant' where 'user'": row(1, conversations=[TURNS[1]], image=None),
+        "turn 1 is from 'gpt' where 'human'": row(1, conversations=[TURNS[1]], image=None),
         "0 <image> placeholders for 1 picture": row(
             1, conversations=[{"from": "human", "value": "?"}, TURNS[1]]
         ),

@@ -284,7 +284,7 @@ def _print_report(report: Report) -> None:
             median, high = tokens["median"], tokens["percentile_95"]
             print(
                 f"tokens of a row: median {median:.0f}, 95 % up to {high:.0f}, longest {tokens['longest']}; "
-                f"{tokens['supervised_share']:.0%} of them supervised; "
+                f"{tokens['supervised_share']:.0%} supervised in rows that can be used; "
                 f"{tokens['too_long_share']:.1%} of the rows exceed the context"
             )
             most = max(tokens["histogram"].values())

@@ -44,7 +44,8 @@ class SourceReport:
     usable: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     tokens: list[int] = field(default_factory=list)  # of each row that could be encoded
-    supervised: int = 0  # tokens, of all those rows
+    supervised: int = 0  # tokens, of those rows that can be used, ...
+    learnt_from: int = 0  # ... and all of their tokens
     too_long: int = 0  # rows with more tokens than the context
 
     def histogram(self) -> dict[str, int]:
@@ -58,13 +59,14 @@ class SourceReport:
         """Plain values for JSON; "tokens" is None where nothing was encoded."""
         tokens = None
         if self.tokens:
-            median, high = np.percentile(self.tokens, [50, 95]).tolist()
+            # lengths that rows have: between a short row and a very long one lies none
+            median, high = np.percentile(self.tokens, [50, 95], method="lower").tolist()
             tokens = {
                 "total": sum(self.tokens),
                 "median": median,
                 "percentile_95": high,
                 "longest": max(self.tokens),
-                "supervised_share": self.supervised / max(1, sum(self.tokens)),
+                "supervised_share": self.supervised / max(1, self.learnt_from),
                 "too_long_share": self.too_long / len(self.tokens),
                 "histogram": self.histogram(),
             }
@@ -236,12 +238,12 @@ def _lengths(
     except InputError as error:
         return [("not encoded", str(error))]
     counts.tokens.append(tokens)
-    counts.supervised += supervised
     if not supervised:
         return [("nothing supervised", f"none of the {tokens} tokens is learnt from")]
-    if context is None or tokens <= context:
-        return []
-    counts.too_long += 1
-    if not truncate:
+    long = context is not None and tokens > context
+    counts.too_long += long
+    if long and not truncate:
         return [("too long", f"{tokens} tokens, the context holds {context}")]
+    counts.supervised += supervised
+    counts.learnt_from += tokens
     return []

@@ -157,9 +157,10 @@ def _row(values: Any, where: str, fallback_id: str, source: str) -> Row:
         pairs.append((speaker, text))
     if not any(speaker == "gpt" for speaker, _ in pairs):
         speakers = ", ".join(repr(name) for name in dict.fromkeys(speaker for speaker, _ in pairs))
+        known = {speaker for speaker, _ in pairs} <= {"human", "system"}
         raise InputError(
             f"{where}: no turn is from 'gpt' (they are from {speakers}), so there is nothing to learn; "
-            "add an answer or remove the row"
+            + ("add an answer or remove the row" if known else "speakers are written 'human' and 'gpt'")
         )
     return Row(str(row_id), tuple(images), tuple(pairs), source)
 
