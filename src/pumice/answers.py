@@ -77,8 +77,10 @@ class AnswerFile:
                 "name another one or remove it"
             )
         if asked != self.asked:
+            other = [key for key in {**asked, **self.asked} if asked.get(key) != self.asked.get(key)]
+            then, now = ({key: known.get(key) for key in other} for known in (asked, self.asked))
             raise InputError(
-                f"'{self.path}', line {number + 1}: it was asked with {asked}, now with {self.asked}; "
+                f"'{self.path}', line {number + 1}: it was asked with {then}, now with {now}; "
                 "ask as before, name another file or remove it"
             )
         return answer

@@ -25,6 +25,11 @@ from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.geometry import best_resolution, letterbox
 
+
+class EnormousPicture(InputError):
+    """A picture of more than MAX_PIXELS, as its header claims."""
+
+
 Source = str | PathLike[str] | bytes | Image.Image
 
 MAX_PIXELS = 100_000_000  # of one picture, as its header claims them; more is refused undecoded
@@ -159,7 +164,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         try:
             image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise InputError(
+            raise EnormousPicture(
                 f"{name} is refused as enormous; give a copy of at most {MAX_PIXELS / 1e6:g} megapixels"
             ) from error
         except UnidentifiedImageError as error:
@@ -207,7 +212,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     if not width * height:
         raise InputError(f"{name} has no pixels ({width} x {height}); give another")
     if width * height > MAX_PIXELS:
-        raise InputError(
+        raise EnormousPicture(
             f"{name} is {width} x {height}, more than {MAX_PIXELS / 1e6:g} megapixels; give a smaller copy"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import socket
+import struct
 import time
 from typing import Any
 
@@ -15,6 +16,9 @@ from asking import ask, data_uri, picture, post, shown
 from pumice import InputError
 from pumice.engine.engine import Engine
 from pumice.serve.settings import Settings
+
+# a bitmap's header that claims 60,000 pixels a side
+ENORMOUS = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
 
 
 def told(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -108,7 +112,8 @@ def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, mess
         ("data:text/plain,hello", "not a picture"),
         (data_uri(b"GIF89a"), "not a picture"),
         (data_uri(picture()[:-200]), "truncated or damaged"),
-        (data_uri(picture(size=(300, 300))), "more than 0.01 megapixels"),
+        (data_uri(picture(size=(300, 300))), "is 300 x 300, more than 0.01 megapixels"),
+        (data_uri(ENORMOUS), "has more than 0.01 megapixels"),  # and not more than the library's own limit
     ],
 )
 def test_wrong_pictures(small: str, url: str, message: str) -> None:

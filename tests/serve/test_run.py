@@ -153,6 +153,7 @@ def test_an_upstream_that_is_away(process: Callable[..., Any]) -> None:
         (["--host", "nowhere.invalid"], "no address of this machine"),
         (["--max-body", "huge"], "the size 'huge' is none"),
         (["--api-key", "x"], "an API key is too short"),
+        (["--api-key", ""], "--api-key is empty"),
         (["--api-key-file", "missing"], "the keys 'missing' cannot be read"),
         (["--upstream", "localhost"], "the upstream 'localhost' is no address"),
         (["--workers", "1000"], "on a machine of"),
@@ -167,6 +168,13 @@ def test_wrong_options(
     assert ended.exit_code == 2, ended.output
     assert message in " ".join(ended.output.split())
     assert "Traceback" not in ended.output
+
+
+def test_an_empty_variable_is_no_open_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUMICE_API_KEY", " ,")
+    ended = CliRunner().invoke(app, ["serve", "--port", "0"])
+    assert ended.exit_code == 2
+    assert "PUMICE_API_KEY is empty" in " ".join(ended.output.split())
 
 
 def test_a_taken_port() -> None:

@@ -167,7 +167,13 @@ def _upstream(url: str, slots: int, settings: Settings) -> tuple[Backend, int]:
 
 
 def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    keys = [*(given or ()), *os.environ.get(KEYS, "").split(",")]
+    # a key that turns out empty, of a variable that is not set, must not leave the server open
+    if any(not key.strip() for key in given or ()):
+        raise InputError("--api-key is empty; give a key, or leave the option out to serve without one")
+    named = os.environ.get(KEYS)
+    if named is not None and not named.strip(", "):
+        raise InputError(f"{KEYS} is empty; give it a key, or unset it to serve without one")
+    keys = [*(given or ()), *(named or "").split(",")]
     if file is not None:
         try:
             keys += file.read_text(encoding="utf-8").splitlines()

@@ -121,7 +121,7 @@ def _embedded() -> Finding:
         remedy = "delete the cache of its parts (above), so that they are fetched again"
         return Finding("pumice-tiny", "gives an empty answer", "problem", remedy)
     took = f"opened in {opened - start:.1f} s, answered in {answered - opened:.1f} s"
-    says = f"{took}; a red circle, {question!r}: {answer!r}"
+    says = f"{took}; to {question!r} of a drawing it said {answer!r} (small models err)"
     return Finding("pumice-tiny", says, value=answer)
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from urllib.parse import unquote_to_bytes
 
 from pumice.errors import InputError
-from pumice.images import image_size, open_image
+from pumice.images import EnormousPicture, image_size, open_image
 from pumice.serve.errors import ApiError
 from pumice.serve.fetch import Fetcher
 from pumice.serve.protocol import ImageUrl
@@ -78,17 +78,20 @@ def _check(param: str, source: str | bytes, settings: Settings) -> bytes:
     data = _decode(param, source) if isinstance(source, str) else source
     try:
         width, height = image_size(data)
+    except EnormousPicture:
+        told = "has"
     except InputError as error:
         raise ApiError(400, str(error), param=param, code="invalid_image") from error
-    if width * height > settings.max_pixels:
-        raise ApiError(
-            400,
-            f"the picture is {width} x {height}, more than {settings.max_pixels / 1e6:g} megapixels; "
-            "send a smaller copy",
-            param=param,
-            code="image_too_large",
-        )
-    return data
+    else:
+        if width * height <= settings.max_pixels:
+            return data
+        told = f"is {width} x {height},"
+    raise ApiError(
+        400,
+        f"the picture {told} more than {settings.max_pixels / 1e6:g} megapixels; send a smaller copy",
+        param=param,
+        code="image_too_large",
+    )
 
 
 def _decode(param: str, url: str) -> bytes:

@@ -33,7 +33,7 @@ REACHED_HERE = 0.6  # share of the timed products that a step reaches on a CPU (
 TEXT = 160  # tokens of text beside a picture, where no rows are here to tell: mix665K's mean
 SUPERVISED = 0.4  # share of them that is learned
 FRAMEWORK = {"cpu": 0.36 * GB, "cuda": 0.8 * GB}  # Python, PyTorch and its libraries (measured on the CPU)
-SLACK = {"cpu": 1.5, "cuda": 1.08}  # what allocators hold beyond what is alive (cpu: glibc's, measured)
+SLACK = {"cpu": 1.6, "cuda": 1.08}  # what allocators hold beyond what is alive (cpu: glibc's, measured)
 STEPS_LOOKED_AT = 12
 
 
@@ -155,7 +155,6 @@ def _memory(
     """Bytes of one process by kind. shards: over how many processes weights and states are split."""
     gathered = 2 * held.weights / config.decoder.depth if shards > 1 else 0.0  # one block used, one fetched
     alive = SLACK[kind]
-    frozen = sum(held.parameters.values()) - held.learning
     return {
         "weights": held.weights / shards + gathered,
         "gradients": held.gradients / shards,
@@ -164,8 +163,8 @@ def _memory(
         "logits": found.logits * alive,
         "picture": 0.0 if "tower" in recipe.stage.learn else found.picture,
         "framework": FRAMEWORK[kind],
-        # frozen tensors are copied from file to file when the model is saved, with all the rest there
-        "files": frozen * (2 if recipe.precision == "bf16" else 4) if kind == "cpu" else 0.0,
+        # from which they are copied when the model is saved, with all the rest there
+        "files": held.files if kind == "cpu" else 0.0,
     }
 
 

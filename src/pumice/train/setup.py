@@ -84,20 +84,29 @@ class Setup:
         learn = {WITHIN.get(part, str(part)) for part in self.recipe.stage.learn}
         parts = {part: source for part, source in self.opened.parts.items() if part not in learn}
         history = [*self.opened.provenance.get("stages", []), summary]
+        state = state or self.model.state_dict()
         folder.save(
             path,
             self.model.config,
-            {**(state or self.model.state_dict()), **self._untouched()},
+            {**state, **self._untouched(state)},
             tokenizer=self.processor.tokenizer.backend.to_str(),
             provenance={**self.opened.provenance, "stages": history},
             parts=parts,
         )
         return path
 
-    def _untouched(self) -> dict[str, Stored]:
-        """Frozen tensors as they are kept where they came from, before rounding to bf16."""
+    def _untouched(self, state: dict[str, Tensor]) -> dict[str, Stored]:
+        """Frozen tensors as they are kept where they came from, before rounding to bf16 or to fewer bits.
+
+        Weights that `state` holds just so are left out: reading them would map their pages once more.
+        """
         learn = self.recipe.stage.learn
-        return {name: kept for name, kept in self.opened.stored.items() if self.part_of(name) not in learn}
+        held = {name: state[name].dtype for name, _ in self.model.named_parameters() if name in state}
+        return {
+            name: kept
+            for name, kept in self.opened.stored.items()
+            if self.part_of(name) not in learn and held.get(name) != kept.dtype
+        }
 
     def save_and_compare(self, state: dict[str, Tensor] | None = None) -> None:
         """Save the model and read it back before the first step, so that saving cannot fail at the end.

@@ -26,6 +26,7 @@ class Sizes:
     weights: float  # in memory, as are the next two
     gradients: float
     optimizer: float
+    files: float  # pages of frozen tensors that memory holds in another form, a CPU's
     model: float  # on disk, as is the next one
     checkpoint: float
 
@@ -48,7 +49,8 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
     learn, base = recipe.stage.learn, recipe.stage.base
     learning = learned(model, learn)
     parameters: dict[str, int] = {}
-    weights = 0.0
+    weights = files = 0.0
+    stored = 2 if recipe.precision == "bf16" else 4
     for name, parameter in model.named_parameters():
         numbers, part = parameter.numel(), part_of(name, learn)
         parameters[part] = parameters.get(part, 0) + numbers
@@ -56,14 +58,17 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
             weights += numbers * kept_as(name, name in learning, recipe, device).itemsize
         else:
             weights += numbers * NF4_BYTES if base == "nf4" else numbers + 4 * len(parameter)
+            files += stored * numbers  # they were read once, and will be again when the model is saved
+        if name not in learning and (stored == 2 or (base != "none" and _in_few_bits(name, parameter))):
+            files += stored * numbers
     for name, buffer in model.named_buffers():
         kept = kept_as(name, False, recipe, device) if buffer.is_floating_point() else buffer.dtype
         weights += buffer.numel() * kept.itemsize
     count = sum(parameter.numel() for parameter in learning.values())
     gradients = 4.0 * count
     moments = gradients * (2 if recipe.optimizer == "adamw" else 0.5)
-    written = gradients + (sum(parameters.values()) - count) * (2 if recipe.precision == "bf16" else 4)
-    return Sizes(parameters, count, weights, gradients, moments, written, gradients + moments)
+    written = gradients + (sum(parameters.values()) - count) * stored
+    return Sizes(parameters, count, weights, gradients, moments, files, written, gradients + moments)
 
 
 def kept_as(name: str, learns: bool, recipe: Recipe, device: str) -> torch.dtype:
