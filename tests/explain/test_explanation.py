@@ -333,7 +333,12 @@ def test_command_prints_json_alone(run: Any) -> None:
         (["b.png", "What?", "--out", "x.png"], "'b.png' does not exist"),
         (["a.png", "What?", "--json", "--method", "x"], "unknown method 'x'"),
         (["a.png", "What?", "--json", "--layers", "2-x"], "--layers is '2-x'"),
-        (["a.png", "What?", "--json", "--layers", "5-3"], "were chosen, the decoder has layers 0 to 1"),
+        (["a.png", "What?", "--json", "--layers", "5-3"], "--layers is '5-3'"),
+        (["a.png", "What?", "--json", "--layers", "1-"], "--layers is '1-'"),
+        (
+            ["a.png", "What?", "--json", "--layers", "0-9"],
+            "layer 9 was chosen, the decoder has layers 0 to 1",
+        ),
         (["a.png", "What?", "--json", "--layers", "²"], "--layers is '²'"),
         (["a.png", "What?", "--out", "x.png", "--occlusion", "2"], "a strip does not show --occlusion"),
         (["a.png", "What?", "--json", "--answer", " "], "the answer to explain is empty"),

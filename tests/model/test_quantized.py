@@ -125,6 +125,15 @@ def test_the_bias_and_the_shape_are_kept(kind: str) -> None:
 
 @KERNELS
 @KIND
+def test_no_rows_are_none(kind: str) -> None:
+    """As the last block has where a step reads a prompt's first part alone."""
+    layer = LAYERS[kind](torch.randn(48, 96).bfloat16(), torch.randn(48).bfloat16())
+    assert layer.kernel
+    assert layer(torch.zeros(1, 0, 96).bfloat16()).shape == (1, 0, 48)
+
+
+@KERNELS
+@KIND
 @pytest.mark.parametrize("outputs", [48, 128])
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_kernels_and_the_way_without_them_compute_the_same(kind: str, outputs: int, rows: int) -> None:

@@ -118,8 +118,9 @@ def _layers(text: str | None) -> list[int] | None:
         return None
     found: list[int] = []
     for part in text.split(","):
-        low, _, high = part.strip().partition("-")
-        if not low.isdecimal() or not (high or low).isdecimal() or int(high or low) > 10_000:
+        low, dash, high = part.strip().partition("-")
+        last = high if dash else low
+        if not (low.isdecimal() and last.isdecimal()) or not int(low) <= int(last) <= 10_000:
             raise InputError(f"--layers is {text!r}; write numbers from 0, such as 12-23 or 3,7,21")
-        found += range(int(low), int(high or low) + 1)
+        found += range(int(low), int(last) + 1)
     return found

@@ -104,5 +104,7 @@ def choose_layers(method: Method, depth: int, wanted: Sequence[int] | None) -> l
         )
     layers = sorted(set(wanted))
     if not layers or layers[0] < 0 or layers[-1] >= depth:
-        raise InputError(f"layers {list(wanted)} were chosen, the decoder has layers 0 to {depth - 1}")
+        outside = [n for n in (*layers[:1], *layers[-1:]) if not 0 <= n < depth]
+        chosen = f"layer {outside[-1]} was" if outside else "no layers were"
+        raise InputError(f"{chosen} chosen, the decoder has layers 0 to {depth - 1}")
     return layers

@@ -62,7 +62,7 @@ class Int8Linear(nn.Module):
         few = x.numel() <= _INT8_ROWS * self.weight.shape[1]
         if self.kernel and few and not x.requires_grad:  # the kernel has no derivative
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
-            y = y.view(*x.shape[:-1], -1)
+            y = y.view(*x.shape[:-1], len(self.weight))
         else:
             y = F.linear(x, self.weight.to(x.dtype)).mul_(self.scale)
         return y if self.bias is None else y + self.bias
@@ -120,7 +120,7 @@ class Int4Linear(nn.Module):
         if self.kernel and few and not x.requires_grad:  # the kernel has no derivative
             rows = x.flatten(0, -2)
             y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scale_offset)
-            y = y[:, : self.outputs].view(*x.shape[:-1], -1)
+            y = y[:, : self.outputs].view(*x.shape[:-1], self.outputs)
         else:
             y = F.linear(x, self.restored(x.dtype))
         return y if self.bias is None else y + self.bias
