@@ -70,15 +70,20 @@ def test_workers_share_a_port_and_are_replaced(process: Callable[..., Any]) -> N
     first, second = server.wait_for("listening", 2)
     assert first["url"] == second["url"]
     url = first["url"]
+
+    def counted(requests: int) -> None:  # that is done when the answer has gone out
+        told = f'pumice_requests_total{{path="/v1/chat/completions",status="200"}} {requests}.0'
+        end = time.monotonic() + 60
+        while told not in httpx.get(f"{url}/metrics").text:
+            assert time.monotonic() < end
+
     assert post(url, ask()).status_code == 200
+    counted(1)  # a worker that is killed before it counts never will
     os.kill(first["pid"], signal.SIGKILL)
     assert len(server.wait_for("listening", 3)) == 3
     assert len({line["pid"] for line in server.lines if line["message"] == "listening"}) == 3
     assert post(url, ask()).status_code == 200
-    both = 'pumice_requests_total{path="/v1/chat/completions",status="200"} 2.0'
-    end = time.monotonic() + 60  # a request is counted when its answer has gone out
-    while both not in httpx.get(f"{url}/metrics").text:
-        assert time.monotonic() < end
+    counted(2)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0
 
