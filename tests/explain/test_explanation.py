@@ -175,6 +175,12 @@ def test_an_empty_answer_is_a_clear_page(tiny: Assistant, models: ModuleType) ->
     [
         ({"images": None}, "there is no picture to explain"),
         ({"answer": " \n"}, "the answer to explain is empty"),
+        ({"answer": 3}, "the answer to explain is empty or no text"),
+        ({"layers": "0-1"}, "the layers are '0-1'; give numbers"),
+        ({"layers": 1}, "the layers are 1; give numbers"),
+        ({"layers": [0.5]}, r"the layers are \[0.5\]; give numbers"),
+        ({"occlusion": 2.5}, "occlusion is 2.5"),
+        ({"occlusion": True}, "occlusion is True"),
         ({"method": "guess"}, "unknown method 'guess'; use one of mean"),
         ({"layers": [0, 2]}, "the decoder has layers 0 to 1"),
         ({"layers": []}, "the decoder has layers 0 to 1"),

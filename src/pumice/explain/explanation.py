@@ -105,7 +105,7 @@ def explain(
     chosen = get_method(method)
     config = assistant.model.config
     used = choose_layers(chosen, config.decoder.depth, layers)
-    if not 0 <= occlusion <= MOST_REGIONS:
+    if type(occlusion) is not int or not 0 <= occlusion <= MOST_REGIONS:
         raise InputError(f"occlusion is {occlusion}; give the regions on a side, 0 (off) to {MOST_REGIONS}")
     conversation.check(answered=False)
     if not conversation.images:
@@ -113,8 +113,10 @@ def explain(
     images = [open_image(part.source) for part in conversation.images]
     if answer is None:
         answer = "".join(assistant.stream(conversation, **sampling))
-    elif not answer.strip():
-        raise InputError("the answer to explain is empty; give its text, or leave it out to have one made")
+    elif not isinstance(answer, str) or not answer.strip():
+        raise InputError(
+            "the answer to explain is empty or no text; give one, or leave it out to have one made"
+        )
     question = next(m.text for m in reversed(conversation.messages) if m.role == "user").strip()
     layouts = [assistant.processor.layout(part) for part in conversation.images]
     shown = [

@@ -102,6 +102,8 @@ def choose_layers(method: Method, depth: int, wanted: Sequence[int] | None) -> l
         raise InputError(
             f"the method {method.title!r} goes through all layers; leave out the choice of layers"
         )
+    if isinstance(wanted, str) or not isinstance(wanted, Sequence) or {type(n) for n in wanted} - {int}:
+        raise InputError(f"the layers are {wanted!r}; give numbers from 0, such as [3, 4] or range(12, 24)")
     layers = sorted(set(wanted))
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         outside = [n for n in (*layers[:1], *layers[-1:]) if not 0 <= n < depth]
