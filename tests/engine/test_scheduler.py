@@ -1,7 +1,7 @@
 """The scheduler over many seeded schedules, with a KV cache that remembers whose token stands where.
 
-No model runs: a step writes the hash of a sequence's beginning into the place of its last token, so that a place
-with anything else in it would have been a wrong answer.
+No model runs: a step writes into a token's place the hash of the sequence up to it, so a place with anything
+else in it would have been a wrong answer.
 """
 
 from __future__ import annotations

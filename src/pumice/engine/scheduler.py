@@ -128,7 +128,7 @@ class Scheduler:
                 return
 
     def _widen(self, request: Request, region: Region, room: int) -> bool:
-        """Give a region `room` places. False only if another request runs: all other regions can be evicted."""
+        """Give a region `room` places. False only if another request runs: the idle give way."""
         if self._grow(region, room):
             return True
         if (moved := self.prefix.take(room)) is None:
