@@ -84,3 +84,22 @@ def test_a_published_tower_is_named(models: ModuleType, width: int, named: str) 
 
     vision = replace(models.CLIP, image_size=336, width=width, depth=24, heads=16, mlp_width=4096)
     assert tower_name(vision) == named
+
+
+def test_how_several_pictures_are_shown_comes_back_or_is_told(models: ModuleType, tmp_path: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES["LLaVA-OneVision, anyres_max"])
+    cases = [  # max_tiles and several of the model, of what comes back, and how many notes speak of it
+        (1, "square", (1, "square"), ["unless image_aspect_ratio is set to 'pad'"]),
+        (None, "square", (4, "square"), ["unless image_aspect_ratio is set to 'pad'"]),
+        (1, "tiles", (1, "square"), ["training shows each of several pictures as one square, this model in"]),
+        (None, "tiles", (None, "tiles"), []),
+    ]
+    for number, (most, several, back, told) in enumerate(cases):
+        image = replace(model.config.image, max_tiles=most, several=several)
+        changed = replace(model, config=replace(model.config, image=image))
+        notes = export(changed, "llava", tmp_path / str(number)).notes
+        found = read_model(tmp_path / str(number), template=model.config.template).config.image
+        assert (found.max_tiles, found.several) == back
+        spoken = [note for note in notes if "several pictures" in note]
+        assert len(spoken) == len(told)
+        assert all(words in note for words, note in zip(told, spoken, strict=True))

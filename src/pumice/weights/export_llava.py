@@ -22,8 +22,10 @@ from pumice.weights import keymaps
 from pumice.weights.chat_template import to_jinja
 from pumice.weights.checkpoint import Stocks, write_weights
 from pumice.weights.export_hf import (
+    anyres_max,
     generation_config,
     image_processor,
+    square_notes,
     text_config,
     text_refusal,
     tower_refusal,
@@ -89,7 +91,14 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     write_json(
         folder / TOWER / "preprocessor_config.json", image_processor(squares, config.vision.image_size)
     )
-    notes = []
+    image, notes = config.image, []
+    if image.mode == "anyres" and (image.max_tiles is not None or image.several == "square"):
+        notes = square_notes(image, "the original code's training")
+    if image.several == "square":
+        notes.append(
+            "the original code cuts each of several pictures into tiles when it answers, unless "
+            "image_aspect_ratio is set to 'pad' for them"
+        )
     if tower == TOWER:
         notes.append(
             "no published vision tower has this shape, so the original code cannot build it from "
@@ -122,7 +131,7 @@ def _config(config: ModelConfig, state: Stocks, tower: str) -> dict[str, Any]:
         "unfreeze_mm_vision_tower": True,  # else the tower's weights in the shards are not read
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": _aspect_ratio(config.image),
+        "image_aspect_ratio": _aspect_ratio(config),
         "tokenizer_model_max_length": config.decoder.context,
         "tokenizer_padding_side": "right",
     }
@@ -132,10 +141,11 @@ def _config(config: ModelConfig, state: Stocks, tower: str) -> dict[str, Any]:
     return values
 
 
-def _aspect_ratio(image: ImagePolicy) -> str:
+def _aspect_ratio(config: ModelConfig) -> str:
+    image = config.image
     if image.mode != "anyres":
         return "pad" if image.mode == "pad" else "square"  # which leaves the picture to the tower's own
-    return "anyres" if image.max_tiles is None else f"anyres_max_{image.max_tiles}"
+    return "anyres" if image.max_tiles is None and image.several == "tiles" else anyres_max(config)
 
 
 def tower_name(vision: VisionConfig) -> str:

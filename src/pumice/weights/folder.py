@@ -143,7 +143,8 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise InputError(f"the model folder {folder} {what}")
-    config = ModelConfig.from_dict(read_json(folder / CONFIG, _LACKING), str(folder / CONFIG))
+    values = read_json(folder / CONFIG, _LACKING)
+    config = ModelConfig.from_dict(values, str(folder / CONFIG))
     parts = _read_parts(folder / PARTS) if (folder / PARTS).exists() else {}
     own_tokenizer = (folder / TOKENIZER).exists() or "decoder" not in parts
     tokenizer = _read_tokenizer(folder / TOKENIZER) if own_tokenizer else None
@@ -159,7 +160,17 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
         _add(state, "decoder", base.state, folder)
         tokenizer = tokenizer or base.text.backend
     assert tokenizer is not None  # read from the folder, or built with the decoder
-    return LoadedParts(config, state, tokenizer, provenance, parts)
+    return LoadedParts(config, state, tokenizer, provenance, parts, _assumed(config, values))
+
+
+def _assumed(config: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes on a config.json of an older Pumice, which showed several pictures in tiles to every model."""
+    if config.image.several != "square" or values["image"].get("several") is not None:
+        return ()
+    return (
+        f"{CONFIG} does not say image.several: each of several pictures is shown as one padded square, as "
+        'LLaVA-OneVision was trained; write "several": "tiles" there if this model was trained on tiles',
+    )
 
 
 def check(state: Mapping[str, Tensor | Stored], expected: Shapes, where: str) -> None:

@@ -130,7 +130,10 @@ def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> Imag
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pinpoints):
         raise InputError(f"{keys.where}: image_grid_pinpoints is {pinpoints}, not a list of [height, width]")
     sizes = tuple((width, height) for height, width in pinpoints)
-    return dataclasses.replace(policy, mode="anyres", pinpoints=sizes, unpad=True, max_tiles=most)
+    several = "square" if kind == "llava_onevision" else "tiles"
+    return dataclasses.replace(
+        policy, mode="anyres", pinpoints=sizes, unpad=True, max_tiles=most, several=several
+    )
 
 
 def _processor(folder: Path) -> Keys:

@@ -105,6 +105,7 @@ def new_parts(
     config, notes = language.text.model_config(
         template, decoder, decoder=language.config, vision=seeing.config,
         connector=from_dict(ConnectorConfig, dict(connector or {}), "connector"), image=chosen,
+        trained_pictures=0,
     )  # fmt: skip
     state = {f"tower.{name}": tensor for name, tensor in seeing.state.items()}
     fresh = Connector(config.connector, config.vision.width, config.decoder.width)

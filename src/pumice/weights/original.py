@@ -199,6 +199,7 @@ def _image(keys: Keys, vision: VisionConfig, published: ImagePolicy) -> ImagePol
         pinpoints=_pinpoints(keys, vision.image_size),
         unpad=merge == "spatial_unpad",
         max_tiles=int(match[1]) if match[1] else None,
+        several="square" if match[1] else "tiles",  # LLaVA-NeXT's training and LLaVA 1.6, which has no _max
     )
 
 
