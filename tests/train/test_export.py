@@ -66,7 +66,7 @@ def test_the_export_computes_what_was_trained(
         export(open_parts(trained), to, tmp_path / to, kind=kind)
         file = tmp_path / to / "model-f32.gguf" if to == "gguf" else tmp_path / to
         found = logits(file, template="v1")[..., : wanted.shape[-1]]
-        # measured worst case: see below
+        # measured worst case of all recipes and formats: 3.9e-6
         difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
         print(f"{recipe} {to}: {difference:.1e}")
         assert difference < 1e-4, to
