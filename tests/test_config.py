@@ -226,3 +226,10 @@ def test_unknown_choices_and_squares_that_do_not_fit_are_refused() -> None:
         ImagePolicy(resample="nearest")
     with pytest.raises(InputError, match="8 x 8 features cannot be reduced by 3"):
         ModelConfig(DECODER, connector=ConnectorConfig(reduce="average", factor=3))
+
+
+@pytest.mark.parametrize("dropout", [1.0, 1.5, -0.1])
+def test_a_dropout_that_teaches_nothing_is_refused(dropout: float) -> None:
+    LoraConfig(dropout=0.0)
+    with pytest.raises(InputError, match=r"dropout is .*at least 0 and less than 1"):
+        LoraConfig(dropout=dropout)

@@ -193,6 +193,11 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, rank=self.rank)
+        if not 0 <= self.dropout < 1:
+            raise InputError(
+                f"dropout is {self.dropout:g}, but must be at least 0 and less than 1: "
+                "at 1 the adapters would learn nothing"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pumice.errors import InputError
-from pumice.weights.checkpoint import open_weights
+from pumice.weights.checkpoint import open_weights, stored
 from pumice.weights.export import export
+from pumice.weights.export_peft import fingerprint
 from pumice.weights.folder import LoadedParts
 from pumice.weights.read import read_model
 
@@ -79,3 +80,21 @@ def test_a_base_is_exported_without_its_adapters(model: LoadedParts, folders: tu
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(stored[name].read(), model.state["decoder.blocks.0.attention.q.weight"].read())
     assert not any("lora" in name for name in stored)
+
+
+def test_fingerprints_stay_what_they_were() -> None:
+    """Adapters that were written before are still put onto their base."""
+    state = {
+        f"decoder.{size}": stored((torch.arange(size) % 251).to(torch.bfloat16))
+        for size in (1, 7, 64, 65, 1000, 2**20 + 1)
+    }
+    assert fingerprint(state) == "59e9c547482bfd83ef3640801e62aa9d"
+
+
+@pytest.mark.parametrize("size", [2**24 + 4, 45_088_768])
+def test_a_tensor_of_a_real_model_has_a_fingerprint(size: int) -> None:
+    """fp32 has no number for the last place of so many, and rounds it past the end."""
+    values = torch.zeros(size, dtype=torch.bfloat16)
+    zeros = fingerprint({"decoder.mlp": stored(values)})
+    values[-1] = 1
+    assert fingerprint({"decoder.mlp": stored(values)}) != zeros

@@ -103,6 +103,7 @@ class Setup:
             tokenizer=self.processor.tokenizer.backend.to_str(),
             provenance={**self.opened.provenance, "stages": history},
             parts=parts,
+            sentencepiece=self.opened.sentencepiece,
         )
         return path
 

@@ -241,8 +241,11 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
     return values
 
 
-def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, chat: str) -> None:
-    """tokenizer.json, which adds the begin-of-text by itself, and the two files beside it."""
+def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, chat: str, **own: Any) -> None:
+    """tokenizer.json, which adds the begin-of-text by itself, and the two files beside it.
+
+    own: further keys of tokenizer_config.json, or others instead of ours.
+    """
     bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     wanted = plain if config.bos_token_id is None else [config.bos_token_id, *plain]
@@ -269,6 +272,7 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
             "model_input_names": ["input_ids", "attention_mask"],  # before 5.0 there would be token_type_ids
             "padding_side": "left",
             "chat_template": chat,
+            **own,
         },
     )
 

@@ -1,14 +1,11 @@
 """Written for the original code, haotian-liu/LLaVA: its config.json, its names of tensors, its tokenizer.
 
 Knows: the layout of its published checkpoints (v1.0 to v1.6) and of LLaVA-NeXT's Qwen2 ones. Does not
-know: where the model comes from. Nothing here was ever run by that code; it is written as it reads.
+know: where the model comes from, or how the tokenizer's files look there (`export_llava_tokenizer`).
 
 The tower's weights stand in the shards, as in v1.6 (`unfreeze_mm_vision_tower`). That code still builds
 the tower from what `mm_vision_tower` names, before it reads them. The shape and the preprocessing of the
 tower stand in `vision_tower/`, so that the folder says everything.
-
-That code reads Llama's tokenizer from `tokenizer.model` alone (`use_fast=False`), which cannot be made
-out of a tokenizer.json: where the model came without one, put the LLM's own into the folder.
 """
 
 from __future__ import annotations
@@ -17,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.config import ImagePolicy, ModelConfig, VisionConfig
-from pumice.templates import get_template
 from pumice.weights import keymaps
-from pumice.weights.chat_template import to_jinja
 from pumice.weights.checkpoint import Stocks, write_weights
 from pumice.weights.export_hf import (
     anyres_max,
@@ -30,8 +25,8 @@ from pumice.weights.export_hf import (
     text_refusal,
     tower_refusal,
     vision_config,
-    write_tokenizer,
 )
+from pumice.weights.export_llava_tokenizer import write_tokenizer
 from pumice.weights.folder import LoadedParts
 from pumice.weights.hf_config import padding
 from pumice.weights.jsonfile import write_json
@@ -79,7 +74,7 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
     write_json(folder / "config.json", _config(config, state, tower))
     write_json(folder / "generation_config.json", generation_config(config))
-    write_tokenizer(folder, config, model.tokenizer, to_jinja(get_template(config.template, config.chat)))
+    notes = write_tokenizer(folder, model)
     (folder / TOWER).mkdir()
     write_json(folder / TOWER / "config.json", vision_config(config.vision))
     squares = ImagePolicy(
@@ -91,9 +86,9 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     write_json(
         folder / TOWER / "preprocessor_config.json", image_processor(squares, config.vision.image_size)
     )
-    image, notes = config.image, []
+    image = config.image
     if image.mode == "anyres" and (image.max_tiles is not None or image.several == "square"):
-        notes = square_notes(image, "the original code's training")
+        notes += square_notes(image, "the original code's training")
     if image.several == "square":
         notes.append(
             "the original code cuts each of several pictures into tiles when it answers, unless "
@@ -104,8 +99,6 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
             "no published vision tower has this shape, so the original code cannot build it from "
             f"mm_vision_tower {TOWER!r}; name one that it can with --tower-name"
         )
-    if not config.decoder.qkv_bias:
-        notes.append("the original code reads the tokenizer from tokenizer.model alone; add that of the LLM")
     return notes
 
 

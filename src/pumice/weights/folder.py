@@ -2,6 +2,8 @@
 
     config.json         ModelConfig.to_dict
     tokenizer.json      of the `tokenizers` library, byte for byte as given
+    tokenizer.model     the SentencePiece model that it was made of, byte for byte; only where the source had
+                        one, for the original code, which reads nothing else
     model.safetensors   the tensors, by the names of `pumice.model`, in float32, float16 or bfloat16; above
                         5 GB in shards, model-00001-of-00003.safetensors and so on, with
                         model.safetensors.index.json as Hugging Face writes it
@@ -42,16 +44,17 @@ from pumice.weights.checkpoint import (
     write_weights,
 )
 from pumice.weights.gguf_llm import open_gguf
-from pumice.weights.jsonfile import read_json, read_text, write_json
+from pumice.weights.jsonfile import read_bytes, read_json, read_text, write_json
 from pumice.weights.keymaps import some
 from pumice.weights.parts import from_wheel, wheel
+from pumice.weights.tokenizer import MODEL
 from pumice.weights.tower import open_efficientnet_lite
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 PROVENANCE, PARTS = "provenance.json", "parts.json"
 PART_NAMES = ("tower", "decoder")
 _OURS = re.compile(
-    r"(config|tokenizer|provenance|parts)\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"(config|tokenizer|provenance|parts)\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 _LACKING = "the folder is not a whole Pumice model"
 # Batch norm's count of batches: only an average without momentum reads it, and we have none.
@@ -71,6 +74,7 @@ class LoadedParts:
     parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from
     notes: tuple[str, ...] = ()  # what was assumed, because the source does not say it
     sources: dict[str, tuple[str, Path]] = field(default_factory=dict)  # role -> as it was named, where it is
+    sentencepiece: bytes | None = None  # tokenizer.model, where the source has one
 
 
 def save(
@@ -81,10 +85,12 @@ def save(
     tokenizer: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     parts: Mapping[str, str] | None = None,
+    sentencepiece: bytes | None = None,
 ) -> None:
     """Write the folder, or replace what it held; files in it that are not ours stay.
 
     state: tensors still in other files are read one at a time. tokenizer: the text of tokenizer.json.
+    sentencepiece: the bytes of tokenizer.model, where there is one.
     parts: part -> wheel, for parts that were not trained; their tensors are left out of `state` here
     (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises WorkError when the disk is full.
     """
@@ -107,6 +113,8 @@ def save(
             write_json(fresh / PARTS, pinned)
         if tokenizer is not None:
             (fresh / TOKENIZER).write_text(tokenizer, encoding="utf-8", newline="")
+        if sentencepiece is not None:
+            (fresh / MODEL).write_bytes(sentencepiece)
 
 
 @contextlib.contextmanager
@@ -160,7 +168,9 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
         _add(state, "decoder", base.state, folder)
         tokenizer = tokenizer or base.text.backend
     assert tokenizer is not None  # read from the folder, or built with the decoder
-    return LoadedParts(config, state, tokenizer, provenance, parts, _assumed(config, values))
+    sentencepiece = read_bytes(folder / MODEL) if (folder / MODEL).is_file() else None
+    notes = _assumed(config, values)
+    return LoadedParts(config, state, tokenizer, provenance, parts, notes, sentencepiece=sentencepiece)
 
 
 def _assumed(config: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     state = keymaps.convert(tensors, table, str(folder))
     if not biases:
         state |= _no_biases(state)
-    return LoadedParts(config, state, side.tokenizer, {}, notes=notes)
+    return LoadedParts(config, state, side.tokenizer, {}, notes=notes, sentencepiece=side.files.sentencepiece)
 
 
 def _nesting(tensors: Stocks, folder: Path) -> keymaps.Nesting:

@@ -82,7 +82,15 @@ def open_original(
     projector = keymaps.original_connector(connector.kind)
     table = keymaps.llava(config, keymaps.ORIGINAL, projector, prefix)
     state |= keymaps.convert(tensors, table, str(folder))
-    loaded = LoadedParts(config, state, side.tokenizer, {}, notes=notes, sources=sources)
+    loaded = LoadedParts(
+        config,
+        state,
+        side.tokenizer,
+        {},
+        notes=notes,
+        sources=sources,
+        sentencepiece=side.files.sentencepiece,
+    )
     return adapt(loaded, folder) if adapter else loaded
 
 
