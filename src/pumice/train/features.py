@@ -23,7 +23,7 @@ from pumice.config import ModelConfig
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.files import hold, replacing, whole_lines
-from pumice.images import image_key
+from pumice.images import image_key, read_picture
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
@@ -70,6 +70,8 @@ class TowerFeatures:
         for image in images:
             key, features, pixels = None, None, None
             if self.cache is not None:
+                # Read once: the file may be replaced between the key and the pixels.
+                image = ImagePart(read_picture(image.source))
                 key = self.cache.key(image, mirror)
                 features = self.cache.read(key)
             if features is None:
