@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ import pytest
 import tokenizers
 from hypothesis import settings
 from PIL import Image
+
+from pumice import images
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -57,6 +60,27 @@ def interrupts_are_heard() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def replaced_when_opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Sequence[bytes]], None]:
+    """Replaces a picture file by the next of `contents` each time that it has been opened."""
+
+    def begin(path: Path, contents: Sequence[bytes]) -> None:
+        following, opened = itertools.cycle(contents), images._open_file
+
+        def open_file(source: Any, name: str) -> Any:
+            file = opened(source, name)
+            if isinstance(source, str | os.PathLike) and Path(source) == path:
+                other = path.with_suffix(".new")
+                other.write_bytes(next(following))
+                os.replace(other, path)
+            return file
+
+        path.write_bytes(next(following))
+        monkeypatch.setattr(images, "_open_file", open_file)
+
+    return begin
 
 
 @dataclass(frozen=True)

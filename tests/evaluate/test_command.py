@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pumice.cli import app
+from pumice.evaluate.compare import verdict
+from pumice.evaluate.task import get_task
 
 
 @pytest.fixture
@@ -180,11 +183,11 @@ def test_answers_that_cannot_be_compared(folder: Path) -> None:
 
 def test_where_lower_is_better() -> None:
     found = {"files": ["a.jsonl", "b.jsonl"], "difference": -2.5, "better": 3, "worse": 1}
-    assert verdict(found | {"lower_is_better": True}).startswith("a.jsonl is 2.50 points better than b.jsonl (3 ")
-    assert verdict(found | {"lower_is_better": False}).startswith("b.jsonl is 2.50 points better than a.jsonl (1 ")
+    told = verdict(found | {"lower_is_better": True})
+    assert told == "a.jsonl is 2.50 points better than b.jsonl (3 answers better, 1 worse)"
+    told = verdict(found | {"lower_is_better": False})
+    assert told == "b.jsonl is 2.50 points better than a.jsonl (1 answer better, 3 worse)"
     assert get_task("chair").lower_is_better and not get_task("pope").lower_is_better
-
-
 
 
 def test_a_server_that_scores(folder: Path) -> None:
