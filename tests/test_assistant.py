@@ -407,7 +407,7 @@ def test_an_explanation_draws_the_picture_that_it_explains(
     right = exact.explain(contents[0], "What?", "A dog.")
     replaced_when_opened(tmp_path / "latest.png", contents)
     found = exact.explain(tmp_path / "latest.png", "What?", "A dog.")
-    assert np.array_equal(found.reliance.with_picture, right.reliance.with_picture)
+    assert np.array_equal(found.reliance.shown, right.reliance.shown)
 
 
 def test_a_file_that_is_deleted_between_two_questions(exact: Assistant, tmp_path: Path) -> None:
