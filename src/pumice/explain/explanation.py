@@ -33,7 +33,7 @@ from pumice.explain.reliance import (
     without_pictures,
 )
 from pumice.explain.words import Word, averages, split
-from pumice.images import open_image
+from pumice.images import open_image, read_picture
 from pumice.tokens import IGNORE
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def explain(
     conversation.check(answered=False)
     if not conversation.images:
         raise InputError("there is no picture to explain the answer by; show one with the question")
+    conversation = conversation.with_sources(read_picture)  # drawn is what was asked about
     images = [open_image(part.source) for part in conversation.images]
     if answer is None:
         answer = "".join(assistant.stream(conversation, **sampling))
