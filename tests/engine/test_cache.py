@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pumice.engine.prefix import PrefixCache, Region, common
+from pumice.engine.cache import PrefixCache, Region, common
 
 
 def keys(*values: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from pumice.config import DecoderConfig
-from pumice.weights import keymaps
+from pumice.formats import names as tensor_names
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2"]
@@ -45,7 +45,7 @@ def random_state(config: DecoderConfig, seed: int = 0) -> dict[str, Tensor]:
     columns = {"o": rows["q"], "down": config.mlp_width}
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name in keymaps.inverse(keymaps.gguf_decoder(config)):
+    for name in tensor_names.inverse(tensor_names.gguf_decoder(config)):
         layer = name.split(".")[-2]
         if layer in rows and name.endswith(".weight"):
             shape: tuple[int, ...] = (rows[layer], columns.get(layer, config.width))
@@ -108,7 +108,7 @@ def write_gguf() -> WriteGguf:
                 writer.add_float32(name, value)
             else:
                 writer.add_uint32(name, int(value))
-        theirs = keymaps.inverse(keymaps.gguf_decoder(config))
+        theirs = tensor_names.inverse(tensor_names.gguf_decoder(config))
         exact = {}
         for name, tensor in (extra or {}).items():
             writer.add_tensor(name, tensor.numpy())

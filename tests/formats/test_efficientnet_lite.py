@@ -10,15 +10,16 @@ from torch import Tensor
 
 from pumice.config import VisionConfig
 from pumice.errors import InputError
+from pumice.formats import names as tensor_names
+from pumice.formats.efficientnet_lite import open_efficientnet_lite
+from pumice.formats.pumice.folder import check
 from pumice.model.efficientnet import EfficientNetLite
-from pumice.weights import keymaps, parts
-from pumice.weights.folder import check
-from pumice.weights.tower import open_efficientnet_lite
+from pumice.storage import download
 
 
 def published(depth: int = 21) -> dict[str, Tensor]:
     """A checkpoint as it is published: every key, one value each."""
-    return {name: torch.full((1,), float(i)) for i, name in enumerate(keymaps.efficientnet_lite(depth))}
+    return {name: torch.full((1,), float(i)) for i, name in enumerate(tensor_names.efficientnet_lite(depth))}
 
 
 def test_names_are_those_of_our_tower(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_the_published_tower_fits() -> None:
-    part = parts.WHEELS["efficientnet-lite2"]
+    part = download.WHEELS["efficientnet-lite2"]
     path = part.folder / Path(part.member).name
     if not path.exists():
         pytest.skip("EfficientNet-Lite2 is not in the cache; `pumice ask` fetches it")

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from pumice.cli import app
 from pumice.config import ConnectorConfig, ModelConfig, RopeScaling, VisionConfig
 from pumice.errors import InputError, WorkError
-from pumice.weights import checkpoint
-from pumice.weights.checkpoint import stored
-from pumice.weights.export import REFUSALS, export, merged, probe, refusal
-from pumice.weights.folder import LoadedParts, save
+from pumice.formats.export import REFUSALS, export, merged, probe, refusal
+from pumice.formats.pumice.folder import save
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import open_weights, stored
 
 LLAVA = "CLIP + Llama, pad (LLaVA 1.5)"
 
@@ -151,9 +151,11 @@ def test_a_full_disk_leaves_nothing_behind(
 
     import gguf
 
-    from pumice.weights import export_hf, export_llava, export_peft
+    from pumice.formats.hf import write as hf_write
+    from pumice.formats.llava import write as llava_write
+    from pumice.formats.peft import write as peft_write
 
-    for module in (export_hf, export_llava, export_peft):
+    for module in (hf_write, llava_write, peft_write):
         monkeypatch.setattr(module, "write_json", full)
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
     with pytest.raises(WorkError, match=r"cannot write .*No space left on device"):
@@ -196,8 +198,8 @@ def test_weights_are_stored_as_they_were_or_as_asked(llava: LoadedParts, tmp_pat
     export(replace(llava, state=half), "hf", tmp_path / "kept")
     export(llava, "hf", tmp_path / "cast", dtype="fp16")
     for folder, dtype in (("kept", torch.bfloat16), ("cast", torch.float16)):
-        tensors = checkpoint.open_weights(tmp_path / folder)
-        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+        state = open_weights(tmp_path / folder)
+        assert {tensor.dtype for tensor in state.values()} == {dtype}
         said = json.loads((tmp_path / folder / "config.json").read_text())["torch_dtype"]
         assert f"torch.{said}" == str(dtype)
 

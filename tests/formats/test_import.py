@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from pumice.assistant import load
 from pumice.cli import app
 from pumice.errors import InputError, WorkError
-from pumice.weights import checkpoint, folder
-from pumice.weights.folder import open_parts
-from pumice.weights.importing import import_model
-from pumice.weights.load import new_model, open_model
+from pumice.formats.import_ import import_model
+from pumice.formats.load import new_model, open_model
+from pumice.formats.pumice import folder
+from pumice.formats.pumice.folder import open_parts
+from pumice.storage import tensors
 
 Llavas = Callable[[str], Path]
 Parts = tuple[Path, Path]
@@ -71,7 +72,7 @@ def test_large_models_are_written_in_shards(
     llava: Llavas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import_model(str(llava("llava")), tmp_path / "one")
-    monkeypatch.setattr(checkpoint.write_weights, "__defaults__", ("model", 50_000))
+    monkeypatch.setattr(tensors.write_weights, "__defaults__", ("model", 50_000))
     import_model(str(llava("llava")), tmp_path / "many")
     shards = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors*"))
     assert shards[-1] == "model.safetensors.index.json"
@@ -162,7 +163,7 @@ def test_a_full_disk_leaves_nothing(llava: Llavas, tmp_path: Path, monkeypatch: 
         written.append(path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_file", full)
+    monkeypatch.setattr(tensors, "write_file", full)
     with pytest.raises(
         WorkError, match=r"cannot write .*m \(No space left on device\); nothing was left there"
     ):

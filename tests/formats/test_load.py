@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pumice.errors import InputError
-from pumice.weights.importing import import_model
-from pumice.weights.load import open_model
-from pumice.weights.read import BUILT_IN, find_model
+from pumice.formats.import_ import import_model
+from pumice.formats.load import open_model
+from pumice.formats.read import BUILT_IN, find_model
 
 
 def test_a_folder_without_a_model_does_not_hide_a_built_in_one(

@@ -9,7 +9,7 @@ import torch
 
 from pumice.config import DecoderConfig
 from pumice.errors import InputError
-from pumice.weights import keymaps
+from pumice.formats import names as tensor_names
 
 CONFIG = DecoderConfig(
     vocab_size=32, width=16, depth=2, heads=2, kv_heads=1, head_width=8, mlp_width=24, tied_head=True
@@ -36,33 +36,33 @@ def test_hugging_face_names_map_one_to_one(family: str) -> None:
             )
         )  # fmt: skip
     state = dict(model.state_dict())
-    table = keymaps.hf_decoder(config)
-    ours = keymaps.convert(state, table)
+    table = tensor_names.hf_decoder(config)
+    ours = tensor_names.convert(state, table)
     assert len(ours) == len({name for name in state if table[name] is not None})
     assert ours["blocks.1.mlp.down.weight"].shape == (16, 24)
-    back = keymaps.convert(ours, keymaps.inverse(table))
+    back = tensor_names.convert(ours, tensor_names.inverse(table))
     assert back.keys() == {name for name in state if name in table and table[name] is not None}
     assert all(back[name] is state[name] for name in back)
 
 
 def test_both_families_of_names_have_the_same_targets() -> None:
     config = dataclasses.replace(CONFIG, qkv_bias=True, qk_norm=True, tied_head=False)
-    hf, gguf = keymaps.hf_decoder(config), keymaps.gguf_decoder(config)
-    assert keymaps.inverse(hf).keys() == keymaps.inverse(gguf).keys()
+    hf, gguf = tensor_names.hf_decoder(config), tensor_names.gguf_decoder(config)
+    assert tensor_names.inverse(hf).keys() == tensor_names.inverse(gguf).keys()
 
 
 def test_unknown_missing_and_dropped() -> None:
-    table = keymaps.expand({"a.{i}.w": "b.{i}", "old.{i}": None, "c": "d"}, 2)
+    table = tensor_names.expand({"a.{i}.w": "b.{i}", "old.{i}": None, "c": "d"}, 2)
     full = {"a.0.w": 0, "a.1.w": 1, "c": 2}
-    assert keymaps.convert(full, table) == {"b.0": 0, "b.1": 1, "d": 2}
-    assert keymaps.convert({**full, "old.1": 9}, table) == {"b.0": 0, "b.1": 1, "d": 2}
+    assert tensor_names.convert(full, table) == {"b.0": 0, "b.1": 1, "d": 2}
+    assert tensor_names.convert({**full, "old.1": 9}, table) == {"b.0": 0, "b.1": 1, "d": 2}
     with pytest.raises(InputError, match=r"^m\.bin does not .* unknown a\.2\.w, x$"):
-        keymaps.convert({**full, "a.2.w": 3, "x": 4}, table, "m.bin")
+        tensor_names.convert({**full, "a.2.w": 3, "x": 4}, table, "m.bin")
     with pytest.raises(InputError, match=r"missing a\.1\.w$"):
-        keymaps.convert({"a.0.w": 0, "c": 2}, table)
+        tensor_names.convert({"a.0.w": 0, "c": 2}, table)
     with pytest.raises(InputError, match=r"unknown old\.2; missing c$"):
-        keymaps.convert({"a.0.w": 0, "a.1.w": 1, "old.2": 5}, table)
+        tensor_names.convert({"a.0.w": 0, "a.1.w": 1, "old.2": 5}, table)
 
 
 def test_long_lists_are_counted() -> None:
-    assert keymaps.some(list("abcdefg")) == "a, b, c, d, e and 2 more"
+    assert tensor_names.some(list("abcdefg")) == "a, b, c, d, e and 2 more"

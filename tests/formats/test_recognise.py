@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
-from pumice.weights.read import find_model, read_model
-from pumice.weights.recognise import Kind, recognise
+from pumice.formats.read import find_model, read_model
+from pumice.formats.recognise import Kind, recognise
 
 
 def folder(path: Path, **files: Any) -> Path:

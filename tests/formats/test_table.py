@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 GOLDEN: dict[str, dict[str, dict[str, Any]]] = json.loads(
-    (Path(__file__).parent / "golden" / "formats.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[1] / "golden" / "formats.json").read_text(encoding="utf-8")
 )
 CELLS = [(name, to) for name, row in GOLDEN.items() for to in row]
 

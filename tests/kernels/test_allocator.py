@@ -12,7 +12,7 @@ SCRIPT = """
 import resource
 from pathlib import Path
 import torch
-from pumice.engine.memory import keep_freed_memory
+from pumice.kernels.allocator import keep_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""recipes/pumice-tiny/measure.py: numbers by hand from given answers, and a run on a real small model."""
+"""projects/pumice-tiny/measure.py: numbers by hand from given answers, and a run on a real small model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from pumice.errors import InputError
 
-SCRIPT = Path(__file__).parents[2] / "recipes" / "pumice-tiny" / "measure.py"
+SCRIPT = Path(__file__).parents[2] / "projects" / "pumice-tiny" / "measure.py"
 CAPTIONS = {"dog": ["a brown dog runs"], "cat": ["two cats sleep on grass"], "man": ["the man rides a bike"]}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "pumice-tiny"
+RECIPE = Path(__file__).parents[2] / "projects" / "pumice-tiny"
 MODULES = (
     *("attributes", "base", "captions", "composites", "flickr", "grammar", "mentions"),
     *("nouns", "presence", "refusal", "scene_rows", "text_only"),

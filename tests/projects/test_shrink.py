@@ -1,4 +1,4 @@
-"""recipes/pumice-tiny/shrink.py: the mean of several runs, with the stages of all."""
+"""projects/pumice-tiny/shrink.py: the mean of several runs, with the stages of all."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pumice.errors import InputError
-from pumice.weights.folder import PROVENANCE, WEIGHTS
+from pumice.formats.pumice.folder import PROVENANCE, WEIGHTS
 
-SCRIPT = Path(__file__).parents[2] / "recipes" / "pumice-tiny" / "shrink.py"
+SCRIPT = Path(__file__).parents[2] / "projects" / "pumice-tiny" / "shrink.py"
 
 
 @pytest.fixture(scope="module")

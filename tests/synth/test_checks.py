@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
-from pumice.generate import kinds
-from pumice.generate.checks import Rejection, Settings, examine, is_refusal, row
-from pumice.generate.context import Box, Context
-from pumice.generate.kinds.base import MARKET, SNOW, Draft, Turn, Unparsed, pairs
-from pumice.generate.objects import Vocabulary
+from pumice.synth import kinds
+from pumice.synth.checks import Rejection, Settings, examine, is_refusal, row
+from pumice.synth.context import Box, Context
+from pumice.synth.kinds.base import MARKET, SNOW, Draft, Turn, Unparsed, pairs
+from pumice.synth.objects import Vocabulary
 
 VOCABULARY = Vocabulary()
 PARK = Context(
@@ -202,7 +202,7 @@ def test_categories_of_the_annotations_are_known_too() -> None:
 def test_a_kind_in_a_file(tmp_path: Any) -> None:
     path = tmp_path / "haiku.py"
     path.write_text(
-        "from pumice.generate.kinds.base import Kind, whole\n"
+        "from pumice.synth.kinds.base import Kind, whole\n"
         "KIND = Kind('haiku', 'Write a haiku.', (), whole(['A poem?']), words=(3, 20))\n"
     )
     assert kinds.get(str(path)).name == "haiku"

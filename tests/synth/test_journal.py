@@ -17,15 +17,15 @@ from PIL import Image
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
-from pumice.generate import kinds, report
-from pumice.generate.checks import Settings, examine, row
-from pumice.generate.duplicates import Seen
-from pumice.generate.endpoint import Endpoint, judge, text_of
-from pumice.generate.journal import Journal, Request, failed, reply
-from pumice.generate.kinds.base import Draft
-from pumice.generate.objects import Vocabulary
-from pumice.generate.statistics import Statistics, question_type
 from pumice.images import data_url
+from pumice.synth import kinds, report
+from pumice.synth.checks import Settings, examine, row
+from pumice.synth.duplicates import Seen
+from pumice.synth.endpoint import Endpoint, judge, text_of
+from pumice.synth.journal import Journal, Request, failed, reply
+from pumice.synth.kinds.base import Draft
+from pumice.synth.objects import Vocabulary
+from pumice.synth.statistics import Statistics, question_type
 
 ASKED = Request("r1", (("system", "Be brief."),), "a dog", 100)
 PLACE = Endpoint("http://here/v1", "m", budget_tokens=1000)
@@ -71,7 +71,7 @@ def test_calls_that_never_left_do_not_count(tmp_path: Path) -> None:
 
 
 def test_the_budget_waits_for_reservations() -> None:
-    from pumice.generate.courier import Budget
+    from pumice.synth.courier import Budget
 
     async def story() -> None:
         bound = sum(PLACE.bound(ASKED)) + 1
@@ -102,7 +102,7 @@ def test_the_bound_holds_for_any_text() -> None:
 
 
 def test_pace() -> None:
-    from pumice.generate.courier import Pace
+    from pumice.synth.courier import Pace
 
     async def waits() -> list[float]:
         pace = Pace(120)

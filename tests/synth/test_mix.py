@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from pumice.cli import app
 from pumice.data.rows import Rows
 from pumice.errors import InputError
-from pumice.generate.mix.build import Mix, build, load
-from pumice.generate.mix.readers import LETTER, READERS, SHORT, Reader
+from pumice.synth.mix.build import Mix, build, load
+from pumice.synth.mix.readers import LETTER, READERS, SHORT, Reader
 
 FILES: dict[str, Any] = {
     "vq.json": {"questions": [

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from pumice.cli import app
 from pumice.errors import InputError
-from pumice.generate.endpoint import Endpoint, judge
-from pumice.generate.journal import Journal
-from pumice.generate.teachers import Local
+from pumice.synth.endpoint import Endpoint, judge
+from pumice.synth.journal import Journal
+from pumice.synth.teachers import Local
 
 KINDS = ["--kind", "conversation", "--kind", "detail", "--kind", "short-answer"]
 FAILURES = ("429", "500", "hang", "truncated", "refusal")
@@ -345,7 +345,7 @@ def test_a_local_teacher(
 ) -> None:
     """A model of our own writes; what it writes is checked like anybody's, and is not asked for again."""
     (tmp_path / "say.py").write_text(
-        "from pumice.generate.kinds.base import Kind, whole\n"
+        "from pumice.synth.kinds.base import Kind, whole\n"
         "KIND = Kind('say', 'Say it.', (), whole(['What?']), words=(1, 50), max_tokens=8)\n"
     )
     given = ["--kind", str(tmp_path / "say.py"), "--device", "cpu", "--language", "any", "--json"]

@@ -11,8 +11,8 @@ import pytest
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
-from pumice.generate.context import Box, Context, Spoiled
-from pumice.generate.sources import coco, flickr30k, gather, plain, visual_genome
+from pumice.synth.context import Box, Context, Spoiled
+from pumice.synth.sources import coco, flickr30k, gather, plain, visual_genome
 
 IMAGES = [{"id": 7, "file_name": "000000000007.jpg", "width": 200, "height": 100}]
 CATEGORIES = [{"id": 18, "name": "dog"}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pumice.evaluate.cider import Cider
+from pumice.evaluate.metrics.cider import Cider
 from rows import prompts
 from rows.base import Photo, Row, casual, rng, row
 

@@ -14,16 +14,16 @@ from typing import Any
 
 from pumice.config import DecoderConfig, ImagePolicy, VisionConfig, from_dict
 from pumice.errors import InputError
+from pumice.formats import names as tensor_names
+from pumice.formats.efficientnet_lite import open_efficientnet_lite
+from pumice.formats.gguf.llm import open_gguf
+from pumice.formats.hf.config import decoder_config, default_policy, image_policy, vision_config
+from pumice.formats.recognise import Kind, gguf_file, recognise
+from pumice.formats.text.read import TextSide, read_text_side
 from pumice.model.vision import resize_positions
-from pumice.weights import keymaps
-from pumice.weights.checkpoint import Stocks, open_weights
-from pumice.weights.gguf_llm import open_gguf
-from pumice.weights.hf_config import decoder_config, default_policy, image_policy, vision_config
-from pumice.weights.jsonfile import Keys
-from pumice.weights.parts import WHEELS, locate
-from pumice.weights.recognise import Kind, gguf_file, recognise
-from pumice.weights.text import TextSide, read_text_side
-from pumice.weights.tower import open_efficientnet_lite
+from pumice.storage.download import WHEELS, locate
+from pumice.storage.json_file import Keys
+from pumice.storage.tensors import Stocks, open_weights
 
 Source = str | os.PathLike[str]
 _CHOICES = ("layer", "select", "image_size")  # fields of VisionConfig that a ViT's own config leaves open
@@ -63,11 +63,13 @@ def open_llm(source: Source) -> LanguageModel:
     keys = Keys.of(path / "config.json")
     config = decoder_config(keys)
     tensors = open_weights(path)
-    prefix = next((p for p in keymaps.LLM_PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
+    prefix = next((p for p in tensor_names.LLM_PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
     if prefix is None:
         raise InputError(f"{path} has no tensor model.embed_tokens.weight, so it holds no language model")
-    table = keymaps.moved(keymaps.hf_decoder(config), {"model.": prefix, "lm_head.": "lm_head."}, "")
-    state = keymaps.convert(tensors, table, str(path))
+    table = tensor_names.moved(
+        tensor_names.hf_decoder(config), {"model.": prefix, "lm_head.": "lm_head."}, ""
+    )
+    state = tensor_names.convert(tensors, table, str(path))
     return LanguageModel(config, state, read_text_side(path, keys), path)
 
 
@@ -115,14 +117,16 @@ def describe_tower(path: Path) -> tuple[VisionConfig, ImagePolicy]:
 
 def tower_state(tensors: Stocks, config: VisionConfig, where: str) -> Stocks:
     """A ViT's tensors under our names."""
-    prefix = keymaps.tower_prefix(tensors)
+    prefix = tensor_names.tower_prefix(tensors)
     if prefix is None:
         raise InputError(
             f"{where} has no tensor vision_model.embeddings.patch_embedding.weight: it holds no ViT"
         )
     if prefix:  # a whole CLIP has a text model beside it, and what compares the two
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return keymaps.convert(tensors, keymaps.moved(keymaps.tower(config), {"": prefix}, ""), where)
+    return tensor_names.convert(
+        tensors, tensor_names.moved(tensor_names.tower(config), {"": prefix}, ""), where
+    )
 
 
 def _wheel(source: Source) -> str | None:

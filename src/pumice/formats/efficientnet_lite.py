@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pumice.weights import keymaps
-from pumice.weights.checkpoint import Stocks, open_file
+from pumice.formats import names as tensor_names
+from pumice.storage.tensors import Stocks, open_file
 
 
 def open_efficientnet_lite(path: Path) -> Stocks:
@@ -19,4 +19,6 @@ def open_efficientnet_lite(path: Path) -> Stocks:
     """
     tensors = open_file(path)
     blocks = [int(found[1]) for name in tensors if (found := re.match(r"_blocks\.(\d+)\.", name))]
-    return keymaps.convert(tensors, keymaps.efficientnet_lite(max(blocks, default=-1) + 1), str(path))
+    return tensor_names.convert(
+        tensors, tensor_names.efficientnet_lite(max(blocks, default=-1) + 1), str(path)
+    )

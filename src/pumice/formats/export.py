@@ -19,20 +19,24 @@ from torch import Tensor
 
 from pumice.config import ModelConfig
 from pumice.errors import InputError
+from pumice.formats.gguf import write as gguf_write
+from pumice.formats.hf import write as hf_write
+from pumice.formats.import_ import DTYPES
+from pumice.formats.llava import write as llava_write
+from pumice.formats.load import shapes
+from pumice.formats.peft import write as peft_write
+from pumice.formats.peft.read import add_update
+from pumice.formats.pumice.folder import check, writing
 from pumice.model.adapters import add_lora
 from pumice.model.layers import Block, Causal, RMSNorm, rotary
-from pumice.weights import export_gguf, export_hf, export_llava, export_peft
-from pumice.weights.checkpoint import Stocks
-from pumice.weights.folder import LoadedParts, check, writing
-from pumice.weights.importing import DTYPES
-from pumice.weights.load import shapes
-from pumice.weights.peft import add_update
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks
 
 REFUSALS: dict[str, Callable[[ModelConfig], str | None]] = {
-    "hf": export_hf.refusal,
-    "llava": export_llava.refusal,
-    "gguf": export_gguf.refusal,
-    "peft": export_peft.refusal,
+    "hf": hf_write.refusal,
+    "llava": llava_write.refusal,
+    "gguf": gguf_write.refusal,
+    "peft": peft_write.refusal,
 }
 FORMATS = tuple(REFUSALS)
 _LORA = (".lora_a", ".lora_b")
@@ -90,13 +94,13 @@ def export(
     notes: list[str] = []
     with writing(target, state) as fresh:
         if to == "hf":
-            notes = export_hf.write(fresh, model)
+            notes = hf_write.write(fresh, model)
         elif to == "llava":
-            notes = export_llava.write(fresh, model, tower)
+            notes = llava_write.write(fresh, model, tower)
         elif to == "gguf":
-            notes = export_gguf.write(fresh, model, kind)
+            notes = gguf_write.write(fresh, model, kind)
         else:
-            export_peft.write(fresh, model)
+            peft_write.write(fresh, model)
     return Exported(target, tuple(notes))
 
 

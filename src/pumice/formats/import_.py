@@ -15,15 +15,16 @@ import torch
 
 from pumice import __version__
 from pumice.errors import InputError
+from pumice.formats.load import new_parts, shapes
+from pumice.formats.pumice.folder import CONFIG, check, save
+from pumice.formats.read import find_model, read_model
+from pumice.formats.recognise import Kind, recognise
 from pumice.processor import Processor
+from pumice.storage.download import facts
+from pumice.storage.json_file import read_json
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import FLOATS
 from pumice.tokens import Tokenizer
-from pumice.weights.checkpoint import FLOATS
-from pumice.weights.folder import CONFIG, LoadedParts, check, save
-from pumice.weights.jsonfile import read_json
-from pumice.weights.load import new_parts, shapes
-from pumice.weights.parts import facts
-from pumice.weights.read import find_model, read_model
-from pumice.weights.recognise import Kind, recognise
 
 DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

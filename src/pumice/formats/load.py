@@ -16,17 +16,18 @@ import torch
 
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, from_dict
 from pumice.errors import InputError
+from pumice.formats.components import open_llm, open_tower
+from pumice.formats.hf.config import padding
+from pumice.formats.pumice.folder import check
+from pumice.formats.read import read_model
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
 from pumice.model.llava import Llava
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, stored
 from pumice.tokens import Tokenizer
-from pumice.weights.bare import open_llm, open_tower
-from pumice.weights.checkpoint import Stocks, stored
-from pumice.weights.folder import LoadedParts, check
-from pumice.weights.hf_config import padding
-from pumice.weights.read import read_model
 
 _LOG = logging.getLogger(__name__)
 

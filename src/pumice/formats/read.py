@@ -11,11 +11,14 @@ from pathlib import Path
 
 from pumice.config import ConnectorConfig, VisionConfig
 from pumice.errors import InputError
-from pumice.weights import folder, hf, original, peft
-from pumice.weights.bare import open_llm
-from pumice.weights.folder import LoadedParts
-from pumice.weights.parts import locate
-from pumice.weights.recognise import ADAPTER_CONFIG, Kind, recognise
+from pumice.formats.components import open_llm
+from pumice.formats.hf.read import open_hf
+from pumice.formats.llava.read import open_original
+from pumice.formats.peft.read import adapt, base_name
+from pumice.formats.pumice import folder
+from pumice.formats.recognise import ADAPTER_CONFIG, Kind, recognise
+from pumice.storage.download import locate
+from pumice.storage.parts import LoadedParts
 
 BUILT_IN = Path(__file__).parent.parent / "models"
 
@@ -73,9 +76,9 @@ def _read(path: Path, kind: Kind, template: str | None, tower: str | None, base:
     if kind is Kind.OWN:
         return folder.open_parts(path)
     if kind is Kind.HF:
-        return hf.open_hf(path, template)
+        return open_hf(path, template)
     if kind is Kind.ORIGINAL:
-        return original.open_original(path, template, tower, base)
+        return open_original(path, template, tower, base)
     if kind is Kind.ADAPTER:
         return _adapted(path, template, base)
     if kind is Kind.TOWER:
@@ -87,12 +90,12 @@ def _read(path: Path, kind: Kind, template: str | None, tower: str | None, base:
 
 
 def _adapted(path: Path, template: str | None, base: str | None) -> LoadedParts:
-    named = base or peft.base_name(path)
+    named = base or base_name(path)
     if not named:
         raise InputError(f"{path / ADAPTER_CONFIG} names no base; give it with --base")
     found = read_model(named, template=template)
     sources = {"base" if role == "model" else role: place for role, place in found.sources.items()}
-    return dataclasses.replace(peft.adapt(found, path), sources=sources)
+    return dataclasses.replace(adapt(found, path), sources=sources)
 
 
 def language_only(path: Path, template: str | None) -> LoadedParts:

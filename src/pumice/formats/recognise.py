@@ -9,8 +9,8 @@ from enum import Enum
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.weights.hf_config import FAMILIES, TOWERS
-from pumice.weights.jsonfile import Keys
+from pumice.formats.families import FAMILIES, TOWERS
+from pumice.storage.json_file import Keys
 
 ADAPTER_CONFIG = "adapter_config.json"
 

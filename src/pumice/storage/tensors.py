@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pumice.errors import InputError
-from pumice.weights.jsonfile import Keys
+from pumice.storage.json_file import Keys
 
 SHARD_BYTES = 5 * 10**9
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # what we write, and compute in

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from pumice.errors import InputError
-from pumice.generate.context import Context
-from pumice.generate.kinds.base import Draft, Kind, Turn, Unparsed, says_no
-from pumice.generate.objects import Vocabulary
+from pumice.synth.context import Context
+from pumice.synth.kinds.base import Draft, Kind, Turn, Unparsed, says_no
+from pumice.synth.objects import Vocabulary
 
 REASONS = (
     "no reply", "refusal", "not parsed", "number of turns", "speaks of its source", "speaks of itself",

@@ -1,6 +1,6 @@
 """The courier: the process that calls the endpoint, and that outlives a killed command by a few seconds.
 
-    python -m pumice.generate.courier JOURNAL      (started by `call`; not for people)
+    python -m pumice.synth.courier JOURNAL      (started by `call`; not for people)
 
 A call that was sent is paid for, so its reply must reach the journal even if the command is killed with
 SIGKILL. The calls are therefore made by a process of its own, in a session of its own. It reads requests
@@ -30,8 +30,8 @@ import httpx
 
 from pumice.errors import InputError
 from pumice.files import Lock
-from pumice.generate.endpoint import Endpoint, Outcome, judge
-from pumice.generate.journal import Cost, Journal, Request, failed, reply
+from pumice.synth.endpoint import Endpoint, Outcome, judge
+from pumice.synth.journal import Cost, Journal, Request, failed, reply
 
 WAITING = 4  # requests that are held ready, times the calls under way
 LONGEST_BACKOFF = 60.0  # seconds

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pumice.errors import InputError
-from pumice.generate.checks import is_refusal
-from pumice.generate.journal import Cost, Request, costs
 from pumice.images import data_url
+from pumice.synth.checks import is_refusal
+from pumice.synth.journal import Cost, Request, costs
 
 PER_MESSAGE, PER_REQUEST = 16, 64  # tokens that a chat template may add, generously
 

@@ -19,9 +19,9 @@ from typing import Any
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
 from pumice.files import replacing
-from pumice.generate.checks import REASONS
-from pumice.generate.statistics import LENGTHS, Statistics
 from pumice.images import open_image
+from pumice.synth.checks import REASONS
+from pumice.synth.statistics import LENGTHS, Statistics
 
 THUMBNAIL = 320  # pixels, the longer side
 

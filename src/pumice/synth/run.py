@@ -22,16 +22,16 @@ from typing import IO, Any
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
 from pumice.files import Lock, replacing
-from pumice.generate.checks import Rejection, Settings, check_language, examine, row
-from pumice.generate.context import Context
-from pumice.generate.duplicates import Seen
-from pumice.generate.endpoint import Endpoint, text_of
-from pumice.generate.journal import Journal, Request, digest
-from pumice.generate.kinds.base import Draft, Kind
-from pumice.generate.objects import Vocabulary
-from pumice.generate.statistics import Statistics
-from pumice.generate.teachers import Progress, Teacher
 from pumice.images import image_key
+from pumice.synth.checks import Rejection, Settings, check_language, examine, row
+from pumice.synth.context import Context
+from pumice.synth.duplicates import Seen
+from pumice.synth.endpoint import Endpoint, text_of
+from pumice.synth.journal import Journal, Request, digest
+from pumice.synth.kinds.base import Draft, Kind
+from pumice.synth.objects import Vocabulary
+from pumice.synth.statistics import Statistics
+from pumice.synth.teachers import Progress, Teacher
 
 
 @dataclass(frozen=True)

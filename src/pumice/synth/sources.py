@@ -13,8 +13,8 @@ from typing import Any
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError, official
-from pumice.generate.context import Box, Context, Spoiled, normalised
-from pumice.generate.files import first_byte, items, json_lines, lines
+from pumice.synth.context import Box, Context, Spoiled, normalised
+from pumice.synth.files import first_byte, items, json_lines, lines
 
 
 class _Gathered:

@@ -9,9 +9,9 @@ import re
 from collections import Counter, defaultdict
 from typing import Any
 
-from pumice.generate.checks import REASONS
-from pumice.generate.journal import digest
-from pumice.generate.kinds.base import Draft
+from pumice.synth.checks import REASONS
+from pumice.synth.journal import digest
+from pumice.synth.kinds.base import Draft
 
 SHOWN = 60  # pictures
 LENGTHS = (1, 3, 6, 11, 21, 41, 81, 161, 321)  # words; each begins a class of answers

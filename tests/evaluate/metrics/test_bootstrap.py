@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pumice.errors import InputError
-from pumice.evaluate.bootstrap import draws, interval, interval_of, mcnemar
+from pumice.evaluate.metrics.bootstrap import draws, interval, interval_of, mcnemar
 
 
 def test_width_is_that_of_the_normal_approximation() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pumice.evaluate.captions import bleu, rouge_l
-from pumice.evaluate.ptb import tokenize
+from pumice.evaluate.metrics.captions import bleu, rouge_l
+from pumice.evaluate.metrics.ptb import tokenize
 
 CAPTIONS = ["a dog runs on grass", "two cats.", "", "A man, a plan: a canal!"]
 REFERENCES = [

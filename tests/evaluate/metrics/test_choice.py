@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from pumice.evaluate.choice import (
+from pumice.evaluate.metrics.choice import (
     as_list,
     infer_option,
     mmmu_open_right,

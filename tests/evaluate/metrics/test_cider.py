@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pumice.errors import InputError
-from pumice.evaluate.cider import Cider
+from pumice.evaluate.metrics.cider import Cider
 
 REFERENCES = [
     ["a dog runs on grass", "the brown dog runs over a field"],

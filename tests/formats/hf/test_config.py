@@ -8,8 +8,8 @@ import pytest
 
 from pumice.config import RopeScaling
 from pumice.errors import InputError
-from pumice.weights.hf_config import decoder_config, vision_config
-from pumice.weights.jsonfile import Keys
+from pumice.formats.hf.config import decoder_config, vision_config
+from pumice.storage.json_file import Keys
 
 
 def decoder(**values: Any) -> Any:

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
-from pumice.weights import keymaps
-from pumice.weights.folder import check
-from pumice.weights.hf import open_hf
-from pumice.weights.load import open_model, shapes
+from pumice.formats import names as tensor_names
+from pumice.formats.hf.read import open_hf
+from pumice.formats.load import open_model, shapes
+from pumice.formats.pumice.folder import check
 
 KINDS = ["llava", "siglip", "next", "onevision"]
 Llavas = Callable[[str], Path]
@@ -73,14 +73,14 @@ def test_what_is_read_besides_tensors(llava: Llavas, kind: str) -> None:
     assert config.decoder.sliding_window == (300 if kind == "next" else None)
 
 
-def rewrite(source: Path, target: Path, nesting: keymaps.Nesting, form: str) -> Path:
+def rewrite(source: Path, target: Path, nesting: tensor_names.Nesting, form: str) -> Path:
     """A copy of the folder with its tensors under other prefixes and in other files."""
     target.mkdir()
     for path in source.glob("*.json"):
         shutil.copy(path, target)
     loaded = open_hf(source)
-    table = keymaps.llava(loaded.config, nesting, keymaps.hf_connector(True), "vision_model.")
-    names = keymaps.inverse(table)
+    table = tensor_names.llava(loaded.config, nesting, tensor_names.hf_connector(True), "vision_model.")
+    names = tensor_names.inverse(table)
     tensors = {str(names[ours]): tensor.read() for ours, tensor in loaded.state.items()}
     stem, ending = ("model", "safetensors") if "safetensors" in form else ("pytorch_model", "bin")
     put: Any = save_file if ending == "safetensors" else torch.save
@@ -97,10 +97,10 @@ def rewrite(source: Path, target: Path, nesting: keymaps.Nesting, form: str) -> 
     return target
 
 
-@pytest.mark.parametrize("nesting", keymaps.HF_NESTINGS, ids=["old", "new"])
+@pytest.mark.parametrize("nesting", tensor_names.HF_NESTINGS, ids=["old", "new"])
 @pytest.mark.parametrize("form", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
 def test_every_nesting_and_file_format(
-    llava: Llavas, tmp_path: Path, nesting: keymaps.Nesting, form: str
+    llava: Llavas, tmp_path: Path, nesting: tensor_names.Nesting, form: str
 ) -> None:
     expected = open_hf(llava("next"))
     found = open_hf(rewrite(llava("next"), tmp_path / "m", nesting, form))
@@ -111,7 +111,7 @@ def test_every_nesting_and_file_format(
 
 
 def test_a_projector_without_biases_has_zeros(llava: Llavas, tmp_path: Path) -> None:
-    folder = rewrite(llava("llava"), tmp_path / "m", keymaps.HF_NESTINGS[0], "bin")
+    folder = rewrite(llava("llava"), tmp_path / "m", tensor_names.HF_NESTINGS[0], "bin")
     tensors = torch.load(folder / "pytorch_model.bin")
     torch.save({n: t for n, t in tensors.items() if "linear_1.bias" not in n and "linear_2.bias" not in n},
                folder / "pytorch_model.bin")  # fmt: skip
@@ -137,7 +137,7 @@ def change(path: Path, **values: Any) -> None:
 
 @pytest.fixture
 def folder(llava: Llavas, tmp_path: Path) -> Path:
-    return rewrite(llava("llava"), tmp_path / "m", keymaps.HF_NESTINGS[0], "sharded safetensors")
+    return rewrite(llava("llava"), tmp_path / "m", tensor_names.HF_NESTINGS[0], "sharded safetensors")
 
 
 @pytest.mark.parametrize(

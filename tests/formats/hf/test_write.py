@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from pumice.formats.export import export
+from pumice.formats.hf.config import decoder_config
+from pumice.formats.hf.write import as_mlp, image_processor, text_config
+from pumice.formats.read import read_model
 from pumice.model.connector import Connector
-from pumice.weights.checkpoint import open_weights
-from pumice.weights.export import export
-from pumice.weights.export_hf import as_mlp, image_processor, text_config
-from pumice.weights.folder import LoadedParts
-from pumice.weights.hf_config import decoder_config
-from pumice.weights.jsonfile import Keys
-from pumice.weights.read import read_model
+from pumice.storage.json_file import Keys
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import open_weights
 
 PAD, ANYRES = "CLIP + Llama, pad (LLaVA 1.5)", "CLIP + Mistral, anyres (LLaVA 1.6)"
 SIGLIP = "SigLIP + Qwen2, squash"
@@ -73,12 +73,13 @@ def test_an_image_token_that_is_there_is_used(formats: ModuleType, folder: Path,
 def test_a_large_model_is_written_in_shards(
     models: ModuleType, formats: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pumice.weights import checkpoint, export_hf
+    from pumice.formats.hf import write as hf_write
+    from pumice.storage import tensors
 
-    def small(folder: Path, state: checkpoint.Stocks) -> None:
-        checkpoint.write_weights(folder, state, limit=200_000)
+    def small(folder: Path, state: tensors.Stocks) -> None:
+        tensors.write_weights(folder, state, limit=200_000)
 
-    monkeypatch.setattr(export_hf, "write_weights", small)
+    monkeypatch.setattr(hf_write, "write_weights", small)
     model = models.tiny(models.ARCHITECTURES[PAD])
     export(model, "hf", tmp_path / "out")
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))

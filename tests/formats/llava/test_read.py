@@ -13,14 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pumice.errors import InputError
-from pumice.weights import keymaps
-from pumice.weights.folder import LoadedParts, check
-from pumice.weights.hf import open_hf
-from pumice.weights.load import open_model, shapes
-from pumice.weights.original import open_original
+from pumice.formats import names as tensor_names
+from pumice.formats.hf.read import open_hf
+from pumice.formats.llava.read import open_original
+from pumice.formats.load import open_model, shapes
+from pumice.formats.pumice.folder import check
+from pumice.storage.parts import LoadedParts
 
 Parts = tuple[Path, Path]
-MLP = keymaps.original_connector("mlp2x_gelu")
+MLP = tensor_names.original_connector("mlp2x_gelu")
 TEXT: dict[str, Any] = {
     "vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -36,7 +37,9 @@ LLAVA: dict[str, Any] = {
 def theirs(llava: Callable[[str], Path]) -> dict[str, Tensor]:
     """All tensors of a LLaVA under the original's names."""
     loaded = open_hf(llava("llava"))
-    names = keymaps.inverse(keymaps.llava(loaded.config, keymaps.ORIGINAL, MLP, "vision_model."))
+    names = tensor_names.inverse(
+        tensor_names.llava(loaded.config, tensor_names.ORIGINAL, MLP, "vision_model.")
+    )
     return {str(names[ours]): tensor.read() for ours, tensor in loaded.state.items()}
 
 

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from pumice.weights.checkpoint import open_weights
-from pumice.weights.export import export
-from pumice.weights.read import read_model
+from pumice.formats.export import export
+from pumice.formats.read import read_model
+from pumice.storage.tensors import open_weights
 
 NAMES = {
     "LLaVA 1.0": "linear",
@@ -80,7 +80,7 @@ def test_the_start_and_end_of_a_picture_are_kept(models: ModuleType, tmp_path: P
     ("width", "named"), [(1024, "openai/clip-vit-large-patch14-336"), (1023, "vision_tower")]
 )
 def test_a_published_tower_is_named(models: ModuleType, width: int, named: str) -> None:
-    from pumice.weights.export_llava import tower_name
+    from pumice.formats.llava.write import tower_name
 
     vision = replace(models.CLIP, image_size=336, width=width, depth=24, heads=16, mlp_width=4096)
     assert tower_name(vision) == named

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pumice.errors import InputError
-from pumice.weights.export_peft import BASE, fingerprint
-from pumice.weights.hf import open_hf
-from pumice.weights.load import open_model
-from pumice.weights.peft import adapt
-from pumice.weights.read import read_model
+from pumice.formats.hf.read import open_hf
+from pumice.formats.load import open_model
+from pumice.formats.peft.read import adapt
+from pumice.formats.peft.write import BASE, fingerprint
+from pumice.formats.read import read_model
 
 Llavas = Callable[[str], Path]
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60]])

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pumice.errors import InputError
-from pumice.weights.checkpoint import open_weights
-from pumice.weights.export import export
-from pumice.weights.folder import LoadedParts
-from pumice.weights.read import read_model
+from pumice.formats.export import export
+from pumice.formats.read import read_model
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import open_weights
 
 
 @pytest.fixture(scope="module")

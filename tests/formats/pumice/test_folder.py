@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pumice.config import DecoderConfig, ModelConfig
 from pumice.errors import InputError
-from pumice.weights import folder as folders
-from pumice.weights import keymaps, parts
-from pumice.weights.folder import check, open_parts, replacing, save
+from pumice.formats import names as tensor_names
+from pumice.formats.pumice import folder as folders
+from pumice.formats.pumice.folder import check, open_parts, replacing, save
+from pumice.storage import download
 
 DECODER = DecoderConfig(
     vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_width=64, mlp_width=512, tied_head=True
@@ -201,16 +202,16 @@ def wheels(tmp_path: Path, write_gguf: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """Both wheels, tiny, in the cache; returns the state that they bring."""
     monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
     paths = {}
-    for name, part in parts.WHEELS.items():
+    for name, part in download.WHEELS.items():
         part.folder.mkdir(parents=True)
         paths[name] = part.folder / Path(part.member).name
-    tower = {name: torch.full((1,), float(i)) for i, name in enumerate(keymaps.efficientnet_lite(2))}
+    tower = {name: torch.full((1,), float(i)) for i, name in enumerate(tensor_names.efficientnet_lite(2))}
     torch.save(tower, paths["efficientnet-lite2"])
     decoder = write_gguf(paths["smollm2-135m-instruct"], DECODER, quantised="Q8_0")
-    for name, part in parts.WHEELS.items():
+    for name, part in download.WHEELS.items():
         stamp = {"wheel_sha256": part.sha256, "size": paths[name].stat().st_size}
         (part.folder / "stamp.json").write_text(json.dumps(stamp))
-    renamed = keymaps.convert(tower, keymaps.efficientnet_lite(2))
+    renamed = tensor_names.convert(tower, tensor_names.efficientnet_lite(2))
     return {f"tower.{n}": t for n, t in renamed.items()} | {f"decoder.{n}": t for n, t in decoder.items()}
 
 
@@ -241,7 +242,7 @@ def test_parts_are_left_out_and_filled_in(tmp_path: Path, wheels: dict[str, Tens
 def test_another_base_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m" / "parts.json"
     save(tmp_path / "m", CONFIG, TRAINED, parts=BASE)
-    pinned = parts.WHEELS["efficientnet-lite2"].sha256
+    pinned = download.WHEELS["efficientnet-lite2"].sha256
     path.write_text(path.read_text().replace(pinned, "f" * 64))
     with pytest.raises(InputError, match=f"trained on a tower with SHA-256 {'f' * 64}, but .* is {pinned}"):
         open_parts(tmp_path / "m")

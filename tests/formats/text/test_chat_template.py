@@ -16,8 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pumice.config import ChatFormat, DecoderConfig, ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError
+from pumice.formats.text.chat_template import Described, describe, image_wrap, to_jinja
 from pumice.templates import OWN, TEMPLATES, Plain, Template, get_template
-from pumice.weights.chat_template import Described, describe, image_wrap, to_jinja
 
 SPECIALS = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",

@@ -10,10 +10,10 @@ import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pumice.engine.detokenize import Detokenizer
+from pumice.engine.text import Detokenizer
 from pumice.errors import InputError
+from pumice.formats.text.sentencepiece import SentencePiece
 from pumice.tokens import Tokenizer
-from pumice.weights.sentencepiece import SentencePiece
 
 CORPUS = [
     "What is in the picture? A dog runs.",

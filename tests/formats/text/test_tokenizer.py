@@ -11,8 +11,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from pumice.errors import InputError
+from pumice.formats.text.files import TokenizerFiles
+from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.tokens import Tokenizer
-from pumice.weights.tokenizer import TokenizerFiles, read_tokenizer
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "<image>"]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pumice.train.plan.estimate.footprint import Footprint, Work, measure
 from torch.utils.flop_counter import FlopCounterMode
 
 from pumice.cli.plan import describe
@@ -19,14 +20,13 @@ from pumice.model.llava import Llava
 from pumice.model.packed import Packed, Run
 from pumice.train import devices, run
 from pumice.train.devices import GPUS, peak
-from pumice.train.footprint import Footprint, Work, measure
-from pumice.train.plan import plan
+from pumice.train.plan.estimate import plan
 from pumice.train.recipe import Recipe, load_recipe
 from pumice.train.setup import prepare
 from pumice.train.shapes import shape
 from pumice.train.sizes import sizes
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = ModelConfig(
     DecoderConfig(256, 64, 6, 4, 2, 16, 128, context=512), VisionConfig(image_size=64, variant="lite0")
 )

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pumice import __version__
-from pumice.doctor.fetching import answers, caches, switches
-from pumice.doctor.finding import Finding
-from pumice.doctor.libraries import versions
-from pumice.doctor.machine import devices, memory, threads
-from pumice.doctor.trial import self_test
+from pumice.cli.checks.fetching import answers, caches, switches
+from pumice.cli.checks.finding import Finding
+from pumice.cli.checks.libraries import versions
+from pumice.cli.checks.machine import devices, memory, threads
+from pumice.cli.checks.trial import self_test
 
 __all__ = ["Finding", "Report", "examine"]
 

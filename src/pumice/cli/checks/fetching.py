@@ -13,13 +13,13 @@ import urllib.request
 from collections.abc import Mapping
 
 from pumice import __version__
-from pumice.doctor.finding import Finding, existing, size, weight
+from pumice.cli.checks.finding import Finding, existing, size, weight
 
 
 def caches() -> list[Finding]:
     """Where fetched parts are kept, whether each is whole, and the hub's cache."""
     from pumice.files import cache_folder
-    from pumice.weights.parts import WHEELS, is_intact, kept
+    from pumice.storage.download import WHEELS, is_intact, kept
 
     place = cache_folder()
     nearest = existing(place)
@@ -69,7 +69,7 @@ def _hub_cache() -> Finding:
 
 def switches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """What decides whether, and from where, parts and models are fetched."""
-    from pumice.weights.parts import WHEELS, kept
+    from pumice.storage.download import WHEELS, kept
 
     found = []
     for name, meaning in (

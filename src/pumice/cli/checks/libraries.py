@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pumice import __version__
-from pumice.doctor.finding import Finding
+from pumice.cli.checks.finding import Finding
 
 
 def versions() -> list[Finding]:

@@ -9,15 +9,15 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from pumice.doctor.finding import DISK, MEMORY, Finding, count, existing, lines, size, words
+from pumice.cli.checks.finding import DISK, MEMORY, Finding, count, existing, lines, size, words
 
 
 def devices() -> list[Finding]:
     """The processor, NVIDIA and Apple GPUs, and which device is taken when none is named."""
     import torch
 
+    from pumice.formats.load import find_device
     from pumice.model.quantized import has_int8_kernel
-    from pumice.weights.load import find_device
 
     level = torch.backends.cpu.get_cpu_capability()
     kernels = "int8 weights" if has_int8_kernel() else "no int8 kernel: decoding is slower"
@@ -49,7 +49,7 @@ def devices() -> list[Finding]:
 
 def _compiled() -> Finding:
     """Whether int8 weights are decoded by compiled code."""
-    from pumice.engine.native import compiled
+    from pumice.kernels.loader import compiled
 
     code, why = compiled()
     if code is not None:

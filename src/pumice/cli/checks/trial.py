@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pumice.doctor.finding import Finding
+from pumice.cli.checks.finding import Finding
 from pumice.errors import InputError
 
 SLOW = 10.0  # seconds that it may take on an idle laptop
@@ -17,8 +17,8 @@ def self_test() -> list[Finding]:
     """Run small models for real: tiny random ones on every device here, then pumice-tiny."""
     import torch
 
-    from pumice.weights.load import find_device
-    from pumice.weights.parts import WHEELS, kept
+    from pumice.formats.load import find_device
+    from pumice.storage.download import WHEELS, kept
 
     start = time.perf_counter()
     places = dict.fromkeys([torch.device("cpu"), find_device()])

@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 
-from pumice.evaluate.ptb import tokenize
+from pumice.evaluate.metrics.ptb import tokenize
 
 SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's guards against division by zero
 BETA = 1.2  # weight of recall in ROUGE-L

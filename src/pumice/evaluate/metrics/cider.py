@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pumice.errors import InputError
-from pumice.evaluate.ptb import tokenize
+from pumice.evaluate.metrics.ptb import tokenize
 
 N = 4  # longest n-gram
 SIGMA = 6.0  # of the penalty on a difference in length, n-grams

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models
 
 from pumice.config import ModelConfig
 from pumice.errors import InputError
-from pumice.weights.gguf_llm import PRE_TOKENIZERS
-from pumice.weights.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from pumice.formats.gguf.tokenizer import PRE_TOKENIZERS
+from pumice.formats.text.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
 
 def write_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from pumice.config import ModelConfig
 from pumice.errors import InputError
+from pumice.formats import names as tensor_names
+from pumice.formats.gguf.vocab import write_vocabulary
+from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
+from pumice.formats.text.chat_template import quoted, to_jinja
 from pumice.model.layers import frequencies
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, Stored, stored
 from pumice.templates import get_template
-from pumice.weights import keymaps
-from pumice.weights.chat_template import quoted, to_jinja
-from pumice.weights.checkpoint import Stocks, Stored, stored
-from pumice.weights.export_hf import as_mlp, connector_refusal, tower_refusal
-from pumice.weights.folder import LoadedParts
-from pumice.weights.gguf_vocab import write_vocabulary
 
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers of file types
 _BLOCK = 32  # values that q8_0 quantises together
@@ -196,7 +196,7 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:
 
 def _llm(config: ModelConfig, state: Stocks) -> Stocks:
     decoder = config.decoder
-    table = keymaps.inverse(keymaps.gguf_decoder(decoder))
+    table = tensor_names.inverse(tensor_names.gguf_decoder(decoder))
     names = {f"decoder.{ours}": str(theirs) for ours, theirs in table.items()}
     heads = {"q": decoder.heads, "k": decoder.kv_heads} if _architecture(config) == "llama" else {}
     tensors = {
@@ -212,7 +212,7 @@ def _llm(config: ModelConfig, state: Stocks) -> Stocks:
 
 def _tower(config: ModelConfig, state: Stocks) -> Stocks:
     """Without the final norm, which llama.cpp would apply."""
-    table = keymaps.gguf_tower(config.vision)
+    table = tensor_names.gguf_tower(config.vision)
     return {theirs: state[ours] for theirs, ours in table.items() if ours is not None}
 
 

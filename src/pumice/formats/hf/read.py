@@ -15,12 +15,12 @@ import torch
 
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionConfig
 from pumice.errors import InputError
-from pumice.weights import keymaps
-from pumice.weights.checkpoint import Stocks, open_weights, stored
-from pumice.weights.folder import LoadedParts
-from pumice.weights.hf_config import decoder_config, image_policy, vision_config, whole
-from pumice.weights.jsonfile import Keys
-from pumice.weights.text import read_text_side
+from pumice.formats import names as tensor_names
+from pumice.formats.hf.config import decoder_config, image_policy, vision_config, whole
+from pumice.formats.text.read import read_text_side
+from pumice.storage.json_file import Keys
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, open_weights, stored
 
 # What transformers takes for keys that are absent, by model_type.
 _LLAVA: dict[str, Any] = {
@@ -77,20 +77,22 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
         notes += (f"pictures are cropped, as {Path(processor.where).name} does not ask for do_pad",)
     tensors = open_weights(folder)
     nesting = _nesting(tensors, folder)
-    prefix = keymaps.tower_prefix(tensors, nesting.tower) or ""
-    table = keymaps.llava(config, nesting, keymaps.hf_connector(biases), prefix)
-    state = keymaps.convert(tensors, table, str(folder))
+    prefix = tensor_names.tower_prefix(tensors, nesting.tower) or ""
+    table = tensor_names.llava(config, nesting, tensor_names.hf_connector(biases), prefix)
+    state = tensor_names.convert(tensors, table, str(folder))
     if not biases:
         state |= _no_biases(state)
     return LoadedParts(config, state, side.tokenizer, {}, notes=notes)
 
 
-def _nesting(tensors: Stocks, folder: Path) -> keymaps.Nesting:
-    for nesting in keymaps.HF_NESTINGS:
+def _nesting(tensors: Stocks, folder: Path) -> tensor_names.Nesting:
+    for nesting in tensor_names.HF_NESTINGS:
         if f"{nesting.text}embed_tokens.weight" in tensors:
             return nesting
-    wanted = f"{keymaps.HF_NESTINGS[0].text}embed_tokens.weight"
-    raise InputError(f"{folder} has no tensor {wanted}, nor {keymaps.HF_NESTINGS[1].text}embed_tokens.weight")
+    wanted = f"{tensor_names.HF_NESTINGS[0].text}embed_tokens.weight"
+    raise InputError(
+        f"{folder} has no tensor {wanted}, nor {tensor_names.HF_NESTINGS[1].text}embed_tokens.weight"
+    )
 
 
 def _vision(keys: Keys) -> VisionConfig:

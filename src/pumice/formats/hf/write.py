@@ -23,13 +23,13 @@ from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor
 
 from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
+from pumice.formats import names as tensor_names
+from pumice.formats.hf.config import RESAMPLE, padding
+from pumice.formats.text.chat_template import to_jinja
+from pumice.storage.json_file import write_json
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, write_weights
 from pumice.templates import get_template
-from pumice.weights import keymaps
-from pumice.weights.chat_template import to_jinja
-from pumice.weights.checkpoint import Stocks, write_weights
-from pumice.weights.folder import LoadedParts
-from pumice.weights.hf_config import RESAMPLE, padding
-from pumice.weights.jsonfile import write_json
 
 IMAGE = "<image>"
 _ROWS = 64  # an embedding that grows gets a multiple of so many rows
@@ -126,8 +126,10 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
     model = as_mlp(with_image_token(model))
     config, state, tokenizer = model.config, model.state, model.tokenizer
     chat = to_jinja(get_template(config.template, config.chat), config.image_wrap)
-    table = keymaps.llava(config, keymaps.HF_NESTINGS[0], keymaps.hf_connector(True), "vision_model.")
-    names = keymaps.inverse(table)
+    table = tensor_names.llava(
+        config, tensor_names.HF_NESTINGS[0], tensor_names.hf_connector(True), "vision_model."
+    )
+    names = tensor_names.inverse(table)
     write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
     _write_config(folder, config, state, tokenizer)
     write_tokenizer(folder, config, tokenizer, chat)

@@ -15,16 +15,16 @@ from typing import Any
 
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionConfig
 from pumice.errors import InputError
-from pumice.weights import keymaps
-from pumice.weights.bare import describe_tower, open_llm, open_tower
-from pumice.weights.checkpoint import Stocks, find_weights, open_file, open_weights
-from pumice.weights.folder import LoadedParts
-from pumice.weights.hf_config import decoder_config, padding, whole
-from pumice.weights.jsonfile import Keys
-from pumice.weights.parts import locate
-from pumice.weights.peft import adapt, base_name
-from pumice.weights.recognise import ADAPTER_CONFIG, Kind, recognise
-from pumice.weights.text import TextSide, read_text_side
+from pumice.formats import names as tensor_names
+from pumice.formats.components import describe_tower, open_llm, open_tower
+from pumice.formats.hf.config import decoder_config, padding, whole
+from pumice.formats.peft.read import adapt, base_name
+from pumice.formats.recognise import ADAPTER_CONFIG, Kind, recognise
+from pumice.formats.text.read import TextSide, read_text_side
+from pumice.storage.download import locate
+from pumice.storage.json_file import Keys
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, find_weights, open_file, open_weights
 
 # model_type -> the LLM's, and the template that its published models were trained with; None: the
 # tokenizer's own chat template.
@@ -67,7 +67,7 @@ def open_original(
     keys.only("mm_resampler_type", (None,), None)
     adapter = (folder / ADAPTER_CONFIG).is_file()
     tensors, decoder, side, sources = _language(folder, keys, family, base, adapter)
-    inside = any(name.startswith(keymaps.ORIGINAL.tower) for name in tensors)
+    inside = any(name.startswith(tensor_names.ORIGINAL.tower) for name in tensors)
     named = _tower_name(folder, keys, tower)
     vision, published, state, path = _tower(named, keys, tensors, inside)
     sources["tower"] = (named, path)
@@ -78,10 +78,10 @@ def open_original(
         template, str(folder), usual=usual, decoder=decoder, vision=vision, connector=connector, image=image,
         image_wrap=wrap,
     )  # fmt: skip
-    prefix = keymaps.tower_prefix(tensors, keymaps.ORIGINAL.tower)
-    projector = keymaps.original_connector(connector.kind)
-    table = keymaps.llava(config, keymaps.ORIGINAL, projector, prefix)
-    state |= keymaps.convert(tensors, table, str(folder))
+    prefix = tensor_names.tower_prefix(tensors, tensor_names.ORIGINAL.tower)
+    projector = tensor_names.original_connector(connector.kind)
+    table = tensor_names.llava(config, tensor_names.ORIGINAL, projector, prefix)
+    state |= tensor_names.convert(tensors, table, str(folder))
     loaded = LoadedParts(config, state, side.tokenizer, {}, notes=notes, sources=sources)
     return adapt(loaded, folder) if adapter else loaded
 
@@ -94,7 +94,7 @@ def _language(
     for name in _EXTRAS:
         if (folder / name).is_file():
             tensors |= {_begun(theirs): tensor for theirs, tensor in open_file(folder / name).items()}
-    probe = f"{keymaps.ORIGINAL.text}embed_tokens.weight"
+    probe = f"{tensor_names.ORIGINAL.text}embed_tokens.weight"
     if probe in tensors and not adapter:
         if base is not None:
             raise InputError(f"{folder} holds its language model already; leave out the base {base}")
@@ -112,7 +112,7 @@ def _language(
         found, decoder, side, _ = _language(path, Keys.of(path / "config.json"), family, None, adapter=False)
     else:
         llm = open_llm(named)
-        table = keymaps.inverse(keymaps.hf_decoder(llm.config))
+        table = tensor_names.inverse(tensor_names.hf_decoder(llm.config))
         found = {str(table[ours]): tensor for ours, tensor in llm.state.items()}
         decoder, side = llm.config, llm.text
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -166,7 +166,7 @@ def _tower(
 
 
 def _stored_depth(tensors: Stocks) -> int:
-    pattern = re.compile(re.escape(keymaps.ORIGINAL.tower) + r".*encoder\.layers\.(\d+)\.")
+    pattern = re.compile(re.escape(tensor_names.ORIGINAL.tower) + r".*encoder\.layers\.(\d+)\.")
     return 1 + max((int(match[1]) for name in tensors if (match := pattern.match(name))), default=-1)
 
 

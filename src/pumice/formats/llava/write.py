@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pumice.config import ImagePolicy, ModelConfig, VisionConfig
-from pumice.templates import get_template
-from pumice.weights import keymaps
-from pumice.weights.chat_template import to_jinja
-from pumice.weights.checkpoint import Stocks, write_weights
-from pumice.weights.export_hf import (
+from pumice.formats import names as tensor_names
+from pumice.formats.hf.config import padding
+from pumice.formats.hf.write import (
     generation_config,
     image_processor,
     text_config,
@@ -30,10 +28,12 @@ from pumice.weights.export_hf import (
     vision_config,
     write_tokenizer,
 )
-from pumice.weights.folder import LoadedParts
-from pumice.weights.hf_config import padding
-from pumice.weights.jsonfile import write_json
-from pumice.weights.original import IMAGE_WRAP
+from pumice.formats.llava.read import IMAGE_WRAP
+from pumice.formats.text.chat_template import to_jinja
+from pumice.storage.json_file import write_json
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, write_weights
+from pumice.templates import get_template
 
 TOWER = "vision_tower"  # the folder beside the weights
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
@@ -72,8 +72,10 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     """
     config, state = model.config, model.state
     tower = tower or tower_name(config.vision)
-    connector = keymaps.original_connector(config.connector.kind)
-    names = keymaps.inverse(keymaps.llava(config, keymaps.ORIGINAL, connector, "vision_model."))
+    connector = tensor_names.original_connector(config.connector.kind)
+    names = tensor_names.inverse(
+        tensor_names.llava(config, tensor_names.ORIGINAL, connector, "vision_model.")
+    )
     write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
     write_json(folder / "config.json", _config(config, state, tower))
     write_json(folder / "generation_config.json", generation_config(config))

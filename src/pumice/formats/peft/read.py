@@ -17,12 +17,12 @@ from torch import Tensor
 
 from pumice.config import LoraConfig
 from pumice.errors import InputError
-from pumice.weights import keymaps
-from pumice.weights.checkpoint import Stocks, Stored, open_weights
-from pumice.weights.export_peft import BASE, fingerprint
-from pumice.weights.folder import LoadedParts
-from pumice.weights.jsonfile import Keys
-from pumice.weights.recognise import ADAPTER_CONFIG
+from pumice.formats import names as tensor_names
+from pumice.formats.peft.write import BASE, fingerprint
+from pumice.formats.recognise import ADAPTER_CONFIG
+from pumice.storage.json_file import Keys
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, Stored, open_weights
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
 # PEFT writes out what an adapted lm_head or embedding was, too.
@@ -109,7 +109,7 @@ def _pairs(
     stored: Stocks, base: LoadedParts, keys: Keys, lora: LoraConfig
 ) -> dict[str, tuple[Stored, Stored]]:
     """Our name of an adapted weight -> A (rank, in) and B (out, rank), in the model's order."""
-    table = keymaps.adapted(base.config)
+    table = tensor_names.adapted(base.config)
     found: dict[str, dict[str, Stored]] = {}
     for name, tensor in stored.items():
         match = _NAME.fullmatch(name)
@@ -134,7 +134,7 @@ def _pairs(
     }
 
 
-def _is_copy(name: str, tensor: Stored, table: keymaps.Table, base: Stocks) -> bool:
+def _is_copy(name: str, tensor: Stored, table: tensor_names.Table, base: Stocks) -> bool:
     """Whether the tensor is one of the base's, unchanged."""
     match = _COPY.fullmatch(name)
     ours = table.get(match[1]) if match else None

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from pumice.config import ModelConfig
-from pumice.weights import export_hf, keymaps
-from pumice.weights.checkpoint import Stocks, write_weights
-from pumice.weights.folder import LoadedParts
-from pumice.weights.jsonfile import write_json
+from pumice.formats import names as tensor_names
+from pumice.formats.hf import write as hf_write
+from pumice.storage.json_file import write_json
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, write_weights
 
 BASE = "base.json"
 _SAMPLES = 64
@@ -28,14 +29,14 @@ def refusal(config: ModelConfig) -> str | None:
     """Why there is no adapter to write; None when there is one."""
     if config.lora is None:
         return "it has no LoRA adapters"
-    return export_hf.refusal(config)  # PEFT puts the adapters onto that model
+    return hf_write.refusal(config)  # PEFT puts the adapters onto that model
 
 
 def write(folder: Path, model: LoadedParts) -> None:
     """Write the folder, which holds the model's adapters alone."""
     config, lora = model.config, model.config.lora
     assert lora is not None
-    names = keymaps.inverse(keymaps.hf_decoder(config.decoder))
+    names = tensor_names.inverse(tensor_names.hf_decoder(config.decoder))
     adapters: Stocks = {}
     for name, tensor in model.state.items():
         layer, _, kind = name.removeprefix("decoder.").rpartition(".")
@@ -59,7 +60,7 @@ def write(folder: Path, model: LoadedParts) -> None:
     }
     write_weights(folder, adapters, "adapter_model")
     write_json(folder / "adapter_config.json", values)
-    exported = export_hf.with_image_token(model)
+    exported = hf_write.with_image_token(model)
     write_json(folder / BASE, {"fingerprint": fingerprint(exported.state)})
 
 

@@ -21,8 +21,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,13 @@ from torch import Tensor
 from pumice.config import DecoderConfig, ModelConfig
 from pumice.errors import InputError, WorkError
 from pumice.files import make_readable, sync
-from pumice.weights.checkpoint import (
-    FLOATS,
-    Stocks,
-    Stored,
-    find_weights,
-    open_weights,
-    stored,
-    write_weights,
-)
-from pumice.weights.gguf_llm import open_gguf
-from pumice.weights.jsonfile import read_json, read_text, write_json
-from pumice.weights.keymaps import some
-from pumice.weights.parts import from_wheel, wheel
-from pumice.weights.tower import open_efficientnet_lite
+from pumice.formats.efficientnet_lite import open_efficientnet_lite
+from pumice.formats.gguf.llm import open_gguf
+from pumice.formats.names import some
+from pumice.storage.download import from_wheel, wheel
+from pumice.storage.json_file import read_json, read_text, write_json
+from pumice.storage.parts import LoadedParts, Shapes
+from pumice.storage.tensors import FLOATS, Stocks, Stored, find_weights, open_weights, stored, write_weights
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 PROVENANCE, PARTS = "provenance.json", "parts.json"
@@ -56,21 +48,6 @@ _OURS = re.compile(
 _LACKING = "the folder is not a whole Pumice model"
 # Batch norm's count of batches: only an average without momentum reads it, and we have none.
 _COUNTER = ".num_batches_tracked"
-
-Shapes = Mapping[str, Sequence[int]]
-
-
-@dataclass(frozen=True)
-class LoadedParts:
-    """A whole model in parts: its config, its tensors where they are kept, its tokenizer."""
-
-    config: ModelConfig
-    state: Stocks  # by the names of `pumice.model`
-    tokenizer: Tokenizer
-    provenance: dict[str, Any]
-    parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from
-    notes: tuple[str, ...] = ()  # what was assumed, because the source does not say it
-    sources: dict[str, tuple[str, Path]] = field(default_factory=dict)  # role -> as it was named, where it is
 
 
 def save(

@@ -14,11 +14,12 @@ import tokenizers
 
 from pumice.config import ChatFormat, ModelConfig
 from pumice.errors import InputError
+from pumice.formats.text.chat_template import describe, image_wrap
+from pumice.formats.text.files import TokenizerFiles
+from pumice.formats.text.tokenizer import read_tokenizer
+from pumice.storage.json_file import Keys
 from pumice.templates import OWN, TEMPLATES, get_template
 from pumice.tokens import Tokenizer
-from pumice.weights.chat_template import describe, image_wrap
-from pumice.weights.jsonfile import Keys
-from pumice.weights.tokenizer import TokenizerFiles, read_tokenizer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ how text is cut (`sentencepiece`, the `tokenizers` library) or what a chat templ
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +15,20 @@ import tokenizers
 from tokenizers import AddedToken
 
 from pumice.errors import InputError
+from pumice.formats.text.files import TokenizerFiles
+from pumice.formats.text.sentencepiece import SentencePiece
+from pumice.storage.json_file import read_json, read_text
 from pumice.tokens import Tokenizer
-from pumice.weights.gguf import GgufFile
-from pumice.weights.jsonfile import read_json, read_text
-from pumice.weights.sentencepiece import SentencePiece
 
 KINDS = "a tokenizer.json, a tokenizer.model, a GGUF file, or a folder with one of the first two"
 
 
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """What a tokenizer's files say. bos, eos: the tokens' texts, None where unknown.
-
-    adds_bos: a text that is not a chat begins with bos. chat_template: in Jinja, as written.
-    """
-
-    backend: tokenizers.Tokenizer
-    bos: str | None = None
-    eos: str | None = None
-    adds_bos: bool = False
-    chat_template: str | None = None
-
-    @property
-    def bos_id(self) -> int | None:
-        """What stands before everything, unless a chat format says otherwise."""
-        return self.backend.token_to_id(self.bos) if self.adds_bos and self.bos is not None else None
-
-
-def read_tokenizer(path: str | Path) -> TokenizerFiles:
+def read_tokenizer(
+    path: str | Path, read_gguf: Callable[[Path], TokenizerFiles] | None = None
+) -> TokenizerFiles:
     """Read what `path` holds, by its contents.
 
+    read_gguf: reads that of a GGUF file, as `pumice.formats.gguf.tokenizer` does, where one may be given.
     Raises InputError when it is missing, damaged, of a kind that cannot be read, or contradicts itself.
     """
     path = Path(path)
@@ -55,9 +39,9 @@ def read_tokenizer(path: str | Path) -> TokenizerFiles:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"GGUF"):
-        from pumice.weights import gguf_llm
-
-        return gguf_llm.tokenizer_files(GgufFile(path))
+        if read_gguf is None:
+            raise InputError(f"{path} is a GGUF file, which cannot be read here; give {KINDS}")
+        return read_gguf(path)
     if head.lstrip()[:1] in (b"{", b"["):  # a list is refused as what it is not
         backend = Tokenizer.from_file(path).backend
         bos = _added_first(backend)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.generate.kinds.base import Kind
+from pumice.synth.kinds.base import Kind
 
 
 @cache
@@ -35,5 +35,5 @@ def get(name: str) -> Kind:
             raise InputError(f"'{path}' cannot be run ({type(error).__name__}: {error}); mend it") from error
         if isinstance(getattr(module, "KIND", None), Kind):
             return module.KIND
-        raise InputError(f"'{path}' defines no KIND; see the files of pumice/generate/kinds")
+        raise InputError(f"'{path}' defines no KIND; see the files of pumice/synth/kinds")
     raise InputError(f"there is no kind '{name}'; use one of {', '.join(builtin())}, or a Python file")

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pumice.generate.context import Box, Context
-from pumice.generate.objects import Vocabulary
+from pumice.synth.context import Box, Context
+from pumice.synth.objects import Vocabulary
 
 
 class Unparsed(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pumice.generate.kinds.base import MARKET, SNOW, Example, Kind, whole
+from pumice.synth.kinds.base import MARKET, SNOW, Example, Kind, whole
 
 SYSTEM = """\
 You can see one picture. What you are given below are notes about it: several people's sentences, and \

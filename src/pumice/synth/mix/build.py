@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pumice import __version__
 from pumice.errors import InputError, official
 from pumice.files import replacing, sha256
-from pumice.generate.mix.readers import READERS, Given, Reader, Unit
+from pumice.synth.mix.readers import READERS, Given, Reader, Unit
 
 
 class Strict(BaseModel):

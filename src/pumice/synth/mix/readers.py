@@ -18,7 +18,7 @@ from typing import Any
 from pumice.conversation import IMAGE_PLACEHOLDER
 from pumice.data.rows import Rows
 from pumice.errors import InputError
-from pumice.generate.files import first_byte, items, pairs
+from pumice.synth.files import first_byte, items, pairs
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -17,16 +17,16 @@ import torch
 
 from pumice.config import ModelConfig
 from pumice.errors import InputError, WorkError
+from pumice.formats.load import find_device
 from pumice.geometry import square_layout, tile_layout
 from pumice.model.packed import Run
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, GPUS, peak, total_memory
-from pumice.train.footprint import Footprint, Work, measure
 from pumice.train.parallel import COPIES
+from pumice.train.plan.estimate.footprint import Footprint, Work, measure
 from pumice.train.recipe import Recipe
 from pumice.train.shapes import processor_of, shape
 from pumice.train.sizes import Sizes, sizes
-from pumice.weights.load import find_device
 
 REACHED = 0.4  # share of a GPU's products that dense training of this size reaches; not measured here
 REACHED_HERE = 0.6  # share of the timed products that a step reaches on a CPU (benchmarks/plan.py)
