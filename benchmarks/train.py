@@ -281,7 +281,13 @@ def theirs(folder: Path, stage: str, steps: int, precision: str, checkpointing: 
             for index in range(step * ROWS, (step + 1) * ROWS):
                 sample = processor.training_sample(rows[index].conversation(finder))
                 ids = np.where(sample.input_ids == IMAGE_TOKEN, image_token, sample.input_ids)
-                items.append({"ids": ids, "labels": sample.labels, "pixels": processor.pixels(sample.images)})
+                items.append(
+                    {
+                        "ids": ids,
+                        "labels": sample.labels,
+                        "pixels": processor.pixels(sample.images, sample.layouts),
+                    }
+                )
             return items
 
     def collate(batch: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:

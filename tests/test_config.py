@@ -196,6 +196,29 @@ def test_only_tiles_need_pinpoints_and_they_come_back_from_json() -> None:
         ModelConfig(DECODER, image=ImagePolicy("anyres"))
 
 
+def test_several_pictures_are_squares_where_tiles_shrink() -> None:
+    tiles = ImagePolicy("anyres", pinpoints=((256, 512), (512, 512)))
+    assert (tiles.several, dataclasses.replace(tiles, several=None, max_tiles=9).several) == (
+        "tiles", "square"
+    )  # fmt: skip
+    assert dataclasses.replace(tiles, max_tiles=9).several == "tiles"  # what was said stays
+    assert ImagePolicy().several is None
+    assert [tiles.tiles(count) for count in (1, 2)] == [True, True]
+    squares = dataclasses.replace(tiles, several="square")
+    assert [squares.tiles(count) for count in (1, 2)] == [True, False]
+    assert not ImagePolicy(several="tiles").tiles(1)
+    with pytest.raises(InputError, match="unknown several 'crops'; use one of tiles, square"):
+        ImagePolicy(several="crops")
+
+
+def test_a_cache_of_features_outlives_the_choice_for_several_pictures() -> None:
+    policy = ImagePolicy("anyres", pinpoints=((256, 512),), max_tiles=9)
+    assert repr(policy) == (
+        "ImagePolicy(mode='anyres', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), "
+        "resample='bicubic', pad_color=(124, 116, 104), pinpoints=((256, 512),), unpad=True, max_tiles=9)"
+    )
+
+
 def test_unknown_choices_and_squares_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="unknown mode 'stretch'; use one of pad, crop, squash, anyres"):
         ImagePolicy(mode="stretch")
@@ -203,3 +226,10 @@ def test_unknown_choices_and_squares_that_do_not_fit_are_refused() -> None:
         ImagePolicy(resample="nearest")
     with pytest.raises(InputError, match="8 x 8 features cannot be reduced by 3"):
         ModelConfig(DECODER, connector=ConnectorConfig(reduce="average", factor=3))
+
+
+@pytest.mark.parametrize("dropout", [1.0, 1.5, -0.1])
+def test_a_dropout_that_teaches_nothing_is_refused(dropout: float) -> None:
+    LoraConfig(dropout=0.0)
+    with pytest.raises(InputError, match=r"dropout is .*at least 0 and less than 1"):
+        LoraConfig(dropout=dropout)

@@ -20,6 +20,7 @@ from pumice.errors import InputError
 
 FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop", "squash", "anyres")
+SEVERAL = ("tiles", "square")
 RESAMPLINGS = ("bicubic", "bilinear")
 IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
 
@@ -154,6 +155,11 @@ class ImagePolicy:
     pinpoints: tuple[tuple[int, int], ...] = ()
     unpad: bool = True  # drop features of the tiles' padding, end each row with `image_newline`
     max_tiles: int | None = None  # LLaVA-OneVision's anyres_max_9: more features than that many tiles' shrink
+    # anyres only: how each picture is shown where a conversation has more than one: in "tiles" all the same
+    # (LLaVA-NeXT), or as one "square", padded as by "pad" (LLaVA-OneVision). None becomes "square" where
+    # max_tiles is given, else "tiles". It has no place in repr(), from which feature caches take their
+    # fingerprint: a cache keeps a picture's tiles and its square under two keys.
+    several: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -166,6 +172,14 @@ class ImagePolicy:
             raise InputError(f"pixels cannot be divided by a std of {self.std}; each must be more than 0")
         if self.max_tiles is not None:
             _at_least(1, max_tiles=self.max_tiles)
+        if self.mode == "anyres" and self.several is None:
+            object.__setattr__(self, "several", "tiles" if self.max_tiles is None else "square")
+        if self.several not in (None, *SEVERAL):
+            raise InputError(f"unknown several {self.several!r}; use one of {', '.join(SEVERAL)}")
+
+    def tiles(self, pictures: int) -> bool:
+        """Whether each of so many pictures of one conversation is cut into tiles."""
+        return self.mode == "anyres" and (pictures == 1 or self.several == "tiles")
 
 
 @dataclass(frozen=True)
@@ -179,6 +193,11 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, rank=self.rank)
+        if not 0 <= self.dropout < 1:
+            raise InputError(
+                f"dropout is {self.dropout:g}, but must be at least 0 and less than 1: "
+                "at 1 the adapters would learn nothing"
+            )
 
 
 @dataclass(frozen=True)
@@ -213,6 +232,7 @@ class ModelConfig:
     bos_token_id: int | None = None  # stands once, before everything
     image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
+    trained_pictures: int | None = None  # the most pictures in one training conversation; None: not known
 
     def __post_init__(self) -> None:
         if self.vision.kind != "none":

@@ -83,12 +83,12 @@ def image_size(source: Source) -> tuple[int, int]:
 def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
     """An RGB image, as `open_image` gives it, as one square for the tower, float32 (3, S, S), S = size.
 
-    "pad" is LLaVA's expand2square followed by a resize; "crop" is CLIPImageProcessor's shortest
-    edge and centre crop, equal to it bit for bit before normalisation; "squash" ignores the aspect
-    ratio.
+    "pad" is LLaVA's expand2square followed by a resize, and so is "anyres" where a picture has no tiles;
+    "crop" is CLIPImageProcessor's shortest edge and centre crop, equal to it bit for bit before
+    normalisation; "squash" ignores the aspect ratio.
     """
     resample = _RESAMPLE[policy.resample]
-    if policy.mode == "pad":
+    if policy.mode in ("pad", "anyres"):
         square = _pad(image, policy.pad_color).resize((size, size), resample)
     elif policy.mode == "crop":
         square = _crop(image, size, resample)
@@ -98,13 +98,16 @@ def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
     return _normalise(square, policy)
 
 
-def squares(image: Image.Image, size: int, policy: ImagePolicy, *, mirror: bool = False) -> np.ndarray:
+def squares(
+    image: Image.Image, size: int, policy: ImagePolicy, *, tiles: bool = True, mirror: bool = False
+) -> np.ndarray:
     """An RGB image as all squares that the tower looks at, float32 (P, 3, S, S), S = size.
 
     "anyres" (LLaVA-NeXT): the picture squashed, then, letterboxed in black at its best resolution, tiles
-    row by row; P = `geometry.tile_layout(...).squares`. Any other mode: one square. mirror: left to right.
+    row by row; P = `geometry.tile_layout(...).squares`. Without tiles, and in any other mode: one square.
+    mirror: left to right.
     """
-    if policy.mode != "anyres":
+    if policy.mode != "anyres" or not tiles:
         square = pixels(image, size, policy)
         return np.ascontiguousarray(square[:, :, ::-1] if mirror else square)[None]
     resample = _RESAMPLE[policy.resample]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,9 @@ def test_different_pictures_do_not_share_a_tree() -> None:
         prefix_tree([sample("#aB", A, name="one"), sample("#aB", B, name="two")])
     with pytest.raises(ValueError, match="show different pictures"):
         prefix_tree([sample("#a#B", A, B), sample("#a#B", B, A)])
+    one = sample("#aB", A)
+    with pytest.raises(ValueError, match="show different pictures"):
+        prefix_tree([one, dataclasses.replace(one, layouts=(Layout(N, height=1, newline=True),))])
 
 
 def test_a_pack_places_its_trees_end_to_end() -> None:

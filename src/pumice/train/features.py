@@ -23,7 +23,7 @@ from pumice.config import ModelConfig
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.files import hold, replacing, whole_lines
-from pumice.images import image_key
+from pumice.geometry import Layout
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
@@ -60,27 +60,25 @@ class TowerFeatures:
         if self.cache is not None:
             self.cache.close()
 
-    def fetch(self, images: Sequence[ImagePart], mirror: bool, pin: bool = False) -> list[Looked]:
+    def fetch(
+        self, images: Sequence[ImagePart], layouts: Sequence[Layout], mirror: bool, pin: bool = False
+    ) -> list[Looked]:
         """What is needed of pictures before the model sees them; safe in any thread, and no torch graph.
 
-        mirror: left to right. pin: where a GPU can fetch it while it computes. InputError on a picture that
-        cannot be read.
+        layouts: theirs, as their samples have them. mirror: left to right. pin: where a GPU can fetch it
+        while it computes. InputError on a picture that cannot be read.
         """
         found = []
-        for image in images:
+        for image, layout in zip(images, layouts, strict=True):
             key, features, pixels = None, None, None
             if self.cache is not None:
-                key = self.cache.key(image, mirror)
+                key = self.processor.key(image, layout, mirror=mirror)
                 features = self.cache.read(key)
             if features is None:
-                pixels = torch.from_numpy(self.processor.pixels((image,), mirror=mirror))
+                pixels = torch.from_numpy(self.processor.pixels((image,), (layout,), mirror=mirror))
                 pixels = pixels.pin_memory() if pin else pixels
             found.append(Looked(key, pixels, features))
         return found
-
-    def __call__(self, images: Sequence[ImagePart], mirror: bool) -> Tensor:
-        """Features (P, F, C) of pictures, fetched here and now."""
-        return self.look(self.fetch(images, mirror))
 
     def look(self, pictures: Sequence[Looked]) -> Tensor:
         """Features (P, F, C) on the model's device.
@@ -153,9 +151,6 @@ class FeatureCache:
 
     def close(self) -> None:
         self._lock.release()
-
-    def key(self, image: ImagePart, mirror: bool) -> str:
-        return image_key(image.source) + ("-mirror" if mirror else "")
 
     def read(self, key: str) -> Tensor | None:
         """Features (P, F, C) bfloat16 of a picture seen before."""

@@ -90,6 +90,7 @@ class Trainer:
         elif recipe.precision == "tf32":
             torch.set_float32_matmul_precision("high")
         self.batches = Batches(recipe, setup.processor, self.world.size)
+        setup.trained_on(self.batches.mixture.most_pictures)
         cache = recipe.feature_cache
         if cache is not None and self.world.size > 1:
             cache = cache / f"process-{self.world.rank}"  # each keeps what it has seen
@@ -227,7 +228,7 @@ class Trainer:
         pictures: list[Looked] = []
         for tree, mirror in zip(pack.trees, mirrored, strict=True):
             try:
-                pictures += self.features.fetch(tree.images, mirror, pin)
+                pictures += self.features.fetch(tree.images, tree.layouts, mirror, pin)
                 trees.append(tree)
             except InputError as error:
                 self.batches.skipped.add(", ".join(image.name for image in tree.images), error)
@@ -281,7 +282,7 @@ class Trainer:
 
     def _answer(self, sample: Sample) -> str:
         """A greedy answer of the model as it stands."""
-        pictures = self.features.fetch(sample.images, mirror=False)
+        pictures = self.features.fetch(sample.images, sample.layouts, mirror=False)
         if self.world.kind == "fsdp":
             tokens = self._slowly(sample, pictures)
         else:

@@ -76,6 +76,17 @@ class Setup:
             lines.append(f"  {part:<10} {size / 1e6:8.2f} M parameters  {does}")
         return lines
 
+    def trained_on(self, pictures: int) -> None:
+        """Note in the model's config that one row of this stage shows so many pictures.
+
+        What others trained a model on stays unknown, unless these rows show several.
+        """
+        config = self.model.config
+        before = config.trained_pictures
+        if before is None and (pictures <= 1 or config.image.several == "square"):
+            return
+        self.model.config = dataclasses.replace(config, trained_pictures=max(before or 0, pictures))
+
     def save(self, path: Path, summary: dict[str, Any], state: dict[str, Tensor] | None = None) -> Path:
         """Write the model's folder: what was trained, and where the rest comes from.
 
@@ -92,6 +103,7 @@ class Setup:
             tokenizer=self.processor.tokenizer.backend.to_str(),
             provenance={**self.opened.provenance, "stages": history},
             parts=parts,
+            sentencepiece=self.opened.sentencepiece,
         )
         return path
 

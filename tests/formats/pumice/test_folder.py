@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from pumice.config import DecoderConfig, ModelConfig
+from pumice.config import DecoderConfig, ImagePolicy, ModelConfig
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.pumice import folder as folders
@@ -275,3 +275,18 @@ def test_wrong_parts_are_refused_before_writing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="would have no tokenizer"):
         save(tmp_path / "m", CONFIG, STATE, parts={"tower": "efficientnet-lite2"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_folder_of_llava_onevision_shows_squares_and_says_so(tmp_path: Path) -> None:
+    tiles = ImagePolicy("anyres", pinpoints=((256, 512), (512, 512)), max_tiles=9)
+    for number, policy in enumerate((tiles, dataclasses.replace(tiles, max_tiles=None, several="tiles"))):
+        folder = tmp_path / str(number)
+        save(folder, dataclasses.replace(CONFIG, image=policy), STATE, tokenizer=WORDS)
+        assert open_parts(folder).notes == ()
+        values = json.loads((folder / "config.json").read_text())
+        del values["image"]["several"]
+        (folder / "config.json").write_text(json.dumps(values))
+        opened = open_parts(folder)
+        assert opened.config.image == policy
+        assert len(opened.notes) == (number == 0)  # LLaVA-NeXT's tiles are what they were
+    assert "each of several pictures is shown as one padded square" in open_parts(tmp_path / "0").notes[0]

@@ -82,7 +82,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     state = tensor_names.convert(tensors, table, str(folder))
     if not biases:
         state |= _no_biases(state)
-    return LoadedParts(config, state, side.tokenizer, {}, notes=notes)
+    return LoadedParts(config, state, side.tokenizer, {}, notes=notes, sentencepiece=side.files.sentencepiece)
 
 
 def _nesting(tensors: Stocks, folder: Path) -> tensor_names.Nesting:
@@ -132,7 +132,10 @@ def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> Imag
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pinpoints):
         raise InputError(f"{keys.where}: image_grid_pinpoints is {pinpoints}, not a list of [height, width]")
     sizes = tuple((width, height) for height, width in pinpoints)
-    return dataclasses.replace(policy, mode="anyres", pinpoints=sizes, unpad=True, max_tiles=most)
+    several = "square" if kind == "llava_onevision" else "tiles"
+    return dataclasses.replace(
+        policy, mode="anyres", pinpoints=sizes, unpad=True, max_tiles=most, several=several
+    )
 
 
 def _processor(folder: Path) -> Keys:

@@ -82,7 +82,15 @@ def open_original(
     projector = tensor_names.original_connector(connector.kind)
     table = tensor_names.llava(config, tensor_names.ORIGINAL, projector, prefix)
     state |= tensor_names.convert(tensors, table, str(folder))
-    loaded = LoadedParts(config, state, side.tokenizer, {}, notes=notes, sources=sources)
+    loaded = LoadedParts(
+        config,
+        state,
+        side.tokenizer,
+        {},
+        notes=notes,
+        sources=sources,
+        sentencepiece=side.files.sentencepiece,
+    )
     return adapt(loaded, folder) if adapter else loaded
 
 
@@ -199,6 +207,7 @@ def _image(keys: Keys, vision: VisionConfig, published: ImagePolicy) -> ImagePol
         pinpoints=_pinpoints(keys, vision.image_size),
         unpad=merge == "spatial_unpad",
         max_tiles=int(match[1]) if match[1] else None,
+        several="square" if match[1] else "tiles",  # LLaVA-NeXT's training and LLaVA 1.6, which has no _max
     )
 
 

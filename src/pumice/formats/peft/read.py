@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pumice.config import LoraConfig
+from pumice.config import LoraConfig, naming
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.peft.write import BASE, fingerprint
@@ -102,7 +102,8 @@ def _lora(keys: Keys) -> LoraConfig:
     alpha = keys.get("lora_alpha", float)
     if keys.get("use_rslora", bool, False):  # arXiv 2312.03732 divides by the root of the rank
         alpha *= rank**0.5
-    return LoraConfig(rank=rank, alpha=alpha, dropout=keys.get("lora_dropout", float, 0.0))
+    with naming(keys.where):
+        return LoraConfig(rank=rank, alpha=alpha, dropout=keys.get("lora_dropout", float, 0.0))
 
 
 def _pairs(

@@ -69,6 +69,8 @@ def fingerprint(state: Stocks) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(name for name in state if name.startswith("decoder.") and ".lora_" not in name):
         values = state[name].read().reshape(-1)
+        # In fp32, as fingerprints were always made. Above 2^24 values it rounds the last place past the end.
         places = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values))).round().long()
+        places = places.clamp(max=len(values) - 1)
         digest.update(name.encode() + values[places].float().numpy().tobytes())
     return digest.hexdigest()

@@ -2,6 +2,8 @@
 
     config.json         ModelConfig.to_dict
     tokenizer.json      of the `tokenizers` library, byte for byte as given
+    tokenizer.model     the SentencePiece model that it was made of, byte for byte; only where the source had
+                        one, for the original code, which reads nothing else
     model.safetensors   the tensors, by the names of `pumice.model`, in float32, float16 or bfloat16; above
                         5 GB in shards, model-00001-of-00003.safetensors and so on, with
                         model.safetensors.index.json as Hugging Face writes it
@@ -34,8 +36,9 @@ from pumice.files import make_readable, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.names import some
+from pumice.formats.text.tokenizer import MODEL
 from pumice.storage.download import from_wheel, wheel
-from pumice.storage.json_file import read_json, read_text, write_json
+from pumice.storage.json_file import read_bytes, read_json, read_text, write_json
 from pumice.storage.parts import LoadedParts, Shapes
 from pumice.storage.tensors import FLOATS, Stocks, Stored, find_weights, open_weights, stored, write_weights
 
@@ -43,7 +46,7 @@ CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors
 PROVENANCE, PARTS = "provenance.json", "parts.json"
 PART_NAMES = ("tower", "decoder")
 _OURS = re.compile(
-    r"(config|tokenizer|provenance|parts)\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"(config|tokenizer|provenance|parts)\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 _LACKING = "the folder is not a whole Pumice model"
 # Batch norm's count of batches: only an average without momentum reads it, and we have none.
@@ -58,10 +61,12 @@ def save(
     tokenizer: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     parts: Mapping[str, str] | None = None,
+    sentencepiece: bytes | None = None,
 ) -> None:
     """Write the folder, or replace what it held; files in it that are not ours stay.
 
     state: tensors still in other files are read one at a time. tokenizer: the text of tokenizer.json.
+    sentencepiece: the bytes of tokenizer.model, where there is one.
     parts: part -> wheel, for parts that were not trained; their tensors are left out of `state` here
     (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises WorkError when the disk is full.
     """
@@ -84,6 +89,8 @@ def save(
             write_json(fresh / PARTS, pinned)
         if tokenizer is not None:
             (fresh / TOKENIZER).write_text(tokenizer, encoding="utf-8", newline="")
+        if sentencepiece is not None:
+            (fresh / MODEL).write_bytes(sentencepiece)
 
 
 @contextlib.contextmanager
@@ -120,7 +127,8 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise InputError(f"the model folder {folder} {what}")
-    config = ModelConfig.from_dict(read_json(folder / CONFIG, _LACKING), str(folder / CONFIG))
+    values = read_json(folder / CONFIG, _LACKING)
+    config = ModelConfig.from_dict(values, str(folder / CONFIG))
     parts = _read_parts(folder / PARTS) if (folder / PARTS).exists() else {}
     own_tokenizer = (folder / TOKENIZER).exists() or "decoder" not in parts
     tokenizer = _read_tokenizer(folder / TOKENIZER) if own_tokenizer else None
@@ -136,7 +144,19 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
         _add(state, "decoder", base.state, folder)
         tokenizer = tokenizer or base.text.backend
     assert tokenizer is not None  # read from the folder, or built with the decoder
-    return LoadedParts(config, state, tokenizer, provenance, parts)
+    sentencepiece = read_bytes(folder / MODEL) if (folder / MODEL).is_file() else None
+    notes = _assumed(config, values)
+    return LoadedParts(config, state, tokenizer, provenance, parts, notes, sentencepiece=sentencepiece)
+
+
+def _assumed(config: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes on a config.json of an older Pumice, which showed several pictures in tiles to every model."""
+    if config.image.several != "square" or values["image"].get("several") is not None:
+        return ()
+    return (
+        f"{CONFIG} does not say image.several: each of several pictures is shown as one padded square, as "
+        'LLaVA-OneVision was trained; write "several": "tiles" there if this model was trained on tiles',
+    )
 
 
 def check(state: Mapping[str, Tensor | Stored], expected: Shapes, where: str) -> None:

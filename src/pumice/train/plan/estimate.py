@@ -18,7 +18,7 @@ import torch
 from pumice.config import ModelConfig
 from pumice.errors import InputError, WorkError
 from pumice.formats.load import find_device
-from pumice.geometry import square_layout, tile_layout
+from pumice.geometry import picture_layout
 from pumice.model.packed import Run
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, GPUS, peak, total_memory
@@ -202,9 +202,7 @@ def _works(
 def assumed(recipe: Recipe, config: ModelConfig) -> Work:
     """A pack full of samples with one picture each, as no rows tell otherwise."""
     staged = recipe.stage_config(config)
-    layout = square_layout(staged)
-    if staged.image.mode == "anyres":
-        layout = tile_layout(staged, (1024, 768))
+    layout = picture_layout(staged, (1024, 768))
     length = min(layout.tokens + TEXT, staged.decoder.context)
     count = max(1, recipe.pack_tokens // length)
     return Work(
