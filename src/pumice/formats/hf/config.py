@@ -33,7 +33,7 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
     kind = given.get("model_type", str)
     if kind not in FAMILIES:
         raise InputError(f"{given.where}: model_type is {kind!r}; {', '.join(FAMILIES)} can be read")
-    keys = Keys(given.values, given.where, FAMILIES[kind])
+    keys = Keys(given.values, given.where, FAMILIES[kind].defaults)
     whole(keys)
     keys.only("hidden_act", ("silu", "swish"), "silu")
     keys.only("attention_bias", (False,), False, "the output projection would have a bias as well")
@@ -76,7 +76,7 @@ def vision_config(given: Keys, kind: str | None = None, **choices: Any) -> Visio
     kind = given.get("model_type", str, kind)
     if kind not in TOWERS:
         raise InputError(f"{given.where}: model_type is {kind!r}; {', '.join(TOWERS)} can be read")
-    ours, defaults = TOWERS[kind]
+    ours, defaults = TOWERS[kind].kind, TOWERS[kind].defaults
     keys = Keys(given.values, given.where, defaults)
     whole(keys)
     keys.only("num_channels", (3,), 3)

@@ -1,7 +1,7 @@
 """A LLaVA as transformers keeps it: LlavaForConditionalGeneration, LlavaNext, LlavaOnevision.
 
 Knows: its config.json, its processor's files, and how its tensors are nested. Everything else of the
-folder is read by `hf_config` and `text`.
+folder is read by `config` and `text`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionConfig
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import decoder_config, image_policy, vision_config, whole
 from pumice.formats.text.read import read_text_side
 from pumice.storage.json_file import Keys
@@ -38,8 +39,6 @@ _DEFAULTS = {
     },
 }  # fmt: skip
 _TEXT = {"llava_onevision": "qwen2"}  # the text_config's model_type when it does not say one; else llama
-# The chat format where the folder has no chat template, by the text_config's model_type.
-_USUAL = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "chatml", "qwen3": "chatml"}
 _CLIP_336 = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336,
     "patch_size": 14, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -69,8 +68,9 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     side = read_text_side(folder, keys)
     _check_image_token(keys, side.tokenizer, decoder)
     biases = keys.get("multimodal_projector_bias", bool, True)
+    family = FAMILIES[text.get("model_type", str)]
     config, notes = side.model_config(
-        template, str(folder), fallback=_USUAL[text.get("model_type", str)], decoder=decoder, vision=vision,
+        template, str(folder), fallback=family.template, decoder=decoder, vision=vision,
         connector=ConnectorConfig("mlp2x_gelu"), image=image, image_wrap=side.image_wrap(),
     )  # fmt: skip
     if image.mode == "crop" and "do_pad" not in processor.values:  # transformers' own conversions lack it

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import RESAMPLE, padding
 from pumice.formats.text.chat_template import to_jinja
 from pumice.storage.json_file import write_json
@@ -188,15 +189,15 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
     }
-    family, classes = "llama", "LlamaForCausalLM"
+    family = "llama"
     if config.qkv_bias or config.qk_norm:
-        family, classes = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("qwen2", "Qwen2ForCausalLM")
+        family = "qwen3" if config.qk_norm else "qwen2"
         window = config.sliding_window
         values |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
     elif config.sliding_window is not None:
-        family, classes = "mistral", "MistralForCausalLM"
+        family = "mistral"
         values["sliding_window"] = config.sliding_window
-    return values | {"model_type": family, "architectures": [classes]}
+    return values | {"model_type": family, "architectures": [FAMILIES[family].classes]}
 
 
 def vision_config(config: VisionConfig) -> dict[str, Any]:

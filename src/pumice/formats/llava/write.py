@@ -15,6 +15,7 @@ from typing import Any
 
 from pumice.config import ImagePolicy, ModelConfig, VisionConfig
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import padding
 from pumice.formats.hf.write import (
     anyres_max,
@@ -33,7 +34,6 @@ from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import Stocks, write_weights
 
 TOWER = "vision_tower"  # the folder beside the weights
-_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
 # Published towers by kind, width, depth, patch and picture: which name the original code can build.
 _PUBLISHED = {
     ("clip", 1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
@@ -106,14 +106,15 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
 
 def _config(config: ModelConfig, state: Stocks, tower: str) -> dict[str, Any]:
     text = text_config(config.decoder)
-    family = text["model_type"]
+    name = FAMILIES[text["model_type"]].original
+    assert name is not None  # `refusal` names the families that have none
     if config.bos_token_id is not None:
         text["bos_token_id"] = config.bos_token_id
     if config.stop_token_ids:
         text["eos_token_id"] = config.stop_token_ids[0]
     values = text | {
-        "architectures": [f"Llava{_FAMILIES[family]}ForCausalLM"],
-        "model_type": f"llava_{_FAMILIES[family].lower()}",
+        "architectures": [f"Llava{name}ForCausalLM"],
+        "model_type": f"llava_{name.lower()}",
         "torch_dtype": str(state["decoder.embed.weight"].dtype).removeprefix("torch."),
         "use_mm_proj": True,
         "mm_hidden_size": config.vision.width,

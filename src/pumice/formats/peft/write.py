@@ -1,6 +1,6 @@
 """Our LoRA as PEFT's files: adapter_config.json and adapter_model.safetensors.
 
-Knows: PEFT's names of tensors around the model that `export_hf` writes, as transformers 4.52 and newer
+Knows: PEFT's names of tensors around the model that `hf.write` writes, as transformers 4.52 and newer
 build it. Does not know: where the model comes from. The base is that model without its adapters
 (`--to hf --drop-lora`); its fingerprint stands in `base.json`, so that another base can be refused.
 """
