@@ -19,9 +19,9 @@ from pumice.assistant import REMEMBERED, Assistant, conversation_of, load
 from pumice.config import IMAGE_TOKEN, ImagePolicy
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.files import Lock
+from pumice.formats.load import open_model
+from pumice.formats.pumice.folder import save
 from pumice.processor import Processor
-from pumice.weights.folder import save
-from pumice.weights.load import open_model
 
 SHORT = {"max_new_tokens": 12}
 

@@ -17,10 +17,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.errors import InputError
+from pumice.formats.pumice.folder import open_parts
+from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.templates import TEMPLATES, Span, Template, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
-from pumice.weights.folder import open_parts
-from pumice.weights.tokenizer import read_tokenizer
 
 N = 3
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +11,9 @@ from torch import Tensor
 
 from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, RopeScaling, VisionConfig
 from pumice.engine import native
-from pumice.engine.generate import Prompt, generate
+from pumice.engine.generate import generate
 from pumice.engine.native import NativeDecoder, native_decoder
+from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
@@ -195,33 +194,3 @@ def test_serves_only_what_it_can_compute(width: int) -> None:
     assert native_decoder(decoder, wide) is None
     decoder.norm.float()
     assert native_decoder(decoder, cache) is None
-
-
-def test_code_that_others_could_have_put_there_is_not_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
-    assert native.compiled.__wrapped__()[0] is not None
-    [kept] = (tmp_path / "native").iterdir()
-    kept.unlink()  # what is loaded must not be written over
-    kept.write_bytes(b"not code")
-    kept.parent.chmod(0o777)
-    assert native.compiled.__wrapped__()[0] is not None  # made anew, for this process
-    assert kept.read_bytes() == b"not code"
-
-
-def test_goes_on_without_a_compiler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
-    with caplog.at_level(logging.INFO, "pumice"):
-        assert native.compiled.__wrapped__()[0] is None
-    assert "no such option" in caplog.text
-    assert not list((tmp_path / "cache" / "native").iterdir())  # nothing by halves
-    monkeypatch.delenv("CC")
-    monkeypatch.setenv("PUMICE_NATIVE", "off")
-    assert native.compiled.__wrapped__() == (None, "PUMICE_NATIVE turns it off")

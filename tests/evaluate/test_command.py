@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from pumice.cli import app
 from pumice.evaluate.compare import verdict
-from pumice.evaluate.task import get_task
+from pumice.evaluate.tasks import get_task
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from pumice.formats.export import export
+from pumice.formats.load import open_model
+from pumice.formats.pumice.folder import open_parts, save
 from pumice.model.adapters import LoraLinear
 from pumice.train import run
 from pumice.train.recipe import Stage, load_recipe
 from pumice.train.setup import prepare
-from pumice.weights.export import export
-from pumice.weights.folder import open_parts, save
-from pumice.weights.load import open_model
 
 ROOT = Path(__file__).parents[2]
 STAGES = {

@@ -14,12 +14,12 @@ from PIL import Image
 
 from pumice.conversation import ImagePart
 from pumice.errors import InputError, WorkError
+from pumice.formats.load import open_model
 from pumice.images import image_key
 from pumice.train import checkpoint as checkpoints
 from pumice.train.checkpoint import Checkpoint
 from pumice.train.features import FeatureCache, TowerFeatures
 from pumice.train.report import read_metrics
-from pumice.weights.load import open_model
 
 CPU = torch.device("cpu")
 

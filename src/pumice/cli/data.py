@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pumice.cli import generate, options
+from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
@@ -87,13 +88,14 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
     """How text becomes tokens: the template, the tokenizer, and what stands before everything."""
     from pumice.config import ModelConfig
     from pumice.errors import InputError
+    from pumice.formats.gguf.tokenizer import read_gguf_tokenizer
+    from pumice.formats.text.chat_template import describe
+    from pumice.formats.text.tokenizer import read_tokenizer
+    from pumice.storage.json_file import read_json
     from pumice.templates import OWN, get_template
     from pumice.tokens import Tokenizer
-    from pumice.weights.chat_template import describe
-    from pumice.weights.jsonfile import read_json
-    from pumice.weights.tokenizer import read_tokenizer
 
-    files = read_tokenizer(path)
+    files = read_tokenizer(path, read_gguf_tokenizer)
     words, bos = Tokenizer(files.backend), files.bos_id
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if "pumice_format" in config:  # one of our models
@@ -145,9 +147,9 @@ def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokeni
 
 def _processor(model: str, template: str | None) -> Processor:
     """What prepares a model's input; its weights stay unread."""
+    from pumice.formats.read import read_model
     from pumice.processor import Processor
     from pumice.tokens import Tokenizer
-    from pumice.weights.read import read_model
 
     loaded = read_model(model)
     config = dataclasses.replace(loaded.config, template=template or loaded.config.template)
@@ -256,15 +258,16 @@ class _Progress:
     """A counter on stderr, where a person watches it."""
 
     def __init__(self) -> None:
-        self.what, self.done, self.watched = "", 0, sys.stderr.isatty()
+        self.what, self.done, self.line = "", 0, StatusLine()
 
     def __call__(self, more: int, total: int, what: str) -> None:
         if what != self.what:
             self.what, self.done = what, 0
         before, self.done = self.done, self.done + more
-        if self.watched and (before // 50 != self.done // 50 or self.done == total):
-            end = "\n" if self.done == total else ""
-            print(f"\r{self.done} of {total} {what}", end=end, file=sys.stderr, flush=True)
+        if before // 50 != self.done // 50 or self.done == total:
+            self.line.show(f"{self.done} of {total} {what}")
+            if self.done == total:
+                self.line.end()
 
 
 def _print_report(report: Report) -> None:

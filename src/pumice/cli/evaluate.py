@@ -13,6 +13,7 @@ import typer
 
 from pumice.cli import options
 from pumice.errors import InputError
+from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
     from pumice.evaluate.result import Asked, Given
@@ -103,7 +104,7 @@ def evaluate(
     """
     from pumice.evaluate import result
     from pumice.evaluate.published import PUBLISHED
-    from pumice.evaluate.task import get_task
+    from pumice.evaluate.tasks import get_task
     from pumice.files import replacing
 
     if show_list:
@@ -226,17 +227,12 @@ def _answer(
     answerer = _answerer(model, model_name, device, slots)
     started = time.monotonic()
     first: list[int] = []
+    line = StatusLine()
 
     def progress(done: int, total: int) -> None:
         first[:] = first or [done - 1]
-        if sys.stderr.isatty():
-            rate = (time.monotonic() - started) / max(1, done - first[0])
-            print(
-                f"\r{done} of {total}, {rate * (total - done):.0f} s left  ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+        rate = (time.monotonic() - started) / max(1, done - first[0])
+        line.show(f"{done} of {total}, {rate * (total - done):.0f} s left  ")
 
     try:
         return run(
@@ -244,8 +240,8 @@ def _answer(
             allow_missing=allow_missing, progress=progress, max_new_tokens=max_new_tokens,
         )  # fmt: skip
     finally:
-        if first and sys.stderr.isatty():
-            print(file=sys.stderr)
+        if first:
+            line.end()
 
 
 def _answerer(model: str, model_name: str | None, device: str | None, slots: int) -> Answerer:
@@ -303,7 +299,7 @@ def _compare(
 
 
 def _print_list() -> None:
-    from pumice.evaluate.task import registry
+    from pumice.evaluate.tasks import registry
 
     for name, task in registry().items():
         print(f"{name:<18} {task.title}: {task.headline}; splits {', '.join(task.splits)}")

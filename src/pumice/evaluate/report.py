@@ -5,8 +5,6 @@ Knows: results, details and pictures. Does not know: how they were made.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -21,6 +19,7 @@ from pumice.evaluate.page import bars, document, radar, table
 from pumice.evaluate.published import PUBLISHED, SCALE
 from pumice.evaluate.task import Answered, Task
 from pumice.images import open_image
+from pumice.webpage import jpeg_address
 
 WRONG, RIGHT = 60, 20  # cards at most
 SIDE = 256  # pixels of a thumbnail's longer side
@@ -109,9 +108,7 @@ def _thumbnail(picture: Any) -> str:
     except (InputError, OSError):
         return ""
     image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return jpeg_address(image, quality=75)
 
 
 def page(results: Sequence[Mapping[str, Any]], shown: Sequence[Card] = ()) -> str:

@@ -1,0 +1,150 @@
+"""Written for the original code, haotian-liu/LLaVA: its config.json, its names of tensors, its tokenizer.
+
+Knows: the layout of its published checkpoints (v1.0 to v1.6) and of LLaVA-NeXT's Qwen2 ones. Does not
+know: where the model comes from, or how the tokenizer's files look there (`export_llava_tokenizer`).
+
+The tower's weights stand in the shards, as in v1.6 (`unfreeze_mm_vision_tower`). That code still builds
+the tower from what `mm_vision_tower` names, before it reads them. The shape and the preprocessing of the
+tower stand in `vision_tower/`, so that the folder says everything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pumice.config import ImagePolicy, ModelConfig, VisionConfig
+from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES
+from pumice.formats.hf.config import padding
+from pumice.formats.hf.write import (
+    anyres_max,
+    generation_config,
+    image_processor,
+    square_notes,
+    text_config,
+    text_refusal,
+    tower_refusal,
+    vision_config,
+)
+from pumice.formats.llava.read import IMAGE_WRAP
+from pumice.formats.llava.tokenizer import write_tokenizer
+from pumice.storage.json_file import write_json
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, write_weights
+
+TOWER = "vision_tower"  # the folder beside the weights
+# Published towers by kind, width, depth, patch and picture: which name the original code can build.
+_PUBLISHED = {
+    ("clip", 1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
+    ("clip", 1024, 24, 14, 224): "openai/clip-vit-large-patch14",
+    ("siglip", 1152, 27, 14, 384): "google/siglip-so400m-patch14-384",
+}
+
+
+def refusal(config: ModelConfig) -> str | None:
+    """Why the original code cannot compute this model; None when it can."""
+    image, connector = config.image, config.connector
+    if reason := tower_refusal(config):
+        return reason
+    if connector.reduce != "none":
+        return f"its connector reduces by {connector.reduce}, which that code cannot"
+    if config.image_wrap not in (None, IMAGE_WRAP):
+        around, theirs = (" and ".join(wrap or ()) for wrap in (config.image_wrap, IMAGE_WRAP))
+        return f"it puts {around} around each picture, that code only {theirs}"
+    if image.mode == "squash" and config.vision.kind == "clip":
+        return "it squashes pictures to a square, which that code does with no CLIP tower"
+    if image.mode == "pad" and image.pad_color != padding(image.mean):
+        return f"it pads with {image.pad_color}, that code with the mean's colour, {padding(image.mean)}"
+    if config.decoder.qk_norm:
+        return "its decoder is a Qwen3, which that code has not"
+    return text_refusal(config.decoder)
+
+
+def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[str]:
+    """Write the folder; the model has no adapters. Returns notes.
+
+    tower: a hub name or a path from which the original code can build a tower of this shape; that of the
+    published one when not given.
+    """
+    config, state = model.config, model.state
+    tower = tower or tower_name(config.vision)
+    connector = tensor_names.original_connector(config.connector.kind)
+    names = tensor_names.inverse(
+        tensor_names.llava(config, tensor_names.ORIGINAL, connector, "vision_model.")
+    )
+    write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
+    write_json(folder / "config.json", _config(config, state, tower))
+    write_json(folder / "generation_config.json", generation_config(config))
+    notes = write_tokenizer(folder, model)
+    (folder / TOWER).mkdir()
+    write_json(folder / TOWER / "config.json", vision_config(config.vision))
+    squares = ImagePolicy(
+        mode="squash" if config.vision.kind == "siglip" else "crop",
+        mean=config.image.mean,
+        std=config.image.std,
+        resample=config.image.resample,
+    )
+    write_json(
+        folder / TOWER / "preprocessor_config.json", image_processor(squares, config.vision.image_size)
+    )
+    image = config.image
+    if image.mode == "anyres" and (image.max_tiles is not None or image.several == "square"):
+        notes += square_notes(image, "the original code's training")
+    if image.several == "square":
+        notes.append(
+            "the original code cuts each of several pictures into tiles when it answers, unless "
+            "image_aspect_ratio is set to 'pad' for them"
+        )
+    if tower == TOWER:
+        notes.append(
+            "no published vision tower has this shape, so the original code cannot build it from "
+            f"mm_vision_tower {TOWER!r}; name one that it can with --tower-name"
+        )
+    return notes
+
+
+def _config(config: ModelConfig, state: Stocks, tower: str) -> dict[str, Any]:
+    text = text_config(config.decoder)
+    name = FAMILIES[text["model_type"]].original
+    assert name is not None  # `refusal` names the families that have none
+    if config.bos_token_id is not None:
+        text["bos_token_id"] = config.bos_token_id
+    if config.stop_token_ids:
+        text["eos_token_id"] = config.stop_token_ids[0]
+    values = text | {
+        "architectures": [f"Llava{name}ForCausalLM"],
+        "model_type": f"llava_{name.lower()}",
+        "torch_dtype": str(state["decoder.embed.weight"].dtype).removeprefix("torch."),
+        "use_mm_proj": True,
+        "mm_hidden_size": config.vision.width,
+        "mm_projector_type": config.connector.kind,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": config.image_wrap is not None,
+        "mm_vision_select_feature": "cls_patch" if config.vision.select == "cls_patch" else "patch",
+        "mm_vision_select_layer": config.vision.layer,
+        "mm_vision_tower": tower,
+        "unfreeze_mm_vision_tower": True,  # else the tower's weights in the shards are not read
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "image_aspect_ratio": _aspect_ratio(config),
+        "tokenizer_model_max_length": config.decoder.context,
+        "tokenizer_padding_side": "right",
+    }
+    if config.image.mode == "anyres":
+        values["image_grid_pinpoints"] = [list(pinpoint) for pinpoint in config.image.pinpoints]
+        values["mm_patch_merge_type"] = "spatial_unpad" if config.image.unpad else "spatial"
+    return values
+
+
+def _aspect_ratio(config: ModelConfig) -> str:
+    image = config.image
+    if image.mode != "anyres":
+        return "pad" if image.mode == "pad" else "square"  # which leaves the picture to the tower's own
+    return "anyres" if image.max_tiles is None and image.several == "tiles" else anyres_max(config)
+
+
+def tower_name(vision: VisionConfig) -> str:
+    """The published tower of this shape, or the folder beside the weights."""
+    shape = vision.kind, vision.width, vision.depth, vision.stride, vision.image_size
+    return _PUBLISHED.get(shape, TOWER)
