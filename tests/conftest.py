@@ -84,7 +84,7 @@ def replaced_when_opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Seq
 
 
 @dataclass(frozen=True)
-class Spoiled:
+class BadRows:
     """One row that cannot be used, as it is written in a file, and what a check says of it."""
 
     text: str
@@ -93,7 +93,7 @@ class Spoiled:
 
 
 @pytest.fixture
-def spoiled(tmp_path: Path) -> tuple[Path, list[Spoiled]]:
+def spoiled(tmp_path: Path) -> tuple[Path, list[BadRows]]:
     """A folder of pictures, sound and spoiled, and more than twenty kinds of spoiled rows about them."""
     folder = tmp_path / "spoiled-pictures"
     folder.mkdir()
@@ -150,7 +150,7 @@ def spoiled(tmp_path: Path) -> tuple[Path, list[Spoiled]]:
         (row("page.jpg"), "picture unreadable", "page.jpg"),
         (row("bomb.png"), "picture unreadable", "bomb.png"),
     ]
-    return folder, [Spoiled(*values) for values in listed]
+    return folder, [BadRows(*values) for values in listed]
 
 
 @pytest.fixture(scope="session")
@@ -270,7 +270,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             depth=2,
             heads=4,
             kv_heads=2,
-            head_width=16,
+            head_dim=16,
             mlp_width=96,
             context=256,
             tied_head=True,

@@ -22,7 +22,7 @@ from pumice.config import (
 )
 from pumice.errors import InputError
 
-DECODER = DecoderConfig(vocab_size=100, width=32, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=64)
+DECODER = DecoderConfig(vocab_size=100, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
 
 
 def plain() -> dict[str, Any]:
@@ -37,10 +37,10 @@ decoders = st.builds(
     depth=st.integers(1, 99),
     heads=st.just(8),
     kv_heads=st.sampled_from([1, 2, 4, 8]),
-    head_width=st.integers(1, 128).map(lambda n: 2 * n),
+    head_dim=st.integers(1, 128).map(lambda n: 2 * n),
     mlp_width=st.integers(1, 10**5),
     context=st.integers(1, 10**6),
-    rope_base=st.floats(1, 1e7),
+    rope_theta=st.floats(1, 1e7),
     norm_eps=st.floats(1e-12, 1e-3),
     tied_head=st.booleans(),
     qkv_bias=st.booleans(),
@@ -114,7 +114,7 @@ def test_left_out_keys_take_their_defaults() -> None:
         (
             ("decoder", "head_width"),
             7,
-            "config.json: decoder: rotary positions turn pairs; a head_width of 7 has none",
+            "config.json: decoder: rotary positions turn pairs; a head_dim of 7 has none",
         ),
         (
             ("decoder", "rope_scaling"),
@@ -204,8 +204,8 @@ def test_several_pictures_are_squares_where_tiles_shrink() -> None:
     assert dataclasses.replace(tiles, max_tiles=9).several == "tiles"  # what was said stays
     assert ImagePolicy().several is None
     assert [tiles.tiles(count) for count in (1, 2)] == [True, True]
-    squares = dataclasses.replace(tiles, several="square")
-    assert [squares.tiles(count) for count in (1, 2)] == [True, False]
+    tiles = dataclasses.replace(tiles, several="square")
+    assert [tiles.tiles(count) for count in (1, 2)] == [True, False]
     assert not ImagePolicy(several="tiles").tiles(1)
     with pytest.raises(InputError, match="unknown several 'crops'; use one of tiles, square"):
         ImagePolicy(several="crops")

@@ -28,7 +28,7 @@ from pumice.images import (
     open_image,
     pixels,
     read_picture,
-    squares,
+    tiles,
 )
 
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # so that pixels() * 255 are the 8-bit values
@@ -376,14 +376,14 @@ def test_tiles_equal_transformers(kind: str, size: tuple[int, int]) -> None:
     if "Next" in kind:
         options["crop_size"] = {"height": 32, "width": 32}
     expected = theirs(kind, image, **options)
-    ours = squares(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **CLIP))
+    ours = tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **CLIP))
     assert ours.shape == expected.shape
     assert np.abs(ours - expected).max() <= EXACT
 
 
 def test_tiles_join_to_the_letterboxed_picture() -> None:
     image = Image.new("RGB", (100, 40), (200, 100, 50))
-    seen = squares(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **RAW))
+    seen = tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **RAW))
     assert seen.shape == (4, 3, 32, 32)
     whole = np.rint(np.concatenate(list(seen[1:]), 2) * 255).astype(int).transpose(1, 2, 0)
     assert whole.shape == (32, 96, 3)
@@ -398,16 +398,16 @@ def test_a_mirrored_picture_is_cut_again() -> None:
     policy = ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **CLIP)
     image = photograph(90, 40)
     turned = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    assert np.array_equal(squares(image, 32, policy, mirror=True), squares(turned, 32, policy))
-    assert not np.array_equal(squares(image, 32, policy, mirror=True), squares(image, 32, policy))
+    assert np.array_equal(tiles(image, 32, policy, mirror=True), tiles(turned, 32, policy))
+    assert not np.array_equal(tiles(image, 32, policy, mirror=True), tiles(image, 32, policy))
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop", "squash"])
 def test_one_square_is_mirrored_as_it_is(mode: str) -> None:
     policy, image = ImagePolicy(mode=mode), photograph(31, 20)
     expected = pixels(image, 16, policy)
-    assert np.array_equal(squares(image, 16, policy), expected[None])
-    assert np.array_equal(squares(image, 16, policy, mirror=True), expected[None, :, :, ::-1])
+    assert np.array_equal(tiles(image, 16, policy), expected[None])
+    assert np.array_equal(tiles(image, 16, policy, mirror=True), expected[None, :, :, ::-1])
 
 
 def test_squash_ignores_the_aspect_ratio() -> None:

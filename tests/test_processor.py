@@ -21,13 +21,13 @@ from pumice.config import (
 from pumice.conversation import Conversation, ImagePart, Message, from_llava, user_message
 from pumice.errors import InputError
 from pumice.geometry import Layout, tile_layout
-from pumice.images import image_key, pixels, squares
+from pumice.images import image_key, pixels, to_tiles
 from pumice.processor import Processor
 from pumice.tokens import IGNORE, Tokenizer
 
 CONFIG = ModelConfig(
     DecoderConfig(
-        vocab_size=320, width=32, depth=1, heads=2, kv_heads=1, head_width=16, mlp_width=32, context=128
+        vocab_size=320, width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_width=32, context=128
     ),
     VisionConfig(image_size=64),
     stop_token_ids=(2,),
@@ -135,8 +135,8 @@ def test_under_anyres_every_picture_has_its_own_count(tokenizer: Tokenizer, tmp_
     assert runs(sample.input_ids) == [layout.tokens for layout in sample.layouts]
     assert len({layout.tokens for layout in sample.layouts}) == 3
     pixels_of = processor.pixels(sample.images, sample.layouts)
-    assert len(pixels_of) == sum(layout.squares for layout in sample.layouts)
-    first = squares(picture((9, 9, 9), sizes[0]), 64, TILED.image)
+    assert len(pixels_of) == sum(layout.tiles for layout in sample.layouts)
+    first = to_tiles(picture((9, 9, 9), sizes[0]), 64, TILED.image)
     assert np.array_equal(pixels_of[: len(first)], first)
 
 
@@ -149,7 +149,7 @@ def test_a_picture_on_its_side_is_counted_upright(tokenizer: Tokenizer) -> None:
     given = (ImagePart(buffer.getvalue()),)
     layouts = processor.layouts(given)
     assert layouts == (tile_layout(TILED, (30, 90)),) != (tile_layout(TILED, (90, 30)),)
-    assert len(processor.pixels(given, layouts)) == layouts[0].squares
+    assert len(processor.pixels(given, layouts)) == layouts[0].tiles
 
 
 SEVERAL = dataclasses.replace(TILED, image=dataclasses.replace(TILED.image, several="square"))

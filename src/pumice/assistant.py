@@ -22,7 +22,7 @@ from torch import Tensor
 from pumice.config import ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.engine.engine import Engine
-from pumice.engine.requests import Delta, Picture, Prompt, Request, check_room
+from pumice.engine.requests import Delta, Prompt, PromptImage, Request, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.text import TextStream
 from pumice.errors import InputError
@@ -327,14 +327,14 @@ class Assistant:
         if note is not None:
             _LOG.warning("%s", note)
 
-    def _picture(self, image: ImagePart, layout: Layout) -> Picture:
+    def _picture(self, image: ImagePart, layout: Layout) -> PromptImage:
         """A picture that the tower sees when the engine asks for it; it is opened now, and wrong now."""
         key = self.processor.key(image, layout)
         with self._lock:
             tokens = self._seen.get(key)
             if tokens is not None:
                 self._seen.move_to_end(key)
-                return Picture(key, layout.tokens, lambda: tokens)
+                return PromptImage(key, layout.tokens, lambda: tokens)
         pixels = torch.from_numpy(self.processor.pixels((image,), (layout,)))
 
         @torch.inference_mode()
@@ -350,7 +350,7 @@ class Assistant:
                     self._seen.popitem(last=False)
             return tokens
 
-        return Picture(key, layout.tokens, look)
+        return PromptImage(key, layout.tokens, look)
 
 
 def explain(

@@ -38,7 +38,7 @@ class Layout:
     newline: bool = False
 
     @property
-    def squares(self) -> int:
+    def tiles(self) -> int:
         """The number of squares that the tower looks at."""
         return 1 + self.columns * self.rows
 
@@ -68,7 +68,7 @@ def letterbox(size: Size, target: Size) -> Size:
     return min(math.ceil(size[0] * down), target[0]), target[1]
 
 
-def square_layout(config: ModelConfig) -> Layout:
+def single_tile_layout(config: ModelConfig) -> Layout:
     """The layout of any picture that becomes one square.
 
     Under anyres the newline token follows it, as in LLaVA-VL/LLaVA-NeXT's llava_arch.py ("single image
@@ -79,7 +79,7 @@ def square_layout(config: ModelConfig) -> Layout:
 
 def picture_layout(config: ModelConfig, size: Size, pictures: int = 1) -> Layout:
     """The layout of a picture of this size, one of so many of a conversation."""
-    return tile_layout(config, size) if config.image.tiles(pictures) else square_layout(config)
+    return tile_layout(config, size) if config.image.tiles(pictures) else single_tile_layout(config)
 
 
 def tile_layout(config: ModelConfig, size: Size) -> Layout:

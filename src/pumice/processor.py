@@ -15,8 +15,8 @@ import numpy as np
 from pumice.config import IMAGE_TOKEN, ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import InputError
-from pumice.geometry import Layout, square_layout, tile_layout
-from pumice.images import image_key, image_size, open_image, read_picture, squares
+from pumice.geometry import Layout, single_tile_layout, tile_layout
+from pumice.images import image_key, image_size, open_image, read_picture, to_tiles
 from pumice.templates import Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 
@@ -137,12 +137,12 @@ class Processor:
         Their number decides, and of pictures in tiles each one's size, so that it is opened.
         """
         if not self.config.image.tiles(len(images)):
-            return (square_layout(self.config),) * len(images)
+            return (single_tile_layout(self.config),) * len(images)
         return tuple(tile_layout(self.config, image_size(image.source)) for image in images)
 
     def key(self, image: ImagePart, layout: Layout, *, mirror: bool = False) -> str:
         """A name for what the tower sees of the picture: other squares of one picture have another."""
-        square = self.config.image.mode == "anyres" and layout.squares == 1
+        square = self.config.image.mode == "anyres" and layout.tiles == 1
         return image_key(image.source) + "-square" * square + "-mirror" * mirror
 
     def pixels(
@@ -155,7 +155,7 @@ class Processor:
         """
         size, policy = self.config.vision.image_size, self.config.image
         seen = [
-            squares(open_image(image.source), size, policy, tiles=layout.squares > 1, mirror=mirror)
+            to_tiles(open_image(image.source), size, policy, tiles=layout.tiles > 1, mirror=mirror)
             for image, layout in zip(images, layouts, strict=True)
         ]
         return np.concatenate(seen) if seen else np.zeros((0, 3, size, size), np.float32)

@@ -43,7 +43,7 @@ def sample(text: str, *images: ImagePart, name: str = "s") -> Sample:
 def language_model(tied: bool = True) -> Llava:
     config = ModelConfig(
         DecoderConfig(
-            vocab_size=26, width=24, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=32, tied_head=tied
+            vocab_size=26, width=24, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=32, tied_head=tied
         ),
         VisionConfig(image_size=64, variant="lite0"),
     )

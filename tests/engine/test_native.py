@@ -31,7 +31,7 @@ FAMILIES = pytest.mark.parametrize(
         {"sliding_window": 4},
         {"rope_scaling": RopeScaling("linear", 2.0)},
         {"heads": 6, "kv_heads": 2},
-        {"head_width": 48, "kv_heads": 1},  # heads of several vectors
+        {"head_dim": 48, "kv_heads": 1},  # heads of several vectors
     ],
     ids=lambda more: next(iter(more), "llama"),
 )
@@ -48,7 +48,7 @@ WEIGHTS = pytest.mark.parametrize("weights", ["int8", "fp32"])
 
 
 def make(weights: str = "int8", **more: Any) -> Decoder:
-    sizes = {"heads": 4, "kv_heads": 2, "head_width": 16} | more
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16} | more
     config = DecoderConfig(vocab_size=52, width=64, depth=3, mlp_width=160, **sizes)
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
@@ -182,7 +182,7 @@ def test_the_engine_answers_alike_with_and_without(weights: str, monkeypatch: py
 @pytest.mark.parametrize("width", [64, 72])
 def test_serves_only_what_it_can_compute(width: int) -> None:
     config = DecoderConfig(
-        vocab_size=52, width=width, depth=1, heads=4, kv_heads=2, head_width=16, mlp_width=160
+        vocab_size=52, width=width, depth=1, heads=4, kv_heads=2, head_dim=16, mlp_width=160
     )
     decoder, wide = Decoder(config), KVCache(config, 8, CPU, torch.float32)
     assert (native_decoder(decoder, wide) is not None) == (width == 64)

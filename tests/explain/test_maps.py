@@ -15,8 +15,8 @@ from PIL import Image
 
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.explain.maps import grid_for, places
-from pumice.geometry import Layout, picture_layout, square_layout
-from pumice.images import squares
+from pumice.geometry import Layout, picture_layout, single_tile_layout
+from pumice.images import to_tiles
 from pumice.model.connector import arrange, average
 
 PLAIN = ImagePolicy(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad_color=(0, 0, 0))
@@ -63,7 +63,7 @@ NAMES = (
 
 def brightness(config: ModelConfig, picture: Image.Image, layout: Layout) -> np.ndarray:
     """How bright the patch of each image token is, in their order: (N,); -1 for a line's end."""
-    seen = squares(picture, config.vision.image_size, config.image, tiles=layout.squares > 1)[:, 0]
+    seen = to_tiles(picture, config.vision.image_size, config.image, tiles=layout.tiles > 1)[:, 0]
     stride, grid = config.vision.stride, config.vision.grid
     cells = seen[:, : stride * grid, : stride * grid].reshape(len(seen), grid, stride, grid, stride)
     tokens = torch.from_numpy(cells.mean((2, 4)).reshape(len(seen), -1, 1))
@@ -129,7 +129,7 @@ def test_one_token_is_painted_onto_its_own_box(models: ModuleType, name: str) ->
 
 def test_padding_is_a_share_and_not_drawn(models: ModuleType) -> None:
     config = config_of(models, "pad")
-    where = places(config, (200, 100), square_layout(config))  # 50 pixels of padding above and below
+    where = places(config, (200, 100), single_tile_layout(config))  # 50 pixels of padding above and below
     inside = where.inside().reshape(6, 6)
     assert np.allclose(inside[:, 0], [0, 0.5, 1, 1, 0.5, 0])
     evenly = where.paint(np.full(36, 1 / 36), (20, 10))
@@ -138,7 +138,7 @@ def test_padding_is_a_share_and_not_drawn(models: ModuleType) -> None:
 
 def test_the_ends_that_crop_cuts_off_stay_dark(models: ModuleType) -> None:
     config = config_of(models, "crop")
-    heat = places(config, (300, 100), square_layout(config)).paint(np.full(36, 1 / 36), (30, 10))
+    heat = places(config, (300, 100), single_tile_layout(config)).paint(np.full(36, 1 / 36), (30, 10))
     assert np.allclose(heat[:, 10:20], 1 / 100)
     assert not heat[:, :10].any()
     assert not heat[:, 20:].any()

@@ -190,8 +190,8 @@ def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> No
 
 def test_pictures_of_several_squares_are_cached_whole(tmp_path: Path) -> None:
     parts = []
-    for number, squares in enumerate((3, 1, 2)):
-        Image.new("RGB", (squares, 4), (number, 9, 9)).save(tmp_path / f"{number}.png")
+    for number, tiles in enumerate((3, 1, 2)):
+        Image.new("RGB", (tiles, 4), (number, 9, 9)).save(tmp_path / f"{number}.png")
         parts.append(ImagePart(tmp_path / f"{number}.png"))
     features = {part: torch.randn(n, 5, 2).bfloat16() for part, n in zip(parts, (3, 1, 2), strict=True)}
     folder = tmp_path / "cache"

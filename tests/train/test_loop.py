@@ -189,15 +189,15 @@ def test_a_device_that_is_not_here_is_named(make_recipe: MakeRecipe) -> None:
 def test_spoiled_rows_are_counted_and_refused_beyond_the_budget(
     make_recipe: MakeRecipe, rows: Path, tmp_path: Path
 ) -> None:
-    spoiled = tmp_path / "spoiled.jsonl"
+    bad_rows = tmp_path / "spoiled.jsonl"
     good = (rows / "rows.jsonl").read_text()
     bad = {
         "id": "gone",
         "image": "gone.png",
         "conversations": json.loads(good.splitlines()[0])["conversations"],
     }
-    spoiled.write_text(good + json.dumps(bad) + "\n")
-    data = [{"rows": str(spoiled)}]
+    bad_rows.write_text(good + json.dumps(bad) + "\n")
+    data = [{"rows": str(bad_rows)}]
     with pytest.raises(InputError, match=r"1 spoiled rows, max_bad_rows allows 0.*gone\.png"):
         run(make_recipe("strict", data=data, max_steps=4))
     folder = run(make_recipe("lenient", data=data, max_bad_rows=1, epochs=1))

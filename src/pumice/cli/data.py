@@ -16,7 +16,7 @@ from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
-    from pumice.data.check import Encode, Report
+    from pumice.data.check import DataReport, Encode
     from pumice.data.rows import ImageFinder, Rows
     from pumice.processor import Processor
     from pumice.templates import Plain, Template
@@ -270,7 +270,7 @@ class _Progress:
                 self.line.end()
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: DataReport) -> None:
     for problem in report.problems[:SHOWN]:
         # A malformed row's reason names the row itself.
         source = f"{problem.source}, " if len(report.sources) > 1 else ""

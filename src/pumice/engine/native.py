@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pumice.kernels.loader import Weights, compiled
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
-from pumice.model.layers import RMSNorm, frequencies
+from pumice.model.layers import RMSNorm, rope_inv_freq
 from pumice.model.quantized import Int8Linear
 
 LANES, TILE = 16, 4  # as in native.c: inputs are whole LANES, outputs whole TILEs
@@ -65,9 +65,9 @@ class NativeDecoder:
         self._cache, self._width, self._vocabulary = cache, config.width, config.vocab_size
         blocks = (_Block * config.depth)(*(self._block(block) for block in decoder.blocks))
         self._kept.append(blocks)
-        turning = frequencies(config.head_width, config.rope_base, config.rope_scaling, cache.keys.device)
+        turning = rope_inv_freq(config.head_dim, config.rope_theta, config.rope_scaling, cache.keys.device)
         self._model = _Model(
-            config.depth, config.width, config.heads, config.kv_heads, config.head_width, config.mlp_width,
+            config.depth, config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_width,
             config.vocab_size, cache.places, cache.window or 0, config.norm_eps,
             self._address(turning), ctypes.addressof(blocks), self._address(decoder.norm.weight),
             self._linear(decoder.embed if decoder.head is None else decoder.head),
@@ -107,7 +107,7 @@ class NativeDecoder:
     def _block(self, block: Any) -> _Block:
         attention, mlp = block.attention, block.mlp
         norms = (block.attention_norm, block.mlp_norm, attention.q_norm, attention.k_norm)
-        inner, shared = attention.heads * attention.head_width, attention.shared * attention.head_width
+        inner, shared = attention.heads * attention.head_dim, attention.shared * attention.head_dim
         return _Block(
             *(self._address(part.weight) if isinstance(part, RMSNorm) else None for part in norms),
             *self._parts(attention, inner, shared, shared),
@@ -144,7 +144,7 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
 def _fits(decoder: Decoder, cache: KVCache) -> Weights | None:
     """Which weights the decoder has, if they and all sizes are such as native.c takes."""
     config = decoder.config
-    sizes = (config.width, config.heads * config.head_width, config.mlp_width, config.head_width)
+    sizes = (config.width, config.heads * config.head_dim, config.mlp_width, config.head_dim)
     if any(size % LANES for size in sizes) or config.vocab_size % TILE:
         return None
     parts = [part for part in decoder.modules() if not list(part.children()) and part is not decoder.embed]

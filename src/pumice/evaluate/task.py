@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Picture
+from pumice.evaluate.files import ImageFile
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -35,7 +35,7 @@ class Question:
     """
 
     id: str
-    images: tuple[Picture, ...]
+    images: tuple[ImageFile, ...]
     prompt: str
     meta: Mapping[str, Any] = field(default_factory=dict)
     also: str = ""

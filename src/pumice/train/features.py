@@ -31,7 +31,7 @@ from pumice.processor import Processor
 TOGETHER = 8  # squares that a frozen tower looks at in one call
 
 
-class Looked(NamedTuple):
+class ImageInput(NamedTuple):
     """One picture, fetched: its pixels (P, 3, S, S), or its features (P, F, C) where they were kept."""
 
     key: str | None
@@ -63,7 +63,7 @@ class TowerFeatures:
 
     def fetch(
         self, images: Sequence[ImagePart], layouts: Sequence[Layout], mirror: bool, pin: bool = False
-    ) -> list[Looked]:
+    ) -> list[ImageInput]:
         """What is needed of pictures before the model sees them; safe in any thread, and no torch graph.
 
         layouts: theirs, as their samples have them. mirror: left to right. pin: where a GPU can fetch it
@@ -80,10 +80,10 @@ class TowerFeatures:
             if features is None:
                 pixels = torch.from_numpy(self.processor.pixels((image,), (layout,), mirror=mirror))
                 pixels = pixels.pin_memory() if pin else pixels
-            found.append(Looked(key, pixels, features))
+            found.append(ImageInput(key, pixels, features))
         return found
 
-    def look(self, pictures: Sequence[Looked]) -> Tensor:
+    def look(self, pictures: Sequence[ImageInput]) -> Tensor:
         """Features (P, F, C) on the model's device.
 
         Where there is a cache each picture is looked at alone, so that what is kept of it never depends on
@@ -97,7 +97,7 @@ class TowerFeatures:
                 return torch.cat([self._tower(some) for some in torch.cat(pixels).split(TOGETHER)])
             return torch.cat([self._cached(picture) for picture in pictures]).to(self.model.device)
 
-    def _cached(self, picture: Looked) -> Tensor:
+    def _cached(self, picture: ImageInput) -> Tensor:
         assert self.cache is not None and picture.key is not None
         found = picture.features if picture.features is not None else self.cache.read(picture.key)
         if found is None:
@@ -144,8 +144,8 @@ class FeatureCache:
         self._places: dict[str, range] = {}  # picture -> its records
         self._end = 0
         for line in whole_lines(self._keys_path):
-            key, _, squares = line.partition(" ")
-            place = range(self._end, self._end + int(squares or 1))
+            key, _, tiles = line.partition(" ")
+            place = range(self._end, self._end + int(tiles or 1))
             if place.stop > whole:
                 break
             self._places[key], self._end = place, place.stop

@@ -44,7 +44,7 @@ from pumice.model.llava import Llava
 from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
-from pumice.storage.tensors import Stored, let_go
+from pumice.storage.tensors import LazyTensor, close_last_file
 from pumice.train.recipe import NewModel, Recipe
 
 
@@ -107,7 +107,7 @@ class Setup:
         )
         return path
 
-    def _untouched(self, state: dict[str, Tensor]) -> dict[str, Stored]:
+    def _untouched(self, state: dict[str, Tensor]) -> dict[str, LazyTensor]:
         """Frozen tensors as they are kept where they came from, before rounding to bf16 or to fewer bits.
 
         Weights that `state` holds just so are left out: reading them would map their pages once more.
@@ -135,7 +135,7 @@ class Setup:
                     continue  # no model needs it, none keeps it
                 if name not in read or not torch.equal(read[name].read(tensor.dtype).to(tensor), tensor):
                     raise WorkError(f"saving the model changes {name}; nothing was trained")
-        let_go()  # its pages would count as memory during the first steps
+        close_last_file()  # its pages would count as memory during the first steps
 
 
 # parts that stand inside another one: it learns them too unless a recipe names them apart

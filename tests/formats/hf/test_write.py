@@ -79,7 +79,7 @@ def test_a_large_model_is_written_in_shards(
     from pumice.formats.hf import write as hf_write
     from pumice.storage import tensors
 
-    def small(folder: Path, state: tensors.Stocks) -> None:
+    def small(folder: Path, state: tensors.LazyStateDict) -> None:
         tensors.write_weights(folder, state, limit=200_000)
 
     monkeypatch.setattr(hf_write, "write_weights", small)

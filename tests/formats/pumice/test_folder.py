@@ -21,7 +21,7 @@ from pumice.formats.pumice.folder import check, open_parts, replacing, save
 from pumice.storage import download
 
 DECODER = DecoderConfig(
-    vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_width=64, mlp_width=512, tied_head=True
+    vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_dim=64, mlp_width=512, tied_head=True
 )
 CONFIG = ModelConfig(decoder=DECODER)
 WORDS = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).to_str()
@@ -246,7 +246,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(pinned, "f" * 64))
     with pytest.raises(InputError, match=f"trained on a tower with SHA-256 {'f' * 64}, but .* is {pinned}"):
         open_parts(tmp_path / "m")
-    other = dataclasses.replace(CONFIG, decoder=dataclasses.replace(DECODER, rope_base=5.0, context=99))
+    other = dataclasses.replace(CONFIG, decoder=dataclasses.replace(DECODER, rope_theta=5.0, context=99))
     save(tmp_path / "m", other, TRAINED, parts=BASE)
     with pytest.raises(
         InputError, match=r"not the decoder that parts\.json names: rope_base 5\.0 instead of 1"

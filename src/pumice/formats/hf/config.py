@@ -41,10 +41,10 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
     keys.only("partial_rotary_factor", (1.0,), 1.0, "every value of a head must rotate")
     width, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
     depth, context = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)
-    if (head_width := _nullable(keys, "head_dim")) is None:
+    if (head_dim := _nullable(keys, "head_dim")) is None:
         if width % heads:
             raise InputError(f"{keys.where}: hidden_size {width} is no multiple of {heads} heads")
-        head_width = width // heads
+        head_dim = width // heads
     shared = _nullable(keys, "num_key_value_heads")
     base, scaling = _rope(keys, context)
     with naming(keys.where):
@@ -54,10 +54,10 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
             depth=depth,
             heads=heads,
             kv_heads=heads if shared is None else shared,
-            head_width=head_width,
+            head_dim=head_dim,
             mlp_width=keys.get("intermediate_size", int),
             context=context,
-            rope_base=base,
+            rope_theta=base,
             rope_scaling=scaling,
             norm_eps=keys.get("rms_norm_eps", float),
             tied_head=keys.get("tie_word_embeddings", bool, False) if tied is None else tied,

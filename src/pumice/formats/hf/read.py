@@ -21,7 +21,7 @@ from pumice.formats.hf.config import decoder_config, image_policy, vision_config
 from pumice.formats.text.read import read_text_side
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, open_weights, stored
+from pumice.storage.tensors import LazyStateDict, open_weights, stored
 
 # What transformers takes for keys that are absent, by model_type.
 _LLAVA: dict[str, Any] = {
@@ -85,7 +85,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     return LoadedParts(config, state, side.tokenizer, {}, notes=notes, sentencepiece=side.files.sentencepiece)
 
 
-def _nesting(tensors: Stocks, folder: Path) -> tensor_names.Nesting:
+def _nesting(tensors: LazyStateDict, folder: Path) -> tensor_names.Nesting:
     for nesting in tensor_names.HF_NESTINGS:
         if f"{nesting.text}embed_tokens.weight" in tensors:
             return nesting
@@ -159,7 +159,7 @@ def _check_image_token(keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> No
         raise InputError(f"{keys.where}: {name} is {number}, but vocab_size only {decoder.vocab_size}")
 
 
-def _no_biases(state: Stocks) -> Stocks:
+def _no_biases(state: LazyStateDict) -> LazyStateDict:
     """Zeros for a projector without biases, which is the same."""
     weights = {name: t for name, t in state.items() if name.startswith("connector.")}
     return {

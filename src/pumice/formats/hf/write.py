@@ -29,7 +29,7 @@ from pumice.formats.hf.config import RESAMPLE, padding
 from pumice.formats.text.chat_template import to_jinja
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, write_weights
+from pumice.storage.tensors import LazyStateDict, write_weights
 from pumice.templates import get_template
 
 IMAGE = "<image>"
@@ -112,7 +112,7 @@ def text_refusal(config: DecoderConfig) -> str | None:
     """Why none of transformers' Llama, Mistral, Qwen2 and Qwen3 is this decoder; None when one is."""
     if config.qk_norm and config.qkv_bias:
         return "its attention has both biases and query norms, which none of the decoders there has"
-    if config.qkv_bias and (inner := config.heads * config.head_width) != config.width:
+    if config.qkv_bias and (inner := config.heads * config.head_dim) != config.width:
         return f"its heads take {inner} values, Qwen2's always {config.width}"
     return None
 
@@ -179,11 +179,11 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
+        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
+        "rope_theta": config.rope_theta,
         "rope_scaling": _rope_scaling(config.rope_scaling),
         "tie_word_embeddings": config.tied_head,
         "attention_bias": False,
@@ -291,7 +291,7 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
     return {"do_sample": False} | {key: value for key, value in values.items() if value is not None}
 
 
-def _write_config(folder: Path, config: ModelConfig, state: Stocks, tokenizer: Tokenizer) -> None:
+def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, tokenizer: Tokenizer) -> None:
     kind = _kind(config.image)
     text = text_config(config.decoder)
     if config.bos_token_id is not None:

@@ -31,7 +31,7 @@ from pumice.formats.llava.read import IMAGE_WRAP
 from pumice.formats.llava.tokenizer import write_tokenizer
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, write_weights
+from pumice.storage.tensors import LazyStateDict, write_weights
 
 TOWER = "vision_tower"  # the folder beside the weights
 # Published towers by kind, width, depth, patch and picture: which name the original code can build.
@@ -79,15 +79,13 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     notes = write_tokenizer(folder, model)
     (folder / TOWER).mkdir()
     write_json(folder / TOWER / "config.json", vision_config(config.vision))
-    squares = ImagePolicy(
+    tiles = ImagePolicy(
         mode="squash" if config.vision.kind == "siglip" else "crop",
         mean=config.image.mean,
         std=config.image.std,
         resample=config.image.resample,
     )
-    write_json(
-        folder / TOWER / "preprocessor_config.json", image_processor(squares, config.vision.image_size)
-    )
+    write_json(folder / TOWER / "preprocessor_config.json", image_processor(tiles, config.vision.image_size))
     image = config.image
     if image.mode == "anyres" and (image.max_tiles is not None or image.several == "square"):
         notes += square_notes(image, "the original code's training")
@@ -104,7 +102,7 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     return notes
 
 
-def _config(config: ModelConfig, state: Stocks, tower: str) -> dict[str, Any]:
+def _config(config: ModelConfig, state: LazyStateDict, tower: str) -> dict[str, Any]:
     text = text_config(config.decoder)
     name = FAMILIES[text["model_type"]].original
     assert name is not None  # `refusal` names the families that have none

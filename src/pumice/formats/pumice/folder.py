@@ -18,7 +18,6 @@ modules (the caller gives the shapes that it expects), or merging adapters.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pumice.config import DecoderConfig, ModelConfig
+from pumice.config import DecoderConfig, ModelConfig, as_stored
 from pumice.errors import InputError, WorkError
 from pumice.files import make_readable, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
@@ -39,7 +38,15 @@ from pumice.formats.text.tokenizer import MODEL
 from pumice.storage.download import from_wheel, wheel
 from pumice.storage.json_file import read_bytes, read_json, read_text, write_json
 from pumice.storage.parts import LoadedParts, Shapes
-from pumice.storage.tensors import FLOATS, Stocks, Stored, find_weights, open_weights, stored, write_weights
+from pumice.storage.tensors import (
+    FLOATS,
+    LazyStateDict,
+    LazyTensor,
+    find_weights,
+    open_weights,
+    stored,
+    write_weights,
+)
 from pumice.tokens import parse_tokenizer
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
@@ -56,7 +63,7 @@ _COUNTER = ".num_batches_tracked"
 def save(
     folder: str | os.PathLike[str],
     config: ModelConfig,
-    state: Mapping[str, Tensor | Stored],
+    state: Mapping[str, Tensor | LazyTensor],
     *,
     tokenizer: str | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -77,7 +84,7 @@ def save(
         _part(name): {"wheel": source, "sha256": wheel(source).sha256} for name, source in parts.items()
     }
     kept = {
-        name: tensor if isinstance(tensor, Stored) else stored(tensor)
+        name: tensor if isinstance(tensor, LazyTensor) else stored(tensor)
         for name, tensor in state.items()
         if not name.endswith(_COUNTER) and not _supplied(name, parts)
     }
@@ -94,7 +101,7 @@ def save(
 
 
 @contextlib.contextmanager
-def writing(folder: str | os.PathLike[str], state: Stocks) -> Iterator[Path]:
+def writing(folder: str | os.PathLike[str], state: LazyStateDict) -> Iterator[Path]:
     """`replacing` for a folder that will hold the tensors of `state`: room is looked for first.
 
     Raises InputError when the disk has not enough of it, WorkError when writing fails all the same.
@@ -162,7 +169,7 @@ def _assumed(config: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def check(state: Mapping[str, Tensor | Stored], expected: Shapes, where: str) -> None:
+def check(state: Mapping[str, Tensor | LazyTensor], expected: Shapes, where: str) -> None:
     """Raise InputError unless `state` has exactly the names and shapes of `expected`, in floating point.
 
     Batch norm's counters of batches count on neither side; `load_state_dict` fills them in.
@@ -185,9 +192,9 @@ def check(state: Mapping[str, Tensor | Stored], expected: Shapes, where: str) ->
         raise InputError(f"the tensors in {where} do not fit its config.json: {'; '.join(problems)}")
 
 
-def _named(name: str, tensor: Tensor | Stored) -> str:
+def _named(name: str, tensor: Tensor | LazyTensor) -> str:
     """Our name of a tensor, and what it is called in the file that it comes from, if that is another."""
-    origin = tensor.origin if isinstance(tensor, Stored) else ""
+    origin = tensor.origin if isinstance(tensor, LazyTensor) else ""
     return f"{name} ({origin})" if origin and not origin.startswith(f"{name} ") else name
 
 
@@ -254,7 +261,7 @@ def _read_parts(path: Path) -> dict[str, str]:
     return parts
 
 
-def _add(state: Stocks, name: str, part: Stocks, folder: Path) -> None:
+def _add(state: LazyStateDict, name: str, part: LazyStateDict, folder: Path) -> None:
     named = {f"{name}.{key}": tensor for key, tensor in part.items()}
     if twice := [key for key in named if key in state]:
         raise InputError(f"{folder / WEIGHTS} holds what {PARTS} takes from a wheel: {some(twice)}")
@@ -262,7 +269,7 @@ def _add(state: Stocks, name: str, part: Stocks, folder: Path) -> None:
 
 
 def _same_decoder(config: DecoderConfig, base: DecoderConfig, folder: Path) -> None:
-    ours, theirs = dataclasses.asdict(config), dataclasses.asdict(base)
+    ours, theirs = as_stored(config), as_stored(base)
     keys = [key for key in ours if key != "context" and ours[key] != theirs[key]]
     if keys:
         different = ", ".join(f"{key} {ours[key]} instead of {theirs[key]}" for key in keys)
