@@ -129,7 +129,7 @@ def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
     return _normalise(square, policy)
 
 
-def tiles(
+def to_tiles(
     image: Image.Image, size: int, policy: ImagePolicy, *, tiles: bool = True, mirror: bool = False
 ) -> np.ndarray:
     """An RGB image as all squares that the tower looks at, float32 (P, 3, S, S), S = size.
