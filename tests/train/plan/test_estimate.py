@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from pumice.train.plan.estimate.footprint import Footprint, Work, measure
 from torch.utils.flop_counter import FlopCounterMode
 
 from pumice.cli.plan import describe
@@ -21,6 +20,7 @@ from pumice.model.packed import Packed, Run
 from pumice.train import devices, run
 from pumice.train.devices import GPUS, peak
 from pumice.train.plan.estimate import plan
+from pumice.train.plan.footprint import Footprint, Work, measure
 from pumice.train.recipe import Recipe, load_recipe
 from pumice.train.setup import prepare
 from pumice.train.shapes import shape

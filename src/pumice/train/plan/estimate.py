@@ -23,7 +23,7 @@ from pumice.model.packed import Run
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, GPUS, peak, total_memory
 from pumice.train.parallel import COPIES
-from pumice.train.plan.estimate.footprint import Footprint, Work, measure
+from pumice.train.plan.footprint import Footprint, Work, measure
 from pumice.train.recipe import Recipe
 from pumice.train.shapes import processor_of, shape
 from pumice.train.sizes import Sizes, sizes
