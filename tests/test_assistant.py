@@ -444,3 +444,52 @@ def test_the_end_of_a_row_of_tiles_matters(tiled: Assistant, pictures: list[Path
     newline.data.neg_()
     tiled._seen.clear()
     assert (before - after).abs().max() > 0.1
+
+
+# --- picture files that change ---
+
+
+@pytest.mark.parametrize("kind", ["exact", "tiled"])
+def test_a_file_that_is_replaced_while_it_is_read(
+    kind: str, tmp_path: Path, replaced_when_opened: Any, request: pytest.FixtureRequest
+) -> None:
+    model: Assistant = request.getfixturevalue(kind)
+    contents = []
+    for color, size in (("red", (64, 40)), ("blue", (30, 90))):
+        Image.new("RGB", size, color).save(tmp_path / "made.png")
+        contents.append((tmp_path / "made.png").read_bytes())
+    right = [model.logits(data, "What?") for data in contents]
+    file = tmp_path / "latest.png"
+    replaced_when_opened(file, contents)
+    fresh = Assistant(model.model, model.processor)
+    for expected in (*right, *right):
+        assert torch.equal(fresh.logits(file, "What?"), expected)
+    assert all(
+        torch.equal(fresh.logits(data, "What?"), expected)
+        for data, expected in zip(contents, right, strict=True)
+    )
+
+
+def test_an_explanation_draws_the_picture_that_it_explains(
+    exact: Assistant, tmp_path: Path, replaced_when_opened: Any
+) -> None:
+    contents = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (64, 40), color).save(tmp_path / "made.png")
+        contents.append((tmp_path / "made.png").read_bytes())
+    right = exact.explain(contents[0], "What?", "A dog.")
+    replaced_when_opened(tmp_path / "latest.png", contents)
+    found = exact.explain(tmp_path / "latest.png", "What?", "A dog.")
+    assert np.array_equal(found.reliance.shown, right.reliance.shown)
+
+
+def test_a_file_that_is_deleted_between_two_questions(exact: Assistant, tmp_path: Path) -> None:
+    file = tmp_path / "latest.png"
+    Image.new("RGB", (64, 40), "red").save(file)
+    assert exact.ask(file, "What?", **SHORT)
+    file.unlink()
+    with pytest.raises(InputError, match=r"latest\.png' does not exist; check the path"):
+        exact.ask(file, "What?", **SHORT)
+    file.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"picture '.*latest\.png' is not a picture"):
+        exact.ask(file, "Why?", **SHORT)

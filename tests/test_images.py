@@ -7,6 +7,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pumice.cli.chat import _read_picture
 from pumice.config import ImagePolicy
+from pumice.data.pictures import look
 from pumice.errors import InputError
 from pumice.geometry import letterbox
-from pumice.images import MAX_PIXELS, image_key, image_size, open_image, pixels, squares
+from pumice.images import (
+    MAX_PIXELS,
+    data_url,
+    image_key,
+    image_size,
+    open_image,
+    pixels,
+    read_picture,
+    squares,
+)
 
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # so that pixels() * 255 are the 8-bit values
 
@@ -438,3 +450,21 @@ def test_image_key_follows_contents(tmp_path: Path) -> None:
     assert len(image_key(data)) == 32
     with pytest.raises(InputError, match="does not exist"):
         image_key(tmp_path / "missing.png")
+
+
+def test_a_file_is_read_once(tmp_path: Path, replaced_when_opened: Any) -> None:
+    made = []
+    for color, kind in (("red", "PPM"), ("blue", "BMP")):
+        buffer = io.BytesIO()
+        Image.new("RGB", (4, 4), color).save(buffer, kind)
+        made.append(buffer.getvalue())
+    file = tmp_path / "latest.ppm"
+    urls = [data_url(data) for data in made]
+    replaced_when_opened(file, made)
+    assert [data_url(file), data_url(file)] == urls
+    assert [look(file).kind, look(file).kind] == ["", "BMP"]
+    for expected in made:
+        assert _read_picture(str(file)) == (str(file), expected)
+    file.write_bytes(made[0][:20])
+    with pytest.raises(InputError, match=r"picture '.*latest\.ppm' is truncated or damaged"):
+        open_image(read_picture(file))

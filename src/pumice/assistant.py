@@ -28,6 +28,7 @@ from pumice.engine.text import TextStream
 from pumice.errors import InputError
 from pumice.formats.load import find_device, open_model
 from pumice.geometry import Layout
+from pumice.images import read_picture
 from pumice.model.llava import Llava
 from pumice.model.quantized import has_int8_kernel
 from pumice.model.quantized import quantize as quantize_weights
@@ -366,6 +367,9 @@ def explain(
     from pumice.explain.explanation import explain as explain_answer
 
     chosen = {name: options.pop(name) for name in ("method", "layers", "occlusion") if name in options}
+
+    # Read once: the pictures that are drawn are those that were asked about, even if a file is replaced.
+    conversation = conversation.with_sources(read_picture)
 
     def own() -> str:
         return "".join(assistant.stream(conversation, **options))

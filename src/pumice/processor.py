@@ -16,7 +16,7 @@ from pumice.config import IMAGE_TOKEN, ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import InputError
 from pumice.geometry import Layout, square_layout, tile_layout
-from pumice.images import image_key, image_size, open_image, squares
+from pumice.images import image_key, image_size, open_image, read_picture, squares
 from pumice.templates import Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 
@@ -96,8 +96,12 @@ class Processor:
         return sample
 
     def prompt(self, conversation: Conversation) -> Sample:
-        """A conversation that ends in a question, up to where the model's answer begins."""
-        sample = self._sample(conversation.check(answered=False), generate=True)
+        """A conversation that ends in a question, up to where the model's answer begins.
+
+        The sample's pictures are read: a file that is replaced afterwards changes nothing.
+        """
+        conversation = conversation.check(answered=False).with_sources(read_picture)
+        sample = self._sample(conversation, generate=True)
         if not len(sample.input_ids):
             raise InputError(f"the template {self.template.name!r} sees pictures only; show one")
         return sample

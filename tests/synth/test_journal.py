@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
-from pumice.images import data_url
+from pumice.images import data_url, image_key
 from pumice.synth import kinds, report
 from pumice.synth.checks import Settings, examine, row
 from pumice.synth.duplicates import Seen
@@ -249,3 +250,17 @@ def test_the_report_is_one_safe_file(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in page and 'download = "marks.json"' in page
     assert "http://" not in page and "https://" not in page
     assert "{{" not in page
+
+
+def test_a_picture_that_changed_since_the_request_was_made_is_not_shown(tmp_path: Path) -> None:
+    file = tmp_path / "latest.png"
+    Image.new("RGB", (4, 4), "red").save(file)
+    asked = replace(ASKED, image=str(file), image_key=image_key(file))
+    assert asked.picture() == file.read_bytes()
+    Image.new("RGB", (4, 4), "blue").save(file)
+    with pytest.raises(InputError, match=r"latest\.png' has changed since the run began"):
+        asked.picture()
+    file.unlink()
+    with pytest.raises(InputError, match=r"latest\.png' does not exist"):
+        Endpoint("http://127.0.0.1:1/v1", "teacher").body(asked)
+    assert ASKED.picture() is None

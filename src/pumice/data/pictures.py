@@ -5,6 +5,7 @@ Knows pictures and processes. A picture that kills the library that opens it is 
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from pumice.errors import InputError
-from pumice.images import open_image
+from pumice.images import open_image, read_picture
 
 FEW = 64  # pictures for which no processes are started: starting one takes as long as opening these
 _ALIKE = {"JPEG", "MPO"}  # cameras write several pictures into one .jpg
@@ -33,12 +34,13 @@ class Seen(NamedTuple):
 def look(path: Path) -> Seen:
     """Decode a picture and compare its format with its name."""
     try:
-        open_image(path)
+        data = read_picture(path)
+        open_image(data)
     except InputError as error:
         return Seen(str(error))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it has been opened already
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(data)) as picture:
             kind = picture.format or ""
     Image.init()
     named = Image.EXTENSION.get(path.suffix.lower(), kind)

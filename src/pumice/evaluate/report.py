@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from pumice.errors import InputError
+from pumice.evaluate.compare import verdict
 from pumice.evaluate.page import bars, document, radar, table
 from pumice.evaluate.published import PUBLISHED, SCALE
 from pumice.evaluate.task import Answered, Task
@@ -56,13 +57,13 @@ def cards(
 def compared_cards(
     task: Task, data: Path, first: Sequence[Answered], second: Sequence[Answered], names: tuple[str, str]
 ) -> list[Card]:
-    """Where two models differ most, each kind bounded."""
-    kinds: dict[str, list[Card]] = {f"{names[1]} better": [], f"{names[1]} worse": [], "same score": []}
+    """Where two models differ most, each kind bounded. Better and worse are said of the first."""
+    kinds: dict[str, list[Card]] = {f"{names[0]} better": [], f"{names[0]} worse": [], "same score": []}
     values = zip(task.score(first).values, task.score(second).values, strict=True)
     for a, b, (x, y) in zip(first, second, values, strict=True):
         if x is None or y is None or (x == y and a.text == b.text):
             continue
-        kind = "same score" if x == y else f"{names[1]} {'better' if y > x else 'worse'}"
+        kind = "same score" if x == y else f"{names[0]} {'better' if x > y else 'worse'}"
         kinds[kind].append(_card(a, [(names[0], a.text, x), (names[1], b.text, y)], kind))
     chosen = [
         card for kind, found in kinds.items() for card in _spread(found, RIGHT if "same" in kind else WRONG)
@@ -128,15 +129,15 @@ def compare_page(found: Mapping[str, Any], shown: Sequence[Card]) -> str:
     rows = [
         [first, f"{found['values'][0]:.2f}"],
         [second, f"{found['values'][1]:.2f}"],
-        ["difference", f"{found['difference']:+.2f}"],
+        [f"{first} minus {second}", f"{found['difference']:+.2f}"],
         ["95% interval", f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"],
         ["p, paired bootstrap", "-" if found["p"] is None else f"{found['p']:.3g}"],
         ["p, McNemar", "-" if found["mcnemar"] is None else f"{found['mcnemar']:.3g}"],
-        [f"{second} better", str(found["better"])],
-        [f"{second} worse", str(found["worse"])],
+        [f"{first} better", str(found["better"])],
+        [f"{first} worse", str(found["worse"])],
     ]
     caption = f"{found['title']}, {found['headline']}, {found['questions']} questions"
-    body = _partial(found) + table(caption, ["", "value"], rows)
+    body = _partial(found) + f"<p>{escape(verdict(found))}.</p>" + table(caption, ["", "value"], rows)
     body += _gallery(shown, "Where they differ") if shown else "<p>They give the same answers.</p>"
     return document(f"{first} and {second} on {found['title']}", body, script=bool(shown))
 

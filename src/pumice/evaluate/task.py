@@ -101,6 +101,7 @@ class Task(ABC):
     title: ClassVar[str]
     headline: ClassVar[str]  # a key of Score.metrics
     unit: ClassVar[str] = "%"
+    lower_is_better: ClassVar[bool] = False  # of the headline; an answer's value is always better higher
     source: ClassVar[Source]
     splits: ClassVar[tuple[str, ...]] = ("test",)  # the first is the published one that can be scored here
     rank: ClassVar[int] = 100  # place in lists

@@ -88,7 +88,7 @@ def plan(job: Job, teacher: Teacher) -> Iterator[tuple[str, Kind, Context, Reque
                 f"{context.id}-{kind.name}",
                 kind,
                 context,
-                Request(key, prompt, user, kind.max_tokens, image),
+                Request(key, prompt, user, kind.max_tokens, image, digest_of),
             )
 
 

@@ -24,6 +24,7 @@ from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.files import hold, replacing, whole_lines
 from pumice.geometry import Layout
+from pumice.images import read_picture
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
@@ -72,6 +73,8 @@ class TowerFeatures:
         for image, layout in zip(images, layouts, strict=True):
             key, features, pixels = None, None, None
             if self.cache is not None:
+                # Read once: the file may be replaced between the key and the pixels.
+                image = ImagePart(read_picture(image.source))
                 key = self.processor.key(image, layout, mirror=mirror)
                 features = self.cache.read(key)
             if features is None:

@@ -175,7 +175,7 @@ def test_counters_of_batches_count_on_neither_side(tmp_path: Path) -> None:
         ("config.json", b"[]", r"config\.json should hold a JSON object, not a list"),
         ("config.json", b"\xff", r"config\.json cannot be read"),
         ("config.json", b'{"pumice_format": 9}', "has pumice_format 9, this version reads 1"),
-        ("tokenizer.json", b"{}", r"tokenizer\.json is not a tokenizer that can be read"),
+        ("tokenizer.json", b"{}", r"tokenizer\.json is not a tokenizer\.json"),
         ("model.safetensors", b"", r"model\.safetensors is damaged or cut short"),
         ("model.safetensors", 0.9, r"model\.safetensors is damaged or cut short"),
         ("parts.json", b'{"tower": "x"}', r"parts\.json: tower should be"),

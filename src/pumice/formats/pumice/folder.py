@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from pumice.config import DecoderConfig, ModelConfig
@@ -41,6 +40,7 @@ from pumice.storage.download import from_wheel, wheel
 from pumice.storage.json_file import read_bytes, read_json, read_text, write_json
 from pumice.storage.parts import LoadedParts, Shapes
 from pumice.storage.tensors import FLOATS, Stocks, Stored, find_weights, open_weights, stored, write_weights
+from pumice.tokens import parse_tokenizer
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 PROVENANCE, PARTS = "provenance.json", "parts.json"
@@ -131,7 +131,10 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     config = ModelConfig.from_dict(values, str(folder / CONFIG))
     parts = _read_parts(folder / PARTS) if (folder / PARTS).exists() else {}
     own_tokenizer = (folder / TOKENIZER).exists() or "decoder" not in parts
-    tokenizer = _read_tokenizer(folder / TOKENIZER) if own_tokenizer else None
+    tokenizer = None
+    if own_tokenizer:
+        file = folder / TOKENIZER
+        tokenizer = parse_tokenizer(read_text(file, _LACKING), file)
     provenance = read_json(folder / PROVENANCE, _LACKING)
     if not find_weights(folder, "model"):
         raise InputError(f"{folder / WEIGHTS} is missing; {_LACKING}")
@@ -264,11 +267,3 @@ def _same_decoder(config: DecoderConfig, base: DecoderConfig, folder: Path) -> N
     if keys:
         different = ", ".join(f"{key} {ours[key]} instead of {theirs[key]}" for key in keys)
         raise InputError(f"{folder / CONFIG} is not the decoder that {PARTS} names: {different}")
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    text = read_text(path, _LACKING)
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path} is not a tokenizer that can be read: {error}") from error
