@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pumice import __version__
 from pumice.errors import InputError, official
 from pumice.files import replacing, sha256
-from pumice.synth.mix.readers import READERS, ReaderInput, Reader, Unit
+from pumice.synth.mix.readers import READERS, Reader, ReaderInput, Unit
 
 
 class MixModel(BaseModel):
@@ -161,7 +161,7 @@ def _rows(
     for first, _, name_of, text in store.execute("SELECT * FROM units ORDER BY first, number"):
         if current is not None and first != current:
             yield _row(image, turns, _row_id(name, image, current), reader.suffix)
-            turns = []
+            messages = []
         current, image = first, name_of
         turns += json.loads(text)
     if current is not None:
@@ -184,8 +184,8 @@ def _row(image: str | None, turns: list[Any], row_id: str, suffix: str) -> dict[
         if number == 0:
             question = f"{question}{suffix}"
             question = f"<image>\n{question}" if image is not None else question
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": str(answer)}]
-    return {"id": row_id, **({"image": image} if image is not None else {}), "conversations": turns}
+        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": str(answer)}]
+    return {"id": row_id, **({"image": image} if image is not None else {}), "conversations": messages}
 
 
 def _sample(available: int, source: MixSource, random: np.random.Generator, name: str) -> np.ndarray:
