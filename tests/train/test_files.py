@@ -227,11 +227,11 @@ def test_features_are_kept_under_the_picture_that_was_opened(
         Image.new("RGB", (8, 8), color).save(tmp_path / "made.png")
         contents.append((tmp_path / "made.png").read_bytes())
     opened = open_model(tiny_folder)
-    features = TowerFeatures(opened.model, opened.processor, tmp_path / "cache", learns=False)
+    features = TowerFeatures(opened.model, opened.processor, tmp_path / "cache", trains_tower=False)
     file = tmp_path / "latest.png"
     replaced_when_opened(file, contents)
     for data in contents:
-        (looked,) = features.fetch([ImagePart(file)], False)
-        assert looked.key == image_key(data)
-        assert torch.equal(looked.pixels, torch.from_numpy(opened.processor.pixels([ImagePart(data)])))
+        (image_input,) = features.fetch([ImagePart(file)], False)
+        assert image_input.key == image_key(data)
+        assert torch.equal(image_input.pixels, torch.from_numpy(opened.processor.pixels([ImagePart(data)])))
     features.close()

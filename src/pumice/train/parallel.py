@@ -129,19 +129,19 @@ class World:
             return list(values)
         import torch.distributed as dist
 
-        together = torch.tensor(values, dtype=torch.float64, device=self._where())
+        together = torch.tensor(values, dtype=torch.float64, device=self._collective_device())
         dist.all_reduce(together)
         return together.tolist()
 
-    def agree(self, value: int) -> int:
-        """What the first process says."""
+    def broadcast(self, value: int) -> int:
+        """Return the first process's value on every process."""
         if self.size == 1:
             return value
         import torch.distributed as dist
 
-        told = torch.tensor(value, device=self._where())
-        dist.broadcast(told, 0)
-        return int(told)
+        shared = torch.tensor(value, device=self._collective_device())
+        dist.broadcast(shared, 0)
+        return int(shared)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -176,7 +176,7 @@ class World:
                 state[name] = whole.cpu()
         return state
 
-    def _where(self) -> torch.device:
+    def _collective_device(self) -> torch.device:
         import torch.distributed as dist
 
         on_gpu = dist.get_backend() == "nccl"

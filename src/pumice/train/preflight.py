@@ -9,7 +9,7 @@ import shutil
 
 from pumice.errors import InputError
 from pumice.formats.load import find_device
-from pumice.geometry import picture_layout
+from pumice.geometry import image_layout
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, total_memory
 from pumice.train.recipe import Recipe
@@ -52,7 +52,7 @@ def pictures_fit(setup: Setup) -> None:
     if config.vision.kind == "none":
         return
     sizes = config.image.pinpoints or ((1, 1),)  # without tiles all sizes are alike
-    tokens = max(picture_layout(config, size).tokens for size in sizes)
+    tokens = max(image_layout(config, size).tokens for size in sizes)
     if tokens >= config.decoder.context:
         raise InputError(
             f"a picture takes {tokens} tokens, a row at most {config.decoder.context}; raise the context, or "

@@ -18,7 +18,7 @@ import torch
 from pumice.config import ModelConfig
 from pumice.errors import InputError, WorkError
 from pumice.formats.load import find_device
-from pumice.geometry import picture_layout
+from pumice.geometry import image_layout
 from pumice.model.packed import Run
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, GPUS, peak, total_memory
@@ -202,7 +202,7 @@ def _works(
 def assumed(recipe: Recipe, config: ModelConfig) -> PackShape:
     """A pack full of samples with one picture each, as no rows tell otherwise."""
     staged = recipe.stage_config(config)
-    layout = picture_layout(staged, (1024, 768))
+    layout = image_layout(staged, (1024, 768))
     length = min(layout.tokens + TEXT, staged.decoder.context)
     count = max(1, recipe.pack_tokens // length)
     return PackShape(
