@@ -14,7 +14,7 @@ from pumice.errors import InputError
 from pumice.formats.load import open_model
 from pumice.train import run
 from pumice.train.batches import Batches, prefetch
-from pumice.train.preflight import disk, pictures_fit
+from pumice.train.preflight import check_disk, check_image_tokens
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
 from pumice.train.setup import prepare
@@ -110,14 +110,14 @@ def test_pictures_too_large_for_the_context_are_refused(make_recipe: MakeRecipe)
         config, decoder=dataclasses.replace(config.decoder, context=4)
     )
     with pytest.raises(InputError, match="a picture takes 4 tokens, a row at most 4; raise the context"):
-        pictures_fit(setup)
+        check_image_tokens(setup)
 
 
 def test_a_disk_without_room_is_told_before_the_first_step(make_recipe: MakeRecipe) -> None:
     recipe = load_recipe(make_recipe(keep_last=10**9))
     recipe.output.mkdir()
     with pytest.raises(InputError, match=r"needs .* GB \(1000000000 \+ 1 checkpoints .* lower keep_last"):
-        disk(recipe, sizes(recipe, read_parts(recipe).config, "cpu"))
+        check_disk(recipe, sizes(recipe, read_parts(recipe).config, "cpu"))
 
 
 def test_a_mean_per_pack_is_another_loss(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -95,14 +95,18 @@ def flip_a_bit(path: Path) -> None:
         (
             "state.json",
             Path.unlink,
-            r"step-000010 lacks state\.json; remove this folder to go on from step 5",
+            r"step-000010 lacks state\.json; remove this folder to continue from step 5",
         ),
         ("tensors/all.safetensors", Path.unlink, r"lacks all\.safetensors"),
         ("rng-00000.safetensors", Path.unlink, r"lacks rng-00000\.safetensors"),
         ("manifest.json", Path.unlink, r"lacks manifest\.json"),
         ("state.json", cut, r"step-000010 is damaged \(state\.json has \d+ bytes, .*from step 5"),
         ("tensors/all.safetensors", cut, r"is damaged"),
-        ("tensors/all.safetensors", flip_a_bit, r"is damaged \(.*is not what was written, by its digest"),
+        (
+            "tensors/all.safetensors",
+            flip_a_bit,
+            r"is damaged \(.*has changed: its SHA-256 is not the manifest's",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_told_with_the_remedy(

@@ -65,7 +65,7 @@ class Batches:
         self.finder = ImageFinder(recipe.pictures or ["."])
         self.skipped = Skipped(recipe.max_bad_rows)
         self.mixture = _mixture(recipe.data, recipe.seed)
-        self.may_mirror = [source.may_mirror for source in recipe.data]
+        self.may_mirror = [source.mirror for source in recipe.data]
         self._cached_epoch: tuple[int, Groups] = (-1, [])
         self.epoch_starts = [0]  # first step of each epoch, and the end of the last one
         for epoch in range(math.ceil(recipe.epochs)):

@@ -41,8 +41,8 @@ from pumice.train.memory import checkpoint_blocks
 from pumice.train.objective import Objective, PackTensors
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
 from pumice.train.parallel import World
-from pumice.train.preflight import memory, preflight
-from pumice.train.provenance import contents, versions
+from pumice.train.preflight import check_memory, preflight
+from pumice.train.provenance import content_digests, versions
 from pumice.train.recipe import Recipe
 from pumice.train.report import TrainingReport
 from pumice.train.setup import Setup, prepare
@@ -65,7 +65,7 @@ def train(recipe: Recipe) -> Path:
     world = World.join(recipe)
     try:
         installed(recipe)
-        memory(recipe, world.size)
+        check_memory(recipe, world.size)
         # FSDP cuts the model into shards from the CPU, so that no GPU has to hold it all.
         device = "cpu" if world.kind == "fsdp" else world.device(recipe)
         return Trainer(recipe, prepare(recipe, device), world).run()
@@ -116,7 +116,7 @@ class Trainer:
         self.optimizer = make_optimizer(recipe, self.trainable, setup.part_of, self.device)
         # 5. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
-        self.digests = contents(recipe)
+        self.digests = content_digests(recipe)
         self.fixed_fields = json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
         self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
 
@@ -132,7 +132,7 @@ class Trainer:
         if self.features.trains_tower:
             blocks += getattr(tower, "blocks", ())
         checkpoint_blocks(blocks, recipe.checkpointing)
-        world.choose(recipe, self.model, self.device)
+        world.choose_kind(recipe, self.model, self.device)
         # A frozen tower is not sharded: processes call it a different number of times.
         unsharded = [] if self.features.trains_tower else [tower]
         if world.kind == "fsdp" and torch.cuda.is_available() and recipe.device != "cpu":

@@ -22,7 +22,7 @@ from pumice.geometry import image_layout
 from pumice.model.packed import Run
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, GPUS, peak, total_memory
-from pumice.train.parallel import COPIES
+from pumice.train.parallel import MAX_COPY_SHARE
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
 from pumice.train.shapes import processor_of, shape
@@ -172,7 +172,7 @@ def _sharded(recipe: Recipe, held: Sizes, device: Device, processes: int) -> boo
     """As `World.choose` settles it."""
     if processes == 1 or recipe.parallel != "auto":
         return processes > 1 and recipe.parallel == "fsdp"
-    return device.kind == "cuda" and device.memory is not None and held.held > COPIES * device.memory
+    return device.kind == "cuda" and device.memory is not None and held.held > MAX_COPY_SHARE * device.memory
 
 
 def _works(
