@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
-from pumice.evaluate.endpoint import Endpoint
+from pumice.evaluate.endpoint import ChatEndpoint
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.run import (
     EndpointAnswerer,
     LocalAnswerer,
-    check_pictures,
+    check_images,
     in_order,
     resume,
     run,
@@ -164,9 +164,9 @@ def test_a_local_model_and_pictures_that_are_missing(tmp_path: Path) -> None:
 def test_missing_pictures_are_counted_before_the_first_question() -> None:
     asked = [question(0, "missing0"), question(1, "a"), question(2, "missing2"), question(3, "missing2")]
     with pytest.raises(InputError, match="2 of 3 pictures are missing; the first: picture 'missing0'"):
-        check_pictures(asked, allow_missing=False)
-    assert check_pictures(asked, allow_missing=True) == 2
-    assert check_pictures(asked[1:2], allow_missing=False) == 0
+        check_images(asked, allow_missing=False)
+    assert check_images(asked, allow_missing=True) == 2
+    assert check_images(asked[1:2], allow_missing=False) == 0
 
 
 def test_a_model_behind_an_address_answers_in_order(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_model_behind_an_address_answers_in_order(tmp_path: Path) -> None:
         assert (body["temperature"], body["max_tokens"]) == (0.0, TASK.max_new_tokens)
         return httpx.Response(200, json={"choices": [{"message": {"content": f"to {text}"}}]})
 
-    endpoint = Endpoint("http://server/v1", "big", transport=httpx.MockTransport(handle))
+    endpoint = ChatEndpoint("http://server/v1", "big", transport=httpx.MockTransport(handle))
     path = tmp_path / "a.jsonl"
     run(TASK, QUESTIONS, EndpointAnswerer(endpoint, workers=2), path)
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -19,7 +19,7 @@ PAUSE = 2.0  # seconds before the second try; each further pause is twice as lon
 KEY = "OPENAI_API_KEY"  # the environment's name for it; local servers need none
 
 
-class Endpoint:
+class ChatEndpoint:
     """`url` up to and with /v1. Raises InputError where httpx is missing or the address is none."""
 
     def __init__(self, url: str, model: str, *, timeout: float = 120.0, transport: Any = None) -> None:

@@ -153,7 +153,7 @@ def _below(data: Path) -> tuple[str, ...]:
     return _listing(data.resolve(), data.stat().st_mtime_ns)
 
 
-class Pictures:
+class ImageFolders:
     """Pictures by name below the folder of a benchmark: in one of its folders, or in a zip of that name."""
 
     def __init__(self, data: Path, *folders: str) -> None:
@@ -280,7 +280,7 @@ def read_parquet(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
             raise InputError(f"'{path}' is damaged ({error}); fetch it again") from error
 
 
-def base64_picture(name: str, text: str) -> ImageFile:
+def base64_image(name: str, text: str) -> ImageFile:
     """A picture written into a table."""
 
     def load() -> bytes:
@@ -292,7 +292,7 @@ def base64_picture(name: str, text: str) -> ImageFile:
     return ImageFile(name, load)
 
 
-def bytes_picture(name: str, data: bytes) -> ImageFile:
+def bytes_image(name: str, data: bytes) -> ImageFile:
     return ImageFile(name, lambda: data)
 
 

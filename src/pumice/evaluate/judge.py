@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.endpoint import Endpoint
+from pumice.evaluate.endpoint import ChatEndpoint
 from pumice.evaluate.files import DataFile, read_json, read_lines
 from pumice.evaluate.task import Answered, Task
 from pumice.files import appending
@@ -36,7 +36,7 @@ class Judge:
     The file may also be LLaVA's review file or the grades of MM-Vet's own evaluator.
     """
 
-    def __init__(self, reviews: Path | None = None, endpoint: Endpoint | None = None) -> None:
+    def __init__(self, reviews: Path | None = None, endpoint: ChatEndpoint | None = None) -> None:
         if reviews is None and endpoint is None:
             raise InputError("a judge needs --judge-url and --judge-model, or a file of replies in --reviews")
         self.path, self.endpoint = reviews, endpoint

@@ -93,7 +93,7 @@ def _prediction(row: Any, where: str) -> Prediction:
 
 
 @dataclass
-class Matched:
+class MatchedAnswers:
     """answered: in the order of the questions. The rest says what did not fit."""
 
     answered: list[Answered]
@@ -102,7 +102,7 @@ class Matched:
     duplicates: list[str] = field(default_factory=list)
 
 
-def match(questions: Sequence[Question], rows: Iterable[Prediction]) -> Matched:
+def match(questions: Sequence[Question], rows: Iterable[Prediction]) -> MatchedAnswers:
     """Each answer to its question, by the question's id, else by its id in LLaVA's files and its text.
 
     Of several answers to one question the last counts, as in LLaVA's scripts.
@@ -112,7 +112,7 @@ def match(questions: Sequence[Question], rows: Iterable[Prediction]) -> Matched:
     for number, question in enumerate(questions):
         if question.also:
             by_other.setdefault(question.also, []).append(number)
-    result = Matched([])
+    result = MatchedAnswers([])
     texts: dict[int, str] = {}
     used: dict[tuple[str, str], int] = {}
     for row in rows:
@@ -168,7 +168,9 @@ def _words(text: str) -> str:
     return " ".join(_COMMON.sub(" ", text).lower().split())
 
 
-def check(matched: Matched, predictions: Predictions, *, allow_missing: bool, limited: bool) -> list[str]:
+def check(
+    matched: MatchedAnswers, predictions: Predictions, *, allow_missing: bool, limited: bool
+) -> list[str]:
     """What is wrong with a set of answers, as notes. Raises InputError unless it is allowed.
 
     limited: only the first questions are scored, so that answers to others are no fault.

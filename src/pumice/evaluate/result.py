@@ -28,7 +28,7 @@ FORMAT = 1  # of the result
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionSet:
     """The questions that are scored, and what is known of the official files they come from."""
 
     questions: list[Question]
@@ -41,7 +41,9 @@ class Asked:
         return len(self.questions) < self.total
 
 
-def read_questions(task: Task, data: Path, limit: int | None = None, *, keep_images: bool = True) -> Asked:
+def read_questions(
+    task: Task, data: Path, limit: int | None = None, *, keep_images: bool = True
+) -> QuestionSet:
     """The first `limit` questions of a benchmark. Raises InputError on duplicates and empty files."""
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; give at least 1")
@@ -66,7 +68,7 @@ def read_questions(task: Task, data: Path, limit: int | None = None, *, keep_ima
         )
     if not kept:
         raise InputError(f"the files of {task.name} in '{data}' hold no questions; fetch them again")
-    return Asked(kept, total, task.source.known(task.split), digest.hexdigest())
+    return QuestionSet(kept, total, task.source.known(task.split), digest.hexdigest())
 
 
 def _questions(task: Task, data: Path) -> Iterator[Question]:
@@ -98,7 +100,7 @@ def _forgotten() -> bytes:
 
 
 @dataclass(frozen=True)
-class Given:
+class AnswerSet:
     """A file of answers, matched to the questions, in their order. notes: what did not fit."""
 
     answered: list[Answered]
@@ -107,16 +109,16 @@ class Given:
     path: str
 
 
-def read_answers(asked: Asked, path: Path, *, allow_missing: bool = False) -> Given:
+def read_answers(asked: QuestionSet, path: Path, *, allow_missing: bool = False) -> AnswerSet:
     """Raises InputError where the answers are not exactly those to the questions, unless a part is wanted."""
     read = read_predictions(path)
     matched = match(asked.questions, read.rows)
     notes = check(matched, read, allow_missing=allow_missing, limited=asked.limited)
-    return Given(matched.answered, notes, read.model or path.stem, read.path)
+    return AnswerSet(matched.answered, notes, read.model or path.stem, read.path)
 
 
 def make_result(
-    task: Task, asked: Asked, given: Given, score: Score, reference: str | None = None
+    task: Task, asked: QuestionSet, given: AnswerSet, score: Score, reference: str | None = None
 ) -> dict[str, Any]:
     """The result dictionary of a score."""
     answered = given.answered

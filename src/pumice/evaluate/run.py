@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pumice.errors import InputError
-from pumice.evaluate.endpoint import Endpoint, with_images
+from pumice.evaluate.endpoint import ChatEndpoint, with_images
 from pumice.evaluate.task import Question, Task
 from pumice.files import appending, hold_file, replacing, whole_lines
 
@@ -34,7 +34,7 @@ class Answerer(Protocol):
         ...
 
 
-class AsksMany(Protocol):
+class BatchAssistant(Protocol):
     """The part of `pumice.Assistant` that is used."""
 
     def ask_each(
@@ -45,7 +45,7 @@ class AsksMany(Protocol):
 class LocalAnswerer:
     """A model in this process, greedy."""
 
-    def __init__(self, assistant: AsksMany, name: str, slots: int = 16) -> None:
+    def __init__(self, assistant: BatchAssistant, name: str, slots: int = 16) -> None:
         self.assistant, self.name, self.slots = assistant, name, slots
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
@@ -71,7 +71,7 @@ class LocalAnswerer:
 class EndpointAnswerer:
     """A model behind an OpenAI-compatible address: vLLM, a hosted model, `pumice serve`."""
 
-    def __init__(self, endpoint: Endpoint, workers: int = 8) -> None:
+    def __init__(self, endpoint: ChatEndpoint, workers: int = 8) -> None:
         self.endpoint, self.workers, self.name = endpoint, workers, endpoint.model
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
@@ -130,7 +130,7 @@ def processes() -> tuple[int, int]:
         raise InputError(f"RANK or WORLD_SIZE is no number ({error}); start with torchrun") from error
 
 
-def check_pictures(questions: Sequence[Question], *, allow_missing: bool) -> int:
+def check_images(questions: Sequence[Question], *, allow_missing: bool) -> int:
     """How many pictures are missing. Raises InputError that counts them, unless that is allowed."""
     seen: set[str] = set()
     missing: list[str] = []

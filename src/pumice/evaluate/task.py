@@ -51,7 +51,7 @@ class Answered(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cell:
+class CategoryScore:
     """A part of the score: its value in the unit of the headline, and how many questions it rests on."""
 
     value: float
@@ -60,14 +60,14 @@ class Cell:
 
 @dataclass
 class Score:
-    """metrics: name -> number, the headline among them. categories: title -> name -> Cell.
+    """metrics: name -> number, the headline among them. categories: title -> name -> CategoryScore.
 
     values: per answered question how right it is, 0 to 1, None where it is not scored by itself.
     statistic: the headline, were each question drawn so often (weights); the mean of values when None.
     """
 
     metrics: dict[str, float]
-    categories: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    categories: dict[str, dict[str, CategoryScore]] = field(default_factory=dict)
     values: list[float | None] = field(default_factory=list)
     statistic: Callable[[Floats], float] | None = None
     notes: list[str] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """Where the official files come from. sizes: questions by split, of the version that is known."""
 
     url: str
@@ -102,7 +102,7 @@ class Task(ABC):
     headline: ClassVar[str]  # a key of Score.metrics
     unit: ClassVar[str] = "%"
     lower_is_better: ClassVar[bool] = False  # of the headline; an answer's value is always better higher
-    source: ClassVar[Source]
+    source: ClassVar[DatasetSource]
     splits: ClassVar[tuple[str, ...]] = ("test",)  # the first is the published one that can be scored here
     rank: ClassVar[int] = 100  # place in lists
     max_new_tokens: ClassVar[int] = 128
@@ -126,13 +126,13 @@ class Task(ABC):
         raise InputError(f"{self.name} has no server to submit to; it is scored here")
 
 
-def categories(answered: Sequence[Answered], values: Sequence[float], key: str) -> dict[str, Cell]:
+def categories(answered: Sequence[Answered], values: Sequence[float], key: str) -> dict[str, CategoryScore]:
     """Means in percent of the questions of each meta[key], in order of appearance."""
     sums: dict[str, list[float]] = {}
     for (question, _), value in zip(answered, values, strict=True):
         if (name := question.meta.get(key)) is not None:
             sums.setdefault(str(name), []).append(value)
-    return {name: Cell(100 * sum(found) / len(found), len(found)) for name, found in sums.items()}
+    return {name: CategoryScore(100 * sum(found) / len(found), len(found)) for name, found in sums.items()}
 
 
 def percent(values: Sequence[float]) -> float:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_json, write_json
+from pumice.evaluate.files import ImageFolders, locate, need, read_json, write_json
 from pumice.evaluate.metrics.captions import bleu, java_metrics, rouge_l
 from pumice.evaluate.metrics.cider import Cider
-from pumice.evaluate.task import Answered, Cell, Floats, Question, Score, Source, Task
+from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 SPICE = "PUMICE_SPICE"  # environment: 1 computes SPICE too, whose Java program fetches large models
@@ -28,11 +28,13 @@ def caption_score(answered: Sequence[Answered], key: str = "category") -> Score:
     metrics |= {f"BLEU-{n}": 100 * value for n, value in enumerate(bleu(said, truths), 1)}
     metrics["ROUGE-L"] = 100 * float(np.mean(rouge))
     more, notes = java_metrics(said, truths, spice=os.environ.get(SPICE) == "1")
-    parts: dict[str, dict[str, Cell]] = {}
+    parts: dict[str, dict[str, CategoryScore]] = {}
     names = [question.meta.get(key) for question, _ in answered]
     for name in dict.fromkeys(name for name in names if name is not None):
         chosen = [value for value, other in zip(cider, names, strict=True) if other == name]
-        parts.setdefault("domain", {})[str(name)] = Cell(100 * sum(chosen) / len(chosen), len(chosen))
+        parts.setdefault("domain", {})[str(name)] = CategoryScore(
+            100 * sum(chosen) / len(chosen), len(chosen)
+        )
     if len(answered) == 1:
         notes.append("one picture alone always has a CIDEr of 0")
 
@@ -59,7 +61,7 @@ class Karpathy(Task):
         file = locate(data, (self.file,), self.source.files)
         found = read_json(file)
         need(found, ("images",), f"'{file}'")
-        pictures = Pictures(data, *self.folders)
+        pictures = ImageFolders(data, *self.folders)
         for number, row in enumerate(found["images"], 1):
             need(row, ("filename", "split", "sentences"), f"'{file}', image {number}")
             if row["split"] != self.split:
@@ -92,7 +94,7 @@ class CocoCaptions(Karpathy):
     rank = 30
     file = "dataset_coco.json"
     folders = ("", "images")
-    source = Source(
+    source = DatasetSource(
         url=_URL,
         version="dataset_coco.json",
         licence="captions CC BY 4.0; pictures under COCO's terms",
@@ -107,7 +109,7 @@ class Flickr8k(Karpathy):
     rank = 31
     file = "dataset_flickr8k.json"
     folders = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")
-    source = Source(
+    source = DatasetSource(
         url=_URL,
         version="dataset_flickr8k.json",
         licence="for research; pictures under Flickr's terms",
@@ -122,7 +124,7 @@ class Flickr30k(Karpathy):
     rank = 32
     file = "dataset_flickr30k.json"
     folders = ("flickr30k-images", "flickr30k_images", "images")
-    source = Source(
+    source = DatasetSource(
         url=_URL,
         version="dataset_flickr30k.json",
         licence="for research; pictures under Flickr's terms",
@@ -141,7 +143,7 @@ class Nocaps(Task):
     rank = 33
     splits = ("val", "test")
     max_new_tokens = 64
-    source = Source(
+    source = DatasetSource(
         url="https://nocaps.org/download",
         version="nocaps_val_4500_captions.json",
         licence="annotations CC BY 2.0; pictures under Open Images' terms",
@@ -159,7 +161,7 @@ class Nocaps(Task):
         captions: dict[int, list[str]] = {}
         for row in found.get("annotations", ()):
             captions.setdefault(row["image_id"], []).append(row["caption"])
-        pictures = Pictures(data, "images", self.split)
+        pictures = ImageFolders(data, "images", self.split)
         for number, row in enumerate(found["images"], 1):
             need(row, ("id", "file_name"), f"'{file}', image {number}")
             meta = {"question": PROMPT, "answers": captions.get(row["id"], []), "category": row.get("domain")}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_object
+from pumice.evaluate.files import ImageFolders, locate, need, read_object
 from pumice.evaluate.metrics.vqa import bare, m4c
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
 
 _KINDS = {
     "count": "count",
@@ -39,7 +39,7 @@ class Clevr(Task):
     rank = 34
     splits = ("val", "test", "train")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://cs.stanford.edu/people/jcjohns/clevr/",
         version="1.0",
         licence="CC BY 4.0",
@@ -51,7 +51,7 @@ class Clevr(Task):
         file = locate(data, (f"CLEVR_{self.split}_questions.json",), self.source.files)
         found = read_object(file)
         need(found, ("questions",), f"'{file}'")
-        pictures = Pictures(data, f"images/{self.split}", f"CLEVR_v1.0/images/{self.split}", self.split)
+        pictures = ImageFolders(data, f"images/{self.split}", f"CLEVR_v1.0/images/{self.split}", self.split)
         for number, row in enumerate(found["questions"], 1):
             need(row, ("question", "image_filename"), f"'{file}', question {number}")
             image = row["image_filename"]

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, read_json
+from pumice.evaluate.files import ImageFolders, locate, read_json
 from pumice.evaluate.metrics.vqa import bare
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
 
 ROW = 3  # question, answer, number of the picture
 
@@ -30,7 +30,7 @@ class EasyVQA(Task):
     rank = 40
     splits = ("test", "train")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://pypi.org/project/easy-vqa/",
         version="1.0 (pip download --no-deps easy-vqa==1.0, unzip)",
         licence="MIT",
@@ -44,7 +44,7 @@ class EasyVQA(Task):
         if not isinstance(rows, list):
             raise InputError(f"'{file}' holds no list; is this the official file?")
         folders = (f"{above}{self.split}/images" for above in ("", "data/", "easy_vqa/data/"))
-        pictures = Pictures(data, *folders)
+        pictures = ImageFolders(data, *folders)
         for number, row in enumerate(rows, 1):
             if not isinstance(row, list) or len(row) != ROW or not all(isinstance(t, str) for t in row[:2]):
                 raise InputError(

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_jsonl, read_object, write_json
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.files import ImageFolders, locate, need, read_jsonl, read_object, write_json
+from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
 
 
 def prediction(text: str) -> str:
@@ -24,7 +24,7 @@ class GQA(Task):
     rank = 2
     splits = ("testdev_balanced", "val_balanced")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://cs.stanford.edu/people/dorarad/gqa/download.html",
         version="questions 1.2",
         licence="CC BY 4.0",
@@ -35,7 +35,7 @@ class GQA(Task):
     def questions(self, data: Path) -> Iterator[Question]:
         names = (f"{self.split}_questions.json", f"llava_gqa_{self.split}.jsonl")
         file = locate(data, names, self.source.files)
-        pictures = Pictures(data, "images", "data/images", "allImages/images")
+        pictures = ImageFolders(data, "images", "data/images", "allImages/images")
         if file.name.endswith(".jsonl"):  # LLaVA's list, without the truth: for a submission
             for number, row in enumerate(read_jsonl(file), 1):
                 need(row, ("question_id", "image", "text"), f"'{file}', row {number}")

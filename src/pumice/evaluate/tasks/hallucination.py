@@ -11,8 +11,17 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_json
-from pumice.evaluate.task import Answered, Cell, Floats, Question, Score, Source, Task, percent
+from pumice.evaluate.files import ImageFolders, locate, need, read_json
+from pumice.evaluate.task import (
+    Answered,
+    CategoryScore,
+    DatasetSource,
+    Floats,
+    Question,
+    Score,
+    Task,
+    percent,
+)
 
 PROMPT = "Describe this image in detail."
 
@@ -65,7 +74,7 @@ def singular(word: str) -> str:
     return next((many.sub(one, word) for many, one in _PLURALS if many.search(word)), word)
 
 
-class Things:
+class ObjectNames:
     """COCO's things and their synonyms, as CHAIR's synonyms.txt lists them.
 
     The original's slips are kept: those of `singular`, and that a synonym behind two spaces is never found.
@@ -115,7 +124,7 @@ class Chair(Task):
     rank = 35
     splits = ("val",)
     max_new_tokens = 512
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/LisaAnne/Hallucination (data/synonyms.txt), https://cocodataset.org",
         version="COCO 2014",
         licence="annotations CC BY 4.0; pictures under COCO's terms; synonyms.txt BSD-2-Clause",
@@ -133,10 +142,10 @@ class Chair(Task):
         boxes, captions = read_json(masks), read_json(written)
         need(boxes, ("images", "annotations", "categories"), f"'{masks}'")
         need(captions, ("annotations",), f"'{written}'")
-        readings = [Things(lines), Things(lines, corrected=True)]
+        readings = [ObjectNames(lines), ObjectNames(lines, corrected=True)]
         there = [_there(things, boxes, captions["annotations"]) for things in readings]
         chosen = self._chosen(data)
-        pictures = Pictures(data, "val2014", "images/val2014")
+        pictures = ImageFolders(data, "val2014", "images/val2014")
         for row in boxes["images"]:
             if chosen is not None and row["id"] not in chosen:
                 continue
@@ -187,7 +196,7 @@ class Chair(Task):
         return Score(metrics, parts, values, share, notes)
 
 
-def _there(things: Things, boxes: Mapping[str, Any], captions: Iterable[Any]) -> dict[int, set[str]]:
+def _there(things: ObjectNames, boxes: Mapping[str, Any], captions: Iterable[Any]) -> dict[int, set[str]]:
     """The things in each picture, by its masks and by people's captions."""
     names = {row["id"]: things.names.get(row["name"], row["name"]) for row in boxes["categories"]}
     found: dict[int, set[str]] = {}
@@ -210,7 +219,7 @@ def _named(answered: Sequence[Answered], *, corrected: bool) -> tuple[list[Pairs
     return named, wrong
 
 
-def _most(counts: Mapping[str, int], total: int) -> dict[str, Cell]:
+def _most(counts: Mapping[str, int], total: int) -> dict[str, CategoryScore]:
     """The share of each thing in all that were invented, the commonest first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return {name: Cell(100 * count / total, count) for name, count in ordered[:20]}
+    return {name: CategoryScore(100 * count / total, count) for name, count in ordered[:20]}

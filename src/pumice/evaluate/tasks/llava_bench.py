@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, Pictures, locate, need, read_jsonl
+from pumice.evaluate.files import DataFile, ImageFolders, locate, need, read_jsonl
 from pumice.evaluate.judge import JudgedTask
-from pumice.evaluate.task import Answered, Cell, Floats, Question, Score, Source
+from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Floats, Question, Score
 
 PROMPT_VERSION = "pumice-llava-bench-1"
 PROMPT = """\
@@ -56,7 +56,7 @@ class LlavaBench(JudgedTask):
     splits = ("test",)
     max_new_tokens = 1024
     prompt_version = PROMPT_VERSION
-    source = Source(
+    source = DatasetSource(
         url="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
         version="24 pictures, 60 questions",
         licence="CC BY-NC 4.0",
@@ -73,7 +73,7 @@ class LlavaBench(JudgedTask):
         about = self._contexts(locate(data, self.contexts, self.source.files))
         other = locate(data, self.references, self.source.files)
         references = {str(row["question_id"]): row["text"] for row in read_jsonl(other)}
-        pictures = Pictures(data, *self.folders)
+        pictures = ImageFolders(data, *self.folders)
         for number, row in enumerate(read_jsonl(file), 1):
             need(row, ("question_id", "image", "text", "category"), f"'{file}', line {number}")
             key, image = str(row["question_id"]), row["image"]
@@ -126,7 +126,9 @@ class LlavaBench(JudgedTask):
 
         unparsed = int((1 - read).sum())
         cells = {
-            str(kind): Cell(relative((kinds == kind).astype(float)), int(((kinds == kind) * read).sum()))
+            str(kind): CategoryScore(
+                relative((kinds == kind).astype(float)), int(((kinds == kind) * read).sum())
+            )
             for kind in dict.fromkeys(kinds.tolist())
         }
         metrics: dict[str, float] = {"relative": relative(np.ones(len(answered)))}
@@ -148,7 +150,7 @@ class LlavaBenchCoco(LlavaBench):
     name = "llava-bench-coco"
     title = "LLaVA-Bench (COCO)"
     rank = 20
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/haotian-liu/LLaVA, playground/data and llava/eval/table",
         version="30 pictures, 90 questions",
         licence="CC BY-NC 4.0; pictures under COCO's terms",

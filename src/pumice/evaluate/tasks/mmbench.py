@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from pumice.errors import InputError
-from pumice.evaluate.files import base64_picture, locate, read_tsv
+from pumice.evaluate.files import base64_image, locate, read_tsv
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,
+    DatasetSource,
     Question,
     Score,
-    Source,
     Task,
     categories,
     mean_statistic,
@@ -41,7 +41,7 @@ class MMBench(Task):
     splits = ("dev", "test")
     max_new_tokens = 16
     instruction = LETTER
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/open-compass/MMBench",
         version="dev_20230712 or dev_en_20231003",
         licence="Apache-2.0",
@@ -86,7 +86,7 @@ class MMBench(Task):
                 "group": group,
                 "row": row | {"image": None},
             }
-            yield Question(index, (base64_picture(group, image),), "\n".join(lines), meta)
+            yield Question(index, (base64_image(group, image),), "\n".join(lines), meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if answered and all(question.meta["answer"] is None for question, _ in answered):
@@ -149,7 +149,7 @@ class MMBenchCN(MMBench):
     title = "MMBench-CN"
     rank = 9
     instruction = "请直接回答选项字母。"
-    source = Source(
+    source = DatasetSource(
         url=MMBench.source.url,
         version="dev_cn_20231003",
         licence=MMBench.source.licence,

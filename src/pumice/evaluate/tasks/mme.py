@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures
-from pumice.evaluate.task import SHORT, Answered, Cell, Floats, Question, Score, Source, Task
+from pumice.evaluate.files import ImageFolders
+from pumice.evaluate.task import SHORT, Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
 from pumice.files import replacing
 
 PERCEPTION = (
@@ -37,7 +37,7 @@ class MME(Task):
     rank = 7
     splits = ("test",)
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
         version="MME_Benchmark_release_version (2,374 questions)",
         licence="for academic research only; on request from its authors",
@@ -59,9 +59,9 @@ class MME(Task):
             texts = folder / "questions_answers_YN" if split else folder
             for file in sorted(texts.glob("*.txt")):
                 picture = f"{name}/images/{file.stem}" if split else f"{name}/{file.stem}"
-                yield from self._of_picture(name, file, Pictures(root), picture)
+                yield from self._of_picture(name, file, ImageFolders(root), picture)
 
-    def _of_picture(self, name: str, file: Path, pictures: Pictures, picture: str) -> Iterator[Question]:
+    def _of_picture(self, name: str, file: Path, pictures: ImageFolders, picture: str) -> Iterator[Question]:
         lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         for number, line in enumerate(lines, 1):
             question, tab, truth = line.strip().rpartition("\t")
@@ -107,7 +107,9 @@ class MME(Task):
         there = [name for name in (*PERCEPTION, *COGNITION) if (tasks == name).any()]
         counts = {name: int((tasks == name).sum()) for name in there}
         cells = {
-            kind: {name: Cell(sum(parts(name, ones)), counts[name]) for name in there if name in names}
+            kind: {
+                name: CategoryScore(sum(parts(name, ones)), counts[name]) for name in there if name in names
+            }
             for kind, names in (("perception", PERCEPTION), ("cognition", COGNITION))
         }
         metrics = {"perception": total(PERCEPTION, ones), "cognition": total(COGNITION, ones)}

@@ -9,9 +9,19 @@ from random import Random
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import bytes_picture, need, read_parquet, write_json
+from pumice.evaluate.files import bytes_image, need, read_parquet, write_json
 from pumice.evaluate.metrics.choice import as_list, mmmu_open_right, mmmu_option
-from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.task import (
+    LETTER,
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    categories,
+    percent,
+)
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -48,7 +58,7 @@ class MMMU(Task):
     rank = 22
     splits = ("validation", "dev", "test")
     max_new_tokens = 128
-    source = Source(
+    source = DatasetSource(
         url="https://huggingface.co/datasets/MMMU/MMMU",
         version="900 validation questions",
         licence="Apache-2.0; pictures under their own terms",
@@ -75,7 +85,7 @@ class MMMU(Task):
         for place, number in enumerate(order):
             held = row.get(f"image_{number}")
             if isinstance(held, dict) and isinstance(held.get("bytes"), bytes):
-                images.append(bytes_picture(f"{key}_{number}", held["bytes"]))
+                images.append(bytes_image(f"{key}_{number}", held["bytes"]))
                 kept.append(place)
         places = iter(range(len(order)))
         prompt = _IMAGE.sub(lambda _: "<image>" if next(places) in kept else "", text)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pumice.evaluate.files import base64_picture, bytes_picture, locate, need, read_parquet, read_tsv
+from pumice.evaluate.files import base64_image, bytes_image, locate, need, read_parquet, read_tsv
 from pumice.evaluate.metrics.choice import mmstar_right
-from pumice.evaluate.task import LETTER, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.task import LETTER, Answered, DatasetSource, Question, Score, Task, categories, percent
 
 
 class MMStar(Task):
@@ -20,7 +20,7 @@ class MMStar(Task):
     rank = 21
     splits = ("val",)
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://huggingface.co/datasets/Lin-Chen/MMStar",
         version="1,500 questions",
         licence="of the benchmarks it was chosen from",
@@ -39,9 +39,7 @@ class MMStar(Task):
             key, image = str(row["index"]), row["image"]
             data_of = image.get("bytes") if isinstance(image, dict) else image
             picture = (
-                bytes_picture(key, data_of)
-                if isinstance(data_of, bytes)
-                else base64_picture(key, str(data_of))
+                bytes_image(key, data_of) if isinstance(data_of, bytes) else base64_image(key, str(data_of))
             )
             text = str(row["question"])
             options = [f"{letter}: {row[letter]}" for letter in "ABCD" if row.get(letter) is not None]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pumice.evaluate.files import Pictures, locate, need, read_object, write_json
+from pumice.evaluate.files import ImageFolders, locate, need, read_object, write_json
 from pumice.evaluate.judge import JudgedTask
-from pumice.evaluate.task import Answered, Cell, Question, Score, Source, mean_statistic
+from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Question, Score, mean_statistic
 
 PROMPT_VERSION = "pumice-mmvet-1"
 PROMPT = """\
@@ -44,7 +44,7 @@ class MMVet(JudgedTask):
     splits = ("test",)
     max_new_tokens = 1024
     prompt_version = PROMPT_VERSION
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip",
         version="v1 (218 questions)",
         licence="CC BY-NC 4.0; pictures under their own terms",
@@ -54,7 +54,7 @@ class MMVet(JudgedTask):
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = locate(data, ("mm-vet.json",), self.source.files)
-        pictures = Pictures(data, "images", "mm-vet/images")
+        pictures = ImageFolders(data, "images", "mm-vet/images")
         for key, row in read_object(file).items():
             need(row, ("imagename", "question", "answer", "capability"), f"'{file}', {key}")
             meta = {
@@ -83,15 +83,15 @@ class MMVet(JudgedTask):
         grades = [parse_grade(reply.text) if reply else None for reply in replies]
         statistic = mean_statistic(grades)
         unparsed = sum(grade is None for grade in grades)
-        abilities: dict[str, Cell] = {}
-        combined: dict[str, Cell] = {}
+        abilities: dict[str, CategoryScore] = {}
+        combined: dict[str, CategoryScore] = {}
         names = dict.fromkeys(name for question, _ in answered for name in question.meta["abilities"])
         for name in names:
             has = np.array([name in question.meta["abilities"] for question, _ in answered], dtype=np.float64)
-            abilities[name] = Cell(statistic(has), _graded(has, grades))
+            abilities[name] = CategoryScore(statistic(has), _graded(has, grades))
         for name in dict.fromkeys(str(question.meta["category"]) for question, _ in answered):
             has = np.array([question.meta["category"] == name for question, _ in answered], dtype=np.float64)
-            combined[name] = Cell(statistic(has), _graded(has, grades))
+            combined[name] = CategoryScore(statistic(has), _graded(has, grades))
         notes = ["judges differ: compare only results of one judge and one prompt version"]
         if unparsed:
             notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")

@@ -12,7 +12,7 @@ from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
 from pumice.evaluate.metrics.vqa import bare, m4c, textvqa_accuracy
-from pumice.evaluate.task import Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.task import Answered, DatasetSource, Question, Score, Task, categories, percent
 
 
 def _plain(text: str) -> str:
@@ -57,7 +57,7 @@ METRICS: dict[str, Callable[[str, Any], float]] = {
 }
 
 
-class Own(Task):
+class OwnFile(Task):
     """Rows {"id", "image", "question", "answers", "metric"}; "category", "choices" and "prompt" if wanted."""
 
     name = "own"
@@ -66,7 +66,7 @@ class Own(Task):
     rank = 90
     splits = ("all",)
     max_new_tokens = 256
-    source = Source(
+    source = DatasetSource(
         url="your own",
         version="your own",
         licence="your own",

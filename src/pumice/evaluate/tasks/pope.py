@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, Pictures, locate, need, read_jsonl, search
+from pumice.evaluate.files import DataFile, ImageFolders, locate, need, read_jsonl, search
 from pumice.evaluate.metrics.presence import means_yes, presence_score
-from pumice.evaluate.task import SHORT, Answered, Cell, Floats, Question, Score, Source, Task
+from pumice.evaluate.task import SHORT, Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
 
 KINDS = ("adversarial", "popular", "random")
 
@@ -28,7 +28,7 @@ class Pope(Task):
     rank = 6
     splits = ("test",)
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco",
         version="e3e3926 (8,910 questions, of which LLaVA-1.5 was asked)",
         licence="MIT; pictures under COCO's terms",
@@ -39,7 +39,7 @@ class Pope(Task):
     def questions(self, data: Path) -> Iterator[Question]:
         files = {kind: locate(data, (f"coco_pope_{kind}.json",), self.source.files) for kind in KINDS}
         listed = search(data, ("llava_pope_test.jsonl",))
-        pictures = Pictures(data, "val2014", "images/val2014")
+        pictures = ImageFolders(data, "val2014", "images/val2014")
         for kind, file in files.items():
             rows = read_jsonl(file)
             names = _llava_ids(listed, kind, rows) if listed is not None else None
@@ -72,7 +72,7 @@ class Pope(Task):
                 found.append(2 * hits / (2 * hits + wrong) if hits else 0.0)
             return 100 * float(np.mean(found))
 
-        cells: dict[str, dict[str, Cell]] = {"f1": {}, "accuracy": {}, "yes rate": {}}
+        cells: dict[str, dict[str, CategoryScore]] = {"f1": {}, "accuracy": {}, "yes rate": {}}
         metrics = {"f1": f1(np.ones(len(answered)))}
         unclear = 0.0
         for kind in present:
@@ -80,7 +80,7 @@ class Pope(Task):
             part = presence_score(chosen, [bool(t) for t in truth[kinds == kind]])
             unclear += part.unclear * part.questions
             for title, value in (("f1", part.f1), ("accuracy", part.accuracy), ("yes rate", part.yes_rate)):
-                cells[title][kind] = Cell(100 * value, part.questions)
+                cells[title][kind] = CategoryScore(100 * value, part.questions)
             metrics[f"precision_{kind}"] = 100 * part.precision
             metrics[f"recall_{kind}"] = 100 * part.recall
         for title, name in (("accuracy", "accuracy"), ("yes rate", "yes_rate")):

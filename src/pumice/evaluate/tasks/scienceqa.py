@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_object, write_json
+from pumice.evaluate.files import ImageFolders, locate, need, read_object, write_json
 from pumice.evaluate.metrics.choice import scienceqa_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,
+    DatasetSource,
     Question,
     Score,
-    Source,
     Task,
     categories,
     mean_statistic,
@@ -43,7 +43,7 @@ class ScienceQA(Task):
     rank = 4
     splits = ("test", "val", "minitest", "minival", "train")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/lupantech/ScienceQA, data/scienceqa",
         version="problems.json with 21,208 problems",
         licence="CC BY-NC-SA 4.0",
@@ -57,7 +57,7 @@ class ScienceQA(Task):
         chosen, problems = read_object(splits), read_object(file)
         need(chosen, (self.split,), f"'{splits}'")
         folder = {"minitest": "test", "minival": "val"}.get(self.split, self.split)
-        pictures = Pictures(data, f"images/{folder}", folder)
+        pictures = ImageFolders(data, f"images/{folder}", folder)
         missing = [key for key in chosen[self.split] if key not in problems]
         if missing:
             raise InputError(

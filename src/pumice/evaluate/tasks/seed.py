@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pumice.evaluate.files import Pictures, locate, need, read_json
-from pumice.evaluate.task import LETTER, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.files import ImageFolders, locate, need, read_json
+from pumice.evaluate.task import LETTER, Answered, DatasetSource, Question, Score, Task, categories, percent
 from pumice.files import replacing
 
 
@@ -20,7 +20,7 @@ class SeedBench(Task):
     rank = 10
     splits = ("test",)
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://huggingface.co/datasets/AILab-CVC/SEED-Bench",
         version="1 (19,242 questions)",
         licence="CC BY-NC 4.0",
@@ -37,8 +37,8 @@ class SeedBench(Task):
         found = read_json(file)
         need(found, ("questions",), f"'{file}'")
         names = {number: name for name, number in found.get("question_type", {}).items()}
-        images = Pictures(data, "SEED-Bench-image")
-        frames = Pictures(data, "SEED-Bench-video-image")
+        images = ImageFolders(data, "SEED-Bench-image")
+        frames = ImageFolders(data, "SEED-Bench-video-image")
         keys = (
             "question_id",
             "question",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pumice.evaluate.files import Pictures, locate, need, read_json, read_jsonl, search
+from pumice.evaluate.files import ImageFolders, locate, need, read_json, read_jsonl, search
 from pumice.evaluate.metrics.vqa import textvqa_accuracy
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, percent
+from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, percent
 
 
 class TextVQA(Task):
@@ -23,7 +23,7 @@ class TextVQA(Task):
     rank = 5
     splits = ("val",)
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://textvqa.org/dataset/",
         version="0.5.1",
         licence="CC BY 4.0",
@@ -40,7 +40,7 @@ class TextVQA(Task):
         rows = read_json(file)
         need(rows, ("data",), f"'{file}'")
         words, prompts = self._words(data), self._prompts(data)
-        pictures = Pictures(data, "train_images", "train_val_images/train_images")
+        pictures = ImageFolders(data, "train_images", "train_val_images/train_images")
         for number, row in enumerate(rows["data"], 1):
             need(row, ("image_id", "question_id", "question", "answers"), f"'{file}', question {number}")
             image, question = row["image_id"], row["question"]

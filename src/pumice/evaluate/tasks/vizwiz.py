@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_json, read_jsonl, search, write_json
+from pumice.evaluate.files import ImageFolders, locate, need, read_json, read_jsonl, search, write_json
 from pumice.evaluate.metrics.vqa import m4c, textvqa_accuracy, vizwiz_accuracy
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -25,7 +25,7 @@ class VizWiz(Task):
     rank = 3
     splits = ("val", "test")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://vizwiz.org/tasks-and-datasets/vqa/",
         version="2023 (Annotations.zip with 4,319 and 8,000 questions)",
         licence="CC BY 4.0",
@@ -37,7 +37,7 @@ class VizWiz(Task):
         file = locate(data, (f"{self.split}.json",), self.source.files)
         listed = search(data, (f"llava_{self.split}.jsonl",))
         numbers = {row["image"]: row["question_id"] for row in read_jsonl(listed)} if listed else {}
-        pictures = Pictures(data, self.split, f"images/{self.split}")
+        pictures = ImageFolders(data, self.split, f"images/{self.split}")
         for number, row in enumerate(read_json(file), 1):
             need(row, ("image", "question"), f"'{file}', question {number}")
             if self.split == "val":

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, Pictures, locate, need, read_json, read_jsonl, search, write_json
+from pumice.evaluate.files import (
+    DataFile,
+    ImageFolders,
+    locate,
+    need,
+    read_json,
+    read_jsonl,
+    search,
+    write_json,
+)
 from pumice.evaluate.metrics.vqa import m4c, vqa_accuracy, vqa_accuracy_first
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
 
 
 class VQAv2(Task):
@@ -24,7 +33,7 @@ class VQAv2(Task):
     rank = 1
     splits = ("val", "test-dev", "test")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://visualqa.org/download.html",
         version="v2.0, balanced real images (April 2017)",
         licence="annotations CC BY 4.0; pictures under COCO's terms",
@@ -46,7 +55,7 @@ class VQAv2(Task):
         )
         truth = self._truth(data) if self.split == "val" else {}
         folder = "val2014" if self.split == "val" else "test2015"
-        pictures = Pictures(data, folder, f"images/{folder}")
+        pictures = ImageFolders(data, folder, f"images/{folder}")
         for number, row in enumerate(_rows(file), 1):
             if file.name.endswith(".jsonl"):
                 need(row, ("question_id", "image", "text"), f"'{file}', row {number}")
