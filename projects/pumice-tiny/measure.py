@@ -32,7 +32,7 @@ from pumice.errors import InputError
 from pumice.evaluate.metrics.bootstrap import interval
 from pumice.evaluate.metrics.cider import Cider
 from pumice.evaluate.metrics.presence import means_yes, presence_score
-from pumice.evaluate.result import AnswerSet, QuestionSet, in_words, make_result, read_questions
+from pumice.evaluate.result import AnswerSet, QuestionSet, format_result, make_result, read_questions
 from pumice.evaluate.run import check_images
 from pumice.evaluate.task import Answered
 from pumice.evaluate.tasks import get_task
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
     if "easy_vqa" in result:
-        print(in_words(result["easy_vqa"]))
+        print(format_result(result["easy_vqa"]))
     return 0
 
 

@@ -116,7 +116,9 @@ def evaluate(
         )
     chosen = get_task(task, split)
     if data is None:
-        raise InputError(f"--data is missing; {task} needs {chosen.source.files} from {chosen.source.url}")
+        raise InputError(
+            f"--data is missing; {task} needs {chosen.source.expected_files} from {chosen.source.url}"
+        )
     if predictions is None:
         raise InputError("--predictions is missing; name the file of answers (with --model it is written)")
     if reference is not None and reference not in PUBLISHED:
@@ -158,7 +160,7 @@ def evaluate(
         shown = cards(chosen, data, given.answered, score.values, given.model)
         with replacing(report) as file:
             file.write(page([found, *others], shown))
-    _print(found, json_file, result.in_words(found))
+    _print(found, json_file, result.format_result(found))
 
 
 def _print(found: dict[str, Any], json_file: Path | None, words: str) -> None:
@@ -289,7 +291,9 @@ def _compare(
     found = compare.compare(task, ours, theirs, names, files)
     found["partial"] = len(both) < asked.total
     found["why_partial"] = f"{len(both)} of {asked.total} questions" if found["partial"] else ""
-    words = compare.in_words(found) + (f"\n  PARTIAL: {found['why_partial']}" if found["partial"] else "")
+    words = compare.format_comparison(found) + (
+        f"\n  PARTIAL: {found['why_partial']}" if found["partial"] else ""
+    )
     _print(found, json_file, words)
     if report is not None:
         from pumice.evaluate.report import compare_page, compared_cards

@@ -87,7 +87,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     return f"{names[0]} is {how} {names[1]} ({counted})"
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def format_comparison(found: Mapping[str, Any]) -> str:
     """The comparison for the terminal: whose gain it is, both headlines, and whether it could be chance."""
     a, b = found["models"]
     lines = [

@@ -40,7 +40,7 @@ class ImageFile:
     name: str
     load: Callable[[], Path | bytes] = field(compare=False, repr=False)
     # What is wrong with a picture outside of a table, found without reading it; "" where nothing is.
-    wrong: Callable[[], str] = field(default=lambda: "", compare=False, repr=False)
+    problem: Callable[[], str] = field(default=lambda: "", compare=False, repr=False)
 
     def source(self) -> Path | bytes:
         """A path or the bytes of the file. Raises InputError when it is missing or damaged."""
@@ -162,7 +162,7 @@ class ImageFolders:
 
     def get(self, *names: str) -> ImageFile:
         """The first that exists of several names for one picture; the first is what it is called."""
-        return ImageFile(names[0], lambda: self._load(names), lambda: self._wrong(names))
+        return ImageFile(names[0], lambda: self._load(names), lambda: self._problem(names))
 
     def _place(self, names: Sequence[str]) -> Path | DataFile | None:
         for folder in (*self.folders, ""):
@@ -178,7 +178,7 @@ class ImageFolders:
                         return member
         return None
 
-    def _wrong(self, names: Sequence[str]) -> str:
+    def _problem(self, names: Sequence[str]) -> str:
         if self._place(names) is not None:
             return ""
         places = " or ".join(f"'{self.root / folder}'" for folder in self.folders or ("",))
@@ -187,7 +187,7 @@ class ImageFolders:
     def _load(self, names: Sequence[str]) -> Path | bytes:
         place = self._place(names)
         if place is None:
-            raise InputError(self._wrong(names))
+            raise InputError(self._problem(names))
         if isinstance(place, Path):
             return place
         with place.open() as file:
@@ -302,7 +302,7 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
         file.write(json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
-def need(row: Any, keys: Sequence[str], where: str) -> None:
+def require_keys(row: Any, keys: Sequence[str], where: str) -> None:
     """Raise InputError unless row is an object with all keys."""
     missing = [key for key in keys if not isinstance(row, dict) or key not in row]
     if missing:

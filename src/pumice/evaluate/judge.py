@@ -141,7 +141,7 @@ class JudgedTask(Task):
             )
         return found
 
-    def about(
+    def judge_summary(
         self, replies: Iterable[JudgeReply | None], unparsed: int, answered: Sequence[Answered]
     ) -> dict[str, Any]:
         """What the result says of the judge."""

@@ -110,8 +110,8 @@ def match(questions: Sequence[Question], rows: Iterable[Prediction]) -> MatchedA
     by_id = {question.id: number for number, question in enumerate(questions)}
     by_other: dict[str, list[int]] = {}
     for number, question in enumerate(questions):
-        if question.also:
-            by_other.setdefault(question.also, []).append(number)
+        if question.llava_id:
+            by_other.setdefault(question.llava_id, []).append(number)
     result = MatchedAnswers([])
     texts: dict[int, str] = {}
     used: dict[tuple[str, str], int] = {}

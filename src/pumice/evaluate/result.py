@@ -33,7 +33,7 @@ class QuestionSet:
 
     questions: list[Question]
     total: int
-    known: tuple[int, ...]  # questions of this split in the versions that are known
+    known_sizes: tuple[int, ...]  # questions of this split in the versions that are known
     digest: str = ""  # of all ids, prompts and truths: the same files and prompts have the same
 
     @property
@@ -68,7 +68,7 @@ def read_questions(
         )
     if not kept:
         raise InputError(f"the files of {task.name} in '{data}' hold no questions; fetch them again")
-    return QuestionSet(kept, total, task.source.known(task.split), digest.hexdigest())
+    return QuestionSet(kept, total, task.source.known_sizes(task.split), digest.hexdigest())
 
 
 def _questions(task: Task, data: Path) -> Iterator[Question]:
@@ -84,7 +84,7 @@ def _questions(task: Task, data: Path) -> Iterator[Question]:
 def _check_texts(question: Question) -> None:
     meta = question.meta
     truths = meta["answers"] if "answers" in meta else [meta.get("answer") or ""]
-    texts = [question.id, question.prompt, question.also, *(p.name for p in question.images), *truths]
+    texts = [question.id, question.prompt, question.llava_id, *(p.name for p in question.images), *truths]
     category = meta.get("category", "")
     texts += [] if category is None or isinstance(category, int) else [category]
     if wrong := [text for text in texts if not isinstance(text, str)]:
@@ -129,11 +129,12 @@ def make_result(
     if len(answered) < len(asked.questions):
         why.append(f"{len(asked.questions) - len(answered)} of {len(asked.questions)} questions unanswered")
     notes = given.notes + score.notes
-    same = asked.total in asked.known if asked.known else None
+    same = asked.total in asked.known_sizes if asked.known_sizes else None
     if same is False:
         notes.append(
             f"the files hold {asked.total} questions; {task.source.version} has "
-            f"{' or '.join(map(str, asked.known))}: another version, not comparable with published numbers"
+            f"{' or '.join(map(str, asked.known_sizes))}: another version, "
+            "not comparable with published numbers"
         )
     comparable = not why and same is True
     low, high = _interval(task, answered, score)
@@ -166,7 +167,7 @@ def make_result(
         "version": {
             "known": task.source.version,
             "questions": asked.total,
-            "expected": list(asked.known),
+            "expected": list(asked.known_sizes),
             "same": same,
             "digest": asked.digest,
         },
@@ -204,7 +205,7 @@ def read_result(path: Path) -> dict[str, Any]:
     return found
 
 
-def in_words(found: Mapping[str, Any], rows: int = 40) -> str:
+def format_result(found: Mapping[str, Any], rows: int = 40) -> str:
     """A result for the terminal."""
     head = found["headline"]
     percent = "%" if head["unit"] == "%" else ""

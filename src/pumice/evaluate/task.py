@@ -38,7 +38,7 @@ class Question:
     images: tuple[ImageFile, ...]
     prompt: str
     meta: Mapping[str, Any] = field(default_factory=dict)
-    also: str = ""
+    llava_id: str = ""
 
     @property
     def group(self) -> str:
@@ -85,10 +85,10 @@ class DatasetSource:
     sizes: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
 
     @property
-    def files(self) -> str:
+    def expected_files(self) -> str:
         return ", ".join(self.layout)
 
-    def known(self, split: str) -> tuple[int, ...]:
+    def known_sizes(self, split: str) -> tuple[int, ...]:
         """How many questions the known versions of a split hold; none where that is not known."""
         size = self.sizes.get(split, ())
         return (size,) if isinstance(size, int) else size
@@ -126,7 +126,9 @@ class Task(ABC):
         raise InputError(f"{self.name} has no server to submit to; it is scored here")
 
 
-def categories(answered: Sequence[Answered], values: Sequence[float], key: str) -> dict[str, CategoryScore]:
+def scores_by_category(
+    answered: Sequence[Answered], values: Sequence[float], key: str
+) -> dict[str, CategoryScore]:
     """Means in percent of the questions of each meta[key], in order of appearance."""
     sums: dict[str, list[float]] = {}
     for (question, _), value in zip(answered, values, strict=True):
@@ -135,7 +137,7 @@ def categories(answered: Sequence[Answered], values: Sequence[float], key: str) 
     return {name: CategoryScore(100 * sum(found) / len(found), len(found)) for name, found in sums.items()}
 
 
-def percent(values: Sequence[float]) -> float:
+def mean_percent(values: Sequence[float]) -> float:
     return 100 * sum(values) / len(values) if values else 0.0
 
 

@@ -133,7 +133,7 @@ def mmmu_open_right(answer: str, truths: Sequence[str]) -> bool:
     )
 
 
-def as_list(text: str) -> list[str]:
+def parse_list(text: str) -> list[str]:
     """MMMU and others write lists as Python prints them; anything else is a list of one."""
     if text.startswith("["):
         try:

@@ -75,14 +75,14 @@ def digits_and_articles(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def m4c(text: str, *, corrected: bool = False) -> str:
+def normalize_m4c(text: str, *, corrected: bool = False) -> str:
     """The EvalAI answer processor of M4C: what LLaVA submits for VQAv2 and VizWiz, and TextVQA's words."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return digits_and_articles(strip_punctuation(text, corrected=corrected))
 
 
-def bare(text: str) -> str:
+def lower_without_period(text: str) -> str:
     """Lower case, without a full stop and spaces around it; what is inside stays."""
     return text.strip().rstrip(".").strip().lower()
 
@@ -102,8 +102,8 @@ def leave_one_out(said: str, answers: Sequence[str]) -> float:
 
 def textvqa_accuracy(said: str, answers: Sequence[str], *, corrected: bool = False) -> float:
     """LLaVA's m4c_evaluator: both sides through the processor, then leave one out."""
-    processed = [m4c(answer, corrected=corrected) for answer in answers]
-    return leave_one_out(m4c(said, corrected=corrected), processed)
+    processed = [normalize_m4c(answer, corrected=corrected) for answer in answers]
+    return leave_one_out(normalize_m4c(said, corrected=corrected), processed)
 
 
 def vqa_accuracy(said: str, answers: Sequence[str]) -> float:

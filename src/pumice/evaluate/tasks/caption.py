@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, need, read_json, write_json
+from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys, write_json
 from pumice.evaluate.metrics.captions import bleu, java_metrics, rouge_l
 from pumice.evaluate.metrics.cider import Cider
 from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
@@ -58,12 +58,12 @@ class Karpathy(Task):
     folders: tuple[str, ...]
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, (self.file,), self.source.files)
+        file = locate(data, (self.file,), self.source.expected_files)
         found = read_json(file)
-        need(found, ("images",), f"'{file}'")
+        require_keys(found, ("images",), f"'{file}'")
         pictures = ImageFolders(data, *self.folders)
         for number, row in enumerate(found["images"], 1):
-            need(row, ("filename", "split", "sentences"), f"'{file}', image {number}")
+            require_keys(row, ("filename", "split", "sentences"), f"'{file}', image {number}")
             if row["split"] != self.split:
                 continue
             name = row["filename"]
@@ -155,15 +155,15 @@ class Nocaps(Task):
         names = (
             ("nocaps_val_4500_captions.json",) if self.split == "val" else ("nocaps_test_image_info.json",)
         )
-        file = locate(data, names, self.source.files)
+        file = locate(data, names, self.source.expected_files)
         found = read_json(file)
-        need(found, ("images",), f"'{file}'")
+        require_keys(found, ("images",), f"'{file}'")
         captions: dict[int, list[str]] = {}
         for row in found.get("annotations", ()):
             captions.setdefault(row["image_id"], []).append(row["caption"])
         pictures = ImageFolders(data, "images", self.split)
         for number, row in enumerate(found["images"], 1):
-            need(row, ("id", "file_name"), f"'{file}', image {number}")
+            require_keys(row, ("id", "file_name"), f"'{file}', image {number}")
             meta = {"question": PROMPT, "answers": captions.get(row["id"], []), "category": row.get("domain")}
             yield Question(str(row["id"]), (pictures.get(row["file_name"]),), PROMPT, meta, row["file_name"])
 

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, need, read_object
-from pumice.evaluate.metrics.vqa import bare, m4c
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
+from pumice.evaluate.files import ImageFolders, locate, read_object, require_keys
+from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c
+from pumice.evaluate.task import (
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 _KINDS = {
     "count": "count",
@@ -48,12 +57,12 @@ class Clevr(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, (f"CLEVR_{self.split}_questions.json",), self.source.files)
+        file = locate(data, (f"CLEVR_{self.split}_questions.json",), self.source.expected_files)
         found = read_object(file)
-        need(found, ("questions",), f"'{file}'")
+        require_keys(found, ("questions",), f"'{file}'")
         pictures = ImageFolders(data, f"images/{self.split}", f"CLEVR_v1.0/images/{self.split}", self.split)
         for number, row in enumerate(found["questions"], 1):
-            need(row, ("question", "image_filename"), f"'{file}', question {number}")
+            require_keys(row, ("question", "image_filename"), f"'{file}', question {number}")
             image = row["image_filename"]
             meta = {
                 "question": row["question"],
@@ -67,12 +76,19 @@ class Clevr(Task):
     def score(self, answered: Sequence[Answered]) -> Score:
         if answered and all(question.meta["answer"] is None for question, _ in answered):
             raise InputError(f"the answers of CLEVR {self.split} are not public; score --split val")
-        values = [float(bare(text) == str(question.meta["answer"])) for question, text in answered]
-        loose = [float(m4c(text) == m4c(str(question.meta["answer"]))) for question, text in answered]
+        values = [
+            float(lower_without_period(text) == str(question.meta["answer"])) for question, text in answered
+        ]
+        loose = [
+            float(normalize_m4c(text) == normalize_m4c(str(question.meta["answer"])))
+            for question, text in answered
+        ]
         parts = {
-            "kind": categories(answered, values, "category"),
-            "family": categories(answered, values, "family"),
+            "kind": scores_by_category(answered, values, "category"),
+            "family": scores_by_category(answered, values, "family"),
         }
         return Score(
-            {"accuracy": percent(values), "accuracy_number_words": percent(loose)}, parts, list(values)
+            {"accuracy": mean_percent(values), "accuracy_number_words": mean_percent(loose)},
+            parts,
+            list(values),
         )

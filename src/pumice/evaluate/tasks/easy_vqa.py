@@ -7,8 +7,17 @@ from pathlib import Path
 
 from pumice.errors import InputError
 from pumice.evaluate.files import ImageFolders, locate, read_json
-from pumice.evaluate.metrics.vqa import bare
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
+from pumice.evaluate.metrics.vqa import lower_without_period
+from pumice.evaluate.task import (
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 ROW = 3  # question, answer, number of the picture
 
@@ -39,7 +48,7 @@ class EasyVQA(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, (f"{self.split}/questions.json",), self.source.files)
+        file = locate(data, (f"{self.split}/questions.json",), self.source.expected_files)
         rows = read_json(file)
         if not isinstance(rows, list):
             raise InputError(f"'{file}' holds no list; is this the official file?")
@@ -56,15 +65,15 @@ class EasyVQA(Task):
             yield Question(str(number - 1), (picture,), f"{question}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
-        values = [float(bare(text) == question.meta["answer"]) for question, text in answered]
+        values = [float(lower_without_period(text) == question.meta["answer"]) for question, text in answered]
         open_ended = [
             value
             for value, (question, _) in zip(values, answered, strict=True)
             if question.meta["answer"] not in ("yes", "no")
         ]
-        metrics = {"accuracy": percent(values), "accuracy_colour_and_shape": percent(open_ended)}
+        metrics = {"accuracy": mean_percent(values), "accuracy_colour_and_shape": mean_percent(open_ended)}
         parts = {
-            "question": categories(answered, values, "category"),
-            "answer": categories(answered, values, "answer"),
+            "question": scores_by_category(answered, values, "category"),
+            "answer": scores_by_category(answered, values, "answer"),
         }
         return Score(metrics, parts, list(values))

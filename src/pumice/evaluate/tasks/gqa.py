@@ -6,8 +6,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, need, read_jsonl, read_object, write_json
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
+from pumice.evaluate.files import ImageFolders, locate, read_jsonl, read_object, require_keys, write_json
+from pumice.evaluate.task import (
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 
 def prediction(text: str) -> str:
@@ -34,15 +43,15 @@ class GQA(Task):
 
     def questions(self, data: Path) -> Iterator[Question]:
         names = (f"{self.split}_questions.json", f"llava_gqa_{self.split}.jsonl")
-        file = locate(data, names, self.source.files)
+        file = locate(data, names, self.source.expected_files)
         pictures = ImageFolders(data, "images", "data/images", "allImages/images")
         if file.name.endswith(".jsonl"):  # LLaVA's list, without the truth: for a submission
             for number, row in enumerate(read_jsonl(file), 1):
-                need(row, ("question_id", "image", "text"), f"'{file}', row {number}")
+                require_keys(row, ("question_id", "image", "text"), f"'{file}', row {number}")
                 yield Question(str(row["question_id"]), (pictures.get(row["image"]),), row["text"])
             return
         for key, row in read_object(file).items():
-            need(row, ("imageId", "question", "answer"), f"'{file}', question {key}")
+            require_keys(row, ("imageId", "question", "answer"), f"'{file}', question {key}")
             types = row.get("types") or {}
             structure = types.get("structural")
             meta = {
@@ -63,11 +72,11 @@ class GQA(Task):
             )
         values = [float(prediction(text) == question.meta.get("answer")) for question, text in answered]
         return Score(
-            {"accuracy": percent(values)},
+            {"accuracy": mean_percent(values)},
             {
-                "answer": categories(answered, values, "category"),
-                "structure": categories(answered, values, "structure"),
-                "semantics": categories(answered, values, "semantic"),
+                "answer": scores_by_category(answered, values, "category"),
+                "structure": scores_by_category(answered, values, "structure"),
+                "semantics": scores_by_category(answered, values, "semantic"),
             },
             list(values),
         )

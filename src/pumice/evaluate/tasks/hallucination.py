@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, need, read_json
+from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys
 from pumice.evaluate.task import (
     Answered,
     CategoryScore,
@@ -20,7 +20,7 @@ from pumice.evaluate.task import (
     Question,
     Score,
     Task,
-    percent,
+    mean_percent,
 )
 
 PROMPT = "Describe this image in detail."
@@ -136,12 +136,12 @@ class Chair(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        lines = locate(data, ("synonyms.txt",), self.source.files).text().splitlines()
-        masks = locate(data, ("instances_val2014.json", "instances_all2014.json"), self.source.files)
-        written = locate(data, ("captions_val2014.json", "captions_all2014.json"), self.source.files)
+        lines = locate(data, ("synonyms.txt",), self.source.expected_files).text().splitlines()
+        masks = locate(data, ("instances_val2014.json", "instances_all2014.json"), self.source.expected_files)
+        written = locate(data, ("captions_val2014.json", "captions_all2014.json"), self.source.expected_files)
         boxes, captions = read_json(masks), read_json(written)
-        need(boxes, ("images", "annotations", "categories"), f"'{masks}'")
-        need(captions, ("annotations",), f"'{written}'")
+        require_keys(boxes, ("images", "annotations", "categories"), f"'{masks}'")
+        require_keys(captions, ("annotations",), f"'{written}'")
         readings = [ObjectNames(lines), ObjectNames(lines, corrected=True)]
         there = [_there(things, boxes, captions["annotations"]) for things in readings]
         chosen = self._chosen(data)
@@ -182,7 +182,7 @@ class Chair(Task):
             "CHAIRi": share(np.ones(len(answered))),
             "CHAIRs": 100 * float((wrong_counts > 0).mean()),
             "CHAIRi_corrected": 100 * sum(map(len, wrong_again)) / total if total else float("nan"),
-            "CHAIRs_corrected": percent([float(bool(pairs)) for pairs in wrong_again]),
+            "CHAIRs_corrected": mean_percent([float(bool(pairs)) for pairs in wrong_again]),
             "recall": 100 * covered / present if present else 0.0,
             "words": float(np.mean([len(text.split()) for _, text in answered])),
         }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, ImageFolders, locate, need, read_jsonl
+from pumice.evaluate.files import DataFile, ImageFolders, locate, read_jsonl, require_keys
 from pumice.evaluate.judge import JudgedTask
 from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Floats, Question, Score
 
@@ -69,13 +69,13 @@ class LlavaBench(JudgedTask):
     folders: tuple[str, ...] = ("images",)
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, self.listed, self.source.files)
-        about = self._contexts(locate(data, self.contexts, self.source.files))
-        other = locate(data, self.references, self.source.files)
+        file = locate(data, self.listed, self.source.expected_files)
+        about = self._contexts(locate(data, self.contexts, self.source.expected_files))
+        other = locate(data, self.references, self.source.expected_files)
         references = {str(row["question_id"]): row["text"] for row in read_jsonl(other)}
         pictures = ImageFolders(data, *self.folders)
         for number, row in enumerate(read_jsonl(file), 1):
-            need(row, ("question_id", "image", "text", "category"), f"'{file}', line {number}")
+            require_keys(row, ("question_id", "image", "text", "category"), f"'{file}', line {number}")
             key, image = str(row["question_id"]), row["image"]
             if key not in references or image not in about:
                 raise InputError(
@@ -93,7 +93,7 @@ class LlavaBench(JudgedTask):
     def _contexts(self, file: DataFile) -> dict[str, str]:
         found = {}
         for number, row in enumerate(read_jsonl(file), 1):
-            need(row, ("image",), f"'{file}', line {number}")
+            require_keys(row, ("image",), f"'{file}', line {number}")
             caption = row.get("caption", row.get("captions", ""))
             boxes = [f"{b['category']}: {b['bbox']}" for b in row.get("instances", ())]
             lines = [caption] if isinstance(caption, str) else list(caption)
@@ -140,7 +140,7 @@ class LlavaBench(JudgedTask):
         notes: list[str] = ["judges differ: compare only results of one judge and one prompt version"]
         if unparsed:
             notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
-        about: dict[str, Any] = self.about(replies, unparsed, answered)
+        about: dict[str, Any] = self.judge_summary(replies, unparsed, answered)
         return Score(metrics, {"category": cells}, values, relative, notes, about)
 
 

@@ -16,9 +16,9 @@ from pumice.evaluate.task import (
     Question,
     Score,
     Task,
-    categories,
+    mean_percent,
     mean_statistic,
-    percent,
+    scores_by_category,
 )
 from pumice.evaluate.xlsx import write_xlsx
 
@@ -54,7 +54,7 @@ class MMBench(Task):
     }
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, self.files[self.split], self.source.files)
+        file = locate(data, self.files[self.split], self.source.expected_files)
         pictures: dict[str, str] = {}
         for number, row in enumerate(read_tsv(file), 1):
             index, text, image = row.get("index"), row.get("question"), row.get("image")
@@ -113,14 +113,14 @@ class MMBench(Task):
         vanilla = [hit for (q, _), hit in zip(answered, right, strict=True) if int(q.id) < ROTATION]
         unread = sum(option is None for option in read)
         metrics = {
-            "accuracy": percent(circular),
-            "accuracy_every_rotation": percent([float(hit) for hit in right]),
-            "accuracy_first_order": percent([float(hit) for hit in vanilla]),
+            "accuracy": mean_percent(circular),
+            "accuracy_every_rotation": mean_percent([float(hit) for hit in right]),
+            "accuracy_first_order": mean_percent([float(hit) for hit in vanilla]),
             "unread": float(unread),
         }
         parts = {
-            "ability (l2)": categories(first, circular, "category"),
-            "ability": categories(first, circular, "ability"),
+            "ability (l2)": scores_by_category(first, circular, "category"),
+            "ability": scores_by_category(first, circular, "ability"),
         }
         notes = [f"{unread} answers name no option by the rules and count as wrong"] if unread else []
         if len(groups) == len(answered):

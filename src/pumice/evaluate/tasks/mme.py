@@ -21,7 +21,7 @@ YES_OR_NO = "Please answer yes or no."
 PICTURES = (".jpg", ".png", ".jpeg")
 
 
-def reading(text: str) -> str:
+def read_yes_no(text: str) -> str:
     """MME's calculation.py: yes or no among the first four characters, else "other"."""
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
@@ -52,7 +52,7 @@ class MME(Task):
         root = next((d for d in (data / "MME_Benchmark_release_version", data) if d.is_dir()), data)
         known = [name for name in (*PERCEPTION, *COGNITION) if (root / name).is_dir()]
         if not known:
-            raise InputError(f"none of MME's tasks is in '{root}'; expected {self.source.files}")
+            raise InputError(f"none of MME's tasks is in '{root}'; expected {self.source.expected_files}")
         for name in known:
             folder = root / name
             split = (folder / "images").is_dir()
@@ -77,11 +77,11 @@ class MME(Task):
                 "file": file.name,
             }
             key = f"{name}/{file.stem}"
-            yield Question(f"{key}/{number}", (image,), f"{asked}\n{SHORT}", meta, also=key)
+            yield Question(f"{key}/{number}", (image,), f"{asked}\n{SHORT}", meta, llava_id=key)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         truths = [question.meta["answer"] for question, _ in answered]
-        said = [reading(text) for _, text in answered]
+        said = [read_yes_no(text) for _, text in answered]
         right = np.array([a == b for a, b in zip(said, truths, strict=True)], dtype=np.float64)
         tasks = np.array([question.meta["category"] for question, _ in answered])
         members: dict[str, list[int]] = {}

@@ -9,8 +9,8 @@ from random import Random
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import bytes_image, need, read_parquet, write_json
-from pumice.evaluate.metrics.choice import as_list, mmmu_open_right, mmmu_option
+from pumice.evaluate.files import bytes_image, read_parquet, require_keys, write_json
+from pumice.evaluate.metrics.choice import mmmu_open_right, mmmu_option, parse_list
 from pumice.evaluate.task import (
     LETTER,
     SHORT,
@@ -19,8 +19,8 @@ from pumice.evaluate.task import (
     Question,
     Score,
     Task,
-    categories,
-    percent,
+    mean_percent,
+    scores_by_category,
 )
 
 DOMAINS = {
@@ -69,13 +69,17 @@ class MMMU(Task):
     def questions(self, data: Path) -> Iterator[Question]:
         files = sorted(data.glob(f"**/{self.split}-*.parquet")) if data.is_dir() else []
         if not files:
-            raise InputError(f"no {self.split}-*.parquet is in '{data}'; expected {self.source.files}")
+            raise InputError(
+                f"no {self.split}-*.parquet is in '{data}'; expected {self.source.expected_files}"
+            )
         for number, row in enumerate(read_parquet(files), 1):
-            need(row, ("id", "question", "options", "question_type"), f"MMMU in '{data}', row {number}")
+            require_keys(
+                row, ("id", "question", "options", "question_type"), f"MMMU in '{data}', row {number}"
+            )
             yield self._question(row)
 
     def _question(self, row: dict[str, Any]) -> Question:
-        key, options = str(row["id"]), as_list(str(row["options"]))
+        key, options = str(row["id"]), parse_list(str(row["options"]))
         choice = row["question_type"] == "multiple-choice"
         lines = [f"({chr(ord('A') + n)}) {option}" for n, option in enumerate(options)] if choice else []
         body = "\n".join(lines)
@@ -91,7 +95,7 @@ class MMMU(Task):
         prompt = _IMAGE.sub(lambda _: "<image>" if next(places) in kept else "", text)
         meta = {
             "question": row["question"],
-            "answers": as_list(str(row.get("answer", ""))),
+            "answers": parse_list(str(row.get("answer", ""))),
             "options": options if choice else None,
             "category": subject_of(key),
             "domain": DOMAIN.get(subject_of(key)),
@@ -128,11 +132,11 @@ class MMMU(Task):
             if unread
             else []
         )
-        metrics = {"accuracy": percent(guessed), "accuracy_without_guessing": percent(strict)}
+        metrics = {"accuracy": mean_percent(guessed), "accuracy_without_guessing": mean_percent(strict)}
         parts = {
-            "domain": categories(answered, guessed, "domain"),
-            "subject": categories(answered, guessed, "category"),
-            "difficulty": categories(answered, guessed, "difficulty"),
+            "domain": scores_by_category(answered, guessed, "domain"),
+            "subject": scores_by_category(answered, guessed, "category"),
+            "difficulty": scores_by_category(answered, guessed, "difficulty"),
         }
         return Score({**metrics, "unread": float(unread)}, parts, list(guessed), notes=notes)
 

@@ -6,9 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pumice.evaluate.files import base64_image, bytes_image, locate, need, read_parquet, read_tsv
+from pumice.evaluate.files import base64_image, bytes_image, locate, read_parquet, read_tsv, require_keys
 from pumice.evaluate.metrics.choice import mmstar_right
-from pumice.evaluate.task import LETTER, Answered, DatasetSource, Question, Score, Task, categories, percent
+from pumice.evaluate.task import (
+    LETTER,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 
 class MMStar(Task):
@@ -30,12 +39,12 @@ class MMStar(Task):
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = locate(
-            data, ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv"), self.source.files
+            data, ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv"), self.source.expected_files
         )
         rows: Iterator[dict[str, Any]]
         rows = read_tsv(file) if file.name.endswith(".tsv") else read_parquet([file.path])
         for number, row in enumerate(rows, 1):
-            need(row, ("index", "question", "answer", "image"), f"'{file}', row {number}")
+            require_keys(row, ("index", "question", "answer", "image"), f"'{file}', row {number}")
             key, image = str(row["index"]), row["image"]
             data_of = image.get("bytes") if isinstance(image, dict) else image
             picture = (
@@ -57,7 +66,7 @@ class MMStar(Task):
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(mmstar_right(text, question.meta["answer"])) for question, text in answered]
         parts = {
-            "ability": categories(answered, values, "category"),
-            "part": categories(answered, values, "part"),
+            "ability": scores_by_category(answered, values, "category"),
+            "part": scores_by_category(answered, values, "part"),
         }
-        return Score({"accuracy": percent(values)}, parts, list(values))
+        return Score({"accuracy": mean_percent(values)}, parts, list(values))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pumice.evaluate.files import ImageFolders, locate, need, read_object, write_json
+from pumice.evaluate.files import ImageFolders, locate, read_object, require_keys, write_json
 from pumice.evaluate.judge import JudgedTask
 from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Question, Score, mean_statistic
 
@@ -53,10 +53,10 @@ class MMVet(JudgedTask):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, ("mm-vet.json",), self.source.files)
+        file = locate(data, ("mm-vet.json",), self.source.expected_files)
         pictures = ImageFolders(data, "images", "mm-vet/images")
         for key, row in read_object(file).items():
-            need(row, ("imagename", "question", "answer", "capability"), f"'{file}', {key}")
+            require_keys(row, ("imagename", "question", "answer", "capability"), f"'{file}', {key}")
             meta = {
                 "question": row["question"],
                 "answer": row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> "),
@@ -97,7 +97,9 @@ class MMVet(JudgedTask):
             notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
         metrics = {"total": statistic(np.ones(len(answered))), "unparsed": float(unparsed)}
         parts = {"ability": abilities, "abilities together": combined}
-        return Score(metrics, parts, list(grades), None, notes, self.about(replies, unparsed, answered))
+        return Score(
+            metrics, parts, list(grades), None, notes, self.judge_summary(replies, unparsed, answered)
+        )
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         """The file that MM-Vet's own evaluator reads."""

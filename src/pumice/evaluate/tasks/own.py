@@ -7,16 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, ImageFile, locate, need, read_jsonl
+from pumice.evaluate.files import DataFile, ImageFile, locate, read_jsonl, require_keys
 from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
-from pumice.evaluate.metrics.vqa import bare, m4c, textvqa_accuracy
-from pumice.evaluate.task import Answered, DatasetSource, Question, Score, Task, categories, percent
+from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
+from pumice.evaluate.task import (
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 
 def _plain(text: str) -> str:
-    return " ".join(bare(text).split())
+    return " ".join(lower_without_period(text).split())
 
 
 def _exact(text: str, meta: Any) -> float:
@@ -24,14 +32,14 @@ def _exact(text: str, meta: Any) -> float:
 
 
 def _contains(text: str, meta: Any) -> float:
-    words = f" {m4c(text)} "
-    return float(any(f" {m4c(answer)} " in words for answer in meta["answers"]))
+    words = f" {normalize_m4c(text)} "
+    return float(any(f" {normalize_m4c(answer)} " in words for answer in meta["answers"]))
 
 
 def _vqa(text: str, meta: Any) -> float:
     answers = meta["answers"]
     if len(answers) < 4:  # too few people to leave one out
-        return float(m4c(text) in [m4c(answer) for answer in answers])
+        return float(normalize_m4c(text) in [normalize_m4c(answer) for answer in answers])
     return textvqa_accuracy(text, answers)
 
 
@@ -74,22 +82,26 @@ class OwnFile(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = DataFile(data) if data.is_file() else locate(data, ("questions.jsonl",), self.source.files)
+        file = (
+            DataFile(data)
+            if data.is_file()
+            else locate(data, ("questions.jsonl",), self.source.expected_files)
+        )
         for number, row in enumerate(read_jsonl(file), 1):
             yield _question(row, file, number)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [METRICS[question.meta["metric"]](text, question.meta) for question, text in answered]
         parts = {
-            "category": categories(answered, values, "category"),
-            "metric": categories(answered, values, "metric"),
+            "category": scores_by_category(answered, values, "category"),
+            "metric": scores_by_category(answered, values, "metric"),
         }
-        return Score({"score": percent(values)}, {k: v for k, v in parts.items() if v}, list(values))
+        return Score({"score": mean_percent(values)}, {k: v for k, v in parts.items() if v}, list(values))
 
 
 def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
     where = f"'{file}', line {number}"
-    need(row, ("question",), where)
+    require_keys(row, ("question",), where)
     answers = row.get("answers", row.get("answer"))
     answers = [answers] if isinstance(answers, str | int | float) else answers
     if not isinstance(answers, list) or not answers:

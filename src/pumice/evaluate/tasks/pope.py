@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, ImageFolders, locate, need, read_jsonl, search
+from pumice.evaluate.files import DataFile, ImageFolders, locate, read_jsonl, require_keys, search
 from pumice.evaluate.metrics.presence import means_yes, presence_score
 from pumice.evaluate.task import SHORT, Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
 
@@ -37,14 +37,16 @@ class Pope(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        files = {kind: locate(data, (f"coco_pope_{kind}.json",), self.source.files) for kind in KINDS}
+        files = {
+            kind: locate(data, (f"coco_pope_{kind}.json",), self.source.expected_files) for kind in KINDS
+        }
         listed = search(data, ("llava_pope_test.jsonl",))
         pictures = ImageFolders(data, "val2014", "images/val2014")
         for kind, file in files.items():
             rows = read_jsonl(file)
             names = _llava_ids(listed, kind, rows) if listed is not None else None
             for place, row in enumerate(rows):
-                need(row, ("question_id", "image", "text", "label"), f"'{file}', line {place + 1}")
+                require_keys(row, ("question_id", "image", "text", "label"), f"'{file}', line {place + 1}")
                 key = str(row["question_id"])
                 meta = {
                     "question": row["text"],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, need, read_object, write_json
+from pumice.evaluate.files import ImageFolders, locate, read_object, require_keys, write_json
 from pumice.evaluate.metrics.choice import scienceqa_option
 from pumice.evaluate.task import (
     LETTER,
@@ -16,9 +16,9 @@ from pumice.evaluate.task import (
     Question,
     Score,
     Task,
-    categories,
+    mean_percent,
     mean_statistic,
-    percent,
+    scores_by_category,
 )
 
 LETTERS = "ABCDE"
@@ -52,10 +52,10 @@ class ScienceQA(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        splits = locate(data, ("pid_splits.json",), self.source.files)
-        file = locate(data, ("problems.json",), self.source.files)
+        splits = locate(data, ("pid_splits.json",), self.source.expected_files)
+        file = locate(data, ("problems.json",), self.source.expected_files)
         chosen, problems = read_object(splits), read_object(file)
-        need(chosen, (self.split,), f"'{splits}'")
+        require_keys(chosen, (self.split,), f"'{splits}'")
         folder = {"minitest": "test", "minival": "val"}.get(self.split, self.split)
         pictures = ImageFolders(data, f"images/{folder}", folder)
         missing = [key for key in chosen[self.split] if key not in problems]
@@ -66,7 +66,7 @@ class ScienceQA(Task):
             )
         for key in chosen[self.split]:
             problem = problems[key]
-            need(problem, ("question", "choices", "answer"), f"'{file}', problem {key}")
+            require_keys(problem, ("question", "choices", "answer"), f"'{file}', problem {key}")
             images = (pictures.get(f"{key}/{problem['image']}"),) if problem.get("image") else ()
             meta = {
                 "question": problem["question"],
@@ -91,14 +91,14 @@ class ScienceQA(Task):
         unread = sum(option < 0 for option in chosen)
         return Score(
             {
-                "image_accuracy": percent(seen) if seen else float("nan"),
-                "accuracy": percent(values),
+                "image_accuracy": mean_percent(seen) if seen else float("nan"),
+                "accuracy": mean_percent(values),
                 "unread": float(unread),
             },
             {
-                "modality": categories(answered, values, "category"),
-                "subject": categories(answered, values, "subject"),
-                "grade": categories(answered, values, "grade"),
+                "modality": scores_by_category(answered, values, "category"),
+                "subject": scores_by_category(answered, values, "subject"),
+                "grade": scores_by_category(answered, values, "grade"),
             },
             list(values),
             statistic=mean_statistic(with_image),

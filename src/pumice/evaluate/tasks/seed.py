@@ -6,8 +6,17 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pumice.evaluate.files import ImageFolders, locate, need, read_json
-from pumice.evaluate.task import LETTER, Answered, DatasetSource, Question, Score, Task, categories, percent
+from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys
+from pumice.evaluate.task import (
+    LETTER,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 from pumice.files import replacing
 
 
@@ -33,9 +42,9 @@ class SeedBench(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, ("SEED-Bench.json",), self.source.files)
+        file = locate(data, ("SEED-Bench.json",), self.source.expected_files)
         found = read_json(file)
-        need(found, ("questions",), f"'{file}'")
+        require_keys(found, ("questions",), f"'{file}'")
         names = {number: name for name, number in found.get("question_type", {}).items()}
         images = ImageFolders(data, "SEED-Bench-image")
         frames = ImageFolders(data, "SEED-Bench-video-image")
@@ -50,7 +59,7 @@ class SeedBench(Task):
             "data_type",
         )
         for number, row in enumerate(found["questions"], 1):
-            need(row, keys, f"'{file}', question {number}")
+            require_keys(row, keys, f"'{file}', question {number}")
             key, kind = str(row["question_id"]), row.get("question_type_id")
             if row["data_type"] == "image":
                 name = str(row["data_id"])
@@ -71,11 +80,11 @@ class SeedBench(Task):
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(text == question.meta["answer"]) for question, text in answered]
         loose = [float(text.strip()[:1].upper() == question.meta["answer"]) for question, text in answered]
-        kinds = categories(answered, values, "kind")
-        metrics = {"accuracy": percent(values)}
+        kinds = scores_by_category(answered, values, "kind")
+        metrics = {"accuracy": mean_percent(values)}
         metrics |= {f"accuracy_{name}": cell.value for name, cell in kinds.items()}
-        metrics["accuracy_first_letter"] = percent(loose)
-        parts = {"kind": kinds, "ability": categories(answered, values, "category")}
+        metrics["accuracy_first_letter"] = mean_percent(loose)
+        parts = {"kind": kinds, "ability": scores_by_category(answered, values, "category")}
         return Score(metrics, parts, list(values))
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:

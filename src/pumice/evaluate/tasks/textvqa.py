@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pumice.evaluate.files import ImageFolders, locate, need, read_json, read_jsonl, search
+from pumice.evaluate.files import ImageFolders, locate, read_json, read_jsonl, require_keys, search
 from pumice.evaluate.metrics.vqa import textvqa_accuracy
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, percent
+from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, mean_percent
 
 
 class TextVQA(Task):
@@ -36,13 +36,15 @@ class TextVQA(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, ("TextVQA_0.5.1_val.json",), self.source.files)
+        file = locate(data, ("TextVQA_0.5.1_val.json",), self.source.expected_files)
         rows = read_json(file)
-        need(rows, ("data",), f"'{file}'")
+        require_keys(rows, ("data",), f"'{file}'")
         words, prompts = self._words(data), self._prompts(data)
         pictures = ImageFolders(data, "train_images", "train_val_images/train_images")
         for number, row in enumerate(rows["data"], 1):
-            need(row, ("image_id", "question_id", "question", "answers"), f"'{file}', question {number}")
+            require_keys(
+                row, ("image_id", "question_id", "question", "answers"), f"'{file}', question {number}"
+            )
             image, question = row["image_id"], row["question"]
             prompt = prompts.get((image, question.lower()))
             if prompt is None:
@@ -51,7 +53,7 @@ class TextVQA(Task):
                 prompt = f"{question}{seen}\n{SHORT}"
             meta = {"question": question, "answers": row["answers"], "ocr": "Reference OCR token" in prompt}
             key = str(row["question_id"])
-            yield Question(key, (pictures.get(f"{image}.jpg", f"{image}.png"),), prompt, meta, also=image)
+            yield Question(key, (pictures.get(f"{image}.jpg", f"{image}.png"),), prompt, meta, llava_id=image)
 
     def _words(self, data: Path) -> dict[str, list[str]]:
         file = search(data, ("TextVQA_Rosetta_OCR_v0.2_val.json",))
@@ -75,5 +77,5 @@ class TextVQA(Task):
                 f"{blind} prompts are without OCR words, since no OCR file is in the folder; LLaVA's numbers "
                 "are with them (this matters only for answers made with these prompts)"
             )
-        metrics = {"accuracy": percent(values), "accuracy_corrected": percent(meant)}
+        metrics = {"accuracy": mean_percent(values), "accuracy_corrected": mean_percent(meant)}
         return Score(metrics, values=list(values), notes=notes)

@@ -6,9 +6,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, need, read_json, read_jsonl, search, write_json
-from pumice.evaluate.metrics.vqa import m4c, textvqa_accuracy, vizwiz_accuracy
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
+from pumice.evaluate.files import (
+    ImageFolders,
+    locate,
+    read_json,
+    read_jsonl,
+    require_keys,
+    search,
+    write_json,
+)
+from pumice.evaluate.metrics.vqa import normalize_m4c, textvqa_accuracy, vizwiz_accuracy
+from pumice.evaluate.task import (
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -34,14 +51,14 @@ class VizWiz(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, (f"{self.split}.json",), self.source.files)
+        file = locate(data, (f"{self.split}.json",), self.source.expected_files)
         listed = search(data, (f"llava_{self.split}.jsonl",))
         numbers = {row["image"]: row["question_id"] for row in read_jsonl(listed)} if listed else {}
         pictures = ImageFolders(data, self.split, f"images/{self.split}")
         for number, row in enumerate(read_json(file), 1):
-            need(row, ("image", "question"), f"'{file}', question {number}")
+            require_keys(row, ("image", "question"), f"'{file}', question {number}")
             if self.split == "val":
-                need(row, ("answers",), f"'{file}', question {number}")
+                require_keys(row, ("answers",), f"'{file}', question {number}")
             meta = {
                 "question": row["question"],
                 "answers": [answer["answer"] for answer in row.get("answers", ())],
@@ -57,20 +74,22 @@ class VizWiz(Task):
                 "the answers of VizWiz test are not public; write --submission FILE and upload it to "
                 "EvalAI, or score --split val"
             )
-        values = [vizwiz_accuracy(m4c(text), question.meta["answers"]) for question, text in answered]
+        values = [
+            vizwiz_accuracy(normalize_m4c(text), question.meta["answers"]) for question, text in answered
+        ]
         raw = [vizwiz_accuracy(text, question.meta["answers"]) for question, text in answered]
         both = [textvqa_accuracy(text, question.meta["answers"]) for question, text in answered]
         return Score(
             {
-                "accuracy": percent(values),
-                "accuracy_unprocessed": percent(raw),
-                "accuracy_answers_processed": percent(both),
+                "accuracy": mean_percent(values),
+                "accuracy_unprocessed": mean_percent(raw),
+                "accuracy_answers_processed": mean_percent(both),
             },
-            {"answer type": categories(answered, values, "category")},
+            {"answer type": scores_by_category(answered, values, "category")},
             list(values),
             notes=["VizWiz val: the published numbers are of test, scored on EvalAI"],
         )
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
-        rows = [{"image": question.id, "answer": m4c(text)} for question, text in answered]
+        rows = [{"image": question.id, "answer": normalize_m4c(text)} for question, text in answered]
         write_json(path, rows)

@@ -11,14 +11,23 @@ from pumice.evaluate.files import (
     DataFile,
     ImageFolders,
     locate,
-    need,
     read_json,
     read_jsonl,
+    require_keys,
     search,
     write_json,
 )
-from pumice.evaluate.metrics.vqa import m4c, vqa_accuracy, vqa_accuracy_first
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, categories, percent
+from pumice.evaluate.metrics.vqa import normalize_m4c, vqa_accuracy, vqa_accuracy_first
+from pumice.evaluate.task import (
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 
 class VQAv2(Task):
@@ -51,17 +60,17 @@ class VQAv2(Task):
         file = locate(
             data,
             (f"v2_OpenEnded_mscoco_{years}_questions.json", f"llava_vqav2_mscoco_{years}.jsonl"),
-            self.source.files,
+            self.source.expected_files,
         )
         truth = self._truth(data) if self.split == "val" else {}
         folder = "val2014" if self.split == "val" else "test2015"
         pictures = ImageFolders(data, folder, f"images/{folder}")
         for number, row in enumerate(_rows(file), 1):
             if file.name.endswith(".jsonl"):
-                need(row, ("question_id", "image", "text"), f"'{file}', row {number}")
+                require_keys(row, ("question_id", "image", "text"), f"'{file}', row {number}")
                 yield Question(str(row["question_id"]), (pictures.get(row["image"]),), row["text"])
                 continue
-            need(row, ("question_id", "image_id", "question"), f"'{file}', question {number}")
+            require_keys(row, ("question_id", "image_id", "question"), f"'{file}', question {number}")
             found = truth.get(row["question_id"], {})
             if self.split == "val" and not found:
                 raise InputError(
@@ -74,12 +83,12 @@ class VQAv2(Task):
             )  # fmt: skip
 
     def _truth(self, data: Path) -> dict[int, dict[str, object]]:
-        file = locate(data, ("v2_mscoco_val2014_annotations.json",), self.source.files)
+        file = locate(data, ("v2_mscoco_val2014_annotations.json",), self.source.expected_files)
         rows = read_json(file)
-        need(rows, ("annotations",), f"'{file}'")
+        require_keys(rows, ("annotations",), f"'{file}'")
         truth: dict[int, dict[str, object]] = {}
         for number, row in enumerate(rows["annotations"], 1):
-            need(row, ("question_id", "answers"), f"'{file}', annotation {number}")
+            require_keys(row, ("question_id", "answers"), f"'{file}', annotation {number}")
             truth[row["question_id"]] = {
                 "answers": [answer["answer"] for answer in row["answers"]],
                 "category": row.get("answer_type"),
@@ -93,18 +102,18 @@ class VQAv2(Task):
                 f"the answers of VQAv2 {self.split} are not public; write --submission FILE "
                 "and upload it to EvalAI, or score --split val"
             )
-        values = [vqa_accuracy(m4c(text), question.meta["answers"]) for question, text in answered]
+        values = [vqa_accuracy(normalize_m4c(text), question.meta["answers"]) for question, text in answered]
         raw = [vqa_accuracy(text, question.meta["answers"]) for question, text in answered]
         first = [vqa_accuracy_first(text, question.meta["answers"]) for question, text in answered]
         return Score(
             {
-                "accuracy": percent(values),
-                "accuracy_unprocessed": percent(raw),
-                "accuracy_first_scorer": percent(first),
+                "accuracy": mean_percent(values),
+                "accuracy_unprocessed": mean_percent(raw),
+                "accuracy_first_scorer": mean_percent(first),
             },
             {
-                "answer type": categories(answered, values, "category"),
-                "question type": categories(answered, values, "type"),
+                "answer type": scores_by_category(answered, values, "category"),
+                "question type": scores_by_category(answered, values, "type"),
             },
             list(values),
             notes=["VQAv2 val: the published numbers are of test-dev, scored on EvalAI"],
@@ -113,7 +122,7 @@ class VQAv2(Task):
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         """EvalAI's list. It asks for an answer to every question of test2015: blanks for the others, where
         the list of them is in the folder."""
-        rows = [{"question_id": int(q.id), "answer": m4c(text)} for q, text in answered]
+        rows = [{"question_id": int(q.id), "answer": normalize_m4c(text)} for q, text in answered]
         everything = None
         if self.split != "val":
             names = ("v2_OpenEnded_mscoco_test2015_questions.json", "llava_vqav2_mscoco_test2015.jsonl")
@@ -129,6 +138,6 @@ def _rows(file: DataFile) -> list[dict[str, Any]]:
     if file.name.endswith(".jsonl"):
         return read_jsonl(file)
     found = read_json(file)
-    need(found, ("questions",), f"'{file}'")
+    require_keys(found, ("questions",), f"'{file}'")
     rows: list[dict[str, Any]] = found["questions"]
     return rows
