@@ -162,13 +162,13 @@ def test_easy_vqa_by_what_is_asked(data: Any, scored: Any, asked: Any) -> None:
     ],
 )
 def test_things_in_a_text(text: str, things: list[str]) -> None:
-    assert [thing for _, thing in ObjectNames(SYNONYMS.splitlines()).named(text)] == things
+    assert [thing for _, thing in ObjectNames(SYNONYMS.splitlines()).find(text)] == things
 
 
 def test_things_corrected() -> None:
     things = ObjectNames(SYNONYMS.splitlines(), corrected=True)
     said = "A bus, ties, canoes, a motor bike, glasses, two skis, men"
-    assert [thing for _, thing in things.named(said)] == ["bus", "tie", "boat", "motorcycle", "person"]
+    assert [thing for _, thing in things.find(said)] == ["bus", "tie", "boat", "motorcycle", "person"]
 
 
 def test_chair(data: Any, scored: Any) -> None:

@@ -1,4 +1,4 @@
-"""CLEVR (arXiv 1612.06890): rendered scenes, and questions whose programs say which skill they need."""
+"""CLEVR (arXiv 1612.06890): questions about rendered scenes, each with a program that names the skill."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KINDS = {
 
 
 def kind_of(program: Sequence[dict[str, Any]]) -> str | None:
-    """The paper's five kinds of questions, by the last function of the program."""
+    """Return one of the paper's five kinds of questions, by the last function of the program."""
     if not program:
         return None
     last = str(program[-1].get("function", program[-1].get("type")))
@@ -40,7 +40,7 @@ def kind_of(program: Sequence[dict[str, Any]]) -> str | None:
 
 
 class Clevr(Task):
-    """The whole answer must be the one of the file, in any case and with or without a full stop."""
+    """An answer is right if it equals the truth; case and a final full stop do not count."""
 
     name = "clevr"
     title = "CLEVR"
@@ -58,10 +58,10 @@ class Clevr(Task):
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = locate(data, (f"CLEVR_{self.split}_questions.json",), self.source.expected_files)
-        found = read_object(file)
-        require_keys(found, ("questions",), f"'{file}'")
-        pictures = ImageFolders(data, f"images/{self.split}", f"CLEVR_v1.0/images/{self.split}", self.split)
-        for number, row in enumerate(found["questions"], 1):
+        contents = read_object(file)
+        require_keys(contents, ("questions",), f"'{file}'")
+        images = ImageFolders(data, f"images/{self.split}", f"CLEVR_v1.0/images/{self.split}", self.split)
+        for number, row in enumerate(contents["questions"], 1):
             require_keys(row, ("question", "image_filename"), f"'{file}', question {number}")
             image = row["image_filename"]
             meta = {
@@ -71,7 +71,7 @@ class Clevr(Task):
                 "family": row.get("question_family_index"),
             }
             key = str(row.get("question_index", number - 1))
-            yield Question(key, (pictures.get(image),), f"{row['question']}\n{SHORT}", meta)
+            yield Question(key, (images.get(image),), f"{row['question']}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if answered and all(question.meta["answer"] is None for question, _ in answered):

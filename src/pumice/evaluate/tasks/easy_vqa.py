@@ -1,4 +1,4 @@
-"""easy-vqa (PyPI, MIT): small drawn pictures of one coloured shape, and simple questions about them."""
+"""easy-vqa (PyPI, MIT): simple questions about small drawings of one coloured shape."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pumice.evaluate.task import (
     scores_by_category,
 )
 
-ROW = 3  # question, answer, number of the picture
+ROW = 3  # columns: question, answer, number of the image
 
 
 def kind_of(question: str, answer: str) -> str:
-    """What is asked for: whether something is there or is not there, a colour, or a shape."""
+    """Return what the question asks: whether something is or is not there, a colour, or a shape."""
     if answer in ("yes", "no"):
         words = question.rstrip("?").split()
         return "not there" if "not" in words or "no" in words else "there"
@@ -31,7 +31,7 @@ def kind_of(question: str, answer: str) -> str:
 
 
 class EasyVQA(Task):
-    """One of thirteen answers; the whole answer must be it, in any case, with or without a full stop."""
+    """An answer is right if it equals the truth (one of 13); case and a final full stop do not count."""
 
     name = "easy-vqa"
     title = "easy-VQA"
@@ -52,8 +52,8 @@ class EasyVQA(Task):
         rows = read_json(file)
         if not isinstance(rows, list):
             raise InputError(f"'{file}' holds no list; is this the official file?")
-        folders = (f"{above}{self.split}/images" for above in ("", "data/", "easy_vqa/data/"))
-        pictures = ImageFolders(data, *folders)
+        folders = (f"{parent}{self.split}/images" for parent in ("", "data/", "easy_vqa/data/"))
+        images = ImageFolders(data, *folders)
         for number, row in enumerate(rows, 1):
             if not isinstance(row, list) or len(row) != ROW or not all(isinstance(t, str) for t in row[:2]):
                 raise InputError(
@@ -61,8 +61,7 @@ class EasyVQA(Task):
                 )
             question, answer, image = row
             meta = {"question": question, "answer": answer, "category": kind_of(question, answer)}
-            picture = pictures.get(f"{image}.png")
-            yield Question(str(number - 1), (picture,), f"{question}\n{SHORT}", meta)
+            yield Question(str(number - 1), (images.get(f"{image}.png"),), f"{question}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(lower_without_period(text) == question.meta["answer"]) for question, text in answered]

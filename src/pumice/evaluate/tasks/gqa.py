@@ -20,12 +20,12 @@ from pumice.evaluate.task import (
 
 
 def prediction(text: str) -> str:
-    """What LLaVA's convert_gqa_for_eval.py makes of an answer."""
+    """Normalise an answer as LLaVA's convert_gqa_for_eval.py does."""
     return text.rstrip(".").lower()
 
 
 class GQA(Task):
-    """The whole answer must be the one word of the file (eval.py of the benchmark)."""
+    """An answer is right if it equals the truth, as in the benchmark's eval.py."""
 
     name = "gqa"
     title = "GQA"
@@ -44,11 +44,11 @@ class GQA(Task):
     def questions(self, data: Path) -> Iterator[Question]:
         names = (f"{self.split}_questions.json", f"llava_gqa_{self.split}.jsonl")
         file = locate(data, names, self.source.expected_files)
-        pictures = ImageFolders(data, "images", "data/images", "allImages/images")
-        if file.name.endswith(".jsonl"):  # LLaVA's list, without the truth: for a submission
+        images = ImageFolders(data, "images", "data/images", "allImages/images")
+        if file.name.endswith(".jsonl"):  # LLaVA's list has no truths; it serves submissions
             for number, row in enumerate(read_jsonl(file), 1):
                 require_keys(row, ("question_id", "image", "text"), f"'{file}', row {number}")
-                yield Question(str(row["question_id"]), (pictures.get(row["image"]),), row["text"])
+                yield Question(str(row["question_id"]), (images.get(row["image"]),), row["text"])
             return
         for key, row in read_object(file).items():
             require_keys(row, ("imageId", "question", "answer"), f"'{file}', question {key}")
@@ -61,7 +61,7 @@ class GQA(Task):
                 "structure": structure,
                 "semantic": types.get("semantic"),
             }
-            image = pictures.get(f"{row['imageId']}.jpg")
+            image = images.get(f"{row['imageId']}.jpg")
             yield Question(key, (image,), f"{row['question']}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:

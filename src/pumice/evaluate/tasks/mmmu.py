@@ -1,4 +1,4 @@
-"""MMMU (arXiv 2311.16502): college questions with one to seven pictures, in thirty subjects."""
+"""MMMU (arXiv 2311.16502): college questions with one to seven images, in thirty subjects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DOMAINS = {
     "Energy_and_Power Materials Mechanical_Engineering",
 }
 DOMAIN = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
-# The order in which the official script reads the subjects: its random letters depend on it.
+# The official script reads the subjects in this order, and its random letters depend on the order.
 ORDER = {name: number for number, name in enumerate(sorted(DOMAIN))}
 _IMAGE = re.compile(r"<image (\d)>")
 SEED = 42
@@ -46,10 +46,10 @@ def subject_of(key: str) -> str:
 
 
 class MMMU(Task):
-    """Letters and open answers are read by MMMU's eval_utils.py.
+    """Letters and open answers are read as in MMMU's eval_utils.py.
 
-    It draws a random letter (seed 42) where it reads none; the headline does the same, and
-    accuracy_without_guessing counts those as wrong.
+    It draws a random letter (seed 42) where it reads none, and so does the headline;
+    accuracy_without_guessing counts such answers as wrong.
     """
 
     name = "mmmu"
@@ -85,14 +85,14 @@ class MMMU(Task):
         body = "\n".join(lines)
         text = f"{row['question']}\n\n{body}\n\n{LETTER}" if choice else f"{row['question']}\n\n{SHORT}"
         order = [int(n) for n in _IMAGE.findall(text)]
-        images, kept = [], []
-        for place, number in enumerate(order):
-            held = row.get(f"image_{number}")
-            if isinstance(held, dict) and isinstance(held.get("bytes"), bytes):
-                images.append(bytes_image(f"{key}_{number}", held["bytes"]))
-                kept.append(place)
-        places = iter(range(len(order)))
-        prompt = _IMAGE.sub(lambda _: "<image>" if next(places) in kept else "", text)
+        images, present = [], []
+        for index, number in enumerate(order):
+            image = row.get(f"image_{number}")
+            if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
+                images.append(bytes_image(f"{key}_{number}", image["bytes"]))
+                present.append(index)
+        indices = iter(range(len(order)))
+        prompt = _IMAGE.sub(lambda _: "<image>" if next(indices) in present else "", text)
         meta = {
             "question": row["question"],
             "answers": parse_list(str(row.get("answer", ""))),
@@ -123,10 +123,10 @@ class MMMU(Task):
             if options is None:
                 guessed[number] = strict[number] = float(mmmu_open_right(text, truths))
                 continue
-            read = mmmu_option(text, options, None)
-            unread += read is None
-            strict[number] = float(read in truths)
-            guessed[number] = float((read or mmmu_option(text, options, random)) in truths)
+            letter = mmmu_option(text, options, None)
+            unread += letter is None
+            strict[number] = float(letter in truths)
+            guessed[number] = float((letter or mmmu_option(text, options, random)) in truths)
         notes = (
             [f"{unread} answers name no option; a random one is counted, as in the original"]
             if unread
@@ -141,8 +141,8 @@ class MMMU(Task):
         return Score({**metrics, "unread": float(unread)}, parts, list(guessed), notes=notes)
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
-        found = {}
+        answers = {}
         for question, text in answered:
             options = question.meta["options"]
-            found[question.id] = text if options is None else mmmu_option(text, options, None) or ""
-        write_json(path, found, indent=2)
+            answers[question.id] = text if options is None else mmmu_option(text, options, None) or ""
+        write_json(path, answers, indent=2)

@@ -1,4 +1,4 @@
-"""MMStar (arXiv 2403.20330): choices that cannot be answered without looking."""
+"""MMStar (arXiv 2403.20330): choices that cannot be answered without the image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pumice.evaluate.task import (
 
 
 class MMStar(Task):
-    """Read from MMStar.tsv or mmstar.parquet; the letter must stand first, as in its mmstar.py."""
+    """An answer is right if the letter comes first, as in the benchmark's mmstar.py."""
 
     name = "mmstar"
     title = "MMStar"
@@ -46,9 +46,11 @@ class MMStar(Task):
         for number, row in enumerate(rows, 1):
             require_keys(row, ("index", "question", "answer", "image"), f"'{file}', row {number}")
             key, image = str(row["index"]), row["image"]
-            data_of = image.get("bytes") if isinstance(image, dict) else image
-            picture = (
-                bytes_image(key, data_of) if isinstance(data_of, bytes) else base64_image(key, str(data_of))
+            image_data = image.get("bytes") if isinstance(image, dict) else image
+            image_file = (
+                bytes_image(key, image_data)
+                if isinstance(image_data, bytes)
+                else base64_image(key, str(image_data))
             )
             text = str(row["question"])
             options = [f"{letter}: {row[letter]}" for letter in "ABCD" if row.get(letter) is not None]
@@ -61,7 +63,7 @@ class MMStar(Task):
                 "part": row.get("l2_category"),
                 "bench": row.get("bench"),
             }
-            yield Question(key, (picture,), f"{text}\n{LETTER}", meta)
+            yield Question(key, (image_file,), f"{text}\n{LETTER}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(mmstar_right(text, question.meta["answer"])) for question, text in answered]

@@ -1,4 +1,4 @@
-"""SEED-Bench (arXiv 2307.16125): four choices about pictures and videos, of which one frame is shown."""
+"""SEED-Bench (arXiv 2307.16125): four choices about images, and about one frame of each video."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pumice.files import replacing
 
 
 class SeedBench(Task):
-    """The answer must be the bare letter, as LLaVA's convert_seed_for_submission.py has it."""
+    """An answer is right if it is the letter alone, as in LLaVA's convert_seed_for_submission.py."""
 
     name = "seed"
     title = "SEED-Bench"
@@ -43,9 +43,9 @@ class SeedBench(Task):
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = locate(data, ("SEED-Bench.json",), self.source.expected_files)
-        found = read_json(file)
-        require_keys(found, ("questions",), f"'{file}'")
-        names = {number: name for name, number in found.get("question_type", {}).items()}
+        contents = read_json(file)
+        require_keys(contents, ("questions",), f"'{file}'")
+        names = {number: name for name, number in contents.get("question_type", {}).items()}
         images = ImageFolders(data, "SEED-Bench-image")
         frames = ImageFolders(data, "SEED-Bench-video-image")
         keys = (
@@ -58,7 +58,7 @@ class SeedBench(Task):
             "answer",
             "data_type",
         )
-        for number, row in enumerate(found["questions"], 1):
+        for number, row in enumerate(contents["questions"], 1):
             require_keys(row, keys, f"'{file}', question {number}")
             key, kind = str(row["question_id"]), row.get("question_type_id")
             if row["data_type"] == "image":

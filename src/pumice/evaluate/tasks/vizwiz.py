@@ -33,7 +33,7 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 class VizWiz(Task):
     """Answers pass LLaVA's answer processor, as before a submission, and then the VizWiz API's scorer.
 
-    The truth of test is not public: it is written for EvalAI, and scored there.
+    The truth of test is not public; write a submission and let EvalAI score it.
     """
 
     name = "vizwiz"
@@ -52,9 +52,9 @@ class VizWiz(Task):
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = locate(data, (f"{self.split}.json",), self.source.expected_files)
-        listed = search(data, (f"llava_{self.split}.jsonl",))
-        numbers = {row["image"]: row["question_id"] for row in read_jsonl(listed)} if listed else {}
-        pictures = ImageFolders(data, self.split, f"images/{self.split}")
+        llava_list = search(data, (f"llava_{self.split}.jsonl",))
+        numbers = {row["image"]: row["question_id"] for row in read_jsonl(llava_list)} if llava_list else {}
+        images = ImageFolders(data, self.split, f"images/{self.split}")
         for number, row in enumerate(read_json(file), 1):
             require_keys(row, ("image", "question"), f"'{file}', question {number}")
             if self.split == "val":
@@ -65,8 +65,8 @@ class VizWiz(Task):
                 "category": row.get("answer_type"),
             }
             prompt = f"{row['question']}\n{UNANSWERABLE}\n{SHORT}"
-            also = str(numbers.get(row["image"], number - 1))
-            yield Question(row["image"], (pictures.get(row["image"]),), prompt, meta, also)
+            llava_id = str(numbers.get(row["image"], number - 1))
+            yield Question(row["image"], (images.get(row["image"]),), prompt, meta, llava_id)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if self.split == "test":

@@ -1,4 +1,4 @@
-"""VQAv2 (arXiv 1612.00837): short answers about COCO pictures."""
+"""VQAv2 (arXiv 1612.00837): questions about COCO images with short answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pumice.evaluate.task import (
 class VQAv2(Task):
     """Answers pass LLaVA's answer processor, as before a submission, and then VQA's own scorer.
 
-    test-dev and test have no public answers: they are written for EvalAI, and scored there.
+    The truths of test-dev and test are not public; write a submission and let EvalAI score it.
     """
 
     name = "vqav2"
@@ -56,30 +56,30 @@ class VQAv2(Task):
     coco: ClassVar[dict[str, str]] = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 
     def questions(self, data: Path) -> Iterator[Question]:
-        years = self.coco[self.split]
+        split_name = self.coco[self.split]
         file = locate(
             data,
-            (f"v2_OpenEnded_mscoco_{years}_questions.json", f"llava_vqav2_mscoco_{years}.jsonl"),
+            (f"v2_OpenEnded_mscoco_{split_name}_questions.json", f"llava_vqav2_mscoco_{split_name}.jsonl"),
             self.source.expected_files,
         )
         truth = self._truth(data) if self.split == "val" else {}
         folder = "val2014" if self.split == "val" else "test2015"
-        pictures = ImageFolders(data, folder, f"images/{folder}")
+        images = ImageFolders(data, folder, f"images/{folder}")
         for number, row in enumerate(_rows(file), 1):
             if file.name.endswith(".jsonl"):
                 require_keys(row, ("question_id", "image", "text"), f"'{file}', row {number}")
-                yield Question(str(row["question_id"]), (pictures.get(row["image"]),), row["text"])
+                yield Question(str(row["question_id"]), (images.get(row["image"]),), row["text"])
                 continue
             require_keys(row, ("question_id", "image_id", "question"), f"'{file}', question {number}")
-            found = truth.get(row["question_id"], {})
-            if self.split == "val" and not found:
+            annotation = truth.get(row["question_id"], {})
+            if self.split == "val" and not annotation:
                 raise InputError(
                     f"question {row['question_id']} of '{file}' has no annotation; are both files of val2014?"
                 )
             image = f"COCO_{folder}_{row['image_id']:012d}.jpg"
             yield Question(
-                str(row["question_id"]), (pictures.get(image),), f"{row['question']}\n{SHORT}",
-                {"question": row["question"], **found},
+                str(row["question_id"]), (images.get(image),), f"{row['question']}\n{SHORT}",
+                {"question": row["question"], **annotation},
             )  # fmt: skip
 
     def _truth(self, data: Path) -> dict[int, dict[str, object]]:
@@ -120,24 +120,24 @@ class VQAv2(Task):
         )
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
-        """EvalAI's list. It asks for an answer to every question of test2015: blanks for the others, where
-        the list of them is in the folder."""
+        """Write EvalAI's list. EvalAI expects an answer to every question of test2015, so the questions that
+        were not asked get an empty answer if the list of all questions is in the folder."""
         rows = [{"question_id": int(q.id), "answer": normalize_m4c(text)} for q, text in answered]
-        everything = None
+        all_questions = None
         if self.split != "val":
             names = ("v2_OpenEnded_mscoco_test2015_questions.json", "llava_vqav2_mscoco_test2015.jsonl")
-            everything = search(data, names)
-        if everything is not None:
-            there = {row["question_id"] for row in rows}
-            others = (row["question_id"] for row in _rows(everything))
-            rows += [{"question_id": other, "answer": ""} for other in others if other not in there]
+            all_questions = search(data, names)
+        if all_questions is not None:
+            answered_ids = {row["question_id"] for row in rows}
+            others = (row["question_id"] for row in _rows(all_questions))
+            rows += [{"question_id": other, "answer": ""} for other in others if other not in answered_ids]
         write_json(path, rows)
 
 
 def _rows(file: DataFile) -> list[dict[str, Any]]:
     if file.name.endswith(".jsonl"):
         return read_jsonl(file)
-    found = read_json(file)
-    require_keys(found, ("questions",), f"'{file}'")
-    rows: list[dict[str, Any]] = found["questions"]
+    contents = read_json(file)
+    require_keys(contents, ("questions",), f"'{file}'")
+    rows: list[dict[str, Any]] = contents["questions"]
     return rows
