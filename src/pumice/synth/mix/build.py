@@ -161,7 +161,7 @@ def _rows(
     for first, _, name_of, text in store.execute("SELECT * FROM units ORDER BY first, number"):
         if current is not None and first != current:
             yield _row(image, turns, _row_id(name, image, current), reader.suffix)
-            messages = []
+            turns = []
         current, image = first, name_of
         turns += json.loads(text)
     if current is not None:
@@ -179,7 +179,7 @@ def _row_id(name: str, image: str, number: int) -> str:
 
 
 def _row(image: str | None, turns: list[Any], row_id: str, suffix: str) -> dict[str, Any]:
-    turns = []
+    messages = []
     for number, (question, answer) in enumerate(turns):
         if number == 0:
             question = f"{question}{suffix}"
