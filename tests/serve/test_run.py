@@ -156,11 +156,11 @@ def test_an_upstream_that_is_away(process: Callable[..., Any]) -> None:
     [
         (["--port", "99999"], "the port is 99999"),
         (["--host", "nowhere.invalid"], "no address of this machine"),
-        (["--max-body", "huge"], "the size 'huge' is none"),
+        (["--max-body", "huge"], "the size 'huge' is not valid"),
         (["--api-key", "x"], "an API key is too short"),
         (["--api-key", ""], "--api-key is empty"),
         (["--api-key-file", "missing"], "the keys 'missing' cannot be read"),
-        (["--upstream", "localhost"], "the upstream 'localhost' is no address"),
+        (["--upstream", "localhost"], "the upstream 'localhost' is not an address"),
         (["--workers", "1000"], "on a machine of"),
         (["--log", "xml"], "--log is 'xml'"),
     ],
