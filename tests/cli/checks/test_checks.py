@@ -155,12 +155,12 @@ def test_threads(root: Path) -> None:
 
 
 def test_switches(cache: Path) -> None:
-    found = fetching.switches({"HTTPS_PROXY": "http://me:secret@proxy:3128", "HF_HUB_OFFLINE": "0"})
+    found = fetching.settings({"HTTPS_PROXY": "http://me:secret@proxy:3128", "HF_HUB_OFFLINE": "0"})
     assert named(found, "HTTPS_PROXY").value == "http://...@proxy:3128"
     assert [f.name for f in found if f.level == "problem"] == []
     assert "HF_HUB_OFFLINE" not in [f.name for f in found]
-    assert named(fetching.switches({"HF_HUB_OFFLINE": "1"}), "HF_HUB_OFFLINE").level == "ok"
-    shut = named(fetching.switches({"PIP_NO_INDEX": "1"}), "PIP_NO_INDEX")
+    assert named(fetching.settings({"HF_HUB_OFFLINE": "1"}), "HF_HUB_OFFLINE").level == "ok"
+    shut = named(fetching.settings({"PIP_NO_INDEX": "1"}), "PIP_NO_INDEX")
     assert shut.level == "problem"
     assert "smollm2" in shut.says
 
@@ -182,7 +182,7 @@ def server() -> Iterator[str]:
 
 def test_whether_they_answer(server: str) -> None:
     environ = {"PIP_INDEX_URL": server, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    index, hub = fetching.answers(environ)
+    index, hub = fetching.connections(environ)
     assert (index.name, index.level) == ("index", "ok")
     assert (hub.name, hub.level) == ("hub", "problem")
     assert "HF_HUB_OFFLINE" in hub.remedy
