@@ -17,7 +17,7 @@ def versions() -> list[Finding]:
 
     Versions come from package metadata, so torch is the only library that is imported.
     """
-    findings = [Finding("pumice", f"{__version__} in {Path(__file__).parents[1]}", value=__version__)]
+    findings = [Finding("pumice", f"{__version__} in {Path(__file__).parents[2]}", value=__version__)]
     python = f"{platform.python_version()} at {sys.executable}, {platform.platform()}"
     findings.append(Finding("python", python, value=platform.python_version()))
     findings.append(_torch())
