@@ -63,7 +63,7 @@ class AnswerForm:
             choice["text"] = text
         choice |= {"logprobs": self._logprobs(tokens), "finish_reason": finish}
         object_name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self._head(object_name), "choices": [choice], "usage": usage}
+        return {**self._common_fields(object_name), "choices": [choice], "usage": usage}
 
     def first_event(self) -> bytes:
         """Return the event that names the role; empty for a plain completion."""
@@ -81,7 +81,7 @@ class AnswerForm:
         return text_event + self._event({}, None, piece.finish)
 
     def usage_event(self, usage: dict[str, Any]) -> bytes:
-        return _sse({**self._head(self._chunk_name), "choices": [], "usage": usage})
+        return _sse({**self._common_fields(self._chunk_name), "choices": [], "usage": usage})
 
     @staticmethod
     def error_event(body: dict[str, Any]) -> bytes:
@@ -91,7 +91,7 @@ class AnswerForm:
     def _chunk_name(self) -> str:
         return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
 
-    def _head(self, object_name: str) -> dict[str, Any]:
+    def _common_fields(self, object_name: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
         return {
             "id": f"{prefix}-{self.random_id}",
@@ -103,7 +103,7 @@ class AnswerForm:
     def _event(self, content: Any, logprobs: Any, finish: str | None) -> bytes:
         key = "delta" if self.kind == "chat" else "text"
         choice = {"index": 0, key: content, "logprobs": logprobs, "finish_reason": finish}
-        values: dict[str, Any] = {**self._head(self._chunk_name), "choices": [choice]}
+        values: dict[str, Any] = {**self._common_fields(self._chunk_name), "choices": [choice]}
         if self.include_usage:
             values["usage"] = None
         return _sse(values)

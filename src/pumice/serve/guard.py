@@ -45,10 +45,11 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # 1. Check the headers. The cheapest check comes first, and no body is read before all of them pass.
         headers = Headers(scope=scope)
         needs_slot = scope["method"] == "POST" and scope["path"] in ANSWER_PATHS
         try:
-            self._check_room()
+            self._check_connections()
             self._check_host(headers)
             self._check_key(scope["path"], headers)
             if needs_slot:
@@ -57,13 +58,14 @@ class Guard:
             request_record(Request(scope)).add_error(error)
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
             return
+        # 2. Count the request while it is answered, also if the answer fails.
         self.gate.in_flight += needs_slot
         try:
             await self.app(scope, receive, send)
         finally:
             self.gate.in_flight -= needs_slot
 
-    def _check_room(self) -> None:
+    def _check_connections(self) -> None:
         limit = self.settings.max_connections
         if self.gate.connections() > limit:
             raise ApiError(

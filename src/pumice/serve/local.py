@@ -68,14 +68,14 @@ class LocalBackend:
     async def start(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self._pool = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="pumice-prompts")
-        self._explaining = ThreadPoolExecutor(1, thread_name_prefix="pumice-explain")
+        self._explain_pool = ThreadPoolExecutor(1, thread_name_prefix="pumice-explain")
         if self.settings.allow_image_urls:
             self._fetcher = Fetcher(size=self.settings.max_body, seconds=self.settings.image_timeout)
         self.engine.start()
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
-        for pool in (self._pool, self._explaining):
+        for pool in (self._pool, self._explain_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         if self._fetcher is not None:
             await self._fetcher.close()
@@ -141,7 +141,9 @@ class LocalBackend:
         limit, loop = self.settings.timeout, asyncio.get_running_loop()
         try:
             with anyio.fail_after(max(0.0, limit - call.record.seconds)):
-                explanation = await loop.run_in_executor(self._explaining, self._explanation, request, files)
+                explanation = await loop.run_in_executor(
+                    self._explain_pool, self._explanation, request, files
+                )
         except InputError as error:
             raise await self._image_error(error, params, files, "messages") from error
         except TimeoutError:
@@ -170,6 +172,7 @@ class LocalBackend:
         )
 
     async def _parse(self, kind: type[T], body: bytes) -> T:
+        """Return the body as a request of this kind. Raises ApiError that names the wrong field."""
         try:
             if len(body) < LONG_BODY:
                 request = kind.model_validate_json(body)
@@ -269,7 +272,7 @@ class LocalBackend:
     ) -> Response:
         # 1. Give the prompt to the engine.
         try:
-            running = _Running(self, call, prompt)
+            running = _ActiveRequest(self, call, prompt)
         except InputError as error:  # prompt and answer do not fit into the KV cache
             raise ApiError(400, str(error), param=request.limit[0]) from error
         try:
@@ -289,7 +292,9 @@ class LocalBackend:
                 raise await self._image_error(error, params, files, "messages") from error
             raise
 
-    async def _events(self, running: _Running, form: AnswerForm, piece: AnswerPiece) -> AsyncIterator[bytes]:
+    async def _events(
+        self, running: _ActiveRequest, form: AnswerForm, piece: AnswerPiece
+    ) -> AsyncIterator[bytes]:
         try:
             yield form.first_event() + (form.event(piece) if piece.has_content else b"")
             while piece.finish is None:
@@ -308,7 +313,7 @@ class LocalBackend:
 class _Events(StreamingResponse):
     """A stream of server-sent events. It always ends its request, even if no event is sent."""
 
-    def __init__(self, events: AsyncIterator[bytes], running: _Running) -> None:
+    def __init__(self, events: AsyncIterator[bytes], running: _ActiveRequest) -> None:
         self._running = running
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
@@ -322,8 +327,8 @@ class _Events(StreamingResponse):
             self._running.end()
 
 
-class _Running:
-    """One request in the engine. `next` returns the next piece of its answer."""
+class _ActiveRequest:
+    """A request that the engine is answering. `next` returns the next piece of the answer."""
 
     def __init__(self, backend: LocalBackend, call: Call, prompt: Prompt) -> None:
         from pumice.engine.text import TextStream

@@ -107,11 +107,11 @@ class UpstreamBackend:
 
     async def _forward(self, call: Call, path: str) -> Response:
         # 1. Check the limits, and replace pictures from the web by their data.
-        body = await self._run_in_pool(_read, call.body)
+        body = await self._run_in_pool(_parse_json, call.body)
         self._check_limits(body)
         await self._embed_images(call, body)
         # 2. Send the request. Wait for the headers of the answer only.
-        data = await self._run_in_pool(_write, body)
+        data = await self._run_in_pool(_to_json, body)
         request = self._client.build_request(
             "POST",
             self.url + path,
@@ -224,7 +224,7 @@ def _image_parts(body: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return parts
 
 
-def _read(data: bytes) -> dict[str, Any]:
+def _parse_json(data: bytes) -> dict[str, Any]:
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -234,7 +234,7 @@ def _read(data: bytes) -> dict[str, Any]:
     return values
 
 
-def _write(values: dict[str, Any]) -> bytes:
+def _to_json(values: dict[str, Any]) -> bytes:
     return json.dumps(values, ensure_ascii=True).encode()
 
 
