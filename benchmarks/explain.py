@@ -129,7 +129,7 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     """Factors by method of the word that names the thing; None where none does."""
     config = assistant.model.config
     conversation = Conversation((user_message(scene.question, [scene.picture]),))
-    reader = Reader(assistant.model, assistant.processor, lambda shown: assistant.prompt(shown).look())
+    reader = Reader(assistant.model, assistant.processor, lambda shown: assistant.prompt(shown).encode_images())
     ids, first = reader.answer_ids(conversation, answer)
     _, words = split_words(ids[first:].tolist(), assistant.processor.tokenizer.decode)
     word = naming(words, scene.noun)

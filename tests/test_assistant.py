@@ -350,8 +350,8 @@ def test_pictures_in_tiles_answer_alike_in_every_way(tiled: Assistant, pictures:
     assert lengths == [bare + layout.tokens for layout in layouts]
     assert len(set(lengths)) == 3
     together = tiled.prompt(Conversation((user_message("All?", given),)))
-    assert together.pictures
-    assert len(together.look()) == sum(layout.tokens for layout in layouts)
+    assert together.images
+    assert len(together.encode_images()) == sum(layout.tokens for layout in layouts)
 
 
 @pytest.fixture
@@ -382,9 +382,9 @@ def test_a_picture_that_a_later_turn_adds_changes_the_first_one_s_tokens(
         reply = several.stream(both, **SHORT)
         assert list(reply) == expected[0]
     alone, prompt = several.prompt(conversation_of(first)), several.prompt(conversation_of(both))
-    assert [picture.count for picture in prompt.pictures] == [5, 5]  # 4 of the square, and the newline
-    assert alone.pictures[0].count > 5
-    assert alone.pictures[0].key != prompt.pictures[0].key
+    assert [picture.count for picture in prompt.images] == [5, 5]  # 4 of the square, and the newline
+    assert alone.images[0].count > 5
+    assert alone.images[0].key != prompt.images[0].key
     again = several.stream(both, **SHORT)
     list(again)
     assert again.cached_tokens >= len(prompt.input_ids) - 1  # asked before: nothing but the last is new

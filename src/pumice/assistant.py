@@ -291,7 +291,7 @@ class Assistant:
     def logits(self, images: Any, prompt: str) -> Tensor:
         """Logits (T, V) in fp32 of every position of the rendered question, without a cache."""
         made = self.prompt(_question(images, prompt))
-        hidden = self.model(made.input_ids.to(self.model.device)[None], made.look())
+        hidden = self.model(made.input_ids.to(self.model.device)[None], made.encode_images())
         return self.model.decoder.logits(hidden)[0].float()
 
     def explain(self, images: Any, question: str, answer: str | None = None, **options: Any) -> Explanation:
@@ -379,7 +379,7 @@ def explain(
         assistant.processor,
         conversation,
         own if answer is None else answer,
-        lambda shown: assistant.prompt(shown).look(),
+        lambda shown: assistant.prompt(shown).encode_images(),
         **chosen,
     )
 

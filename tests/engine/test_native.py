@@ -70,7 +70,7 @@ def exact(decoder: Decoder) -> Decoder:
 
 
 def filled(decoder: Decoder) -> tuple[KVCache, list[Segment]]:
-    """A cache in which seven sequences have had some tokens, with free places in between."""
+    """A cache in which seven sequences have had some tokens, with free cells in between."""
     cache = KVCache(decoder.config, 12 * len(PAST), CPU, decoder.embed.weight.dtype)
     generator = torch.Generator().manual_seed(1)
     cache.keys.copy_(torch.randn(cache.keys.shape, generator=generator))
@@ -93,7 +93,7 @@ def test_equals_the_modules_in_fp32(more: dict[str, Any], weights: str) -> None:
     # prompts among answers
     segments = [segment._replace(new=1 + n % 3) for n, segment in enumerate(segments)]
     same, _ = filled(decoder)
-    twin, wide = exact(decoder), KVCache(decoder.config, cache.places, CPU, torch.float32)
+    twin, wide = exact(decoder), KVCache(decoder.config, cache.capacity, CPU, torch.float32)
     wide.keys.copy_(same.keys)
     wide.values.copy_(same.values)
     x = decoder.embed(torch.arange(sum(segment.new for segment in segments)) * 3)
@@ -133,7 +133,7 @@ def test_a_token_without_a_place_is_refused() -> None:
     decoder = make()
     cache, _ = filled(decoder)
     with pytest.raises(ValueError, match="do not fit"):
-        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(cache.places, 0, 1)], [0])
+        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(cache.capacity, 0, 1)], [0])
     with pytest.raises(ValueError, match="expected 64 values for each new token"):
         ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(0, 0, 2)], [0])
 
@@ -153,8 +153,8 @@ def llava(weights: str) -> Llava:
 @WEIGHTS
 def test_the_engine_answers_alike_with_and_without(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llava(weights)
-    rows = min(8, native.ROWS[weights])  # so that PyTorch computes the longest prompt, with int8 every one
-    monkeypatch.setitem(native.ROWS, weights, rows)
+    rows = min(8, native.MAX_PROMPT_ROWS[weights])  # PyTorch gets the longest prompt; all with int8
+    monkeypatch.setitem(native.MAX_PROMPT_ROWS, weights, rows)
     texts = [range(2, 2 + n) for n in (3, 9, 5)] + [range(20, 27)]
     prompts = [Prompt(torch.tensor(text), params=SamplingParams(max_new_tokens=12)) for text in texts]
     used: list[list[int]] = []

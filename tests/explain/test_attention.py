@@ -40,7 +40,7 @@ def passage_of(assistant: Assistant, models: ModuleType, tokens: int = 7) -> Pas
     prompt = assistant.prompt(conversation, max_new_tokens=tokens)
     ids = [token for _, token in generate(assistant.model, [prompt]) if token is not None]
     assert ids
-    return Passage.of(prompt.input_ids, prompt.look(), ids)
+    return Passage.of(prompt.input_ids, prompt.encode_images(), ids)
 
 
 class Spelled:

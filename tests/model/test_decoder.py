@@ -169,7 +169,7 @@ def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None
     rows = ids(3)
     expected = logits(decoder, rows)
     cache = KVCache(config, 64, torch.device("cpu"), torch.float32)
-    starts, past = [40, 1, 20], [0, 0, 0]  # not in order, places unused
+    starts, past = [40, 1, 20], [0, 0, 0]  # not in order, some cells unused
     worst = 0.0
 
     def step(*new: int) -> None:
@@ -201,7 +201,7 @@ def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None
 
 def test_what_does_not_fit_in_the_cache_is_refused() -> None:
     cache = KVCache(BASE, 8, torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match=r"place 1: 6 \+ 2 tokens do not fit in 8"):
+    with pytest.raises(ValueError, match=r"cell 1: 6 \+ 2 tokens do not fit in a cache of 8 cells"):
         cache.attend([Segment(0, 0, 1), Segment(1, 6, 2)])
     cache.attend([Segment(1, 5, 2)])
 
@@ -312,7 +312,7 @@ def test_heads_that_cannot_share_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), [(5, 2), (2, 5), (0, 8)])
-def test_the_cache_copies_places_that_overlap(source: int, target: int) -> None:
+def test_the_cache_copies_cells_that_overlap(source: int, target: int) -> None:
     cache = KVCache(BASE, 16, torch.device("cpu"), torch.float32)
     for kept in (cache.keys, cache.values):
         kept.copy_(torch.arange(kept.numel()).view_as(kept))

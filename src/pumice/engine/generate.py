@@ -26,7 +26,7 @@ def _note(events: deque[tuple[int, Delta]], number: int, delta: Delta) -> None:
 def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
     """One answer without a cache: the whole sequence runs again for every token."""
     params, context = prompt.params, model.config.decoder.context
-    generator, image_tokens = params.generator(model.device), prompt.look()
+    generator, image_tokens = params.generator(model.device), prompt.encode_images()
     constraint = prompt.constraint() if prompt.constraint is not None else None
     history = prompt.input_ids.tolist()
     answer: list[int] = []

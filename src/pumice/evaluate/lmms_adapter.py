@@ -109,7 +109,7 @@ class Pumice(lmms):
         said = (labels != IGNORE).nonzero().flatten()
         if len(said) > 1:
             said = said[:-1]  # without the template's own end of an answer
-        image_tokens = assistant.prompt(asked).look()
+        image_tokens = assistant.prompt(asked).encode_images()
         ids = torch.from_numpy(sample.input_ids).to(assistant.model.device)[None]
         hidden = assistant.model(ids, image_tokens)  # (1, T, D)
         logits = assistant.model.decoder.logits(hidden[:, said.to(hidden.device) - 1])[0].float().cpu()
