@@ -29,9 +29,8 @@ from pumice.model.cache import KVCache, Segment
 from pumice.model.llava import Llava
 
 CACHE_BYTES = 1 << 30  # default size of the KV cache; more if one context needs more
-KEPT_FREED_BYTES = (
-    256 * 2**20
-)  # freed memory that the process keeps: a long prompt frees some 100 MB per step
+# Freed memory that the process keeps: a long prompt frees some 100 MB in every step.
+KEPT_FREED_BYTES = 256 * 2**20
 
 Plan = list[tuple[Request, int]]  # requests, and how many tokens of each a step computes
 
