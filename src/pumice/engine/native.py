@@ -117,7 +117,7 @@ class NativeDecoder:
     def _block(self, block: Any) -> _Block:
         attention, mlp = block.attention, block.mlp
         norms = (block.attention_norm, block.mlp_norm, attention.q_norm, attention.k_norm)
-        q_width, kv_width = attention.heads * attention.head_dim, attention.shared * attention.head_dim
+        q_width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
         return _Block(
             *(self._address(part.weight) if isinstance(part, RMSNorm) else None for part in norms),
             *self._split_layers(attention, q_width, kv_width, kv_width),
