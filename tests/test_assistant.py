@@ -15,7 +15,7 @@ from PIL import Image
 
 import pumice
 from pumice import InputError
-from pumice.assistant import REMEMBERED, Assistant, conversation_of, load
+from pumice.assistant import CACHED_IMAGES, Assistant, conversation_of, load
 from pumice.config import IMAGE_TOKEN, ImagePolicy
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.files import Lock
@@ -241,9 +241,9 @@ def test_a_picture_is_encoded_once(
     fresh.ask(pictures[0], "What?", **SHORT)
     list(fresh.ask_each([(pictures[0].read_bytes(), "Why?"), (pictures[:2], "Who?")], **SHORT))
     assert len(shapes) == 2
-    for color in range(REMEMBERED):
+    for color in range(CACHED_IMAGES):
         fresh.logits(Image.new("RGB", (8, 8), (color, 0, 0)), "What?")
-    assert len(fresh._seen) == REMEMBERED
+    assert len(fresh._image_tokens) == CACHED_IMAGES
 
 
 def test_logits_are_those_that_the_answer_comes_from(exact: Assistant, pictures: list[Path]) -> None:
@@ -427,22 +427,22 @@ def test_more_pictures_than_in_training_are_answered_and_told_once(
 
 def test_what_is_remembered_is_counted_in_tokens(tiled: Assistant) -> None:
     fresh = Assistant(tiled.model, tiled.processor)
-    room = REMEMBERED * tiled.model.config.image_tokens
-    for color in range(REMEMBERED):
+    room = CACHED_IMAGES * tiled.model.config.image_tokens
+    for color in range(CACHED_IMAGES):
         fresh.logits(Image.new("RGB", (90, 90), (color, 0, 0)), "What?")
-        assert sum(map(len, fresh._seen.values())) <= room
-    assert 1 < len(fresh._seen) < REMEMBERED / 2
+        assert sum(map(len, fresh._image_tokens.values())) <= room
+    assert 1 < len(fresh._image_tokens) < CACHED_IMAGES / 2
 
 
 def test_the_end_of_a_row_of_tiles_matters(tiled: Assistant, pictures: list[Path]) -> None:
     before = tiled.logits(pictures[0], "What?")
-    tiled._seen.clear()
+    tiled._image_tokens.clear()
     newline = tiled.model.image_newline
     assert newline is not None
     newline.data.neg_()
     after = tiled.logits(pictures[0], "What?")
     newline.data.neg_()
-    tiled._seen.clear()
+    tiled._image_tokens.clear()
     assert (before - after).abs().max() > 0.1
 
 
