@@ -17,11 +17,13 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        # On meta, `super` allocates nothing. The layer uses the weight of the one that it replaces.
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
         device = base.weight.device
         self.lora_a = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        # B starts at zero, so that training starts from the unchanged model.
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
         self.train(base.training)  # so that an answering model has no dropout
 

@@ -20,9 +20,11 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        # nn.Embedding draws random values, even on meta, where this only imports torch's compiler. So pass it
+        # a weight, and draw here if there is something to draw.
         vocabulary = torch.empty(config.vocab_size, config.width)
         self.embed = nn.Embedding(config.vocab_size, config.width, _weight=vocabulary)
-        if not self.embed.weight.is_meta:  # on meta, this would do nothing but import torch's compiler
+        if not self.embed.weight.is_meta:
             nn.init.normal_(self.embed.weight)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -47,6 +49,7 @@ class Decoder(nn.Module):
             x = x.float()  # the residual stream adds up small updates, which bf16 would round away
         cos, sin = rotary(positions, self.config)
         for number, block in enumerate(self.blocks):
+            # Only the last block may skip rows: all earlier ones feed the keys and values above.
             x = block(x, cos, sin, attend, None if number + 1 < len(self.blocks) else rows)
             if out is not None:
                 out[f"decoder.blocks.{number}"] = x

@@ -63,6 +63,7 @@ class ConvNorm(nn.Module):
         for size in (x.shape[3], x.shape[2]):
             total = max((math.ceil(size / self.stride) - 1) * self.stride + self.kernel - size, 0)
             pads += [total // 2, total - total // 2]
+        # Even padding is part of the convolution; only uneven padding needs a copy of x.
         if pads[0] == pads[1] and pads[2] == pads[3]:
             x = F.conv2d(x, self.conv.weight, None, self.stride, (pads[2], pads[0]), 1, self.conv.groups)
         else:

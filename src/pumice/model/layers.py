@@ -56,6 +56,7 @@ def causal_mask(queries: Tensor, keys: Tensor, window: int | None = None) -> Ten
 
     window: a token sees this many positions, itself included (Mistral, arXiv 2310.06825).
     """
+    # Positions, not indices: cached queries start in the middle of their keys.
     distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
@@ -75,6 +76,7 @@ class Causal:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = q.shape[2]
+        # Without a mask, PyTorch uses its fastest kernel.
         if self.padding is None and (self.window is None or tokens <= self.window):
             return sdpa(q, k, v, causal=True)
         positions = torch.arange(tokens, device=q.device)
@@ -124,6 +126,7 @@ def rotary(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
     A value is paired with the one d / 2 behind it, as Hugging Face stores weights. The sin of the first half
     is negative.
     """
+    # Shared by all layers, so computed once per pass.
     inv_freq = rope_inv_freq(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
     angles = (positions.float()[..., None] * inv_freq).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()

@@ -53,6 +53,7 @@ class Llava(nn.Module):
             if not newline.is_meta:
                 nn.init.normal_(newline, std=config.decoder.width**-0.5)
             self.image_newline = nn.Parameter(newline)
+        # Last: adapters replace layers that have to exist.
         if config.lora is not None:
             add_lora(self.decoder, config.lora)
 
@@ -80,6 +81,7 @@ class Llava(nn.Module):
         layouts: of the images, in order; only anyres needs them. Raise ValueError if their number of tiles is
         not P.
         """
+        # The tower may have another dtype, or its features may come from the CPU.
         weight = next(self.connector.parameters(), None)
         tokens = self.connector(features if weight is None else features.to(weight.device, weight.dtype))
         if self.config.image.mode != "anyres":
@@ -89,6 +91,7 @@ class Llava(nn.Module):
             raise ValueError(f"the tower gave {len(tokens)} tiles, the layouts have {sum(tiles)}")
         images = zip(tokens.split(tiles), layouts, strict=True)
         arranged = [arrange(image, layout, self.image_newline) for image, layout in images]
+        # The empty part gives a batch without images the right width and dtype.
         return torch.cat([tokens[:0].flatten(0, 1), *arranged])
 
     def merge(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:

@@ -56,6 +56,7 @@ class QuantizedLinear(nn.Module):
         weight = layer.weight.detach()
         self._nf4: Any = None
         if kind == "int8":
+            # The largest weight of a row becomes 127. Rows of zeros get a tiny scale, not a division by zero.
             scale = weight.float().abs().amax(1).clamp_min(1e-7) / 127
             packed = (weight.float() / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
             self.register_buffer("scale", scale, persistent=False)
@@ -80,6 +81,7 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)
+        # bitsandbytes keeps its scales outside the module: move them, too.
         if self._nf4 is not None:
             self._nf4.to(self.packed.device)
         return self

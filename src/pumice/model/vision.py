@@ -110,6 +110,7 @@ class ViT(nn.Module):
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, G*G, C)
         if self.has_class_token:
             x = torch.cat((self.class_token.expand(len(x), 1, -1), x), 1)
+        # CLIP normalizes before the first block; for SigLIP this is the identity.
         x = self.pre_norm(x + self.positions)
         for block in self.blocks[: self.running]:
             x = block(x)
@@ -139,6 +140,7 @@ def _blocks_to_run(config: VisionConfig) -> int:
         raise InputError(f"the tower's activation {config.activation!r} is unknown; use one of {allowed}")
     if config.heads < 1 or config.width % config.heads:
         raise InputError(f"the tower's width {config.width} cannot be shared by {config.heads} heads evenly")
+    # The states are the input of the first block and the output of each block.
     states = config.depth + 1
     if not -states <= config.layer < states:
         raise InputError(
