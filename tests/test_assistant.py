@@ -136,43 +136,43 @@ def test_many_answers_in_a_file_go_on_where_they_stopped(
         (None, "Who?"),
         (pictures[:2], "All?"),
     ]
-    whole, told = tmp_path / "whole.jsonl", list[int]()
-    answers = exact.ask_many(rows, out=whole, progress=told.append, **SHORT)
-    assert told == [1, 2, 3, 4]
+    complete_file, progress_counts = tmp_path / "whole.jsonl", list[int]()
+    answers = exact.ask_many(rows, out=complete_file, progress=progress_counts.append, **SHORT)
+    assert progress_counts == [1, 2, 3, 4]
     assert [str(a) for a in answers] == [str(a) for a in exact.ask_many(rows, **SHORT)]
-    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    lines = [json.loads(line) for line in complete_file.read_text().splitlines()]
     said = {"images": [str(pictures[0])], "question": "What is it?", "answer": answers[0]}
     assert lines[0] == {**said, "asked": SHORT}
     assert "missing.png" in lines[1]["error"]
 
     stopped = tmp_path / "stopped.jsonl"
     stopped.write_bytes(
-        whole.read_bytes()[: whole.read_bytes().find(b"\n", 200) + 5]
+        complete_file.read_bytes()[: complete_file.read_bytes().find(b"\n", 200) + 5]
     )  # in the midst of a line
-    kept = len(stopped.read_text().splitlines()) - 1
-    assert 0 < kept < 4
-    told.clear()
-    again = exact.ask_many(rows, out=stopped, progress=told.append, **SHORT)
+    line_count = len(stopped.read_text().splitlines()) - 1
+    assert 0 < line_count < 4
+    progress_counts.clear()
+    again = exact.ask_many(rows, out=stopped, progress=progress_counts.append, **SHORT)
     assert [str(a) for a in again] == [str(a) for a in answers]
     assert [isinstance(a, InputError) for a in again] == [False, True, False, False]
-    assert told == list(range(kept + 1, 5))
-    assert stopped.read_bytes() == whole.read_bytes()
+    assert progress_counts == list(range(line_count + 1, 5))
+    assert stopped.read_bytes() == complete_file.read_bytes()
 
-    before = whole.read_bytes()
+    before = complete_file.read_bytes()
     for other in (rows[:3], [(None, "What is it?"), *rows[1:]], [(pictures[0], "Why?"), *rows[1:]]):
         with pytest.raises(InputError, match="the file is of other rows"):
-            exact.ask_many(other, out=whole, **SHORT)
+            exact.ask_many(other, out=complete_file, **SHORT)
     with pytest.raises(
         InputError, match=r"was asked with \{'max_new_tokens': \d+\}, now with \{'max_new_tokens': 9\}; ask"
     ):
-        exact.ask_many(rows, out=whole, max_new_tokens=9)
-    with Lock(whole) as lock:
+        exact.ask_many(rows, out=complete_file, max_new_tokens=9)
+    with Lock(complete_file) as lock:
         assert lock.take()
         with pytest.raises(InputError, match="another run is writing"):
-            exact.ask_many(rows, out=whole, **SHORT)
+            exact.ask_many(rows, out=complete_file, **SHORT)
     with pytest.raises(InputError, match="cannot be written"):
         exact.ask_many(rows, out=tmp_path / "no" / "folder.jsonl")
-    assert whole.read_bytes() == before
+    assert complete_file.read_bytes() == before
 
 
 def test_a_second_turn_computes_only_what_is_new(exact: Assistant, pictures: list[Path]) -> None:
@@ -420,9 +420,9 @@ def test_more_pictures_than_in_training_are_answered_and_told_once(
     many = [Image.new("RGB", (40, 30), (number, 0, 0)) for number in range(shown)]
     for _ in range(2):
         assert isinstance(asked.ask(many, "What?", max_new_tokens=2), str)
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == (message is not None)
-    assert message is None or message in told[0]
+    messages_logged = [record.getMessage() for record in caplog.records]
+    assert len(messages_logged) == (message is not None)
+    assert message is None or message in messages_logged[0]
 
 
 def test_what_is_remembered_is_counted_in_tokens(tiled: Assistant) -> None:

@@ -172,7 +172,7 @@ class Engine:
         return self._thread is not None
 
     def close(self) -> None:
-        """Stop the thread and end all requests as "cancelled". The engine accepts no more requests."""
+        """Stop the thread and end all requests as "cancelled". The engine takes no more requests."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -241,6 +241,7 @@ class Engine:
         if not plan or self._native is None or self._native_for(plan):
             return [plan] if plan else []
         decoding = [request.remaining == 1 for request, _ in plan]
+        # Answers first, then prompts; a group may be empty.
         groups = [[item for item, one in zip(plan, decoding, strict=True) if one == d] for d in (True, False)]
         return [group for group in groups if group]
 
@@ -291,8 +292,7 @@ class Engine:
             row += count
             if slot.length + count == request.length:
                 due_rows.append(row - 1)
-        # 2. Embed them. Placeholders have a negative id: embed any token, then overwrite it with its image
-        #    token.
+        # 2. Embed them. Placeholders have a negative id: embed any token, then overwrite it.
         ids = torch.from_numpy(np.concatenate(new_ids)).to(model.device)
         x = model.decoder.embed(ids.clamp(min=0))
         row = 0
@@ -302,8 +302,7 @@ class Engine:
                 x[torch.from_numpy(offsets + row).to(x.device)] = image_tokens.to(x)
                 request.step_images = None
             row += count
-        # 3. Run the decoder. Only the due rows are multiplied with the vocabulary, which is its largest
-        #    matrix.
+        # 3. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix.
         logits: Tensor | None = None
         if native := self._native_for(plan):
             logits = native.logits(x, segments, due_rows)
