@@ -43,7 +43,7 @@ from pumice.conversation import Conversation, user_message
 from pumice.evaluate.metrics.bootstrap import interval, interval_of
 from pumice.explain.attention import read
 from pumice.explain.explanation import Explanation, Reader
-from pumice.explain.maps import places
+from pumice.explain.maps import token_boxes
 from pumice.explain.methods import METHODS, choose_layers
 from pumice.explain.reliance import THRESHOLD
 from pumice.explain.words import Word, averages
@@ -129,7 +129,9 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     """Factors by method of the word that names the thing; None where none does."""
     config = assistant.model.config
     conversation = Conversation((user_message(scene.question, [scene.picture]),))
-    reader = Reader(assistant.model, assistant.processor, lambda shown: assistant.prompt(shown).look())
+    reader = Reader(
+        assistant.model, assistant.processor, lambda shown: assistant.prompt(shown).encode_images()
+    )
     ids, first = reader.answer_ids(conversation, answer)
     _, words = split_words(ids[first:].tolist(), assistant.processor.tokenizer.decode)
     word = naming(words, scene.noun)
@@ -138,11 +140,11 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     passage = reader.passage(conversation, ids, first)
     _, looks = read(assistant.model, [passage], rollout=True, gradient_from=0)
     mean = averages(words, len(passage.answer))[word]
-    where = places(config, scene.picture.size, assistant.processor.layouts(conversation.images)[0])
+    token_map = token_boxes(config, scene.picture.size, assistant.processor.layouts(conversation.images)[0])
     row: Row = {}
     for name, method in METHODS.items():
         weights = mean @ method.weigh(looks, choose_layers(method, config.decoder.depth, None))
-        row[name] = _both(where.paint(weights, (SIZE, SIZE)), scene)
+        row[name] = _both(token_map.paint(weights, (SIZE, SIZE)), scene)
     return row
 
 
@@ -240,7 +242,7 @@ def cost(assistant: Assistant, picture: Path) -> None:
     conversation = Conversation((user_message("Describe this picture in detail.", [picture]),))
     answer, tokens = "", 0
     for _ in range(5):
-        assistant._seen.clear()
+        assistant._image_tokens.clear()
         start = time.perf_counter()
         reply = assistant.stream(conversation)
         answer = "".join(reply)

@@ -70,7 +70,7 @@ def exact(decoder: Decoder) -> Decoder:
 
 
 def filled(decoder: Decoder) -> tuple[KVCache, list[Segment]]:
-    """A cache in which seven sequences have had some tokens, with free places in between."""
+    """A cache in which seven sequences have had some tokens, with free cells in between."""
     cache = KVCache(decoder.config, 12 * len(PAST), CPU, decoder.embed.weight.dtype)
     generator = torch.Generator().manual_seed(1)
     cache.keys.copy_(torch.randn(cache.keys.shape, generator=generator))
@@ -93,7 +93,7 @@ def test_equals_the_modules_in_fp32(more: dict[str, Any], weights: str) -> None:
     # prompts among answers
     segments = [segment._replace(new=1 + n % 3) for n, segment in enumerate(segments)]
     same, _ = filled(decoder)
-    twin, wide = exact(decoder), KVCache(decoder.config, cache.places, CPU, torch.float32)
+    twin, wide = exact(decoder), KVCache(decoder.config, cache.capacity, CPU, torch.float32)
     wide.keys.copy_(same.keys)
     wide.values.copy_(same.values)
     x = decoder.embed(torch.arange(sum(segment.new for segment in segments)) * 3)
@@ -102,10 +102,10 @@ def test_equals_the_modules_in_fp32(more: dict[str, Any], weights: str) -> None:
     hidden = twin(x.float()[None], wide.positions(segments), wide.attend(segments))[0]
     expected = twin.logits(hidden[due])
     # worst measured: 5.4e-3 and 3.8e-3, all of it from keys and values kept in bfloat16; 1.3e-6 in fp32
-    near, kept = (8e-3, 6e-3) if weights == "int8" else (3e-6, 3e-6)
-    assert (found - expected).abs().max() < near * expected.abs().max()
-    for ours, theirs in ((cache.keys, wide.keys), (cache.values, wide.values)):
-        assert (ours.float() - theirs).abs().max() < kept * theirs.abs().max()
+    logit_tolerance, kv_tolerance = (8e-3, 6e-3) if weights == "int8" else (3e-6, 3e-6)
+    assert (found - expected).abs().max() < logit_tolerance * expected.abs().max()
+    for actual_kv, expected_kv in ((cache.keys, wide.keys), (cache.values, wide.values)):
+        assert (actual_kv.float() - expected_kv).abs().max() < kv_tolerance * expected_kv.abs().max()
 
 
 @WEIGHTS
@@ -133,7 +133,7 @@ def test_a_token_without_a_place_is_refused() -> None:
     decoder = make()
     cache, _ = filled(decoder)
     with pytest.raises(ValueError, match="do not fit"):
-        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(cache.places, 0, 1)], [0])
+        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(cache.capacity, 0, 1)], [0])
     with pytest.raises(ValueError, match="expected 64 values for each new token"):
         ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(0, 0, 2)], [0])
 
@@ -153,8 +153,8 @@ def llava(weights: str) -> Llava:
 @WEIGHTS
 def test_the_engine_answers_alike_with_and_without(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llava(weights)
-    rows = min(8, native.ROWS[weights])  # so that PyTorch computes the longest prompt, with int8 every one
-    monkeypatch.setitem(native.ROWS, weights, rows)
+    rows = min(8, native.MAX_PROMPT_ROWS[weights])  # PyTorch gets the longest prompt; all with int8
+    monkeypatch.setitem(native.MAX_PROMPT_ROWS, weights, rows)
     texts = [range(2, 2 + n) for n in (3, 9, 5)] + [range(20, 27)]
     prompts = [Prompt(torch.tensor(text), params=SamplingParams(max_new_tokens=12)) for text in texts]
     used: list[list[int]] = []
