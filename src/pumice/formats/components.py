@@ -93,7 +93,7 @@ def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Towe
     state = tower_state(open_weights(path), own, str(path))
     positions, first = state["positions"], int(own.kind == "clip")
     if config.grid != own.grid and positions.shape[0] == own.grid**2 + first:
-        state["positions"] = positions.then(
+        state["positions"] = positions.map(
             lambda values: resize_positions(values, own.grid, config.grid, bool(first)),
             (config.grid**2 + first, *positions.shape[1:]),
         )

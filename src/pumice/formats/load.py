@@ -26,7 +26,7 @@ from pumice.model.llava import Llava
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, stored
+from pumice.storage.tensors import LazyStateDict, as_lazy
 from pumice.tokens import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -111,10 +111,10 @@ def new_parts(
     )  # fmt: skip
     state = {f"tower.{name}": tensor for name, tensor in seeing.state.items()}
     fresh = Connector(config.connector, config.vision.width, config.decoder.width)
-    state |= {f"connector.{name}": stored(tensor) for name, tensor in fresh.state_dict().items()}
+    state |= {f"connector.{name}": as_lazy(tensor) for name, tensor in fresh.state_dict().items()}
     state |= {f"decoder.{name}": tensor for name, tensor in language.state.items()}
     if config.has_newline:
-        state["image_newline"] = stored(torch.randn(config.decoder.width) * config.decoder.width**-0.5)
+        state["image_newline"] = as_lazy(torch.randn(config.decoder.width) * config.decoder.width**-0.5)
     wheels = {"tower": seeing.wheel, "decoder": language.wheel}
     parts = {part: wheel for part, wheel in wheels.items() if wheel is not None}
     sources = {"model": (decoder, language.path), "tower": (tower, seeing.path)}

@@ -130,13 +130,13 @@ def _state(file: GgufFile, config: DecoderConfig) -> LazyStateDict:
 
 
 def _stored(file: GgufFile, name: str, heads: int | None) -> LazyTensor:
-    def fetch(dtype: torch.dtype) -> Tensor:
+    def load(dtype: torch.dtype) -> Tensor:
         tensor = file.tensor(name, dtype)
         return tensor if heads is None else unpermute(tensor, heads)
 
     info = file.infos[name]
     dtype = PLAIN.get(info.kind, torch.float32)
-    return LazyTensor(info.shape, dtype, fetch, f"{name} in {file.path.name}")
+    return LazyTensor(info.shape, dtype, load, f"{name} in {file.path.name}")
 
 
 def _shortest(value: float) -> float:

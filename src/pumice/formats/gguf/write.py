@@ -28,7 +28,7 @@ from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
 from pumice.formats.text.chat_template import quoted, to_jinja
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, LazyTensor, stored
+from pumice.storage.tensors import LazyStateDict, LazyTensor, as_lazy
 from pumice.templates import get_template
 
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers of file types
@@ -206,7 +206,7 @@ def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
     if scaling is not None and scaling.kind == "llama3":
         width, base, cpu = decoder.head_dim, decoder.rope_theta, torch.device("cpu")
         slower = rope_inv_freq(width, base, None, cpu) / rope_inv_freq(width, base, scaling, cpu)
-        tensors["rope_freqs.weight"] = stored(slower)
+        tensors["rope_freqs.weight"] = as_lazy(slower)
     return tensors
 
 
@@ -225,7 +225,7 @@ def _permuted(tensor: LazyTensor, heads: int | None) -> LazyTensor:
         halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
         return halves.transpose(1, 2).reshape(weight.shape)
 
-    return tensor.then(permute)
+    return tensor.map(permute)
 
 
 def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: LazyStateDict, kind: str) -> None:

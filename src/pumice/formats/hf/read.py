@@ -21,7 +21,7 @@ from pumice.formats.hf.config import decoder_config, image_policy, vision_config
 from pumice.formats.text.read import read_text_side
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, open_weights, stored
+from pumice.storage.tensors import LazyStateDict, as_lazy, open_weights
 
 # What transformers takes for keys that are absent, by model_type.
 _LLAVA: dict[str, Any] = {
@@ -163,6 +163,6 @@ def _no_biases(state: LazyStateDict) -> LazyStateDict:
     """Zeros for a projector without biases, which is the same."""
     weights = {name: t for name, t in state.items() if name.startswith("connector.")}
     return {
-        name.removesuffix("weight") + "bias": stored(torch.zeros(weight.shape[0], dtype=weight.dtype))
+        name.removesuffix("weight") + "bias": as_lazy(torch.zeros(weight.shape[0], dtype=weight.dtype))
         for name, weight in weights.items()
     }

@@ -99,9 +99,9 @@ def as_mlp(model: LoadedParts) -> LoadedParts:
         return torch.cat((old, -old, old.new_zeros(width, width - 2 * features)), 1)
 
     state = model.state | {
-        "connector.layers.0.weight": weight.then(both_signs),
-        "connector.layers.0.bias": bias.then(torch.zeros_like),
-        "connector.layers.2.weight": weight.then(difference, (width, width)),
+        "connector.layers.0.weight": weight.map(both_signs),
+        "connector.layers.0.bias": bias.map(torch.zeros_like),
+        "connector.layers.2.weight": weight.map(difference, (width, width)),
         "connector.layers.2.bias": bias,
     }
     config = replace(model.config, connector=replace(model.config.connector, kind="mlp2x_gelu"))
@@ -163,7 +163,7 @@ def with_image_token(model: LoadedParts) -> LoadedParts:
         return torch.cat((weight, mean.expand(rows - len(weight), -1)))
 
     long = {name: state[name] for name in ("decoder.embed.weight", "decoder.head.weight") if name in state}
-    state = state | {name: tensor.then(grow, (rows, tensor.shape[1])) for name, tensor in long.items()}
+    state = state | {name: tensor.map(grow, (rows, tensor.shape[1])) for name, tensor in long.items()}
     config = replace(config, decoder=replace(config.decoder, vocab_size=rows))
     return replace(model, config=config, state=state, tokenizer=tokenizer)
 

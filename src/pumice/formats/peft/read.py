@@ -162,4 +162,4 @@ def add_update(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -
         update = scale * (b.read(torch.float32) @ a.read(torch.float32))
         return (tensor.float() + update).to(tensor.dtype)
 
-    return weight.then(add)
+    return weight.map(add)

@@ -42,9 +42,9 @@ from pumice.storage.tensors import (
     FLOATS,
     LazyStateDict,
     LazyTensor,
+    as_lazy,
     find_weights,
     open_weights,
-    stored,
     write_weights,
 )
 from pumice.tokens import parse_tokenizer
@@ -84,7 +84,7 @@ def save(
         _part(name): {"wheel": source, "sha256": wheel(source).sha256} for name, source in parts.items()
     }
     kept = {
-        name: tensor if isinstance(tensor, LazyTensor) else stored(tensor)
+        name: tensor if isinstance(tensor, LazyTensor) else as_lazy(tensor)
         for name, tensor in state.items()
         if not name.endswith(_COUNTER) and not _supplied(name, parts)
     }
