@@ -20,7 +20,7 @@ from pumice.formats.pumice.folder import CONFIG, check, save
 from pumice.formats.read import find_model, read_model
 from pumice.formats.recognise import Kind, recognise
 from pumice.processor import Processor
-from pumice.storage.download import facts
+from pumice.storage.download import origin
 from pumice.storage.json_file import read_json
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import FLOATS
@@ -119,7 +119,7 @@ def _origin(kind: Kind, loaded: LoadedParts) -> dict[str, Any]:
         "imported": {
             "kind": kind.value,
             "by": f"pumice {__version__}",
-            **{role: facts(name, path) for role, (name, path) in loaded.sources.items()},
+            **{role: origin(name, path) for role, (name, path) in loaded.sources.items()},
             "assumed": list(loaded.notes),
         }
     }

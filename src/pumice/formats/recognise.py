@@ -70,9 +70,9 @@ def _by_config(keys: Keys, adapter: bool) -> Kind:
         return Kind.TOWER
     if kind in HF_LLAVAS:
         raise InputError(
-            f"{keys.where} has neither text_config nor mm_vision_tower: it is no LLaVA's, or cut short"
+            f"{keys.label} has neither text_config nor mm_vision_tower: it is no LLaVA's, or cut short"
         )
     raise InputError(
-        f"{keys.where}: model_type is {kind!r}, which cannot be read; "
+        f"{keys.label}: model_type is {kind!r}, which cannot be read; "
         f"known are {', '.join([*HF_LLAVAS, *FAMILIES, *TOWERS])}"
     )

@@ -85,7 +85,7 @@ def test_parts(fetched: Path) -> None:
 
 
 def test_the_pins_are_those_of_the_files_here() -> None:
-    here = {name: path for name, part in download.WHEELS.items() if (path := download.kept(part))}
+    here = {name: path for name, part in download.WHEELS.items() if (path := download.cached(part))}
     if not here:
         pytest.skip("no part was fetched yet")
     for name, path in here.items():

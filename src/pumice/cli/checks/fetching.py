@@ -19,7 +19,7 @@ from pumice.cli.checks.finding import Finding, existing, size, weight
 def caches() -> list[Finding]:
     """Where fetched parts are kept, whether each is whole, and the hub's cache."""
     from pumice.files import cache_folder
-    from pumice.storage.download import WHEELS, is_intact, kept
+    from pumice.storage.download import WHEELS, cached, is_intact
 
     place = cache_folder()
     nearest = existing(place)
@@ -29,7 +29,7 @@ def caches() -> list[Finding]:
         remedy = "set PUMICE_CACHE to a folder that you may write to"
         found = [Finding("pumice", f"{nearest} cannot be written to", "problem", remedy, str(place))]
     for name, part in WHEELS.items():
-        path = kept(part)
+        path = cached(part)
         if path is None:
             remedy = 'it is fetched when pumice-tiny is first used: pumice ask "Hello"'
             found.append(Finding(name, "not fetched yet", "note", remedy, value="absent"))
@@ -69,7 +69,7 @@ def _hub_cache() -> Finding:
 
 def switches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """What decides whether, and from where, parts and models are fetched."""
-    from pumice.storage.download import WHEELS, kept
+    from pumice.storage.download import WHEELS, cached
 
     found = []
     for name, meaning in (
@@ -84,7 +84,7 @@ def switches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         shown = re.sub(r"//[^/@]+@", "//...@", given)
         if given and not (name == "HF_HUB_OFFLINE" and given.upper() in ("0", "FALSE", "NO", "OFF")):
             found.append(Finding(name, f"{shown}: {meaning}", value=shown))
-    missing = [name for name, part in WHEELS.items() if kept(part) is None]
+    missing = [name for name, part in WHEELS.items() if cached(part) is None]
     pip = bool(importlib.util.find_spec("pip") or shutil.which("pip") or shutil.which("pip3"))
     if not pip and missing:
         remedy = f"run `{sys.executable} -m ensurepip`"

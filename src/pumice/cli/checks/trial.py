@@ -18,12 +18,12 @@ def self_test() -> list[Finding]:
     import torch
 
     from pumice.formats.load import find_device
-    from pumice.storage.download import WHEELS, kept
+    from pumice.storage.download import WHEELS, cached
 
     start = time.perf_counter()
     places = dict.fromkeys([torch.device("cpu"), find_device()])
     found = [_attempt(f"random model, {place.type}", partial(_random, place)) for place in places]
-    if all(kept(part) is not None for part in WHEELS.values()):
+    if all(cached(part) is not None for part in WHEELS.values()):
         found.append(_attempt("pumice-tiny", _embedded))
     else:
         remedy = 'pumice ask "Hello" fetches them'

@@ -32,8 +32,8 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
     """
     kind = given.get("model_type", str)
     if kind not in FAMILIES:
-        raise InputError(f"{given.where}: model_type is {kind!r}; {', '.join(FAMILIES)} can be read")
-    keys = Keys(given.values, given.where, FAMILIES[kind].defaults)
+        raise InputError(f"{given.label}: model_type is {kind!r}; {', '.join(FAMILIES)} can be read")
+    keys = Keys(given.values, given.label, FAMILIES[kind].defaults)
     whole(keys)
     keys.only("hidden_act", ("silu", "swish"), "silu")
     keys.only("attention_bias", (False,), False, "the output projection would have a bias as well")
@@ -43,11 +43,11 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
     depth, context = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)
     if (head_dim := _nullable(keys, "head_dim")) is None:
         if width % heads:
-            raise InputError(f"{keys.where}: hidden_size {width} is no multiple of {heads} heads")
+            raise InputError(f"{keys.label}: hidden_size {width} is no multiple of {heads} heads")
         head_dim = width // heads
     shared = _nullable(keys, "num_key_value_heads")
     base, scaling = _rope(keys, context)
-    with naming(keys.where):
+    with naming(keys.label):
         return DecoderConfig(
             vocab_size=keys.get("vocab_size", int),
             width=width,
@@ -75,17 +75,17 @@ def vision_config(given: Keys, kind: str | None = None, **choices: Any) -> Visio
     """
     kind = given.get("model_type", str, kind)
     if kind not in TOWERS:
-        raise InputError(f"{given.where}: model_type is {kind!r}; {', '.join(TOWERS)} can be read")
+        raise InputError(f"{given.label}: model_type is {kind!r}; {', '.join(TOWERS)} can be read")
     ours, defaults = TOWERS[kind].kind, TOWERS[kind].defaults
-    keys = Keys(given.values, given.where, defaults)
+    keys = Keys(given.values, given.label, defaults)
     whole(keys)
     keys.only("num_channels", (3,), 3)
     if ours == "siglip":
         choices = {"select": "full"} | choices
     size, patch = keys.get("image_size", int), keys.get("patch_size", int)
     if not 0 < patch <= size:
-        raise InputError(f"{keys.where}: a patch_size of {patch} does not fit into an image_size of {size}")
-    with naming(keys.where):
+        raise InputError(f"{keys.label}: a patch_size of {patch} does not fit into an image_size of {size}")
+    with naming(keys.label):
         return VisionConfig(
             kind=ours,
             image_size=size,
@@ -108,7 +108,7 @@ def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
     keys.only("do_resize", (True,), True)
     keys.only("do_rescale", (True,), True)
     if abs((factor := keys.get("rescale_factor", float, 1 / 255)) * 255 - 1) > 1e-6:
-        raise InputError(f"{keys.where}: rescale_factor is {factor}; only 1/255 can be read")
+        raise InputError(f"{keys.label}: rescale_factor is {factor}; only 1/255 can be read")
     mean, std = NORMALISATION[vision.kind]
     if keys.get("do_normalize", bool, True):
         mean, std = _three(keys, "image_mean", mean), _three(keys, "image_std", std)
@@ -121,12 +121,12 @@ def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
         sides |= _sides(keys, "crop_size", vision.image_size)
     if sides - {vision.image_size}:
         raise InputError(
-            f"{keys.where}: makes squares of {' or '.join(map(str, sorted(sides)))} pixels, "
+            f"{keys.label}: makes squares of {' or '.join(map(str, sorted(sides)))} pixels, "
             f"the tower takes {vision.image_size}"
         )
     shortest = isinstance(keys.values.get("size"), dict) and "shortest_edge" in keys.values["size"]
     if shortest and not crop and not pad:
-        raise InputError(f"{keys.where}: shortest_edge without do_center_crop makes no squares")
+        raise InputError(f"{keys.label}: shortest_edge without do_center_crop makes no squares")
     return ImagePolicy(
         mode="pad" if pad else "crop" if crop and _crops(keys) else "squash",
         mean=mean,
@@ -154,7 +154,7 @@ def whole(keys: Keys) -> None:
     if "quantization_config" in keys:
         method = keys.object("quantization_config").values.get("quant_method", "an unknown way")
         raise InputError(
-            f"{keys.where}: quantization_config says that the weights are quantised by {method}; "
+            f"{keys.label}: quantization_config says that the weights are quantised by {method}; "
             "give the checkpoint that they were made of"
         )
 
@@ -170,7 +170,7 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
     """The rotary base and its scaling: `rope_parameters`, or before it `rope_theta` and `rope_scaling`."""
     rope = keys.object("rope_parameters" if "rope_parameters" in keys else "rope_scaling")
     if any(isinstance(value, dict) for value in rope.values.values()):
-        raise InputError(f"{rope.where} differs between layers, which cannot be read")
+        raise InputError(f"{rope.label} differs between layers, which cannot be read")
     base = rope.get("rope_theta", float, keys.get("rope_theta", float, 10000.0))
     rope.only("partial_rotary_factor", (1.0,), 1.0, "every value of a head must rotate")
     name = "rope_type" if "rope_type" in rope else "type"
@@ -199,7 +199,7 @@ def _window(keys: Keys, kind: str, depth: int, context: int) -> int | None:
     if len(set(layers)) > 1:
         name = "layer_types" if "layer_types" in keys else "max_window_layers"
         raise InputError(
-            f"{keys.where}: {name} gives a sliding_window to {layers.count('sliding_attention')} of {depth} "
+            f"{keys.label}: {name} gives a sliding_window to {layers.count('sliding_attention')} of {depth} "
             "layers; only all or none can be read"
         )
     return window if layers[0] == "sliding_attention" else None
@@ -208,7 +208,7 @@ def _window(keys: Keys, kind: str, depth: int, context: int) -> int | None:
 def _three(keys: Keys, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     value = keys.get(key, list, list(default))
     if len(value) != 3 or not all(isinstance(part, int | float) for part in value):
-        raise InputError(f"{keys.where}: {key} should be three numbers, not {value!r}")
+        raise InputError(f"{keys.label}: {key} should be three numbers, not {value!r}")
     red, green, blue = map(float, value)
     return red, green, blue
 
@@ -218,7 +218,7 @@ def _sides(keys: Keys, key: str, default: int) -> set[int]:
     value = keys.values.get(key, default)
     sides = set(value.values()) if isinstance(value, dict) else {value}
     if not sides or not all(isinstance(side, int) for side in sides):
-        raise InputError(f"{keys.where}: {key} should be one or two numbers of pixels, not {value!r}")
+        raise InputError(f"{keys.label}: {key} should be one or two numbers of pixels, not {value!r}")
     return sides
 
 

@@ -55,7 +55,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     """
     given = Keys.of(folder / "config.json")
     kind = given.get("model_type", str)
-    keys = Keys(given.values, given.where, _DEFAULTS[kind])
+    keys = Keys(given.values, given.label, _DEFAULTS[kind])
     whole(keys)
     keys.only("projector_hidden_act", ("gelu",), "gelu")
     text = keys.object("text_config")
@@ -74,7 +74,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
         connector=ConnectorConfig("mlp2x_gelu"), image=image, image_wrap=side.image_wrap(),
     )  # fmt: skip
     if image.mode == "crop" and "do_pad" not in processor.values:  # transformers' own conversions lack it
-        notes += (f"pictures are cropped, as {Path(processor.where).name} does not ask for do_pad",)
+        notes += (f"pictures are cropped, as {Path(processor.label).name} does not ask for do_pad",)
     tensors = open_weights(folder)
     nesting = _nesting(tensors, folder)
     prefix = tensor_names.tower_prefix(tensors, nesting.tower) or ""
@@ -99,15 +99,15 @@ def _vision(keys: Keys) -> VisionConfig:
     layer = keys.get("vision_feature_layer", object)
     if not isinstance(layer, int):
         raise InputError(
-            f"{keys.where}: vision_feature_layer is {layer!r}; features of one layer can be read"
+            f"{keys.label}: vision_feature_layer is {layer!r}; features of one layer can be read"
         )
-    given = keys.object("vision_config") if "vision_config" in keys else Keys(_CLIP_336, keys.where)
+    given = keys.object("vision_config") if "vision_config" in keys else Keys(_CLIP_336, keys.label)
     vision = vision_config(given, "clip_vision_model", layer=layer)
     strategy = keys.get("vision_feature_select_strategy", str)
     if (vision.kind, strategy) not in _SELECT:
         known = " or ".join(name for kind, name in _SELECT if kind == vision.kind)
         raise InputError(
-            f"{keys.where}: vision_feature_select_strategy is {strategy!r}; of {vision.kind} it is {known}"
+            f"{keys.label}: vision_feature_select_strategy is {strategy!r}; of {vision.kind} it is {known}"
         )
     return dataclasses.replace(vision, select=_SELECT[vision.kind, strategy])
 
@@ -116,21 +116,21 @@ def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> Imag
     if kind == "llava":
         return image_policy(processor, vision)
     # do_pad speaks of tiles here: it fills up a batch.
-    policy = image_policy(Keys({**processor.values, "do_pad": False}, processor.where), vision)
+    policy = image_policy(Keys({**processor.values, "do_pad": False}, processor.label), vision)
     pinpoints = keys.get("image_grid_pinpoints", list)
     stated = processor.get("image_grid_pinpoints", list, pinpoints)
     if stated != pinpoints:
         raise InputError(
-            f"{processor.where}: image_grid_pinpoints is {stated}, but {pinpoints} in {keys.where}"
+            f"{processor.label}: image_grid_pinpoints is {stated}, but {pinpoints} in {keys.label}"
         )
     most = None
     if kind == "llava_onevision":
         ratio = keys.get("vision_aspect_ratio", str)
         if (match := re.fullmatch(r"anyres_max_(\d+)", ratio)) is None:
-            raise InputError(f"{keys.where}: vision_aspect_ratio is {ratio!r}; only anyres_max_N can be read")
+            raise InputError(f"{keys.label}: vision_aspect_ratio is {ratio!r}; only anyres_max_N can be read")
         most = int(match[1])
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pinpoints):
-        raise InputError(f"{keys.where}: image_grid_pinpoints is {pinpoints}, not a list of [height, width]")
+        raise InputError(f"{keys.label}: image_grid_pinpoints is {pinpoints}, not a list of [height, width]")
     sizes = tuple((width, height) for height, width in pinpoints)
     several = "square" if kind == "llava_onevision" else "tiles"
     return dataclasses.replace(
@@ -152,11 +152,11 @@ def _check_image_token(keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> No
     number = keys.get(name, int)
     if tokenizer.id_to_token(number) is None:
         raise InputError(
-            f"{keys.where}: {name} is {number}, which the tokenizer lacks; "
+            f"{keys.label}: {name} is {number}, which the tokenizer lacks; "
             f"it has {tokenizer.get_vocab_size()} tokens"
         )
     if number >= decoder.vocab_size:
-        raise InputError(f"{keys.where}: {name} is {number}, but vocab_size only {decoder.vocab_size}")
+        raise InputError(f"{keys.label}: {name} is {number}, but vocab_size only {decoder.vocab_size}")
 
 
 def _no_biases(state: LazyStateDict) -> LazyStateDict:

@@ -61,7 +61,7 @@ def open_original(
     whole(keys)
     kind = keys.get("model_type", str)
     if kind not in _FAMILIES:
-        raise InputError(f"{keys.where}: model_type is {kind!r}; {', '.join(_FAMILIES)} can be read")
+        raise InputError(f"{keys.label}: model_type is {kind!r}; {', '.join(_FAMILIES)} can be read")
     family, usual = _FAMILIES[kind]
     keys.only("s2", (False,), False)
     keys.only("mm_resampler_type", (None,), None)
@@ -106,7 +106,7 @@ def _language(
     if probe in tensors and not adapter:
         if base is not None:
             raise InputError(f"{folder} holds its language model already; leave out the base {base}")
-        decoder = decoder_config(Keys({**keys.values, "model_type": family}, keys.where))
+        decoder = decoder_config(Keys({**keys.values, "model_type": family}, keys.label))
         return tensors, decoder, read_text_side(folder, keys), {}
     named = base or (base_name(folder) if adapter else "")
     if not named:
@@ -158,10 +158,10 @@ def _tower(
             vision, policy, path = opened.config, opened.policy, opened.path
             state = {f"tower.{name}": tensor for name, tensor in opened.state.items()}
     except InputError as error:
-        raise InputError(f"the vision tower of {keys.where}: {error} (or name one with --tower)") from error
+        raise InputError(f"the vision tower of {keys.label}: {error} (or name one with --tower)") from error
     if (width := keys.get("mm_hidden_size", int, vision.width)) != vision.width:
         raise InputError(
-            f"{keys.where}: mm_hidden_size is {width}, but the tower {source} has {vision.width}"
+            f"{keys.label}: mm_hidden_size is {width}, but the tower {source} has {vision.width}"
         )
     layer = keys.get("mm_vision_select_layer", int, -2)
     select = keys.only("mm_vision_select_feature", ("patch", "cls_patch"), "patch")
@@ -182,7 +182,7 @@ def _connector(keys: Keys) -> ConnectorConfig:
     kind = keys.get("mm_projector_type", str, "linear")  # v1.0 had no other
     if not re.fullmatch(r"linear|identity|mlp[1-9]x_gelu", kind):
         raise InputError(
-            f"{keys.where}: mm_projector_type is {kind!r}; linear, mlpNx_gelu and identity can be read"
+            f"{keys.label}: mm_projector_type is {kind!r}; linear, mlpNx_gelu and identity can be read"
         )
     return ConnectorConfig(kind)
 
@@ -198,7 +198,7 @@ def _image(keys: Keys, vision: VisionConfig, published: ImagePolicy) -> ImagePol
     match = re.fullmatch(r"anyres(?:_max_(\d+))?", ratio)
     if match is None:
         raise InputError(
-            f"{keys.where}: image_aspect_ratio is {ratio!r}; square, pad, anyres and anyres_max_N can be read"
+            f"{keys.label}: image_aspect_ratio is {ratio!r}; square, pad, anyres and anyres_max_N can be read"
         )
     merge = keys.only("mm_patch_merge_type", ("spatial_unpad", "spatial"), "flat", "the tiles must be joined")
     return dataclasses.replace(
@@ -224,5 +224,5 @@ def _pinpoints(keys: Keys, size: int) -> tuple[tuple[int, int], ...]:
         return tuple((int(width), int(height)) for width, height in pairs)
     except (ValueError, TypeError, SyntaxError) as error:
         raise InputError(
-            f"{keys.where}: image_grid_pinpoints is {value!r}, not a list of [width, height]"
+            f"{keys.label}: image_grid_pinpoints is {value!r}, not a list of [width, height]"
         ) from error

@@ -56,7 +56,7 @@ def adapt(base: LoadedParts, folder: Path) -> LoadedParts:
             state[name.removesuffix("weight") + "lora_a"] = a
             state[name.removesuffix("weight") + "lora_b"] = b
         else:
-            _check_fit(base.state[name], a, b, keys.where)
+            _check_fit(base.state[name], a, b, keys.label)
             state[name] = add_update(base.state[name], a, b, config.alpha / config.rank)
     if kept is not None:
         order = [target for target in LoraConfig().targets if target in targets]
@@ -89,20 +89,20 @@ def _lora(keys: Keys) -> LoraConfig:
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters"):
         if keys.values.get(key):
             raise InputError(
-                f"{keys.where}: {key} is {keys.values[key]!r}, which cannot be read; it must be empty"
+                f"{keys.label}: {key} is {keys.values[key]!r}, which cannot be read; it must be empty"
             )
     start = keys.values.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         raise InputError(
-            f"{keys.where}: init_lora_weights {start!r} changes the base as well; convert it to a plain LoRA"
+            f"{keys.label}: init_lora_weights {start!r} changes the base as well; convert it to a plain LoRA"
         )
     rank = keys.get("r", int)
     if rank < 1:
-        raise InputError(f"{keys.where}: r is {rank}; it must be 1 or more")
+        raise InputError(f"{keys.label}: r is {rank}; it must be 1 or more")
     alpha = keys.get("lora_alpha", float)
     if keys.get("use_rslora", bool, False):  # arXiv 2312.03732 divides by the root of the rank
         alpha *= rank**0.5
-    with naming(keys.where):
+    with naming(keys.label):
         return LoraConfig(rank=rank, alpha=alpha, dropout=keys.get("lora_dropout", float, 0.0))
 
 
@@ -119,17 +119,17 @@ def _pairs(
         ours = table.get(match[1]) if match else None
         if match is None or ours is None or ours == "decoder.embed.weight":
             raise InputError(
-                f"{keys.where}: its tensor {name} ({tensor.origin}) adapts no linear layer of the base"
+                f"{keys.label}: its tensor {name} ({tensor.origin}) adapts no linear layer of the base"
             )
         if tensor.shape[match[2] == "B"] != lora.rank:
-            raise InputError(f"{keys.where}: r is {lora.rank}, but {name} has the shape {list(tensor.shape)}")
+            raise InputError(f"{keys.label}: r is {lora.rank}, but {name} has the shape {list(tensor.shape)}")
         found.setdefault(ours, {})[match[2]] = tensor
     if not found:
-        raise InputError(f"{keys.where}: its weights are empty")
+        raise InputError(f"{keys.label}: its weights are empty")
     order = {name: number for number, name in enumerate(dict.fromkeys(table.values()))}
     for name, pair in found.items():
         if len(pair) != 2:
-            raise InputError(f"{keys.where}: {name} has only one of lora_A and lora_B")
+            raise InputError(f"{keys.label}: {name} has only one of lora_A and lora_B")
     return {
         name: (pair["A"], pair["B"]) for name, pair in sorted(found.items(), key=lambda item: order[item[0]])
     }

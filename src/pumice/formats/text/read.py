@@ -120,7 +120,7 @@ def read_text_side(folder: Path, config: Keys) -> TextSide:
             given = value if isinstance(value, list) else [value]
             if not all(isinstance(number, int) for number in given):
                 raise InputError(
-                    f"{keys.where}: eos_token_id should be a number or a list of them, not {value!r}"
+                    f"{keys.label}: eos_token_id should be a number or a list of them, not {value!r}"
                 )
             ends = tuple(given)
     return TextSide(read_tokenizer(folder), ends)
