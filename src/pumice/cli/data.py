@@ -108,7 +108,7 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
         raise InputError(f"{path} describes no chat format of its own; name one with --template")
     else:
         found = describe(
-            files.chat_template, bos=files.bos, eos=files.eos, specials=words.special, where=str(path)
+            files.chat_template, bos=files.bos, eos=files.eos, specials=words.special, label=str(path)
         )
         written = get_template(found.template, found.chat)
         if found.writes_bos and files.bos is not None:

@@ -114,17 +114,17 @@ def describe_tower(path: Path) -> tuple[VisionConfig, ImagePolicy]:
     return config, default_policy(config)
 
 
-def tower_state(tensors: LazyStateDict, config: VisionConfig, where: str) -> LazyStateDict:
+def tower_state(tensors: LazyStateDict, config: VisionConfig, label: str) -> LazyStateDict:
     """A ViT's tensors under our names."""
     prefix = tensor_names.tower_prefix(tensors)
     if prefix is None:
         raise InputError(
-            f"{where} has no tensor vision_model.embeddings.patch_embedding.weight: it holds no ViT"
+            f"{label} has no tensor vision_model.embeddings.patch_embedding.weight: it holds no ViT"
         )
     if prefix:  # a whole CLIP has a text model beside it, and what compares the two
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return tensor_names.convert(
-        tensors, tensor_names.moved(tensor_names.tower(config), {"": prefix}, ""), where
+        tensors, tensor_names.moved(tensor_names.tower(config), {"": prefix}, ""), label
     )
 
 

@@ -130,10 +130,10 @@ def new_parts(
     )
 
 
-def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+def _opened(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     model = _without_values(loaded.config)
-    check(loaded.state, _shapes(model), where)
+    check(loaded.state, _shapes(model), label)
     _fill(model, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)

@@ -190,7 +190,7 @@ def expand(patterns: Mapping[str, str | None], count: int) -> Table:
     }
 
 
-def convert(state: Mapping[str, _T], table: Table, where: str = "the checkpoint") -> dict[str, _T]:
+def convert(state: Mapping[str, _T], table: Table, label: str = "the checkpoint") -> dict[str, _T]:
     """`state` under our names. Raises InputError on a key that the table lacks, or that it wants in vain."""
     unknown = [name for name in state if name not in table]
     missing = [theirs for theirs, ours in table.items() if ours is not None and theirs not in state]
@@ -198,7 +198,7 @@ def convert(state: Mapping[str, _T], table: Table, where: str = "the checkpoint"
         problems = [
             f"{label} {some(names)}" for label, names in (("unknown", unknown), ("missing", missing)) if names
         ]
-        raise InputError(f"{where} does not have the tensors of its kind of model: {'; '.join(problems)}")
+        raise InputError(f"{label} does not have the tensors of its kind of model: {'; '.join(problems)}")
     named = ((table[name], value) for name, value in state.items())
     return {ours: value for ours, value in named if ours is not None}
 

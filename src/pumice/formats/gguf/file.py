@@ -196,7 +196,7 @@ def _end(info: TensorInfo) -> int:
     return info.offset + count // values * size
 
 
-def _block_format(kind: int, where: str) -> tuple[int, int, _Decode]:
+def _block_format(kind: int, label: str) -> tuple[int, int, _Decode]:
     """(values per block, bytes per block, blocks (n, bytes) uint8 -> (n, values) float32)."""
     if kind in _BLOCKS:
         return _BLOCKS[kind]
@@ -206,6 +206,6 @@ def _block_format(kind: int, where: str) -> tuple[int, int, _Decode]:
         named = GGMLQuantizationType(kind)
         quants.dequantize(torch.zeros(1, GGML_QUANT_SIZES[named][1], dtype=torch.uint8).numpy(), named)
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"{where} is stored in ggml type {kind}, which cannot be dequantised") from error
+        raise InputError(f"{label} is stored in ggml type {kind}, which cannot be dequantised") from error
     values, size = GGML_QUANT_SIZES[named]
     return values, size, lambda blocks: torch.from_numpy(quants.dequantize(blocks.numpy(), named))

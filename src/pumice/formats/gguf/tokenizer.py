@@ -48,22 +48,22 @@ def tokenizer_files(file: GgufFile) -> TokenizerFiles:
     )
 
 
-def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
+def build_tokenizer(metadata: dict[str, Any], label: str) -> Tokenizer:
     """The tokenizer that the metadata describes; it adds no special tokens by itself."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "llama":
-        return _sentencepiece(metadata, where)
+        return _sentencepiece(metadata, label)
     if kind != "gpt2":
-        raise InputError(f"{where} has a tokenizer of kind {kind!r}; only gpt2 and llama can be read")
+        raise InputError(f"{label} has a tokenizer of kind {kind!r}; only gpt2 and llama can be read")
     name = metadata.get("tokenizer.ggml.pre", "gpt-2")
     if name not in PRE_TOKENIZERS:
-        raise InputError(f"{where} splits words as {name!r}; known are {', '.join(PRE_TOKENIZERS)}")
-    tokens = _needed(metadata, "tokenizer.ggml.tokens", where)
+        raise InputError(f"{label} splits words as {name!r}; known are {', '.join(PRE_TOKENIZERS)}")
+    tokens = _needed(metadata, "tokenizer.ggml.tokens", label)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
-            merges=[_pair(merge) for merge in _needed(metadata, "tokenizer.ggml.merges", where)],
+            merges=[_pair(merge) for merge in _needed(metadata, "tokenizer.ggml.merges", label)],
             unk_token=None if unknown is None else tokens[unknown],
             ignore_merges=name == "llama-bpe",
         )
@@ -76,14 +76,14 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(metadata: dict[str, Any], where: str) -> Tokenizer:
+def _sentencepiece(metadata: dict[str, Any], label: str) -> Tokenizer:
     """A SentencePiece BPE, of which GGUF keeps the pieces, their scores and kinds."""
-    tokens = _needed(metadata, "tokenizer.ggml.tokens", where)
+    tokens = _needed(metadata, "tokenizer.ggml.tokens", label)
     scores = metadata.get("tokenizer.ggml.scores", ())
     kinds = metadata.get("tokenizer.ggml.token_type", ())
     if not len(tokens) == len(scores) == len(kinds):
         raise InputError(
-            f"{where} has {len(tokens)} tokens, {len(scores)} scores and {len(kinds)} token types"
+            f"{label} has {len(tokens)} tokens, {len(scores)} scores and {len(kinds)} token types"
         )
     numbers = {
         name: metadata[f"tokenizer.ggml.{key}_token_id"]
@@ -95,12 +95,12 @@ def _sentencepiece(metadata: dict[str, Any], where: str) -> Tokenizer:
     while pieces and pieces[-1][2] == UNUSED:  # they fill up a vocabulary to a round number
         pieces.pop()
     model = SentencePiece(pieces, BPE, add_prefix=prefix, remove_spaces=False, **numbers)
-    return model.tokenizer(where, add_bos=False)
+    return model.tokenizer(label, add_bos=False)
 
 
-def _needed(metadata: dict[str, Any], key: str, where: str) -> list[str]:
+def _needed(metadata: dict[str, Any], key: str, label: str) -> list[str]:
     if key not in metadata:
-        raise InputError(f"{where} does not say {key}, so it holds no whole tokenizer")
+        raise InputError(f"{label} does not say {key}, so it holds no whole tokenizer")
     found: list[str] = metadata[key]
     return found
 

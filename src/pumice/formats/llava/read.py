@@ -17,7 +17,7 @@ from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionCon
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.components import describe_tower, open_llm, open_tower
-from pumice.formats.hf.config import decoder_config, padding, whole
+from pumice.formats.hf.config import check_unquantised, decoder_config, padding
 from pumice.formats.peft.read import adapt, base_name
 from pumice.formats.recognise import ADAPTER_CONFIG, Kind, recognise
 from pumice.formats.text.read import TextSide, read_text_side
@@ -58,7 +58,7 @@ def open_original(
     model does not compute.
     """
     keys = Keys.of(folder / "config.json")
-    whole(keys)
+    check_unquantised(keys)
     kind = keys.get("model_type", str)
     if kind not in _FAMILIES:
         raise InputError(f"{keys.label}: model_type is {kind!r}; {', '.join(_FAMILIES)} can be read")

@@ -149,10 +149,10 @@ def _block(name: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match else None
 
 
-def _check_fit(weight: LazyTensor, a: LazyTensor, b: LazyTensor, where: str) -> None:
+def _check_fit(weight: LazyTensor, a: LazyTensor, b: LazyTensor, label: str) -> None:
     update = [b.shape[0], a.shape[1]]
     if update != list(weight.shape):
-        raise InputError(f"{where}: an update of {update} does not fit {weight.origin}, {list(weight.shape)}")
+        raise InputError(f"{label}: an update of {update} does not fit {weight.origin}, {list(weight.shape)}")
 
 
 def add_update(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:

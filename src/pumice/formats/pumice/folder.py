@@ -169,7 +169,7 @@ def _assumed(config: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def check(state: Mapping[str, Tensor | LazyTensor], expected: Shapes, where: str) -> None:
+def check(state: Mapping[str, Tensor | LazyTensor], expected: Shapes, label: str) -> None:
     """Raise InputError unless `state` has exactly the names and shapes of `expected`, in floating point.
 
     Batch norm's counters of batches count on neither side; `load_state_dict` fills them in.
@@ -189,7 +189,7 @@ def check(state: Mapping[str, Tensor | LazyTensor], expected: Shapes, where: str
         (f"not in {', '.join(FLOATS.values())}", whole),
     )  # fmt: skip
     if problems := [f"{label}: {some(names)}" for label, names in listed if names]:
-        raise InputError(f"the tensors in {where} do not fit its config.json: {'; '.join(problems)}")
+        raise InputError(f"the tensors in {label} do not fit its config.json: {'; '.join(problems)}")
 
 
 def _named(name: str, tensor: Tensor | LazyTensor) -> str:

@@ -42,7 +42,7 @@ class _Unlike(Exception):
 
 
 def describe(
-    source: str, *, bos: str | None, eos: str | None, specials: Collection[str], where: str
+    source: str, *, bos: str | None, eos: str | None, specials: Collection[str], label: str
 ) -> Described:
     """The format that a chat template writes, checked on conversations of every shape.
 
@@ -64,7 +64,7 @@ def describe(
         raise _Unlike(reasons[0] if reasons else "its questions do not all begin with the same text")
     except _Unlike as error:
         raise InputError(
-            f"{where}: this chat template cannot be turned into fixed texts around each turn ({error}); "
+            f"{label}: this chat template cannot be turned into fixed texts around each turn ({error}); "
             f"name the format with --template, one of: {', '.join(TEMPLATES)}"
         ) from error
 

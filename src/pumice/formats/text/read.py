@@ -36,7 +36,7 @@ class TextSide:
     def model_config(
         self,
         template: str | None,
-        where: str,
+        label: str,
         *,
         usual: str | None = None,
         fallback: str | None = None,
@@ -48,12 +48,12 @@ class TextSide:
         parts: the other fields of ModelConfig. Raises InputError when no format is known, or the tokenizer
         lacks its tokens.
         """
-        name, chat, writes_bos, note = self._format(template, where, usual, fallback)
+        name, chat, writes_bos, note = self._format(template, label, usual, fallback)
         rows = parts["decoder"].vocab_size
         tokens = Tokenizer(self.tokenizer)
         if len(tokens) > rows:
             raise InputError(
-                f"{where}: the tokenizer has {len(tokens)} tokens, the embedding only {rows} rows"
+                f"{label}: the tokenizer has {len(tokens)} tokens, the embedding only {rows} rows"
             )
         bos = self.files.bos_id
         if bos is None and writes_bos and self.files.bos is not None:
@@ -61,7 +61,7 @@ class TextSide:
         try:
             stops = tokens.stops(get_template(name, chat))
         except InputError as error:
-            raise InputError(f"{where} does not suit the template {name!r}: {error}") from error
+            raise InputError(f"{label} does not suit the template {name!r}: {error}") from error
         config = ModelConfig(
             **parts,
             template=name,
@@ -80,7 +80,7 @@ class TextSide:
         return image_wrap(files.chat_template, bos=files.bos, eos=files.eos, specials=special)
 
     def _format(
-        self, asked: str | None, where: str, usual: str | None, fallback: str | None
+        self, asked: str | None, label: str, usual: str | None, fallback: str | None
     ) -> tuple[str, ChatFormat | None, bool, str]:
         """(template, chat, whether the chat template writes the begin of text, what was assumed)."""
         source = self.files.chat_template
@@ -90,12 +90,12 @@ class TextSide:
             return usual, None, False, f"no file says the chat format; {usual} was assumed"
         if source is not None:
             special = list(Tokenizer(self.tokenizer).special)
-            found = describe(source, bos=self.files.bos, eos=self.files.eos, specials=special, where=where)
+            found = describe(source, bos=self.files.bos, eos=self.files.eos, specials=special, label=label)
             return found.template, found.chat, found.writes_bos, ""
         if fallback is not None and asked is None:
             return fallback, None, False, f"no file says the chat format; {fallback} was assumed"
         raise InputError(
-            f"{where} has no chat template; name its format with --template, one of: {', '.join(TEMPLATES)}"
+            f"{label} has no chat template; name its format with --template, one of: {', '.join(TEMPLATES)}"
         )
 
     def _ends(self) -> tuple[int, ...]:

@@ -86,7 +86,7 @@ class SentencePiece:
         """The text of a token such as `bos`, or None when the model has no such token."""
         return self.pieces[number][0] if 0 <= number < len(self.pieces) else None
 
-    def tokenizer(self, where: str, *, legacy: bool = True, add_bos: bool = True) -> Tokenizer:
+    def tokenizer(self, label: str, *, legacy: bool = True, add_bos: bool = True) -> Tokenizer:
         """The tokenizer that cuts text as this model does; it finds the control tokens in text, too.
 
         legacy: as the original Llama code, each piece of text between special tokens begins with the
@@ -97,7 +97,7 @@ class SentencePiece:
         if self.model_type != BPE or UNUSED in kinds:
             kind = _TYPES.get(self.model_type, "unknown") if UNUSED not in kinds else "BPE with unused pieces"
             raise InputError(
-                f"{where} is a SentencePiece model of the kind {kind}; only BPE is read from one: "
+                f"{label} is a SentencePiece model of the kind {kind}; only BPE is read from one: "
                 "put the tokenizer.json that transformers writes beside it"
             )
         tokenizer = Tokenizer(
