@@ -65,7 +65,7 @@ def open_llm(source: Source) -> LanguageModel:
     prefix = next((p for p in tensor_names.LLM_PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
     if prefix is None:
         raise InputError(f"{path} has no tensor model.embed_tokens.weight, so it holds no language model")
-    table = tensor_names.moved(
+    table = tensor_names.with_prefixes(
         tensor_names.hf_decoder(config), {"model.": prefix, "lm_head.": "lm_head."}, ""
     )
     state = tensor_names.convert(tensors, table, str(path))
@@ -124,7 +124,7 @@ def tower_state(tensors: LazyStateDict, config: VisionConfig, label: str) -> Laz
     if prefix:  # a whole CLIP has a text model beside it, and what compares the two
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return tensor_names.convert(
-        tensors, tensor_names.moved(tensor_names.tower(config), {"": prefix}, ""), label
+        tensors, tensor_names.with_prefixes(tensor_names.tower(config), {"": prefix}, ""), label
     )
 
 
