@@ -85,7 +85,7 @@ def import_model(
     Processor(loaded.config, Tokenizer(loaded.tokenizer))
     expected = shapes(loaded.config)
     check(loaded.state, expected, str(path))
-    # 4. Write in the model's order, so that equal models become equal files from whatever source.
+    # 4. Write in the model's order, so that equal models give equal files.
     state = {name: loaded.state[name] for name in expected if name in loaded.state}
     if (torch_dtype := DTYPES[dtype]) is not None:
         state = {name: tensor.cast(torch_dtype) for name, tensor in state.items()}

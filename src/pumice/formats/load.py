@@ -61,7 +61,7 @@ def open_model(
     loaded = read_model(source, template=template, tower=tower, base=base)
     for note in loaded.notes:
         _LOG.warning("%s: %s", source, note)
-    return _opened(loaded, str(source), torch.device(device), dtype, merge)
+    return _build(loaded, str(source), torch.device(device), dtype, merge)
 
 
 def new_model(
@@ -77,7 +77,7 @@ def new_model(
 ) -> Opened:
     """Join a vision tower and an LLM by a new, untrained connector; arguments as in `new_parts`."""
     loaded = new_parts(tower, decoder, vision=vision, connector=connector, image=image, template=template)
-    return _opened(loaded, f"{tower} and {decoder}", torch.device(device), dtype, merge=False)
+    return _build(loaded, f"{tower} and {decoder}", torch.device(device), dtype, merge=False)
 
 
 def new_parts(
@@ -132,7 +132,7 @@ def new_parts(
     )
 
 
-def _opened(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     model = _empty_model(loaded.config)
     check(loaded.state, _shapes(model), label)

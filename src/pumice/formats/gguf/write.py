@@ -30,7 +30,7 @@ from pumice.templates import get_template
 
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers of file types
 _BLOCK = 32  # values that q8_0 quantises together
-_PAD_COLOR = (122, 116, 104)  # llama.cpp's own, whatever the mean
+_PAD_COLOR = (122, 116, 104)  # llama.cpp's fixed colour
 # The content of a message. llama.cpp marks a picture with <__media__>, or with a random word in it.
 _SAID = (
     "{% set all = namespace(text='') %}{% if content is string %}{% set all.text = content %}{% else %}"

@@ -79,7 +79,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     # The conversions that transformers published lack do_pad, although LLaVA 1.5 was trained with padding.
     if image.mode == "crop" and "do_pad" not in processor.values:
         notes += (f"pictures are cropped, as {Path(processor.label).name} does not ask for do_pad",)
-    # 3. The tensors, renamed by a table. Where the parts stand in the names depends on transformers' version.
+    # 3. The tensors, renamed by a table. The prefixes of the parts depend on transformers' version.
     tensors = open_weights(folder)
     nesting = _nesting(tensors, folder)
     prefix = tensor_names.tower_prefix(tensors, nesting.tower) or ""

@@ -269,27 +269,27 @@ def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator
     # 1. Cut the fixed texts out of a conversation: before the first question, around answers, at the end.
     one, two, three = _QUESTIONS
     shapes: list[tuple[str, bool, tuple[str, str]]]  # a question's beginning, system_in_user, system
-    head, opens, gap, *_ = jinja.gaps(one, _ANSWERS[0], two, _ANSWERS[1], three, generate=True)
-    asked, end = jinja.gaps(one)[-1], jinja.gaps(one, _ANSWERS[0])[-1]
+    before_first, opens, gap, *_ = jinja.gaps(one, _ANSWERS[0], two, _ANSWERS[1], three, generate=True)
+    after_question, end = jinja.gaps(one)[-1], jinja.gaps(one, _ANSWERS[0])[-1]
     prompt = jinja.gaps(one, generate=True)[-1]
     # 2. The text after a question must always be the same; then come the beginnings of the newest answer and
     # of earlier ones, of which one may be longer, as with an empty block of thoughts.
-    if not (prompt.startswith(asked) and opens.startswith(asked)):
+    if not (prompt.startswith(after_question) and opens.startswith(after_question)):
         raise _Unsupported("a question is not followed by the same text everywhere")
-    newest, earlier = prompt[len(asked) :], opens[len(asked) :]
+    newest, earlier = prompt[len(after_question) :], opens[len(after_question) :]
     if not (earlier.startswith(newest) or newest.startswith(earlier)):
         raise _Unsupported("earlier answers and the newest one begin differently")
     # 3. The end of an answer. Some templates write the stop token only after the newest one.
     before_stop, stop, after_stop, once = _stop(end, specials, eos)
     if gap.startswith(end):
-        tail = gap[len(end) :]
+        before_later = gap[len(end) :]
     elif gap.startswith(before_stop) and not after_stop:
-        tail, once = gap[len(before_stop) :], True
+        before_later, once = gap[len(before_stop) :], True
     else:
         raise _Unsupported("earlier answers and the newest one end differently")
     # 4. What all candidates have in common; `complete` adds what a question begins with.
     base = ChatFormat(
-        user=("", asked),
+        user=("", after_question),
         assistant=min(newest, earlier, key=len),
         opening=newest[len(earlier) :],
         answer=(earlier[len(newest) :], before_stop),
@@ -299,8 +299,8 @@ def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator
     )
 
     def complete(question: str, **more: Any) -> ChatFormat:
-        between = after_stop + tail[: len(tail) - len(question)]
-        chat = replace(base, user=(question, asked), between=between, **more)
+        between = after_stop + before_later[: len(before_later) - len(question)]
+        chat = replace(base, user=(question, after_question), between=between, **more)
         texts = [*chat.user, chat.assistant, chat.stop, between, *chat.answer, chat.opening]
         texts += [*(chat.system or ()), chat.default_system or ""]
         return replace(chat, specials=tuple(s for s in specials if any(s in text for text in texts)))
@@ -312,22 +312,24 @@ def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator
     except _Unsupported:
         shapes = []
     else:
-        question = _common(tail[::-1], after[::-1], head[::-1])[::-1]
+        question = _common(before_later[::-1], after[::-1], before_first[::-1])[::-1]
         shapes = [(question, False, (before, after[: len(after) - len(question)]))]
-        # Inside the first question: the longest end of `tail` with which both others begin.
-        ends = (tail[cut:] for cut in range(len(tail) + 1))
-        question = next(end for end in ends if before.startswith(end) and head.startswith(end))
+        # Inside the first question: the longest end of `before_later` with which both others begin.
+        ends = (before_later[cut:] for cut in range(len(before_later) + 1))
+        question = next(end for end in ends if before.startswith(end) and before_first.startswith(end))
         shapes.append((question, True, (before[len(question) :], after)))
     for question, inside, around in shapes:
         # 6. Without a system message some templates write a default one.
         default = None
-        if head != question:
-            if len(head) < len(before + after) or not (head.startswith(before) and head.endswith(after)):
+        if before_first != question:
+            if len(before_first) < len(before + after) or not (
+                before_first.startswith(before) and before_first.endswith(after)
+            ):
                 continue
-            default = head[len(before) : len(head) - len(after)]
+            default = before_first[len(before) : len(before_first) - len(after)]
         yield complete(question, system=around, system_in_user=inside, default_system=default)
-    if tail.endswith(head):
-        yield complete(head)
+    if before_later.endswith(before_first):
+        yield complete(before_first)
 
 
 def _common(*texts: str) -> str:
