@@ -16,7 +16,7 @@ from pumice.errors import InputError
 from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
-    from pumice.evaluate.result import Asked, Given
+    from pumice.evaluate.result import AnswerSet, QuestionSet
     from pumice.evaluate.run import Answerer
     from pumice.evaluate.task import Task
 
@@ -116,7 +116,9 @@ def evaluate(
         )
     chosen = get_task(task, split)
     if data is None:
-        raise InputError(f"--data is missing; {task} needs {chosen.source.files} from {chosen.source.url}")
+        raise InputError(
+            f"--data is missing; {task} needs {chosen.source.expected_files} from {chosen.source.url}"
+        )
     if predictions is None:
         raise InputError("--predictions is missing; name the file of answers (with --model it is written)")
     if reference is not None and reference not in PUBLISHED:
@@ -158,7 +160,7 @@ def evaluate(
         shown = cards(chosen, data, given.answered, score.values, given.model)
         with replacing(report) as file:
             file.write(page([found, *others], shown))
-    _print(found, json_file, result.in_words(found))
+    _print(found, json_file, result.format_result(found))
 
 
 def _print(found: dict[str, Any], json_file: Path | None, words: str) -> None:
@@ -193,7 +195,7 @@ def _check_apart(inputs: Sequence[Path | None], outputs: Sequence[Path | None]) 
 
 
 def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | None) -> None:
-    from pumice.evaluate.endpoint import Endpoint
+    from pumice.evaluate.endpoint import ChatEndpoint
     from pumice.evaluate.judge import Judge, JudgedTask
 
     if (url is None) != (model is None):
@@ -202,14 +204,14 @@ def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | N
         if url is not None or reviews is not None:
             raise InputError(f"{task.name} needs no judge; leave out --judge-url and --reviews")
         return
-    endpoint = Endpoint(url, model) if url is not None and model is not None else None
+    endpoint = ChatEndpoint(url, model) if url is not None and model is not None else None
     if endpoint is not None or reviews is not None:
         task.judge = Judge(reviews, endpoint)
 
 
 def _answer(
     task: Task,
-    asked: Asked,
+    asked: QuestionSet,
     path: Path,
     model: str,
     model_name: str | None,
@@ -219,9 +221,9 @@ def _answer(
     max_new_tokens: int | None,
 ) -> bool:
     """Lets the model answer into `path`; False where another process goes on."""
-    from pumice.evaluate.run import check_pictures, run
+    from pumice.evaluate.run import check_images, run
 
-    missing = check_pictures(asked.questions, allow_missing=allow_missing)
+    missing = check_images(asked.questions, allow_missing=allow_missing)
     if missing:
         print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
     answerer = _answerer(model, model_name, device, slots)
@@ -248,11 +250,11 @@ def _answerer(model: str, model_name: str | None, device: str | None, slots: int
     from pumice.evaluate.run import EndpointAnswerer, LocalAnswerer
 
     if model.startswith(("http://", "https://")):
-        from pumice.evaluate.endpoint import Endpoint
+        from pumice.evaluate.endpoint import ChatEndpoint
 
         if model_name is None:
             raise InputError("--model is an address; say which model is meant there with --model-name")
-        return EndpointAnswerer(Endpoint(model, model_name), workers=slots)
+        return EndpointAnswerer(ChatEndpoint(model, model_name), workers=slots)
     options.share_cores()
     from pumice.assistant import load
 
@@ -262,8 +264,8 @@ def _answerer(model: str, model_name: str | None, device: str | None, slots: int
 def _compare(
     task: Task,
     data: Path,
-    asked: Asked,
-    first: Given,
+    asked: QuestionSet,
+    first: AnswerSet,
     mine: Path,
     other: Path,
     json_file: Path | None,
@@ -289,7 +291,9 @@ def _compare(
     found = compare.compare(task, ours, theirs, names, files)
     found["partial"] = len(both) < asked.total
     found["why_partial"] = f"{len(both)} of {asked.total} questions" if found["partial"] else ""
-    words = compare.in_words(found) + (f"\n  PARTIAL: {found['why_partial']}" if found["partial"] else "")
+    words = compare.format_comparison(found) + (
+        f"\n  PARTIAL: {found['why_partial']}" if found["partial"] else ""
+    )
     _print(found, json_file, words)
     if report is not None:
         from pumice.evaluate.report import compare_page, compared_cards

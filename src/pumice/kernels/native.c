@@ -1,6 +1,6 @@
 /* A few new tokens of several sequences through a decoder, on a CPU, in one call.
  *
- * Knows memory and numbers. Computes what `Decoder.forward` and `Decoder.logits` do, with activations in fp32: over
+ * Computes what `Decoder.forward` and `Decoder.logits` do, with activations in fp32: over
  * `Int8Linear` layers with all else in bfloat16, or, where PLAIN is defined, with everything in fp32. One call,
  * because a step at a time in PyTorch is some 1,500 small operations, which take longer than reading the weights. A row
  * is added up in the same order whatever the other rows and however many threads there are (compilers contract every

@@ -14,7 +14,7 @@ from pumice.cli.checks.finding import Finding
 
 def versions() -> list[Finding]:
     """Python, torch, the libraries that Pumice requires, and which extras are complete."""
-    found = [Finding("pumice", f"{__version__} in {Path(__file__).parents[1]}", value=__version__)]
+    found = [Finding("pumice", f"{__version__} in {Path(__file__).parents[2]}", value=__version__)]
     place = f"{platform.python_version()} at {sys.executable}, {platform.platform()}"
     found.append(Finding("python", place, value=platform.python_version()))
     found.append(_torch())
