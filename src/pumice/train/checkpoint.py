@@ -182,7 +182,7 @@ def latest(
         rng = path / f"rng-{world.rank:05d}.safetensors"
         same_size = state["processes"] == world.size
         weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
-        paths = Checkpoint(
+        checkpoint = Checkpoint(
             step=state["step"],
             weights=weights,
             moments={k: v for k, v in tensors.items() if not k.startswith("weights.")},
@@ -207,7 +207,7 @@ def latest(
     if shapes[0] != shapes[1]:
         wrong = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
         raise InputError(f"the checkpoint {path} does not fit the model: {wrong[0]} differs; {remedy}")
-    return paths
+    return checkpoint
 
 
 class _RecipeDiffers(Exception):
