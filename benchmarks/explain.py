@@ -1,4 +1,4 @@
-"""Do explanations point at the right place, and tell when the picture mattered?
+"""Measure whether explanations point at the right place and tell when the picture mattered.
 
     export PYTHONPATH=projects/pumice-tiny
     python benchmarks/explain.py boxes     --stamps STAMPS --photos PHOTOS [--asked --count 520]
@@ -169,8 +169,8 @@ def show_boxes(rows: Sequence[Row]) -> None:
         values = [row[name][0] for row in rows]
         right = [row[name][0] > row[name][1] for row in rows if row[name][1] is not None]
         low, high = interval(values)
-        told = f"{100 * statistics.mean(right):.0f}% of {len(right)}" if right else "-"
-        print(f"| `{name}` | {statistics.mean(values):.2f} | {low:.2f}–{high:.2f} | {told} |")
+        share = f"{100 * statistics.mean(right):.0f}% of {len(right)}" if right else "-"
+        print(f"| `{name}` | {statistics.mean(values):.2f} | {low:.2f}–{high:.2f} | {share} |")
     print(f"\n{len(rows)} pictures")
 
 
@@ -220,9 +220,9 @@ def show_captions(rows: Sequence[Row]) -> None:
     print(f"\n{len(rows)} captions, {content.sum()} content words, {(~content).sum()} function words")
     for kind, key in (("photographs", "score"), ("plain pictures", "plain")):
         scores = np.array([row[key] for row in rows if row[key] is not None])
-        told = [np.quantile(column, [0, 0.05, 0.5, 0.95, 1]).round(2).tolist() for column in scores.T]
+        quantiles = [np.quantile(column, [0, 0.05, 0.5, 0.95, 1]).round(2).tolist() for column in scores.T]
         print(f"{kind}: {(scores[:, 0] >= THRESHOLD).sum()} of {len(scores)} lean; at 0, 5, 50, 95 and 100%:")
-        print(f"  grey {told[0]}, dropped {told[1]}")
+        print(f"  grey {quantiles[0]}, dropped {quantiles[1]}")
 
 
 def cohen(values: np.ndarray, first: np.ndarray, weights: np.ndarray) -> float:
@@ -258,7 +258,7 @@ def cost(assistant: Assistant, picture: Path) -> None:
         print(f"| `{name}` | {medians[name]:.3f} s | {medians[name] / medians['answer']:.2f} |")
 
 
-def kept(path: Path | None) -> dict[int, Row | None]:
+def read_rows(path: Path | None) -> dict[int, Row | None]:
     if path is None or not path.exists():
         return {}
     return dict(map(json.loads, whole_lines(path)))
@@ -284,7 +284,7 @@ def main() -> None:
     photos = split(read_photos(options.photos))[1] if options.photos else []
     root = options.photos or Path()
     stamps = read_stamps(options.stamps) if options.stamps else []
-    done = kept(options.keep)
+    done = read_rows(options.keep)
     for number in range(options.count):
         if number in done:
             continue

@@ -1,4 +1,4 @@
-"""How fast the engine answers about pictures, beside transformers with the same weights in the same run.
+"""Measure answers about pictures per second, beside transformers with the same weights in the same run.
 
     OMP_WAIT_POLICY=ACTIVE python benchmarks/serve.py [questions] [turn] [pope] [--quick] [--theirs N]
 
