@@ -21,7 +21,7 @@ from pumice.data.packing import Pack, Tree, fitting_trees, pack
 from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
 from pumice.processor import Processor, Sample
-from pumice.train.recipe import Recipe, Source
+from pumice.train.recipe import Recipe, RowSource
 
 Groups = list[list[tuple[int, int]]]  # rows, as (source, index), that share their images
 T = TypeVar("T")
@@ -190,7 +190,7 @@ class Batches:
         return fitting_trees(samples, self.recipe.pack_tokens)
 
 
-def _mixture(sources: Sequence[Source], seed: int) -> Mixture:
+def _mixture(sources: Sequence[RowSource], seed: int) -> Mixture:
     return Mixture([(Rows(s.rows), s.weight) for s in sources], seed)
 
 

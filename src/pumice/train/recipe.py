@@ -1,7 +1,6 @@
-"""A recipe: everything that decides a training run, typed and checked when it is read.
+"""A recipe holds every setting of a training run; its fields are typed and checked when it is read.
 
-Knows fields and their meaning. Does not know torch. Relative paths are relative to the folder in
-which the command runs; only `extends` is relative to the file that says it.
+Relative paths start at the folder in which the command runs. Only `extends` starts at the file that names it.
 """
 
 from __future__ import annotations
@@ -21,16 +20,17 @@ from pumice.errors import InputError
 
 Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
 
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Strict(BaseModel):
+class RecipeSection(BaseModel):
+    """A mapping inside a recipe; a key that is not a field is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class NewModel(Strict):
-    """A model put together from a bare tower, a bare LLM and a fresh connector."""
+class NewModel(RecipeSection):
+    """A model that is put together from a vision tower, an LLM and a new connector."""
 
     tower: str = Field(description="a known wheel, or a CLIP's or SigLIP's folder or hub name")
     decoder: str = Field(description="the LLM: a known wheel, folder, hub name or GGUF file")
@@ -40,7 +40,7 @@ class NewModel(Strict):
     template: str = Field("chatml", description="the chat format of the finished model")
 
 
-class Lora(Strict):
+class Lora(RecipeSection):
     rank: PositiveInt = 16
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -49,8 +49,8 @@ class Lora(Strict):
     )
 
 
-class Stage(Strict):
-    """Which parts learn, each at its own rate. What is not named is frozen."""
+class Stage(RecipeSection):
+    """The parts that learn, each at its own rate. A part that is not named is frozen."""
 
     learn: dict[Part, float] = Field(description="part -> peak learning rate")
     template: str | None = Field(None, description="the stage's own template; the model's when absent")
@@ -78,19 +78,19 @@ class Stage(Strict):
         return self
 
 
-class Source(Strict):
+class RowSource(RecipeSection):
     rows: Path = Field(description="LLaVA rows, .json or .jsonl")
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each row; 0.5 is a random half")
     mirror: bool = Field(False, description="pictures may be mirrored: no row speaks of left and right")
 
 
-class Recipe(Strict):
+class Recipe(RecipeSection):
     name: str
     output: Path = Field(description="folder of checkpoints, metrics and the finished model")
     model: Path | NewModel = Field(description="a model folder or hub name, or the parts of a new one")
     stage: Stage
-    data: list[Source] = Field(min_length=1)
-    held_out: list[Source] = Field(default=[], description="rows whose loss is measured, never learned")
+    data: list[RowSource] = Field(min_length=1)
+    held_out: list[RowSource] = Field(default=[], description="rows whose loss is measured, never learned")
     pictures: list[Path] = Field(default=[], description="folders in which the rows' pictures are found")
     max_bad_rows: int = Field(0, ge=0, description="spoiled rows to skip before the run stops")
     context: PositiveInt | None = Field(None, description="longest row in tokens; the LLM's when absent")
@@ -136,15 +136,17 @@ class Recipe(Strict):
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measuring")
 
     def stage_config(self, config: ModelConfig) -> ModelConfig:
-        """How this stage prepares its input: the model's config with what the stage has of its own.
+        """Return the model's config with the stage's own image policy, context and template.
 
         Raises InputError on an unknown field of `stage.image`, on tiles for a model without
         `image_newline`, and on a longer context than the LLM's.
         """
+        # The stage's fields replace the model's one by one; fields that it does not name stay.
         image = config.image
         if self.stage.image:
             values = as_stored(config.image) | self.stage.image
             image = from_dict(ImagePolicy, values, "stage.image")
+        # A stage may shorten the context to save memory, but the LLM has no positions beyond its own.
         decoder = config.decoder
         if self.context is not None:
             if self.context > decoder.context:
@@ -154,23 +156,28 @@ class Recipe(Strict):
                 )
             decoder = dataclasses.replace(decoder, context=self.context)
         template = self.stage.template or config.template
-        changed = dataclasses.replace(config, image=image, decoder=decoder, template=template)
-        if changed.has_newline and not config.has_newline:
+        staged = dataclasses.replace(config, image=image, decoder=decoder, template=template)
+        # Tiles end each row with a learned vector. A stage cannot add it: it is one of the model's weights.
+        if staged.has_newline and not config.has_newline:
             raise InputError(
                 "stage.image: tiles need the model's image_newline; write mode anyres into model.image"
             )
-        return changed
+        return staged
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe, what it extends, and apply "key=value" overrides.
+    """Read a YAML recipe with the recipes that it extends, and apply "key=value" overrides.
 
-    `extends: other.yaml` takes another file's keys first, beside this one: mappings are merged key by
-    key, anything else is replaced, and null takes a key away. InputError names the file, the key and the
-    nearest known one; also when files extend each other in a circle.
+    `extends: other.yaml` starts from the keys of another file, whose path is relative to this one's folder.
+    Mappings are merged key by key, anything else is replaced, and null removes a key.
+
+    Raises InputError that names the file, the key and the nearest known key, and where files extend each
+    other in a circle.
     """
+    # 1. Merge the files. `origin` remembers which file sets which key, so that an error can name it.
     origin: dict[tuple[str, ...], str] = {}
     values = _read(Path(path), (), origin)
+    # 2. Overrides come last, because they replace what any of the files says.
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -180,35 +187,40 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         except yaml.YAMLError as error:
             raise InputError(f"--set {override}: the value is not YAML; quote it as in a recipe") from error
         keys = key.strip().split(".")
-        _put(values, keys, parsed, override)
+        _set_key(values, keys, parsed, override)
         origin[tuple(keys)] = f"--set {override}"
+    # 3. Validate only the merged values: a recipe that is extended need not be complete by itself.
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        loc, message = _first(error)
-        # told of the file that says the key, or else of the one around it
-        places = [origin[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origin]
-        raise InputError(f"{next(iter(places), path)}: {message}") from error
+        loc, message = _main_problem(error)
+        # A missing key has no origin. Then name the file that sets the mapping around it.
+        origins = [origin[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origin]
+        raise InputError(f"{next(iter(origins), path)}: {message}") from error
 
 
-def _read(path: Path, before: tuple[Path, ...], origin: dict[tuple[str, ...], str]) -> dict[str, Any]:
-    """The keys of a file upon those of what it extends; `origin` learns which file says which."""
-    if path.resolve() in before:
-        circle = " -> ".join(p.name for p in (*before, path))
-        raise InputError(f"{before[-1]}: extends goes in a circle, {circle}; take one of them out")
+def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str]) -> dict[str, Any]:
+    """Read the keys of a file, merged over those of the file that it extends.
+
+    chain: the files that extend this one, for the check against circles. `origin` gets the file of each key.
+    """
+    if path.resolve() in chain:
+        circle = " -> ".join(p.name for p in (*chain, path))
+        raise InputError(f"{chain[-1]}: extends goes in a circle, {circle}; take one of them out")
     values = _parse(path)
     if "extends" not in values:
-        _note(values, str(path), origin)
+        _record_origin(values, str(path), origin)
         return values
-    named = values.pop("extends")
-    if not isinstance(named, str) or not named:
-        raise InputError(f"{path}: extends must be the path of one recipe, not {named!r}")
-    other = path.parent / named
-    if not other.is_file():
-        raise InputError(f"{path}: extends {named}, but there is no {other}")
-    base = _read(other, (*before, path.resolve()), origin)
-    _note(values, str(path), origin)
-    return _merged(base, values)
+    base_name = values.pop("extends")
+    if not isinstance(base_name, str) or not base_name:
+        raise InputError(f"{path}: extends must be the path of one recipe, not {base_name!r}")
+    base_path = path.parent / base_name
+    if not base_path.is_file():
+        raise InputError(f"{path}: extends {base_name}, but there is no {base_path}")
+    # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
+    base = _read(base_path, (*chain, path.resolve()), origin)
+    _record_origin(values, str(path), origin)
+    return _merge(base, values)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -222,35 +234,40 @@ def _parse(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}{line}: this is not YAML ({problem}); mend the line") from error
+        raise InputError(f"{path}{line}: this is not YAML ({problem}); correct the line") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no recipe; it must be a mapping of keys to values")
     return values
 
 
-def _note(values: Any, place: str, origin: dict[tuple[str, ...], str], where: tuple[str, ...] = ()) -> None:
-    if where:
-        origin[where] = place
+def _record_origin(
+    values: Any, file_name: str, origin: dict[tuple[str, ...], str], keys: tuple[str, ...] = ()
+) -> None:
+    """Record in `origin` that `file_name` sets every key of `values`; `keys` lead to `values` itself."""
+    if keys:
+        origin[keys] = file_name
     items = (
         values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     )
     for key, value in items:
-        _note(value, place, origin, (*where, str(key)))
+        _record_origin(value, file_name, origin, (*keys, str(key)))
 
 
-def _merged(base: Any, over: Any) -> Any:
+def _merge(base: Any, over: Any) -> Any:
+    """Return `base` with the keys of `over` in their place; anything but two mappings is replaced whole."""
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
     merged = {key: value for key, value in base.items() if key not in over}
     for key, value in over.items():
         if value is not None:
-            merged[key] = _merged(base.get(key), value)
+            merged[key] = _merge(base.get(key), value)
         elif key not in base:
-            merged[key] = None  # nothing to take away: the field's own null, or an unknown key to tell of
+            # There is nothing to remove: null is this field's value, or the key is unknown and an error.
+            merged[key] = None
     return merged
 
 
-def _put(values: Any, keys: list[str], value: Any, override: str) -> None:
+def _set_key(values: Any, keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
         if isinstance(values, list) and key.isdigit() and int(key) < len(values):
             values = values[int(key)]
@@ -268,26 +285,27 @@ def _put(values: Any, keys: list[str], value: Any, override: str) -> None:
         raise InputError(f"--set {override}: there is no {keys[-1]!r} to set")
 
 
-def _first(error: ValidationError) -> tuple[tuple[str, ...], str]:
-    """(where, what) of the problem to tell."""
+def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
+    """Return (keys, message) of the one problem that helps the user most."""
     problems = error.errors()
-    # `model` is a path or a mapping: what is wrong inside the mapping stands deeper than "not a path". A
-    # key that is misspelt is told before the one that is missing therefore.
-    about = [problem for problem in problems if problem["loc"][0] == problems[0]["loc"][0]]
-    problem = max(about, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
+    # `model` is a path or a mapping. A problem inside the mapping has more keys than "not a path", and says
+    # more. A misspelt key comes before the key that is missing because of it.
+    same_field = [problem for problem in problems if problem["loc"][0] == problems[0]["loc"][0]]
+    problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
+    # pydantic adds the names of its union members to the keys; the user never wrote them.
     loc = [str(part) for part in problem["loc"] if not re.match(r"NewModel$|lax-or-", str(part))]
-    known = [name for model in (Recipe, NewModel, Stage, Lora, Source) for name in model.model_fields]
-    if loc[-1] == "[key]":  # of stage.learn
+    known = [name for model in (Recipe, NewModel, Stage, Lora, RowSource) for name in model.model_fields]
+    if loc[-1] == "[key]":  # an unknown part in stage.learn
         loc, known = loc[:-1], list(get_args(Part))
-    where, key = ".".join(loc), loc[-1]
+    dotted, key = ".".join(loc), loc[-1]
     if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
         near = difflib.get_close_matches(key, known, n=1)
-        return tuple(loc), f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        return tuple(loc), f"unknown key {dotted!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     plain = {
         "missing": "is missing",
         "path_type": "must be a path or a mapping",
         "too_short": "is empty; give one",
     }
     if problem["type"] in plain:
-        return tuple(loc), f"{where} {plain[problem['type']]}"
-    return tuple(loc), f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+        return tuple(loc), f"{dotted} {plain[problem['type']]}"
+    return tuple(loc), f"{dotted}: {problem['msg'].removeprefix('Value error, ')}"
