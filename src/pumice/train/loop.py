@@ -47,7 +47,7 @@ from pumice.train.recipe import Recipe
 from pumice.train.report import TrainingReport
 from pumice.train.setup import Setup, prepare
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
-from pumice.train.trackers import installed
+from pumice.train.trackers import check_installed
 
 ANSWER_TOKENS = 40  # longest sample answer while training
 
@@ -64,7 +64,7 @@ def train(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.seed)
     world = World.join(recipe)
     try:
-        installed(recipe)
+        check_installed(recipe)
         check_memory(recipe, world.size)
         # FSDP cuts the model into shards from the CPU, so that no GPU has to hold it all.
         device = "cpu" if world.kind == "fsdp" else world.device(recipe)

@@ -36,11 +36,13 @@ class NewModel(RecipeSection):
     decoder: str = Field(description="the LLM: a known wheel, folder, hub name or GGUF file")
     vision: dict[str, Any] = Field(default={}, description="fields of VisionConfig")
     connector: dict[str, Any] = Field(default={}, description="fields of ConnectorConfig")
-    image: dict[str, Any] = Field(default={}, description="fields of ImagePolicy; else as the tower says")
+    image: dict[str, Any] = Field(default={}, description="fields of ImagePolicy; else the tower's own")
     template: str = Field("chatml", description="the chat format of the finished model")
 
 
 class Lora(RecipeSection):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) on the LLM's projections."""
+
     rank: PositiveInt = 16
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -59,7 +61,7 @@ class Stage(RecipeSection):
     )
     lora: Lora | None = Field(None, description="fresh adapters on the LLM; learn: lora needs them")
     base: Literal["none", "int8", "nf4"] = Field(
-        "none", description="how the LLM's frozen weights are held under the adapters (QLoRA)"
+        "none", description="how the LLM's frozen weights are stored under the adapters (QLoRA)"
     )
 
     @model_validator(mode="after")
@@ -79,12 +81,16 @@ class Stage(RecipeSection):
 
 
 class RowSource(RecipeSection):
+    """One file of rows, and how often an epoch shows them."""
+
     rows: Path = Field(description="LLaVA rows, .json or .jsonl")
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each row; 0.5 is a random half")
-    mirror: bool = Field(False, description="pictures may be mirrored: no row speaks of left and right")
+    mirror: bool = Field(False, description="pictures may be mirrored, as no row speaks of left and right")
 
 
 class Recipe(RecipeSection):
+    """Every setting of one training run."""
+
     name: str
     output: Path = Field(description="folder of checkpoints, metrics and the finished model")
     model: Path | NewModel = Field(description="a model folder or hub name, or the parts of a new one")
@@ -92,22 +98,22 @@ class Recipe(RecipeSection):
     data: list[RowSource] = Field(min_length=1)
     held_out: list[RowSource] = Field(default=[], description="rows whose loss is measured, never learned")
     pictures: list[Path] = Field(default=[], description="folders in which the rows' pictures are found")
-    max_bad_rows: int = Field(0, ge=0, description="spoiled rows to skip before the run stops")
+    max_bad_rows: int = Field(0, ge=0, description="bad rows to skip before the run stops")
     context: PositiveInt | None = Field(None, description="longest row in tokens; the LLM's when absent")
     truncate: bool = Field(
-        False, description="cut longer rows, never inside a picture; otherwise they are spoiled rows"
+        False, description="cut longer rows, never inside a picture; otherwise they are bad rows"
     )
 
     epochs: float = Field(1.0, gt=0)
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps")
     batch: PositiveInt = Field(32, description="pictures (with all their rows) per optimiser step")
-    pack_tokens: PositiveInt = Field(1024, description="tokens per pack: what is in memory at once")
+    pack_tokens: PositiveInt = Field(1024, description="tokens per pack; one pack is in memory at a time")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising rate")
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
-    device: str | None = Field(None, description="cuda, mps or cpu; the best one here when absent")
+    device: str | None = Field(None, description="cuda, mps or cpu; the best one of this machine when absent")
     seed: int = Field(0, ge=0)
     mirror_chance: float = Field(0.5, ge=0, le=1, description="share of mirrored groups, where allowed")
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
@@ -120,20 +126,21 @@ class Recipe(RecipeSection):
         "tokens", description="over all supervised tokens of the step, or of each pack and then over packs"
     )
     checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="what is computed again instead of kept: nothing, the MLPs, or whole blocks"
+        "none", description="what is computed again to save memory: nothing, the MLPs, or whole blocks"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
-        "auto", description="under torchrun: whole copies, or shards; auto shards where copies do not fit"
+        "auto",
+        description="under torchrun: copies (ddp) or shards (fsdp); auto shards where copies do not fit",
     )
     workers: PositiveInt = Field(1, description="threads that prepare rows and pictures ahead of the step")
     compile: bool = Field(False, description="torch.compile the blocks; pays on GPUs and in long runs")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="told beside the metrics")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="where metrics also go")
 
     save_every: PositiveInt = 100
     keep_last: PositiveInt = 2
     measure_every: PositiveInt = Field(100, description="steps between held-out losses")
     measure_rows: PositiveInt = Field(200, description="held-out pictures measured each time")
-    sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measuring")
+    sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
 
     def stage_config(self, config: ModelConfig) -> ModelConfig:
         """Return the model's config with the stage's own image policy, context and template.

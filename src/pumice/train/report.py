@@ -1,7 +1,4 @@
-"""What a run tells: a progress bar, `metrics.jsonl`, and a picture of the loss at the end.
-
-Knows numbers and files. Does not know the model.
-"""
+"""Report a training run: a progress bar, `metrics.jsonl`, and a plot of the loss at the end."""
 
 from __future__ import annotations
 
@@ -34,26 +31,31 @@ class TrainingReport:
         peak: float | None = None,
         enabled: bool = True,
     ) -> None:
-        """peak: FLOP/s that the devices of all processes could do together, where it is known.
+        """Open the report of a run that starts or resumes at `step` of `steps`.
 
-        speaks: False on every process but the first, whose report is the run's.
+        description: lines to print first. peak: FLOP/s of all devices together; None where unknown.
+        enabled: False on every process but the first, so that each line appears once.
         """
+        # 1. Open the files. A resumed run first removes the metrics of the steps that it will repeat.
         self.peak, self.enabled = peak, enabled
         recipe.output.mkdir(parents=True, exist_ok=True)
         self.path = recipe.output / "metrics.jsonl"
-        # Names, questions and answers may hold square brackets, which are no markup.
+        # Names, questions and answers may contain square brackets; rich must not read them as markup.
         self.console = Console(stderr=True, markup=False, highlight=False, quiet=not enabled)
         self.steps = steps
         if enabled:
             self._drop_after(step)
-            with replacing(recipe.output / "recipe.yaml") as file:  # with every default, and overrides
+            # The file holds every default and override, so that it alone repeats the run.
+            with replacing(recipe.output / "recipe.yaml") as file:
                 yaml.safe_dump(
                     json.loads(recipe.model_dump_json()), file, sort_keys=False, allow_unicode=True
                 )
+        # 2. Say what learns before the first step, while stopping costs nothing.
         for line in description:
             self.console.print(line)
         if step:
             self.console.print(f"resuming at step {step} of {steps}")
+        # 3. The progress bar needs a terminal; without one, `step` prints a line from time to time.
         name, note = (
             TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]")
         )
@@ -61,7 +63,8 @@ class TrainingReport:
         self._progress = Progress(*bar, console=self.console, disable=not (enabled and sys.stderr.isatty()))
         self._task = self._progress.add_task(recipe.name, total=steps, completed=step, note="")
         self._last_line = 0.0
-        self._first, self._started = step, time.monotonic()
+        # The time left follows from the steps of this process alone; earlier ones may have run elsewhere.
+        self._first_step, self._started = step, time.monotonic()
         self._trackers = [TRACKERS[name](recipe) for name in recipe.trackers if enabled]
 
     def __enter__(self) -> TrainingReport:
@@ -78,7 +81,7 @@ class TrainingReport:
     def step(
         self, step: int, values: dict[str, Any], tokens: int, seconds: float, flops: float | None = None
     ) -> None:
-        """One optimiser step: its numbers, its tokens, its time; flops: products that it needed."""
+        """Report one optimiser step. seconds: its time; flops: floating-point operations that it needs."""
         speed = tokens / seconds
         event = {"step": step, **values, "tokens": tokens, "seconds": seconds}
         note = f"loss {values['loss']:.3f}  {speed:.0f} tokens/s"
@@ -89,15 +92,17 @@ class TrainingReport:
         self._progress.update(self._task, completed=step, note=note)
         if not sys.stderr.isatty() and time.monotonic() - self._last_line > 30:
             self._last_line = time.monotonic()
-            here = time.monotonic() - self._started
-            left = (self.steps - step) * here / (step - self._first) / 60
-            self.console.print(f"step {step}/{self.steps}  {note}  {left:.0f} min left")
+            elapsed = time.monotonic() - self._started
+            minutes_left = (self.steps - step) * elapsed / (step - self._first_step) / 60
+            self.console.print(f"step {step}/{self.steps}  {note}  {minutes_left:.0f} min left")
 
     def held_out(self, step: int, loss: float) -> None:
+        """Report the mean loss of the held-out rows, in nats per supervised token."""
         self._write({"step": step, "held_out_loss": loss})
         self.console.print(f"step {step}: held-out loss {loss:.4f}")
 
     def answer(self, step: int, question: str, reference: str, answer: str) -> None:
+        """Report the model's answer to a held-out question beside the row's own answer."""
         self._write({"step": step, "question": question, "reference": reference, "answer": answer})
         self.console.print(
             f"  {question!r}\n    reference: {reference!r}\n    answer:    {answer!r}", highlight=False
@@ -108,7 +113,7 @@ class TrainingReport:
         self.console.print(line)
 
     def draw_loss(self) -> Path | None:
-        """Draw `loss.png` beside the metrics; None when matplotlib is not installed."""
+        """Draw `loss.png` beside the metrics and return its path; None without matplotlib."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -130,14 +135,15 @@ class TrainingReport:
         return path
 
     def answers(self) -> list[dict[str, Any]]:
-        """Sample answers of the first and of the last measuring: before and after."""
+        """Return the sample answers of the first and of the last measurement: before and after."""
         events = [event for event in read_metrics(self.path) if "answer" in event]
-        ends = {event["step"] for event in (events[:1] + events[-1:])}
-        return [event for event in events if event["step"] in ends]
+        first_and_last = {event["step"] for event in (events[:1] + events[-1:])}
+        return [event for event in events if event["step"] in first_and_last]
 
     def _write(self, event: dict[str, Any]) -> None:
         if not self.enabled:
             return
+        # Trackers draw curves, so they get the numbers alone; questions and answers stay in the file.
         numbers = {key: value for key, value in event.items() if isinstance(value, int | float)}
         for tracker in self._trackers:
             tracker.log(event["step"], {k: float(v) for k, v in numbers.items() if k != "step"})
@@ -145,18 +151,22 @@ class TrainingReport:
             file.write(json.dumps(event) + "\n")
 
     def _drop_after(self, step: int) -> None:
-        """A run that goes on from an older checkpoint repeats steps: their first metrics are dropped."""
-        kept = [event for event in read_metrics(self.path) if event["step"] <= step]
-        kept = kept if step else []
-        with replacing(self.path) as file:  # the old ones stand until the new ones do
-            file.writelines(json.dumps(event) + "\n" for event in kept)
+        """Drop the metrics after `step`: the resumed run writes them again. Drop all at step 0."""
+        events = [event for event in read_metrics(self.path) if event["step"] <= step]
+        events = events if step else []
+        # A crash during this write leaves the old file whole.
+        with replacing(self.path) as file:
+            file.writelines(json.dumps(event) + "\n" for event in events)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics file; a last line torn by a crash is left out. InputError on any other."""
+    """Read the events of a metrics file, without a last line that a crash cut off.
+
+    Returns an empty list without a file. Raises InputError where another line is damaged.
+    """
     if not path.exists():
         return []
     try:
         return [json.loads(line) for line in whole_lines(path)]
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); remove it, the checkpoints do not need it") from error
+        raise InputError(f"{path} is damaged ({error}); remove it; the checkpoints do not need it") from error

@@ -1,7 +1,4 @@
-"""Where a run's numbers go besides `metrics.jsonl`: TensorBoard and Weights & Biases, where asked for.
-
-Knows their packages' interfaces, imported only when a recipe names them. Does not know the run.
-"""
+"""Send a run's metrics to TensorBoard or Weights & Biases, where the recipe names them."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from pumice.train.recipe import Recipe
 
 
 class TensorBoard:
-    """Event files in OUTPUT/tensorboard."""
+    """Write event files in OUTPUT/tensorboard."""
 
     needs = "torch.utils.tensorboard", "trackers: tensorboard needs its package; pip install 'pumice[track]'"
 
@@ -32,19 +29,20 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of the project that WANDB_PROJECT names; going on continues the same run."""
+    """Log to one run of the project that WANDB_PROJECT names; a resumed training continues that run."""
 
     needs = "wandb", "trackers: wandb needs its package; pip install wandb"
 
     def __init__(self, recipe: Recipe) -> None:
         wandb = optional(*self.needs)
-        memory = recipe.output / "wandb.json"
-        known = json.loads(memory.read_text())["id"] if memory.exists() else wandb.util.generate_id()
-        with replacing(memory) as file:
-            json.dump({"id": known}, file)
+        # The id stays in the output folder, so that a resumed training continues its run.
+        id_path = recipe.output / "wandb.json"
+        run_id = json.loads(id_path.read_text())["id"] if id_path.exists() else wandb.util.generate_id()
+        with replacing(id_path) as file:
+            json.dump({"id": run_id}, file)
         config = json.loads(recipe.model_dump_json())
         self._run: Any = wandb.init(
-            name=recipe.name, id=known, resume="allow", config=config, dir=str(recipe.output)
+            name=recipe.name, id=run_id, resume="allow", config=config, dir=str(recipe.output)
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -57,7 +55,7 @@ class WandB:
 TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
-def installed(recipe: Recipe) -> None:
-    """InputError where a tracker that the recipe names is not installed."""
+def check_installed(recipe: Recipe) -> None:
+    """Raise InputError where a tracker that the recipe names is not installed."""
     for name in recipe.trackers:
         optional(*TRACKERS[name].needs)
