@@ -23,7 +23,7 @@ def check_memory(recipe: Recipe, processes: int = 1) -> None:
     Activations are not counted: `plan` estimates them.
     """
     device = find_device(recipe.device)
-    needed = sizes(recipe, with_adapters(recipe, read_parts(recipe).config), device.type).held
+    needed = sizes(recipe, with_adapters(recipe, read_parts(recipe).config), device.type).model_states
     if device.type == "cuda" and recipe.parallel != "ddp":
         needed /= processes  # on a CPU all processes share one memory, which must hold at least one copy
     available = total_memory(device)

@@ -1,25 +1,22 @@
-"""A stage's model: opened or put together, the named parts set to learn, and saved again.
+"""Prepare a stage's model: open or build it, set the named parts to learn, and save it again.
 
-Knows recipes, weights and modules. Does not know data.
+The memory of one process, in bytes (W weights, L weights that learn, D width, M MLP width, V vocabulary,
+F features of a tile, C tower width, S side of a tile in pixels):
 
-What is in memory when, for one process (bytes; W weights, L those that learn, T tokens of a pack, t the
-largest pack's tokens, S supervised predictions of a chunk, D width, M MLP width, V vocabulary):
-
-    always          4 W in fp32 (bf16: 2 for frozen ones), under FSDP divided by the processes, but for a
-                    frozen tower, which stays whole
-    first step on   4 L gradients (from a step's first backward pass to its end) and 8 L AdamW moments (2 L
-                    with adamw8bit); both under FSDP divided by the processes
-    a pack          what its blocks keep for the backward pass, from its forward to its backward pass, then
-                    freed: packs of a step run one after the other. Per token and block, in values of the
-                    activations' type: none about 16 D + 5 M where the block learns (12 D + 4 M frozen),
-                    selective about 9 D + 2 M, full D. Nothing where no gradient passes (nothing learns
-                    before the loss but embeddings that are frozen: no graph at all)
-    a pack's loss   256 V fp32 twice (one chunk's logits and gradient), and V D fp32 once more where the
-                    vocabulary projection learns
-    pictures        frozen tower: one call of 8 squares, no graph; then F C fp32 a square until the backward
-                    pass. A tower that learns keeps its blocks' activations of all the pack's squares at once
-    workers         for each, one step's pixels: 12 S S bytes a square (features instead, once cached)
-    the trial save  nothing beyond one tensor; under FSDP the first process holds the whole model once more
+    always          4 W in fp32; with bf16, 2 for each frozen weight. FSDP divides this by the processes, but
+                    a frozen tower stays whole
+    from step 1     4 L for gradients, from a step's first backward pass to its end, and 8 L for AdamW's
+                    moments (2 L with adamw8bit). FSDP divides both by the processes
+    a pack          the activations that its blocks keep for the backward pass. Packs of a step run one after
+                    the other, so only one pack's are in memory. Values per token and block, by the
+                    recipe's `checkpointing`: none about 16 D + 5 M where the block learns (12 D + 4 M where
+                    it is frozen), selective about 9 D + 2 M, full D. Nothing where a block passes no gradient
+    a pack's loss   256 V in fp32 twice (one chunk's logits and their gradient), and V D in fp32 once more
+                    where the vocabulary projection learns
+    images          frozen tower: one call of 8 tiles without a graph, then F C in fp32 per tile until the
+                    backward pass. A tower that learns keeps the activations of all the pack's tiles at once
+    workers         for each, the pixels of one step: 12 S S per tile (features instead, once cached)
+    the trial save  one tensor; under FSDP the first process holds the whole model once more
 """
 
 from __future__ import annotations
@@ -50,30 +47,33 @@ from pumice.train.recipe import NewModel, Recipe
 
 @dataclass
 class Setup:
+    """A stage's model on its device, and what prepares its samples."""
+
     model: Llava
-    processor: Processor  # with the stage's template
-    opened: Opened  # with the model's own
+    processor: Processor  # with the stage's template and image policy
+    opened: Opened  # the model as it was read, with its own template
     recipe: Recipe
     device: torch.device
 
     def part_of(self, name: str) -> str:
-        """The part of the model that a parameter belongs to, by the parts that the stage tells apart."""
+        """Return the part of the model that a parameter belongs to, as the stage names its parts."""
         return part_of(name, self.recipe.stage.learn)
 
     def describe(self, steps: int) -> list[str]:
-        """The stage in words: which parts learn, at which rate, and how much."""
+        """Return lines that say which parts learn, at which rate, and how many parameters they have."""
         sizes: dict[str, int] = {}
         for name, parameter in self.model.named_parameters():
             part = self.part_of(name)
             sizes[part] = sizes.get(part, 0) + parameter.numel()
+        # Quantised weights are buffers, so `named_parameters` does not count them.
         for module in self.model.decoder.modules():
             if isinstance(module, QuantizedLinear):
                 sizes["decoder"] += module.in_features * module.out_features
         learn = {str(part): rate for part, rate in self.recipe.stage.learn.items()}
         lines = [f"{self.recipe.name}: {steps} steps of {self.recipe.batch} pictures on {self.device}"]
         for part, size in sizes.items():
-            does = f"learns at {learn[part]:g}" if part in learn else "frozen"
-            lines.append(f"  {part:<10} {size / 1e6:8.2f} M parameters  {does}")
+            status = f"learns at {learn[part]:g}" if part in learn else "frozen"
+            lines.append(f"  {part:<10} {size / 1e6:8.2f} M parameters  {status}")
         return lines
 
     def record_max_images(self, images: int) -> None:
@@ -82,17 +82,19 @@ class Setup:
         The number stays unknown for a model that somebody else trained, unless these rows show several.
         """
         config = self.model.config
-        before = config.trained_pictures
-        if before is None and (images <= 1 or config.image.several == "square"):
+        known_max = config.trained_pictures
+        if known_max is None and (images <= 1 or config.image.several == "square"):
             return
-        self.model.config = dataclasses.replace(config, trained_pictures=max(before or 0, images))
+        self.model.config = dataclasses.replace(config, trained_pictures=max(known_max or 0, images))
 
     def save(self, path: Path, summary: dict[str, Any], state: dict[str, Tensor] | None = None) -> Path:
-        """Write the model's folder: what was trained, and where the rest comes from.
+        """Write the model's folder and return its path.
 
-        state: the model's whole tensors, where its own are only parts of them.
+        summary: of this stage, for the model's provenance. state: the gathered tensors under FSDP, where each
+        process has only shards of them.
         """
-        learn = {WITHIN.get(part, str(part)) for part in self.recipe.stage.learn}
+        # A part that learned no longer equals its source, so the folder must not name that source for it.
+        learn = {PARENT_PART.get(part, str(part)) for part in self.recipe.stage.learn}
         parts = {part: source for part, source in self.opened.parts.items() if part not in learn}
         history = [*self.opened.provenance.get("stages", []), summary]
         state = state or self.model.state_dict()
@@ -108,16 +110,16 @@ class Setup:
         return path
 
     def _untouched(self, state: dict[str, Tensor]) -> dict[str, LazyTensor]:
-        """Frozen tensors as they are kept where they came from, before rounding to bf16 or to fewer bits.
+        """Return the frozen tensors as their files store them, not rounded to bf16 or to fewer bits.
 
-        Weights that `state` holds just so are left out: reading them would map their pages once more.
+        Tensors that `state` holds in the same type are left out: reading them again costs memory.
         """
         learn = self.recipe.stage.learn
-        held = {name: state[name].dtype for name, _ in self.model.named_parameters() if name in state}
+        state_dtypes = {name: state[name].dtype for name, _ in self.model.named_parameters() if name in state}
         return {
-            name: kept
-            for name, kept in self.opened.stored.items()
-            if self.part_of(name) not in learn and held.get(name) != kept.dtype
+            name: stored
+            for name, stored in self.opened.stored.items()
+            if self.part_of(name) not in learn and state_dtypes.get(name) != stored.dtype
         }
 
     def save_and_compare(self, state: dict[str, Tensor] | None = None) -> None:
@@ -128,38 +130,38 @@ class Setup:
         self.recipe.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".trial-", dir=self.recipe.output) as scratch:
             path = self.save(Path(scratch) / "model", {}, state)
-            # one tensor at a time: a second model need not fit into memory
-            read = read_model(path).state
+            # Compare one tensor at a time: a second model may not fit into memory.
+            saved = read_model(path).state
             for name, tensor in (state or self.model.state_dict()).items():
                 if name.endswith(".num_batches_tracked"):
-                    continue  # no model needs it, none keeps it
-                if name not in read or not torch.equal(read[name].read(tensor.dtype).to(tensor), tensor):
+                    continue  # training alone uses this counter; files do not store it
+                if name not in saved or not torch.equal(saved[name].read(tensor.dtype).to(tensor), tensor):
                     raise WorkError(f"saving the model changes {name}; nothing was trained")
-        close_last_file()  # its pages would count as memory during the first steps
+        # The pages of an open file would count as memory of the run during the first steps.
+        close_last_file()
 
 
-# parts that stand inside another one: it learns them too unless a recipe names them apart
-WITHIN = {"image_newline": "connector", "embeddings": "decoder"}
+# Parts inside another part. They learn with it, unless the recipe names them with a rate of their own.
+PARENT_PART = {"image_newline": "connector", "embeddings": "decoder"}
 
 
 def part_of(name: str, learn: Container[str]) -> str:
-    """The part of the model that a parameter belongs to; `learn` holds the parts that are told apart.
+    """Return the part of the model that a parameter belongs to; `learn` holds the parts that the stage names.
 
-    `embeddings` are the decoder's, with its vocabulary projection.
+    `embeddings` are the decoder's token embeddings and its vocabulary projection.
     """
     inner = "image_newline" if name == "image_newline" else None
     if name.startswith(("decoder.embed.", "decoder.head.")):
         inner = "embeddings"
     if inner is not None:
-        return inner if inner in learn else WITHIN[inner]
+        return inner if inner in learn else PARENT_PART[inner]
     return "lora" if name.endswith((".lora_a", ".lora_b")) else name.partition(".")[0]
 
 
-def learned(model: Llava, learn: Container[str]) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name: those of the named parts, but for what is never run.
-
-    What stands behind the tower's chosen hidden state is kept, but no gradient ever reaches it.
-    """
+def trainable_parameters(model: Llava, learn: Container[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters that learn, by name: all of the named parts that the forward pass uses."""
+    # The tower's blocks after the chosen hidden state never run. They stay in the model, but
+    # no gradient ever reaches them.
     idle: set[int] = set()
     if isinstance(tower := model.tower, ViT):
         unused = [*tower.blocks[tower.running :], tower.post_norm]
@@ -168,43 +170,50 @@ def learned(model: Llava, learn: Container[str]) -> dict[str, nn.Parameter]:
     return {name: p for name, p in named if part_of(name, learn) in learn and id(p) not in idle}
 
 
-def prepare(recipe: Recipe, place: str | None = None) -> Setup:
-    """The model of a recipe on its device, the stage's parts in fp32 and learning, the rest frozen.
+def prepare(recipe: Recipe, device_name: str | None = None) -> Setup:
+    """Return a recipe's model on its device: the stage's parts learn in fp32, all others are frozen.
 
-    place: the device, where it is not the recipe's own: one of several, or the CPU before shards are cut.
+    device_name: replaces the recipe's device: one of several GPUs, or the CPU before FSDP makes shards.
+    Raises InputError where the stage's adapters do not fit the model's.
     """
-    device = find_device(place or recipe.device)
+    # 1. Open or build the model. A QLoRA base starts on the CPU: unquantised it need not fit the GPU.
+    device = find_device(device_name or recipe.device)
     quantised = recipe.stage.base != "none"
-    first = torch.device("cpu") if quantised else device  # whole weights need not fit the GPU then
+    load_device = torch.device("cpu") if quantised else device
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if isinstance(recipe.model, NewModel):
         new = recipe.model
         opened = new_model(
             new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
-            template=new.template, device=first, dtype=dtype,
+            template=new.template, device=load_device, dtype=dtype,
         )  # fmt: skip
     else:
-        opened = open_model(recipe.model, device=first, dtype=dtype, merge=False)
+        opened = open_model(recipe.model, device=load_device, dtype=dtype, merge=False)
     model = opened.model
+    # 2. Add adapters before quantising, because they wrap the layers that are quantised next.
     if recipe.stage.lora is not None:
         if model.config.lora is not None:
-            raise InputError("the model has LoRA adapters already; leave stage.lora out to go on with them")
+            raise InputError("the model has LoRA adapters already; leave stage.lora out to train them")
         lora = LoraConfig(**recipe.stage.lora.model_dump())
         add_lora(model.decoder, lora)
         model.config = dataclasses.replace(model.config, lora=lora)
+    # 3. Quantise the LLM where it is, then move the small result. A GPU runs the other parts in `dtype` too.
     if quantised:
         quantize_base(model.decoder, recipe.stage.base)
         model.to(device)
         if device.type != "cpu":
             model.tower.to(dtype)
             model.connector.to(dtype)
+    # 4. Freeze everything, then let the named parts learn.
     learn = recipe.stage.learn
     if "lora" in learn and model.config.lora is None:
         raise InputError("stage.learn names lora, but the model has no adapters; describe them in stage.lora")
     model.requires_grad_(False)
-    for parameter in learned(model, learn).values():
+    for parameter in trainable_parameters(model, learn).values():
         parameter.requires_grad_(True)
-        parameter.data = parameter.data.float()  # small updates need more than bf16's eight bits
+        # bf16 has eight bits of precision: small updates would round to nothing.
+        parameter.data = parameter.data.float()
+    # 5. Prepare samples with the stage's config. The model keeps its own, which is what `save` writes.
     processor = Processor(
         recipe.stage_config(model.config), opened.processor.tokenizer, truncate=recipe.truncate
     )

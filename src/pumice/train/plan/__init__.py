@@ -1,1 +1,1 @@
-"""Memory and time of a training, before it starts."""
+"""Estimate the memory and time of a training before it starts."""

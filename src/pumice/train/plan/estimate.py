@@ -1,8 +1,7 @@
-"""Memory and time of a recipe before it runs.
+"""Estimate the memory and time that a recipe needs, before it runs.
 
-Knows recipes, shapes of models and devices. Does not know how a step computes: `footprint` runs one without
-contents; nor what is refused (`preflight`). On a device that is not here the rate of its products is the
-maker's, times a share that dense training reaches; on this machine products are timed.
+On this machine the speed of matrix products is timed. For a named GPU it is the manufacturer's peak, times
+the share that dense training reaches.
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ from pumice.train.recipe import Recipe
 from pumice.train.shapes import processor_of, shape
 from pumice.train.sizes import Sizes, sizes
 
-REACHED = 0.4  # share of a GPU's products that dense training of this size reaches; not measured here
-REACHED_HERE = 0.6  # share of the timed products that a step reaches on a CPU (benchmarks/plan.py)
-TEXT = 160  # tokens of text beside a picture, where no rows are here to tell: mix665K's mean
-SUPERVISED = 0.4  # share of them that is learned
+GPU_UTILISATION = 0.4  # share of a GPU's peak that dense training of this size reaches; not measured by us
+CPU_UTILISATION = 0.6  # share of the timed products that a step reaches on a CPU (benchmarks/plan.py)
+TEXT_TOKENS = 160  # tokens of text beside a picture, assumed without rows: mix665K's mean
+SUPERVISED_SHARE = 0.4  # share of these tokens that is supervised
 FRAMEWORK = {"cpu": 0.36 * GB, "cuda": 0.8 * GB}  # Python, PyTorch and its libraries (measured on the CPU)
-SLACK = {"cpu": 1.6, "cuda": 1.08}  # what allocators hold beyond what is alive (cpu: glibc's, measured)
-STEPS_LOOKED_AT = 12
+SLACK = {"cpu": 1.6, "cuda": 1.08}  # allocated memory per byte in use (cpu: glibc's allocator, measured)
+SAMPLED_STEPS = 12  # steps of the run whose packs are read
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where the run would compute."""
+    """The device on which the run would compute."""
 
     name: str
     kind: str  # cpu | cuda | mps
-    memory: float | None  # bytes; None where it cannot be told
+    memory: float | None  # bytes; None where unknown
     rate: float  # operations per second that training reaches
 
 
 @dataclass
 class Plan:
-    """What a recipe takes. Memory in bytes per process, times in seconds."""
+    """What a recipe needs: memory in bytes per process, times in seconds."""
 
     recipe: str
     device: Device
@@ -74,7 +73,7 @@ class Plan:
         return None if self.device.memory is None else self.total <= self.device.memory
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self) | {"fits": self.fits}
 
 
@@ -87,47 +86,61 @@ def plan(
     processes: int = 1,
     rows: int | None = None,
 ) -> Plan:
-    """What the recipe takes on a named GPU, or here.
+    """Estimate what the recipe needs on a named GPU, or on this machine.
 
-    path: of the recipe, to find the one before it. gpu_memory: in GB. rows: of an epoch, where they are not
-    here. Neither weights nor rows need be here; what was assumed instead stands in the notes. Raises
-    InputError on an unknown GPU and on a model whose shape nothing tells.
+    path: the recipe's file, to find the recipe of the stage before it. gpu_memory: in GB. rows: the number of
+    rows of an epoch, where their files are not on this machine. Weights and rows need not be on this machine
+    either; the notes say what was assumed instead.
+
+    Raises InputError on an unknown GPU and on a model whose shape cannot be found.
     """
+    # 1. Find the model's shape, the device, and the packs that the run would compute.
     config, notes = shape(recipe, path)
     device = describe_device(recipe, gpu, gpu_memory)
-    works, steps, per_epoch, share = _works(recipe, config, rows, notes)
-    largest = max(works, key=lambda work: (work.tokens, work.tiles))
+    packs, steps, per_epoch, step_tokens = _packs(recipe, config, rows, notes)
+    largest = max(packs, key=lambda pack: (pack.tokens, pack.tiles))
     kind = "cpu" if device.kind == "cpu" else "cuda"
     if device.kind == "mps":
         notes.append("no run on mps was measured yet: memory is planned as on a CUDA GPU")
+    # 2. Memory: what the run holds from step to step, and what its largest pack adds.
     held = sizes(recipe, config, kind)
-    found = measure(recipe, config, largest, kind)
-    double = measure(recipe, config, _twice(largest), kind)
+    footprint = measure(recipe, config, largest, kind)
     sharded = _sharded(recipe, held, device, processes)
-    memory = _memory(recipe, config, held, found, kind, processes if sharded else 1)
+    shards = processes if sharded else 1
+    memory = _memory(recipe, config, held, footprint, kind, shards)
     total = sum(memory.values())
-    fitting = None
+    # 3. The largest pack that fits. Activations grow linearly with the tokens, so two sizes give the slope.
+    fitting_tokens = None
     if device.memory is not None:
-        grown = sum(_memory(recipe, config, held, double, kind, processes if sharded else 1).values())
-        slope = max((grown - total) / largest.tokens, 1.0)  # small packs may hide behind the weights' copies
-        fitting = min(max(0, int(largest.tokens + (device.memory - total) / slope)), 16 * largest.tokens)
-        fitting = fitting // 64 * 64 if fitting >= largest.runs[0].length else 0
-    per_token = found.flops / largest.tokens
-    tiles = sum(work.tiles for work in works) / sum(work.tokens for work in works)
+        double = measure(recipe, config, _doubled(largest), kind)
+        double_total = sum(_memory(recipe, config, held, double, kind, shards).values())
+        # With a small pack the peak may be copies of the weights. The slope is then zero: assume a byte.
+        bytes_per_token = max((double_total - total) / largest.tokens, 1.0)
+        fitting_tokens = max(0, int(largest.tokens + (device.memory - total) / bytes_per_token))
+        fitting_tokens = min(fitting_tokens, 16 * largest.tokens)
+        # A pack that cannot hold one sample is no use.
+        fitting_tokens = fitting_tokens // 64 * 64 if fitting_tokens >= largest.runs[0].length else 0
+    # 4. Speed. A frozen tower runs outside the measured step, and with a feature cache only once per image.
+    flops_per_token = footprint.flops / largest.tokens
+    tiles_per_token = sum(pack.tiles for pack in packs) / sum(pack.tokens for pack in packs)
     if recipe.feature_cache is None and "tower" not in recipe.stage.learn:
-        per_token += found.tower_flops * tiles
-    speed = device.rate / per_token * processes
+        flops_per_token += footprint.tower_flops * tiles_per_token
+    speed = device.rate / flops_per_token * processes
     return Plan(
         recipe=recipe.name, device=device, processes=processes, sharded=sharded,
         parameters=held.parameters, learning=held.learning, memory=memory, total=total,
-        pack_tokens=recipe.pack_tokens, largest_pack=fitting, checkpoint=held.checkpoint,
+        pack_tokens=recipe.pack_tokens, largest_pack=fitting_tokens, checkpoint=held.checkpoint,
         disk=held.disk(recipe.keep_last), tokens_per_second=speed, steps=steps, steps_per_epoch=per_epoch,
-        seconds=None if steps is None else steps * share / speed, notes=notes,
+        seconds=None if steps is None else steps * step_tokens / speed, notes=notes,
     )  # fmt: skip
 
 
 def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | None = None) -> Device:
-    """A GPU by name or by its memory, or the device that the recipe would take here."""
+    """Describe a GPU by its name or its memory, or the device that the recipe would use on this machine.
+
+    gpu_memory: in GB. Raises InputError on an unknown GPU.
+    """
+    # Without a name, a common GPU of that memory gives the speed.
     if gpu is None and gpu_memory is not None:
         gpu = "rtx4090" if gpu_memory <= 24 else "l40s" if gpu_memory <= 48 else "a100-80g"
         return dataclasses.replace(
@@ -139,86 +152,99 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
         if gpu.lower() not in GPUS:
             raise InputError(f"there is no GPU {gpu!r} in the table; known are {', '.join(GPUS)}")
         known = GPUS[gpu.lower()]
-        given = known.memory if gpu_memory is None else gpu_memory
-        slower = 1.0 if recipe.precision == "bf16" else 0.5  # tf32; fp32 without it is slower still
-        return Device(gpu.lower(), "cuda", given * GB, known.rate * 1e12 * REACHED * slower)
+        memory_gb = known.memory if gpu_memory is None else gpu_memory
+        # tf32 has half the rate of bf16. Plain fp32 is slower still.
+        precision_factor = 1.0 if recipe.precision == "bf16" else 0.5
+        rate = known.rate * 1e12 * GPU_UTILISATION * precision_factor
+        return Device(gpu.lower(), "cuda", memory_gb * GB, rate)
     device = find_device(recipe.device)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"this machine ({device})"
-    most = peak(device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
-    return Device(name, device.type, total_memory(device), most * (REACHED if on_gpu else REACHED_HERE))
+    peak_rate = peak(device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    utilisation = GPU_UTILISATION if on_gpu else CPU_UTILISATION
+    return Device(name, device.type, total_memory(device), peak_rate * utilisation)
 
 
 def _memory(
-    recipe: Recipe, config: ModelConfig, held: Sizes, found: Footprint, kind: str, shards: int
+    recipe: Recipe, config: ModelConfig, held: Sizes, footprint: Footprint, kind: str, shards: int
 ) -> dict[str, float]:
-    """Bytes of one process by kind. shards: over how many processes weights and states are split."""
-    gathered = 2 * held.weights / config.decoder.depth if shards > 1 else 0.0  # one block used, one fetched
-    alive = SLACK[kind]
+    """Return the bytes of one process by kind. shards: the processes that share weights and states."""
+    # FSDP gathers one block to compute with, while it fetches the next.
+    gathered = 2 * held.weights / config.decoder.depth if shards > 1 else 0.0
+    slack = SLACK[kind]
     return {
         "weights": held.weights / shards + gathered,
         "gradients": held.gradients / shards,
         "optimiser": held.optimizer / shards,
-        "activations": max(0.0, found.activations - found.logits) * alive,
-        "logits": found.logits * alive,
-        "picture": 0.0 if "tower" in recipe.stage.learn else found.picture,
+        "activations": max(0.0, footprint.activations - footprint.logits) * slack,
+        "logits": footprint.logits * slack,
+        "picture": 0.0 if "tower" in recipe.stage.learn else footprint.tower_pass,
         "framework": FRAMEWORK[kind],
-        # from which they are copied when the model is saved, with all the rest there
+        # On a CPU, pages of the weights' files stay in memory when the model is saved from them.
         "files": held.files if kind == "cpu" else 0.0,
     }
 
 
 def _sharded(recipe: Recipe, held: Sizes, device: Device, processes: int) -> bool:
-    """As `World.choose` settles it."""
+    """Return whether the run would shard its model; follows `World.choose`."""
     if processes == 1 or recipe.parallel != "auto":
         return processes > 1 and recipe.parallel == "fsdp"
-    return device.kind == "cuda" and device.memory is not None and held.held > MAX_COPY_SHARE * device.memory
+    return (
+        device.kind == "cuda"
+        and device.memory is not None
+        and held.model_states > MAX_COPY_SHARE * device.memory
+    )
 
 
-def _works(
+def _packs(
     recipe: Recipe, config: ModelConfig, rows: int | None, notes: list[str]
 ) -> tuple[list[PackShape], int | None, int | None, float]:
-    """Packs to plan for, steps, steps per epoch, tokens of a step."""
-    lacking = [s.rows for s in recipe.data if not s.rows.exists()]
-    lacking += [folder for folder in recipe.pictures if not folder.exists()]
-    if not lacking:
+    """Return (packs to plan for, steps, steps per epoch, tokens of a step); steps are None where unknown."""
+    missing = [s.rows for s in recipe.data if not s.rows.exists()]
+    missing += [folder for folder in recipe.pictures if not folder.exists()]
+    if not missing:
         try:
             return _from_rows(recipe)
         except (InputError, WorkError) as error:
             notes.append(f"the rows were not read ({error})")
     else:
         notes.append(
-            f"{lacking[0]} is not here: samples of {TEXT} tokens of text beside a picture are assumed"
+            f"{missing[0]} does not exist: samples of {TEXT_TOKENS} tokens of text and a picture assumed"
         )
-    work = assumed(recipe, config)
-    length = work.runs[0].length
+    pack = assumed_pack(recipe, config)
+    length = pack.runs[0].length
     if rows is None:
-        return [work], None, None, 0.0
+        return [pack], None, None, 0.0
     per_epoch = math.ceil(rows / recipe.batch)
     steps = math.ceil(rows * recipe.epochs / recipe.batch)
-    return [work], min(steps, recipe.max_steps or steps), per_epoch, float(length * recipe.batch)
+    return [pack], min(steps, recipe.max_steps or steps), per_epoch, float(length * recipe.batch)
 
 
-def assumed(recipe: Recipe, config: ModelConfig) -> PackShape:
-    """A pack full of samples with one picture each, as no rows tell otherwise."""
+def assumed_pack(recipe: Recipe, config: ModelConfig) -> PackShape:
+    """Return a full pack of samples with one picture each, for a plan without rows."""
     staged = recipe.stage_config(config)
     layout = image_layout(staged, (1024, 768))
-    length = min(layout.tokens + TEXT, staged.decoder.context)
+    length = min(layout.tokens + TEXT_TOKENS, staged.decoder.context)
     count = max(1, recipe.pack_tokens // length)
     return PackShape(
-        (Run(length),) * count, count * layout.tiles, count * layout.tokens, count * int(TEXT * SUPERVISED)
+        (Run(length),) * count,
+        count * layout.tiles,
+        count * layout.tokens,
+        count * int(TEXT_TOKENS * SUPERVISED_SHARE),
     )
 
 
 def _from_rows(recipe: Recipe) -> tuple[list[PackShape], int, int, float]:
+    """Return the packs of some steps of the run, its steps, steps per epoch, and mean tokens of a step."""
     batches = Batches(recipe, processor_of(recipe))
-    looked = sorted({round(n * (batches.steps - 1) / STEPS_LOOKED_AT) for n in range(STEPS_LOOKED_AT + 1)})
-    works, tokens = [], 0
-    for step in looked:
+    # Reading every row takes too long, so sample steps evenly from the first to the last.
+    sampled = sorted({round(n * (batches.steps - 1) / SAMPLED_STEPS) for n in range(SAMPLED_STEPS + 1)})
+    packs, tokens = [], 0
+    for step in sampled:
         batch = batches[step]
         tokens += batch.tokens
         for packed, _ in batch.packs:
-            works.append(
+            packs.append(
                 PackShape(
                     tuple(packed.runs),
                     sum(layout.tiles for layout in packed.layouts),
@@ -227,10 +253,11 @@ def _from_rows(recipe: Recipe) -> tuple[list[PackShape], int, int, float]:
                 )
             )
     per_epoch = math.ceil(batches.steps / recipe.epochs) if recipe.epochs > 1 else batches.steps
-    return works, batches.steps, per_epoch, tokens / len(looked)
+    return packs, batches.steps, per_epoch, tokens / len(sampled)
 
 
-def _twice(work: PackShape) -> PackShape:
-    shift = len(work.runs)
-    again = tuple(Run(r.length, tuple((n + shift, k) for n, k in r.before)) for r in work.runs)
-    return PackShape((*work.runs, *again), 2 * work.tiles, 2 * work.image_tokens, 2 * work.supervised)
+def _doubled(pack: PackShape) -> PackShape:
+    """Return a pack with every sample twice. Copied branches refer to the copy of their beginning."""
+    shift = len(pack.runs)
+    copies = tuple(Run(r.length, tuple((n + shift, k) for n, k in r.before)) for r in pack.runs)
+    return PackShape((*pack.runs, *copies), 2 * pack.tiles, 2 * pack.image_tokens, 2 * pack.supervised)

@@ -1,11 +1,9 @@
-"""What one step of a stage takes: bytes alive at most, and floating-point operations.
+"""Measure the peak memory and the FLOPs of one training step without computing it.
 
-Knows the model's modules, and runs them. Nothing is computed: the step runs forward and backward on
-PyTorch's fake tensors, which have shapes and types and no contents, while every storage is counted from its
-making to its end. So checkpointing, autocast and packed attention are counted as they are, not as a formula
-remembers them. Blocks are alike: a decoder of two and one of four say what each further block adds.
-
-Shapes: T tokens, P squares of pixels, F features of a square, C tower width, S supervised predictions.
+The step runs forward and backward on PyTorch's fake tensors, which have shapes and types but no contents.
+Every storage is counted from its allocation until it is freed. So checkpointing, autocast and packed
+attention count as they run, and no formula has to follow the model. All decoder blocks are alike: the step
+runs with two blocks and with four, and the difference says what each further block adds.
 """
 
 from __future__ import annotations
@@ -34,20 +32,20 @@ from pumice.train.features import TILES_PER_CALL
 from pumice.train.loss import CHUNK, supervised_loss
 from pumice.train.memory import checkpoint_blocks
 from pumice.train.recipe import Recipe
-from pumice.train.setup import learned
-from pumice.train.sizes import kept_as
+from pumice.train.setup import trainable_parameters
+from pumice.train.sizes import memory_dtype
 
-DEPTHS = (2, 4)  # blocks of the decoders that run; what they differ by is what two blocks take
+DEPTHS = (2, 4)  # blocks of the two decoders that run
 
 
 @dataclass(frozen=True)
 class PackShape:
-    """One pack: what is computed at once."""
+    """The sizes of one pack, which goes through the model in one forward pass."""
 
-    runs: tuple[Run, ...]  # tokens of each sample; branches, where samples share a beginning
-    tiles: int  # of pixels, all pictures together
-    image_tokens: int  # among the tokens
-    supervised: int  # predictions
+    runs: tuple[Run, ...]  # tokens of each sample, or of each branch where samples share a prefix
+    tiles: int  # of all images together
+    image_tokens: int  # how many of the tokens are image tokens
+    supervised: int  # supervised tokens
 
     @property
     def tokens(self) -> int:
@@ -56,26 +54,27 @@ class PackShape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that are alive only while a step runs, and operations of one pack."""
+    """Bytes in use only while a step runs, and the FLOPs of one pack."""
 
-    activations: float  # alive at most in a step beyond weights and gradients
-    logits: float  # the share of the activations that the vocabulary projection has
-    picture: float  # alive at most while a frozen tower looks at a few squares
-    flops: float  # of a pack: forward, backward, what is computed again
-    tower_flops: float  # of one square, forward
+    activations: float  # peak bytes of a step, without weights and gradients
+    logits: float  # the bytes of them that the vocabulary projection needs
+    tower_pass: float  # peak bytes while a frozen tower encodes a few tiles
+    flops: float  # of a pack: forward, backward, and what checkpointing computes again
+    tower_flops: float  # of one tile, forward
 
 
-class _Count(TorchDispatchMode):
-    """Counts the bytes of the storages made under it, now and at most, and operations.
+class _MemoryCounter(TorchDispatchMode):
+    """Count the bytes of the storages that are allocated under it, with their peak, and the FLOPs.
 
-    Not `FlopCounterMode`: what it keeps of a pass with checkpointing would be counted as alive.
+    PyTorch's `FlopCounterMode` cannot do it: it keeps tensors of a checkpointed pass, which would count here.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        """tensors: left out of the count, as they are there before."""
+        """tensors: those that exist before and do not count."""
         super().__init__()
-        self.now = self.peak = self.flops = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self.current = self.peak = self.flops = 0
+        # Several tensors may view one storage, so storages are counted, each by its address.
+        self._storages = {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -83,74 +82,85 @@ class _Count(TorchDispatchMode):
             self.flops += flops(*args, **(kwargs or {}), out_val=out)
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
-                self._hold(value)
+                self._count_storage(value)
         return out
 
-    def _hold(self, tensor: Tensor) -> None:
+    def _count_storage(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
+        if key in self._storages:
             return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._let_go, key, size)
+        self._storages.add(key)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        # Python says when the last tensor on this storage is gone, also inside autograd's graph.
+        weakref.finalize(storage, self._count_freed, key, size)
 
-    def _let_go(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    def _count_freed(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.current -= size
 
 
-def measure(recipe: Recipe, config: ModelConfig, work: PackShape, device: str) -> Footprint:
-    """The footprint of the recipe's stage on a device of this type ("cpu", "cuda") for such packs."""
-    low, high = (_run(recipe, config, work, depth, device) for depth in DEPTHS)
+def measure(recipe: Recipe, config: ModelConfig, pack: PackShape, device: str) -> Footprint:
+    """Return the footprint of the recipe's stage for such a pack on a device of this type ("cpu", "cuda")."""
+    low, high = (_run(recipe, config, pack, depth, device) for depth in DEPTHS)
+    # Extend the line through both depths to the model's own.
     blocks = (config.decoder.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
-    def whole(name: str) -> float:
-        first: float = getattr(low, name)
-        second: float = getattr(high, name)
-        return first + (second - first) * blocks
+    def extrapolate(name: str) -> float:
+        low_value: float = getattr(low, name)
+        high_value: float = getattr(high, name)
+        return low_value + (high_value - low_value) * blocks
 
     return Footprint(
-        activations=whole("activations"), logits=low.logits, picture=low.picture, flops=whole("flops"),
+        activations=extrapolate("activations"),
+        logits=low.logits,
+        tower_pass=low.tower_pass,
+        flops=extrapolate("flops"),
         tower_flops=low.tower_flops,
-    )  # fmt: skip
+    )
 
 
-def _run(recipe: Recipe, config: ModelConfig, work: PackShape, depth: int, device: str) -> Footprint:
-    cut = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, depth=depth))
-    rope = (cut.decoder.head_dim, cut.decoder.rope_theta, cut.decoder.rope_scaling)
-    rope_inv_freq(*rope, torch.device("cpu"))  # kept for good by its cache: it must not be a fake one
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        model = _model(recipe, cut, device)
-        picture, tower_flops = _look(model, config, work.tiles) if depth == DEPTHS[0] else (0.0, 0.0)
+def _run(recipe: Recipe, config: ModelConfig, pack: PackShape, depth: int, device: str) -> Footprint:
+    """Return the footprint of the stage with a decoder of `depth` blocks."""
+    shallow = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, depth=depth))
+    rope = (shallow.decoder.head_dim, shallow.decoder.rope_theta, shallow.decoder.rope_scaling)
+    # Fill the cache of this function with a real tensor: a fake one would stay there for later models.
+    rope_inv_freq(*rope, torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True), _keep_generator():
+        model = _model(recipe, shallow, device)
+        tower_pass, tower_flops = (
+            _measure_tower(model, config, pack.tiles) if depth == DEPTHS[0] else (0.0, 0.0)
+        )
         held = [*model.parameters(), *model.buffers()]
         for parameter in model.parameters():
-            if parameter.requires_grad:  # every pack of a step but the first finds gradients
+            # Every pack of a step but the first finds gradients, so they exist before the count starts.
+            if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 held.append(parameter.grad)
-        with _Count(held) as count:
-            _step(model, recipe, config, work, device)
-    size = 2 if recipe.precision == "bf16" else 4
+        with _MemoryCounter(held) as count:
+            _step(model, recipe, config, pack)
+    # The loss holds one chunk of logits twice: in fp32, and in the type of the vocabulary projection.
+    itemsize = 2 if recipe.precision == "bf16" else 4
     return Footprint(
         activations=count.peak,
-        logits=min(CHUNK, work.supervised) * config.decoder.vocab_size * (4 + size),
-        picture=picture,
+        logits=min(CHUNK, pack.supervised) * config.decoder.vocab_size * (4 + itemsize),
+        tower_pass=tower_pass,
         flops=count.flops,
         tower_flops=tower_flops,
     )
 
 
 def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
-    """The model as `prepare` sets it up for the stage, without contents."""
+    """Return the model as `prepare` sets it up for the stage, with fake weights."""
     with torch.device("meta"):
         model = Llava(config)
     learn = recipe.stage.learn
-    learning = learned(model, learn)
+    learning = trainable_parameters(model, learn)
     state = {
         name: torch.empty(
             tensor.shape,
-            dtype=kept_as(name, name in learning, recipe, device)
+            dtype=memory_dtype(name, name in learning, recipe, device)
             if tensor.is_floating_point()
             else tensor.dtype,
         )
@@ -158,7 +168,8 @@ def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
     }
     model.load_state_dict(state, assign=True)
     if recipe.stage.base != "none":
-        quantize_base(model.decoder, "int8")  # what nf4's weights take is no matter here
+        # The count leaves weights out, so int8 stands for nf4 too.
+        quantize_base(model.decoder, "int8")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learning)
     checkpoint_blocks(model.decoder.blocks, recipe.checkpointing)
@@ -167,27 +178,29 @@ def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
     return model.train()
 
 
-def _step(model: Llava, recipe: Recipe, config: ModelConfig, work: PackShape, device: str) -> None:
-    """One pack forward and backward, as the loop computes it."""
-    tokens = work.tokens
+def _step(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) -> None:
+    """Run one pack forward and backward, as the training loop does."""
+    tokens = pack.tokens
     ids = torch.zeros(1, tokens, dtype=torch.int64)
-    here = torch.zeros(1, tokens, 1, dtype=torch.bool)
+    is_image = torch.zeros(1, tokens, 1, dtype=torch.bool)
     learns = "tower" in recipe.stage.learn
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
         image_tokens = None
-        if work.tiles:
+        # A frozen tower's features come from outside the step; one that learns runs here, with a graph.
+        if pack.tiles:
             with torch.set_grad_enabled(learns), torch.autocast("cpu", enabled=False):
-                features = _features(model, config, work.tiles, learns)
+                features = _features(model, config, pack.tiles, learns)
             weight = next(model.connector.parameters(), None)
-            seen = model.connector(features if weight is None else features.to(weight.dtype))
-            image_tokens = seen.flatten(0, 1)[: work.image_tokens]
+            connected = model.connector(features if weight is None else features.to(weight.dtype))
+            image_tokens = connected.flatten(0, 1)[: pack.image_tokens]
         x = model.decoder.embed(ids)
         if image_tokens is not None:
-            x = x.masked_scatter(here, image_tokens.to(x.dtype))
-        attend = Packed(work.runs, config.decoder.sliding_window, x.device)
-        rows = torch.zeros(work.supervised, dtype=torch.int64)
+            x = x.masked_scatter(is_image, image_tokens.to(x.dtype))
+        attend = Packed(pack.runs, config.decoder.sliding_window, x.device)
+        rows = torch.zeros(pack.supervised, dtype=torch.int64)
         hidden = model.decoder(x, torch.zeros(1, tokens, dtype=torch.int64), attend, rows=rows)
-        loss = supervised_loss(hidden[0], model.decoder.head_weight, rows, torch.ones(work.supervised))
+        loss = supervised_loss(hidden[0], model.decoder.head_weight, rows, torch.ones(pack.supervised))
+    # A stage in which nothing before the loss learns has no graph to go back through.
     if loss.requires_grad:
         loss.backward()
 
@@ -201,19 +214,19 @@ def _features(model: Llava, config: ModelConfig, tiles: int, learns: bool) -> Te
     return torch.empty(tiles, vision.features, vision.width, dtype=dtype)
 
 
-def _look(model: Llava, config: ModelConfig, tiles: int) -> tuple[float, float]:
-    """(bytes at most, operations of one square) of the tower on a few squares, nothing learning."""
+def _measure_tower(model: Llava, config: ModelConfig, tiles: int) -> tuple[float, float]:
+    """Return (peak bytes of a call, FLOPs of one tile) of the frozen tower."""
     if config.vision.kind == "none" or not tiles:
         return 0.0, 0.0
-    together = min(TILES_PER_CALL, tiles)
+    call_tiles = min(TILES_PER_CALL, tiles)
     side = config.vision.image_size
-    with torch.no_grad(), _Count([*model.tower.parameters(), *model.tower.buffers()]) as count:
-        model.features(torch.empty(together, 3, side, side))
-    return float(count.peak), count.flops / together
+    with torch.no_grad(), _MemoryCounter([*model.tower.parameters(), *model.tower.buffers()]) as count:
+        model.features(torch.empty(call_tiles, 3, side, side))
+    return float(count.peak), count.flops / call_tiles
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's generator: drawing fake weights moves it."""
+def _keep_generator() -> Iterator[None]:
+    """Restore torch's generator at the end, because drawing fake weights changes its state."""
     with torch.random.fork_rng(devices=[]):
         yield
