@@ -36,9 +36,11 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
         for gpu in GPUS.values():
             if words.issuperset(gpu.device_name.split()):
                 return gpu.rate * 1e12
+    # Another device is timed. A GPU needs larger matrices than a CPU to reach its peak.
     size = 4096 if device.type == "cuda" else 1024
     with torch.random.fork_rng(devices=[]):  # the run's random state must not change
         matrix = torch.nn.init.normal_(torch.empty(size, size, device=device, dtype=dtype))
+    # Take the best of several: the first runs are slow, and other programs may use the device.
     best = float("inf")
     for _ in range(8):
         started = time.perf_counter()
@@ -57,6 +59,7 @@ def total_memory(device: torch.device) -> float | None:
 
 def available_memory() -> float | None:
     """Return the bytes that a new process could use: the system's free memory, within a container's limit."""
+    # A container sees the memory of its host, but may not use all of it: the lower limit counts.
     limits = []
     meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if meminfo.exists():

@@ -136,6 +136,7 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = hold(folder, "cache of features")
         self.shape = (features, width)
+        # 1. Refuse the features of another tower: they may have the same size, so no error would follow.
         meta = {"fingerprint": fingerprint, "features": features, "width": width}
         description = folder / "cache.json"
         if not description.exists():
@@ -146,6 +147,7 @@ class FeatureCache:
         self._keys_path, self._data_path = folder / "keys.txt", folder / "features.bin"
         self._data_path.touch()
         self._keys_path.touch()
+        # 2. Read the keys up to the first whose records are not in the file, as after a full disk.
         record_count = self._data_path.stat().st_size // (features * width * 2)
         self._records: dict[str, range] = {}  # image key -> its records
         self._end = 0
@@ -155,6 +157,7 @@ class FeatureCache:
             if records.stop > record_count:  # the disk lost records that the keys still name
                 break
             self._records[key], self._end = records, records.stop
+        # 3. Write the keys that remain, so that new ones follow the records that are really there.
         with replacing(self._keys_path) as file:
             file.writelines(_line(*item) for item in self._records.items())
 

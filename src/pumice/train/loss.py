@@ -26,6 +26,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         losses = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        # All logits (S, V) at once would be the largest tensor of the step, so compute them in chunks.
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             rows = hidden[part].to(head.dtype)

@@ -37,9 +37,11 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], kind: Kind) -> None:
     if kind == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     for block in blocks:
+        # Replace the method, not the module: parameter names stay the same in checkpoints.
         plain = block.forward
 
         def forward(*args: Any, plain: Any = plain, **named: Any) -> Any:
+            # Without gradients there is no backward pass to save for, as when answers are sampled.
             if not torch.is_grad_enabled():
                 return plain(*args, **named)
             return checkpoint(plain, *args, **options, **named)

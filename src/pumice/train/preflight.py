@@ -63,6 +63,7 @@ def check_disk(recipe: Recipe, stage_sizes: Sizes) -> None:
     It needs room for `keep_last` checkpoints, one more while it is written, and the finished model.
     """
     needed = stage_sizes.disk(recipe.keep_last)
+    # A resumed run replaces its own old files, so their space counts as free.
     written = sum(p.stat().st_size for p in recipe.output.rglob("*") if p.is_file())
     free = shutil.disk_usage(recipe.output).free + written
     if free < needed:
