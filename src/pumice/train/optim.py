@@ -21,7 +21,7 @@ def make_optimizer(
 
     Raises InputError when a part has no parameters, or adamw8bit is asked for without bitsandbytes.
     """
-    # One group per part, because each part has a learning rate and a gradient norm of its own.
+    # One group per part, because each part has its own learning rate and gradient norm.
     groups = [
         {
             "params": [p for n, p in trainable.items() if part_of(n) == part],

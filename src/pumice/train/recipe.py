@@ -59,7 +59,7 @@ class Stage(RecipeSection):
     image: dict[str, Any] = Field(
         default={}, description="fields of ImagePolicy for this stage alone; the model keeps its own"
     )
-    lora: Lora | None = Field(None, description="fresh adapters on the LLM; learn: lora needs them")
+    lora: Lora | None = Field(None, description="new adapters on the LLM; learn: lora needs them")
     base: Literal["none", "int8", "nf4"] = Field(
         "none", description="how the LLM's frozen weights are stored under the adapters (QLoRA)"
     )
@@ -97,7 +97,7 @@ class Recipe(RecipeSection):
     stage: Stage
     data: list[RowSource] = Field(min_length=1)
     held_out: list[RowSource] = Field(default=[], description="rows whose loss is measured, never learned")
-    pictures: list[Path] = Field(default=[], description="folders in which the rows' pictures are found")
+    pictures: list[Path] = Field(default=[], description="folders that hold the rows' pictures")
     max_bad_rows: int = Field(0, ge=0, description="bad rows to skip before the run stops")
     context: PositiveInt | None = Field(None, description="longest row in tokens; the LLM's when absent")
     truncate: bool = Field(

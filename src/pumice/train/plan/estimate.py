@@ -89,8 +89,8 @@ def plan(
     """Estimate what the recipe needs on a named GPU, or on this machine.
 
     path: the recipe's file, to find the recipe of the stage before it. gpu_memory: in GB. rows: the number of
-    rows of an epoch, where their files are not on this machine. Weights and rows need not be on this machine
-    either; the notes say what was assumed instead.
+    rows of an epoch, where their files are not on this machine. Weights and rows need not be on this machine;
+    the notes say what was assumed instead.
 
     Raises InputError on an unknown GPU and on a model whose shape cannot be found.
     """
@@ -103,17 +103,17 @@ def plan(
     if device.kind == "mps":
         notes.append("no run on mps was measured yet: memory is planned as on a CUDA GPU")
     # 2. Memory: what the run holds from step to step, and what its largest pack adds.
-    held = sizes(recipe, config, kind)
+    stage_sizes = sizes(recipe, config, kind)
     footprint = measure(recipe, config, largest, kind)
-    sharded = _sharded(recipe, held, device, processes)
+    sharded = _sharded(recipe, stage_sizes, device, processes)
     shards = processes if sharded else 1
-    memory = _memory(recipe, config, held, footprint, kind, shards)
+    memory = _memory(recipe, config, stage_sizes, footprint, kind, shards)
     total = sum(memory.values())
     # 3. The largest pack that fits. Activations grow linearly with the tokens, so two sizes give the slope.
     fitting_tokens = None
     if device.memory is not None:
         double = measure(recipe, config, _doubled(largest), kind)
-        double_total = sum(_memory(recipe, config, held, double, kind, shards).values())
+        double_total = sum(_memory(recipe, config, stage_sizes, double, kind, shards).values())
         # With a small pack the peak may be copies of the weights. The slope is then zero: assume a byte.
         bytes_per_token = max((double_total - total) / largest.tokens, 1.0)
         fitting_tokens = max(0, int(largest.tokens + (device.memory - total) / bytes_per_token))
@@ -128,9 +128,10 @@ def plan(
     speed = device.rate / flops_per_token * processes
     return Plan(
         recipe=recipe.name, device=device, processes=processes, sharded=sharded,
-        parameters=held.parameters, learning=held.learning, memory=memory, total=total,
-        pack_tokens=recipe.pack_tokens, largest_pack=fitting_tokens, checkpoint=held.checkpoint,
-        disk=held.disk(recipe.keep_last), tokens_per_second=speed, steps=steps, steps_per_epoch=per_epoch,
+        parameters=stage_sizes.parameters, learning=stage_sizes.learning, memory=memory, total=total,
+        pack_tokens=recipe.pack_tokens, largest_pack=fitting_tokens, checkpoint=stage_sizes.checkpoint,
+        disk=stage_sizes.disk(recipe.keep_last), tokens_per_second=speed,
+        steps=steps, steps_per_epoch=per_epoch,
         seconds=None if steps is None else steps * step_tokens / speed, notes=notes,
     )  # fmt: skip
 
@@ -166,33 +167,33 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
 
 
 def _memory(
-    recipe: Recipe, config: ModelConfig, held: Sizes, footprint: Footprint, kind: str, shards: int
+    recipe: Recipe, config: ModelConfig, stage_sizes: Sizes, footprint: Footprint, kind: str, shards: int
 ) -> dict[str, float]:
     """Return the bytes of one process by kind. shards: the processes that share weights and states."""
     # FSDP gathers one block to compute with, while it fetches the next.
-    gathered = 2 * held.weights / config.decoder.depth if shards > 1 else 0.0
+    gathered = 2 * stage_sizes.weights / config.decoder.depth if shards > 1 else 0.0
     slack = SLACK[kind]
     return {
-        "weights": held.weights / shards + gathered,
-        "gradients": held.gradients / shards,
-        "optimiser": held.optimizer / shards,
+        "weights": stage_sizes.weights / shards + gathered,
+        "gradients": stage_sizes.gradients / shards,
+        "optimiser": stage_sizes.optimizer / shards,
         "activations": max(0.0, footprint.activations - footprint.logits) * slack,
         "logits": footprint.logits * slack,
         "picture": 0.0 if "tower" in recipe.stage.learn else footprint.tower_pass,
         "framework": FRAMEWORK[kind],
         # On a CPU, pages of the weights' files stay in memory when the model is saved from them.
-        "files": held.files if kind == "cpu" else 0.0,
+        "files": stage_sizes.files if kind == "cpu" else 0.0,
     }
 
 
-def _sharded(recipe: Recipe, held: Sizes, device: Device, processes: int) -> bool:
+def _sharded(recipe: Recipe, stage_sizes: Sizes, device: Device, processes: int) -> bool:
     """Return whether the run would shard its model; follows `World.choose`."""
     if processes == 1 or recipe.parallel != "auto":
         return processes > 1 and recipe.parallel == "fsdp"
     return (
         device.kind == "cuda"
         and device.memory is not None
-        and held.model_states > MAX_COPY_SHARE * device.memory
+        and stage_sizes.model_states > MAX_COPY_SHARE * device.memory
     )
 
 

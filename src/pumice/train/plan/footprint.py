@@ -132,13 +132,13 @@ def _run(recipe: Recipe, config: ModelConfig, pack: PackShape, depth: int, devic
         tower_pass, tower_flops = (
             _measure_tower(model, config, pack.tiles) if depth == DEPTHS[0] else (0.0, 0.0)
         )
-        held = [*model.parameters(), *model.buffers()]
+        existing = [*model.parameters(), *model.buffers()]
         for parameter in model.parameters():
             # Every pack of a step but the first finds gradients, so they exist before the count starts.
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-                held.append(parameter.grad)
-        with _MemoryCounter(held) as count:
+                existing.append(parameter.grad)
+        with _MemoryCounter(existing) as count:
             _step(model, recipe, config, pack)
     # The loss holds one chunk of logits twice: in fp32, and in the type of the vocabulary projection.
     itemsize = 2 if recipe.precision == "bf16" else 4
