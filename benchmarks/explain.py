@@ -42,7 +42,7 @@ from pumice.assistant import Assistant, explain
 from pumice.conversation import Conversation, user_message
 from pumice.evaluate.metrics.bootstrap import interval, interval_of
 from pumice.explain.attention import read
-from pumice.explain.explanation import Explanation, Reader
+from pumice.explain.explanation import Explanation, PassageBuilder
 from pumice.explain.maps import token_boxes
 from pumice.explain.methods import METHODS, choose_layers
 from pumice.explain.reliance import THRESHOLD
@@ -129,7 +129,7 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     """Factors by method of the word that names the thing; None where none does."""
     config = assistant.model.config
     conversation = Conversation((user_message(scene.question, [scene.picture]),))
-    reader = Reader(
+    reader = PassageBuilder(
         assistant.model, assistant.processor, lambda shown: assistant.prompt(shown).encode_images()
     )
     ids, first = reader.answer_ids(conversation, answer)

@@ -1,8 +1,6 @@
-"""What a model is made of, as frozen dataclasses.
+"""The configuration of a model, as frozen dataclasses that `config.json` stores.
 
-Knows: sizes, names and choices, and how they are written to and read from `config.json`.
-Does not know: tensors, text, pictures, files. Everything that a checkpoint's behaviour depends on
-stands here; nothing is ever decided from a name or a path.
+It holds everything that a checkpoint's behaviour depends on. Nothing is decided from a name or a path.
 """
 
 from __future__ import annotations
@@ -28,18 +26,18 @@ STORED_NAMES = {"head_dim": "head_width", "rope_theta": "rope_base"}
 
 
 @contextlib.contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Put `where` before the message of an InputError: configs do not know which file they come from."""
+def naming(label: str) -> Iterator[None]:
+    """Put `label` before the message of an InputError: configs do not know which file they come from."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{label}: {error}") from error
 
 
-def _at_least(least: int, **values: int) -> None:
+def _at_least(minimum: int, **values: int) -> None:
     for name, value in values.items():
-        if value < least:
-            raise InputError(f"{name} must be {least} or more, not {value}")
+        if value < minimum:
+            raise InputError(f"{name} must be {minimum} or more, not {value}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class VisionConfig:
 
     @property
     def features(self) -> int:
-        """F: the number of features that the tower gives of one square of pixels."""
+        """F: the number of features that the tower gives of one tile."""
         return self.grid**2 + (self.select == "cls_patch")
 
     def __post_init__(self) -> None:
@@ -79,7 +77,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary positions turned more slowly, for contexts longer than the LLM was first trained on."""
+    """Slower rotary positions, for contexts longer than those of the LLM's first training."""
 
     kind: str  # linear | llama3
     factor: float
@@ -94,7 +92,7 @@ class RopeScaling:
             raise InputError(f"the factor must be more than 0, not {self.factor}")
 
 
-MOST_BLOCKS = 1000  # every one is built before weights are compared: an absurd number would never end
+MOST_BLOCKS = 1000  # all blocks are built before weights are compared, so an absurd number would take forever
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How a picture of any size becomes the tower's square of pixels."""
+    """How an image of any size becomes the tower's input of S x S pixels."""
 
     mode: str = "pad"  # pad (to a square, then resize) | crop (shortest edge, centre) | squash | anyres
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -222,7 +220,7 @@ class ChatFormat:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole LLaVA, and how text and pictures reach it."""
+    """A complete LLaVA, and how text and images become its input."""
 
     decoder: DecoderConfig
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -257,7 +255,7 @@ class ModelConfig:
 
     @property
     def image_tokens(self) -> int:
-        """N: the tokens of one square of pixels, which is a whole picture unless the mode is anyres."""
+        """N: the tokens of one tile, which is the whole image unless the mode is anyres."""
         if self.connector.reduce == "none":
             return self.vision.features
         if self.vision.select == "cls_patch":
@@ -292,7 +290,7 @@ def as_stored(config: Any) -> dict[str, Any]:
 def from_dict(cls: type, values: Any, where: str) -> Any:
     """Build dataclass `cls` from JSON values under the names of config.json, recursively and strictly.
 
-    `where` names the place in error messages. An unknown key is refused with the nearest known one.
+    `where` names the object in error messages. An unknown key is refused with the nearest known one.
     """
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object for {cls.__name__}, found {type(values).__name__}")
@@ -323,9 +321,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise InputError(f"{where}: expected a list, found {value!r}")
-        inner, *rest = typing.get_args(hint)
-        if rest and rest[0] is not Ellipsis and len(value) != len(rest) + 1:
-            raise InputError(f"{where}: expected {len(rest) + 1} values, found {len(value)}")
+        inner, *other_types = typing.get_args(hint)
+        if other_types and other_types[0] is not Ellipsis and len(value) != len(other_types) + 1:
+            raise InputError(f"{where}: expected {len(other_types) + 1} values, found {len(value)}")
         return tuple(_convert(inner, v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

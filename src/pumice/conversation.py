@@ -1,8 +1,6 @@
-"""A conversation: messages of text and pictures, and the checks that any of them must pass.
+"""Conversations: messages of text and pictures, and the checks that they must pass.
 
-Knows: roles, their order, which part is a picture. Does not know: templates, tokens, pixels.
-Standard library only. A picture is carried as it was given (a path, bytes, or a PIL image) and
-opened by `pumice.images` alone.
+A picture stays what the caller passed (a path, bytes, or a PIL image). Only `pumice.images` opens it.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ class ImagePart:
 
     @property
     def name(self) -> str:
-        """What to call the picture in a message to a person."""
+        """Return the name of the picture for messages to users."""
         if isinstance(self.source, bytes):
             return f"picture of {len(self.source)} bytes"
         if isinstance(self.source, str | PathLike):
@@ -36,7 +34,7 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: who speaks, and what, in order."""
+    """One turn: the speaker, and the text and pictures in order."""
 
     role: str
     parts: tuple[str | ImagePart, ...]
@@ -62,7 +60,7 @@ class Conversation:
         return [image for message in self.messages for image in message.images]
 
     def with_sources(self, change: Callable[[Any], Any]) -> Conversation:
-        """The same with every picture's source changed."""
+        """Return the same conversation with `change` applied to every picture's source."""
         messages = []
         for message in self.messages:
             parts = (
@@ -73,86 +71,94 @@ class Conversation:
         return replace(self, messages=tuple(messages))
 
     def check(self, *, answered: bool) -> Conversation:
-        """Raise InputError unless roles alternate from the user on.
+        """Return the conversation. Raise InputError unless its roles alternate, beginning with the user.
 
-        answered: True for training (the assistant speaks last and says something), False for
-        asking (the user speaks last, and says something).
+        answered: True for training (the last message is an answer that is not empty), False for
+        asking (the last message is a question that is not empty).
         """
-        where = f"conversation {self.id!r}: " if self.id else ""
+        prefix = f"conversation {self.id!r}: " if self.id else ""
+        # 1. A system message may come first. It does not count as a turn.
         system = self.messages[:1] if self.messages and self.messages[0].role == "system" else ()
         turns = self.messages[len(system) :]
         if any(message.images for message in system):
-            raise InputError(f"{where}the system message holds a picture; only the user can show one")
+            raise InputError(f"{prefix}the system message holds a picture; only the user can show one")
         if not turns:
-            raise InputError(f"{where}there are no messages; give at least one question")
+            raise InputError(f"{prefix}there are no messages; give at least one question")
+        # 2. A text that is not valid Unicode would fail much later, in the tokenizer.
         for message in self.messages:
             try:
                 message.text.encode()
             except UnicodeEncodeError as error:  # half of a surrogate pair, as cut JSON escapes leave it
                 raise InputError(
-                    f"{where}a text holds half of a character, {message.text[error.start]!r}; remove it"
+                    f"{prefix}a text holds half of a character, {message.text[error.start]!r}; remove it"
                 ) from error
+        # 3. User and assistant take turns, as every template expects.
         for number, message in enumerate(turns):
             expected = ("user", "assistant")[number % 2]
             if message.role not in ROLES:
-                raise InputError(f"{where}unknown role {message.role!r}; use one of {', '.join(ROLES)}")
+                raise InputError(f"{prefix}unknown role {message.role!r}; use one of {', '.join(ROLES)}")
             if message.role != expected:
                 raise InputError(
-                    f"{where}message {number + 1} is from {message.role!r} where {expected!r} should speak; "
+                    f"{prefix}message {number + 1} is from {message.role!r} where {expected!r} should speak; "
                     "a conversation starts with the user and takes turns"
                 )
             if message.images and message.role != "user":
-                raise InputError(f"{where}message {number + 1}: only the user can show a picture")
+                raise InputError(f"{prefix}message {number + 1}: only the user can show a picture")
             if answered and message.role == "assistant" and not message.text.strip():
-                raise InputError(f"{where}message {number + 1} is an empty answer; remove the turn")
-        last = turns[-1].role
-        if answered and last != "assistant":
-            raise InputError(f"{where}the last question has no answer to learn from")
+                raise InputError(f"{prefix}message {number + 1} is an empty answer; remove the turn")
+        # 4. Training needs an answer at the end, asking needs a question.
+        last_role = turns[-1].role
+        if answered and last_role != "assistant":
+            raise InputError(f"{prefix}the last question has no answer to learn from")
         if not answered:
-            if last != "user":
-                raise InputError(f"{where}the last message must be a question from the user")
+            if last_role != "user":
+                raise InputError(f"{prefix}the last message must be a question from the user")
             if not turns[-1].text.strip():
-                raise InputError(f"{where}the question is empty; say what you want to know")
+                raise InputError(f"{prefix}the question is empty; say what you want to know")
         return self
 
 
 def user_message(text: str, images: Sequence[Any] = ()) -> Message:
-    """A user's turn as LLaVA writes it: pictures first, then the text.
+    """Return a user's turn as LLaVA writes it: pictures first, then the text.
 
-    `<image>` in the text says where a picture goes and must then occur exactly once per picture.
-    A single picture always moves to the front of its message (LLaVA's own rule), several stay
+    `<image>` in the text marks the position of a picture. If it occurs, it must occur once per picture.
+    A single picture always moves to the front of its message (LLaVA's own rule). Several pictures stay
     where they are written.
     """
     return Message("user", _with_images(text, [ImagePart(i) for i in images], "question"))
 
 
 def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[Any] = ()) -> Conversation:
-    """A LLaVA-Instruct row as a Conversation.
+    """Return a LLaVA-Instruct row as a Conversation.
 
-    turns: (speaker, text), speaker "human", "gpt" or "system". The row's pictures are dealt to the
+    turns: (speaker, text), speaker "human", "gpt" or "system". The row's pictures replace the
     `<image>` placeholders in order. Raises InputError when their numbers differ.
     """
     names = {"human": "user", "gpt": "assistant", "system": "system"}
-    rest = [ImagePart(i) for i in images]
-    total = len(rest)
+    unused_images = [ImagePart(i) for i in images]
+    image_count = len(unused_images)
     messages: list[Message] = []
     turns = list(turns)
+    # 1. ShareGPT's rows may begin with the end of an exchange. LLaVA leaves it out, too.
     left_out = int(len(turns) > 1 and turns[0][0] == "gpt")
     if left_out:
-        turns = turns[1:]  # ShareGPT's rows may begin with the end of an exchange; LLaVA leaves it out, too
-    wanted = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in turns if speaker == "human")
-    if wanted != total:
+        turns = turns[1:]
+    # 2. Each placeholder of a user stands for one picture.
+    placeholder_count = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in turns if speaker == "human")
+    if placeholder_count != image_count:
         stray = sum(IMAGE_PLACEHOLDER in text for speaker, text in turns if speaker != "human")
         raise InputError(
-            f"row {row_id!r}: {_count(wanted, '<image> placeholder')} for {_count(total, 'picture')}; "
+            f"row {row_id!r}: {_count(placeholder_count, '<image> placeholder')} for "
+            f"{_count(image_count, 'picture')}; "
             "write one placeholder per picture" + (", in a turn of 'human'" if stray else "")
         )
-    started = 1 if turns and turns[0][0] == "system" else 0
+    # 3. Turns become messages, each with the pictures of its placeholders.
+    first_turn = 1 if turns and turns[0][0] == "system" else 0
     for number, (speaker, text) in enumerate(turns):
         if speaker not in names:
             raise InputError(f"row {row_id!r}: unknown speaker {speaker!r}; use 'human' or 'gpt'")
-        expected = ("human", "gpt")[(number - started) % 2]
-        if number >= started and speaker != expected:
+        expected = ("human", "gpt")[(number - first_turn) % 2]
+        if number >= first_turn and speaker != expected:
             raise InputError(
                 f"row {row_id!r}: turn {number + 1 + left_out} is from {speaker!r} where {expected!r} should "
                 "speak; a row starts with 'human' and takes turns"
@@ -161,16 +167,16 @@ def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[A
             messages.append(Message(names[speaker], (text,)))
             continue
         count = text.count(IMAGE_PLACEHOLDER)
-        messages.append(Message("user", _with_images(text, rest[:count], f"row {row_id!r}")))
-        rest = rest[count:]
+        messages.append(Message("user", _with_images(text, unused_images[:count], f"row {row_id!r}")))
+        unused_images = unused_images[count:]
     return Conversation(tuple(messages), id=row_id)
 
 
-def _with_images(text: str, images: Sequence[ImagePart], where: str) -> tuple[str | ImagePart, ...]:
+def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[str | ImagePart, ...]:
     count = text.count(IMAGE_PLACEHOLDER)
     if count and count != len(images):
         raise InputError(
-            f"{where}: {_count(count, '<image> placeholder')} for {_count(len(images), 'picture')}; "
+            f"{label}: {_count(count, '<image> placeholder')} for {_count(len(images), 'picture')}; "
             "write one placeholder per picture, or none"
         )
     if count <= 1:

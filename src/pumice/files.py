@@ -1,7 +1,4 @@
-"""Files that appear whole or not at all, and files that one process at a time holds.
-
-Knows the operating system. Does not know what is written.
-"""
+"""Write files completely or not at all, and lock files for one process at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from pumice.errors import InputError
 
 
 def cache_folder() -> Path:
-    """$PUMICE_CACHE, or `pumice` in the platform's cache folder. It need not exist yet."""
+    """Return $PUMICE_CACHE, or `pumice` in the platform's cache folder. It need not exist yet."""
     if chosen := os.environ.get("PUMICE_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "win32":
@@ -38,9 +35,9 @@ def make_readable(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until what was written to a file, or the names in a folder, would survive a power cut."""
+    """Flush a file's contents, or a folder's names, to the disk, so that they survive a power cut."""
     if path.is_dir():
-        if sys.platform == "win32":  # has no such call for folders
+        if sys.platform == "win32":  # it cannot sync folders
             return
         handle = os.open(path, os.O_RDONLY)
     else:
@@ -53,9 +50,9 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file that takes the place of `path` when the block ends, and never by halves.
+    """Open a UTF-8 text file that replaces `path` when the block ends. An error leaves `path` unchanged.
 
-    Its `buffer` takes bytes.
+    Write bytes to its `buffer`.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     partial = Path(name)
@@ -71,7 +68,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's contents, in hexadecimal digits."""
+    """Return the SHA-256 of a file's contents, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -80,27 +77,27 @@ def sha256(path: Path) -> str:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file that is only ever appended to, without a last one that a crash tore."""
+    """Return the complete lines of a UTF-8 file. A last line that a crash left incomplete is left out."""
     return path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
 
 
 def appending(path: Path) -> IO[str]:
-    """Open a UTF-8 file to append lines; a last one that a crash tore is cut off."""
+    """Open a UTF-8 file to append lines. A last line that a crash left incomplete is removed."""
     file = path.open("a+b")
     file.seek(0)
-    whole = file.read().rfind(b"\n") + 1
-    file.truncate(whole)
+    complete_size = file.read().rfind(b"\n") + 1
+    file.truncate(complete_size)
     return io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n")
 
 
 class Lock:
-    """A file that one process at a time holds; the system lets go of it when the process ends."""
+    """A file that one process at a time holds; the system releases it when the process ends."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a")
 
     def take(self) -> bool:
-        """Whether the lock is ours now."""
+        """Try to take the lock. Return whether this process now holds it."""
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -115,14 +112,14 @@ class Lock:
         return True
 
     def wait(self, seconds: float, waiting: Callable[[], None]) -> None:
-        """Take the lock; call `waiting` once when somebody else has it. InputError after `seconds`."""
-        end = time.monotonic() + seconds
-        told = False
+        """Take the lock. Call `waiting` once if another process holds it; InputError after `seconds`."""
+        deadline = time.monotonic() + seconds
+        announced = False
         while not self.take():
-            if not told:
+            if not announced:
                 waiting()
-                told = True
-            if time.monotonic() > end:
+                announced = True
+            if time.monotonic() > deadline:
                 raise InputError(f"another run has held '{self._file.name}' for {seconds:g} s; end it first")
             time.sleep(0.05)
 
@@ -137,7 +134,7 @@ class Lock:
 
 
 def hold_file(path: Path) -> Lock:
-    """Keep the file that this process appends lines to. InputError when another process has it."""
+    """Lock the file to which this process appends lines. Raise InputError if another process holds it."""
     lock = Lock(path)
     if not lock.take():
         lock.release()
@@ -146,7 +143,7 @@ def hold_file(path: Path) -> Lock:
 
 
 def hold(folder: Path, what: str) -> Lock:
-    """Keep `folder` for this process until the lock is released. InputError when another has it."""
+    """Lock `folder` for this process until the lock is released. Raise InputError if another holds it."""
     lock = Lock(folder / ".lock")
     if not lock.take():
         lock.release()

@@ -1,9 +1,6 @@
-"""Pictures: from whatever a person has to the tower's squares of pixels.
+"""Open image files safely and turn them into the tower's input. No other module opens an image.
 
-Knows: picture files, their oddities and dangers, and an ImagePolicy. Does not know: text, tokens,
-tensors. This is the only file that opens a picture.
-
-Shapes: P squares of one picture, S pixels on a side.
+Shapes: P tiles of one image, S pixels on a side.
 """
 
 from __future__ import annotations
@@ -68,9 +65,9 @@ def read_picture(source: str | PathLike[str] | bytes) -> bytes: ...
 @overload
 def read_picture(source: Image.Image) -> Image.Image: ...
 def read_picture(source: Source) -> bytes | Image.Image:
-    """A picture that can no longer change: a path becomes the bytes of its file, read once.
+    """Return a picture that can no longer change: for a path, the bytes of its file, read once.
 
-    What is hashed, measured and opened is then the same picture, though the file be replaced meanwhile.
+    Hashing, measuring and opening then use the same picture, even if the file is replaced meanwhile.
     Raises InputError when the file is missing, empty or cannot be read.
     """
     if isinstance(source, Image.Image):
@@ -89,7 +86,7 @@ def read_picture(source: Source) -> bytes | Image.Image:
 
 
 def open_image(source: Source) -> Image.Image:
-    """A path, the bytes of a file, or a PIL image as an upright 8-bit RGB image.
+    """Return a path, the bytes of a file, or a PIL image as an upright 8-bit RGB image.
 
     The first frame of an animation; transparency on white; 16 bits scaled to 8. Raises InputError
     when the source is missing, not a picture, damaged, or larger than MAX_PIXELS. A PIL image is
@@ -100,7 +97,7 @@ def open_image(source: Source) -> Image.Image:
 
 
 def image_size(source: Source) -> tuple[int, int]:
-    """(width, height) that `open_image` would give, from the file's header where that is enough.
+    """Return the (width, height) that `open_image` would give, from the file's header where that is enough.
 
     Raises InputError as `open_image` does, except that damage behind the header may go unseen.
     """
@@ -112,7 +109,7 @@ def image_size(source: Source) -> tuple[int, int]:
 
 
 def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
-    """An RGB image, as `open_image` gives it, as one square for the tower, float32 (3, S, S), S = size.
+    """Return an RGB image from `open_image` as one tile for the tower, float32 (3, S, S), S = size.
 
     "pad" is LLaVA's expand2square followed by a resize, and so is "anyres" where a picture has no tiles;
     "crop" is CLIPImageProcessor's shortest edge and centre crop, equal to it bit for bit before
@@ -132,11 +129,11 @@ def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
 def to_tiles(
     image: Image.Image, size: int, policy: ImagePolicy, *, tiles: bool = True, mirror: bool = False
 ) -> np.ndarray:
-    """An RGB image as all squares that the tower looks at, float32 (P, 3, S, S), S = size.
+    """Return all tiles of an RGB image for the tower, float32 (P, 3, S, S), S = size.
 
     "anyres" (LLaVA-NeXT): the picture squashed, then, letterboxed in black at its best resolution, tiles
-    row by row; P = `geometry.tile_layout(...).squares`. Without tiles, and in any other mode: one square.
-    mirror: left to right.
+    row by row; P = `geometry.tile_layout(...).tiles`. Without tiles, and in any other mode, P = 1.
+    mirror: flip left to right.
     """
     if policy.mode != "anyres" or not tiles:
         square = pixels(image, size, policy)
@@ -148,14 +145,14 @@ def to_tiles(
     fitted = image.resize(letterbox(image.size, (width, height)), resample)
     boxed = Image.new("RGB", (width, height))
     boxed.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
-    cut = [image.resize((size, size), resample)]
+    crops = [image.resize((size, size), resample)]
     for top in range(0, height, size):
-        cut += [boxed.crop((left, top, left + size, top + size)) for left in range(0, width, size)]
-    return np.stack([_normalise(square, policy) for square in cut])
+        crops += [boxed.crop((left, top, left + size, top + size)) for left in range(0, width, size)]
+    return np.stack([_normalise(square, policy) for square in crops])
 
 
 def image_key(source: Source) -> str:
-    """A name for the picture's contents, the same in every process: 32 hexadecimal digits.
+    """Return a hash of the picture's contents, the same in every process: 32 hexadecimal digits.
 
     A file and its bytes have the same key. Raises InputError where `open_image` could not begin.
     """
@@ -168,16 +165,16 @@ def image_key(source: Source) -> str:
 
 
 def data_url(source: str | PathLike[str] | bytes) -> str:
-    """A picture's file as a data URL (RFC 2397), as JPEG where it is of a format that browsers lack.
+    """Return a picture's file as a data URL (RFC 2397), as JPEG where it is of a format that browsers lack.
 
     Raises InputError when it cannot be read; only a file of a rarer format is decoded and so checked.
     """
     data = read_picture(source)
     kind = next((name for mark, name in _COMMON.items() if data.startswith(mark)), None)
     if kind is None:
-        made, kind = io.BytesIO(), "jpeg"
-        open_image(data).save(made, "JPEG", quality=90)
-        data = made.getvalue()
+        buffer, kind = io.BytesIO(), "jpeg"
+        open_image(data).save(buffer, "JPEG", quality=90)
+        data = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -217,8 +214,8 @@ def _name(source: Any) -> str:
 def _open_file(source: Any, name: str) -> BinaryIO:
     if isinstance(source, bytes):
         if not source:
-            told = name if isinstance(source, PictureFile) else "the picture"
-            raise InputError(f"{told} is empty (0 bytes); give the whole file")
+            label = name if isinstance(source, PictureFile) else "the picture"
+            raise InputError(f"{label} is empty (0 bytes); give the whole file")
         return io.BytesIO(source)
     if not isinstance(source, str | PathLike):
         raise InputError(f"{name} is not a picture; give a path, the bytes of a file, or a PIL image")
@@ -266,7 +263,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     # A PNG may keep its EXIF behind the pixels: before load(), getexif() decodes them. After load(), a TIFF
-    # was turned by Pillow itself and says so no more.
+    # was turned by Pillow itself and its tag no longer tells.
     try:
         return _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # a damaged EXIF block says nothing, and the pixels are sound

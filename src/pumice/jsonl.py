@@ -1,7 +1,4 @@
-"""Answers in a file, one JSON line per row, so that asking can stop and go on.
-
-Knows rows of (pictures, question) and their answers. Does not know: models.
-"""
+"""Answers in a JSON Lines file, one line per row, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -17,16 +14,16 @@ from pumice.files import appending, hold_file, whole_lines
 
 
 class AnswerFile:
-    """The file of the answers to `rows`. answers: those that it holds from before, in order.
+    """The file of the answers to `rows`. answers: those of earlier runs, in order, then those added.
 
-    asked: how they are asked (sampling, say), told in every line. A line that was cut off is removed. Raises
-    InputError when the file cannot be written, another process has it, or its lines are not of the first of
-    these rows, asked like this.
+    asked: the settings of the questions (sampling, for example), written to every line. An incomplete last
+    line is removed. Raises InputError when the file cannot be written, another process holds it, or its lines
+    belong to other rows or other settings.
     """
 
     def __init__(self, path: str | PathLike[str], rows: Sequence[Any], asked: Mapping[str, Any]) -> None:
         self.path, self.rows = Path(path), rows
-        self.asked = json.loads(json.dumps(asked, default=list))  # as a line will give it back
+        self.asked = json.loads(json.dumps(asked, default=list))  # as it reads back from a line
         self.answers: list[str | InputError] = []
         try:
             self._lock = hold_file(self.path)
@@ -40,7 +37,7 @@ class AnswerFile:
             raise
 
     def add(self, answer: str | InputError) -> str | InputError:
-        """Write the next row's answer, and give it back."""
+        """Write the next row's answer, and return it."""
         kind = "error" if isinstance(answer, InputError) else "answer"
         line = {**_name(self.rows[len(self.answers)]), kind: str(answer)}
         if self.asked:
@@ -62,23 +59,23 @@ class AnswerFile:
             self.answers.append(self._answer(number, line))
 
     def _answer(self, number: int, line: str) -> str | InputError:
-        wanted = _name(self.rows[number]) if number < len(self.rows) else None
+        expected_row = _name(self.rows[number]) if number < len(self.rows) else None
         try:
             values = json.loads(line)
-            found = {"images": values["images"], "question": values["question"]}
+            line_row = {"images": values["images"], "question": values["question"]}
             answer = values["answer"] if "answer" in values else InputError(values["error"])
             asked = values.get("asked", {})
         except (ValueError, KeyError, TypeError):
-            found, answer, asked = None, "", {}
-        if wanted is None or found != wanted:
-            expected = "nothing" if wanted is None else f"the answer to {wanted['question']!r}"
+            line_row, answer, asked = None, "", {}
+        if expected_row is None or line_row != expected_row:
+            expected = "nothing" if expected_row is None else f"the answer to {expected_row['question']!r}"
             raise InputError(
                 f"'{self.path}', line {number + 1}: {expected} belongs here; the file is of other rows, "
                 "name another one or remove it"
             )
         if asked != self.asked:
-            other = [key for key in {**asked, **self.asked} if asked.get(key) != self.asked.get(key)]
-            then, now = ({key: known.get(key) for key in other} for known in (asked, self.asked))
+            changed_keys = [key for key in {**asked, **self.asked} if asked.get(key) != self.asked.get(key)]
+            then, now = ({key: settings.get(key) for key in changed_keys} for settings in (asked, self.asked))
             raise InputError(
                 f"'{self.path}', line {number + 1}: it was asked with {then}, now with {now}; "
                 "ask as before, name another file or remove it"
@@ -87,9 +84,9 @@ class AnswerFile:
 
 
 def _name(row: Any) -> dict[str, Any]:
-    """What a line says of its row."""
+    """Return the part of a line that identifies its row."""
     if not isinstance(row, list | tuple) or len(row) != 2:
         return {"images": [], "question": repr(row)}
     images, question = row
-    given = [] if images is None else images if isinstance(images, list | tuple) else [images]
-    return {"images": [ImagePart(image).name for image in given], "question": str(question)}
+    image_list = [] if images is None else images if isinstance(images, list | tuple) else [images]
+    return {"images": [ImagePart(image).name for image in image_list], "question": str(question)}

@@ -1,6 +1,6 @@
-"""Old names of modules and functions that other people's code may use: each still leads to the new place.
+"""Old names of modules and functions still work, with a DeprecationWarning that names the new one.
 
-Using one raises a DeprecationWarning that names the new place. Only what the documentation showed is here.
+Only names that the documentation has shown are listed.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-PACKAGES = {"pumice.generate": "pumice.synth"}  # with all that is in them
+PACKAGES = {"pumice.generate": "pumice.synth"}  # with all their modules
 MODULES = {
     "pumice.engine.memory": "pumice.kernels.allocator",
     "pumice.engine.prefix": "pumice.engine.cache",
     "pumice.weights.folder": "pumice.formats.pumice.folder",
 }
-EMPTY = {"pumice.weights"}  # packages of which only the modules above are left
+EMPTY = {"pumice.weights"}  # packages that no longer exist; only their modules above can be imported
 NAMES = {("pumice.explain.page", "explanation_json"): "pumice.serve.explanation"}
 
 
 def install() -> None:
-    """Let `import` find the old names. Once per process."""
+    """Let `import` find the old names. Calling it again does nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())  # before the finder that would load a second copy of a file
 
 
 def old_names(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that some names have left."""
+    """Return the `__getattr__` of a module from which names have moved away."""
 
     def get(name: str) -> Any:
         if (module, name) not in NAMES:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        place = NAMES[module, name]
-        _warn(f"{module}.{name}", f"{place}.{name}")
-        return getattr(import_module(place), name)
+        new_module = NAMES[module, name]
+        _warn(f"{module}.{name}", f"{new_module}.{name}")
+        return getattr(import_module(new_module), name)
 
     return get
 
 
-def _new_place(name: str) -> str | None:
+def _new_module(name: str) -> str | None:
     for old, new in PACKAGES.items():
         if name == old or name.startswith(f"{old}."):
             return new + name.removeprefix(old)
@@ -52,7 +52,7 @@ def _new_place(name: str) -> str | None:
 
 
 def _warn(old: str, new: str) -> None:
-    # Python leaves its own import machinery out when it counts to the line that imports.
+    # stacklevel 3 is the line that imports: Python does not count its own import machinery.
     warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=3)
 
 
@@ -62,26 +62,26 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname in EMPTY:
             return ModuleSpec(fullname, _Loader(None), is_package=True)
-        place = _new_place(fullname)
-        if place is None or find_spec(place) is None:
+        new_module = _new_module(fullname)
+        if new_module is None or find_spec(new_module) is None:
             return None
-        _warn(fullname, place)
-        return ModuleSpec(fullname, _Loader(place))
+        _warn(fullname, new_module)
+        return ModuleSpec(fullname, _Loader(new_module))
 
 
 class _Loader(Loader):
-    """Gives the module of the new place, so that its classes are the same ones."""
+    """Return the module under its new name, so that both names share one set of classes."""
 
-    def __init__(self, place: str | None) -> None:
-        self.place = place
+    def __init__(self, new_module: str | None) -> None:
+        self.new_module = new_module
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        if self.place is None:
+        if self.new_module is None:
             return None
-        module = import_module(self.place)
+        module = import_module(self.new_module)
         self._spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        if self.place is not None:
-            module.__spec__ = self._spec  # which the import system has just replaced by the old name's
+        if self.new_module is not None:
+            module.__spec__ = self._spec  # the import system has just set the old name's

@@ -1,8 +1,6 @@
-"""A conversation becomes a Sample: the only meeting of text and pictures.
+"""Turn a conversation into a Sample: token ids, labels and images, for training and serving alike.
 
-Training, evaluation, chat and serving all pass here. Numpy only, no torch.
-
-Shapes: T tokens, M pictures, P squares of pixels (M of them, more under anyres), S pixels on a side.
+Shapes: T tokens, M images, P tiles (one per image, more under anyres), S pixels on a side.
 """
 
 from __future__ import annotations
@@ -26,14 +24,14 @@ class Sample:
     """Ids, labels and pictures of one conversation.
 
     input_ids (T,) int64 with IMAGE_TOKEN placeholders; labels (T,) int64, IGNORE where not
-    supervised: labels[t] is input_ids[t], to be predicted from what stands before t.
+    supervised: labels[t] is input_ids[t], which the model predicts from the tokens before t.
     """
 
     id: str
     input_ids: np.ndarray
     labels: np.ndarray
     images: tuple[ImagePart, ...]
-    layouts: tuple[Layout, ...]  # of each picture: how many placeholders it has, and of which squares
+    layouts: tuple[Layout, ...]  # of each picture: its number of placeholders, and its tiles
 
     @property
     def supervised(self) -> int:
@@ -41,21 +39,21 @@ class Sample:
 
 
 def cut(sample: Sample, limit: int) -> Sample:
-    """The sample's first `limit` tokens; a picture that would be cut is left out with what follows it."""
-    end, pictures = limit, 0
+    """Return the sample's first `limit` tokens, ended before an image that would be cut."""
+    end, image_count = limit, 0
     placeholders = np.flatnonzero(sample.input_ids == IMAGE_TOKEN)
     for layout in sample.layouts:
-        here, placeholders = placeholders[: layout.tokens], placeholders[layout.tokens :]
-        if here[-1] >= end:
-            end = min(end, int(here[0]))
+        own_placeholders, placeholders = placeholders[: layout.tokens], placeholders[layout.tokens :]
+        if own_placeholders[-1] >= end:
+            end = min(end, int(own_placeholders[0]))
             break
-        pictures += 1
+        image_count += 1
     return Sample(
         sample.id,
         sample.input_ids[:end],
         sample.labels[:end],
-        sample.images[:pictures],
-        sample.layouts[:pictures],
+        sample.images[:image_count],
+        sample.layouts[:image_count],
     )
 
 
@@ -122,7 +120,7 @@ class Processor:
         return Sample(conversation.id, ids, np.array(labels, np.int64), images, layouts)
 
     def _wrap(self, spans: Spans) -> Spans:
-        """The spans with `image_wrap` around each picture, as LLaVA 1.0 has it."""
+        """Return the spans with `image_wrap` around each image, as in LLaVA 1.0."""
         if self.config.image_wrap is None:
             return spans
         before, after = (Span(token, control=True) for token in self.config.image_wrap)
@@ -132,30 +130,29 @@ class Processor:
         return wrapped
 
     def layouts(self, images: Sequence[ImagePart]) -> tuple[Layout, ...]:
-        """How the pictures of one conversation become image tokens: all of them, in order.
+        """Return the layout of every image of one conversation, in order.
 
-        Their number decides, and of pictures in tiles each one's size, so that it is opened.
+        It depends on their number and, where images become tiles, on each size, so their headers are read.
         """
         if not self.config.image.uses_tiles(len(images)):
             return (single_tile_layout(self.config),) * len(images)
         return tuple(tile_layout(self.config, image_size(image.source)) for image in images)
 
     def key(self, image: ImagePart, layout: Layout, *, mirror: bool = False) -> str:
-        """A name for what the tower sees of the picture: other squares of one picture have another."""
+        """Return a cache key for the tower's input: the same image in other tiles has another key."""
         square = self.config.image.mode == "anyres" and layout.tiles == 1
         return image_key(image.source) + "-square" * square + "-mirror" * mirror
 
     def pixels(
         self, images: Sequence[ImagePart], layouts: Sequence[Layout], *, mirror: bool = False
     ) -> np.ndarray:
-        """Pictures -> squares of pixels (P, 3, S, S) float32, by the checkpoint's image policy.
+        """Return the tiles of images, (P, 3, S, S) float32, by the checkpoint's image policy.
 
-        layouts: theirs, as `layouts` gives them for the whole conversation. mirror: the pictures left to
-        right.
+        layouts: of these images, from `layouts` of the complete conversation. mirror: flip left to right.
         """
         size, policy = self.config.vision.image_size, self.config.image
-        seen = [
+        tiles = [
             to_tiles(open_image(image.source), size, policy, tiles=layout.tiles > 1, mirror=mirror)
             for image, layout in zip(images, layouts, strict=True)
         ]
-        return np.concatenate(seen) if seen else np.zeros((0, 3, size, size), np.float32)
+        return np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.float32)

@@ -1,4 +1,4 @@
-"""The progress of long work on stderr."""
+"""Show the progress of long work on stderr."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Chat formats: a conversation becomes spans of text, each marked as supervised or not.
+"""Turn a conversation into spans of text in a chat format, each marked as supervised or not.
 
-Knows roles and wording. Does not know tokens or pixels. A template is chosen by the `template` field
-of a model's config, for training and serving alike; "own" is the format in its `chat` field.
+The `template` field of a model's config chooses the format, for training and serving alike. "own" means the
+format in the config's `chat` field.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ OWN = "own"
 class Span:
     """A piece of text. supervised: the model learns to write it.
 
-    control: written by the template, so that it may hold the tokenizer's special tokens. What people
-    write never does: `<|im_end|>` in a question is text.
+    control: the template wrote it, so it may hold special tokens. A user's text never does: `<|im_end|>`
+    in a question is ordinary text.
     """
 
     text: str
@@ -69,12 +69,12 @@ class Template:
         return [s for s in spans if isinstance(s, ImagePart) or s.text]
 
     def _system(self, conversation: Conversation) -> list[Span]:
-        given = [message.text for message in conversation.messages if message.role == "system"]
-        if given and self.chat.system is None:
+        system_texts = [message.text for message in conversation.messages if message.role == "system"]
+        if system_texts and self.chat.system is None:
             raise InputError(
                 f"the template {self.name!r} has no place for a system message; write it into the question"
             )
-        text = given[0] if given else self.chat.default_system
+        text = system_texts[0] if system_texts else self.chat.default_system
         if text is None or self.chat.system is None:
             return []
         before, after = self.chat.system
@@ -86,8 +86,8 @@ class Template:
         opens = chat.assistant + (chat.opening if newest else "")
         text = message.text.strip() if "assistant" in chat.trim else message.text
         if (chat.user[1] + opens + chat.answer[0]).endswith("\n"):
-            # A space at the front would merge with the newline before it, which stands alone when the
-            # model begins to answer.
+            # A space at the front would merge with the newline before it, which is a token of its own when
+            # the model begins to answer.
             text = text.lstrip()
         return [
             Span(opens, control=True),
@@ -130,16 +130,16 @@ def _content(message: Message, trim: bool = False) -> Spans:
             if leading and number + 1 < len(parts):
                 spans.append(Span("\n"))
         else:
-            # A row may write that new line itself, and must not get two where a question gets one.
+            # A row may hold this newline already, and must not get a second one.
             spans.append(Span(part.lstrip("\n") if leading and number else part))
             leading = False
     return spans
 
 
-def _vicuna(who: str) -> ChatFormat:
+def _vicuna(speaker: str) -> ChatFormat:
     return ChatFormat(
         system=("", " "),
-        default_system=_POLITE % (who, who),
+        default_system=_POLITE % (speaker, speaker),
         user=("USER: ", " "),
         assistant="ASSISTANT:",
         answer=(" ", ""),
@@ -221,7 +221,7 @@ TEMPLATES: dict[str, Template | Plain] = {
 
 
 def get_template(name: str, chat: ChatFormat | None = None) -> Template | Plain:
-    """The template of a config's `template` and `chat` fields. Raises InputError when there is none."""
+    """Return the template for a config's `template` and `chat` fields. Raises InputError if there is none."""
     if name == OWN:
         if chat is None:
             raise InputError(f"the template {OWN!r} needs the format that it stands for, and none is given")

@@ -1,7 +1,6 @@
-"""Spans become token ids and labels, side by side; a picture becomes N placeholders.
+"""Turn spans of text into token ids and labels, and each picture into its placeholders.
 
-Knows the tokenizer. Does not know templates' wording, pixels or tensors. The loss mask is built here
-with the ids and never recovered afterwards.
+The loss mask is built together with the ids, never recovered afterwards.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _BAD_BYTES = "pumice.tokens"
 
 
 def _replace_each(error: UnicodeError) -> tuple[str, int]:
-    """One replacement character for each bad byte, as SentencePiece decodes; Python's own joins several."""
+    """Return one replacement character per bad byte, as SentencePiece does. Python would join several."""
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd" * (error.end - error.start), error.end
 
@@ -82,11 +81,11 @@ class Tokenizer:
         return (numbers[template.stop],) if template.stop in numbers else ()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out."""
+        """Return the text of ids, without special tokens."""
         if not self._has_bytes:
             return self.backend.decode(list(ids), skip_special_tokens=True)
-        # As SentencePiece does. The backend's own decoder gives up a whole run of byte tokens, characters
-        # that were complete included, for one byte that is not, or not yet, a character.
+        # Decode as SentencePiece does. The backend's own decoder would replace a complete run of byte tokens
+        # if only one byte of it is not, or not yet, a character.
         data = bytearray()
         at_start = self._strips
         for number in ids:
@@ -102,29 +101,30 @@ class Tokenizer:
         return data.decode(errors=_BAD_BYTES)
 
     def pieces(self, text: str, *, first: bool = True) -> list[tuple[int, int]]:
-        """Ordinary text, special tokens in it read as text: a list of (id, first character).
+        """Tokenise text without special tokens: return a list of (id, position of its first character).
 
         first: the text stands at the very beginning, which some tokenizers write in their own way.
         """
-        bare = self._prefix_first and not first
+        no_prefix = self._prefix_first and not first
         with self._lock:  # the switches belong to the shared backend
             self.backend.encode_special_tokens = True
-            if bare:
+            if no_prefix:
                 self.backend.pre_tokenizer.prepend_scheme = "never"
             try:
                 encoding = self.backend.encode(text, add_special_tokens=False)
             finally:
                 self.backend.encode_special_tokens = False
-                if bare:
+                if no_prefix:
                     self.backend.pre_tokenizer.prepend_scheme = "first"
         return [(number, start) for number, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def encode(self, spans: Sequence[Span], *, first: bool = True) -> list[tuple[int, bool]]:
-        """The spans of one chunk (all text between two pictures): a list of (id, supervised).
+        """Tokenise the spans of one chunk (all text between two pictures): a list of (id, supervised).
 
-        The chunk is cut only at special tokens in control spans; what lies between is tokenised whole,
-        and each token takes the mark of the span in which its first character stands.
+        The chunk is cut only at special tokens in control spans. The text between two cuts is tokenised in
+        one piece. A token is supervised if the span of its first character is.
         """
+        # 1. Join the texts, and find the special tokens at which the chunk is cut.
         starts, marks, text, cuts = [], [], "", []
         for span in spans:
             starts.append(len(text))
@@ -138,6 +138,7 @@ class Tokenizer:
         def mark(position: int) -> bool:
             return marks[bisect_right(starts, position) - 1]
 
+        # 2. Tokenise the text before each cut, then add the special token of the cut.
         tokens: list[tuple[int, bool]] = []
         begin = 0
         for position, token in [*cuts, (len(text), "")]:
@@ -151,9 +152,9 @@ class Tokenizer:
 
 
 def parse_tokenizer(text: bytes | str, where: str | Path) -> tokenizers.Tokenizer:
-    """The contents of a tokenizer.json; `where` names it in the InputError for what is none.
+    """Return the tokenizer in a tokenizer.json. where: its name in an InputError.
 
-    `truncation` and `padding`, which trainers leave there, are switched off: prompts keep their length.
+    `truncation` and `padding`, which trainers leave in the file, are switched off: prompts keep their length.
     """
     try:
         backend = tokenizers.Tokenizer.from_buffer(text if isinstance(text, bytes) else text.encode())
@@ -167,9 +168,9 @@ def parse_tokenizer(text: bytes | str, where: str | Path) -> tokenizers.Tokenize
 def encode(
     spans: Spans, tokenizer: Tokenizer, image_tokens: Iterable[int], bos: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Spans -> input_ids and labels of equal length.
+    """Return the input_ids and labels of spans, both of equal length.
 
-    image_tokens: of each picture, in order: as many placeholders. bos: a token that stands first of all.
+    image_tokens: the number of placeholders of each picture, in order. bos: the first token of the sequence.
     """
     counts = iter(image_tokens)
     input_ids: list[int] = [] if bos is None else [bos]
@@ -197,5 +198,5 @@ def encode(
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """How a part of a `tokenizers` tokenizer is configured: what tokenizer.json has for it."""
+    """Return the settings of one part of a `tokenizers` tokenizer, as in tokenizer.json."""
     return {} if part is None else json.loads(part.__getstate__())

@@ -1,4 +1,4 @@
-"""What every HTML page of ours begins with, and pictures inside pages. Pages load nothing from elsewhere."""
+"""The head of every HTML page that Pumice writes, and pictures inside pages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from html import escape
 
 from PIL import Image
 
-# Nothing may be loaded from anywhere, even if a text of a model should try.
+# A page loads nothing from elsewhere, not even if a model's answer contains HTML that tries to.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def head(title: str, style: str) -> str:
-    """A page from its first line to the end of its head. title: text; style: CSS."""
+    """Return a page from its first line to the end of its head. title: text; style: CSS."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -23,7 +23,7 @@ def head(title: str, style: str) -> str:
 
 
 def jpeg_address(image: Image.Image, quality: int) -> str:
-    """The picture as a data address, which an `img` shows. quality: JPEG's, 1 to 95."""
-    written = io.BytesIO()
-    image.save(written, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()
+    """Return the image as a data URL for an `img` element. quality: JPEG's, 1 to 95."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -11,7 +11,7 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.formats.read import find_model, read_model
-from pumice.formats.recognise import Kind, recognise
+from pumice.formats.recognise import FormatKind, recognise
 
 
 def folder(path: Path, **files: Any) -> Path:
@@ -24,22 +24,22 @@ def folder(path: Path, **files: Any) -> Path:
 @pytest.mark.parametrize(
     ("files", "kind"),
     [
-        ({"config": {"pumice_format": 1}}, Kind.OWN),
-        ({"config": {"model_type": "llava", "text_config": {}}}, Kind.HF),
-        ({"config": {"model_type": "llava_next", "vision_config": {}}}, Kind.HF),
-        ({"config": {"model_type": "llava", "mm_vision_tower": "x"}}, Kind.ORIGINAL),
+        ({"config": {"pumice_format": 1}}, FormatKind.OWN),
+        ({"config": {"model_type": "llava", "text_config": {}}}, FormatKind.HF),
+        ({"config": {"model_type": "llava_next", "vision_config": {}}}, FormatKind.HF),
+        ({"config": {"model_type": "llava", "mm_vision_tower": "x"}}, FormatKind.ORIGINAL),
         (
             {"config": {"model_type": "llava_llama", "mm_vision_tower": "x"}, "adapter_config": {}},
-            Kind.ORIGINAL,
+            FormatKind.ORIGINAL,
         ),
-        ({"adapter_config": {}}, Kind.ADAPTER),
-        ({"config": {"model_type": "llama"}, "adapter_config": {}}, Kind.ADAPTER),
-        ({"config": {"model_type": "qwen3"}}, Kind.LLM),
-        ({"config": {"model_type": "clip", "text_config": {}, "vision_config": {}}}, Kind.TOWER),
-        ({"config": {"model_type": "siglip_vision_model"}}, Kind.TOWER),
+        ({"adapter_config": {}}, FormatKind.ADAPTER),
+        ({"config": {"model_type": "llama"}, "adapter_config": {}}, FormatKind.ADAPTER),
+        ({"config": {"model_type": "qwen3"}}, FormatKind.LLM),
+        ({"config": {"model_type": "clip", "text_config": {}, "vision_config": {}}}, FormatKind.TOWER),
+        ({"config": {"model_type": "siglip_vision_model"}}, FormatKind.TOWER),
     ],
 )
-def test_contents_decide(tmp_path: Path, files: dict[str, Any], kind: Kind) -> None:
+def test_contents_decide(tmp_path: Path, files: dict[str, Any], kind: FormatKind) -> None:
     assert recognise(folder(tmp_path / "llava-v1.5-7b-hf-lora", **files)) is kind
 
 
@@ -62,8 +62,8 @@ def test_gguf_by_its_first_bytes(tmp_path: Path) -> None:
     files = folder(tmp_path / "m")
     (files / "a.gguf").write_bytes(b"GGUF")
     (files / "b.txt").write_bytes(b"GGUF")
-    assert recognise(files / "b.txt") is Kind.GGUF
-    assert recognise(files) is Kind.GGUF
+    assert recognise(files / "b.txt") is FormatKind.GGUF
+    assert recognise(files) is FormatKind.GGUF
     (files / "c.gguf").touch()
     with pytest.raises(InputError, match=r"holds 2 GGUF files; name one of them: a\.gguf, c\.gguf"):
         recognise(files)

@@ -142,7 +142,7 @@ def explain(
         )
 
     # 2. Run the answer and its baselines: with grey images of several kinds, and without images.
-    reader = Reader(model, processor, image_tokens)
+    reader = PassageBuilder(model, processor, image_tokens)
     ids, first = reader.answer_ids(conversation, answer)
     text, words = split(ids[first:].tolist(), processor.tokenizer.decode)
     color = config.image.pad_color
@@ -193,7 +193,7 @@ def explain(
 
 
 @dataclass(frozen=True)
-class Reader:
+class PassageBuilder:
     """Builds passages from conversations and answers."""
 
     model: Llava
@@ -223,7 +223,7 @@ class Reader:
 
 
 def _baselines(
-    reader: Reader, conversation: Conversation, greys: Sequence[Sequence[Image.Image]], answer: str
+    reader: PassageBuilder, conversation: Conversation, greys: Sequence[Sequence[Image.Image]], answer: str
 ) -> list[Passage]:
     """Build passages of the answer with each set of grey images, and last without images.
 
@@ -236,7 +236,7 @@ def _baselines(
 
 
 def _occlude(
-    reader: Reader,
+    reader: PassageBuilder,
     conversation: Conversation,
     images: Sequence[Image.Image],
     number: int,

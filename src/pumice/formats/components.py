@@ -14,7 +14,7 @@ from pumice.formats import names as tensor_names
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.hf.config import decoder_config, default_policy, image_policy, vision_config
-from pumice.formats.recognise import Kind, gguf_file, recognise
+from pumice.formats.recognise import FormatKind, gguf_file, recognise
 from pumice.formats.text.read import TextSide, read_text_side
 from pumice.model.vision import resize_positions
 from pumice.storage.download import WHEELS, locate
@@ -52,10 +52,10 @@ def open_llm(source: Source) -> LanguageModel:
     """Open a language model: a wheel, a GGUF file, a transformers folder or a hub name. Raises InputError."""
     path = locate(source)
     kind = recognise(path)
-    if kind is Kind.GGUF:
+    if kind is FormatKind.GGUF:
         model = open_gguf(gguf_file(path))
         return LanguageModel(model.config, model.state, TextSide(model.text), path, _wheel(source))
-    if kind is not Kind.LLM:
+    if kind is not FormatKind.LLM:
         raise InputError(f"{path} is {kind.value}, not a language model")
     keys = Keys.of(path / "config.json")
     config = decoder_config(keys)
@@ -105,7 +105,7 @@ def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Towe
 def describe_tower(path: Path) -> tuple[VisionConfig, ImagePolicy]:
     """Read a ViT's config and image policy from its folder, which need not hold the weights."""
     kind = recognise(path)
-    if kind is not Kind.TOWER:
+    if kind is not FormatKind.TOWER:
         raise InputError(f"{path} is {kind.value}, not a vision tower")
     keys = Keys.of(path / "config.json")
     model_type = keys.get("model_type", str)

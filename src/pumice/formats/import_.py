@@ -14,7 +14,7 @@ from pumice.errors import InputError
 from pumice.formats.load import new_parts, shapes
 from pumice.formats.pumice.folder import CONFIG, check, save
 from pumice.formats.read import find_model, read_model
-from pumice.formats.recognise import Kind, recognise
+from pumice.formats.recognise import FormatKind, recognise
 from pumice.processor import Processor
 from pumice.storage.download import origin
 from pumice.storage.json_file import read_json
@@ -30,7 +30,7 @@ DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": t
 class Imported:
     """The kind of source that was read, and the model that was written."""
 
-    kind: Kind
+    kind: FormatKind
     model: LoadedParts
 
     def summary(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def import_model(
     _check_target(path, target)
     # 2. Read the parts. The tensors stay in their files.
     kind = recognise(path)
-    if tower is not None and kind in (Kind.LLM, Kind.GGUF):
+    if tower is not None and kind in (FormatKind.LLM, FormatKind.GGUF):
         loaded = new_parts(tower, source, template=template)
         loaded = dataclasses.replace(loaded, notes=(*loaded.notes, "the connector is fresh: train it first"))
     else:
@@ -113,8 +113,8 @@ def _check_target(source: Path, target: Path) -> None:
         raise InputError(f"{target} holds other files than a Pumice model; name a new folder")
 
 
-def _origin(kind: Kind, loaded: LoadedParts) -> dict[str, Any]:
-    if kind is Kind.OWN:
+def _origin(kind: FormatKind, loaded: LoadedParts) -> dict[str, Any]:
+    if kind is FormatKind.OWN:
         return {}
     return {
         "imported": {

@@ -13,7 +13,7 @@ from pumice.formats.hf.read import open_hf
 from pumice.formats.llava.read import open_original
 from pumice.formats.peft.read import adapt, base_name
 from pumice.formats.pumice import folder
-from pumice.formats.recognise import ADAPTER_CONFIG, Kind, recognise
+from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
 from pumice.storage.download import locate
 from pumice.storage.parts import LoadedParts
 
@@ -62,26 +62,28 @@ def read_model(
     # An option that the format does not use is an error: it would be ignored in silence.
     path = find_model(source)
     kind = recognise(path)
-    if kind is not Kind.ORIGINAL and tower is not None:
+    if kind is not FormatKind.ORIGINAL and tower is not None:
         raise InputError(f"{path} is {kind.value}, which takes no other vision tower; leave --tower out")
-    if kind not in (Kind.ORIGINAL, Kind.ADAPTER) and base is not None:
+    if kind not in (FormatKind.ORIGINAL, FormatKind.ADAPTER) and base is not None:
         raise InputError(f"{path} is {kind.value}, which needs no base; leave --base out")
-    if kind is Kind.OWN and template is not None:
+    if kind is FormatKind.OWN and template is not None:
         raise InputError(f"{path} is {kind.value}, whose config.json says its template; leave --template out")
     loaded = _read(path, kind, template, tower, base)
     return dataclasses.replace(loaded, sources={"model": (str(source), path)} | loaded.sources)
 
 
-def _read(path: Path, kind: Kind, template: str | None, tower: str | None, base: str | None) -> LoadedParts:
-    if kind is Kind.OWN:
+def _read(
+    path: Path, kind: FormatKind, template: str | None, tower: str | None, base: str | None
+) -> LoadedParts:
+    if kind is FormatKind.OWN:
         return folder.open_parts(path)
-    if kind is Kind.HF:
+    if kind is FormatKind.HF:
         return open_hf(path, template)
-    if kind is Kind.ORIGINAL:
+    if kind is FormatKind.ORIGINAL:
         return open_original(path, template, tower, base)
-    if kind is Kind.ADAPTER:
+    if kind is FormatKind.ADAPTER:
         return _adapted(path, template, base)
-    if kind is Kind.TOWER:
+    if kind is FormatKind.TOWER:
         raise InputError(
             f"{path} is {kind.value}, which says nothing by itself; join it to a language model: "
             "`pumice import LLM DST --tower TOWER`, or model.tower and model.decoder of a recipe"

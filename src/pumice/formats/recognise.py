@@ -12,7 +12,7 @@ from pumice.storage.json_file import Keys
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-class Kind(Enum):
+class FormatKind(Enum):
     """The formats that can be opened. The value is the name for messages, with its article."""
 
     OWN = "a Pumice model"
@@ -27,20 +27,20 @@ class Kind(Enum):
 HF_LLAVAS = ("llava", "llava_next", "llava_onevision")
 
 
-def recognise(path: Path) -> Kind:
+def recognise(path: Path) -> FormatKind:
     """Return the format of a file or folder. Raises InputError if it is unknown."""
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) == b"GGUF":
-                return Kind.GGUF
+                return FormatKind.GGUF
         raise InputError(f"{path} is a file, but not GGUF; give a model's folder")
     if (config := path / "config.json").is_file():
         return _by_config(Keys.of(config), adapter=(path / ADAPTER_CONFIG).is_file())
     if (path / ADAPTER_CONFIG).is_file():
-        return Kind.ADAPTER
+        return FormatKind.ADAPTER
     gguf_names = sorted(p.name for p in path.glob("*.gguf"))
     if len(gguf_names) == 1:
-        return Kind.GGUF
+        return FormatKind.GGUF
     if gguf_names:
         listed = ", ".join(gguf_names)
         raise InputError(f"{path} holds {len(gguf_names)} GGUF files; name one of them: {listed}")
@@ -52,21 +52,21 @@ def gguf_file(path: Path) -> Path:
     return path if path.is_file() else next(path.glob("*.gguf"))
 
 
-def _by_config(keys: Keys, adapter: bool) -> Kind:
+def _by_config(keys: Keys, adapter: bool) -> FormatKind:
     # The order counts. A LoRA of the original code has both files, and its config.json says more.
     if "pumice_format" in keys:
-        return Kind.OWN
+        return FormatKind.OWN
     if "mm_vision_tower" in keys:
-        return Kind.ORIGINAL
+        return FormatKind.ORIGINAL
     if adapter:
-        return Kind.ADAPTER
+        return FormatKind.ADAPTER
     kind = keys.get("model_type", str, "")
     if kind in HF_LLAVAS and ("text_config" in keys or "vision_config" in keys):
-        return Kind.HF
+        return FormatKind.HF
     if kind in FAMILIES:
-        return Kind.LLM
+        return FormatKind.LLM
     if kind in TOWERS:
-        return Kind.TOWER
+        return FormatKind.TOWER
     if kind in HF_LLAVAS:
         raise InputError(
             f"{keys.label} has neither text_config nor mm_vision_tower: it is no LLaVA, or "

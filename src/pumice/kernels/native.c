@@ -7,7 +7,7 @@
  * `tile` alike: a test holds them to it).
  *
  * Shapes: R rows (a new token of a sequence each), D width, H heads, K key/value heads, d head width,
- * M width of the MLP, V vocabulary, P places of the cache. Matrices lie row by row.
+ * M width of the MLP, V vocabulary, P cells of the cache. Matrices lie row by row.
  */
 #include <math.h>
 #include <stdint.h>
@@ -58,7 +58,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t depth, width, heads, kv_heads, head_dim, mlp_width, vocabulary, places, window; /* window: 0 none */
+    int64_t depth, width, heads, kv_heads, head_dim, mlp_width, vocabulary, capacity, window; /* window: 0 none */
     float eps;
     const float *inv_freq; /* (d / 2), radians per position */
     const Block *blocks;
@@ -244,7 +244,7 @@ static void part(const Linear *layer, int64_t outputs, int64_t inputs, int64_t r
     product(layer, first, last, inputs, rows, x, y, stride, add);
 }
 
-/* x (R, D): embedded tokens, overwritten. positions (R): where each stands in its sequence; starts (R): the place of
+/* x (R, D): embedded tokens, overwritten. positions (R): where each stands in its sequence; starts (R): the cell of
  * the sequence's first. due (wanted): the rows whose logits (wanted, V) are asked for. Returns 0, or 1 when there is
  * no memory. */
 int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positions, const int64_t *starts,
@@ -288,16 +288,16 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
                 if (weight) norm(head, weight, d, m->eps, head);
                 rotate(head, d, angles + r * d);
                 if (h < H) continue;
-                int64_t place = ((layer * K + h - H) * m->places + starts[r] + positions[r]) * d;
-                for (int64_t i = 0; i < d; i++) m->keys[place + i] = narrow(head[i]);
-                for (int64_t i = 0; i < d; i++) m->values[place + i] = narrow(head[K * d + i]);
+                int64_t cell = ((layer * K + h - H) * m->capacity + starts[r] + positions[r]) * d;
+                for (int64_t i = 0; i < d; i++) m->keys[cell + i] = narrow(head[i]);
+                for (int64_t i = 0; i < d; i++) m->values[cell + i] = narrow(head[K * d + i]);
             }
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < rows * H; item++) {
-                int64_t r = item / H, h = item % H, seen = 0;
-                if (m->window && positions[r] + 1 > m->window) seen = positions[r] + 1 - m->window;
-                int64_t place = ((layer * K + h * K / H) * m->places + starts[r] + seen) * d;
-                attend(qkv + r * joined + h * d, m->keys + place, m->values + place, positions[r] + 1 - seen, d, scores,
+                int64_t r = item / H, h = item % H, begin = 0;
+                if (m->window && positions[r] + 1 > m->window) begin = positions[r] + 1 - m->window;
+                int64_t cell = ((layer * K + h * K / H) * m->capacity + starts[r] + begin) * d;
+                attend(qkv + r * joined + h * d, m->keys + cell, m->values + cell, positions[r] + 1 - begin, d, scores,
                        mixed + r * inner + h * d);
             }
             part(&block->o, D, inner, rows, mixed, x, D, 1);

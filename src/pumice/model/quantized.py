@@ -1,6 +1,6 @@
 """Weight-only int8 and int4: the decoder's linear layers as module swaps, while answering.
 
-Knows tensors and module trees. Weights become small integers; activations, norms, the embedding, the
+Weights become small integers; activations, norms, the embedding, the
 KV cache, the tower and the connector stay as they are. Few rows (decode) go to PyTorch's own kernels,
 which read the integers once; many rows (prefill), other types and other devices multiply with weights
 that are restored for the moment, which is right everywhere.

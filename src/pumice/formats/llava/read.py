@@ -18,7 +18,7 @@ from pumice.formats import names as tensor_names
 from pumice.formats.components import describe_tower, open_llm, open_tower
 from pumice.formats.hf.config import check_unquantised, decoder_config, padding
 from pumice.formats.peft.read import adapt, base_name
-from pumice.formats.recognise import ADAPTER_CONFIG, Kind, recognise
+from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
 from pumice.formats.text.read import TextSide, read_text_side
 from pumice.storage.download import locate
 from pumice.storage.json_file import Keys
@@ -125,7 +125,7 @@ def _language(
             f"{folder} holds no language model; name the one it was trained on with --base{hint}"
         )
     path = locate(base_source)
-    if recognise(path) is Kind.ORIGINAL:
+    if recognise(path) is FormatKind.ORIGINAL:
         base_tensors, decoder, text_side, _ = _language(
             path, Keys.of(path / "config.json"), family, None, adapter=False
         )
