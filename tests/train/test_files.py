@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from pumice.config import ImagePolicy
 from pumice.conversation import ImagePart
 from pumice.errors import InputError, WorkError
 from pumice.formats.load import open_model
 from pumice.images import image_key
+from pumice.processor import Processor
 from pumice.train import checkpoint as checkpoints
 from pumice.train.checkpoint import Checkpoint
 from pumice.train.features import FeatureCache, TowerFeatures
@@ -234,10 +236,30 @@ def test_features_are_kept_under_the_picture_that_was_opened(
     features = TowerFeatures(opened.model, opened.processor, tmp_path / "cache", trains_tower=False)
     file = tmp_path / "latest.png"
     replaced_when_opened(file, contents)
+    layouts = opened.processor.layouts([ImagePart(file)])
     for data in contents:
-        layouts = opened.processor.layouts([ImagePart(data)])
         (image_input,) = features.fetch([ImagePart(file)], layouts, False)
         assert image_input.key == image_key(data)
-        pixels = opened.processor.pixels([ImagePart(data)], layouts)
-        assert torch.equal(image_input.pixels, torch.from_numpy(pixels))
+        expected = opened.processor.pixels([ImagePart(data)], layouts)
+        assert torch.equal(image_input.pixels, torch.from_numpy(expected))
+    features.close()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_picture_that_gets_another_size_after_its_row_was_read(
+    tiny_folder: Path, tmp_path: Path, cached: bool
+) -> None:
+    opened = open_model(tiny_folder)
+    side = opened.model.config.vision.image_size
+    tiles = ImagePolicy("anyres", pinpoints=((side, 2 * side), (2 * side, side)))
+    processor = Processor(replace(opened.model.config, image=tiles), opened.processor.tokenizer)
+    folder = tmp_path / "cache" if cached else None
+    features = TowerFeatures(opened.model, processor, folder, trains_tower=False)
+    file = tmp_path / "latest.png"
+    Image.new("RGB", (90, 30)).save(file)
+    layouts = processor.layouts([ImagePart(file)])
+    assert len(features.fetch([ImagePart(file)], layouts, False)) == 1
+    Image.new("RGB", (30, 90)).save(file)  # as many tiles, elsewhere
+    with pytest.raises(InputError, match=r"latest\.png has another size than when its row was read"):
+        features.fetch([ImagePart(file)], layouts, False)
     features.close()

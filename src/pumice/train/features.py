@@ -66,14 +66,19 @@ class TowerFeatures:
         """Read images or their cached features; safe in any thread.
 
         layouts: one per image, as the sample has them. mirror: flip left to right. pin: use pinned memory.
-        Raises InputError on an image that cannot be read.
+        Raises InputError on an image that cannot be read, or whose size is not the layout's any more.
         """
         inputs = []
-        for image, layout in zip(images, layouts, strict=True):
+        for given, layout in zip(images, layouts, strict=True):
             key, features, pixels = None, None, None
+            # Read the file once: it may be replaced between the hash and the decoding.
+            image = ImagePart(read_picture(given.source))
+            if layout.tiles > 1 and self.processor.layouts((image,)) != (layout,):
+                raise InputError(
+                    f"{given.name} has another size than when its row was read, and so another number of "
+                    "tokens; leave pictures as they are while a model trains"
+                )
             if self.cache is not None:
-                # Read the file once: it may be replaced between the hash and the decoding.
-                image = ImagePart(read_picture(image.source))
                 key = self.processor.key(image, layout, mirror=mirror)
                 features = self.cache.read(key)
             if features is None:

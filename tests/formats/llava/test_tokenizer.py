@@ -152,3 +152,20 @@ def test_what_sentencepiece_did_not_make_is_exported_with_a_note(llama: LoadedPa
     assert not (tmp_path / "out" / MODEL).exists()
     merges = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["merges"]
     assert merges and all(isinstance(merge, str) for merge in merges)
+
+
+@pytest.mark.parametrize("changed", ["normalizer", "begin"])
+def test_a_tokenizer_that_only_splits_words_as_qwen2_is_opened_from_tokenizer_json(
+    models: ModuleType, tmp_path: Path, changed: str
+) -> None:
+    model = models.tiny(models.ARCHITECTURES["SigLIP + Qwen2, squash"])
+    values = json.loads(model.tokenizer.to_str())
+    if changed == "normalizer":
+        values["normalizer"] = {"type": "Lowercase"}
+        other = replace(model, tokenizer=Tokenizer.from_str(json.dumps(values)))
+    else:
+        other = replace(model, config=replace(model.config, bos_token_id=values["added_tokens"][0]["id"]))
+    export(other, "llava", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not (tmp_path / "out" / "vocab.json").exists()

@@ -35,7 +35,7 @@ def write_tokenizer(folder: Path, model: LoadedParts) -> list[str]:
     if (data := sentencepiece(model)) is not None:
         (folder / MODEL).write_bytes(data)
         class_keys = _llama(config, tokenizer, data)
-    elif values["model"].get("type") == "BPE" and pre_tokenizer_name(values) == "qwen2":
+    elif _is_qwen2(config, values):
         vocabulary = dict(sorted(values["model"]["vocab"].items(), key=lambda item: item[1]))
         write_json(folder / "vocab.json", vocabulary)
         lines = ["#version: 0.2", *_merges(values)]
@@ -82,6 +82,13 @@ def sentencepiece(model: LoadedParts) -> bytes | None:
     stop = config.stop_token_ids[0] if config.stop_token_ids else None
     new_model = from_tokenizer(tokenizer, config.bos_token_id, stop)
     return None if new_model is None else to_bytes(new_model)
+
+
+def _is_qwen2(config: ModelConfig, values: dict[str, Any]) -> bool:
+    """Whether Qwen2's class cuts text alike: it only normalizes to NFC, and adds no begin-of-text."""
+    if config.bos_token_id is not None or values["normalizer"] not in (None, {"type": "NFC"}):
+        return False
+    return values["model"].get("type") == "BPE" and pre_tokenizer_name(values) == "qwen2"
 
 
 def _llama(config: ModelConfig, tokenizer: Tokenizer, data: bytes) -> dict[str, Any]:
