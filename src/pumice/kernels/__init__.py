@@ -1,0 +1,1 @@
+"""Compiled code for a CPU, and the packed matrices that it multiplies with."""
