@@ -6,7 +6,9 @@ change places; the models here have weights so large that their logits are far a
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from small import WIDTH, small_model
 
 from pumice import InputError
 from pumice.config import IMAGE_TOKEN
+from pumice.engine import scheduler as scheduling
 from pumice.engine.engine import Engine
 from pumice.engine.generate import Picture, Prompt, naive_generate
 from pumice.engine.requests import Delta, Request
@@ -254,6 +257,135 @@ def test_answers_that_outgrow_the_cache_wait_and_go_on(kit: Kit, model: Llava) -
     assert sum(len(one.tokens) for one in heard) == 450
 
 
+def test_an_answer_grows_over_what_stands_on_either_side(kit: Kit) -> None:
+    """A finished sequence in front of it, free places behind it: neither alone is enough."""
+    large = small_model(context=400)
+    made = Engine(large, slots=1, cache_tokens=300)
+    kit.run(made, kit.prompt(*range(5, 100), max_new_tokens=1))
+    asked = kit.prompt(*range(100, 27, -1), max_new_tokens=180)
+    (heard,) = kit.run(made, asked)
+    assert heard.tokens == naive_generate(large, asked)
+    assert made.stats().prompt_tokens == 95 + 73
+    assert made.stats().steps == 1 + 180  # nothing was computed twice
+
+
+@pytest.mark.parametrize("window", list(MODELS))
+def test_every_request_ends_with_the_naive_answer_in_any_cache(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "ROOM", 3)
+    monkeypatch.setattr(scheduling, "WORTH", 2)
+    for seed in range(12):
+        draw = random.Random(seed)
+        places, chunk = draw.choice([*range(1, 50), 96, 150]), draw.choice((1, 3, 512))
+        made = Engine(MODELS[window], slots=draw.randint(1, 4), cache_tokens=places, chunk=chunk)
+        asked: list[tuple[int, Heard]] = []
+        cancelled: set[int] = set()
+        work = 0
+        for steps in itertools.count():
+            assert steps <= 100 + 20 * work, f"schedule {seed} goes round and round"
+            if steps < 40 and draw.random() < 0.3:
+                number = draw.randrange(len(PROMPTS))
+                length, most = len(PROMPTS[number].input_ids), PROMPTS[number].params.max_new_tokens
+                if length + most - 1 > places:
+                    with pytest.raises(InputError, match=f"{length} tokens .* {places}"):
+                        KIT.submit(made, PROMPTS[number])
+                else:
+                    asked.append((number, KIT.submit(made, PROMPTS[number])))
+                    work += length + most
+            if asked and draw.random() < 0.05:
+                cancelled.add(place := draw.randrange(len(asked)))
+                if (request := asked[place][1].request) is not None:
+                    made.cancel(request)
+            worked = made.step()
+            check_owners(made)
+            if not worked:
+                assert all(heard.deltas and heard.last.finish for _, heard in asked), (
+                    f"schedule {seed} stalls"
+                )
+                if steps >= 40:
+                    break
+        for place, (number, heard) in enumerate(asked):
+            expected = NAIVE[window][number]
+            if place in cancelled and heard.last.finish == "cancelled":
+                expected = expected[: len(heard.tokens)]
+            else:
+                assert heard.last.finish == "length"
+            assert heard.tokens == expected, f"schedule {seed}"
+            assert sum(delta.finish is not None for delta in heard.deltas) == 1
+
+
+def check_owners(engine: Engine) -> None:
+    """No place has two owners, and running requests own exactly the regions that are not idle."""
+    prefix, scheduler = engine._prefix, engine._scheduler
+    owned = [0] * prefix.capacity
+    for region in (*prefix.busy.values(), *prefix.idle.values()):
+        for place in range(region.start, region.start + region.room):
+            owned[place] += 1
+    assert max(owned) <= 1
+    running = {id(request.region) for request in scheduler.running}
+    assert running == {id(region) for region in prefix.busy.values()}
+    assert prefix.held == sum(region.length for region in prefix.idle.values())
+
+
+@pytest.mark.parametrize("wrong", [MemoryError, KeyboardInterrupt])
+def test_a_copy_that_fails_or_is_interrupted_loses_no_place(
+    wrong: type[BaseException], kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an answer moves to where it has room, and as a prompt begins with what another one has computed."""
+    large = small_model(context=400)
+    asked = kit.prompt(*range(100, 27, -1), max_new_tokens=180)
+    shares = kit.prompt(*range(5, 50), 99, max_new_tokens=3)
+    expected = [naive_generate(large, one) for one in (asked, shares)]
+    made = Engine(large, slots=2, cache_tokens=300)
+
+    def fail(*_: int) -> None:
+        raise wrong("no memory")
+
+    kit.run(made, kit.prompt(*range(5, 100), max_new_tokens=1))
+    for number, prompt in enumerate((asked, shares)):
+        if number:
+            kit.run(made, kit.prompt(*range(5, 100), max_new_tokens=1))
+        heard = kit.submit(made, prompt)
+        with monkeypatch.context() as patch:
+            patch.setattr(made._scheduler, "copy", fail)
+            if wrong is KeyboardInterrupt:
+                with pytest.raises(KeyboardInterrupt):
+                    while made.step():
+                        pass
+            else:
+                while made.step():
+                    pass
+                assert (heard.last.finish, str(heard.last.error)) == ("error", "no memory")
+                heard = kit.submit(made, prompt)
+        while made.step():
+            check_owners(made)
+        assert (heard.tokens, heard.last.finish) == (expected[number], "length")
+
+
+def test_a_request_that_cannot_be_started_ends_with_a_reason(
+    kit: Kit, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine()
+    ended = threading.Event()
+    heard: list[Delta] = []
+
+    def deliver(delta: Delta) -> None:
+        heard.append(delta)
+        ended.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made._scheduler, "_start", lambda *_: False)
+        made.start()
+        made.submit(PROMPTS[0], deliver)
+        assert ended.wait(60)
+    assert (heard[0].finish, str(heard[0].error)) == (
+        "error",
+        "1 requests wait, and none of them can be started",
+    )
+    made.close()
+
+
 def test_a_model_that_changed_is_not_mixed_with_what_it_said_before(kit: Kit) -> None:
     model = small_model()
     made = Engine(model)
@@ -360,6 +492,9 @@ def test_an_owner_that_fails_ends_its_own_request_only(
     [
         (lambda kit: kit.prompt(*range(96)), "takes 96 tokens .* context of 96"),
         (lambda kit: kit.prompt(*range(30), max_new_tokens=30), "30 tokens and an answer of up to 30 .* 50"),
+        (lambda kit: kit.prompt(*range(51), max_new_tokens=1), "takes 51 tokens and the .* cache holds 50"),
+        (lambda kit: kit.prompt(*range(50), max_new_tokens=2), "50 tokens .* up to 2 .* 50 .* at most 1,"),
+        (lambda kit: Prompt(torch.empty(0, dtype=torch.long)), "0 tokens; give at least 1"),
         (lambda kit: kit.prompt(1, 101), "from 1 to 101, the vocabulary from 0 to 100"),
         (lambda kit: Prompt(torch.tensor([1, -200, 2])), "hold 1 image placeholders, the pictures give 0"),
     ],
@@ -371,6 +506,11 @@ def test_what_can_never_be_answered_is_refused(
     with pytest.raises(ValueError, match=message):
         kit.submit(made, wrong(kit))
     assert not made.step()
+
+
+def test_a_prompt_as_long_as_the_cache_is_answered(kit: Kit, model: Llava) -> None:
+    asked = kit.prompt(*range(50), max_new_tokens=1)
+    assert kit.run(Engine(model, cache_tokens=50), asked)[0].tokens == naive_generate(model, asked)
 
 
 @pytest.mark.parametrize("options", [{"slots": 0}, {"chunk": 0}, {"cache_tokens": 0}])

@@ -309,3 +309,15 @@ def test_wanted_rows_are_those_of_the_whole(wanted: list[int]) -> None:
 def test_heads_that_cannot_share_are_refused() -> None:
     with pytest.raises(InputError, match="4 heads cannot share 3 key/value heads evenly"):
         dataclasses.replace(BASE, kv_heads=3)
+
+
+@pytest.mark.parametrize(("source", "target"), [(5, 2), (2, 5), (0, 8)])
+def test_the_cache_copies_places_that_overlap(source: int, target: int) -> None:
+    cache = KVCache(BASE, 16, torch.device("cpu"), torch.float32)
+    for kept in (cache.keys, cache.values):
+        kept.copy_(torch.arange(kept.numel()).view_as(kept))
+    before = cache.keys.clone(), cache.values.clone()
+    cache.copy(source, target, 8)
+    for kept, old in zip((cache.keys, cache.values), before, strict=True):
+        old[:, :, target : target + 8] = old[:, :, source : source + 8].clone()
+        assert torch.equal(kept, old)

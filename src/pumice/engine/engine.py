@@ -100,10 +100,16 @@ class Engine:
         prompt.check(self.model.config.decoder.vocab_size)
         length, context = len(prompt.input_ids), self.model.config.decoder.context
         limit = min(context, length + prompt.params.max_new_tokens) - 1
-        if limit > self._cache.places:
+        places = self._cache.places
+        if length > places:
+            raise InputError(
+                f"the prompt takes {length} tokens and the engine's cache holds {places}; "
+                "shorten the question, show fewer pictures, or give the engine a larger cache"
+            )
+        if limit > places:
             raise InputError(
                 f"a prompt of {length} tokens and an answer of up to {limit + 1 - length} do not fit in a "
-                f"cache of {self._cache.places} tokens; ask for a shorter answer or a larger cache"
+                f"cache of {places} tokens; ask for at most {places + 1 - length}, or for a larger cache"
             )
         request = Request(prompt, deliver, prompt.params.generator(self.model.device), limit)
         with self._changed:
@@ -120,7 +126,7 @@ class Engine:
             self._changed.notify_all()
 
     def step(self) -> bool:
-        """Compute the next tokens of the running requests; False when there is nothing to do."""
+        """Compute the next tokens of the running requests; False only when no request is here."""
         with self._stepping, torch.inference_mode():
             with self._changed:
                 arrived, self._arrived = self._arrived, []
@@ -128,7 +134,12 @@ class Engine:
             everyone = (*self._scheduler.running, *self._scheduler.waiting)
             for request in [r for r in everyone if r.cancelled]:
                 self._finish(request, "cancelled")
-            plan = self._scheduler.plan()
+            try:
+                plan = self._scheduler.plan()
+            except Exception as error:  # no memory to copy in, say: nobody may wait for ever
+                for request in (*self._scheduler.running, *self._scheduler.waiting):
+                    self._finish(request, "error", error)
+                return True
             if not plan:
                 return False
             self._run(plan)

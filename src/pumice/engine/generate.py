@@ -94,8 +94,10 @@ def _fingerprint(tokens: Tensor) -> str:
 
 
 def check_room(model: Llava, prompt: Prompt) -> None:
-    """Raise InputError unless the model's context holds the prompt and at least one more token."""
+    """Raise InputError unless the prompt has tokens, and the model's context room for at least one more."""
     length, context = len(prompt.input_ids), model.config.decoder.context
+    if not length:
+        raise InputError("the prompt has 0 tokens; give at least 1")
     if length >= context:
         raise InputError(
             f"the prompt takes {length} tokens and leaves no room for an answer in a context of {context}; "

@@ -10,6 +10,7 @@ first. A new sequence that begins like one that is there, running or finished, c
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -59,7 +60,6 @@ class PrefixCache:
         self.held = 0  # tokens of finished sequences
         self.busy: dict[int, Region] = {}  # by start
         self.idle: OrderedDict[int, Region] = OrderedDict()  # the one not used for longest comes first
-        self._holes: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # (start, size), by start
 
     def match(self, keys: np.ndarray) -> tuple[Region | None, int]:
         """The region that begins most like `keys`, and how many tokens they share."""
@@ -76,33 +76,45 @@ class PrefixCache:
             self.idle.move_to_end(region.start)
 
     def take(self, room: int, spare: Region | None = None) -> Region | None:
-        """A region of so many places, idle regions but `spare` evicted for it as needed; None if in vain."""
-        while (start := self._fit(room)) is None:
-            oldest = next((region for region in self.idle.values() if region is not spare), None)
-            if oldest is None:
-                return None
-            self.evictions += 1
-            self.drop(oldest)
+        """Allocate `room` places. Evict idle regions, the oldest first, but never `spare`.
+
+        Return None, and evict nothing, if there is no room even so.
+        """
+        evictable = [region for region in self.idle.values() if region is not spare]
+        gone = set(map(id, evictable))
+        if self._hole(room, (region for region in self._all() if id(region) not in gone)) is None:
+            return None
+        for oldest in evictable:
+            if self._hole(room, self._all()) is not None:
+                break
+            self._evict(oldest)
+        start = self._hole(room, self._all())
+        assert start is not None
         region = self.busy[start] = Region(start, room)
         return region
 
-    def grow(self, region: Region, room: int) -> bool:
-        """Widen a region to `room` places where it stands; False when its neighbour is in the way."""
-        end, more = region.start + region.room, room - region.room
-        for number, (start, size) in enumerate(self._holes):
-            if start == end and size >= more:
-                self._holes[number : number + 1] = [(start + more, size - more)] if size > more else []
-                region.resize(room)
-                return True
-        return False
+    def grow(self, region: Region, room: int, *, evict: bool = False) -> bool:
+        """Widen a running region to `room` places; return False if its neighbours are in the way.
 
-    def wake(self, region: Region, room: int) -> bool:
-        """Go on with an idle region where it stands, `room` places wide; False as of `grow`."""
-        if room > region.room and not self.grow(region, room):
+        Where the places behind it are too few, it moves down into the hole in front of it: then its `start`
+        changes, and the caller has to copy what stands in the KV cache. evict: idle neighbours give way.
+        """
+        start = self._reach(region, room, evict)
+        if start is None:
+            return False
+        del self.busy[region.start]
+        self._place(region, start, room)
+        return True
+
+    def wake(self, region: Region, length: int, room: int, *, evict: bool = False) -> bool:
+        """Go on with the first `length` tokens of an idle region, `room` places wide; else as `grow`."""
+        start = self._reach(region, room, evict)
+        if start is None:
             return False
         del self.idle[region.start]
         self.held -= region.length
-        self.busy[region.start] = region
+        region.length = length
+        self._place(region, start, room)
         return True
 
     def release(self, region: Region) -> None:
@@ -122,7 +134,6 @@ class PrefixCache:
             if shared == other.length:
                 self.drop(other)
         del self.busy[region.start]
-        self._free(region.start + region.length, region.room - region.length)
         region.resize(region.length)
         self.idle[region.start] = region
         self.held += region.length
@@ -132,34 +143,53 @@ class PrefixCache:
         if self.busy.pop(region.start, None) is None:
             del self.idle[region.start]
             self.held -= region.length
-        self._free(region.start, region.room)
 
     def clear(self) -> None:
         """Forget every finished sequence: needed when the model's weights change."""
         for region in list(self.idle.values()):
             self.drop(region)
 
-    def _fit(self, room: int) -> int | None:
-        """The start of `room` places cut from the smallest hole that has them."""
-        fitting = [(size, number) for number, (_, size) in enumerate(self._holes) if size >= room]
-        if not fitting:
-            return None
-        size, number = min(fitting)
-        start = self._holes[number][0]
-        self._holes[number : number + 1] = [(start + room, size - room)] if size > room else []
-        return start
+    def _all(self) -> list[Region]:
+        return [*self.busy.values(), *self.idle.values()]
 
-    def _free(self, start: int, size: int) -> None:
-        if not size:
-            return
-        holes = sorted([*self._holes, (start, size)])
-        joined = holes[:1]
-        for place, width in holes[1:]:
-            before, size = joined[-1]
-            if before + size > place:
-                raise ValueError(f"place {place} is freed twice")
-            if before + size == place:
-                joined[-1] = (before, size + width)
-            else:
-                joined.append((place, width))
-        self._holes = joined
+    def _evict(self, region: Region) -> None:
+        self.evictions += 1
+        self.drop(region)
+
+    def _place(self, region: Region, start: int, room: int) -> None:
+        region.start = start
+        region.resize(room)
+        self.busy[start] = region
+
+    def _hole(self, room: int, owners: Iterable[Region]) -> int | None:
+        """The start of the smallest hole between `owners` that has `room` places."""
+        holes, end = [], 0
+        for start, size in sorted([(region.start, region.room) for region in owners] + [(self.capacity, 0)]):
+            if start - end >= room:
+                holes.append((start - end, end))
+            end = start + size
+        return min(holes)[1] if holes else None
+
+    def _reach(self, region: Region, room: int, evict: bool) -> int | None:
+        """Where a region can start that becomes `room` places wide and passes no neighbour; None if nowhere.
+
+        evict: idle neighbours are evicted, the oldest first, if that makes enough room.
+        """
+        low, high = self._between(region, self.busy.values() if evict else self._all())
+        if high - low < room:
+            return None
+        for idle in list(self.idle.values()):
+            first, last = self._between(region, self._all())
+            if last - first >= room:
+                break
+            if idle is not region and low <= idle.start < high:
+                self._evict(idle)
+        low, high = self._between(region, self._all())
+        return region.start if region.start + room <= high else low
+
+    def _between(self, region: Region, others: Iterable[Region]) -> tuple[int, int]:
+        """The end of the last of `others` before a region, and the start of the first after it."""
+        others = [other for other in others if other is not region]
+        low = max((other.start + other.room for other in others if other.start < region.start), default=0)
+        high = min((other.start for other in others if other.start > region.start), default=self.capacity)
+        return low, high

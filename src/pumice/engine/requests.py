@@ -51,6 +51,7 @@ class Request:
     finish: Finish | None = None
     cancelled: bool = False
     cached_tokens: int = 0
+    admitted: bool = False  # at least once, though it may wait again
     region: Region | None = None  # while it runs
     shown: tuple[np.ndarray, Tensor] | None = None  # image tokens of the next step, and where they go
     _seen: dict[str, Tensor] = field(default_factory=dict)  # image tokens of pictures being computed

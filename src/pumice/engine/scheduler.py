@@ -32,14 +32,21 @@ class Scheduler:
         self.hits = 0  # of these, found in the prefix cache
 
     def plan(self) -> list[tuple[Request, int]]:
-        """Requests and how many of their tokens are computed next; empty when nothing is to do."""
+        """Requests and how many of their tokens are computed next; empty only when no request is here."""
+        # 1. Free what an interrupted plan had allocated for nobody, or a request might never fit again.
+        owned = {id(request.region) for request in self.running}
+        for region in [region for region in self.prefix.busy.values() if id(region) not in owned]:
+            self.prefix.drop(region)
+        # 2. Admit requests while slots and places last.
         self._admit()
+        # 3. Repeat what an interrupted step left, and give answers whose region is full more places.
         for request in self.running:
             if request.remaining == 0 and request.region is not None:
                 request.region.length -= 1  # a step was interrupted before it chose the next token
         for request in list(self.running):
             if request in self.running and request.remaining == 1:
                 self._make_room(request)
+        # 4. One token of each answer, then prompts until the budget is used.
         budget = self.chunk
         plan = [(request, 1) for request in self.running if request.remaining == 1]
         for request in self.running:
@@ -47,6 +54,8 @@ class Scheduler:
                 share = min(budget, request.remaining)
                 budget -= share
                 plan.append((request, share))
+        if self.waiting and not plan:
+            raise RuntimeError(f"{len(self.waiting)} requests wait, and none of them can be started")
         return plan
 
     def remove(self, request: Request) -> None:
@@ -83,22 +92,24 @@ class Scheduler:
         room = min(request.limit, request.count + ROOM)
         # All of an idle region lives on in the new one: the next turn of a conversation, say.
         whole = source is not None and source.length == shared and source.start in self.prefix.idle
-        if source is not None and whole and self.prefix.wake(source, room):
-            request.region = source
-        else:
-            region = self.prefix.take(room, source)
-            if region is None and not self.running:  # nothing but what it shares is in the way
-                region, source, shared = self.prefix.take(room), None, 0
-            if region is None:
-                return False
+        if source is not None and whole and self._wake(source, shared, room):
+            region = source
+        elif (taken := self.prefix.take(room, source)) is not None:
+            region = taken
             if source is not None:
                 self.copy(source.start, region.start, shared)
                 self.prefix.touch(source)
                 if whole:
                     self.prefix.drop(source)
             region.append(request.keys[:shared])
-            request.region = region
-        if not request.tokens:
+        # Nothing runs, or nothing is lost: then what it shares stays, and the rest of the source gives way.
+        elif source is not None and (whole or not self.running) and self._wake(source, shared, room, True):
+            region = source
+        else:
+            return False
+        request.region = region
+        if not request.admitted:
+            request.admitted = True
             request.cached_tokens = shared
             self.hits += shared
             self.prompt_tokens += request.count
@@ -110,19 +121,39 @@ class Scheduler:
         region = request.region
         if region is None or region.length < region.room:
             return
-        wider = min(request.limit, region.length + ROOM)
-        while not self.prefix.grow(region, wider):
-            moved = self.prefix.take(wider)
-            if moved is not None:
-                self.copy(region.start, moved.start, region.length)
-                moved.append(region.keys)
-                self.prefix.drop(region)
-                request.region = moved
-                return
+        while not self._widen(request, region, min(request.limit, region.length + ROOM)):
             newest = self.running[-1]
             self._put_back(newest)
             if newest is request:
                 return
+
+    def _widen(self, request: Request, region: Region, room: int) -> bool:
+        """Give a region `room` places. False only if another request runs: the idle give way."""
+        if self._grow(region, room):
+            return True
+        if (moved := self.prefix.take(room)) is None:
+            return self._grow(region, room, evict=True)
+        self.copy(region.start, moved.start, region.length)
+        moved.append(region.keys)
+        self.prefix.drop(region)
+        request.region = moved
+        return True
+
+    def _grow(self, region: Region, room: int, evict: bool = False) -> bool:
+        start = region.start
+        return self.prefix.grow(region, room, evict=evict) and self._follow(region, start)
+
+    def _wake(self, region: Region, length: int, room: int, evict: bool = False) -> bool:
+        start = region.start
+        return self.prefix.wake(region, length, room, evict=evict) and self._follow(region, start)
+
+    def _follow(self, region: Region, start: int) -> bool:
+        """Move what a region holds in the KV cache from where it stood; True."""
+        if region.start != start:
+            length, region.length = region.length, 0  # holds nothing, should the copy be interrupted
+            self.copy(start, region.start, length)
+            region.length = length
+        return True
 
     def _put_back(self, request: Request) -> None:
         """It waits again, and goes on later where it was."""

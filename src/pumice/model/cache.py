@@ -45,9 +45,12 @@ class KVCache:
         return 2 * config.depth * config.kv_heads * config.head_width * dtype.itemsize
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """What stands in `tokens` places from `source` on, also from `target` on; they must not overlap."""
-        for kept in (self.keys, self.values):
-            kept[:, :, target : target + tokens] = kept[:, :, source : source + tokens]
+        """Copy `tokens` places from `source` on to those from `target` on; the two may overlap."""
+        overlap = abs(source - target) < tokens
+        for pair in self._layers:
+            for kept in pair:  # layer by layer, so that the copy in between is small
+                moved = kept[:, source : source + tokens]
+                kept[:, target : target + tokens] = moved.clone() if overlap else moved
 
     def positions(self, segments: Sequence[Segment]) -> Tensor:
         """Where each new token stands in its sequence: (1, T)."""
