@@ -74,12 +74,12 @@ class Engine:
                 raise InputError(f"{name} is {value}; give 1 or more")
         config = model.config.decoder
         if cache_tokens is None:
-            each = KVCache.bytes_per_token(config, model.dtype)
+            each = KVCache.bytes_per_token(config, model.decoder.cache_dtype)
             cache_tokens = max(config.context, min(CACHE_BYTES // each, 2 * slots * config.context))
         if model.device.type == "cpu":
             keep_freed_memory(FREED_BYTES)
         self.model, self.slots = model, slots
-        self._cache = KVCache(config, cache_tokens, model.device, model.dtype)
+        self._cache = KVCache(config, cache_tokens, model.device, model.decoder.cache_dtype)
         self._native = native_decoder(model.decoder, self._cache)
         self._prefix = PrefixCache(cache_tokens, keep=prefix_cache)
         self._scheduler = Scheduler(slots, chunk, self._prefix, self._cache.copy)

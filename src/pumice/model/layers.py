@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
 
     mask: bool, broadcastable to (B, H, T, S), True = may see.
     """
+    if k.dtype != q.dtype:  # of a cache that keeps them in fewer bits
+        k, v = k.to(q.dtype), v.to(q.dtype)
     if (
         q.shape[2] == 1
         and q.shape[1] != k.shape[1]
@@ -134,16 +136,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """q, k and v, or in place of them `qkv`, all in one product (`quantized.quantize`)."""
-
-    joins: ClassVar = ("qkv", ("q", "k", "v"))
-
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.heads, self.shared = layer, config.heads, config.kv_heads
         self.head_width = config.head_width
         inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
-        self.qkv: nn.Module | None = None
         self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, shared, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, shared, bias=config.qkv_bias)
@@ -160,44 +157,26 @@ class Attention(nn.Module):
         """rows: as in `Block`."""
         batch, tokens, _ = x.shape
         heads = (batch, tokens, -1, self.head_width)
-        if self.qkv is None:
-            q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
-            k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
-            v = self.v(x).view(heads).transpose(1, 2)
-        else:
-            q, k, v = self._joined(self.qkv(x).view(heads), cos, sin)
+        q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
+        v = self.v(x).view(heads).transpose(1, 2)
         mixed = attend(self.layer, q, k, v).transpose(1, 2)
         if rows is not None:
             mixed = mixed.index_select(1, rows)
         return self.o(mixed.flatten(2))
 
-    def _joined(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H + 2 K, d) -> q (B, H, T, d), k and v (B, K, T, d); queries and keys turn together."""
-        if isinstance(self.q_norm, RMSNorm):
-            q, k, v = qkv.split((self.heads, self.shared, self.shared), 2)
-            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), 2)
-        turning, v = qkv.transpose(1, 2).split((self.heads + self.shared, self.shared), 1)
-        q, k = rotate(turning, cos, sin).split((self.heads, self.shared), 1)
-        return q, k, v
-
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): gate and up, or in place of them `gate_up` (`quantized.quantize`)."""
-
-    joins: ClassVar = ("gate_up", ("gate", "up"))
+    """SwiGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up: nn.Module | None = None
         self.gate = nn.Linear(config.width, config.mlp_width, bias=False)
         self.up = nn.Linear(config.width, config.mlp_width, bias=False)
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_up is None:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):

@@ -59,12 +59,12 @@ class Llava(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.embed.weight.device
+        return self.decoder.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the decoder's activations outside autocast."""
-        return self.decoder.embed.weight.dtype
+        return self.decoder.dtype
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels (P, 3, S, S) -> the tower's features (P, F, C), in the tower's own type."""
