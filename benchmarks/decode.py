@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pumice.weights.parts import from_wheel, wheel
+from pumice.storage.download import from_wheel, wheel
 
 NAME = "smollm2-135m-instruct"
 Measure = Callable[[list[int], int], tuple[float, float]]  # ids, new tokens -> seconds of prefill, of decode
@@ -148,7 +148,7 @@ def products(rows: int, threads: int) -> float:
     """fp32 products of the model's own sizes: GFLOP/s."""
     import torch
 
-    from pumice.weights.gguf_llm import open_gguf
+    from pumice.formats.gguf.llm import open_gguf
 
     torch.set_num_threads(threads)
     config = open_gguf(from_wheel(wheel(NAME))).config
@@ -167,7 +167,7 @@ def products(rows: int, threads: int) -> float:
 
 def work(rows: int) -> float:
     """Floating point operations of one prefill: products, causal attention, one row of logits."""
-    from pumice.weights.gguf_llm import open_gguf
+    from pumice.formats.gguf.llm import open_gguf
 
     config = open_gguf(from_wheel(wheel(NAME))).config
     inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
@@ -192,8 +192,8 @@ def gguf(folder: Path, kind: str) -> Path:
     """The model as `pumice export` writes it for llama.cpp."""
     target = folder / kind
     if not target.exists():
-        from pumice.weights.export import export
-        from pumice.weights.read import read_model
+        from pumice.formats.export import export
+        from pumice.formats.read import read_model
 
         export(read_model(from_wheel(wheel(NAME))), "gguf", target, kind=kind)
     [found] = target.glob("model-*.gguf")

@@ -1,6 +1,6 @@
 """Do explanations point at the right place, and tell when the picture mattered?
 
-    export PYTHONPATH=recipes/pumice-tiny
+    export PYTHONPATH=projects/pumice-tiny
     python benchmarks/explain.py boxes     --stamps STAMPS --photos PHOTOS [--asked --count 520]
     python benchmarks/explain.py occlusion --stamps STAMPS --photos PHOTOS --count 50
     python benchmarks/explain.py captions  --photos PHOTOS
@@ -38,11 +38,11 @@ from rows.composites import INK, SHAPES, SIZE, Thing, draw_shape, read_stamps
 from rows.flickr import read_photos, split
 
 import pumice
-from pumice.assistant import Assistant
+from pumice.assistant import Assistant, explain
 from pumice.conversation import Conversation, user_message
-from pumice.evaluate.bootstrap import interval, interval_of
+from pumice.evaluate.metrics.bootstrap import interval, interval_of
 from pumice.explain.attention import read
-from pumice.explain.explanation import Explanation, answer_ids, explain, passage_of
+from pumice.explain.explanation import Explanation, Reader
 from pumice.explain.maps import places
 from pumice.explain.methods import METHODS, choose_layers
 from pumice.explain.reliance import THRESHOLD
@@ -129,12 +129,13 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     """Factors by method of the word that names the thing; None where none does."""
     config = assistant.model.config
     conversation = Conversation((user_message(scene.question, [scene.picture]),))
-    ids, first = answer_ids(assistant, conversation, answer)
+    reader = Reader(assistant.model, assistant.processor, lambda shown: assistant.prompt(shown).look())
+    ids, first = reader.answer_ids(conversation, answer)
     _, words = split_words(ids[first:].tolist(), assistant.processor.tokenizer.decode)
     word = naming(words, scene.noun)
     if word is None:
         return None
-    passage = passage_of(assistant, conversation, ids, first)
+    passage = reader.passage(conversation, ids, first)
     _, looks = read(assistant.model, [passage], rollout=True, gradient_from=0)
     mean = averages(words, len(passage.answer))[word]
     where = places(config, scene.picture.size, assistant.processor.layout(conversation.images[0]))

@@ -29,17 +29,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from architectures import ARCHITECTURES, assistant, picture, tiny
 from PIL import Image
 from torch import Tensor
 
 from pumice.conversation import Conversation, user_message
 from pumice.engine.generate import naive_generate
 from pumice.errors import InputError
+from pumice.formats.export import FORMATS, export, merged
+from pumice.formats.read import read_model
 from pumice.model.vision import ViT
-from pumice.weights.export import FORMATS, export, merged
-from pumice.weights.folder import LoadedParts
-from pumice.weights.read import read_model
+from pumice.storage.parts import LoadedParts
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from architectures import ARCHITECTURES, assistant, picture, tiny
 
 QUESTION = "What is in the picture?"
 NEW_TOKENS = 12

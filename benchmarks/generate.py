@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pumice.generate import kinds, run
-from pumice.generate.context import Box, Context
-from pumice.generate.journal import Journal, reply
-from pumice.generate.teachers import Local
+from pumice.synth import kinds, run
+from pumice.synth.context import Box, Context
+from pumice.synth.journal import Journal, reply
+from pumice.synth.teachers import Local
 
 THINGS = (
     "dog",
@@ -108,7 +108,7 @@ def finish(folder: Path, rows: int) -> None:
 
 
 def mix(folder: Path, rows: int) -> None:
-    from pumice.generate.mix.build import build, load
+    from pumice.synth.mix.build import build, load
 
     recipe = folder / "mix.yaml"
     files = {"rows": str(folder / "rows.jsonl")}

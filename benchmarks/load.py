@@ -26,7 +26,7 @@ folder, who, ask = sys.argv[1], sys.argv[2], sys.argv[3] == "ask"
 import torch
 torch.set_num_threads(int(sys.argv[4]))
 if who == "pumice":
-    from pumice.weights.load import open_model
+    from pumice.formats.load import open_model
 else:
     from transformers import LlavaForConditionalGeneration
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -166,8 +166,8 @@ def tiny(folder: Path, width: int = 32) -> Path:
     import torch
 
     from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+    from pumice.formats.pumice.folder import save
     from pumice.model.llava import Llava
-    from pumice.weights.folder import save
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -25,11 +25,11 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
+from pumice.formats.pumice import folder
 from pumice.model.llava import Llava
-from pumice.train.plan import FRAMEWORK, plan
+from pumice.train.plan.estimate import FRAMEWORK, plan
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
-from pumice.weights import folder
 
 SMALL = DecoderConfig(258, 192, 6, 6, 2, 32, 512, context=2048, tied_head=True)
 SMOL = DecoderConfig(49152, 576, 30, 9, 3, 64, 1536, context=8192, tied_head=True)  # SmolLM2-135M

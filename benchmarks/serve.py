@@ -18,6 +18,7 @@ import dataclasses
 import gc
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import CLIP_MEAN, CLIP_STD, picture
 from PIL import Image
 
 from pumice.assistant import SLOTS, Assistant, Reply, conversation_of, load
@@ -33,11 +33,15 @@ from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConf
 from pumice.evaluate.files import Picture
 from pumice.evaluate.run import LocalAnswerer
 from pumice.evaluate.task import SHORT, Question
+from pumice.formats.export import export
+from pumice.formats.load import open_model
+from pumice.formats.pumice.folder import save
 from pumice.model.llava import Llava
-from pumice.weights.checkpoint import stored
-from pumice.weights.export import export
-from pumice.weights.folder import LoadedParts, save
-from pumice.weights.load import open_model
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import stored
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from architectures import CLIP_MEAN, CLIP_STD, picture
 
 CONFIG = ModelConfig(
     decoder=DecoderConfig(

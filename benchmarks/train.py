@@ -54,10 +54,10 @@ def make_model(folder: Path, size: str) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
+    from pumice.formats.export import export
+    from pumice.formats.pumice.folder import save
+    from pumice.formats.read import read_model
     from pumice.model.llava import Llava
-    from pumice.weights.export import export
-    from pumice.weights.folder import save
-    from pumice.weights.read import read_model
 
     words = [f"w{number}" for number in range(2000)]
     chat = ["user", "assistant", "system", "\n"]
@@ -255,9 +255,9 @@ def theirs(folder: Path, stage: str, steps: int, precision: str, checkpointing: 
 
     from pumice.config import IMAGE_TOKEN
     from pumice.data.rows import ImageFinder, Rows
+    from pumice.formats.read import read_model
     from pumice.processor import Processor
     from pumice.tokens import IGNORE, Tokenizer
-    from pumice.weights.read import read_model
 
     loaded = read_model(folder / "ours")
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))

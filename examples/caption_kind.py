@@ -6,7 +6,7 @@ pumice data generate runs/here --teacher local --model pumice-tiny --show --no-t
 
 from __future__ import annotations
 
-from pumice.generate.kinds.base import Kind, whole
+from pumice.synth.kinds.base import Kind, whole
 
 KIND = Kind(
     name="caption",

@@ -134,19 +134,20 @@ def learned() -> Callable[[Sequence[int], Sequence[int]], list[list[int]]]:
     return learned
 
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TESTS = Path(__file__).parent
+BENCHMARKS = TESTS.parent / "benchmarks"
 
 
 @pytest.fixture(scope="session")
 def models() -> ModuleType:
-    """benchmarks/architectures.py: tiny random models of every architecture."""
-    return _benchmark("architectures")
+    """tests/architectures.py: tiny random models of every architecture."""
+    return _module(TESTS, "architectures")
 
 
 @pytest.fixture(scope="session")
 def formats() -> ModuleType:
     """benchmarks/formats.py: exporting them, and running them elsewhere."""
-    return _benchmark("formats")
+    return _module(BENCHMARKS, "formats")
 
 
 @pytest.fixture(scope="session")
@@ -161,12 +162,12 @@ def sentencepiece_file() -> Path:
 @pytest.fixture(scope="session")
 def processes() -> ModuleType:
     """benchmarks/processes.py: one run on one process, on many, and killed."""
-    return _benchmark("processes")
+    return _module(BENCHMARKS, "processes")
 
 
-def _benchmark(name: str) -> ModuleType:
+def _module(folder: Path, name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
+        patch.syspath_prepend(folder)
         return importlib.import_module(name)
 
 
@@ -213,8 +214,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+    from pumice.formats.pumice.folder import save
     from pumice.model.llava import Llava
-    from pumice.weights.folder import save
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -259,9 +260,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stand_in(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder named pumice-tiny, small and random, with adapters as that has them."""
     from pumice.config import LoraConfig
+    from pumice.formats.load import open_model
+    from pumice.formats.pumice.folder import save
     from pumice.model.adapters import add_lora
-    from pumice.weights.folder import save
-    from pumice.weights.load import open_model
 
     opened = open_model(tiny_folder, merge=False)
     lora = LoraConfig(rank=2, targets=("q", "v"))

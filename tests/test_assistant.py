@@ -18,8 +18,8 @@ from pumice.assistant import REMEMBERED, Assistant, conversation_of, load
 from pumice.config import ImagePolicy
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.files import Lock
-from pumice.weights.folder import save
-from pumice.weights.load import open_model
+from pumice.formats.load import open_model
+from pumice.formats.pumice.folder import save
 
 SHORT = {"max_new_tokens": 12}
 

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pumice.cli.data import app
+from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.tokens import Tokenizer
-from pumice.weights.tokenizer import read_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "conversations.json").read_text(encoding="utf-8"))
 CASES = GOLDEN["cases"]

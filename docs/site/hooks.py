@@ -34,7 +34,7 @@ _LOG = logging.getLogger("mkdocs.hooks")
 ELSEWHERE = {
     "src/pumice/models/pumice-tiny/README.md": ("model-card.md", "How it works", "Model card"),
     "recipes/README.md": ("recipes.md", "How it works", "Recipes"),
-    "recipes/pumice-tiny/README.md": ("pumice-tiny.md", "How it works", "How pumice-tiny is made"),
+    "projects/pumice-tiny/README.md": ("pumice-tiny.md", "How it works", "How pumice-tiny is made"),
     "examples/README.md": ("examples.md", "Project", "Example photographs"),
     "CONTRIBUTING.md": ("contributing.md", "Project", "Contributing"),
     "CHANGELOG.md": ("changelog.md", "Project", "Changes"),
@@ -43,7 +43,7 @@ ELSEWHERE = {
 MODULE = re.compile(r"src/pumice/(\w+)(?:/[\w/]+)?\.py")
 RECIPE = ("src/pumice/train/recipe.py", "reference/recipe-fields.md")
 # Folders that mean more than their code; their own README is the page.
-FOLDERS = {"recipes": "recipes/README.md", "recipes/pumice-tiny": "recipes/pumice-tiny/README.md"}
+FOLDERS = {"recipes": "recipes/README.md", "recipes/pumice-tiny": "projects/pumice-tiny/README.md"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 

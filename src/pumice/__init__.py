@@ -10,12 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pumice.errors import InputError
+from pumice.moved import install as _find_old_names
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant, load
 
 __version__ = "0.1.0"
 __all__ = ["Assistant", "InputError", "__version__", "load"]
+
+_find_old_names()
 
 
 def __getattr__(name: str) -> Any:

@@ -20,22 +20,21 @@ from torch import Tensor
 
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.engine.engine import Engine
-from pumice.engine.generate import Picture, Prompt, check_room
-from pumice.engine.requests import Delta, Request
+from pumice.engine.requests import Delta, Picture, Prompt, Request, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.text import TextStream
 from pumice.errors import InputError
+from pumice.formats.load import find_device, open_model
 from pumice.geometry import Layout
 from pumice.images import image_key
 from pumice.model.llava import Llava
 from pumice.model.quantized import has_int8_kernel
 from pumice.model.quantized import quantize as quantize_weights
 from pumice.processor import Processor
-from pumice.weights.load import find_device, open_model
 
 if TYPE_CHECKING:
+    from pumice.engine.constraint import JsonSchema
     from pumice.explain.explanation import Explanation
-    from pumice.structured import JsonSchema
 
 # Pictures whose image tokens are kept, so that asking again costs no vision tower; of pictures in tiles so
 # many fewer that they take no more room.
@@ -209,7 +208,7 @@ class Assistant:
 
         Questions about one picture should follow each other: the picture is then computed once.
         """
-        from pumice.answers import AnswerFile
+        from pumice.jsonl import AnswerFile
 
         if out is None:
             return self._report(self.ask_each(rows, slots=slots, **sampling), [], progress)
@@ -278,7 +277,7 @@ class Assistant:
 
     def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:
         """What holds an answer to a JSON Schema, or to any JSON object; costs a moment, so keep it."""
-        from pumice.structured import JsonSchema
+        from pumice.engine.constraint import JsonSchema
 
         config = self.model.config
         return JsonSchema(self.processor.tokenizer, schema, config.decoder.vocab_size, config.stop_token_ids)
@@ -296,8 +295,6 @@ class Assistant:
         images: as in `ask`, at least one. answer: its text; the model's own when None. options: of
         `pumice.explain.explanation.explain`, and fields of `SamplingParams`. Raises InputError.
         """
-        from pumice.explain.explanation import explain
-
         return explain(self, _question(images, question), answer, **options)
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
@@ -340,6 +337,34 @@ class Assistant:
             return tokens
 
         return Picture(key, layout.tokens, look)
+
+
+def explain(
+    assistant: Assistant,
+    conversation: Conversation,
+    answer: str | None = None,
+    **options: Any,
+) -> Explanation:
+    """An answer to a conversation explained; `Assistant.explain` is this for one question.
+
+    answer: its text; the assistant's own when None. options: as `Assistant.explain` takes them. Raises
+    InputError.
+    """
+    from pumice.explain.explanation import explain as explain_answer
+
+    chosen = {name: options.pop(name) for name in ("method", "layers", "occlusion") if name in options}
+
+    def own() -> str:
+        return "".join(assistant.stream(conversation, **options))
+
+    return explain_answer(
+        assistant.model,
+        assistant.processor,
+        conversation,
+        own if answer is None else answer,
+        lambda shown: assistant.prompt(shown).look(),
+        **chosen,
+    )
 
 
 def _is_done(reply: Reply | InputError) -> bool:

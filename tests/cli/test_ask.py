@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pumice.assistant import Assistant, load
-from pumice.weights.export import export
+from pumice.formats.export import export
 
 SHORT = ["--max-new-tokens", "8"]
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pumice.cli.data import app
 from pumice.config import ChatFormat, DecoderConfig, ModelConfig
 from pumice.errors import InputError
-from pumice.weights.tokenizer import read_tokenizer
+from pumice.formats.text.tokenizer import read_tokenizer
 
 ROW = {
     "id": "r", "image": "x.jpg",

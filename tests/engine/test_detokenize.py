@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from pumice.engine.detokenize import Detokenizer
+from pumice.engine.text import Detokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 

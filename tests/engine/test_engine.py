@@ -24,8 +24,8 @@ from pumice import InputError
 from pumice.config import IMAGE_TOKEN
 from pumice.engine import scheduler as scheduling
 from pumice.engine.engine import Engine
-from pumice.engine.generate import Picture, Prompt, naive_generate
-from pumice.engine.requests import Delta, Request
+from pumice.engine.generate import naive_generate
+from pumice.engine.requests import Delta, Picture, Prompt, Request
 from pumice.engine.sampling import SamplingParams
 from pumice.model.llava import Llava
 from pumice.model.quantized import quantize

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pumice import InputError
 from pumice.config import IMAGE_TOKEN
-from pumice.engine.generate import Prompt, generate, naive_generate
+from pumice.engine.generate import generate, naive_generate
+from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.model.llava import Llava
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, RopeScaling, VisionConfig
 from pumice.engine import native
-from pumice.engine.generate import Prompt, generate
+from pumice.engine.generate import generate
 from pumice.engine.native import NativeDecoder, native_decoder
+from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder

@@ -12,7 +12,7 @@ from pumice.errors import InputError
 from pumice.evaluate.files import write_json
 from pumice.evaluate.published import drift, published
 from pumice.evaluate.result import in_words, make_result, read_answers, read_questions, read_result
-from pumice.evaluate.task import get_task
+from pumice.evaluate.tasks import get_task
 
 
 @pytest.fixture

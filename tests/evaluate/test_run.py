@@ -22,7 +22,8 @@ from pumice.evaluate.run import (
     run,
     shard,
 )
-from pumice.evaluate.task import Question, get_task
+from pumice.evaluate.task import Question
+from pumice.evaluate.tasks import get_task
 from pumice.files import hold_file
 
 TASK = get_task("own")

@@ -17,15 +17,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pumice import InputError
-from pumice.assistant import Assistant, load
+from pumice.assistant import Assistant, explain, load
 from pumice.cli import app
 from pumice.conversation import Conversation, Message, user_message
-from pumice.explain.explanation import Explanation, explain
+from pumice.explain.explanation import Explanation
 from pumice.explain.methods import DEFAULT, METHODS
-from pumice.explain.page import explanation_json, to_json
 from pumice.explain.page import page as html
+from pumice.explain.page import to_json
 from pumice.explain.reliance import PLAIN, THRESHOLD, Reliance, plain_picture
 from pumice.explain.render import WIDEST, strip
+from pumice.serve.explanation import explanation_json
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pumice.config import DecoderConfig, RopeScaling
 from pumice.errors import InputError
+from pumice.formats import names as tensor_names
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal, causal_mask, frequencies
 from pumice.model.packed import Packed, Run
-from pumice.weights import keymaps
 
 # head_width x heads differs from width, so that no reshape can pass by accident
 BASE = DecoderConfig(
@@ -97,7 +97,7 @@ def make_theirs(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
 def make_ours(theirs: torch.nn.Module, config: DecoderConfig) -> Decoder:
     """Our decoder with the same weights."""
     ours = Decoder(config).eval().requires_grad_(False)
-    ours.load_state_dict(keymaps.convert(dict(theirs.state_dict()), keymaps.hf_decoder(config)))
+    ours.load_state_dict(tensor_names.convert(dict(theirs.state_dict()), tensor_names.hf_decoder(config)))
     return ours
 
 

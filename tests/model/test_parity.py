@@ -13,14 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from pumice.config import IMAGE_TOKEN, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
-from pumice.engine.generate import Prompt, generate, naive_generate
+from pumice.engine.generate import generate, naive_generate
+from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
+from pumice.formats.names import clip_tower, convert, hf_decoder, siglip_tower
 from pumice.geometry import Layout, square_layout, tile_layout
 from pumice.images import squares
 from pumice.model.cache import KVCache, Segment
 from pumice.model.layers import Causal
 from pumice.model.llava import Llava
-from pumice.weights.keymaps import clip_tower, convert, hf_decoder, siglip_tower
 
 IMAGE_ID = 98  # transformers' placeholder
 # Measured worst case: 0 of whole sequences, 7.6e-6 of padded ones and with the cache, where the kernels

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pumice.config import VisionConfig
 from pumice.errors import InputError
+from pumice.formats.names import clip_tower, convert, siglip_tower
 from pumice.model.vision import ViT, resize_positions
-from pumice.weights.keymaps import clip_tower, convert, siglip_tower
 
 CLIP = VisionConfig("clip", image_size=30, stride=6, width=32, depth=3, heads=4, mlp_width=48)
 SIGLIP = dataclasses.replace(CLIP, kind="siglip", select="full", activation="gelu_tanh", norm_eps=1e-6)

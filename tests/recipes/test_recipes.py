@@ -13,12 +13,12 @@ import torch
 import yaml
 
 from pumice.data.rows import Rows
+from pumice.formats.read import find_model
 from pumice.model.llava import Llava
 from pumice.templates import get_template
 from pumice.train.recipe import NewModel, Recipe, load_recipe
 from pumice.train.setup import part_of
 from pumice.train.shapes import shape
-from pumice.weights.read import find_model
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*(ROOT / "recipes").rglob("*.y*ml"), *(ROOT / "examples").rglob("*.y*ml")])

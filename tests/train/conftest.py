@@ -14,8 +14,8 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
+from pumice.formats.pumice import folder
 from pumice.model.llava import Llava
-from pumice.weights import folder
 
 COLOURS = {"red": (200, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 200), "yellow": (230, 220, 30)}
 OBJECTS = {"left": (0, 0, 32, 64), "right": (32, 0, 64, 64)}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pumice.errors import InputError
+from pumice.formats.load import open_model
 from pumice.train import run
 from pumice.train.batches import Batches, prefetch
 from pumice.train.preflight import disk, pictures_fit
@@ -19,7 +20,6 @@ from pumice.train.report import read_metrics
 from pumice.train.setup import prepare
 from pumice.train.shapes import read_parts
 from pumice.train.sizes import sizes
-from pumice.weights.load import open_model
 
 MakeRecipe = Callable[..., Path]
 

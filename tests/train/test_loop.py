@@ -21,17 +21,18 @@ from safetensors.torch import load_file
 from pumice.config import ImagePolicy
 from pumice.conversation import Conversation, user_message
 from pumice.data.packing import Pack
-from pumice.engine.generate import Prompt, naive_generate
+from pumice.engine.generate import naive_generate
+from pumice.engine.requests import Prompt
 from pumice.errors import InputError, WorkError
 from pumice.files import hold
+from pumice.formats.load import open_model
+from pumice.formats.pumice.folder import save
 from pumice.train import run
 from pumice.train.loop import Trainer
 from pumice.train.optim import schedule
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
 from pumice.train.setup import prepare
-from pumice.weights.folder import save
-from pumice.weights.load import open_model
 
 MakeRecipe = Callable[..., Path]
 GOLDEN = Path(__file__).parent.parent / "golden" / "tiny_losses.json"

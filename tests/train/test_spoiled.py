@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
+from pumice.formats.load import open_model
 from pumice.train import run
-from pumice.weights.load import open_model
 
 
 def test_spoiled_rows_are_skipped_within_the_budget(

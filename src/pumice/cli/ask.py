@@ -189,9 +189,9 @@ def _answers(
     if not rows:
         return []
     options.share_cores()
-    from pumice.answers import AnswerFile
     from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
+    from pumice.jsonl import AnswerFile
 
     SamplingParams(**sampling)  # raises before the model is loaded
     assistant = load(model, **opening)

@@ -87,13 +87,14 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
     """How text becomes tokens: the template, the tokenizer, and what stands before everything."""
     from pumice.config import ModelConfig
     from pumice.errors import InputError
+    from pumice.formats.gguf.tokenizer import read_gguf_tokenizer
+    from pumice.formats.text.chat_template import describe
+    from pumice.formats.text.tokenizer import read_tokenizer
+    from pumice.storage.json_file import read_json
     from pumice.templates import OWN, get_template
     from pumice.tokens import Tokenizer
-    from pumice.weights.chat_template import describe
-    from pumice.weights.jsonfile import read_json
-    from pumice.weights.tokenizer import read_tokenizer
 
-    files = read_tokenizer(path)
+    files = read_tokenizer(path, read_gguf_tokenizer)
     words, bos = Tokenizer(files.backend), files.bos_id
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if "pumice_format" in config:  # one of our models
@@ -145,9 +146,9 @@ def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokeni
 
 def _processor(model: str, template: str | None) -> Processor:
     """What prepares a model's input; its weights stay unread."""
+    from pumice.formats.read import read_model
     from pumice.processor import Processor
     from pumice.tokens import Tokenizer
-    from pumice.weights.read import read_model
 
     loaded = read_model(model)
     config = dataclasses.replace(loaded.config, template=template or loaded.config.template)

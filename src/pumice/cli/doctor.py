@@ -14,7 +14,7 @@ from pumice.cli import options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pumice.doctor import Finding
+    from pumice.cli.checks import Finding
 
 _MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("FIX", "bold red")}
 
@@ -31,7 +31,7 @@ def doctor(
     options.share_cores()
     from rich.console import Console
 
-    from pumice.doctor import Report, examine
+    from pumice.cli.checks import Report, examine
 
     start = time.perf_counter()
     report = Report()

@@ -100,7 +100,7 @@ def evaluate(
     """
     from pumice.evaluate import result
     from pumice.evaluate.published import PUBLISHED
-    from pumice.evaluate.task import get_task
+    from pumice.evaluate.tasks import get_task
     from pumice.files import replacing
 
     if show_list:
@@ -292,7 +292,7 @@ def _compare(
 
 
 def _print_list() -> None:
-    from pumice.evaluate.task import registry
+    from pumice.evaluate.tasks import registry
 
     for name, task in registry().items():
         print(f"{name:<18} {task.title}: {task.headline}; splits {', '.join(task.splits)}")

@@ -34,8 +34,8 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model for transformers, llama.cpp, PEFT or the original LLaVA code."""
-    from pumice.weights.export import export as write
-    from pumice.weights.read import read_model
+    from pumice.formats.export import export as write
+    from pumice.formats.read import read_model
 
     model = read_model(source, template=template, tower=tower, base=base)
     written = write(model, to, target, dtype=dtype, kind=kind, drop_lora=drop_lora, tower=tower_name)

@@ -13,9 +13,9 @@ import typer
 from pumice.errors import InputError, WorkError
 
 if TYPE_CHECKING:
-    from pumice.generate.endpoint import Endpoint
-    from pumice.generate.kinds.base import Kind
-    from pumice.generate.teachers import Teacher
+    from pumice.synth.endpoint import Endpoint
+    from pumice.synth.kinds.base import Kind
+    from pumice.synth.teachers import Teacher
 
 
 def generate(
@@ -113,13 +113,13 @@ def generate(
     """Have a teacher write instruction data about annotated pictures. Run it again to go on."""
     from pumice.data.rows import ImageFinder
     from pumice.files import replacing
-    from pumice.generate import report
-    from pumice.generate import run as runs
-    from pumice.generate.checks import Settings
-    from pumice.generate.context import Spoiled
-    from pumice.generate.endpoint import Endpoint
-    from pumice.generate.sources import gather
-    from pumice.generate.teachers import Local, Remote
+    from pumice.synth import report
+    from pumice.synth import run as runs
+    from pumice.synth.checks import Settings
+    from pumice.synth.context import Spoiled
+    from pumice.synth.endpoint import Endpoint
+    from pumice.synth.sources import gather
+    from pumice.synth.teachers import Local, Remote
 
     chosen = _options(options)
     endpoint: Endpoint | None = None
@@ -231,7 +231,7 @@ def _libraries() -> None:
 
 
 def _kinds(given: list[str]) -> list[tuple[Kind, float]]:
-    from pumice.generate.kinds import builtin, get
+    from pumice.synth.kinds import builtin, get
 
     if not given:
         return [(kind, 1.0) for kind in builtin().values()]
@@ -255,7 +255,7 @@ def _sources(
     plain: list[Path],
     spoiled: Any,
 ) -> list[Any]:
-    from pumice.generate import sources
+    from pumice.synth import sources
 
     found: list[Any] = []
     if captions is not None or instances is not None:
@@ -277,7 +277,7 @@ def mix(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:
     """Build a mixture of tasks from official files, as LLaVA-1.5 has it; a manifest stands beside it."""
-    from pumice.generate.mix.build import build, load
+    from pumice.synth.mix.build import build, load
 
     _libraries()
     manifest = build(load(recipe), out, seed)

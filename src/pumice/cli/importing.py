@@ -34,7 +34,7 @@ def import_(
 
     What SRC is, its contents say. A model need not be imported to be asked: `--model SRC` opens it as well.
     """
-    from pumice.weights.importing import import_model
+    from pumice.formats.import_ import import_model
 
     done = import_model(source, target, dtype=dtype, template=template, tower=tower, base=base)
     summary = done.summary()

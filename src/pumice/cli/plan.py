@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pumice.train.plan import Plan
+    from pumice.train.plan.estimate import Plan
 
 
 def plan(
@@ -32,7 +32,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
 ) -> None:
     """Say what a recipe takes before it runs: memory and time. Status 1 when it does not fit."""
-    from pumice.train.plan import plan as make
+    from pumice.train.plan.estimate import plan as make
     from pumice.train.recipe import load_recipe
 
     found = make(

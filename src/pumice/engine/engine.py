@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pumice.engine.generate import Prompt, check_room
-from pumice.engine.memory import keep_freed_memory
+from pumice.engine.cache import PrefixCache
 from pumice.engine.native import NativeDecoder, native_decoder
-from pumice.engine.prefix import PrefixCache
-from pumice.engine.requests import Delta, Finish, Request
+from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
 from pumice.errors import InputError
+from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import KVCache, Segment
 from pumice.model.llava import Llava
 

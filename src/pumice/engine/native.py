@@ -11,42 +11,24 @@ Shapes: R rows (one new token each), D width, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import itertools
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pumice.files import cache_folder, sync
+from pumice.kernels.loader import Weights, compiled
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import RMSNorm, frequencies
 from pumice.model.quantized import Int8Linear
-
-Weights = Literal["int8", "fp32"]
 
 LANES, TILE = 16, 4  # as in native.c: inputs are whole LANES, outputs whole TILEs
 # Tokens of prompts in one step: with more in fp32, PyTorch's operations are faster (docs/speed.md). Beside
 # int8 these round activations otherwise, and an answer must not depend on how many others ask: there they
 # get all prompts.
 ROWS = {"int8": 0, "fp32": 48}
-_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# Without OpenMP it serves where PyTorch has one thread, too.
-_TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-_DEFINED = {"int8": (), "fp32": ("-DPLAIN",)}
-_LOG = logging.getLogger("pumice")
 
 
 class _Linear(ctypes.Structure):
@@ -179,80 +161,3 @@ def _fits(decoder: Decoder, cache: KVCache) -> Weights | None:
         return None
     dtype = torch.bfloat16 if weights == "int8" else torch.float32
     return weights if all(t.dtype == dtype and t.device.type == "cpu" for t in small) else None
-
-
-@lru_cache(maxsize=2)
-def compiled(weights: Weights = "int8") -> tuple[ctypes.CDLL | None, str]:
-    """The compiled code, from the cache folder or made now; or None and why there is none."""
-    if os.environ.get("PUMICE_NATIVE", "").lower() in ("off", "0"):
-        return None, "PUMICE_NATIVE turns it off"
-    if sys.platform == "win32":
-        return None, "it is not made on Windows"
-    named = shlex.split(os.environ.get("CC", ""))
-    found = next(filter(None, map(shutil.which, named[:1] or ("cc", "gcc", "clang"))), None)
-    if found is None:
-        return None, "there is no C compiler"
-    command = [found, *named[1:]]
-    source = Path(__file__).with_name("native.c")
-    try:
-        # A home folder may be shared by machines, and what is made for one processor may not run on another.
-        command += _DEFINED[weights]
-        known = [source.read_text(encoding="utf-8"), *command, repr(_TRIED), *_FLAGS, _processor()]
-        name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
-        return _load(command, source, name), ""
-    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
-        _LOG.info("decoding without compiled code: %s", error)
-        return None, str(error)
-
-
-def _load(command: list[str], source: Path, name: str) -> ctypes.CDLL:
-    """From the cache folder; where that is not this user's alone to write, made for this process only."""
-    made = cache_folder() / "native" / f"{name}.so"
-    try:
-        made.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private = _private(made.parent) and os.access(made.parent, os.W_OK)
-    except OSError:
-        private = False
-    if not private:
-        with tempfile.TemporaryDirectory() as folder:  # a loaded library may be removed
-            return ctypes.CDLL(str(_compile(command, source, Path(folder) / made.name)))
-    if not (made.exists() and _private(made)):
-        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-            fresh = _compile(command, source, Path(folder) / made.name)
-            fresh.chmod(0o700)
-            sync(fresh)
-            fresh.replace(made)
-    return ctypes.CDLL(str(made))
-
-
-def _private(path: Path) -> bool:
-    """Whether nobody else may put code here."""
-    state = path.stat()
-    return state.st_uid == os.getuid() and not state.st_mode & 0o022
-
-
-def _compile(command: list[str], source: Path, target: Path) -> Path:
-    # PyTorch's own OpenMP comes first, by whatever name: two of them would spin on the same cores.
-    packages = Path(torch.__file__).parents[1]
-    runtime = [
-        str(p) for at in ("torch/lib", "torch.libs") for p in sorted(packages.glob(f"{at}/libgomp*.so*"))
-    ]
-    for extra in _TRIED:
-        libraries = runtime if "-fopenmp" in extra else []
-        done = subprocess.run(
-            [*command, *_FLAGS, *extra, str(source), *libraries, "-o", str(target), "-lm"],
-            capture_output=True, text=True, errors="replace", timeout=120, check=False,
-        )  # fmt: skip
-        if done.returncode == 0:
-            return target
-    raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
-
-
-def _processor() -> str:
-    """What tells this processor's abilities from another's."""
-    listed = Path("/proc/cpuinfo")
-    if not listed.exists():
-        return f"{platform.machine()} {platform.processor()} {platform.node()}"
-    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
-    told = {line for line in lines if line.startswith(("flags", "Features", "model name", "isa"))}
-    return "\n".join([platform.machine(), *sorted(told)])

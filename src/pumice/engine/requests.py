@@ -1,10 +1,13 @@
-"""A request to the engine on its way, and what its owner hears of it.
+"""What the engine is asked, a request on its way, and what its owner hears of it.
 
-Knows: a prompt's ids, and how far they are computed. Does not know: the model, text.
+Knows: a prompt as ids and image tokens, and how far it is computed. Does not know: text, templates, pixels.
+
+Shapes: T tokens of a prompt, M pictures, N image tokens, D width.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,11 +18,84 @@ import torch
 from torch import Tensor
 
 from pumice.config import IMAGE_TOKEN
-from pumice.engine.generate import Picture, Prompt
-from pumice.engine.prefix import Region
-from pumice.engine.sampling import TokenLogprob
+from pumice.engine.cache import Region
+from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob
+from pumice.errors import InputError
+from pumice.model.llava import Llava
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a prompt: `count` placeholders, whose image tokens (count, D) are asked for when needed.
+
+    key: equal for pictures with equal image tokens, different for others. look: is not called when the
+    prefix cache holds what it would give; raises InputError when the picture cannot be read.
+    """
+
+    key: str
+    count: int
+    look: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """input_ids (T,) int64 with placeholders, and its pictures in order.
+
+    image_tokens: (M, N, D) or (total, D), where they are there already; they become `pictures`.
+    constraint: begins one answer's constraint on its tokens; any may come when None.
+    """
+
+    input_ids: Tensor
+    image_tokens: Tensor | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    pictures: tuple[Picture, ...] = ()
+    constraint: Callable[[], Constraint] | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_tokens is None:
+            return
+        if self.pictures:
+            raise ValueError("give image_tokens or pictures, not both")
+        given = self.image_tokens
+        separate = [given.flatten(0, -2)] if given.dim() < 3 else list(given)
+        made = tuple(Picture(_fingerprint(t), len(t), functools.partial(_same, t)) for t in separate)
+        object.__setattr__(self, "pictures", made)
+
+    def check(self, vocabulary: int) -> None:
+        """Raise ValueError unless the pictures fill the placeholders and the other ids are tokens."""
+        here = self.input_ids == IMAGE_TOKEN
+        wanted, given = int(here.sum()), sum(picture.count for picture in self.pictures)
+        if wanted != given:
+            raise ValueError(f"input_ids hold {wanted} image placeholders, the pictures give {given} tokens")
+        text = self.input_ids[~here]
+        if len(text) and not (int(text.min()) >= 0 and int(text.max()) < vocabulary):
+            raise ValueError(f"input_ids reach from {text.min()} to {text.max()}, the vocabulary from 0 to "
+                             f"{vocabulary - 1}")  # fmt: skip
+
+    def look(self) -> Tensor | None:
+        """The image tokens of all pictures (total, D); None without pictures."""
+        return torch.cat([picture.look() for picture in self.pictures]) if self.pictures else None
+
+
+def _same(tokens: Tensor) -> Tensor:
+    return tokens
+
+
+def _fingerprint(tokens: Tensor) -> str:
+    values = tokens.detach().contiguous().cpu().view(torch.uint8).numpy()
+    return hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest()
+
+
+def check_room(model: Llava, prompt: Prompt) -> None:
+    """Raise InputError unless the model's context holds the prompt and at least one more token."""
+    length, context = len(prompt.input_ids), model.config.decoder.context
+    if length >= context:
+        raise InputError(
+            f"the prompt takes {length} tokens and leaves no room for an answer in a context of {context}; "
+            "shorten the question or show fewer pictures"
+        )
 
 
 @dataclass(frozen=True)

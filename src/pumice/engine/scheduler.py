@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from pumice.engine.prefix import PrefixCache, Region, common
+from pumice.engine.cache import PrefixCache, Region, common
 from pumice.engine.requests import Request
 
 ROOM = 128  # places that an answer gets at a time

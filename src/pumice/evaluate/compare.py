@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.bootstrap import draws, mcnemar
+from pumice.evaluate.metrics.bootstrap import draws, mcnemar
 from pumice.evaluate.task import Answered, Task, mean_statistic
 
 SAMPLES = 1000

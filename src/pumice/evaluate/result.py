@@ -17,8 +17,8 @@ from typing import Any
 
 from pumice import __version__
 from pumice.errors import InputError, official
-from pumice.evaluate.bootstrap import interval_of
 from pumice.evaluate.files import Picture
+from pumice.evaluate.metrics.bootstrap import interval_of
 from pumice.evaluate.predictions import check, match, read_predictions
 from pumice.evaluate.published import drift, published
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_statistic

@@ -6,13 +6,10 @@ Does not know: any benchmark, and how answers are made.
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -126,32 +123,6 @@ class Task(ABC):
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         """Writes the file that the benchmark's server or official script takes. Raises InputError."""
         raise InputError(f"{self.name} has no server to submit to; it is scored here")
-
-
-@cache
-def registry() -> dict[str, type[Task]]:
-    """All benchmarks by name, the twelve of LLaVA-1.5 first."""
-    from pumice.evaluate import tasks
-
-    found: list[type[Task]] = []
-    for module in pkgutil.iter_modules(tasks.__path__):
-        contents = vars(importlib.import_module(f"{tasks.__name__}.{module.name}"))
-        found += [
-            c
-            for c in contents.values()
-            if isinstance(c, type)
-            and issubclass(c, Task)
-            and "name" in vars(c)
-            and c.__module__.endswith(f".{module.name}")
-        ]
-    return {task.name: task for task in sorted(found, key=lambda task: (task.rank, task.name))}
-
-
-def get_task(name: str, split: str | None = None) -> Task:
-    """The benchmark of that name. Raises InputError that lists the names."""
-    if name not in registry():
-        raise InputError(f"there is no task {name!r}; use one of {', '.join(registry())}")
-    return registry()[name](split)
 
 
 def categories(answered: Sequence[Answered], values: Sequence[float], key: str) -> dict[str, Cell]:

@@ -1,6 +1,7 @@
 """An answer explained: for each word where it looked, and whether the picture mattered.
 
-Knows: an Assistant, and how the other files of this folder join. Does not know: pages, PNG, commands.
+Knows: a Llava, its processor, and how the other files of this folder join. Does not know: who answers,
+pages, PNG, commands.
 
 Normal answers pay nothing for this: the finished answer is read once more, together with its shadows
 (pictures grey, pictures dropped), as one row.
@@ -10,9 +11,8 @@ Shapes: W words, N image tokens of all pictures, L layers, H heads, h x w cells 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,13 +34,14 @@ from pumice.explain.reliance import (
 )
 from pumice.explain.words import Word, averages, split
 from pumice.images import open_image
+from pumice.model.llava import Llava
+from pumice.processor import Processor
 from pumice.tokens import IGNORE
-
-if TYPE_CHECKING:
-    from pumice.assistant import Assistant
 
 PACKED = 2048  # tokens of passages that occlusion reads together
 MOST_REGIONS = 16  # on a side: 256 answers to read again
+
+ImageTokens = Callable[[Conversation], Tensor | None]  # (N, D) of all pictures of a conversation with some
 
 
 @dataclass(frozen=True)
@@ -85,25 +86,26 @@ class Explanation:
 
 
 def explain(
-    assistant: Assistant,
+    model: Llava,
+    processor: Processor,
     conversation: Conversation,
-    answer: str | None = None,
+    answer: str | Callable[[], str],
+    image_tokens: ImageTokens,
     *,
     method: str = DEFAULT,
     layers: Sequence[int] | None = None,
     occlusion: int = 0,
-    **sampling: Any,
 ) -> Explanation:
     """Explain an answer to a conversation with at least one picture that ends with the user.
 
-    answer: its text; the model's own (with `sampling`, fields of `SamplingParams`) when None. Its tokens
-    are those of the text as the model would be trained on it. method: one of `METHODS`. layers: those to
-    look at, from 0, where the method lets one choose. occlusion: regions on a side to grey one by one, 0
-    for none; as many readings as regions. Raises InputError on wrong input; an answer of the model's own
-    without words gives an explanation without words.
+    answer: its text, or what makes the model's own, called when all else is right. Its tokens are those of
+    the text as the model would be trained on it. image_tokens: those that the model sees of a conversation's
+    pictures. method: one of `METHODS`. layers: those to look at, from 0, where the method lets one choose.
+    occlusion: regions on a side to grey one by one, 0 for none; as many readings as regions. Raises
+    InputError on wrong input; an answer of the model's own without words gives an explanation without words.
     """
     chosen = get_method(method)
-    config = assistant.model.config
+    config = model.config
     used = choose_layers(chosen, config.decoder.depth, layers)
     if type(occlusion) is not int or not 0 <= occlusion <= MOST_REGIONS:
         raise InputError(f"occlusion is {occlusion}; give the regions on a side, 0 (off) to {MOST_REGIONS}")
@@ -111,14 +113,14 @@ def explain(
     if not conversation.images:
         raise InputError("there is no picture to explain the answer by; show one with the question")
     images = [open_image(part.source) for part in conversation.images]
-    if answer is None:
-        answer = "".join(assistant.stream(conversation, **sampling))
+    if callable(answer):
+        answer = answer()
     elif not isinstance(answer, str) or not answer.strip():
         raise InputError(
             "the answer to explain is empty or no text; give one, or leave it out to have one made"
         )
     question = next(m.text for m in reversed(conversation.messages) if m.role == "user").strip()
-    layouts = [assistant.processor.layout(part) for part in conversation.images]
+    layouts = [processor.layout(part) for part in conversation.images]
     shown = [
         (image, places(config, image.size, layout), layout.tokens)
         for image, layout in zip(images, layouts, strict=True)
@@ -133,16 +135,17 @@ def explain(
             question, "", (), method, tuple(used), drawn, nothing, empty, looked, {method: empty}
         )
 
-    ids, first = answer_ids(assistant, conversation, answer)
-    text, words = split(ids[first:].tolist(), assistant.processor.tokenizer.decode)
+    reader = Reader(model, processor, image_tokens)
+    ids, first = reader.answer_ids(conversation, answer)
+    text, words = split(ids[first:].tolist(), processor.tokenizer.decode)
     color = config.image.pad_color
     greys = [[plain_picture(image.size, color, *kind) for image in images] for kind in PLAIN]
     passages = [
-        passage_of(assistant, conversation, ids, first),
-        *_shadows(assistant, conversation, greys, answer),
+        reader.passage(conversation, ids, first),
+        *_shadows(reader, conversation, greys, answer),
     ]
     lowest = used[0] if chosen.gradient else None
-    found, looks = read(assistant.model, passages, rollout=chosen.rollout, gradient_from=lowest)
+    found, looks = read(model, passages, rollout=chosen.rollout, gradient_from=lowest)
     mean = averages(words, len(found[0]))
     total = (mean > 0).astype(np.float32)
     weights = {
@@ -161,7 +164,7 @@ def explain(
     hidden: list[np.ndarray | None] = [None] * len(images)
     if occlusion:
         hidden = [
-            _occlude(assistant, conversation, images, number, answer, total, logs[0], occlusion)
+            _occlude(reader, conversation, images, number, answer, total, logs[0], occlusion)
             for number in range(len(images))
         ]
     drawn = _maps(shown, weights[method], hidden)
@@ -179,42 +182,49 @@ def explain(
     )
 
 
-def answer_ids(assistant: Assistant, conversation: Conversation, answer: str) -> tuple[Tensor, int]:
-    """The ids of prompt and answer, without what ends it, and where the answer begins."""
-    said = Conversation((*conversation.messages, Message("assistant", (answer,))))
-    sample = assistant.processor.training_sample(said)
-    after = len(sample.labels) - int(np.argmax(sample.labels[::-1] != IGNORE))
-    behind = np.flatnonzero(sample.labels[:after] == IGNORE)
-    first = int(behind[-1]) + 1 if len(behind) else 0
-    if not first:  # a template without a prompt, of a tokenizer without a first token
-        raise InputError("the answer's first word has nothing before it to be predicted from")
-    ids, decode = sample.input_ids[first:after].tolist(), assistant.processor.tokenizer.decode
-    wanted = decode(ids).strip().removesuffix(assistant.processor.template.stop.strip()).rstrip()
-    last = next(n for n in range(1, len(ids) + 1) if decode(ids[:n]).strip().startswith(wanted))
-    return torch.from_numpy(sample.input_ids[: first + last]), first
+@dataclass(frozen=True)
+class Reader:
+    """What makes passages of answers: a model, its processor, and image tokens of conversations."""
 
+    model: Llava
+    processor: Processor
+    image_tokens: ImageTokens
 
-def passage_of(assistant: Assistant, conversation: Conversation, ids: Tensor, first: int) -> Passage:
-    """ids of prompt and answer, which begins at `first`, with the conversation's pictures."""
-    tokens = assistant.prompt(conversation).look() if conversation.images else None
-    return Passage.of(ids[:first], tokens, ids[first:].tolist())
+    def answer_ids(self, conversation: Conversation, answer: str) -> tuple[Tensor, int]:
+        """The ids of prompt and answer, without what ends it, and where the answer begins."""
+        said = Conversation((*conversation.messages, Message("assistant", (answer,))))
+        sample = self.processor.training_sample(said)
+        after = len(sample.labels) - int(np.argmax(sample.labels[::-1] != IGNORE))
+        behind = np.flatnonzero(sample.labels[:after] == IGNORE)
+        first = int(behind[-1]) + 1 if len(behind) else 0
+        if not first:  # a template without a prompt, of a tokenizer without a first token
+            raise InputError("the answer's first word has nothing before it to be predicted from")
+        ids, decode = sample.input_ids[first:after].tolist(), self.processor.tokenizer.decode
+        wanted = decode(ids).strip().removesuffix(self.processor.template.stop.strip()).rstrip()
+        last = next(n for n in range(1, len(ids) + 1) if decode(ids[:n]).strip().startswith(wanted))
+        return torch.from_numpy(sample.input_ids[: first + last]), first
+
+    def passage(self, conversation: Conversation, ids: Tensor, first: int) -> Passage:
+        """ids of prompt and answer, which begins at `first`, with the conversation's pictures."""
+        tokens = self.image_tokens(conversation) if conversation.images else None
+        return Passage.of(ids[:first], tokens, ids[first:].tolist())
 
 
 def _shadows(
-    assistant: Assistant, conversation: Conversation, greys: Sequence[Sequence[Image.Image]], answer: str
+    reader: Reader, conversation: Conversation, greys: Sequence[Sequence[Image.Image]], answer: str
 ) -> list[Passage]:
     """The answer with its pictures grey, in each of the ways given, and last with them dropped.
 
     A template that shows pictures alone (stage 1's) has no prompt without them, and so no last one.
     """
     others = [with_pictures(conversation, pictures) for pictures in greys]
-    if assistant.processor.template.name != "plain":
+    if reader.processor.template.name != "plain":
         others.append(without_pictures(conversation))
-    return [passage_of(assistant, other, *answer_ids(assistant, other, answer)) for other in others]
+    return [reader.passage(other, *reader.answer_ids(other, answer)) for other in others]
 
 
 def _occlude(
-    assistant: Assistant,
+    reader: Reader,
     conversation: Conversation,
     images: Sequence[Image.Image],
     number: int,
@@ -224,21 +234,21 @@ def _occlude(
     regions: int,
 ) -> np.ndarray:
     """Nats that each word loses when a region of picture `number` is greyed: (W, R, R)."""
-    color = assistant.model.config.image.pad_color
+    color = reader.model.config.image.pad_color
     lost = np.zeros((len(shown), regions, regions), np.float32)
     waiting: list[tuple[int, int, Passage]] = []
 
     def flush() -> None:
         for (row, column, _), found in zip(
-            waiting, score(assistant.model, [p for _, _, p in waiting]), strict=True
+            waiting, score(reader.model, [p for _, _, p in waiting]), strict=True
         ):
             lost[:, row, column] = shown - total @ found.numpy()
         waiting.clear()
 
     for row, column, copy in occluded(images[number], regions, color):
         changed = with_pictures(conversation, [*images[:number], copy, *images[number + 1 :]])
-        ids, first = answer_ids(assistant, changed, answer)
-        waiting.append((row, column, passage_of(assistant, changed, ids, first)))
+        ids, first = reader.answer_ids(changed, answer)
+        waiting.append((row, column, reader.passage(changed, ids, first)))
         if sum(len(p.input_ids) for _, _, p in waiting) >= PACKED:
             flush()
     if waiting:

@@ -1,6 +1,6 @@
 // An explanation to look at: `mount(element, data, sources)` builds it inside `element`.
 //
-// data: what pumice.explain.page.explanation_json gives. sources: addresses of the pictures, in order, where
+// data: what pumice.serve.explanation.explanation_json gives. sources: addresses of the pictures, in order, where
 // data holds none. The script fetches nothing and keeps nothing; the element needs page.css.
 
 const element = (name, properties = {}, children = []) => {

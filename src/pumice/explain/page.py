@@ -11,17 +11,16 @@ import io
 import json
 from html import escape
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pumice.explain.explanation import Explanation, explain
+from pumice.explain.explanation import Explanation
 from pumice.explain.methods import METHODS
+from pumice.moved import old_names
 
-if TYPE_CHECKING:
-    from pumice.assistant import Assistant
-    from pumice.conversation import Conversation
+__getattr__ = old_names(__name__)
 
 LIMIT = 4 * 2**20  # bytes of attention in a page; beyond it heads, then layers are left out
 SIDE = 1024  # pixels of a picture's longer side in a page
@@ -33,17 +32,6 @@ _STYLE = """
 body { margin: 0 auto; max-width: 80rem; padding: 1.5rem; background: var(--back); }
 h1 { font-size: 1.4rem; margin: 0 0 1rem; }
 """
-
-
-def explanation_json(
-    assistant: Assistant, conversation: Conversation, answer: str | None = None, **options: Any
-) -> dict[str, Any]:
-    """An answer explained, ready for `json.dumps` and for `mount` of page.js; no pictures in it.
-
-    options: of `pumice.explain.explanation.explain`. Raises InputError, whose sentence a page can show, when
-    there is no picture in the conversation.
-    """
-    return to_json(explain(assistant, conversation, answer, **options), pictures=False)
 
 
 def to_json(found: Explanation, *, pictures: bool = True) -> dict[str, Any]:

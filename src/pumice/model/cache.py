@@ -2,7 +2,7 @@
 
 Knows tensors only. The cache is one row of places for tokens; a sequence owns places that lie side by
 side, so that attention reads them where they stand. Who owns which is decided elsewhere
-(`pumice.engine.prefix`). The tokens of many sequences pass the decoder end to end, as one row: some
+(`pumice.engine.cache`). The tokens of many sequences pass the decoder end to end, as one row: some
 sequences bring one token (decode), others many (prefill).
 
 Shapes: L layers, K key/value heads, C places, d head width; B = 1, T new tokens of all sequences.

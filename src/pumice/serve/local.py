@@ -24,11 +24,11 @@ from starlette.types import Receive, Scope, Send
 from pumice.conversation import Conversation, Message
 from pumice.conversation import ImagePart as Shown
 from pumice.errors import InputError
-from pumice.explain.page import explanation_json
 from pumice.serve import pictures
 from pumice.serve.answers import DONE, Piece, Scored, Shape, usage
 from pumice.serve.backend import Call, attended
 from pumice.serve.errors import ApiError, invalid, no_model
+from pumice.serve.explanation import explanation_json
 from pumice.serve.fetch import Fetcher
 from pumice.serve.metrics import Levels, Metrics
 from pumice.serve.observe import internal
@@ -46,9 +46,8 @@ from pumice.serve.settings import Settings
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
-    from pumice.engine.generate import Prompt
-    from pumice.engine.requests import Delta
-    from pumice.structured import JsonSchema
+    from pumice.engine.constraint import JsonSchema
+    from pumice.engine.requests import Delta, Prompt
 
 T = TypeVar("T", bound=Asking)
 
@@ -233,7 +232,7 @@ class Local:
     def _text_prompt(self, text: str, sampling: dict[str, Any]) -> Prompt:
         import torch
 
-        from pumice.engine.generate import Prompt, check_room
+        from pumice.engine.requests import Prompt, check_room
         from pumice.engine.sampling import SamplingParams
 
         bos = self.assistant.processor.config.bos_token_id

@@ -24,11 +24,12 @@ import torch
 from torch import nn
 
 from pumice.data.packing import Pack, Tree
-from pumice.engine.generate import Prompt, generate
-from pumice.engine.memory import keep_freed_memory
+from pumice.engine.generate import generate
+from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError, WorkError
 from pumice.files import hold
+from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.packed import Run
 from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints

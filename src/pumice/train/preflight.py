@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 
 from pumice.errors import InputError
+from pumice.formats.load import find_device
 from pumice.geometry import tile_layout
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, total_memory
@@ -15,7 +16,6 @@ from pumice.train.recipe import Recipe
 from pumice.train.setup import Setup
 from pumice.train.shapes import read_parts, with_adapters
 from pumice.train.sizes import Sizes, sizes
-from pumice.weights.load import find_device
 
 TRIED = 100  # rows, spread over the first epoch, of which one at least must teach something
 

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 from pumice.files import sha256
+from pumice.formats.read import find_model
+from pumice.storage.download import WHEELS, locate, weight_files
 from pumice.train.recipe import Recipe
-from pumice.weights.parts import WHEELS, locate, weight_files
-from pumice.weights.read import find_model
 
 PACKAGES = ("pumice", "torch", "numpy", "pillow", "tokenizers", "safetensors")
 

@@ -36,16 +36,16 @@ from torch import Tensor, nn
 
 from pumice.config import LoraConfig
 from pumice.errors import InputError, WorkError
+from pumice.formats.load import Opened, find_device, new_model, open_model
+from pumice.formats.pumice import folder
+from pumice.formats.read import read_model
 from pumice.model.adapters import add_lora
 from pumice.model.llava import Llava
 from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
+from pumice.storage.tensors import Stored, let_go
 from pumice.train.recipe import NewModel, Recipe
-from pumice.weights import folder
-from pumice.weights.checkpoint import Stored, let_go
-from pumice.weights.load import Opened, find_device, new_model, open_model
-from pumice.weights.read import read_model
 
 
 @dataclass

@@ -22,17 +22,18 @@ from pumice.config import (
     from_dict,
 )
 from pumice.errors import InputError
+from pumice.formats.components import describe_tower
+from pumice.formats.gguf.llm import open_gguf
+from pumice.formats.hf.config import decoder_config, default_policy, padding
+from pumice.formats.load import new_parts
+from pumice.formats.pumice.folder import CONFIG
+from pumice.formats.read import find_model, read_model
 from pumice.processor import Processor
+from pumice.storage.download import from_hub
+from pumice.storage.json_file import Keys, read_json
+from pumice.storage.parts import LoadedParts
 from pumice.tokens import Tokenizer
 from pumice.train.recipe import NewModel, Recipe, load_recipe
-from pumice.weights.bare import describe_tower
-from pumice.weights.folder import CONFIG, LoadedParts
-from pumice.weights.gguf_llm import open_gguf
-from pumice.weights.hf_config import decoder_config, default_policy, padding
-from pumice.weights.jsonfile import Keys, read_json
-from pumice.weights.load import new_parts
-from pumice.weights.parts import from_hub
-from pumice.weights.read import find_model, read_model
 
 
 def _llama(vocab: int, width: int, depth: int, heads: int, mlp: int, context: int) -> DecoderConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pumice.evaluate.result import make_result, read_answers, read_questions
-from pumice.evaluate.task import get_task
+from pumice.evaluate.tasks import get_task
 
 
 class Folder:

@@ -12,7 +12,7 @@ from pumice.errors import InputError, WorkError
 from pumice.evaluate import endpoint as endpoint_module
 from pumice.evaluate.endpoint import Endpoint, with_images
 from pumice.evaluate.judge import Judge
-from pumice.evaluate.task import get_task
+from pumice.evaluate.tasks import get_task
 from pumice.evaluate.tasks.llava_bench import parse_scores
 from pumice.evaluate.tasks.mmvet import parse_grade
 

@@ -12,7 +12,8 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.evaluate.result import read_questions
-from pumice.evaluate.task import Answered, get_task
+from pumice.evaluate.task import Answered
+from pumice.evaluate.tasks import get_task
 
 LETTER = "Answer with the option's letter from the given choices directly."
 PICTURE = base64.b64encode(

@@ -12,7 +12,8 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.evaluate.result import read_questions
-from pumice.evaluate.task import Answered, get_task, registry
+from pumice.evaluate.task import Answered
+from pumice.evaluate.tasks import get_task, registry
 from pumice.evaluate.tasks.hallucination import Things
 
 
@@ -47,7 +48,7 @@ print([name for name in heavy if name in sys.modules])
 
 @pytest.fixture(autouse=True)
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pumice.evaluate.captions.shutil.which", lambda _: None)
+    monkeypatch.setattr("pumice.evaluate.metrics.captions.shutil.which", lambda _: None)
 
 
 def test_coco_captions_of_karpathys_file(data: Any, scored: Any, asked: Any, tmp_path: Path) -> None:

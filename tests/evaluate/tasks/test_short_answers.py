@@ -10,7 +10,8 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.evaluate.result import read_questions
-from pumice.evaluate.task import Answered, get_task
+from pumice.evaluate.task import Answered
+from pumice.evaluate.tasks import get_task
 
 SHORT = "Answer the question using a single word or phrase."
 

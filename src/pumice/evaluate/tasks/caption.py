@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.captions import bleu, java_metrics, rouge_l
-from pumice.evaluate.cider import Cider
 from pumice.evaluate.files import Pictures, locate, need, read_json, write_json
+from pumice.evaluate.metrics.captions import bleu, java_metrics, rouge_l
+from pumice.evaluate.metrics.cider import Cider
 from pumice.evaluate.task import Answered, Cell, Floats, Question, Score, Source, Task
 
 PROMPT = "Provide a one-sentence caption for the provided image."

@@ -8,8 +8,8 @@ from typing import Any
 
 from pumice.errors import InputError
 from pumice.evaluate.files import Pictures, locate, need, read_object
+from pumice.evaluate.metrics.vqa import bare, m4c
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
-from pumice.evaluate.vqa import bare, m4c
 
 _KINDS = {
     "count": "count",

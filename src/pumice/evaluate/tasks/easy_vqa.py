@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pumice.errors import InputError
 from pumice.evaluate.files import Pictures, locate, read_json
+from pumice.evaluate.metrics.vqa import bare
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
-from pumice.evaluate.vqa import bare
 
 ROW = 3  # question, answer, number of the picture
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from pumice.errors import InputError
-from pumice.evaluate.choice import infer_option
 from pumice.evaluate.files import base64_picture, locate, read_tsv
+from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,

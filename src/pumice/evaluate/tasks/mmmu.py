@@ -9,8 +9,8 @@ from random import Random
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.choice import as_list, mmmu_open_right, mmmu_option
 from pumice.evaluate.files import bytes_picture, need, read_parquet, write_json
+from pumice.evaluate.metrics.choice import as_list, mmmu_open_right, mmmu_option
 from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Source, Task, categories, percent
 
 DOMAINS = {

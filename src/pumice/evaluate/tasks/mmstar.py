@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pumice.evaluate.choice import mmstar_right
 from pumice.evaluate.files import base64_picture, bytes_picture, locate, need, read_parquet, read_tsv
+from pumice.evaluate.metrics.choice import mmstar_right
 from pumice.evaluate.task import LETTER, Answered, Question, Score, Source, Task, categories, percent
 
 

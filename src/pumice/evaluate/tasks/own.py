@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.captions import rouge_l
-from pumice.evaluate.choice import infer_option
 from pumice.evaluate.files import DataFile, Picture, locate, need, read_jsonl
-from pumice.evaluate.presence import means_yes
+from pumice.evaluate.metrics.captions import rouge_l
+from pumice.evaluate.metrics.choice import infer_option
+from pumice.evaluate.metrics.presence import means_yes
+from pumice.evaluate.metrics.vqa import bare, m4c, textvqa_accuracy
 from pumice.evaluate.task import Answered, Question, Score, Source, Task, categories, percent
-from pumice.evaluate.vqa import bare, m4c, textvqa_accuracy
 
 
 def _plain(text: str) -> str:

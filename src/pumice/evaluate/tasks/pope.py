@@ -10,7 +10,7 @@ import numpy as np
 
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, Pictures, locate, need, read_jsonl, search
-from pumice.evaluate.presence import means_yes, presence_score
+from pumice.evaluate.metrics.presence import means_yes, presence_score
 from pumice.evaluate.task import SHORT, Answered, Cell, Floats, Question, Score, Source, Task
 
 KINDS = ("adversarial", "popular", "random")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.choice import scienceqa_option
 from pumice.evaluate.files import Pictures, locate, need, read_object, write_json
+from pumice.evaluate.metrics.choice import scienceqa_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,

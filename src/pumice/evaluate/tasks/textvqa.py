@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.evaluate.files import Pictures, locate, need, read_json, read_jsonl, search
+from pumice.evaluate.metrics.vqa import textvqa_accuracy
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, percent
-from pumice.evaluate.vqa import textvqa_accuracy
 
 
 class TextVQA(Task):

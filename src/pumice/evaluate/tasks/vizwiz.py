@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pumice.errors import InputError
 from pumice.evaluate.files import Pictures, locate, need, read_json, read_jsonl, search, write_json
+from pumice.evaluate.metrics.vqa import m4c, textvqa_accuracy, vizwiz_accuracy
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
-from pumice.evaluate.vqa import m4c, textvqa_accuracy, vizwiz_accuracy
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, Pictures, locate, need, read_json, read_jsonl, search, write_json
+from pumice.evaluate.metrics.vqa import m4c, vqa_accuracy, vqa_accuracy_first
 from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
-from pumice.evaluate.vqa import m4c, vqa_accuracy, vqa_accuracy_first
 
 
 class VQAv2(Task):

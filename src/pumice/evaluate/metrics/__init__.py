@@ -1,0 +1,1 @@
+"""The fields' official metrics, and intervals around them."""

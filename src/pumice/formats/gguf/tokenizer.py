@@ -1,0 +1,131 @@
+"""The tokenizer that a GGUF file describes, as llama.cpp reads it.
+
+Knows: the metadata keys of tokenizers. Does not know: how the file is laid out (`file`), tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from pumice.errors import InputError
+from pumice.formats.gguf.file import GgufFile
+from pumice.formats.text.files import TokenizerFiles
+from pumice.formats.text.sentencepiece import BPE, CONTROL, UNUSED, USER_DEFINED, SentencePiece
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def read_gguf_tokenizer(path: Path) -> TokenizerFiles:
+    """The tokenizer of the GGUF file at `path`. Raises InputError when it is damaged or of another kind."""
+    return tokenizer_files(GgufFile(path))
+
+
+def tokenizer_files(file: GgufFile) -> TokenizerFiles:
+    """What the metadata says of text; what it leaves out is as in llama.cpp (src/llama-vocab.cpp)."""
+    metadata = file.metadata
+    tokenizer = build_tokenizer(metadata, str(file.path))
+    sentencepiece = metadata["tokenizer.ggml.model"] == "llama"
+    usual: dict[str, int] = {"bos": 1, "eos": 2} if sentencepiece else {}
+
+    def token(name: str) -> str | None:
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
+        return None if number is None else tokenizer.id_to_token(number)
+
+    adds_bos = sentencepiece or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    return TokenizerFiles(
+        tokenizer,
+        bos=token("bos"),
+        eos=token("eos"),
+        adds_bos=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
+    """The tokenizer that the metadata describes; it adds no special tokens by itself."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "llama":
+        return _sentencepiece(metadata, where)
+    if kind != "gpt2":
+        raise InputError(f"{where} has a tokenizer of kind {kind!r}; only gpt2 and llama can be read")
+    name = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    if name not in PRE_TOKENIZERS:
+        raise InputError(f"{where} splits words as {name!r}; known are {', '.join(PRE_TOKENIZERS)}")
+    tokens = _needed(metadata, "tokenizer.ggml.tokens", where)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[_pair(merge) for merge in _needed(metadata, "tokenizer.ggml.merges", where)],
+            unk_token=None if unknown is None else tokens[unknown],
+            ignore_merges=name == "llama-bpe",
+        )
+    )
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]()
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, metadata.get("tokenizer.ggml.token_type", ()), strict=False):
+        if kind in (CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
+    return tokenizer
+
+
+def _sentencepiece(metadata: dict[str, Any], where: str) -> Tokenizer:
+    """A SentencePiece BPE, of which GGUF keeps the pieces, their scores and kinds."""
+    tokens = _needed(metadata, "tokenizer.ggml.tokens", where)
+    scores = metadata.get("tokenizer.ggml.scores", ())
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    if not len(tokens) == len(scores) == len(kinds):
+        raise InputError(
+            f"{where} has {len(tokens)} tokens, {len(scores)} scores and {len(kinds)} token types"
+        )
+    numbers = {
+        name: metadata[f"tokenizer.ggml.{key}_token_id"]
+        for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"))
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    pieces = list(zip(tokens, scores, kinds, strict=True))
+    while pieces and pieces[-1][2] == UNUSED:  # they fill up a vocabulary to a round number
+        pieces.pop()
+    model = SentencePiece(pieces, BPE, add_prefix=prefix, remove_spaces=False, **numbers)
+    return model.tokenizer(where, add_bos=False)
+
+
+def _needed(metadata: dict[str, Any], key: str, where: str) -> list[str]:
+    if key not in metadata:
+        raise InputError(f"{where} does not say {key}, so it holds no whole tokenizer")
+    found: list[str] = metadata[key]
+    return found
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
+
+
+def _byte_level() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _digits() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
+
+
+def _regex(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": _byte_level,
+    "smollm": _digits,
+    "llama-bpe": lambda: _regex(_WORDS % "{1,3}"),
+    "qwen2": lambda: _regex(_WORDS % ""),
+}

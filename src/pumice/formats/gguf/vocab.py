@@ -1,0 +1,119 @@
+"""A tokenizer.json as GGUF metadata: SentencePiece ("llama") or byte-level BPE ("gpt2").
+
+Knows: what llama.cpp tokenises by, and from which of the tokenizer's parts that follows. Does not know:
+the model, beyond its special tokens and the rows of its embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tokenizers import Tokenizer, models
+
+from pumice.config import ModelConfig
+from pumice.errors import InputError
+from pumice.formats.gguf.tokenizer import PRE_TOKENIZERS
+from pumice.formats.text.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+
+
+def write_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Add tokens, merges or scores, and the special tokens. InputError when llama.cpp cannot tokenise so."""
+    values = json.loads(tokenizer.to_str())
+    model = values["model"]
+    if model.get("type") != "BPE":
+        raise InputError(f"the tokenizer is a {model.get('type')}; llama.cpp gets byte-pair encodings only")
+    tokens, kinds = _tokens(tokenizer, values, config.decoder.vocab_size)
+    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    if model.get("byte_fallback"):
+        writer.add_string("tokenizer.ggml.model", "llama")
+        writer.add_string("tokenizer.ggml.pre", "default")
+        writer.add_array("tokenizer.ggml.tokens", tokens)
+        writer.add_array("tokenizer.ggml.scores", _scores(tokens, kinds, merges))
+        writer.add_bool("tokenizer.ggml.add_space_prefix", _begins_with_space(tokenizer))
+    else:
+        writer.add_string("tokenizer.ggml.model", "gpt2")
+        writer.add_string("tokenizer.ggml.pre", _pre_tokenizer(values))
+        writer.add_array("tokenizer.ggml.tokens", tokens)
+        writer.add_array("tokenizer.ggml.merges", [f"{left} {right}" for left, right in merges])
+    writer.add_array("tokenizer.ggml.token_type", kinds)
+    for key, number in zip(("eos", "eot", "eom"), config.stop_token_ids, strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
+    unknown = None if model.get("unk_token") is None else tokenizer.token_to_id(model["unk_token"])
+    if unknown is not None:
+        writer.add_uint32("tokenizer.ggml.unknown_token_id", unknown)
+    if config.bos_token_id is not None:
+        writer.add_uint32("tokenizer.ggml.bos_token_id", config.bos_token_id)
+    writer.add_bool("tokenizer.ggml.add_bos_token", config.bos_token_id is not None)
+    writer.add_bool("tokenizer.ggml.add_eos_token", False)
+
+
+def _tokens(tokenizer: Tokenizer, values: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Each row's token and what kind it is; rows without a token are named as llama.cpp's converter does."""
+    tokens = [f"[PAD{i}]" for i in range(rows)]
+    kinds = [UNUSED] * rows
+    for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
+        tokens[number], kinds[number] = token, NORMAL
+    if values["model"].get("byte_fallback"):
+        for byte in range(256):
+            if (found := tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
+                kinds[found] = BYTE
+    for added in values["added_tokens"]:
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    unknown = values["model"].get("unk_token")
+    if unknown is not None and (found := tokenizer.token_to_id(unknown)) is not None:
+        kinds[found] = UNKNOWN
+    return tokens, kinds
+
+
+def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) -> list[float]:
+    """SentencePiece's scores, of which only the order counts: a token's is when it is first merged.
+
+    SentencePiece joins any two tokens that make a third; the list of merges must be just these.
+    """
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    known = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (NORMAL, USER_DEFINED)}
+    listed = set(merges)
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind == NORMAL:
+            for cut in range(1, len(token)):
+                pair = token[:cut], token[cut:]
+                if pair[0] in known and pair[1] in known and pair not in listed:
+                    raise InputError(
+                        f"the tokenizer never merges {pair[0]!r} and {pair[1]!r} into {token!r}, llama.cpp "
+                        "would: SentencePiece did not make this vocabulary; use --to hf"
+                    )
+    lowest = float(-len(merges))
+    return [-float(ranks[token]) if token in ranks else lowest for token in tokens]
+
+
+def _begins_with_space(tokenizer: Tokenizer) -> bool:
+    """Whether a space is put before the first word."""
+    plain = tokenizer.encode("a", add_special_tokens=False).tokens
+    return bool(plain) and plain[0].startswith(SPACE)
+
+
+def _pre_tokenizer(values: dict[str, Any]) -> str:
+    """llama.cpp's name for how this tokenizer splits words."""
+    found = _essence(values["pre_tokenizer"])
+    for name, make in PRE_TOKENIZERS.items():
+        sample = Tokenizer(models.BPE())
+        sample.pre_tokenizer = make()
+        if _essence(json.loads(sample.to_str())["pre_tokenizer"]) == found:
+            if (name == "llama-bpe") != bool(values["model"].get("ignore_merges")):
+                continue
+            return name
+    raise InputError(
+        f"llama.cpp has no name for how the tokenizer splits words; known are {', '.join(PRE_TOKENIZERS)}"
+    )
+
+
+def _essence(part: Any) -> Any:
+    """What decides ids: offsets do not, and a sequence of one is its only member."""
+    if isinstance(part, dict):
+        if part.get("type") == "Sequence" and len(part["pretokenizers"]) == 1:
+            return _essence(part["pretokenizers"][0])
+        return {key: _essence(value) for key, value in part.items() if key != "trim_offsets"}
+    return [_essence(p) for p in part] if isinstance(part, list) else part

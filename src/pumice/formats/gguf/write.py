@@ -1,0 +1,289 @@
+"""Written for llama.cpp: the language model as one GGUF file, tower and connector as another (mmproj).
+
+Knows: the metadata and tensors that llama.cpp reads for llama, qwen2 and qwen3, and for LLaVA 1.5's
+projector. Does not know: where the model comes from.
+
+What llama.cpp does otherwise than the model: it fits a picture into the square before it pads it, and
+resizes with filters of its own, so that only a picture of the tower's own size reaches it unchanged; it
+computes GELU by its tanh form from a table of 16-bit values; and it has the class token of a CLIP in the
+wrong place (its issue 25814), which no file can make good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pumice.config import ModelConfig
+from pumice.errors import InputError
+from pumice.formats import names as tensor_names
+from pumice.formats.gguf.vocab import write_vocabulary
+from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
+from pumice.formats.text.chat_template import quoted, to_jinja
+from pumice.model.layers import frequencies
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, Stored, stored
+from pumice.templates import get_template
+
+TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers of file types
+_BLOCK = 32  # values that q8_0 quantises together
+_PAD_COLOR = (122, 116, 104)  # llama.cpp's own, whatever the mean
+# What a message says. A marker is <__media__>, or has a random word in it.
+_SAID = (
+    "{% set all = namespace(text='') %}{% if content is string %}{% set all.text = content %}{% else %}"
+    "{% for part in content %}{% set all.text = all.text + part['text'] %}{% endfor %}{% endif %}"
+    "{% set pieces = (all.text.strip() if trim else all.text).split('__>') %}"
+    "{% set at = namespace(front=true) %}{% for piece in pieces %}"
+    "{% if at.front and not loop.first %}{% set piece = piece.lstrip('\\n') %}{% endif %}"
+    "{% if loop.last %}{{ piece }}{% else %}{% set halves = piece.split('<__media') %}"
+    "{% if halves|length == 1 %}{{ piece + '__>' }}"
+    "{% else %}{{ halves[0] + left + '<__media' + halves[1] + '__>' + right }}{% endif %}"
+    "{% set at.front = at.front and piece.startswith('<__media') %}"
+    "{% if at.front and not (pieces[-1] == '' and loop.index + 1 == pieces|length) %}{{ '\\n' }}{% endif %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def refusal(config: ModelConfig) -> str | None:
+    """Why llama.cpp cannot compute this model; None when it can."""
+    decoder, arch = config.decoder, _architecture(config)
+    if decoder.qk_norm and decoder.qkv_bias:
+        return "its attention has both biases and query norms, which no architecture of llama.cpp has"
+    if decoder.rope_scaling and decoder.rope_scaling.kind == "llama3" and arch != "llama":
+        return f"its {arch} decoder slows rotary positions as only a llama's are slowed there"
+    return None if config.vision.kind == "none" else tower_refusal(config) or _picture_refusal(config)
+
+
+def _picture_refusal(config: ModelConfig) -> str | None:
+    if reason := connector_refusal(config):
+        return reason
+    if config.image.mode == "anyres":
+        return (
+            "llama.cpp leaves out what joins LLaVA-NeXT's tiles (image_newline, cropped padding, rows across "
+            "tiles), so its answers would differ"
+        )
+    if config.vision.select == "cls_patch":
+        return "it keeps the class token, which llama.cpp drops"
+    return None
+
+
+def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
+    """Write `model-{kind}.gguf` and `mmproj-{kind}.gguf`; the model has no adapters. Returns notes.
+
+    kind: of TYPES, for the matrices; the rest is f32. q8_0 leaves tower and connector in f16, and so any
+    row that is no whole number of blocks.
+    """
+    if kind not in TYPES:
+        raise InputError(f"there is no GGUF type {kind!r} here; use one of {', '.join(TYPES)}")
+    model = as_mlp(model)
+    config, state, tokenizer = model.config, model.state, model.tokenizer
+    decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}
+    _write(
+        folder / f"model-{kind}.gguf",
+        _architecture(config),
+        lambda writer: _describe_llm(writer, config, tokenizer, kind),
+        _llm(config, decoder),
+        kind,
+    )
+    if config.vision.kind != "none":
+        seeing = "f16" if kind == "q8_0" else kind
+        _write(
+            folder / f"mmproj-{seeing}.gguf",
+            "clip",
+            lambda writer: _describe_tower(writer, config, seeing),
+            _tower(config, state),
+            seeing,
+        )
+    notes = []
+    if '"prepend_scheme":"first"' in tokenizer.to_str():
+        notes.append(
+            "llama.cpp puts a space before the text behind a picture or a special token, this tokenizer only "
+            "before the very first word: some tokens differ"
+        )
+    window = config.decoder.sliding_window
+    if window is not None:
+        notes.append(f"llama.cpp has no sliding window here, so its context is the window's {window} tokens")
+    if config.vision.kind == "none":
+        return notes
+    if config.image.mode != "pad" or config.image.pad_color != _PAD_COLOR:
+        color = f" and {config.image.pad_color}" if config.image.mode == "pad" else ""
+        notes.append(
+            f"llama.cpp pads every picture to a square with {_PAD_COLOR}, this model was trained with "
+            f"{config.image.mode}{color}: only square pictures are seen alike"
+        )
+    if config.vision.kind == "clip":
+        notes.append(
+            "llama.cpp has put a CLIP's class token behind its patches since May 2025 (its issue 25814), so "
+            "that every feature is that of the next patch: until it is mended, answers about pictures differ"
+        )
+    if config.vision.activation == "gelu":
+        notes.append("llama.cpp computes the tower's GELU by its tanh form")
+    return notes
+
+
+def _describe_llm(writer: Any, config: ModelConfig, tokenizer: Tokenizer, kind: str) -> None:
+    decoder, arch = config.decoder, _architecture(config)
+    context = min(decoder.context, decoder.sliding_window or decoder.context)
+    numbers = {
+        "vocab_size": decoder.vocab_size,
+        "context_length": context,
+        "embedding_length": decoder.width,
+        "block_count": decoder.depth,
+        "feed_forward_length": decoder.mlp_width,
+        "attention.head_count": decoder.heads,
+        "attention.head_count_kv": decoder.kv_heads,
+        "attention.key_length": decoder.head_width,
+        "attention.value_length": decoder.head_width,
+        "rope.dimension_count": decoder.head_width,
+    }
+    writer.add_string("general.type", "model")
+    writer.add_uint32("general.file_type", TYPES[kind])
+    for key, number in numbers.items():
+        writer.add_uint32(f"{arch}.{key}", number)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", decoder.norm_eps)
+    writer.add_float32(f"{arch}.rope.freq_base", decoder.rope_base)
+    if decoder.rope_scaling and decoder.rope_scaling.kind == "linear":
+        writer.add_string(f"{arch}.rope.scaling.type", "linear")
+        writer.add_float32(f"{arch}.rope.scaling.factor", decoder.rope_scaling.factor)
+    write_vocabulary(writer, config, tokenizer)
+    chat = to_jinja(get_template(config.template, config.chat))
+    writer.add_string("tokenizer.chat_template", marked(chat, config.image_wrap))
+
+
+def marked(chat: str, wrap: tuple[str, str] | None = None) -> str:
+    """A template of `to_jinja` for llama.cpp, which writes a picture's marker into the text itself.
+
+    It joins text and markers without the new line that our templates put behind leading pictures. wrap: what
+    stands around each picture.
+    """
+    before, _, rest = chat.partition("{% macro said(content, trim) %}")
+    _, _, after = rest.partition("{% endmacro %}")
+    left, right = map(quoted, wrap or ("", ""))
+    around = "{% set left = " + left + " %}{% set right = " + right + " %}"
+    return before + "{% macro said(content, trim) %}" + around + _SAID + "{% endmacro %}" + after
+
+
+def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:
+    vision = config.vision
+    numbers = {
+        "image_size": vision.image_size,
+        "patch_size": vision.stride,
+        "embedding_length": vision.width,
+        "feed_forward_length": vision.mlp_width,
+        "block_count": vision.depth,
+        "attention.head_count": vision.heads,
+        "projection_dim": config.decoder.width,
+    }
+    writer.add_string("general.type", "mmproj")
+    writer.add_uint32("general.file_type", TYPES[kind])
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", vision.activation != "quick_gelu")
+    for key, number in numbers.items():
+        writer.add_uint32(f"clip.vision.{key}", number)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision.norm_eps)
+    # Without it llama.cpp takes the second to last hidden state, or the last: it depends on its version.
+    writer.add_array("clip.vision.feature_layer", [_state_number(config)])
+    writer.add_array("clip.vision.image_mean", list(config.image.mean))
+    writer.add_array("clip.vision.image_std", list(config.image.std))
+
+
+def _llm(config: ModelConfig, state: Stocks) -> Stocks:
+    decoder = config.decoder
+    table = tensor_names.inverse(tensor_names.gguf_decoder(decoder))
+    names = {f"decoder.{ours}": str(theirs) for ours, theirs in table.items()}
+    heads = {"q": decoder.heads, "k": decoder.kv_heads} if _architecture(config) == "llama" else {}
+    tensors = {
+        names[ours]: _permuted(tensor, heads.get(ours.split(".")[-2])) for ours, tensor in state.items()
+    }
+    scaling = decoder.rope_scaling
+    if scaling is not None and scaling.kind == "llama3":
+        width, base, cpu = decoder.head_width, decoder.rope_base, torch.device("cpu")
+        slower = frequencies(width, base, None, cpu) / frequencies(width, base, scaling, cpu)
+        tensors["rope_freqs.weight"] = stored(slower)
+    return tensors
+
+
+def _tower(config: ModelConfig, state: Stocks) -> Stocks:
+    """Without the final norm, which llama.cpp would apply."""
+    table = tensor_names.gguf_tower(config.vision)
+    return {theirs: state[ours] for theirs, ours in table.items() if ours is not None}
+
+
+def _permuted(tensor: Stored, heads: int | None) -> Stored:
+    """A query or key projection of a llama, in llama.cpp's order; see `gguf_llm.unpermute`."""
+    if heads is None:
+        return tensor
+
+    def permute(weight: Tensor) -> Tensor:
+        halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+        return halves.transpose(1, 2).reshape(weight.shape)
+
+    return tensor.then(permute)
+
+
+def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Stocks, kind: str) -> None:
+    """One file; one tensor at a time is in memory."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch)
+    try:
+        describe(writer)
+        kinds = {name: _kind(name, tensor, kind) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            quant = gguf.GGMLQuantizationType[kinds[name].upper()]
+            per_block, size = gguf.GGML_QUANT_SIZES[quant]
+            row = tensor.shape[-1] // per_block * size
+            count = int(np.prod(tensor.shape[:-1])) * row
+            shape = (*tensor.shape[:-1], row) if kinds[name] == "q8_0" else tensor.shape
+            writer.add_tensor_info(name, shape, _numpy(kinds[name]), count, raw_dtype=quant)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for values in _values(tensors, kinds):
+            writer.write_tensor_data(values)
+    finally:
+        writer.close()
+
+
+def _values(tensors: Stocks, kinds: dict[str, str]) -> Iterator[np.ndarray]:
+    import gguf
+
+    for name, tensor in tensors.items():
+        values = tensor.read(torch.float32).detach().contiguous().numpy()
+        if kinds[name] == "f16":
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float16)
+            if not np.isfinite(values).all():
+                raise InputError(f"{tensor.origin or name} has values beyond f16's 65504; use --type f32")
+        elif kinds[name] == "q8_0":
+            values = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        yield values
+
+
+def _kind(name: str, tensor: Stored, kind: str) -> str:
+    """How one tensor is stored: vectors in f32, as the table of positions, which are added to vectors."""
+    if len(tensor.shape) < 2 or kind == "f32" or name == "v.position_embd.weight":
+        return "f32"
+    return kind if kind == "f16" or tensor.shape[-1] % _BLOCK == 0 else "f16"
+
+
+def _numpy(kind: str) -> Any:
+    return {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "q8_0": np.dtype(np.uint8)}[kind]
+
+
+def _architecture(config: ModelConfig) -> str:
+    if config.decoder.qk_norm:
+        return "qwen3"
+    return "qwen2" if config.decoder.qkv_bias else "llama"
+
+
+def _state_number(config: ModelConfig) -> int:
+    """The chosen hidden state, counted from the embeddings' 0."""
+    return config.vision.layer % (config.vision.depth + 1)

@@ -1,0 +1,1 @@
+"""LLaVAs of transformers: read and written."""

@@ -1,0 +1,124 @@
+"""Any model that can be read, written as our folder.
+
+Knows: the order of the work, and what is worth writing down of the source. Everything is checked before
+anything is written. Does not know formats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pumice import __version__
+from pumice.errors import InputError
+from pumice.formats.load import new_parts, shapes
+from pumice.formats.pumice.folder import CONFIG, check, save
+from pumice.formats.read import find_model, read_model
+from pumice.formats.recognise import Kind, recognise
+from pumice.processor import Processor
+from pumice.storage.download import facts
+from pumice.storage.json_file import read_json
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import FLOATS
+from pumice.tokens import Tokenizer
+
+DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What was read, and what was written of it."""
+
+    kind: Kind
+    model: LoadedParts
+
+    def summary(self) -> dict[str, Any]:
+        """For people and for `--json`."""
+        config, state = self.model.config, self.model.state
+        decoder, vision, image = config.decoder, config.vision, config.image
+        sees = vision.kind != "none"
+        return {
+            "source": self.kind.value,
+            "parameters": sum(tensor.size // tensor.dtype.itemsize for tensor in state.values()),
+            "bytes": sum(tensor.size for tensor in state.values()),
+            "types": sorted({FLOATS[tensor.dtype] for tensor in state.values()}),
+            "decoder": f"{decoder.depth} blocks of width {decoder.width}, {decoder.vocab_size} tokens, "
+            f"context {decoder.context}",
+            "tower": f"{vision.kind}, {vision.image_size} pixels, layer {vision.layer}" if sees else None,
+            "connector": config.connector.kind if sees else None,
+            "pictures": f"{image.mode}, {config.image_tokens} tokens a square" if sees else None,
+            "template": config.template,
+            "lora": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}" if config.lora else None,
+            "notes": list(self.model.notes),
+        }
+
+
+def import_model(
+    source: str,
+    target: str | os.PathLike[str],
+    *,
+    dtype: str = "keep",
+    template: str | None = None,
+    tower: str | None = None,
+    base: str | None = None,
+) -> Imported:
+    """Write `source` as the folder `target`; tensors go from file to file, one at a time.
+
+    dtype: of DTYPES. template, tower, base: as for `read_model`; a tower given to a bare language model is
+    joined to it by a fresh connector. Raises InputError, and WorkError when the disk is full: then nothing
+    is left behind.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"there is no type {dtype!r}; use one of {', '.join(DTYPES)}")
+    path, target = find_model(source), Path(target)
+    _check_target(path, target)
+    kind = recognise(path)
+    if tower is not None and kind in (Kind.LLM, Kind.GGUF):
+        loaded = new_parts(tower, source, template=template)
+        loaded = dataclasses.replace(loaded, notes=(*loaded.notes, "the connector is fresh: train it first"))
+    else:
+        loaded = read_model(source, template=template, tower=tower, base=base)
+    Processor(loaded.config, Tokenizer(loaded.tokenizer))  # raises where text and config do not fit
+    expected = shapes(loaded.config)
+    check(loaded.state, expected, str(path))
+    state = {name: loaded.state[name] for name in expected if name in loaded.state}
+    if (wanted := DTYPES[dtype]) is not None:
+        state = {name: tensor.cast(wanted) for name, tensor in state.items()}
+    loaded = dataclasses.replace(loaded, state=state)
+    save(
+        target,
+        loaded.config,
+        state,
+        tokenizer=loaded.tokenizer.to_str(),
+        provenance=loaded.provenance | _origin(kind, loaded),
+        parts=loaded.parts,
+    )
+    return Imported(kind, loaded)
+
+
+def _check_target(source: Path, target: Path) -> None:
+    """Our files have names that others use, too: only a folder of ours is written over."""
+    if target.resolve() == source.resolve():
+        raise InputError(f"{target} is what is to be imported; name another folder to write")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    config = target / CONFIG
+    if not config.is_file() or "pumice_format" not in read_json(config):
+        raise InputError(f"{target} holds something else than a Pumice model; name a new folder")
+
+
+def _origin(kind: Kind, loaded: LoadedParts) -> dict[str, Any]:
+    if kind is Kind.OWN:
+        return {}
+    return {
+        "imported": {
+            "kind": kind.value,
+            "by": f"pumice {__version__}",
+            **{role: facts(name, path) for role, (name, path) in loaded.sources.items()},
+            "assumed": list(loaded.notes),
+        }
+    }

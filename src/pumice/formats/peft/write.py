@@ -1,0 +1,74 @@
+"""Our LoRA as PEFT's files: adapter_config.json and adapter_model.safetensors.
+
+Knows: PEFT's names of tensors around the model that `export_hf` writes, as transformers 4.52 and newer
+build it. Does not know: where the model comes from. The base is that model without its adapters
+(`--to hf --drop-lora`); its fingerprint stands in `base.json`, so that another base can be refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pumice.config import ModelConfig
+from pumice.formats import names as tensor_names
+from pumice.formats.hf import write as hf_write
+from pumice.storage.json_file import write_json
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import Stocks, write_weights
+
+BASE = "base.json"
+_SAMPLES = 64
+_SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+
+
+def refusal(config: ModelConfig) -> str | None:
+    """Why there is no adapter to write; None when there is one."""
+    if config.lora is None:
+        return "it has no LoRA adapters"
+    return hf_write.refusal(config)  # PEFT puts the adapters onto that model
+
+
+def write(folder: Path, model: LoadedParts) -> None:
+    """Write the folder, which holds the model's adapters alone."""
+    config, lora = model.config, model.config.lora
+    assert lora is not None
+    names = tensor_names.inverse(tensor_names.hf_decoder(config.decoder))
+    adapters: Stocks = {}
+    for name, tensor in model.state.items():
+        layer, _, kind = name.removeprefix("decoder.").rpartition(".")
+        if kind in _SUFFIXES:
+            theirs = str(names[f"{layer}.weight"]).removeprefix("model.").removesuffix(".weight")
+            adapters[f"base_model.model.model.language_model.{theirs}.{_SUFFIXES[kind]}"] = tensor
+    targets = "|".join(f"{target}_proj" for target in lora.targets)
+    values: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,  # it is where the user put it
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        # The tower's layers have the same names.
+        "target_modules": rf".*language_model\..*\.({targets})",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    write_weights(folder, adapters, "adapter_model")
+    write_json(folder / "adapter_config.json", values)
+    exported = hf_write.with_image_token(model)
+    write_json(folder / BASE, {"fingerprint": fingerprint(exported.state)})
+
+
+def fingerprint(state: Stocks) -> str:
+    """Of a decoder, whatever type it is stored in: up to 64 values of every tensor but adapters', in fp32."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(name for name in state if name.startswith("decoder.") and ".lora_" not in name):
+        values = state[name].read().reshape(-1)
+        places = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values))).round().long()
+        digest.update(name.encode() + values[places].float().numpy().tobytes())
+    return digest.hexdigest()

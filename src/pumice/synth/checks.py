@@ -1,0 +1,228 @@
+"""What every row must pass, whichever kind it is and whoever wrote it.
+
+Knows: one draft at a time. Does not know: other rows (see duplicates), teachers, files. A check returns
+what is wrong, or None; the first reason found is the row's.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from pumice.errors import InputError
+from pumice.synth.context import Context
+from pumice.synth.kinds.base import Draft, Kind, Turn, Unparsed, says_no
+from pumice.synth.objects import Vocabulary
+
+REASONS = (
+    "no reply", "refusal", "not parsed", "number of turns", "speaks of its source", "speaks of itself",
+    "length", "repetition", "unsupported objects", "kind", "language", "near-duplicate",
+)  # fmt: skip
+
+LONGEST_QUESTION = 60  # words
+FEWEST_FOR_LANGUAGE = 8  # words; fewer say too little
+REPEATED = 0.3  # share of three-word runs that occurred before in the same answer
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why a row is not used: one of REASONS, and what exactly."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be set: how many unsupported things (None: as the kind says), and the language (None: any)."""
+
+    unsupported: int | None = None
+    language: str | None = "en"
+
+
+# What gives away that the writer read notes instead of looking.
+_SOURCE = re.compile(
+    r"\b(captions?|captioned|annotations?|annotated|bounding[ -]box(es)?|coordinates?|normali[sz]ed|"
+    r"(the|this|these|that|given|provided|above|image|picture) descriptions?|"
+    r"(given|provided|supplied|available|above|image|picture) "
+    r"(labels?|notes?|sentences?|context|metadata|information|text|details|data|input)|"
+    r"(notes?|sentences?) (say|state|mention|describe|indicate|suggest)s?|"
+    r"(based on|according to|as (described|mentioned|stated|noted|given|indicated) (in|by)) the "
+    r"(given|provided|text|information|description|details|prompt)|"
+    r"object (list|detection)|list of objects|detected objects?)\b"
+    r"|\[\s*[01]?\.\d+\s*,|\b0\.\d{2,3}\s*,\s*0\.\d{2,3}\b",
+    re.I,
+)
+_ITSELF = re.compile(
+    r"\b(as an? (ai|artificial|language|text)[ -]?\w*|language model|i don[’']t have access|"
+    r"i (can(not|[’']t)|am unable to|am not able to) (actually )?(see|view|look at|access|open) "
+    r"(the |this |any |an? )?(image|picture|photo)\w*|"
+    r"here (is|are) (the|a|your|some) (conversation|questions?|description|answers?))\b",
+    re.I,
+)
+_REFUSAL = re.compile(
+    r"^\W*((i[’']?m|i am) (very |so |really )?(sorry|unable|not able|afraid)|sorry\b|i apologi[sz]e|"
+    r"i (can(not|[’']t)|won[’']t|must decline)|unfortunately,? i|as an ai)",
+    re.I,
+)
+
+
+def is_refusal(reply: str) -> bool:
+    """Whether a reply declines as a whole; a conversation in which someone is sorry is none."""
+    return _REFUSAL.match(reply) is not None
+
+
+def examine(
+    kind: Kind, context: Context, reply: str, vocabulary: Vocabulary, settings: Settings, seed: int = 0
+) -> Draft | Rejection:
+    """A reply as a draft that passed every check, or why it did not."""
+    if is_refusal(reply):
+        return Rejection("refusal", reply.strip()[:200])
+    try:
+        turns = kind.parse(reply, random.Random(f"{seed}/{kind.name}/{context.id}"))
+    except Unparsed as error:
+        return Rejection("not parsed", str(error))
+    draft = Draft(kind, context, tuple(turns), vocabulary, vocabulary.known(context))
+    for reason, check in CHECKS:
+        if wrong := check(draft, settings):
+            return Rejection(reason, wrong)
+    return draft
+
+
+def _turns(draft: Draft, _: Settings) -> str | None:
+    least, most = draft.kind.turns
+    if least <= len(draft.turns) <= most:
+        return None
+    return f"{len(draft.turns)} turns, {least} to {most} are asked for"
+
+
+def _source(draft: Draft, _: Settings) -> str | None:
+    return _first_match(_SOURCE, draft)
+
+
+def _itself(draft: Draft, _: Settings) -> str | None:
+    return _first_match(_ITSELF, draft)
+
+
+def _first_match(pattern: re.Pattern[str], draft: Draft) -> str | None:
+    for turn in draft.turns:
+        for text in (turn.question, turn.answer):
+            if found := pattern.search(text):
+                return f"{found.group()!r} in {text[:160]!r}"
+    return None
+
+
+def _length(draft: Draft, _: Settings) -> str | None:
+    least, most = draft.kind.words
+    for turn in draft.turns:
+        words, asked = len(turn.answer.split()), len(turn.question.split())
+        if not least <= words <= most:
+            return f"an answer of {words} words, {least} to {most} are asked for: {turn.answer[:80]!r}"
+        if not 1 <= asked <= LONGEST_QUESTION:
+            return f"a question of {asked} words, at most {LONGEST_QUESTION} are allowed"
+    return None
+
+
+def _repetition(draft: Draft, _: Settings) -> str | None:
+    questions = Counter(_plain(turn.question) for turn in draft.turns)
+    question, times = questions.most_common(1)[0]
+    if times > 1:
+        return f"the question {question!r} is asked {times} times"
+    longer = Counter(p for t in draft.turns if len((p := _plain(t.answer)).split()) > 5)
+    if longer and (most := longer.most_common(1)[0])[1] > 1:
+        return f"the answer {most[0][:80]!r} is given {most[1]} times"
+    for turn in draft.turns:
+        words = _plain(turn.answer).split()
+        if any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False)):
+            return f"a word three times in a row in {turn.answer[:80]!r}"
+        runs = list(zip(words, words[1:], words[2:], strict=False))
+        if len(runs) >= 8 and (share := 1 - len(set(runs)) / len(runs)) > REPEATED:
+            return f"{share:.0%} of the three-word runs are repeated, {REPEATED:.0%} are allowed"
+    return None
+
+
+def _objects(draft: Draft, settings: Settings) -> str | None:
+    allowed = draft.kind.unsupported if settings.unsupported is None else settings.unsupported
+    found = unsupported(draft)
+    if len(found) <= allowed:
+        return None
+    return f"{', '.join(found)}: {len(found)} not in the annotations, {allowed} allowed"
+
+
+def unsupported(draft: Draft) -> list[str]:
+    """Things that a draft says are in the picture and that no annotation names."""
+    said = []
+    for turn in draft.turns:
+        if draft.kind.presumes and not says_no(turn.answer):
+            said.append(turn.question)
+        said.append(turn.answer)
+    return draft.vocabulary.unsupported("\n".join(said), draft.known)
+
+
+def _kind(draft: Draft, _: Settings) -> str | None:
+    for check in draft.kind.checks:
+        if wrong := check(draft):
+            return wrong
+    return None
+
+
+def _language(draft: Draft, settings: Settings) -> str | None:
+    text = " ".join(f"{turn.question} {turn.answer}" for turn in draft.turns)
+    if settings.language is None or len(text.split()) < FEWEST_FOR_LANGUAGE:
+        return None
+    found = _identifier()(text[:1000])
+    return None if found == settings.language else f"reads as {found!r}, {settings.language!r} is asked for"
+
+
+def check_language(code: str) -> None:
+    """Raise InputError on a language that is not one of those told apart."""
+    from py3langid import rank
+
+    known = sorted(name for name, _ in rank(""))
+    if code not in known:
+        raise InputError(f"there is no language '{code}'; use any, or one of {', '.join(known)}")
+
+
+@cache
+def _identifier() -> Callable[[str], str]:
+    from py3langid import classify
+
+    return lambda text: str(classify(text)[0])
+
+
+# In this order: the cheap and the plain first.
+CHECKS: tuple[tuple[str, Callable[[Draft, Settings], str | None]], ...] = (
+    ("number of turns", _turns),
+    ("speaks of its source", _source),
+    ("speaks of itself", _itself),
+    ("length", _length),
+    ("repetition", _repetition),
+    ("unsupported objects", _objects),
+    ("kind", _kind),
+    ("language", _language),
+)
+
+
+def row(row_id: str, draft: Draft) -> dict[str, object]:
+    """A draft as a LLaVA row; the picture stands before the first question."""
+    return {
+        "id": row_id,
+        "image": draft.context.image,
+        "conversations": conversations(draft.turns, draft.kind.suffix),
+    }
+
+
+def conversations(turns: tuple[Turn, ...], suffix: str = "") -> list[dict[str, str]]:
+    said = []
+    for number, turn in enumerate(turns):
+        question = turn.question if number else f"<image>\n{turn.question}{suffix}"
+        said += [{"from": "human", "value": question}, {"from": "gpt", "value": turn.answer}]
+    return said
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))

@@ -1,0 +1,360 @@
+"""The official files of each task as units of question and answer.
+
+Knows: each task's fields and LLaVA-1.5's prompts for it. Does not know: weights, other tasks, output files.
+Field names are the publishers'; prompts are data to be compatible with (arXiv 2310.03744, tables 7 and 9).
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pumice.conversation import IMAGE_PLACEHOLDER
+from pumice.data.rows import Rows
+from pumice.errors import InputError
+from pumice.synth.files import first_byte, items, pairs
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+CAPTION = "Provide a one-sentence caption for the provided image."
+WHAT = "Please provide a short description for this region: "
+WHERE = "Please provide the bounding box coordinate of the region this sentence describes: "
+
+REGIONS = 10  # of one picture of Visual Genome, as the paper samples them
+REFERRED = 9  # turns in one row of RefCOCO: the paper keeps to fewer than ten
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Questions and answers that stay together. Units of the same image and part become one row."""
+
+    image: str | None
+    turns: tuple[tuple[str, str], ...]
+    part: int = 0
+
+
+@dataclass
+class Given:
+    """What a reader is given, and what it counts. files: by role; a role may have several."""
+
+    files: dict[str, list[Path]]
+    images: str  # put before each picture's name
+    seed: int
+    padded: bool = True  # boxes as shares of the square that training pads pictures to
+    longest: int = 8000  # characters of a text-only chat, which is cut behind an answer
+    items: int = 0  # entries of the official file
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def file(self, role: str) -> Path:
+        return self.files[role][0]
+
+    def image(self, name: str) -> str:
+        return str(PurePosixPath(self.images) / name) if self.images else name
+
+    def pick(self, *names: Any) -> random.Random:
+        return random.Random("/".join(map(str, (self.seed, *names))))
+
+
+def vqav2(given: Given) -> Iterator[Unit]:
+    """VQAv2 and OK-VQA: questions and annotations joined by question_id; the answer most people gave."""
+    answers: dict[Any, str] = {}
+    for note in items(given.file("annotations"), "annotations.item"):
+        text = note.get("multiple_choice_answer")
+        if text is None:
+            text = Counter(str(a["answer"]) for a in note.get("answers") or ()).most_common(1)
+            text = text[0][0] if text else ""
+        answers[note.get("question_id")] = sys.intern(str(text))
+    for question in items(given.file("questions"), "questions.item"):
+        given.items += 1
+        key, image = question.get("question_id"), question.get("image_id")
+        if key not in answers:
+            raise InputError(
+                f"'{given.file('questions')}': question {key} has no answer in "
+                f"'{given.file('annotations')}'; give both files of one split"
+            )
+        if not isinstance(image, int):
+            raise InputError(
+                f"'{given.file('questions')}': question {key} has the image_id {image!r}; mend it"
+            )
+        if answers[key].strip():
+            yield Unit(given.image(f"{image:012d}.jpg"), ((str(question.get("question")), answers[key]),))
+        else:
+            given.skipped["empty answer"] += 1
+    if given.items != len(answers):
+        raise InputError(
+            f"'{given.file('questions')}' has {given.items} questions and '{given.file('annotations')}' "
+            f"{len(answers)} answers; give both files of one split"
+        )
+
+
+def gqa(given: Given) -> Iterator[Unit]:
+    """GQA's train_balanced_questions.json."""
+    for key, question in pairs(given.file("questions")):
+        given.items += 1
+        if "answer" not in question or "imageId" not in question:
+            raise InputError(
+                f"'{given.file('questions')}': question {key} lacks answer or imageId; give GQA's file"
+            )
+        yield Unit(given.image(f"{question['imageId']}.jpg"), ((question["question"], question["answer"]),))
+
+
+def aokvqa(given: Given) -> Iterator[Unit]:
+    """A-OKVQA, once per choice: the choices turn round, so that the right one has had every letter."""
+    for question in items(given.file("questions"), "item"):
+        given.items += 1
+        choices, right = question.get("choices"), question.get("correct_choice_idx")
+        if not isinstance(choices, list) or not isinstance(right, int) or not 0 <= right < len(choices):
+            raise InputError(
+                f"'{given.file('questions')}': question {question.get('question_id')} has no right choice; "
+                "give the train or val file"
+            )
+        for turn in range(len(choices)):
+            turned = choices[turn:] + choices[:turn]
+            lines = [f"{chr(65 + n)}. {choice}" for n, choice in enumerate(turned)]
+            text = "\n".join([question["question"], *lines]) + LETTER
+            letter = chr(65 + (right - turn) % len(choices))
+            yield Unit(given.image(f"{question['image_id']:012d}.jpg"), ((text, letter),), part=turn)
+
+
+def ocrvqa(given: Given) -> Iterator[Unit]:
+    """OCR-VQA's dataset.json: the books of its train split (1)."""
+    for key, book in pairs(given.file("dataset")):
+        if book.get("split") != 1:
+            continue
+        given.items += 1
+        questions, answers = book.get("questions") or [], book.get("answers") or []
+        if len(questions) != len(answers):
+            raise InputError(
+                f"'{given.file('dataset')}': book {key} has {len(questions)} questions and {len(answers)} "
+                "answers; mend it"
+            )
+        suffix = PurePosixPath(str(book.get("imageURL") or "")).suffix or ".jpg"
+        turns = tuple((q, a) for q, a in zip(questions, answers, strict=True) if str(a).strip())
+        if turns:
+            yield Unit(given.image(f"{key}{suffix}"), turns)
+        else:
+            given.skipped["no answers"] += 1
+
+
+def textcaps(given: Given) -> Iterator[Unit]:
+    """TextCaps with the OCR tokens of TextVQA where that file is given; one of a picture's captions."""
+    tokens: dict[str, list[str]] = {}
+    if "ocr" in given.files:
+        for entry in items(given.file("ocr"), "data.item"):
+            tokens[str(entry.get("image_id"))] = [str(t) for t in entry.get("ocr_tokens") or ()]
+    captions: dict[str, list[str]] = {}
+    for entry in items(given.file("captions"), "data.item"):
+        given.items += 1
+        text = " ".join(str(entry.get("caption_str") or "").split())
+        if text:
+            captions.setdefault(str(entry.get("image_id")), []).append(text)
+        else:
+            given.skipped["empty caption"] += 1
+    for image, texts in captions.items():
+        prompt = CAPTION
+        if "ocr" in given.files:
+            prompt += f"\nReference OCR token: {', '.join(tokens.get(image, []))}"
+        yield Unit(given.image(f"{image}.jpg"), ((prompt, given.pick(image).choice(texts)),))
+
+
+def refcoco(given: Given) -> Iterator[Unit]:
+    """RefCOCO, RefCOCO+ and RefCOCOg: refs(...).p and COCO's instances.json; the train split."""
+    sizes: dict[Any, tuple[str, float, float]] = {}
+    boxes: dict[Any, list[float]] = {}
+    for file in given.files["instances"]:
+        for image in items(file, "images.item"):
+            sizes[image["id"]] = (image["file_name"], image["width"], image["height"])
+        for note in items(file, "annotations.item"):
+            boxes[note["id"]] = note["bbox"]
+    turns: dict[Any, list[tuple[str, str]]] = {}
+    for file in given.files["refs"]:
+        for ref in _refs(file):
+            if ref.get("split") != "train":
+                continue
+            image, box = ref.get("image_id"), boxes.get(ref.get("ann_id"))
+            if image not in sizes or box is None:
+                raise InputError(
+                    f"'{file}': ref {ref.get('ref_id')} names picture {image} and annotation "
+                    f"{ref.get('ann_id')}, which the instances file does not have; give the one beside it"
+                )
+            for sentence in ref.get("sentences") or ():
+                given.items += 1
+                text = " ".join(str(sentence.get("sent") or "").split())
+                if (place := _place(box, sizes[image], given.padded)) is None or not text:
+                    given.skipped["no area or no words"] += 1
+                    continue
+                pick = given.pick(file.name, sentence.get("sent_id"))
+                turns.setdefault(image, []).append(_region(text, place, pick))
+    for image, found in turns.items():
+        name = PurePosixPath(sizes[image][0]).name.rpartition("_")[2]  # COCO 2014's name ends as 2017's does
+        for start in range(0, len(found), REFERRED):
+            yield Unit(given.image(name), tuple(found[start : start + REFERRED]), part=start)
+
+
+def visual_genome(given: Given) -> Iterator[Unit]:
+    """Visual Genome's region descriptions, at most ten of a picture, with image_data.json for the sizes."""
+    sizes = {}
+    for image in items(given.file("images"), "item"):
+        key = image.get("image_id", image.get("id"))
+        parts = str(image.get("url") or "").split("/")[-2:]
+        sizes[key] = ("/".join(parts) if len(parts) == 2 else f"{key}.jpg", image["width"], image["height"])
+    for entry in items(given.file("regions"), "item"):
+        given.items += 1
+        key = entry.get("image_id", entry.get("id"))
+        if key not in sizes:
+            raise InputError(f"'{given.file('regions')}': picture {key} is not in '{given.file('images')}'")
+        regions = []
+        for region in entry.get("regions") or ():
+            text = " ".join(str(region.get("phrase") or "").split())
+            box = [region.get(n, 0) for n in ("x", "y", "width", "height")]
+            place = _place(box, sizes[key], given.padded)
+            if place is None or not text:
+                given.skipped["no area or no words"] += 1
+            else:
+                regions.append((region.get("region_id"), text, place))
+        if len(regions) > REGIONS:
+            regions = given.pick(key).sample(regions, REGIONS)
+        if regions:
+            turns = (_region(text, place, given.pick(key, number)) for number, text, place in regions)
+            yield Unit(given.image(sizes[key][0]), tuple(turns))
+        else:
+            given.skipped["picture without regions"] += 1
+
+
+def sharegpt(given: Given) -> Iterator[Unit]:
+    """Text-only chats: [{id, conversations: [{from, value}]}]; those that do not take turns are left out."""
+    names = {
+        "human": "human",
+        "user": "human",
+        "gpt": "gpt",
+        "chatgpt": "gpt",
+        "assistant": "gpt",
+        "bing": "gpt",
+    }
+    for chat in items(given.file("chats"), "item"):
+        given.items += 1
+        said = [
+            (names.get(str(t.get("from"))), str(t.get("value") or ""))
+            for t in chat.get("conversations") or ()
+        ]
+        while said and said[0][0] != "human":
+            del said[0]
+        said = said[: len(said) // 2 * 2]
+        wrong = [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2)
+        if not said or wrong or any(not text.strip() or IMAGE_PLACEHOLDER in text for _, text in said):
+            given.skipped["does not take turns"] += 1
+            continue
+        turns: list[tuple[str, str]] = []
+        length = 0
+        for (_, question), (_, answer) in zip(said[::2], said[1::2], strict=True):
+            length += len(question) + len(answer)
+            if length > given.longest:
+                break
+            turns.append((question, answer))
+        if turns:
+            yield Unit(None, tuple(turns))
+        else:
+            given.skipped["too long"] += 1
+
+
+def llava(given: Given) -> Iterator[Unit]:
+    """Rows in LLaVA's own format, taken as they are: LLaVA-Instruct, or what `data generate` wrote."""
+    for file in given.files["rows"]:
+        rows = Rows(file)
+        for number in range(len(rows)):
+            given.items += 1
+            row = rows[number]
+            conversation = [(speaker, text) for speaker, text in row.turns if speaker != "system"]
+            speakers = [speaker for speaker, _ in conversation]
+            if speakers != ["human", "gpt"] * (len(speakers) // 2) or len(row.image) > 1:
+                given.skipped["does not take turns"] += 1
+                continue
+            turns = zip(conversation[::2], conversation[1::2], strict=True)
+            image = given.image(row.image[0]) if row.image else None
+            yield Unit(
+                image,
+                tuple((q.replace(IMAGE_PLACEHOLDER, "").strip(), a) for (_, q), (_, a) in turns),
+                part=number,
+            )
+
+
+def _region(text: str, place: str, pick: random.Random) -> tuple[str, str]:
+    return (WHAT + place, text) if pick.random() < 0.5 else (WHERE + text, place)
+
+
+def _place(box: list[Any], size: tuple[str, float, float], padded: bool) -> str | None:
+    """A box of pixels (left, top, width, height) as text with two decimals; None when nothing is left of it.
+
+    padded: shares of the square with the picture in its middle, as LLaVA-1.5's boxes are (its issue 606).
+    """
+    _, width, height = size
+    left, top, wide, high = box
+    corners = [max(left, 0), max(top, 0), min(left + wide, width), min(top + high, height)]
+    if corners[2] <= corners[0] or corners[3] <= corners[1]:
+        return None
+    sides, shifts = (width, height), (0.0, 0.0)
+    if padded:
+        side = max(width, height)
+        sides, shifts = (side, side), ((side - width) // 2, (side - height) // 2)
+    return f"[{', '.join(f'{(v + shifts[n % 2]) / sides[n % 2]:.2f}' for n, v in enumerate(corners))}]"
+
+
+class _Plain(pickle.Unpickler):
+    """Reads lists, dictionaries, text and numbers; anything that would name code is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise InputError(f"the pickle names the code {module}.{name}; only plain data is read")
+
+
+def _refs(file: Path) -> list[dict[str, Any]]:
+    """RefCOCO's refs, which are published as pickles of plain data, or the same list as JSON."""
+    if first_byte(file) == "[":
+        return list(items(file, "item"))
+    try:
+        with file.open("rb") as data:
+            refs = _Plain(data, encoding="latin-1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"'{file}' is neither a pickle nor a JSON list of refs ({error})") from error
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
+        raise InputError(f"'{file}' holds no list of refs; give RefCOCO's own file")
+    return refs
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A task: how it is read, which files it needs, and what is known of LLaVA-1.5's share of it.
+
+    merge: units of a picture become one row. suffix: put behind the first question of a row.
+    full: entries of the whole official file, rows: of LLaVA-1.5's mixture; exact: the one implies the other.
+    """
+
+    read: Callable[[Given], Iterator[Unit]]
+    needs: tuple[str, ...]
+    rows: int
+    full: int | None = None
+    exact: bool = False
+    may: tuple[str, ...] = ()
+    merge: bool = True
+    suffix: str = ""
+
+
+READERS = {
+    "llava": Reader(llava, ("rows",), 157_712, 157_712, True, merge=False),
+    "sharegpt": Reader(sharegpt, ("chats",), 40_688, merge=False),
+    "vqav2": Reader(vqav2, ("questions", "annotations"), 82_783, 443_757, True, suffix=SHORT),
+    "gqa": Reader(gqa, ("questions",), 72_140, 943_000, True, suffix=SHORT),
+    "okvqa": Reader(vqav2, ("questions", "annotations"), 8_998, 9_009, True, suffix=SHORT),
+    "ocrvqa": Reader(ocrvqa, ("dataset",), 80_000, suffix=SHORT),
+    "aokvqa": Reader(aokvqa, ("questions",), 66_160, 17_056, True),
+    "textcaps": Reader(textcaps, ("captions",), 21_953, 109_765, True, may=("ocr",)),
+    "refcoco": Reader(refcoco, ("refs", "instances"), 48_447),
+    "vg": Reader(visual_genome, ("regions", "images"), 86_417),
+}

@@ -1,0 +1,249 @@
+"""Files for llama.cpp: what they say, that the language model is read back, and llama.cpp's own answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from pumice.config import ConnectorConfig, VisionConfig
+from pumice.errors import InputError
+from pumice.formats.export import export
+from pumice.formats.gguf.file import GgufFile
+from pumice.formats.gguf.llm import open_gguf
+from pumice.formats.gguf.vocab import write_vocabulary
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import stored
+
+NAMES = ["LLaVA 1.5", "Mistral, pad", "Llama 3", "SigLIP + Qwen2", "Qwen3", "SigLIP + SmolLM2"]
+
+
+def _tiny(models: ModuleType, part: str) -> LoadedParts:
+    [name] = [name for name in models.ARCHITECTURES if part in name]
+    return models.tiny(models.ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize("part", NAMES)
+def test_the_language_model_is_read_back(models: ModuleType, tmp_path: Path, part: str) -> None:
+    model = _tiny(models, part)
+    export(model, "gguf", tmp_path / "out", kind="f32")
+    back = open_gguf(tmp_path / "out" / "model-f32.gguf")
+    decoder = model.config.decoder
+    context = min(decoder.context, decoder.sliding_window or decoder.context)
+    assert back.config == replace(decoder, context=context, sliding_window=None)
+    for name, tensor in back.state.items():
+        assert torch.equal(tensor.read(), model.state[f"decoder.{name}"].read()), name
+    assert back.text.bos_id == model.config.bos_token_id
+    assert back.text.eos == model.tokenizer.id_to_token(model.config.stop_token_ids[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "matrix", "seeing", "worst"), [("f16", 1, 1, 5e-4), ("q8_0", 8, 1, 6e-3), ("f32", 0, 0, 0.0)]
+)
+def test_types(models: ModuleType, tmp_path: Path, kind: str, matrix: int, seeing: int, worst: float) -> None:
+    """Only the language model is ever quantised; vectors and positions never are."""
+    model = _tiny(models, "LLaVA 1.5")
+    export(model, "gguf", tmp_path / "out", kind=kind)
+    [llm] = (tmp_path / "out").glob("model-*")
+    [tower] = (tmp_path / "out").glob("mmproj-*")
+    file, eyes = GgufFile(llm), GgufFile(tower)
+    assert file.infos["blk.0.attn_q.weight"].kind == file.infos["token_embd.weight"].kind == matrix
+    assert eyes.infos["v.blk.0.attn_q.weight"].kind == eyes.infos["mm.0.weight"].kind == seeing
+    for plain in ("blk.0.attn_norm.weight", "output_norm.weight"):
+        assert file.infos[plain].kind == 0
+    for plain in ("v.position_embd.weight", "v.class_embd", "mm.0.bias", "v.blk.0.ln1.weight"):
+        assert eyes.infos[plain].kind == 0
+    exact = model.state["decoder.blocks.0.mlp.up.weight"].read()
+    assert (file.tensor("blk.0.ffn_up.weight") - exact).abs().max() <= worst  # of weights up to 1.2
+
+
+def test_the_tower_is_described_as_llama_cpp_reads_it(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "SigLIP + SmolLM2")
+    notes = export(model, "gguf", tmp_path / "out").notes
+    file = GgufFile(tmp_path / "out" / "mmproj-f16.gguf")
+    said = {key: file.metadata[key] for key in file.metadata if key.startswith("clip.")}
+    floats = {key: said.pop(key) for key in list(said) if isinstance(said[key], float)}
+    assert floats["clip.vision.attention.layer_norm_epsilon"] == pytest.approx(1e-6)
+    assert said == {
+        "clip.has_vision_encoder": True,
+        "clip.projector_type": "mlp",
+        "clip.use_gelu": True,
+        "clip.vision.image_size": 56,
+        "clip.vision.patch_size": 14,
+        "clip.vision.embedding_length": 32,
+        "clip.vision.feed_forward_length": 64,
+        "clip.vision.block_count": 3,
+        "clip.vision.attention.head_count": 2,
+        "clip.vision.projection_dim": 64,
+        "clip.vision.feature_layer": [3],
+        "clip.vision.image_mean": [0.5, 0.5, 0.5],
+        "clip.vision.image_std": [0.5, 0.5, 0.5],
+    }
+    assert "v.post_ln.weight" not in file.infos, "llama.cpp would apply it"
+    assert any("(122, 116, 104)" in note for note in notes)
+
+
+M = "<__media_a1B2__>"  # llama.cpp's marker, in the place of a picture
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("What?", "What?"),
+        (f"{M}What?", f"{M}\nWhat?"),
+        (f"{M}\nWhat?", f"{M}\nWhat?"),
+        (f"{M}{M}What?", f"{M}\n{M}\nWhat?"),
+        (f"{M}{M}", f"{M}\n{M}"),
+        (f"Is {M}it\n__>{M}", f"Is {M}it\n__>{M}"),
+        (f"{M}Is {M}it?", f"{M}\nIs {M}it?"),
+    ],
+)
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_picture_in_the_chat_template_is_llama_cpps_marker(
+    content: str, expected: str, parts: bool
+) -> None:
+    """llama.cpp hands over one text, in which a picture's marker has no new line behind it."""
+    import jinja2
+
+    from pumice.formats.gguf.write import marked
+    from pumice.formats.text.chat_template import to_jinja
+    from pumice.templates import get_template
+
+    said = [{"type": "text", "text": content}] if parts else content
+    for wrap in (None, ("<a>", "<b>")):
+        written = jinja2.Environment().from_string(marked(to_jinja(get_template("v1")), wrap))
+        shown = written.render(messages=[{"role": "user", "content": said}], add_generation_prompt=True)
+        wrapped = expected if wrap is None else expected.replace(M, M.join(wrap))
+        assert shown.endswith(f"USER: {wrapped} ASSISTANT:")
+
+
+def test_llama_3_divides_its_slow_frequencies(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "Llama 3")
+    export(model, "gguf", tmp_path / "out")
+    divisors = GgufFile(tmp_path / "out" / "model-f16.gguf").tensor("rope_freqs.weight")
+    assert divisors.shape == (8,)
+    assert divisors[0] == 1.0
+    assert divisors[-1] == pytest.approx(8.0)
+    assert (divisors.diff() >= 0).all()
+
+
+def test_a_value_beyond_f16_is_refused(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "LLaVA 1.5")
+    name = "decoder.blocks.0.mlp.up.weight"
+    weight = model.state[name].read().clone()
+    weight[0, 0] = 1e5
+    model = replace(model, state=model.state | {name: stored(weight)})
+    with pytest.raises(InputError, match=r"blk.0.ffn_up.weight has values beyond f16.*--type f32"):
+        export(model, "gguf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Writer:
+    """What `write_vocabulary` says."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, object] = {}
+
+    def _keep(self, key: str, value: object) -> None:
+        self.said[key.removeprefix("tokenizer.ggml.")] = value
+
+    add_string = add_array = add_bool = add_uint32 = _keep
+
+
+def test_a_sentencepiece_vocabulary(models: ModuleType) -> None:
+    model = _tiny(models, "LLaVA 1.5")
+    config = replace(model.config, decoder=replace(model.config.decoder, vocab_size=400))
+    writer = _Writer()
+    write_vocabulary(writer, config, model.tokenizer)
+    said = writer.said
+    size = model.tokenizer.get_vocab_size()
+    tokens, kinds, scores = said["tokens"], said["token_type"], said["scores"]
+    assert said["model"] == "llama"
+    assert len(tokens) == len(kinds) == len(scores) == 400
+    assert tokens[size:] == [f"[PAD{i}]" for i in range(size, 400)]
+    assert kinds[:4] == [2, 3, 3, 6], "unknown, control, control, byte"
+    assert kinds[size:] == [5] * (400 - size)
+    merged = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 1 and len(token) > 1]
+    in_order = sorted(merged, key=lambda token: -scores[tokens.index(token)])
+    assert in_order == merged, "the first merged has the highest score"
+    assert said["add_bos_token"] is True
+    assert said["add_space_prefix"] is True
+    assert (said["bos_token_id"], said["eos_token_id"], said["unknown_token_id"]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_a_byte_level_vocabulary_names_how_words_are_split(models: ModuleType, split: str) -> None:
+    model = _tiny(models, "SigLIP + Qwen2")
+    tokenizer = models.byte_level(split, models.CHATML)
+    writer = _Writer()
+    config = replace(model.config, decoder=replace(model.config.decoder, vocab_size=320))
+    write_vocabulary(writer, config, tokenizer)
+    assert (writer.said["model"], writer.said["pre"]) == ("gpt2", split)
+    assert writer.said["token_type"][:4] == [3, 3, 3, 1]
+    assert writer.said["add_bos_token"] is False
+    assert all(merge.count(" ") == 1 for merge in writer.said["merges"])
+
+
+@pytest.mark.parametrize("kind", ["words", "merges"])
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused(models: ModuleType, kind: str) -> None:
+    import tokenizers
+
+    model = _tiny(models, "LLaVA 1.5")
+    if kind == "words":
+        tokenizer = models.byte_level("gpt-2", models.CHATML)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        message = "no name for how the tokenizer splits words"
+    else:
+        values = json.loads(model.tokenizer.to_str())
+        del values["model"]["merges"][0]
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
+        message = "never merges"
+    with pytest.raises(InputError, match=message):
+        write_vocabulary(_Writer(), model.config, tokenizer)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("part", NAMES)
+@pytest.mark.parametrize("seeing", [True, False])
+def test_llama_cpp_answers_the_same(
+    models: ModuleType, formats: ModuleType, tmp_path: Path, part: str, seeing: bool
+) -> None:
+    """With its class token last (its issue 25814), where the model has one and llama.cpp still does so."""
+    model = _tiny(models, part)
+    export(model, "gguf", tmp_path / "out", kind="f32")
+    cell = formats.run_llama_cpp(model, models.picture(56, 56) if seeing else None, tmp_path / "out")
+    assert cell.greedy
+    # Of log-probabilities. Measured: 6.7e-5 of text; 3.9e-2 of a picture, for which llama.cpp takes GELU
+    # in its tanh form, and GELU and quick GELU from tables of 16-bit numbers.
+    assert cell.difference < (0.15 if seeing else 3e-4)
+
+
+def test_what_llama_cpp_does_otherwise_is_told(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "Mistral, pad")
+    notes = " ".join(export(model, "gguf", tmp_path / "out").notes)
+    assert "25814" in notes
+    assert "512 tokens" in notes, "of the sliding window"
+    bare = replace(model, tokenizer=models.sentencepiece(legacy=False))
+    notes = " ".join(export(bare, "gguf", tmp_path / "bare").notes)
+    assert "puts a space" in notes
+    [seeing] = [name for name in models.ARCHITECTURES if "SigLIP + Qwen2" in name]
+    notes = " ".join(export(models.tiny(models.ARCHITECTURES[seeing]), "gguf", tmp_path / "siglip").notes)
+    assert "25814" not in notes
+    assert "squash" in notes
+
+
+def test_a_language_model_alone(models: ModuleType, tmp_path: Path) -> None:
+    model = _tiny(models, "SigLIP + SmolLM2")
+    config = replace(
+        model.config,
+        vision=VisionConfig(kind="none", width=model.config.decoder.width),
+        connector=ConnectorConfig("identity"),
+    )
+    state = {name: tensor for name, tensor in model.state.items() if name.startswith("decoder.")}
+    export(replace(model, config=config, state=state), "gguf", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model-f16.gguf"]

@@ -1,0 +1,152 @@
+"""A folder for transformers: what its files say, and that transformers answers from it as we do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+from pumice.formats.export import export
+from pumice.formats.hf.config import decoder_config
+from pumice.formats.hf.write import as_mlp, image_processor, text_config
+from pumice.formats.read import read_model
+from pumice.model.connector import Connector
+from pumice.storage.json_file import Keys
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import open_weights
+
+PAD, ANYRES = "CLIP + Llama, pad (LLaVA 1.5)", "CLIP + Mistral, anyres (LLaVA 1.6)"
+SIGLIP = "SigLIP + Qwen2, squash"
+
+
+@pytest.fixture(scope="module")
+def folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("hf") / "out"
+    export(models.tiny(models.ARCHITECTURES[PAD]), "hf", target)
+    return target
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_processor_carries_what_the_model_needs(folder: Path) -> None:
+    processor = _json(folder / "processor_config.json")
+    assert processor["patch_size"] == 14
+    assert processor["num_additional_image_tokens"] == 1
+    assert processor["vision_feature_select_strategy"] == "default"
+    images = _json(folder / "preprocessor_config.json")
+    assert images["image_processor_type"] == "LlavaImageProcessor"
+    assert images["do_pad"] is True, "without it transformers crops in silence"
+    assert images["crop_size"] == {"height": 56, "width": 56}
+    assert images["resample"] == 3
+
+
+def test_the_image_token_is_added_and_the_embedding_grows(models: ModuleType, folder: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES[PAD])
+    old = model.config.decoder.vocab_size
+    config = _json(folder / "config.json")
+    tensors = open_weights(folder)
+    assert config["image_token_index"] == old
+    rows = config["text_config"]["vocab_size"]
+    assert rows % 64 == 0
+    assert old < rows <= old + 64
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        weight = tensors[name].read()
+        assert weight.shape[0] == rows
+        # Their logit is the mean of the others', so that greedy decoding never takes them.
+        assert torch.equal(weight[old:], weight[:old].mean(0).expand(rows - old, -1))
+
+
+def test_an_image_token_that_is_there_is_used(formats: ModuleType, folder: Path, tmp_path: Path) -> None:
+    back = read_model(folder)
+    export(back, "hf", tmp_path / "again")
+    for file in sorted(path.name for path in folder.iterdir()):
+        assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_a_large_model_is_written_in_shards(
+    models: ModuleType, formats: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pumice.formats.hf import write as hf_write
+    from pumice.storage import tensors
+
+    def small(folder: Path, state: tensors.Stocks) -> None:
+        tensors.write_weights(folder, state, limit=200_000)
+
+    monkeypatch.setattr(hf_write, "write_weights", small)
+    model = models.tiny(models.ARCHITECTURES[PAD])
+    export(model, "hf", tmp_path / "out")
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert set(_json(tmp_path / "out" / "model.safetensors.index.json")["weight_map"].values()) == set(shards)
+    assert formats.same_bytes(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["Llama 3", "Mistral, pad", "Qwen2", "Qwen3", "SmolLM2"])
+def test_a_decoder_comes_back_as_it_was(models: ModuleType, name: str) -> None:
+    [architecture] = [a for full, a in models.ARCHITECTURES.items() if name in full and "pumice" not in full]
+    decoder = replace(architecture.config.decoder, vocab_size=320)
+    assert decoder_config(Keys(text_config(decoder), "config.json")) == decoder
+
+
+def test_image_policies_in_their_words(models: ModuleType) -> None:
+    crop = image_processor(replace(models.PAD, mode="crop", resample="bilinear"), 56)
+    assert (crop["image_processor_type"], crop["resample"]) == ("CLIPImageProcessor", 2)
+    assert "do_pad" not in crop
+    squash = image_processor(replace(models.PAD, mode="squash"), 56)
+    assert squash["size"] == {"height": 56, "width": 56}
+    assert squash["do_center_crop"] is False
+    tiles = image_processor(replace(models.PAD, mode="anyres", pinpoints=((112, 56),)), 56)
+    assert tiles["image_grid_pinpoints"] == [[56, 112]], "height first"
+    shrunk = replace(models.PAD, mode="anyres", pinpoints=((112, 56),), max_tiles=9)
+    assert image_processor(shrunk, 56)["image_processor_type"] == "LlavaOnevisionImageProcessor"
+
+
+LLAVA_1 = "CLIP + Llama, linear, crop (LLaVA 1.0)"
+
+
+def test_a_linear_connector_is_the_mlp_that_computes_the_same(models: ModuleType) -> None:
+    model = models.tiny(models.ARCHITECTURES[LLAVA_1])
+    made = as_mlp(model)
+    features = torch.randn(1, 16, model.config.vision.width)
+    theirs, ours = (
+        Connector(m.config.connector, m.config.vision.width, m.config.decoder.width) for m in (made, model)
+    )
+    for connector, parts in ((theirs, made), (ours, model)):
+        tensors = {n.removeprefix("connector."): t.read() for n, t in parts.state.items()}
+        connector.load_state_dict({name: tensors[name] for name in connector.state_dict()})
+    # worst case measured: 2.4e-7 of values up to 2
+    torch.testing.assert_close(theirs(features), ours(features), rtol=0, atol=1e-6)
+
+
+def test_what_stands_around_a_picture_comes_back(models: ModuleType, tmp_path: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES[LLAVA_1])
+    notes = export(model, "hf", tmp_path / "out").notes
+    assert notes == ("the linear connector is written as an mlp2x_gelu that computes the same",)
+    assert "'<im_start><image><im_end>'" in (tmp_path / "out" / "chat_template.jinja").read_text()
+    for template in ("v0", None):  # as named, and as the chat template says it
+        config = read_model(tmp_path / "out", template=template).config
+        assert (config.image_wrap, config.template) == (("<im_start>", "<im_end>"), "v0")
+
+
+# Of logits up to 10; measured: none in all nine cases, on one thread.
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("name", [PAD, ANYRES, SIGLIP])
+@pytest.mark.parametrize("size", [(200, 120), (56, 56), (90, 301)])
+def test_transformers_answers_the_same_from_a_raw_picture(
+    models: ModuleType, formats: ModuleType, tmp_path: Path, name: str, size: tuple[int, int]
+) -> None:
+    model: LoadedParts = models.tiny(models.ARCHITECTURES[name])
+    shown: Image.Image = models.picture(*size)
+    export(model, "hf", tmp_path / "out")
+    cell = formats.run(model, shown, lambda: formats.transformers(tmp_path / "out", shown), True)
+    assert cell.difference < TOLERANCE
+    assert cell.greedy

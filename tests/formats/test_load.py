@@ -1,0 +1,45 @@
+"""Which folder a model's name means, and in which types a model is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pumice.errors import InputError
+from pumice.formats.import_ import import_model
+from pumice.formats.load import open_model
+from pumice.formats.read import BUILT_IN, find_model
+
+
+def test_a_folder_without_a_model_does_not_hide_a_built_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pumice-tiny"
+    folder.mkdir()  # as recipes/pumice-tiny is
+    assert find_model("pumice-tiny") == BUILT_IN / "pumice-tiny"
+    (folder / "config.json").write_text("{}")
+    assert find_model("pumice-tiny") == Path("pumice-tiny")
+
+
+def test_a_folder_that_is_no_model_and_a_name_that_is_nothing(tmp_path: Path) -> None:
+    assert find_model(tmp_path) == tmp_path  # opening it says what it lacks
+    with pytest.raises(InputError, match=r"no model 'nothing'.*pumice-tiny"):
+        find_model("nothing")
+
+
+def test_a_tower_kept_as_stored_sees_the_same(llava: Callable[[str], Path], tmp_path: Path) -> None:
+    import_model(str(llava("llava")), tmp_path / "half", dtype="fp16")
+    widened = open_model(tmp_path / "half", merge=False).model
+    kept = open_model(tmp_path / "half").model
+    size = kept.config.vision.image_size
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(kept.encode(pixels), widened.encode(pixels))
+    types = {parameter.dtype for parameter in widened.parameters()}
+    assert types == {torch.float32}
+    half = [name for name, parameter in kept.named_parameters() if parameter.dtype == torch.float16]
+    assert half
+    assert all(name.startswith("tower.") and name.endswith(".weight") for name in half)

@@ -1,0 +1,68 @@
+"""Tables of names: exact in both directions, and errors that name the key."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from pumice.config import DecoderConfig
+from pumice.errors import InputError
+from pumice.formats import names as tensor_names
+
+CONFIG = DecoderConfig(
+    vocab_size=32, width=16, depth=2, heads=2, kv_heads=1, head_width=8, mlp_width=24, tied_head=True
+)
+FAMILIES = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"tied_head": False},
+    "Qwen2ForCausalLM": {"qkv_bias": True},
+    "Qwen3ForCausalLM": {"qk_norm": True, "tied_head": False},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_names_map_one_to_one(family: str) -> None:
+    import transformers
+
+    config = dataclasses.replace(CONFIG, **FAMILIES[family])
+    model_class = getattr(transformers, family)
+    with torch.device("meta"):
+        model = model_class(
+            model_class.config_class(
+                vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, head_dim=8, intermediate_size=24, tie_word_embeddings=config.tied_head,
+            )
+        )  # fmt: skip
+    state = dict(model.state_dict())
+    table = tensor_names.hf_decoder(config)
+    ours = tensor_names.convert(state, table)
+    assert len(ours) == len({name for name in state if table[name] is not None})
+    assert ours["blocks.1.mlp.down.weight"].shape == (16, 24)
+    back = tensor_names.convert(ours, tensor_names.inverse(table))
+    assert back.keys() == {name for name in state if name in table and table[name] is not None}
+    assert all(back[name] is state[name] for name in back)
+
+
+def test_both_families_of_names_have_the_same_targets() -> None:
+    config = dataclasses.replace(CONFIG, qkv_bias=True, qk_norm=True, tied_head=False)
+    hf, gguf = tensor_names.hf_decoder(config), tensor_names.gguf_decoder(config)
+    assert tensor_names.inverse(hf).keys() == tensor_names.inverse(gguf).keys()
+
+
+def test_unknown_missing_and_dropped() -> None:
+    table = tensor_names.expand({"a.{i}.w": "b.{i}", "old.{i}": None, "c": "d"}, 2)
+    full = {"a.0.w": 0, "a.1.w": 1, "c": 2}
+    assert tensor_names.convert(full, table) == {"b.0": 0, "b.1": 1, "d": 2}
+    assert tensor_names.convert({**full, "old.1": 9}, table) == {"b.0": 0, "b.1": 1, "d": 2}
+    with pytest.raises(InputError, match=r"^m\.bin does not .* unknown a\.2\.w, x$"):
+        tensor_names.convert({**full, "a.2.w": 3, "x": 4}, table, "m.bin")
+    with pytest.raises(InputError, match=r"missing a\.1\.w$"):
+        tensor_names.convert({"a.0.w": 0, "c": 2}, table)
+    with pytest.raises(InputError, match=r"unknown old\.2; missing c$"):
+        tensor_names.convert({"a.0.w": 0, "a.1.w": 1, "old.2": 5}, table)
+
+
+def test_long_lists_are_counted() -> None:
+    assert tensor_names.some(list("abcdefg")) == "a, b, c, d, e and 2 more"

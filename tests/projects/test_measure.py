@@ -1,0 +1,134 @@
+"""projects/pumice-tiny/measure.py: numbers by hand from given answers, and a run on a real small model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pumice.errors import InputError
+
+SCRIPT = Path(__file__).parents[2] / "projects" / "pumice-tiny" / "measure.py"
+CAPTIONS = {"dog": ["a brown dog runs"], "cat": ["two cats sleep on grass"], "man": ["the man rides a bike"]}
+
+
+@pytest.fixture(scope="module")
+def measure() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("pumice_tiny_measure", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three photographs of two sizes, their captions, and each asked about a dog."""
+    (tmp_path / "val").mkdir()
+    for number, name in enumerate(CAPTIONS):
+        Image.new("RGB", (32, 24 + 8 * (number == 2)), (90 * number, 80, 70)).save(tmp_path / f"{name}.png")
+    captions = [{"image": f"{name}.png", "captions": texts} for name, texts in CAPTIONS.items()]
+    (tmp_path / "val" / "captions.json").write_text(json.dumps(captions))
+    questions = [
+        {
+            "id": f"q{number}",
+            "image": f"{name}.png",
+            "question": "Is there a dog in the image?",
+            "answer": "yes" if name == "dog" else "no",
+            "kind": "yes" if name == "dog" else "hard",
+        }
+        for number, name in enumerate(CAPTIONS)
+    ]
+    (tmp_path / "val" / "presence.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    return tmp_path
+
+
+class Knowing:
+    """Captions every photograph perfectly and finds dogs; sees nothing in a grey picture."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, str]] = []
+
+    def ask_each(self, asks: Any, **options: Any) -> Iterator[str]:
+        for image, question in asks:
+            self.asked.append((image, question))
+            name = image.stem if isinstance(image, Path) else "nothing"
+            if question.startswith("Is there"):
+                yield "Yes." if name == "dog" else "No, there is no dog."
+            else:
+                yield CAPTIONS.get(name, ["a grey wall"])[0]
+
+
+def test_numbers_by_hand(measure: ModuleType, photos: Path) -> None:
+    assistant = Knowing()
+    result, _ = measure.measure(assistant, measure.read_held_out(photos / "val"), photos)
+    for prompt in measure.PROMPTS:
+        assert result["photographs"]["captions"][prompt]["cider"] == pytest.approx(10)
+        assert result["grey"]["captions"][prompt]["cider"] < 1
+    assert result["photographs"]["presence"]["accuracy"] == 1
+    assert result["grey"]["presence"]["accuracy"] == pytest.approx(2 / 3)
+    assert result["grey"]["presence"]["kinds"] == {"yes": 0, "hard": 1}
+    assert not result["partial"]
+    text = measure.table(result)
+    assert "3 photographs, 3 yes/no questions\n" in text
+    assert "| presence, accuracy | 100.0 | 100.0–100.0 | 66.7 |" in text
+
+
+def test_a_picture_is_asked_about_together_and_grey_once_per_size(measure: ModuleType, photos: Path) -> None:
+    assistant = Knowing()
+    measure.measure(assistant, measure.read_held_out(photos / "val"), photos)
+    each = len(measure.PROMPTS) + 1
+    seen = [image for image, _ in assistant.asked]
+    assert seen[: 3 * each] == [photos / f"{name}.png" for name in CAPTIONS for _ in range(each)]
+    assert [image.size for image in seen[3 * each :]] == [(32, 24)] * each + [(32, 32)] * each
+
+
+def test_a_limit_is_marked(measure: ModuleType, photos: Path) -> None:
+    held = measure.read_held_out(photos / "val", 2)
+    result, _ = measure.measure(Knowing(), held, photos, grey=False)
+    assert (result["pictures"], result["questions"], result["partial"]) == (2, 2, True)
+    assert "PARTIAL" in measure.table(result)
+
+
+def test_runs_on_a_model(measure: ModuleType, photos: Path, tiny_folder: Path, capsys: Any) -> None:
+    numbers, answers = photos / "numbers.json", photos / "answers.jsonl"
+    arguments = ["--model", str(tiny_folder), "--rows", str(photos / "val"), "--photos", str(photos)]
+    written = ["--json", str(numbers), "--answers", str(answers)]
+    assert measure.main([*arguments, *written]) == 0
+    result = json.loads(numbers.read_text())
+    assert set(result["photographs"]["captions"]) == set(measure.PROMPTS)
+    assert result["grey"]["presence"]["questions"] == 3
+    assert len(answers.read_text().splitlines()) == 3 * len(measure.PROMPTS) + 3
+    assert "| presence, accuracy |" in capsys.readouterr().out
+
+
+def test_easy_vqa_is_asked_by_the_same_command(measure: ModuleType, photos: Path) -> None:
+    (photos / "test" / "images").mkdir(parents=True)
+    (photos / "test" / "questions.json").write_text('[["is there a circle?", "no", 0]]')
+    with pytest.raises(InputError, match="1 of 1 pictures are missing"):
+        measure.read_easy_vqa(photos)
+    Image.new("RGB", (32, 32)).save(photos / "test" / "images" / "0.png")
+    found = measure.easy_vqa(Knowing(), measure.read_easy_vqa(photos), "m")
+    assert (found["headline"]["value"], found["answered"], found["partial"]) == (0, 1, False)
+
+
+def test_wrong_input_is_one_sentence(measure: ModuleType, photos: Path, capsys: Any) -> None:
+    arguments = ["--rows", str(photos / "absent"), "--photos", str(photos)]
+    assert measure.main(arguments) == 2
+    assert "captions.json; give the val folder that build.py wrote" in capsys.readouterr().err
+    assert measure.main([*arguments, "--json", str(photos / "absent" / "x.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--limit is 0"):
+        measure.read_held_out(photos / "val", 0)
+    (photos / "val" / "presence.jsonl").write_text('{"image": ')
+    with pytest.raises(InputError, match="damaged"):
+        measure.read_held_out(photos / "val")

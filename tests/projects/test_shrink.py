@@ -1,0 +1,57 @@
+"""projects/pumice-tiny/shrink.py: the mean of several runs, with the stages of all."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pumice.errors import InputError
+from pumice.formats.pumice.folder import PROVENANCE, WEIGHTS
+
+SCRIPT = Path(__file__).parents[2] / "projects" / "pumice-tiny" / "shrink.py"
+
+
+@pytest.fixture(scope="module")
+def shrink() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pumice_tiny_shrink", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def runs(tiny_folder: Path, tmp_path: Path) -> list[Path]:
+    """Two runs of one beginning: the second one's weights are three times the first one's."""
+    folders = []
+    for scale, name in ((1, "one"), (3, "two")):
+        folder = tmp_path / name
+        shutil.copytree(tiny_folder, folder)
+        tensors = load_file(folder / WEIGHTS)
+        save_file({key: scale * tensor for key, tensor in tensors.items()}, folder / WEIGHTS)
+        (folder / PROVENANCE).write_text(json.dumps({"stages": ["beginning", name]}))
+        folders.append(folder)
+    return folders
+
+
+def test_the_mean_of_weights_and_the_stages_of_all(shrink: ModuleType, runs: list[Path]) -> None:
+    made, before = shrink.mean(runs), load_file(runs[0] / WEIGHTS)
+    assert made.state.keys() == before.keys()
+    for name, tensor in made.state.items():
+        assert tensor.dtype == torch.float16
+        torch.testing.assert_close(tensor, (2 * before[name]).half())
+    assert made.provenance == {"stages": ["beginning", "one", "two"]}
+
+
+def test_other_tensors_are_refused(shrink: ModuleType, runs: list[Path]) -> None:
+    tensors = load_file(runs[1] / WEIGHTS)
+    save_file({**tensors, "more": torch.zeros(2)}, runs[1] / WEIGHTS)
+    with pytest.raises(InputError, match=r"two' has other tensors than"):
+        shrink.mean(runs)

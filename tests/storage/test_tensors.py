@@ -1,0 +1,158 @@
+"""Tensors in files: lazily read, written one at a time, and every bad file named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pumice.errors import InputError
+from pumice.storage.tensors import (
+    Stored,
+    find_weights,
+    open_file,
+    open_weights,
+    stored,
+    write_file,
+    write_weights,
+)
+
+STATE = {
+    "half": torch.arange(3, dtype=torch.float16),  # three: what follows would stand askew
+    "whole": torch.arange(6.0).view(2, 3),
+    "brain": torch.ones(2, 2, dtype=torch.bfloat16),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.zeros(0, 4),
+}
+
+
+def stocks(state: dict[str, Tensor]) -> dict[str, Stored]:
+    return {name: stored(tensor) for name, tensor in state.items()}
+
+
+def same(found: dict[str, Stored], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(found[name].read(), tensor)
+        assert found[name].read(torch.float32).dtype == torch.float32
+
+
+def test_our_writer_writes_what_the_library_reads(tmp_path: Path) -> None:
+    write_file(tmp_path / "model.safetensors", stocks(STATE))
+    theirs = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in STATE.items())
+    same(open_weights(tmp_path), STATE)
+
+
+def test_we_read_what_others_write(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "a.safetensors")
+    same(open_file(tmp_path / "a.safetensors"), STATE)
+    torch.save(STATE, tmp_path / "b.bin")
+    same(open_file(tmp_path / "b.bin"), STATE)
+    torch.save(STATE, tmp_path / "old.bin", _use_new_zipfile_serialization=False)  # before PyTorch 1.6
+    same(open_file(tmp_path / "old.bin"), STATE)
+
+
+def test_shards_hold_at_most_so_many_bytes_and_are_found_again(tmp_path: Path) -> None:
+    state = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
+    write_weights(tmp_path, stocks(state), limit=90)
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 200
+    assert index["weight_map"] == {
+        "t0": names[0],
+        "t1": names[0],
+        "t2": names[1],
+        "t3": names[1],
+        "t4": names[2],
+    }
+    same(open_weights(tmp_path), state)
+
+
+def test_a_changed_tensor_is_changed_when_it_is_read() -> None:
+    seen = []
+
+    def double(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        return torch.cat((tensor, tensor))
+
+    doubled = stored(torch.ones(2, dtype=torch.bfloat16)).then(double, (4,))
+    assert (doubled.shape, doubled.size, seen) == ((4,), 8, [])
+    assert torch.equal(doubled.read(torch.float32), torch.ones(4))
+    assert doubled.cast(torch.float32).dtype == torch.float32
+
+
+def test_safetensors_come_before_bin(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    assert [p.name for p in find_weights(tmp_path)] == ["pytorch_model.bin"]
+    write_weights(tmp_path, stocks(STATE))
+    assert [p.name for p in find_weights(tmp_path)] == ["model.safetensors"]
+    assert find_weights(tmp_path, "adapter_model") == []
+
+
+def index(folder: Path, **where: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def test_an_index_is_kept_to(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1), "y": torch.zeros(1)}, tmp_path / "one.safetensors")
+    for where, message in (
+        ({"x": "two.safetensors"}, r"names two\.safetensors, which is not beside it; fetch that file"),
+        ({"x": "one.safetensors"}, r"one\.safetensors holds y, which model\.safetensors\.index\.json does"),
+        ({"x": "one.safetensors", "y": "one.safetensors", "z": "one.safetensors"}, "says that z is in one"),
+        ({"x": "../one.safetensors"}, r"puts x into '\.\./one\.safetensors', which is no file name"),
+        ({"x": 1}, "puts x into 1, which is no file name"),
+        ({}, r"index\.json names no tensors"),
+    ):
+        index(tmp_path, **where)
+        with pytest.raises(InputError, match=message):
+            open_weights(tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no weights: neither safetensors nor \.bin$"):
+        open_weights(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(InputError, match=r"model-00001-of-00002\.safetensors is there, but no index"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.6, 0.99])
+def test_files_that_are_cut_short(tmp_path: Path, name: str, share: float) -> None:
+    state = {f"t{i}": torch.full((100,), float(i)) for i in range(9)}
+    path = tmp_path / name
+    (save_file if name.endswith("safetensors") else torch.save)(state, path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(
+        InputError, match=rf"{name.replace('.', chr(92) + '.')} is (damaged|refused)"
+    ) as caught:
+        open_file(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path: Path) -> None:
+    for name in ("x.safetensors", "x.bin"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(InputError, match="is a pointer of Git LFS, not the weights"):
+            open_file(tmp_path / name)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    for content in ([torch.zeros(1)], {"a": 1}, {"model": {"a": torch.zeros(1)}}):
+        torch.save(content, tmp_path / "x.bin")
+        with pytest.raises(InputError, match="does not hold named tensors"):
+            open_file(tmp_path / "x.bin")
+
+
+def test_other_types_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot write n: torch\.int64 is none of F32, F16, BF16"):
+        write_file(tmp_path / "x.safetensors", stocks({"n": torch.arange(3)}))
+    assert not (tmp_path / "x.safetensors").exists()

@@ -1,0 +1,371 @@
+"""Whole runs against an endpoint on this machine: failures, kills, budgets, bad endpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pumice.cli import app
+from pumice.errors import InputError
+from pumice.synth.endpoint import Endpoint, judge
+from pumice.synth.journal import Journal
+from pumice.synth.teachers import Local
+
+KINDS = ["--kind", "conversation", "--kind", "detail", "--kind", "short-answer"]
+FAILURES = ("429", "500", "hang", "truncated", "refusal")
+
+
+def thirty_percent(key: str, call: int) -> str:
+    """30% of all calls fail, in each of the five ways; which ones is settled by the request and its count."""
+    roll = int(hashlib.sha256(f"{key}/{call}".encode()).hexdigest(), 16) % 1000
+    return FAILURES[roll // 60] if roll < 300 else ""
+
+
+def command(out: Path, url: str, pictures: Path, *more: str) -> list[str]:
+    given = ["data", "generate", str(out), "--teacher", url, "--model", "m", "--jsonl", str(pictures)]
+    return [*given, "--backoff", "0.02", *more]
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, command(*arguments))
+
+
+def refused(result: Any, message: str) -> None:
+    """Status 2 and one line with the message, after what was told about the cost."""
+    assert result.exit_code == 2, result.output
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("pumice: ")
+    assert message in last
+
+
+@pytest.fixture
+def many(pictures: Callable[[int], Path]) -> Path:
+    return pictures(20)
+
+
+def files(out: Path) -> tuple[str, str]:
+    return (out / "rows.jsonl").read_text(), (out / "rejected.jsonl").read_text()
+
+
+def test_a_failing_endpoint(endpoint: Any, many: Path, tmp_path: Path) -> None:
+    """The run completes, its count of calls is the endpoint's, and rows come as if nothing had failed."""
+    plain = run(tmp_path / "plain", endpoint.url, many, *KINDS)
+    assert plain.exit_code == 0, plain.output
+    assert endpoint.total == 60
+    endpoint.calls.clear()
+    endpoint.fail = thirty_percent
+    result = run(tmp_path / "out", endpoint.url, many, *KINDS, "--timeout", "1", "--json")
+    assert result.exit_code == 0, result.output
+    calls = json.loads(result.stdout)["calls"]
+    assert calls["calls"] == endpoint.total > 70
+    assert set(calls["failures"]) >= {"429", "500", "timeout", "truncated", "refusal"}
+    assert calls["replies"] == 60
+    assert calls["calls"] == 60 + sum(calls["failures"].values()) - calls["failures"].get("unreachable", 0)
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+    assert len(files(tmp_path / "out")[0].splitlines()) == 60
+
+
+def test_running_again_costs_no_call(endpoint: Any, many: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "out", endpoint.url, many).exit_code in (0, 1)
+    before, calls = files(tmp_path / "out"), endpoint.total
+    strict = run(tmp_path / "out", endpoint.url, many, "--similar", "0.05")
+    assert endpoint.total == calls
+    assert files(tmp_path / "out") != before, strict.output
+    run(tmp_path / "out", endpoint.url, many)
+    assert files(tmp_path / "out") == before
+
+
+def test_kill_at_five_moments(endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path) -> None:
+    """SIGKILL five times: nothing is sent twice, and the files equal those of an uninterrupted run."""
+    endpoint.delay, few = 0.1, pictures(16)
+    options = (*KINDS, "--parallel", "3")
+    assert run(tmp_path / "whole", endpoint.url, few, *options).exit_code == 0
+    endpoint.calls.clear()
+    out, moments = tmp_path / "out", random.Random(7)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for number in range(5):
+        # The next kill comes after some more calls, and then at any point within the time of one.
+        enough = endpoint.total + moments.randrange(1, 5)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pumice", *command(out, endpoint.url, few, *options)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        while endpoint.total < enough and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (number, process.stderr and process.stderr.read())
+        assert not (out / "rows.jsonl").exists()
+    assert endpoint.total < 48
+    done = run(out, endpoint.url, few, *options, "--json")
+    assert done.exit_code == 0, done.output
+    assert set(endpoint.calls.values()) == {1}
+    assert endpoint.total == json.loads(done.stdout)["calls"]["calls"] == 48
+    assert json.loads(done.stdout)["calls"]["lost"] == 0
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_the_budget_is_kept(endpoint: Any, many: Path, tmp_path: Path) -> None:
+    endpoint.fail = lambda key, call: "refusal" if thirty_percent(key, call) else ""
+    result = run(tmp_path / "out", endpoint.url, many, *KINDS, "--budget-tokens", "20000")
+    assert result.exit_code == 1
+    assert "have no reply: the budget holds no further call; raise it" in result.stderr
+    assert 10_000 < sum(endpoint.tokens) <= 20_000
+    calls = endpoint.total
+    again = run(tmp_path / "out", endpoint.url, many, *KINDS, "--budget-tokens", "20000")
+    assert (again.exit_code, endpoint.total) == (1, calls)
+    more = run(tmp_path / "out", endpoint.url, many, *KINDS, "--budget-tokens", "200000")
+    assert more.exit_code == 0, more.output
+    assert sum(endpoint.tokens) > 20_000
+
+
+def test_a_budget_in_money(endpoint: Any, many: Path, tmp_path: Path) -> None:
+    prices = ("--price-in", "1000", "--price-out", "4000")
+    result = run(tmp_path / "out", endpoint.url, many, *KINDS, *prices, "--budget-money", "15")
+    assert result.exit_code == 1
+    assert "in money (at most" in result.stderr
+    spent = (endpoint.tokens[0] * 1000 + endpoint.tokens[1] * 4000) / 1e6
+    assert 5 < spent <= 15
+    refused(
+        run(tmp_path / "other", endpoint.url, many, "--budget-money", "1"),
+        "a budget in money needs both prices; give --price-in and --price-out",
+    )
+
+
+def test_estimate_makes_no_call(endpoint: Any, many: Path, tmp_path: Path) -> None:
+    result = run(tmp_path / "out", endpoint.url, many, *KINDS, "--estimate", "--json")
+    guess = json.loads(result.stdout)
+    assert (result.exit_code, endpoint.total, guess["requests"]) == (0, 0, 60)
+    assert run(tmp_path / "out", endpoint.url, many, *KINDS).exit_code == 0
+    assert guess["most"][0] >= endpoint.tokens[0]
+    assert 0.5 < guess["tokens_in"] / endpoint.tokens[0] < 2
+
+
+def test_retry_after_is_honoured(endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path) -> None:
+    """Once the endpoint asks for a pause, nobody calls before it is over."""
+    times: list[float] = []
+
+    def fail(key: str, call: int) -> str:
+        times.append(time.monotonic())
+        return "429" if len(times) == 3 else ""
+
+    endpoint.fail = fail
+    sent = endpoint.send
+    endpoint.send = lambda handler, status, text, headers: sent(
+        handler, status, text, {"Retry-After": "0.6"} if status == 429 else headers
+    )
+    result = run(tmp_path / "out", endpoint.url, pictures(6), *KINDS, "--parallel", "1")
+    assert result.exit_code == 0, result.output
+    assert times[3] - times[2] >= 0.6
+    assert len(times) == 19
+
+
+def test_a_crowded_endpoint_is_no_reason_to_give_up(endpoint: Any, many: Path, tmp_path: Path) -> None:
+    """One call per 10 ms gets through, the others are put off: more often than failures are allowed."""
+    passed = [0.0]
+
+    def fail(key: str, call: int) -> str:
+        if time.monotonic() - passed[0] < 0.01:
+            return "429"
+        passed[0] = time.monotonic()
+        return ""
+
+    endpoint.fail = fail
+    result = run(tmp_path / "out", endpoint.url, many, "--kind", "detail", "--attempts", "3")
+    assert result.exit_code == 0, result.output
+    assert endpoint.modes["429"] > 10
+
+
+def test_many_at_once_but_no_more(endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path) -> None:
+    endpoint.delay = 0.1
+    assert run(tmp_path / "out", endpoint.url, pictures(8), *KINDS, "--parallel", "8").exit_code == 0
+    assert 4 <= endpoint.most_under_way <= 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("401", "refuses the key in $OPENAI_API_KEY (401: made up 401); set the right one"),
+        ("404", "or its model 'm' is not there (404: made up 404); check both"),
+        ("400", "does not take the request (400: made up 400); change the options"),
+        ("html", "does not speak the chat completions protocol (not JSON, it begins '<html><body>Welcome"),
+    ],
+)
+def test_a_wrong_endpoint_costs_one_call(
+    endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path, mode: str, message: str
+) -> None:
+    endpoint.fail = lambda key, call: mode
+    refused(run(tmp_path / "out", endpoint.url, pictures(2)), message)
+    assert endpoint.total == 1
+    journal = Journal(tmp_path / "out" / "journal.jsonl")
+    assert (journal.tally.sent, journal.tally.damaged, journal.settle()) == (1, 0, [])
+
+
+def test_nobody_there(pictures: Callable[[int], Path], tmp_path: Path) -> None:
+    refused(
+        run(tmp_path / "out", "http://127.0.0.1:9/v1", pictures(2)),
+        "nothing answers at http://127.0.0.1:9/v1",
+    )
+
+
+def test_the_key_goes_into_the_header_alone(
+    endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    run(tmp_path / "out", endpoint.url, pictures(1), "--key-env", "MY_KEY", *KINDS)
+    assert {headers["authorization"] for headers in endpoint.headers} == {"Bearer sk-secret"}
+    assert len({headers["idempotency-key"] for headers in endpoint.headers}) == 3
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert b"sk-secret" not in written
+    told = Endpoint("http://127.0.0.1/v1", "m", "MY_KEY")
+    assert judge(401, {}, '{"error": "no such key: sk-secret"}', told).raw == '{"error": "no such key: ***"}'
+    monkeypatch.setenv("MY_KEY", "sk-\u00e9")
+    refused(
+        run(tmp_path / "out", endpoint.url, pictures(1), "--key-env", "MY_KEY"), "the key in $MY_KEY holds"
+    )
+
+
+def test_a_local_teacher_knows_its_options() -> None:
+    with pytest.raises(InputError, match="options are max_new_tokens, temperature"):
+        Local("pumice-tiny", options={"max_tokens": 5}).check()
+
+
+def test_two_runs_at_once(endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path) -> None:
+    from pumice.files import Lock
+
+    (tmp_path / "out").mkdir()
+    lock = Lock(tmp_path / "out" / "run.lock")
+    assert lock.take()
+    refused(run(tmp_path / "out", endpoint.url, pictures(1)), "another run is using")
+
+
+def test_the_picture_is_shown(endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "p00000.jpg")
+    given = ("--images", str(tmp_path), "--show", "--kind", "conversation")
+    result = run(tmp_path / "out", endpoint.url, pictures(1), *given)
+    assert result.exit_code == 0, result.output
+    shown = endpoint.bodies[0]["messages"][-1]["content"][0]["image_url"]["url"]
+    assert shown.startswith("data:image/jpeg;base64,")
+    assert shown not in (tmp_path / "out" / "journal.jsonl").read_text()
+    assert "data:image/jpeg;base64," in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kind", "poem"], "there is no kind 'poem'; use one of conversation, detail"),
+        (["--kind", "detail=2"], "the share of kind 'detail' is 2.0"),
+        (["--kind", "detail=x"], "the share must be a number; write detail=0.5"),
+        (["--parallel", "0"], "parallel is 0; give a number above 0"),
+        (["--show"], "showing the pictures needs their folder; give --images"),
+        (["--options", "{"], "is not JSON"),
+        (["--images", "nowhere"], "the image folder 'nowhere' does not exist"),
+        (["--price-in", "1"], "give both --price-in and --price-out, or neither"),
+        (["--options", '{"max_tokens": -3}'], "the option 'max_tokens' is -3; give a whole number above 0"),
+        (["--options", '{"messages": []}'], "the option 'messages' is not one to set"),
+    ],
+)
+def test_wrong_options(
+    endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path, options: list[str], message: str
+) -> None:
+    refused(run(tmp_path / "out", endpoint.url, pictures(1), *options), message)
+    assert endpoint.total == 0
+
+
+def test_interrupting_lets_calls_end(endpoint: Any, many: Path, tmp_path: Path) -> None:
+    endpoint.delay = 0.2
+    options = (*KINDS, "--parallel", "2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pumice", *command(tmp_path / "out", endpoint.url, many, *options)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while endpoint.total < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told.splitlines()[-1]) == (130, "pumice: interrupted")
+    sent = endpoint.total
+    journal = Journal(tmp_path / "out" / "journal.jsonl")
+    assert (journal.tally.sent, journal.tally.replies, journal.settle()) == (sent, sent, [])
+    assert sent < 20
+
+
+def test_if_the_courier_is_killed_too(
+    endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one reply under way is lost; its call counts as spent, and the request is asked again."""
+    endpoint.delay = 0.1
+    started: list[Any] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **more: Any) -> Any:
+        started.append(popen(*arguments, **more))
+        return started[-1]
+
+    def kill() -> None:
+        while endpoint.total < 2:
+            time.sleep(0.005)
+        started[0].kill()
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    threading.Thread(target=kill, daemon=True).start()
+    given = (endpoint.url, pictures(2), *KINDS, "--parallel", "1", "--json")
+    broken = run(tmp_path / "out", *given)
+    assert broken.exit_code == 1
+    assert "the process that calls the endpoint ended (-9)" in broken.stderr
+    again = run(tmp_path / "out", *given)
+    assert again.exit_code == 0, again.output
+    calls = json.loads(again.stdout)["calls"]
+    assert (calls["lost"], calls["replies"], calls["calls"]) == (1, 6, 7)
+    assert endpoint.total == 7
+
+
+def test_a_local_teacher(
+    tiny_folder: Path, pictures: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of our own writes; what it writes is checked like anybody's, and is not asked for again."""
+    (tmp_path / "say.py").write_text(
+        "from pumice.synth.kinds.base import Kind, whole\n"
+        "KIND = Kind('say', 'Say it.', (), whole(['What?']), words=(1, 50), max_tokens=8)\n"
+    )
+    given = ["--kind", str(tmp_path / "say.py"), "--device", "cpu", "--language", "any", "--json"]
+    arguments = command(tmp_path / "out", "local", pictures(3), *given)
+    arguments[arguments.index("m")] = str(tiny_folder)
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)["requests"] == 3
+    before = files(tmp_path / "out")
+    assert sum(text.count("\n") for text in before) == 3
+    monkeypatch.setattr("pumice.assistant.load", None)
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    assert files(tmp_path / "out") == before
+
+
+def test_a_prompt_that_a_local_model_cannot_hold(
+    tiny_folder: Path, pictures: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """Its context of 256 tokens is less than any worked example: one sentence, at the first answer."""
+    arguments = command(tmp_path / "out", "local", pictures(3), "--device", "cpu")
+    arguments[arguments.index("m")] = str(tiny_folder)
+    refused(CliRunner().invoke(app, arguments), "256")
