@@ -28,8 +28,6 @@ from pumice.formats.load import find_device, open_model
 from pumice.geometry import Layout
 from pumice.images import image_key
 from pumice.model.llava import Llava
-from pumice.model.quantized import has_int8_kernel
-from pumice.model.quantized import quantize as quantize_weights
 from pumice.processor import Processor
 
 if TYPE_CHECKING:
@@ -64,15 +62,12 @@ def load(
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise InputError(f"dtype is {dtype!r}; use torch.float32, torch.bfloat16 or torch.float16")
     place = find_device(device)
-    if quantize == "auto":
-        quantize = "int8" if place.type == "cpu" and has_int8_kernel() else None
     if dtype is None:
         usual = {"cuda": torch.bfloat16, "mps": torch.float16}
-        # The CPU's kernels for few bits take bf16; without them, most CPUs compute fp32 faster than bf16.
-        dtype = usual.get(place.type, torch.bfloat16 if quantize else torch.float32)
-    opened = open_model(str(name), device=place, dtype=dtype, template=template, tower=tower, base=base)
-    if quantize:
-        quantize_weights(opened.model.decoder, quantize)
+        dtype = usual.get(place.type, torch.float32)  # which most CPUs compute faster than bf16
+    opened = open_model(
+        str(name), device=place, dtype=dtype, quantize=quantize, template=template, tower=tower, base=base
+    )
     return Assistant(opened.model, opened.processor, opened.provenance)
 
 

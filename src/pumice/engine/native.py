@@ -1,9 +1,9 @@
-"""A few new tokens of several sequences in one call of compiled code (`native.c`), where that can be had.
+"""A few new tokens of several sequences in one call of compiled code (`kernels/decode.c`), where that can be
+had.
 
-Knows the tensors of an int8 or fp32 decoder and the C compiler of this machine. The code is compiled once
-per machine, when an engine with such weights first opens on a CPU, and kept in the cache folder. Without a
-compiler, for other weights and devices, and with PUMICE_NATIVE=off, PyTorch's operations serve: more slowly,
-and the same but for rounding activations to bfloat16 beside int8.
+It serves decoders of packed matrices and of fp32 on a CPU. The code is compiled once per machine, when an
+engine with such weights first opens, and kept in the cache folder. Without a compiler, for other weights and
+devices, and with PUMICE_NATIVE=off, PyTorch's operations serve, more slowly.
 
 Shapes: R rows (one new token each), D width, V vocabulary.
 """
@@ -11,65 +11,80 @@ Shapes: R rows (one new token each), D width, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pumice.kernels.compute import Matrix, matrix
 from pumice.kernels.loader import Weights, compiled
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import RMSNorm, frequencies
-from pumice.model.quantized import Int8Linear
+from pumice.model.quantized import PackedEmbedding, PackedLinear
 
-LANES, TILE = 16, 4  # as in native.c: inputs are whole LANES, outputs whole TILEs
-# Tokens of prompts in one step: with more in fp32, PyTorch's operations are faster (docs/speed.md). Beside
-# int8 these round activations otherwise, and an answer must not depend on how many others ask: there they
-# get all prompts.
-ROWS = {"int8": 0, "fp32": 48}
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "bias")]
+LANES, TILE = (
+    16,
+    4,
+)  # as in vectors.h and dense.h: heads, and inputs in fp32, are whole LANES, its outputs whole TILEs
+# Tokens of prompts in one step. In fp32 PyTorch's operations are faster with more (docs/speed.md). Packed
+# matrices multiply alike for prompts, which get all of the processor there.
+ROWS = {"packed": 0, "fp32": 48}
 
 
-class _Block(ctypes.Structure):
+class _Dense(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
-        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
     ]
 
 
-class _Model(ctypes.Structure):
-    _sizes = "depth width heads kv_heads head_width mlp_width vocabulary places window"
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _sizes.split()),
-        ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("turning", "blocks", "norm")),
-        ("head", _Linear),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-    ]
+def _structures(linear: type[ctypes.Structure]) -> tuple[Any, Any]:
+    """`Block` and `Model` of decode.c, whose layers are `linear`."""
+
+    class Block(ctypes.Structure):
+        _fields_ = [
+            *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+            *((name, linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ]
+
+    class Model(ctypes.Structure):
+        _sizes = "depth width heads kv_heads head_width mlp_width vocabulary places window"
+        _fields_ = [
+            *((name, ctypes.c_int64) for name in _sizes.split()),
+            ("eps", ctypes.c_float),
+            *((name, ctypes.c_void_p) for name in ("inv_freq", "blocks", "norm")),
+            ("head", linear),
+            ("keys", ctypes.c_void_p),
+            ("values", ctypes.c_void_p),
+        ]
+
+    return Block, Model
+
+
+_STRUCTURES = {"packed": _structures(Matrix), "fp32": _structures(_Dense)}
 
 
 class NativeDecoder:
-    """A decoder and its cache as `native.c` reads them, in place. rows: of a prompt, what it is good for."""
+    """A decoder and its cache as `decode.c` reads them, in place. rows: of a prompt, what it is good for."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, code: ctypes.CDLL, rows: int) -> None:
-        self.rows = rows
+    def __init__(self, decoder: Decoder, cache: KVCache, code: ctypes.CDLL, weights: Weights) -> None:
+        self.rows = ROWS[weights]
         config = decoder.config
         self._decode = code.pumice_decode
         self._kept: list[Any] = []  # what C has addresses of
         self._cache, self._width, self._vocabulary = cache, config.width, config.vocab_size
-        blocks = (_Block * config.depth)(*(self._block(block) for block in decoder.blocks))
+        self._block_type, model_type = _STRUCTURES[weights]
+        blocks = (self._block_type * config.depth)(*(self._block(block) for block in decoder.blocks))
         self._kept.append(blocks)
-        turning = frequencies(config.head_width, config.rope_base, config.rope_scaling, cache.keys.device)
-        self._model = _Model(
+        inv_freq = frequencies(config.head_width, config.rope_base, config.rope_scaling, cache.keys.device)
+        self._model = model_type(
             config.depth, config.width, config.heads, config.kv_heads, config.head_width, config.mlp_width,
             config.vocab_size, cache.places, cache.window or 0, config.norm_eps,
-            self._address(turning), ctypes.addressof(blocks), self._address(decoder.norm.weight),
+            self._address(inv_freq), ctypes.addressof(blocks), self._address(decoder.norm.weight),
             self._linear(decoder.embed if decoder.head is None else decoder.head),
             self._address(cache.keys), self._address(cache.values),
         )  # fmt: skip
@@ -99,31 +114,24 @@ class NativeDecoder:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _linear(self, layer: Any, first: int = 0, last: int | None = None) -> _Linear:
-        """Some outputs of a linear layer, or of an embedding as one."""
-        kept = (layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None))
-        return _Linear(*(None if tensor is None else self._address(tensor[first:last]) for tensor in kept))
+    def _linear(self, layer: Any) -> ctypes.Structure:
+        """A linear layer, or an embedding as one."""
+        bias = getattr(layer, "bias", None)
+        if isinstance(layer, PackedLinear):
+            self._kept += [layer.data, bias]
+            return matrix(layer.packed, bias)
+        shift = None if bias is None else self._address(bias)
+        return _Dense(*layer.weight.shape, self._address(layer.weight), shift)
 
-    def _block(self, block: Any) -> _Block:
+    def _block(self, block: Any) -> ctypes.Structure:
         attention, mlp = block.attention, block.mlp
         norms = (block.attention_norm, block.mlp_norm, attention.q_norm, attention.k_norm)
-        inner, shared = attention.heads * attention.head_width, attention.shared * attention.head_width
-        return _Block(
+        layers = (attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down)
+        found: ctypes.Structure = self._block_type(
             *(self._address(part.weight) if isinstance(part, RMSNorm) else None for part in norms),
-            *self._parts(attention, inner, shared, shared),
-            self._linear(attention.o),
-            *self._parts(mlp, mlp.down.weight.shape[1], mlp.down.weight.shape[1]),
-            self._linear(mlp.down),
+            *(self._linear(layer) for layer in layers),
         )
-
-    def _parts(self, parent: Any, *outputs: int) -> list[_Linear]:
-        """The layers that read the same input, which may have become one (`joins` of their module)."""
-        joined, names = parent.joins
-        layer = getattr(parent, joined)
-        if layer is None:
-            return [self._linear(getattr(parent, name)) for name in names]
-        ends = list(itertools.accumulate(outputs))
-        return [self._linear(layer, end - count, end) for count, end in zip(outputs, ends, strict=True)]
+        return found
 
 
 def _integers(numbers: Sequence[int]) -> Any:
@@ -138,26 +146,26 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
     code, _ = compiled(weights)
     if code is None or (torch.get_num_threads() > 1 and not code.pumice_threads()):
         return None
-    return NativeDecoder(decoder, cache, code, ROWS[weights])
+    return NativeDecoder(decoder, cache, code, weights)
 
 
 def _fits(decoder: Decoder, cache: KVCache) -> Weights | None:
-    """Which weights the decoder has, if they and all sizes are such as native.c takes."""
+    """Which weights the decoder has, if they and all sizes are such as decode.c takes."""
     config = decoder.config
-    sizes = (config.width, config.heads * config.head_width, config.mlp_width, config.head_width)
-    if any(size % LANES for size in sizes) or config.vocab_size % TILE:
+    if config.head_width % LANES or config.width % LANES:
         return None
-    parts = [part for part in decoder.modules() if not list(part.children()) and part is not decoder.embed]
-    layers: list[Any] = [part for part in parts if not isinstance(part, RMSNorm | nn.Identity)]
-    norms = [part.weight for part in parts if isinstance(part, RMSNorm)]
-    small: list[Tensor] = [cache.keys, cache.values, *norms]
-    if decoder.head is not None and all(isinstance(part, Int8Linear) for part in layers):
-        weights: Weights = "int8"
-        small += [t for part in layers for t in (part.scale, part.bias) if t is not None]
-    elif all(type(part) is nn.Linear for part in layers):
+    parts = [part for part in decoder.modules() if not list(part.children())]
+    layers = [part for part in parts if not isinstance(part, RMSNorm | nn.Identity)]
+    if all(isinstance(part, PackedLinear | PackedEmbedding) for part in layers):
+        weights: Weights = "packed"
+    elif all(type(part) in (nn.Linear, nn.Embedding) for part in layers):
+        if config.mlp_width % LANES or config.heads * config.head_width % LANES or config.vocab_size % TILE:
+            return None
         weights = "fp32"
-        small += [decoder.embed.weight, *(t for part in layers for t in part.parameters())]
     else:
         return None
-    dtype = torch.bfloat16 if weights == "int8" else torch.float32
-    return weights if all(t.dtype == dtype and t.device.type == "cpu" for t in small) else None
+    numbers = [*decoder.parameters(), *decoder.buffers()]
+    small = [t for t in numbers if t.dtype != torch.uint8]
+    kept = torch.bfloat16 if weights == "packed" else torch.float32
+    fits = all(t.dtype == torch.float32 for t in small) and cache.keys.dtype == kept
+    return weights if fits and all(t.device.type == "cpu" for t in [*numbers, cache.keys]) else None

@@ -17,13 +17,15 @@ from pumice import __version__
 from pumice.errors import InputError
 from pumice.formats.load import new_parts, shapes
 from pumice.formats.pumice.folder import CONFIG, check, save
+from pumice.formats.pumice.quantized import as_bytes
+from pumice.formats.quantize import in_few_bits
 from pumice.formats.read import find_model, read_model
 from pumice.formats.recognise import Kind, recognise
 from pumice.processor import Processor
 from pumice.storage.download import facts
 from pumice.storage.json_file import read_json
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import FLOATS
+from pumice.storage.tensors import FLOATS, Stocks
 from pumice.tokens import Tokenizer
 
 DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -44,8 +46,8 @@ class Imported:
         return {
             "source": self.kind.value,
             "parameters": sum(tensor.size // tensor.dtype.itemsize for tensor in state.values()),
-            "bytes": sum(tensor.size for tensor in state.values()),
-            "types": sorted({FLOATS[tensor.dtype] for tensor in state.values()}),
+            "bytes": sum(tensor.size for tensor in (state | as_bytes(state)).values()),
+            "types": sorted({t.blocks.kind.name if t.blocks else FLOATS[t.dtype] for t in state.values()}),
             "decoder": f"{decoder.depth} blocks of width {decoder.width}, {decoder.vocab_size} tokens, "
             f"context {decoder.context}",
             "tower": f"{vision.kind}, {vision.image_size} pixels, layer {vision.layer}" if sees else None,
@@ -65,12 +67,14 @@ def import_model(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    quantize: str | None = None,
 ) -> Imported:
     """Write `source` as the folder `target`; tensors go from file to file, one at a time.
 
     dtype: of DTYPES. template, tower, base: as for `read_model`; a tower given to a bare language model is
-    joined to it by a fresh connector. Raises InputError, and WorkError when the disk is full: then nothing
-    is left behind.
+    joined to it by a fresh connector. quantize: "int8" or "int4" stores the decoder's matrices in few bits,
+    adapters merged, so that opening the folder on a CPU costs nothing. Raises InputError, and WorkError when
+    the disk is full: then nothing is left behind.
     """
     if dtype not in DTYPES:
         raise InputError(f"there is no type {dtype!r}; use one of {', '.join(DTYPES)}")
@@ -86,8 +90,13 @@ def import_model(
     expected = shapes(loaded.config)
     check(loaded.state, expected, str(path))
     state = {name: loaded.state[name] for name in expected if name in loaded.state}
+    if quantize is not None:
+        loaded, state = _in_few_bits(loaded, state, quantize)
+    elif kind is not Kind.OWN:
+        state = {name: dataclasses.replace(tensor, blocks=None) for name, tensor in state.items()}
     if (wanted := DTYPES[dtype]) is not None:
-        state = {name: tensor.cast(wanted) for name, tensor in state.items()}
+        floats = {name: tensor.cast(wanted) for name, tensor in state.items() if tensor.blocks is None}
+        state |= floats
     loaded = dataclasses.replace(loaded, state=state)
     save(
         target,
@@ -98,6 +107,14 @@ def import_model(
         parts=loaded.parts,
     )
     return Imported(kind, loaded)
+
+
+def _in_few_bits(loaded: LoadedParts, state: Stocks, bits: str) -> tuple[LoadedParts, Stocks]:
+    """Adapters are merged, and the decoder is no longer that of a wheel."""
+    state = in_few_bits(loaded.config, state, bits)
+    parts = {part: source for part, source in loaded.parts.items() if part != "decoder"}
+    config = dataclasses.replace(loaded.config, lora=None)
+    return dataclasses.replace(loaded, config=config, parts=parts), state
 
 
 def _check_target(source: Path, target: Path) -> None:

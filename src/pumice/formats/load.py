@@ -19,10 +19,14 @@ from pumice.errors import InputError
 from pumice.formats.components import open_llm, open_tower
 from pumice.formats.hf.config import padding
 from pumice.formats.pumice.folder import check
+from pumice.formats.quantize import fits, in_few_bits
 from pumice.formats.read import read_model
+from pumice.kernels.packed import Packed
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
 from pumice.model.llava import Llava
+from pumice.model.quantized import quantize as quantize_decoder
+from pumice.model.quantized import swap
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.parts import LoadedParts
@@ -49,6 +53,7 @@ def open_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     merge: bool = True,
+    quantize: str | None = None,
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
@@ -57,13 +62,24 @@ def open_model(
 
     source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
     connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
-    weights then stay in the type they are stored in. InputError on anything missing, extra, misshapen or
-    unfetchable. What was assumed is logged.
+    weights then stay in the type they are stored in. quantize: "int8" or "int4" holds the decoder's matrices
+    in few bits, adapters merged; "auto" does where a CPU is to answer: as they are stored, or int8. On a CPU
+    one matrix at a time is read and quantised, and what is stored so is mapped. InputError on anything
+    missing, extra, misshapen or unfetchable. What was assumed is logged.
     """
     loaded = read_model(source, template=template, tower=tower, base=base)
     for note in loaded.notes:
         _LOG.warning("%s: %s", source, note)
-    return _opened(loaded, str(source), torch.device(device), dtype, merge)
+    place = torch.device(device)
+    if quantize == "auto":
+        quantize = "int8" if place.type == "cpu" and fits(loaded.config.decoder) else None
+    if quantize is None:
+        return _opened(loaded, str(source), place, dtype, merge)
+    if place.type == "cpu":
+        return _opened_in_few_bits(loaded, str(source), quantize)
+    opened = _opened(loaded, str(source), place, dtype, merge=True)
+    quantize_decoder(opened.model.decoder, quantize)
+    return opened
 
 
 def new_model(
@@ -126,6 +142,23 @@ def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.
     _fill(model, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)
+    return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
+
+
+def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
+    processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
+    check(loaded.state, shapes(loaded.config), where)
+    state = in_few_bits(loaded.config, loaded.state, bits)
+    model = _without_values(dataclasses.replace(loaded.config, lora=None))
+
+    def packed(name: str, _: torch.Tensor) -> Packed:
+        blocks = state.pop(f"decoder.{name}").blocks
+        assert blocks is not None
+        return blocks.fetch()
+
+    swap(model.decoder, packed)
+    _fill(model, state, torch.device("cpu"), torch.float32, as_stored=True)
+    model.config = loaded.config
     return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
 
 

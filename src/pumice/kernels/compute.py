@@ -1,4 +1,5 @@
-"""Packed matrices in compiled code: quantising weights and multiplying with them; PyTorch where there is none.
+"""Packed matrices in compiled code: quantising weights and multiplying with them; PyTorch where there is
+none.
 
 Shapes: M rows of activations, N outputs, K inputs, G = K / 32 groups.
 """
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pumice.errors import InputError
 from pumice.kernels.loader import compiled
-from pumice.kernels.packed import GROUP, SUPER, Kind, Packed, Parts, pack, size
+from pumice.kernels.packed import GROUP, SUPER, Kind, Packed, Parts, joined, pack, size
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of weights, as quantize.c numbers them
 _PIECE = 1 << 21  # weights that PyTorch quantises at a time
@@ -104,8 +105,8 @@ def check_rows(name: str, inputs: int, kind: Kind) -> None:
     """Raise InputError unless rows are whole blocks."""
     if not inputs or inputs % kind.block:
         raise InputError(
-            f"{name} has rows of {inputs} weights, not whole groups of {kind.block}, so it cannot be quantised; "
-            "use --quantize none"
+            f"{name} has rows of {inputs} weights, not whole groups of {kind.block}, so it cannot be
+            quantised; " "use --quantize none"
         )
 
 
@@ -128,8 +129,7 @@ def _quantize(weight: Tensor, kind: Kind, name: str) -> Packed:
             raise _not_finite(name, first + int((~fine).nonzero()[0]))
         groups = piece.view(len(piece), -1, GROUP)
         made.append({Kind.Q8_0: _eight, Kind.Q4_1: _four}.get(kind, _super)(groups))
-    columns = zip(*(vars(parts).values() for parts in made), strict=True)
-    return pack(kind, Parts(*(None if c[0] is None else torch.cat(c) for c in columns)))
+    return pack(kind, joined(made))
 
 
 def _eight(groups: Tensor) -> Parts:

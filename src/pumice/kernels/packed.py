@@ -7,7 +7,7 @@ Shapes: N outputs (rows), K inputs, G = K / 32 groups, T = N / 16 tiles, rounded
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -65,6 +65,20 @@ class Parts:
     halves: Tensor
     factors: Tensor | None = None
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Parts:
+        factors = None if self.factors is None else change(self.factors)
+        return Parts(change(self.numbers), change(self.halves), factors)
+
+
+def joined(pieces: Sequence[Parts]) -> Parts:
+    """The parts of more rows."""
+    factors = [piece.factors for piece in pieces if piece.factors is not None]
+    return Parts(
+        torch.cat([piece.numbers for piece in pieces]),
+        torch.cat([piece.halves for piece in pieces]),
+        torch.cat(factors) if factors else None,
+    )
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -89,8 +103,7 @@ class Packed:
         tiles = self.data.view(-1, len(self.data) // max(1, -(-self.outputs // TILE)))
         parts = _parts(self.kind, self.inputs, tiles[flat // TILE])
         each = torch.arange(len(flat), device=flat.device) * TILE + flat % TILE
-        kept = Parts(*(None if p is None else p[each] for p in (parts.numbers, parts.halves, parts.factors)))
-        return values(self.kind, kept).view(*ids.shape, self.inputs)
+        return values(self.kind, parts.each(lambda part: part[each])).view(*ids.shape, self.inputs)
 
     def parts(self) -> Iterator[tuple[int, Parts]]:
         """(first row, what the blocks of some tiles hold), piece by piece; rows that fill a tile included."""
@@ -129,7 +142,7 @@ def pack(kind: Kind, parts: Parts) -> Packed:
     data = torch.zeros(size(kind, outputs, inputs), dtype=torch.uint8)
     tiles = data.view(-1, len(data) // -(-outputs // TILE))
     if spare := -outputs % TILE:  # rows of zeros
-        parts = Parts(*(None if p is None else _longer(p, spare) for p in vars(parts).values()))
+        parts = parts.each(lambda part: _longer(part, spare))
     numbers = parts.numbers
     if kind is not Kind.Q8_0:
         numbers = numbers[..., : GROUP // 2] | numbers[..., GROUP // 2 :] << 4
@@ -150,8 +163,7 @@ def pack(kind: Kind, parts: Parts) -> Packed:
 def from_blocks(kind: Kind, blocks: Tensor) -> Packed:
     """GGUF's blocks (N, K / block, block_bytes) as a packed matrix; nothing is lost."""
     pieces = [_from_blocks(kind, piece) for piece in blocks.split(max(1, _PIECE // (blocks[0].numel() + 1)))]
-    columns = zip(*(vars(piece).values() for piece in pieces), strict=True)
-    return pack(kind, Parts(*(None if c[0] is None else torch.cat(c) for c in columns)))
+    return pack(kind, joined(pieces))
 
 
 def _number_bytes(kind: Kind, inputs: int) -> int:

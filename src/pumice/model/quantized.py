@@ -1,7 +1,7 @@
 """The decoder's matrices in blocks of few bits, as module swaps, while answering.
 
-Linear layers, the vocabulary projection and the embedding become small integers; norms, biases, the tower and the
-connector stay as they are. Activations are fp32 between layers and get 8 bits inside a product on a CPU.
+Linear layers, the vocabulary projection and the embedding become small integers; norms, biases, the tower and
+the connector stay as they are. Activations are fp32 between layers and get 8 bits inside a product on a CPU.
 
 Shapes: N outputs, K inputs.
 """
@@ -9,6 +9,7 @@ Shapes: N outputs, K inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class PackedLinear(nn.Module):
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
         self.kind, self.out_features, self.in_features = packed.kind, packed.outputs, packed.inputs
-        self.register_buffer("data", packed.data)
-        self.bias = bias
+        self.register_buffer("data", packed.data, persistent=False)  # never a part of the state
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
     def packed(self) -> Packed:
@@ -42,28 +43,30 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Token ids -> rows of a packed matrix, in fp32."""
+    """Token ids -> rows of a packed matrix."""
 
     data: Tensor
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: Packed, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.kind, self.num_embeddings, self.embedding_dim = packed.kind, packed.outputs, packed.inputs
-        self.register_buffer("data", packed.data)
+        self.dtype = dtype
+        self.register_buffer("data", packed.data, persistent=False)
 
     @property
     def packed(self) -> Packed:
         return Packed(self.kind, self.num_embeddings, self.embedding_dim, self.data)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.packed.rows(ids)
+        return self.packed.rows(ids).to(self.dtype)
 
 
 def kind_of(bits: str, name: str, inputs: int) -> Kind:
     """How a matrix is held with "int8" or "int4"; name: in the decoder.
 
     The embedding and the vocabulary projection are the most sensitive and get 8 bits either way. int4 is Q4_K
-    where rows are whole blocks of 256, Q4_1 elsewhere. Raises InputError where rows are no whole groups of 32.
+    where rows are whole blocks of 256, Q4_1 elsewhere. Raises InputError where rows are no whole groups of
+    32.
     """
     if bits not in KINDS:
         raise InputError(f"weights are quantised to {' or '.join(KINDS)}, not {bits!r}")
@@ -73,30 +76,36 @@ def kind_of(bits: str, name: str, inputs: int) -> Kind:
     return Kind.Q4_1 if inputs % Kind.Q4_K.block else Kind.Q4_K
 
 
-def quantize(decoder: nn.Module, bits: str) -> None:
-    """Swap every matrix of the decoder for its "int8" or "int4" form, one after another."""
+def quantize(decoder: Any, bits: str) -> None:
+    """Swap every matrix of the decoder for its "int8" or "int4" form, one after another.
+
+    On a CPU activations become fp32, elsewhere they keep their type.
+    """
+    device = decoder.norm.weight.device
+    dtype = torch.float32 if device.type == "cpu" else decoder.norm.weight.dtype
     if any(isinstance(module, LoraLinear) for module in decoder.modules()):
         raise InputError("merge the LoRA adapters before quantising")
 
     def made(name: str, weight: Tensor) -> Packed:
         return quantize_weight(weight, kind_of(bits, name, weight.shape[1]), name)
 
-    swap(decoder, made)
+    swap(decoder, made, dtype)
+    decoder.to(device)
 
 
-def swap(decoder: nn.Module, packed: Callable[[str, Tensor], Packed]) -> None:
+def swap(decoder: Any, packed: Callable[[str, Tensor], Packed], dtype: torch.dtype = torch.float32) -> None:
     """Put packed matrices into a decoder. packed: a matrix's name in the decoder and its weights -> its form.
 
-    Norms and biases become fp32. A tied vocabulary projection shares the embedding's bytes.
+    dtype: of norms, biases and activations. A tied vocabulary projection shares the embedding's bytes.
     """
     for path, parent in list(decoder.named_modules()):
         for name, child in list(parent.named_children()):
             whole = f"{path}.{name}.weight" if path else f"{name}.weight"
             if isinstance(child, nn.Linear):
-                bias = None if child.bias is None else child.bias.detach().float()
+                bias = None if child.bias is None else child.bias.detach()
                 setattr(parent, name, PackedLinear(packed(whole, child.weight), bias))
             elif isinstance(child, nn.Embedding):
-                setattr(parent, name, PackedEmbedding(packed(whole, child.weight)))
+                setattr(parent, name, PackedEmbedding(packed(whole, child.weight), dtype))
     if decoder.head is None:
         decoder.head = PackedLinear(decoder.embed.packed)
-    decoder.float()  # buffers of integers stay as they are
+    decoder.to(dtype)  # integers stay as they are

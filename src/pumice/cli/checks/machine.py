@@ -17,15 +17,13 @@ def devices() -> list[Finding]:
     import torch
 
     from pumice.formats.load import find_device
-    from pumice.model.quantized import has_int8_kernel
 
-    level = torch.backends.cpu.get_cpu_capability()
-    kernels = "int8 weights" if has_int8_kernel() else "no int8 kernel: decoding is slower"
     cores = usable_cores()
-    cpu = Finding("cpu", f"{_processor()}, {count(cores, 'usable core')}, {level}, {kernels}", value=cores)
-    found = [cpu]
-    if has_int8_kernel():
-        found.append(_compiled())
+    level = torch.backends.cpu.get_cpu_capability()
+    found = [
+        Finding("cpu", f"{_processor()}, {count(cores, 'usable core')}, {level}", value=cores),
+        _compiled(),
+    ]
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
@@ -48,14 +46,16 @@ def devices() -> list[Finding]:
 
 
 def _compiled() -> Finding:
-    """Whether int8 weights are decoded by compiled code."""
+    """Whether weights in few bits are multiplied by compiled code, and by which."""
+    from pumice.kernels.compute import kernel_name
     from pumice.kernels.loader import compiled
 
-    code, why = compiled()
+    code, why = compiled("packed")
     if code is not None:
-        return Finding("decoding", "int8 and fp32 weights in code compiled for this processor", value=True)
-    remedy = "install gcc for twice the speed" if "no C compiler" in why else ""
-    says = f"int8 weights without compiled code: {why}"
+        says = f"weights of 4, 8 and 32 bits in code compiled for this processor ({kernel_name()})"
+        return Finding("decoding", says, value=True)
+    remedy = "install gcc: weights in few bits are slow without it" if "no C compiler" in why else ""
+    says = f"weights in few bits without compiled code: {why}"
     return Finding("decoding", says, "note" if remedy else "ok", remedy, False)
 
 

@@ -19,8 +19,9 @@ from pumice.formats import names as tensor_names
 from pumice.formats.gguf.file import PLAIN, GgufFile
 from pumice.formats.gguf.tokenizer import tokenizer_files
 from pumice.formats.text.files import TokenizerFiles
+from pumice.kernels.packed import Kind, Packed, from_blocks
 from pumice.model.layers import frequencies
-from pumice.storage.tensors import Stocks, Stored
+from pumice.storage.tensors import Blocks, Stocks, Stored
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _FACTORS = "rope_freqs.weight"
@@ -135,7 +136,15 @@ def _stored(file: GgufFile, name: str, heads: int | None) -> Stored:
 
     info = file.infos[name]
     dtype = PLAIN.get(info.kind, torch.float32)
-    return Stored(info.shape, dtype, fetch, f"{name} in {file.path.name}")
+    kind = next((kind for kind in Kind if kind.ggml == info.kind), None)
+
+    def packed() -> Packed:
+        assert kind is not None
+        blocks = file.blocks(name)
+        return from_blocks(kind, blocks if heads is None else unpermute(blocks, heads))
+
+    blocks = None if kind is None or len(info.shape) != 2 else Blocks(kind, packed)
+    return Stored(info.shape, dtype, fetch, f"{name} in {file.path.name}", blocks)
 
 
 def _shortest(value: float) -> float:

