@@ -1,5 +1,4 @@
-"""Packed matrices in compiled code: quantising weights and multiplying with them; PyTorch where there is
-none.
+"""Quantise weights and multiply with packed matrices, in compiled code, or in PyTorch where there is none.
 
 Shapes: M rows of activations, N outputs, K inputs, G = K / 32 groups.
 """
@@ -105,8 +104,8 @@ def check_rows(name: str, inputs: int, kind: Kind) -> None:
     """Raise InputError unless rows are whole blocks."""
     if not inputs or inputs % kind.block:
         raise InputError(
-            f"{name} has rows of {inputs} weights, not whole groups of {kind.block}, so it cannot be
-            quantised; " "use --quantize none"
+            f"{name} has rows of {inputs} weights, not whole groups of {kind.block}, so it cannot be "
+            "quantised; use --quantize none"
         )
 
 
