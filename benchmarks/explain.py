@@ -138,7 +138,7 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     passage = reader.passage(conversation, ids, first)
     _, looks = read(assistant.model, [passage], rollout=True, gradient_from=0)
     mean = averages(words, len(passage.answer))[word]
-    where = places(config, scene.picture.size, assistant.processor.layout(conversation.images[0]))
+    where = places(config, scene.picture.size, assistant.processor.layouts(conversation.images)[0])
     row: Row = {}
     for name, method in METHODS.items():
         weights = mean @ method.weigh(looks, choose_layers(method, config.decoder.depth, None))

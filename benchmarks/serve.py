@@ -30,7 +30,7 @@ from PIL import Image
 
 from pumice.assistant import SLOTS, Assistant, Reply, conversation_of, load
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
-from pumice.evaluate.files import Picture
+from pumice.evaluate.files import PromptImage
 from pumice.evaluate.run import LocalAnswerer
 from pumice.evaluate.task import SHORT, Question
 from pumice.formats.export import export
@@ -45,8 +45,8 @@ from architectures import CLIP_MEAN, CLIP_STD, picture
 
 CONFIG = ModelConfig(
     decoder=DecoderConfig(
-        vocab_size=49152, width=576, depth=30, heads=9, kv_heads=3, head_width=64, mlp_width=1536,
-        context=2048, rope_base=100000.0, tied_head=True,
+        vocab_size=49152, width=576, depth=30, heads=9, kv_heads=3, head_dim=64, mlp_width=1536,
+        context=2048, rope_theta=100000.0, tied_head=True,
     ),
     vision=VisionConfig(
         kind="clip", image_size=224, width=768, stride=16, depth=12, heads=12, mlp_width=3072
@@ -191,7 +191,7 @@ def pope(ours: Assistant, pair: tuple[Any, Any], pictures: int, theirs: int) -> 
         for number, image in enumerate(shown(pictures)):
             path = Path(folder) / f"{number}.png"
             image.save(path)
-            source = Picture(path.name, lambda path=path: path)
+            source = PromptImage(path.name, lambda path=path: path)
             for thing in THINGS:
                 text = f"Is there a {thing} in the image?\n{SHORT}"
                 asked.append(Question(f"{number} {thing}", (source,), text))

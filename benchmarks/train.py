@@ -71,8 +71,8 @@ def make_model(folder: Path, size: str) -> None:
     real = size == "real"
     decoder = DecoderConfig(
         vocab_size=49152 if real else 2048, width=576 if real else 64, depth=30 if real else 2,
-        heads=9 if real else 4, kv_heads=3 if real else 2, head_width=64 if real else 16,
-        mlp_width=1536 if real else 96, context=2048, rope_base=100000.0, tied_head=True,
+        heads=9 if real else 4, kv_heads=3 if real else 2, head_dim=64 if real else 16,
+        mlp_width=1536 if real else 96, context=2048, rope_theta=100000.0, tied_head=True,
     )  # fmt: skip
     vision = VisionConfig(
         kind="clip", image_size=224 if real else 56, width=768 if real else 32, stride=16 if real else 14,
@@ -281,7 +281,13 @@ def theirs(folder: Path, stage: str, steps: int, precision: str, checkpointing: 
             for index in range(step * ROWS, (step + 1) * ROWS):
                 sample = processor.training_sample(rows[index].conversation(finder))
                 ids = np.where(sample.input_ids == IMAGE_TOKEN, image_token, sample.input_ids)
-                items.append({"ids": ids, "labels": sample.labels, "pixels": processor.pixels(sample.images)})
+                items.append(
+                    {
+                        "ids": ids,
+                        "labels": sample.labels,
+                        "pixels": processor.pixels(sample.images, sample.layouts),
+                    }
+                )
             return items
 
     def collate(batch: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:

@@ -73,7 +73,7 @@ def byte_level(split: str, specials: list[str]) -> Tokenizer:
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 DECODER = DecoderConfig(
-    vocab_size=0, width=64, depth=2, heads=4, kv_heads=2, head_width=16, mlp_width=96, context=1024
+    vocab_size=0, width=64, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_width=96, context=1024
 )
 CLIP = VisionConfig(
     kind="clip", image_size=56, width=32, stride=14, depth=3, heads=2, mlp_width=64, activation="quick_gelu"
@@ -127,14 +127,14 @@ ARCHITECTURES = {
     ),
     "CLIP + Llama 3, pad": Architecture(
         _chatml(
-            replace(DECODER, rope_base=500000.0, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+            replace(DECODER, rope_theta=500000.0, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
             bos_token_id=0,
         ),
         lambda: byte_level("llama-bpe", ["<|begin_of_text|>", *CHATML[1:]]),
     ),
     "SigLIP + Qwen2, squash": Architecture(
         _chatml(
-            replace(DECODER, qkv_bias=True, norm_eps=1e-6, rope_base=1e6),
+            replace(DECODER, qkv_bias=True, norm_eps=1e-6, rope_theta=1e6),
             vision=SIGLIP,
             image=ImagePolicy("squash", HALF, HALF, pad_color=(127, 127, 127)),
         ),
@@ -142,7 +142,7 @@ ARCHITECTURES = {
     ),
     "LLaVA-OneVision, anyres_max": Architecture(
         _chatml(
-            replace(DECODER, qkv_bias=True, norm_eps=1e-6, rope_base=1e6),
+            replace(DECODER, qkv_bias=True, norm_eps=1e-6, rope_theta=1e6),
             vision=replace(SIGLIP, layer=-1),
             image=ImagePolicy(
                 "anyres", HALF, HALF, pad_color=(127, 127, 127), pinpoints=TILES, max_tiles=1
@@ -152,7 +152,7 @@ ARCHITECTURES = {
     ),
     "CLIP + Qwen3, crop": Architecture(
         _chatml(
-            replace(DECODER, qk_norm=True, norm_eps=1e-6, tied_head=True, head_width=32),
+            replace(DECODER, qk_norm=True, norm_eps=1e-6, tied_head=True, head_dim=32),
             image=replace(PAD, mode="crop"),
         ),
         lambda: byte_level("qwen2", CHATML),

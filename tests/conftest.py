@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
 import zlib
@@ -21,6 +23,8 @@ import pytest
 import tokenizers
 from hypothesis import settings
 from PIL import Image
+
+from pumice import images
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -48,8 +52,39 @@ def no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_are_heard() -> Iterator[None]:
+    """SIGINT as Python has it, here and in processes that tests start, though nohup or `&` ignores it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def replaced_when_opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Sequence[bytes]], None]:
+    """Replaces a picture file by the next of `contents` each time that it has been opened."""
+
+    def begin(path: Path, contents: Sequence[bytes]) -> None:
+        following, opened = itertools.cycle(contents), images._open_file
+
+        def open_file(source: Any, name: str) -> Any:
+            file = opened(source, name)
+            if isinstance(source, str | os.PathLike) and Path(source) == path:
+                other = path.with_suffix(".new")
+                other.write_bytes(next(following))
+                os.replace(other, path)
+            return file
+
+        path.write_bytes(next(following))
+        monkeypatch.setattr(images, "_open_file", open_file)
+
+    return begin
+
+
 @dataclass(frozen=True)
-class Spoiled:
+class BadRows:
     """One row that cannot be used, as it is written in a file, and what a check says of it."""
 
     text: str
@@ -58,7 +93,7 @@ class Spoiled:
 
 
 @pytest.fixture
-def spoiled(tmp_path: Path) -> tuple[Path, list[Spoiled]]:
+def spoiled(tmp_path: Path) -> tuple[Path, list[BadRows]]:
     """A folder of pictures, sound and spoiled, and more than twenty kinds of spoiled rows about them."""
     folder = tmp_path / "spoiled-pictures"
     folder.mkdir()
@@ -115,7 +150,7 @@ def spoiled(tmp_path: Path) -> tuple[Path, list[Spoiled]]:
         (row("page.jpg"), "picture unreadable", "page.jpg"),
         (row("bomb.png"), "picture unreadable", "bomb.png"),
     ]
-    return folder, [Spoiled(*values) for values in listed]
+    return folder, [BadRows(*values) for values in listed]
 
 
 @pytest.fixture(scope="session")
@@ -235,7 +270,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             depth=2,
             heads=4,
             kv_heads=2,
-            head_width=16,
+            head_dim=16,
             mlp_width=96,
             context=256,
             tied_head=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -15,11 +16,12 @@ from PIL import Image
 import pumice
 from pumice import InputError
 from pumice.assistant import REMEMBERED, Assistant, conversation_of, load
-from pumice.config import ImagePolicy
+from pumice.config import IMAGE_TOKEN, ImagePolicy
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.files import Lock
 from pumice.formats.load import open_model
 from pumice.formats.pumice.folder import save
+from pumice.processor import Processor
 
 SHORT = {"max_new_tokens": 12}
 
@@ -343,13 +345,84 @@ def test_pictures_in_tiles_answer_alike_in_every_way(tiled: Assistant, pictures:
     one_by_one = [tiled.ask(images, question, **SHORT) for images, question in rows]
     assert list(tiled.ask_each(rows, slots=3, **SHORT)) == one_by_one
     lengths = [len(tiled.logits(image, "What?")) for image in given]
-    layouts = [tiled.processor.layout(ImagePart(image)) for image in given]
+    layouts = [tiled.processor.layouts([ImagePart(image)])[0] for image in given]
     bare = len(tiled.logits(None, "What?")) + 1  # the newline behind the picture
     assert lengths == [bare + layout.tokens for layout in layouts]
     assert len(set(lengths)) == 3
     together = tiled.prompt(Conversation((user_message("All?", given),)))
     assert together.pictures
     assert len(together.look()) == sum(layout.tokens for layout in layouts)
+
+
+@pytest.fixture
+def several(tiled: Assistant) -> Assistant:
+    """The same model, which shows each of several pictures as one square, as LLaVA-OneVision does."""
+    image = dataclasses.replace(tiled.model.config.image, several="square")
+    config = dataclasses.replace(tiled.model.config, image=image)
+    model = copy.copy(tiled.model)  # the same weights
+    model.config = config
+    return Assistant(model, Processor(config, tiled.processor.tokenizer))
+
+
+def test_a_picture_that_a_later_turn_adds_changes_the_first_one_s_tokens(
+    several: Assistant, pictures: list[Path]
+) -> None:
+    first = [{"role": "user", "content": [image_part(pictures[0]), {"type": "text", "text": "What?"}]}]
+    both = [
+        *first,
+        {"role": "assistant", "content": "A dog."},
+        {"role": "user", "content": [image_part(pictures[1]), {"type": "text", "text": "And this?"}]},
+    ]
+    fresh = Assistant(several.model, several.processor)
+    expected = [list(fresh.stream(both, **SHORT))]
+    expected += [list(Assistant(several.model, several.processor).stream(first, **SHORT))]
+    # Whatever was computed and remembered before, in either order:
+    for _ in range(2):
+        assert list(several.stream(first, **SHORT)) == expected[1]
+        reply = several.stream(both, **SHORT)
+        assert list(reply) == expected[0]
+    alone, prompt = several.prompt(conversation_of(first)), several.prompt(conversation_of(both))
+    assert [picture.count for picture in prompt.pictures] == [5, 5]  # 4 of the square, and the newline
+    assert alone.pictures[0].count > 5
+    assert alone.pictures[0].key != prompt.pictures[0].key
+    again = several.stream(both, **SHORT)
+    list(again)
+    assert again.cached_tokens >= len(prompt.input_ids) - 1  # asked before: nothing but the last is new
+    new = Assistant(several.model, several.processor)
+    list(new.stream(first, **SHORT))
+    reply = new.stream(both, **SHORT)
+    list(reply)
+    before = int((prompt.input_ids == IMAGE_TOKEN).int().argmax())
+    assert reply.cached_tokens == before  # the text before the first picture, and none of its tokens
+
+
+@pytest.mark.parametrize(
+    ("trained", "policy", "shown", "message"),
+    [
+        (1, "tiles", 10, "10 pictures in one conversation, this model was trained on at most 1: answers may"),
+        (0, "square", 3, "3 pictures in one conversation, this model was trained on at most 1:"),
+        (None, "tiles", 2, "its folder does not say that this model was trained on more than one:"),
+        (None, "square", 10, None),
+        (10, "tiles", 10, None),
+        (None, "tiles", 1, None),
+    ],
+)
+def test_more_pictures_than_in_training_are_answered_and_told_once(
+    tiled: Assistant, caplog: pytest.LogCaptureFixture, trained: int | None, policy: str, shown: int,
+    message: str | None,
+) -> None:  # fmt: skip
+    image = dataclasses.replace(tiled.model.config.image, several=policy)
+    decoder = dataclasses.replace(tiled.model.config.decoder, context=4096)
+    config = dataclasses.replace(tiled.model.config, image=image, decoder=decoder, trained_pictures=trained)
+    model = copy.copy(tiled.model)
+    model.config = config
+    asked = Assistant(model, Processor(config, tiled.processor.tokenizer))
+    many = [Image.new("RGB", (40, 30), (number, 0, 0)) for number in range(shown)]
+    for _ in range(2):
+        assert isinstance(asked.ask(many, "What?", max_new_tokens=2), str)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (message is not None)
+    assert message is None or message in told[0]
 
 
 def test_what_is_remembered_is_counted_in_tokens(tiled: Assistant) -> None:
@@ -371,3 +444,52 @@ def test_the_end_of_a_row_of_tiles_matters(tiled: Assistant, pictures: list[Path
     newline.data.neg_()
     tiled._seen.clear()
     assert (before - after).abs().max() > 0.1
+
+
+# --- picture files that change ---
+
+
+@pytest.mark.parametrize("kind", ["exact", "tiled"])
+def test_a_file_that_is_replaced_while_it_is_read(
+    kind: str, tmp_path: Path, replaced_when_opened: Any, request: pytest.FixtureRequest
+) -> None:
+    model: Assistant = request.getfixturevalue(kind)
+    contents = []
+    for color, size in (("red", (64, 40)), ("blue", (30, 90))):
+        Image.new("RGB", size, color).save(tmp_path / "made.png")
+        contents.append((tmp_path / "made.png").read_bytes())
+    right = [model.logits(data, "What?") for data in contents]
+    file = tmp_path / "latest.png"
+    replaced_when_opened(file, contents)
+    fresh = Assistant(model.model, model.processor)
+    for expected in (*right, *right):
+        assert torch.equal(fresh.logits(file, "What?"), expected)
+    assert all(
+        torch.equal(fresh.logits(data, "What?"), expected)
+        for data, expected in zip(contents, right, strict=True)
+    )
+
+
+def test_an_explanation_draws_the_picture_that_it_explains(
+    exact: Assistant, tmp_path: Path, replaced_when_opened: Any
+) -> None:
+    contents = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (64, 40), color).save(tmp_path / "made.png")
+        contents.append((tmp_path / "made.png").read_bytes())
+    right = exact.explain(contents[0], "What?", "A dog.")
+    replaced_when_opened(tmp_path / "latest.png", contents)
+    found = exact.explain(tmp_path / "latest.png", "What?", "A dog.")
+    assert np.array_equal(found.reliance.shown, right.reliance.shown)
+
+
+def test_a_file_that_is_deleted_between_two_questions(exact: Assistant, tmp_path: Path) -> None:
+    file = tmp_path / "latest.png"
+    Image.new("RGB", (64, 40), "red").save(file)
+    assert exact.ask(file, "What?", **SHORT)
+    file.unlink()
+    with pytest.raises(InputError, match=r"latest\.png' does not exist; check the path"):
+        exact.ask(file, "What?", **SHORT)
+    file.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"picture '.*latest\.png' is not a picture"):
+        exact.ask(file, "Why?", **SHORT)

@@ -22,7 +22,7 @@ from pumice.config import (
 )
 from pumice.errors import InputError
 
-DECODER = DecoderConfig(vocab_size=100, width=32, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=64)
+DECODER = DecoderConfig(vocab_size=100, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
 
 
 def plain() -> dict[str, Any]:
@@ -37,10 +37,10 @@ decoders = st.builds(
     depth=st.integers(1, 99),
     heads=st.just(8),
     kv_heads=st.sampled_from([1, 2, 4, 8]),
-    head_width=st.integers(1, 128).map(lambda n: 2 * n),
+    head_dim=st.integers(1, 128).map(lambda n: 2 * n),
     mlp_width=st.integers(1, 10**5),
     context=st.integers(1, 10**6),
-    rope_base=st.floats(1, 1e7),
+    rope_theta=st.floats(1, 1e7),
     norm_eps=st.floats(1e-12, 1e-3),
     tied_head=st.booleans(),
     qkv_bias=st.booleans(),
@@ -114,7 +114,7 @@ def test_left_out_keys_take_their_defaults() -> None:
         (
             ("decoder", "head_width"),
             7,
-            "config.json: decoder: rotary positions turn pairs; a head_width of 7 has none",
+            "config.json: decoder: rotary positions turn pairs; a head_dim of 7 has none",
         ),
         (
             ("decoder", "rope_scaling"),
@@ -196,6 +196,29 @@ def test_only_tiles_need_pinpoints_and_they_come_back_from_json() -> None:
         ModelConfig(DECODER, image=ImagePolicy("anyres"))
 
 
+def test_several_pictures_are_squares_where_tiles_shrink() -> None:
+    tiles = ImagePolicy("anyres", pinpoints=((256, 512), (512, 512)))
+    assert (tiles.several, dataclasses.replace(tiles, several=None, max_tiles=9).several) == (
+        "tiles", "square"
+    )  # fmt: skip
+    assert dataclasses.replace(tiles, max_tiles=9).several == "tiles"  # what was said stays
+    assert ImagePolicy().several is None
+    assert [tiles.tiles(count) for count in (1, 2)] == [True, True]
+    tiles = dataclasses.replace(tiles, several="square")
+    assert [tiles.tiles(count) for count in (1, 2)] == [True, False]
+    assert not ImagePolicy(several="tiles").tiles(1)
+    with pytest.raises(InputError, match="unknown several 'crops'; use one of tiles, square"):
+        ImagePolicy(several="crops")
+
+
+def test_a_cache_of_features_outlives_the_choice_for_several_pictures() -> None:
+    policy = ImagePolicy("anyres", pinpoints=((256, 512),), max_tiles=9)
+    assert repr(policy) == (
+        "ImagePolicy(mode='anyres', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), "
+        "resample='bicubic', pad_color=(124, 116, 104), pinpoints=((256, 512),), unpad=True, max_tiles=9)"
+    )
+
+
 def test_unknown_choices_and_squares_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="unknown mode 'stretch'; use one of pad, crop, squash, anyres"):
         ImagePolicy(mode="stretch")
@@ -203,3 +226,10 @@ def test_unknown_choices_and_squares_that_do_not_fit_are_refused() -> None:
         ImagePolicy(resample="nearest")
     with pytest.raises(InputError, match="8 x 8 features cannot be reduced by 3"):
         ModelConfig(DECODER, connector=ConnectorConfig(reduce="average", factor=3))
+
+
+@pytest.mark.parametrize("dropout", [1.0, 1.5, -0.1])
+def test_a_dropout_that_teaches_nothing_is_refused(dropout: float) -> None:
+    LoraConfig(dropout=0.0)
+    with pytest.raises(InputError, match=r"dropout is .*at least 0 and less than 1"):
+        LoraConfig(dropout=dropout)

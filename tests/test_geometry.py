@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.errors import InputError
-from pumice.geometry import Layout, best_resolution, letterbox, square_layout, tile_layout
+from pumice.geometry import Layout, best_resolution, letterbox, single_tile_layout, tile_layout
 from pumice.model.connector import arrange
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -25,7 +25,7 @@ SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
 def make(vision: VisionConfig | None = None, **policy: Any) -> ModelConfig:
     decoder = DecoderConfig(
-        vocab_size=9, width=8, depth=1, heads=1, kv_heads=1, head_width=8, mlp_width=8, context=9
+        vocab_size=9, width=8, depth=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8, context=9
     )
     vision = vision or VisionConfig("clip", image_size=336, stride=14, width=8, depth=1, heads=1, mlp_width=8)
     values = {"mode": "anyres", "pinpoints": PINPOINTS} | policy
@@ -76,8 +76,8 @@ def test_the_picture_is_inside_the_tiles_and_touches_two_sides(size: tuple[int, 
 
 def test_one_square() -> None:
     config = make(mode="pad", pinpoints=())
-    assert square_layout(config) == Layout(576)
-    assert (square_layout(config).squares, square_layout(config).tokens) == (1, 576)
+    assert single_tile_layout(config) == Layout(576)
+    assert (single_tile_layout(config).tiles, single_tile_layout(config).tokens) == (1, 576)
 
 
 def test_reduced_tokens_are_laid_out_alike() -> None:

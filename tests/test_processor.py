@@ -21,13 +21,13 @@ from pumice.config import (
 from pumice.conversation import Conversation, ImagePart, Message, from_llava, user_message
 from pumice.errors import InputError
 from pumice.geometry import Layout, tile_layout
-from pumice.images import pixels, squares
+from pumice.images import image_key, pixels, to_tiles
 from pumice.processor import Processor
 from pumice.tokens import IGNORE, Tokenizer
 
 CONFIG = ModelConfig(
     DecoderConfig(
-        vocab_size=320, width=32, depth=1, heads=2, kv_heads=1, head_width=16, mlp_width=32, context=128
+        vocab_size=320, width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp_width=32, context=128
     ),
     VisionConfig(image_size=64),
     stop_token_ids=(2,),
@@ -99,7 +99,7 @@ def test_pixels_are_those_of_the_image_policy(processor: Processor, tmp_path: Pa
     path = tmp_path / "red.png"
     picture((200, 10, 10)).save(path)
     given = (ImagePart(path), ImagePart(picture((0, 0, 250), (30, 40))), ImagePart(path.read_bytes()))
-    stacked = processor.pixels(given)
+    stacked = processor.pixels(given, processor.layouts(given))
     assert stacked.shape == (3, 3, 64, 64)
     assert stacked.dtype == np.float32
     expected = pixels(picture((200, 10, 10)), 64, CONFIG.image)
@@ -134,9 +134,9 @@ def test_under_anyres_every_picture_has_its_own_count(tokenizer: Tokenizer, tmp_
     assert sample.layouts == tuple(tile_layout(TILED, size) for size in sizes)
     assert runs(sample.input_ids) == [layout.tokens for layout in sample.layouts]
     assert len({layout.tokens for layout in sample.layouts}) == 3
-    pixels_of = processor.pixels(sample.images)
-    assert len(pixels_of) == sum(layout.squares for layout in sample.layouts)
-    first = squares(picture((9, 9, 9), sizes[0]), 64, TILED.image)
+    pixels_of = processor.pixels(sample.images, sample.layouts)
+    assert len(pixels_of) == sum(layout.tiles for layout in sample.layouts)
+    first = to_tiles(picture((9, 9, 9), sizes[0]), 64, TILED.image)
     assert np.array_equal(pixels_of[: len(first)], first)
 
 
@@ -146,13 +146,52 @@ def test_a_picture_on_its_side_is_counted_upright(tokenizer: Tokenizer) -> None:
     buffer = io.BytesIO()
     picture((9, 9, 9), (90, 30)).save(buffer, "JPEG", exif=exif)
     processor = Processor(TILED, tokenizer)
-    layout = processor.layout(ImagePart(buffer.getvalue()))
-    assert layout == tile_layout(TILED, (30, 90)) != tile_layout(TILED, (90, 30))
-    assert len(processor.pixels((ImagePart(buffer.getvalue()),))) == layout.squares
+    given = (ImagePart(buffer.getvalue()),)
+    layouts = processor.layouts(given)
+    assert layouts == (tile_layout(TILED, (30, 90)),) != (tile_layout(TILED, (90, 30)),)
+    assert len(processor.pixels(given, layouts)) == layouts[0].tiles
+
+
+SEVERAL = dataclasses.replace(TILED, image=dataclasses.replace(TILED.image, several="square"))
+
+
+def test_each_of_several_pictures_is_one_padded_square(tokenizer: Tokenizer) -> None:
+    processor, tiles = Processor(SEVERAL, tokenizer), Processor(TILED, tokenizer)
+    assert processor.prompt(shown := asked(1)).layouts == tiles.prompt(shown).layouts
+    sample = processor.prompt(asked(2))
+    assert runs(sample.input_ids) == [5, 5]  # the square's 4, and the newline behind it
+    assert runs(tiles.prompt(asked(2)).input_ids)[0] > 5
+    seen = processor.pixels(sample.images, sample.layouts)
+    padded = dataclasses.replace(SEVERAL.image, mode="pad")
+    assert np.array_equal(seen, [pixels(picture((n, 0, 0), (90, 30)), 64, padded) for n in range(2)])
+
+
+def test_all_pictures_of_a_training_row_count_from_its_first_turn(tokenizer: Tokenizer) -> None:
+    processor = Processor(SEVERAL, tokenizer)
+    turns = [("human", "<image>What?"), ("gpt", "A dog."), ("human", "<image>And this?"), ("gpt", "A cat.")]
+    row = from_llava("r", turns, [picture((n, 0, 0), (90, 30)) for n in range(2)])
+    sample, prompt = processor.training_sample(row), processor.prompt(Conversation(row.messages[:3]))
+    assert runs(sample.input_ids) == [5, 5]
+    assert np.array_equal(sample.input_ids[: len(prompt.input_ids)], prompt.input_ids)
+    assert sample.layouts == prompt.layouts
+
+
+def test_a_picture_s_square_and_its_tiles_have_two_keys(processor: Processor, tokenizer: Tokenizer) -> None:
+    image = ImagePart(picture((9, 9, 9), (90, 30)))
+    several = Processor(SEVERAL, tokenizer)
+    [alone], [first, _] = several.layouts([image]), several.layouts([image, image])
+    plain = image_key(image.source)
+    assert (several.key(image, alone), several.key(image, first)) == (plain, f"{plain}-square")
+    assert several.key(image, first, mirror=True) == f"{plain}-square-mirror"
+    assert processor.key(image, processor.layouts([image])[0]) == plain  # as caches of features have it
+
+
+def asked(count: int) -> Conversation:
+    return Conversation((user_message("What?", [picture((n, 0, 0), (90, 30)) for n in range(count)]),))
 
 
 def test_without_tiles_a_picture_is_not_opened_to_be_counted(processor: Processor) -> None:
-    assert processor.layout(ImagePart("no such file")) == Layout(4)
+    assert processor.layouts([ImagePart("no such file")]) == (Layout(4),)
 
 
 def test_pictures_are_wrapped_in_special_tokens(tokenizer: Tokenizer) -> None:
@@ -176,7 +215,7 @@ def test_a_wrapping_that_the_tokenizer_lacks_is_refused(tokenizer: Tokenizer) ->
 
 
 def test_no_pictures_are_no_pixels(processor: Processor) -> None:
-    assert processor.pixels(()).shape == (0, 3, 64, 64)
+    assert processor.pixels((), ()).shape == (0, 3, 64, 64)
     assert processor.training_sample(row(images=0)).images == ()
 
 

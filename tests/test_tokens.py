@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.errors import InputError
+from pumice.formats.pumice.folder import open_parts
+from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.templates import TEMPLATES, Span, Template, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 
@@ -327,3 +331,37 @@ def test_the_bytes_of_a_character_are_marked_as_one() -> None:
 )
 def test_decode_as_sentencepiece(pieces: list[str], text: str) -> None:
     assert LEGACY.decode([LEGACY.id_of(piece) for piece in pieces]) == text
+
+
+LIMITS = {
+    "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "x",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_truncation_and_padding_are_switched_off(tmp_path: Path, key: str, tiny_folder: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    text = "A dog runs over the grass."
+    path.write_text(json.dumps({**json.loads(BACKENDS["gpt2"].to_str()), key: LIMITS[key]}))
+    assert Tokenizer.from_file(path).pieces(text) == TOKENIZER.pieces(text)
+    for place in (path, tmp_path):
+        assert read_tokenizer(place).backend.encode(text).ids == BACKENDS["gpt2"].encode(text).ids
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    own = folder / "tokenizer.json"
+    expected = open_parts(tiny_folder).tokenizer.encode(text).ids
+    own.write_text(json.dumps({**json.loads(own.read_text()), key: LIMITS[key]}))
+    assert open_parts(folder).tokenizer.encode(text).ids == expected
+
+
+@pytest.mark.parametrize("value", [7, [], {}, {"max_length": -1}, False])
+@pytest.mark.parametrize("key", LIMITS)
+def test_malformed_limits_are_refused_in_one_sentence(tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(BACKENDS["gpt2"].to_str()), key: value}))
+    with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer\.json: [^\n]+$"):
+        read_tokenizer(path)

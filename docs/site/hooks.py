@@ -43,7 +43,7 @@ ELSEWHERE = {
 MODULE = re.compile(r"src/pumice/(\w+)(?:/[\w/]+)?\.py")
 RECIPE = ("src/pumice/train/recipe.py", "reference/recipe-fields.md")
 # Folders that mean more than their code; their own README is the page.
-FOLDERS = {"recipes": "recipes/README.md", "recipes/pumice-tiny": "projects/pumice-tiny/README.md"}
+FOLDERS = {"recipes": "recipes/README.md", "projects/pumice-tiny": "projects/pumice-tiny/README.md"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 

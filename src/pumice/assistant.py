@@ -8,6 +8,7 @@ Shapes: N image tokens, D decoder width, T tokens of a prompt, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import queue
 import threading
 from collections import OrderedDict, deque
@@ -18,21 +19,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from pumice.config import ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.engine.engine import Engine
-from pumice.engine.requests import Delta, Picture, Prompt, Request, check_room
+from pumice.engine.requests import Delta, Prompt, PromptImage, Request, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.text import TextStream
 from pumice.errors import InputError
 from pumice.formats.load import find_device, open_model
 from pumice.geometry import Layout
-from pumice.images import image_key
+from pumice.images import read_picture
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
 if TYPE_CHECKING:
     from pumice.engine.constraint import JsonSchema
     from pumice.explain.explanation import Explanation
+
+_LOG = logging.getLogger(__name__)
 
 # Pictures whose image tokens are kept, so that asking again costs no vision tower; of pictures in tiles so
 # many fewer that they take no more room.
@@ -159,6 +163,7 @@ class Assistant:
         self.provenance = dict(provenance or {})
         self._seen: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
+        self._told = False  # that a conversation shows more pictures than the model was trained on
         self.engine = Engine(model, slots=SLOTS)
 
     def ask(self, images: Any, question: str, **sampling: Any) -> str:
@@ -306,17 +311,26 @@ class Assistant:
         pictures = tuple(self._picture(image, layout) for image, layout in shown)
         made = Prompt(torch.from_numpy(sample.input_ids), None, params, pictures)
         check_room(self.model, made)
+        self._tell(len(pictures))
         return made
 
-    def _picture(self, image: ImagePart, layout: Layout) -> Picture:
+    def _tell(self, shown: int) -> None:
+        """Log, once, that a conversation shows more pictures than those that the model was trained on."""
+        note = too_many_pictures(self.model.config, shown)
+        with self._lock:
+            note, self._told = (None if self._told else note), self._told or note is not None
+        if note is not None:
+            _LOG.warning("%s", note)
+
+    def _picture(self, image: ImagePart, layout: Layout) -> PromptImage:
         """A picture that the tower sees when the engine asks for it; it is opened now, and wrong now."""
-        key = image_key(image.source)
+        key = self.processor.key(image, layout)
         with self._lock:
             tokens = self._seen.get(key)
             if tokens is not None:
                 self._seen.move_to_end(key)
-                return Picture(key, layout.tokens, lambda: tokens)
-        pixels = torch.from_numpy(self.processor.pixels((image,)))
+                return PromptImage(key, layout.tokens, lambda: tokens)
+        pixels = torch.from_numpy(self.processor.pixels((image,), (layout,)))
 
         @torch.inference_mode()
         def look() -> Tensor:
@@ -331,7 +345,7 @@ class Assistant:
                     self._seen.popitem(last=False)
             return tokens
 
-        return Picture(key, layout.tokens, look)
+        return PromptImage(key, layout.tokens, look)
 
 
 def explain(
@@ -349,6 +363,9 @@ def explain(
 
     chosen = {name: options.pop(name) for name in ("method", "layers", "occlusion") if name in options}
 
+    # Read once: the pictures that are drawn are those that were asked about, even if a file is replaced.
+    conversation = conversation.with_sources(read_picture)
+
     def own() -> str:
         return "".join(assistant.stream(conversation, **options))
 
@@ -360,6 +377,19 @@ def explain(
         lambda shown: assistant.prompt(shown).look(),
         **chosen,
     )
+
+
+def too_many_pictures(config: ModelConfig, shown: int) -> str | None:
+    """What to tell where one conversation shows more pictures than in training; None where it does not."""
+    trained = config.trained_pictures
+    if trained is None and config.image.mode == "anyres" and config.image.several == "square":
+        return None  # a policy for several pictures comes from training on them
+    if shown <= max(1, trained or 1):
+        return None
+    known = "its folder does not say that this model was trained on more than one"
+    if trained is not None:
+        known = f"this model was trained on at most {max(1, trained)}"
+    return f"{shown} pictures in one conversation, {known}: answers may be poor; ask about fewer at a time"
 
 
 def _is_done(reply: Reply | InputError) -> bool:

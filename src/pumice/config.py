@@ -20,8 +20,11 @@ from pumice.errors import InputError
 
 FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop", "squash", "anyres")
+SEVERAL = ("tiles", "square")
 RESAMPLINGS = ("bicubic", "bilinear")
 IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
+# Fields that have another name in config.json, so that models written by earlier versions stay readable.
+STORED_NAMES = {"head_dim": "head_width", "rope_theta": "rope_base"}
 
 
 @contextlib.contextmanager
@@ -103,10 +106,10 @@ class DecoderConfig:
     depth: int
     heads: int
     kv_heads: int
-    head_width: int
+    head_dim: int
     mlp_width: int
     context: int = 2048  # longest sequence, tokens
-    rope_base: float = 10000.0
+    rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied_head: bool = False  # the vocabulary projection is the embedding's transpose
@@ -120,8 +123,8 @@ class DecoderConfig:
             raise InputError(f"{self.depth} blocks are more than any decoder has; is the depth right?")
         _at_least(1, width=self.width, heads=self.heads, kv_heads=self.kv_heads)
         _at_least(1, mlp_width=self.mlp_width, context=self.context)
-        if self.head_width < 2 or self.head_width % 2:
-            raise InputError(f"rotary positions turn pairs; a head_width of {self.head_width} has none")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise InputError(f"rotary positions turn pairs; a head_dim of {self.head_dim} has none")
         if self.sliding_window is not None:
             _at_least(1, sliding_window=self.sliding_window)
         if self.heads % self.kv_heads:
@@ -154,6 +157,11 @@ class ImagePolicy:
     pinpoints: tuple[tuple[int, int], ...] = ()
     unpad: bool = True  # drop features of the tiles' padding, end each row with `image_newline`
     max_tiles: int | None = None  # LLaVA-OneVision's anyres_max_9: more features than that many tiles' shrink
+    # anyres only: how each picture is shown where a conversation has more than one: in "tiles" all the same
+    # (LLaVA-NeXT), or as one "square", padded as by "pad" (LLaVA-OneVision). None becomes "square" where
+    # max_tiles is given, else "tiles". It has no place in repr(), from which feature caches take their
+    # fingerprint: a cache keeps a picture's tiles and its square under two keys.
+    several: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -166,6 +174,14 @@ class ImagePolicy:
             raise InputError(f"pixels cannot be divided by a std of {self.std}; each must be more than 0")
         if self.max_tiles is not None:
             _at_least(1, max_tiles=self.max_tiles)
+        if self.mode == "anyres" and self.several is None:
+            object.__setattr__(self, "several", "tiles" if self.max_tiles is None else "square")
+        if self.several not in (None, *SEVERAL):
+            raise InputError(f"unknown several {self.several!r}; use one of {', '.join(SEVERAL)}")
+
+    def tiles(self, pictures: int) -> bool:
+        """Whether each of so many pictures of one conversation is cut into tiles."""
+        return self.mode == "anyres" and (pictures == 1 or self.several == "tiles")
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,11 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, rank=self.rank)
+        if not 0 <= self.dropout < 1:
+            raise InputError(
+                f"dropout is {self.dropout:g}, but must be at least 0 and less than 1: "
+                "at 1 the adapters would learn nothing"
+            )
 
 
 @dataclass(frozen=True)
@@ -213,6 +234,7 @@ class ModelConfig:
     bos_token_id: int | None = None  # stands once, before everything
     image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
+    trained_pictures: int | None = None  # the most pictures in one training conversation; None: not known
 
     def __post_init__(self) -> None:
         if self.vision.kind != "none":
@@ -246,7 +268,7 @@ class ModelConfig:
         return (grid // factor) ** 2
 
     def to_dict(self) -> dict[str, Any]:
-        return {"pumice_format": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return {"pumice_format": FORMAT_VERSION, **as_stored(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -258,15 +280,24 @@ class ModelConfig:
         return typing.cast(ModelConfig, from_dict(cls, values, where))
 
 
+def as_stored(config: Any) -> dict[str, Any]:
+    """Return a config dataclass as JSON values, recursively, under the names of config.json."""
+
+    def rename(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {STORED_NAMES.get(name, name): value for name, value in items}
+
+    return dataclasses.asdict(config, dict_factory=rename)
+
+
 def from_dict(cls: type, values: Any, where: str) -> Any:
-    """Build dataclass `cls` from plain JSON values, recursively and strictly.
+    """Build dataclass `cls` from JSON values under the names of config.json, recursively and strictly.
 
     `where` names the place in error messages. An unknown key is refused with the nearest known one.
     """
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object for {cls.__name__}, found {type(values).__name__}")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {STORED_NAMES.get(f.name, f.name): f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -275,7 +306,7 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
     arguments = {}
     for name, spec in fields.items():
         if name in values:
-            arguments[name] = _convert(hints[name], values[name], f"{where}: {name}")
+            arguments[spec.name] = _convert(hints[spec.name], values[name], f"{where}: {name}")
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: the key {name!r} is missing")
     with naming(where):

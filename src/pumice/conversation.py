@@ -7,8 +7,8 @@ opened by `pumice.images` alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -60,6 +60,17 @@ class Conversation:
     @property
     def images(self) -> list[ImagePart]:
         return [image for message in self.messages for image in message.images]
+
+    def with_sources(self, change: Callable[[Any], Any]) -> Conversation:
+        """The same with every picture's source changed."""
+        messages = []
+        for message in self.messages:
+            parts = (
+                ImagePart(change(part.source)) if isinstance(part, ImagePart) else part
+                for part in message.parts
+            )
+            messages.append(replace(message, parts=tuple(parts)))
+        return replace(self, messages=tuple(messages))
 
     def check(self, *, answered: bool) -> Conversation:
         """Raise InputError unless roles alternate from the user on.

@@ -24,7 +24,8 @@ class Layout:
 
     First the `base` tokens of the whole picture. Then the tiles (columns x rows of them) as one map of
     tokens: without `top` rows at either end and `left` columns at either side, which show padding, shrunk
-    to height x width where it is larger, each row ended by the newline token if there is one.
+    to height x width where it is larger, each row ended by the newline token if there is one. One of
+    several pictures, without tiles, has one row that is empty but for the newline.
     """
 
     base: int
@@ -37,7 +38,7 @@ class Layout:
     newline: bool = False
 
     @property
-    def squares(self) -> int:
+    def tiles(self) -> int:
         """The number of squares that the tower looks at."""
         return 1 + self.columns * self.rows
 
@@ -67,13 +68,22 @@ def letterbox(size: Size, target: Size) -> Size:
     return min(math.ceil(size[0] * down), target[0]), target[1]
 
 
-def square_layout(config: ModelConfig) -> Layout:
-    """The layout of any picture that becomes one square."""
-    return Layout(config.image_tokens)
+def single_tile_layout(config: ModelConfig) -> Layout:
+    """The layout of any picture that becomes one square.
+
+    Under anyres the newline token follows it, as in LLaVA-VL/LLaVA-NeXT's llava_arch.py ("single image
+    operations") and in transformers' LlavaOnevision.
+    """
+    return Layout(config.image_tokens, height=int(config.has_newline), newline=config.has_newline)
+
+
+def picture_layout(config: ModelConfig, size: Size, pictures: int = 1) -> Layout:
+    """The layout of a picture of this size, one of so many of a conversation."""
+    return tile_layout(config, size) if config.image.tiles(pictures) else single_tile_layout(config)
 
 
 def tile_layout(config: ModelConfig, size: Size) -> Layout:
-    """The layout of a picture of this size under the image policy "anyres"."""
+    """The layout of a picture of this size that is cut into tiles."""
     policy, base = config.image, config.image_tokens
     side = math.isqrt(base)  # tokens on a side of one square
     target = best_resolution(size, policy.pinpoints)

@@ -15,7 +15,7 @@ import io
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,6 +28,12 @@ from pumice.geometry import best_resolution, letterbox
 
 class EnormousPicture(InputError):
     """A picture of more than MAX_PIXELS, as its header claims."""
+
+
+class PictureFile(bytes):
+    """The bytes of a picture file that was read once. name: of the file, for messages."""
+
+    name: str
 
 
 Source = str | PathLike[str] | bytes | Image.Image
@@ -57,6 +63,31 @@ _UPRIGHT = {  # EXIF 2.32, table 6: how the stored picture is turned to be seen
 _SIDEWAYS = {_UPRIGHT[number] for number in (5, 6, 7, 8)}
 
 
+@overload
+def read_picture(source: str | PathLike[str] | bytes) -> bytes: ...
+@overload
+def read_picture(source: Image.Image) -> Image.Image: ...
+def read_picture(source: Source) -> bytes | Image.Image:
+    """A picture that can no longer change: a path becomes the bytes of its file, read once.
+
+    What is hashed, measured and opened is then the same picture, though the file be replaced meanwhile.
+    Raises InputError when the file is missing, empty or cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    name = _name(source)
+    try:
+        with _open_file(source, name) as file:
+            data = file.read()
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}; check the disk") from error
+    if isinstance(source, bytes):
+        return source
+    picture = PictureFile(data)
+    picture.name = str(source)
+    return picture
+
+
 def open_image(source: Source) -> Image.Image:
     """A path, the bytes of a file, or a PIL image as an upright 8-bit RGB image.
 
@@ -83,12 +114,12 @@ def image_size(source: Source) -> tuple[int, int]:
 def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
     """An RGB image, as `open_image` gives it, as one square for the tower, float32 (3, S, S), S = size.
 
-    "pad" is LLaVA's expand2square followed by a resize; "crop" is CLIPImageProcessor's shortest
-    edge and centre crop, equal to it bit for bit before normalisation; "squash" ignores the aspect
-    ratio.
+    "pad" is LLaVA's expand2square followed by a resize, and so is "anyres" where a picture has no tiles;
+    "crop" is CLIPImageProcessor's shortest edge and centre crop, equal to it bit for bit before
+    normalisation; "squash" ignores the aspect ratio.
     """
     resample = _RESAMPLE[policy.resample]
-    if policy.mode == "pad":
+    if policy.mode in ("pad", "anyres"):
         square = _pad(image, policy.pad_color).resize((size, size), resample)
     elif policy.mode == "crop":
         square = _crop(image, size, resample)
@@ -98,13 +129,16 @@ def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
     return _normalise(square, policy)
 
 
-def squares(image: Image.Image, size: int, policy: ImagePolicy, *, mirror: bool = False) -> np.ndarray:
+def to_tiles(
+    image: Image.Image, size: int, policy: ImagePolicy, *, tiles: bool = True, mirror: bool = False
+) -> np.ndarray:
     """An RGB image as all squares that the tower looks at, float32 (P, 3, S, S), S = size.
 
     "anyres" (LLaVA-NeXT): the picture squashed, then, letterboxed in black at its best resolution, tiles
-    row by row; P = `geometry.tile_layout(...).squares`. Any other mode: one square. mirror: left to right.
+    row by row; P = `geometry.tile_layout(...).squares`. Without tiles, and in any other mode: one square.
+    mirror: left to right.
     """
-    if policy.mode != "anyres":
+    if policy.mode != "anyres" or not tiles:
         square = pixels(image, size, policy)
         return np.ascontiguousarray(square[:, :, ::-1] if mirror else square)[None]
     resample = _RESAMPLE[policy.resample]
@@ -125,16 +159,12 @@ def image_key(source: Source) -> str:
 
     A file and its bytes have the same key. Raises InputError where `open_image` could not begin.
     """
-    digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, Image.Image):
         image = open_image(source)
-        digest.update(f"{image.size}".encode())
-        digest.update(image.tobytes())
-        return digest.hexdigest()
-    with _open_file(source, _name(source)) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        contents = f"{image.size}".encode() + image.tobytes()
+    else:
+        contents = read_picture(source)
+    return hashlib.blake2b(contents, digest_size=16).hexdigest()
 
 
 def data_url(source: str | PathLike[str] | bytes) -> str:
@@ -142,12 +172,11 @@ def data_url(source: str | PathLike[str] | bytes) -> str:
 
     Raises InputError when it cannot be read; only a file of a rarer format is decoded and so checked.
     """
-    with _open_file(source, _name(source)) as file:
-        data = file.read()
+    data = read_picture(source)
     kind = next((name for mark, name in _COMMON.items() if data.startswith(mark)), None)
     if kind is None:
         made, kind = io.BytesIO(), "jpeg"
-        open_image(source).save(made, "JPEG", quality=90)
+        open_image(data).save(made, "JPEG", quality=90)
         data = made.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -179,6 +208,8 @@ def _opened(source: Any) -> Iterator[Image.Image]:
 
 
 def _name(source: Any) -> str:
+    if isinstance(source, PictureFile):
+        return f"picture {source.name!r}"
     name = ImagePart(source).name
     return f"picture {name!r}" if isinstance(source, str | PathLike) else f"the {name}"
 
@@ -186,7 +217,8 @@ def _name(source: Any) -> str:
 def _open_file(source: Any, name: str) -> BinaryIO:
     if isinstance(source, bytes):
         if not source:
-            raise InputError("the picture is empty (0 bytes); give the whole file")
+            told = name if isinstance(source, PictureFile) else "the picture"
+            raise InputError(f"{told} is empty (0 bytes); give the whole file")
         return io.BytesIO(source)
     if not isinstance(source, str | PathLike):
         raise InputError(f"{name} is not a picture; give a path, the bytes of a file, or a PIL image")

@@ -15,8 +15,8 @@ import numpy as np
 from pumice.config import IMAGE_TOKEN, ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import InputError
-from pumice.geometry import Layout, square_layout, tile_layout
-from pumice.images import image_size, open_image, squares
+from pumice.geometry import Layout, single_tile_layout, tile_layout
+from pumice.images import image_key, image_size, open_image, read_picture, to_tiles
 from pumice.templates import Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 
@@ -96,8 +96,12 @@ class Processor:
         return sample
 
     def prompt(self, conversation: Conversation) -> Sample:
-        """A conversation that ends in a question, up to where the model's answer begins."""
-        sample = self._sample(conversation.check(answered=False), generate=True)
+        """A conversation that ends in a question, up to where the model's answer begins.
+
+        The sample's pictures are read: a file that is replaced afterwards changes nothing.
+        """
+        conversation = conversation.check(answered=False).with_sources(read_picture)
+        sample = self._sample(conversation, generate=True)
         if not len(sample.input_ids):
             raise InputError(f"the template {self.template.name!r} sees pictures only; show one")
         return sample
@@ -107,7 +111,7 @@ class Processor:
         images = tuple(span for span in spans if isinstance(span, ImagePart))
         if images and self.config.vision.kind == "none":
             raise InputError("this model is a language model without a vision tower; ask it without pictures")
-        layouts = tuple(self.layout(image) for image in images)
+        layouts = self.layouts(images)
         counts = [layout.tokens for layout in layouts]
         input_ids, labels = encode(self._wrap(spans), self.tokenizer, counts, self.config.bos_token_id)
         limit = self.config.decoder.context
@@ -127,17 +131,31 @@ class Processor:
             wrapped += [before, span, after] if isinstance(span, ImagePart) else [span]
         return wrapped
 
-    def layout(self, image: ImagePart) -> Layout:
-        """How the picture becomes image tokens; under anyres its size decides, so that it is opened."""
-        if self.config.image.mode != "anyres":
-            return square_layout(self.config)
-        return tile_layout(self.config, image_size(image.source))
+    def layouts(self, images: Sequence[ImagePart]) -> tuple[Layout, ...]:
+        """How the pictures of one conversation become image tokens: all of them, in order.
 
-    def pixels(self, images: Sequence[ImagePart], *, mirror: bool = False) -> np.ndarray:
+        Their number decides, and of pictures in tiles each one's size, so that it is opened.
+        """
+        if not self.config.image.tiles(len(images)):
+            return (single_tile_layout(self.config),) * len(images)
+        return tuple(tile_layout(self.config, image_size(image.source)) for image in images)
+
+    def key(self, image: ImagePart, layout: Layout, *, mirror: bool = False) -> str:
+        """A name for what the tower sees of the picture: other squares of one picture have another."""
+        square = self.config.image.mode == "anyres" and layout.tiles == 1
+        return image_key(image.source) + "-square" * square + "-mirror" * mirror
+
+    def pixels(
+        self, images: Sequence[ImagePart], layouts: Sequence[Layout], *, mirror: bool = False
+    ) -> np.ndarray:
         """Pictures -> squares of pixels (P, 3, S, S) float32, by the checkpoint's image policy.
 
-        mirror: the pictures left to right.
+        layouts: theirs, as `layouts` gives them for the whole conversation. mirror: the pictures left to
+        right.
         """
         size, policy = self.config.vision.image_size, self.config.image
-        seen = [squares(open_image(image.source), size, policy, mirror=mirror) for image in images]
+        seen = [
+            to_tiles(open_image(image.source), size, policy, tiles=layout.tiles > 1, mirror=mirror)
+            for image, layout in zip(images, layouts, strict=True)
+        ]
         return np.concatenate(seen) if seen else np.zeros((0, 3, size, size), np.float32)

@@ -59,9 +59,10 @@ class Tokenizer:
         if not Path(path).is_file():
             raise InputError(f"there is no tokenizer at {path}; give a tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises bare Exception for a file it cannot read
-            raise InputError(f"{path} is not a tokenizer.json: {error}") from error
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}; check the file") from error
+        return cls(parse_tokenizer(data, path))
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -147,6 +148,20 @@ class Tokenizer:
                 tokens.append((self.special[token], mark(position)))
             begin = position + len(token)
         return tokens
+
+
+def parse_tokenizer(text: bytes | str, where: str | Path) -> tokenizers.Tokenizer:
+    """The contents of a tokenizer.json; `where` names it in the InputError for what is none.
+
+    `truncation` and `padding`, which trainers leave there, are switched off: prompts keep their length.
+    """
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(text if isinstance(text, bytes) else text.encode())
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{where} is not a tokenizer.json: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def encode(

@@ -63,7 +63,7 @@ def test_begin_of_text_is_the_tokenizers_habit_under_a_known_format(folder: Path
 
 
 def test_one_of_our_models_says_its_own(folder: Path) -> None:
-    decoder = DecoderConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_width=8, mlp_width=8)
+    decoder = DecoderConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
     chat = ChatFormat(user=("(", ")"), assistant="", stop="</s>", specials=("</s>",))
     config = ModelConfig(decoder=decoder, template="own", chat=chat)
     read_tokenizer(folder).backend.save(str(folder / "tokenizer.json"))

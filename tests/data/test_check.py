@@ -138,8 +138,8 @@ def test_lengths_come_from_the_caller(tmp_path: Path, images: ImageFinder) -> No
     assert check([source], images).to_dict()["sources"]["a"]["tokens"] is None
 
 
-def test_every_kind_of_spoiled_row_is_told_by_row_and_reason(spoiled: Any, tmp_path: Path) -> None:
-    folder, bad = spoiled
+def test_every_kind_of_spoiled_row_is_told_by_row_and_reason(bad_rows: Any, tmp_path: Path) -> None:
+    folder, bad = bad_rows
     good = json.dumps(row("good"))
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(text for entry in bad for text in (entry.text, good)) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def sample(text: str, *images: ImagePart, name: str = "s") -> Sample:
 def language_model(tied: bool = True) -> Llava:
     config = ModelConfig(
         DecoderConfig(
-            vocab_size=26, width=24, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=32, tied_head=tied
+            vocab_size=26, width=24, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=32, tied_head=tied
         ),
         VisionConfig(image_size=64, variant="lite0"),
     )
@@ -226,6 +227,9 @@ def test_different_pictures_do_not_share_a_tree() -> None:
         prefix_tree([sample("#aB", A, name="one"), sample("#aB", B, name="two")])
     with pytest.raises(ValueError, match="show different pictures"):
         prefix_tree([sample("#a#B", A, B), sample("#a#B", B, A)])
+    one = sample("#aB", A)
+    with pytest.raises(ValueError, match="show different pictures"):
+        prefix_tree([one, dataclasses.replace(one, layouts=(Layout(N, height=1, newline=True),))])
 
 
 def test_a_pack_places_its_trees_end_to_end() -> None:

@@ -15,7 +15,7 @@ def small_model(
 ) -> Llava:
     """more: of DecoderConfig."""
     decoder = DecoderConfig(
-        vocab_size=VOCABULARY, width=WIDTH, depth=3, heads=4, kv_heads=2, head_width=8, mlp_width=48,
+        vocab_size=VOCABULARY, width=WIDTH, depth=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
         context=context, sliding_window=window, **more,
     )  # fmt: skip
     config = ModelConfig(

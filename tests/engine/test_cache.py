@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pumice.engine.cache import PrefixCache, Region, common
+from pumice.engine.cache import CacheSlot, PrefixCache, common
 
 
 def keys(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def filled(cache: PrefixCache, *values: int, room: int = 0) -> Region:
+def filled(cache: PrefixCache, *values: int, room: int = 0) -> CacheSlot:
     region = cache.take(max(room, len(values)))
     assert region is not None
     region.append(keys(*values))
@@ -151,7 +151,7 @@ STEPS = st.tuples(st.sampled_from(["take", "release", "drop", "grow", "wake"]), 
 
 @given(st.lists(STEPS, max_size=60))
 def test_every_place_has_one_owner(steps: list[tuple[str, int]]) -> None:
-    cache, running, number = PrefixCache(24), list[Region](), 0
+    cache, running, number = PrefixCache(24), list[CacheSlot](), 0
     for what, size in steps:
         if what == "take":
             number += 1

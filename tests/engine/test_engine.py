@@ -25,7 +25,7 @@ from pumice.config import IMAGE_TOKEN
 from pumice.engine import scheduler as scheduling
 from pumice.engine.engine import Engine
 from pumice.engine.generate import naive_generate
-from pumice.engine.requests import Delta, Picture, Prompt, Request
+from pumice.engine.requests import Delta, Prompt, PromptImage, Request
 from pumice.engine.sampling import SamplingParams
 from pumice.model.llava import Llava
 from pumice.model.quantized import quantize
@@ -53,21 +53,21 @@ class Kit:
 
     looks: list[str] = field(default_factory=list)  # keys of the pictures that were looked at, in order
 
-    def picture(self, seed: int, count: int) -> Picture:
+    def picture(self, seed: int, count: int) -> PromptImage:
         tokens = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
 
         def look() -> torch.Tensor:
             self.looks.append(f"picture {seed}")
             return tokens
 
-        return Picture(f"picture {seed}", count, look)
+        return PromptImage(f"picture {seed}", count, look)
 
-    def prompt(self, *parts: int | Picture, **sampling: object) -> Prompt:
+    def prompt(self, *parts: int | PromptImage, **sampling: object) -> Prompt:
         """Ids as they are, and pictures among them."""
         ids: list[int] = []
         for part in parts:
             ids += [part] if isinstance(part, int) else [IMAGE_TOKEN] * part.count
-        pictures = tuple(part for part in parts if isinstance(part, Picture))
+        pictures = tuple(part for part in parts if isinstance(part, PromptImage))
         params = SamplingParams(**{"max_new_tokens": 10, **sampling})
         return Prompt(torch.tensor(ids), None, params, pictures)
 
@@ -421,7 +421,7 @@ def test_a_picture_that_fails_ends_its_own_request_only(kit: Kit, engine: Callab
     def look() -> torch.Tensor:
         raise InputError("the picture is torn")
 
-    bad, good = kit.run(engine(), kit.prompt(1, Picture("torn", 4, look), 2), PROMPTS[2])
+    bad, good = kit.run(engine(), kit.prompt(1, PromptImage("torn", 4, look), 2), PROMPTS[2])
     assert (bad.last.finish, str(bad.last.error), bad.tokens) == ("error", "the picture is torn", [])
     assert good.tokens == NAIVE[None][2]
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from pumice.engine import scheduler as scheduling
-from pumice.engine.generate import Prompt
-from pumice.engine.prefix import PrefixCache
-from pumice.engine.requests import Request
+from pumice.engine.cache import PrefixCache
+from pumice.engine.requests import Prompt, Request
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.scheduler import Scheduler
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pumice.cli import app
+from pumice.evaluate.compare import verdict
+from pumice.evaluate.tasks import get_task
 
 
 @pytest.fixture
@@ -143,14 +146,48 @@ def test_compares_two_files(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads((folder / "both.json").read_text())
     assert found["models"] == ["one", "two"]
-    assert found["difference"] == pytest.approx(100 / 6)
-    assert (found["better"], found["worse"], found["mcnemar"]) == (1, 0, 1.0)
-    assert 0 <= found["interval"][0] <= found["interval"][1]
+    assert found["difference"] == pytest.approx(-100 / 6)  # --predictions minus --compare
+    assert (found["better"], found["worse"], found["mcnemar"]) == (0, 1, 1.0)
+    assert found["interval"][0] <= found["interval"][1] <= 0
+    told = "two.jsonl is 16.67 points better than one.jsonl (1 answer better, 0 worse)"
+    assert result.stdout.startswith(f"Your own file: {told}\n")
     page = (folder / "both.html").read_text()
     Tags(page)
     assert page.count("<li data-kind=") == 1
-    assert 'data-kind="two better"' in page
+    assert 'data-kind="one worse"' in page
+    assert f"<p>{told}.</p>" in page
+    assert "one minus two" in page and "-16.67" in page
+    turned = run(*OWN, "two.jsonl", "--compare", "one.jsonl")
+    assert turned.stdout.startswith(f"Your own file: {told}\n")
+    shutil.copy("two.jsonl", "copy.jsonl")
+    equal = run(*OWN, "two.jsonl", "--compare", "copy.jsonl")
     refused(run(*OWN, "one.jsonl", "--compare", "two.jsonl", "--model", "x"), "--compare is for two files")
+    assert "two.jsonl is as good as copy.jsonl (0 answers better, 0 worse)" in equal.stdout
+
+
+def test_answers_that_cannot_be_compared(folder: Path) -> None:
+    lines = (folder / "two.jsonl").read_text().splitlines(keepends=True)
+    (folder / "fewer.jsonl").write_text("".join(lines[:4]))
+    (folder / "first.jsonl").write_text(lines[0])
+    (folder / "last.jsonl").write_text(lines[5])
+    write(folder / "others.jsonl", [{"id": n + 10, "answer": "Yes."} for n in range(6)])
+    refused(run(*OWN, "two.jsonl", "--compare", "./two.jsonl"), "are one file, 'two.jsonl'; name two files")
+    refused(run(*OWN, "two.jsonl", "--compare", "fewer.jsonl"), "2 of 6 questions have no answer")
+    refused(run(*OWN, "two.jsonl", "--compare", "others.jsonl"), "6 answers are to unknown questions")
+    part = ("--allow-missing",)
+    refused(run(*OWN, "two.jsonl", "--compare", "others.jsonl", *part), "answers none of the 6 questions")
+    refused(run(*OWN, "first.jsonl", "--compare", "last.jsonl", *part), "answer no question in common")
+    fewer = run(*OWN, "two.jsonl", "--compare", "fewer.jsonl", *part)
+    assert "PARTIAL: 4 of 6 questions" in fewer.stdout
+
+
+def test_where_lower_is_better() -> None:
+    found = {"files": ["a.jsonl", "b.jsonl"], "difference": -2.5, "better": 3, "worse": 1}
+    told = verdict(found | {"lower_is_better": True})
+    assert told == "a.jsonl is 2.50 points better than b.jsonl (3 answers better, 1 worse)"
+    told = verdict(found | {"lower_is_better": False})
+    assert told == "b.jsonl is 2.50 points better than a.jsonl (1 answer better, 3 worse)"
+    assert get_task("chair").lower_is_better and not get_task("pope").lower_is_better
 
 
 def test_a_server_that_scores(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.evaluate.endpoint import Endpoint
-from pumice.evaluate.files import Picture
+from pumice.evaluate.files import ImageFile
 from pumice.evaluate.run import (
     EndpointAnswerer,
     LocalAnswerer,
@@ -30,13 +30,13 @@ TASK = get_task("own")
 PNG = b"\x89PNG\r\n\x1a\n"  # how the file of a picture begins
 
 
-def picture(name: str) -> Picture:
+def picture(name: str) -> ImageFile:
     def load() -> bytes:
         if "missing" in name:
             raise InputError(f"picture '{name}' is not there")
         return PNG + name.encode()
 
-    return Picture(name, load, lambda: f"picture '{name}' is not there" if "missing" in name else "")
+    return ImageFile(name, load, lambda: f"picture '{name}' is not there" if "missing" in name else "")
 
 
 def question(key: int, image: str | None) -> Question:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.explain.maps import grid_for, places
-from pumice.geometry import Layout, square_layout, tile_layout
-from pumice.images import squares
+from pumice.geometry import Layout, picture_layout, single_tile_layout
+from pumice.images import to_tiles
 from pumice.model.connector import arrange, average
 
 PLAIN = ImagePolicy(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad_color=(0, 0, 0))
@@ -40,6 +40,8 @@ def config_of(models: ModuleType, name: str) -> ModelConfig:
         vision = VisionConfig(image_size=192, variant="lite0")
     elif name.startswith("anyres"):
         policy = replace(PLAIN, mode="anyres", pinpoints=TILES, unpad="unpad" in name)
+        if "several" in name:
+            policy = replace(policy, several="square")
         if "shrunk" in name:
             policy = replace(policy, max_tiles=1)
         if "rest" in name:
@@ -48,15 +50,20 @@ def config_of(models: ModuleType, name: str) -> ModelConfig:
     return ModelConfig(models.DECODER, vision, connector, policy)
 
 
+def layout_of(config: ModelConfig, name: str, size: tuple[int, int]) -> Layout:
+    return picture_layout(config, size, pictures=2 if "several" in name else 1)
+
+
 NAMES = (
     "pad", "crop", "squash", "rest", "class token", "average", "pixel_shuffle", "efficientnet",
-    "anyres", "anyres unpad", "anyres unpad rest", "anyres unpad shrunk",
+    "anyres", "anyres unpad", "anyres unpad rest", "anyres unpad shrunk", "anyres unpad several",
+    "anyres several",
 )  # fmt: skip
 
 
 def brightness(config: ModelConfig, picture: Image.Image, layout: Layout) -> np.ndarray:
     """How bright the patch of each image token is, in their order: (N,); -1 for a line's end."""
-    seen = squares(picture, config.vision.image_size, config.image)[:, 0]
+    seen = to_tiles(picture, config.vision.image_size, config.image, tiles=layout.tiles > 1)[:, 0]
     stride, grid = config.vision.stride, config.vision.grid
     cells = seen[:, : stride * grid, : stride * grid].reshape(len(seen), grid, stride, grid, stride)
     tokens = torch.from_numpy(cells.mean((2, 4)).reshape(len(seen), -1, 1))
@@ -92,7 +99,7 @@ def test_light_comes_out_where_the_map_says(
     box = (left, top, left + width // 3, top + height // 3)
     picture = Image.new("RGB", (width, height))
     picture.paste((255, 255, 255), box)
-    layout = tile_layout(config, picture.size) if name.startswith("anyres") else square_layout(config)
+    layout = layout_of(config, name, picture.size)
     where = places(config, picture.size, layout)
     assert len(where.boxes) == layout.tokens
     seen, told = brightness(config, picture, layout), expected(where.boxes, box)
@@ -106,7 +113,7 @@ def test_light_comes_out_where_the_map_says(
 @pytest.mark.parametrize("name", NAMES)
 def test_one_token_is_painted_onto_its_own_box(models: ModuleType, name: str) -> None:
     config, size = config_of(models, name), (120, 80)
-    layout = tile_layout(config, size) if name.startswith("anyres") else square_layout(config)
+    layout = layout_of(config, name, size)
     where = places(config, size, layout)
     maps = where.paint(np.eye(layout.tokens), size)
     assert maps.shape == (layout.tokens, 80, 120)
@@ -122,7 +129,7 @@ def test_one_token_is_painted_onto_its_own_box(models: ModuleType, name: str) ->
 
 def test_padding_is_a_share_and_not_drawn(models: ModuleType) -> None:
     config = config_of(models, "pad")
-    where = places(config, (200, 100), square_layout(config))  # 50 pixels of padding above and below
+    where = places(config, (200, 100), single_tile_layout(config))  # 50 pixels of padding above and below
     inside = where.inside().reshape(6, 6)
     assert np.allclose(inside[:, 0], [0, 0.5, 1, 1, 0.5, 0])
     evenly = where.paint(np.full(36, 1 / 36), (20, 10))
@@ -131,7 +138,7 @@ def test_padding_is_a_share_and_not_drawn(models: ModuleType) -> None:
 
 def test_the_ends_that_crop_cuts_off_stay_dark(models: ModuleType) -> None:
     config = config_of(models, "crop")
-    heat = places(config, (300, 100), square_layout(config)).paint(np.full(36, 1 / 36), (30, 10))
+    heat = places(config, (300, 100), single_tile_layout(config)).paint(np.full(36, 1 / 36), (30, 10))
     assert np.allclose(heat[:, 10:20], 1 / 100)
     assert not heat[:, :10].any()
     assert not heat[:, 20:].any()
@@ -141,7 +148,7 @@ def test_the_ends_that_crop_cuts_off_stay_dark(models: ModuleType) -> None:
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1), (5000, 3)])
 def test_pictures_of_any_shape(models: ModuleType, name: str, size: tuple[int, int]) -> None:
     config = config_of(models, name)
-    layout = tile_layout(config, size) if name.startswith("anyres") else square_layout(config)
+    layout = layout_of(config, name, size)
     where = places(config, size, layout)
     grid = grid_for(size)
     assert max(grid) == 48

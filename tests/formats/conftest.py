@@ -31,7 +31,7 @@ CONFIG = DecoderConfig(
     depth=2,
     heads=4,
     kv_heads=2,
-    head_width=64,
+    head_dim=64,
     mlp_width=512,
     tied_head=True,
 )
@@ -39,7 +39,7 @@ CONFIG = DecoderConfig(
 
 def random_state(config: DecoderConfig, seed: int = 0) -> dict[str, Tensor]:
     """Our names -> random tensors, shapes from the config."""
-    rows = {"q": config.heads * config.head_width, "k": config.kv_heads * config.head_width}
+    rows = {"q": config.heads * config.head_dim, "k": config.kv_heads * config.head_dim}
     rows |= {"v": rows["k"], "o": config.width, "gate": config.mlp_width, "up": config.mlp_width}
     rows |= {"down": config.width, "embed": config.vocab_size, "head": config.vocab_size}
     columns = {"o": rows["q"], "down": config.mlp_width}
@@ -50,7 +50,7 @@ def random_state(config: DecoderConfig, seed: int = 0) -> dict[str, Tensor]:
         if layer in rows and name.endswith(".weight"):
             shape: tuple[int, ...] = (rows[layer], columns.get(layer, config.width))
         elif layer in ("q_norm", "k_norm"):
-            shape = (config.head_width,)
+            shape = (config.head_dim,)
         else:
             shape = (rows.get(layer, config.width),)
         state[name] = torch.randn(shape, generator=generator)
@@ -88,9 +88,9 @@ def write_gguf() -> WriteGguf:
         writer.add_feed_forward_length(config.mlp_width)
         writer.add_head_count(config.heads)
         writer.add_head_count_kv(config.kv_heads)
-        writer.add_key_length(config.head_width)
+        writer.add_key_length(config.head_dim)
         writer.add_layer_norm_rms_eps(config.norm_eps)
-        writer.add_rope_freq_base(config.rope_base)
+        writer.add_rope_freq_base(config.rope_theta)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(TOKENS)

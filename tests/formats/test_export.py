@@ -85,7 +85,7 @@ LLAMA_3 = RopeScaling("llama3", 8.0)
         (lambda c: replace(c, vision=replace(c.vision, select="cls_patch")), ["gguf"], "class token"),
         (_decoder(qk_norm=True), ["llava"], "Qwen3"),
         (_decoder(qk_norm=True, qkv_bias=True), ["hf", "llava", "gguf"], "both biases"),
-        (_decoder(qkv_bias=True, head_width=8), ["hf", "llava"], "32"),
+        (_decoder(qkv_bias=True, head_dim=8), ["hf", "llava"], "32"),
         (_decoder(qkv_bias=True, rope_scaling=LLAMA_3), ["gguf"], "rotary"),
     ],
 )

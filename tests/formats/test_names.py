@@ -12,7 +12,7 @@ from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 
 CONFIG = DecoderConfig(
-    vocab_size=32, width=16, depth=2, heads=2, kv_heads=1, head_width=8, mlp_width=24, tied_head=True
+    vocab_size=32, width=16, depth=2, heads=2, kv_heads=1, head_dim=8, mlp_width=24, tied_head=True
 )
 FAMILIES = {
     "LlamaForCausalLM": {},

@@ -17,7 +17,7 @@ ALL = LoraConfig().targets
 
 def make(**more: bool) -> Decoder:
     config = DecoderConfig(
-        vocab_size=50, width=32, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=48, **more
+        vocab_size=50, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48, **more
     )
     torch.manual_seed(0)
     decoder = Decoder(config).eval()

@@ -14,13 +14,13 @@ from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
-from pumice.model.layers import Causal, causal_mask, frequencies
+from pumice.model.layers import Causal, causal_mask, rope_inv_freq
 from pumice.model.packed import Packed, Run
 
-# head_width x heads differs from width, so that no reshape can pass by accident
+# head_dim x heads differs from width, so that no reshape can pass by accident
 BASE = DecoderConfig(
-    vocab_size=67, width=32, depth=3, heads=4, kv_heads=2, head_width=12, mlp_width=40,
-    context=64, rope_base=500.0, norm_eps=1e-5,
+    vocab_size=67, width=32, depth=3, heads=4, kv_heads=2, head_dim=12, mlp_width=40,
+    context=64, rope_theta=500.0, norm_eps=1e-5,
 )  # fmt: skip
 FAMILIES: dict[str, tuple[str, DecoderConfig]] = {
     "llama": ("LlamaForCausalLM", BASE),
@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[str, DecoderConfig]] = {
         dataclasses.replace(BASE, rope_scaling=RopeScaling("llama3", 8.0, 0.15, 0.8, 16)),
     ),
     "mistral window": ("MistralForCausalLM", dataclasses.replace(BASE, sliding_window=5)),
-    "qwen2": ("Qwen2ForCausalLM", dataclasses.replace(BASE, head_width=8, qkv_bias=True, norm_eps=1e-6)),
+    "qwen2": ("Qwen2ForCausalLM", dataclasses.replace(BASE, head_dim=8, qkv_bias=True, norm_eps=1e-6)),
     "qwen3": ("Qwen3ForCausalLM", dataclasses.replace(BASE, qk_norm=True, norm_eps=1e-6, tied_head=True)),
 }
 TOKENS = 19  # longer than the sliding window
@@ -63,7 +63,7 @@ def make_theirs(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
 
     name, config = FAMILIES[family]
     model_class = getattr(transformers, name)
-    rope = {"rope_type": "default", "rope_theta": config.rope_base}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if (scaling := config.rope_scaling) is not None:
         rope |= {
             "rope_type": scaling.kind,
@@ -79,7 +79,7 @@ def make_theirs(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
             num_hidden_layers=config.depth,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
-            head_dim=config.head_width,
+            head_dim=config.head_dim,
             intermediate_size=config.mlp_width,
             max_position_embeddings=config.context,
             rope_parameters=rope,
@@ -143,7 +143,7 @@ def test_scaled_frequencies_are_those_of_transformers() -> None:
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(head_dim=64, rope_parameters=rope), "cpu")
-    ours = frequencies(64, 500000.0, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192), torch.device("cpu"))
+    ours = rope_inv_freq(64, 500000.0, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192), torch.device("cpu"))
     difference = (ours / theirs - 1).abs().max().item()
     print(f"relative {difference:.1e}")
     assert difference < 1e-6  # measured worst: 6.0e-8

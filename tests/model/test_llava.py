@@ -22,7 +22,7 @@ X = IMAGE_TOKEN
 def make(lora: LoraConfig | None = None) -> Llava:
     config = ModelConfig(
         decoder=DecoderConfig(
-            vocab_size=40, width=D, depth=2, heads=2, kv_heads=1, head_width=8, mlp_width=24, context=64
+            vocab_size=40, width=D, depth=2, heads=2, kv_heads=1, head_dim=8, mlp_width=24, context=64
         ),
         vision=VisionConfig(image_size=64, variant="lite0"),
         lora=lora,
@@ -134,17 +134,17 @@ def test_tiles_are_encoded_picture_by_picture() -> None:
     extra = model.load_state_dict(plain.state_dict(), strict=False)
     assert extra.missing_keys == ["image_newline"] and model.image_newline is not None
     layouts = [tile_layout(model.config, size) for size in ((50, 20), (30, 90))]
-    pixels = torch.rand(sum(layout.squares for layout in layouts), 3, 64, 64)
+    pixels = torch.rand(sum(layout.tiles for layout in layouts), 3, 64, 64)
     with torch.no_grad():
         encoded = model.encode(pixels, layouts)
         first, second = layouts
-        squares = plain.encode(pixels)
+        tiles = plain.encode(pixels)
         expected = [
-            arrange(squares[: first.squares], first, model.image_newline),
-            arrange(squares[first.squares :], second, model.image_newline),
+            arrange(tiles[: first.tiles], first, model.image_newline),
+            arrange(tiles[first.tiles :], second, model.image_newline),
         ]
         assert torch.equal(encoded, torch.cat(expected))
-        assert torch.equal(encoded[:N], squares[0])
+        assert torch.equal(encoded[:N], tiles[0])
         assert model.encode(pixels[:0], []).shape == (0, D)
     assert encoded.shape == (first.tokens + second.tokens, D)
     with pytest.raises(ValueError, match="the tower saw 6 squares, the layouts speak of 3"):
@@ -160,7 +160,7 @@ def test_only_tiles_with_rows_have_a_newline() -> None:
     newline = model.state_dict()["image_newline"]
     assert newline.shape == (D,) and newline.std() > 0
     layout = tile_layout(model.config, (50, 20))
-    model.connect(torch.randn(layout.squares, N, 1280), [layout]).sum().backward()
+    model.connect(torch.randn(layout.tiles, N, 1280), [layout]).sum().backward()
     assert model.image_newline is not None and model.image_newline.grad is not None
     assert model.image_newline.grad.eq(layout.height).all()
 

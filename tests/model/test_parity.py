@@ -17,8 +17,8 @@ from pumice.engine.generate import generate, naive_generate
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.formats.names import clip_tower, convert, hf_decoder, siglip_tower
-from pumice.geometry import Layout, square_layout, tile_layout
-from pumice.images import squares
+from pumice.geometry import Layout, single_tile_layout, tile_layout
+from pumice.images import to_tiles
 from pumice.model.cache import KVCache, Segment
 from pumice.model.layers import Causal
 from pumice.model.llava import Llava
@@ -29,7 +29,7 @@ IMAGE_ID = 98  # transformers' placeholder
 CLOSE = 4e-5
 
 DECODER = DecoderConfig(
-    vocab_size=99, width=32, depth=2, heads=4, kv_heads=2, head_width=8, mlp_width=48, context=2048
+    vocab_size=99, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48, context=2048
 )
 CLIP = VisionConfig("clip", image_size=16, stride=4, width=24, depth=3, heads=3, mlp_width=40)
 SIGLIP = dataclasses.replace(
@@ -67,12 +67,12 @@ class Pair:
 
     def layouts(self, sizes: list[tuple[int, int]]) -> list[Layout]:
         if self.config.image.mode != "anyres":
-            return [square_layout(self.config)] * len(sizes)
+            return [single_tile_layout(self.config)] * len(sizes)
         return [tile_layout(self.config, size) for size in sizes]
 
     def pixels(self, sizes: list[tuple[int, int]]) -> Tensor:
         side = self.config.vision.image_size
-        seen = [squares(picture(size), side, self.config.image) for size in sizes]
+        seen = [to_tiles(picture(size), side, self.config.image) for size in sizes]
         return torch.from_numpy(np.concatenate(seen))
 
     def their_logits(self, ids: Tensor, sizes: list[tuple[int, int]], **more: Any) -> Tensor:
@@ -120,7 +120,7 @@ def make(name: str) -> Pair:
             "model_type": text, "vocab_size": decoder.vocab_size, "hidden_size": decoder.width,
             "intermediate_size": decoder.mlp_width, "num_hidden_layers": decoder.depth,
             "num_attention_heads": decoder.heads, "num_key_value_heads": decoder.kv_heads,
-            "head_dim": decoder.head_width, "max_position_embeddings": decoder.context,
+            "head_dim": decoder.head_dim, "max_position_embeddings": decoder.context,
             "rms_norm_eps": decoder.norm_eps, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
             "sliding_window": None, "tie_word_embeddings": False, "eos_token_id": None, "pad_token_id": 0,
         },

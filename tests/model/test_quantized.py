@@ -31,7 +31,7 @@ LAYERS = {"int8": Int8Linear, "int4": Int4Linear}
 
 def make(dtype: torch.dtype = torch.float32, **more: bool) -> Decoder:
     config = DecoderConfig(
-        vocab_size=50, width=64, depth=2, heads=4, kv_heads=2, head_width=24, mlp_width=160, **more
+        vocab_size=50, width=64, depth=2, heads=4, kv_heads=2, head_dim=24, mlp_width=160, **more
     )
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
@@ -201,7 +201,7 @@ def test_a_bf16_decoder_decodes_with_its_kernels_what_it_prefills_without(kind: 
 
 
 def test_int4_leaves_rows_without_whole_groups_and_the_head_to_int8() -> None:
-    config = DecoderConfig(vocab_size=50, width=64, depth=1, heads=4, kv_heads=2, head_width=16, mlp_width=40)
+    config = DecoderConfig(vocab_size=50, width=64, depth=1, heads=4, kv_heads=2, head_dim=16, mlp_width=40)
     decoder = Decoder(config)
     quantize(decoder, "int4")
     block = decoder.blocks[0]

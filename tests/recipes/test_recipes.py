@@ -109,7 +109,7 @@ def test_a_stage_trains_on_a_tiny_model_of_its_kind() -> None:
     recipe = load_recipe(path)
     config, _ = shape(recipe, path)
     small = dataclasses.replace(config.decoder, vocab_size=64, width=32, depth=1, heads=2, kv_heads=2,
-                                head_width=16, mlp_width=32)  # fmt: skip
+                                head_dim=16, mlp_width=32)  # fmt: skip
     vision = dataclasses.replace(config.vision, width=16, depth=2, heads=2, mlp_width=16)
     model = Llava(dataclasses.replace(config, decoder=small, vision=vision))
     rates = {

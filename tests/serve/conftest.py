@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pumice.serve.backend import Backend
-from pumice.serve.settings import Settings
+from pumice.serve.settings import ServerSettings
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `asking`, which test files import
 
@@ -26,7 +26,7 @@ Serving = Callable[..., AbstractContextManager[str]]
 
 
 @contextlib.contextmanager
-def serving(backend: Callable[[Settings], Backend], slots: int = 4, **settings: Any) -> Iterator[str]:
+def serving(backend: Callable[[ServerSettings], Backend], slots: int = 4, **settings: Any) -> Iterator[str]:
     """Serve in a thread; gives the address."""
     from pumice import __version__
     from pumice.serve import run
@@ -34,7 +34,7 @@ def serving(backend: Callable[[Settings], Backend], slots: int = 4, **settings: 
     from pumice.serve.guard import Gate
     from pumice.serve.metrics import Metrics
 
-    chosen = Settings(port=0, **settings).check()
+    chosen = ServerSettings(port=0, **settings).check()
     gate = Gate(slots + chosen.queue)
     app = build(chosen, backend(chosen), Metrics(__version__, "tiny"), gate)
     server = run.Server(run.config(app, chosen), chosen, gate, "tiny")
@@ -63,11 +63,11 @@ def local(tiny_folder: Path) -> Callable[..., AbstractContextManager[str]]:
     ) -> Any:
         from pumice.assistant import load
         from pumice.engine.engine import Engine
-        from pumice.serve.local import Local
+        from pumice.serve.local import LocalBackend
 
         assistant = load(tiny_folder, device="cpu", quantize=None)
         assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=64)
-        return serving(lambda chosen: Local(assistant, names, chosen), slots, **settings)
+        return serving(lambda chosen: LocalBackend(assistant, names, chosen), slots, **settings)
 
     return serve
 

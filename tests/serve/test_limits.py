@@ -15,7 +15,7 @@ from asking import ask, data_uri, picture, post, shown
 
 from pumice import InputError
 from pumice.engine.engine import Engine
-from pumice.serve.settings import Settings
+from pumice.serve.settings import ServerSettings
 
 # a bitmap's header that claims 60,000 pixels a side
 ENORMOUS = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
@@ -369,7 +369,7 @@ def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
 )
 def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Settings(**wrong).check()
+        ServerSettings(**wrong).check()
 
 
 def _count(url: str, name: str) -> float:

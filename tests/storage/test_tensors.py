@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pumice.errors import InputError
 from pumice.storage.tensors import (
-    Stored,
+    LazyTensor,
     find_weights,
     open_file,
     open_weights,
@@ -31,11 +31,11 @@ STATE = {
 }
 
 
-def stocks(state: dict[str, Tensor]) -> dict[str, Stored]:
+def stocks(state: dict[str, Tensor]) -> dict[str, LazyTensor]:
     return {name: stored(tensor) for name, tensor in state.items()}
 
 
-def same(found: dict[str, Stored], expected: dict[str, Tensor]) -> None:
+def same(found: dict[str, LazyTensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), tensor.dtype)

@@ -8,7 +8,7 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.synth import kinds
-from pumice.synth.checks import Rejection, Settings, examine, is_refusal, row
+from pumice.synth.checks import CheckSettings, Rejection, examine, is_refusal, row
 from pumice.synth.context import Box, Context
 from pumice.synth.kinds.base import MARKET, SNOW, Draft, Turn, Unparsed, pairs
 from pumice.synth.objects import Vocabulary
@@ -23,7 +23,7 @@ PARK = Context(
 
 
 def examined(kind: str, reply: str, context: Context = PARK, **settings: Any) -> Draft | Rejection:
-    return examine(kinds.get(kind), context, reply, VOCABULARY, Settings(**settings))
+    return examine(kinds.get(kind), context, reply, VOCABULARY, CheckSettings(**settings))
 
 
 @pytest.mark.parametrize("kind", list(kinds.builtin()))
@@ -153,7 +153,7 @@ def test_rows_are_llavas() -> None:
 
 def test_the_question_of_a_description_is_drawn_by_seed() -> None:
     def asked(seed: int) -> str:
-        found = examine(kinds.get("detail"), PARK, LONG, VOCABULARY, Settings(), seed)
+        found = examine(kinds.get("detail"), PARK, LONG, VOCABULARY, CheckSettings(), seed)
         assert isinstance(found, Draft)
         return found.turns[0].question
 

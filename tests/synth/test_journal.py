@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
@@ -17,10 +18,10 @@ from PIL import Image
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
-from pumice.images import data_url
+from pumice.images import data_url, image_key
 from pumice.synth import kinds, report
-from pumice.synth.checks import Settings, examine, row
-from pumice.synth.duplicates import Seen
+from pumice.synth.checks import CheckSettings, examine, row
+from pumice.synth.duplicates import SeenRows
 from pumice.synth.endpoint import Endpoint, judge, text_of
 from pumice.synth.journal import Journal, Request, failed, reply
 from pumice.synth.kinds.base import Draft
@@ -185,7 +186,7 @@ def test_pictures_of_rarer_formats_are_shown_as_jpeg(tmp_path: Path) -> None:
 def test_near_duplicates() -> None:
     random = np.random.default_rng(0)
     words = [f"word{n}" for n in range(500)]
-    seen = Seen(0.8)
+    seen = SeenRows(0.8)
     texts = [" ".join(random.choice(words, 60)) for _ in range(50)]
     assert [seen.like(str(n), text) for n, text in enumerate(texts)] == [None] * 50
     changed = texts[7].replace(texts[7].split()[0], "other", 1)
@@ -213,7 +214,7 @@ def test_question_types(question: str, name: str) -> None:
 def made(pictures: int, shown: int) -> Statistics:
     statistics = Statistics({"calls": 3, "failures": {"500": 1}, "tokens_in": 9, "tokens_out": 4}, shown)
     kind = kinds.get("conversation")
-    draft = examine(kind, kind.examples[0].context, kind.examples[0].reply, Vocabulary(), Settings())
+    draft = examine(kind, kind.examples[0].context, kind.examples[0].reply, Vocabulary(), CheckSettings())
     assert isinstance(draft, Draft)
     for number in range(pictures):
         image = f"{number}.jpg"
@@ -249,3 +250,17 @@ def test_the_report_is_one_safe_file(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in page and 'download = "marks.json"' in page
     assert "http://" not in page and "https://" not in page
     assert "{{" not in page
+
+
+def test_a_picture_that_changed_since_the_request_was_made_is_not_shown(tmp_path: Path) -> None:
+    file = tmp_path / "latest.png"
+    Image.new("RGB", (4, 4), "red").save(file)
+    asked = replace(ASKED, image=str(file), image_key=image_key(file))
+    assert asked.picture() == file.read_bytes()
+    Image.new("RGB", (4, 4), "blue").save(file)
+    with pytest.raises(InputError, match=r"latest\.png' has changed since the run began"):
+        asked.picture()
+    file.unlink()
+    with pytest.raises(InputError, match=r"latest\.png' does not exist"):
+        Endpoint("http://127.0.0.1:1/v1", "teacher").body(asked)
+    assert ASKED.picture() is None

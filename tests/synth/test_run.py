@@ -22,7 +22,7 @@ from pumice.cli import app
 from pumice.errors import InputError
 from pumice.synth.endpoint import Endpoint, judge
 from pumice.synth.journal import Journal
-from pumice.synth.teachers import Local
+from pumice.synth.teachers import LocalTeacher
 
 KINDS = ["--kind", "conversation", "--kind", "detail", "--kind", "short-answer"]
 FAILURES = ("429", "500", "hang", "truncated", "refusal")
@@ -242,7 +242,7 @@ def test_the_key_goes_into_the_header_alone(
 
 def test_a_local_teacher_knows_its_options() -> None:
     with pytest.raises(InputError, match="options are max_new_tokens, temperature"):
-        Local("pumice-tiny", options={"max_tokens": 5}).check()
+        LocalTeacher("pumice-tiny", options={"max_tokens": 5}).check()
 
 
 def test_two_runs_at_once(endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path) -> None:

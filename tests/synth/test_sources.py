@@ -11,7 +11,7 @@ import pytest
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
-from pumice.synth.context import Box, Context, Spoiled
+from pumice.synth.context import BadRows, Box, Context
 from pumice.synth.sources import coco, flickr30k, gather, plain, visual_genome
 
 IMAGES = [{"id": 7, "file_name": "000000000007.jpg", "width": 200, "height": 100}]
@@ -43,7 +43,7 @@ def instances(box: Any = (20, 10, 60.5, 50), category: int = 18, **more: Any) ->
 
 def test_coco(written: Callable[..., Path]) -> None:
     files = written("captions.json", captions("A dog\n runs. ", "The dog.")), written("i.json", instances())
-    [context] = coco(*files, Spoiled())
+    [context] = coco(*files, BadRows())
     assert context == Context(
         "coco/000000000007",
         "000000000007.jpg",
@@ -56,7 +56,7 @@ def test_coco(written: Callable[..., Path]) -> None:
 
 def test_a_byte_order_mark_is_no_matter(written: Callable[..., Path]) -> None:
     file = written("captions.json", b"\xef\xbb\xbf" + json.dumps(captions("A dog.")).encode())
-    assert [c.captions for c in coco(file, None, Spoiled())] == [("A dog.",)]
+    assert [c.captions for c in coco(file, None, BadRows())] == [("A dog.",)]
 
 
 def test_visual_genome(written: Callable[..., Path], tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_visual_genome(written: Callable[..., Path], tmp_path: Path) -> None:
     written(
         "objects.json", [{"image_id": 3, "objects": [{"names": ["cat"], "x": 10, "y": 5, "w": 20, "h": 10}]}]
     )
-    [context] = visual_genome(tmp_path, Spoiled())
+    [context] = visual_genome(tmp_path, BadRows())
     box = Box("cat", (0.1, 0.1, 0.3, 0.3))
     assert context == Context("vg/3", "VG_100K_2/3.jpg", ("grey cat",), (box,))
 
@@ -87,7 +87,7 @@ def test_visual_genome(written: Callable[..., Path], tmp_path: Path) -> None:
     ],
 )
 def test_flickr30k(written: Callable[..., Path], text: str) -> None:
-    [context] = flickr30k(written("f", text), Spoiled())
+    [context] = flickr30k(written("f", text), BadRows())
     assert context == Context("flickr30k/12", "12.jpg", ("A man sits .", "Someone waits ."))
 
 
@@ -99,7 +99,7 @@ def test_plain(written: Callable[..., Path]) -> None:
         "height": 10,
     }
     more = {"id": "x", "image": "c.jpg", "captions": ["Tea."], "text": "Taken in 1990."}
-    found = list(plain(written("l.jsonl", f"{json.dumps(line)}\n\n{json.dumps(more)}\n"), Spoiled()))
+    found = list(plain(written("l.jsonl", f"{json.dumps(line)}\n\n{json.dumps(more)}\n"), BadRows()))
     assert found[0] == Context("a/b", "a/b.jpg", (), (Box("cup", (0, 0.5, 0.5, 1)),))
     assert found[1] == Context("x", "c.jpg", ("Tea.",), (), "Taken in 1990.")
 
@@ -140,7 +140,7 @@ def test_bad_coco(written: Callable[..., Path], _: str, told: Any, boxed: Any, m
         None if boxed is None else written("instances.json", boxed),
     )
     with pytest.raises(InputError, match=r"^[^\n]+$") as error:
-        list(coco(*files, Spoiled()))
+        list(coco(*files, BadRows()))
     assert message in str(error.value)
     assert ".json'" in str(error.value)
 
@@ -163,34 +163,34 @@ def test_bad_coco(written: Callable[..., Path], _: str, told: Any, boxed: Any, m
 )
 def test_bad_lines(written: Callable[..., Path], line: str, message: str) -> None:
     with pytest.raises(InputError) as error:
-        list(plain(written("l.jsonl", line), Spoiled()))
+        list(plain(written("l.jsonl", line), BadRows()))
     assert message in str(error.value)
 
 
 def test_some_may_be_spoiled(written: Callable[..., Path]) -> None:
     file = written("captions.json", captions("A dog.", "", " "))
-    spoiled = Spoiled(allowed=2)
-    assert [c.captions for c in coco(file, None, spoiled)] == [("A dog.",)]
-    assert spoiled.count == 2
+    bad_rows = BadRows(allowed=2)
+    assert [c.captions for c in coco(file, None, bad_rows)] == [("A dog.",)]
+    assert bad_rows.count == 2
     with pytest.raises(InputError, match=r"annotation 2: .* with --max-spoiled \(1 before it were allowed\)"):
-        list(coco(file, None, Spoiled(allowed=1)))
+        list(coco(file, None, BadRows(allowed=1)))
 
 
 def test_pictures_are_looked_up(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     contexts = [Context("a", "a.jpg", ("x",)), Context("b", "b.jpg", ("x",))]
     finder = ImageFinder(tmp_path)
-    assert gather([iter(contexts)], finder, Spoiled(1), None) == contexts[:1]
+    assert gather([iter(contexts)], finder, BadRows(1), None) == contexts[:1]
     with pytest.raises(InputError, match=r"picture 'b\.jpg' is not in .*; fetch it or name its folder"):
-        gather([iter(contexts)], finder, Spoiled(), None)
+        gather([iter(contexts)], finder, BadRows(), None)
     with pytest.raises(InputError, match="two pictures have the id 'a'"):
-        gather([iter(contexts), iter(contexts)], None, Spoiled(), None)
+        gather([iter(contexts), iter(contexts)], None, BadRows(), None)
     with pytest.raises(InputError, match="no picture with annotations is left"):
-        gather([iter(())], None, Spoiled(), None)
-    assert len(gather([iter(contexts)], None, Spoiled(), 1)) == 1
+        gather([iter(())], None, BadRows(), None)
+    assert len(gather([iter(contexts)], None, BadRows(), 1)) == 1
 
 
 def test_fields_that_differ_from_the_official_ones(written: Callable[..., Path]) -> None:
     file = written("dataset_flickr30k.json", {"images": [{"filename": "a.jpg", "sentences": 7}]})
     with pytest.raises(InputError, match="of 0 pictures: its fields are not the official ones"):
-        gather([flickr30k(file, Spoiled())], None, Spoiled(), None)
+        gather([flickr30k(file, BadRows())], None, BadRows(), None)

@@ -48,7 +48,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer()
     config = ModelConfig(
         decoder=DecoderConfig(
-            vocab_size=tokenizer.get_vocab_size(), width=48, depth=2, heads=4, kv_heads=2, head_width=12,
+            vocab_size=tokenizer.get_vocab_size(), width=48, depth=2, heads=4, kv_heads=2, head_dim=12,
             mlp_width=96, context=256, tied_head=True,
         ),
         vision=VisionConfig(image_size=64, variant="lite0"),

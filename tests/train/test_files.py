@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from PIL import Image
 
 from pumice.conversation import ImagePart
 from pumice.errors import InputError, WorkError
+from pumice.formats.load import open_model
+from pumice.images import image_key
 from pumice.train import checkpoint as checkpoints
 from pumice.train.checkpoint import Checkpoint
-from pumice.train.features import FeatureCache
+from pumice.train.features import FeatureCache, TowerFeatures
 from pumice.train.report import read_metrics
 
 CPU = torch.device("cpu")
@@ -146,7 +149,7 @@ def get(
     """As the training loop uses it."""
     found = []
     for image in images:
-        key = cache.key(image, mirror)
+        key = image_key(image.source) + "-mirror" * mirror
         kept = cache.read(key)
         found.append(cache.put(key, compute(image)) if kept is None else kept)
     return torch.cat(found)
@@ -187,8 +190,8 @@ def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> No
 
 def test_pictures_of_several_squares_are_cached_whole(tmp_path: Path) -> None:
     parts = []
-    for number, squares in enumerate((3, 1, 2)):
-        Image.new("RGB", (squares, 4), (number, 9, 9)).save(tmp_path / f"{number}.png")
+    for number, tiles in enumerate((3, 1, 2)):
+        Image.new("RGB", (tiles, 4), (number, 9, 9)).save(tmp_path / f"{number}.png")
         parts.append(ImagePart(tmp_path / f"{number}.png"))
     features = {part: torch.randn(n, 5, 2).bfloat16() for part, n in zip(parts, (3, 1, 2), strict=True)}
     folder = tmp_path / "cache"
@@ -214,3 +217,21 @@ def test_a_torn_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
+
+
+def test_features_are_kept_under_the_picture_that_was_opened(
+    tiny_folder: Path, tmp_path: Path, replaced_when_opened: Any
+) -> None:
+    contents = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (8, 8), color).save(tmp_path / "made.png")
+        contents.append((tmp_path / "made.png").read_bytes())
+    opened = open_model(tiny_folder)
+    features = TowerFeatures(opened.model, opened.processor, tmp_path / "cache", learns=False)
+    file = tmp_path / "latest.png"
+    replaced_when_opened(file, contents)
+    for data in contents:
+        (looked,) = features.fetch([ImagePart(file)], False)
+        assert looked.key == image_key(data)
+        assert torch.equal(looked.pixels, torch.from_numpy(opened.processor.pixels([ImagePart(data)])))
+    features.close()

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pumice.train.loop import Trainer
-from pumice.train.objective import Work
+from pumice.train.objective import PackTensors
 from pumice.train.recipe import load_recipe
 from pumice.train.setup import prepare
 
@@ -113,7 +113,7 @@ def test_a_tower_that_is_frozen_builds_no_graph(make_recipe: MakeRecipe) -> None
 def test_a_dummy_pack_uses_what_learns_and_teaches_nothing(make_recipe: MakeRecipe) -> None:
     found = trainer(make_recipe())
     found.objective.always = True
-    loss = found.objective(Work.dummy())
+    loss = found.objective(PackTensors.dummy())
     loss.backward()
     assert loss.item() == 0
     for name, parameter in found.learned.items():

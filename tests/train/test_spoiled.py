@@ -14,9 +14,9 @@ from pumice.train import run
 
 
 def test_spoiled_rows_are_skipped_within_the_budget(
-    make_recipe: Callable[..., Path], rows: Path, spoiled: Any, tmp_path: Path
+    make_recipe: Callable[..., Path], rows: Path, bad_rows: Any, tmp_path: Path
 ) -> None:
-    folder, bad = spoiled
+    folder, bad = bad_rows
     path = tmp_path / "mixed.jsonl"
     good = (rows / "rows.jsonl").read_text().splitlines()
     long = (

@@ -15,6 +15,7 @@ import typer
 from pumice.cli import options
 from pumice.errors import InputError
 from pumice.files import replacing
+from pumice.progress import StatusLine
 
 
 def ask(
@@ -196,15 +197,14 @@ def _answers(
     SamplingParams(**sampling)  # raises before the model is loaded
     assistant = load(model, **opening)
     given = [(list(row.images), row.question) for row in rows]
+    line = StatusLine()
     with AnswerFile(partial, given, {"model": model, **opening, **sampling}) as file:
         if done := len(file.answers):
             print(f"pumice: {done} of {len(rows)} answers stand in '{partial}' already", file=sys.stderr)
         for answer in assistant.ask_each(given[done:], slots=slots, **sampling):
             file.add(answer)
-            if sys.stderr.isatty():
-                print(f"\r{len(file.answers)} of {len(rows)}", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+            line.show(f"{len(file.answers)} of {len(rows)}")
+    line.end()
     return file.answers
 
 

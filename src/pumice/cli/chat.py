@@ -56,10 +56,7 @@ def chat(
     base: options.Base = None,
 ) -> None:
     """Talk about pictures in the terminal. /help lists what else can be typed."""
-    from pumice.images import open_image
-
-    for path in images or []:
-        open_image(path)  # before torch is imported: a wrong path is told at once
+    pictures = [_read_picture(path) for path in images or []]  # before torch: a wrong path is told at once
     options.share_cores(waits_for_people=True)
     from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
@@ -69,7 +66,7 @@ def chat(
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
     opened = load(model, **options.opening(device, quantize, template, tower, base))
-    Chat(opened, sampling, images or []).run()
+    Chat(opened, sampling, pictures).run()
 
 
 class Chat:
@@ -79,11 +76,13 @@ class Chat:
     `pending` go with the next question, `shown` are the names of those that went with earlier ones.
     """
 
-    def __init__(self, assistant: Assistant, sampling: dict[str, Any], images: list[str]) -> None:
+    def __init__(
+        self, assistant: Assistant, sampling: dict[str, Any], pictures: list[tuple[str, bytes]]
+    ) -> None:
         self.assistant = assistant
         self.sampling = sampling
         self.messages: list[Message] = []
-        self.pending: list[tuple[str, bytes]] = [(path, Path(path).read_bytes()) for path in images]
+        self.pending = pictures
         self.shown: list[str] = []
         self.keyboard = sys.stdin.isatty()
         self.readline = _readline() if self.keyboard else None
@@ -166,11 +165,7 @@ class Chat:
         self._add(paths)
 
     def _add(self, paths: list[str]) -> None:
-        from pumice.images import open_image
-
-        for path in paths:
-            open_image(path)
-        self.pending += [(path, Path(path).read_bytes()) for path in paths]
+        self.pending += [_read_picture(path) for path in paths]
         self._show_pictures()
 
     def _show_pictures(self) -> None:
@@ -233,6 +228,15 @@ def _as_llava(message: Message) -> str:
     """A message with `<image>` where its pictures are; a new line follows a single one, as in LLaVA."""
     mark = IMAGE_PLACEHOLDER + "\n" * (len(message.images) == 1)
     return "".join(part if isinstance(part, str) else mark for part in message.parts)
+
+
+def _read_picture(path: str) -> tuple[str, bytes]:
+    """A picture's path and its file, read once and sound."""
+    from pumice.images import open_image, read_picture
+
+    data = read_picture(path)
+    open_image(data)
+    return path, data
 
 
 def _readline() -> ModuleType | None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pumice.cli import generate, options
+from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
     from pumice.conversation import Conversation
-    from pumice.data.check import Encode, Report
+    from pumice.data.check import DataReport, Encode
     from pumice.data.rows import ImageFinder, Rows
     from pumice.processor import Processor
     from pumice.templates import Plain, Template
@@ -257,18 +258,19 @@ class _Progress:
     """A counter on stderr, where a person watches it."""
 
     def __init__(self) -> None:
-        self.what, self.done, self.watched = "", 0, sys.stderr.isatty()
+        self.what, self.done, self.line = "", 0, StatusLine()
 
     def __call__(self, more: int, total: int, what: str) -> None:
         if what != self.what:
             self.what, self.done = what, 0
         before, self.done = self.done, self.done + more
-        if self.watched and (before // 50 != self.done // 50 or self.done == total):
-            end = "\n" if self.done == total else ""
-            print(f"\r{self.done} of {total} {what}", end=end, file=sys.stderr, flush=True)
+        if before // 50 != self.done // 50 or self.done == total:
+            self.line.show(f"{self.done} of {total} {what}")
+            if self.done == total:
+                self.line.end()
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: DataReport) -> None:
     for problem in report.problems[:SHOWN]:
         # A malformed row's reason names the row itself.
         source = f"{problem.source}, " if len(report.sources) > 1 else ""

@@ -31,10 +31,10 @@ def doctor(
     options.share_cores()
     from rich.console import Console
 
-    from pumice.cli.checks import Report, examine
+    from pumice.cli.checks import DoctorReport, examine
 
     start = time.perf_counter()
-    report = Report()
+    report = DoctorReport()
     console = Console(highlight=False, soft_wrap=True)
     for title, findings in examine(test=test, network=network, environ=environ):
         report.sections[title] = findings

@@ -13,6 +13,7 @@ import typer
 
 from pumice.cli import options
 from pumice.errors import InputError
+from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
     from pumice.evaluate.result import Asked, Given
@@ -60,7 +61,10 @@ def evaluate(
         list[Path] | None, typer.Option("--with", help="Results of other tasks for the page; repeat.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="Other answers to compare with --predictions.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Other answers, which those of --predictions are measured against.", show_default=False
+        ),
     ] = None,
     submission: Annotated[
         Path | None, typer.Option(help="Write what the benchmark's server takes.", show_default=False)
@@ -121,6 +125,8 @@ def evaluate(
         raise InputError("--max-new-tokens is for a model that answers; add --model, or leave it out")
     if compare is not None and model is not None:
         raise InputError("--compare is for two files of answers; leave out --model")
+    if compare is not None and predictions.exists() and compare.exists() and predictions.samefile(compare):
+        raise InputError(f"--predictions and --compare are one file, '{compare}'; name two files of answers")
     _check_outputs(json_file, report, submission)
     _check_apart([predictions, data, compare, reviews, *(beside or ())], [json_file, report, submission])
     others = [result.read_result(path) for path in beside or ()]
@@ -136,7 +142,7 @@ def evaluate(
         chosen.submission(given.answered, submission, data)
         print(f"wrote {submission}", file=sys.stderr)
     if compare is not None:
-        _compare(chosen, data, asked, given, compare, json_file, report, allow_missing)
+        _compare(chosen, data, asked, given, predictions, compare, json_file, report, allow_missing)
         return
     try:
         score = chosen.score(given.answered)
@@ -221,17 +227,12 @@ def _answer(
     answerer = _answerer(model, model_name, device, slots)
     started = time.monotonic()
     first: list[int] = []
+    line = StatusLine()
 
     def progress(done: int, total: int) -> None:
         first[:] = first or [done - 1]
-        if sys.stderr.isatty():
-            rate = (time.monotonic() - started) / max(1, done - first[0])
-            print(
-                f"\r{done} of {total}, {rate * (total - done):.0f} s left  ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+        rate = (time.monotonic() - started) / max(1, done - first[0])
+        line.show(f"{done} of {total}, {rate * (total - done):.0f} s left  ")
 
     try:
         return run(
@@ -239,8 +240,8 @@ def _answer(
             allow_missing=allow_missing, progress=progress, max_new_tokens=max_new_tokens,
         )  # fmt: skip
     finally:
-        if first and sys.stderr.isatty():
-            print(file=sys.stderr)
+        if first:
+            line.end()
 
 
 def _answerer(model: str, model_name: str | None, device: str | None, slots: int) -> Answerer:
@@ -263,6 +264,7 @@ def _compare(
     data: Path,
     asked: Asked,
     first: Given,
+    mine: Path,
     other: Path,
     json_file: Path | None,
     report: Path | None,
@@ -273,13 +275,18 @@ def _compare(
     from pumice.files import replacing
 
     second = read_answers(asked, other, allow_missing=allow_missing)
+    files = (mine.name, other.name) if mine.name != other.name else (str(mine), str(other))
     names = (first.model, second.model)
     if names[0] == names[1]:
         names = (f"{names[0]} (first)", f"{names[1]} (second)")
     told = first.answered, second.answered
     both = set.intersection(*({question.id for question, _ in said} for said in told))
     ours, theirs = ([answer for answer in said if answer.question.id in both] for said in told)
-    found = compare.compare(task, ours, theirs, names)
+    if not both:
+        raise InputError(
+            f"{files[0]} and {files[1]} answer no question in common; compare answers to the same"
+        )
+    found = compare.compare(task, ours, theirs, names, files)
     found["partial"] = len(both) < asked.total
     found["why_partial"] = f"{len(both)} of {asked.total} questions" if found["partial"] else ""
     words = compare.in_words(found) + (f"\n  PARTIAL: {found['why_partial']}" if found["partial"] else "")

@@ -115,11 +115,11 @@ def generate(
     from pumice.files import replacing
     from pumice.synth import report
     from pumice.synth import run as runs
-    from pumice.synth.checks import Settings
-    from pumice.synth.context import Spoiled
+    from pumice.synth.checks import CheckSettings
+    from pumice.synth.context import BadRows
     from pumice.synth.endpoint import Endpoint
     from pumice.synth.sources import gather
-    from pumice.synth.teachers import Local, Remote
+    from pumice.synth.teachers import LocalTeacher, RemoteTeacher
 
     chosen = _options(options)
     endpoint: Endpoint | None = None
@@ -127,7 +127,7 @@ def generate(
     if teacher == "local":
         if budget_tokens is not None or budget_money is not None:
             raise InputError("a local teacher costs nothing; leave the budget out")
-        asked = Local(model, device, parallel, chosen)
+        asked = LocalTeacher(model, device, parallel, chosen)
     else:
         if (price_in is None) != (price_out is None):
             raise InputError("give both --price-in and --price-out, or neither")
@@ -138,17 +138,17 @@ def generate(
             image_tokens=image_tokens,
             options={"temperature": 0.7, **chosen},
         )  # fmt: skip
-        asked = Remote(endpoint)
+        asked = RemoteTeacher(endpoint)
     asked.check()
     _libraries()
-    spoiled = Spoiled(max_spoiled)
+    bad_rows = BadRows(max_spoiled)
     finder = ImageFinder(images) if images else None
     kinds = _kinds(kind or [])
-    sources = _sources(coco_captions, coco_instances, visual_genome, flickr30k, jsonl or [], spoiled)
-    contexts = gather(sources, finder, spoiled, limit)
-    if spoiled.count:
-        runs.note(f"{spoiled.count} spoiled annotations are left out; the first: {spoiled.first[0]}")
-    settings = Settings(unsupported, None if language == "any" else language)
+    sources = _sources(coco_captions, coco_instances, visual_genome, flickr30k, jsonl or [], bad_rows)
+    contexts = gather(sources, finder, bad_rows, limit)
+    if bad_rows.count:
+        runs.note(f"{bad_rows.count} spoiled annotations are left out; the first: {bad_rows.first[0]}")
+    settings = CheckSettings(unsupported, None if language == "any" else language)
     job = runs.Job(contexts, kinds, out, finder, show, examples, told, seed, settings, similar)
     job.check()
     patience = endpoint.timeout + 60 if endpoint else 1.0
@@ -253,18 +253,18 @@ def _sources(
     genome: Path | None,
     flickr: Path | None,
     plain: list[Path],
-    spoiled: Any,
+    bad_rows: Any,
 ) -> list[Any]:
     from pumice.synth import sources
 
     found: list[Any] = []
     if captions is not None or instances is not None:
-        found.append(sources.coco(captions, instances, spoiled))
+        found.append(sources.coco(captions, instances, bad_rows))
     if genome is not None:
-        found.append(sources.visual_genome(genome, spoiled))
+        found.append(sources.visual_genome(genome, bad_rows))
     if flickr is not None:
-        found.append(sources.flickr30k(flickr, spoiled))
-    found += [sources.plain(file, spoiled) for file in plain]
+        found.append(sources.flickr30k(flickr, bad_rows))
+    found += [sources.plain(file, bad_rows) for file in plain]
     if not found:
         raise InputError("no annotations are given; name --coco-captions, --jsonl or another source")
     return found

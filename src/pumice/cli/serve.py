@@ -16,7 +16,7 @@ from pumice.errors import InputError
 
 if TYPE_CHECKING:
     from pumice.serve.backend import Backend
-    from pumice.serve.settings import Settings
+    from pumice.serve.settings import ServerSettings
 
 KEYS = "PUMICE_API_KEY"  # the environment's name for one key, or several with commas between them
 SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -93,13 +93,13 @@ def serve(
     """
     try:
         from pumice.serve.logs import set_up
-        from pumice.serve.run import Plan
+        from pumice.serve.run import ServerPlan
         from pumice.serve.run import serve as run
-        from pumice.serve.settings import Settings
+        from pumice.serve.settings import ServerSettings
     except ImportError as error:
         raise InputError(f"serving needs {error.name}; install it: pip install 'pumice[serve]'") from error
 
-    settings = Settings(
+    settings = ServerSettings(
         host=host,
         port=port,
         keys=_keys(api_key, api_key_file),
@@ -133,7 +133,7 @@ def serve(
         backend = functools.partial(_upstream, upstream, slots)
         shown = upstream
         backend(settings)  # what is wrong with the address is told before anything starts
-    run(Plan(settings, backend, shown, functools.partial(set_up, form, level), workers))
+    run(ServerPlan(settings, backend, shown, functools.partial(set_up, form, level), workers))
 
 
 def _local(
@@ -144,23 +144,23 @@ def _local(
     chunk: int,
     opening: dict[str, Any],
     workers: int,
-    settings: Settings,
+    settings: ServerSettings,
 ) -> tuple[Backend, int]:
     """The engine as a backend; runs in each worker."""
     import torch
 
     from pumice.assistant import load
     from pumice.engine.engine import Engine
-    from pumice.serve.local import Local
+    from pumice.serve.local import LocalBackend
 
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     assistant = load(model, **opening)
     assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=chunk)
-    return Local(assistant, names, settings), slots
+    return LocalBackend(assistant, names, settings), slots
 
 
-def _upstream(url: str, slots: int, settings: Settings) -> tuple[Backend, int]:
+def _upstream(url: str, slots: int, settings: ServerSettings) -> tuple[Backend, int]:
     from pumice.serve.upstream import Upstream
 
     return Upstream(url, settings), slots

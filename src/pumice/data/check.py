@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, from_llava
-from pumice.data.pictures import Seen, decode_all
+from pumice.data.pictures import DecodedImage, decode_all
 from pumice.data.rows import ImageFinder, Row, Rows
 from pumice.errors import InputError
 
@@ -74,7 +74,7 @@ class SourceReport:
 
 
 @dataclass
-class Report:
+class DataReport:
     """What is wrong, per source and row by row."""
 
     budget: float
@@ -118,7 +118,7 @@ def check(
     workers: int = 0,
     progress: Callable[[], None] | None = None,
     decoded: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> DataReport:
     """Look at every row of every source, and go on after whatever is wrong.
 
     decode: open every picture, each once, in so many `workers` processes; 0 does it here. budget: the share
@@ -129,9 +129,9 @@ def check(
     """
     if not 0 <= budget <= 1:
         raise InputError(f"the budget is {budget}; give the share of rows that may be unusable, 0 to 1")
-    report = Report(budget)
+    report = DataReport(budget)
     rows = list(rows)
-    opened: dict[Path, Seen] = {}
+    opened: dict[Path, DecodedImage] = {}
     if decode:
         paths = _paths(rows, finder)
         told = None if decoded is None else lambda more: decoded(more, len(paths))
@@ -185,7 +185,7 @@ def _paths(rows: list[Rows], finder: ImageFinder) -> list[Path]:
     return list(found)
 
 
-def _pictures(row: Row, finder: ImageFinder, opened: dict[Path, Seen], decode: bool) -> list[Finding]:
+def _pictures(row: Row, finder: ImageFinder, opened: dict[Path, DecodedImage], decode: bool) -> list[Finding]:
     found = []
     for name in row.image:
         try:

@@ -10,13 +10,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pumice.data.check import NOTES, Report
+from pumice.data.check import NOTES, DataReport
 from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
 from pumice.files import replacing
 
 
-def fix(rows: Rows, finder: ImageFinder, report: Report, out: Path) -> Counter[str]:
+def fix(rows: Rows, finder: ImageFinder, report: DataReport, out: Path) -> Counter[str]:
     """Write the usable rows to `out`, a JSON list if it ends in .json, else JSON Lines; count what was done.
 
     Mended: a picture stored under another ending (the row then names the file that is there), an id that an

@@ -73,14 +73,24 @@ class Mixture:
         """Whether a row names a picture."""
         return bool(self._pictures[source][index] >= 0)
 
-    @cached_property
+    @property
+    def most_pictures(self) -> int:
+        """The most pictures that one row names."""
+        return self._looked_at[1]
+
+    @property
     def _pictures(self) -> list[np.ndarray]:
+        return self._looked_at[0]
+
+    @cached_property
+    def _looked_at(self) -> tuple[list[np.ndarray], int]:
         # Numbers instead of names: 665,000 rows' worth of tuples would be kept for the whole run.
         numbers: dict[tuple[str, ...], int] = {(): -1}
-        return [
+        pictures = [
             np.array([numbers.setdefault(_image(rows, i), len(numbers)) for i in range(len(rows))], np.int64)
             for rows in self.rows
         ]
+        return pictures, max(map(len, numbers))
 
 
 def _image(rows: Rows, index: int) -> tuple[str, ...]:

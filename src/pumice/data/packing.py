@@ -67,7 +67,7 @@ def prefix_tree(samples: Sequence[Sample]) -> Tree:
     roots: dict[tuple[int, int], int] = {}
     predictions: dict[int, int] = {}  # node -> number of samples that learn to write it
     for sample in samples:
-        if sample.images != samples[0].images:
+        if (sample.images, sample.layouts) != (samples[0].images, samples[0].layouts):
             raise ValueError(f"samples {samples[0].id!r} and {sample.id!r} show different pictures")
         # the picture that each placeholder belongs to
         owners = [n for n, layout in enumerate(sample.layouts) for _ in range(layout.tokens)]

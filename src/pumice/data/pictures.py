@@ -5,6 +5,7 @@ Knows pictures and processes. A picture that kills the library that opens it is 
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,43 +17,44 @@ from typing import NamedTuple
 from PIL import Image
 
 from pumice.errors import InputError
-from pumice.images import open_image
+from pumice.images import open_image, read_picture
 
 FEW = 64  # pictures for which no processes are started: starting one takes as long as opening these
 _ALIKE = {"JPEG", "MPO"}  # cameras write several pictures into one .jpg
 TOGETHER = 32  # pictures that are handed to a process at once
 
 
-class Seen(NamedTuple):
+class DecodedImage(NamedTuple):
     """What opening a picture told."""
 
     unreadable: str = ""  # why it cannot be decoded as a whole; "" when it can
     kind: str = ""  # the format that it is in, where the ending of its name says another; else ""
 
 
-def look(path: Path) -> Seen:
+def look(path: Path) -> DecodedImage:
     """Decode a picture and compare its format with its name."""
     try:
-        open_image(path)
+        data = read_picture(path)
+        open_image(data)
     except InputError as error:
-        return Seen(str(error))
+        return DecodedImage(str(error))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it has been opened already
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(data)) as picture:
             kind = picture.format or ""
     Image.init()
     named = Image.EXTENSION.get(path.suffix.lower(), kind)
-    return Seen(kind="" if {named, kind} <= _ALIKE or named == kind else kind)
+    return DecodedImage(kind="" if {named, kind} <= _ALIKE or named == kind else kind)
 
 
 def decode_all(
     paths: Sequence[Path], workers: int = 0, progress: Callable[[int], None] | None = None
-) -> dict[Path, Seen]:
+) -> dict[Path, DecodedImage]:
     """What each picture is. progress: told how many more are done.
 
     workers: processes; 0 opens all here.
     """
-    found: dict[Path, Seen] = {}
+    found: dict[Path, DecodedImage] = {}
     for some, reasons in _decoded(paths, workers):
         found.update(zip(some, reasons, strict=True))
         if progress is not None:
@@ -60,7 +62,7 @@ def decode_all(
     return found
 
 
-def _decoded(paths: Sequence[Path], workers: int) -> Iterator[tuple[Sequence[Path], list[Seen]]]:
+def _decoded(paths: Sequence[Path], workers: int) -> Iterator[tuple[Sequence[Path], list[DecodedImage]]]:
     if not workers or len(paths) <= FEW:
         for path in paths:
             yield [path], [look(path)]
@@ -78,14 +80,14 @@ def _decoded(paths: Sequence[Path], workers: int) -> Iterator[tuple[Sequence[Pat
             yield part, [_alone(path) for path in part]
 
 
-def _several(paths: Sequence[Path]) -> list[Seen]:
+def _several(paths: Sequence[Path]) -> list[DecodedImage]:
     return [look(path) for path in paths]
 
 
-def _alone(path: Path) -> Seen:
+def _alone(path: Path) -> DecodedImage:
     """In a process of its own, which it may bring down."""
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(look, path).result()
     except BrokenProcessPool:
-        return Seen(f"'{path}' brings down the library that opens it; remove it")
+        return DecodedImage(f"'{path}' brings down the library that opens it; remove it")

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 
-class Region:
+class CacheSlot:
     """Places `start` to `start + room` of the KV cache, of which the first `length` hold tokens.
 
     keys (length of them) are those of its tokens; 0 <= length <= room always.
@@ -58,10 +58,10 @@ class PrefixCache:
         self.capacity, self.keep = capacity, keep
         self.evictions = 0
         self.held = 0  # tokens of finished sequences
-        self.busy: dict[int, Region] = {}  # by start
-        self.idle: OrderedDict[int, Region] = OrderedDict()  # the one not used for longest comes first
+        self.busy: dict[int, CacheSlot] = {}  # by start
+        self.idle: OrderedDict[int, CacheSlot] = OrderedDict()  # the one not used for longest comes first
 
-    def match(self, keys: np.ndarray) -> tuple[Region | None, int]:
+    def match(self, keys: np.ndarray) -> tuple[CacheSlot | None, int]:
         """The region that begins most like `keys`, and how many tokens they share."""
         best, shared = None, 0
         if self.keep:
@@ -70,12 +70,12 @@ class PrefixCache:
                     best, shared = region, n
         return best, shared
 
-    def touch(self, region: Region) -> None:
+    def touch(self, region: CacheSlot) -> None:
         """Used just now: the last idle region to be evicted."""
         if region.start in self.idle:
             self.idle.move_to_end(region.start)
 
-    def take(self, room: int, spare: Region | None = None) -> Region | None:
+    def take(self, room: int, spare: CacheSlot | None = None) -> CacheSlot | None:
         """Allocate `room` places. Evict idle regions, the oldest first, but never `spare`.
 
         Return None, and evict nothing, if there is no room even so.
@@ -90,10 +90,10 @@ class PrefixCache:
             self._evict(oldest)
         start = self._hole(room, self._all())
         assert start is not None
-        region = self.busy[start] = Region(start, room)
+        region = self.busy[start] = CacheSlot(start, room)
         return region
 
-    def grow(self, region: Region, room: int, *, evict: bool = False) -> bool:
+    def grow(self, region: CacheSlot, room: int, *, evict: bool = False) -> bool:
         """Widen a running region to `room` places; return False if its neighbours are in the way.
 
         Where the places behind it are too few, it moves down into the hole in front of it: then its `start`
@@ -106,7 +106,7 @@ class PrefixCache:
         self._place(region, start, room)
         return True
 
-    def wake(self, region: Region, length: int, room: int, *, evict: bool = False) -> bool:
+    def wake(self, region: CacheSlot, length: int, room: int, *, evict: bool = False) -> bool:
         """Go on with the first `length` tokens of an idle region, `room` places wide; else as `grow`."""
         start = self._reach(region, room, evict)
         if start is None:
@@ -117,7 +117,7 @@ class PrefixCache:
         self._place(region, start, room)
         return True
 
-    def release(self, region: Region) -> None:
+    def release(self, region: CacheSlot) -> None:
         """The sequence is finished: it stays as long as there is room, but not in more than it needs.
 
         Of two of which one is the beginning of the other, only the longer stays.
@@ -138,7 +138,7 @@ class PrefixCache:
         self.idle[region.start] = region
         self.held += region.length
 
-    def drop(self, region: Region) -> None:
+    def drop(self, region: CacheSlot) -> None:
         """Forget a region and free its places."""
         if self.busy.pop(region.start, None) is None:
             del self.idle[region.start]
@@ -149,19 +149,19 @@ class PrefixCache:
         for region in list(self.idle.values()):
             self.drop(region)
 
-    def _all(self) -> list[Region]:
+    def _all(self) -> list[CacheSlot]:
         return [*self.busy.values(), *self.idle.values()]
 
-    def _evict(self, region: Region) -> None:
+    def _evict(self, region: CacheSlot) -> None:
         self.evictions += 1
         self.drop(region)
 
-    def _place(self, region: Region, start: int, room: int) -> None:
+    def _place(self, region: CacheSlot, start: int, room: int) -> None:
         region.start = start
         region.resize(room)
         self.busy[start] = region
 
-    def _hole(self, room: int, owners: Iterable[Region]) -> int | None:
+    def _hole(self, room: int, owners: Iterable[CacheSlot]) -> int | None:
         """The start of the smallest hole between `owners` that has `room` places."""
         holes, end = [], 0
         for start, size in sorted([(region.start, region.room) for region in owners] + [(self.capacity, 0)]):
@@ -170,7 +170,7 @@ class PrefixCache:
             end = start + size
         return min(holes)[1] if holes else None
 
-    def _reach(self, region: Region, room: int, evict: bool) -> int | None:
+    def _reach(self, region: CacheSlot, room: int, evict: bool) -> int | None:
         """Where a region can start that becomes `room` places wide and passes no neighbour; None if nowhere.
 
         evict: idle neighbours are evicted, the oldest first, if that makes enough room.
@@ -187,7 +187,7 @@ class PrefixCache:
         low, high = self._between(region, self._all())
         return region.start if region.start + room <= high else low
 
-    def _between(self, region: Region, others: Iterable[Region]) -> tuple[int, int]:
+    def _between(self, region: CacheSlot, others: Iterable[CacheSlot]) -> tuple[int, int]:
         """The end of the last of `others` before a region, and the start of the first after it."""
         others = [other for other in others if other is not region]
         low = max((other.start + other.room for other in others if other.start < region.start), default=0)

@@ -21,13 +21,11 @@ from pumice.kernels.compute import Matrix, matrix
 from pumice.kernels.loader import Weights, compiled
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
-from pumice.model.layers import RMSNorm, frequencies
+from pumice.model.layers import RMSNorm, rope_inv_freq
 from pumice.model.quantized import PackedEmbedding, PackedLinear
 
-LANES, TILE = (
-    16,
-    4,
-)  # as in vectors.h and dense.h: heads, and inputs in fp32, are whole LANES, its outputs whole TILEs
+# As in vectors.h and dense.h: heads, and inputs in fp32, are whole LANES, its outputs whole TILEs.
+LANES, TILE = 16, 4
 # Tokens of prompts in one step. In fp32 PyTorch's operations are faster with more (docs/speed.md). Packed
 # matrices multiply alike for prompts, which get all of the processor there.
 ROWS = {"packed": 0, "fp32": 48}
@@ -52,7 +50,7 @@ def _structures(linear: type[ctypes.Structure]) -> tuple[Any, Any]:
         ]
 
     class Model(ctypes.Structure):
-        _sizes = "depth width heads kv_heads head_width mlp_width vocabulary places window"
+        _sizes = "depth width heads kv_heads head_dim mlp_width vocabulary places window"
         _fields_ = [
             *((name, ctypes.c_int64) for name in _sizes.split()),
             ("eps", ctypes.c_float),
@@ -80,9 +78,9 @@ class NativeDecoder:
         self._block_type, model_type = _STRUCTURES[weights]
         blocks = (self._block_type * config.depth)(*(self._block(block) for block in decoder.blocks))
         self._kept.append(blocks)
-        inv_freq = frequencies(config.head_width, config.rope_base, config.rope_scaling, cache.keys.device)
+        inv_freq = rope_inv_freq(config.head_dim, config.rope_theta, config.rope_scaling, cache.keys.device)
         self._model = model_type(
-            config.depth, config.width, config.heads, config.kv_heads, config.head_width, config.mlp_width,
+            config.depth, config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_width,
             config.vocab_size, cache.places, cache.window or 0, config.norm_eps,
             self._address(inv_freq), ctypes.addressof(blocks), self._address(decoder.norm.weight),
             self._linear(decoder.embed if decoder.head is None else decoder.head),
@@ -152,14 +150,14 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
 def _fits(decoder: Decoder, cache: KVCache) -> Weights | None:
     """Which weights the decoder has, if they and all sizes are such as decode.c takes."""
     config = decoder.config
-    if config.head_width % LANES or config.width % LANES:
+    if config.head_dim % LANES or config.width % LANES:
         return None
     parts = [part for part in decoder.modules() if not list(part.children())]
     layers = [part for part in parts if not isinstance(part, RMSNorm | nn.Identity)]
     if all(isinstance(part, PackedLinear | PackedEmbedding) for part in layers):
         weights: Weights = "packed"
     elif all(type(part) in (nn.Linear, nn.Embedding) for part in layers):
-        if config.mlp_width % LANES or config.heads * config.head_width % LANES or config.vocab_size % TILE:
+        if config.mlp_width % LANES or config.heads * config.head_dim % LANES or config.vocab_size % TILE:
             return None
         weights = "fp32"
     else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pumice.config import IMAGE_TOKEN
-from pumice.engine.cache import Region
+from pumice.engine.cache import CacheSlot
 from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob
 from pumice.errors import InputError
 from pumice.model.llava import Llava
@@ -27,7 +27,7 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
-class Picture:
+class PromptImage:
     """A picture in a prompt: `count` placeholders, whose image tokens (count, D) are asked for when needed.
 
     key: equal for pictures with equal image tokens, different for others. look: is not called when the
@@ -50,7 +50,7 @@ class Prompt:
     input_ids: Tensor
     image_tokens: Tensor | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[PromptImage, ...] = ()
     constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class Prompt:
             raise ValueError("give image_tokens or pictures, not both")
         given = self.image_tokens
         separate = [given.flatten(0, -2)] if given.dim() < 3 else list(given)
-        made = tuple(Picture(_fingerprint(t), len(t), functools.partial(_same, t)) for t in separate)
+        made = tuple(PromptImage(_fingerprint(t), len(t), functools.partial(_same, t)) for t in separate)
         object.__setattr__(self, "pictures", made)
 
     def check(self, vocabulary: int) -> None:
@@ -89,8 +89,10 @@ def _fingerprint(tokens: Tensor) -> str:
 
 
 def check_room(model: Llava, prompt: Prompt) -> None:
-    """Raise InputError unless the model's context holds the prompt and at least one more token."""
+    """Raise InputError unless the prompt has tokens, and the model's context room for at least one more."""
     length, context = len(prompt.input_ids), model.config.decoder.context
+    if not length:
+        raise InputError("the prompt has 0 tokens; give at least 1")
     if length >= context:
         raise InputError(
             f"the prompt takes {length} tokens and leaves no room for an answer in a context of {context}; "
@@ -128,7 +130,7 @@ class Request:
     cancelled: bool = False
     cached_tokens: int = 0
     admitted: bool = False  # at least once, though it may wait again
-    region: Region | None = None  # while it runs
+    region: CacheSlot | None = None  # while it runs
     shown: tuple[np.ndarray, Tensor] | None = None  # image tokens of the next step, and where they go
     _seen: dict[str, Tensor] = field(default_factory=dict)  # image tokens of pictures being computed
 
@@ -163,7 +165,7 @@ class Request:
         """Tokens to compute before the next one is known; 1 while decoding."""
         return self.count - self.computed
 
-    def look(self, picture: Picture) -> Tensor:
+    def look(self, picture: PromptImage) -> Tensor:
         """The picture's image tokens (N, D), asked for once, however many chunks they are computed in."""
         if picture.key not in self._seen:
             self._seen[picture.key] = picture.look()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from pumice.engine.cache import PrefixCache, Region, common
+from pumice.engine.cache import CacheSlot, PrefixCache, common
 from pumice.engine.requests import Request
 
 ROOM = 128  # places that an answer gets at a time
@@ -88,7 +88,7 @@ class Scheduler:
             for other in self.running
         )
 
-    def _start(self, request: Request, source: Region | None, shared: int) -> bool:
+    def _start(self, request: Request, source: CacheSlot | None, shared: int) -> bool:
         room = min(request.limit, request.count + ROOM)
         # All of an idle region lives on in the new one: the next turn of a conversation, say.
         whole = source is not None and source.length == shared and source.start in self.prefix.idle
@@ -127,7 +127,7 @@ class Scheduler:
             if newest is request:
                 return
 
-    def _widen(self, request: Request, region: Region, room: int) -> bool:
+    def _widen(self, request: Request, region: CacheSlot, room: int) -> bool:
         """Give a region `room` places. False only if another request runs: the idle give way."""
         if self._grow(region, room):
             return True
@@ -139,15 +139,15 @@ class Scheduler:
         request.region = moved
         return True
 
-    def _grow(self, region: Region, room: int, evict: bool = False) -> bool:
+    def _grow(self, region: CacheSlot, room: int, evict: bool = False) -> bool:
         start = region.start
         return self.prefix.grow(region, room, evict=evict) and self._follow(region, start)
 
-    def _wake(self, region: Region, length: int, room: int, evict: bool = False) -> bool:
+    def _wake(self, region: CacheSlot, length: int, room: int, evict: bool = False) -> bool:
         start = region.start
         return self.prefix.wake(region, length, room, evict=evict) and self._follow(region, start)
 
-    def _follow(self, region: Region, start: int) -> bool:
+    def _follow(self, region: CacheSlot, start: int) -> bool:
         """Move what a region holds in the KV cache from where it stood; True."""
         if region.start != start:
             length, region.length = region.length, 0  # holds nothing, should the copy be interrupted

@@ -6,7 +6,7 @@ Knows: scores. Does not know: how answers were made.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,21 @@ SAMPLES = 1000
 
 
 def compare(
-    task: Task, first: Sequence[Answered], second: Sequence[Answered], names: tuple[str, str]
+    task: Task,
+    first: Sequence[Answered],
+    second: Sequence[Answered],
+    names: tuple[str, str],
+    files: tuple[str, str],
 ) -> dict[str, Any]:
-    """The difference of the headlines (second minus first) with interval and p of the paired bootstrap.
+    """The difference of the headlines (first minus second) with interval and p of the paired bootstrap.
 
-    Pictures are resampled, the same for both. Where every answer is right or wrong, McNemar's exact
-    test is beside it. Raises InputError when the questions differ.
+    Pictures are resampled, the same for both. better, worse: of the first's answers. Where every answer is
+    right or wrong, McNemar's exact test is beside it. Raises InputError when the questions differ.
     """
     ids = [question.id for question, _ in first]
     if ids != [question.id for question, _ in second]:
         raise InputError(
-            f"{names[0]} answers {len(first)} questions and {names[1]} {len(second)}, not the same ones; "
+            f"{files[0]} answers {len(first)} questions and {files[1]} {len(second)}, not the same ones; "
             "compare answers to the same questions"
         )
     scores = task.score(first), task.score(second)
@@ -38,7 +42,7 @@ def compare(
     values = [statistic(ones) for statistic in statistics]
     groups = [question.group for question, _ in first]
     found = [
-        statistics[1](weights) - statistics[0](weights)
+        statistics[0](weights) - statistics[1](weights)
         for weights in (draws(groups, SAMPLES, 0) if len(set(groups)) > 1 else ())
     ]
     differences = np.array([value for value in found if math.isfinite(value)])
@@ -48,14 +52,16 @@ def compare(
         "task": task.name,
         "title": task.title,
         "models": list(names),
+        "files": list(files),
         "headline": task.headline,
         "values": [round(value, 6) for value in values],
-        "difference": round(values[1] - values[0], 6),
+        "difference": round(values[0] - values[1], 6),
+        "lower_is_better": task.lower_is_better,
         "interval": None,
         "p": None,
         "questions": len(ids),
-        "better": sum(b > a for a, b in both),
-        "worse": sum(b < a for a, b in both),
+        "better": sum(a > b for a, b in both),
+        "worse": sum(a < b for a, b in both),
         "mcnemar": None,
     }
     if len(differences):
@@ -69,16 +75,32 @@ def compare(
     return result
 
 
-def in_words(found: dict[str, Any]) -> str:
+def verdict(found: Mapping[str, Any]) -> str:
+    """Whose gain it is: "good.jsonl is 90.00 points better than poor.jsonl (36 answers better, 0 worse)"."""
+    names, better, worse = list(found["files"]), found["better"], found["worse"]
+    gain = -found["difference"] if found["lower_is_better"] else found["difference"]
+    if gain < 0:
+        names.reverse()
+        better, worse = worse, better
+    how = f"{abs(gain):.2f} points better than" if gain else "as good as"
+    counted = f"{better} answer{'' if better == 1 else 's'} better, {worse} worse"
+    return f"{names[0]} is {how} {names[1]} ({counted})"
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """The comparison for the terminal: whose gain it is, both headlines, and whether it could be chance."""
     a, b = found["models"]
     lines = [
-        f"{found['title']}: {found['headline']} {found['values'][0]:.2f} ({a}), "
-        f"{found['values'][1]:.2f} ({b}), difference {found['difference']:+.2f}"
+        f"{found['title']}: {verdict(found)}",
+        f"  {found['headline']} {found['values'][0]:.2f} ({a}), {found['values'][1]:.2f} ({b}), "
+        f"of {found['questions']} questions",
     ]
     if found["interval"]:
         low, high = found["interval"]
-        lines.append(f"  95% [{low:+.2f}, {high:+.2f}], p {found['p']:.3g} (paired bootstrap over pictures)")
+        lines.append(
+            f"  {a} minus {b}: {found['difference']:+.2f}, 95% [{low:+.2f}, {high:+.2f}], "
+            f"p {found['p']:.3g} (paired bootstrap over pictures)"
+        )
     if found["mcnemar"] is not None:
         lines.append(f"  McNemar's exact test: p {found['mcnemar']:.3g}")
-    lines.append(f"  {found['better']} answers better, {found['worse']} worse, of {found['questions']}")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ _NOTHING = frozenset(
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """A picture of a question, opened only when it is asked about."""
 
     name: str
@@ -160,9 +160,9 @@ class Pictures:
         self.root = data if data.is_dir() else data.parent
         self.folders = folders
 
-    def get(self, *names: str) -> Picture:
+    def get(self, *names: str) -> ImageFile:
         """The first that exists of several names for one picture; the first is what it is called."""
-        return Picture(names[0], lambda: self._load(names), lambda: self._wrong(names))
+        return ImageFile(names[0], lambda: self._load(names), lambda: self._wrong(names))
 
     def _place(self, names: Sequence[str]) -> Path | DataFile | None:
         for folder in (*self.folders, ""):
@@ -280,7 +280,7 @@ def read_parquet(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
             raise InputError(f"'{path}' is damaged ({error}); fetch it again") from error
 
 
-def base64_picture(name: str, text: str) -> Picture:
+def base64_picture(name: str, text: str) -> ImageFile:
     """A picture written into a table."""
 
     def load() -> bytes:
@@ -289,11 +289,11 @@ def base64_picture(name: str, text: str) -> Picture:
         except (binascii.Error, ValueError) as error:
             raise InputError(f"picture '{name}' is not base64 ({error}); fetch the table again") from error
 
-    return Picture(name, load)
+    return ImageFile(name, load)
 
 
-def bytes_picture(name: str, data: bytes) -> Picture:
-    return Picture(name, lambda: data)
+def bytes_picture(name: str, data: bytes) -> ImageFile:
+    return ImageFile(name, lambda: data)
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

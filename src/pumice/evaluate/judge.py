@@ -24,7 +24,7 @@ WORKERS = 4  # requests to the judge at a time
 
 
 @dataclass(frozen=True)
-class Reply:
+class JudgeReply:
     text: str
     judge: str
     version: str  # of the prompt; "" where another program asked
@@ -40,7 +40,7 @@ class Judge:
         if reviews is None and endpoint is None:
             raise InputError("a judge needs --judge-url and --judge-model, or a file of replies in --reviews")
         self.path, self.endpoint = reviews, endpoint
-        self._stored: dict[str, list[tuple[str, Reply]]] = {}
+        self._stored: dict[str, list[tuple[str, JudgeReply]]] = {}
         if reviews is not None and reviews.is_file():
             self._read(reviews)
         elif endpoint is None:
@@ -66,7 +66,9 @@ class Judge:
             if "reply" in row or "content" in row:
                 text = row.get("reply", row.get("content"))
                 key = str(row.get("id") if "reply" in row else row.get("question_id"))
-                reply = Reply(str(text), str(row.get("judge", "unknown")), str(row.get("prompt_version", "")))
+                reply = JudgeReply(
+                    str(text), str(row.get("judge", "unknown")), str(row.get("prompt_version", ""))
+                )
                 self._stored.setdefault(key, []).append((str(row.get("prompt_sha256", "")), reply))
                 continue
             for key, grade in row.items():  # MM-Vet's grades: {id: {"model": [...], "content": [...]}}
@@ -74,10 +76,12 @@ class Judge:
                     raise InputError(
                         f"'{path}': no replies of a judge here; expected 'id' and 'reply' in a line"
                     )
-                reply = Reply(str(grade["content"][0]), str((grade.get("model") or ["unknown"])[0]), "")
+                reply = JudgeReply(str(grade["content"][0]), str((grade.get("model") or ["unknown"])[0]), "")
                 self._stored.setdefault(str(key), []).append(("", reply))
 
-    def ask(self, prompts: Sequence[tuple[str, str]], version: str, **options: Any) -> list[Reply | None]:
+    def ask(
+        self, prompts: Sequence[tuple[str, str]], version: str, **options: Any
+    ) -> list[JudgeReply | None]:
         """A reply to each (id, prompt), in order; None where there is none and no endpoint to ask."""
         found = [self._find(key, prompt) for key, prompt in prompts]
         missing = [number for number, reply in enumerate(found) if reply is None]
@@ -86,17 +90,17 @@ class Judge:
             with ThreadPoolExecutor(WORKERS) as pool:
                 replies = pool.map(lambda number: endpoint.chat(prompts[number][1], **options), missing)
                 for number, (text, name) in zip(missing, replies, strict=True):
-                    found[number] = Reply(text, name, version)
-                    self._store(*prompts[number], Reply(text, name, version))
+                    found[number] = JudgeReply(text, name, version)
+                    self._store(*prompts[number], JudgeReply(text, name, version))
         return found
 
-    def _find(self, key: str, prompt: str) -> Reply | None:
+    def _find(self, key: str, prompt: str) -> JudgeReply | None:
         stored = self._stored.get(key, ())
         digest = _digest(prompt)
         # A reply without a digest was made by another program, for this answer as far as anyone knows.
         return next((reply for known, reply in stored if known in (digest, "")), None)
 
-    def _store(self, key: str, prompt: str, reply: Reply) -> None:
+    def _store(self, key: str, prompt: str, reply: JudgeReply) -> None:
         if self.path is None:
             return
         row = {
@@ -121,7 +125,7 @@ class JudgedTask(Task):
     prompt_version: str
     judge: Judge | None = None
 
-    def replies(self, prompts: Sequence[tuple[str, str]], **options: Any) -> list[Reply | None]:
+    def replies(self, prompts: Sequence[tuple[str, str]], **options: Any) -> list[JudgeReply | None]:
         """Raises InputError when there is no judge, or replies are missing without an endpoint."""
         if self.judge is None:
             raise InputError(
@@ -138,7 +142,7 @@ class JudgedTask(Task):
         return found
 
     def about(
-        self, replies: Iterable[Reply | None], unparsed: int, answered: Sequence[Answered]
+        self, replies: Iterable[JudgeReply | None], unparsed: int, answered: Sequence[Answered]
     ) -> dict[str, Any]:
         """What the result says of the judge."""
         there = [reply for reply in replies if reply is not None]

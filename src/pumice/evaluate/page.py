@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from pumice.webpage import head
+
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --fore: #1b1b1f; --soft: #55565e; --line: #d5d6dc;
   --card: #f5f5f8; --a: #0b57d0; --b: #b3541e; --c: #5b7083; --good: #0f6b36; --bad: #b3261e; }
@@ -59,20 +61,11 @@ for (const id of ['kind', 'part', 'words']) document.getElementById(id).addEvent
 show();
 """
 
-# Nothing may be loaded from anywhere, even if a text of a model should try.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-
 
 def document(title: str, body: str, *, script: bool) -> str:
     """A whole page. `body` is HTML; `title` is text."""
     end = f"<script>{SCRIPT}</script>" if script else ""
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><main><h1>{escape(title)}</h1>\n{body}\n</main>{end}</body></html>\n"
-    )
+    return f"{head(title, STYLE)}<body><main><h1>{escape(title)}</h1>\n{body}\n</main>{end}</body></html>\n"
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,8 +5,6 @@ Knows: results, details and pictures. Does not know: how they were made.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -16,10 +14,12 @@ from typing import Any
 from PIL import Image
 
 from pumice.errors import InputError
+from pumice.evaluate.compare import verdict
 from pumice.evaluate.page import bars, document, radar, table
 from pumice.evaluate.published import PUBLISHED, SCALE
 from pumice.evaluate.task import Answered, Task
 from pumice.images import open_image
+from pumice.webpage import jpeg_address
 
 WRONG, RIGHT = 60, 20  # cards at most
 SIDE = 256  # pixels of a thumbnail's longer side
@@ -57,13 +57,13 @@ def cards(
 def compared_cards(
     task: Task, data: Path, first: Sequence[Answered], second: Sequence[Answered], names: tuple[str, str]
 ) -> list[Card]:
-    """Where two models differ most, each kind bounded."""
-    kinds: dict[str, list[Card]] = {f"{names[1]} better": [], f"{names[1]} worse": [], "same score": []}
+    """Where two models differ most, each kind bounded. Better and worse are said of the first."""
+    kinds: dict[str, list[Card]] = {f"{names[0]} better": [], f"{names[0]} worse": [], "same score": []}
     values = zip(task.score(first).values, task.score(second).values, strict=True)
     for a, b, (x, y) in zip(first, second, values, strict=True):
         if x is None or y is None or (x == y and a.text == b.text):
             continue
-        kind = "same score" if x == y else f"{names[1]} {'better' if y > x else 'worse'}"
+        kind = "same score" if x == y else f"{names[0]} {'better' if x > y else 'worse'}"
         kinds[kind].append(_card(a, [(names[0], a.text, x), (names[1], b.text, y)], kind))
     chosen = [
         card for kind, found in kinds.items() for card in _spread(found, RIGHT if "same" in kind else WRONG)
@@ -108,9 +108,7 @@ def _thumbnail(picture: Any) -> str:
     except (InputError, OSError):
         return ""
     image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return jpeg_address(image, quality=75)
 
 
 def page(results: Sequence[Mapping[str, Any]], shown: Sequence[Card] = ()) -> str:
@@ -131,15 +129,15 @@ def compare_page(found: Mapping[str, Any], shown: Sequence[Card]) -> str:
     rows = [
         [first, f"{found['values'][0]:.2f}"],
         [second, f"{found['values'][1]:.2f}"],
-        ["difference", f"{found['difference']:+.2f}"],
+        [f"{first} minus {second}", f"{found['difference']:+.2f}"],
         ["95% interval", f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"],
         ["p, paired bootstrap", "-" if found["p"] is None else f"{found['p']:.3g}"],
         ["p, McNemar", "-" if found["mcnemar"] is None else f"{found['mcnemar']:.3g}"],
-        [f"{second} better", str(found["better"])],
-        [f"{second} worse", str(found["worse"])],
+        [f"{first} better", str(found["better"])],
+        [f"{first} worse", str(found["worse"])],
     ]
     caption = f"{found['title']}, {found['headline']}, {found['questions']} questions"
-    body = _partial(found) + table(caption, ["", "value"], rows)
+    body = _partial(found) + f"<p>{escape(verdict(found))}.</p>" + table(caption, ["", "value"], rows)
     body += _gallery(shown, "Where they differ") if shown else "<p>They give the same answers.</p>"
     return document(f"{first} and {second} on {found['title']}", body, script=bool(shown))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from pumice import __version__
 from pumice.errors import InputError, official
-from pumice.evaluate.files import Picture
+from pumice.evaluate.files import ImageFile
 from pumice.evaluate.metrics.bootstrap import interval_of
 from pumice.evaluate.predictions import check, match, read_predictions
 from pumice.evaluate.published import drift, published
@@ -89,8 +89,8 @@ def _check_texts(question: Question) -> None:
         raise TypeError(f"{wrong[0]!r} stands where a text should")
 
 
-def _names_only(question: Question) -> tuple[Picture, ...]:
-    return tuple(Picture(picture.name, _forgotten) for picture in question.images)
+def _names_only(question: Question) -> tuple[ImageFile, ...]:
+    return tuple(ImageFile(picture.name, _forgotten) for picture in question.images)
 
 
 def _forgotten() -> bytes:

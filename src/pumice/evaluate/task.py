@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Picture
+from pumice.evaluate.files import ImageFile
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -35,7 +35,7 @@ class Question:
     """
 
     id: str
-    images: tuple[Picture, ...]
+    images: tuple[ImageFile, ...]
     prompt: str
     meta: Mapping[str, Any] = field(default_factory=dict)
     also: str = ""
@@ -101,6 +101,7 @@ class Task(ABC):
     title: ClassVar[str]
     headline: ClassVar[str]  # a key of Score.metrics
     unit: ClassVar[str] = "%"
+    lower_is_better: ClassVar[bool] = False  # of the headline; an answer's value is always better higher
     source: ClassVar[Source]
     splits: ClassVar[tuple[str, ...]] = ("test",)  # the first is the published one that can be scored here
     rank: ClassVar[int] = 100  # place in lists

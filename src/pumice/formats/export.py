@@ -30,7 +30,7 @@ from pumice.formats.pumice.folder import check, writing
 from pumice.model.adapters import add_lora
 from pumice.model.layers import Block, Causal, RMSNorm, rotary
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks
+from pumice.storage.tensors import LazyStateDict
 
 REFUSALS: dict[str, Callable[[ModelConfig], str | None]] = {
     "hf": hf_write.refusal,
@@ -113,13 +113,13 @@ def refusal(to: str, config: ModelConfig) -> str | None:
     return f"{reason}; {f'use --to {others[0]}' if others else 'share the Pumice folder itself'}"
 
 
-def without_lora(config: ModelConfig, state: Stocks) -> tuple[ModelConfig, Stocks]:
+def without_lora(config: ModelConfig, state: LazyStateDict) -> tuple[ModelConfig, LazyStateDict]:
     """The model as it was before its adapters were trained."""
     kept = {name: tensor for name, tensor in state.items() if not name.endswith(_LORA)}
     return replace(config, lora=None), kept
 
 
-def merged(config: ModelConfig, state: Stocks) -> tuple[ModelConfig, Stocks]:
+def merged(config: ModelConfig, state: LazyStateDict) -> tuple[ModelConfig, LazyStateDict]:
     """The model with its adapters in its weights, which are computed when they are read.
 
     Raises InputError unless it gives the logits of the model with adapters beside its weights.
@@ -144,7 +144,7 @@ def merged(config: ModelConfig, state: Stocks) -> tuple[ModelConfig, Stocks]:
 
 
 @torch.inference_mode()
-def probe(config: ModelConfig, state: Stocks) -> Tensor:
+def probe(config: ModelConfig, state: LazyStateDict) -> Tensor:
     """Logits (T, V) in fp32 of the decoder on fixed random ids; one block at a time is in memory."""
     decoder = config.decoder
     ids = torch.randint(decoder.vocab_size, (1, _PROBE), generator=torch.Generator().manual_seed(0))
@@ -158,6 +158,7 @@ def probe(config: ModelConfig, state: Stocks) -> Tensor:
                 add_lora(block, config.lora)
         prefix = f"decoder.blocks.{number}."
         own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        block.eval()  # a dropout of the adapters belongs to training
         block.load_state_dict({name: t.read(torch.float32) for name, t in own.items()}, assign=True)
         x = block(x, cos, sin, attend)
     norm = RMSNorm(decoder.width, decoder.norm_eps)

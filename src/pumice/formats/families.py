@@ -1,13 +1,39 @@
 """The families of language models and vision towers that can be read, by transformers' model_type.
 
-Each with what transformers takes for the keys that its config.json leaves out.
+One table of each; what the formats need to know of a family stands in its row.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-# What transformers takes for keys that are absent, by model_type.
+
+@dataclass(frozen=True)
+class Family:
+    """A family of language models.
+
+    defaults: what transformers takes for keys that its config.json leaves out. classes: transformers' class.
+    template: its chat format where a LLaVA of transformers has no chat template. original: its name in the
+    classes of the original LLaVA, None where that lacks it. gguf: whether it can be read from GGUF, where it
+    has the same name.
+    """
+
+    defaults: dict[str, Any]
+    classes: str
+    template: str
+    original: str | None
+    gguf: bool = True
+
+
+@dataclass(frozen=True)
+class TowerFamily:
+    """A family of vision towers. kind: VisionConfig's. defaults: as a language model's."""
+
+    kind: str
+    defaults: dict[str, Any]
+
+
 _LLAMA: dict[str, Any] = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
@@ -20,7 +46,13 @@ _QWEN2 = _LLAMA | {
     "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
     "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
 }  # fmt: skip
-FAMILIES = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN2 | {"head_dim": 128}}
+FAMILIES = {
+    "llama": Family(_LLAMA, "LlamaForCausalLM", "v1", "Llama"),
+    # llama.cpp calls a Mistral a llama, too
+    "mistral": Family(_MISTRAL, "MistralForCausalLM", "mistral_instruct", "Mistral", gguf=False),
+    "qwen2": Family(_QWEN2, "Qwen2ForCausalLM", "chatml", "Qwen"),
+    "qwen3": Family(_QWEN2 | {"head_dim": 128}, "Qwen3ForCausalLM", "chatml", None),
+}
 
 _CLIP: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -28,6 +60,8 @@ _CLIP: dict[str, Any] = {
 }  # fmt: skip
 _SIGLIP = _CLIP | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 TOWERS = {
-    "clip_vision_model": ("clip", _CLIP), "clip": ("clip", _CLIP),
-    "siglip_vision_model": ("siglip", _SIGLIP), "siglip": ("siglip", _SIGLIP),
-}  # fmt: skip
+    "clip_vision_model": TowerFamily("clip", _CLIP),
+    "clip": TowerFamily("clip", _CLIP),
+    "siglip_vision_model": TowerFamily("siglip", _SIGLIP),
+    "siglip": TowerFamily("siglip", _SIGLIP),
+}

@@ -25,7 +25,7 @@ from pumice.processor import Processor
 from pumice.storage.download import facts
 from pumice.storage.json_file import read_json
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import FLOATS, Stocks
+from pumice.storage.tensors import FLOATS, LazyStateDict
 from pumice.tokens import Tokenizer
 
 DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -105,11 +105,12 @@ def import_model(
         tokenizer=loaded.tokenizer.to_str(),
         provenance=loaded.provenance | _origin(kind, loaded),
         parts=loaded.parts,
+        sentencepiece=loaded.sentencepiece,
     )
     return Imported(kind, loaded)
 
 
-def _in_few_bits(loaded: LoadedParts, state: Stocks, bits: str) -> tuple[LoadedParts, Stocks]:
+def _in_few_bits(loaded: LoadedParts, state: LazyStateDict, bits: str) -> tuple[LoadedParts, LazyStateDict]:
     """Adapters are merged, and the decoder is no longer that of a wheel."""
     state = in_few_bits(loaded.config, state, bits)
     parts = {part: source for part, source in loaded.parts.items() if part != "decoder"}

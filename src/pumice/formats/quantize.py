@@ -10,18 +10,18 @@ from pumice.formats.peft.read import add_update
 from pumice.kernels.compute import quantize
 from pumice.kernels.packed import GROUP, Kind, Packed
 from pumice.model.quantized import kind_of
-from pumice.storage.tensors import Blocks, Stocks, Stored, let_go
+from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, close_last_file
 
 _LORA = (".lora_a", ".lora_b")
 
 
 def fits(config: DecoderConfig) -> bool:
     """Whether every matrix has rows of whole groups."""
-    inner = config.heads * config.head_width
+    inner = config.heads * config.head_dim
     return not any(inputs % GROUP for inputs in (config.width, inner, config.mlp_width))
 
 
-def in_few_bits(config: ModelConfig, state: Stocks, bits: str) -> Stocks:
+def in_few_bits(config: ModelConfig, state: LazyStateDict, bits: str) -> LazyStateDict:
     """The state with adapters merged and the decoder's matrices in blocks of "int8" or "int4".
 
     A matrix that is stored in blocks of as few bits stays as it is. Raises InputError where rows are no whole
@@ -34,11 +34,11 @@ def in_few_bits(config: ModelConfig, state: Stocks, bits: str) -> Stocks:
     }
 
 
-def is_matrix(name: str, tensor: Stored) -> bool:
+def is_matrix(name: str, tensor: LazyTensor) -> bool:
     return name.startswith("decoder.") and len(tensor.shape) == 2
 
 
-def without_adapters(config: ModelConfig, state: Stocks) -> Stocks:
+def without_adapters(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
     """The state with each adapter's update added to its matrix when that is read."""
     kept = {name: tensor for name, tensor in state.items() if not name.endswith(_LORA)}
     if config.lora is None:
@@ -53,14 +53,14 @@ def without_adapters(config: ModelConfig, state: Stocks) -> Stocks:
     return kept
 
 
-def _quantized(name: str, tensor: Stored, bits: str) -> Stored:
+def _quantized(name: str, tensor: LazyTensor, bits: str) -> LazyTensor:
     kind = kind_of(bits, name.removeprefix("decoder."), tensor.shape[1])
     if tensor.blocks is not None and (kind is Kind.Q8_0 or tensor.blocks.kind is not Kind.Q8_0):
         return tensor
 
     def packed() -> Packed:
         made = quantize(tensor.read(), kind, tensor.origin or name)
-        let_go()  # the file's pages would count as memory until it is closed
+        close_last_file()  # the file's pages would count as memory until it is closed
         return made
 
     return dataclasses.replace(tensor, blocks=Blocks(kind, packed))

@@ -50,7 +50,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t depth, width, heads, kv_heads, head_width, mlp_width, vocabulary, places, window; /* window: 0 none */
+    int64_t depth, width, heads, kv_heads, head_dim, mlp_width, vocabulary, places, window; /* window: 0 none */
     float eps;
     const float *inv_freq; /* (d / 2), radians per position */
     const Block *blocks;
@@ -129,7 +129,7 @@ int pumice_threads(void) {
  * no memory. */
 int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positions, const int64_t *starts,
                   int64_t wanted, const int64_t *due, float *logits, int threads) {
-    const int64_t D = m->width, H = m->heads, K = m->kv_heads, d = m->head_width, M = m->mlp_width;
+    const int64_t D = m->width, H = m->heads, K = m->kv_heads, d = m->head_dim, M = m->mlp_width;
     const int64_t joined = (H + 2 * K) * d, inner = H * d;
 
     /* 1. Memory: what all threads share, and each thread's own (normed rows, a product's input, scores). */

@@ -1,6 +1,6 @@
-"""Compiled code, from the cache folder or made now.
+"""The compiled code of `native.c`: loaded from the cache folder, or made now and kept there.
 
-It is compiled once per machine and kept in the cache folder.
+It is compiled once per machine, when an engine with weights that it takes first opens on a CPU.
 """
 
 from __future__ import annotations

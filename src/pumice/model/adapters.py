@@ -27,6 +27,7 @@ class LoraLinear(nn.Linear):
         self.lora_a = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
+        self.train(base.training)  # in a model that answers, no dropout acts
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -32,7 +32,7 @@ class KVCache:
     """Keys and values of up to `places` tokens in all. Only places that were written are ever read."""
 
     def __init__(self, config: DecoderConfig, places: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.depth, config.kv_heads, places, config.head_width)
+        shape = (config.depth, config.kv_heads, places, config.head_dim)
         # Not zeroed: on a CPU, memory that was never written to is never taken from the system.
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
@@ -42,7 +42,7 @@ class KVCache:
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-        return 2 * config.depth * config.kv_heads * config.head_width * dtype.itemsize
+        return 2 * config.depth * config.kv_heads * config.head_dim * dtype.itemsize
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy `tokens` places from `source` on to those from `target` on; the two may overlap."""

@@ -48,6 +48,8 @@ def arrange(tokens: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
 
     newline: (D,), where the layout has one. As haotian-liu/LLaVA's `spatial_unpad` (llava_arch.py, v1.6).
     """
+    if layout.squares == 1:
+        return tokens[0] if newline is None else torch.cat((tokens[0], newline.to(tokens)[None]))
     count, width = tokens.shape[1:]
     side = int(count**0.5)
     tiles = tokens[1:].view(layout.rows, layout.columns, side, side, width).transpose(1, 2)

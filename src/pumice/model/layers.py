@@ -99,23 +99,23 @@ class RMSNorm(nn.Module):
 
 
 @lru_cache(maxsize=16)
-def frequencies(head_width: int, base: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+def rope_inv_freq(head_dim: int, base: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """How far each pair of values turns per position, in radians: (d / 2,) in fp32.
 
     linear: all turn `factor` times more slowly (arXiv 2306.15595). llama3 (Llama 3.1's own code): only
     the slow ones do, which turn less than `low_freq_factor` times in the original context; from there to
     `high_freq_factor` turns the slowing fades out.
     """
-    powers = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
-    turning = 1.0 / base**powers
+    powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    inv_freq = 1.0 / base**powers
     if scaling is None:
-        return turning
+        return inv_freq
     if scaling.kind == "linear":
-        return turning / scaling.factor
-    turns = scaling.original_context * turning / (2 * math.pi)
+        return inv_freq / scaling.factor
+    turns = scaling.original_context * inv_freq / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return turning * (kept + (1 - kept) / scaling.factor)
+    return inv_freq * (kept + (1 - kept) / scaling.factor)
 
 
 def rotary(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
@@ -123,8 +123,8 @@ def rotary(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
 
     Halves turn, not pairs, as Hugging Face stores it; the sin of the first half is negative.
     """
-    turning = frequencies(config.head_width, config.rope_base, config.rope_scaling, positions.device)
-    angles = (positions.float()[..., None] * turning).unsqueeze(1)
+    inv_freq = rope_inv_freq(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
+    angles = (positions.float()[..., None] * inv_freq).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -139,15 +139,15 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.heads, self.shared = layer, config.heads, config.kv_heads
-        self.head_width = config.head_width
-        inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.head_dim = config.head_dim
+        inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, shared, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, shared, bias=config.qkv_bias)
         self.o = nn.Linear(inner, config.width, bias=False)
         if config.qk_norm:
-            self.q_norm: nn.Module = RMSNorm(config.head_width, config.norm_eps)
-            self.k_norm: nn.Module = RMSNorm(config.head_width, config.norm_eps)
+            self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
@@ -156,7 +156,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """rows: as in `Block`."""
         batch, tokens, _ = x.shape
-        heads = (batch, tokens, -1, self.head_width)
+        heads = (batch, tokens, -1, self.head_dim)
         q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
         v = self.v(x).view(heads).transpose(1, 2)

@@ -85,10 +85,10 @@ class Llava(nn.Module):
         tokens = self.connector(features if weight is None else features.to(weight.device, weight.dtype))
         if self.config.image.mode != "anyres":
             return tokens
-        squares = [layout.squares for layout in layouts]
-        if sum(squares) != len(tokens):
-            raise ValueError(f"the tower saw {len(tokens)} squares, the layouts speak of {sum(squares)}")
-        pictures = zip(tokens.split(squares), layouts, strict=True)
+        tiles = [layout.tiles for layout in layouts]
+        if sum(tiles) != len(tokens):
+            raise ValueError(f"the tower saw {len(tokens)} squares, the layouts speak of {sum(tiles)}")
+        pictures = zip(tokens.split(tiles), layouts, strict=True)
         arranged = [arrange(picture, layout, self.image_newline) for picture, layout in pictures]
         return torch.cat([tokens[:0].flatten(0, 1), *arranged])
 

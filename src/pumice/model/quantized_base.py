@@ -69,6 +69,7 @@ class QuantizedLinear(nn.Module):
         if isinstance(layer, LoraLinear):
             self.lora_a, self.lora_b = layer.lora_a, layer.lora_b
             self.update, self.dropout = layer.scale, layer.dropout
+        self.train(layer.training)
 
     def dequantized(self) -> Tensor:
         """The weights (out, in) that the layer computes with, fp32."""

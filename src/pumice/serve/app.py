@@ -28,10 +28,10 @@ from pumice.serve.metrics import CONTENT_TYPE, Metrics
 from pumice.serve.observe import Observe, record
 from pumice.serve.openapi import document
 from pumice.serve.page import files, send
-from pumice.serve.settings import Settings
+from pumice.serve.settings import ServerSettings
 
 
-def build(settings: Settings, backend: Backend, metrics: Metrics, gate: Gate) -> Starlette:
+def build(settings: ServerSettings, backend: Backend, metrics: Metrics, gate: Gate) -> Starlette:
     """The ASGI application of one worker."""
     started = int(time.time())
     metrics.levels = backend.levels
@@ -121,7 +121,7 @@ async def _tick(metrics: Metrics) -> None:
         await asyncio.sleep(1)
 
 
-async def _body(request: Request, settings: Settings) -> bytes:
+async def _body(request: Request, settings: ServerSettings) -> bytes:
     """A request's body, within the limits of size and time."""
     data = bytearray()
     try:

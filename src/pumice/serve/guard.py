@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pumice.serve.errors import ApiError
 from pumice.serve.observe import record
-from pumice.serve.settings import Settings
+from pumice.serve.settings import ServerSettings
 
 ANSWERING = frozenset({"/v1/chat/completions", "/v1/completions", "/explain"})
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -37,7 +37,7 @@ class Gate:
 class Guard:
     """Lets through what may be answered; everything else gets its error at once."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, gate: Gate) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, gate: Gate) -> None:
         self.app, self.settings, self.gate = app, settings, gate
         self._keys = [_digest(key.encode()) for key in settings.keys]
         # A page on a stranger's host name that resolves to this machine (DNS rebinding) must not ask a

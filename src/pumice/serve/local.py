@@ -42,7 +42,7 @@ from pumice.serve.protocol import (
     ResponseFormat,
     TextPart,
 )
-from pumice.serve.settings import Settings
+from pumice.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
@@ -57,10 +57,10 @@ GRACE = 10.0  # seconds to send the last of an answer
 THREADS = 2  # that prepare prompts: each may hold a decoded picture
 
 
-class Local:
+class LocalBackend:
     """A backend that is an assistant's engine. names: what the model is called, the usual one first."""
 
-    def __init__(self, assistant: Assistant, names: tuple[str, ...], settings: Settings) -> None:
+    def __init__(self, assistant: Assistant, names: tuple[str, ...], settings: ServerSettings) -> None:
         self.assistant, self.names, self.settings = assistant, names, settings
         self.engine = assistant.engine
         self._fetcher: Fetcher | None = None
@@ -313,7 +313,7 @@ class _Events(StreamingResponse):
 class _Running:
     """One request in the engine: `next` gives its pieces of text as they become certain."""
 
-    def __init__(self, local: Local, call: Call, prompt: Prompt) -> None:
+    def __init__(self, local: LocalBackend, call: Call, prompt: Prompt) -> None:
         from pumice.engine.text import TextStream
 
         self.record, self._local, self._prompt = call.record, local, prompt

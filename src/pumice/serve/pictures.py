@@ -18,13 +18,13 @@ from pumice.images import EnormousPicture, image_size, open_image
 from pumice.serve.errors import ApiError
 from pumice.serve.fetch import Fetcher
 from pumice.serve.protocol import ImageUrl
-from pumice.serve.settings import Settings
+from pumice.serve.settings import ServerSettings
 
 _DATA = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[\w.+-]*)*)(;base64)?,", re.IGNORECASE)
 
 
 async def read(
-    images: Sequence[tuple[str, ImageUrl]], settings: Settings, fetcher: Fetcher | None, pool: Executor
+    images: Sequence[tuple[str, ImageUrl]], settings: ServerSettings, fetcher: Fetcher | None, pool: Executor
 ) -> list[bytes]:
     """The files of a request's pictures, in order. Raises ApiError that names the field."""
     if len(images) > settings.max_images:
@@ -74,7 +74,7 @@ async def _fetch(param: str, url: str, fetcher: Fetcher | None) -> bytes | None:
     return await fetcher.get(url, param)
 
 
-def _check(param: str, source: str | bytes, settings: Settings) -> bytes:
+def _check(param: str, source: str | bytes, settings: ServerSettings) -> bytes:
     data = _decode(param, source) if isinstance(source, str) else source
     try:
         width, height = image_size(data)

@@ -30,7 +30,7 @@ from pumice.errors import InputError, WorkError
 from pumice.serve.backend import Backend
 from pumice.serve.guard import Gate
 from pumice.serve.logs import request_line
-from pumice.serve.settings import Settings
+from pumice.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -42,17 +42,17 @@ _LOG = logging.getLogger("pumice.serve")
 
 
 @dataclass(frozen=True)
-class Plan:
+class ServerPlan:
     """How to serve: `backend` makes the answers, in each worker anew, so it must be picklable."""
 
-    settings: Settings
-    backend: Callable[[Settings], tuple[Backend, int]]  # and how many requests it answers at a time
+    settings: ServerSettings
+    backend: Callable[[ServerSettings], tuple[Backend, int]]  # and how many requests it answers at a time
     name: str
     log: Callable[[], None]  # sets up logging, in each worker anew
     workers: int = 1
 
 
-def serve(plan: Plan) -> None:
+def serve(plan: ServerPlan) -> None:
     """Serve until a signal says to stop. Raises InputError, WorkError, or OSError where the port is taken."""
     plan.settings.check()
     bound = bind(plan.settings)
@@ -64,7 +64,7 @@ def serve(plan: Plan) -> None:
             _supervise(plan, bound)
 
 
-def work(plan: Plan, bound: socket.socket) -> None:
+def work(plan: ServerPlan, bound: socket.socket) -> None:
     """One worker: open the model, serve until told to stop, answer what is in flight, leave."""
     from pumice import __version__
     from pumice.serve.app import build
@@ -82,7 +82,7 @@ def work(plan: Plan, bound: socket.socket) -> None:
         raise WorkError("the server did not start; its log says why")
 
 
-def config(app: Starlette, settings: Settings) -> Config:
+def config(app: Starlette, settings: ServerSettings) -> Config:
     return Config(
         app,
         http=_patient(settings.body_timeout),
@@ -98,7 +98,7 @@ def config(app: Starlette, settings: Settings) -> Config:
 class Server(uvicorn.Server):
     """uvicorn's server, which after a signal goes on listening to say 503 until the last answer is out."""
 
-    def __init__(self, config: Config, settings: Settings, gate: Gate, name: str) -> None:
+    def __init__(self, config: Config, settings: ServerSettings, gate: Gate, name: str) -> None:
         super().__init__(config)
         self._settings, self._gate, self._name = settings, gate, name
         self._told = 0.0
@@ -165,7 +165,7 @@ def _patient(seconds: float) -> type[asyncio.Protocol]:
     return Patient
 
 
-def bind(settings: Settings) -> socket.socket:
+def bind(settings: ServerSettings) -> socket.socket:
     try:
         found = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -190,7 +190,7 @@ def bind(settings: Settings) -> socket.socket:
     return bound
 
 
-def _supervise(plan: Plan, bound: socket.socket) -> None:
+def _supervise(plan: ServerPlan, bound: socket.socket) -> None:
     """Keep the workers running, each a process that accepts from the same socket."""
     spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     stopping = False
@@ -236,7 +236,7 @@ def _supervise(plan: Plan, bound: socket.socket) -> None:
         raise WorkError("the workers end as soon as they start; the log above says why")
 
 
-def _worker(plan: Plan, bound: socket.socket) -> None:
+def _worker(plan: ServerPlan, bound: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells us
     threading.Thread(target=_follow, daemon=True).start()
     plan.log()

@@ -13,7 +13,7 @@ MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """Addresses, keys and limits of one server. `check` raises InputError on what cannot be meant."""
 
     host: str = "127.0.0.1"
@@ -37,7 +37,7 @@ class Settings:
     allow_image_urls: bool = False  # fetch http(s) pictures, from public addresses alone
     image_timeout: float = 10.0  # seconds for one of them, redirects included
 
-    def check(self) -> Settings:
+    def check(self) -> ServerSettings:
         if not 0 <= self.port < 65536:
             raise InputError(f"the port is {self.port}; give 1 to 65535, or 0 for a free one")
         whole = ("max_body", "max_images", "max_pixels", "max_tokens", "default_tokens", "max_connections")

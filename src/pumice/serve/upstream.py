@@ -29,7 +29,7 @@ from pumice.serve.errors import REMEDIES, ApiError
 from pumice.serve.fetch import Fetcher
 from pumice.serve.metrics import Levels, Metrics
 from pumice.serve.protocol import ImageUrl
-from pumice.serve.settings import Settings
+from pumice.serve.settings import ServerSettings
 
 KEY = "PUMICE_UPSTREAM_KEY"  # the environment's name for the upstream's key
 FRESH = 2.0  # seconds for which what the upstream said of its models is believed
@@ -39,7 +39,7 @@ _PASSED = ("content-type", "retry-after", "openai-processing-ms")
 class Upstream:
     """A backend behind `url` (up to and with /v1). Raises InputError when that is no address."""
 
-    def __init__(self, url: str, settings: Settings) -> None:
+    def __init__(self, url: str, settings: ServerSettings) -> None:
         if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
             raise InputError(f"the upstream {url!r} is no address; write http://HOST:PORT/v1")
         self.url, self.settings = url.rstrip("/"), settings

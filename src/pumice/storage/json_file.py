@@ -20,10 +20,18 @@ _NEEDED: Any = object()
 def read_text(path: Path, lacking: str = "the folder is not whole") -> str:
     """The file's text. lacking: what it means that the file is missing."""
     try:
-        return path.read_bytes().decode()
+        return read_bytes(path, lacking).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def read_bytes(path: Path, lacking: str = "the folder is not whole") -> bytes:
+    """What the file holds. lacking: what it means that the file is missing."""
+    try:
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; {lacking}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 

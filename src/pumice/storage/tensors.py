@@ -47,7 +47,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """A tensor that is still where it is kept.
 
     fetch: reads it, in the type that it is given. origin: key and file, for messages. blocks: where a matrix
@@ -64,18 +64,18 @@ class Stored:
         """The tensor, as stored or in `dtype`."""
         return self.fetch(dtype or self.dtype)
 
-    def then(self, change: Callable[[Tensor], Tensor], shape: Iterable[int] | None = None) -> Stored:
+    def then(self, change: Callable[[Tensor], Tensor], shape: Iterable[int] | None = None) -> LazyTensor:
         """This tensor after `change`, which sees it as stored. shape: of the result, where it differs."""
-        return Stored(
+        return LazyTensor(
             self.shape if shape is None else tuple(shape),
             self.dtype,
             lambda dtype: change(self.read()).to(dtype),
             self.origin,
         )
 
-    def cast(self, dtype: torch.dtype) -> Stored:
+    def cast(self, dtype: torch.dtype) -> LazyTensor:
         """This tensor as if it were stored in `dtype`."""
-        return Stored(self.shape, dtype, self.fetch, self.origin)
+        return LazyTensor(self.shape, dtype, self.fetch, self.origin)
 
     @property
     def size(self) -> int:
@@ -83,12 +83,12 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Stocks = dict[str, Stored]
+LazyStateDict = dict[str, LazyTensor]
 
 
-def stored(tensor: Tensor, origin: str = "") -> Stored:
+def stored(tensor: Tensor, origin: str = "") -> LazyTensor:
     """A tensor in memory."""
-    return Stored(tuple(tensor.shape), tensor.dtype, tensor.to, origin)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.to, origin)
 
 
 def find_weights(folder: Path, stem: str = "") -> list[Path]:
@@ -103,7 +103,7 @@ def find_weights(folder: Path, stem: str = "") -> list[Path]:
     return []
 
 
-def open_weights(folder: Path, stem: str = "") -> Stocks:
+def open_weights(folder: Path, stem: str = "") -> LazyStateDict:
     """All tensors of a folder's weights. Raises InputError when there are none, or a file of them is bad."""
     found = find_weights(folder, stem)
     if not found:
@@ -114,13 +114,13 @@ def open_weights(folder: Path, stem: str = "") -> Stocks:
     return _open_index(path) if path.suffix == ".json" else open_file(path)
 
 
-def open_file(path: Path) -> Stocks:
+def open_file(path: Path) -> LazyStateDict:
     """The tensors of one file, in its order."""
     reader = _Safetensors(path) if path.suffix == ".safetensors" else _Bin(path)
     return {name: reader.stored(name) for name in reader.names()}
 
 
-def _open_index(index: Path) -> Stocks:
+def _open_index(index: Path) -> LazyStateDict:
     """The tensors that an index deals out to shards, shard by shard."""
     where: dict[str, list[str]] = {}
     for name, shard in Keys.of(index).object("weight_map").values.items():
@@ -129,7 +129,7 @@ def _open_index(index: Path) -> Stocks:
         where.setdefault(shard, []).append(name)
     if not where:
         raise InputError(f"{index} names no tensors; fetch it again")
-    tensors: Stocks = {}
+    tensors: LazyStateDict = {}
     for shard, names in sorted(where.items()):
         path = index.parent / shard
         if not path.is_file():
@@ -159,9 +159,11 @@ class _File:
             self._opened, _File._last = self._open(), self
         return self._opened
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> LazyTensor:
         shape, dtype = self._describe(name)
-        return Stored(shape, dtype, lambda wanted: self._read(name).to(wanted), f"{name} in {self.path.name}")
+        return LazyTensor(
+            shape, dtype, lambda wanted: self._read(name).to(wanted), f"{name} in {self.path.name}"
+        )
 
     def names(self) -> list[str]:
         raise NotImplementedError
@@ -190,7 +192,7 @@ class _File:
         return InputError(f"{self.path} is {what or f'damaged or cut short ({reason})'}; fetch it again")
 
 
-def let_go() -> None:
+def close_last_file() -> None:
     """Close the file that was read last: its pages count as this process's memory while it is open."""
     last, _File._last = _File._last, None
     if last is not None:
@@ -257,13 +259,13 @@ class _Bin(_File):
 
 
 def write_weights(
-    folder: Path, state: Mapping[str, Stored], stem: str = "model", limit: int = SHARD_BYTES
+    folder: Path, state: Mapping[str, LazyTensor], stem: str = "model", limit: int = SHARD_BYTES
 ) -> None:
     """Write `{stem}.safetensors`, or shards of at most `limit` bytes with their index, in the given order.
 
     One tensor at a time is in memory. Raises OSError as the file system does.
     """
-    shards: list[Stocks] = [{}]
+    shards: list[LazyStateDict] = [{}]
     room = limit
     for name, tensor in state.items():
         if tensor.size > room and shards[-1]:
@@ -286,7 +288,7 @@ def write_weights(
     )
 
 
-def write_file(path: Path, state: Mapping[str, Stored]) -> None:
+def write_file(path: Path, state: Mapping[str, LazyTensor]) -> None:
     """One safetensors file, as its format says: the header's length, the header, the bytes.
 
     Wider types come first, so that every tensor is aligned; then names count, as in the library's own writer.

@@ -37,7 +37,7 @@ class Rejection:
 
 
 @dataclass(frozen=True)
-class Settings:
+class CheckSettings:
     """What can be set: how many unsupported things (None: as the kind says), and the language (None: any)."""
 
     unsupported: int | None = None
@@ -77,7 +77,7 @@ def is_refusal(reply: str) -> bool:
 
 
 def examine(
-    kind: Kind, context: Context, reply: str, vocabulary: Vocabulary, settings: Settings, seed: int = 0
+    kind: Kind, context: Context, reply: str, vocabulary: Vocabulary, settings: CheckSettings, seed: int = 0
 ) -> Draft | Rejection:
     """A reply as a draft that passed every check, or why it did not."""
     if is_refusal(reply):
@@ -93,18 +93,18 @@ def examine(
     return draft
 
 
-def _turns(draft: Draft, _: Settings) -> str | None:
+def _turns(draft: Draft, _: CheckSettings) -> str | None:
     least, most = draft.kind.turns
     if least <= len(draft.turns) <= most:
         return None
     return f"{len(draft.turns)} turns, {least} to {most} are asked for"
 
 
-def _source(draft: Draft, _: Settings) -> str | None:
+def _source(draft: Draft, _: CheckSettings) -> str | None:
     return _first_match(_SOURCE, draft)
 
 
-def _itself(draft: Draft, _: Settings) -> str | None:
+def _itself(draft: Draft, _: CheckSettings) -> str | None:
     return _first_match(_ITSELF, draft)
 
 
@@ -116,7 +116,7 @@ def _first_match(pattern: re.Pattern[str], draft: Draft) -> str | None:
     return None
 
 
-def _length(draft: Draft, _: Settings) -> str | None:
+def _length(draft: Draft, _: CheckSettings) -> str | None:
     least, most = draft.kind.words
     for turn in draft.turns:
         words, asked = len(turn.answer.split()), len(turn.question.split())
@@ -127,7 +127,7 @@ def _length(draft: Draft, _: Settings) -> str | None:
     return None
 
 
-def _repetition(draft: Draft, _: Settings) -> str | None:
+def _repetition(draft: Draft, _: CheckSettings) -> str | None:
     questions = Counter(_plain(turn.question) for turn in draft.turns)
     question, times = questions.most_common(1)[0]
     if times > 1:
@@ -145,7 +145,7 @@ def _repetition(draft: Draft, _: Settings) -> str | None:
     return None
 
 
-def _objects(draft: Draft, settings: Settings) -> str | None:
+def _objects(draft: Draft, settings: CheckSettings) -> str | None:
     allowed = draft.kind.unsupported if settings.unsupported is None else settings.unsupported
     found = unsupported(draft)
     if len(found) <= allowed:
@@ -163,14 +163,14 @@ def unsupported(draft: Draft) -> list[str]:
     return draft.vocabulary.unsupported("\n".join(said), draft.known)
 
 
-def _kind(draft: Draft, _: Settings) -> str | None:
+def _kind(draft: Draft, _: CheckSettings) -> str | None:
     for check in draft.kind.checks:
         if wrong := check(draft):
             return wrong
     return None
 
 
-def _language(draft: Draft, settings: Settings) -> str | None:
+def _language(draft: Draft, settings: CheckSettings) -> str | None:
     text = " ".join(f"{turn.question} {turn.answer}" for turn in draft.turns)
     if settings.language is None or len(text.split()) < FEWEST_FOR_LANGUAGE:
         return None
@@ -195,7 +195,7 @@ def _identifier() -> Callable[[str], str]:
 
 
 # In this order: the cheap and the plain first.
-CHECKS: tuple[tuple[str, Callable[[Draft, Settings], str | None]], ...] = (
+CHECKS: tuple[tuple[str, Callable[[Draft, CheckSettings], str | None]], ...] = (
     ("number of turns", _turns),
     ("speaks of its source", _source),
     ("speaks of itself", _itself),

@@ -58,7 +58,7 @@ class Context:
         return "\n\n".join(parts)
 
 
-class Spoiled:
+class BadRows:
     """Counts what is wrong with annotations, and raises InputError when it is more than allowed."""
 
     def __init__(self, allowed: int = 0) -> None:

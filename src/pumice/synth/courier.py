@@ -339,6 +339,7 @@ async def _requests(courier: Courier, messages: Iterator[dict[str, Any]]) -> Asy
                 message["user"],
                 message["max_tokens"],
                 message["image"],
+                message["image_key"],
             )
 
 

@@ -21,7 +21,7 @@ RUN = 3  # words that hash together
 _CACHE_KB = 65_536  # of the database in memory
 
 
-class Seen:
+class SeenRows:
     """Texts seen so far. Words are compared in runs of three, case and punctuation aside."""
 
     def __init__(self, threshold: float = 0.8) -> None:

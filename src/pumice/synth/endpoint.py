@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from pumice.errors import InputError
@@ -98,8 +97,8 @@ class Endpoint:
     def body(self, request: Request) -> dict[str, Any]:
         """The JSON to post. An option that is null is left out."""
         content: Any = request.user
-        if request.image is not None:
-            content = [{"type": "image_url", "image_url": {"url": data_url(Path(request.image))}}]
+        if (picture := request.picture()) is not None:
+            content = [{"type": "image_url", "image_url": {"url": data_url(picture)}}]
             content += [{"type": "text", "text": request.user}] if request.user else []
         messages = [{"role": role, "content": text} for role, text in request.prompt]
         messages.append({"role": "user", "content": content})

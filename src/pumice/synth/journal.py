@@ -24,20 +24,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pumice.errors import InputError
 from pumice.files import sync
+from pumice.images import image_key, read_picture
 
 Cost = tuple[int, int]  # tokens in, tokens out
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a teacher. prompt: (role, text) before the user's; image: a file to show, or None."""
+    """One question to a teacher.
+
+    prompt: (role, text) before the user's. image: a file to show, or None; image_key: of its contents when
+    the request was made, which `id` depends on.
+    """
 
     id: str
     prompt: tuple[tuple[str, str], ...]
     user: str
     max_tokens: int
     image: str | None = None
+    image_key: str | None = None
+
+    def picture(self) -> bytes | None:
+        """The file to show, read once. Raises InputError when it has changed since the request was made."""
+        if self.image is None:
+            return None
+        data = read_picture(self.image)
+        if image_key(data) != self.image_key:
+            raise InputError(f"picture {self.image!r} has changed since the run began; run the command again")
+        return data
 
     @property
     def prompt_id(self) -> str:

@@ -6,8 +6,6 @@ or a file brought are escaped.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections.abc import Iterable
@@ -22,6 +20,7 @@ from pumice.files import replacing
 from pumice.images import open_image
 from pumice.synth.checks import REASONS
 from pumice.synth.statistics import LENGTHS, Statistics
+from pumice.webpage import jpeg_address
 
 THUMBNAIL = 320  # pixels, the longer side
 
@@ -118,11 +117,8 @@ def _thumbnail(name: str, finder: ImageFinder | None) -> str:
     except InputError as error:
         return f"<p>{escape(str(error))}</p>"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    source = base64.b64encode(data.getvalue()).decode()
     size = f'width="{image.width}" height="{image.height}"'
-    return f'<img loading="lazy" {size} alt="{escape(name)}" src="data:image/jpeg;base64,{source}">'
+    return f'<img loading="lazy" {size} alt="{escape(name)}" src="{jpeg_address(image, quality=80)}">'
 
 
 def _row(row: dict[str, Any]) -> str:

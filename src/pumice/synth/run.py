@@ -23,9 +23,9 @@ from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
 from pumice.files import Lock, replacing
 from pumice.images import image_key
-from pumice.synth.checks import Rejection, Settings, check_language, examine, row
+from pumice.synth.checks import CheckSettings, Rejection, check_language, examine, row
 from pumice.synth.context import Context
-from pumice.synth.duplicates import Seen
+from pumice.synth.duplicates import SeenRows
 from pumice.synth.endpoint import Endpoint, text_of
 from pumice.synth.journal import Journal, Request, digest
 from pumice.synth.kinds.base import Draft, Kind
@@ -46,7 +46,7 @@ class Job:
     examples: int | None = None  # worked examples in a prompt, None for all
     told: bool = True  # whether the teacher is told the annotations
     seed: int = 0
-    settings: Settings = field(default_factory=Settings)
+    settings: CheckSettings = field(default_factory=CheckSettings)
     similar: float = 0.8  # Jaccard similarity from which a row is a near-duplicate
 
     def check(self) -> None:
@@ -88,7 +88,7 @@ def plan(job: Job, teacher: Teacher) -> Iterator[tuple[str, Kind, Context, Reque
                 f"{context.id}-{kind.name}",
                 kind,
                 context,
-                Request(key, prompt, user, kind.max_tokens, image),
+                Request(key, prompt, user, kind.max_tokens, image, digest_of),
             )
 
 
@@ -198,7 +198,7 @@ def finish(job: Job, teacher: Teacher, journal: Journal) -> Statistics:
     """
     vocabulary = Vocabulary(sorted({box.category for c in job.contexts for box in c.boxes}))
     statistics = Statistics(journal.tally.to_dict())
-    seen = Seen(job.similar)
+    seen = SeenRows(job.similar)
     with replacing(job.out / "rows.jsonl") as rows, replacing(job.out / "rejected.jsonl") as rejected:
         for row_id, kind, context, request in plan(job, teacher):
             raw = journal.reply(request.id)
@@ -224,7 +224,7 @@ def finish(job: Job, teacher: Teacher, journal: Journal) -> Statistics:
     return statistics
 
 
-def duplicate(draft: Draft, row_id: str, seen: Seen) -> Rejection | None:
+def duplicate(draft: Draft, row_id: str, seen: SeenRows) -> Rejection | None:
     """A kind whose rows may be alike is compared within a picture, any other within all rows of the kind."""
     if draft.kind.alike:
         text = " ".join(f"{turn.question} {turn.answer}" for turn in draft.turns)

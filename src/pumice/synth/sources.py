@@ -13,7 +13,7 @@ from typing import Any
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError, official
-from pumice.synth.context import Box, Context, Spoiled, normalised
+from pumice.synth.context import BadRows, Box, Context, normalised
 from pumice.synth.files import first_byte, items, json_lines, lines
 
 
@@ -25,16 +25,16 @@ class _Gathered:
         self.captions: dict[Any, list[str]] = {}
         self.boxes: dict[Any, list[Box]] = {}
 
-    def contexts(self, source: str, spoiled: Spoiled, file: Path) -> Iterator[Context]:
+    def contexts(self, source: str, bad_rows: BadRows, file: Path) -> Iterator[Context]:
         for key, (name, _, _) in self.images.items():
             captions, boxes = self.captions.get(key, ()), self.boxes.get(key, ())
             if captions or boxes:
                 yield Context(f"{source}/{Path(name).stem}", name, tuple(captions), tuple(boxes))
             else:
-                spoiled.add(f"'{file}': picture '{name}' (id {key}) has no annotation; remove it")
+                bad_rows.add(f"'{file}': picture '{name}' (id {key}) has no annotation; remove it")
 
 
-def coco(captions: Path | None, instances: Path | None, spoiled: Spoiled) -> Iterator[Context]:
+def coco(captions: Path | None, instances: Path | None, bad_rows: BadRows) -> Iterator[Context]:
     """COCO's captions_*.json and instances_*.json, either or both, in the order of their pictures.
 
     A picture that only one of the two files describes is used with what there is.
@@ -64,19 +64,19 @@ def coco(captions: Path | None, instances: Path | None, spoiled: Spoiled) -> Ite
             where = f"'{captions}', annotation {note.get('id')}"
             text, key = note.get("caption"), _field(note, "image_id", captions)
             if key not in found.images:
-                spoiled.add(f"{where}: picture {key} is not in the file's list of pictures; remove it")
+                bad_rows.add(f"{where}: picture {key} is not in the file's list of pictures; remove it")
             elif not isinstance(text, str):
                 raise InputError(f"{where} has no 'caption'; give the captions file of COCO, not another")
             elif not text.strip():
-                spoiled.add(f"{where}: the caption is empty; remove it")
+                bad_rows.add(f"{where}: the caption is empty; remove it")
             else:
                 found.captions.setdefault(key, []).append(" ".join(text.split()))
     if instances is not None:
-        _coco_boxes(instances, found, spoiled)
-    yield from found.contexts("coco", spoiled, files[0])
+        _coco_boxes(instances, found, bad_rows)
+    yield from found.contexts("coco", bad_rows, files[0])
 
 
-def _coco_boxes(file: Path, found: _Gathered, spoiled: Spoiled) -> None:
+def _coco_boxes(file: Path, found: _Gathered, bad_rows: BadRows) -> None:
     names = {_field(c, "id", file): _field(c, "name", file) for c in items(file, "categories.item")}
     if not names:
         raise InputError(f"'{file}' lists no 'categories'; give the instances file of COCO")
@@ -84,26 +84,26 @@ def _coco_boxes(file: Path, found: _Gathered, spoiled: Spoiled) -> None:
         where = f"'{file}', annotation {note.get('id')}"
         key, box = _field(note, "image_id", file), note.get("bbox")
         if key not in found.images:
-            spoiled.add(f"{where}: picture {key} is not in the file's list of pictures; remove it")
+            bad_rows.add(f"{where}: picture {key} is not in the file's list of pictures; remove it")
             continue
         if note.get("category_id") not in names:
-            spoiled.add(
+            bad_rows.add(
                 f"{where}: category {note.get('category_id')} is not among the {len(names)} listed; mend it"
             )
             continue
         _, width, height = found.images[key]
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
-            spoiled.add(f"{where}: 'bbox' is {box!r}; write left, top, width, height")
+            bad_rows.add(f"{where}: 'bbox' is {box!r}; write left, top, width, height")
             continue
         left, top, wide, high = box
         corners = normalised((left, top, left + wide, top + high), width, height, where)
         if isinstance(corners, str):
-            spoiled.add(corners)
+            bad_rows.add(corners)
         else:
             found.boxes.setdefault(key, []).append(Box(names[note["category_id"]], corners))
 
 
-def visual_genome(folder: Path, spoiled: Spoiled) -> Iterator[Context]:
+def visual_genome(folder: Path, bad_rows: BadRows) -> Iterator[Context]:
     """Visual Genome's image_data.json with region_descriptions.json, objects.json, or both, in one folder.
 
     A region's phrase counts as a caption, an object's first name as its category.
@@ -125,36 +125,36 @@ def visual_genome(folder: Path, spoiled: Spoiled) -> Iterator[Context]:
             for note in entry.get(field) or ():
                 where = f"'{file}', {field[:-1]} {note.get(f'{field[:-1]}_id')} of picture {key}"
                 if key not in found.images:
-                    spoiled.add(f"{where}: the picture is not in '{sizes.name}'; remove it")
+                    bad_rows.add(f"{where}: the picture is not in '{sizes.name}'; remove it")
                 elif field == "regions":
                     phrase = " ".join(str(note.get("phrase") or "").split())
                     if phrase:
                         found.captions.setdefault(key, []).append(phrase)
                     else:
-                        spoiled.add(f"{where}: the phrase is empty; remove it")
+                        bad_rows.add(f"{where}: the phrase is empty; remove it")
                 else:
-                    _vg_box(note, found, key, where, spoiled)
-    yield from found.contexts("vg", spoiled, sizes)
+                    _vg_box(note, found, key, where, bad_rows)
+    yield from found.contexts("vg", bad_rows, sizes)
 
 
-def _vg_box(note: dict[str, Any], found: _Gathered, key: Any, where: str, spoiled: Spoiled) -> None:
+def _vg_box(note: dict[str, Any], found: _Gathered, key: Any, where: str, bad_rows: BadRows) -> None:
     names = note.get("names") or [note.get("name")]
     left, top, wide, high = (note.get(n) for n in ("x", "y", "w", "h"))
     if not names[0]:
-        spoiled.add(f"{where} has no name; mend it")
+        bad_rows.add(f"{where} has no name; mend it")
     elif not all(isinstance(v, int | float) for v in (left, top, wide, high)):
-        spoiled.add(f"{where}: x, y, w and h are {left}, {top}, {wide}, {high}; write four numbers")
+        bad_rows.add(f"{where}: x, y, w and h are {left}, {top}, {wide}, {high}; write four numbers")
     else:
         _, width, height = found.images[key]
         assert left is not None and top is not None and wide is not None and high is not None
         corners = normalised((left, top, left + wide, top + high), width, height, where)
         if isinstance(corners, str):
-            spoiled.add(corners)
+            bad_rows.add(corners)
         else:
             found.boxes.setdefault(key, []).append(Box(str(names[0]), corners))
 
 
-def flickr30k(file: Path, spoiled: Spoiled) -> Iterator[Context]:
+def flickr30k(file: Path, bad_rows: BadRows) -> Iterator[Context]:
     """Flickr30k's captions: results_*.token, results.csv with `|`, or Karpathy's dataset_flickr30k.json."""
     captions: dict[str, list[str]] = {}
     for where, name, text in _flickr(file):
@@ -162,7 +162,7 @@ def flickr30k(file: Path, spoiled: Spoiled) -> Iterator[Context]:
         if text.strip():
             kept.append(" ".join(text.split()))
         else:
-            spoiled.add(f"{where}: the caption is empty; remove it")
+            bad_rows.add(f"{where}: the caption is empty; remove it")
     for name, texts in captions.items():
         if texts:
             yield Context(f"flickr30k/{Path(name).stem}", name, tuple(texts))
@@ -190,7 +190,7 @@ def _flickr(file: Path) -> Iterator[tuple[str, str, str]]:
             raise InputError(f"{where}: neither 'picture#n<tab>caption' nor 'picture| n| caption'; mend it")
 
 
-def plain(file: Path, spoiled: Spoiled) -> Iterator[Context]:
+def plain(file: Path, bad_rows: BadRows) -> Iterator[Context]:
     """One object per line: image, and any of id, captions, boxes, text.
 
     boxes: [{"category": "dog", "box": [left, top, right, bottom]}], in pixels where the line gives width
@@ -204,17 +204,17 @@ def plain(file: Path, spoiled: Spoiled) -> Iterator[Context]:
         if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
             raise InputError(f"{where}: 'captions' must be a list of texts, found {captions!r}")
         if any(not c.strip() for c in captions):
-            spoiled.add(f"{where}: a caption is empty; remove it")
+            bad_rows.add(f"{where}: a caption is empty; remove it")
         boxes, sides = [], (value.get("width", 1), value.get("height", 1))
         if not all(isinstance(s, int | float) for s in sides):
             raise InputError(f"{where}: width and height are {sides[0]!r} and {sides[1]!r}; write numbers")
         for entry in value.get("boxes") or ():
             category = entry.get("category") if isinstance(entry, dict) else None
             if not isinstance(category, str) or not category.strip():
-                spoiled.add(f"{where}: the box {entry!r} has no category; write one")
+                bad_rows.add(f"{where}: the box {entry!r} has no category; write one")
                 continue
             if not isinstance(box := entry.get("box"), list):
-                spoiled.add(
+                bad_rows.add(
                     f"{where}: the box of '{category}' is {box!r}; write 'box': left, top, right, bottom"
                 )
                 continue
@@ -222,7 +222,7 @@ def plain(file: Path, spoiled: Spoiled) -> Iterator[Context]:
             if isinstance(corners, str) and sides == (1, 1):
                 corners += "; a box in pixels needs 'width' and 'height' in its line"
             if isinstance(corners, str):
-                spoiled.add(corners)
+                bad_rows.add(corners)
             else:
                 boxes.append(Box(category.strip(), corners))
         texts = tuple(" ".join(c.split()) for c in captions if c.strip())
@@ -232,11 +232,11 @@ def plain(file: Path, spoiled: Spoiled) -> Iterator[Context]:
                 str(value.get("id") or Path(image).with_suffix("")), image, texts, tuple(boxes), text
             )
         else:
-            spoiled.add(f"{where}: picture '{image}' has neither captions nor boxes nor text; add some")
+            bad_rows.add(f"{where}: picture '{image}' has neither captions nor boxes nor text; add some")
 
 
 def gather(
-    sources: Iterable[Iterator[Context]], finder: ImageFinder | None, spoiled: Spoiled, limit: int | None
+    sources: Iterable[Iterator[Context]], finder: ImageFinder | None, bad_rows: BadRows, limit: int | None
 ) -> list[Context]:
     """The contexts of all sources, up to `limit`, each with its picture in `finder`'s folders.
 
@@ -253,7 +253,7 @@ def gather(
                 try:
                     finder.find(context.image)
                 except InputError as error:
-                    spoiled.add(str(error))
+                    bad_rows.add(str(error))
                     continue
             kept[context.id] = context
     if not kept:

@@ -37,7 +37,7 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteTeacher:
     """A teacher behind an OpenAI-compatible endpoint."""
 
     endpoint: Endpoint
@@ -131,11 +131,11 @@ def _messages(requests: Iterable[Request]) -> Iterator[dict[str, Any]]:
             yield {"prompt": request.prompt, "id": request.prompt_id}
         yield {
             "id": request.id, "of": request.prompt_id, "user": request.user, "max_tokens": request.max_tokens,
-            "image": request.image,
+            "image": request.image, "image_key": request.image_key,
         }  # fmt: skip
 
 
-class Local:
+class LocalTeacher:
     """A teacher in our own engine. It costs nothing; a killed run repeats at most `batch` answers."""
 
     def __init__(
@@ -170,13 +170,13 @@ class Local:
     def _answer(self, assistant: Any, batch: list[Request], journal: Journal, progress: Progress) -> None:
         if not batch:
             return
+        rows = [(request.picture(), flat(request)) for request in batch]
         options = {
             "max_new_tokens": max(r.max_tokens for r in batch),
             "repetition_penalty": 1.1,
             **self.options,
         }
         journal.append([r for q in batch for r in journal.sent(q, (0, 0), self.model)])
-        rows = [(request.image, flat(request)) for request in batch]
         errors = []
         for request, text in zip(batch, assistant.ask_each(rows, slots=self.batch, **options), strict=True):
             refused = isinstance(text, InputError)

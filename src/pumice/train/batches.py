@@ -91,11 +91,11 @@ class Batches:
     def check(self) -> None:
         """Look at every row before the first step; InputError beyond the budget of spoiled ones."""
         report = check(self.mixture.rows, self.finder, decode=False)
-        spoiled = [problem for problem in report.problems if problem.kind not in NOTES]
+        bad_rows = [problem for problem in report.problems if problem.kind not in NOTES]
         if (count := report.rows - report.usable) > self.recipe.max_bad_rows:
             raise InputError(
                 f"{count} spoiled rows, max_bad_rows allows {self.recipe.max_bad_rows}; "
-                f"the first: {spoiled[0].source}, row {spoiled[0].row}: {spoiled[0].reason}"
+                f"the first: {bad_rows[0].source}, row {bad_rows[0].row}: {bad_rows[0].reason}"
             )
 
     def try_rows(self, count: int) -> None:

@@ -23,14 +23,15 @@ from pumice.config import ModelConfig
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.files import hold, replacing, whole_lines
-from pumice.images import image_key
+from pumice.geometry import Layout
+from pumice.images import read_picture
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
 TOGETHER = 8  # squares that a frozen tower looks at in one call
 
 
-class Looked(NamedTuple):
+class ImageInput(NamedTuple):
     """One picture, fetched: its pixels (P, 3, S, S), or its features (P, F, C) where they were kept."""
 
     key: str | None
@@ -60,29 +61,29 @@ class TowerFeatures:
         if self.cache is not None:
             self.cache.close()
 
-    def fetch(self, images: Sequence[ImagePart], mirror: bool, pin: bool = False) -> list[Looked]:
+    def fetch(
+        self, images: Sequence[ImagePart], layouts: Sequence[Layout], mirror: bool, pin: bool = False
+    ) -> list[ImageInput]:
         """What is needed of pictures before the model sees them; safe in any thread, and no torch graph.
 
-        mirror: left to right. pin: where a GPU can fetch it while it computes. InputError on a picture that
-        cannot be read.
+        layouts: theirs, as their samples have them. mirror: left to right. pin: where a GPU can fetch it
+        while it computes. InputError on a picture that cannot be read.
         """
         found = []
-        for image in images:
+        for image, layout in zip(images, layouts, strict=True):
             key, features, pixels = None, None, None
             if self.cache is not None:
-                key = self.cache.key(image, mirror)
+                # Read once: the file may be replaced between the key and the pixels.
+                image = ImagePart(read_picture(image.source))
+                key = self.processor.key(image, layout, mirror=mirror)
                 features = self.cache.read(key)
             if features is None:
-                pixels = torch.from_numpy(self.processor.pixels((image,), mirror=mirror))
+                pixels = torch.from_numpy(self.processor.pixels((image,), (layout,), mirror=mirror))
                 pixels = pixels.pin_memory() if pin else pixels
-            found.append(Looked(key, pixels, features))
+            found.append(ImageInput(key, pixels, features))
         return found
 
-    def __call__(self, images: Sequence[ImagePart], mirror: bool) -> Tensor:
-        """Features (P, F, C) of pictures, fetched here and now."""
-        return self.look(self.fetch(images, mirror))
-
-    def look(self, pictures: Sequence[Looked]) -> Tensor:
+    def look(self, pictures: Sequence[ImageInput]) -> Tensor:
         """Features (P, F, C) on the model's device.
 
         Where there is a cache each picture is looked at alone, so that what is kept of it never depends on
@@ -96,7 +97,7 @@ class TowerFeatures:
                 return torch.cat([self._tower(some) for some in torch.cat(pixels).split(TOGETHER)])
             return torch.cat([self._cached(picture) for picture in pictures]).to(self.model.device)
 
-    def _cached(self, picture: Looked) -> Tensor:
+    def _cached(self, picture: ImageInput) -> Tensor:
         assert self.cache is not None and picture.key is not None
         found = picture.features if picture.features is not None else self.cache.read(picture.key)
         if found is None:
@@ -143,8 +144,8 @@ class FeatureCache:
         self._places: dict[str, range] = {}  # picture -> its records
         self._end = 0
         for line in whole_lines(self._keys_path):
-            key, _, squares = line.partition(" ")
-            place = range(self._end, self._end + int(squares or 1))
+            key, _, tiles = line.partition(" ")
+            place = range(self._end, self._end + int(tiles or 1))
             if place.stop > whole:
                 break
             self._places[key], self._end = place, place.stop
@@ -153,9 +154,6 @@ class FeatureCache:
 
     def close(self) -> None:
         self._lock.release()
-
-    def key(self, image: ImagePart, mirror: bool) -> str:
-        return image_key(image.source) + ("-mirror" if mirror else "")
 
     def read(self, key: str) -> Tensor | None:
         """Features (P, F, C) bfloat16 of a picture seen before."""

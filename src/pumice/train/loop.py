@@ -35,23 +35,23 @@ from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
 from pumice.train.batches import Batch, Batches, prefetch
 from pumice.train.devices import peak
-from pumice.train.features import Looked, TowerFeatures
+from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.memory import checkpoint_blocks
-from pumice.train.objective import Objective, Work
+from pumice.train.objective import Objective, PackTensors
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
 from pumice.train.parallel import World
 from pumice.train.preflight import memory, preflight
 from pumice.train.provenance import contents, versions
 from pumice.train.recipe import Recipe
-from pumice.train.report import Report
+from pumice.train.report import TrainingReport
 from pumice.train.setup import Setup, prepare
-from pumice.train.speed import flops_per_prediction, flops_per_square, flops_per_token
+from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import installed
 
 ANSWER_TOKENS = 40  # of a sample answer while training
 
 # fields of a recipe that may change between a run and its continuation without changing its result
-FREE = {
+MUTABLE_FIELDS = {
     "name", "output", "pictures", "device", "feature_cache", "max_bad_rows", "held_out",
     "save_every", "keep_last", "measure_every", "measure_rows", "sample_answers",
     "checkpointing", "parallel", "workers", "compile", "trackers",
@@ -75,7 +75,7 @@ def train(recipe: Recipe) -> Path:
 class Ready:
     """One step as this process computes it."""
 
-    works: list[Work]
+    works: list[PackTensors]
     packs: int  # of all processes, as is what follows
     tokens: int
     flops: float  # products that it needs
@@ -90,6 +90,7 @@ class Trainer:
         elif recipe.precision == "tf32":
             torch.set_float32_matmul_precision("high")
         self.batches = Batches(recipe, setup.processor, self.world.size)
+        setup.trained_on(self.batches.mixture.most_pictures)
         cache = recipe.feature_cache
         if cache is not None and self.world.size > 1:
             cache = cache / f"process-{self.world.rank}"  # each keeps what it has seen
@@ -99,14 +100,14 @@ class Trainer:
         self._costs = (
             flops_per_token(self.model, setup.part_of),
             flops_per_prediction(self.model, setup.part_of),
-            flops_per_square(self.model),
+            flops_per_tile(self.model),
         )
         self.runner = self._spread()
         self.learned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(recipe, self.learned, setup.part_of, self.device)
         self.step = self.tokens = 0
         self.data = contents(recipe)
-        self.decided = json.loads(recipe.model_dump_json(exclude=FREE))
+        self.decided = json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
         self.decided |= {"steps": self.batches.steps, **self.data}
 
     def _spread(self) -> nn.Module:
@@ -189,17 +190,17 @@ class Trainer:
         self.world.barrier()
         return model
 
-    def _report(self) -> Report:
+    def _report(self) -> TrainingReport:
         recipe = self.recipe
         if not self.world.main:
-            return Report(recipe, [], self.step, self.batches.steps, None, speaks=False)
+            return TrainingReport(recipe, [], self.step, self.batches.steps, None, speaks=False)
         kind = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         lines = self.setup.describe(self.batches.steps)
         if self.world.size > 1:
             spread = {"ddp": "a copy of the model each (DDP)", "fsdp": "the model in shards (FSDP)"}
             lines.append(f"  {self.world.size} processes, {spread[self.world.kind]}")
         most = peak(self.device, kind) * self.world.size
-        return Report(recipe, lines, self.step, self.batches.steps, most)
+        return TrainingReport(recipe, lines, self.step, self.batches.steps, most)
 
     def _prepare(self, step: int) -> Ready:
         """A step's rows and pictures; called in threads, ahead of time."""
@@ -208,32 +209,32 @@ class Trainer:
         costs = (
             batch.tokens,
             sum(len(pack.targets) for pack, _ in batch.packs),
-            sum(layout.squares for pack, _ in batch.packs for layout in pack.layouts),
+            sum(layout.tiles for pack, _ in batch.packs for layout in pack.layouts),
         )
         flops = sum(count * cost for count, cost in zip(costs, self._costs, strict=True))
         return Ready(works, len(batch.packs), batch.tokens, flops)
 
-    def _share(self, batch: Batch) -> list[Work]:
+    def _share(self, batch: Batch) -> list[PackTensors]:
         """This process's packs; as many on every process."""
         rank, size = self.world.rank, self.world.size
         works = [self._work(pack, mirrored) for pack, mirrored in batch.packs[rank::size]]
         missing = -(-len(batch.packs) // size) - len(works)
-        return works + [Work.dummy()] * missing
+        return works + [PackTensors.dummy()] * missing
 
-    def _work(self, pack: Pack, mirrored: list[bool]) -> Work:
+    def _work(self, pack: Pack, mirrored: list[bool]) -> PackTensors:
         """A pack with its pictures; trees whose pictures cannot be read are left out and counted."""
         pin = self.device.type == "cuda"
         trees: list[Tree] = []
-        pictures: list[Looked] = []
+        pictures: list[ImageInput] = []
         for tree, mirror in zip(pack.trees, mirrored, strict=True):
             try:
-                pictures += self.features.fetch(tree.images, mirror, pin)
+                pictures += self.features.fetch(tree.images, tree.layouts, mirror, pin)
                 trees.append(tree)
             except InputError as error:
                 self.batches.skipped.add(", ".join(image.name for image in tree.images), error)
         if not trees:
-            return Work.dummy()
-        return Work.of(pack if len(trees) == len(pack.trees) else Pack(tuple(trees)), pictures, pin)
+            return PackTensors.dummy()
+        return PackTensors.of(pack if len(trees) == len(pack.trees) else Pack(tuple(trees)), pictures, pin)
 
     def _step(self, ready: Ready) -> dict[str, Any]:
         rate = schedule(self.step, self.batches.steps, self.recipe.warmup)
@@ -267,7 +268,7 @@ class Trainer:
         return {"loss": total, "gradient_norm": norm, **parts, "rate": rate, "supervised": supervised}
 
     @torch.no_grad()
-    def _measure(self, report: Report) -> None:
+    def _measure(self, report: TrainingReport) -> None:
         if not self.recipe.held_out:
             return
         self.model.eval()
@@ -281,7 +282,7 @@ class Trainer:
 
     def _answer(self, sample: Sample) -> str:
         """A greedy answer of the model as it stands."""
-        pictures = self.features.fetch(sample.images, mirror=False)
+        pictures = self.features.fetch(sample.images, sample.layouts, mirror=False)
         if self.world.kind == "fsdp":
             tokens = self._slowly(sample, pictures)
         else:
@@ -294,11 +295,11 @@ class Trainer:
         text = self.setup.processor.tokenizer.decode(tokens)
         return text.partition(self.setup.processor.template.stop)[0]
 
-    def _slowly(self, sample: Sample, pictures: list[Looked]) -> list[int]:
+    def _slowly(self, sample: Sample, pictures: list[ImageInput]) -> list[int]:
         """The same without a cache, all processes in step, as sharded weights have to be gathered."""
         ids, tokens = torch.from_numpy(sample.input_ids), list[int]()
         while len(tokens) < ANSWER_TOKENS:
-            work = Work(
+            work = PackTensors(
                 ids, torch.arange(len(ids)), [Run(len(ids))], ids[:0], ids[:0], torch.zeros(0),
                 pictures, sample.layouts,
             )  # fmt: skip
@@ -338,7 +339,7 @@ class Trainer:
         self.step, self.tokens = found.step, found.progress["tokens"]
         self.batches.skipped.reasons.update(found.progress["skipped"])
 
-    def _summary(self, report: Report) -> dict[str, Any]:
+    def _summary(self, report: TrainingReport) -> dict[str, Any]:
         return {
             "recipe": json.loads(self.recipe.model_dump_json()),
             "steps": self.step,

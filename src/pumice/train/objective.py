@@ -18,12 +18,12 @@ from pumice.data.packing import Pack
 from pumice.geometry import Layout
 from pumice.model.llava import Llava
 from pumice.model.packed import Packed, Run
-from pumice.train.features import Looked, TowerFeatures
+from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.loss import supervised_loss
 
 
 @dataclass(frozen=True)
-class Work:
+class PackTensors:
     """One pack with everything that its step needs, in host memory."""
 
     input_ids: Tensor  # (T,)
@@ -32,7 +32,7 @@ class Work:
     sources: Tensor  # (S,), rows of the hidden states
     targets: Tensor  # (S,)
     weights: Tensor  # (S,)
-    pictures: Sequence[Looked]
+    pictures: Sequence[ImageInput]
     layouts: Sequence[Layout]
 
     @property
@@ -40,7 +40,7 @@ class Work:
         return float(self.weights.sum())
 
     @classmethod
-    def of(cls, pack: Pack, pictures: Sequence[Looked], pin: bool = False) -> Work:
+    def of(cls, pack: Pack, pictures: Sequence[ImageInput], pin: bool = False) -> PackTensors:
         """pin: keep the tensors where a GPU can fetch them while it computes."""
 
         def here(values: np.ndarray) -> Tensor:
@@ -52,7 +52,7 @@ class Work:
         return cls(ids, positions, pack.runs, sources, targets, weights, pictures, pack.layouts)
 
     @classmethod
-    def dummy(cls) -> Work:
+    def dummy(cls) -> PackTensors:
         """A pack that teaches nothing, for a process that has none left while others still do."""
         nothing = torch.zeros(0, dtype=torch.long)
         two = torch.arange(2)
@@ -66,7 +66,7 @@ class Objective(nn.Module):
         self.model, self.mixed, self.always = model, mixed, always
         self.features = features  # no module: its tower is the model's
 
-    def forward(self, work: Work, last: bool = False) -> Tensor:
+    def forward(self, work: PackTensors, last: bool = False) -> Tensor:
         """Summed loss, fp32 scalar; divide by the supervised tokens of the whole step.
 
         last: logits (V,) of what follows the pack instead.
@@ -84,7 +84,7 @@ class Objective(nn.Module):
             loss = supervised_loss(hidden[0], self.model.decoder.head_weight, targets, weights)
             return loss if unused is None else loss + unused
 
-    def _hidden(self, work: Work, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _hidden(self, work: PackTensors, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         device = self.model.device
         image_tokens = unused = None
         if work.pictures:

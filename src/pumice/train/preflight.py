@@ -9,7 +9,7 @@ import shutil
 
 from pumice.errors import InputError
 from pumice.formats.load import find_device
-from pumice.geometry import tile_layout
+from pumice.geometry import picture_layout
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, total_memory
 from pumice.train.recipe import Recipe
@@ -51,9 +51,8 @@ def pictures_fit(setup: Setup) -> None:
     config = setup.processor.config
     if config.vision.kind == "none":
         return
-    tokens = config.image_tokens
-    if config.image.mode == "anyres":
-        tokens = max(tile_layout(config, size).tokens for size in config.image.pinpoints)
+    sizes = config.image.pinpoints or ((1, 1),)  # without tiles all sizes are alike
+    tokens = max(picture_layout(config, size).tokens for size in sizes)
     if tokens >= config.decoder.context:
         raise InputError(
             f"a picture takes {tokens} tokens, a row at most {config.decoder.context}; raise the context, or "

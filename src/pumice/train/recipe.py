@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from pumice.config import ImagePolicy, ModelConfig, from_dict
+from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 
 Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
@@ -143,7 +143,7 @@ class Recipe(Strict):
         """
         image = config.image
         if self.stage.image:
-            values = dataclasses.asdict(config.image) | self.stage.image
+            values = as_stored(config.image) | self.stage.image
             image = from_dict(ImagePolicy, values, "stage.image")
         decoder = config.decoder
         if self.context is not None:

@@ -22,7 +22,7 @@ from pumice.train.recipe import Recipe
 from pumice.train.trackers import TRACKERS
 
 
-class Report:
+class TrainingReport:
     """Lines for people on stderr, one JSON object per event in `metrics.jsonl`."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Report:
         self._first, self._started = step, time.monotonic()
         self._trackers = [TRACKERS[name](recipe) for name in recipe.trackers if speaks]
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> TrainingReport:
         self._progress.start()
         return self
 

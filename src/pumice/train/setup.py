@@ -44,7 +44,7 @@ from pumice.model.llava import Llava
 from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
-from pumice.storage.tensors import Stored, let_go
+from pumice.storage.tensors import LazyTensor, close_last_file
 from pumice.train.recipe import NewModel, Recipe
 
 
@@ -76,6 +76,17 @@ class Setup:
             lines.append(f"  {part:<10} {size / 1e6:8.2f} M parameters  {does}")
         return lines
 
+    def trained_on(self, pictures: int) -> None:
+        """Note in the model's config that one row of this stage shows so many pictures.
+
+        What others trained a model on stays unknown, unless these rows show several.
+        """
+        config = self.model.config
+        before = config.trained_pictures
+        if before is None and (pictures <= 1 or config.image.several == "square"):
+            return
+        self.model.config = dataclasses.replace(config, trained_pictures=max(before or 0, pictures))
+
     def save(self, path: Path, summary: dict[str, Any], state: dict[str, Tensor] | None = None) -> Path:
         """Write the model's folder: what was trained, and where the rest comes from.
 
@@ -92,10 +103,11 @@ class Setup:
             tokenizer=self.processor.tokenizer.backend.to_str(),
             provenance={**self.opened.provenance, "stages": history},
             parts=parts,
+            sentencepiece=self.opened.sentencepiece,
         )
         return path
 
-    def _untouched(self, state: dict[str, Tensor]) -> dict[str, Stored]:
+    def _untouched(self, state: dict[str, Tensor]) -> dict[str, LazyTensor]:
         """Frozen tensors as they are kept where they came from, before rounding to bf16 or to fewer bits.
 
         Weights that `state` holds just so are left out: reading them would map their pages once more.
@@ -123,7 +135,7 @@ class Setup:
                     continue  # no model needs it, none keeps it
                 if name not in read or not torch.equal(read[name].read(tensor.dtype).to(tensor), tensor):
                     raise WorkError(f"saving the model changes {name}; nothing was trained")
-        let_go()  # its pages would count as memory during the first steps
+        close_last_file()  # its pages would count as memory during the first steps
 
 
 # parts that stand inside another one: it learns them too unless a recipe names them apart

@@ -19,6 +19,7 @@ from pumice.config import (
     LoraConfig,
     ModelConfig,
     VisionConfig,
+    as_stored,
     from_dict,
 )
 from pumice.errors import InputError
@@ -149,7 +150,7 @@ def _before(recipe: Recipe, path: Path) -> tuple[Recipe, Path] | None:
 
 def _new(new: NewModel, notes: list[str]) -> ModelConfig:
     vision, policy = _tower(new, notes)
-    values = dataclasses.asdict(policy) | new.image
+    values = as_stored(policy) | new.image
     image = from_dict(ImagePolicy, values, "model.image")
     if "pad_color" not in new.image and vision.kind != "efficientnet_lite":
         image = dataclasses.replace(image, pad_color=padding(image.mean))
@@ -169,7 +170,7 @@ def _tower(new: NewModel, notes: list[str]) -> tuple[VisionConfig, ImagePolicy]:
         policy = default_policy(own)
     else:
         own, policy = describe_tower(from_hub(new.tower, ["config.json", "preprocessor_config.json"]))
-    return from_dict(VisionConfig, dataclasses.asdict(own) | new.vision, "model.vision"), policy
+    return from_dict(VisionConfig, as_stored(own) | new.vision, "model.vision"), policy
 
 
 def _decoder(name: str, notes: list[str]) -> DecoderConfig:

@@ -46,7 +46,7 @@ def _through(model: Llava, part_of: Callable[[str], str]) -> int:
     return 2 if learned - {"embeddings"} else 0
 
 
-def flops_per_square(model: Llava) -> float:
+def flops_per_tile(model: Llava) -> float:
     """The same of one square of pixels through tower and connector; 0 for a tower that is not a ViT."""
     config = model.config.vision
     if config.kind not in ("clip", "siglip"):

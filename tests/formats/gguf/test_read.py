@@ -18,11 +18,11 @@ from pumice.formats.gguf.llm import open_gguf, unpermute
 from pumice.formats.gguf.tokenizer import build_tokenizer, read_gguf_tokenizer
 from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.model.decoder import Decoder
-from pumice.model.layers import Causal, frequencies
+from pumice.model.layers import Causal, rope_inv_freq
 from pumice.storage import download
 
 CONFIG = DecoderConfig(
-    vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_width=64, mlp_width=512, tied_head=True
+    vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_dim=64, mlp_width=512, tied_head=True
 )
 TEXTS = [
     "What is in this picture?",
@@ -79,8 +79,8 @@ def test_dtype_is_rounded_once(tmp_path: Path, write_gguf: Any) -> None:
 
 def test_config_and_special_ids(tmp_path: Path, write_gguf: Any) -> None:
     config = DecoderConfig(
-        vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_width=64, mlp_width=512,
-        context=777, rope_base=1e6, norm_eps=1e-6, qkv_bias=True, qk_norm=True,
+        vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_dim=64, mlp_width=512,
+        context=777, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True, qk_norm=True,
     )  # fmt: skip
     exact = write_gguf(tmp_path / "m.gguf", config, kind="qwen3")
     model = open_gguf(tmp_path / "m.gguf")
@@ -103,7 +103,7 @@ def test_transformers_reads_the_same_model(tmp_path: Path, write_gguf: Any, kind
 
     config = dataclasses.replace(CONFIG, qkv_bias=kind == "qwen2")
     if kind == "qwen3":  # transformers takes its heads to be 128 wide, whatever the file says
-        config = dataclasses.replace(CONFIG, qk_norm=True, heads=2, kv_heads=1, head_width=128)
+        config = dataclasses.replace(CONFIG, qk_norm=True, heads=2, kv_heads=1, head_dim=128)
     write_gguf(tmp_path / "m.gguf", config, kind=kind, quantised="Q8_0")
     ours = open_gguf(tmp_path / "m.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
@@ -185,11 +185,11 @@ def test_what_our_decoder_is_not(
 def test_scaled_rotary_positions(tmp_path: Path, write_gguf: Any) -> None:
     write_gguf(tmp_path / "l.gguf", llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
     assert open_gguf(tmp_path / "l.gguf").config.rope_scaling == RopeScaling("linear", 4.0)
-    config = dataclasses.replace(CONFIG, rope_base=500000.0)
+    config = dataclasses.replace(CONFIG, rope_theta=500000.0)
     scaling = RopeScaling("llama3", 32.0)
     device = torch.device("cpu")
     # As llama.cpp's converter writes it: by how much each frequency is divided.
-    slowed = frequencies(64, 500000.0, None, device) / frequencies(64, 500000.0, scaling, device)
+    slowed = rope_inv_freq(64, 500000.0, None, device) / rope_inv_freq(64, 500000.0, scaling, device)
     write_gguf(tmp_path / "3.gguf", config, extra={"rope_freqs.weight": slowed})
     model = open_gguf(tmp_path / "3.gguf")
     assert model.config.rope_scaling == scaling
@@ -251,7 +251,7 @@ def smollm2() -> Path:
 
 def test_smollm2_knows_the_capital_of_france(smollm2: Path) -> None:
     model = open_gguf(smollm2)
-    assert (model.config.norm_eps, model.config.rope_base) == (1e-5, 100000.0)
+    assert (model.config.norm_eps, model.config.rope_theta) == (1e-5, 100000.0)
     assert (model.text.bos, model.text.eos, model.text.adds_bos) == ("<|im_start|>", "<|im_end|>", False)
     with torch.device("meta"):
         decoder = Decoder(model.config)

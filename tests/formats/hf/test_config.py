@@ -27,7 +27,7 @@ def test_what_is_absent_is_what_transformers_takes(family: str) -> None:
     assert absent.kv_heads == theirs.num_key_value_heads
     assert absent.mlp_width == theirs.intermediate_size
     assert absent.context == theirs.max_position_embeddings
-    assert absent.head_width == (getattr(theirs, "head_dim", None) or 128)
+    assert absent.head_dim == (getattr(theirs, "head_dim", None) or 128)
     assert absent.sliding_window == (4096 if family == "Mistral" else None)
 
 
@@ -68,7 +68,7 @@ def test_both_ways_to_write_rotary_positions(
     values: dict[str, Any], base: float, scaling: RopeScaling | None
 ) -> None:
     config = decoder(**values)
-    assert (config.rope_base, config.rope_scaling) == (base, scaling)
+    assert (config.rope_theta, config.rope_scaling) == (base, scaling)
 
 
 @pytest.mark.parametrize(

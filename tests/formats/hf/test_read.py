@@ -38,11 +38,11 @@ def test_logits_equal_those_of_transformers(llava: Llavas, kind: str) -> None:
     import transformers
 
     opened, image = open_model(llava(kind)), picture()
-    layout = opened.processor.layout(image)
-    pixels = torch.from_numpy(opened.processor.pixels([image]))
-    ids = torch.tensor([[1, 20, *[IMAGE_TOKEN] * layout.tokens, 30, 40, 50]])
+    layouts = opened.processor.layouts([image])
+    pixels = torch.from_numpy(opened.processor.pixels([image], layouts))
+    ids = torch.tensor([[1, 20, *[IMAGE_TOKEN] * layouts[0].tokens, 30, 40, 50]])
     model = opened.model
-    ours = model.decoder.logits(model(ids, model.encode(pixels, [layout])))
+    ours = model.decoder.logits(model(ids, model.encode(pixels, layouts)))
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(llava(kind), dtype=torch.float32)
     tiles = kind in ("next", "onevision")
     sizes = {"image_sizes": torch.tensor([[26, 40]])} if tiles else {}

@@ -6,11 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from pumice.assistant import conversation_of, load
+from pumice.config import IMAGE_TOKEN
 from pumice.formats.export import export
 from pumice.formats.hf.config import decoder_config
 from pumice.formats.hf.write import as_mlp, image_processor, text_config
@@ -21,7 +24,7 @@ from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import open_weights
 
 PAD, ANYRES = "CLIP + Llama, pad (LLaVA 1.5)", "CLIP + Mistral, anyres (LLaVA 1.6)"
-SIGLIP = "SigLIP + Qwen2, squash"
+SIGLIP, ONEVISION = "SigLIP + Qwen2, squash", "LLaVA-OneVision, anyres_max"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_a_large_model_is_written_in_shards(
     from pumice.formats.hf import write as hf_write
     from pumice.storage import tensors
 
-    def small(folder: Path, state: tensors.Stocks) -> None:
+    def small(folder: Path, state: tensors.LazyStateDict) -> None:
         tensors.write_weights(folder, state, limit=200_000)
 
     monkeypatch.setattr(hf_write, "write_weights", small)
@@ -150,3 +153,79 @@ def test_transformers_answers_the_same_from_a_raw_picture(
     cell = formats.run(model, shown, lambda: formats.transformers(tmp_path / "out", shown), True)
     assert cell.difference < TOLERANCE
     assert cell.greedy
+
+
+SIZES = [(200, 120), (56, 56), (90, 301)]
+# Of logits up to 11; measured worst of all ten cases, on one thread: 2e-5.
+SEVERAL_TOLERANCE = 1e-4
+
+
+def _talk(shown: list[Image.Image], later: int) -> list[dict[str, Any]]:
+    """A question about pictures, the last `later` of which a second turn adds."""
+    first, second = shown[: len(shown) - later], shown[len(shown) - later :]
+
+    def asked(pictures: list[Image.Image], text: str) -> dict[str, Any]:
+        parts = [{"type": "image", "image": picture} for picture in pictures]
+        return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+    turns = [asked(first, "What is this?")]
+    if later:
+        said = {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}
+        turns += [said, asked(second, "And this?")]
+    return turns
+
+
+@pytest.fixture(scope="module", params=[ANYRES, ONEVISION])
+def exported(request: pytest.FixtureRequest, models: ModuleType, tmp_path_factory: Any) -> Path:
+    target = tmp_path_factory.mktemp("several") / "out"
+    assert not export(models.tiny(models.ARCHITECTURES[request.param]), "hf", target).notes
+    return target
+
+
+@pytest.mark.parametrize(("pictures", "later"), [(0, 0), (1, 0), (2, 0), (3, 0), (2, 1)])
+@torch.inference_mode()
+def test_any_number_of_pictures_has_the_tokens_and_logits_of_transformers(
+    models: ModuleType, formats: ModuleType, exported: Path, pictures: int, later: int
+) -> None:
+    """ONEVISION shows one picture in tiles and several as squares; ANYRES always in tiles."""
+    import transformers
+
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32).eval()
+    processor = formats._processor(exported)
+    shown = [models.picture(*size) for size in SIZES[:pictures]]
+    messages = _talk(shown, later)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=[shown] if shown else None, text=[text], return_tensors="pt")
+    ours = load(exported, device="cpu", quantize=None)
+    prompt = ours.prompt(conversation_of(messages))
+    marked = prompt.input_ids.masked_fill(prompt.input_ids == IMAGE_TOKEN, theirs.config.image_token_id)
+    assert marked.tolist() == inputs["input_ids"][0].tolist()
+    logits = ours.model.decoder.logits(ours.model(prompt.input_ids[None], prompt.look()))
+    expected = theirs(**inputs).logits
+    rows = min(logits.shape[-1], expected.shape[-1])
+    assert (logits[..., :rows] - expected[..., :rows]).abs().max() < SEVERAL_TOLERANCE
+
+
+def test_how_several_pictures_are_shown_survives_or_is_told(models: ModuleType, tmp_path: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES[ONEVISION])
+
+    def exported(number: int, **policy: Any) -> tuple[tuple[str, ...], LoadedParts]:
+        image = replace(model.config.image, **policy)
+        changed = replace(model, config=replace(model.config, image=image))
+        notes = export(changed, "hf", tmp_path / str(number)).notes
+        return notes, read_model(tmp_path / str(number))
+
+    notes, back = exported(0)
+    assert (notes, back.config.image) == ((), model.config.image)
+    # No picture has more tiles than the largest of the pinpoints (112 x 112, 168 x 56): none ever shrinks.
+    notes, back = exported(1, max_tiles=None, several="square")
+    assert (notes, back.config.image.max_tiles, back.config.image.several) == ((), 4, "square")
+    notes, back = exported(2, several="tiles")
+    assert notes == ("transformers shows each of several pictures as one square, this model in tiles",)
+    assert back.config.image.several == "square"
+    notes, _ = exported(3, pad_color=(1, 2, 3))
+    assert notes == (
+        "transformers pads each of several pictures with (127, 127, 127), this model with (1, 2, 3)",
+    )
+    notes, back = exported(4, max_tiles=None, several="tiles")
+    assert (notes, back.config.image.several) == ((), "tiles")

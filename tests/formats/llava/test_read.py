@@ -168,6 +168,10 @@ def test_tiles(make: Callable[..., Path], theirs: dict[str, Tensor]) -> None:
             ((16, 16), (16, 32)) if number == 2 else ((16, 32), (32, 16))
         )
         assert torch.equal(loaded.state["image_newline"].read(), newline)
+        assert loaded.config.image.several == "tiles"
+    folder = make(name="max", image_grid_pinpoints=points, **values | {"image_aspect_ratio": "anyres_max_4"})
+    torch.save(theirs | {"model.image_newline": newline}, folder / "pytorch_model.bin")
+    assert open_original(folder).config.image.several == "square"
     with pytest.raises(InputError, match=r'mm_patch_merge_type is "flat"; only "spatial_unpad" or "spatial"'):
         open_original(make(name="flat", image_aspect_ratio="anyres", image_grid_pinpoints=[[16, 32]]))
 

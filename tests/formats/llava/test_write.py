@@ -36,7 +36,7 @@ def test_it_is_read_back_bit_for_bit(
 
 def test_config_and_names_are_the_original_ones(models: ModuleType, tmp_path: Path) -> None:
     model = models.tiny(models.ARCHITECTURES["CLIP + Mistral, anyres (LLaVA 1.6)"])
-    notes = export(model, "llava", tmp_path / "out", tower="openai/some-clip").notes
+    export(model, "llava", tmp_path / "out", tower="openai/some-clip")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     expected = {
         "architectures": ["LlavaMistralForCausalLM"],
@@ -62,7 +62,6 @@ def test_config_and_names_are_the_original_ones(models: ModuleType, tmp_path: Pa
         "model.image_newline",
         "model.vision_tower.vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight",
     } <= set(tensors)
-    assert any("tokenizer.model" in note for note in notes)
     # The folder itself says what the tower is, so that reading it needs no hub.
     assert read_model(tmp_path / "out", template=model.config.template).config == model.config
 
@@ -84,3 +83,22 @@ def test_a_published_tower_is_named(models: ModuleType, width: int, named: str) 
 
     vision = replace(models.CLIP, image_size=336, width=width, depth=24, heads=16, mlp_width=4096)
     assert tower_name(vision) == named
+
+
+def test_how_several_pictures_are_shown_comes_back_or_is_told(models: ModuleType, tmp_path: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES["LLaVA-OneVision, anyres_max"])
+    cases = [  # max_tiles and several of the model, of what comes back, and how many notes speak of it
+        (1, "square", (1, "square"), ["unless image_aspect_ratio is set to 'pad'"]),
+        (None, "square", (4, "square"), ["unless image_aspect_ratio is set to 'pad'"]),
+        (1, "tiles", (1, "square"), ["training shows each of several pictures as one square, this model in"]),
+        (None, "tiles", (None, "tiles"), []),
+    ]
+    for number, (most, several, back, told) in enumerate(cases):
+        image = replace(model.config.image, max_tiles=most, several=several)
+        changed = replace(model, config=replace(model.config, image=image))
+        notes = export(changed, "llava", tmp_path / str(number)).notes
+        found = read_model(tmp_path / str(number), template=model.config.template).config.image
+        assert (found.max_tiles, found.several) == back
+        spoken = [note for note in notes if "several pictures" in note]
+        assert len(spoken) == len(told)
+        assert all(words in note for words, note in zip(told, spoken, strict=True))

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from pumice.config import DecoderConfig, ModelConfig
+from pumice.config import DecoderConfig, ImagePolicy, ModelConfig
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.pumice import folder as folders
@@ -21,7 +21,7 @@ from pumice.formats.pumice.folder import check, open_parts, replacing, save
 from pumice.storage import download
 
 DECODER = DecoderConfig(
-    vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_width=64, mlp_width=512, tied_head=True
+    vocab_size=266, width=256, depth=2, heads=4, kv_heads=2, head_dim=64, mlp_width=512, tied_head=True
 )
 CONFIG = ModelConfig(decoder=DECODER)
 WORDS = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).to_str()
@@ -175,7 +175,7 @@ def test_counters_of_batches_count_on_neither_side(tmp_path: Path) -> None:
         ("config.json", b"[]", r"config\.json should hold a JSON object, not a list"),
         ("config.json", b"\xff", r"config\.json cannot be read"),
         ("config.json", b'{"pumice_format": 9}', "has pumice_format 9, this version reads 1"),
-        ("tokenizer.json", b"{}", r"tokenizer\.json is not a tokenizer that can be read"),
+        ("tokenizer.json", b"{}", r"tokenizer\.json is not a tokenizer\.json"),
         ("model.safetensors", b"", r"model\.safetensors is damaged or cut short"),
         ("model.safetensors", 0.9, r"model\.safetensors is damaged or cut short"),
         ("parts.json", b'{"tower": "x"}', r"parts\.json: tower should be"),
@@ -246,7 +246,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(pinned, "f" * 64))
     with pytest.raises(InputError, match=f"trained on a tower with SHA-256 {'f' * 64}, but .* is {pinned}"):
         open_parts(tmp_path / "m")
-    other = dataclasses.replace(CONFIG, decoder=dataclasses.replace(DECODER, rope_base=5.0, context=99))
+    other = dataclasses.replace(CONFIG, decoder=dataclasses.replace(DECODER, rope_theta=5.0, context=99))
     save(tmp_path / "m", other, TRAINED, parts=BASE)
     with pytest.raises(
         InputError, match=r"not the decoder that parts\.json names: rope_base 5\.0 instead of 1"
@@ -275,3 +275,18 @@ def test_wrong_parts_are_refused_before_writing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="would have no tokenizer"):
         save(tmp_path / "m", CONFIG, STATE, parts={"tower": "efficientnet-lite2"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_folder_of_llava_onevision_shows_squares_and_says_so(tmp_path: Path) -> None:
+    tiles = ImagePolicy("anyres", pinpoints=((256, 512), (512, 512)), max_tiles=9)
+    for number, policy in enumerate((tiles, dataclasses.replace(tiles, max_tiles=None, several="tiles"))):
+        folder = tmp_path / str(number)
+        save(folder, dataclasses.replace(CONFIG, image=policy), STATE, tokenizer=WORDS)
+        assert open_parts(folder).notes == ()
+        values = json.loads((folder / "config.json").read_text())
+        del values["image"]["several"]
+        (folder / "config.json").write_text(json.dumps(values))
+        opened = open_parts(folder)
+        assert opened.config.image == policy
+        assert len(opened.notes) == (number == 0)  # LLaVA-NeXT's tiles are what they were
+    assert "each of several pictures is shown as one padded square" in open_parts(tmp_path / "0").notes[0]

@@ -149,7 +149,7 @@ def test_formats_of_known_families(name: str) -> None:
 @pytest.mark.parametrize("name", OWN_FORMATS)
 def test_a_format_survives_config_json_and_export(name: str) -> None:
     template = template_of(found(OWN_FORMATS[name][0]))
-    decoder = DecoderConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_width=8, mlp_width=8)
+    decoder = DecoderConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
     config = ModelConfig(decoder=decoder, template=OWN, chat=template.chat)
     again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config

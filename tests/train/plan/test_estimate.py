@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from pumice.train.plan.estimate.footprint import Footprint, Work, measure
 from torch.utils.flop_counter import FlopCounterMode
 
 from pumice.cli.plan import describe
@@ -21,6 +20,7 @@ from pumice.model.packed import Packed, Run
 from pumice.train import devices, run
 from pumice.train.devices import GPUS, peak
 from pumice.train.plan.estimate import plan
+from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe, load_recipe
 from pumice.train.setup import prepare
 from pumice.train.shapes import shape
@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
     DecoderConfig(256, 64, 6, 4, 2, 16, 128, context=512), VisionConfig(image_size=64, variant="lite0")
 )
 SHORT = ["pack_tokens=1024"]  # fewer samples to a pack are planned sooner
-WORK = Work((Run(100), Run(60)), 2, 8, 70)
+WORK = PackShape((Run(100), Run(60)), 2, 8, 70)
 
 
 def recipe(stage: dict[str, Any], **changes: Any) -> Recipe:

@@ -22,7 +22,7 @@ __all__ = ["Finding", "Report", "examine"]
 
 
 @dataclass
-class Report:
+class DoctorReport:
     sections: dict[str, list[Finding]] = field(default_factory=dict)
     seconds: float = 0.0
 

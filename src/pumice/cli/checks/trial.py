@@ -92,7 +92,7 @@ def _tiny() -> tuple[Any, Any]:
     words.decoder = tokenizers.decoders.ByteLevel()
     words.add_special_tokens(specials)
     decoder = DecoderConfig(
-        len(vocabulary), width=64, depth=2, heads=4, kv_heads=2, head_width=16, mlp_width=128, tied_head=True
+        len(vocabulary), width=64, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_width=128, tied_head=True
     )
     vision = VisionConfig(
         "clip", image_size=56, width=32, stride=14, depth=2, heads=2, mlp_width=64, layer=-2

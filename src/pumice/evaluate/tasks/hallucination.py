@@ -111,6 +111,7 @@ class Chair(Task):
     name = "chair"
     title = "CHAIR"
     headline = "CHAIRi"
+    lower_is_better = True
     rank = 35
     splits = ("val",)
     max_new_tokens = 512

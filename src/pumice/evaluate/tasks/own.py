@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, Picture, locate, need, read_jsonl
+from pumice.evaluate.files import DataFile, ImageFile, locate, need, read_jsonl
 from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
@@ -124,7 +124,7 @@ def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
     return Question(str(row.get("id", number)), images, prompt, meta)
 
 
-def _picture(folder: Path, name: str) -> Picture:
+def _picture(folder: Path, name: str) -> ImageFile:
     path = folder / name
 
     def wrong() -> str:
@@ -137,4 +137,4 @@ def _picture(folder: Path, name: str) -> Picture:
             raise InputError(said)
         return path
 
-    return Picture(name, load, wrong)
+    return ImageFile(name, load, wrong)

@@ -1,7 +1,7 @@
 """A language model in one GGUF file: its config, its state under our names, its tokenizer.
 
 Knows: the metadata keys and tensor layout that llama.cpp's converter writes for llama, qwen2 and
-qwen3. Does not know: how the file is laid out (`gguf`) or how the model runs.
+qwen3. Does not know: how the file is laid out (`file`) or how the model runs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import Tensor
 from pumice.config import DecoderConfig, RopeScaling, naming
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES
 from pumice.formats.gguf.file import PLAIN, GgufFile
 from pumice.formats.gguf.tokenizer import tokenizer_files
 from pumice.formats.text.files import TokenizerFiles
 from pumice.kernels.packed import Kind, Packed, from_blocks
-from pumice.model.layers import frequencies
-from pumice.storage.tensors import Blocks, Stocks, Stored
+from pumice.model.layers import rope_inv_freq
+from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = tuple(name for name, family in FAMILIES.items() if family.gguf)
 _FACTORS = "rope_freqs.weight"
 
 
@@ -32,7 +33,7 @@ class GgufModel:
     """What a GGUF language model holds. `state` has no prefix: `embed.weight`, `blocks.0...`."""
 
     config: DecoderConfig
-    state: Stocks
+    state: LazyStateDict
     text: TokenizerFiles
 
 
@@ -64,18 +65,18 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
     if "token_embd.weight" not in file.infos:
         raise InputError(f"{file.path} has no tensor token_embd.weight, so it is not a language model")
     width, heads = value("embedding_length"), value("attention.head_count")
-    head_width = value("attention.key_length", width // heads)
-    if value("rope.dimension_count", head_width) != head_width:
+    head_dim = value("attention.key_length", width // heads)
+    if value("rope.dimension_count", head_dim) != head_dim:
         raise InputError(
-            f"{file.path} rotates {value('rope.dimension_count')} of {head_width} per head; all must rotate"
+            f"{file.path} rotates {value('rope.dimension_count')} of {head_dim} per head; all must rotate"
         )
     scaling = value("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise InputError(f"{file.path} scales its rotary positions ({scaling}), which is not supported")
     rope_scaling = RopeScaling("linear", value("rope.scaling.factor")) if scaling == "linear" else None
-    rope_base = _shortest(value("rope.freq_base", 10000.0))
+    rope_theta = _shortest(value("rope.freq_base", 10000.0))
     if _FACTORS in file.infos:
-        rope_scaling = _slowed(file, head_width, rope_base)
+        rope_scaling = _slowed(file, head_dim, rope_theta)
     with naming(str(file.path)):
         return DecoderConfig(
             vocab_size=file.infos["token_embd.weight"].shape[0],
@@ -83,10 +84,10 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
             depth=value("block_count"),
             heads=heads,
             kv_heads=value("attention.head_count_kv", heads),
-            head_width=head_width,
+            head_dim=head_dim,
             mlp_width=value("feed_forward_length"),
             context=value("context_length"),
-            rope_base=rope_base,
+            rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
             tied_head="output.weight" not in file.infos,
@@ -97,7 +98,7 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
 
 
 def unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection, (heads * head_width, ...), from GGUF's order to ours.
+    """Rows of a query or key projection, (heads * head_dim, ...), from GGUF's order to ours.
 
     llama.cpp's converter interleaves the two halves of each head, so that the values which rotate
     together are neighbours; ours (and Hugging Face's) keeps them half a head apart.
@@ -106,7 +107,7 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _slowed(file: GgufFile, head_width: int, base: float) -> RopeScaling:
+def _slowed(file: GgufFile, head_dim: int, base: float) -> RopeScaling:
     """Llama 3's scaling, of which GGUF keeps only by how much each frequency is divided.
 
     The largest divisor is its factor; its other numbers are those of every Llama 3 that was published.
@@ -114,13 +115,13 @@ def _slowed(file: GgufFile, head_width: int, base: float) -> RopeScaling:
     found = file.tensor(_FACTORS)
     scaling = RopeScaling("llama3", round(found.max().item(), 3))
     device = torch.device("cpu")
-    expected = frequencies(head_width, base, None, device) / frequencies(head_width, base, scaling, device)
+    expected = rope_inv_freq(head_dim, base, None, device) / rope_inv_freq(head_dim, base, scaling, device)
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3):
         raise InputError(f"{file.path}: {_FACTORS} does not hold Llama 3's divisors of rotary frequencies")
     return scaling
 
 
-def _state(file: GgufFile, config: DecoderConfig) -> Stocks:
+def _state(file: GgufFile, config: DecoderConfig) -> LazyStateDict:
     table = tensor_names.gguf_decoder(config) | {_FACTORS: None}
     names = tensor_names.convert({name: name for name in file.infos}, table, str(file.path))
     # Only a llama's queries and keys are permuted by the converter.
@@ -129,7 +130,7 @@ def _state(file: GgufFile, config: DecoderConfig) -> Stocks:
     return {ours: _stored(file, theirs, heads.get(ours.split(".")[-2])) for ours, theirs in names.items()}
 
 
-def _stored(file: GgufFile, name: str, heads: int | None) -> Stored:
+def _stored(file: GgufFile, name: str, heads: int | None) -> LazyTensor:
     def fetch(dtype: torch.dtype) -> Tensor:
         tensor = file.tensor(name, dtype)
         return tensor if heads is None else unpermute(tensor, heads)
@@ -144,7 +145,7 @@ def _stored(file: GgufFile, name: str, heads: int | None) -> Stored:
         return from_blocks(kind, blocks if heads is None else unpermute(blocks, heads))
 
     blocks = None if kind is None or len(info.shape) != 2 else Blocks(kind, packed)
-    return Stored(info.shape, dtype, fetch, f"{name} in {file.path.name}", blocks)
+    return LazyTensor(info.shape, dtype, fetch, f"{name} in {file.path.name}", blocks)
 
 
 def _shortest(value: float) -> float:

@@ -97,6 +97,15 @@ def _begins_with_space(tokenizer: Tokenizer) -> bool:
 
 def _pre_tokenizer(values: dict[str, Any]) -> str:
     """llama.cpp's name for how this tokenizer splits words."""
+    if (name := pre_tokenizer_name(values)) is not None:
+        return name
+    raise InputError(
+        f"llama.cpp has no name for how the tokenizer splits words; known are {', '.join(PRE_TOKENIZERS)}"
+    )
+
+
+def pre_tokenizer_name(values: dict[str, Any]) -> str | None:
+    """Which of PRE_TOKENIZERS splits words as the tokenizer.json `values` says; None when none does."""
     found = _essence(values["pre_tokenizer"])
     for name, make in PRE_TOKENIZERS.items():
         sample = Tokenizer(models.BPE())
@@ -105,9 +114,7 @@ def _pre_tokenizer(values: dict[str, Any]) -> str:
             if (name == "llama-bpe") != bool(values["model"].get("ignore_merges")):
                 continue
             return name
-    raise InputError(
-        f"llama.cpp has no name for how the tokenizer splits words; known are {', '.join(PRE_TOKENIZERS)}"
-    )
+    return None
 
 
 def _essence(part: Any) -> Any:

@@ -26,9 +26,9 @@ from pumice.formats import names as tensor_names
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
 from pumice.formats.text.chat_template import quoted, to_jinja
-from pumice.model.layers import frequencies
+from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, Stored, stored
+from pumice.storage.tensors import LazyStateDict, LazyTensor, stored
 from pumice.templates import get_template
 
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers of file types
@@ -138,16 +138,16 @@ def _describe_llm(writer: Any, config: ModelConfig, tokenizer: Tokenizer, kind: 
         "feed_forward_length": decoder.mlp_width,
         "attention.head_count": decoder.heads,
         "attention.head_count_kv": decoder.kv_heads,
-        "attention.key_length": decoder.head_width,
-        "attention.value_length": decoder.head_width,
-        "rope.dimension_count": decoder.head_width,
+        "attention.key_length": decoder.head_dim,
+        "attention.value_length": decoder.head_dim,
+        "rope.dimension_count": decoder.head_dim,
     }
     writer.add_string("general.type", "model")
     writer.add_uint32("general.file_type", TYPES[kind])
     for key, number in numbers.items():
         writer.add_uint32(f"{arch}.{key}", number)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", decoder.norm_eps)
-    writer.add_float32(f"{arch}.rope.freq_base", decoder.rope_base)
+    writer.add_float32(f"{arch}.rope.freq_base", decoder.rope_theta)
     if decoder.rope_scaling and decoder.rope_scaling.kind == "linear":
         writer.add_string(f"{arch}.rope.scaling.type", "linear")
         writer.add_float32(f"{arch}.rope.scaling.factor", decoder.rope_scaling.factor)
@@ -194,7 +194,7 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:
     writer.add_array("clip.vision.image_std", list(config.image.std))
 
 
-def _llm(config: ModelConfig, state: Stocks) -> Stocks:
+def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
     decoder = config.decoder
     table = tensor_names.inverse(tensor_names.gguf_decoder(decoder))
     names = {f"decoder.{ours}": str(theirs) for ours, theirs in table.items()}
@@ -204,19 +204,19 @@ def _llm(config: ModelConfig, state: Stocks) -> Stocks:
     }
     scaling = decoder.rope_scaling
     if scaling is not None and scaling.kind == "llama3":
-        width, base, cpu = decoder.head_width, decoder.rope_base, torch.device("cpu")
-        slower = frequencies(width, base, None, cpu) / frequencies(width, base, scaling, cpu)
+        width, base, cpu = decoder.head_dim, decoder.rope_theta, torch.device("cpu")
+        slower = rope_inv_freq(width, base, None, cpu) / rope_inv_freq(width, base, scaling, cpu)
         tensors["rope_freqs.weight"] = stored(slower)
     return tensors
 
 
-def _tower(config: ModelConfig, state: Stocks) -> Stocks:
+def _tower(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
     """Without the final norm, which llama.cpp would apply."""
     table = tensor_names.gguf_tower(config.vision)
     return {theirs: state[ours] for theirs, ours in table.items() if ours is not None}
 
 
-def _permuted(tensor: Stored, heads: int | None) -> Stored:
+def _permuted(tensor: LazyTensor, heads: int | None) -> LazyTensor:
     """A query or key projection of a llama, in llama.cpp's order; see `gguf_llm.unpermute`."""
     if heads is None:
         return tensor
@@ -228,7 +228,7 @@ def _permuted(tensor: Stored, heads: int | None) -> Stored:
     return tensor.then(permute)
 
 
-def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Stocks, kind: str) -> None:
+def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: LazyStateDict, kind: str) -> None:
     """One file; one tensor at a time is in memory."""
     import gguf
 
@@ -252,7 +252,7 @@ def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Stoc
         writer.close()
 
 
-def _values(tensors: Stocks, kinds: dict[str, str]) -> Iterator[np.ndarray]:
+def _values(tensors: LazyStateDict, kinds: dict[str, str]) -> Iterator[np.ndarray]:
     import gguf
 
     for name, tensor in tensors.items():
@@ -267,7 +267,7 @@ def _values(tensors: Stocks, kinds: dict[str, str]) -> Iterator[np.ndarray]:
         yield values
 
 
-def _kind(name: str, tensor: Stored, kind: str) -> str:
+def _kind(name: str, tensor: LazyTensor, kind: str) -> str:
     """How one tensor is stored: vectors in f32, as the table of positions, which are added to vectors."""
     if len(tensor.shape) < 2 or kind == "f32" or name == "v.position_embd.weight":
         return "f32"

@@ -33,7 +33,7 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
     kind = given.get("model_type", str)
     if kind not in FAMILIES:
         raise InputError(f"{given.where}: model_type is {kind!r}; {', '.join(FAMILIES)} can be read")
-    keys = Keys(given.values, given.where, FAMILIES[kind])
+    keys = Keys(given.values, given.where, FAMILIES[kind].defaults)
     whole(keys)
     keys.only("hidden_act", ("silu", "swish"), "silu")
     keys.only("attention_bias", (False,), False, "the output projection would have a bias as well")
@@ -41,10 +41,10 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
     keys.only("partial_rotary_factor", (1.0,), 1.0, "every value of a head must rotate")
     width, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
     depth, context = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)
-    if (head_width := _nullable(keys, "head_dim")) is None:
+    if (head_dim := _nullable(keys, "head_dim")) is None:
         if width % heads:
             raise InputError(f"{keys.where}: hidden_size {width} is no multiple of {heads} heads")
-        head_width = width // heads
+        head_dim = width // heads
     shared = _nullable(keys, "num_key_value_heads")
     base, scaling = _rope(keys, context)
     with naming(keys.where):
@@ -54,10 +54,10 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
             depth=depth,
             heads=heads,
             kv_heads=heads if shared is None else shared,
-            head_width=head_width,
+            head_dim=head_dim,
             mlp_width=keys.get("intermediate_size", int),
             context=context,
-            rope_base=base,
+            rope_theta=base,
             rope_scaling=scaling,
             norm_eps=keys.get("rms_norm_eps", float),
             tied_head=keys.get("tie_word_embeddings", bool, False) if tied is None else tied,
@@ -76,7 +76,7 @@ def vision_config(given: Keys, kind: str | None = None, **choices: Any) -> Visio
     kind = given.get("model_type", str, kind)
     if kind not in TOWERS:
         raise InputError(f"{given.where}: model_type is {kind!r}; {', '.join(TOWERS)} can be read")
-    ours, defaults = TOWERS[kind]
+    ours, defaults = TOWERS[kind].kind, TOWERS[kind].defaults
     keys = Keys(given.values, given.where, defaults)
     whole(keys)
     keys.only("num_channels", (3,), 3)

@@ -1,7 +1,7 @@
 """A LLaVA as transformers keeps it: LlavaForConditionalGeneration, LlavaNext, LlavaOnevision.
 
 Knows: its config.json, its processor's files, and how its tensors are nested. Everything else of the
-folder is read by `hf_config` and `text`.
+folder is read by `config` and `text`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionConfig
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import decoder_config, image_policy, vision_config, whole
 from pumice.formats.text.read import read_text_side
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, open_weights, stored
+from pumice.storage.tensors import LazyStateDict, open_weights, stored
 
 # What transformers takes for keys that are absent, by model_type.
 _LLAVA: dict[str, Any] = {
@@ -38,8 +39,6 @@ _DEFAULTS = {
     },
 }  # fmt: skip
 _TEXT = {"llava_onevision": "qwen2"}  # the text_config's model_type when it does not say one; else llama
-# The chat format where the folder has no chat template, by the text_config's model_type.
-_USUAL = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": "chatml", "qwen3": "chatml"}
 _CLIP_336 = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336,
     "patch_size": 14, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -69,8 +68,9 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     side = read_text_side(folder, keys)
     _check_image_token(keys, side.tokenizer, decoder)
     biases = keys.get("multimodal_projector_bias", bool, True)
+    family = FAMILIES[text.get("model_type", str)]
     config, notes = side.model_config(
-        template, str(folder), fallback=_USUAL[text.get("model_type", str)], decoder=decoder, vision=vision,
+        template, str(folder), fallback=family.template, decoder=decoder, vision=vision,
         connector=ConnectorConfig("mlp2x_gelu"), image=image, image_wrap=side.image_wrap(),
     )  # fmt: skip
     if image.mode == "crop" and "do_pad" not in processor.values:  # transformers' own conversions lack it
@@ -82,10 +82,10 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     state = tensor_names.convert(tensors, table, str(folder))
     if not biases:
         state |= _no_biases(state)
-    return LoadedParts(config, state, side.tokenizer, {}, notes=notes)
+    return LoadedParts(config, state, side.tokenizer, {}, notes=notes, sentencepiece=side.files.sentencepiece)
 
 
-def _nesting(tensors: Stocks, folder: Path) -> tensor_names.Nesting:
+def _nesting(tensors: LazyStateDict, folder: Path) -> tensor_names.Nesting:
     for nesting in tensor_names.HF_NESTINGS:
         if f"{nesting.text}embed_tokens.weight" in tensors:
             return nesting
@@ -132,7 +132,10 @@ def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> Imag
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pinpoints):
         raise InputError(f"{keys.where}: image_grid_pinpoints is {pinpoints}, not a list of [height, width]")
     sizes = tuple((width, height) for height, width in pinpoints)
-    return dataclasses.replace(policy, mode="anyres", pinpoints=sizes, unpad=True, max_tiles=most)
+    several = "square" if kind == "llava_onevision" else "tiles"
+    return dataclasses.replace(
+        policy, mode="anyres", pinpoints=sizes, unpad=True, max_tiles=most, several=several
+    )
 
 
 def _processor(folder: Path) -> Keys:
@@ -156,7 +159,7 @@ def _check_image_token(keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> No
         raise InputError(f"{keys.where}: {name} is {number}, but vocab_size only {decoder.vocab_size}")
 
 
-def _no_biases(state: Stocks) -> Stocks:
+def _no_biases(state: LazyStateDict) -> LazyStateDict:
     """Zeros for a projector without biases, which is the same."""
     weights = {name: t for name, t in state.items() if name.startswith("connector.")}
     return {

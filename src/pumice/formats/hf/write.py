@@ -24,11 +24,12 @@ from torch import Tensor
 
 from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import RESAMPLE, padding
 from pumice.formats.text.chat_template import to_jinja
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, write_weights
+from pumice.storage.tensors import LazyStateDict, write_weights
 from pumice.templates import get_template
 
 IMAGE = "<image>"
@@ -111,7 +112,7 @@ def text_refusal(config: DecoderConfig) -> str | None:
     """Why none of transformers' Llama, Mistral, Qwen2 and Qwen3 is this decoder; None when one is."""
     if config.qk_norm and config.qkv_bias:
         return "its attention has both biases and query norms, which none of the decoders there has"
-    if config.qkv_bias and (inner := config.heads * config.head_width) != config.width:
+    if config.qkv_bias and (inner := config.heads * config.head_dim) != config.width:
         return f"its heads take {inner} values, Qwen2's always {config.width}"
     return None
 
@@ -121,8 +122,8 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
     notes = []
     if model.config.connector.kind in _LINEAR:
         notes.append("the linear connector is written as an mlp2x_gelu that computes the same")
-    if _kind(model.config) == "llava_onevision":
-        notes.append("transformers shows one picture in tiles, but each of several as one square")
+    if _kind(model.config.image) == "llava_onevision":
+        notes += square_notes(model.config.image, "transformers")
     model = as_mlp(with_image_token(model))
     config, state, tokenizer = model.config, model.state, model.tokenizer
     chat = to_jinja(get_template(config.template, config.chat), config.image_wrap)
@@ -135,6 +136,16 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
     write_tokenizer(folder, config, tokenizer, chat)
     _write_processor(folder, config, chat)
     return notes
+
+
+def square_notes(image: ImagePolicy, other: str) -> list[str]:
+    """How another software's square of one of several pictures differs from that of a policy in tiles."""
+    if image.several == "tiles":
+        return [f"{other} shows each of several pictures as one square, this model in tiles"]
+    if image.pad_color != padding(image.mean):
+        theirs = padding(image.mean)
+        return [f"{other} pads each of several pictures with {theirs}, this model with {image.pad_color}"]
+    return []
 
 
 def with_image_token(model: LoadedParts) -> LoadedParts:
@@ -168,25 +179,25 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
+        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
+        "rope_theta": config.rope_theta,
         "rope_scaling": _rope_scaling(config.rope_scaling),
         "tie_word_embeddings": config.tied_head,
         "attention_bias": False,
         "attention_dropout": 0.0,
     }
-    family, classes = "llama", "LlamaForCausalLM"
+    family = "llama"
     if config.qkv_bias or config.qk_norm:
-        family, classes = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("qwen2", "Qwen2ForCausalLM")
+        family = "qwen3" if config.qk_norm else "qwen2"
         window = config.sliding_window
         values |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
     elif config.sliding_window is not None:
-        family, classes = "mistral", "MistralForCausalLM"
+        family = "mistral"
         values["sliding_window"] = config.sliding_window
-    return values | {"model_type": family, "architectures": [classes]}
+    return values | {"model_type": family, "architectures": [FAMILIES[family].classes]}
 
 
 def vision_config(config: VisionConfig) -> dict[str, Any]:
@@ -209,7 +220,7 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
     """preprocessor_config.json: of CLIPImageProcessor, or of Llava's, LlavaNext's or LlavaOnevision's own."""
     kind = "LlavaImageProcessor" if image.mode == "pad" else "CLIPImageProcessor"
     if image.mode == "anyres":
-        kind = "LlavaNextImageProcessor" if image.max_tiles is None else "LlavaOnevisionImageProcessor"
+        kind = f"{_CLASSES[_kind(image)]}ImageProcessor"
     values: dict[str, Any] = {
         "image_processor_type": kind,
         "do_convert_rgb": True,
@@ -224,7 +235,7 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
         "image_mean": list(image.mean),
         "image_std": list(image.std),
     }
-    if image.mode == "squash" or image.max_tiles is not None:
+    if image.mode == "squash" or _kind(image) == "llava_onevision":
         values |= {"size": {"height": size, "width": size}, "do_center_crop": False}
     if image.mode in ("pad", "anyres"):
         values["do_pad"] = True  # its default for squares is False, which would crop in silence
@@ -233,8 +244,11 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
     return values
 
 
-def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, chat: str) -> None:
-    """tokenizer.json, which adds the begin-of-text by itself, and the two files beside it."""
+def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, chat: str, **own: Any) -> None:
+    """tokenizer.json, which adds the begin-of-text by itself, and the two files beside it.
+
+    own: further keys of tokenizer_config.json, or others instead of ours.
+    """
     bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     wanted = plain if config.bos_token_id is None else [config.bos_token_id, *plain]
@@ -261,6 +275,7 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
             "model_input_names": ["input_ids", "attention_mask"],  # before 5.0 there would be token_type_ids
             "padding_side": "left",
             "chat_template": chat,
+            **own,
         },
     )
 
@@ -276,8 +291,8 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
     return {"do_sample": False} | {key: value for key, value in values.items() if value is not None}
 
 
-def _write_config(folder: Path, config: ModelConfig, state: Stocks, tokenizer: Tokenizer) -> None:
-    kind = _kind(config)
+def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, tokenizer: Tokenizer) -> None:
+    kind = _kind(config.image)
     text = text_config(config.decoder)
     if config.bos_token_id is not None:
         text["bos_token_id"] = config.bos_token_id
@@ -301,23 +316,23 @@ def _write_config(folder: Path, config: ModelConfig, state: Stocks, tokenizer: T
     if config.image.mode == "anyres":
         values["image_grid_pinpoints"] = _pinpoints(config.image)
     if kind == "llava_onevision":
-        values |= {"vision_aspect_ratio": _aspect_ratio(config.image)}
+        values |= {"vision_aspect_ratio": anyres_max(config)}
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", generation_config(config))
 
 
 def _write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
-    name = f"{_CLASSES[_kind(config)]}Processor"
+    name = f"{_CLASSES[_kind(config.image)]}Processor"
     images = image_processor(config.image, config.vision.image_size) | {"processor_class": name}
     values: dict[str, Any] = {
         "processor_class": name,
         "image_token": IMAGE,
         "vision_feature_select_strategy": _strategy(config),
     }
-    if _kind(config) == "llava_onevision":
+    if _kind(config.image) == "llava_onevision":
         values |= {
             "num_image_tokens": config.vision.grid**2 + (config.vision.kind == "clip"),
-            "vision_aspect_ratio": _aspect_ratio(config.image),
+            "vision_aspect_ratio": anyres_max(config),
         }
         videos = {key: value for key, value in images.items() if key != "image_grid_pinpoints"}
         videos |= {"image_processor_type": None, "video_processor_type": "LlavaOnevisionVideoProcessor"}
@@ -331,15 +346,18 @@ def _write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
     write_json(folder / "chat_template.json", {"chat_template": chat})  # read before 4.50
 
 
-def _kind(config: ModelConfig) -> str:
-    """Its model_type."""
-    if config.image.mode != "anyres":
+def _kind(image: ImagePolicy) -> str:
+    """The model_type that sees pictures so."""
+    if image.mode != "anyres":
         return "llava"
-    return "llava_next" if config.image.max_tiles is None else "llava_onevision"
+    return "llava_onevision" if image.max_tiles is not None or image.several == "square" else "llava_next"
 
 
-def _aspect_ratio(image: ImagePolicy) -> str:
-    return f"anyres_max_{image.max_tiles}"
+def anyres_max(config: ModelConfig) -> str:
+    """Tiles that shrink, and of several pictures one square each. Without a limit: one that is never met."""
+    side = config.vision.image_size
+    most = max(width * height for width, height in config.image.pinpoints) // side**2
+    return f"anyres_max_{config.image.max_tiles or most}"
 
 
 def _strategy(config: ModelConfig) -> str:

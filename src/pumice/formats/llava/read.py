@@ -24,7 +24,7 @@ from pumice.formats.text.read import TextSide, read_text_side
 from pumice.storage.download import locate
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, find_weights, open_file, open_weights
+from pumice.storage.tensors import LazyStateDict, find_weights, open_file, open_weights
 
 # model_type -> the LLM's, and the template that its published models were trained with; None: the
 # tokenizer's own chat template.
@@ -82,13 +82,21 @@ def open_original(
     projector = tensor_names.original_connector(connector.kind)
     table = tensor_names.llava(config, tensor_names.ORIGINAL, projector, prefix)
     state |= tensor_names.convert(tensors, table, str(folder))
-    loaded = LoadedParts(config, state, side.tokenizer, {}, notes=notes, sources=sources)
+    loaded = LoadedParts(
+        config,
+        state,
+        side.tokenizer,
+        {},
+        notes=notes,
+        sources=sources,
+        sentencepiece=side.files.sentencepiece,
+    )
     return adapt(loaded, folder) if adapter else loaded
 
 
 def _language(
     folder: Path, keys: Keys, family: str, base: str | None, adapter: bool
-) -> tuple[Stocks, DecoderConfig, TextSide, Sources]:
+) -> tuple[LazyStateDict, DecoderConfig, TextSide, Sources]:
     """Everything that the folder stores, with a base's LLM where it has none, under the original's names."""
     tensors = open_weights(folder) if find_weights(folder) else {}
     for name in _EXTRAS:
@@ -137,14 +145,14 @@ def _tower_name(folder: Path, keys: Keys, tower: str | None) -> str:
 
 
 def _tower(
-    source: str, keys: Keys, tensors: Stocks, inside: bool
-) -> tuple[VisionConfig, ImagePolicy, Stocks, Path]:
+    source: str, keys: Keys, tensors: LazyStateDict, inside: bool
+) -> tuple[VisionConfig, ImagePolicy, LazyStateDict, Path]:
     """The tower's config, its own image policy, its state unless the folder itself holds it, its place."""
     try:
         if inside:
             path = locate(source, ["config.json", "preprocessor_config.json"])
             vision, policy = describe_tower(path)
-            state: Stocks = {}
+            state: LazyStateDict = {}
         else:
             opened = open_tower(source)
             vision, policy, path = opened.config, opened.policy, opened.path
@@ -165,7 +173,7 @@ def _tower(
     return vision, policy, state, path
 
 
-def _stored_depth(tensors: Stocks) -> int:
+def _stored_depth(tensors: LazyStateDict) -> int:
     pattern = re.compile(re.escape(tensor_names.ORIGINAL.tower) + r".*encoder\.layers\.(\d+)\.")
     return 1 + max((int(match[1]) for name in tensors if (match := pattern.match(name))), default=-1)
 
@@ -199,6 +207,7 @@ def _image(keys: Keys, vision: VisionConfig, published: ImagePolicy) -> ImagePol
         pinpoints=_pinpoints(keys, vision.image_size),
         unpad=merge == "spatial_unpad",
         max_tiles=int(match[1]) if match[1] else None,
+        several="square" if match[1] else "tiles",  # LLaVA-NeXT's training and LLaVA 1.6, which has no _max
     )
 
 

@@ -1,14 +1,11 @@
 """Written for the original code, haotian-liu/LLaVA: its config.json, its names of tensors, its tokenizer.
 
 Knows: the layout of its published checkpoints (v1.0 to v1.6) and of LLaVA-NeXT's Qwen2 ones. Does not
-know: where the model comes from. Nothing here was ever run by that code; it is written as it reads.
+know: where the model comes from, or how the tokenizer's files look there (`export_llava_tokenizer`).
 
 The tower's weights stand in the shards, as in v1.6 (`unfreeze_mm_vision_tower`). That code still builds
 the tower from what `mm_vision_tower` names, before it reads them. The shape and the preprocessing of the
 tower stand in `vision_tower/`, so that the folder says everything.
-
-That code reads Llama's tokenizer from `tokenizer.model` alone (`use_fast=False`), which cannot be made
-out of a tokenizer.json: where the model came without one, put the LLM's own into the folder.
 """
 
 from __future__ import annotations
@@ -18,25 +15,25 @@ from typing import Any
 
 from pumice.config import ImagePolicy, ModelConfig, VisionConfig
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import padding
 from pumice.formats.hf.write import (
+    anyres_max,
     generation_config,
     image_processor,
+    square_notes,
     text_config,
     text_refusal,
     tower_refusal,
     vision_config,
-    write_tokenizer,
 )
 from pumice.formats.llava.read import IMAGE_WRAP
-from pumice.formats.text.chat_template import to_jinja
+from pumice.formats.llava.tokenizer import write_tokenizer
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, write_weights
-from pumice.templates import get_template
+from pumice.storage.tensors import LazyStateDict, write_weights
 
 TOWER = "vision_tower"  # the folder beside the weights
-_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
 # Published towers by kind, width, depth, patch and picture: which name the original code can build.
 _PUBLISHED = {
     ("clip", 1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
@@ -79,39 +76,43 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
     write_json(folder / "config.json", _config(config, state, tower))
     write_json(folder / "generation_config.json", generation_config(config))
-    write_tokenizer(folder, config, model.tokenizer, to_jinja(get_template(config.template, config.chat)))
+    notes = write_tokenizer(folder, model)
     (folder / TOWER).mkdir()
     write_json(folder / TOWER / "config.json", vision_config(config.vision))
-    squares = ImagePolicy(
+    tiles = ImagePolicy(
         mode="squash" if config.vision.kind == "siglip" else "crop",
         mean=config.image.mean,
         std=config.image.std,
         resample=config.image.resample,
     )
-    write_json(
-        folder / TOWER / "preprocessor_config.json", image_processor(squares, config.vision.image_size)
-    )
-    notes = []
+    write_json(folder / TOWER / "preprocessor_config.json", image_processor(tiles, config.vision.image_size))
+    image = config.image
+    if image.mode == "anyres" and (image.max_tiles is not None or image.several == "square"):
+        notes += square_notes(image, "the original code's training")
+    if image.several == "square":
+        notes.append(
+            "the original code cuts each of several pictures into tiles when it answers, unless "
+            "image_aspect_ratio is set to 'pad' for them"
+        )
     if tower == TOWER:
         notes.append(
             "no published vision tower has this shape, so the original code cannot build it from "
             f"mm_vision_tower {TOWER!r}; name one that it can with --tower-name"
         )
-    if not config.decoder.qkv_bias:
-        notes.append("the original code reads the tokenizer from tokenizer.model alone; add that of the LLM")
     return notes
 
 
-def _config(config: ModelConfig, state: Stocks, tower: str) -> dict[str, Any]:
+def _config(config: ModelConfig, state: LazyStateDict, tower: str) -> dict[str, Any]:
     text = text_config(config.decoder)
-    family = text["model_type"]
+    name = FAMILIES[text["model_type"]].original
+    assert name is not None  # `refusal` names the families that have none
     if config.bos_token_id is not None:
         text["bos_token_id"] = config.bos_token_id
     if config.stop_token_ids:
         text["eos_token_id"] = config.stop_token_ids[0]
     values = text | {
-        "architectures": [f"Llava{_FAMILIES[family]}ForCausalLM"],
-        "model_type": f"llava_{_FAMILIES[family].lower()}",
+        "architectures": [f"Llava{name}ForCausalLM"],
+        "model_type": f"llava_{name.lower()}",
         "torch_dtype": str(state["decoder.embed.weight"].dtype).removeprefix("torch."),
         "use_mm_proj": True,
         "mm_hidden_size": config.vision.width,
@@ -124,7 +125,7 @@ def _config(config: ModelConfig, state: Stocks, tower: str) -> dict[str, Any]:
         "unfreeze_mm_vision_tower": True,  # else the tower's weights in the shards are not read
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": _aspect_ratio(config.image),
+        "image_aspect_ratio": _aspect_ratio(config),
         "tokenizer_model_max_length": config.decoder.context,
         "tokenizer_padding_side": "right",
     }
@@ -134,10 +135,11 @@ def _config(config: ModelConfig, state: Stocks, tower: str) -> dict[str, Any]:
     return values
 
 
-def _aspect_ratio(image: ImagePolicy) -> str:
+def _aspect_ratio(config: ModelConfig) -> str:
+    image = config.image
     if image.mode != "anyres":
         return "pad" if image.mode == "pad" else "square"  # which leaves the picture to the tower's own
-    return "anyres" if image.max_tiles is None else f"anyres_max_{image.max_tiles}"
+    return "anyres" if image.max_tiles is None and image.several == "tiles" else anyres_max(config)
 
 
 def tower_name(vision: VisionConfig) -> str:

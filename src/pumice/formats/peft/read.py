@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pumice.config import LoraConfig
+from pumice.config import LoraConfig, naming
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.peft.write import BASE, fingerprint
 from pumice.formats.recognise import ADAPTER_CONFIG
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, Stored, open_weights
+from pumice.storage.tensors import LazyStateDict, LazyTensor, open_weights
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
 # PEFT writes out what an adapted lm_head or embedding was, too.
@@ -68,7 +68,7 @@ def adapt(base: LoadedParts, folder: Path) -> LoadedParts:
     )
 
 
-def _check_base(state: Stocks, folder: Path) -> None:
+def _check_base(state: LazyStateDict, folder: Path) -> None:
     path = folder / BASE  # beside Pumice's adapters only
     if not path.is_file():
         return
@@ -102,15 +102,16 @@ def _lora(keys: Keys) -> LoraConfig:
     alpha = keys.get("lora_alpha", float)
     if keys.get("use_rslora", bool, False):  # arXiv 2312.03732 divides by the root of the rank
         alpha *= rank**0.5
-    return LoraConfig(rank=rank, alpha=alpha, dropout=keys.get("lora_dropout", float, 0.0))
+    with naming(keys.where):
+        return LoraConfig(rank=rank, alpha=alpha, dropout=keys.get("lora_dropout", float, 0.0))
 
 
 def _pairs(
-    stored: Stocks, base: LoadedParts, keys: Keys, lora: LoraConfig
-) -> dict[str, tuple[Stored, Stored]]:
+    stored: LazyStateDict, base: LoadedParts, keys: Keys, lora: LoraConfig
+) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     """Our name of an adapted weight -> A (rank, in) and B (out, rank), in the model's order."""
     table = tensor_names.adapted(base.config)
-    found: dict[str, dict[str, Stored]] = {}
+    found: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in stored.items():
         match = _NAME.fullmatch(name)
         if match is None and _is_copy(name, tensor, table, base.state):
@@ -134,7 +135,7 @@ def _pairs(
     }
 
 
-def _is_copy(name: str, tensor: Stored, table: tensor_names.Table, base: Stocks) -> bool:
+def _is_copy(name: str, tensor: LazyTensor, table: tensor_names.Table, base: LazyStateDict) -> bool:
     """Whether the tensor is one of the base's, unchanged."""
     match = _COPY.fullmatch(name)
     ours = table.get(match[1]) if match else None
@@ -148,13 +149,13 @@ def _block(name: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match else None
 
 
-def _check_fit(weight: Stored, a: Stored, b: Stored, where: str) -> None:
+def _check_fit(weight: LazyTensor, a: LazyTensor, b: LazyTensor, where: str) -> None:
     update = [b.shape[0], a.shape[1]]
     if update != list(weight.shape):
         raise InputError(f"{where}: an update of {update} does not fit {weight.origin}, {list(weight.shape)}")
 
 
-def add_update(weight: Stored, a: Stored, b: Stored, scale: float) -> Stored:
+def add_update(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:
     """weight (out, in) + scale * b (out, rank) @ a (rank, in), computed in fp32 when it is read."""
 
     def add(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Our LoRA as PEFT's files: adapter_config.json and adapter_model.safetensors.
 
-Knows: PEFT's names of tensors around the model that `export_hf` writes, as transformers 4.52 and newer
+Knows: PEFT's names of tensors around the model that `hf.write` writes, as transformers 4.52 and newer
 build it. Does not know: where the model comes from. The base is that model without its adapters
 (`--to hf --drop-lora`); its fingerprint stands in `base.json`, so that another base can be refused.
 """
@@ -18,7 +18,7 @@ from pumice.formats import names as tensor_names
 from pumice.formats.hf import write as hf_write
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Stocks, write_weights
+from pumice.storage.tensors import LazyStateDict, write_weights
 
 BASE = "base.json"
 _SAMPLES = 64
@@ -37,7 +37,7 @@ def write(folder: Path, model: LoadedParts) -> None:
     config, lora = model.config, model.config.lora
     assert lora is not None
     names = tensor_names.inverse(tensor_names.hf_decoder(config.decoder))
-    adapters: Stocks = {}
+    adapters: LazyStateDict = {}
     for name, tensor in model.state.items():
         layer, _, kind = name.removeprefix("decoder.").rpartition(".")
         if kind in _SUFFIXES:
@@ -64,11 +64,13 @@ def write(folder: Path, model: LoadedParts) -> None:
     write_json(folder / BASE, {"fingerprint": fingerprint(exported.state)})
 
 
-def fingerprint(state: Stocks) -> str:
+def fingerprint(state: LazyStateDict) -> str:
     """Of a decoder, whatever type it is stored in: up to 64 values of every tensor but adapters', in fp32."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(name for name in state if name.startswith("decoder.") and ".lora_" not in name):
         values = state[name].read().reshape(-1)
+        # In fp32, as fingerprints were always made. Above 2^24 values it rounds the last place past the end.
         places = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values))).round().long()
+        places = places.clamp(max=len(values) - 1)
         digest.update(name.encode() + values[places].float().numpy().tobytes())
     return digest.hexdigest()

@@ -2,6 +2,8 @@
 
     config.json         ModelConfig.to_dict
     tokenizer.json      of the `tokenizers` library, byte for byte as given
+    tokenizer.model     the SentencePiece model that it was made of, byte for byte; only where the source had
+                        one, for the original code, which reads nothing else
     model.safetensors   the tensors, by the names of `pumice.model`, in float32, float16 or bfloat16; above
                         5 GB in shards, model-00001-of-00003.safetensors and so on, with
                         model.safetensors.index.json as Hugging Face writes it
@@ -17,7 +19,6 @@ modules (the caller gives the shapes that it expects), or merging adapters.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import shutil
@@ -26,26 +27,35 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from pumice.config import DecoderConfig, ModelConfig
+from pumice.config import DecoderConfig, ModelConfig, as_stored
 from pumice.errors import InputError, WorkError
 from pumice.files import make_readable, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.names import some
 from pumice.formats.pumice.quantized import as_bytes, open_quantized, write_quantized
+from pumice.formats.text.tokenizer import MODEL
 from pumice.storage.download import from_wheel, wheel
-from pumice.storage.json_file import read_json, read_text, write_json
+from pumice.storage.json_file import read_bytes, read_json, read_text, write_json
 from pumice.storage.parts import LoadedParts, Shapes
-from pumice.storage.tensors import FLOATS, Stocks, Stored, find_weights, open_weights, stored, write_weights
+from pumice.storage.tensors import (
+    FLOATS,
+    LazyStateDict,
+    LazyTensor,
+    find_weights,
+    open_weights,
+    stored,
+    write_weights,
+)
+from pumice.tokens import parse_tokenizer
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 PROVENANCE, PARTS = "provenance.json", "parts.json"
 PART_NAMES = ("tower", "decoder")
 _OURS = re.compile(
-    r"(config|tokenizer|provenance|parts|quantized)\.json|quantized\.safetensors"
+    r"(config|tokenizer|provenance|parts|quantized)\.json|tokenizer\.model|quantized\.safetensors"
     r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 _LACKING = "the folder is not a whole Pumice model"
@@ -56,18 +66,19 @@ _COUNTER = ".num_batches_tracked"
 def save(
     folder: str | os.PathLike[str],
     config: ModelConfig,
-    state: Mapping[str, Tensor | Stored],
+    state: Mapping[str, Tensor | LazyTensor],
     *,
     tokenizer: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     parts: Mapping[str, str] | None = None,
+    sentencepiece: bytes | None = None,
 ) -> None:
     """Write the folder, or replace what it held; files in it that are not ours stay.
 
     state: tensors still in other files are read one at a time; those with blocks are stored in blocks.
-    tokenizer: the text of tokenizer.json. parts: part -> wheel, for parts that were not trained; their
-    tensors are left out of `state` here (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises
-    WorkError when the disk is full.
+    tokenizer: the text of tokenizer.json. sentencepiece: the bytes of tokenizer.model, where there is one.
+    parts: part -> wheel, for parts that were not trained; their tensors are left out of `state` here
+    (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises WorkError when the disk is full.
     """
     parts = dict(parts or {})
     if tokenizer is None and "decoder" not in parts:
@@ -76,7 +87,7 @@ def save(
         _part(name): {"wheel": source, "sha256": wheel(source).sha256} for name, source in parts.items()
     }
     kept = {
-        name: tensor if isinstance(tensor, Stored) else stored(tensor)
+        name: tensor if isinstance(tensor, LazyTensor) else stored(tensor)
         for name, tensor in state.items()
         if not name.endswith(_COUNTER) and not _supplied(name, parts)
     }
@@ -90,10 +101,12 @@ def save(
             write_json(fresh / PARTS, pinned)
         if tokenizer is not None:
             (fresh / TOKENIZER).write_text(tokenizer, encoding="utf-8", newline="")
+        if sentencepiece is not None:
+            (fresh / MODEL).write_bytes(sentencepiece)
 
 
 @contextlib.contextmanager
-def writing(folder: str | os.PathLike[str], state: Stocks) -> Iterator[Path]:
+def writing(folder: str | os.PathLike[str], state: LazyStateDict) -> Iterator[Path]:
     """`replacing` for a folder that will hold the tensors of `state`: room is looked for first.
 
     Raises InputError when the disk has not enough of it, WorkError when writing fails all the same.
@@ -126,10 +139,14 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise InputError(f"the model folder {folder} {what}")
-    config = ModelConfig.from_dict(read_json(folder / CONFIG, _LACKING), str(folder / CONFIG))
+    values = read_json(folder / CONFIG, _LACKING)
+    config = ModelConfig.from_dict(values, str(folder / CONFIG))
     parts = _read_parts(folder / PARTS) if (folder / PARTS).exists() else {}
     own_tokenizer = (folder / TOKENIZER).exists() or "decoder" not in parts
-    tokenizer = _read_tokenizer(folder / TOKENIZER) if own_tokenizer else None
+    tokenizer = None
+    if own_tokenizer:
+        file = folder / TOKENIZER
+        tokenizer = parse_tokenizer(read_text(file, _LACKING), file)
     provenance = read_json(folder / PROVENANCE, _LACKING)
     if not find_weights(folder, "model"):
         raise InputError(f"{folder / WEIGHTS} is missing; {_LACKING}")
@@ -142,10 +159,22 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
         _add(state, "decoder", base.state, folder)
         tokenizer = tokenizer or base.text.backend
     assert tokenizer is not None  # read from the folder, or built with the decoder
-    return LoadedParts(config, state, tokenizer, provenance, parts)
+    sentencepiece = read_bytes(folder / MODEL) if (folder / MODEL).is_file() else None
+    notes = _assumed(config, values)
+    return LoadedParts(config, state, tokenizer, provenance, parts, notes, sentencepiece=sentencepiece)
 
 
-def check(state: Mapping[str, Tensor | Stored], expected: Shapes, where: str) -> None:
+def _assumed(config: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes on a config.json of an older Pumice, which showed several pictures in tiles to every model."""
+    if config.image.several != "square" or values["image"].get("several") is not None:
+        return ()
+    return (
+        f"{CONFIG} does not say image.several: each of several pictures is shown as one padded square, as "
+        'LLaVA-OneVision was trained; write "several": "tiles" there if this model was trained on tiles',
+    )
+
+
+def check(state: Mapping[str, Tensor | LazyTensor], expected: Shapes, where: str) -> None:
     """Raise InputError unless `state` has exactly the names and shapes of `expected`, in floating point.
 
     Batch norm's counters of batches count on neither side; `load_state_dict` fills them in.
@@ -168,9 +197,9 @@ def check(state: Mapping[str, Tensor | Stored], expected: Shapes, where: str) ->
         raise InputError(f"the tensors in {where} do not fit its config.json: {'; '.join(problems)}")
 
 
-def _named(name: str, tensor: Tensor | Stored) -> str:
+def _named(name: str, tensor: Tensor | LazyTensor) -> str:
     """Our name of a tensor, and what it is called in the file that it comes from, if that is another."""
-    origin = tensor.origin if isinstance(tensor, Stored) else ""
+    origin = tensor.origin if isinstance(tensor, LazyTensor) else ""
     return f"{name} ({origin})" if origin and not origin.startswith(f"{name} ") else name
 
 
@@ -237,7 +266,7 @@ def _read_parts(path: Path) -> dict[str, str]:
     return parts
 
 
-def _add(state: Stocks, name: str, part: Stocks, folder: Path) -> None:
+def _add(state: LazyStateDict, name: str, part: LazyStateDict, folder: Path) -> None:
     named = {f"{name}.{key}": tensor for key, tensor in part.items()}
     if twice := [key for key in named if key in state]:
         raise InputError(f"{folder / WEIGHTS} holds what {PARTS} takes from a wheel: {some(twice)}")
@@ -245,16 +274,8 @@ def _add(state: Stocks, name: str, part: Stocks, folder: Path) -> None:
 
 
 def _same_decoder(config: DecoderConfig, base: DecoderConfig, folder: Path) -> None:
-    ours, theirs = dataclasses.asdict(config), dataclasses.asdict(base)
+    ours, theirs = as_stored(config), as_stored(base)
     keys = [key for key in ours if key != "context" and ours[key] != theirs[key]]
     if keys:
         different = ", ".join(f"{key} {ours[key]} instead of {theirs[key]}" for key in keys)
         raise InputError(f"{folder / CONFIG} is not the decoder that {PARTS} names: {different}")
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    text = read_text(path, _LACKING)
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path} is not a tokenizer that can be read: {error}") from error

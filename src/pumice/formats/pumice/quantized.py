@@ -16,19 +16,19 @@ from torch import Tensor
 from pumice.errors import InputError
 from pumice.kernels.packed import LAYOUT, Kind, Packed, size
 from pumice.storage.json_file import read_json, write_json
-from pumice.storage.tensors import Blocks, Stocks, Stored, open_file, write_file
+from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, open_file, write_file
 
 FILE, INDEX = "quantized.safetensors", "quantized.json"
 
 
-def as_bytes(state: Stocks) -> Stocks:
+def as_bytes(state: LazyStateDict) -> LazyStateDict:
     """The matrices in blocks of a state, as the tensors that the file holds; made when they are read."""
     return {
         name: _bytes(tensor, tensor.blocks) for name, tensor in state.items() if tensor.blocks is not None
     }
 
 
-def write_quantized(folder: Path, state: Stocks) -> None:
+def write_quantized(folder: Path, state: LazyStateDict) -> None:
     """Both files, of the matrices in blocks; none where there are none. One matrix at a time is in memory."""
     matrices = {
         name: {"kind": tensor.blocks.kind.name, "shape": list(tensor.shape)}
@@ -40,7 +40,7 @@ def write_quantized(folder: Path, state: Stocks) -> None:
         write_json(folder / INDEX, {"layout": LAYOUT, "matrices": matrices})
 
 
-def open_quantized(folder: Path) -> Stocks:
+def open_quantized(folder: Path) -> LazyStateDict:
     """The folder's matrices in blocks; {} where it has none. Raises InputError when the files do not fit."""
     index = folder / INDEX
     if not index.exists():
@@ -58,12 +58,12 @@ def open_quantized(folder: Path) -> Stocks:
     return {name: _stored(name, found[name], entry, index) for name, entry in matrices.items()}
 
 
-def _bytes(tensor: Stored, blocks: Blocks) -> Stored:
+def _bytes(tensor: LazyTensor, blocks: Blocks) -> LazyTensor:
     outputs, inputs = tensor.shape
-    return Stored((size(blocks.kind, outputs, inputs),), torch.uint8, lambda _: blocks.fetch().data)
+    return LazyTensor((size(blocks.kind, outputs, inputs),), torch.uint8, lambda _: blocks.fetch().data)
 
 
-def _stored(name: str, data: Stored, entry: object, index: Path) -> Stored:
+def _stored(name: str, data: LazyTensor, entry: object, index: Path) -> LazyTensor:
     kind, shape = _described(entry)
     if kind is None or data.dtype != torch.uint8 or data.shape != (size(kind, *shape),):
         raise InputError(
@@ -76,7 +76,7 @@ def _stored(name: str, data: Stored, entry: object, index: Path) -> Stored:
     def restored(dtype: torch.dtype) -> Tensor:
         return packed().restored(dtype)
 
-    return Stored(shape, torch.float32, restored, data.origin, Blocks(kind, packed))
+    return LazyTensor(shape, torch.float32, restored, data.origin, Blocks(kind, packed))
 
 
 def _described(entry: object) -> tuple[Kind | None, tuple[int, int]]:

@@ -163,7 +163,7 @@ class _Jinja:
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        class Generation(Extension):
+        class GenerationTag(Extension):
             """{% generation %}: transformers' mark around what the model writes; it adds no text."""
 
             def __init__(self, environment: Any) -> None:
@@ -178,7 +178,7 @@ class _Jinja:
             raise jinja2.TemplateError(message)
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
         )
         environment.globals["raise_exception"] = refuse
         try:

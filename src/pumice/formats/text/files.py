@@ -11,7 +11,8 @@ import tokenizers
 class TokenizerFiles:
     """What a tokenizer's files say. bos, eos: the tokens' texts, None where unknown.
 
-    adds_bos: a text that is not a chat begins with bos. chat_template: in Jinja, as written.
+    adds_bos: a text that is not a chat begins with bos. chat_template: in Jinja, as written. sentencepiece:
+    the bytes of tokenizer.model, where there is one, for code that reads nothing else.
     """
 
     backend: tokenizers.Tokenizer
@@ -19,6 +20,7 @@ class TokenizerFiles:
     eos: str | None = None
     adds_bos: bool = False
     chat_template: str | None = None
+    sentencepiece: bytes | None = None
 
     @property
     def bos_id(self) -> int | None:

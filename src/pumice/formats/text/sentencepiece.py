@@ -6,10 +6,12 @@ model cuts text. Does not know: folders, chat formats. The sentencepiece library
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -50,12 +52,19 @@ class SentencePiece:
     def read(cls, path: str | Path) -> SentencePiece:
         """Raises InputError when the file is something else, or damaged."""
         try:
-            fields = list(_fields(Path(path).read_bytes()))
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        return cls.from_bytes(data, str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str) -> SentencePiece:
+        """What a file holds. `path` names it in errors."""
+        try:
+            fields = list(_fields(data))
             pieces = [_piece(value) for number, value in fields if number == 1]
             trainer = {number: value for spec in _all(fields, 2) for number, value in _fields(spec)}
             normalizer = {number: value for spec in _all(fields, 3) for number, value in _fields(spec)}
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, struct.error) as error:
             raise InputError(
                 f"{path} is no SentencePiece model, or damaged ({error}); copy it again"
@@ -94,12 +103,28 @@ class SentencePiece:
         tokenizer = Tokenizer(
             models.BPE(
                 vocab={text: number for number, (text, _, _) in enumerate(self.pieces)},
-                merges=self._merges(),
+                merges=self.merges(),
                 unk_token=self.text_of(self.unk),
                 fuse_unk=True,
                 byte_fallback=BYTE in kinds,
             )
         )
+        self._set_spaces(tokenizer, legacy)
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        strips = [decoders.Strip(" ", 1, 0)] if self.add_prefix else []
+        tokenizer.decoder = decoders.Sequence([*steps, *strips])
+        tokenizer.add_special_tokens(
+            [_token(text, True) for text, _, kind in self.pieces if kind in (CONTROL, UNKNOWN)]
+        )
+        tokenizer.add_tokens([_token(text, False) for text, _, kind in self.pieces if kind == USER_DEFINED])
+        if add_bos and (bos := self.text_of(self.bos)) is not None:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos)]
+            )
+        return tokenizer
+
+    def _set_spaces(self, tokenizer: Tokenizer, legacy: bool) -> None:
+        """Replace characters, and write spaces as this model does, before text is cut."""
         changes: list[normalizers.Normalizer] = []
         if self.charsmap:
             changes.append(normalizers.Precompiled(self.charsmap))
@@ -116,20 +141,15 @@ class SentencePiece:
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
         if changes:
             tokenizer.normalizer = normalizers.Sequence(changes)
-        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        strips = [decoders.Strip(" ", 1, 0)] if self.add_prefix else []
-        tokenizer.decoder = decoders.Sequence([*steps, *strips])
-        tokenizer.add_special_tokens(
-            [_token(text, True) for text, _, kind in self.pieces if kind in (CONTROL, UNKNOWN)]
-        )
-        tokenizer.add_tokens([_token(text, False) for text, _, kind in self.pieces if kind == USER_DEFINED])
-        if add_bos and (bos := self.text_of(self.bos)) is not None:
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos)]
-            )
-        return tokenizer
 
-    def _merges(self) -> list[tuple[str, str]]:
+    def spaces(self, legacy: bool) -> tuple[Any, Any]:
+        """The normalizer and the pre-tokenizer of `tokenizer`, as tokenizer.json has them."""
+        empty = Tokenizer(models.BPE())
+        self._set_spaces(empty, legacy)
+        values = json.loads(empty.to_str())
+        return values["normalizer"], values["pre_tokenizer"]
+
+    def merges(self) -> list[tuple[str, str]]:
         """Pairs of pieces that make a piece, best score first: SentencePiece's BPE stores scores only."""
         scores = {text: score for text, score, kind in self.pieces if kind == NORMAL}
         found = [

@@ -17,9 +17,10 @@ from tokenizers import AddedToken
 from pumice.errors import InputError
 from pumice.formats.text.files import TokenizerFiles
 from pumice.formats.text.sentencepiece import SentencePiece
-from pumice.storage.json_file import read_json, read_text
+from pumice.storage.json_file import read_bytes, read_json, read_text
 from pumice.tokens import Tokenizer
 
+MODEL = "tokenizer.model"  # SentencePiece's
 KINDS = "a tokenizer.json, a tokenizer.model, a GGUF file, or a folder with one of the first two"
 
 
@@ -56,8 +57,8 @@ def _folder(folder: Path) -> TokenizerFiles:
         backend = Tokenizer.from_file(where).backend
         bos = _added_first(backend)
         files = TokenizerFiles(backend, bos=bos, adds_bos=bos is not None)
-    elif (folder / "tokenizer.model").is_file():
-        where = folder / "tokenizer.model"
+    elif (folder / MODEL).is_file():
+        where = folder / MODEL
         files = _sentencepiece(where, config)
     else:
         raise InputError(f"there is no tokenizer at {folder}; put a tokenizer.json or tokenizer.model there")
@@ -70,6 +71,7 @@ def _folder(folder: Path) -> TokenizerFiles:
         eos=_text(config.get("eos_token")) or files.eos,
         adds_bos=files.adds_bos if not isinstance(adds, bool) else adds and bos is not None,
         chat_template=_chat_template(folder, config),
+        sentencepiece=read_bytes(folder / MODEL) if (folder / MODEL).is_file() else None,
     )
 
 
@@ -81,7 +83,7 @@ def _sentencepiece(path: Path, config: dict[str, Any]) -> TokenizerFiles:
     adds = config.get("add_bos_token") is not False and bos is not None
     # transformers takes the old behaviour where the key is absent or null.
     backend = model.tokenizer(str(path), legacy=config.get("legacy") is not False, add_bos=adds)
-    return TokenizerFiles(backend, bos=bos, eos=eos, adds_bos=adds)
+    return TokenizerFiles(backend, bos=bos, eos=eos, adds_bos=adds, sentencepiece=read_bytes(path))
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, where: Path, config: dict[str, Any]) -> None:

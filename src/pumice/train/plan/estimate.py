@@ -18,12 +18,12 @@ import torch
 from pumice.config import ModelConfig
 from pumice.errors import InputError, WorkError
 from pumice.formats.load import find_device
-from pumice.geometry import square_layout, tile_layout
+from pumice.geometry import picture_layout
 from pumice.model.packed import Run
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, GPUS, peak, total_memory
 from pumice.train.parallel import COPIES
-from pumice.train.plan.estimate.footprint import Footprint, Work, measure
+from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
 from pumice.train.shapes import processor_of, shape
 from pumice.train.sizes import Sizes, sizes
@@ -96,7 +96,7 @@ def plan(
     config, notes = shape(recipe, path)
     device = describe_device(recipe, gpu, gpu_memory)
     works, steps, per_epoch, share = _works(recipe, config, rows, notes)
-    largest = max(works, key=lambda work: (work.tokens, work.squares))
+    largest = max(works, key=lambda work: (work.tokens, work.tiles))
     kind = "cpu" if device.kind == "cpu" else "cuda"
     if device.kind == "mps":
         notes.append("no run on mps was measured yet: memory is planned as on a CUDA GPU")
@@ -113,9 +113,9 @@ def plan(
         fitting = min(max(0, int(largest.tokens + (device.memory - total) / slope)), 16 * largest.tokens)
         fitting = fitting // 64 * 64 if fitting >= largest.runs[0].length else 0
     per_token = found.flops / largest.tokens
-    squares = sum(work.squares for work in works) / sum(work.tokens for work in works)
+    tiles = sum(work.tiles for work in works) / sum(work.tokens for work in works)
     if recipe.feature_cache is None and "tower" not in recipe.stage.learn:
-        per_token += found.tower_flops * squares
+        per_token += found.tower_flops * tiles
     speed = device.rate / per_token * processes
     return Plan(
         recipe=recipe.name, device=device, processes=processes, sharded=sharded,
@@ -177,7 +177,7 @@ def _sharded(recipe: Recipe, held: Sizes, device: Device, processes: int) -> boo
 
 def _works(
     recipe: Recipe, config: ModelConfig, rows: int | None, notes: list[str]
-) -> tuple[list[Work], int | None, int | None, float]:
+) -> tuple[list[PackShape], int | None, int | None, float]:
     """Packs to plan for, steps, steps per epoch, tokens of a step."""
     lacking = [s.rows for s in recipe.data if not s.rows.exists()]
     lacking += [folder for folder in recipe.pictures if not folder.exists()]
@@ -199,20 +199,18 @@ def _works(
     return [work], min(steps, recipe.max_steps or steps), per_epoch, float(length * recipe.batch)
 
 
-def assumed(recipe: Recipe, config: ModelConfig) -> Work:
+def assumed(recipe: Recipe, config: ModelConfig) -> PackShape:
     """A pack full of samples with one picture each, as no rows tell otherwise."""
     staged = recipe.stage_config(config)
-    layout = square_layout(staged)
-    if staged.image.mode == "anyres":
-        layout = tile_layout(staged, (1024, 768))
+    layout = picture_layout(staged, (1024, 768))
     length = min(layout.tokens + TEXT, staged.decoder.context)
     count = max(1, recipe.pack_tokens // length)
-    return Work(
-        (Run(length),) * count, count * layout.squares, count * layout.tokens, count * int(TEXT * SUPERVISED)
+    return PackShape(
+        (Run(length),) * count, count * layout.tiles, count * layout.tokens, count * int(TEXT * SUPERVISED)
     )
 
 
-def _from_rows(recipe: Recipe) -> tuple[list[Work], int, int, float]:
+def _from_rows(recipe: Recipe) -> tuple[list[PackShape], int, int, float]:
     batches = Batches(recipe, processor_of(recipe))
     looked = sorted({round(n * (batches.steps - 1) / STEPS_LOOKED_AT) for n in range(STEPS_LOOKED_AT + 1)})
     works, tokens = [], 0
@@ -221,9 +219,9 @@ def _from_rows(recipe: Recipe) -> tuple[list[Work], int, int, float]:
         tokens += batch.tokens
         for packed, _ in batch.packs:
             works.append(
-                Work(
+                PackShape(
                     tuple(packed.runs),
-                    sum(layout.squares for layout in packed.layouts),
+                    sum(layout.tiles for layout in packed.layouts),
                     sum(layout.tokens for layout in packed.layouts),
                     len(packed.sources),
                 )
@@ -232,7 +230,7 @@ def _from_rows(recipe: Recipe) -> tuple[list[Work], int, int, float]:
     return works, batches.steps, per_epoch, tokens / len(looked)
 
 
-def _twice(work: Work) -> Work:
+def _twice(work: PackShape) -> PackShape:
     shift = len(work.runs)
     again = tuple(Run(r.length, tuple((n + shift, k) for n, k in r.before)) for r in work.runs)
-    return Work((*work.runs, *again), 2 * work.squares, 2 * work.image_tokens, 2 * work.supervised)
+    return PackShape((*work.runs, *again), 2 * work.tiles, 2 * work.image_tokens, 2 * work.supervised)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pumice.config import ModelConfig
-from pumice.model.layers import frequencies
+from pumice.model.layers import rope_inv_freq
 from pumice.model.llava import Llava
 from pumice.model.packed import Packed, Run
 from pumice.model.quantized_base import quantize_base
@@ -41,11 +41,11 @@ DEPTHS = (2, 4)  # blocks of the decoders that run; what they differ by is what 
 
 
 @dataclass(frozen=True)
-class Work:
+class PackShape:
     """One pack: what is computed at once."""
 
     runs: tuple[Run, ...]  # tokens of each sample; branches, where samples share a beginning
-    squares: int  # of pixels, all pictures together
+    tiles: int  # of pixels, all pictures together
     image_tokens: int  # among the tokens
     supervised: int  # predictions
 
@@ -101,7 +101,7 @@ class _Count(TorchDispatchMode):
         self.now -= size
 
 
-def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Footprint:
+def measure(recipe: Recipe, config: ModelConfig, work: PackShape, device: str) -> Footprint:
     """The footprint of the recipe's stage on a device of this type ("cpu", "cuda") for such packs."""
     low, high = (_run(recipe, config, work, depth, device) for depth in DEPTHS)
     blocks = (config.decoder.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
@@ -117,13 +117,13 @@ def measure(recipe: Recipe, config: ModelConfig, work: Work, device: str) -> Foo
     )  # fmt: skip
 
 
-def _run(recipe: Recipe, config: ModelConfig, work: Work, depth: int, device: str) -> Footprint:
+def _run(recipe: Recipe, config: ModelConfig, work: PackShape, depth: int, device: str) -> Footprint:
     cut = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, depth=depth))
-    turning = (cut.decoder.head_width, cut.decoder.rope_base, cut.decoder.rope_scaling)
-    frequencies(*turning, torch.device("cpu"))  # kept for good by its cache: it must not be a fake one
+    rope = (cut.decoder.head_dim, cut.decoder.rope_theta, cut.decoder.rope_scaling)
+    rope_inv_freq(*rope, torch.device("cpu"))  # kept for good by its cache: it must not be a fake one
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         model = _model(recipe, cut, device)
-        picture, tower_flops = _look(model, config, work.squares) if depth == DEPTHS[0] else (0.0, 0.0)
+        picture, tower_flops = _look(model, config, work.tiles) if depth == DEPTHS[0] else (0.0, 0.0)
         held = [*model.parameters(), *model.buffers()]
         for parameter in model.parameters():
             if parameter.requires_grad:  # every pack of a step but the first finds gradients
@@ -167,7 +167,7 @@ def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
     return model.train()
 
 
-def _step(model: Llava, recipe: Recipe, config: ModelConfig, work: Work, device: str) -> None:
+def _step(model: Llava, recipe: Recipe, config: ModelConfig, work: PackShape, device: str) -> None:
     """One pack forward and backward, as the loop computes it."""
     tokens = work.tokens
     ids = torch.zeros(1, tokens, dtype=torch.int64)
@@ -175,9 +175,9 @@ def _step(model: Llava, recipe: Recipe, config: ModelConfig, work: Work, device:
     learns = "tower" in recipe.stage.learn
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
         image_tokens = None
-        if work.squares:
+        if work.tiles:
             with torch.set_grad_enabled(learns), torch.autocast("cpu", enabled=False):
-                features = _features(model, config, work.squares, learns)
+                features = _features(model, config, work.tiles, learns)
             weight = next(model.connector.parameters(), None)
             seen = model.connector(features if weight is None else features.to(weight.dtype))
             image_tokens = seen.flatten(0, 1)[: work.image_tokens]
@@ -192,20 +192,20 @@ def _step(model: Llava, recipe: Recipe, config: ModelConfig, work: Work, device:
         loss.backward()
 
 
-def _features(model: Llava, config: ModelConfig, squares: int, learns: bool) -> Tensor:
+def _features(model: Llava, config: ModelConfig, tiles: int, learns: bool) -> Tensor:
     vision = config.vision
     dtype = next(model.tower.parameters()).dtype
     if learns:
         side = vision.image_size
-        return model.features(torch.empty(squares, 3, side, side, dtype=dtype))
-    return torch.empty(squares, vision.features, vision.width, dtype=dtype)
+        return model.features(torch.empty(tiles, 3, side, side, dtype=dtype))
+    return torch.empty(tiles, vision.features, vision.width, dtype=dtype)
 
 
-def _look(model: Llava, config: ModelConfig, squares: int) -> tuple[float, float]:
+def _look(model: Llava, config: ModelConfig, tiles: int) -> tuple[float, float]:
     """(bytes at most, operations of one square) of the tower on a few squares, nothing learning."""
-    if config.vision.kind == "none" or not squares:
+    if config.vision.kind == "none" or not tiles:
         return 0.0, 0.0
-    together = min(TOGETHER, squares)
+    together = min(TOGETHER, tiles)
     side = config.vision.image_size
     with torch.no_grad(), _Count([*model.tower.parameters(), *model.tower.buffers()]) as count:
         model.features(torch.empty(together, 3, side, side))

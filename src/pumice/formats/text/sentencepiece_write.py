@@ -1,0 +1,127 @@
+"""A SentencePiece model out of a tokenizer of the `tokenizers` library, for code that reads nothing else.
+
+Knows: when such a model cuts text exactly as the tokenizer does, and the file's protobuf layout
+(google/sentencepiece, src/sentencepiece_model.proto). Does not know: folders, or a model's config.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import struct
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pumice.formats.text.sentencepiece import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePiece
+
+_FLOAT, _BYTES = 5, 2  # protobuf's wire types; 0 is a varint
+
+
+def cuts_by_sentencepiece(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer is a BPE with byte tokens, as are those that SentencePiece makes for Llama."""
+    model = json.loads(tokenizer.to_str())["model"]
+    return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+
+
+def fits(model: SentencePiece, tokenizer: Tokenizer) -> bool:
+    """Whether every piece of the model is the tokenizer's token of the same id."""
+    return all(tokenizer.id_to_token(number) == text for number, (text, _, _) in enumerate(model.pieces))
+
+
+def from_tokenizer(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> SentencePiece | None:
+    """The model that cuts text into the same ids; None when SentencePiece cannot.
+
+    Its scores are the order of the merges, which is all that BPE reads from them. Tokens that were added
+    behind the vocabulary are no part of it.
+    """
+    values = json.loads(tokenizer.to_str())
+    model = values["model"]
+    # 1. Each id below the vocabulary's size needs a piece, and one of them stands for the unknown.
+    size = 1 + max(model["vocab"].values())
+    found = [tokenizer.id_to_token(number) for number in range(size)]
+    texts = [text for text in found if text is not None]
+    unknown = model["vocab"].get(model.get("unk_token") or "")
+    if unknown is None or len(texts) < size:
+        return None
+    # 2. Scores: a piece's place is that of its first merge. What is never merged comes last.
+    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    kinds = {f"<0x{byte:02X}>": BYTE for byte in range(256)}
+    kinds |= {
+        token["content"]: CONTROL if token["special"] else USER_DEFINED for token in values["added_tokens"]
+    }
+    kinds[texts[unknown]] = UNKNOWN
+    pieces = [(text, -float(ranks.get(text, len(merges))), kinds.get(text, NORMAL)) for text in texts]
+    # 3. Spaces and replaced characters: one of the few ways that SentencePiece has.
+    charsmap = _charsmap(values["normalizer"])
+    for legacy, add_prefix, remove_spaces in itertools.product((True, False), repeat=3):
+        made = SentencePiece(
+            pieces, BPE, unk=unknown, bos=_within(bos, size), eos=_within(eos, size),
+            charsmap=charsmap, add_prefix=add_prefix, remove_spaces=remove_spaces,
+        )  # fmt: skip
+        if made.spaces(legacy) == (values["normalizer"], values["pre_tokenizer"]):
+            break
+    else:
+        return None
+    # 4. SentencePiece merges any two pieces that make a third; the tokenizer must do just that.
+    again = made.merges()
+    same = set(again) == set(merges) and _made(again) == _made(merges)
+    return made if same and not model.get("ignore_merges") else None
+
+
+def to_bytes(model: SentencePiece) -> bytes:
+    """The file tokenizer.model, which SentencePiece itself reads."""
+    kinds = {kind for _, _, kind in model.pieces}
+    trainer = [(3, model.model_type), (4, len(model.pieces)), (35, int(BYTE in kinds))]
+    trainer += [(40, model.unk), (41, model.bos), (42, model.eos), (43, -1)]
+    named = [(45, model.unk), (46, model.bos), (47, model.eos)]
+    texts = [(field, text.encode()) for field, number in named if (text := model.text_of(number)) is not None]
+    normalizer: list[tuple[int, Any]] = [(1, b"identity")]
+    if model.charsmap:
+        normalizer = [(1, b"nmt_nfkc"), (2, model.charsmap)]
+    normalizer += [(3, int(model.add_prefix)), (4, int(model.remove_spaces)), (5, 1)]
+    pieces = [
+        (1, _message([(1, text.encode()), (2, score), (3, kind)])) for text, score, kind in model.pieces
+    ]
+    return _message([*pieces, (2, _message([*trainer, *texts])), (3, _message(normalizer))])
+
+
+def _within(number: int | None, size: int) -> int:
+    return number if number is not None and number < size else -1
+
+
+def _made(merges: list[Any]) -> list[str]:
+    """What merges make, in order; the several ways to make one piece stand together in any order."""
+    return list(dict.fromkeys("".join(pair) for pair in merges))
+
+
+def _charsmap(normalizer: dict[str, Any] | None) -> bytes:
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
+    return base64.b64decode(maps[0]) if maps else b""
+
+
+def _message(fields: list[tuple[int, Any]]) -> bytes:
+    """A protobuf message of integers, floats and bytes."""
+    written = bytearray()
+    for number, value in fields:
+        if isinstance(value, bytes):
+            written += _varint(number << 3 | _BYTES) + _varint(len(value)) + value
+        elif isinstance(value, float):
+            written += _varint(number << 3 | _FLOAT) + struct.pack("<f", value)
+        else:
+            written += _varint(number << 3) + _varint(value)
+    return bytes(written)
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # a negative number takes ten bytes
+    written = bytearray()
+    while value > 127:
+        written.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*written, value])

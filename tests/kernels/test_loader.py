@@ -1,0 +1,47 @@
+"""Compiled code is made once, loaded only where nobody else can write, and not needed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pumice.kernels import loader
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    code, why = loader.compiled()
+    if code is None:
+        pytest.skip(why)
+
+
+def test_code_that_others_could_have_put_there_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
+    assert loader.compiled.__wrapped__()[0] is not None
+    [kept] = (tmp_path / "native").iterdir()
+    kept.unlink()  # what is loaded must not be written over
+    kept.write_bytes(b"not code")
+    kept.parent.chmod(0o777)
+    assert loader.compiled.__wrapped__()[0] is not None  # made anew, for this process
+    assert kept.read_bytes() == b"not code"
+
+
+def test_goes_on_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
+    with caplog.at_level(logging.INFO, "pumice"):
+        assert loader.compiled.__wrapped__()[0] is None
+    assert "no such option" in caplog.text
+    assert not list((tmp_path / "cache" / "native").iterdir())  # nothing by halves
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PUMICE_NATIVE", "off")
+    assert loader.compiled.__wrapped__() == (None, "PUMICE_NATIVE turns it off")
