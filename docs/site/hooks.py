@@ -141,7 +141,7 @@ def _parts() -> dict[str, list[str]]:
     parts: dict[str, list[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         names = path.relative_to(PACKAGE).with_suffix("").parts
-        if names[0].startswith("__") or names[0] == "cli":
+        if names[0].startswith("__") or names[0] in ("cli", "moved"):
             continue
         dotted = names[:-1] if names[-1] == "__init__" else names
         parts.setdefault(names[0], []).append(".".join(["pumice", *dotted]))

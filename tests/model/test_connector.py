@@ -131,7 +131,7 @@ def test_a_factor_that_does_not_divide_the_grid_is_refused(grid: int, factor: in
 
 def numbered(layout: Layout, side: int) -> Tensor:
     """Tokens (squares, side * side, 1) that hold the number of their square and their place in it."""
-    squares = torch.arange(layout.squares).view(-1, 1, 1) * 100
+    squares = torch.arange(layout.tiles).view(-1, 1, 1) * 100
     return (squares + torch.arange(side**2).view(1, -1, 1)).float()
 
 

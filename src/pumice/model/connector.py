@@ -44,11 +44,11 @@ WIDENS = {"none": False, "average": False, "pixel_shuffle": True}
 
 
 def arrange(tokens: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
-    """Tokens (layout.squares, N, D) of one picture's squares -> its image tokens (layout.tokens, D).
+    """Tokens (layout.tiles, N, D) of one picture's squares -> its image tokens (layout.tokens, D).
 
     newline: (D,), where the layout has one. As haotian-liu/LLaVA's `spatial_unpad` (llava_arch.py, v1.6).
     """
-    if layout.squares == 1:
+    if layout.tiles == 1:
         return tokens[0] if newline is None else torch.cat((tokens[0], newline.to(tokens)[None]))
     count, width = tokens.shape[1:]
     side = int(count**0.5)

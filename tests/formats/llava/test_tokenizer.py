@@ -20,7 +20,7 @@ from pumice.formats.text.sentencepiece import SentencePiece
 from pumice.formats.text.tokenizer import MODEL
 from pumice.storage.parts import LoadedParts
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / "build" / "transformers-4.37" / "bin" / "python"
 TEXTS = [
     "What is in the picture? A dog runs.",
