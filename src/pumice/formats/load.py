@@ -19,8 +19,9 @@ from pumice.errors import InputError
 from pumice.formats.components import open_llm, open_tower
 from pumice.formats.hf.config import padding
 from pumice.formats.pumice.folder import check
-from pumice.formats.quantize import fits, in_few_bits
+from pumice.formats.quantize import fits, in_few_bits, stored_in_blocks
 from pumice.formats.read import read_model
+from pumice.kernels import compute
 from pumice.kernels.packed import Packed
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
@@ -64,7 +65,7 @@ def open_model(
     source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
     connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
     weights then stay in the type they are stored in. quantize: "int8" or "int4" holds the decoder's matrices
-    in few bits, adapters merged; "auto" does where a CPU is to answer: as they are stored, or int8. On a CPU
+    in few bits, adapters merged; "auto" does where a CPU with compiled code is to answer: as they are stored, or int8. On a CPU
     one matrix at a time is read and quantised, and what is stored so is mapped. InputError on anything
     missing, extra, misshapen or unfetchable. What was assumed is logged.
     """
@@ -73,7 +74,9 @@ def open_model(
         _LOG.warning("%s: %s", source, note)
     place = torch.device(device)
     if quantize == "auto":
-        quantize = "int8" if place.type == "cpu" and fits(loaded.config.decoder) else None
+        # Without compiled code few bits save memory alone: they stay where they are stored already.
+        worth = compute.library() is not None or stored_in_blocks(loaded.config, loaded.state)
+        quantize = "int8" if place.type == "cpu" and worth and fits(loaded.config.decoder) else None
     if quantize is None:
         return _opened(loaded, str(source), place, dtype, merge)
     if place.type == "cpu":

@@ -34,6 +34,12 @@ def in_few_bits(config: ModelConfig, state: LazyStateDict, bits: str) -> LazySta
     }
 
 
+def stored_in_blocks(config: ModelConfig, state: LazyStateDict) -> bool:
+    """Whether every matrix of the decoder is held in few bits as it stands."""
+    blocks = [tensor.blocks for name, tensor in state.items() if is_matrix(name, tensor)]
+    return config.lora is None and bool(blocks) and None not in blocks
+
+
 def is_matrix(name: str, tensor: LazyTensor) -> bool:
     return name.startswith("decoder.") and len(tensor.shape) == 2
 
