@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 from pumice.config import IMAGE_TOKEN, DecoderConfig, ModelConfig, VisionConfig
@@ -298,7 +299,7 @@ def test_real_samples_share_picture_and_question(tiny_folder: Path) -> None:
     tokenizer = Tokenizer.from_file(tiny_folder / "tokenizer.json")
     decoder = DecoderConfig(320, 24, 1, 2, 1, 8, 16)
     processor = Processor(ModelConfig(decoder, VisionConfig(image_size=64)), tokenizer)
-    question = user_message("What is in the picture?", ["a"])
+    question = user_message("What is in the picture?", [Image.new("RGB", (8, 8))])
     samples = [
         processor.training_sample(Conversation((question, Message("assistant", (answer,)))))
         for answer in ("A dog.", "A dog runs.", "The picture.")

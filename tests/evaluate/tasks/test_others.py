@@ -34,7 +34,7 @@ def test_no_benchmark_needs_torch() -> None:
     code = """
 import sys
 from pumice.evaluate import compare, report, run
-from pumice.evaluate.task import registry
+from pumice.evaluate.tasks import registry
 import pumice.cli
 assert len(registry()) > 20
 heavy = ("torch", "transformers", "pyarrow", "httpx", "pycocoevalcap")
