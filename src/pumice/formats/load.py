@@ -65,9 +65,9 @@ def open_model(
     source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
     connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
     weights then stay in the type they are stored in. quantize: "int8" or "int4" holds the decoder's matrices
-    in few bits, adapters merged; "auto" does where a CPU with compiled code is to answer: as they are stored, or int8. On a CPU
-    one matrix at a time is read and quantised, and what is stored so is mapped. InputError on anything
-    missing, extra, misshapen or unfetchable. What was assumed is logged.
+    in few bits, adapters merged; "auto" does where a CPU with compiled code is to answer: as they are stored,
+    or int8. On a CPU one matrix at a time is read and quantised, and what is stored so is mapped. InputError
+    on anything missing, extra, misshapen or unfetchable. What was assumed is logged.
     """
     loaded = read_model(source, template=template, tower=tower, base=base)
     for note in loaded.notes:

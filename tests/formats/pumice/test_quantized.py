@@ -15,11 +15,13 @@ import torch
 
 from pumice.assistant import load
 from pumice.errors import InputError, WorkError
+from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.import_ import import_model
 from pumice.formats.load import open_model
 from pumice.formats.pumice import quantized
 from pumice.formats.pumice.folder import open_parts, save
+from pumice.formats.read import read_model
 from pumice.kernels.packed import Kind
 from pumice.model.quantized import PackedLinear
 from pumice.storage.tensors import stored
@@ -102,6 +104,20 @@ def test_blocks_of_gguf_are_kept_bit_for_bit(
     expected = open_model(source, template="plain").model.decoder.blocks[0].attention.q.weight
     assert torch.equal(query.fetch().restored(), expected)
     assert gguf.GGMLQuantizationType[form] == query.kind.ggml
+
+
+@pytest.mark.parametrize("form", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_leave_as_they_came(write_gguf: Callable[..., Any], tmp_path: Path, form: str) -> None:
+    source = tmp_path / "model.gguf"
+    write_gguf(source, quantised=form)
+    import_model(str(source), tmp_path / "m", template="chatml", quantize="int8")
+    export(read_model(tmp_path / "m"), "gguf", tmp_path / "out", kind="keep")
+    there, here = GgufFile(source), GgufFile(tmp_path / "out" / "model-keep.gguf")
+    matrices = [name for name, info in there.infos.items() if len(info.shape) == 2]
+    assert len(matrices) == 15
+    for name in matrices:
+        assert here.infos[name].kind == Kind[form].ggml
+        assert torch.equal(here.blocks(name), there.blocks(name))
 
 
 def test_eight_bits_become_four_where_that_is_asked(write_gguf: Callable[..., Any], tmp_path: Path) -> None:

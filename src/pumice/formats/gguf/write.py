@@ -12,6 +12,7 @@ wrong place (its issue 25814), which no file can make good.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from pumice.formats import names as tensor_names
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
 from pumice.formats.text.chat_template import quoted, to_jinja
+from pumice.kernels.packed import from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, LazyTensor, stored
+from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, stored
 from pumice.templates import get_template
 
-TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers of file types
+# llama.cpp's numbers of file types; "keep" may be of several, and is called the usual one of four bits
+TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "keep": 15}
 _BLOCK = 32  # values that q8_0 quantises together
 _PAD_COLOR = (122, 116, 104)  # llama.cpp's own, whatever the mean
 # What a message says. A marker is <__media__>, or has a random word in it.
@@ -76,8 +79,8 @@ def _picture_refusal(config: ModelConfig) -> str | None:
 def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
     """Write `model-{kind}.gguf` and `mmproj-{kind}.gguf`; the model has no adapters. Returns notes.
 
-    kind: of TYPES, for the matrices; the rest is f32. q8_0 leaves tower and connector in f16, and so any
-    row that is no whole number of blocks.
+    kind: of TYPES, for the matrices; the rest is f32. keep: those stored in few bits as they are, f16 else.
+    q8_0 leaves tower and connector in f16, and so any row that is no whole number of blocks.
     """
     if kind not in TYPES:
         raise InputError(f"there is no GGUF type {kind!r} here; use one of {', '.join(TYPES)}")
@@ -92,7 +95,7 @@ def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
         kind,
     )
     if config.vision.kind != "none":
-        seeing = "f16" if kind == "q8_0" else kind
+        seeing = "f16" if kind in ("q8_0", "keep") else kind
         _write(
             folder / f"mmproj-{seeing}.gguf",
             "clip",
@@ -225,7 +228,12 @@ def _permuted(tensor: LazyTensor, heads: int | None) -> LazyTensor:
         halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
         return halves.transpose(1, 2).reshape(weight.shape)
 
-    return tensor.then(permute)
+    blocks = tensor.blocks
+    if blocks is None:
+        return tensor.then(permute)
+    kind, fetch = blocks.kind, blocks.fetch
+    same = Blocks(kind, lambda: from_blocks(kind, permute(fetch().blocks())))
+    return replace(tensor.then(permute), blocks=same)
 
 
 def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: LazyStateDict, kind: str) -> None:
@@ -241,7 +249,7 @@ def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Lazy
             per_block, size = gguf.GGML_QUANT_SIZES[quant]
             row = tensor.shape[-1] // per_block * size
             count = int(np.prod(tensor.shape[:-1])) * row
-            shape = (*tensor.shape[:-1], row) if kinds[name] == "q8_0" else tensor.shape
+            shape = (*tensor.shape[:-1], row) if per_block > 1 else tensor.shape
             writer.add_tensor_info(name, shape, _numpy(kinds[name]), count, raw_dtype=quant)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -256,6 +264,9 @@ def _values(tensors: LazyStateDict, kinds: dict[str, str]) -> Iterator[np.ndarra
     import gguf
 
     for name, tensor in tensors.items():
+        if tensor.blocks is not None and kinds[name] == tensor.blocks.kind.name.lower():
+            yield tensor.blocks.fetch().blocks().flatten(1).numpy()  # bit for bit
+            continue
         values = tensor.read(torch.float32).detach().contiguous().numpy()
         if kinds[name] == "f16":
             with np.errstate(over="ignore"):
@@ -271,11 +282,13 @@ def _kind(name: str, tensor: LazyTensor, kind: str) -> str:
     """How one tensor is stored: vectors in f32, as the table of positions, which are added to vectors."""
     if len(tensor.shape) < 2 or kind == "f32" or name == "v.position_embd.weight":
         return "f32"
+    if kind == "keep":
+        return "f16" if tensor.blocks is None else tensor.blocks.kind.name.lower()
     return kind if kind == "f16" or tensor.shape[-1] % _BLOCK == 0 else "f16"
 
 
 def _numpy(kind: str) -> Any:
-    return {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "q8_0": np.dtype(np.uint8)}[kind]
+    return np.dtype({"f32": np.float32, "f16": np.float16}.get(kind, np.uint8))
 
 
 def _architecture(config: ModelConfig) -> str:
