@@ -6,6 +6,7 @@ Knows how parts, config and modules meet. Does not know training or answering.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,15 +15,17 @@ from typing import Any
 
 import torch
 
+from pumice import __version__
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 from pumice.formats.components import open_llm, open_tower
 from pumice.formats.hf.config import padding
-from pumice.formats.pumice.folder import check
+from pumice.formats.pumice.folder import CONFIG, WEIGHTS, check
+from pumice.formats.pumice.quantized import cached
 from pumice.formats.quantize import fits, in_few_bits, stored_in_blocks
-from pumice.formats.read import read_model
+from pumice.formats.read import BUILT_IN, read_model
 from pumice.kernels import compute
-from pumice.kernels.packed import Packed
+from pumice.kernels.packed import LAYOUT, Packed
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
 from pumice.model.llava import Llava
@@ -30,6 +33,7 @@ from pumice.model.quantized import quantize as quantize_decoder
 from pumice.model.quantized import swap
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
+from pumice.storage.download import wheel
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, stored
 from pumice.tokens import Tokenizer
@@ -165,6 +169,9 @@ def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), where)
     state = in_few_bits(loaded.config, loaded.state, bits)
+    source = loaded.sources["model"][1] if "model" in loaded.sources else None
+    if source is not None and source.parent == BUILT_IN:  # which is the same at every start
+        state = cached(_key(source, loaded.parts, bits), state)
     model = _without_values(dataclasses.replace(loaded.config, lora=None))
 
     def packed(name: str, _: torch.Tensor) -> Packed:
@@ -176,6 +183,16 @@ def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
     _fill(model, state, torch.device("cpu"), torch.float32, as_stored=True)
     model.config = loaded.config
     return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
+
+
+def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:
+    """Everything that a built-in model's matrices in few bits are made of."""
+    known = hashlib.sha256(f"{__version__} {LAYOUT} {bits} {compute.kernel_name()}".encode())
+    for name in (CONFIG, WEIGHTS):
+        known.update((source / name).read_bytes())
+    for name in parts.values():
+        known.update(wheel(name).sha256.encode())
+    return known.hexdigest()[:16]
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

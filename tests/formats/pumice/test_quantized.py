@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from pumice.assistant import load
 from pumice.errors import InputError, WorkError
+from pumice.formats import quantize as quantize_module
 from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.import_ import import_model
@@ -22,7 +24,7 @@ from pumice.formats.load import open_model
 from pumice.formats.pumice import quantized
 from pumice.formats.pumice.folder import open_parts, save
 from pumice.formats.read import read_model
-from pumice.kernels.packed import Kind
+from pumice.kernels.packed import Kind, Packed
 from pumice.model.quantized import PackedLinear
 from pumice.storage.tensors import stored
 
@@ -184,3 +186,38 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(WorkError, match="No space left on device"):
         import_model(str(tiny_folder), tmp_path / "m", quantize="int8")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_built_in_model_is_quantised_once(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pumice.formats.load.BUILT_IN", tmp_path)
+    shutil.copytree(tiny_folder, tmp_path / "built-in")
+    made: list[str] = []
+    plain = quantize_module.quantize
+
+    def noted(weight: torch.Tensor, kind: Kind, name: str) -> Packed:
+        made.append(name)
+        return plain(weight, kind, name)
+
+    def data(bits: str = "int4") -> torch.Tensor:
+        layer = open_model(tmp_path / "built-in", quantize=bits).model.decoder.blocks[1].mlp.down
+        assert isinstance(layer, PackedLinear)
+        return layer.data
+
+    monkeypatch.setattr(quantize_module, "quantize", noted)
+    first = data()
+    assert len(made) == 15
+    [kept] = (tmp_path / "cache" / "quantized").iterdir()
+    assert torch.equal(data(), first) and len(made) == 15  # from the cache
+    data("int8")
+    assert len(made) == 30  # which is something else
+    (kept / quantized.FILE).unlink()  # what is mapped must not be written over
+    (kept / quantized.FILE).write_bytes(b"damaged")
+    assert torch.equal(data(), first) and len(made) == 45
+    assert torch.equal(data(), first) and len(made) == 60  # put there again
+    assert torch.equal(data(), first) and len(made) == 60
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file is in the way")
+    assert torch.equal(data(), first)

@@ -8,17 +8,22 @@ Opening maps the file: nothing is converted or copied. The layout is that of `ke
 
 from __future__ import annotations
 
+import logging
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pumice.errors import InputError
+from pumice.files import cache_folder, sync
 from pumice.kernels.packed import LAYOUT, Kind, Packed, size
 from pumice.storage.json_file import read_json, write_json
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, open_file, write_file
 
 FILE, INDEX = "quantized.safetensors", "quantized.json"
+_LOG = logging.getLogger("pumice")
 
 
 def as_bytes(state: LazyStateDict) -> LazyStateDict:
@@ -56,6 +61,32 @@ def open_quantized(folder: Path) -> LazyStateDict:
     if not isinstance(matrices, dict) or matrices.keys() != found.keys():
         raise InputError(f"{index} and {FILE} do not name the same matrices; import the model again")
     return {name: _stored(name, found[name], entry, index) for name, entry in matrices.items()}
+
+
+def cached(key: str, state: LazyStateDict) -> LazyStateDict:
+    """The state with its matrices in blocks taken from the cache folder, where they are put the first time.
+
+    key: says everything that the matrices are made of. Where the folder cannot be written the state serves as
+    it is.
+    """
+    folder = cache_folder() / "quantized" / key
+    try:
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                fresh = Path(scratch) / "new"
+                fresh.mkdir()
+                write_quantized(fresh, state)
+                for path in fresh.iterdir():
+                    sync(path)
+                fresh.rename(folder)
+        return state | open_quantized(folder)
+    except OSError as error:
+        _LOG.info("quantised weights are not kept in %s: %s", folder, error.strerror)
+        return state
+    except InputError:  # damaged: the next start makes it again
+        shutil.rmtree(folder, ignore_errors=True)
+        return state
 
 
 def _bytes(tensor: LazyTensor, blocks: Blocks) -> LazyTensor:
