@@ -30,7 +30,7 @@ from PIL import Image
 
 from pumice.assistant import SLOTS, Assistant, Reply, conversation_of, load
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
-from pumice.evaluate.files import PromptImage
+from pumice.evaluate.files import ImageFile
 from pumice.evaluate.run import LocalAnswerer
 from pumice.evaluate.task import SHORT, Question
 from pumice.formats.export import export
@@ -191,7 +191,7 @@ def pope(ours: Assistant, pair: tuple[Any, Any], pictures: int, theirs: int) -> 
         for number, image in enumerate(shown(pictures)):
             path = Path(folder) / f"{number}.png"
             image.save(path)
-            source = PromptImage(path.name, lambda path=path: path)
+            source = ImageFile(path.name, lambda path=path: path)
             for thing in THINGS:
                 text = f"Is there a {thing} in the image?\n{SHORT}"
                 asked.append(Question(f"{number} {thing}", (source,), text))

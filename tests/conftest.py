@@ -84,7 +84,7 @@ def replaced_when_opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Seq
 
 
 @dataclass(frozen=True)
-class BadRows:
+class BadRow:
     """One row that cannot be used, as it is written in a file, and what a check says of it."""
 
     text: str
@@ -93,7 +93,7 @@ class BadRows:
 
 
 @pytest.fixture
-def spoiled(tmp_path: Path) -> tuple[Path, list[BadRows]]:
+def bad_rows(tmp_path: Path) -> tuple[Path, list[BadRow]]:
     """A folder of pictures, sound and spoiled, and more than twenty kinds of spoiled rows about them."""
     folder = tmp_path / "spoiled-pictures"
     folder.mkdir()
@@ -150,7 +150,7 @@ def spoiled(tmp_path: Path) -> tuple[Path, list[BadRows]]:
         (row("page.jpg"), "picture unreadable", "page.jpg"),
         (row("bomb.png"), "picture unreadable", "bomb.png"),
     ]
-    return folder, [BadRows(*values) for values in listed]
+    return folder, [BadRow(*values) for values in listed]
 
 
 @pytest.fixture(scope="session")

@@ -203,10 +203,10 @@ def test_several_pictures_are_squares_where_tiles_shrink() -> None:
     )  # fmt: skip
     assert dataclasses.replace(tiles, max_tiles=9).several == "tiles"  # what was said stays
     assert ImagePolicy().several is None
-    assert [tiles.tiles(count) for count in (1, 2)] == [True, True]
+    assert [tiles.uses_tiles(count) for count in (1, 2)] == [True, True]
     tiles = dataclasses.replace(tiles, several="square")
-    assert [tiles.tiles(count) for count in (1, 2)] == [True, False]
-    assert not ImagePolicy(several="tiles").tiles(1)
+    assert [tiles.uses_tiles(count) for count in (1, 2)] == [True, False]
+    assert not ImagePolicy(several="tiles").uses_tiles(1)
     with pytest.raises(InputError, match="unknown several 'crops'; use one of tiles, square"):
         ImagePolicy(several="crops")
 

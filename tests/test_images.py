@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pumice.cli.chat import _read_picture
+from pumice.cli.chat import _read_image
 from pumice.config import ImagePolicy
 from pumice.data.pictures import look
 from pumice.errors import InputError
@@ -464,7 +464,7 @@ def test_a_file_is_read_once(tmp_path: Path, replaced_when_opened: Any) -> None:
     assert [data_url(file), data_url(file)] == urls
     assert [look(file).kind, look(file).kind] == ["", "BMP"]
     for expected in made:
-        assert _read_picture(str(file)) == (str(file), expected)
+        assert _read_image(str(file)) == (str(file), expected)
     file.write_bytes(made[0][:20])
     with pytest.raises(InputError, match=r"picture '.*latest\.ppm' is truncated or damaged"):
         open_image(read_picture(file))

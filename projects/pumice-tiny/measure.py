@@ -32,8 +32,8 @@ from pumice.errors import InputError
 from pumice.evaluate.metrics.bootstrap import interval
 from pumice.evaluate.metrics.cider import Cider
 from pumice.evaluate.metrics.presence import means_yes, presence_score
-from pumice.evaluate.result import Asked, Given, in_words, make_result, read_questions
-from pumice.evaluate.run import check_pictures
+from pumice.evaluate.result import AnswerSet, QuestionSet, format_result, make_result, read_questions
+from pumice.evaluate.run import check_images
 from pumice.evaluate.task import Answered
 from pumice.evaluate.tasks import get_task
 
@@ -198,19 +198,19 @@ def measure(
     return result, answers
 
 
-def read_easy_vqa(data: Path, limit: int | None = None) -> Asked:
+def read_easy_vqa(data: Path, limit: int | None = None) -> QuestionSet:
     """The questions of easy-vqa's test split. Raises InputError, for missing pictures too."""
     asked = read_questions(get_task("easy-vqa"), data, limit)
-    check_pictures(asked.questions, allow_missing=False)
+    check_images(asked.questions, allow_missing=False)
     return asked
 
 
-def easy_vqa(assistant: Any, asked: Asked, name: str) -> dict[str, Any]:
+def easy_vqa(assistant: Any, asked: QuestionSet, name: str) -> dict[str, Any]:
     """The result of those questions, as `pumice eval` has it."""
     answers = ask_all(assistant, [(q.images[0].source(), q.prompt) for q in asked.questions], "easy-vqa")
     answered = [Answered(question, text) for question, text in zip(asked.questions, answers, strict=True)]
     task = get_task("easy-vqa")
-    return make_result(task, asked, Given(answered, [], name, ""), task.score(answered))
+    return make_result(task, asked, AnswerSet(answered, [], name, ""), task.score(answered))
 
 
 def answer_lines(held: HeldOut, answers: dict[Ask, str]) -> Iterable[str]:
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
     if "easy_vqa" in result:
-        print(in_words(result["easy_vqa"]))
+        print(format_result(result["easy_vqa"]))
     return 0
 
 

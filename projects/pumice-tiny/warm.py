@@ -71,7 +71,7 @@ def warm(setup: Setup, recipe: Recipe) -> list[float]:
     finder = ImageFinder(recipe.pictures)
     images = [ImagePart(finder.find(name)) for name in words]
     ids, table = targets(words, setup.processor.tokenizer)
-    look = TowerFeatures(setup.model, setup.processor, recipe.feature_cache, learns=False)
+    look = TowerFeatures(setup.model, setup.processor, recipe.feature_cache, trains_tower=False)
     embeddings = setup.model.decoder.embed.weight[ids].detach().float()  # (W, D)
     size = setup.model.decoder.embed.weight.float().square().mean().sqrt()
     bias = nn.Parameter(table.mean(0).clamp_min(1e-6).log())

@@ -179,9 +179,9 @@ class ImagePolicy:
         if self.several not in (None, *SEVERAL):
             raise InputError(f"unknown several {self.several!r}; use one of {', '.join(SEVERAL)}")
 
-    def tiles(self, pictures: int) -> bool:
-        """Whether each of so many pictures of one conversation is cut into tiles."""
-        return self.mode == "anyres" and (pictures == 1 or self.several == "tiles")
+    def uses_tiles(self, images: int) -> bool:
+        """Return whether each image of a conversation with this many images is cut into tiles."""
+        return self.mode == "anyres" and (images == 1 or self.several == "tiles")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Where the parts of a picture stand: its tiles, and the image tokens that are left of them.
+"""The geometry of an image: how it is cut into tiles, and how many image tokens they become.
 
-Knows sizes, an image policy and whole numbers. Does not know pixels or tensors; standard library only.
-The rounding is that of haotian-liu/LLaVA (llava/mm_utils.py and llava_arch.py, v1.6), in floats as there:
-a count that differs by one would shift every image token after it.
+A tile is the square of pixels that the vision tower takes. The first tile shows the whole image; under
+anyres (LLaVA-NeXT) more tiles show its parts.
 
-A "square" is what the vision tower takes, S pixels on a side; the first square of a picture shows all of it.
+The rounding is that of haotian-liu/LLaVA (llava/mm_utils.py and llava_arch.py, v1.6), in floats as there: a
+count that differs by one would shift every image token after it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ Size = tuple[int, int]  # width, height
 
 @dataclass(frozen=True)
 class Layout:
-    """How the image tokens of one picture follow from its squares.
+    """How the tiles of one image become its image tokens.
 
-    First the `base` tokens of the whole picture. Then the tiles (columns x rows of them) as one map of
-    tokens: without `top` rows at either end and `left` columns at either side, which show padding, shrunk
-    to height x width where it is larger, each row ended by the newline token if there is one. One of
-    several pictures, without tiles, has one row that is empty but for the newline.
+    The `base` tokens of the first tile, which shows the whole image, come first. The other tiles (columns x
+    rows of them) are joined to one map of tokens. The map loses `top` rows at each end and `left` columns at
+    each side, which show padding, and is shrunk to height x width if it is larger. Each row of the map ends
+    with the newline token if `newline` is set. An image without further tiles may have a map of one row that
+    holds nothing but the newline.
     """
 
     base: int
@@ -39,7 +40,7 @@ class Layout:
 
     @property
     def tiles(self) -> int:
-        """The number of squares that the tower looks at."""
+        """The number of tiles that the tower encodes."""
         return 1 + self.columns * self.rows
 
     @property
@@ -49,46 +50,49 @@ class Layout:
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The resolution that keeps most of the picture's pixels, then wastes least; the first of equals."""
+    """Return the pinpoint that keeps most of the image's pixels, then wastes least; the first of equals."""
     width, height = size
 
-    def merit(candidate: Size) -> tuple[int, int]:
+    def score(candidate: Size) -> tuple[int, int]:
         scale = min(candidate[0] / width, candidate[1] / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
-        return shown, shown - candidate[0] * candidate[1]
+        # Enlarging adds no information: an image never counts for more pixels than it has.
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - candidate[0] * candidate[1]
 
-    return max(pinpoints, key=merit)
+    return max(pinpoints, key=score)
 
 
 def letterbox(size: Size, target: Size) -> Size:
-    """The largest size of the picture's shape inside the target, rounded up."""
-    across, down = target[0] / size[0], target[1] / size[1]
-    if across < down:
-        return target[0], min(math.ceil(size[1] * across), target[1])
-    return min(math.ceil(size[0] * down), target[0]), target[1]
+    """Return the largest size with the image's aspect ratio that fits the target, rounded up."""
+    scale_x, scale_y = target[0] / size[0], target[1] / size[1]
+    if scale_x < scale_y:
+        return target[0], min(math.ceil(size[1] * scale_x), target[1])
+    return min(math.ceil(size[0] * scale_y), target[0]), target[1]
 
 
 def single_tile_layout(config: ModelConfig) -> Layout:
-    """The layout of any picture that becomes one square.
+    """Return the layout of an image that becomes one tile, whatever its size.
 
-    Under anyres the newline token follows it, as in LLaVA-VL/LLaVA-NeXT's llava_arch.py ("single image
+    Under anyres the newline token follows the tile, as in LLaVA-VL/LLaVA-NeXT's llava_arch.py ("single image
     operations") and in transformers' LlavaOnevision.
     """
     return Layout(config.image_tokens, height=int(config.has_newline), newline=config.has_newline)
 
 
-def picture_layout(config: ModelConfig, size: Size, pictures: int = 1) -> Layout:
-    """The layout of a picture of this size, one of so many of a conversation."""
-    return tile_layout(config, size) if config.image.tiles(pictures) else single_tile_layout(config)
+def image_layout(config: ModelConfig, size: Size, images: int = 1) -> Layout:
+    """Return the layout of an image of this size. images: how many images its conversation has."""
+    return tile_layout(config, size) if config.image.uses_tiles(images) else single_tile_layout(config)
 
 
 def tile_layout(config: ModelConfig, size: Size) -> Layout:
-    """The layout of a picture of this size that is cut into tiles."""
+    """Return the layout of an image of this size that is cut into tiles (anyres)."""
+    # 1. Choose the resolution, and with it the grid of tiles and the size of their map of tokens.
     policy, base = config.image, config.image_tokens
-    side = math.isqrt(base)  # tokens on a side of one square
+    side = math.isqrt(base)  # tokens on a side of one tile
     target = best_resolution(size, policy.pinpoints)
     columns, rows = (n // config.vision.image_size for n in target)
     width, height = columns * side, rows * side
+    # 2. Remove the rows or columns that show only padding. LLaVA compares aspect ratios in tokens.
     top = left = 0
     if policy.unpad:
         if size[0] / size[1] > width / height:
@@ -96,8 +100,9 @@ def tile_layout(config: ModelConfig, size: Size) -> Layout:
         else:
             left = (width - int(size[0] * (height / size[1]))) // 2
         width, height = width - 2 * left, height - 2 * top
-    if policy.max_tiles is not None:  # arXiv 2408.03326, section 3.2
-        excess = math.sqrt(height * width / (policy.max_tiles * side**2))
-        if excess > 1.1:
-            width, height = int(width // excess), int(height // excess)
+    # 3. Shrink a map of more tokens than `max_tiles` have (LLaVA-OneVision, arXiv 2408.03326, section 3.2).
+    if policy.max_tiles is not None:
+        ratio = math.sqrt(height * width / (policy.max_tiles * side**2))
+        if ratio > 1.1:  # LLaVA leaves a map alone that is hardly too large
+            width, height = int(width // ratio), int(height // ratio)
     return Layout(base, columns, rows, top, left, height, width, newline=policy.unpad)

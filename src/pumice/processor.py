@@ -136,7 +136,7 @@ class Processor:
 
         Their number decides, and of pictures in tiles each one's size, so that it is opened.
         """
-        if not self.config.image.tiles(len(images)):
+        if not self.config.image.uses_tiles(len(images)):
             return (single_tile_layout(self.config),) * len(images)
         return tuple(tile_layout(self.config, image_size(image.source)) for image in images)
 

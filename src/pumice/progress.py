@@ -1,22 +1,37 @@
-"""How far long work is, told on stderr."""
+"""The progress of long work on stderr."""
 
 from __future__ import annotations
 
 import sys
+import time
 
 
 class StatusLine:
-    """One line that is written over again and again, where a person watches; nothing elsewhere."""
+    """One line of progress, which each new text overwrites on a terminal.
 
-    def __init__(self) -> None:
-        self.watched = sys.stderr.isatty()
+    seconds: shortest time between two texts. log_seconds: the same where stderr is not a terminal and each
+    text gets its own line; None writes nothing there.
+    """
+
+    def __init__(self, seconds: float = 0.0, *, log_seconds: float | None = None) -> None:
+        self.on_terminal = sys.stderr.isatty()
+        self._seconds = seconds if self.on_terminal else log_seconds
+        self._last_time = float("-inf")
 
     def show(self, text: str) -> None:
-        """Put `text` in place of what stood there."""
-        if self.watched:
-            print(f"\r{text}", end="", file=sys.stderr, flush=True)
+        """Write `text` over the previous text, unless the previous one is too recent."""
+        if self._seconds is None or time.monotonic() - self._last_time < self._seconds:
+            return
+        self._last_time = time.monotonic()
+        self._write(text, end="" if self.on_terminal else "\n")
 
-    def end(self) -> None:
-        """Leave the line as it is."""
-        if self.watched:
+    def end(self, text: str = "") -> None:
+        """Finish the line, with a last text if one is given."""
+        if text and self._seconds is not None:
+            self._write(text, end="\n")
+        elif self.on_terminal:
             print(file=sys.stderr)
+
+    def _write(self, text: str, end: str) -> None:
+        start = "\r" if self.on_terminal else ""
+        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)

@@ -38,10 +38,10 @@ def run(tiny_folder: Path) -> Any:
 def bad_pictures(folder: Path) -> Path:
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("this is no picture")
-    whole = (folder / "cat.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    png = (folder / "cat.png").read_bytes()
+    (folder / "cut.png").write_bytes(png[: len(png) // 2])
     size = struct.pack(">II", 60000, 60000)
-    (folder / "bomb.png").write_bytes(whole[:16] + size + whole[24:])
+    (folder / "bomb.png").write_bytes(png[:16] + size + png[24:])
     (folder / "folder.jpg").mkdir()
     return folder
 

@@ -35,10 +35,10 @@ def test_failed_work_is_status_1(run: Any, folder: Path, monkeypatch: pytest.Mon
 def test_train_passes_its_recipe_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import pumice.train
 
-    seen: list[Any] = []
-    monkeypatch.setattr(pumice.train, "run", lambda recipe, overrides: seen.append((recipe, overrides)))
+    calls: list[Any] = []
+    monkeypatch.setattr(pumice.train, "run", lambda recipe, overrides: calls.append((recipe, overrides)))
     result = run("train", "recipe.yaml", "--set", "seed=1", "--set", "a.b=2", model=False)
-    assert (result.exit_code, seen) == (0, [(Path("recipe.yaml"), ["seed=1", "a.b=2"])])
+    assert (result.exit_code, calls) == (0, [(Path("recipe.yaml"), ["seed=1", "a.b=2"])])
 
 
 def test_a_missing_recipe(run: Any, refused: Any, folder: Path) -> None:

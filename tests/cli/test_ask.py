@@ -205,7 +205,7 @@ def test_a_batch_that_was_stopped_goes_on(
     monkeypatch.setattr(Assistant, "ask_each", count)
     result = run(*command)
     assert (result.exit_code, asked) == (0, [[([], "What is 1?"), ([], "What is 2?")]])
-    assert "1 of 3 answers stand in 'out.jsonl.partial' already" in result.stderr
+    assert "1 of 3 answers are in 'out.jsonl.partial' already" in result.stderr
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [a["id"] for a in answers] == ["broken", 0, 1, 2]
     assert answers[1]["answer"] == "an answer from before"

@@ -123,25 +123,25 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         import pty
 
-        self.end, theirs = pty.openpty()
+        self.end, child_end = pty.openpty()
         command = [sys.executable, "-m", "pumice", "chat", *arguments]
-        self.child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
-        os.close(theirs)
+        self.child = subprocess.Popen(command, stdin=child_end, stdout=child_end, stderr=child_end)
+        os.close(child_end)
         self.unread = b""
 
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
-    def expect(self, wanted: str) -> None:
-        """Read up to and including `wanted`."""
+    def expect(self, text: str) -> None:
+        """Read up to and including `text`."""
         import select
 
         last = time.monotonic() + 60
-        while wanted.encode() not in self.unread:
+        while text.encode() not in self.unread:
             ready, _, _ = select.select([self.end], [], [], max(0.0, last - time.monotonic()))
-            assert ready, f"expected {wanted!r}, the terminal shows {self.unread!r}"
+            assert ready, f"expected {text!r}, the terminal shows {self.unread!r}"
             self.unread += os.read(self.end, 4096)
-        _, _, self.unread = self.unread.partition(wanted.encode())
+        _, _, self.unread = self.unread.partition(text.encode())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")

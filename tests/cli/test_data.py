@@ -31,19 +31,19 @@ def test_data_show_json(run: Any, folder: Path, tiny_folder: Path, template: str
     assistant = load(tiny_folder, device="cpu")
     config = dataclasses.replace(assistant.processor.config, template=template)
     processor = Processor(config, assistant.processor.tokenizer)
-    for row, found in zip(ROWS, shown, strict=True):
+    for row, printed in zip(ROWS, shown, strict=True):
         turns = [(t["from"], t["value"]) for t in row["conversations"]]
         images = [row["image"]] if "image" in row else []
         sample = processor.training_sample(from_llava(row["id"], turns, images))
-        # ours holds one placeholder per picture, a sample one per image token
+        # the command prints one placeholder per picture, a sample has one per image token
         ids = [
             n for i, n in enumerate(sample.input_ids.tolist()) if n != -200 or sample.input_ids[i - 1] != -200
         ]
-        assert found["id"] == row["id"]
-        assert found["input_ids"] == ids
-        learned = [n for n in found["labels"] if n != -100]
-        assert learned == [n for n in sample.labels.tolist() if n != -100]
-        assert len(found["labels"]) == len(ids)
+        assert printed["id"] == row["id"]
+        assert printed["input_ids"] == ids
+        supervised = [n for n in printed["labels"] if n != -100]
+        assert supervised == [n for n in sample.labels.tolist() if n != -100]
+        assert len(printed["labels"]) == len(ids)
 
 
 def test_data_show_in_words(run: Any, folder: Path, tiny_folder: Path) -> None:
@@ -51,9 +51,9 @@ def test_data_show_in_words(run: Any, folder: Path, tiny_folder: Path) -> None:
     arguments = ["rows.json", "--template", "chatml", "--tokenizer", str(tiny_folder / "tokenizer.json")]
     result = run("data", "show", *arguments, "--rows", "1", model=False)
     assert result.exit_code == 0, result.output
-    first, rest = result.stdout.split("\n", 1)
-    assert first.startswith("one: ") and first.endswith(" supervised")
-    assert rest.strip() == (
+    title, tokens = result.stdout.split("\n", 1)
+    assert title.startswith("one: ") and title.endswith(" supervised")
+    assert tokens.strip() == (
         "<|im_start|>user\n[image]\nWhat?<|im_end|>\n<|im_start|>assistant\n[+A dog.<|im_end|>+]\n"
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n[+Yes.<|im_end|>+]"
     )

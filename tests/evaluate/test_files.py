@@ -12,8 +12,8 @@ import pytest
 from pumice.errors import InputError
 from pumice.evaluate.files import (
     DataFile,
-    Pictures,
-    base64_picture,
+    ImageFolders,
+    base64_image,
     locate,
     read_json,
     read_jsonl,
@@ -80,9 +80,9 @@ def test_pictures(tmp_path: Path) -> None:
     (tmp_path / "val" / "1.jpg").write_bytes(b"one")
     with zipfile.ZipFile(tmp_path / "test.zip", "w") as archive:
         archive.writestr("test/2.jpg", b"two")
-    pictures = Pictures(tmp_path, "val", "test")
+    pictures = ImageFolders(tmp_path, "val", "test")
     assert pictures.get("1.png", "1.jpg").source() == tmp_path / "val" / "1.jpg"
     assert pictures.get("2.jpg").source() == b"two"
     with pytest.raises(InputError, match=r"picture '3.jpg' is not in .*val' or .*test'"):
         pictures.get("3.jpg").source()
-    assert base64_picture("x", base64.b64encode(b"abc").decode()).source() == b"abc"
+    assert base64_image("x", base64.b64encode(b"abc").decode()).source() == b"abc"

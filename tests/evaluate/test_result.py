@@ -11,7 +11,7 @@ import pytest
 from pumice.errors import InputError
 from pumice.evaluate.files import write_json
 from pumice.evaluate.published import drift, published
-from pumice.evaluate.result import in_words, make_result, read_answers, read_questions, read_result
+from pumice.evaluate.result import format_result, make_result, read_answers, read_questions, read_result
 from pumice.evaluate.tasks import get_task
 
 
@@ -46,7 +46,7 @@ def test_a_whole_result(files: Path) -> None:
     assert found["version"]["digest"] == score(files, limit=2)["version"]["digest"]
     write_json(files / "r.json", found)
     assert read_result(files / "r.json") == found
-    assert in_words(found).startswith("Your own file (all), m: score 50.00%  [50.00, 50.00]\n")
+    assert format_result(found).startswith("Your own file (all), m: score 50.00%  [50.00, 50.00]\n")
 
 
 def test_a_limit_is_partial_everywhere(files: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_limit_is_partial_everywhere(files: Path) -> None:
     assert found["partial"]
     assert found["why_partial"] == "--limit 3 of 10 questions"
     assert not found["comparable"]
-    assert "PARTIAL: --limit 3 of 10 questions" in in_words(found)
+    assert "PARTIAL: --limit 3 of 10 questions" in format_result(found)
     with pytest.raises(InputError, match="--limit is 0"):
         score(files, limit=0)
 

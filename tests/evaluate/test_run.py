@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
-from pumice.evaluate.endpoint import Endpoint
+from pumice.evaluate.endpoint import ChatEndpoint
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.run import (
     EndpointAnswerer,
     LocalAnswerer,
-    check_pictures,
-    in_order,
-    resume,
+    check_images,
+    count_answered,
+    group_by_images,
     run,
     shard,
 )
@@ -64,7 +64,18 @@ class Counts:
 
 
 def test_the_questions_of_a_picture_are_asked_together() -> None:
-    assert [q.id for q in in_order(QUESTIONS)] == ["q0", "q3", "q6", "q1", "q4", "q7", "q2", "q5", "q8", "q9"]
+    assert [q.id for q in group_by_images(QUESTIONS)] == [
+        "q0",
+        "q3",
+        "q6",
+        "q1",
+        "q4",
+        "q7",
+        "q2",
+        "q5",
+        "q8",
+        "q9",
+    ]
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_file(tmp_path: Path) -> None:
@@ -89,9 +100,9 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     run(TASK, QUESTIONS, Counts(), path)
     with pytest.raises(InputError, match=r"line 10: nothing belongs here; the file is of another run"):
-        resume(path, in_order(QUESTIONS)[:-1], "counts")
+        count_answered(path, group_by_images(QUESTIONS)[:-1], "counts")
     with pytest.raises(InputError, match="line 1: the answer of 'other' to question 'q0' belongs here"):
-        resume(path, in_order(QUESTIONS), "other")
+        count_answered(path, group_by_images(QUESTIONS), "other")
     with pytest.raises(InputError, match=r"the folder .* does not exist"):
         run(TASK, QUESTIONS, Counts(), tmp_path / "no" / "a.jsonl")
     with hold_file(path), pytest.raises(InputError, match="another run is writing"):
@@ -111,7 +122,7 @@ def test_another_longest_answer_is_told_and_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 20])
 def test_shares_keep_pictures_whole_and_order(world: int) -> None:
-    ordered = in_order(QUESTIONS)
+    ordered = group_by_images(QUESTIONS)
     shares = [shard(ordered, rank, world) for rank in range(world)]
     assert [q.id for share in shares for q in share] == [q.id for q in ordered]
     owners = {q.images[0].name: rank for rank, share in enumerate(shares) for q in share if q.images}
@@ -164,9 +175,9 @@ def test_a_local_model_and_pictures_that_are_missing(tmp_path: Path) -> None:
 def test_missing_pictures_are_counted_before_the_first_question() -> None:
     asked = [question(0, "missing0"), question(1, "a"), question(2, "missing2"), question(3, "missing2")]
     with pytest.raises(InputError, match="2 of 3 pictures are missing; the first: picture 'missing0'"):
-        check_pictures(asked, allow_missing=False)
-    assert check_pictures(asked, allow_missing=True) == 2
-    assert check_pictures(asked[1:2], allow_missing=False) == 0
+        check_images(asked, allow_missing=False)
+    assert check_images(asked, allow_missing=True) == 2
+    assert check_images(asked[1:2], allow_missing=False) == 0
 
 
 def test_a_model_behind_an_address_answers_in_order(tmp_path: Path) -> None:
@@ -184,9 +195,9 @@ def test_a_model_behind_an_address_answers_in_order(tmp_path: Path) -> None:
         assert (body["temperature"], body["max_tokens"]) == (0.0, TASK.max_new_tokens)
         return httpx.Response(200, json={"choices": [{"message": {"content": f"to {text}"}}]})
 
-    endpoint = Endpoint("http://server/v1", "big", transport=httpx.MockTransport(handle))
+    endpoint = ChatEndpoint("http://server/v1", "big", transport=httpx.MockTransport(handle))
     path = tmp_path / "a.jsonl"
     run(TASK, QUESTIONS, EndpointAnswerer(endpoint, workers=2), path)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["answer"] for row in rows] == [f"to {q.prompt}" for q in in_order(QUESTIONS)]
+    assert [row["answer"] for row in rows] == [f"to {q.prompt}" for q in group_by_images(QUESTIONS)]
     assert rows[0]["model"] == "big"

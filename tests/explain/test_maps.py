@@ -15,7 +15,7 @@ from PIL import Image
 
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.explain.maps import grid_for, places
-from pumice.geometry import Layout, picture_layout, single_tile_layout
+from pumice.geometry import Layout, image_layout, single_tile_layout
 from pumice.images import to_tiles
 from pumice.model.connector import arrange, average
 
@@ -51,7 +51,7 @@ def config_of(models: ModuleType, name: str) -> ModelConfig:
 
 
 def layout_of(config: ModelConfig, name: str, size: tuple[int, int]) -> Layout:
-    return picture_layout(config, size, pictures=2 if "several" in name else 1)
+    return image_layout(config, size, images=2 if "several" in name else 1)
 
 
 NAMES = (

@@ -1,4 +1,4 @@
-"""What the server's tests send: pictures, messages, bodies."""
+"""Helpers of the server's tests that make pictures, messages and request bodies."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 from PIL import Image
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (40, 30), form: str = "PNG") -> bytes:
+def picture(seed: int = 0, size: tuple[int, int] = (40, 30), file_format: str = "PNG") -> bytes:
     random = np.random.default_rng(seed)
-    made = io.BytesIO()
-    Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(made, form)
-    return made.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(buffer, file_format)
+    return buffer.getvalue()
 
 
-def data_uri(data: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def data_uri(data: bytes, image_type: str = "png") -> str:
+    return f"data:image/{image_type};base64,{base64.b64encode(data).decode()}"
 
 
-def shown(text: str, *pictures: bytes) -> dict[str, Any]:
-    """A user's message."""
+def user_message(text: str, *images: bytes) -> dict[str, Any]:
+    """Return a user's message with pictures before the text."""
     parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": data_uri(data)}} for data in pictures
+        {"type": "image_url", "image_url": {"url": data_uri(data)}} for data in images
     ]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
@@ -34,6 +34,6 @@ def post(url: str, body: Any, path: str = "/v1/chat/completions", **more: Any) -
     return httpx.post(url + path, json=body, timeout=60, **more)
 
 
-def ask(text: str = "What?", *pictures: bytes, **more: Any) -> dict[str, Any]:
-    """The body of a question."""
-    return {"messages": [shown(text, *pictures)], "max_tokens": 8, **more}
+def ask(text: str = "What?", *images: bytes, **more: Any) -> dict[str, Any]:
+    """Return the body of a chat request with one question."""
+    return {"messages": [user_message(text, *images)], "max_tokens": 8, **more}

@@ -27,21 +27,21 @@ Serving = Callable[..., AbstractContextManager[str]]
 
 @contextlib.contextmanager
 def serving(backend: Callable[[ServerSettings], Backend], slots: int = 4, **settings: Any) -> Iterator[str]:
-    """Serve in a thread; gives the address."""
+    """Serve in a thread and yield the address."""
     from pumice import __version__
     from pumice.serve import run
     from pumice.serve.app import build
     from pumice.serve.guard import Gate
     from pumice.serve.metrics import Metrics
 
-    chosen = ServerSettings(port=0, **settings).check()
-    gate = Gate(slots + chosen.queue)
-    app = build(chosen, backend(chosen), Metrics(__version__, "tiny"), gate)
-    server = run.Server(run.config(app, chosen), chosen, gate, "tiny")
+    checked = ServerSettings(port=0, **settings).check()
+    gate = Gate(slots + checked.queue)
+    app = build(checked, backend(checked), Metrics(__version__, "tiny"), gate)
+    server = run.Server(run.config(app, checked), checked, gate, "tiny")
     gate.connections = lambda: len(server.server_state.connections)
-    bound = run.bind(chosen)
-    port = bound.getsockname()[1]
-    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+    listener = run.bind(checked)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive(), "the server did not start"
@@ -67,20 +67,20 @@ def local(tiny_folder: Path) -> Callable[..., AbstractContextManager[str]]:
 
         assistant = load(tiny_folder, device="cpu", quantize=None)
         assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=64)
-        return serving(lambda chosen: LocalBackend(assistant, names, chosen), slots, **settings)
+        return serving(lambda checked: LocalBackend(assistant, names, checked), slots, **settings)
 
     return serve
 
 
 @pytest.fixture(scope="session")
 def server(local: Serving) -> Iterator[str]:
-    """One server for all tests that need nothing special of it."""
+    """One server for all tests that need no special settings."""
     with local() as url:
         yield url
 
 
 class Process:
-    """`pumice serve` as a process; its log lines as they come."""
+    """`pumice serve` as a process, with its log lines."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "pumice", "serve", "--log", "json", *arguments]
@@ -106,9 +106,9 @@ class Process:
     def wait_for(self, message: str, count: int = 1, seconds: float = 120) -> list[dict[str, Any]]:
         end = time.monotonic() + seconds
         while True:
-            found = [line for line in self.lines if line["message"] == message]
-            if len(found) >= count:
-                return found
+            lines = [line for line in self.lines if line["message"] == message]
+            if len(lines) >= count:
+                return lines
             assert self.process.poll() is None, self.other
             assert time.monotonic() < end, self.other
             time.sleep(0.02)
@@ -133,14 +133,14 @@ class Process:
 @pytest.fixture
 def process(tiny_folder: Path) -> Iterator[Callable[..., Process]]:
     """`process(*options)`: `pumice serve` of the tiny model on a free port."""
-    begun: list[Process] = []
+    processes: list[Process] = []
 
-    def begin(*arguments: str, env: dict[str, str] | None = None) -> Process:
+    def start(*arguments: str, env: dict[str, str] | None = None) -> Process:
         model = [] if "--upstream" in arguments else ["--model", str(tiny_folder), "--name", "tiny"]
         port = [] if "--port" in arguments else ["--port", "0"]
-        begun.append(Process(*model, *port, *arguments, env=env))
-        return begun[-1]
+        processes.append(Process(*model, *port, *arguments, env=env))
+        return processes[-1]
 
-    yield begin
-    for one in begun:
-        one.end()
+    yield start
+    for started in processes:
+        started.end()

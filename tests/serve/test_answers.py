@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from asking import ask, data_uri, picture, post, shown
+from asking import ask, data_uri, picture, post, user_message
 
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, ImagePart, Message
@@ -40,7 +40,7 @@ def user(text: str, *pictures: bytes) -> Message:
 def test_the_official_client(client: openai.OpenAI, exact: Assistant) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "pumice"
-    content: Any = shown("What is it?", picture(1), picture(2))["content"]
+    content: Any = user_message("What is it?", picture(1), picture(2))["content"]
     messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
     answer = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=10)
     expected = naive(
@@ -56,10 +56,10 @@ def test_the_official_client(client: openai.OpenAI, exact: Assistant) -> None:
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 10
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 10
-    told: Any = {"include_usage": True}
+    stream_options: Any = {"include_usage": True}
     chunks = list(
         client.chat.completions.create(
-            model="tiny", messages=messages, max_tokens=10, stream=True, stream_options=told
+            model="tiny", messages=messages, max_tokens=10, stream=True, stream_options=stream_options
         )
     )
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
@@ -71,24 +71,28 @@ def test_the_official_client(client: openai.OpenAI, exact: Assistant) -> None:
     assert usage.prompt_tokens_details is not None
     # All of the prompt but its last token was computed for the first request.
     assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1
-    with pytest.raises(openai.BadRequestError) as found:
+    with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(model="tiny", messages=messages, n=2)
-    assert found.value.param == "n"
+    assert raised.value.param == "n"
     with pytest.raises(openai.NotFoundError, match="no model 'gpt' here"):
         client.chat.completions.create(model="gpt", messages=messages)
 
 
 def test_a_second_turn(client: openai.OpenAI, exact: Assistant) -> None:
-    first: Any = shown("What?", picture(3))
-    said = (
+    first: Any = user_message("What?", picture(3))
+    first_answer = (
         client.chat.completions.create(model="tiny", messages=[first], max_tokens=6)
         .choices[0]
         .message.content
     )
-    assert said
-    messages: Any = [first, {"role": "assistant", "content": said}, {"role": "user", "content": "Sure?"}]
+    assert first_answer
+    messages: Any = [
+        first,
+        {"role": "assistant", "content": first_answer},
+        {"role": "user", "content": "Sure?"},
+    ]
     second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=6)
-    turns = (user("What?", picture(3)), Message("assistant", (said,)), Message("user", ("Sure?",)))
+    turns = (user("What?", picture(3)), Message("assistant", (first_answer,)), Message("user", ("Sure?",)))
     assert second.choices[0].message.content == naive(exact, *turns, max_new_tokens=6)
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
@@ -99,14 +103,14 @@ def test_plain_completion(client: openai.OpenAI, exact: Assistant) -> None:
     answer = client.completions.create(model="tiny", prompt="A dog", max_tokens=9)
     pieces = client.completions.create(model="tiny", prompt=["A dog"], max_tokens=9, stream=True)
     assert "".join(p.choices[0].text for p in pieces) == answer.choices[0].text
-    told = (
+    logprobs = (
         client.completions.create(model="tiny", prompt="A dog", max_tokens=3, logprobs=2).choices[0].logprobs
     )
-    assert told is not None
-    assert told.tokens is not None
-    assert len(told.tokens) == 3
-    assert told.top_logprobs is not None
-    assert told.text_offset == [0, len(told.tokens[0]), len(told.tokens[0] + told.tokens[1])]
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert len(logprobs.tokens) == 3
+    assert logprobs.top_logprobs is not None
+    assert logprobs.text_offset == [0, len(logprobs.tokens[0]), len(logprobs.tokens[0] + logprobs.tokens[1])]
 
 
 def test_sampling_stops_and_logprobs(client: openai.OpenAI, exact: Assistant) -> None:
@@ -120,25 +124,25 @@ def test_sampling_stops_and_logprobs(client: openai.OpenAI, exact: Assistant) ->
     assert drawn[0] == drawn[1] != drawn[2]
     sampling: dict[str, Any] = {"temperature": 1.5, "top_p": 0.9, "seed": 1, "max_new_tokens": 12}
     assert drawn[0] == naive(exact, Message("user", ("What is in the picture?",)), **sampling)
-    whole = naive(exact, Message("user", ("What is in the picture?",)), max_new_tokens=12)
-    stop = whole[4:6]
+    full_answer = naive(exact, Message("user", ("What is in the picture?",)), max_new_tokens=12)
+    stop = full_answer[4:6]
     cut = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, stop=[stop])
-    assert cut.choices[0].message.content == whole[: whole.index(stop)]
+    assert cut.choices[0].message.content == full_answer[: full_answer.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
     answer = client.chat.completions.create(
         model="tiny", messages=messages, max_tokens=5, logprobs=True, top_logprobs=3
     )
-    told = answer.choices[0].logprobs
-    assert told is not None
-    assert told.content is not None
-    assert len(told.content) == 5
-    assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in told.content)  # greedy
-    assert all(len(token.top_logprobs) == 3 for token in told.content)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == 5
+    assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in logprobs.content)  # greedy
+    assert all(len(token.top_logprobs) == 3 for token in logprobs.content)
 
 
 def test_many_at_once_answer_as_alone(server: str, exact: Assistant) -> None:
     questions = [(f"What is {n}?", picture(n % 3)) for n in range(12)]
-    expected = [naive(exact, user(text, shown), max_new_tokens=8) for text, shown in questions]
+    expected = [naive(exact, user(text, image), max_new_tokens=8) for text, image in questions]
 
     def answer(question: tuple[str, bytes]) -> str:
         response = post(server, ask(question[0], question[1]))
@@ -162,13 +166,13 @@ def test_two_leading_instructions_become_one(server: str, exact: Assistant) -> N
         {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
         {"role": "user", "content": "What?"},
     ]
-    said = post(server, {"messages": messages, "max_tokens": 8}).json()["choices"][0]["message"]["content"]
+    answer = post(server, {"messages": messages, "max_tokens": 8}).json()["choices"][0]["message"]["content"]
     system = Message("system", ("Be brief.\n\nBe kind.",))
-    assert said == naive(exact, system, Message("user", ("What?",)), max_new_tokens=8)
+    assert answer == naive(exact, system, Message("user", ("What?",)), max_new_tokens=8)
 
 
 def test_every_way_to_write_a_picture(server: str) -> None:
-    data = picture(5, form="JPEG")
+    data = picture(5, file_format="JPEG")
     usual = data_uri(data, "jpeg")
     broken_lines = usual[:60] + "\n" + usual[60:]
     urls = [usual, data_uri(data, "png"), broken_lines, usual.rstrip("=")]
@@ -202,25 +206,28 @@ def test_answers_that_are_json(client: openai.OpenAI, server: str) -> None:
         "required": ["animal", "many"],
         "additionalProperties": False,
     }
-    form: Any = {"type": "json_schema", "json_schema": {"name": "seen", "schema": schema, "strict": True}}
-    messages: Any = [shown("What is it?", picture(4))]
-    for _ in range(2):  # the second time from what was kept
+    response_format: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "seen", "schema": schema, "strict": True},
+    }
+    messages: Any = [user_message("What is it?", picture(4))]
+    for _ in range(2):  # the second time from the cache of schemas
         answer = client.chat.completions.create(
-            model="tiny", messages=messages, response_format=form, max_tokens=100
+            model="tiny", messages=messages, response_format=response_format, max_tokens=100
         )
-        found = json.loads(answer.choices[0].message.content or "")
-        assert found["animal"] in ("dog", "cat")
-        assert isinstance(found["many"], bool)
+        values = json.loads(answer.choices[0].message.content or "")
+        assert values["animal"] in ("dog", "cat")
+        assert isinstance(values["many"], bool)
         assert answer.choices[0].finish_reason == "stop"
-    form["json_schema"]["schema"] = {"type": "nonsense"}
-    error = post(server, ask(response_format=form)).json()["error"]
+    response_format["json_schema"]["schema"] = {"type": "nonsense"}
+    error = post(server, ask(response_format=response_format)).json()["error"]
     assert (error["param"], error["code"]) == ("response_format", "invalid_json_schema")
 
 
 def test_an_answer_is_explained(server: str, exact: Assistant) -> None:
-    messages = [shown("What is it?", picture(1)), {"role": "assistant", "content": "A 😀 dog."}]
-    found = post(server, {"messages": messages}, "/explain").json()
+    messages = [user_message("What is it?", picture(1)), {"role": "assistant", "content": "A 😀 dog."}]
+    values = post(server, {"messages": messages}, "/explain").json()
     expected = exact.explain(picture(1), "What is it?", "A 😀 dog.")
-    assert [word["text"] for word in found["words"]] == [word.text for word in expected.words]
-    assert [w["shown"] for w in found["words"]] == pytest.approx(expected.reliance.shown, abs=1e-3)
-    assert [w["grey"] for w in found["words"]] == pytest.approx(expected.reliance.grey, abs=1e-3)
+    assert [word["text"] for word in values["words"]] == [word.text for word in expected.words]
+    assert [w["shown"] for w in values["words"]] == pytest.approx(expected.reliance.shown, abs=1e-3)
+    assert [w["grey"] for w in values["words"]] == pytest.approx(expected.reliance.grey, abs=1e-3)

@@ -82,10 +82,10 @@ def begin(context: ssl.SSLContext | None = None) -> Any:
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Any]:
-    made = begin()
-    yield made
-    made.shutdown()
-    made.server_close()
+    server = begin()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def fetch(url: str, names: dict[str, list[str]] | None = None, **more: Any) -> tuple[bytes, list[str]]:
@@ -106,22 +106,22 @@ def fetch(url: str, names: dict[str, list[str]] | None = None, **more: Any) -> t
     return asyncio.run(run()), asked
 
 
-def here(address: Address) -> bool:
+def only_loopback(address: Address) -> bool:
     """Stands for the public internet: this machine at one of its addresses."""
     return str(address) == "127.0.0.1"
 
 
 def refused(url: str, names: dict[str, list[str]] | None = None, **more: Any) -> str:
-    with pytest.raises(ApiError) as found:
-        fetch(url, names, **{"permitted": here, **more})
-    assert (found.value.status, found.value.param) == (400, "field")
-    return found.value.message
+    with pytest.raises(ApiError) as raised:
+        fetch(url, names, **{"permitted": only_loopback, **more})
+    assert (raised.value.status, raised.value.param) == (400, "field")
+    return raised.value.message
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(site: Any) -> None:
     port = site.server_port
     data, asked = fetch(
-        f"http://pictures.example:{port}/a.png", {"pictures.example": ["127.0.0.1"]}, permitted=here
+        f"http://pictures.example:{port}/a.png", {"pictures.example": ["127.0.0.1"]}, permitted=only_loopback
     )
     assert data == picture()
     assert asked == ["pictures.example"]  # once: a second look could be told something else
@@ -138,8 +138,8 @@ def test_names_that_lead_inside(site: Any) -> None:
 
 def test_redirects_are_new_addresses(site: Any) -> None:
     base = f"http://127.0.0.1:{site.server_port}"
-    assert fetch(f"{base}/to/{base}/a.png", permitted=here)[0] == picture()
-    assert fetch(f"{base}/to//a.png", permitted=here)[0] == picture()
+    assert fetch(f"{base}/to/{base}/a.png", permitted=only_loopback)[0] == picture()
+    assert fetch(f"{base}/to//a.png", permitted=only_loopback)[0] == picture()
     before = len(site.seen)
     inside = f"http://inside.example:{site.server_port}/a.png"
     assert "public internet" in refused(f"{base}/to/{inside}", {"inside.example": ["127.0.0.2"]})
@@ -174,7 +174,7 @@ def test_certificates_are_those_of_the_name(tmp_path: Path) -> None:
     names = {"right.example": ["127.0.0.1"], "wrong.example": ["127.0.0.1"]}
     try:
         url = f"https://right.example:{secure.server_port}/a.png"
-        assert fetch(url, names, permitted=here, verify=known)[0] == picture()
+        assert fetch(url, names, permitted=only_loopback, verify=known)[0] == picture()
         message = refused(f"https://wrong.example:{secure.server_port}/a.png", names, verify=known)
         assert "cannot be fetched" in message
     finally:

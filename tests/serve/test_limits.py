@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import ask, data_uri, picture, post, shown
+from asking import ask, data_uri, picture, post, user_message
 
 from pumice import InputError
 from pumice.engine.engine import Engine
@@ -21,7 +21,7 @@ from pumice.serve.settings import ServerSettings
 ENORMOUS = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
 
 
-def told(response: httpx.Response, status: int) -> dict[str, Any]:
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     assert response.headers["x-request-id"]
     error: dict[str, Any] = response.json()["error"]
@@ -94,7 +94,7 @@ FIELD = "messages.0.content.0.image_url"
 )
 def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, message: str) -> None:
     body = {"messages": [{"role": "user", "content": "What?"}], **more}
-    error = told(post(server, body), 404 if "model" in more else 400)
+    error = error_of(post(server, body), 404 if "model" in more else 400)
     assert error["param"] == param
     assert message in error["message"]
 
@@ -117,7 +117,7 @@ def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, mess
     ],
 )
 def test_wrong_pictures(small: str, url: str, message: str) -> None:
-    error = told(post(small, with_url(url)), 400)
+    error = error_of(post(small, with_url(url)), 400)
     assert error["param"].startswith(FIELD)
     assert message in error["message"]
 
@@ -128,36 +128,44 @@ def small(local: Any) -> Any:
         yield url
 
 
-SAID = {"role": "assistant", "content": "A dog."}
+ANSWER = {"role": "assistant", "content": "A dog."}
 
 
 @pytest.mark.parametrize(
     ("messages", "param", "message"),
     [
-        ([shown("What?", picture())], "messages", "must be the assistant's"),
-        ([SAID], "messages", "there are no messages"),
-        ([shown("What?"), SAID], "messages", "there is no picture to explain"),
-        ([shown("What?", picture()), {**SAID, "content": " "}], "messages", "the answer to explain is empty"),
-        ([shown("What?", picture()), {**SAID, "content": "dog " * 300}], "messages", "context is 256"),
-        ([shown("What?", picture()[:-200]), SAID], FIELD, "truncated or damaged"),
+        ([user_message("What?", picture())], "messages", "must be the assistant's"),
+        ([ANSWER], "messages", "there are no messages"),
+        ([user_message("What?"), ANSWER], "messages", "there is no picture to explain"),
+        (
+            [user_message("What?", picture()), {**ANSWER, "content": " "}],
+            "messages",
+            "the answer to explain is empty",
+        ),
+        (
+            [user_message("What?", picture()), {**ANSWER, "content": "dog " * 300}],
+            "messages",
+            "context is 256",
+        ),
+        ([user_message("What?", picture()[:-200]), ANSWER], FIELD, "truncated or damaged"),
     ],
 )
 def test_what_cannot_be_explained(server: str, messages: Any, param: str, message: str) -> None:
-    error = told(post(server, {"messages": messages}, "/explain"), 400)
+    error = error_of(post(server, {"messages": messages}, "/explain"), 400)
     assert message in error["message"]
     assert error["param"] == param
 
 
 def test_the_damaged_one_of_several_is_named(small: str) -> None:
-    error = told(post(small, ask("What?", picture(), picture()[:-200])), 400)
+    error = error_of(post(small, ask("What?", picture(), picture()[:-200])), 400)
     assert error["param"] == "messages.0.content.1.image_url"
 
 
 def test_too_many_pictures_and_too_large_bodies(small: str) -> None:
-    error = told(post(small, ask("What?", *[picture()] * 3)), 400)
+    error = error_of(post(small, ask("What?", *[picture()] * 3)), 400)
     assert error["param"] == "messages.0.content.2.image_url"
     assert "3 pictures, 2 are allowed" in error["message"]
-    assert "larger than 600000 bytes" in told(post(small, ask("x" * 700_000)), 413)["message"]
+    assert "larger than 600000 bytes" in error_of(post(small, ask("x" * 700_000)), 413)["message"]
 
     def chunks() -> Any:  # without a Content-Length
         for _ in range(8):
@@ -165,7 +173,7 @@ def test_too_many_pictures_and_too_large_bodies(small: str) -> None:
 
     headers = {"Content-Type": "application/json"}
     response = httpx.post(f"{small}/v1/chat/completions", content=chunks(), headers=headers, timeout=60)
-    told(response, 413)
+    error_of(response, 413)
 
 
 @pytest.mark.parametrize(
@@ -187,19 +195,19 @@ def test_too_many_pictures_and_too_large_bodies(small: str) -> None:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/explain"])
 def test_bodies_that_are_none(server: str, body: bytes, path: str) -> None:
     headers = {"Content-Type": "application/json"}
-    told(httpx.post(server + path, content=body, headers=headers, timeout=60), 400)
+    error_of(httpx.post(server + path, content=body, headers=headers, timeout=60), 400)
 
 
 def test_a_body_must_be_json_by_its_type(server: str) -> None:
-    """A page elsewhere can send text/plain without asking, so that it must not be understood."""
+    """A page elsewhere can send text/plain without a CORS preflight, so that it must not be understood."""
     content = json.dumps(ask()).encode()
     headers = {"Content-Type": "text/plain"}
-    told(httpx.post(f"{server}/v1/chat/completions", content=content, headers=headers), 415)
+    error_of(httpx.post(f"{server}/v1/chat/completions", content=content, headers=headers), 415)
 
 
 def test_what_was_refused_is_logged(server: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pumice.serve")
-    told(post(server, ask(n=2), headers={"X-Request-Id": "wrong-n"}), 400)
+    error_of(post(server, ask(n=2), headers={"X-Request-Id": "wrong-n"}), 400)
     _until(lambda: bool(caplog.records))
     fields = caplog.records[-1].__dict__["fields"]
     assert (fields["request_id"], fields["status"], fields["param"]) == ("wrong-n", 400, "n")
@@ -207,10 +215,10 @@ def test_what_was_refused_is_logged(server: str, caplog: pytest.LogCaptureFixtur
 
 
 def test_addresses_and_methods(server: str) -> None:
-    told(httpx.get(f"{server}/v1/chat/completions"), 405)
-    told(httpx.post(f"{server}/health"), 405)
-    told(httpx.get(f"{server}/nothing"), 404)
-    told(httpx.get(f"{server}/v1/models/other"), 404)
+    error_of(httpx.get(f"{server}/v1/chat/completions"), 405)
+    error_of(httpx.post(f"{server}/health"), 405)
+    error_of(httpx.get(f"{server}/nothing"), 404)
+    error_of(httpx.get(f"{server}/v1/models/other"), 404)
     assert httpx.get(f"{server}/health").json()["status"] == "ok"
     assert "pumice_requests_total" in httpx.get(f"{server}/metrics").text
 
@@ -223,7 +231,7 @@ def test_request_ids(server: str) -> None:
 
 def test_strange_host_names(server: str, local: Any) -> None:
     """A name that resolves to this machine lets a page elsewhere reach it, unless it is refused."""
-    told(httpx.get(f"{server}/v1/models", headers={"Host": "evil.example"}), 421)
+    error_of(httpx.get(f"{server}/v1/models", headers={"Host": "evil.example"}), 421)
     for host in ("localhost:1", "127.0.0.1", "[::1]:8000"):
         assert httpx.get(f"{server}/v1/models", headers={"Host": host}).status_code == 200
     with local(hosts=("chat.example",)) as url:
@@ -235,26 +243,26 @@ def test_keys_and_other_origins(local: Any) -> None:
     with local(keys=("first-key", "second-key"), cors=("https://app.example",)) as url:
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}):
             response = httpx.get(f"{url}/v1/models", headers={**header, **origin})
-            assert told(response, 401)["code"] == "invalid_api_key"
+            assert error_of(response, 401)["code"] == "invalid_api_key"
             assert response.headers["access-control-allow-origin"] == "https://app.example"
-        told(post(url, ask()), 401)
-        told(post(url, ask(), "/explain"), 401)
-        told(httpx.get(f"{url}/metrics"), 401)
+        error_of(post(url, ask()), 401)
+        error_of(post(url, ask(), "/explain"), 401)
+        error_of(httpx.get(f"{url}/metrics"), 401)
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.get(f"{url}/").status_code == 200
         for key in ("first-key", "second-key"):
             response = post(url, ask(), headers={"Authorization": f"Bearer {key}"})
             assert response.status_code == 200
-        asking = {**origin, "Access-Control-Request-Method": "POST"}
-        assert httpx.options(f"{url}/v1/chat/completions", headers=asking).status_code == 200
-        asking["Origin"] = "https://evil.example"
-        response = httpx.options(f"{url}/v1/chat/completions", headers=asking)
+        preflight = {**origin, "Access-Control-Request-Method": "POST"}
+        assert httpx.options(f"{url}/v1/chat/completions", headers=preflight).status_code == 200
+        preflight["Origin"] = "https://evil.example"
+        response = httpx.options(f"{url}/v1/chat/completions", headers=preflight)
         assert "access-control-allow-origin" not in response.headers
 
 
 def test_other_origins_are_off(server: str) -> None:
-    asking = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
-    response = httpx.options(f"{server}/v1/chat/completions", headers=asking)
+    preflight = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+    response = httpx.options(f"{server}/v1/chat/completions", headers=preflight)
     assert response.status_code == 405
     assert "access-control-allow-origin" not in response.headers
 
@@ -266,7 +274,7 @@ def test_a_full_queue(local: Any) -> None:
         statuses = [response.status_code for response in responses]
         assert set(statuses) == {200, 429}
         refused = responses[statuses.index(429)]
-        assert told(refused, 429)["code"] == "queue_full"
+        assert error_of(refused, 429)["code"] == "queue_full"
         assert int(refused.headers["retry-after"]) >= 1
         assert post(url, ask()).status_code == 200  # and afterwards there is room again
 
@@ -286,7 +294,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("slowly")
 def test_an_answer_that_takes_too_long(local: Any) -> None:
     with local(timeout=0.05) as url:
-        assert told(post(url, ask(max_tokens=200)), 504)["code"] == "timeout"
+        assert error_of(post(url, ask(max_tokens=200)), 504)["code"] == "timeout"
         assert _settled(url)
 
 
@@ -339,15 +347,15 @@ def test_too_many_connections(local: Any) -> None:
 def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
     local: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from pumice.serve import local as answering
+    from pumice.serve import local as local_backend
 
     def fail(*_: Any) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(answering, "conversation", fail)
+    monkeypatch.setattr(local_backend, "conversation", fail)
     with local() as url, caplog.at_level("ERROR", "pumice.serve"):
         response = post(url, ask(), headers={"X-Request-Id": "find-me"})
-        error = told(response, 500)
+        error = error_of(response, 500)
         assert "find-me" in error["message"]
         assert "secret" not in response.text
         _until(lambda: bool(caplog.records))

@@ -1,4 +1,4 @@
-"""The published document describes the server: schemathesis asks by it, and what comes back must agree."""
+"""The published document describes the server: requests that schemathesis makes from it get valid answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def patient(local: Callable[..., Any]) -> Iterator[str]:
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.name.lower())
 def test_no_request_finds_a_crash(patient: str, mode: Any) -> None:
     schema = schemathesis.openapi.from_url(f"{patient}/openapi.json")
-    operations = [found.ok() for found in schema.get_all_operations()]
+    operations = [operation.ok() for operation in schema.get_all_operations()]
     assert len(operations) == 7
     if mode is schemathesis.GenerationMode.NEGATIVE:  # without a body nothing can be wrong
         operations = [operation for operation in operations if operation.method == "post"]
@@ -47,6 +47,6 @@ def test_the_document(patient: str) -> None:
     document = httpx.get(f"{patient}/openapi.json").json()
     assert document["openapi"].startswith("3.1")
     assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
-    asked = document["components"]["schemas"]["ChatRequest"]
-    assert asked["additionalProperties"] is False
-    assert "messages" in asked["required"]
+    chat_request = document["components"]["schemas"]["ChatRequest"]
+    assert chat_request["additionalProperties"] is False
+    assert "messages" in chat_request["required"]

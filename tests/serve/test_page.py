@@ -248,7 +248,7 @@ def test_nothing_comes_from_elsewhere(server: str) -> None:
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     for address, file in files().items():
-        if file.kind.startswith("text/"):
+        if file.media_type.startswith("text/"):
             assert not re.findall(rb"https?://[^\s\"'<>]+", file.body), address
     again = httpx.get(server, headers={"If-None-Match": response.headers["etag"]})
     assert again.status_code == 304

@@ -45,7 +45,7 @@ def test_a_drain_finishes_what_it_began(process: Callable[..., Any]) -> None:
     with concurrent.futures.ThreadPoolExecutor(10) as pool:  # so many that the drain takes a while
         running = [pool.submit(stream, url, max_tokens=2000, temperature=1.0, seed=n) for n in range(10)]
         while "pumice_running_requests 1.0" not in httpx.get(f"{url}/metrics").text:
-            assert not all(one.done() for one in running)
+            assert not all(future.done() for future in running)
         server.process.send_signal(signal.SIGTERM)
         while (response := httpx.get(f"{url}/health")).status_code == 200:
             time.sleep(0.001)
@@ -53,7 +53,7 @@ def test_a_drain_finishes_what_it_began(process: Callable[..., Any]) -> None:
         refused = post(url, ask())
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
-        answers = [one.result(120) for one in running]
+        answers = [future.result(120) for future in running]
     # Whatever had begun came to its end; what came too late was refused.
     assert any(answer is not None for answer in answers)
     assert all(text and ended for text, ended in filter(None, answers))
@@ -72,9 +72,9 @@ def test_workers_share_a_port_and_are_replaced(process: Callable[..., Any]) -> N
     url = first["url"]
 
     def counted(requests: int) -> None:  # that is done when the answer has gone out
-        told = f'pumice_requests_total{{path="/v1/chat/completions",status="200"}} {requests}.0'
+        expected = f'pumice_requests_total{{path="/v1/chat/completions",status="200"}} {requests}.0'
         end = time.monotonic() + 60
-        while told not in httpx.get(f"{url}/metrics").text:
+        while expected not in httpx.get(f"{url}/metrics").text:
             assert time.monotonic() < end
 
     assert post(url, ask()).status_code == 200
@@ -156,11 +156,11 @@ def test_an_upstream_that_is_away(process: Callable[..., Any]) -> None:
     [
         (["--port", "99999"], "the port is 99999"),
         (["--host", "nowhere.invalid"], "no address of this machine"),
-        (["--max-body", "huge"], "the size 'huge' is none"),
+        (["--max-body", "huge"], "the size 'huge' is not valid"),
         (["--api-key", "x"], "an API key is too short"),
         (["--api-key", ""], "--api-key is empty"),
         (["--api-key-file", "missing"], "the keys 'missing' cannot be read"),
-        (["--upstream", "localhost"], "the upstream 'localhost' is no address"),
+        (["--upstream", "localhost"], "the upstream 'localhost' is not an address"),
         (["--workers", "1000"], "on a machine of"),
         (["--log", "xml"], "--log is 'xml'"),
     ],
@@ -169,23 +169,23 @@ def test_wrong_options(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ended = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
-    assert ended.exit_code == 2, ended.output
-    assert message in " ".join(ended.output.split())
-    assert "Traceback" not in ended.output
+    result = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
 
 
 def test_an_empty_variable_is_no_open_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PUMICE_API_KEY", " ,")
-    ended = CliRunner().invoke(app, ["serve", "--port", "0"])
-    assert ended.exit_code == 2
-    assert "PUMICE_API_KEY is empty" in " ".join(ended.output.split())
+    result = CliRunner().invoke(app, ["serve", "--port", "0"])
+    assert result.exit_code == 2
+    assert "PUMICE_API_KEY is empty" in " ".join(result.output.split())
 
 
 def test_a_taken_port() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        ended = CliRunner().invoke(app, ["serve", "--port", str(taken.getsockname()[1])])
-    assert ended.exit_code == 2
-    assert "choose another --port" in ended.output
+        result = CliRunner().invoke(app, ["serve", "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 2
+    assert "choose another --port" in result.output

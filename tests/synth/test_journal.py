@@ -23,12 +23,12 @@ from pumice.synth import kinds, report
 from pumice.synth.checks import CheckSettings, examine, row
 from pumice.synth.duplicates import SeenRows
 from pumice.synth.endpoint import Endpoint, judge, text_of
-from pumice.synth.journal import Journal, Request, failed, reply
+from pumice.synth.journal import Journal, TeacherRequest, failed, reply
 from pumice.synth.kinds.base import Draft
 from pumice.synth.objects import Vocabulary
 from pumice.synth.statistics import Statistics, question_type
 
-ASKED = Request("r1", (("system", "Be brief."),), "a dog", 100)
+ASKED = TeacherRequest("r1", (("system", "Be brief."),), "a dog", 100)
 PLACE = Endpoint("http://here/v1", "m", budget_tokens=1000)
 
 
@@ -95,7 +95,7 @@ def test_the_budget_waits_for_reservations() -> None:
 
 
 def test_the_bound_holds_for_any_text() -> None:
-    odd = Request("r", (("system", "\u00e4\U0001f600"),), "\u4e2d", 9)
+    odd = TeacherRequest("r", (("system", "\u00e4\U0001f600"),), "\u4e2d", 9)
     assert PLACE.bound(odd)[0] >= 2 + 4 + 3
     limited = Endpoint("http://h/v1", "m", options={"max_tokens": None, "max_completion_tokens": 50})
     assert limited.bound(odd)[1] == 50

@@ -14,7 +14,7 @@ from pumice.errors import InputError
 from pumice.formats.load import open_model
 from pumice.train import run
 from pumice.train.batches import Batches, prefetch
-from pumice.train.preflight import disk, pictures_fit
+from pumice.train.preflight import check_disk, check_image_tokens
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
 from pumice.train.setup import prepare
@@ -87,7 +87,7 @@ def test_pictures_that_cannot_be_read_are_skipped_within_the_budget(
     path = tmp_path / "torn.jsonl"
     path.write_text((rows / "rows.jsonl").read_text() + json.dumps(row) + "\n")
     changes = {"data": [{"rows": str(path)}], "pictures": [str(rows), str(tmp_path)], "epochs": 1}
-    with pytest.raises(InputError, match=r"1 spoiled rows, max_bad_rows allows 0.*torn\.png"):
+    with pytest.raises(InputError, match=r"1 bad rows, max_bad_rows allows 0.*torn\.png"):
         run(make_recipe("strict", **changes))
     folder = run(make_recipe("lenient", max_bad_rows=1, **changes))
     assert open_model(folder).provenance["stages"][-1]["skipped_rows"] == 1
@@ -110,14 +110,14 @@ def test_pictures_too_large_for_the_context_are_refused(make_recipe: MakeRecipe)
         config, decoder=dataclasses.replace(config.decoder, context=4)
     )
     with pytest.raises(InputError, match="a picture takes 4 tokens, a row at most 4; raise the context"):
-        pictures_fit(setup)
+        check_image_tokens(setup)
 
 
 def test_a_disk_without_room_is_told_before_the_first_step(make_recipe: MakeRecipe) -> None:
     recipe = load_recipe(make_recipe(keep_last=10**9))
     recipe.output.mkdir()
     with pytest.raises(InputError, match=r"needs .* GB \(1000000000 \+ 1 checkpoints .* lower keep_last"):
-        disk(recipe, sizes(recipe, read_parts(recipe).config, "cpu"))
+        check_disk(recipe, sizes(recipe, read_parts(recipe).config, "cpu"))
 
 
 def test_a_mean_per_pack_is_another_loss(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -95,14 +95,18 @@ def flip_a_bit(path: Path) -> None:
         (
             "state.json",
             Path.unlink,
-            r"step-000010 lacks state\.json; remove this folder to go on from step 5",
+            r"step-000010 lacks state\.json; remove this folder to continue from step 5",
         ),
         ("tensors/all.safetensors", Path.unlink, r"lacks all\.safetensors"),
         ("rng-00000.safetensors", Path.unlink, r"lacks rng-00000\.safetensors"),
         ("manifest.json", Path.unlink, r"lacks manifest\.json"),
         ("state.json", cut, r"step-000010 is damaged \(state\.json has \d+ bytes, .*from step 5"),
         ("tensors/all.safetensors", cut, r"is damaged"),
-        ("tensors/all.safetensors", flip_a_bit, r"is damaged \(.*is not what was written, by its digest"),
+        (
+            "tensors/all.safetensors",
+            flip_a_bit,
+            r"is damaged \(.*has changed: its SHA-256 is not the manifest's",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_told_with_the_remedy(
@@ -227,11 +231,11 @@ def test_features_are_kept_under_the_picture_that_was_opened(
         Image.new("RGB", (8, 8), color).save(tmp_path / "made.png")
         contents.append((tmp_path / "made.png").read_bytes())
     opened = open_model(tiny_folder)
-    features = TowerFeatures(opened.model, opened.processor, tmp_path / "cache", learns=False)
+    features = TowerFeatures(opened.model, opened.processor, tmp_path / "cache", trains_tower=False)
     file = tmp_path / "latest.png"
     replaced_when_opened(file, contents)
     for data in contents:
-        (looked,) = features.fetch([ImagePart(file)], False)
-        assert looked.key == image_key(data)
-        assert torch.equal(looked.pixels, torch.from_numpy(opened.processor.pixels([ImagePart(data)])))
+        (image_input,) = features.fetch([ImagePart(file)], False)
+        assert image_input.key == image_key(data)
+        assert torch.equal(image_input.pixels, torch.from_numpy(opened.processor.pixels([ImagePart(data)])))
     features.close()

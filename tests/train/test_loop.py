@@ -198,7 +198,7 @@ def test_spoiled_rows_are_counted_and_refused_beyond_the_budget(
     }
     bad_rows.write_text(good + json.dumps(bad) + "\n")
     data = [{"rows": str(bad_rows)}]
-    with pytest.raises(InputError, match=r"1 spoiled rows, max_bad_rows allows 0.*gone\.png"):
+    with pytest.raises(InputError, match=r"1 bad rows, max_bad_rows allows 0.*gone\.png"):
         run(make_recipe("strict", data=data, max_steps=4))
     folder = run(make_recipe("lenient", data=data, max_bad_rows=1, epochs=1))
     assert open_model(folder).provenance["stages"][-1]["skipped_rows"] == 1
@@ -350,7 +350,7 @@ def test_a_model_knows_the_most_pictures_that_it_was_trained_on(
 ) -> None:
     setup = prepare(load_recipe(make_recipe(model=str(tiny_model))))
     setup.model.config = dataclasses.replace(setup.model.config, trained_pictures=before)
-    setup.trained_on(most)
+    setup.record_max_images(most)
     assert setup.model.config.trained_pictures == after
 
 
@@ -368,6 +368,8 @@ def test_a_packed_batch_of_tiles_has_the_losses_of_its_rows(
     assert len(packed.layouts) == len(packed.trees) == 4
     assert len({layout.tokens for layout in packed.layouts}) > 2
     with torch.no_grad():
-        together = trainer.objective(trainer._work(packed, mirrored)).item()
-        alone = sum(trainer.objective(trainer._work(Pack((tree,)), [False])).item() for tree in packed.trees)
+        together = trainer.objective(trainer._load_pack(packed, mirrored)).item()
+        alone = sum(
+            trainer.objective(trainer._load_pack(Pack((tree,)), [False])).item() for tree in packed.trees
+        )
     assert together == pytest.approx(alone, rel=1e-5)

@@ -1,4 +1,4 @@
-"""A run among spoiled rows: it goes on within its budget and stops above it."""
+"""A run with bad rows: it continues within its budget and stops above it."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def test_spoiled_rows_are_skipped_within_the_budget(
     finished = run(make_recipe("lenient", max_bad_rows=len(bad) + 1, **changes))
     skipped = open_model(finished).provenance["stages"][-1]["skipped_rows"]
     assert skipped == len(bad) + 1
-    with pytest.raises(InputError, match=rf"spoiled rows, max_bad_rows allows {len(bad)}"):
+    with pytest.raises(InputError, match=rf"bad rows, max_bad_rows allows {len(bad)}"):
         run(make_recipe("strict", max_bad_rows=len(bad), **changes))

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. One file per group of commands.
+"""The command line, with one file per group of commands.
 
 Exit status: 0 done, 1 the work failed, 2 wrong input, 130 interrupted. Heavy libraries are imported
 inside the commands, so that `--help` answers at once.
@@ -20,7 +20,7 @@ from pumice.errors import InputError, WorkError
 
 
 class Commands(TyperGroup):
-    """Turns what goes wrong in any command into one line and an exit status."""
+    """The group of commands. It turns an error of any command into one line and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -30,7 +30,7 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:
             raise self._end("interrupted", 130) from error
         except BrokenPipeError:
-            # Whoever read the output has seen enough; Python must not complain of it at its own end.
+            # The reader of our output, such as `head`, has ended. Python must not report it again at exit.
             sys.stdout = io.StringIO()
             raise typer.Exit(1) from None
         except (OSError, WorkError) as error:
@@ -54,8 +54,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"pumice {__version__}")
         raise typer.Exit
 
@@ -84,10 +84,10 @@ app.add_typer(data.app, name="data")
 
 def main() -> int:
     """The `pumice` command."""
-    # Pillow warns of large pictures in its own words before ours are said.
+    # Pillow also warns of large pictures; our own message is enough.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
-    app()  # leaves by SystemExit
+            stream.reconfigure(errors="replace")  # show ? for characters that the terminal lacks
+    app()  # ends with SystemExit
     return 0

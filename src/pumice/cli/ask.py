@@ -1,4 +1,4 @@
-"""`pumice ask`: one answer to the terminal, or a file of questions to a file of answers."""
+"""`pumice ask`: answer one question in the terminal, or a file of questions into a file of answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pumice.progress import StatusLine
 
 
 def ask(
-    words: Annotated[
+    arguments: Annotated[
         list[str] | None,
         typer.Argument(
             help="Pictures, if any, then the question.", metavar="[IMAGE]... QUESTION", show_default=False
@@ -58,25 +58,25 @@ def ask(
     pumice ask dog.jpg "What is the dog doing?"
     """
     sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-    opening = options.opening(device, quantize, template, tower, base)
+    load_options = options.opening(device, quantize, template, tower, base)
     if batch is not None or out is not None:
-        if words and batch is not None:
-            raise InputError(f"--batch reads its questions from the file; leave out {words[-1]!r}")
+        if arguments and batch is not None:
+            raise InputError(f"--batch reads its questions from the file; leave out {arguments[-1]!r}")
         if out is None:
             raise InputError("--batch needs --out OUT.jsonl, where the answers go")
         if batch is None:
             raise InputError("--out belongs to --batch IN.jsonl; one answer goes to the terminal")
-        _ask_batch(batch, out, model, opening, slots, as_json, sampling)
+        _ask_batch(batch, out, model, load_options, slots, as_json, sampling)
         return
-    *images, question = words or [""]
+    *images, question = arguments or [""]
     _check_question(images, question)
-    for word in images:
-        if not Path(word).exists() and not _is_picture(word) and "/" not in word:
+    for path in images:
+        if not Path(path).exists() and not _is_image_path(path) and "/" not in path:
             raise InputError(
-                f"there is no picture {word!r}; if it belongs to the question, put the question in quotes: "
+                f"there is no picture {path!r}; if it belongs to the question, put the question in quotes: "
                 'pumice ask dog.jpg "What is this?"'
             )
-    _ask_one(images, question, model, opening, as_json, sampling)
+    _ask_one(images, question, model, load_options, as_json, sampling)
 
 
 def _check_question(images: list[str], question: str) -> None:
@@ -84,7 +84,7 @@ def _check_question(images: list[str], question: str) -> None:
 
     if not question.strip():
         raise InputError('there is no question; write for example: pumice ask dog.jpg "What is this?"')
-    if _is_picture(question):
+    if _is_image_path(question):
         raise InputError(
             f"the last argument must be the question, but {question!r} is a picture; "
             f'write for example: pumice ask {question} "What is this?"'
@@ -92,35 +92,36 @@ def _check_question(images: list[str], question: str) -> None:
     Conversation((user_message(question, images),)).check(answered=False)
 
 
-def _is_picture(text: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # a long question is no possible file name
+def _is_image_path(text: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # a long question cannot be a file name
         if Path(text).is_file():
             return True
-    endings = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-    return text.lower().endswith(endings) and len(text.split()) == 1
+    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+    return text.lower().endswith(suffixes) and len(text.split()) == 1
 
 
 def _ask_one(
     images: list[str],
     question: str,
     model: str,
-    opening: dict[str, Any],
+    load_options: dict[str, Any],
     as_json: bool,
     sampling: dict[str, Any],
 ) -> None:
     from pumice.images import open_image
 
-    opened = [open_image(path) for path in images]  # before torch is imported: a wrong path is told at once
+    # Before torch is imported, so that a wrong path fails at once.
+    opened = [open_image(path) for path in images]
     options.share_cores()
     from pumice.assistant import load
     from pumice.conversation import Conversation, user_message
 
-    assistant = load(model, **opening)
+    assistant = load(model, **load_options)
     reply = assistant.stream(Conversation((user_message(question, opened),)), **sampling)
     if as_json:
         answer = "".join(reply)
-        found = {"model": model, "images": images, "question": question, "answer": answer}
-        print(json.dumps({**found, "finish": reply.finish, "tokens": reply.tokens}, ensure_ascii=False))
+        values = {"model": model, "images": images, "question": question, "answer": answer}
+        print(json.dumps({**values, "finish": reply.finish, "tokens": reply.tokens}, ensure_ascii=False))
         return
     for piece in reply:
         print(piece, end="", flush=True)
@@ -129,7 +130,7 @@ def _ask_one(
 
 @dataclass(frozen=True)
 class _Row:
-    """A line of the input: either a question or what is wrong with the line."""
+    """A line of the input: a question, or the error of the line."""
 
     id: Any
     images: tuple[str | Path, ...] = ()
@@ -141,13 +142,14 @@ def _ask_batch(
     source: Path,
     out: Path,
     model: str,
-    opening: dict[str, Any],
+    load_options: dict[str, Any],
     slots: int,
     as_json: bool,
     sampling: dict[str, Any],
 ) -> None:
+    # 1. Read all rows and check the paths, before the model is loaded.
     try:
-        # Not splitlines: JSON text may hold other characters that it takes for line ends.
+        # Not splitlines: it also splits at characters that JSON allows inside a text.
         lines = source.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(
@@ -162,15 +164,18 @@ def _ask_batch(
         raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
     if out.exists() and (out.is_dir() or out.samefile(source)):
         raise InputError(f"--out '{out}' is a folder or the questions themselves; name another file")
-    failed = 0
     partial = out.with_name(f"{out.name}.partial")
-    answers = iter(_answers([row for row in rows if not row.error], partial, model, opening, slots, sampling))
+    # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.
+    valid_rows = [row for row in rows if not row.error]
+    answers = iter(_answer_rows(valid_rows, partial, model, load_options, slots, sampling))
+    # 3. Write one line for every row, in the order of the input.
+    failed = 0
     with replacing(out) as file:
         for row in rows:
             answer = InputError(row.error) if row.error else next(answers)
-            wrong = isinstance(answer, InputError)
-            failed += wrong
-            line = {"id": row.id, "error" if wrong else "answer": str(answer)}
+            is_error = isinstance(answer, InputError)
+            failed += is_error
+            line = {"id": row.id, "error" if is_error else "answer": str(answer)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     partial.unlink(missing_ok=True)
     if as_json:
@@ -179,14 +184,19 @@ def _ask_batch(
         )
     elif failed:
         print(f"pumice: {failed} of {len(rows)} rows have an error instead of an answer", file=sys.stderr)
-    if failed == len(rows):  # without a single answer the work has failed
+    if failed == len(rows):  # no row has an answer: the work has failed
         raise typer.Exit(1)
 
 
-def _answers(
-    rows: list[_Row], partial: Path, model: str, opening: dict[str, Any], slots: int, sampling: dict[str, Any]
+def _answer_rows(
+    rows: list[_Row],
+    partial: Path,
+    model: str,
+    load_options: dict[str, Any],
+    slots: int,
+    sampling: dict[str, Any],
 ) -> list[str | InputError]:
-    """The answers to sound rows; they stand in `partial` as they come, where a stopped run goes on."""
+    """Return the answer or the error of each row. A stopped run continues from the answers in `partial`."""
     if not rows:
         return []
     options.share_cores()
@@ -195,13 +205,13 @@ def _answers(
     from pumice.jsonl import AnswerFile
 
     SamplingParams(**sampling)  # raises before the model is loaded
-    assistant = load(model, **opening)
-    given = [(list(row.images), row.question) for row in rows]
+    assistant = load(model, **load_options)
+    questions = [(list(row.images), row.question) for row in rows]
     line = StatusLine()
-    with AnswerFile(partial, given, {"model": model, **opening, **sampling}) as file:
+    with AnswerFile(partial, questions, {"model": model, **load_options, **sampling}) as file:
         if done := len(file.answers):
-            print(f"pumice: {done} of {len(rows)} answers stand in '{partial}' already", file=sys.stderr)
-        for answer in assistant.ask_each(given[done:], slots=slots, **sampling):
+            print(f"pumice: {done} of {len(rows)} answers are in '{partial}' already", file=sys.stderr)
+        for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
             file.add(answer)
             line.show(f"{len(file.answers)} of {len(rows)}")
     line.end()
@@ -209,7 +219,7 @@ def _answers(
 
 
 def _read_row(line: str, number: int, folder: Path) -> _Row:
-    """One line. A relative picture is looked for beside the file, then where the command runs."""
+    """Parse one line. A relative picture path is searched in `folder`, then in the working folder."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -218,14 +228,15 @@ def _read_row(line: str, number: int, folder: Path) -> _Row:
         return _Row(number, error=f"line {number} is not an object with 'id' and 'question'")
     row_id = values.get("id", number)
     if "image" not in values:
-        for key in values:  # answering without the picture that such a key means would go unnoticed
+        for key in values:  # a misspelt key must not lead to an answer without its picture
             if difflib.get_close_matches(key, ("image", "picture", "photo"), n=1):
                 return _Row(row_id, error=f"unknown key {key!r}; write 'image'")
     image, question = values.get("image"), values.get("question")
-    names = [] if image is None else [image] if isinstance(image, str) else image
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+    paths = [] if image is None else [image] if isinstance(image, str) else image
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         return _Row(row_id, error="'image' must be a path or a list of paths")
     if not isinstance(question, str):
         return _Row(row_id, error="'question' is missing or not text")
-    beside = [folder / name for name in names]
-    return _Row(row_id, tuple(b if b.exists() else n for b, n in zip(beside, names, strict=True)), question)
+    candidates = [folder / path for path in paths]
+    images = tuple(c if c.exists() else path for c, path in zip(candidates, paths, strict=True))
+    return _Row(row_id, images, question)

@@ -1,7 +1,4 @@
-"""`pumice chat`: a conversation in the terminal, or through a pipe.
-
-Knows commands, typed lines and what to do when something goes wrong: nothing typed is ever lost.
-"""
+"""`pumice chat`: a conversation in the terminal, or through a pipe, in which no typed text is lost."""
 
 from __future__ import annotations
 
@@ -56,7 +53,7 @@ def chat(
     base: options.Base = None,
 ) -> None:
     """Talk about pictures in the terminal. /help lists what else can be typed."""
-    pictures = [_read_picture(path) for path in images or []]  # before torch: a wrong path is told at once
+    image_files = [_read_image(path) for path in images or []]  # before torch: a wrong path fails at once
     options.share_cores(waits_for_people=True)
     from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
@@ -65,83 +62,83 @@ def chat(
     SamplingParams(**sampling)
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
-    opened = load(model, **options.opening(device, quantize, template, tower, base))
-    Chat(opened, sampling, pictures).run()
+    assistant = load(model, **options.opening(device, quantize, template, tower, base))
+    Chat(assistant, sampling, image_files).run()
 
 
 class Chat:
-    """One person's conversation.
+    """One conversation.
 
-    Pictures are kept as the bytes of their files, so that nobody can take them away while it lasts:
-    `pending` go with the next question, `shown` are the names of those that went with earlier ones.
+    It holds each picture as the bytes of its file, so the file may change or go later. pending: (path, bytes)
+    of the pictures for the next question. shown: the paths of the pictures of earlier questions.
     """
 
     def __init__(
-        self, assistant: Assistant, sampling: dict[str, Any], pictures: list[tuple[str, bytes]]
+        self, assistant: Assistant, sampling: dict[str, Any], image_files: list[tuple[str, bytes]]
     ) -> None:
         self.assistant = assistant
         self.sampling = sampling
         self.messages: list[Message] = []
-        self.pending = pictures
+        self.pending = image_files
         self.shown: list[str] = []
-        self.keyboard = sys.stdin.isatty()
-        self.readline = _readline() if self.keyboard else None
-        self.unsent = ""  # a question that got no answer: it stands in the next line again
+        self.interactive = sys.stdin.isatty()
+        self.readline = _readline() if self.interactive else None
+        self.unanswered = ""  # a question without an answer, which the next prompt shows again
 
     def run(self) -> None:
         """Read lines until the end of the input or /quit."""
-        if self.keyboard:
+        if self.interactive:
             print("/help lists the commands.")
-        self._show_pictures()
+        self._print_images()
         while True:
             try:
-                line = self._read().strip()
+                line = self._read_line().strip()
             except EOFError:
-                if self.keyboard:
+                if self.interactive:
                     print()
                 return
             except KeyboardInterrupt:
-                self._keep_line()
+                self._add_line_to_history()
                 print("\n(/quit or Ctrl-D leaves)")
                 continue
             if line in ("/quit", "/exit", "quit", "exit"):
                 return
             try:
-                self._obey(line)
+                self._handle(line)
             except InputError as error:
                 print(f"pumice: {error}", file=sys.stderr)
-            except (OSError, RuntimeError, MemoryError) as error:  # the conversation outlives them
+            except (OSError, RuntimeError, MemoryError) as error:  # the conversation continues
                 print(f"pumice: {error or type(error).__name__}", file=sys.stderr)
 
-    def _obey(self, line: str) -> None:
-        command, _, rest = line.partition(" ")
+    def _handle(self, line: str) -> None:
+        command, _, argument = line.partition(" ")
         if not line:
             return
         if command == "/image":
-            self._add_pictures(rest)
+            self._add_images(argument)
         elif command == "/remove":
             self.pending = []
-            self._show_pictures()
+            self._print_images()
         elif command == "/reset":
             self.messages, self.pending, self.shown = [], [], []
             print("A new conversation, without pictures.")
         elif command == "/save":
-            self._save(rest)
+            self._save(argument)
         elif command == "/help":
             print(HELP)
         elif dropped := _existing_files(line):
-            self._add(dropped)
+            self._add_files(dropped)
         elif command.startswith("/") and command.isascii() and command[1:].isalpha():
             raise InputError(f"there is no command {command!r}; /help lists them")
         else:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
-        self.unsent = question
-        asked = user_message(question, [data for _, data in self.pending])
+        self.unanswered = question
+        message = user_message(question, [data for _, data in self.pending])
         text = ""
         try:
-            for piece in self.assistant.stream([*self.messages, asked], **self.sampling):
+            for piece in self.assistant.stream([*self.messages, message], **self.sampling):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
@@ -152,30 +149,30 @@ class Chat:
         if not text.strip():
             print("(no answer)")
             return
-        self.messages += [asked, Message("assistant", (text,))]
+        self.messages += [message, Message("assistant", (text,))]
         self.shown += [name for name, _ in self.pending]
-        self.pending, self.unsent = [], ""
+        self.pending, self.unanswered = [], ""
 
-    def _add_pictures(self, rest: str) -> None:
-        paths = _existing_files(rest)
+    def _add_images(self, argument: str) -> None:
+        paths = _existing_files(argument)
         if not paths:
-            if not rest.strip():
+            if not argument.strip():
                 raise InputError("/image needs a path; write for example: /image dog.jpg")
-            paths = [_clean(rest)]  # opening it will say what is wrong with it
-        self._add(paths)
+            paths = [_clean(argument)]  # reading it raises the error
+        self._add_files(paths)
 
-    def _add(self, paths: list[str]) -> None:
-        self.pending += [_read_picture(path) for path in paths]
-        self._show_pictures()
+    def _add_files(self, paths: list[str]) -> None:
+        self.pending += [_read_image(path) for path in paths]
+        self._print_images()
 
-    def _show_pictures(self) -> None:
+    def _print_images(self) -> None:
         if self.shown:
             print(f"In the conversation: {', '.join(self.shown)}")
         if self.pending:
             print(f"With your next question: {', '.join(name for name, _ in self.pending)}")
 
-    def _save(self, rest: str) -> None:
-        name = _clean(rest)
+    def _save(self, argument: str) -> None:
+        name = _clean(argument)
         if not name:
             raise InputError("/save needs a file; write for example: /save talk.json")
         if not self.messages:
@@ -187,8 +184,8 @@ class Chat:
             {"from": "human" if message.role == "user" else "gpt", "value": _as_llava(message)}
             for message in self.messages
         ]
-        pictures = {"image": self.shown} if self.shown else {}
-        row = {"id": path.stem, **pictures, "conversations": turns}
+        image_field = {"image": self.shown} if self.shown else {}
+        row = {"id": path.stem, **image_field, "conversations": turns}
         text = json.dumps([row], ensure_ascii=False, indent=1) + "\n"
         try:
             with replacing(path) as file:
@@ -197,20 +194,20 @@ class Chat:
             raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error
         print(f"Saved to {path}")
 
-    def _read(self) -> str:
-        if not self.keyboard:
+    def _read_line(self) -> str:
+        if not self.interactive:
             return input()
         count = len(self.pending) + len(self.shown)
-        with self._typed_before():
+        with self._prefilled_prompt():
             return input(f"[{count} picture{'' if count == 1 else 's'}] > ")
 
     @contextlib.contextmanager
-    def _typed_before(self) -> Iterator[None]:
-        """Put the question that got no answer into the line, to be sent again or changed."""
-        if self.readline is None or not self.unsent:
+    def _prefilled_prompt(self) -> Iterator[None]:
+        """Put the question without an answer into the prompt, so that it can be changed and sent again."""
+        if self.readline is None or not self.unanswered:
             yield
             return
-        text, self.unsent = self.unsent, ""
+        text, self.unanswered = self.unanswered, ""
         insert = self.readline.insert_text
         self.readline.set_startup_hook(lambda: insert(text))
         try:
@@ -218,20 +215,20 @@ class Chat:
         finally:
             self.readline.set_startup_hook()
 
-    def _keep_line(self) -> None:
-        """Ctrl-C while typing: the line is reached again with the up arrow."""
+    def _add_line_to_history(self) -> None:
+        """After Ctrl-C while typing, the up arrow brings the line back."""
         if self.readline is not None and (line := self.readline.get_line_buffer()).strip():
             self.readline.add_history(line)
 
 
 def _as_llava(message: Message) -> str:
-    """A message with `<image>` where its pictures are; a new line follows a single one, as in LLaVA."""
-    mark = IMAGE_PLACEHOLDER + "\n" * (len(message.images) == 1)
-    return "".join(part if isinstance(part, str) else mark for part in message.parts)
+    """Return a message with `<image>` for each picture. As in LLaVA, a new line follows a single one."""
+    placeholder = IMAGE_PLACEHOLDER + "\n" * (len(message.images) == 1)
+    return "".join(part if isinstance(part, str) else placeholder for part in message.parts)
 
 
-def _read_picture(path: str) -> tuple[str, bytes]:
-    """A picture's path and its file, read once and sound."""
+def _read_image(path: str) -> tuple[str, bytes]:
+    """Return a picture's path and the bytes of its file. Raises InputError if it cannot be decoded."""
     from pumice.images import open_image, read_picture
 
     data = read_picture(path)
@@ -244,14 +241,14 @@ def _readline() -> ModuleType | None:
         readline = import_module("readline")
     except ImportError:  # Windows
         return None
-    readline.parse_and_bind("tab: complete")  # paths, where no other completer is set
+    readline.parse_and_bind("tab: complete")  # without a completer of its own, readline completes paths
     readline.set_completer(None)
     readline.set_completer_delims(" \t\n")
     return readline
 
 
 def _clean(text: str) -> str:
-    """A path as typed, quoted, or dropped by a file manager."""
+    """Return the path in a text that was typed, quoted, or dropped by a file manager."""
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
@@ -261,12 +258,12 @@ def _clean(text: str) -> str:
 
 
 def _existing_files(text: str) -> list[str]:
-    """The files that a line names, spaces and quotes and all; [] unless every one exists."""
+    """Return the paths in a line, with spaces or in quotes; [] unless all of them are files."""
     candidates = [[_clean(text)]]
-    with contextlib.suppress(ValueError):  # an odd quotation mark is no list of paths
+    with contextlib.suppress(ValueError):  # a single quotation mark cannot be a list of paths
         candidates.append([_clean(word) for word in shlex.split(text)])
     for paths in candidates:
-        with contextlib.suppress(OSError, ValueError):  # a long question is no possible file name
+        with contextlib.suppress(OSError, ValueError):  # a long question cannot be a file name
             if paths and all(path and Path(path).is_file() for path in paths):
                 return paths
     return []

@@ -1,4 +1,4 @@
-"""`pumice data check` and `pumice data show`; `data generate` and `data mix` stand in a file of their own."""
+"""`pumice data check` and `pumice data show`; `data generate` and `data mix` are in generate.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ app = typer.Typer(help="Make training rows, and look at them before they are lea
 app.command("generate")(generate.generate)
 app.command("mix")(generate.mix)
 
-SHOWN = 50  # problems in the terminal
+MAX_PRINTED = 50  # problems in the terminal
 
 File = Annotated[Path, typer.Argument(help="LLaVA rows, .json or .jsonl.", metavar="FILE")]
 
@@ -64,28 +64,31 @@ def show(
     from pumice.tokens import encode
 
     if tokenizer is not None:
-        written, words, bos = _format(template or OWN, tokenizer)
+        chat_format, text_tokenizer, bos = _format(template or OWN, tokenizer)
     else:
         processor = _processor(model, template)
-        written, words, bos = processor.template, processor.tokenizer, processor.config.bos_token_id
+        chat_format, text_tokenizer = processor.template, processor.tokenizer
+        bos = processor.config.bos_token_id
     finder = ImageFinder(images) if images is not None else None
-    shown = []
+    printed = []
     for row in Rows(file)[:rows]:
         if finder is not None:
             conversation = row.conversation(finder)
         else:
             conversation = from_llava(row.id, row.turns, row.image).check(answered=True)
-        ids, labels = encode(written.render(conversation), words, [1] * len(conversation.images), bos)
+        ids, labels = encode(
+            chat_format.render(conversation), text_tokenizer, [1] * len(conversation.images), bos
+        )
         if as_json:
-            shown.append({"id": row.id, "input_ids": ids, "labels": labels})
+            printed.append({"id": row.id, "input_ids": ids, "labels": labels})
         else:
-            _print_row(row.id, ids, labels, words)
+            _print_row(row.id, ids, labels, text_tokenizer)
     if as_json:
-        print(json.dumps(shown))
+        print(json.dumps(printed))
 
 
 def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int | None]:
-    """How text becomes tokens: the template, the tokenizer, and what stands before everything."""
+    """Return the template, the tokenizer and the id of the token that begins a row, if there is one."""
     from pumice.config import ModelConfig
     from pumice.errors import InputError
     from pumice.formats.gguf.tokenizer import read_gguf_tokenizer
@@ -96,41 +99,48 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
     from pumice.tokens import Tokenizer
 
     files = read_tokenizer(path, read_gguf_tokenizer)
-    words, bos = Tokenizer(files.backend), files.bos_id
+    text_tokenizer, bos = Tokenizer(files.backend), files.bos_id
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if "pumice_format" in config:  # one of our models
+    if "pumice_format" in config:  # a Pumice model folder
         model = ModelConfig.from_dict(config)
-        written = get_template(model.template if template == OWN else template, model.chat)
+        chat_format = get_template(model.template if template == OWN else template, model.chat)
         bos = model.bos_token_id
     elif template != OWN:
-        written = get_template(template)
+        chat_format = get_template(template)
     elif files.chat_template is None:
-        raise InputError(f"{path} describes no chat format of its own; name one with --template")
+        raise InputError(f"{path} describes no chat format; name one with --template")
     else:
-        found = describe(
-            files.chat_template, bos=files.bos, eos=files.eos, specials=words.special, where=str(path)
+        description = describe(
+            files.chat_template,
+            bos=files.bos,
+            eos=files.eos,
+            specials=text_tokenizer.special,
+            where=str(path),
         )
-        written = get_template(found.template, found.chat)
-        if found.writes_bos and files.bos is not None:
-            bos = words.id_of(files.bos)
-    words.stops(written)  # refuses a template whose special tokens the tokenizer lacks
-    return written, words, bos
+        chat_format = get_template(description.template, description.chat)
+        if description.writes_bos and files.bos is not None:
+            bos = text_tokenizer.id_of(files.bos)
+    # Raises InputError if the tokenizer lacks special tokens of the template.
+    text_tokenizer.stops(chat_format)
+    return chat_format, text_tokenizer, bos
 
 
 def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokenizer) -> None:
+    """Print the tokens of a row as text: supervised ones green, pictures magenta, the others dim."""
     from rich.console import Console
     from rich.text import Text
 
     from pumice.config import IMAGE_TOKEN
     from pumice.tokens import IGNORE
 
-    def decode(numbers: list[int]) -> str:
-        return tokenizer.backend.decode(numbers, skip_special_tokens=False)
+    def decode(token_ids: list[int]) -> str:
+        return tokenizer.backend.decode(token_ids, skip_special_tokens=False)
 
-    learned = sum(label != IGNORE for label in labels)
-    text = Text(f"{row_id}: {len(ids)} tokens, {learned} supervised\n", "bold")
+    supervised = sum(label != IGNORE for label in labels)
+    text = Text(f"{row_id}: {len(ids)} tokens, {supervised} supervised\n", "bold")
     start = 0
     while start < len(ids):
+        # A span is a run of tokens with the same colour.
         kind = (ids[start] == IMAGE_TOKEN, labels[start] != IGNORE)
         end = start + 1
         while end < len(ids) and (ids[end] == IMAGE_TOKEN, labels[end] != IGNORE) == kind:
@@ -146,7 +156,7 @@ def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokeni
 
 
 def _processor(model: str, template: str | None) -> Processor:
-    """What prepares a model's input; its weights stay unread."""
+    """Return the processor of a model without reading its weights."""
     from pumice.formats.read import read_model
     from pumice.processor import Processor
     from pumice.tokens import Tokenizer
@@ -157,14 +167,15 @@ def _processor(model: str, template: str | None) -> Processor:
 
 
 def _encode(processor: Processor) -> Encode:
-    """Counts the tokens of a row, however long, as training would without its limit."""
+    """Return a function that counts a row's tokens as training does: (all, supervised)."""
     from pumice.processor import Processor
 
+    # Without a limit of the context, rows that are too long are counted as well.
     decoder = dataclasses.replace(processor.config.decoder, context=sys.maxsize)
-    endless = Processor(dataclasses.replace(processor.config, decoder=decoder), processor.tokenizer)
+    unlimited = Processor(dataclasses.replace(processor.config, decoder=decoder), processor.tokenizer)
 
     def encode(conversation: Conversation) -> tuple[int, int]:
-        sample = endless.training_sample(conversation)
+        sample = unlimited.training_sample(conversation)
         return len(sample.input_ids), sample.supervised
 
     return encode
@@ -207,22 +218,24 @@ def check(
     from pumice.errors import InputError
     from pumice.files import replacing
 
-    processor = told = None
+    # 1. Take the files and folders that are not given from the recipe.
+    processor = loaded_recipe = None
     if recipe is not None:
         from pumice.train.recipe import load_recipe
         from pumice.train.shapes import processor_of
 
-        told = load_recipe(recipe)
-        processor = processor_of(told)
-        files = files or [source.rows for source in told.data]
-        images = images or told.pictures
+        loaded_recipe = load_recipe(recipe)
+        processor = processor_of(loaded_recipe)
+        files = files or [source.rows for source in loaded_recipe.data]
+        images = images or loaded_recipe.pictures
+    # 2. Check all rows.
     if not files:
         raise InputError("there is nothing to check: give a file of rows, or --recipe")
     if fixed is not None and len(files) != 1:
         raise InputError(f"--fix writes one cleaned file, but {len(files)} are checked; check them in turn")
     rows = [Rows(file) for file in files]
     finder = ImageFinder(images or ["."])
-    total, progress = sum(map(len, rows)), _Progress()
+    total, counter = sum(map(len, rows)), _Counter()
     report = check_rows(
         rows,
         finder,
@@ -230,11 +243,12 @@ def check(
         budget=budget,
         encode=None if processor is None else _encode(processor),
         context=None if processor is None else processor.config.decoder.context,
-        truncate=told is not None and told.truncate,
+        truncate=loaded_recipe is not None and loaded_recipe.truncate,
         workers=(os.cpu_count() or 1) if workers is None else workers,
-        progress=lambda: progress(1, total, "rows"),
-        decoded=lambda more, pictures: progress(more, pictures, "pictures"),
+        progress=lambda: counter.add(1, total, "rows"),
+        decoded=lambda more, pictures: counter.add(more, pictures, "pictures"),
     )
+    # 3. Write the cleaned copy and the report.
     values = report.to_dict()
     if fixed is not None:
         values["fixed"] = dict(fix(rows[0], finder, report, fixed))
@@ -246,7 +260,7 @@ def check(
     else:
         _print_report(report)
         if fixed is not None:
-            print(f"{fixed}: " + ", ".join(f"{count} {what}" for what, count in values["fixed"].items()))
+            print(f"{fixed}: " + ", ".join(f"{count} {name}" for name, count in values["fixed"].items()))
         if processor is not None and sample:
             for source in rows:
                 _print_sample(source, finder, processor)
@@ -254,50 +268,51 @@ def check(
         raise typer.Exit(1)
 
 
-class _Progress:
-    """A counter on stderr, where a person watches it."""
+class _Counter:
+    """Counts rows, then pictures, on a status line."""
 
     def __init__(self) -> None:
-        self.what, self.done, self.line = "", 0, StatusLine()
+        self.unit, self.done, self.line = "", 0, StatusLine()
 
-    def __call__(self, more: int, total: int, what: str) -> None:
-        if what != self.what:
-            self.what, self.done = what, 0
+    def add(self, more: int, total: int, unit: str) -> None:
+        """Count `more` of `total` units. A new unit starts at 0."""
+        if unit != self.unit:
+            self.unit, self.done = unit, 0
         before, self.done = self.done, self.done + more
         if before // 50 != self.done // 50 or self.done == total:
-            self.line.show(f"{self.done} of {total} {what}")
+            self.line.show(f"{self.done} of {total} {unit}")
             if self.done == total:
                 self.line.end()
 
 
 def _print_report(report: DataReport) -> None:
-    for problem in report.problems[:SHOWN]:
-        # A malformed row's reason names the row itself.
+    for problem in report.problems[:MAX_PRINTED]:
+        # A malformed row has no id, and its reason names the row.
         source = f"{problem.source}, " if len(report.sources) > 1 else ""
-        where = f"{source}row {problem.row} ({problem.id}): " if problem.id else ""
-        print(f"{where}{problem.kind}: {problem.reason}")
-    if len(report.problems) > SHOWN:
-        print(f"... and {len(report.problems) - SHOWN} more; --json or --report lists all")
-    for name, found in report.sources.items():
+        prefix = f"{source}row {problem.row} ({problem.id}): " if problem.id else ""
+        print(f"{prefix}{problem.kind}: {problem.reason}")
+    if len(report.problems) > MAX_PRINTED:
+        print(f"... and {len(report.problems) - MAX_PRINTED} more; --json or --report lists all")
+    for name, summary in report.sources.items():
         if len(report.sources) > 1:
-            print(f"\n{name}: {found.usable} of {found.rows} rows can be used")
-        for kind, count in found.problems.most_common():
+            print(f"\n{name}: {summary.usable} of {summary.rows} rows can be used")
+        for kind, count in summary.problems.most_common():
             print(f"{count:7} x {kind}")
-        if tokens := found.to_dict()["tokens"]:
+        if tokens := summary.to_dict()["tokens"]:
             median, high = tokens["median"], tokens["percentile_95"]
             print(
                 f"tokens of a row: median {median:.0f}, 95 % up to {high:.0f}, longest {tokens['longest']}; "
                 f"{tokens['supervised_share']:.0%} supervised in rows that can be used; "
                 f"{tokens['too_long_share']:.1%} of the rows exceed the context"
             )
-            most = max(tokens["histogram"].values())
-            for bin, count in tokens["histogram"].items():
-                print(f"  {bin:>12}  {'#' * round(40 * count / most):<40} {count}")
+            max_count = max(tokens["histogram"].values())
+            for bin_name, count in tokens["histogram"].items():
+                print(f"  {bin_name:>12}  {'#' * round(40 * count / max_count):<40} {count}")
     print(f"{report.usable} of {report.rows} rows can be used")
 
 
 def _print_sample(rows: Rows, finder: ImageFinder, processor: Processor) -> None:
-    """The first row that can be used, as the model sees it."""
+    """Print the first usable row as the model sees it."""
     from pumice.errors import InputError
 
     for index in range(len(rows)):
@@ -305,7 +320,7 @@ def _print_sample(rows: Rows, finder: ImageFinder, processor: Processor) -> None
             row = rows[index]
             sample = processor.training_sample(row.conversation(finder))
         except InputError:
-            continue  # told of above
+            continue  # the report names it
         title = f"{rows.source}, row {index + 1} ({row.id})"
         _print_row(title, sample.input_ids.tolist(), sample.labels.tolist(), processor.tokenizer)
         return

@@ -1,4 +1,4 @@
-"""`pumice doctor`."""
+"""`pumice doctor`: check the installation and the machine."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def doctor(
     if as_json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
     elif report.problems:
-        number = len(report.problems)
-        console.print(f"{number} {'problem' if number == 1 else 'problems'}; each has a remedy above.")
+        count = len(report.problems)
+        console.print(f"{count} {'problem' if count == 1 else 'problems'}; each has a remedy above.")
     else:
         console.print("Nothing is wrong.")
     if report.problems:
@@ -56,11 +56,11 @@ def _print(console: Console, title: str, findings: list[Finding]) -> None:
     from rich.text import Text
 
     console.print(Text(title, "bold"))
-    width = max(len(found.name) for found in findings)
-    for found in findings:
-        mark, style = _MARKS[found.level]
-        line = Text("  ").append(f"{mark:<4}", style).append(f"  {found.name:<{width}}  {found.says}")
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        mark, style = _MARKS[finding.level]
+        line = Text("  ").append(f"{mark:<4}", style).append(f"  {finding.name:<{width}}  {finding.says}")
         console.print(line)
-        if found.remedy:
-            console.print(Text(" " * (width + 10)).append(f"-> {found.remedy}", style))
+        if finding.remedy:
+            console.print(Text(" " * (width + 10)).append(f"-> {finding.remedy}", style))
     console.print()

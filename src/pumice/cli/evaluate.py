@@ -1,4 +1,4 @@
-"""`pumice eval`: scores answers to a benchmark, made before or by a model now."""
+"""`pumice eval`: score answers to a benchmark, from a file or from a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pumice.errors import InputError
 from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
-    from pumice.evaluate.result import Asked, Given
+    from pumice.evaluate.result import AnswerSet, QuestionSet
     from pumice.evaluate.run import Answerer
     from pumice.evaluate.task import Task
 
@@ -57,7 +57,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Write a page with numbers and pictures.", metavar="FILE", show_default=False),
     ] = None,
-    beside: Annotated[
+    other_results: Annotated[
         list[Path] | None, typer.Option("--with", help="Results of other tasks for the page; repeat.")
     ] = None,
     compare: Annotated[
@@ -107,6 +107,7 @@ def evaluate(
     from pumice.evaluate.tasks import get_task
     from pumice.files import replacing
 
+    # 1. Check all options before a model is loaded.
     if show_list:
         _print_list()
         return
@@ -114,9 +115,11 @@ def evaluate(
         raise InputError(
             "there is no task; write for example: pumice eval pope --data DIR --predictions FILE"
         )
-    chosen = get_task(task, split)
+    benchmark = get_task(task, split)
     if data is None:
-        raise InputError(f"--data is missing; {task} needs {chosen.source.files} from {chosen.source.url}")
+        raise InputError(
+            f"--data is missing; {task} needs {benchmark.source.expected_files} from {benchmark.source.url}"
+        )
     if predictions is None:
         raise InputError("--predictions is missing; name the file of answers (with --model it is written)")
     if reference is not None and reference not in PUBLISHED:
@@ -128,47 +131,51 @@ def evaluate(
     if compare is not None and predictions.exists() and compare.exists() and predictions.samefile(compare):
         raise InputError(f"--predictions and --compare are one file, '{compare}'; name two files of answers")
     _check_outputs(json_file, report, submission)
-    _check_apart([predictions, data, compare, reviews, *(beside or ())], [json_file, report, submission])
-    others = [result.read_result(path) for path in beside or ()]
-    _set_judge(chosen, reviews, judge_url, judge_model)
+    _check_no_overwrite(
+        [predictions, data, compare, reviews, *(other_results or ())], [json_file, report, submission]
+    )
+    other_values = [result.read_result(path) for path in other_results or ()]
+    _set_judge(benchmark, reviews, judge_url, judge_model)
 
-    asked = result.read_questions(chosen, data, limit, keep_images=model is not None)
+    # 2. Read the questions, and let the model answer them.
+    asked = result.read_questions(benchmark, data, limit, keep_images=model is not None)
     if model is not None and not _answer(
-        chosen, asked, predictions, model, model_name, device, slots, allow_missing, max_new_tokens
+        benchmark, asked, predictions, model, model_name, device, slots, allow_missing, max_new_tokens
     ):
-        return  # another process of torchrun goes on
-    given = result.read_answers(asked, predictions, allow_missing=allow_missing)
+        return  # another process of torchrun scores the answers
+    answers = result.read_answers(asked, predictions, allow_missing=allow_missing)
+    # 3. Write a submission, compare two files of answers, or score one.
     if submission is not None:
-        chosen.submission(given.answered, submission, data)
+        benchmark.submission(answers.answered, submission, data)
         print(f"wrote {submission}", file=sys.stderr)
     if compare is not None:
-        _compare(chosen, data, asked, given, predictions, compare, json_file, report, allow_missing)
+        _compare(benchmark, data, asked, answers, predictions, compare, json_file, report, allow_missing)
         return
     try:
-        score = chosen.score(given.answered)
+        score = benchmark.score(answers.answered)
     except InputError:
         if submission is None:
             raise
-        print(f"{chosen.title} {chosen.split} is scored by its server", file=sys.stderr)
+        print(f"{benchmark.title} {benchmark.split} is scored by its server", file=sys.stderr)
         return
-    found = result.make_result(chosen, asked, given, score, reference)
+    values = result.make_result(benchmark, asked, answers, score, reference)
     if report is not None:
         from pumice.evaluate.report import cards, page
 
-        shown = cards(chosen, data, given.answered, score.values, given.model)
+        example_cards = cards(benchmark, data, answers.answered, score.values, answers.model)
         with replacing(report) as file:
-            file.write(page([found, *others], shown))
-    _print(found, json_file, result.in_words(found))
+            file.write(page([values, *other_values], example_cards))
+    _print(values, json_file, result.format_result(values))
 
 
-def _print(found: dict[str, Any], json_file: Path | None, words: str) -> None:
+def _print(values: dict[str, Any], json_file: Path | None, words: str) -> None:
     from pumice.evaluate.files import write_json
 
     if json_file is not None and str(json_file) == "-":
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(values, ensure_ascii=False))
         return
     if json_file is not None:
-        write_json(json_file, found, indent=2)
+        write_json(json_file, values, indent=2)
     print(words)
 
 
@@ -181,19 +188,19 @@ def _check_outputs(json_file: Path | None, report: Path | None, submission: Path
             raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
 
 
-def _check_apart(inputs: Sequence[Path | None], outputs: Sequence[Path | None]) -> None:
-    """No output takes the place of what is read, or of another output."""
-    taken = {path.resolve() for path in inputs if path is not None}
+def _check_no_overwrite(inputs: Sequence[Path | None], outputs: Sequence[Path | None]) -> None:
+    """Raise InputError if an output is also an input or another output."""
+    used_paths = {path.resolve() for path in inputs if path is not None}
     for path in outputs:
         if path is None or str(path) == "-":
             continue
-        if path.resolve() in taken:
-            raise InputError(f"'{path}' is named twice, and would be written over; name another file")
-        taken.add(path.resolve())
+        if path.resolve() in used_paths:
+            raise InputError(f"'{path}' is named twice, and would be overwritten; name another file")
+        used_paths.add(path.resolve())
 
 
 def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | None) -> None:
-    from pumice.evaluate.endpoint import Endpoint
+    from pumice.evaluate.endpoint import ChatEndpoint
     from pumice.evaluate.judge import Judge, JudgedTask
 
     if (url is None) != (model is None):
@@ -202,14 +209,14 @@ def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | N
         if url is not None or reviews is not None:
             raise InputError(f"{task.name} needs no judge; leave out --judge-url and --reviews")
         return
-    endpoint = Endpoint(url, model) if url is not None and model is not None else None
+    endpoint = ChatEndpoint(url, model) if url is not None and model is not None else None
     if endpoint is not None or reviews is not None:
         task.judge = Judge(reviews, endpoint)
 
 
 def _answer(
     task: Task,
-    asked: Asked,
+    asked: QuestionSet,
     path: Path,
     model: str,
     model_name: str | None,
@@ -218,21 +225,21 @@ def _answer(
     allow_missing: bool,
     max_new_tokens: int | None,
 ) -> bool:
-    """Lets the model answer into `path`; False where another process goes on."""
-    from pumice.evaluate.run import check_pictures, run
+    """Let the model write its answers to `path`. Return False if another process scores them."""
+    from pumice.evaluate.run import check_images, run
 
-    missing = check_pictures(asked.questions, allow_missing=allow_missing)
+    missing = check_images(asked.questions, allow_missing=allow_missing)
     if missing:
         print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
     answerer = _answerer(model, model_name, device, slots)
     started = time.monotonic()
-    first: list[int] = []
+    first_done: list[int] = []
     line = StatusLine()
 
     def progress(done: int, total: int) -> None:
-        first[:] = first or [done - 1]
-        rate = (time.monotonic() - started) / max(1, done - first[0])
-        line.show(f"{done} of {total}, {rate * (total - done):.0f} s left  ")
+        first_done[:] = first_done or [done - 1]  # answers of an earlier run took no time
+        seconds_each = (time.monotonic() - started) / max(1, done - first_done[0])
+        line.show(f"{done} of {total}, {seconds_each * (total - done):.0f} s left  ")
 
     try:
         return run(
@@ -240,7 +247,7 @@ def _answer(
             allow_missing=allow_missing, progress=progress, max_new_tokens=max_new_tokens,
         )  # fmt: skip
     finally:
-        if first:
+        if first_done:
             line.end()
 
 
@@ -248,11 +255,11 @@ def _answerer(model: str, model_name: str | None, device: str | None, slots: int
     from pumice.evaluate.run import EndpointAnswerer, LocalAnswerer
 
     if model.startswith(("http://", "https://")):
-        from pumice.evaluate.endpoint import Endpoint
+        from pumice.evaluate.endpoint import ChatEndpoint
 
         if model_name is None:
-            raise InputError("--model is an address; say which model is meant there with --model-name")
-        return EndpointAnswerer(Endpoint(model, model_name), workers=slots)
+            raise InputError("--model is an address; name its model there with --model-name")
+        return EndpointAnswerer(ChatEndpoint(model, model_name), workers=slots)
     options.share_cores()
     from pumice.assistant import load
 
@@ -262,10 +269,10 @@ def _answerer(model: str, model_name: str | None, device: str | None, slots: int
 def _compare(
     task: Task,
     data: Path,
-    asked: Asked,
-    first: Given,
-    mine: Path,
-    other: Path,
+    asked: QuestionSet,
+    first: AnswerSet,
+    first_path: Path,
+    second_path: Path,
     json_file: Path | None,
     report: Path | None,
     allow_missing: bool,
@@ -274,28 +281,34 @@ def _compare(
     from pumice.evaluate.result import read_answers
     from pumice.files import replacing
 
-    second = read_answers(asked, other, allow_missing=allow_missing)
-    files = (mine.name, other.name) if mine.name != other.name else (str(mine), str(other))
+    second = read_answers(asked, second_path, allow_missing=allow_missing)
+    same_name = first_path.name == second_path.name
+    files = (str(first_path), str(second_path)) if same_name else (first_path.name, second_path.name)
     names = (first.model, second.model)
     if names[0] == names[1]:
         names = (f"{names[0]} (first)", f"{names[1]} (second)")
-    told = first.answered, second.answered
-    both = set.intersection(*({question.id for question, _ in said} for said in told))
-    ours, theirs = ([answer for answer in said if answer.question.id in both] for said in told)
-    if not both:
+    # Only questions that both files answer can be compared.
+    both_answered = first.answered, second.answered
+    common_ids = set.intersection(*({question.id for question, _ in answered} for answered in both_answered))
+    first_answers, second_answers = (
+        [answer for answer in answered if answer.question.id in common_ids] for answered in both_answered
+    )
+    if not common_ids:
         raise InputError(
             f"{files[0]} and {files[1]} answer no question in common; compare answers to the same"
         )
-    found = compare.compare(task, ours, theirs, names, files)
-    found["partial"] = len(both) < asked.total
-    found["why_partial"] = f"{len(both)} of {asked.total} questions" if found["partial"] else ""
-    words = compare.in_words(found) + (f"\n  PARTIAL: {found['why_partial']}" if found["partial"] else "")
-    _print(found, json_file, words)
+    values = compare.compare(task, first_answers, second_answers, names, files)
+    values["partial"] = len(common_ids) < asked.total
+    values["why_partial"] = f"{len(common_ids)} of {asked.total} questions" if values["partial"] else ""
+    words = compare.format_comparison(values) + (
+        f"\n  PARTIAL: {values['why_partial']}" if values["partial"] else ""
+    )
+    _print(values, json_file, words)
     if report is not None:
         from pumice.evaluate.report import compare_page, compared_cards
 
         with replacing(report) as file:
-            file.write(compare_page(found, compared_cards(task, data, ours, theirs, names)))
+            file.write(compare_page(values, compared_cards(task, data, first_answers, second_answers, names)))
 
 
 def _print_list() -> None:

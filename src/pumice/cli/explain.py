@@ -1,4 +1,4 @@
-"""`pumice explain`: where each word of an answer looked, and whether the picture mattered."""
+"""`pumice explain`: show where each word of an answer looked, and whether the picture mattered."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pumice.cli import options
 from pumice.errors import InputError
 from pumice.files import replacing
 
-KINDS = (".html", ".png", ".json")
+SUFFIXES = (".html", ".png", ".json")
 
 
 def explain(
-    words: Annotated[
+    arguments: Annotated[
         list[str] | None,
         typer.Argument(help="Pictures, then the question.", metavar="IMAGE... QUESTION", show_default=False),
     ] = None,
@@ -56,7 +56,7 @@ def explain(
 
     pumice explain dog.jpg "What is the dog doing?" --out page.html
     """
-    *images, question = words or [""]
+    *images, question = arguments or [""]
     if not question.strip():
         raise InputError(
             'there is no question; write for example: pumice explain dog.jpg "What is this?" --out page.html'
@@ -68,9 +68,9 @@ def explain(
         )
     if out is None and not as_json:
         raise InputError("say where it goes: --out page.html, --out picture.png or --out data.json")
-    kind = "" if out is None else out.suffix.lower()
+    suffix = "" if out is None else out.suffix.lower()
     if out is not None:
-        if kind not in KINDS:
+        if suffix not in SUFFIXES:
             raise InputError(f"--out '{out}' must end in .html, .png or .json")
         if not out.parent.is_dir():
             raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
@@ -78,49 +78,49 @@ def explain(
             Path(name).exists() and out.exists() and out.samefile(name) for name in images
         ):
             raise InputError(f"--out '{out}' is a folder or the picture itself; name another file")
-    if occlusion and kind == ".png" and not as_json:
+    if occlusion and suffix == ".png" and not as_json:
         raise InputError("a strip does not show --occlusion; write a page.html or a data.json")
 
     from pumice.explain.page import page, to_json
     from pumice.images import open_image
 
-    chosen = _layers(layers)
-    opened = [open_image(name) for name in images]  # before torch is busy: a wrong path is told at once
+    layer_numbers = _parse_layers(layers)
+    opened = [open_image(name) for name in images]  # before torch is imported: a wrong path fails at once
     options.share_cores()
     from pumice.assistant import load
     from pumice.explain.methods import DEFAULT, get_method
     from pumice.explain.render import strip
 
     get_method(method or DEFAULT)  # raises before the model is loaded
-    found = load(model, **options.opening(device, quantize)).explain(
-        opened, question, answer, method=method or DEFAULT, layers=chosen, occlusion=occlusion,
+    explanation = load(model, **options.opening(device, quantize)).explain(
+        opened, question, answer, method=method or DEFAULT, layers=layer_numbers, occlusion=occlusion,
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
     if out is not None:
         with replacing(out) as file:
-            if kind == ".png":
-                strip(found).save(file.buffer, "PNG", optimize=True)
-            elif kind == ".html":
-                file.write(page(found))
+            if suffix == ".png":
+                strip(explanation).save(file.buffer, "PNG", optimize=True)
+            elif suffix == ".html":
+                file.write(page(explanation))
             else:
-                file.write(json.dumps(to_json(found), ensure_ascii=False) + "\n")
+                file.write(json.dumps(to_json(explanation), ensure_ascii=False) + "\n")
     if as_json:
-        told = {"model": model, "images": images, **to_json(found, pictures=False)}
-        print(json.dumps({**told, "out": None if out is None else str(out)}, ensure_ascii=False))
+        values = {"model": model, "images": images, **to_json(explanation, pictures=False)}
+        print(json.dumps({**values, "out": None if out is None else str(out)}, ensure_ascii=False))
         return
-    print(found.answer)
-    print(found.reliance.verdict(), file=sys.stderr)
+    print(explanation.answer)
+    print(explanation.reliance.verdict(), file=sys.stderr)
 
 
-def _layers(text: str | None) -> list[int] | None:
-    """ "12-23" or "3,7,21", or both, as numbers."""
+def _parse_layers(text: str | None) -> list[int] | None:
+    """Parse "12-23", "3,7,21" or a mix of both."""
     if text is None:
         return None
-    found: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         last = high if dash else low
         if not (low.isdecimal() and last.isdecimal()) or not int(low) <= int(last) <= 10_000:
             raise InputError(f"--layers is {text!r}; write numbers from 0, such as 12-23 or 3,7,21")
-        found += range(int(low), int(last) + 1)
-    return found
+        numbers += range(int(low), int(last) + 1)
+    return numbers

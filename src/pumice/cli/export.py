@@ -1,4 +1,4 @@
-"""`pumice export`."""
+"""`pumice export`: write a model in the format of another program."""
 
 from __future__ import annotations
 

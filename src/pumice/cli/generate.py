@@ -1,16 +1,15 @@
-"""`pumice data generate` and `pumice data mix`."""
+"""`pumice data generate` and `pumice data mix`: make training rows with a teacher, or from official files."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pumice.errors import InputError, WorkError
+from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
     from pumice.synth.endpoint import Endpoint
@@ -58,7 +57,9 @@ def generate(
         int | None, typer.Option(min=1, help="Only so many pictures.", show_default=False)
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Show the teacher the picture too.")] = False,
-    told: Annotated[bool, typer.Option(help="Tell the teacher the annotations.")] = True,
+    show_annotations: Annotated[
+        bool, typer.Option("--told/--no-told", help="Tell the teacher the annotations.")
+    ] = True,
     examples: Annotated[
         int | None,
         typer.Option(min=0, help="Worked examples in a prompt; all if not given.", show_default=False),
@@ -121,13 +122,14 @@ def generate(
     from pumice.synth.sources import gather
     from pumice.synth.teachers import LocalTeacher, RemoteTeacher
 
-    chosen = _options(options)
+    # 1. Check the teacher and its options.
+    sampling = _options(options)
     endpoint: Endpoint | None = None
-    asked: Teacher
+    chosen_teacher: Teacher
     if teacher == "local":
         if budget_tokens is not None or budget_money is not None:
             raise InputError("a local teacher costs nothing; leave the budget out")
-        asked = LocalTeacher(model, device, parallel, chosen)
+        chosen_teacher = LocalTeacher(model, device, parallel, sampling)
     else:
         if (price_in is None) != (price_out is None):
             raise InputError("give both --price-in and --price-out, or neither")
@@ -136,80 +138,81 @@ def generate(
             teacher, model, key_variable, parallel, per_minute, tokens_per_minute, timeout, attempts,
             backoff=backoff, budget_tokens=budget_tokens, budget_money=budget_money, prices=prices,
             image_tokens=image_tokens,
-            options={"temperature": 0.7, **chosen},
+            options={"temperature": 0.7, **sampling},
         )  # fmt: skip
-        asked = RemoteTeacher(endpoint)
-    asked.check()
-    _libraries()
+        chosen_teacher = RemoteTeacher(endpoint)
+    chosen_teacher.check()
+    _check_libraries()
+    # 2. Read the annotations and plan the requests.
     bad_rows = BadRows(max_spoiled)
     finder = ImageFinder(images) if images else None
     kinds = _kinds(kind or [])
     sources = _sources(coco_captions, coco_instances, visual_genome, flickr30k, jsonl or [], bad_rows)
     contexts = gather(sources, finder, bad_rows, limit)
     if bad_rows.count:
-        runs.note(f"{bad_rows.count} spoiled annotations are left out; the first: {bad_rows.first[0]}")
+        runs.note(
+            f"{bad_rows.count} annotations cannot be used and are left out; the first: {bad_rows.first[0]}"
+        )
     settings = CheckSettings(unsupported, None if language == "any" else language)
-    job = runs.Job(contexts, kinds, out, finder, show, examples, told, seed, settings, similar)
+    job = runs.Job(contexts, kinds, out, finder, show, examples, show_annotations, seed, settings, similar)
     job.check()
-    patience = endpoint.timeout + 60 if endpoint else 1.0
+    lock_timeout = endpoint.timeout + 60 if endpoint else 1.0
     journal, lock = runs.open_journal(
         out,
-        lambda: runs.note("waiting for the last replies of a run that was ended before its time"),
-        patience,
+        lambda: runs.note("waiting for the last replies of a run that was stopped"),
+        lock_timeout,
     )
+    # 3. Ask the teacher what the journal lacks, then check all replies and write rows and report.
     with lock:
-        guess = runs.estimate(job, asked, journal, endpoint)
-        runs.note(f"{len(contexts)} pictures: {guess.sentence()}")
+        estimate = runs.estimate(job, chosen_teacher, journal, endpoint)
+        runs.note(f"{len(contexts)} pictures: {estimate.sentence()}")
         if estimate_only:
             if as_json:
-                print(json.dumps(vars(guess)))
+                print(json.dumps(vars(estimate)))
             return
         stopped = ""
-        if not offline and guess.answered < guess.requests:
-            progress = _Progress(guess.requests - guess.answered)
-            stopped = runs.call(job, asked, journal, progress)
-            progress.end()
-        statistics = runs.finish(job, asked, journal)
+        if not offline and estimate.answered < estimate.requests:
+            counter = _CallCounter(estimate.requests - estimate.answered)
+            stopped = runs.call(job, chosen_teacher, journal, counter)
+            counter.end()
+        statistics = runs.finish(job, chosen_teacher, journal)
         values = statistics.to_dict()
         with replacing(out / "report.json") as file:
             file.write(json.dumps(values, indent=1) + "\n")
-        report.write(out / "report.html", statistics, f"Instruction data by {asked.model}", finder)
+        report.write(out / "report.html", statistics, f"Instruction data by {chosen_teacher.model}", finder)
     if as_json:
         print(json.dumps(values))
     else:
         print(f"{statistics.accepted} of {statistics.total} rows survived; see {out / 'report.html'}")
     missing = sum(counts["no reply"] for counts in statistics.reasons.values())
     if missing and not offline:
-        why = (
+        remedy = (
             "the budget holds no further call; raise it"
             if stopped == "budget"
             else "run again to ask for them"
         )
-        raise WorkError(f"{missing} of {statistics.total} requests have no reply: {why}")
+        raise WorkError(f"{missing} of {statistics.total} requests have no reply: {remedy}")
 
 
-class _Progress:
-    """A line on stderr while calls are made."""
+class _CallCounter:
+    """Counts the calls to a teacher on a status line."""
 
     def __init__(self, total: int) -> None:
         self.total, self.answered, self.failed, self.spent = total, 0, 0, (0, 0)
-        self._last, self._every = 0.0, 0.5 if sys.stderr.isatty() else 30.0
+        self.line = StatusLine(0.5, log_seconds=30.0)
 
     def __call__(self, message: dict[str, Any]) -> None:
         self.answered += bool(message["answered"])
         self.failed += not message["answered"]
         self.spent = tuple(message["spent"])
-        if time.monotonic() - self._last > self._every:
-            self._last = time.monotonic()
-            self._print("\r" if sys.stderr.isatty() else "", "" if sys.stderr.isatty() else "\n")
-
-    def _print(self, before: str, after: str) -> None:
-        tokens = f"{sum(self.spent):,} tokens"
-        text = f"{self.answered} of {self.total} answered, {self.failed} calls failed, {tokens}"
-        print(f"{before}{text}", end=after, file=sys.stderr, flush=True)
+        self.line.show(self._text())
 
     def end(self) -> None:
-        self._print("\r" if sys.stderr.isatty() else "", "\n")
+        self.line.end(self._text())
+
+    def _text(self) -> str:
+        tokens = f"{sum(self.spent):,} tokens"
+        return f"{self.answered} of {self.total} answered, {self.failed} calls failed, {tokens}"
 
 
 def _options(text: str | None) -> dict[str, Any]:
@@ -222,7 +225,7 @@ def _options(text: str | None) -> dict[str, Any]:
     return values
 
 
-def _libraries() -> None:
+def _check_libraries() -> None:
     from importlib.util import find_spec
 
     for name in ("ijson", "datasketch", "py3langid"):
@@ -230,13 +233,13 @@ def _libraries() -> None:
             raise InputError(f"this needs {name}; install pumice[generate]")
 
 
-def _kinds(given: list[str]) -> list[tuple[Kind, float]]:
+def _kinds(names_and_shares: list[str]) -> list[tuple[Kind, float]]:
     from pumice.synth.kinds import builtin, get
 
-    if not given:
+    if not names_and_shares:
         return [(kind, 1.0) for kind in builtin().values()]
     chosen = []
-    for text in given:
+    for text in names_and_shares:
         name, separator, share = text.partition("=")
         try:
             chosen.append((get(name), float(share) if separator else 1.0))
@@ -257,17 +260,17 @@ def _sources(
 ) -> list[Any]:
     from pumice.synth import sources
 
-    found: list[Any] = []
+    all_sources: list[Any] = []
     if captions is not None or instances is not None:
-        found.append(sources.coco(captions, instances, bad_rows))
+        all_sources.append(sources.coco(captions, instances, bad_rows))
     if genome is not None:
-        found.append(sources.visual_genome(genome, bad_rows))
+        all_sources.append(sources.visual_genome(genome, bad_rows))
     if flickr is not None:
-        found.append(sources.flickr30k(flickr, bad_rows))
-    found += [sources.plain(file, bad_rows) for file in plain]
-    if not found:
+        all_sources.append(sources.flickr30k(flickr, bad_rows))
+    all_sources += [sources.plain(file, bad_rows) for file in plain]
+    if not all_sources:
         raise InputError("no annotations are given; name --coco-captions, --jsonl or another source")
-    return found
+    return all_sources
 
 
 def mix(
@@ -279,20 +282,20 @@ def mix(
     """Build a mixture of tasks from official files, as LLaVA-1.5 has it; a manifest stands beside it."""
     from pumice.synth.mix.build import build, load
 
-    _libraries()
+    _check_libraries()
     manifest = build(load(recipe), out, seed)
     if as_json:
         print(json.dumps(manifest))
     else:
         for source in manifest["sources"]:
-            known = source["reference"]
-            told = "" if known is None else f" (LLaVA-1.5 has {known['rows']:,})"
-            print(f"{source['name']}: {source['rows']:,} rows of {source['available']:,}{told}")
+            reference = source["reference"]
+            comparison = "" if reference is None else f" (LLaVA-1.5 has {reference['rows']:,})"
+            print(f"{source['name']}: {source['rows']:,} rows of {source['available']:,}{comparison}")
         print(f"{manifest['rows']:,} rows in {out}")
-    wrong = [
+    differences = [
         s["reference"]["sentence"]
         for s in manifest["sources"]
         if s["reference"] and s["reference"]["sentence"]
     ]
-    if wrong:
-        raise WorkError(wrong[0])
+    if differences:
+        raise WorkError(differences[0])

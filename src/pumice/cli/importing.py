@@ -1,4 +1,4 @@
-"""`pumice import`."""
+"""`pumice import`: write a model of another format as a Pumice folder."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ def import_(
     from pumice.formats.import_ import import_model
 
     bits = None if quantize == "none" else quantize
-    done = import_model(source, target, dtype=dtype, template=template, tower=tower, base=base, quantize=bits)
-    summary = done.summary()
+    report = import_model(
+        source, target, dtype=dtype, template=template, tower=tower, base=base, quantize=bits
+    )
+    summary = report.summary()
     if as_json:
         print(json.dumps({"folder": str(target), **summary}, ensure_ascii=False))
         return

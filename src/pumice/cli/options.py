@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import typer
 
 
 def share_cores(*, waits_for_people: bool = False) -> None:
-    """Choose how OpenMP's threads wait between two products; call it before torch is imported.
+    """Choose whether OpenMP's threads spin or sleep while they wait. Call it before torch is imported.
 
-    Decoding is hundreds of small products per token. Threads that spin while they wait save 0.3 s of
-    an answer on an idle machine and lose very much beside another busy process, a training run say:
-    1900 instead of 50 ms per token were measured. They also spin while a person types. So they spin
-    only for work without pauses on a machine that is mostly idle. A value that is already set stays.
+    Decoding is hundreds of small matrix products per token. Spinning threads save 0.3 s per answer on an
+    idle machine. Beside another busy process, such as a training run, they are very slow: a token took
+    1900 instead of 50 ms. They also use the CPU while a person types. So they spin only for work without
+    pauses on a mostly idle machine. If OMP_WAIT_POLICY is already set, it stays.
     """
     idle = hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.5 * (os.cpu_count() or 1)
     policy = "ACTIVE" if idle and not waits_for_people else "PASSIVE"
@@ -24,7 +24,7 @@ def share_cores(*, waits_for_people: bool = False) -> None:
 
 
 class Bits(str, Enum):
-    """How many bits a weight of the decoder keeps."""
+    """The number of bits of a decoder weight."""
 
     auto = "auto"
     int8 = "int8"
@@ -39,7 +39,7 @@ def opening(
     tower: str | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """The options of opening a model as those of `pumice.load`."""
+    """Return the options that open a model as keyword arguments of `pumice.load`."""
     bits = None if quantize is Bits.none else quantize.value
     return {"device": device, "quantize": bits, "template": template, "tower": tower, "base": base}
 
@@ -53,7 +53,7 @@ def sampling(
     stop: Sequence[str] | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    """The options of sampling as fields of `SamplingParams`."""
+    """Return the sampling options as fields of `SamplingParams`."""
     return {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -1,4 +1,4 @@
-"""`pumice plan`."""
+"""`pumice plan`: estimate the memory and the time of a training run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
 ) -> None:
     """Say what a recipe takes before it runs: memory and time. Status 1 when it does not fit."""
-    from pumice.train.plan.estimate import plan as make
+    from pumice.train.plan.estimate import plan as make_plan
     from pumice.train.recipe import load_recipe
 
-    found = make(
+    estimate = make_plan(
         load_recipe(recipe, overrides or []),
         recipe,
         gpu=gpu,
@@ -43,17 +43,19 @@ def plan(
         processes=processes,
         rows=rows,
     )
-    print(json.dumps(found.to_dict()) if as_json else "\n".join(describe(found)))
-    if found.fits is False:
+    print(json.dumps(estimate.to_dict()) if as_json else "\n".join(describe(estimate)))
+    if estimate.fits is False:
         raise typer.Exit(1)
 
 
 def describe(plan: Plan) -> list[str]:
-    """The plan in lines."""
+    """Return the plan as lines of text."""
     device = plan.device
-    room = "memory unknown" if device.memory is None else f"{device.memory / 1e9:.1f} GB"
-    share = "" if plan.processes == 1 else f" x {plan.processes}, " + ("shards" if plan.sharded else "copies")
-    lines = [f"{plan.recipe} on {device.name}{share}, {room}", "", "parameters"]
+    memory = "memory unknown" if device.memory is None else f"{device.memory / 1e9:.1f} GB"
+    devices = (
+        "" if plan.processes == 1 else f" x {plan.processes}, " + ("shards" if plan.sharded else "copies")
+    )
+    lines = [f"{plan.recipe} on {device.name}{devices}, {memory}", "", "parameters"]
     for part, count in plan.parameters.items():
         lines.append(f"  {part:<14}{count / 1e6:10.1f} M")
     lines += [
@@ -61,7 +63,7 @@ def describe(plan: Plan) -> list[str]:
         "",
         f"memory at packs of {plan.pack_tokens} tokens",
     ]
-    lines += [f"  {kind:<14}{amount / 1e9:10.2f} GB" for kind, amount in plan.memory.items() if amount]
+    lines += [f"  {kind:<14}{size / 1e9:10.2f} GB" for kind, size in plan.memory.items() if size]
     lines.append(f"  {'in all':<14}{plan.total / 1e9:10.2f} GB  {_verdict(plan)}")
     if plan.largest_pack:
         lines.append(f"  largest pack that fits: {plan.largest_pack} tokens (pack_tokens)")

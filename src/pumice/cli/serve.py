@@ -1,4 +1,4 @@
-"""`pumice serve`: the HTTP server and its page."""
+"""`pumice serve`: run the HTTP server and its chat page."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pumice.serve.backend import Backend
     from pumice.serve.settings import ServerSettings
 
-KEYS = "PUMICE_API_KEY"  # the environment's name for one key, or several with commas between them
-SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+KEYS = "PUMICE_API_KEY"  # environment variable: one key, or several separated by commas
+SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 def serve(
@@ -92,7 +92,7 @@ def serve(
     pumice serve --model pumice-tiny --port 8000
     """
     try:
-        from pumice.serve.logs import set_up
+        from pumice.serve.logs import configure_logging
         from pumice.serve.run import ServerPlan
         from pumice.serve.run import serve as run
         from pumice.serve.settings import ServerSettings
@@ -102,10 +102,10 @@ def serve(
     settings = ServerSettings(
         host=host,
         port=port,
-        keys=_keys(api_key, api_key_file),
+        keys=_read_keys(api_key, api_key_file),
         cors=tuple(cors or ()),
         hosts=tuple(name.lower() for name in allow_host or ()),
-        max_body=_size(max_body),
+        max_body=_parse_size(max_body),
         max_images=max_images,
         max_pixels=max_pixels,
         max_tokens=max_tokens,
@@ -118,25 +118,36 @@ def serve(
         allow_image_urls=allow_image_urls,
         image_timeout=image_timeout,
     ).check()
-    form, level = _log(log, log_level)
+    form, level = _log_format(log, log_level)
     if not settings.loopback and not settings.keys:
         print(f"pumice: {host} is open to others and no API key is set", file=sys.stderr)
     if upstream is None:
-        _check_room(workers)
+        _check_workers(workers)
         options.share_cores(waits_for_people=True)
         names = tuple(name or (Path(model).name or model,))
         backend = functools.partial(
-            _local, model, names, slots, cache_tokens, chunk, options.opening(device, quantize), workers
+            _local_backend,
+            model,
+            names,
+            slots,
+            cache_tokens,
+            chunk,
+            options.opening(device, quantize),
+            workers,
         )
-        shown = names[0]
+        display_name = names[0]
     else:
-        backend = functools.partial(_upstream, upstream, slots)
-        shown = upstream
-        backend(settings)  # what is wrong with the address is told before anything starts
-    run(ServerPlan(settings, backend, shown, functools.partial(set_up, form, level), workers))
+        backend = functools.partial(_upstream_backend, upstream, slots)
+        display_name = upstream
+        backend(settings)  # a wrong address fails here, before anything starts
+    run(
+        ServerPlan(
+            settings, backend, display_name, functools.partial(configure_logging, form, level), workers
+        )
+    )
 
 
-def _local(
+def _local_backend(
     model: str,
     names: tuple[str, ...],
     slots: int,
@@ -146,7 +157,7 @@ def _local(
     workers: int,
     settings: ServerSettings,
 ) -> tuple[Backend, int]:
-    """The engine as a backend; runs in each worker."""
+    """Load the model in a worker process. Return its backend and its number of slots."""
     import torch
 
     from pumice.assistant import load
@@ -160,20 +171,22 @@ def _local(
     return LocalBackend(assistant, names, settings), slots
 
 
-def _upstream(url: str, slots: int, settings: ServerSettings) -> tuple[Backend, int]:
-    from pumice.serve.upstream import Upstream
+def _upstream_backend(url: str, slots: int, settings: ServerSettings) -> tuple[Backend, int]:
+    """Return the backend of a worker process that passes requests on, and its number of slots."""
+    from pumice.serve.upstream import UpstreamBackend
 
-    return Upstream(url, settings), slots
+    return UpstreamBackend(url, settings), slots
 
 
-def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    # a key that turns out empty, of a variable that is not set, must not leave the server open
-    if any(not key.strip() for key in given or ()):
+def _read_keys(options_keys: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    """Return the keys of the options, the environment and the file. Raises InputError for an empty one."""
+    # An empty key, such as that of an unset shell variable, must not leave the server open to everybody.
+    if any(not key.strip() for key in options_keys or ()):
         raise InputError("--api-key is empty; give a key, or leave the option out to serve without one")
-    named = os.environ.get(KEYS)
-    if named is not None and not named.strip(", "):
+    env_keys = os.environ.get(KEYS)
+    if env_keys is not None and not env_keys.strip(", "):
         raise InputError(f"{KEYS} is empty; give it a key, or unset it to serve without one")
-    keys = [*(given or ()), *(named or "").split(",")]
+    keys = [*(options_keys or ()), *(env_keys or "").split(",")]
     if file is not None:
         try:
             keys += file.read_text(encoding="utf-8").splitlines()
@@ -184,14 +197,15 @@ def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
 
 
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)\s*([kmg]?)i?b?", text.strip().lower())
-    if found is None:
-        raise InputError(f"the size {text!r} is none; write for example 20M")
-    return int(found[1]) * SIZES[found[2]]
+def _parse_size(text: str) -> int:
+    """Return the bytes of a size such as "20M"."""
+    match = re.fullmatch(r"(\d+)\s*([kmg]?)i?b?", text.strip().lower())
+    if match is None:
+        raise InputError(f"the size {text!r} is not valid; write for example 20M")
+    return int(match[1]) * SIZE_UNITS[match[2]]
 
 
-def _log(form: str, level: str) -> tuple[Literal["json", "text"], str]:
+def _log_format(form: str, level: str) -> tuple[Literal["json", "text"], str]:
     if form not in ("auto", "json", "text"):
         raise InputError(f"--log is {form!r}; use json, text or auto")
     if level not in ("debug", "info", "warning", "error"):
@@ -201,7 +215,7 @@ def _log(form: str, level: str) -> tuple[Literal["json", "text"], str]:
     return ("json" if form == "json" else "text"), level
 
 
-def _check_room(workers: int) -> None:
+def _check_workers(workers: int) -> None:
     cores = os.cpu_count() or 1
     if workers > cores:
         raise InputError(f"--workers is {workers} on a machine of {cores} cores; give at most {cores}")

@@ -1,4 +1,4 @@
-"""`pumice train`."""
+"""`pumice train`: run or continue the training that a recipe describes."""
 
 from __future__ import annotations
 

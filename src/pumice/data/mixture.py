@@ -69,12 +69,12 @@ class Mixture:
         listed = list(groups.values())
         return [listed[i] for i in np.random.default_rng([self.seed, epoch, 1]).permutation(len(listed))]
 
-    def has_picture(self, source: int, index: int) -> bool:
+    def has_image(self, source: int, index: int) -> bool:
         """Whether a row names a picture."""
         return bool(self._pictures[source][index] >= 0)
 
     @property
-    def most_pictures(self) -> int:
+    def max_images(self) -> int:
         """The most pictures that one row names."""
         return self._looked_at[1]
 

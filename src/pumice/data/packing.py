@@ -1,11 +1,11 @@
-"""Samples become packs: one sequence without padding, in which no sample sees another.
+"""Packing: samples are joined to sequences without padding, and no sample sees another.
 
-Samples about the same pictures share their common beginning: a prefix tree computes the picture and
-the question once for five captions. Every token sees exactly the tokens that it would see alone, at
-the same positions, so that losses equal those of the samples run one by one. What a token sees is told in
-runs (`pumice.model.packed`), never as a matrix: a plain sample of n tokens costs n numbers, not n * n.
+Samples about the same images share their common beginning in a prefix tree: the image and the question are
+computed once for five captions. Every token attends to the tokens that it would see alone, at the same
+positions, so the losses equal those of the samples run one by one. Attention is described by runs
+(`pumice.model.packed`), not by a mask: a sample of n tokens costs n numbers instead of n * n.
 
-Shapes: T tokens of a pack, S supervised predictions, n tokens of one tree.
+Shapes: T tokens of a pack, n tokens of one tree, s supervised tokens of one tree.
 """
 
 from __future__ import annotations
@@ -26,23 +26,27 @@ from pumice.tokens import IGNORE
 
 @dataclass(frozen=True)
 class Tree:
-    """One prefix tree, its nodes in order of creation: a parent always stands before its children."""
+    """A prefix tree of samples: one node per token, each parent before its children."""
 
     input_ids: np.ndarray  # (n,)
     positions: np.ndarray  # (n,), depth in the tree
-    parents: np.ndarray  # (n,), -1 where a sample begins
-    sources: np.ndarray  # (s,), node from whose hidden state a supervised token is predicted
-    targets: np.ndarray  # (s,), that token
-    weights: np.ndarray  # (s,) float32, how many samples share the prediction
+    parents: np.ndarray  # (n,), index of the token before; -1 where a sample begins
+    sources: np.ndarray  # (s,), node whose hidden state predicts a supervised token
+    targets: np.ndarray  # (s,), the supervised token
+    weights: np.ndarray  # (s,) float32, number of samples that share the prediction
     images: tuple[ImagePart, ...]  # in order of their placeholders
-    layouts: tuple[Layout, ...]  # of the same
+    layouts: tuple[Layout, ...]  # one per image
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The tree as stretches of nodes that follow each other; `before` counts runs from 0 in this tree."""
+        """The tree as runs: stretches of nodes, each node the child of the one before it.
+
+        A run's `before` lists the (run, number of its tokens) that it sees, run 0 being the tree's first.
+        """
+        # A run starts where a node's parent is not the node before it: at a new sample or a branch.
         starts = np.flatnonzero(self.parents != np.arange(-1, len(self) - 1))
         starts = np.concatenate([[0], starts[starts > 0]])
         ends = [*starts[1:].tolist(), len(self)]
@@ -52,62 +56,71 @@ class Tree:
             if parent < 0:
                 runs.append(Run(end - start))
                 continue
-            owner = int(np.searchsorted(starts, parent, "right")) - 1
-            before = (*runs[owner].before, (owner, parent - int(starts[owner]) + 1))
+            # A branch sees what the parent's run sees, and that run up to the parent itself.
+            parent_run = int(np.searchsorted(starts, parent, "right")) - 1
+            before = (*runs[parent_run].before, (parent_run, parent - int(starts[parent_run]) + 1))
             runs.append(Run(end - start, before))
         return runs
 
 
 def prefix_tree(samples: Sequence[Sample]) -> Tree:
-    """Merge the common beginnings of samples that show the same pictures in the same order."""
-    children: list[dict[tuple[int, int], int]] = []
+    """Merge the common beginnings of samples that show the same images in the same order.
+
+    Raises ValueError when their images differ.
+    """
     ids: list[int] = []
     parents: list[int] = []
-    shown: list[tuple[ImagePart, Layout]] = []
+    # An edge is (token, image): equal placeholders of two images are different edges.
+    children: list[dict[tuple[int, int], int]] = []
     roots: dict[tuple[int, int], int] = {}
+    tree_images: list[tuple[ImagePart, Layout]] = []
     predictions: dict[int, int] = {}  # node -> number of samples that learn to write it
     for sample in samples:
         if (sample.images, sample.layouts) != (samples[0].images, samples[0].layouts):
             raise ValueError(f"samples {samples[0].id!r} and {sample.id!r} show different pictures")
-        # the picture that each placeholder belongs to
+        # 1. Tell which image each placeholder of the sample belongs to.
         owners = [n for n, layout in enumerate(sample.layouts) for _ in range(layout.tokens)]
-        node, seen = -1, 0
+        node, placeholders = -1, 0
+        # 2. Walk down from the root. Follow the nodes of earlier samples and add missing ones.
         for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
-            number = owners[seen] if token == IMAGE_TOKEN else -1
-            here = children[node] if node >= 0 else roots
-            if (token, number) not in here:
-                here[token, number] = len(ids)
+            image = owners[placeholders] if token == IMAGE_TOKEN else -1
+            siblings = children[node] if node >= 0 else roots
+            if (token, image) not in siblings:
+                siblings[token, image] = len(ids)
                 ids.append(token)
                 parents.append(node)
                 children.append({})
-                if token == IMAGE_TOKEN and (not seen or owners[seen - 1] != number):
-                    shown.append((sample.images[number], sample.layouts[number]))
-            node = here[token, number]
-            seen += token == IMAGE_TOKEN
+                # The first placeholder of an image brings the image itself.
+                if token == IMAGE_TOKEN and (not placeholders or owners[placeholders - 1] != image):
+                    tree_images.append((sample.images[image], sample.layouts[image]))
+            node = siblings[token, image]
+            placeholders += token == IMAGE_TOKEN
+            # 3. Count supervised tokens. A sample's first token has nothing before it to predict it from.
             if label != IGNORE and parents[node] >= 0:
                 predictions[node] = predictions.get(node, 0) + 1
-    size = len(ids)
-    positions = np.zeros(size, np.int64)
+    # 4. A node's position is its depth, which is the token's position in its own sample.
+    positions = np.zeros(len(ids), np.int64)
     for node, parent in enumerate(parents):
         if parent >= 0:
             positions[node] = positions[parent] + 1
-    learned = np.array(sorted(predictions), np.int64)
+    # 5. A supervised token is predicted from the hidden state of its parent.
+    supervised = np.array(sorted(predictions), np.int64)
     return Tree(
         input_ids=np.array(ids, np.int64),
         positions=positions,
         parents=np.array(parents, np.int64),
-        sources=np.array(parents, np.int64)[learned],
-        targets=np.array(ids, np.int64)[learned],
-        weights=np.array([predictions[n] for n in learned.tolist()], np.float32),
-        images=tuple(image for image, _ in shown),
-        layouts=tuple(layout for _, layout in shown),
+        sources=np.array(parents, np.int64)[supervised],
+        targets=np.array(ids, np.int64)[supervised],
+        weights=np.array([predictions[n] for n in supervised.tolist()], np.float32),
+        images=tuple(image for image, _ in tree_images),
+        layouts=tuple(layout for _, layout in tree_images),
     )
 
 
 def fitting_trees(samples: Sequence[Sample], budget: int) -> list[Tree]:
-    """One tree of all samples, or trees of halves of them until each has at most `budget` tokens.
+    """Merge all samples into one tree, or halve them until each tree has at most `budget` tokens.
 
-    A single sample stays whole, however long.
+    A single sample is never cut, however long it is.
     """
     if not samples:
         return []
@@ -120,7 +133,7 @@ def fitting_trees(samples: Sequence[Sample], budget: int) -> list[Tree]:
 
 @dataclass(frozen=True)
 class Pack:
-    """Trees end to end."""
+    """One sequence of trees, joined end to end."""
 
     trees: tuple[Tree, ...]
 
@@ -139,11 +152,11 @@ class Pack:
 
     @property
     def runs(self) -> list[Run]:
-        """The trees' runs, counted from the pack's first."""
+        """The trees' runs; `before` counts from the pack's first run."""
         runs: list[Run] = []
         for tree in self.trees:
             first = len(runs)
-            runs += [Run(n, tuple((first + owner, c) for owner, c in before)) for n, before in tree.runs]
+            runs += [Run(n, tuple((first + run, seen) for run, seen in before)) for n, before in tree.runs]
         return runs
 
     @property
@@ -167,9 +180,10 @@ class Pack:
 
 
 def pack(trees: Iterable[Tree], budget: int) -> list[Pack]:
-    """Fill packs of at most `budget` tokens, longest tree first; a longer tree stands alone."""
+    """Fill packs of at most `budget` tokens, longest tree first. A longer tree gets its own pack."""
     packs: list[list[Tree]] = []
     for tree in sorted(trees, key=len, reverse=True):
+        # First fit: small trees fill what the large ones leave.
         for filled in packs:
             if sum(map(len, filled)) + len(tree) <= budget:
                 filled.append(tree)

@@ -1,4 +1,1 @@
-"""Evaluation: answers and the truth become numbers.
-
-Knows: how a field's official scorer counts. Does not know: how an answer was made.
-"""
+"""Score answers to benchmarks as the official scorers do."""

@@ -1,7 +1,4 @@
-"""Two sets of answers to the same questions: how far apart, and whether that could be chance.
-
-Knows: scores. Does not know: how answers were made.
-"""
+"""Compare two models' answers to the same questions, and test whether the difference could be chance."""
 
 from __future__ import annotations
 
@@ -25,11 +22,13 @@ def compare(
     names: tuple[str, str],
     files: tuple[str, str],
 ) -> dict[str, Any]:
-    """The difference of the headlines (first minus second) with interval and p of the paired bootstrap.
+    """Return the difference of the headlines (first minus second), its interval and its p.
 
-    Pictures are resampled, the same for both. better, worse: of the first's answers. Where every answer is
-    right or wrong, McNemar's exact test is beside it. Raises InputError when the questions differ.
+    The paired bootstrap resamples images, the same for both models. better, worse: how many of the first
+    model's answers score higher or lower. Where every answer is right or wrong, the result also holds
+    McNemar's exact test. Raises InputError when the questions differ.
     """
+    # 1. Score both sets.
     ids = [question.id for question, _ in first]
     if ids != [question.id for question, _ in second]:
         raise InputError(
@@ -40,14 +39,16 @@ def compare(
     statistics = [score.statistic or mean_statistic(score.values) for score in scores]
     ones = np.ones(len(ids))
     values = [statistic(ones) for statistic in statistics]
+    # 2. Resample both with the same weights: what is hard about an image then cancels out.
     groups = [question.group for question, _ in first]
-    found = [
+    samples = [
         statistics[0](weights) - statistics[1](weights)
         for weights in (draws(groups, SAMPLES, 0) if len(set(groups)) > 1 else ())
     ]
-    differences = np.array([value for value in found if math.isfinite(value)])
-    pairs = list(zip(scores[0].values, scores[1].values, strict=True))
-    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    differences = np.array([value for value in samples if math.isfinite(value)])
+    # 3. Count the questions on which the models differ.
+    values_of_both = zip(scores[0].values, scores[1].values, strict=True)
+    pairs = [(a, b) for a, b in values_of_both if a is not None and b is not None]
     result: dict[str, Any] = {
         "task": task.name,
         "title": task.title,
@@ -60,47 +61,47 @@ def compare(
         "interval": None,
         "p": None,
         "questions": len(ids),
-        "better": sum(a > b for a, b in both),
-        "worse": sum(a < b for a, b in both),
+        "better": sum(a > b for a, b in pairs),
+        "worse": sum(a < b for a, b in pairs),
         "mcnemar": None,
     }
     if len(differences):
         low, high = np.quantile(differences, [0.025, 0.975])
         tail = min(float((differences <= 0).mean()), float((differences >= 0).mean()))
         result["interval"] = [round(float(low), 6), round(float(high), 6)]
-        # No p below what so many samples can show.
+        # This number of samples cannot show a smaller p.
         result["p"] = min(1.0, max(2 * tail, 1 / len(differences)))
-    if both and all(value in (0.0, 1.0) for pair in both for value in pair):
-        result["mcnemar"] = mcnemar([a == 1 for a, _ in both], [b == 1 for _, b in both])
+    if pairs and all(value in (0.0, 1.0) for pair in pairs for value in pair):
+        result["mcnemar"] = mcnemar([a == 1 for a, _ in pairs], [b == 1 for _, b in pairs])
     return result
 
 
-def verdict(found: Mapping[str, Any]) -> str:
-    """Whose gain it is: "good.jsonl is 90.00 points better than poor.jsonl (36 answers better, 0 worse)"."""
-    names, better, worse = list(found["files"]), found["better"], found["worse"]
-    gain = -found["difference"] if found["lower_is_better"] else found["difference"]
+def verdict(comparison: Mapping[str, Any]) -> str:
+    """Say which file is better: "a.jsonl is 9.00 points better than b.jsonl (3 answers better, 0 worse)"."""
+    names, better, worse = list(comparison["files"]), comparison["better"], comparison["worse"]
+    gain = -comparison["difference"] if comparison["lower_is_better"] else comparison["difference"]
     if gain < 0:
         names.reverse()
         better, worse = worse, better
-    how = f"{abs(gain):.2f} points better than" if gain else "as good as"
-    counted = f"{better} answer{'' if better == 1 else 's'} better, {worse} worse"
-    return f"{names[0]} is {how} {names[1]} ({counted})"
+    relation = f"{abs(gain):.2f} points better than" if gain else "as good as"
+    counts = f"{better} answer{'' if better == 1 else 's'} better, {worse} worse"
+    return f"{names[0]} is {relation} {names[1]} ({counts})"
 
 
-def in_words(found: Mapping[str, Any]) -> str:
-    """The comparison for the terminal: whose gain it is, both headlines, and whether it could be chance."""
-    a, b = found["models"]
+def format_comparison(comparison: Mapping[str, Any]) -> str:
+    """Return a comparison as text for the terminal: the verdict, both headlines, interval and p."""
+    a, b = comparison["models"]
     lines = [
-        f"{found['title']}: {verdict(found)}",
-        f"  {found['headline']} {found['values'][0]:.2f} ({a}), {found['values'][1]:.2f} ({b}), "
-        f"of {found['questions']} questions",
+        f"{comparison['title']}: {verdict(comparison)}",
+        f"  {comparison['headline']} {comparison['values'][0]:.2f} ({a}), "
+        f"{comparison['values'][1]:.2f} ({b}), of {comparison['questions']} questions",
     ]
-    if found["interval"]:
-        low, high = found["interval"]
+    if comparison["interval"]:
+        low, high = comparison["interval"]
         lines.append(
-            f"  {a} minus {b}: {found['difference']:+.2f}, 95% [{low:+.2f}, {high:+.2f}], "
-            f"p {found['p']:.3g} (paired bootstrap over pictures)"
+            f"  {a} minus {b}: {comparison['difference']:+.2f}, 95% [{low:+.2f}, {high:+.2f}], "
+            f"p {comparison['p']:.3g} (paired bootstrap over pictures)"
         )
-    if found["mcnemar"] is not None:
-        lines.append(f"  McNemar's exact test: p {found['mcnemar']:.3g}")
+    if comparison["mcnemar"] is not None:
+        lines.append(f"  McNemar's exact test: p {comparison['mcnemar']:.3g}")
     return "\n".join(lines)

@@ -1,7 +1,4 @@
-"""Official files as they are distributed: found by name, in folders or zips, and read with plain errors.
-
-Knows: JSON, JSON Lines, TSV with base64 pictures, parquet, zip. Does not know: any benchmark.
-"""
+"""Find and read the official files of benchmarks as they are distributed, in folders or zips."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ from typing import IO, Any
 from pumice.errors import InputError
 from pumice.files import replacing
 
-DEPTH = 4  # folders below --data in which a file is looked for
+DEPTH = 4  # levels of folders below --data that are searched
 
-# What pandas reads as "no value"; the official scripts of MMBench and MMStar read their tables with it.
-_NOTHING = frozenset(
+# Texts that pandas reads as "no value"; the official scripts of MMBench and MMStar use pandas.
+_NO_VALUE = frozenset(
     [
         "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
         "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -35,21 +32,21 @@ _NOTHING = frozenset(
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture of a question, opened only when it is asked about."""
+    """An image of a question, read only when the question is asked."""
 
     name: str
     load: Callable[[], Path | bytes] = field(compare=False, repr=False)
-    # What is wrong with a picture outside of a table, found without reading it; "" where nothing is.
-    wrong: Callable[[], str] = field(default=lambda: "", compare=False, repr=False)
+    # Says, without reading the image, why it is missing; "" where it exists or is stored in a table.
+    problem: Callable[[], str] = field(default=lambda: "", compare=False, repr=False)
 
     def source(self) -> Path | bytes:
-        """A path or the bytes of the file. Raises InputError when it is missing or damaged."""
+        """Return the path or the bytes of the image. Raises InputError when it is missing or damaged."""
         return self.load()
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of a benchmark: in a folder, or a member of a zip."""
+    """A file in a folder, or (with `member`) inside the zip at `path`."""
 
     path: Path
     member: str = ""
@@ -62,12 +59,14 @@ class DataFile:
         return Path(self.member or self.path).name
 
     def open(self) -> IO[bytes]:
+        """Open the file for reading. Raises InputError when that fails."""
         try:
             return _archive(self.path).open(self.member) if self.member else self.path.open("rb")
         except OSError as error:
             raise InputError(f"'{self}' cannot be read: {error.strerror or error}; check the file") from error
 
     def text(self) -> str:
+        """Return the whole file. Raises InputError unless it is UTF-8 (a byte order mark is dropped)."""
         with self.open() as file:
             try:
                 return file.read().decode("utf-8-sig")
@@ -84,34 +83,34 @@ def _archive(path: Path) -> zipfile.ZipFile:
 
 
 def locate(data: Path, names: Sequence[str], layout: str = "") -> DataFile:
-    """The first of `names` that is below folder `data`, in a zip beside it, or `data` itself.
+    """Return the first of `names` that is below folder `data`, in a zip in it, or `data` itself.
 
-    Raises InputError that says what was looked for, and the layout that is expected.
+    Raises InputError that states the names and the expected layout.
     """
-    found = search(data, names)
-    if found is None:
-        wanted = " or ".join(f"'{name}'" for name in names)
-        raise InputError(
-            f"{wanted} is not in '{data}'{'; expected ' + layout if layout else '; fetch it first'}"
-        )
-    return found
+    file = search(data, names)
+    if file is None:
+        quoted = " or ".join(f"'{name}'" for name in names)
+        remedy = f"expected {layout}" if layout else "fetch it first"
+        raise InputError(f"{quoted} is not in '{data}'; {remedy}")
+    return file
 
 
 def search(data: Path, names: Sequence[str]) -> DataFile | None:
-    """As `locate`, None where there is none. Raises InputError when `data` does not exist."""
+    """Do what `locate` does, but return None for a missing file. Raises InputError without `data`."""
     if not data.exists():
         raise InputError(f"the data '{data}' does not exist; check the path")
     if data.is_file():
         if data.suffix == ".zip":
             return next((f for name in names if (f := _in_zip(data, name))), None)
         return DataFile(data) if data.name in names else None
+    # Look directly in the folder first, then below it, then in zips: the listing of a large folder is slow.
     for name in names:
         if (data / name).is_file():
             return DataFile(data / name)
-    below = _below(data)
+    paths = _paths_below(data)
     for name in names:
         ending = "/" + name
-        matches = [path for path in below if ("/" + path).endswith(ending)]
+        matches = [path for path in paths if ("/" + path).endswith(ending)]
         if matches:
             return DataFile(data / min(matches, key=lambda path: (path.count("/"), path)))
     for archive in sorted(data.glob("*.zip")):
@@ -122,49 +121,50 @@ def search(data: Path, names: Sequence[str]) -> DataFile | None:
 
 
 def _in_zip(archive: Path, name: str) -> DataFile | None:
-    same = _members(archive).get(name.rpartition("/")[2], ())
-    members = [member for member in same if ("/" + member).endswith("/" + name)]
+    candidates = _members(archive).get(name.rpartition("/")[2], ())
+    members = [member for member in candidates if ("/" + member).endswith("/" + name)]
     return DataFile(archive, min(members, key=len)) if members else None
 
 
 @lru_cache(maxsize=8)
 def _members(archive: Path) -> dict[str, list[str]]:
-    """A zip's members by the last part of their name; there may be a hundred thousand pictures."""
-    found: dict[str, list[str]] = {}
+    """Index a zip's members by the last part of their name; a zip may hold 100,000 images."""
+    by_name: dict[str, list[str]] = {}
     for member in _archive(archive).namelist():
-        found.setdefault(member.rpartition("/")[2], []).append(member)
-    return found
+        by_name.setdefault(member.rpartition("/")[2], []).append(member)
+    return by_name
 
 
 @lru_cache(maxsize=4)
-def _listing(data: Path, changed: int) -> tuple[str, ...]:
-    found = []
+def _listing(data: Path, modified_ns: int) -> tuple[str, ...]:
+    """List files other than images; `modified_ns` makes the cache read a changed folder again."""
+    paths: list[str] = []
     for folder, folders, files in os.walk(data):
-        inside = os.path.relpath(folder, data)
-        if inside.count(os.sep) >= DEPTH - 1:
+        relative = os.path.relpath(folder, data)
+        if relative.count(os.sep) >= DEPTH - 1:
             folders.clear()
         folders.sort()
-        prefix = "" if inside == "." else Path(inside).as_posix() + "/"
-        found += [prefix + name for name in files if not name.lower().endswith((".jpg", ".jpeg", ".png"))]
-    return tuple(sorted(found))
+        prefix = "" if relative == "." else Path(relative).as_posix() + "/"
+        paths += [prefix + name for name in files if not name.lower().endswith((".jpg", ".jpeg", ".png"))]
+    return tuple(sorted(paths))
 
 
-def _below(data: Path) -> tuple[str, ...]:
+def _paths_below(data: Path) -> tuple[str, ...]:
     return _listing(data.resolve(), data.stat().st_mtime_ns)
 
 
-class Pictures:
-    """Pictures by name below the folder of a benchmark: in one of its folders, or in a zip of that name."""
+class ImageFolders:
+    """Finds images by name in some folders of a benchmark, or in zips with the names of the folders."""
 
     def __init__(self, data: Path, *folders: str) -> None:
         self.root = data if data.is_dir() else data.parent
         self.folders = folders
 
     def get(self, *names: str) -> ImageFile:
-        """The first that exists of several names for one picture; the first is what it is called."""
-        return ImageFile(names[0], lambda: self._load(names), lambda: self._wrong(names))
+        """Return an image that may have any of several file names; messages use the first."""
+        return ImageFile(names[0], lambda: self._load(names), lambda: self._problem(names))
 
-    def _place(self, names: Sequence[str]) -> Path | DataFile | None:
+    def _find(self, names: Sequence[str]) -> Path | DataFile | None:
         for folder in (*self.folders, ""):
             for name in names:
                 path = self.root / folder / name
@@ -178,24 +178,24 @@ class Pictures:
                         return member
         return None
 
-    def _wrong(self, names: Sequence[str]) -> str:
-        if self._place(names) is not None:
+    def _problem(self, names: Sequence[str]) -> str:
+        if self._find(names) is not None:
             return ""
-        places = " or ".join(f"'{self.root / folder}'" for folder in self.folders or ("",))
-        return f"picture '{names[0]}' is not in {places}; unpack the benchmark's pictures there"
+        folders = " or ".join(f"'{self.root / folder}'" for folder in self.folders or ("",))
+        return f"picture '{names[0]}' is not in {folders}; unpack the benchmark's pictures there"
 
     def _load(self, names: Sequence[str]) -> Path | bytes:
-        place = self._place(names)
-        if place is None:
-            raise InputError(self._wrong(names))
-        if isinstance(place, Path):
-            return place
-        with place.open() as file:
+        location = self._find(names)
+        if location is None:
+            raise InputError(self._problem(names))
+        if isinstance(location, Path):
+            return location
+        with location.open() as file:
             return file.read()
 
 
 def read_json(file: DataFile) -> Any:
-    """Raises InputError where the file is cut off or no JSON."""
+    """Read a JSON file. Raises InputError where it is cut off or not JSON."""
     try:
         return json.loads(file.text())
     except (ValueError, RecursionError) as error:
@@ -203,15 +203,15 @@ def read_json(file: DataFile) -> Any:
 
 
 def read_object(file: DataFile) -> dict[str, Any]:
-    """As `read_json`; raises InputError where the file holds anything but one object."""
-    found = read_json(file)
-    if not isinstance(found, dict):
+    """Read a JSON file that holds one object. Raises InputError where it holds anything else."""
+    value = read_json(file)
+    if not isinstance(value, dict):
         raise InputError(f"'{file}' holds no JSON object; is this the official file?")
-    return found
+    return value
 
 
 def read_lines(file: DataFile) -> tuple[list[dict[str, Any]], list[int]]:
-    """The objects of a JSON Lines file, and the numbers of lines that are cut off or no object."""
+    """Return the objects of a JSON Lines file, and the numbers of the lines that hold no whole object."""
     rows, broken = [], []
     for number, line in enumerate(file.text().split("\n"), 1):
         if not line.strip():
@@ -228,7 +228,7 @@ def read_lines(file: DataFile) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def read_jsonl(file: DataFile) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file, or of a JSON list. Raises InputError that counts the broken lines."""
+    """Read the rows of a JSON Lines file or a JSON list. Raises InputError that counts broken lines."""
     text = file.text().lstrip()
     if text.startswith("["):
         rows = read_json(file)
@@ -245,7 +245,10 @@ def read_jsonl(file: DataFile) -> list[dict[str, Any]]:
 
 
 def read_tsv(file: DataFile) -> Iterator[dict[str, str | None]]:
-    """Rows of a table with a header; None where pandas would read no value."""
+    """Yield the rows of a table with a header; None where pandas would read no value.
+
+    Raises InputError where the table is empty or damaged.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with io.TextIOWrapper(file.open(), encoding="utf-8-sig", newline="") as text:
         rows = csv.reader(text, delimiter="\t")
@@ -261,13 +264,13 @@ def read_tsv(file: DataFile) -> Iterator[dict[str, str | None]]:
                         f"'{file}', row {number}: {len(row)} columns where the header has {len(header)}; "
                         "the file is cut off or damaged, fetch it again"
                     )
-                yield {k: None if v in _NOTHING else v for k, v in zip(header, row, strict=True)}
+                yield {k: None if v in _NO_VALUE else v for k, v in zip(header, row, strict=True)}
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"'{file}' is damaged ({error}); fetch it again") from error
 
 
 def read_parquet(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Rows of parquet files. Raises InputError where pyarrow is not installed or a file is damaged."""
+    """Yield the rows of parquet files. Raises InputError without pyarrow, or where a file is damaged."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -280,8 +283,8 @@ def read_parquet(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
             raise InputError(f"'{path}' is damaged ({error}); fetch it again") from error
 
 
-def base64_picture(name: str, text: str) -> ImageFile:
-    """A picture written into a table."""
+def base64_image(name: str, text: str) -> ImageFile:
+    """Return an image that a table holds as base64 text."""
 
     def load() -> bytes:
         try:
@@ -292,20 +295,21 @@ def base64_picture(name: str, text: str) -> ImageFile:
     return ImageFile(name, load)
 
 
-def bytes_picture(name: str, data: bytes) -> ImageFile:
+def bytes_image(name: str, data: bytes) -> ImageFile:
+    """Return an image whose file is in memory."""
     return ImageFile(name, lambda: data)
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Writes a result or a submission, whole or not at all."""
+    """Write a result or a submission; a failure leaves no half-written file."""
     with replacing(path) as file:
         file.write(json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
-def need(row: Any, keys: Sequence[str], where: str) -> None:
-    """Raise InputError unless row is an object with all keys."""
+def require_keys(row: Any, keys: Sequence[str], error_prefix: str) -> None:
+    """Raise InputError, which begins with `error_prefix`, unless row is an object with all keys."""
     missing = [key for key in keys if not isinstance(row, dict) or key not in row]
     if missing:
         raise InputError(
-            f"{where}: {', '.join(repr(k) for k in missing)} is missing; is this the official file?"
+            f"{error_prefix}: {', '.join(repr(k) for k in missing)} is missing; is this the official file?"
         )

@@ -1,7 +1,6 @@
-"""Benchmarks that a language model judges: what it was asked and replied is kept, word by word.
+"""Ask a language model to grade answers, and store every reply.
 
-A reply that does not parse is counted and left out of every mean, never a number of its own. Knows: the
-file of replies and an endpoint. Does not know: the benchmarks.
+A reply that does not parse is counted and is in no mean; it never becomes a number.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.endpoint import Endpoint
+from pumice.evaluate.endpoint import ChatEndpoint
 from pumice.evaluate.files import DataFile, read_json, read_lines
 from pumice.evaluate.task import Answered, Task
 from pumice.files import appending
@@ -25,21 +24,24 @@ WORKERS = 4  # requests to the judge at a time
 
 @dataclass(frozen=True)
 class JudgeReply:
+    """A judge's reply to one prompt."""
+
     text: str
     judge: str
-    version: str  # of the prompt; "" where another program asked
+    version: str  # of the prompt; "" where another program wrote the prompt
 
 
 class Judge:
-    """Replies from a file, and from an endpoint for what is not in it; new ones are appended at once.
+    """Looks up replies in a file, asks the endpoint for the others, and appends those to the file.
 
     The file may also be LLaVA's review file or the grades of MM-Vet's own evaluator.
     """
 
-    def __init__(self, reviews: Path | None = None, endpoint: Endpoint | None = None) -> None:
+    def __init__(self, reviews: Path | None = None, endpoint: ChatEndpoint | None = None) -> None:
         if reviews is None and endpoint is None:
             raise InputError("a judge needs --judge-url and --judge-model, or a file of replies in --reviews")
         self.path, self.endpoint = reviews, endpoint
+        # id -> replies, each with the SHA-256 of its prompt, or "" where the file does not state it
         self._stored: dict[str, list[tuple[str, JudgeReply]]] = {}
         if reviews is not None and reviews.is_file():
             self._read(reviews)
@@ -48,13 +50,15 @@ class Judge:
 
     def _read(self, path: Path) -> None:
         rows, broken = read_lines(DataFile(path))
-        whole = DataFile(path).text()
-        if rows and not whole.endswith("\n"):
-            torn = broken[-1:] == [whole.count("\n") + 1]  # by a crash; it will be asked again
-            broken = broken[:-1] if torn else broken
+        file_text = DataFile(path).text()
+        # 1. A crash can cut off the last line. Drop it, so that its question is asked again.
+        if rows and not file_text.endswith("\n"):
+            cut_off = broken[-1:] == [file_text.count("\n") + 1]
+            broken = broken[:-1] if cut_off else broken
             if self.endpoint is not None:
-                with appending(path) if torn else path.open("a", encoding="utf-8") as file:
-                    file.write("" if torn else "\n")
+                with appending(path) if cut_off else path.open("a", encoding="utf-8") as file:
+                    file.write("" if cut_off else "\n")
+        # 2. MM-Vet's grades are one JSON object over several lines.
         if broken and not rows:
             rows, broken = [read_json(DataFile(path))], []
         if broken:
@@ -74,7 +78,7 @@ class Judge:
             for key, grade in row.items():  # MM-Vet's grades: {id: {"model": [...], "content": [...]}}
                 if not isinstance(grade, Mapping) or not grade.get("content"):
                     raise InputError(
-                        f"'{path}': no replies of a judge here; expected 'id' and 'reply' in a line"
+                        f"'{path}': no replies of a judge in this file; expected 'id' and 'reply' in a line"
                     )
                 reply = JudgeReply(str(grade["content"][0]), str((grade.get("model") or ["unknown"])[0]), "")
                 self._stored.setdefault(str(key), []).append(("", reply))
@@ -82,23 +86,24 @@ class Judge:
     def ask(
         self, prompts: Sequence[tuple[str, str]], version: str, **options: Any
     ) -> list[JudgeReply | None]:
-        """A reply to each (id, prompt), in order; None where there is none and no endpoint to ask."""
-        found = [self._find(key, prompt) for key, prompt in prompts]
-        missing = [number for number, reply in enumerate(found) if reply is None]
+        """Return the reply to each (id, prompt), in order; None without a stored reply and an endpoint."""
+        replies = [self._find(key, prompt) for key, prompt in prompts]
+        missing = [number for number, reply in enumerate(replies) if reply is None]
         endpoint = self.endpoint
         if missing and endpoint is not None:
             with ThreadPoolExecutor(WORKERS) as pool:
-                replies = pool.map(lambda number: endpoint.chat(prompts[number][1], **options), missing)
-                for number, (text, name) in zip(missing, replies, strict=True):
-                    found[number] = JudgeReply(text, name, version)
-                    self._store(*prompts[number], JudgeReply(text, name, version))
-        return found
+                answers = pool.map(lambda number: endpoint.chat(prompts[number][1], **options), missing)
+                for number, (text, judge) in zip(missing, answers, strict=True):
+                    reply = JudgeReply(text, judge, version)
+                    replies[number] = reply
+                    self._store(*prompts[number], reply)
+        return replies
 
     def _find(self, key: str, prompt: str) -> JudgeReply | None:
         stored = self._stored.get(key, ())
         digest = _digest(prompt)
-        # A reply without a digest was made by another program, for this answer as far as anyone knows.
-        return next((reply for known, reply in stored if known in (digest, "")), None)
+        # Another program's reply states no prompt: assume that it grades this answer.
+        return next((reply for prompt_digest, reply in stored if prompt_digest in (digest, "")), None)
 
     def _store(self, key: str, prompt: str, reply: JudgeReply) -> None:
         if self.path is None:
@@ -119,37 +124,37 @@ def _digest(text: str) -> str:
 
 
 class JudgedTask(Task):
-    """A benchmark whose score needs a judge; set `judge` before `score`."""
+    """A benchmark that a language model grades; set `judge` before calling `score`."""
 
     judged = True
     prompt_version: str
     judge: Judge | None = None
 
     def replies(self, prompts: Sequence[tuple[str, str]], **options: Any) -> list[JudgeReply | None]:
-        """Raises InputError when there is no judge, or replies are missing without an endpoint."""
+        """Return the judge's reply to each (id, prompt). Raises InputError without a judge or its replies."""
         if self.judge is None:
             raise InputError(
                 f"{self.name} is scored by a judge; give --judge-url URL and --judge-model NAME, "
                 "or --reviews FILE with its replies"
             )
-        found = self.judge.ask(prompts, self.prompt_version, **options)
-        missing = [key for (key, _), reply in zip(prompts, found, strict=True) if reply is None]
+        replies = self.judge.ask(prompts, self.prompt_version, **options)
+        missing = [key for (key, _), reply in zip(prompts, replies, strict=True) if reply is None]
         if missing:
             raise InputError(
                 f"'{self.judge.path}' has no reply to {len(missing)} of {len(prompts)} answers (first: "
                 f"{missing[0]}); add --judge-url to ask for them"
             )
-        return found
+        return replies
 
-    def about(
+    def judge_summary(
         self, replies: Iterable[JudgeReply | None], unparsed: int, answered: Sequence[Answered]
     ) -> dict[str, Any]:
-        """What the result says of the judge."""
-        there = [reply for reply in replies if reply is not None]
+        """Return what the result states about the judge. unparsed: replies that hold no grade."""
+        received = [reply for reply in replies if reply is not None]
         return {
-            "models": sorted({reply.judge for reply in there}),
-            "prompt_versions": sorted({reply.version or "another program's" for reply in there}),
-            "replies": len(there),
+            "models": sorted({reply.judge for reply in received}),
+            "prompt_versions": sorted({reply.version or "another program's" for reply in received}),
+            "replies": len(received),
             "unparsed": unparsed,
             "used": len(answered) - unparsed,
             "file": str(self.judge.path) if self.judge is not None and self.judge.path else None,

@@ -1,7 +1,4 @@
-"""The look of the report: style and script of a page that needs nothing from elsewhere, and its drawings.
-
-Knows: HTML, SVG. Does not know: files, scores.
-"""
+"""Build the HTML and SVG of a report page that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -63,13 +60,13 @@ show();
 
 
 def document(title: str, body: str, *, script: bool) -> str:
-    """A whole page. `body` is HTML; `title` is text."""
+    """Return a whole page. `body` is HTML; `title` is text."""
     end = f"<script>{SCRIPT}</script>" if script else ""
     return f"{head(title, STYLE)}<body><main><h1>{escape(title)}</h1>\n{body}\n</main>{end}</body></html>\n"
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts; the first cell of a row names it."""
+    """Return a table of texts; the first cell of each row is its heading."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     lines = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -83,35 +80,36 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
     )
 
 
-def bars(cells: Mapping[str, tuple[float, str]], most: float) -> str:
-    """Horizontal bars: name -> (value, what to write behind it)."""
+def bars(cells: Mapping[str, tuple[float, str]], full_scale: float) -> str:
+    """Return horizontal bars: name -> (value, text behind the bar). full_scale: the value of a full bar."""
     rows = []
-    for name, (value, words) in cells.items():
-        width = 0.0 if most <= 0 else max(0.0, min(100.0, 100 * value / most))
+    for name, (value, text) in cells.items():
+        width = 0.0 if full_scale <= 0 else max(0.0, min(100.0, 100 * value / full_scale))
         rows.append(
             f'<span>{escape(name)}</span><span class="bar" aria-hidden="true">'
             f'<i style="width:{width:.1f}%"></i>'
-            f"</span><span>{escape(words)}</span>"
+            f"</span><span>{escape(text)}</span>"
         )
     return f'<div class="bars">{"".join(rows)}</div>'
 
 
 def radar(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]], size: int = 460) -> str:
-    """An SVG with a polygon per name; values from 0 (the middle) to 1. Fewer than three axes draw nothing.
+    """Return an SVG with a polygon per name; values run from 0 (the middle) to 1.
 
-    Where a value is None the outline is open: there is no number, not a zero.
+    A value of None leaves a gap in the outline, because it is not a zero. Empty for fewer than three axes.
     """
     if len(axes) < 3:
         return ""
-    middle, reach = size / 2, size / 2 - 80
+    middle, radius = size / 2, size / 2 - 80  # the margin holds the names of the axes
 
     def point(number: int, value: float) -> tuple[float, float]:
         angle = 2 * math.pi * number / len(axes) - math.pi / 2
-        return middle + reach * value * math.cos(angle), middle + reach * value * math.sin(angle)
+        return middle + radius * value * math.cos(angle), middle + radius * value * math.sin(angle)
 
     def polygon(values: Sequence[float]) -> str:
         return " ".join("{:.1f},{:.1f}".format(*point(n, value)) for n, value in enumerate(values))
 
+    # 1. Draw rings, axes and the scale.
     parts = [
         f'<polygon points="{polygon([ring] * len(axes))}" fill="none" stroke="var(--line)"/>'
         for ring in (0.25, 0.5, 0.75, 1.0)
@@ -123,9 +121,10 @@ def radar(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]], siz
         anchor = "middle" if abs(x - middle) < 20 else "start" if x > middle else "end"
         parts.append(f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(axis)}</text>')
     parts += [
-        f'<text x="{middle + 3}" y="{middle - reach * ring - 3:.1f}" opacity=".6">{100 * ring:.0f}</text>'
+        f'<text x="{middle + 3}" y="{middle - radius * ring - 3:.1f}" opacity=".6">{100 * ring:.0f}</text>'
         for ring in (0.25, 0.5, 0.75)
     ]
+    # 2. Draw each model. Dashes tell the outlines apart without colour.
     dashes = ("", "6 4", "2 3")
     for number, (name, values) in enumerate(shapes.items()):
         known = {n: max(0.0, min(1.0, value)) for n, value in enumerate(values) if value is not None}
@@ -148,12 +147,13 @@ def radar(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]], siz
             f'<line x1="8" y1="{y - 4}" x2="36" y2="{y - 4}" stroke="{color}" stroke-width="2" '
             f'stroke-dasharray="{dashes[number % 3]}"/><text x="42" y="{y}">{escape(name)}</text>'
         )
-    words = "; ".join(
+    # 3. Write all values into the label, for readers who cannot see the drawing.
+    description = "; ".join(
         f"{name}: "
         + ", ".join(f"{a} {'-' if v is None else f'{v:.2f}'}" for a, v in zip(axes, vs, strict=True))
         for name, vs in shapes.items()
     )
     return (
         f'<svg viewBox="0 0 {size} {size}" width="{size}" style="max-width:100%" role="img" '
-        f'aria-label="Radar of the headlines. {escape(words)}">{"".join(parts)}</svg>'
+        f'aria-label="Radar of the headlines. {escape(description)}">{"".join(parts)}</svg>'
     )

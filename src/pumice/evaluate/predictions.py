@@ -1,6 +1,6 @@
-"""Files of answers: read in every form that is around, and matched to a benchmark's questions.
+"""Read files of answers and match them to a benchmark's questions.
 
-Knows: our predictions.jsonl, LLaVA's answer files, what the servers take. Does not know: right and wrong.
+Formats: Pumice's predictions.jsonl, LLaVA's answer files, and the files that the benchmarks' servers take.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from pumice.evaluate.files import DataFile, read_json, read_lines
 from pumice.evaluate.task import Answered, Question
 
 _IDS = ("id", "question_id", "questionId", "image_id", "index", "image")
-# Where a row also holds the truth it is called "answer", so that comes late.
+# Rows that also hold the truth call it "answer", so the more specific names come first.
 _TEXTS = ("prediction", "response", "text", "caption", "answer", "output")
-# How much of a prompt is the same for all questions of a benchmark and says nothing of which it is.
+# Parts of a prompt that all questions of a benchmark share; they do not identify a question.
 _COMMON = re.compile(
     r"<image>|please answer yes or no\.?|answer the question using a single word or phrase\.?", re.IGNORECASE
 )
-_PICTURE_NAME = re.compile(r"\.(jpg|jpeg|png)$", re.IGNORECASE)
+_IMAGE_SUFFIX = re.compile(r"\.(jpg|jpeg|png)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Prediction:
+    """One row of a file of answers; prompt and category are empty where the row has none."""
+
     id: str
     text: str
     prompt: str = ""
@@ -35,19 +37,20 @@ class Prediction:
 
 @dataclass
 class Predictions:
-    """The answers of one file, in order, and the lines that could not be read."""
+    """The answers of one file, in order."""
 
     path: str
     rows: list[Prediction]
-    broken: list[int] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)  # numbers of the lines that cannot be read
     model: str = ""
 
 
 def read_predictions(path: Path) -> Predictions:
-    """JSON Lines or JSON: rows with an id and an answer, or one object from id to answer.
+    """Read JSON Lines or JSON: rows with an id and an answer, or one object that maps ids to answers.
 
-    Raises InputError when there is no answer in it. Broken lines are counted, not an error yet.
+    Raises InputError when the file holds no answer. Broken lines are listed; `check` refuses them.
     """
+    # 1. Find out which of the forms the file has.
     file = DataFile(path)
     text = file.text().lstrip()
     if not text:
@@ -57,14 +60,15 @@ def read_predictions(path: Path) -> Predictions:
         values = read_json(file)
     else:
         values, broken = read_lines(file)
-        if len(broken) > len(values) and text.startswith("{"):  # one object over several lines
+        if len(broken) > len(values) and text.startswith("{"):  # one object, spread over several lines
             values, broken = [read_json(file)], []
         if len(values) == 1 and not any(key in values[0] for key in _IDS):
             values = [{"id": key, "answer": answer} for key, answer in values[0].items()]
+    # 2. Read the rows; a row with only "error" is a question that could not be asked.
     rows, model = [], ""
     for number, row in enumerate(values, 1):
         if isinstance(row, dict) and "error" in row and not any(key in row for key in _TEXTS):
-            continue  # of our own: a question that could not be asked has no answer
+            continue
         rows.append(_prediction(row, f"'{path}', row {number}"))
         if not model and isinstance(row.get("model_id", row.get("model")), str):
             model = row.get("model_id", row.get("model"))
@@ -73,28 +77,28 @@ def read_predictions(path: Path) -> Predictions:
     return Predictions(str(path), rows, broken, model)
 
 
-def _prediction(row: Any, where: str) -> Prediction:
-    key = next((k for k in _IDS if isinstance(row, dict) and k in row), None)
-    text = next((k for k in _TEXTS if isinstance(row, dict) and k in row), None)
-    if key is None or text is None:
+def _prediction(row: Any, error_prefix: str) -> Prediction:
+    id_key = next((k for k in _IDS if isinstance(row, dict) and k in row), None)
+    text_key = next((k for k in _TEXTS if isinstance(row, dict) and k in row), None)
+    if id_key is None or text_key is None:
         raise InputError(
-            f"{where}: no {'id' if key is None else 'answer'} here; write 'id' and 'answer', "
+            f"{error_prefix}: no {'id' if id_key is None else 'answer'} here; write 'id' and 'answer', "
             "or 'question_id' and 'text' as LLaVA does"
         )
-    said = row[text]
-    if isinstance(said, bool) or not isinstance(said, str | int | float):
-        raise InputError(f"{where}: '{text}' is {said!r} where text is expected")
+    text = row[text_key]
+    if isinstance(text, bool) or not isinstance(text, str | int | float):
+        raise InputError(f"{error_prefix}: '{text_key}' is {text!r} where text is expected")
     return Prediction(
-        str(row[key]),
-        str(said),
+        str(row[id_key]),
+        str(text),
         str(row.get("prompt") or row.get("question") or ""),
         str(row.get("category", "")),
     )
 
 
 @dataclass
-class Matched:
-    """answered: in the order of the questions. The rest says what did not fit."""
+class MatchedAnswers:
+    """The answers in the order of the questions, and the ids of what did not match."""
 
     answered: list[Answered]
     missing: list[str] = field(default_factory=list)
@@ -102,30 +106,33 @@ class Matched:
     duplicates: list[str] = field(default_factory=list)
 
 
-def match(questions: Sequence[Question], rows: Iterable[Prediction]) -> Matched:
-    """Each answer to its question, by the question's id, else by its id in LLaVA's files and its text.
+def match(questions: Sequence[Question], rows: Iterable[Prediction]) -> MatchedAnswers:
+    """Match each answer to its question by the question's id, else by its id in LLaVA's files and its text.
 
-    Of several answers to one question the last counts, as in LLaVA's scripts.
+    The last of several answers to one question counts, as in LLaVA's scripts.
     """
+    # 1. Index the questions by both ids; LLaVA's id may belong to several questions.
     by_id = {question.id: number for number, question in enumerate(questions)}
-    by_other: dict[str, list[int]] = {}
+    by_llava_id: dict[str, list[int]] = {}
     for number, question in enumerate(questions):
-        if question.also:
-            by_other.setdefault(question.also, []).append(number)
-    result = Matched([])
-    texts: dict[int, str] = {}
-    used: dict[tuple[str, str], int] = {}
+        if question.llava_id:
+            by_llava_id.setdefault(question.llava_id, []).append(number)
+    result = MatchedAnswers([])
+    texts: dict[int, str] = {}  # by the question's index
+    uses: dict[tuple[str, str], int] = {}
+    # 2. Find the question of each answer.
     for row in rows:
-        place = by_id.get(row.id, by_id.get(f"{row.category}/{row.id}"))
-        if place is None:
-            shared = by_other.get(row.id) or by_other.get(_PICTURE_NAME.sub("", row.id))
-            place = _among(questions, shared, row, used) if shared else None
-        if place is None:
+        index = by_id.get(row.id, by_id.get(f"{row.category}/{row.id}"))
+        if index is None:
+            candidates = by_llava_id.get(row.id) or by_llava_id.get(_IMAGE_SUFFIX.sub("", row.id))
+            index = _choose(questions, candidates, row, uses) if candidates else None
+        if index is None:
             result.unknown.append(row.id)
             continue
-        if place in texts:
+        if index in texts:
             result.duplicates.append(row.id)
-        texts[place] = row.text
+        texts[index] = row.text
+    # 3. Put the answers into the order of the questions.
     for number, question in enumerate(questions):
         if number in texts:
             result.answered.append(Answered(question, texts[number]))
@@ -134,33 +141,37 @@ def match(questions: Sequence[Question], rows: Iterable[Prediction]) -> Matched:
     return result
 
 
-def _among(
+def _choose(
     questions: Sequence[Question],
-    numbers: list[int],
+    candidates: list[int],
     row: Prediction,
-    used: dict[tuple[str, str], int],
+    uses: dict[tuple[str, str], int],
 ) -> int | None:
-    """Which of the questions that share an id is answered: the one with the text, the next one of equals."""
-    if len(numbers) == 1:
-        return numbers[0]
-    asked = _words(row.prompt)
-    same = [n for n in numbers if _words(questions[n].prompt) == asked]
-    if not same:
+    """Choose, among questions that share an id, the one whose text is in the prompt of the answer.
+
+    Questions with equal texts are taken in turn; `uses` counts the turns. None if no text fits.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    # Compare the whole prompt first, then its lines, then any part: the strictest rule that fits wins.
+    prompt = _words(row.prompt)
+    matches = [n for n in candidates if _words(questions[n].prompt) == prompt]
+    if not matches:
         lines = [_words(line) for line in row.prompt.split("\n")]
-        same = [n for n in numbers if _words(_own_text(questions[n])) in lines]
-    if not same:
-        same = [n for n in numbers if (words := _words(_own_text(questions[n]))) and words in asked]
-    if not same and not asked:
-        same = numbers  # nothing to tell them apart but their order
-    if not same:
+        matches = [n for n in candidates if _words(_question_text(questions[n])) in lines]
+    if not matches:
+        matches = [n for n in candidates if (text := _words(_question_text(questions[n]))) and text in prompt]
+    if not matches and not prompt:
+        matches = candidates  # without a prompt only the order is left
+    if not matches:
         return None
-    key = (row.id, asked)
-    place = used.get(key, 0)
-    used[key] = place + 1
-    return same[place % len(same)]
+    key = (row.id, prompt)
+    turn = uses.get(key, 0)
+    uses[key] = turn + 1
+    return matches[turn % len(matches)]
 
 
-def _own_text(question: Question) -> str:
+def _question_text(question: Question) -> str:
     return str(question.meta.get("question") or question.prompt)
 
 
@@ -168,20 +179,22 @@ def _words(text: str) -> str:
     return " ".join(_COMMON.sub(" ", text).lower().split())
 
 
-def check(matched: Matched, predictions: Predictions, *, allow_missing: bool, limited: bool) -> list[str]:
-    """What is wrong with a set of answers, as notes. Raises InputError unless it is allowed.
+def check(
+    matched: MatchedAnswers, predictions: Predictions, *, allow_missing: bool, limited: bool
+) -> list[str]:
+    """Return what is wrong with a set of answers, as notes. Raises InputError unless `allow_missing`.
 
-    limited: only the first questions are scored, so that answers to others are no fault.
+    limited: only the first questions are scored, so answers to other questions are allowed.
     """
     total = len(matched.answered) + len(matched.missing)
-    found: list[tuple[str, Sequence[Any]]] = [
+    checks: list[tuple[str, Sequence[Any]]] = [
         (f"{len(matched.missing)} of {total} questions have no answer", matched.missing),
         (f"{len(matched.duplicates)} answers are to a question answered before", matched.duplicates),
         (f"{len(predictions.broken)} lines are cut off or not JSON", predictions.broken),
     ]
     if not limited:
-        found.insert(1, (f"{len(matched.unknown)} answers are to unknown questions", matched.unknown))
-    problems = [f"{text} (first: {which[0]})" for text, which in found if which]
+        checks.insert(1, (f"{len(matched.unknown)} answers are to unknown questions", matched.unknown))
+    problems = [f"{text} (first: {items[0]})" for text, items in checks if items]
     if problems and not allow_missing:
         raise InputError(
             f"'{predictions.path}': {'; '.join(problems)}; complete it, "

@@ -1,4 +1,4 @@
-"""The numbers that LLaVA's papers and model zoo publish, and how far a result is from them.
+"""List the numbers that LLaVA's papers and model zoo publish, and measure a result's drift from them.
 
 Source: arXiv 2310.03744, tables 3 and 4, and haotian-liu/LLaVA's model zoo.
 """
@@ -17,27 +17,27 @@ PUBLISHED: dict[str, dict[str, float]] = {
         "mme": 1531.3, "mmbench": 67.7, "mmbench-cn": 63.6, "seed": 61.6, "llava-bench": 72.5, "mmvet": 36.1,
     },
 }  # fmt: skip
-# The split behind each number, where it is not the one that can be scored here.
+# The split behind a published number, where it has no public answers and cannot be scored locally.
 ELSEWHERE = {
     "vqav2": "test-dev on EvalAI",
     "vizwiz": "test on EvalAI",
 }
-# How much a number moves when LLaVA-1.5 is trained again (MME: about 20, from its issue tracker), or
-# between judges. A checkpoint that is said to be LLaVA's own and differs by more has drifted.
+# How much a number changes when LLaVA-1.5 is trained again (MME: about 20, from its issue tracker) or graded
+# by another judge. A checkpoint of LLaVA's own that differs by more has drifted.
 SPREAD = {"mme": 20.0, "llava-bench": 5.0, "mmvet": 2.0}
 USUAL_SPREAD = 1.0
 SCALE = {"mme": 2000.0}  # the largest possible headline, where it is not 100
 
 
 def published(task: str) -> dict[str, float]:
-    """Model -> number, of those that publish one for the task."""
+    """Return the published number of each model that has one for the task."""
     return {model: numbers[task] for model, numbers in PUBLISHED.items() if task in numbers}
 
 
 def drift(task: str, value: float, reference: str, *, comparable: bool) -> dict[str, Any]:
-    """How far `value` is from what `reference` publishes, and whether that is more than retraining makes.
+    """Return how far `value` is from the number of `reference`, and whether retraining explains that.
 
-    comparable: the whole official split was scored; otherwise nothing is flagged.
+    comparable: the whole official split was scored; otherwise nothing is flagged. Empty without a number.
     """
     number = published(task).get(reference)
     if number is None:

@@ -1,7 +1,6 @@
-"""From questions and answers to a result: the headline with its interval, the parts, and what is doubtful.
+"""Score answers and build the result: the headline with its interval, scores by category, and notes.
 
-The result is a plain dictionary, written as JSON; docs/evaluation.md describes every key. Knows: any
-Task. Does not know: how answers were made.
+The result is a plain dictionary, written as JSON; docs/evaluation.md describes every key.
 """
 
 from __future__ import annotations
@@ -28,49 +27,54 @@ FORMAT = 1  # of the result
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The questions that are scored, and what is known of the official files they come from."""
+class QuestionSet:
+    """The questions to score, and how many questions the official files hold."""
 
     questions: list[Question]
-    total: int
-    known: tuple[int, ...]  # questions of this split in the versions that are known
-    digest: str = ""  # of all ids, prompts and truths: the same files and prompts have the same
+    total: int  # questions in the files, before --limit
+    known_sizes: tuple[int, ...]  # number of questions of this split in each published version
+    digest: str = ""  # SHA-256 of all ids, prompts and truths; equal files and prompts have equal digests
 
     @property
     def limited(self) -> bool:
         return len(self.questions) < self.total
 
 
-def read_questions(task: Task, data: Path, limit: int | None = None, *, keep_images: bool = True) -> Asked:
-    """The first `limit` questions of a benchmark. Raises InputError on duplicates and empty files."""
+def read_questions(
+    task: Task, data: Path, limit: int | None = None, *, keep_images: bool = True
+) -> QuestionSet:
+    """Read the first `limit` questions of a benchmark. Raises InputError on duplicates and empty files.
+
+    keep_images: False drops images stored inside tables, which only a model needs.
+    """
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; give at least 1")
-    kept: list[Question] = []
-    seen: set[str] = set()
-    twice: list[str] = []
+    selected: list[Question] = []
+    ids: set[str] = set()
+    duplicate_ids: list[str] = []
     total = 0
     digest = hashlib.sha256()
     for question in _questions(task, data):
         total += 1
-        twice += [question.id] if question.id in seen else []
-        seen.add(question.id)
+        duplicate_ids += [question.id] if question.id in ids else []
+        ids.add(question.id)
         truth = question.meta.get("answers", question.meta.get("answer"))
         digest.update(json.dumps([question.id, question.prompt, truth]).encode())
-        if limit is None or len(kept) < limit:
-            # Pictures inside tables would otherwise all stay in memory.
-            kept.append(question if keep_images else replace(question, images=_names_only(question)))
-    if twice:
+        if limit is None or len(selected) < limit:
+            # Images inside tables would otherwise all stay in memory.
+            selected.append(question if keep_images else replace(question, images=_names_only(question)))
+    if duplicate_ids:
         raise InputError(
-            f"{len(twice)} questions of {task.name} have an id that came before, the first is {twice[0]!r}; "
-            "are two versions of the files in one folder?"
+            f"{len(duplicate_ids)} questions of {task.name} have an id that came before, "
+            f"the first is {duplicate_ids[0]!r}; are two versions of the files in one folder?"
         )
-    if not kept:
+    if not selected:
         raise InputError(f"the files of {task.name} in '{data}' hold no questions; fetch them again")
-    return Asked(kept, total, task.source.known(task.split), digest.hexdigest())
+    return QuestionSet(selected, total, task.source.known_sizes(task.split), digest.hexdigest())
 
 
 def _questions(task: Task, data: Path) -> Iterator[Question]:
-    """A benchmark's questions. Raises InputError also where a field is missing or of another kind."""
+    """Yield a benchmark's questions. Raises InputError where a field is missing or has another type."""
     number = 0
     with official(lambda: f"{task.name} in '{data}', version {task.source.version}, question {number + 1}"):
         for question in task.questions(data):
@@ -82,24 +86,30 @@ def _questions(task: Task, data: Path) -> Iterator[Question]:
 def _check_texts(question: Question) -> None:
     meta = question.meta
     truths = meta["answers"] if "answers" in meta else [meta.get("answer") or ""]
-    texts = [question.id, question.prompt, question.also, *(p.name for p in question.images), *truths]
+    texts = [
+        question.id,
+        question.prompt,
+        question.llava_id,
+        *(image.name for image in question.images),
+        *truths,
+    ]
     category = meta.get("category", "")
     texts += [] if category is None or isinstance(category, int) else [category]
-    if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise TypeError(f"{wrong[0]!r} stands where a text should")
+    if not_texts := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{not_texts[0]!r} stands where a text should")
 
 
 def _names_only(question: Question) -> tuple[ImageFile, ...]:
-    return tuple(ImageFile(picture.name, _forgotten) for picture in question.images)
+    return tuple(ImageFile(image.name, _not_kept) for image in question.images)
 
 
-def _forgotten() -> bytes:
+def _not_kept() -> bytes:
     raise InputError("pictures are not kept when answers are only scored")
 
 
 @dataclass(frozen=True)
-class Given:
-    """A file of answers, matched to the questions, in their order. notes: what did not fit."""
+class AnswerSet:
+    """The answers of one file, matched to the questions and in their order. notes: what did not match."""
 
     answered: list[Answered]
     notes: list[str]
@@ -107,33 +117,44 @@ class Given:
     path: str
 
 
-def read_answers(asked: Asked, path: Path, *, allow_missing: bool = False) -> Given:
-    """Raises InputError where the answers are not exactly those to the questions, unless a part is wanted."""
-    read = read_predictions(path)
-    matched = match(asked.questions, read.rows)
-    notes = check(matched, read, allow_missing=allow_missing, limited=asked.limited)
-    return Given(matched.answered, notes, read.model or path.stem, read.path)
+def read_answers(questions: QuestionSet, path: Path, *, allow_missing: bool = False) -> AnswerSet:
+    """Read a file of answers and match them to the questions.
+
+    Raises InputError where answers are missing, duplicate, unknown or broken, unless `allow_missing`.
+    """
+    predictions = read_predictions(path)
+    matched = match(questions.questions, predictions.rows)
+    notes = check(matched, predictions, allow_missing=allow_missing, limited=questions.limited)
+    return AnswerSet(matched.answered, notes, predictions.model or path.stem, predictions.path)
 
 
 def make_result(
-    task: Task, asked: Asked, given: Given, score: Score, reference: str | None = None
+    task: Task, questions: QuestionSet, answers: AnswerSet, score: Score, reference: str | None = None
 ) -> dict[str, Any]:
-    """The result dictionary of a score."""
-    answered = given.answered
+    """Build the result dictionary of a score.
+
+    reference: a model whose published number the headline should reach, such as "LLaVA-1.5-7B".
+    """
+    answered = answers.answered
     value = score.metrics[task.headline]
-    why = []
-    if asked.limited:
-        why.append(f"--limit {len(asked.questions)} of {asked.total} questions")
-    if len(answered) < len(asked.questions):
-        why.append(f"{len(asked.questions) - len(answered)} of {len(asked.questions)} questions unanswered")
-    notes = given.notes + score.notes
-    same = asked.total in asked.known if asked.known else None
+    # 1. Say why the score is partial: only whole splits compare with published numbers.
+    reasons = []
+    selected = len(questions.questions)
+    if questions.limited:
+        reasons.append(f"--limit {selected} of {questions.total} questions")
+    if len(answered) < selected:
+        reasons.append(f"{selected - len(answered)} of {selected} questions unanswered")
+    # 2. Compare the number of questions with the published versions: another version has other numbers.
+    notes = answers.notes + score.notes
+    same = questions.total in questions.known_sizes if questions.known_sizes else None
     if same is False:
         notes.append(
-            f"the files hold {asked.total} questions; {task.source.version} has "
-            f"{' or '.join(map(str, asked.known))}: another version, not comparable with published numbers"
+            f"the files hold {questions.total} questions; {task.source.version} has "
+            f"{' or '.join(map(str, questions.known_sizes))}: another version, "
+            "not comparable with published numbers"
         )
-    comparable = not why and same is True
+    comparable = not reasons and same is True
+    # 3. Resample images, because the questions about one image are not independent.
     low, high = _interval(task, answered, score)
     return {
         "format": FORMAT,
@@ -141,8 +162,8 @@ def make_result(
         "task": task.name,
         "title": task.title,
         "split": task.split,
-        "model": given.model,
-        "predictions": given.path,
+        "model": answers.model,
+        "predictions": answers.path,
         "headline": {
             "name": task.headline,
             "value": _number(value),
@@ -157,16 +178,16 @@ def make_result(
             }
             for title, cells in score.categories.items()
         },
-        "questions": asked.total,
+        "questions": questions.total,
         "answered": len(answered),
-        "partial": bool(why),
-        "why_partial": "; ".join(why),
+        "partial": bool(reasons),
+        "why_partial": "; ".join(reasons),
         "version": {
             "known": task.source.version,
-            "questions": asked.total,
-            "expected": list(asked.known),
+            "questions": questions.total,
+            "expected": list(questions.known_sizes),
             "same": same,
-            "digest": asked.digest,
+            "digest": questions.digest,
         },
         "comparable": comparable,
         "published": published(task.name),
@@ -181,7 +202,7 @@ def _interval(task: Task, answered: Sequence[Answered], score: Score) -> tuple[f
     groups = [question.group for question, _ in answered]
     if len(set(groups)) < 2:
         return None, None
-    # Sums over long lists of weights are the cost; a tenth of a million questions gets fewer draws.
+    # Each sample sums over all questions, so a split of 100,000 questions gets fewer samples.
     samples = 1000 if len(answered) <= 20_000 else 200
     low, high = interval_of(statistic, groups, level=LEVEL, samples=samples)
     return (None, None) if math.isnan(low) else (low, high)
@@ -192,43 +213,43 @@ def _number(value: float | None) -> float | None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result that `pumice eval --json` wrote. Raises InputError."""
+    """Read a result that `pumice eval --json` wrote. Raises InputError where the file holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"the result '{path}' cannot be read ({error}); write it with --json") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or "headline" not in found:
+    if not isinstance(result, dict) or result.get("format") != FORMAT or "headline" not in result:
         raise InputError(f"'{path}' is not a result of pumice eval, format {FORMAT}; write it with --json")
-    return found
+    return result
 
 
-def in_words(found: Mapping[str, Any], rows: int = 40) -> str:
-    """A result for the terminal."""
-    head = found["headline"]
+def format_result(result: Mapping[str, Any], rows: int = 40) -> str:
+    """Return a result as text for the terminal, with at most `rows` lines of each table."""
+    head = result["headline"]
     percent = "%" if head["unit"] == "%" else ""
     interval = head["interval"]
-    label = "  PARTIAL: " + found["why_partial"] if found["partial"] else ""
+    label = "  PARTIAL: " + result["why_partial"] if result["partial"] else ""
     value = "not scored" if head["value"] is None else f"{head['value']:.2f}{percent}"
-    line = f"{found['title']} ({found['split']}), {found['model']}: {head['name']} {value}"
+    line = f"{result['title']} ({result['split']}), {result['model']}: {head['name']} {value}"
     if interval:
         line += f"  [{interval[0]:.2f}, {interval[1]:.2f}]"
     lines = [line + label]
-    for name, value in islice(found["metrics"].items(), rows):
+    for name, value in islice(result["metrics"].items(), rows):
         if name != head["name"] and value is not None:
             lines.append(f"  {name:<28} {value:10.2f}")
-    for title, cells in found["categories"].items():
+    for title, cells in result["categories"].items():
         lines.append(f"  by {title}")
         for name, cell in islice(cells.items(), rows):
             lines.append(f"    {name:<26} {cell['value']:10.2f}  {cell['questions']} questions")
         if len(cells) > rows:
             lines.append(f"    ... {len(cells) - rows} more with --json")
-    for model, number in found["published"].items():
+    for model, number in result["published"].items():
         lines.append(f"  published {model:<18} {number:10.2f}")
-    if found["drift"].get("drifted"):
-        drifted = found["drift"]
+    if result["drift"].get("drifted"):
+        drifted = result["drift"]
         lines.append(
             f"  DRIFT: {drifted['difference']:+.2f} from {drifted['reference']}, "
             f"more than retraining makes ({drifted['spread']:g})"
         )
-    lines += [f"  note: {note}" for note in found["notes"]]
+    lines += [f"  note: {note}" for note in result["notes"]]
     return "\n".join(lines)

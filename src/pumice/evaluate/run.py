@@ -1,8 +1,7 @@
-"""Asks a benchmark's questions and keeps the answers: predictions.jsonl, one line each, appended.
+"""Ask a model a benchmark's questions and append each answer to predictions.jsonl.
 
-A run that was stopped goes on where it was, and ends with the same file as one that ran through.
-Questions about one picture are asked together. Under torchrun each process asks its part; the parts
-are joined in order. Knows: tasks and files. Does not know: models; an Answerer is all it needs.
+A stopped run continues where it stopped and ends with the same file as a run without a stop. Under torchrun
+each process answers a share of the questions, and the first process joins the shares in order.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pumice.errors import InputError
-from pumice.evaluate.endpoint import Endpoint, with_images
+from pumice.evaluate.endpoint import ChatEndpoint, with_images
 from pumice.evaluate.task import Question, Task
 from pumice.files import appending, hold_file, replacing, whole_lines
 
-Progress = Callable[[int, int], None]  # (answered, of)
+Progress = Callable[[int, int], None]  # (answered questions, all questions)
 
 
 class Answerer(Protocol):
-    """Whatever answers: questions in, answers out in the same order, taken as they are needed."""
+    """A model that answers questions in order and reads each question only when it needs it."""
 
     name: str
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
-        """What is wrong with a question stands in its answer's place."""
+        """Yield one answer per question, or an InputError for a question that cannot be asked."""
         ...
 
 
-class AsksMany(Protocol):
-    """The part of `pumice.Assistant` that is used."""
+class BatchAssistant(Protocol):
+    """The part of `pumice.Assistant` that evaluation uses."""
 
     def ask_each(
         self, rows: Iterable[tuple[Any, str]], *, slots: int = 8, **sampling: Any
@@ -43,112 +42,121 @@ class AsksMany(Protocol):
 
 
 class LocalAnswerer:
-    """A model in this process, greedy."""
+    """Answers with a model in this process, greedily."""
 
-    def __init__(self, assistant: AsksMany, name: str, slots: int = 16) -> None:
+    def __init__(self, assistant: BatchAssistant, name: str, slots: int = 16) -> None:
         self.assistant, self.name, self.slots = assistant, name, slots
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
-        order: deque[InputError | None] = deque()  # of the questions taken: what keeps one from being asked
+        # One entry per question read so far: its error, or None where the model answers it.
+        errors: deque[InputError | None] = deque()
 
         def rows() -> Iterator[tuple[Any, str]]:
             for question in questions:
                 try:
-                    images = [picture.source() for picture in question.images]
+                    images = [image.source() for image in question.images]
                 except InputError as error:
-                    order.append(error)
+                    errors.append(error)
                 else:
-                    order.append(None)
+                    errors.append(None)
                     yield images or None, question.prompt
 
         for answer in self.assistant.ask_each(rows(), slots=self.slots, max_new_tokens=max_new_tokens):
-            while (error := order.popleft()) is not None:
+            while (error := errors.popleft()) is not None:
                 yield error
             yield answer
-        yield from (error for error in order if error is not None)
+        yield from (error for error in errors if error is not None)
 
 
 class EndpointAnswerer:
-    """A model behind an OpenAI-compatible address: vLLM, a hosted model, `pumice serve`."""
+    """Answers with a model behind an OpenAI-compatible server: vLLM, a hosted model, `pumice serve`."""
 
-    def __init__(self, endpoint: Endpoint, workers: int = 8) -> None:
+    def __init__(self, endpoint: ChatEndpoint, workers: int = 8) -> None:
         self.endpoint, self.workers, self.name = endpoint, workers, endpoint.model
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
         def ask(question: Question) -> str | InputError:
             try:
-                images = [picture.source() for picture in question.images]
+                images = [image.source() for image in question.images]
                 content = with_images(question.prompt, images) if images else question.prompt
                 return self.endpoint.chat(content, temperature=0.0, max_tokens=max_new_tokens)[0]
             except InputError as error:
                 return error
 
-        waiting: deque[Future[str | InputError]] = deque()
+        # A bounded window of requests keeps the images of only a few questions in memory.
+        pending: deque[Future[str | InputError]] = deque()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 for question in questions:
-                    waiting.append(pool.submit(ask, question))
-                    if len(waiting) >= 2 * self.workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
+                    pending.append(pool.submit(ask, question))
+                    if len(pending) >= 2 * self.workers:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
             finally:
-                for future in waiting:
+                for future in pending:
                     future.cancel()
 
 
-def in_order(questions: Sequence[Question]) -> list[Question]:
-    """The order of asking: pictures as they first appear, the questions of each together."""
-    by_picture: dict[tuple[str, ...], list[Question]] = {}
+def group_by_images(questions: Sequence[Question]) -> list[Question]:
+    """Order the questions so that those about one image follow each other and share its KV entries.
+
+    Images keep the order of their first question.
+    """
+    by_images: dict[tuple[str, ...], list[Question]] = {}
     for question in questions:
-        key = tuple(picture.name for picture in question.images) or (f"\0{question.id}",)
-        by_picture.setdefault(key, []).append(question)
-    return [question for asked in by_picture.values() for question in asked]
+        key = tuple(image.name for image in question.images) or (f"\0{question.id}",)
+        by_images.setdefault(key, []).append(question)
+    return [question for group in by_images.values() for question in group]
 
 
 def shard(questions: Sequence[Question], rank: int, world: int) -> list[Question]:
-    """The part of one process: whole pictures, in order, about as many questions for each."""
+    """Return one process's share of the questions; all questions about an image are in one share.
+
+    questions: in the order of `group_by_images`. Shares have about the same number of questions.
+    """
     if not 0 <= rank < world:
-        raise InputError(f"rank {rank} of {world} processes is none; check RANK and WORLD_SIZE")
-    chosen: list[Question] = []
-    last: object = None
+        raise InputError(f"there is no rank {rank} among {world} processes; check RANK and WORLD_SIZE")
+    share: list[Question] = []
+    previous_key: object = None
     owner = 0
-    for place, question in enumerate(questions):
-        key = tuple(picture.name for picture in question.images) or question.id
-        if key != last:
-            owner, last = place * world // len(questions), key
+    for index, question in enumerate(questions):
+        key = tuple(image.name for image in question.images) or question.id
+        # The owner changes only between images, so that no image is encoded by two processes.
+        if key != previous_key:
+            owner, previous_key = index * world // len(questions), key
         if owner == rank:
-            chosen.append(question)
-    return chosen
+            share.append(question)
+    return share
 
 
-def processes() -> tuple[int, int]:
-    """(this process, how many) as torchrun says it."""
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, from torchrun's RANK and WORLD_SIZE."""
     try:
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError as error:
         raise InputError(f"RANK or WORLD_SIZE is no number ({error}); start with torchrun") from error
 
 
-def check_pictures(questions: Sequence[Question], *, allow_missing: bool) -> int:
-    """How many pictures are missing. Raises InputError that counts them, unless that is allowed."""
-    seen: set[str] = set()
-    missing: list[str] = []
-    first = ""
+def check_images(questions: Sequence[Question], *, allow_missing: bool) -> int:
+    """Return the number of missing images. Raises InputError that counts them unless `allow_missing`."""
+    checked: set[str] = set()
+    missing = 0
+    first_problem = ""
     for question in questions:
-        for picture in question.images:
-            if picture.name in seen:
+        for image in question.images:
+            if image.name in checked:
                 continue
-            seen.add(picture.name)
-            if wrong := picture.wrong():
-                missing.append(picture.name)
-                first = first or wrong
+            checked.add(image.name)
+            if problem := image.problem():
+                missing += 1
+                first_problem = first_problem or problem
     if missing and not allow_missing:
         raise InputError(
-            f"{len(missing)} of {len(seen)} pictures are missing; the first: {first}; "
+            f"{missing} of {len(checked)} pictures are missing; the first: {first_problem}; "
             "or add --allow-missing, and the result is marked as partial"
         )
-    return len(missing)
+    return missing
 
 
 def run(
@@ -161,54 +169,67 @@ def run(
     progress: Progress | None = None,
     max_new_tokens: int | None = None,
 ) -> bool:
-    """Answers all questions into `path`; True in the process that should go on with the whole file.
+    """Append the answers to all questions to `path`; return True in the process that scores the file.
 
-    max_new_tokens: another longest answer than the task's; every line then tells it.
-    Raises InputError when the file is of another run, or a question cannot be asked and that is not
-    allowed; what was answered stays.
+    max_new_tokens: a limit other than the task's; every line of the file then states it.
+    Raises InputError when the file belongs to another run, or when a question cannot be asked and
+    `allow_missing` is False; answers already written stay in the file.
     """
-    rank, world = processes()
-    ordered = in_order(questions)
-    longest = max_new_tokens or task.max_new_tokens
-    told = None if longest == task.max_new_tokens else longest
-    if world > 1 and path.exists() and resume(path, ordered, answerer.name, told) == len(ordered):
+    # 1. Find out which questions this process answers, and in which file.
+    rank, world = rank_and_world()
+    ordered = group_by_images(questions)
+    max_tokens = max_new_tokens or task.max_new_tokens
+    custom_limit = None if max_tokens == task.max_new_tokens else max_tokens
+    if (
+        world > 1
+        and path.exists()
+        and count_answered(path, ordered, answerer.name, custom_limit) == len(ordered)
+    ):
         return rank == 0
     parts = [path if world == 1 else path.with_name(f"{path.name}.{r}-of-{world}") for r in range(world)]
-    own = shard(ordered, rank, world)
+    share = shard(ordered, rank, world)
     _check_folder(path)
+    # 2. Answer what the file lacks; each answer is flushed, so that a kill loses at most one line.
     with hold_file(parts[rank]):
-        done = resume(parts[rank], own, answerer.name, told)
+        answered = count_answered(parts[rank], share, answerer.name, custom_limit)
         with appending(parts[rank]) as file:
-            answers = answerer.answer(own[done:], longest)
-            for number, (question, answer) in enumerate(zip(own[done:], answers, strict=True), done + 1):
+            remaining = share[answered:]
+            answers = answerer.answer(remaining, max_tokens)
+            for number, (question, answer) in enumerate(zip(remaining, answers, strict=True), answered + 1):
                 if isinstance(answer, InputError) and not allow_missing:
                     raise InputError(
                         f"question {question.id} of {task.name} cannot be asked: {answer}"
                     ) from answer
-                file.write(row_of(question, answer, answerer.name, told))
+                file.write(prediction_line(question, answer, answerer.name, custom_limit))
                 file.flush()
                 if progress is not None:
-                    progress(number, len(own))
+                    progress(number, len(share))
+    # 3. The first process joins the parts, so that the result is the same file as of one process.
     if world == 1:
         return True
     if rank != 0:
         return False
-    _join(path, parts, [shard(ordered, r, world) for r in range(world)])
+    _join_parts(path, parts, [shard(ordered, r, world) for r in range(world)])
     return True
 
 
-def row_of(question: Question, answer: str | InputError, model: str, longest: int | None = None) -> str:
-    """A line of predictions.jsonl; longest: the longest answer in tokens, where it is not the task's."""
-    said = {"error": str(answer)} if isinstance(answer, InputError) else {"answer": answer}
-    row: dict[str, Any] = {"id": question.id, "prompt": question.prompt, **said, "model": model}
-    row |= {} if longest is None else {"max_new_tokens": longest}
+def prediction_line(
+    question: Question, answer: str | InputError, model: str, max_tokens: int | None = None
+) -> str:
+    """Return a line of predictions.jsonl; max_tokens: the limit of an answer where it is not the task's."""
+    outcome = {"error": str(answer)} if isinstance(answer, InputError) else {"answer": answer}
+    row: dict[str, Any] = {"id": question.id, "prompt": question.prompt, **outcome, "model": model}
+    row |= {} if max_tokens is None else {"max_new_tokens": max_tokens}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def resume(path: Path, questions: Sequence[Question], model: str, longest: int | None = None) -> int:
-    """How many questions the file already answers; a line that was cut off does not count.
+def count_answered(
+    path: Path, questions: Sequence[Question], model: str, max_tokens: int | None = None
+) -> int:
+    """Return how many questions the file answers; a line that was cut off does not count.
 
-    Raises InputError when its lines are not the first of these questions, by this model, as long as now.
+    Raises InputError unless its lines are the first of these questions, answered by this model under
+    this limit.
     """
     lines = whole_lines(path)
     for number, line in enumerate(lines):
@@ -216,22 +237,25 @@ def resume(path: Path, questions: Sequence[Question], model: str, longest: int |
             row = json.loads(line)
         except ValueError:
             row = None
-        wanted = questions[number] if number < len(questions) else None
+        question = questions[number] if number < len(questions) else None
         if (
             not isinstance(row, dict)
-            or wanted is None
-            or (row.get("id"), row.get("prompt"), row.get("model")) != (wanted.id, wanted.prompt, model)
+            or question is None
+            or (row.get("id"), row.get("prompt"), row.get("model")) != (question.id, question.prompt, model)
         ):
-            expected = "nothing" if wanted is None else f"the answer of {model!r} to question {wanted.id!r}"
+            expected = (
+                "nothing" if question is None else f"the answer of {model!r} to question {question.id!r}"
+            )
             raise InputError(
                 f"'{path}', line {number + 1}: {expected} belongs here; the file is of another run, "
-                "name another one or remove it"
+                "name another file or remove it"
             )
-        if row.get("max_new_tokens") != longest:
-            found, now = (n or "the benchmark's own number of" for n in (row.get("max_new_tokens"), longest))
+        if row.get("max_new_tokens") != max_tokens:
+            limits = row.get("max_new_tokens"), max_tokens
+            file_limit, run_limit = (limit or "the benchmark's own number of" for limit in limits)
             raise InputError(
-                f"'{path}', line {number + 1}: its answers have at most {found} tokens, now {now} are "
-                "wanted; name another file, or give the same --max-new-tokens"
+                f"'{path}', line {number + 1}: its answers have at most {file_limit} tokens, now {run_limit} "
+                "are wanted; name another file, or give the same --max-new-tokens"
             )
     return len(lines)
 
@@ -241,14 +265,14 @@ def _check_folder(path: Path) -> None:
         raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
 
 
-def _join(path: Path, parts: Sequence[Path], shares: Sequence[Sequence[Question]]) -> None:
-    """Waits until every part is whole and joins them. torchrun ends all processes when one fails."""
-    while any(_lines(part) < len(share) for part, share in zip(parts, shares, strict=True)):
+def _join_parts(path: Path, parts: Sequence[Path], shares: Sequence[Sequence[Question]]) -> None:
+    """Wait until every part is complete, then join them. torchrun ends all processes when one fails."""
+    while any(_count_lines(part) < len(share) for part, share in zip(parts, shares, strict=True)):
         time.sleep(0.2)
     with replacing(path) as file:
         for part in parts:
             file.writelines(f"{line}\n" for line in whole_lines(part))
 
 
-def _lines(path: Path) -> int:
+def _count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -1,7 +1,6 @@
-"""What a benchmark is: how its official files become questions, how answers are scored, what is the headline.
+"""Define what a benchmark is: a `Task` turns official files into questions and scores the answers.
 
-One class per benchmark, in `tasks/`, found by being there. Knows: the terms that all benchmarks share.
-Does not know: any benchmark, and how answers are made.
+Each benchmark is one class in `tasks/`; `pumice.evaluate.tasks.registry` finds it there.
 """
 
 from __future__ import annotations
@@ -27,32 +26,35 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Question:
-    """One question. Its prompt is the text after the pictures, without the chat template.
+    """One question. Its prompt is the text after the images, without the chat template.
 
-    meta: the truth and whatever the score needs; "category" and "group" (whose questions are drawn
-    together for the interval) have a meaning everywhere. also: the id in LLaVA's own question files,
-    where that is another one; several questions may share it and are then told apart by their text.
+    meta: the truth and whatever the score needs. Two keys have the same meaning in every benchmark:
+    "category", and "group" (questions that the bootstrap draws together). llava_id: the id in LLaVA's
+    question files where it differs; questions that share it are told apart by their text.
     """
 
     id: str
     images: tuple[ImageFile, ...]
     prompt: str
     meta: Mapping[str, Any] = field(default_factory=dict)
-    also: str = ""
+    llava_id: str = ""
 
     @property
     def group(self) -> str:
+        """The key of questions that are resampled together: by default those about one image."""
         return str(self.meta.get("group") or (self.images[0].name if self.images else self.id))
 
 
 class Answered(NamedTuple):
+    """A question and the model's answer to it."""
+
     question: Question
-    text: str  # as the model gave it
+    text: str  # unchanged
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A part of the score: its value in the unit of the headline, and how many questions it rests on."""
+class CategoryScore:
+    """The score of one category, in the unit of the headline, and its number of questions."""
 
     value: float
     count: int
@@ -60,14 +62,16 @@ class Cell:
 
 @dataclass
 class Score:
-    """metrics: name -> number, the headline among them. categories: title -> name -> Cell.
+    """The scores of a set of answers.
 
-    values: per answered question how right it is, 0 to 1, None where it is not scored by itself.
-    statistic: the headline, were each question drawn so often (weights); the mean of values when None.
+    metrics: name -> number, the headline among them. categories: title -> category -> its score.
+    values: the score of each answer, 0 to 1; None where an answer has no score of its own.
+    statistic: computes the headline from how often each question was drawn (weights); None means the
+    mean of `values`. judge: which judge replied, and how often; empty without a judge.
     """
 
     metrics: dict[str, float]
-    categories: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    categories: dict[str, dict[str, CategoryScore]] = field(default_factory=dict)
     values: list[float | None] = field(default_factory=list)
     statistic: Callable[[Floats], float] | None = None
     notes: list[str] = field(default_factory=list)
@@ -75,8 +79,11 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where the official files come from. sizes: questions by split, of the version that is known."""
+class DatasetSource:
+    """Where the official files come from, and the number of questions of each split.
+
+    layout: the files that are expected. sizes: one number per published version of the split.
+    """
 
     url: str
     version: str
@@ -85,28 +92,28 @@ class Source:
     sizes: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
 
     @property
-    def files(self) -> str:
+    def expected_files(self) -> str:
         return ", ".join(self.layout)
 
-    def known(self, split: str) -> tuple[int, ...]:
-        """How many questions the known versions of a split hold; none where that is not known."""
+    def known_sizes(self, split: str) -> tuple[int, ...]:
+        """Return the number of questions of a split in each published version; empty if unknown."""
         size = self.sizes.get(split, ())
         return (size,) if isinstance(size, int) else size
 
 
 class Task(ABC):
-    """A benchmark. A new one is a new file in tasks/ with a subclass that sets these names."""
+    """A benchmark. To add one, write a file in tasks/ with a subclass that sets these names."""
 
     name: ClassVar[str]
     title: ClassVar[str]
     headline: ClassVar[str]  # a key of Score.metrics
     unit: ClassVar[str] = "%"
-    lower_is_better: ClassVar[bool] = False  # of the headline; an answer's value is always better higher
-    source: ClassVar[Source]
-    splits: ClassVar[tuple[str, ...]] = ("test",)  # the first is the published one that can be scored here
-    rank: ClassVar[int] = 100  # place in lists
+    lower_is_better: ClassVar[bool] = False  # of the headline; in Score.values higher is always better
+    source: ClassVar[DatasetSource]
+    splits: ClassVar[tuple[str, ...]] = ("test",)  # first: the published split that has public answers
+    rank: ClassVar[int] = 100  # order in lists, smallest first
     max_new_tokens: ClassVar[int] = 128
-    judged: ClassVar[bool] = False
+    judged: ClassVar[bool] = False  # whether a language model grades the answers
 
     def __init__(self, split: str | None = None) -> None:
         if split is not None and split not in self.splits:
@@ -115,37 +122,43 @@ class Task(ABC):
 
     @abstractmethod
     def questions(self, data: Path) -> Iterator[Question]:
-        """The questions of the official files below `data`, in their order. Raises InputError."""
+        """Yield the questions of the official files in folder `data`, in file order. Raises InputError."""
 
     @abstractmethod
     def score(self, answered: Sequence[Answered]) -> Score:
-        """Scores answers, in the order of the questions. Raises InputError where the truth is not public."""
+        """Score answers in the order of the questions. Raises InputError if the truth is not public."""
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
-        """Writes the file that the benchmark's server or official script takes. Raises InputError."""
+        """Write the file that the benchmark's server or official script reads. Raises InputError."""
         raise InputError(f"{self.name} has no server to submit to; it is scored here")
 
 
-def categories(answered: Sequence[Answered], values: Sequence[float], key: str) -> dict[str, Cell]:
-    """Means in percent of the questions of each meta[key], in order of appearance."""
-    sums: dict[str, list[float]] = {}
+def scores_by_category(
+    answered: Sequence[Answered], values: Sequence[float], key: str
+) -> dict[str, CategoryScore]:
+    """Return the mean of `values` in percent for each meta[key], in order of appearance."""
+    values_by_name: dict[str, list[float]] = {}
     for (question, _), value in zip(answered, values, strict=True):
         if (name := question.meta.get(key)) is not None:
-            sums.setdefault(str(name), []).append(value)
-    return {name: Cell(100 * sum(found) / len(found), len(found)) for name, found in sums.items()}
+            values_by_name.setdefault(str(name), []).append(value)
+    return {
+        name: CategoryScore(100 * sum(scores) / len(scores), len(scores))
+        for name, scores in values_by_name.items()
+    }
 
 
-def percent(values: Sequence[float]) -> float:
+def mean_percent(values: Sequence[float]) -> float:
+    """Return the mean in percent; 0 without values."""
     return 100 * sum(values) / len(values) if values else 0.0
 
 
 def mean_statistic(values: Sequence[float | None], scale: float = 100.0) -> Callable[[Floats], float]:
-    """The weighted mean of the values that there are, in percent."""
-    there = np.array([value is not None for value in values], dtype=np.float64)
+    """Return a function of weights: the weighted mean, times `scale`, of the values that are not None."""
+    has_value = np.array([value is not None for value in values], dtype=np.float64)
     numbers = np.array([value or 0.0 for value in values], dtype=np.float64)
 
     def statistic(weights: Floats) -> float:
-        total = float((weights * there).sum())
+        total = float((weights * has_value).sum())
         return scale * float((weights * numbers).sum()) / total if total else math.nan
 
     return statistic

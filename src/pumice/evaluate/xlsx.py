@@ -1,4 +1,4 @@
-"""The smallest Excel workbook: one sheet of texts and numbers, as MMBench's server wants it."""
+"""Write the smallest Excel workbook, one sheet of texts and numbers, as MMBench's server expects it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LINKS = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 _PACKAGE = "http://schemas.openxmlformats.org/package/2006"
 _TYPE = "application/vnd.openxmlformats-officedocument.spreadsheetml"
 _HEAD = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>'
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # by XML 1.0
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # in XML 1.0
 
 _PARTS = {
     "[Content_Types].xml": f'<Types xmlns="{_PACKAGE}/content-types">'
@@ -31,7 +31,7 @@ _PARTS = {
 
 
 def write_xlsx(path: Path, header: Sequence[str], rows: Sequence[Sequence[str | int | None]]) -> None:
-    """A workbook with a header row; None is an empty cell."""
+    """Write a workbook with a header row; None is an empty cell."""
     lines = [
         f'<row r="{number}">{"".join(_cell(value, column, number) for column, value in enumerate(row))}</row>'
         for number, row in enumerate([header, *rows], 1)
@@ -56,6 +56,6 @@ def _letters(column: int) -> str:
     letters = ""
     column += 1
     while column:
-        column, rest = divmod(column - 1, 26)
-        letters = chr(ord("A") + rest) + letters
+        column, digit = divmod(column - 1, 26)
+        letters = chr(ord("A") + digit) + letters
     return letters

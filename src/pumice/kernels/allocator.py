@@ -1,4 +1,4 @@
-"""What the C library does with memory that PyTorch frees on a CPU. Knows glibc's `mallopt` alone."""
+"""Keep memory that PyTorch frees on a CPU for the next step, by settings of glibc (`mallopt`)."""
 
 from __future__ import annotations
 

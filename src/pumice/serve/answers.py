@@ -1,7 +1,4 @@
-"""Answers in OpenAI's shape, whole or as server-sent events.
-
-Knows names and nesting of the protocol, ids and times. Does not know where text comes from.
-"""
+"""Answers in OpenAI's form: one JSON object, or a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -12,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["chat", "text"]
+AnswerKind = Literal["chat", "text"]
 DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A token's text, how likely it was (natural logarithm), and the likeliest ones."""
+class ScoredToken:
+    """One generated token. logprob: natural logarithm. top: (text, logprob) of the likeliest tokens."""
 
     text: str
     logprob: float
@@ -26,59 +23,65 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What has become certain of an answer."""
+class AnswerPiece:
+    """The next part of an answer: text that later tokens cannot change, and its tokens."""
 
     text: str = ""
-    scored: tuple[Scored, ...] = ()
+    tokens: tuple[ScoredToken, ...] = ()
     finish: str | None = None  # "stop" or "length"
 
     @property
-    def told(self) -> bool:
-        """Whether there is anything to say: a part of a character is no text yet."""
-        return bool(self.text or self.scored or self.finish)
+    def has_content(self) -> bool:
+        """Whether there is something to send. A token that ends inside a character has no text yet."""
+        return bool(self.text or self.tokens or self.finish)
 
 
 @dataclass
-class Shape:
-    """The frame of one answer: its id, its model, its kind. `logprobs`: whether they were asked for."""
+class AnswerForm:
+    """Writes one answer in the protocol's form.
 
-    kind: Kind
+    logprobs, include_usage: whether the request asks for them. offset: characters of a completion so far.
+    """
+
+    kind: AnswerKind
     model: str
     logprobs: bool = False
-    usage_wanted: bool = False
-    offset: int = 0  # characters of a plain completion so far
+    include_usage: bool = False
+    offset: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
-    token: str = field(default_factory=lambda: secrets.token_hex(12))
+    random_id: str = field(default_factory=lambda: secrets.token_hex(12))
 
-    def whole(self, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
+    def response(self, pieces: Sequence[AnswerPiece], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the complete answer as one object."""
         text = "".join(piece.text for piece in pieces)
-        scored = tuple(one for piece in pieces for one in piece.scored)
+        tokens = tuple(token for piece in pieces for token in piece.tokens)
         finish = pieces[-1].finish
         choice: dict[str, Any] = {"index": 0}
         if self.kind == "chat":
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             choice["text"] = text
-        choice |= {"logprobs": self._logprobs(scored), "finish_reason": finish}
-        name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self._head(name), "choices": [choice], "usage": usage}
+        choice |= {"logprobs": self._logprobs(tokens), "finish_reason": finish}
+        object_name = "chat.completion" if self.kind == "chat" else "text_completion"
+        return {**self._common_fields(object_name), "choices": [choice], "usage": usage}
 
-    def opening(self) -> bytes:
-        """The event that says who speaks; nothing in a plain completion."""
+    def first_event(self) -> bytes:
+        """Return the event that names the role; empty for a plain completion."""
         return self._event({"role": "assistant", "content": ""}, None, None) if self.kind == "chat" else b""
 
-    def event(self, piece: Piece) -> bytes:
-        scored = self._logprobs(piece.scored) if piece.scored or not piece.finish else None
+    def event(self, piece: AnswerPiece) -> bytes:
+        """Return a piece as one event, or as two when it ends the answer of a chat."""
+        logprobs = self._logprobs(piece.tokens) if piece.tokens or not piece.finish else None
         if self.kind == "text":
-            return self._event(piece.text, scored, piece.finish)
+            return self._event(piece.text, logprobs, piece.finish)
         if piece.finish is None:
-            return self._event({"content": piece.text}, scored, None)
-        last = self._event({}, None, piece.finish)  # the end of a chat's answer holds no text
-        return (self._event({"content": piece.text}, scored, None) if piece.text or scored else b"") + last
+            return self._event({"content": piece.text}, logprobs, None)
+        # The last event of a chat holds no text, so text at the end gets an event before it.
+        text_event = self._event({"content": piece.text}, logprobs, None) if piece.text or logprobs else b""
+        return text_event + self._event({}, None, piece.finish)
 
     def usage_event(self, usage: dict[str, Any]) -> bytes:
-        return _sse({**self._head(self._chunk_name), "choices": [], "usage": usage})
+        return _sse({**self._common_fields(self._chunk_name), "choices": [], "usage": usage})
 
     @staticmethod
     def error_event(body: dict[str, Any]) -> bytes:
@@ -88,45 +91,52 @@ class Shape:
     def _chunk_name(self) -> str:
         return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
 
-    def _head(self, name: str) -> dict[str, Any]:
+    def _common_fields(self, object_name: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
-        return {"id": f"{prefix}-{self.token}", "object": name, "created": self.created, "model": self.model}
+        return {
+            "id": f"{prefix}-{self.random_id}",
+            "object": object_name,
+            "created": self.created,
+            "model": self.model,
+        }
 
     def _event(self, content: Any, logprobs: Any, finish: str | None) -> bytes:
         key = "delta" if self.kind == "chat" else "text"
         choice = {"index": 0, key: content, "logprobs": logprobs, "finish_reason": finish}
-        values: dict[str, Any] = {**self._head(self._chunk_name), "choices": [choice]}
-        if self.usage_wanted:
+        values: dict[str, Any] = {**self._common_fields(self._chunk_name), "choices": [choice]}
+        if self.include_usage:
             values["usage"] = None
         return _sse(values)
 
-    def _logprobs(self, scored: Sequence[Scored]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
         if self.kind == "chat":
-            return {"content": [self._chat_token(one) for one in scored], "refusal": None}
+            return {"content": [self._chat_token(token) for token in tokens], "refusal": None}
         offsets = []
-        for one in scored:
+        for token in tokens:
             offsets.append(self.offset)
-            self.offset += len(one.text)
+            self.offset += len(token.text)
+        top_logprobs = [dict(token.top) for token in tokens]
         return {
-            "tokens": [one.text for one in scored],
-            "token_logprobs": [one.logprob for one in scored],
-            "top_logprobs": [dict(one.top) for one in scored] if any(one.top for one in scored) else None,
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": top_logprobs if any(top_logprobs) else None,
             "text_offset": offsets,
         }
 
     @staticmethod
-    def _chat_token(one: Scored) -> dict[str, Any]:
+    def _chat_token(token: ScoredToken) -> dict[str, Any]:
         def entry(text: str, logprob: float) -> dict[str, Any]:
-            # A token that is a part of a character has no text of its own, and its bytes are not known here.
-            data = None if "\ufffd" in text else list(text.encode())
-            return {"token": text, "logprob": logprob, "bytes": data}
+            # A token that holds a part of a character decodes to U+FFFD, so its bytes are unknown.
+            utf8 = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": logprob, "bytes": utf8}
 
-        return {**entry(one.text, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]}
+        return {**entry(token.text, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]}
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    """Return the `usage` object. All counts are tokens; cached ones are a part of the prompt."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -1,7 +1,4 @@
-"""The application: which address does what.
-
-Knows routes, bodies and the order of the layers around them. How an answer is made, the backend knows.
-"""
+"""The ASGI application: routes, request bodies and the order of the middleware."""
 
 from __future__ import annotations
 
@@ -25,27 +22,27 @@ from pumice.serve.backend import Backend, Call
 from pumice.serve.errors import ApiError
 from pumice.serve.guard import Gate, Guard, too_large
 from pumice.serve.metrics import CONTENT_TYPE, Metrics
-from pumice.serve.observe import Observe, record
+from pumice.serve.observe import Observe, request_record
 from pumice.serve.openapi import document
 from pumice.serve.page import files, send
 from pumice.serve.settings import ServerSettings
 
 
 def build(settings: ServerSettings, backend: Backend, metrics: Metrics, gate: Gate) -> Starlette:
-    """The ASGI application of one worker."""
+    """Return the ASGI application of one worker."""
     started = int(time.time())
-    metrics.levels = backend.levels
-    published = document(__version__)
+    metrics.stats = backend.stats
+    openapi_document = document(__version__)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await backend.start(metrics)
-        ticking = asyncio.create_task(_tick(metrics)) if metrics.shared else None
+        refresher = asyncio.create_task(_refresh_every_second(metrics)) if metrics.shared else None
         try:
             yield
         finally:
-            if ticking is not None:
-                ticking.cancel()
+            if refresher is not None:
+                refresher.cancel()
             await backend.close()
 
     async def call(request: Request) -> Call:
@@ -65,8 +62,8 @@ def build(settings: ServerSettings, backend: Backend, metrics: Metrics, gate: Ga
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        known = await backend.models()
-        if name not in known:
+        names = await backend.models()
+        if name not in names:
             raise ApiError(404, f"there is no model {name!r} here", param="model", code="model_not_found")
         return JSONResponse(card(name))
 
@@ -75,17 +72,17 @@ def build(settings: ServerSettings, backend: Backend, metrics: Metrics, gate: Ga
 
     async def health(_: Request) -> Response:
         ready = not gate.draining and await backend.ready()
-        told = {
+        values = {
             "status": "draining" if gate.draining else "ok" if ready else "away",
             "version": __version__,
         }
-        return JSONResponse(told, 200 if ready else 503, {"Cache-Control": "no-store"})
+        return JSONResponse(values, 200 if ready else 503, {"Cache-Control": "no-store"})
 
     async def prometheus(_: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     async def openapi(_: Request) -> Response:
-        return JSONResponse(published)
+        return JSONResponse(openapi_document)
 
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -99,9 +96,9 @@ def build(settings: ServerSettings, backend: Backend, metrics: Metrics, gate: Ga
         *(Route(path, send(file), methods=["GET"]) for path, file in files().items()),
     ]
     paths = frozenset(route.path for route in routes)
-    layers = [Middleware(Observe, metrics=metrics, paths=paths)]
+    middleware = [Middleware(Observe, metrics=metrics, paths=paths)]
     if settings.cors:
-        layers.append(
+        middleware.append(
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.cors),
@@ -110,19 +107,19 @@ def build(settings: ServerSettings, backend: Backend, metrics: Metrics, gate: Ga
                 expose_headers=["X-Request-Id", "Retry-After"],
             )
         )
-    layers.append(Middleware(Guard, settings=settings, gate=gate))
+    middleware.append(Middleware(Guard, settings=settings, gate=gate))
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error}
-    return Starlette(routes=routes, middleware=layers, exception_handlers=handlers, lifespan=lifespan)
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
 
 
-async def _tick(metrics: Metrics) -> None:
+async def _refresh_every_second(metrics: Metrics) -> None:
     while True:
         metrics.refresh()
         await asyncio.sleep(1)
 
 
 async def _body(request: Request, settings: ServerSettings) -> bytes:
-    """A request's body, within the limits of size and time."""
+    """Return the body of a request. Raises ApiError when it is too large or arrives too slowly."""
     data = bytearray()
     try:
         with anyio.fail_after(settings.body_timeout):
@@ -139,7 +136,7 @@ async def _body(request: Request, settings: ServerSettings) -> bytes:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    record(request).refuse(error)
+    request_record(request).add_error(error)
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -147,11 +144,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 405:
-        message = f"{path[:100]} does not take {request.method}"
+        message = f"{path[:100]} does not accept {request.method}; /openapi.json lists the methods"
     elif error.status_code == 404:
         message = f"there is nothing at {path[:100]!r}; /openapi.json lists what is there"
     else:
         message = error.detail
-    made = ApiError(error.status_code, message, headers=error.headers)
-    record(request).refuse(made)
-    return JSONResponse(made.body(), made.status, made.headers)
+    api_error = ApiError(error.status_code, message, headers=error.headers)
+    request_record(request).add_error(api_error)
+    return JSONResponse(api_error.body(), api_error.status, api_error.headers)

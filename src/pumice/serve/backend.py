@@ -1,4 +1,4 @@
-"""What the server needs of whoever makes answers, and how it listens for a reader who goes away."""
+"""The interface of a backend, which makes the answers, and work that ends when the client disconnects."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from pumice.serve.metrics import Levels, Metrics
-from pumice.serve.observe import Record, record
+from pumice.serve.metrics import BackendStats, Metrics
+from pumice.serve.observe import RequestRecord, request_record
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One question to answer: its whole body, and what it is called in the log."""
+    """One request to answer, with its complete body."""
 
     request: Request
     body: bytes
 
     @property
-    def record(self) -> Record:
-        return record(self.request)
+    def record(self) -> RequestRecord:
+        return request_record(self.request)
 
 
 class Backend(Protocol):
@@ -37,7 +37,7 @@ class Backend(Protocol):
     async def close(self) -> None: ...
 
     async def models(self) -> list[str]:
-        """Names that a request may give, the first is the usual one."""
+        """Return the names that a request may use. The first is the default."""
         ...
 
     async def chat(self, call: Call) -> Response: ...
@@ -48,26 +48,26 @@ class Backend(Protocol):
 
     async def ready(self) -> bool: ...
 
-    def levels(self) -> Levels: ...
+    def stats(self) -> BackendStats: ...
 
 
-async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work unless the client goes away first: then it is cancelled, and ClientDisconnect raised."""
+async def run_while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`. If the client disconnects first, cancel it and raise ClientDisconnect."""
     task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(request))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientDisconnect
     finally:
-        for each in (task, watch):
-            each.cancel()
-        for each in (task, watch):
+        for future in (task, disconnect):
+            future.cancel()
+        for future in (task, disconnect):
             with contextlib.suppress(BaseException):
-                await each
+                await future
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

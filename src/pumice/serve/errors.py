@@ -1,7 +1,4 @@
-"""What goes wrong with a request, in OpenAI's shape: a status, a sentence, the field's name.
-
-Knows pydantic's findings and InputError. Does not know HTTP servers.
-"""
+"""Errors of requests in OpenAI's form: a status, a sentence and the field's name."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-# What is better said of a field than pydantic says it.
+# Field -> a clearer message than pydantic's.
 REMEDIES = {
     "n": "this server gives one answer per request; leave n out or set it to 1",
     "best_of": "this server gives one answer per request; leave best_of out or set it to 1",
@@ -39,7 +36,7 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error. param: the field, as in "messages.0.content"; code: for programs."""
+    """An error response. param: the field, such as "messages.0.content". code: the reason, for programs."""
 
     def __init__(
         self,
@@ -58,38 +55,33 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        error_type = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        error = {"message": self.message, "type": error_type, "param": self.param, "code": self.code}
         return {"error": error}
 
 
-def invalid(error: ValidationError) -> ApiError:
-    """The first thing that pydantic found wrong with a body."""
-    found = error.errors(include_url=False, include_context=False)[0]
-    # Names of alternatives begin with ~ in `protocol`; they are no fields.
-    path = [str(step) for step in found["loc"] if not str(step).startswith("~")]
+def validation_error(error: ValidationError) -> ApiError:
+    """Return the first problem that pydantic reports of a body as an ApiError."""
+    problem = error.errors(include_url=False, include_context=False)[0]
+    # Steps that begin with ~ are the tags of unions in `protocol`, not fields.
+    path = [str(step) for step in problem["loc"] if not str(step).startswith("~")]
     param = ".".join(path) or None
-    kind, said = found["type"], found["msg"]
-    if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {said.removeprefix('Invalid JSON: ')}", code=kind)
+    code, message = problem["type"], problem["msg"]
+    if code == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}", code=code)
     if path and path[0] in REMEDIES and len(path) == 1:
         return ApiError(400, REMEDIES[path[0]], param=param, code="unsupported_value")
-    if kind == "extra_forbidden":
+    if code == "extra_forbidden":
         return ApiError(400, f"unknown field '{param}'; leave it out", param=param, code="unknown_field")
-    if kind == "missing":
+    if code == "missing":
         return ApiError(400, f"the field '{param}' is missing", param=param, code="missing_field")
-    where = f"'{param}': " if param else "the body: "
-    said = said.removeprefix("Value error, ")
-    return ApiError(400, f"{where}{said[:1].lower()}{said[1:]}", param=param, code="invalid_value")
+    prefix = f"'{param}': " if param else "the body: "
+    message = message.removeprefix("Value error, ")
+    return ApiError(400, f"{prefix}{message[:1].lower()}{message[1:]}", param=param, code="invalid_value")
 
 
-def field(*steps: str | int) -> str:
-    """A field's name as `param` has it."""
-    return ".".join(map(str, steps))
-
-
-def no_model(asked: str, known: Sequence[str]) -> ApiError:
-    names = ", ".join(map(repr, known))
+def unknown_model(model: str, known_models: Sequence[str]) -> ApiError:
+    names = ", ".join(map(repr, known_models))
     return ApiError(
-        404, f"there is no model {asked!r} here; use {names}", param="model", code="model_not_found"
+        404, f"there is no model {model!r} here; use {names}", param="model", code="model_not_found"
     )

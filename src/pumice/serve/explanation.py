@@ -1,4 +1,4 @@
-"""An answer explained, as the JSON that a page of the server's or of another's shows."""
+"""The explanation of an answer as JSON for a web page."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pumice.explain.page import to_json
 def explanation_json(
     assistant: Assistant, conversation: Conversation, answer: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """An answer explained, ready for `json.dumps` and for `mount` of page.js; no pictures in it.
+    """Return the explanation of an answer for `json.dumps`, in the form that `mount` of page.js reads.
 
-    options: of `pumice.assistant.explain`. Raises InputError, whose sentence a page can show, when there is
-    no picture in the conversation.
+    answer: None lets the model answer first. The result holds no pictures. options: those of
+    `pumice.assistant.explain`. Raises InputError when the conversation holds no picture.
     """
     return to_json(explain(assistant, conversation, answer, **options), pictures=False)

@@ -1,9 +1,8 @@
-"""Pictures from the web, from public addresses alone.
+"""Download pictures from the web, from public addresses only.
 
-A name is resolved once per hop and the connection goes to the very address that was checked, so that a name
-which changes its mind between check and connection (DNS rebinding) gains nothing. The certificate and the
-Host header stay those of the name. Redirects are followed by hand, each as a new address.
-Knows HTTP and addresses. Does not know pictures.
+Each hop resolves the name once, checks its addresses and connects to a checked one. So a name whose address
+changes after the check (DNS rebinding) has no effect. The Host header and the certificate are those of the
+name. Every redirect is checked like a new URL.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the open internet, and every IPv4 address hidden in it does, too."""
-    inner = _embedded(address)
-    if inner is not None and not is_public(inner):
+    """Return whether an address, and any IPv4 address embedded in it, is on the public internet."""
+    ipv4 = _embedded_ipv4(address)
+    if ipv4 is not None and not is_public(ipv4):
         return False
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return True  # what is mapped was checked
-    never = address.is_multicast or address.is_reserved or address.is_unspecified or address.is_link_local
+        return True  # the embedded address is public
+    special = address.is_multicast or address.is_reserved or address.is_unspecified or address.is_link_local
     if isinstance(address, ipaddress.IPv6Address) and address.is_site_local:
         return False
-    return address.is_global and not address.is_private and not address.is_loopback and not never
+    return address.is_global and not address.is_private and not address.is_loopback and not special
 
 
-def _embedded(address: Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address inside a mapped, NAT64, 6to4 or Teredo address."""
+def _embedded_ipv4(address: Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address inside a mapped, NAT64, 6to4 or Teredo address."""
     if isinstance(address, ipaddress.IPv4Address):
         return None
     if address in _NAT64:
@@ -49,13 +48,13 @@ def _embedded(address: Address) -> ipaddress.IPv4Address | None:
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a name, by the system's resolver."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+    """Return the addresses of a name from the resolver of the system."""
+    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in entries]
 
 
 class Fetcher:
-    """Fetches what a URL names, within a size (bytes) and a time (seconds, of everything together)."""
+    """Downloads URLs. size: limit in bytes. seconds: limit for all hops together."""
 
     def __init__(
         self,
@@ -68,36 +67,36 @@ class Fetcher:
     ) -> None:
         self._size, self._seconds = size, seconds
         self._permitted, self._resolve = permitted, resolve
-        # No proxy of the environment: it would connect wherever it likes.
+        # No proxy from the environment: it would resolve the names itself, without the check.
         self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, verify=verify)
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def get(self, url: str, param: str) -> bytes:
-        """The bytes behind a URL. Raises ApiError, 400, that names `param`."""
+        """Return the bytes behind a URL. Raises ApiError, 400, that names the field `param`."""
 
-        def refuse(why: str) -> ApiError:
-            return ApiError(400, f"the picture {_short(url)} {why}", param=param, code="invalid_image_url")
+        def url_error(reason: str) -> ApiError:
+            return ApiError(400, f"the picture {_short(url)} {reason}", param=param, code="invalid_image_url")
 
         try:
             with anyio.fail_after(self._seconds):
-                return await self._follow(url, refuse)
+                return await self._follow(url, url_error)
         except TimeoutError:
-            raise refuse(f"did not arrive within {self._seconds:g} s; send it as a data URI") from None
+            raise url_error(f"did not arrive within {self._seconds:g} s; send it as a data URI") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            raise refuse(f"cannot be fetched ({type(error).__name__}); send it as a data URI") from error
+            raise url_error(f"cannot be fetched ({type(error).__name__}); send it as a data URI") from error
 
-    async def _follow(self, url: str, refuse: Callable[[str], ApiError]) -> bytes:
+    async def _follow(self, url: str, url_error: Callable[[str], ApiError]) -> bytes:
         target = httpx.URL(url)
         for _ in range(MAX_REDIRECTS + 1):
             if target.scheme not in ("http", "https") or not target.host:
-                raise refuse("is no http(s) address")
+                raise url_error("is no http(s) address")
             if target.userinfo:
-                raise refuse("holds a user name; leave it out")
+                raise url_error("holds a user name; leave it out")
             async with self._client.stream(
                 "GET",
-                target.copy_with(host=await self._address(target, refuse)),
+                target.copy_with(host=await self._checked_address(target, url_error)),
                 headers={
                     "Host": target.netloc.decode("ascii"),
                     "Accept": "image/*",
@@ -111,24 +110,25 @@ class Fetcher:
                     target = target.join(response.headers["location"])
                     continue
                 if response.status_code != 200:
-                    raise refuse(f"answered with status {response.status_code}; send it as a data URI")
+                    raise url_error(f"answered with status {response.status_code}; send it as a data URI")
                 data = bytearray()
                 async for chunk in response.aiter_raw():  # raw: nothing is decompressed
                     data += chunk
                     if len(data) > self._size:
-                        raise refuse(f"is larger than {self._size} bytes; send a smaller one")
+                        raise url_error(f"is larger than {self._size} bytes; send a smaller one")
                 return bytes(data)
-        raise refuse(f"redirects more than {MAX_REDIRECTS} times")
+        raise url_error(f"redirects more than {MAX_REDIRECTS} times")
 
-    async def _address(self, target: httpx.URL, refuse: Callable[[str], ApiError]) -> str:
+    async def _checked_address(self, target: httpx.URL, url_error: Callable[[str], ApiError]) -> str:
         port = target.port or (443 if target.scheme == "https" else 80)
-        found = await self._resolve(target.raw_host.decode("ascii").strip("[]"), port)
-        if not found:
-            raise refuse("has a host without an address")
-        for text in found:  # a name with one private address among public ones is refused as a whole
+        addresses = await self._resolve(target.raw_host.decode("ascii").strip("[]"), port)
+        if not addresses:
+            raise url_error("has a host without an address")
+        # One private address among public ones refuses the name: a retry could connect to it.
+        for text in addresses:
             if not self._permitted(ipaddress.ip_address(text.partition("%")[0])):
-                raise refuse("is not on the public internet; send it as a data URI")
-        return found[0]
+                raise url_error("is not on the public internet; send it as a data URI")
+        return addresses[0]
 
 
 def _short(url: str) -> str:

@@ -1,7 +1,4 @@
-"""Who may ask, and how many at a time: host names, keys, content types, the queue, the drain.
-
-All of it is decided from the headers, before a body is read. Does not know what is asked.
-"""
+"""Admission: checks host names, keys, content types and limits from the headers, before a body is read."""
 
 from __future__ import annotations
 
@@ -17,56 +14,58 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pumice.serve.errors import ApiError
-from pumice.serve.observe import record
+from pumice.serve.observe import request_record
 from pumice.serve.settings import ServerSettings
 
-ANSWERING = frozenset({"/v1/chat/completions", "/v1/completions", "/explain"})
+ANSWER_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/explain"})
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass
 class Gate:
-    """How many requests are being answered, of how many that may be; and whether the server drains."""
+    """The number of requests in flight and its limit, and whether the server is draining."""
 
     capacity: int
-    inside: int = 0
+    in_flight: int = 0
     draining: bool = False
-    connections: Callable[[], int] = lambda: 0  # open ones, idle ones as well
+    connections: Callable[[], int] = lambda: 0  # number of open connections, idle ones included
 
 
 class Guard:
-    """Lets through what may be answered; everything else gets its error at once."""
+    """Middleware that lets a request through, or answers it with an error at once."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, gate: Gate) -> None:
         self.app, self.settings, self.gate = app, settings, gate
         self._keys = [_digest(key.encode()) for key in settings.keys]
-        # A page on a stranger's host name that resolves to this machine (DNS rebinding) must not ask a
-        # server that is meant for this machine alone.
+        # DNS rebinding: a foreign web page may give its own host name the address of this machine. A
+        # server for this machine alone must not answer such a page.
         self._hosts = _LOCAL | set(settings.hosts) if settings.loopback and not settings.keys else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # 1. Check the headers. The cheapest check comes first, and no body is read before all of them pass.
         headers = Headers(scope=scope)
-        answering = scope["method"] == "POST" and scope["path"] in ANSWERING
+        needs_slot = scope["method"] == "POST" and scope["path"] in ANSWER_PATHS
         try:
-            self._check_room()
+            self._check_connections()
             self._check_host(headers)
             self._check_key(scope["path"], headers)
-            if answering:
+            if needs_slot:
                 self._admit(headers)
         except ApiError as error:
-            record(Request(scope)).refuse(error)
+            request_record(Request(scope)).add_error(error)
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
             return
-        self.gate.inside += answering
+        # 2. Count the request while it is answered, also if the answer fails.
+        self.gate.in_flight += needs_slot
         try:
             await self.app(scope, receive, send)
         finally:
-            self.gate.inside -= answering
+            self.gate.in_flight -= needs_slot
 
-    def _check_room(self) -> None:
+    def _check_connections(self) -> None:
         limit = self.settings.max_connections
         if self.gate.connections() > limit:
             raise ApiError(
@@ -92,19 +91,20 @@ class Guard:
         if not self._keys or not (path.startswith("/v1/") or path in ("/explain", "/metrics")):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode("latin-1", "replace"))
-        # All are compared, in constant time each: how long it takes tells nothing.
-        right = [hmac.compare_digest(given, known) for known in self._keys]
-        if scheme.lower() != "bearer" or not any(right):
-            said = "this API key is not known" if key else "an API key is needed"
+        digest = _digest(key.strip().encode("latin-1", "replace"))
+        # Compare with every key, each in constant time, so that the duration reveals nothing about a key.
+        matches = [hmac.compare_digest(digest, known) for known in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            problem = "this API key is not known" if key else "an API key is needed"
             raise ApiError(
                 401,
-                f"{said}; send the header Authorization: Bearer KEY",
+                f"{problem}; send the header Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
     def _admit(self, headers: Headers) -> None:
+        """Raise ApiError unless there is room for this request and its headers are right."""
         if self.gate.draining:
             raise ApiError(
                 503,
@@ -112,23 +112,25 @@ class Guard:
                 code="draining",
                 headers={"Retry-After": "5"},
             )
-        # A page elsewhere can send text/plain here without the browser asking first, but not JSON.
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        # Browsers send text/plain to other origins without a CORS preflight, but not JSON.
+        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
             raise ApiError(
-                415, f"the content type is {kind!r}; send application/json", code="unsupported_media_type"
+                415,
+                f"the content type is {content_type!r}; send application/json",
+                code="unsupported_media_type",
             )
-        if self.gate.inside >= self.gate.capacity:
+        if self.gate.in_flight >= self.gate.capacity:
             raise ApiError(
                 429,
-                f"{self.gate.inside} requests are being answered or waiting already; ask again soon",
+                f"{self.gate.in_flight} requests are being answered or waiting already; ask again soon",
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
         try:
             length = int(headers.get("content-length", "0"))
         except ValueError:
-            raise ApiError(400, "the header Content-Length is no number") from None
+            raise ApiError(400, "the header Content-Length is not a number; send the body's bytes") from None
         if length > self.settings.max_body:
             raise too_large(self.settings.max_body)
 

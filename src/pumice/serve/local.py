@@ -1,7 +1,7 @@
-"""Answers from the engine in this process.
+"""The backend that answers with the engine in this process.
 
-Knows how a request becomes a prompt and how tokens become an answer. The engine's thread and the event loop
-meet in one place: a queue per request. Pictures and long texts are read in a pool of threads.
+Each request has a queue: the engine's thread puts tokens into it, and the event loop reads them. A pool of
+threads decodes pictures and long texts, so that the event loop stays free.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from pumice.conversation import Conversation, Message
-from pumice.conversation import ImagePart as Shown
+from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError
-from pumice.serve import pictures
-from pumice.serve.answers import DONE, Piece, Scored, Shape, usage
-from pumice.serve.backend import Call, attended
-from pumice.serve.errors import ApiError, invalid, no_model
+from pumice.serve.answers import DONE, AnswerForm, AnswerPiece, ScoredToken, usage
+from pumice.serve.backend import Call, run_while_connected
+from pumice.serve.errors import ApiError, unknown_model, validation_error
 from pumice.serve.explanation import explanation_json
 from pumice.serve.fetch import Fetcher
-from pumice.serve.metrics import Levels, Metrics
-from pumice.serve.observe import internal
+from pumice.serve.images import find_damaged, read_images
+from pumice.serve.metrics import BackendStats, Metrics
+from pumice.serve.observe import internal_error
 from pumice.serve.protocol import (
-    Asking,
+    BaseRequest,
     ChatRequest,
     CompletionRequest,
-    Dialogue,
+    ConversationRequest,
     ExplainRequest,
-    Generation,
+    GenerationRequest,
     ResponseFormat,
     TextPart,
 )
@@ -49,34 +48,34 @@ if TYPE_CHECKING:
     from pumice.engine.constraint import JsonSchema
     from pumice.engine.requests import Delta, Prompt
 
-T = TypeVar("T", bound=Asking)
+T = TypeVar("T", bound=BaseRequest)
 
-LONG = 1 << 15  # bytes of a body above which reading it would hold up the others
-FORMS = 32  # JSON schemas that are kept ready
-GRACE = 10.0  # seconds to send the last of an answer
-THREADS = 2  # that prepare prompts: each may hold a decoded picture
+LONG_BODY = 1 << 15  # bytes; parsing a longer body would block the event loop for too long
+MAX_SCHEMAS = 32  # compiled JSON schemas in the cache
+SEND_GRACE = 10.0  # seconds to send the end of an answer after its time is over
+PROMPT_THREADS = 2  # threads that prepare prompts; each may hold a decoded picture
 
 
 class LocalBackend:
-    """A backend that is an assistant's engine. names: what the model is called, the usual one first."""
+    """A backend that uses an assistant's engine. names: those of the model, the default one first."""
 
     def __init__(self, assistant: Assistant, names: tuple[str, ...], settings: ServerSettings) -> None:
         self.assistant, self.names, self.settings = assistant, names, settings
         self.engine = assistant.engine
         self._fetcher: Fetcher | None = None
-        self._forms: OrderedDict[str, JsonSchema] = OrderedDict()
+        self._schemas: OrderedDict[str, JsonSchema] = OrderedDict()
 
     async def start(self, metrics: Metrics) -> None:
         self.metrics = metrics
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pumice-prompts")
-        self._explaining = ThreadPoolExecutor(1, thread_name_prefix="pumice-explain")
+        self._pool = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="pumice-prompts")
+        self._explain_pool = ThreadPoolExecutor(1, thread_name_prefix="pumice-explain")
         if self.settings.allow_image_urls:
             self._fetcher = Fetcher(size=self.settings.max_body, seconds=self.settings.image_timeout)
         self.engine.start()
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
-        for pool in (self._pool, self._explaining):
+        for pool in (self._pool, self._explain_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         if self._fetcher is not None:
             await self._fetcher.close()
@@ -87,105 +86,110 @@ class LocalBackend:
     async def ready(self) -> bool:
         return True
 
-    def levels(self) -> Levels:
-        now = self.engine.stats()
-        return Levels(
-            now.running,
-            now.waiting,
-            now.cached_tokens,
-            now.cache_capacity,
-            now.prefix_hits,
-            now.evictions,
-            now.steps,
+    def stats(self) -> BackendStats:
+        stats = self.engine.stats()
+        return BackendStats(
+            stats.running,
+            stats.waiting,
+            stats.cached_tokens,
+            stats.cache_capacity,
+            stats.prefix_hits,
+            stats.evictions,
+            stats.steps,
         )
 
     async def chat(self, call: Call) -> Response:
-        return await attended(call.request, self._chat(call))
+        return await run_while_connected(call.request, self._chat(call))
 
     async def complete(self, call: Call) -> Response:
-        return await attended(call.request, self._complete(call))
+        return await run_while_connected(call.request, self._complete(call))
 
     async def explain(self, call: Call) -> Response:
-        return await attended(call.request, self._explain(call))
+        return await run_while_connected(call.request, self._explain(call))
 
     async def _chat(self, call: Call) -> Response:
-        asked = await self._parse(ChatRequest, call.body)
-        sampling = self._sampling(asked)
-        if asked.top_logprobs is not None and not asked.logprobs:
+        request = await self._parse(ChatRequest, call.body)
+        sampling = self._sampling(request)
+        if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-        if asked.logprobs:
-            sampling["logprobs"] = asked.top_logprobs or 0
-        constraint = await self._form(asked.response_format)
-        params, files = await self._pictures(call, asked)
+        if request.logprobs:
+            sampling["logprobs"] = request.top_logprobs or 0
+        constraint = await self._compile_schema(request.response_format)
+        params, files = await self._read_images(call, request)
         try:
-            prompt = await self._apart(self._chat_prompt, asked, files, sampling, constraint)
+            prompt = await self._run_in_pool(self._chat_prompt, request, files, sampling, constraint)
         except InputError as error:
-            raise await self._wrong(error, params, files, "messages") from error
-        shape = self._shape("chat", asked, bool(asked.logprobs))
-        return await self._answer(call, asked, prompt, shape, params, files)
+            raise await self._image_error(error, params, files, "messages") from error
+        form = self._answer_form("chat", request, bool(request.logprobs))
+        return await self._answer(call, request, prompt, form, params, files)
 
     async def _complete(self, call: Call) -> Response:
-        asked = await self._parse(CompletionRequest, call.body)
-        sampling = self._sampling(asked)
-        if asked.logprobs is not None:
-            sampling["logprobs"] = asked.logprobs
+        request = await self._parse(CompletionRequest, call.body)
+        sampling = self._sampling(request)
+        if request.logprobs is not None:
+            sampling["logprobs"] = request.logprobs
         try:
-            prompt = await self._apart(self._text_prompt, asked.text, sampling)
+            prompt = await self._run_in_pool(self._text_prompt, request.text, sampling)
         except InputError as error:
             raise ApiError(400, str(error), param="prompt") from error
-        shape = self._shape("text", asked, asked.logprobs is not None)
-        return await self._answer(call, asked, prompt, shape, [], [])
+        form = self._answer_form("text", request, request.logprobs is not None)
+        return await self._answer(call, request, prompt, form, [], [])
 
     async def _explain(self, call: Call) -> Response:
-        asked = await self._parse(ExplainRequest, call.body)
-        params, files = await self._pictures(call, asked)
+        request = await self._parse(ExplainRequest, call.body)
+        params, files = await self._read_images(call, request)
         limit, loop = self.settings.timeout, asyncio.get_running_loop()
         try:
             with anyio.fail_after(max(0.0, limit - call.record.seconds)):
-                found = await loop.run_in_executor(self._explaining, self._explanation, asked, files)
+                explanation = await loop.run_in_executor(
+                    self._explain_pool, self._explanation, request, files
+                )
         except InputError as error:
-            raise await self._wrong(error, params, files, "messages") from error
+            raise await self._image_error(error, params, files, "messages") from error
         except TimeoutError:
             raise ApiError(
                 504, f"the explanation took longer than {limit:g} s; ask about a shorter one", code="timeout"
             ) from None
-        return Response(found, media_type="application/json")
+        return Response(explanation, media_type="application/json")
 
-    def _explanation(self, asked: ExplainRequest, files: list[bytes]) -> bytes:
-        *before, said = conversation(asked, files).messages
-        if said.role != "assistant":
+    def _explanation(self, request: ExplainRequest, files: list[bytes]) -> bytes:
+        *context, answer = conversation(request, files).messages
+        if answer.role != "assistant":
             raise InputError("the last message must be the assistant's, the answer to explain")
-        found = explanation_json(self.assistant, Conversation(tuple(before)), said.text)
-        return json.dumps(found, ensure_ascii=False).encode()
+        values = explanation_json(self.assistant, Conversation(tuple(context)), answer.text)
+        return json.dumps(values, ensure_ascii=False).encode()
 
-    async def _pictures(self, call: Call, asked: Dialogue) -> tuple[list[str], list[bytes]]:
-        """The fields of a conversation's pictures, and their files."""
-        files = await pictures.read(asked.images, self.settings, self._fetcher, self._pool)
+    async def _read_images(self, call: Call, request: ConversationRequest) -> tuple[list[str], list[bytes]]:
+        """Return the field name of each picture of a conversation, and the bytes of each file."""
+        files = await read_images(request.images, self.settings, self._fetcher, self._pool)
         call.record.fields["pictures"] = len(files)
-        self.metrics.pictures.inc(len(files))
-        return [param for param, _ in asked.images], files
+        self.metrics.images.inc(len(files))
+        return [param for param, _ in request.images], files
 
-    async def _apart(self, work: Callable[..., Any], *given: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(work, *given))
+    async def _run_in_pool(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, functools.partial(work, *arguments)
+        )
 
     async def _parse(self, kind: type[T], body: bytes) -> T:
+        """Return the body as a request of this kind. Raises ApiError that names the wrong field."""
         try:
-            if len(body) < LONG:
-                asked = kind.model_validate_json(body)
+            if len(body) < LONG_BODY:
+                request = kind.model_validate_json(body)
             else:
-                asked = await self._apart(kind.model_validate_json, body)
+                request = await self._run_in_pool(kind.model_validate_json, body)
         except ValidationError as error:
-            raise invalid(error) from None
-        if asked.model is not None and asked.model not in self.names:
-            raise no_model(asked.model, self.names)
-        return asked
+            raise validation_error(error) from None
+        if request.model is not None and request.model not in self.names:
+            raise unknown_model(request.model, self.names)
+        return request
 
-    def _shape(self, kind: Any, asked: Generation, logprobs: bool) -> Shape:
-        return Shape(kind, asked.model or self.names[0], logprobs, asked.usage_wanted)
+    def _answer_form(self, kind: Any, request: GenerationRequest, logprobs: bool) -> AnswerForm:
+        return AnswerForm(kind, request.model or self.names[0], logprobs, request.include_usage_in_stream)
 
-    def _sampling(self, asked: Generation) -> dict[str, Any]:
-        """The request's fields as those of SamplingParams."""
-        name, limit = asked.limit
+    def _sampling(self, request: GenerationRequest) -> dict[str, Any]:
+        """Return the fields of SamplingParams that the request sets. Raises ApiError for too many tokens."""
+        name, limit = request.limit
         if limit is not None and limit > self.settings.max_tokens:
             raise ApiError(
                 400,
@@ -193,41 +197,45 @@ class LocalBackend:
                 param=name,
                 code="too_many_tokens",
             )
-        wanted = {
+        values = {
             "max_new_tokens": limit or self.settings.default_tokens,
-            "temperature": asked.temperature,
-            "top_p": asked.top_p,
-            "top_k": asked.top_k,
-            "repetition_penalty": asked.repetition_penalty,
-            "seed": None if asked.seed is None else asked.seed % 2**63,
-            "stop": asked.stops,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": request.top_k,
+            "repetition_penalty": request.repetition_penalty,
+            "seed": None if request.seed is None else request.seed % 2**63,
+            "stop": request.stops,
         }
-        return {key: value for key, value in wanted.items() if value is not None}
+        return {key: value for key, value in values.items() if value is not None}
 
     def _chat_prompt(
-        self, asked: ChatRequest, files: list[bytes], sampling: dict[str, Any], constraint: JsonSchema | None
+        self,
+        request: ChatRequest,
+        files: list[bytes],
+        sampling: dict[str, Any],
+        constraint: JsonSchema | None,
     ) -> Prompt:
-        prompt = self.assistant.prompt(conversation(asked, files), **sampling)
+        prompt = self.assistant.prompt(conversation(request, files), **sampling)
         return prompt if constraint is None else dataclasses.replace(prompt, constraint=constraint)
 
-    async def _form(self, wanted: ResponseFormat | None) -> JsonSchema | None:
-        """What holds the answer to the form that is asked for; those asked for last are kept."""
-        if wanted is None or wanted.type == "text":
+    async def _compile_schema(self, response_format: ResponseFormat | None) -> JsonSchema | None:
+        """Return the constraint that a response_format asks for. The last ones used stay in a cache."""
+        if response_format is None or response_format.type == "text":
             return None
-        schema = None if wanted.json_schema is None else wanted.json_schema.schema_
+        schema = None if response_format.json_schema is None else response_format.json_schema.schema_
         key = json.dumps(schema, sort_keys=True)
-        if key not in self._forms:
+        if key not in self._schemas:
             try:
-                made = await self._apart(self.assistant.json, schema)
+                constraint = await self._run_in_pool(self.assistant.json, schema)
             except InputError as error:
                 raise ApiError(
                     400, str(error), param="response_format", code="invalid_json_schema"
                 ) from error
-            while len(self._forms) >= FORMS:
-                self._forms.popitem(last=False)
-            self._forms[key] = made
-        self._forms.move_to_end(key)
-        return self._forms[key]
+            while len(self._schemas) >= MAX_SCHEMAS:
+                self._schemas.popitem(last=False)
+            self._schemas[key] = constraint
+        self._schemas.move_to_end(key)
+        return self._schemas[key]
 
     def _text_prompt(self, text: str, sampling: dict[str, Any]) -> Prompt:
         import torch
@@ -237,109 +245,118 @@ class LocalBackend:
 
         bos = self.assistant.processor.config.bos_token_id
         ids = [] if bos is None else [bos]
-        ids += [number for number, _ in self.assistant.processor.tokenizer.pieces(text)]
+        ids += [token_id for token_id, _ in self.assistant.processor.tokenizer.pieces(text)]
         if not ids:
             raise InputError("the prompt is empty; give some text to continue")
         prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=SamplingParams(**sampling))
         check_room(self.assistant.model, prompt)
         return prompt
 
-    async def _wrong(self, error: InputError, params: list[str], files: list[bytes], field: str) -> ApiError:
-        """The error, with the name of the picture that it is about, if it is about one."""
-        damaged = await self._apart(pictures.find_damaged, params, files) if files else None
-        return ApiError(400, str(error), param=damaged or field, code="invalid_image" if damaged else None)
+    async def _image_error(
+        self, error: InputError, params: list[str], files: list[bytes], field: str
+    ) -> ApiError:
+        """Return the error for the client. If a picture is damaged, `param` names its field."""
+        damaged_field = await self._run_in_pool(find_damaged, params, files) if files else None
+        return ApiError(
+            400, str(error), param=damaged_field or field, code="invalid_image" if damaged_field else None
+        )
 
     async def _answer(
         self,
         call: Call,
-        asked: Generation,
+        request: GenerationRequest,
         prompt: Prompt,
-        shape: Shape,
+        form: AnswerForm,
         params: list[str],
         files: list[bytes],
     ) -> Response:
+        # 1. Give the prompt to the engine.
         try:
-            running = _Running(self, call, prompt)
-        except InputError as error:  # prompt and answer do not fit in the engine's cache
-            raise ApiError(400, str(error), param=asked.limit[0]) from error
+            running = _ActiveRequest(self, call, prompt)
+        except InputError as error:  # prompt and answer do not fit into the KV cache
+            raise ApiError(400, str(error), param=request.limit[0]) from error
         try:
+            # 2. Wait for the first piece. Until then an error can still change the status of the response.
             first = await running.next()
-            if asked.stream:
-                return _Events(self._events(running, shape, first), running)
+            if request.stream:
+                return _Events(self._events(running, form, first), running)
+            # 3. Without a stream, collect all pieces and send one object.
             pieces = [first]
             while pieces[-1].finish is None:
                 pieces.append(await running.next())
             running.end()
-            return JSONResponse(shape.whole(pieces, running.usage()))
-        except BaseException as error:  # cancelled, when the client has gone away
+            return JSONResponse(form.response(pieces, running.usage()))
+        except BaseException as error:  # also a cancellation, after the client disconnects
             running.end()
             if isinstance(error, InputError):  # a picture that could not be decoded
-                raise await self._wrong(error, params, files, "messages") from error
+                raise await self._image_error(error, params, files, "messages") from error
             raise
 
-    async def _events(self, running: _Running, shape: Shape, piece: Piece) -> AsyncIterator[bytes]:
+    async def _events(
+        self, running: _ActiveRequest, form: AnswerForm, piece: AnswerPiece
+    ) -> AsyncIterator[bytes]:
         try:
-            yield shape.opening() + (shape.event(piece) if piece.told else b"")
+            yield form.first_event() + (form.event(piece) if piece.has_content else b"")
             while piece.finish is None:
                 piece = await running.next()
-                if piece.told:
-                    yield shape.event(piece)
-            yield (shape.usage_event(running.usage()) if shape.usage_wanted else b"") + DONE
+                if piece.has_content:
+                    yield form.event(piece)
+            yield (form.usage_event(running.usage()) if form.include_usage else b"") + DONE
         except ApiError as error:
-            running.record.refuse(error)
-            yield shape.error_event(error.body())
-        except Exception as error:  # the status has gone out: the reader is told here, the log all of it
+            running.record.add_error(error)
+            yield form.error_event(error.body())
+        except Exception as error:  # too late for a status: send an event, and log the trace
             running.record.error = error
-            yield shape.error_event(internal(running.record).body())
+            yield form.error_event(internal_error(running.record).body())
 
 
 class _Events(StreamingResponse):
-    """Server-sent events that end their request whatever happens, even before the first of them."""
+    """A stream of server-sent events. It always ends its request, even if no event is sent."""
 
-    def __init__(self, events: AsyncIterator[bytes], running: _Running) -> None:
+    def __init__(self, events: AsyncIterator[bytes], running: _ActiveRequest) -> None:
         self._running = running
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            # The answer's own alarm does not ring while a reader who takes nothing holds up the sending.
-            with anyio.move_on_after(self._running.left + GRACE):
+            # The timer of the request has no effect while a slow client blocks the sending. This limit has.
+            with anyio.move_on_after(self._running.seconds_left + SEND_GRACE):
                 await super().__call__(scope, receive, send)
         finally:
             self._running.end()
 
 
-class _Running:
-    """One request in the engine: `next` gives its pieces of text as they become certain."""
+class _ActiveRequest:
+    """A request that the engine is answering. `next` returns the next piece of the answer."""
 
-    def __init__(self, local: LocalBackend, call: Call, prompt: Prompt) -> None:
+    def __init__(self, backend: LocalBackend, call: Call, prompt: Prompt) -> None:
         from pumice.engine.text import TextStream
 
-        self.record, self._local, self._prompt = call.record, local, prompt
-        self._decode = local.assistant.processor.tokenizer.decode
+        self.record, self._backend, self._prompt = call.record, backend, prompt
+        self._decode = backend.assistant.processor.tokenizer.decode
         self._text = TextStream(self._decode, prompt.params.stop)
         self._open = True
         self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def deliver(delta: Delta) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop may have ended before the engine
+            with contextlib.suppress(RuntimeError):  # the event loop may end before the engine
                 loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
 
-        self._request = local.engine.submit(prompt, deliver)
-        self._alarm = loop.call_later(self.left, self._deltas.put_nowait, None)
+        self._request = backend.engine.submit(prompt, deliver)
+        self._timer = loop.call_later(self.seconds_left, self._deltas.put_nowait, None)
 
     @property
-    def left(self) -> float:
-        """Seconds of the request's time that remain."""
-        return max(0.0, self._local.settings.timeout - self.record.seconds)
+    def seconds_left(self) -> float:
+        """Seconds left of the request's time."""
+        return max(0.0, self._backend.settings.timeout - self.record.seconds)
 
-    async def next(self) -> Piece:
-        """The next piece; the last one has a finish. Raises ApiError, InputError, or what the engine met."""
+    async def next(self) -> AnswerPiece:
+        """Return the next piece. The last one has `finish`. Raises ApiError, or the error of the engine."""
         delta = await self._deltas.get()
         if delta is None:
-            limit = self._local.settings.timeout
+            limit = self._backend.settings.timeout
             raise ApiError(
                 504, f"the answer took longer than {limit:g} s; ask for a shorter one", code="timeout"
             )
@@ -347,60 +364,62 @@ class _Running:
         text = self._text.add(delta)
         if self._text.error is not None:
             raise self._text.error
-        if self._text.finish == "cancelled":  # not by us: whoever cancels here does not wait for more
+        # The engine is closing. (A request that `end` cancels never gets here.)
+        if self._text.finish == "cancelled":
             raise ApiError(503, "the server is about to stop; ask again soon", code="draining")
         if first and self._text.tokens:
             seconds = self.record.seconds
             self.record.fields["first_token_seconds"] = round(seconds, 4)
-            self._local.metrics.first.observe(seconds)
-        scored = tuple(self._scored(one) for one in delta.logprobs or ())
-        return Piece(text, scored, self._text.finish)
+            self._backend.metrics.first_token.observe(seconds)
+        scored = tuple(self._scored_token(token) for token in delta.logprobs or ())
+        return AnswerPiece(text, scored, self._text.finish)
 
     def usage(self) -> dict[str, Any]:
         return usage(len(self._prompt.input_ids), self._text.tokens, self._text.cached_tokens)
 
     def end(self) -> None:
-        """Give the engine its place back, and write down what was used. May be called twice."""
+        """Free the request's slot in the engine and count its tokens. A second call does nothing."""
         if not self._open:
             return
         self._open = False
-        self._alarm.cancel()
-        local = self._local
+        self._timer.cancel()
+        backend = self._backend
         if self._request.finish is None:
-            local.engine.cancel(self._request)
+            backend.engine.cancel(self._request)
             if self._text.finish is None:
-                local.metrics.cancelled.inc()
-        told = self.usage()
-        cached = told["prompt_tokens_details"]["cached_tokens"]
+                backend.metrics.cancelled.inc()
+        token_usage = self.usage()
+        cached = token_usage["prompt_tokens_details"]["cached_tokens"]
         self.record.fields |= {
-            "prompt_tokens": told["prompt_tokens"],
+            "prompt_tokens": token_usage["prompt_tokens"],
             "cached_tokens": cached,
-            "completion_tokens": told["completion_tokens"],
+            "completion_tokens": token_usage["completion_tokens"],
         }
-        local.metrics.prompt.inc(told["prompt_tokens"])
-        local.metrics.cached.inc(cached)
-        local.metrics.generated.inc(told["completion_tokens"])
+        backend.metrics.prompt.inc(token_usage["prompt_tokens"])
+        backend.metrics.cached.inc(cached)
+        backend.metrics.generated.inc(token_usage["completion_tokens"])
 
-    def _scored(self, found: Any) -> Scored:
-        top = tuple((self._decode([token]), value) for token, value in found.top)
-        return Scored(self._decode([found.token]), found.logprob, top)
+    def _scored_token(self, token: Any) -> ScoredToken:
+        top = tuple((self._decode([token_id]), logprob) for token_id, logprob in token.top)
+        return ScoredToken(self._decode([token.token]), token.logprob, top)
 
 
-def conversation(asked: Dialogue, files: list[bytes]) -> Conversation:
-    """The request's messages with its pictures' files in their places.
+def conversation(request: ConversationRequest, files: list[bytes]) -> Conversation:
+    """Return the messages of a request as a Conversation. files: its pictures, in order.
 
-    System messages at the front become one, "developer" is "system". Text is text: `<image>` in it is no
-    placeholder.
+    The role "developer" becomes "system". System messages at the front become one. `<image>` in a text is
+    plain text, not a placeholder.
     """
-    rest = iter(files)
+    remaining_files = iter(files)
     messages: list[Message] = []
-    for given in asked.messages:
-        role = "system" if given.role == "developer" else given.role
-        if isinstance(given.content, str):
-            parts: tuple[str | Shown, ...] = (given.content,)
+    for message in request.messages:
+        role = "system" if message.role == "developer" else message.role
+        if isinstance(message.content, str):
+            parts: tuple[str | ImagePart, ...] = (message.content,)
         else:
             parts = tuple(
-                part.text if isinstance(part, TextPart) else Shown(next(rest)) for part in given.content
+                part.text if isinstance(part, TextPart) else ImagePart(next(remaining_files))
+                for part in message.content
             )
         if role == "system" and len(messages) == 1 and messages[0].role == "system":
             messages[0] = Message("system", (*messages[0].parts, "\n\n", *parts))

@@ -1,4 +1,4 @@
-"""Log lines: one JSON object each for programs, one readable line each for a terminal."""
+"""Log lines: JSON objects for programs, or plain text for a terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, Literal
 LOG = logging.getLogger("pumice.serve")
 
 
-def set_up(form: Literal["json", "text"], level: str = "info") -> None:
-    """Send everything that is logged, uvicorn's lines included, to stderr in one form."""
+def configure_logging(form: Literal["json", "text"], level: str = "info") -> None:
+    """Write all log records, those of uvicorn included, to stderr in one form."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Json() if form == "json" else Text())
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
-        logger.propagate = name != "uvicorn.access"  # requests are told of by `observe`
+        logger.propagate = name != "uvicorn.access"  # `observe` logs the requests
     for name in ("uvicorn.error", "httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel("WARNING")
 
@@ -29,11 +29,13 @@ def set_up(form: Literal["json", "text"], level: str = "info") -> None:
 def request_line(
     level: int, message: str, fields: dict[str, Any], error: BaseException | None = None
 ) -> None:
-    """Log with fields that programs can read; with a stack trace where there was an error."""
+    """Log a message with named fields, and with a stack trace if there is an error."""
     LOG.log(level, message, extra={"fields": fields}, exc_info=error)
 
 
-class Json(logging.Formatter):
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line. Times are UTC."""
+
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -47,11 +49,15 @@ class Json(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class Text(logging.Formatter):
+class TextFormatter(logging.Formatter):
+    """A time, the message and `name=value` pairs. Times are local."""
+
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
-        told = " ".join(f"{key}={value}" for key, value in fields.items())
-        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()} {told}"
+        field_text = " ".join(f"{key}={value}" for key, value in fields.items())
+        line = (
+            f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()} {field_text}"
+        )
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line.rstrip()

@@ -1,7 +1,7 @@
-"""Counts and times in Prometheus's form, of one worker or, by shared files, of all of them.
+"""Prometheus metrics of one worker, or of all workers together through shared files.
 
-prometheus_client decides when it is imported whether it counts for one process or for several; `run` sets
-PROMETHEUS_MULTIPROC_DIR before that.
+prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is imported. `run` sets it before that for several
+workers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 @dataclass(frozen=True)
-class Levels:
-    """Where a backend stands: the first four go up and down, the others only up."""
+class BackendStats:
+    """State of a backend. The first four numbers go up and down, the others only grow."""
 
     running: int = 0
     waiting: int = 0
@@ -38,36 +38,36 @@ class Levels:
 
 
 class Metrics:
-    """What one server counts. `levels` tells where the backend stands when somebody looks."""
+    """The metrics of one server. `stats` returns the state of the backend when the metrics are read."""
 
     def __init__(self, version: str, model: str) -> None:
         self.registry = CollectorRegistry()
 
-        def counter(name: str, says: str, labels: Sequence[str] = ()) -> Counter:
-            return Counter(f"pumice_{name}", says, labels, registry=self.registry)
+        def counter(name: str, help_text: str, labels: Sequence[str] = ()) -> Counter:
+            return Counter(f"pumice_{name}", help_text, labels, registry=self.registry)
 
-        def seconds(name: str, says: str, labels: Sequence[str] = ()) -> Histogram:
-            return Histogram(f"pumice_{name}", says, labels, buckets=SECONDS, registry=self.registry)
+        def seconds(name: str, help_text: str, labels: Sequence[str] = ()) -> Histogram:
+            return Histogram(f"pumice_{name}", help_text, labels, buckets=SECONDS, registry=self.registry)
 
-        def gauge(name: str, says: str) -> Gauge:
-            return Gauge(f"pumice_{name}", says, multiprocess_mode="livesum", registry=self.registry)
+        def gauge(name: str, help_text: str) -> Gauge:
+            return Gauge(f"pumice_{name}", help_text, multiprocess_mode="livesum", registry=self.registry)
 
         self.requests = counter("requests", "Requests by path and status.", ["path", "status"])
         self.seconds = seconds("request_seconds", "From a request to the end of its answer.", ["path"])
-        self.first = seconds("first_token_seconds", "From a request to its answer's first token.")
+        self.first_token = seconds("first_token_seconds", "From a request to its answer's first token.")
         self.prompt = counter("prompt_tokens", "Tokens of prompts that were answered.")
         self.cached = counter("cached_prompt_tokens", "Those of them from the prefix cache.")
         self.generated = counter("generated_tokens", "Tokens of answers.")
-        self.pictures = counter("pictures", "Pictures shown.")
+        self.images = counter("pictures", "Pictures shown.")
         self.cancelled = counter("cancelled_requests", "Answers whose readers went away.")
         self._open = gauge("open_requests", "Requests that are being answered.")
-        self._up = {
+        self._gauges = {
             "running": gauge("running_requests", "Requests that have a slot."),
             "waiting": gauge("waiting_requests", "Requests that wait for a slot."),
             "cached_tokens": gauge("cache_tokens", "Tokens that finished requests left in the cache."),
             "cache_capacity": gauge("cache_capacity_tokens", "Tokens that the KV cache holds."),
         }
-        self._counts = {
+        self._counters = {
             "prefix_hits": counter("prefix_hits", "Tokens of prompts that were not computed again."),
             "evictions": counter("cache_evictions", "Finished requests that had to make room."),
             "steps": counter("steps", "Steps of the engine."),
@@ -80,31 +80,32 @@ class Metrics:
             registry=self.registry,
         )
         info.labels(version, model).set(1)
-        self._before = Levels()
-        self.levels: Callable[[], Levels] = Levels
+        self._last_stats = BackendStats()
+        self.stats: Callable[[], BackendStats] = BackendStats
 
     @property
     def shared(self) -> bool:
-        """Whether several workers count together; then each must `refresh` without being asked."""
+        """Whether several workers count together. Then each worker must call `refresh` regularly."""
         return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
-    def opened(self, change: int) -> None:
+    def add_open(self, change: int) -> None:
+        """Add 1 when a request begins, and -1 when it ends."""
         self._open.inc(change)
 
     def refresh(self) -> None:
-        """Take over where the backend stands."""
-        now = self.levels()
-        for name, gauge in self._up.items():
+        """Copy the state of the backend into the metrics."""
+        now = self.stats()
+        for name, gauge in self._gauges.items():
             gauge.set(getattr(now, name))
-        for name, counter in self._counts.items():
-            counter.inc(max(0, getattr(now, name) - getattr(self._before, name)))
-        self._before = now
+        for name, counter in self._counters.items():
+            counter.inc(max(0, getattr(now, name) - getattr(self._last_stats, name)))
+        self._last_stats = now
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """Return all metrics in Prometheus's text format."""
         self.refresh()
         if not self.shared:
             return generate_latest(self.registry)
-        everybody = CollectorRegistry()
-        multiprocess.MultiProcessCollector(everybody)
-        return generate_latest(everybody)
+        all_workers = CollectorRegistry()
+        multiprocess.MultiProcessCollector(all_workers)
+        return generate_latest(all_workers)

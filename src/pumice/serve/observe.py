@@ -1,6 +1,6 @@
-"""Around everything: a request's id, its log line, its counts, and the last resort when code is wrong.
+"""The outermost middleware: gives each request an id, a log line and metrics, and answers uncaught errors.
 
-Pure ASGI, so that streams pass through untouched.
+It is pure ASGI, so it does not buffer streams.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ SECURITY = {
 
 
 @dataclass
-class Record:
-    """What is noted of one request while it runs; `fields` go to the log."""
+class RequestRecord:
+    """What the server records about one request. `fields` go to its log line."""
 
     id: str
-    begun: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.perf_counter)
     fields: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None  # its trace goes to the log
 
-    def refuse(self, error: ApiError) -> None:
-        """Note what the client is told."""
+    def add_error(self, error: ApiError) -> None:
+        """Add the error that the client gets to the log line."""
         self.fields |= {"error": error.message, "param": error.param, "code": error.code}
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.begun
+        """Seconds since the request arrived."""
+        return time.perf_counter() - self.started
 
 
-def record(request: Request) -> Record:
-    found = request.scope["pumice"]
-    assert isinstance(found, Record)
-    return found
+def request_record(request: Request) -> RequestRecord:
+    record = request.scope["pumice"]
+    assert isinstance(record, RequestRecord)
+    return record
 
 
 class Observe:
-    """Gives every request an id (its own X-Request-Id where it has a sound one) and one log line."""
+    """Gives every request an id and one log line. A valid X-Request-Id of the client becomes the id."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
         self.app, self.metrics, self.paths = app, metrics, paths
@@ -65,61 +66,61 @@ class Observe:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
-        note = Record(given if _ID.fullmatch(given) else f"req-{secrets.token_hex(8)}")
-        scope["pumice"] = note
+        client_id = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
+        record = RequestRecord(client_id if _ID.fullmatch(client_id) else f"req-{secrets.token_hex(8)}")
+        scope["pumice"] = record
         status, ended = 0, False
 
-        async def send_on(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = note.id
+                headers["X-Request-Id"] = record.id
                 for name, value in SECURITY.items():
                     headers.setdefault(name, value)
             elif message["type"] == "http.response.body":
                 ended = not message.get("more_body", False)
             await send(message)
 
-        self.metrics.opened(1)
+        self.metrics.add_open(1)
         try:
-            with contextlib.suppress(ClientDisconnect):  # nobody is left to be told
-                await self.app(scope, receive, send_on)
+            with contextlib.suppress(ClientDisconnect):  # there is no client left to answer
+                await self.app(scope, receive, send_with_headers)
         except Exception as error:
-            note.error = error
+            record.error = error
             if not status:
-                told = internal(note)
-                note.refuse(told)
-                await JSONResponse(told.body(), told.status)(scope, receive, send_on)
+                api_error = internal_error(record)
+                record.add_error(api_error)
+                await JSONResponse(api_error.body(), api_error.status)(scope, receive, send_with_headers)
         finally:
-            self.metrics.opened(-1)
-            self._close(scope, note, status, ended)
+            self.metrics.add_open(-1)
+            self._close(scope, record, status, ended)
 
-    def _close(self, scope: Scope, note: Record, status: int, ended: bool) -> None:
+    def _close(self, scope: Scope, record: RequestRecord, status: int, ended: bool) -> None:
         path = scope["path"] if scope["path"] in self.paths else "other"
-        told = str(status) if ended else "gone"  # the client went away before the end
-        self.metrics.requests.labels(path, told).inc()
-        self.metrics.seconds.labels(path).observe(note.seconds)
+        outcome = str(status) if ended else "gone"  # the client disconnected before the end
+        self.metrics.requests.labels(path, outcome).inc()
+        self.metrics.seconds.labels(path).observe(record.seconds)
         client = scope.get("client")
         fields = {
-            "request_id": note.id,
+            "request_id": record.id,
             "method": scope["method"],
             "path": scope["path"],
             "status": status,
-            "seconds": round(note.seconds, 4),
+            "seconds": round(record.seconds, 4),
             "client": client[0] if client else None,
-            **note.fields,
+            **record.fields,
         }
         if not ended:
             fields["gone"] = True
-        level = logging.ERROR if note.error is not None else logging.INFO
-        quiet = path in ("/health", "/metrics") and status == 200
-        request_line(logging.DEBUG if quiet else level, "request", fields, note.error)
+        level = logging.ERROR if record.error is not None else logging.INFO
+        is_probe = path in ("/health", "/metrics") and status == 200
+        request_line(logging.DEBUG if is_probe else level, "request", fields, record.error)
 
 
-def internal(note: Record) -> ApiError:
-    """What a client is told of a fault of ours: where to find the trace, nothing else."""
+def internal_error(record: RequestRecord) -> ApiError:
+    """Return the error for an uncaught exception. It names the request id, and nothing of the exception."""
     return ApiError(
-        500, f"the server failed; its log says why under the request id {note.id}", code="internal_error"
+        500, f"the server failed; its log says why under the request id {record.id}", code="internal_error"
     )

@@ -1,4 +1,4 @@
-"""The published description of the protocol, /openapi.json, generated from `protocol`."""
+"""The OpenAPI document of the server, /openapi.json, generated from the classes of `protocol`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from pydantic.json_schema import models_json_schema
 from pumice.serve import protocol
 
 _SCHEMAS = "#/components/schemas/"
+# Class in `protocol` -> name in the document. Clients generate code from the document, so its names stay.
+PUBLISHED_NAMES = {
+    "ImageUrlPart": "ImagePart",
+    "ChatMessage": "Message",
+    "JsonSchemaFormat": "JsonSchema",
+    "LogprobEntry": "TokenLogprob",
+    "ExplanationBody": "Explanation",
+}
 _ERRORS = {
     "400": "Something in the request is wrong; `param` names the field.",
     "401": "A key is needed, or this one is not known.",
@@ -28,40 +36,40 @@ _GET = ("401", "421", "500")
 
 
 def document(version: str) -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
-    asked: list[type[BaseModel]] = [
+    """Return the OpenAPI 3.1 document of this version of the server."""
+    request_models: list[type[BaseModel]] = [
         protocol.ChatRequest,
         protocol.CompletionRequest,
         protocol.ExplainRequest,
     ]
-    told: list[type[BaseModel]] = [
+    response_models: list[type[BaseModel]] = [
         protocol.ChatCompletion,
         protocol.ChatChunk,
         protocol.Completion,
-        protocol.Explanation,
+        protocol.ExplanationBody,
         protocol.ModelList,
         protocol.ModelCard,
         protocol.Health,
         protocol.ErrorBody,
     ]
-    models: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in asked]
-    models += [(model, "serialization") for model in told]
+    models: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in request_models]
+    models += [(model, "serialization") for model in response_models]
     _, schemas = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
     paths = {
         "/v1/chat/completions": {
-            "post": _ask(
+            "post": _post(
                 "chat", "Answer a conversation about pictures", "ChatRequest", "ChatCompletion", "ChatChunk"
             )
         },
         "/v1/completions": {
-            "post": _ask("complete", "Continue a text", "CompletionRequest", "Completion", "Completion")
+            "post": _post("complete", "Continue a text", "CompletionRequest", "Completion", "Completion")
         },
         "/explain": {
-            "post": _ask("explain", "Where an answer's words looked", "ExplainRequest", "Explanation")
+            "post": _post("explain", "Where an answer's words looked", "ExplainRequest", "Explanation")
         },
-        "/v1/models": {"get": _look("models", "The models here", "ModelList")},
+        "/v1/models": {"get": _get("models", "The models here", "ModelList")},
         "/v1/models/{name}": {
-            "get": _look("model", "One of them", "ModelCard", "404")
+            "get": _get("model", "One of them", "ModelCard", "404")
             | {
                 "parameters": [
                     {
@@ -73,9 +81,9 @@ def document(version: str) -> dict[str, Any]:
                 ]
             }
         },
-        "/health": {"get": _look("health", "Whether the server answers", "Health", security=False)},
+        "/health": {"get": _get("health", "Whether the server answers", "Health", security=False)},
         "/metrics": {
-            "get": _look("metrics", "Counts and times for Prometheus", None),
+            "get": _get("metrics", "Counts and times for Prometheus", None),
         },
     }
     paths["/health"]["get"]["responses"]["503"] = _json(
@@ -99,29 +107,46 @@ def document(version: str) -> dict[str, Any]:
 
 
 def _components(schemas: dict[str, Any]) -> dict[str, Any]:
-    return {"schemas": schemas["$defs"]}
+    """Return the schemas under their published names: as key, as title and in every $ref."""
+    published = {}
+    for class_name, schema in schemas["$defs"].items():
+        name = PUBLISHED_NAMES.get(class_name, class_name)
+        published[name] = {**_publish_refs(schema), "title": name}
+    return {"schemas": published}
 
 
-def _ask(name: str, summary: str, body: str, whole: str, piece: str | None = None) -> dict[str, Any]:
-    """piece: the schema of an event, where the answer can be streamed."""
-    answer = _json("The answer.", whole)
-    if piece is not None:
+def _publish_refs(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_publish_refs(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {key: _publish_refs(item) for key, item in value.items()}
+    if isinstance(ref := value.get("$ref"), str):
+        class_name = ref.removeprefix(_SCHEMAS)
+        renamed["$ref"] = _SCHEMAS + PUBLISHED_NAMES.get(class_name, class_name)
+    return renamed
+
+
+def _post(name: str, summary: str, request: str, response: str, event: str | None = None) -> dict[str, Any]:
+    """Describe a POST operation by its schemas. event: that of an event, if the answer can be streamed."""
+    answer = _json("The answer.", response)
+    if event is not None:
         answer["description"] = "The answer; with `stream`, server-sent events that end with `data: [DONE]`."
-        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}, "x-event": _SCHEMAS + piece}
+        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}, "x-event": _SCHEMAS + event}
     return {
         "operationId": name,
         "summary": summary,
-        "requestBody": {"required": True, **_content(body)},
+        "requestBody": {"required": True, **_content(request)},
         "responses": {"200": answer} | {status: _json(_ERRORS[status], "ErrorBody") for status in _POST},
     }
 
 
-def _look(name: str, summary: str, model: str | None, *more: str, security: bool = True) -> dict[str, Any]:
-    text = {"description": summary, "content": {"text/plain": {"schema": {"type": "string"}}}}
-    found: dict[str, Any] = {"200": _json(summary, model) if model else text}
-    found |= {status: _json(_ERRORS[status], "ErrorBody") for status in (*_GET, *more)}
-    made: dict[str, Any] = {"operationId": name, "summary": summary, "responses": found}
-    return made if security else {**made, "security": []}
+def _get(name: str, summary: str, model: str | None, *statuses: str, security: bool = True) -> dict[str, Any]:
+    plain_text = {"description": summary, "content": {"text/plain": {"schema": {"type": "string"}}}}
+    responses: dict[str, Any] = {"200": _json(summary, model) if model else plain_text}
+    responses |= {status: _json(_ERRORS[status], "ErrorBody") for status in (*_GET, *statuses)}
+    operation: dict[str, Any] = {"operationId": name, "summary": summary, "responses": responses}
+    return operation if security else {**operation, "security": []}
 
 
 def _json(description: str, model: str) -> dict[str, Any]:

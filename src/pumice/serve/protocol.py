@@ -1,8 +1,8 @@
-"""OpenAI's protocol as far as this server speaks it: what may be asked, and how answers look.
+"""The requests and responses of OpenAI's protocol that this server supports, as pydantic models.
 
-The published /openapi.json is generated from these classes. Unknown fields are refused by name, so that
-nothing that a client asks for is silently left out. Fields as in OpenAI's API reference; `top_k` and
-`repetition_penalty` are those of vLLM.
+/openapi.json is generated from these classes; `openapi.PUBLISHED_NAMES` has the names that differ there.
+A request with an unknown field is an error that names the field, so no option is ignored silently.
+Source of the fields: OpenAI's API reference; `top_k` and `repetition_penalty` are those of vLLM.
 """
 
 from __future__ import annotations
@@ -15,89 +15,91 @@ MAX_STOPS = 16
 MAX_MESSAGES = 1024
 
 
-class Strict(BaseModel):
+class RequestModel(BaseModel):
+    """A part of a request: exact types, no unknown fields, no infinite numbers."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-# --- questions ---
+# --- requests ---
 
 
-class ImageUrl(Strict):
+class ImageUrl(RequestModel):
     url: str = Field(min_length=1, description="data:image/...;base64,..., or http(s) where that is allowed")
     detail: Literal["auto", "low", "high"] | None = Field(
         None, description="Taken and not used: the model's own image policy decides."
     )
 
 
-class TextPart(Strict):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
 
-class ImagePart(Strict):
+class ImageUrlPart(RequestModel):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-def _part(value: Any) -> str:
+def _part_tag(value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return "~image" if kind == "image_url" else "~text"
 
 
-def _text_or_list(value: Any) -> str:
+def _text_or_list_tag(value: Any) -> str:
     return "~list" if isinstance(value, list) else "~string"
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("~text")] | Annotated[ImagePart, Tag("~image")], Discriminator(_part)
+    Annotated[TextPart, Tag("~text")] | Annotated[ImageUrlPart, Tag("~image")], Discriminator(_part_tag)
 ]
 Content = Annotated[
-    Annotated[str, Tag("~string")] | Annotated[list[Part], Tag("~list")], Discriminator(_text_or_list)
+    Annotated[str, Tag("~string")] | Annotated[list[Part], Tag("~list")], Discriminator(_text_or_list_tag)
 ]
 Texts = Annotated[
     Annotated[str, Tag("~string")]
     | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), Tag("~list")],
-    Discriminator(_text_or_list),
+    Discriminator(_text_or_list_tag),
 ]
 
 
-class Message(Strict):
+class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     name: str | None = Field(None, description="Taken and not used: templates know roles only.")
 
 
-class StreamOptions(Strict):
+class StreamOptions(RequestModel):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class JsonSchema(Strict):
+class JsonSchemaFormat(RequestModel):
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="Answers are always held to the schema.")
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(RequestModel):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: JsonSchemaFormat | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> ResponseFormat:
+    def _check_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema and the type 'json_schema' belong together")
         return self
 
 
-class Asking(Strict):
-    """What every question has."""
+class BaseRequest(RequestModel):
+    """The field that every request has."""
 
     model: str | None = Field(None, description="One of /v1/models; the first of them when left out.")
 
 
-class Generation(Asking):
-    """What chat and plain completion have in common."""
+class GenerationRequest(BaseRequest):
+    """The fields that chat and plain completion share."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -118,14 +120,14 @@ class Generation(Asking):
     service_tier: str | None = None
 
     @model_validator(mode="after")
-    def _streams(self) -> Generation:
+    def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
         return self
 
     @property
     def limit(self) -> tuple[str, int | None]:
-        """The field that limits the answer, and its tokens."""
+        """Return the field that limits the answer's length, and its value in tokens."""
         return "max_tokens", self.max_tokens
 
     @property
@@ -133,28 +135,28 @@ class Generation(Asking):
         return () if not self.stop else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
-    def usage_wanted(self) -> bool:
+    def include_usage_in_stream(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class Dialogue(Asking):
-    """A conversation with pictures in it."""
+class ConversationRequest(BaseRequest):
+    """A request with messages, which may hold pictures."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
 
     @property
     def images(self) -> list[tuple[str, ImageUrl]]:
-        """Each picture with its field's name, in order."""
+        """Return (field name, picture) for each picture, in the order of the request."""
         return [
             (f"messages.{m}.content.{p}.image_url", part.image_url)
             for m, message in enumerate(self.messages)
             if not isinstance(message.content, str)
             for p, part in enumerate(message.content)
-            if isinstance(part, ImagePart)
+            if isinstance(part, ImageUrlPart)
         ]
 
 
-class ChatRequest(Dialogue, Generation):
+class ChatRequest(ConversationRequest, GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, description="Counts before max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -168,15 +170,15 @@ class ChatRequest(Dialogue, Generation):
         return "max_tokens", self.max_tokens
 
 
-class ExplainRequest(Dialogue):
+class ExplainRequest(ConversationRequest):
     """Its last message is the assistant's: the answer to explain."""
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         Annotated[str, Tag("~string")]
         | Annotated[list[str], Field(min_length=1, max_length=1), Tag("~list")],
-        Discriminator(_text_or_list),
+        Discriminator(_text_or_list_tag),
     ] = Field(description="Text as it is, without the model's template; or a list of one.")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = None
@@ -188,7 +190,7 @@ class CompletionRequest(Generation):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
-# --- answers ---
+# --- responses ---
 
 Finish = Literal["stop", "length"]
 
@@ -210,12 +212,12 @@ class TopLogprob(BaseModel):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprob):
+class LogprobEntry(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
 class ChoiceLogprobs(BaseModel):
-    content: list[TokenLogprob]
+    content: list[LogprobEntry]
     refusal: None = None
 
 
@@ -296,7 +298,7 @@ class ExplainedWord(BaseModel):
     share: float = Field(description="Of its attention, on the pictures.")
 
 
-class Explanation(BaseModel):
+class ExplanationBody(BaseModel):
     """More stands beside it, packed, for `mount` of /page/explain.js."""
 
     model_config = ConfigDict(extra="allow")

@@ -1,7 +1,4 @@
-"""Running the application: sockets, workers, signals, and the drain.
-
-Knows uvicorn and processes. Does not know what is asked and answered.
-"""
+"""Run the application: the listening socket, worker processes, signals and the drain."""
 
 from __future__ import annotations
 
@@ -36,36 +33,39 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
-LAST_WORDS = 5  # seconds for what still runs when the drain's time is over
-EARLY = 10.0  # seconds: a worker that ends before that has failed to start
+SHUTDOWN_GRACE = 5  # seconds for requests that still run when the time of the drain is over
+EARLY_EXIT = 10.0  # seconds; a worker that ends sooner counts as failed to start
 _LOG = logging.getLogger("pumice.serve")
 
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """How to serve: `backend` makes the answers, in each worker anew, so it must be picklable."""
+    """How to serve. Every worker calls `backend` and `log` itself, so both must be picklable.
+
+    backend: makes the backend, and says how many requests it answers at a time. log: sets up logging.
+    """
 
     settings: ServerSettings
-    backend: Callable[[ServerSettings], tuple[Backend, int]]  # and how many requests it answers at a time
+    backend: Callable[[ServerSettings], tuple[Backend, int]]
     name: str
-    log: Callable[[], None]  # sets up logging, in each worker anew
+    log: Callable[[], None]
     workers: int = 1
 
 
 def serve(plan: ServerPlan) -> None:
-    """Serve until a signal says to stop. Raises InputError, WorkError, or OSError where the port is taken."""
+    """Serve until a signal ends it. Raises InputError for wrong settings or a taken port, or WorkError."""
     plan.settings.check()
-    bound = bind(plan.settings)
-    with bound:
+    listener = bind(plan.settings)
+    with listener:
         plan.log()
         if plan.workers == 1:
-            work(plan, bound)
+            work(plan, listener)
         else:
-            _supervise(plan, bound)
+            _supervise(plan, listener)
 
 
-def work(plan: ServerPlan, bound: socket.socket) -> None:
-    """One worker: open the model, serve until told to stop, answer what is in flight, leave."""
+def work(plan: ServerPlan, listener: socket.socket) -> None:
+    """Run one worker: open the model, serve until a signal, and answer the requests in flight."""
     from pumice import __version__
     from pumice.serve.app import build
     from pumice.serve.metrics import Metrics
@@ -77,7 +77,7 @@ def work(plan: ServerPlan, bound: socket.socket) -> None:
     app = build(settings, backend, metrics, gate)
     server = Server(config(app, settings), settings, gate, plan.name)
     gate.connections = lambda: len(server.server_state.connections)
-    server.run(sockets=[bound])
+    server.run(sockets=[listener])
     if not server.started:
         raise WorkError("the server did not start; its log says why")
 
@@ -85,23 +85,23 @@ def work(plan: ServerPlan, bound: socket.socket) -> None:
 def config(app: Starlette, settings: ServerSettings) -> Config:
     return Config(
         app,
-        http=_patient(settings.body_timeout),
+        http=_protocol_with_timeout(settings.body_timeout),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=LAST_WORDS,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE,
     )
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which after a signal goes on listening to say 503 until the last answer is out."""
+    """uvicorn's server with a drain: after a signal, new requests get 503 until the last answer is sent."""
 
     def __init__(self, config: Config, settings: ServerSettings, gate: Gate, name: str) -> None:
         super().__init__(config)
         self._settings, self._gate, self._name = settings, gate, name
-        self._told = 0.0
+        self._drain_started = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -112,86 +112,87 @@ class Server(uvicorn.Server):
             request_line(logging.INFO, "listening", fields)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._gate.draining:  # told twice: leave at once
+        if self._gate.draining:  # the second signal: leave at once
             self.should_exit = self.force_exit = True
             return
         self._gate.draining = True
-        self._told = time.monotonic()
+        self._drain_started = time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:
         if self._gate.draining:
-            over = time.monotonic() - self._told > self._settings.drain_timeout
-            if self._gate.inside == 0 or over:
+            timed_out = time.monotonic() - self._drain_started > self._settings.drain_timeout
+            if self._gate.in_flight == 0 or timed_out:
                 self.should_exit = True
         return await super().on_tick(counter)
 
 
-def _patient(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol, which waits only so long for a request's headers."""
+def _protocol_with_timeout(seconds: float) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol with a limit, in seconds, on the arrival of a request's headers."""
     try:
-        fast = importlib.import_module("uvicorn.protocols.http.httptools_impl")
+        httptools = importlib.import_module("uvicorn.protocols.http.httptools_impl")
     except ImportError:  # httptools is not there for every platform
         base: Any = importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
     else:
-        base = fast.HttpToolsProtocol
+        base = httptools.HttpToolsProtocol
 
-    class Patient(base):  # either of the two has these methods and attributes
-        _alarm: asyncio.TimerHandle | None = None
+    class HeaderTimeoutProtocol(base):  # both protocols have the methods and attributes used here
+        _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            self._wait()
+            self._start_timer()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.cycle is None or self.cycle.response_complete:
-                self._wait()
+                self._start_timer()
             else:
-                self._rest()
+                self._stop_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._rest()
+            self._stop_timer()
             super().connection_lost(exc)
 
-        def _wait(self) -> None:
-            if self._alarm is None:
-                self._alarm = self.loop.call_later(seconds, self.transport.close)
+        def _start_timer(self) -> None:
+            if self._timer is None:
+                self._timer = self.loop.call_later(seconds, self.transport.close)
 
-        def _rest(self) -> None:
-            if self._alarm is not None:
-                self._alarm.cancel()
-                self._alarm = None
+        def _stop_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
-    return Patient
+    return HeaderTimeoutProtocol
 
 
 def bind(settings: ServerSettings) -> socket.socket:
+    """Return a socket bound to the host and port. Raises InputError when that is not possible."""
     try:
-        found = socket.getaddrinfo(
+        addresses = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except socket.gaierror as error:
         raise InputError(
-            f"the host {settings.host!r} is no address of this machine ({error.strerror})"
+            f"the host {settings.host!r} is no address of this machine ({error.strerror}); change --host"
         ) from error
-    family, kind, protocol, _, address = found[0]
-    bound = socket.socket(family, kind, protocol)
+    family, kind, protocol, _, address = addresses[0]
+    listener = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except OSError as error:
-        bound.close()
+        listener.close()
         raise InputError(
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another --port"
         ) from error
-    bound.setblocking(False)
-    bound.set_inheritable(True)
-    return bound
+    listener.setblocking(False)
+    listener.set_inheritable(True)
+    return listener
 
 
-def _supervise(plan: ServerPlan, bound: socket.socket) -> None:
-    """Keep the workers running, each a process that accepts from the same socket."""
+def _supervise(plan: ServerPlan, listener: socket.socket) -> None:
+    """Run the workers, each a process that accepts from the same socket, and replace those that end."""
     spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     stopping = False
 
@@ -199,35 +200,38 @@ def _supervise(plan: ServerPlan, bound: socket.socket) -> None:
         nonlocal stopping
         stopping = True
 
-    def begin() -> tuple[BaseProcess, float]:
-        process = spawn.Process(target=_worker, args=(plan, bound), daemon=False)
+    def start_worker() -> tuple[BaseProcess, float]:
+        process = spawn.Process(target=_worker, args=(plan, listener), daemon=False)
         process.start()
         return process, time.monotonic()
 
-    with tempfile.TemporaryDirectory(prefix="pumice-metrics-") as folder, contextlib.ExitStack() as undo:
+    # 1. Prepare a folder for the shared metrics, and signal handlers that end the loop below.
+    with tempfile.TemporaryDirectory(prefix="pumice-metrics-") as folder, contextlib.ExitStack() as cleanup:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        undo.callback(os.environ.pop, "PROMETHEUS_MULTIPROC_DIR", None)
+        cleanup.callback(os.environ.pop, "PROMETHEUS_MULTIPROC_DIR", None)
         for sig in (signal.SIGTERM, signal.SIGINT):
-            undo.callback(signal.signal, sig, signal.signal(sig, stop))
-        workers = [begin() for _ in range(plan.workers)]
+            cleanup.callback(signal.signal, sig, signal.signal(sig, stop))
+        # 2. Replace each worker that ends. Give up after as many failed starts in a row as there are workers.
+        workers = [start_worker() for _ in range(plan.workers)]
         failures = 0
         try:
             while not stopping and failures < plan.workers:
-                for number, (process, begun) in enumerate(workers):
+                for number, (process, started) in enumerate(workers):
                     process.join(0.2 / plan.workers)
                     if process.is_alive() or stopping:
                         continue
-                    early = time.monotonic() - begun < EARLY
+                    early = time.monotonic() - started < EARLY_EXIT
                     failures = failures + 1 if early else 0
                     fields = {"pid": process.pid, "exit": process.exitcode}
                     request_line(logging.ERROR, "worker ended", fields)
                     if failures < plan.workers:
-                        workers[number] = begin()
+                        workers[number] = start_worker()
         finally:
+            # 3. Let the workers drain, then kill those that take too long.
             for process, _ in workers:
                 if process.is_alive():
                     process.terminate()  # SIGTERM: it drains
-            end = time.monotonic() + plan.settings.drain_timeout + LAST_WORDS
+            end = time.monotonic() + plan.settings.drain_timeout + SHUTDOWN_GRACE
             for process, _ in workers:
                 process.join(max(0.1, end - time.monotonic()))
                 if process.is_alive():
@@ -236,19 +240,20 @@ def _supervise(plan: ServerPlan, bound: socket.socket) -> None:
         raise WorkError("the workers end as soon as they start; the log above says why")
 
 
-def _worker(plan: ServerPlan, bound: socket.socket) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells us
-    threading.Thread(target=_follow, daemon=True).start()
+def _worker(plan: ServerPlan, listener: socket.socket) -> None:
+    # Ctrl-C reaches the whole process group. The parent handles it and sends SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     plan.log()
     try:
-        work(plan, bound)
+        work(plan, listener)
     except (InputError, WorkError) as error:
         _LOG.error("%s", error)
         raise SystemExit(1) from None
 
 
-def _follow() -> None:
-    """Drain and leave when the parent is gone, even killed: nobody would stop this worker else."""
+def _exit_with_parent() -> None:
+    """Drain when the parent ends, even if it is killed: nothing else would stop this worker."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,7 +1,7 @@
-"""What every row must pass, whichever kind it is and whoever wrote it.
+"""Checks that every generated row must pass, whatever its kind and teacher.
 
-Knows: one draft at a time. Does not know: other rows (see duplicates), teachers, files. A check returns
-what is wrong, or None; the first reason found is the row's.
+A check returns what is wrong, or None. The first reason found is the row's. Checks see one draft at a time;
+near-duplicates are found in `duplicates`.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def examine(
 
 
 def _turns(draft: Draft, _: CheckSettings) -> str | None:
-    least, most = draft.kind.turns
-    if least <= len(draft.turns) <= most:
+    min_turns, max_turns = draft.kind.turns
+    if min_turns <= len(draft.turns) <= max_turns:
         return None
-    return f"{len(draft.turns)} turns, {least} to {most} are asked for"
+    return f"{len(draft.turns)} turns, {min_turns} to {max_turns} are asked for"
 
 
 def _source(draft: Draft, _: CheckSettings) -> str | None:
@@ -117,11 +117,13 @@ def _first_match(pattern: re.Pattern[str], draft: Draft) -> str | None:
 
 
 def _length(draft: Draft, _: CheckSettings) -> str | None:
-    least, most = draft.kind.words
+    min_words, max_words = draft.kind.words
     for turn in draft.turns:
         words, asked = len(turn.answer.split()), len(turn.question.split())
-        if not least <= words <= most:
-            return f"an answer of {words} words, {least} to {most} are asked for: {turn.answer[:80]!r}"
+        if not min_words <= words <= max_words:
+            return (
+                f"an answer of {words} words, {min_words} to {max_words} are asked for: {turn.answer[:80]!r}"
+            )
         if not 1 <= asked <= LONGEST_QUESTION:
             return f"a question of {asked} words, at most {LONGEST_QUESTION} are allowed"
     return None
@@ -147,20 +149,20 @@ def _repetition(draft: Draft, _: CheckSettings) -> str | None:
 
 def _objects(draft: Draft, settings: CheckSettings) -> str | None:
     allowed = draft.kind.unsupported if settings.unsupported is None else settings.unsupported
-    found = unsupported(draft)
-    if len(found) <= allowed:
+    things = unsupported(draft)
+    if len(things) <= allowed:
         return None
-    return f"{', '.join(found)}: {len(found)} not in the annotations, {allowed} allowed"
+    return f"{', '.join(things)}: {len(things)} not in the annotations, {allowed} allowed"
 
 
 def unsupported(draft: Draft) -> list[str]:
     """Things that a draft says are in the picture and that no annotation names."""
-    said = []
+    parts = []
     for turn in draft.turns:
         if draft.kind.presumes and not says_no(turn.answer):
-            said.append(turn.question)
-        said.append(turn.answer)
-    return draft.vocabulary.unsupported("\n".join(said), draft.known)
+            parts.append(turn.question)
+        parts.append(turn.answer)
+    return draft.vocabulary.unsupported("\n".join(parts), draft.known)
 
 
 def _kind(draft: Draft, _: CheckSettings) -> str | None:
@@ -174,8 +176,12 @@ def _language(draft: Draft, settings: CheckSettings) -> str | None:
     text = " ".join(f"{turn.question} {turn.answer}" for turn in draft.turns)
     if settings.language is None or len(text.split()) < FEWEST_FOR_LANGUAGE:
         return None
-    found = _identifier()(text[:1000])
-    return None if found == settings.language else f"reads as {found!r}, {settings.language!r} is asked for"
+    detected = _identifier()(text[:1000])
+    return (
+        None
+        if detected == settings.language
+        else f"reads as {detected!r}, {settings.language!r} is asked for"
+    )
 
 
 def check_language(code: str) -> None:
@@ -217,11 +223,11 @@ def row(row_id: str, draft: Draft) -> dict[str, object]:
 
 
 def conversations(turns: tuple[Turn, ...], suffix: str = "") -> list[dict[str, str]]:
-    said = []
+    messages = []
     for number, turn in enumerate(turns):
         question = turn.question if number else f"<image>\n{turn.question}{suffix}"
-        said += [{"from": "human", "value": question}, {"from": "gpt", "value": turn.answer}]
-    return said
+        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": turn.answer}]
+    return messages
 
 
 def _plain(text: str) -> str:

@@ -1,6 +1,6 @@
 """What a teacher is told about a picture: captions, and boxes as category and place.
 
-Knows: pictures by name, words, normalised corners. Does not know: which file the annotations came from.
+Corners are normalised to 0..1.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Context:
             parts.append("\n".join(self.captions[:MOST_CAPTIONS]))
         if boxes and self.boxes:
             large = sorted(self.boxes, key=lambda box: -box.area)[:MOST_BOXES]
-            kept = [box for box in self.boxes if box in large]
+            kept_boxes = [box for box in self.boxes if box in large]
             parts.append(
-                "\n".join(f"{b.category}: [{', '.join(f'{v:.3f}' for v in b.corners)}]" for b in kept)
+                "\n".join(f"{b.category}: [{', '.join(f'{v:.3f}' for v in b.corners)}]" for b in kept_boxes)
             )
         if self.text:
             parts.append(self.text)

@@ -1,13 +1,11 @@
-"""The courier: the process that calls the endpoint, and that outlives a killed command by a few seconds.
+"""The courier: the process that calls the endpoint and outlives a killed command by a few seconds.
 
     python -m pumice.synth.courier JOURNAL      (started by `call`; not for people)
 
 A call that was sent is paid for, so its reply must reach the journal even if the command is killed with
-SIGKILL. The calls are therefore made by a process of its own, in a session of its own. It reads requests
-from its standard input; when that ends early, its parent is gone: it sends nothing more, waits for the
-replies under way, writes them down, and ends. The next command waits for it and goes on from there.
-
-Knows: requests, the journal, the budget. Does not know: kinds, pictures' annotations, rows.
+SIGKILL. The calls are therefore made in another process, in its own session. It reads requests from
+standard input. When that ends early, its parent is gone: it sends nothing more, waits for the replies under
+way, writes them down, and ends. The next command waits for it and continues from there.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ import httpx
 from pumice.errors import InputError
 from pumice.files import Lock
 from pumice.synth.endpoint import Endpoint, Outcome, judge
-from pumice.synth.journal import Cost, Journal, Request, failed, reply
+from pumice.synth.journal import Cost, Journal, TeacherRequest, failed, reply
 
 WAITING = 4  # requests that are held ready, times the calls under way
 LONGEST_BACKOFF = 60.0  # seconds
@@ -57,7 +55,7 @@ class Budget:
             money is None or self.endpoint.money(total) <= money
         )
 
-    async def reserve(self, request: Request) -> Cost | None:
+    async def reserve(self, request: TeacherRequest) -> Cost | None:
         """What the call may cost, set aside; None when the budget cannot hold it any more.
 
         When it would fit but for the reservations of others, wait for their real cost.
@@ -145,7 +143,7 @@ class Courier:
         self.first = asyncio.Lock()  # until one call has come back, no second is sent
         self.returned = False
 
-    async def run(self, requests: AsyncIterator[Request]) -> None:
+    async def run(self, requests: AsyncIterator[TeacherRequest]) -> None:
         tasks: set[asyncio.Task[None]] = set()
         # One connection per call: a kept connection that dies unnoticed leaves open whether a request was
         # sent, and a handshake is nothing beside the seconds that a teacher writes.
@@ -170,7 +168,7 @@ class Courier:
             self.stopped = {"stopped": why, "message": message}
             self.stop.set()
 
-    async def _ask(self, client: httpx.AsyncClient, request: Request) -> None:
+    async def _ask(self, client: httpx.AsyncClient, request: TeacherRequest) -> None:
         refusals = failures = 0
         answered = -1  # by anybody, when this request failed last
         while failures < self.endpoint.attempts:
@@ -202,7 +200,7 @@ class Courier:
             except asyncio.TimeoutError:
                 return
 
-    async def _turn(self, request: Request) -> Cost | None:
+    async def _turn(self, request: TeacherRequest) -> Cost | None:
         """Wait until a call may be made; what is reserved for it, or None when there is none any more."""
         await self._sleep(self.requests_pace.delay())
         await self._sleep(self.tokens_pace.delay(sum(self.endpoint.bound(request)) / 3))
@@ -221,7 +219,9 @@ class Courier:
             return None
         return reserved
 
-    async def _call(self, client: httpx.AsyncClient, request: Request, refusals: int) -> Outcome | None:
+    async def _call(
+        self, client: httpx.AsyncClient, request: TeacherRequest, refusals: int
+    ) -> Outcome | None:
         if not self.returned:
             async with self.first:
                 if not self.returned:
@@ -231,7 +231,9 @@ class Courier:
         async with self.slots:
             return await self._send(client, request, refusals)
 
-    async def _send(self, client: httpx.AsyncClient, request: Request, refusals: int) -> Outcome | None:
+    async def _send(
+        self, client: httpx.AsyncClient, request: TeacherRequest, refusals: int
+    ) -> Outcome | None:
         reserved = await self._turn(request)
         if reserved is None:
             return None
@@ -307,13 +309,13 @@ def say(message: dict[str, Any]) -> None:
 
 def told() -> Iterator[dict[str, Any]]:
     """The parent's messages, read without Python's buffer: a waiting thread would keep its lock at exit."""
-    rest = b""
+    partial_line = b""
     while data := os.read(0, 1 << 16):
-        *lines, rest = (rest + data).split(b"\n")
+        *lines, partial_line = (partial_line + data).split(b"\n")
         yield from map(json.loads, lines)
 
 
-async def _requests(courier: Courier, messages: Iterator[dict[str, Any]]) -> AsyncIterator[Request]:
+async def _requests(courier: Courier, messages: Iterator[dict[str, Any]]) -> AsyncIterator[TeacherRequest]:
     """The requests among the parent's messages, until it says that there are no more."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -333,7 +335,7 @@ async def _requests(courier: Courier, messages: Iterator[dict[str, Any]]) -> Asy
         if "prompt" in message:
             prompts[message["id"]] = tuple((role, text) for role, text in message["prompt"])
         else:
-            yield Request(
+            yield TeacherRequest(
                 message["id"],
                 prompts[message["of"]],
                 message["user"],

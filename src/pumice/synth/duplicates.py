@@ -1,7 +1,7 @@
-"""Near-duplicates among any number of rows, by MinHash, in bounded memory.
+"""Near-duplicate texts among any number of rows, by MinHash, in bounded memory.
 
-Knows: texts and their order; of two alike the first stays. Does not know: what a row is. Signatures lie in
-a temporary database on disk, which is gone when the process is.
+Of two similar texts the first stays. Signatures lie in a temporary database on disk, which is
+deleted with the process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""An OpenAI-compatible endpoint: what is sent to it, and what its answers mean.
-
-Knows: the chat completions protocol, statuses, prices. Does not know: when to call, files, rows.
-"""
+"""An OpenAI-compatible endpoint: what is sent to it, and what its answers mean."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from typing import Any, Literal
 from pumice.errors import InputError
 from pumice.images import data_url
 from pumice.synth.checks import is_refusal
-from pumice.synth.journal import Cost, Request, costs
+from pumice.synth.journal import Cost, TeacherRequest, costs
 
 PER_MESSAGE, PER_REQUEST = 16, 64  # tokens that a chat template may add, generously
 
@@ -94,7 +91,7 @@ class Endpoint:
         url = self.url.rstrip("/")
         return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
 
-    def body(self, request: Request) -> dict[str, Any]:
+    def body(self, request: TeacherRequest) -> dict[str, Any]:
         """The JSON to post. An option that is null is left out."""
         content: Any = request.user
         if (picture := request.picture()) is not None:
@@ -105,13 +102,13 @@ class Endpoint:
         body = {"model": self.model, "messages": messages, "max_tokens": request.max_tokens, **self.options}
         return {key: value for key, value in body.items() if value is not None}
 
-    def bound(self, request: Request) -> Cost:
+    def bound(self, request: TeacherRequest) -> Cost:
         """Tokens that a call costs at most: no text has more tokens than bytes."""
         fixed = PER_REQUEST + PER_MESSAGE * (len(request.prompt) + 1)
         picture = self.image_tokens if request.image is not None else 0
         longest = [self.options.get(key) for key in ("max_tokens", "max_completion_tokens")]
-        given = [int(value) for value in longest if isinstance(value, int)]
-        return request.size + fixed + picture, max([*given, *([] if given else [request.max_tokens])])
+        limits = [int(value) for value in longest if isinstance(value, int)]
+        return request.size + fixed + picture, max([*limits, *([] if limits else [request.max_tokens])])
 
     def money(self, cost: Cost) -> float:
         return costs(cost, self.prices or (0.0, 0.0))
@@ -136,41 +133,43 @@ class Outcome:
 def judge(status: int, headers: Mapping[str, str], raw: str, endpoint: Endpoint) -> Outcome:
     """What an HTTP answer means. "foreign" is an answer that no OpenAI-compatible endpoint gives."""
     raw = endpoint.hide(raw)
-    values, whole = _json(raw)
+    values, is_json = _json(raw)
     error = values.get("error") if isinstance(values, dict) else None
     if status == 200 and error:  # some gateways put an error of the model behind them into a 200
         code = error.get("code") if isinstance(error, dict) else None
         status = code if isinstance(code, int) and 400 <= code < 600 else 502
     if status == 200:
-        return _completion(values, whole, raw, endpoint)
-    told = error.get("message") if isinstance(error, dict) else error
-    told = " ".join(str(told or raw[:120] or "no reason given").split())[:200]
+        return _completion(values, is_json, raw, endpoint)
+    cause = error.get("message") if isinstance(error, dict) else error
+    cause = " ".join(str(cause or raw[:120] or "no reason given").split())[:200]
     wait = _retry_after(headers)
     if status in (401, 403):
         text = (
-            f"the endpoint {endpoint.url} refuses the key in ${endpoint.key_variable} ({status}: {told}); "
+            f"the endpoint {endpoint.url} refuses the key in ${endpoint.key_variable} ({status}: {cause}); "
             "set the right one"
         )
         return Outcome("stop", str(status), text, None, status, raw)
     kind = error.get("code") or error.get("type") if isinstance(error, dict) else None
     if status == 402 or kind == "insufficient_quota":
-        text = f"the account at {endpoint.url} has no credit left ({status}: {told}); add some and run again"
+        text = f"the account at {endpoint.url} has no credit left ({status}: {cause}); add some and run again"
         return Outcome("stop", str(status), text, None, status, raw)
     if status == 404:
-        text = f"{endpoint.address} or its model '{endpoint.model}' is not there (404: {told}); check both"
+        text = f"{endpoint.address} or its model '{endpoint.model}' is not there (404: {cause}); check both"
         return Outcome("stop", "404", text, None, status, raw)
     if status in (408, 409, 425, 429) or status >= 500:
         if wait is not None and wait > endpoint.longest_wait:
-            text = f"the endpoint {endpoint.url} asks to wait {wait:.0f} s ({status}: {told}); run again then"
+            text = (
+                f"the endpoint {endpoint.url} asks to wait {wait:.0f} s ({status}: {cause}); run again then"
+            )
             return Outcome("stop", str(status), text, None, status, raw)
-        return Outcome("again", str(status), told, wait, status, raw)
+        return Outcome("again", str(status), cause, wait, status, raw)
     if status < 400:
         target = headers.get("location") or "somewhere else"
         text = (
             f"{endpoint.address} sends calls on to {target} ({status}); give the address that answers itself"
         )
         return Outcome("foreign", str(status), text, None, status, raw)
-    text = f"the endpoint {endpoint.url} does not take the request ({status}: {told}); change the options"
+    text = f"the endpoint {endpoint.url} does not take the request ({status}: {cause}); change the options"
     return Outcome("leave", str(status), text, None, status, raw)
 
 
@@ -191,11 +190,11 @@ def _completion(values: Any, whole: bool, raw: str, endpoint: Endpoint) -> Outco
     if not text.strip():
         # Models that think first can use up every token before a word of the answer: so would the next try.
         if finish == "length":
-            told = (
+            reason = (
                 f"{endpoint.model} at {endpoint.url} used all its tokens before the answer began; "
                 "allow more: --options '{\"max_tokens\": 4000}'"
             )
-            return Outcome("leave", "no room", told, None, 200, raw, cost)
+            return Outcome("leave", "no room", reason, None, 200, raw, cost)
         return Outcome("again", "empty", "", None, 200, raw, cost)
     return Outcome("reply", "", "", None, 200, raw, cost)
 
@@ -234,8 +233,8 @@ def _usage(values: Any) -> Cost | None:
 
 def text_of(raw: str) -> str:
     """The words of a raw reply, a local teacher's or a chat completion; "" when it has none."""
-    values, whole = _json(raw)
-    if whole and isinstance(values, dict) and isinstance(values.get("text"), str):
+    values, is_json = _json(raw)
+    if is_json and isinstance(values, dict) and isinstance(values.get("text"), str):
         return str(values["text"])
     message, _ = _message(values)
     if message is None:
@@ -245,17 +244,17 @@ def text_of(raw: str) -> str:
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds, from `retry-after-ms` or `Retry-After` in either of its forms (RFC 9110, section 10.2.3)."""
-    given = headers.get("retry-after-ms")
+    retry_ms = headers.get("retry-after-ms")
     scale = 1000.0
-    if given is None:
-        given, scale = headers.get("retry-after"), 1.0
-    if given is None:
+    if retry_ms is None:
+        retry_ms, scale = headers.get("retry-after"), 1.0
+    if retry_ms is None:
         return None
     try:
-        seconds = float(given) / scale
+        seconds = float(retry_ms) / scale
     except ValueError:
         try:
-            when = parsedate_to_datetime(given)
+            when = parsedate_to_datetime(retry_ms)
         except (ValueError, TypeError):
             return None
         if when.tzinfo is None:

@@ -1,7 +1,4 @@
-"""Official annotation files, read piece by piece: a file of gigabytes never stands in memory.
-
-Knows: JSON, JSON Lines and text in UTF-8. Does not know: what an annotation means.
-"""
+"""Read official annotation files piece by piece, so that a file of gigabytes never stands in memory."""
 
 from __future__ import annotations
 
@@ -59,10 +56,10 @@ def _translated(values: Iterator[Any], path: Path) -> Iterator[Any]:
     try:
         yield from values
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        told = error.args[0] if error.args else ""
-        if isinstance(told, bytes):  # the C parser's
-            told = told.decode("utf-8", "replace")
-        reason = str(told).split("\n")[0].strip()
+        reason = error.args[0] if error.args else ""
+        if isinstance(reason, bytes):  # the C parser's
+            reason = reason.decode("utf-8", "replace")
+        reason = str(reason).split("\n")[0].strip()
         if "UTF" in reason.upper():
             raise InputError(f"'{path}' is not UTF-8 text ({reason}); save it as UTF-8") from error
         raise InputError(f"'{path}' is malformed or cut off JSON ({reason}); fetch it again") from error
@@ -83,14 +80,18 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line of a JSON Lines file."""
     for number, line in lines(path):
-        where = f"'{path}', line {number}"
+        error_prefix = f"'{path}', line {number}"
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: this is not JSON ({error}); write one object per line") from error
+            raise InputError(
+                f"{error_prefix}: this is not JSON ({error}); write one object per line"
+            ) from error
         if not isinstance(value, dict):
-            raise InputError(f"{where}: expected an object, found {line[:40]}; write one object per line")
-        yield where, value
+            raise InputError(
+                f"{error_prefix}: expected an object, found {line[:40]}; write one object per line"
+            )
+        yield error_prefix, value
 
 
 def first_byte(path: Path) -> str:

@@ -1,6 +1,4 @@
-"""The journal: every request before it is sent, every reply as it came, only ever appended, on the disk.
-
-Knows: records, their order, what they cost. Does not know: HTTP, prompts, rows.
+"""The journal: every request before it is sent and every reply as it came, appended to one file.
 
 A record is one line of JSON, and is on the disk (fsync) before anything depends on it:
 
@@ -32,7 +30,7 @@ Cost = tuple[int, int]  # tokens in, tokens out
 
 
 @dataclass(frozen=True)
-class Request:
+class TeacherRequest:
     """One question to a teacher.
 
     prompt: (role, text) before the user's. image: a file to show, or None; image_key: of its contents when
@@ -182,7 +180,7 @@ class Journal:
             file.seek(start)
             return str(json.loads(file.read(length))["raw"])
 
-    def sent(self, request: Request, reserved: Cost, model: str) -> list[dict[str, Any]]:
+    def sent(self, request: TeacherRequest, reserved: Cost, model: str) -> list[dict[str, Any]]:
         """The records to append before a request is sent."""
         records: list[dict[str, Any]] = []
         if request.prompt_id not in self._prompts:

@@ -1,7 +1,7 @@
-"""Which things a text names, and whether a picture's annotations know of them.
+"""Find the things that a text names, and whether a picture's annotations name them too.
 
-Knows: a table of things with their other names, English plurals, negation. Does not know: pixels. What
-annotations leave out may still be in the picture, so a count of unsupported things is a sign, not a proof.
+A table holds things with their other names, plurals and negation. Annotations may leave out what is in the
+picture, so a count of unsupported things is a sign, not a proof.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ def _tables() -> _Tables:
         if line.startswith("["):
             section = line.strip("[]")
         elif line and not line.startswith("#"):
-            name, _, rest = (part.strip() for part in line.partition("|"))
+            name, _, other_words = (part.strip() for part in line.partition("|"))
             if section == "people":
-                also, may, unless = (frozenset(part.split()) for part in rest.split("|"))
+                also, may, unless = (frozenset(part.split()) for part in other_words.split("|"))
                 wider[name], vague[name] = also, (may, unless)
             elif section == "wider":
-                wider[name] = frozenset(word.replace("_", " ") for word in rest.split())
+                wider[name] = frozenset(word.replace("_", " ") for word in other_words.split())
             elif section == "ignore":
                 ignored.append(name)
             else:
                 names[name] = name
-                names |= {word: name for word in _phrases(rest)}
+                names |= {word: name for word in _phrases(other_words)}
     return _Tables(names, wider, vague, tuple(ignored))
 
 
@@ -89,10 +89,10 @@ _PAIRS = (
 
 
 def _phrases(text: str) -> list[str]:
-    found = [pair for pair in _PAIRS if pair in text]
-    for pair in found:
+    pairs_in_text = [pair for pair in _PAIRS if pair in text]
+    for pair in pairs_in_text:
         text = text.replace(pair, " ")
-    return found + text.split()
+    return pairs_in_text + text.split()
 
 
 class Vocabulary:
@@ -118,17 +118,17 @@ class Vocabulary:
         """The names of the things in a text, in order, repeats included."""
         words = [singular(word) for word in _WORD.findall(text.lower())]
         words = [part for word in words for part in word.split()]
-        found, at = [], 0
-        while at < len(words):
-            for phrase, name in self._starts.get(words[at], ()):
-                if tuple(words[at : at + len(phrase)]) == phrase:
+        matches, position = [], 0
+        while position < len(words):
+            for phrase, name in self._starts.get(words[position], ()):
+                if tuple(words[position : position + len(phrase)]) == phrase:
                     if name is not None:
-                        found.append(name)
-                    at += len(phrase)
+                        matches.append(name)
+                    position += len(phrase)
                     break
             else:
-                at += 1
-        return found
+                position += 1
+        return matches
 
     def known(self, context: Context) -> frozenset[str]:
         """The things that a picture's annotations name. A category that no table has stands for itself."""

@@ -1,7 +1,6 @@
-"""The report: one HTML file that needs nothing else, to read through and to mark.
+"""The report: one HTML file that needs no other file, to read rows and mark them.
 
-Knows: statistics, pictures as thumbnails, a page. Does not know: teachers, checks. All words that a teacher
-or a file brought are escaped.
+All words that come from a teacher or a file are escaped.
 """
 
 from __future__ import annotations
@@ -75,10 +74,10 @@ def _reasons(statistics: Statistics) -> str:
 
 def _bars(counts: Iterable[tuple[str, int]]) -> str:
     listed = list(counts)
-    most = max((count for _, count in listed), default=1)
+    max_count = max((count for _, count in listed), default=1)
     return (
         "".join(
-            f'<li><span>{escape(name)}</span><i style="width:{100 * count / most:.1f}%"></i>'
+            f'<li><span>{escape(name)}</span><i style="width:{100 * count / max_count:.1f}%"></i>'
             f"<b>{count:,}</b></li>"
             for name, count in listed
         )
@@ -122,8 +121,8 @@ def _thumbnail(name: str, finder: ImageFinder | None) -> str:
 
 
 def _row(row: dict[str, Any]) -> str:
-    kept = "conversations" in row
-    if kept:
+    accepted = "conversations" in row
+    if accepted:
         words = "".join(
             f'<p class="{escape(turn["from"])}">{escape(turn["value"].removeprefix("<image>").strip())}</p>'
             for turn in row["conversations"]
@@ -139,7 +138,7 @@ def _row(row: dict[str, Any]) -> str:
     )
     return (
         f'<section class="row" data-id="{key}" data-kind="{escape(row["kind"])}" '
-        f'data-state="{"kept" if kept else "rejected"}">'
+        f'data-state="{"kept" if accepted else "rejected"}">'
         f"<header><b>{escape(row['kind'])}</b> {state}</header>{words}"
         f'<footer role="group" aria-label="mark">{choices}'
         f'<input type="text" placeholder="a note" aria-label="note"></footer></section>'

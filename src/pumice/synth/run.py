@@ -1,11 +1,9 @@
-"""A run: which pictures are asked about in which kind, the calls, and the rows that come of the replies.
+"""One generation run: which pictures are asked about in which kind, the calls, and the rows made of replies.
 
-Knows: the order of everything, the folder's files. Does not know: how a teacher is reached, HTML.
-
-    OUT/journal.jsonl     requests and raw replies; only appended to
-    OUT/rows.jsonl        rows that passed, in the order of pictures and kinds
-    OUT/rejected.jsonl    the others, each with its reason and the raw words
-    OUT/report.html       what to look at; OUT/report.json has the same numbers
+OUT/journal.jsonl     requests and raw replies; only appended to
+OUT/rows.jsonl        rows that passed, in the order of pictures and kinds
+OUT/rejected.jsonl    the others, each with its reason and the raw words
+OUT/report.html       what to look at; OUT/report.json has the same numbers
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from pumice.synth.checks import CheckSettings, Rejection, check_language, examin
 from pumice.synth.context import Context
 from pumice.synth.duplicates import SeenRows
 from pumice.synth.endpoint import Endpoint, text_of
-from pumice.synth.journal import Journal, Request, digest
+from pumice.synth.journal import Journal, TeacherRequest, digest
 from pumice.synth.kinds.base import Draft, Kind
 from pumice.synth.objects import Vocabulary
 from pumice.synth.statistics import Statistics
@@ -69,14 +67,14 @@ class Job:
             check_language(self.settings.language)
 
 
-def plan(job: Job, teacher: Teacher) -> Iterator[tuple[str, Kind, Context, Request]]:
+def plan(job: Job, teacher: Teacher) -> Iterator[tuple[str, Kind, Context, TeacherRequest]]:
     """(row id, kind, context, request) in the order of the rows: a function of the job alone."""
     for context in job.contexts:
         for kind, share in job.kinds:
             if share < 1 and random.Random(f"{job.seed}/{kind.name}/{context.id}").random() >= share:
                 continue
-            told = context if job.told else Context(context.id, context.image)
-            *before, (_, user) = kind.messages(told, job.examples)
+            shown_context = context if job.told else Context(context.id, context.image)
+            *before, (_, user) = kind.messages(shown_context, job.examples)
             image = digest_of = None
             if job.show:
                 assert job.finder is not None
@@ -88,7 +86,7 @@ def plan(job: Job, teacher: Teacher) -> Iterator[tuple[str, Kind, Context, Reque
                 f"{context.id}-{kind.name}",
                 kind,
                 context,
-                Request(key, prompt, user, kind.max_tokens, image, digest_of),
+                TeacherRequest(key, prompt, user, kind.max_tokens, image, digest_of),
             )
 
 
@@ -110,14 +108,14 @@ class Estimate:
     most_money: float | None
 
     def sentence(self) -> str:
-        told = f"{self.requests} requests, {self.answered} of them answered already"
+        text = f"{self.requests} requests, {self.answered} of them answered already"
         if not any(self.most):
-            return told
+            return text
         price = ""
         if self.money is not None:
             price = f", about {self.money:.2f} in money (at most {self.most_money:.2f})"
         return (
-            f"{told}; the others take about {self.tokens_in:,} tokens in and {self.tokens_out:,} out "
+            f"{text}; the others take about {self.tokens_in:,} tokens in and {self.tokens_out:,} out "
             f"(at most {self.most[0]:,} and {self.most[1]:,}){price}"
         )
 
@@ -130,7 +128,7 @@ def estimate(job: Job, teacher: Teacher, journal: Journal, endpoint: Endpoint | 
     """Add up the plan. Rates learned from the journal's replies replace the guesses."""
     tally = journal.tally
     requests = answered = size = pictures = longest = 0
-    most = [0, 0]
+    max_tokens = [0, 0]
     for _, _, _, request in plan(job, teacher):
         requests += 1
         if request.id in journal:
@@ -141,8 +139,8 @@ def estimate(job: Job, teacher: Teacher, journal: Journal, endpoint: Endpoint | 
         longest += request.max_tokens
         if endpoint is not None:
             bound = endpoint.bound(request)
-            most[0] += bound[0]
-            most[1] += bound[1]
+            max_tokens[0] += bound[0]
+            max_tokens[1] += bound[1]
     if tally.replied_in:
         likely_in = round(size * tally.replied_in / max(1, tally.prompt_bytes))
         likely_out = round((requests - answered) * tally.replied_out / tally.replies)
@@ -155,9 +153,9 @@ def estimate(job: Job, teacher: Teacher, journal: Journal, endpoint: Endpoint | 
         answered,
         likely_in,
         likely_out,
-        (most[0], most[1]),
+        (max_tokens[0], max_tokens[1]),
         endpoint.money((likely_in, likely_out)) if priced and endpoint else None,
-        endpoint.money((most[0], most[1])) if priced and endpoint else None,
+        endpoint.money((max_tokens[0], max_tokens[1])) if priced and endpoint else None,
     )
 
 
@@ -182,7 +180,7 @@ def call(job: Job, teacher: Teacher, journal: Journal, progress: Progress) -> st
     """Have every request of the plan answered that the journal does not answer yet; why it stopped, or ""."""
     asked: set[str] = set()
 
-    def missing() -> Iterator[Request]:
+    def missing() -> Iterator[TeacherRequest]:
         for _, _, _, request in plan(job, teacher):
             if request.id not in journal and request.id not in asked:  # two alike are one request
                 asked.add(request.id)
@@ -198,7 +196,7 @@ def finish(job: Job, teacher: Teacher, journal: Journal) -> Statistics:
     """
     vocabulary = Vocabulary(sorted({box.category for c in job.contexts for box in c.boxes}))
     statistics = Statistics(journal.tally.to_dict())
-    seen = SeenRows(job.similar)
+    seen_rows = SeenRows(job.similar)
     with replacing(job.out / "rows.jsonl") as rows, replacing(job.out / "rejected.jsonl") as rejected:
         for row_id, kind, context, request in plan(job, teacher):
             raw = journal.reply(request.id)
@@ -209,11 +207,11 @@ def finish(job: Job, teacher: Teacher, journal: Journal) -> Statistics:
             else:
                 result = examine(kind, context, reply, vocabulary, job.settings, job.seed)
             if isinstance(result, Draft):
-                result = duplicate(result, row_id, seen) or result
+                result = duplicate(result, row_id, seen_rows) or result
             if isinstance(result, Draft):
-                made = row(row_id, result)
-                _line(rows, made)
-                statistics.kept(result, made)
+                llava_row = row(row_id, result)
+                _line(rows, llava_row)
+                statistics.kept(result, llava_row)
             else:
                 values = {
                     "id": row_id, "image": context.image, "kind": kind.name, "reason": result.reason,

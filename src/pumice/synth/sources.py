@@ -1,7 +1,6 @@
-"""Annotation files as contexts: COCO, Visual Genome, Flickr30k, and plain JSON Lines.
+"""Read annotation files as contexts: COCO, Visual Genome, Flickr30k, and plain JSON Lines.
 
-Knows: the official files' fields. Does not know: prompts, teachers. Everything that can be wrong with a
-file is found here, before the first call.
+Everything that can be wrong with a file is found here, before the first call.
 """
 
 from __future__ import annotations
@@ -40,40 +39,40 @@ def coco(captions: Path | None, instances: Path | None, bad_rows: BadRows) -> It
     A picture that only one of the two files describes is used with what there is.
     """
     files = [file for file in (captions, instances) if file is not None]
-    found = _Gathered()
+    collected = _Gathered()
     for file in files:
-        count = len(found.images)
+        count = len(collected.images)
         for image in items(file, "images.item"):
             key, name = _field(image, "id", file), _field(image, "file_name", file)
             width, height = image.get("width") or 0, image.get("height") or 0
-            known = found.images.get(key)
+            known = collected.images.get(key)
             if known and known[0] != name:
                 raise InputError(
                     f"'{file}': picture {key} is '{name}' here and '{known[0]}' in '{files[0]}'; give files "
                     "of one release"
                 )
-            found.images[key] = (
+            collected.images[key] = (
                 name,
                 width or (known[1] if known else 0),
                 height or (known[2] if known else 0),
             )
-        if not found.images or (file is captions and len(found.images) == count):
+        if not collected.images or (file is captions and len(collected.images) == count):
             raise InputError(f"'{file}' lists no pictures under 'images'; give COCO's own file")
     if captions is not None:
         for note in items(captions, "annotations.item"):
-            where = f"'{captions}', annotation {note.get('id')}"
+            prefix = f"'{captions}', annotation {note.get('id')}"
             text, key = note.get("caption"), _field(note, "image_id", captions)
-            if key not in found.images:
-                bad_rows.add(f"{where}: picture {key} is not in the file's list of pictures; remove it")
+            if key not in collected.images:
+                bad_rows.add(f"{prefix}: picture {key} is not in the file's list of pictures; remove it")
             elif not isinstance(text, str):
-                raise InputError(f"{where} has no 'caption'; give the captions file of COCO, not another")
+                raise InputError(f"{prefix} has no 'caption'; give the captions file of COCO, not another")
             elif not text.strip():
-                bad_rows.add(f"{where}: the caption is empty; remove it")
+                bad_rows.add(f"{prefix}: the caption is empty; remove it")
             else:
-                found.captions.setdefault(key, []).append(" ".join(text.split()))
+                collected.captions.setdefault(key, []).append(" ".join(text.split()))
     if instances is not None:
-        _coco_boxes(instances, found, bad_rows)
-    yield from found.contexts("coco", bad_rows, files[0])
+        _coco_boxes(instances, collected, bad_rows)
+    yield from collected.contexts("coco", bad_rows, files[0])
 
 
 def _coco_boxes(file: Path, found: _Gathered, bad_rows: BadRows) -> None:
@@ -81,22 +80,22 @@ def _coco_boxes(file: Path, found: _Gathered, bad_rows: BadRows) -> None:
     if not names:
         raise InputError(f"'{file}' lists no 'categories'; give the instances file of COCO")
     for note in items(file, "annotations.item"):
-        where = f"'{file}', annotation {note.get('id')}"
+        prefix = f"'{file}', annotation {note.get('id')}"
         key, box = _field(note, "image_id", file), note.get("bbox")
         if key not in found.images:
-            bad_rows.add(f"{where}: picture {key} is not in the file's list of pictures; remove it")
+            bad_rows.add(f"{prefix}: picture {key} is not in the file's list of pictures; remove it")
             continue
         if note.get("category_id") not in names:
             bad_rows.add(
-                f"{where}: category {note.get('category_id')} is not among the {len(names)} listed; mend it"
+                f"{prefix}: category {note.get('category_id')} is not among the {len(names)} listed; mend it"
             )
             continue
         _, width, height = found.images[key]
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
-            bad_rows.add(f"{where}: 'bbox' is {box!r}; write left, top, width, height")
+            bad_rows.add(f"{prefix}: 'bbox' is {box!r}; write left, top, width, height")
             continue
         left, top, wide, high = box
-        corners = normalised((left, top, left + wide, top + high), width, height, where)
+        corners = normalised((left, top, left + wide, top + high), width, height, prefix)
         if isinstance(corners, str):
             bad_rows.add(corners)
         else:
@@ -111,30 +110,30 @@ def visual_genome(folder: Path, bad_rows: BadRows) -> Iterator[Context]:
     sizes, regions, objects = (folder / f"{n}.json" for n in ("image_data", "region_descriptions", "objects"))
     if not regions.exists() and not objects.exists():
         raise InputError(f"'{folder}' holds neither region_descriptions.json nor objects.json; fetch one")
-    found = _Gathered()
+    collected = _Gathered()
     for image in items(sizes, "item"):
         key = image.get("image_id", image.get("id"))
         parts = str(image.get("url") or "").split("/")[-2:]
         name = "/".join(parts) if len(parts) == 2 else f"{key}.jpg"
-        found.images[key] = (name, image.get("width") or 0, image.get("height") or 0)
-    if not found.images:
+        collected.images[key] = (name, image.get("width") or 0, image.get("height") or 0)
+    if not collected.images:
         raise InputError(f"'{sizes}' lists no pictures; give Visual Genome's own file")
     for file, field in ((regions, "regions"), (objects, "objects")):
         for entry in items(file, "item") if file.exists() else ():
             key = entry.get("image_id", entry.get("id"))
             for note in entry.get(field) or ():
-                where = f"'{file}', {field[:-1]} {note.get(f'{field[:-1]}_id')} of picture {key}"
-                if key not in found.images:
-                    bad_rows.add(f"{where}: the picture is not in '{sizes.name}'; remove it")
+                prefix = f"'{file}', {field[:-1]} {note.get(f'{field[:-1]}_id')} of picture {key}"
+                if key not in collected.images:
+                    bad_rows.add(f"{prefix}: the picture is not in '{sizes.name}'; remove it")
                 elif field == "regions":
                     phrase = " ".join(str(note.get("phrase") or "").split())
                     if phrase:
-                        found.captions.setdefault(key, []).append(phrase)
+                        collected.captions.setdefault(key, []).append(phrase)
                     else:
-                        bad_rows.add(f"{where}: the phrase is empty; remove it")
+                        bad_rows.add(f"{prefix}: the phrase is empty; remove it")
                 else:
-                    _vg_box(note, found, key, where, bad_rows)
-    yield from found.contexts("vg", bad_rows, sizes)
+                    _vg_box(note, collected, key, prefix, bad_rows)
+    yield from collected.contexts("vg", bad_rows, sizes)
 
 
 def _vg_box(note: dict[str, Any], found: _Gathered, key: Any, where: str, bad_rows: BadRows) -> None:
@@ -158,9 +157,9 @@ def flickr30k(file: Path, bad_rows: BadRows) -> Iterator[Context]:
     """Flickr30k's captions: results_*.token, results.csv with `|`, or Karpathy's dataset_flickr30k.json."""
     captions: dict[str, list[str]] = {}
     for where, name, text in _flickr(file):
-        kept = captions.setdefault(name, [])
+        image_captions = captions.setdefault(name, [])
         if text.strip():
-            kept.append(" ".join(text.split()))
+            image_captions.append(" ".join(text.split()))
         else:
             bad_rows.add(f"{where}: the caption is empty; remove it")
     for name, texts in captions.items():
@@ -178,16 +177,16 @@ def _flickr(file: Path) -> Iterator[tuple[str, str, str]]:
                 yield f"'{file}', picture '{name}'", name, str(sentence.get("raw") or "")
         return
     for number, line in lines(file):
-        where = f"'{file}', line {number}"
+        prefix = f"'{file}', line {number}"
         if "\t" in line:
             name, text = line.split("\t", 1)
-            yield where, name.split("#")[0].strip(), text
+            yield prefix, name.split("#")[0].strip(), text
         elif "|" in line:
             if number > 1 or "image_name" not in line:
                 name, _, text = (*line.split("|", 2), "", "")[:3]
-                yield where, name.strip(), text
+                yield prefix, name.strip(), text
         else:
-            raise InputError(f"{where}: neither 'picture#n<tab>caption' nor 'picture| n| caption'; mend it")
+            raise InputError(f"{prefix}: neither 'picture#n<tab>caption' nor 'picture| n| caption'; mend it")
 
 
 def plain(file: Path, bad_rows: BadRows) -> Iterator[Context]:

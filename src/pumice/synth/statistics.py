@@ -1,7 +1,4 @@
-"""What a run amounts to, in numbers, and a sample of pictures to look at. Bounded, however long the run.
-
-Knows: rows and rejections as they come. Does not know: HTML, files.
-"""
+"""Count what a run made, and keep a bounded sample of pictures to look at."""
 
 from __future__ import annotations
 
@@ -28,10 +25,10 @@ _OPENINGS = re.compile(
 def question_type(question: str) -> str:
     """How a question begins, as far as that says what it asks for."""
     text = question.lower().removeprefix("<image>").strip()
-    found = _OPENINGS.match(text)
-    if found is None:
+    match = _OPENINGS.match(text)
+    if match is None:
         return " ".join(re.findall(r"\w+", text)[:2]) or "other"
-    words = found.group(1)
+    words = match.group(1)
     if words.endswith("doing"):
         return "what is ... doing"
     return words.replace("color", "colour")

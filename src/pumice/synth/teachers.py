@@ -1,7 +1,6 @@
-"""Who answers requests: an endpoint, by way of the courier, or a model in our own engine.
+"""Teachers, which answer requests: an endpoint, called by the courier, or a model in our engine.
 
-Knows: requests, the journal, processes. Does not know: kinds, annotations, rows. A teacher's `answer` writes
-replies to the journal and returns why it ended before its time, or "".
+A teacher's `answer` writes replies to the journal. It returns why it ended early, or "".
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 
 from pumice.errors import InputError, WorkError
 from pumice.synth.endpoint import Endpoint
-from pumice.synth.journal import Journal, Request, failed, reply
+from pumice.synth.journal import Journal, TeacherRequest, failed, reply
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -33,7 +32,7 @@ class Teacher(Protocol):
     def options(self) -> dict[str, Any]: ...
 
     def check(self) -> None: ...
-    def answer(self, requests: Iterable[Request], journal: Journal, progress: Progress) -> str: ...
+    def answer(self, requests: Iterable[TeacherRequest], journal: Journal, progress: Progress) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class RemoteTeacher:
             raise InputError("an endpoint needs httpx; install pumice[generate]")
         self.endpoint.check()
 
-    def answer(self, requests: Iterable[Request], journal: Journal, progress: Progress) -> str:
+    def answer(self, requests: Iterable[TeacherRequest], journal: Journal, progress: Progress) -> str:
         """Raises InputError when the endpoint cannot be used, WorkError when the courier broke."""
         courier = subprocess.Popen(
             [sys.executable, "-m", "pumice.synth.courier", str(journal.path)],
@@ -123,7 +122,7 @@ class RemoteTeacher:
         return str(end.get("stopped", ""))
 
 
-def _messages(requests: Iterable[Request]) -> Iterator[dict[str, Any]]:
+def _messages(requests: Iterable[TeacherRequest]) -> Iterator[dict[str, Any]]:
     told: set[str] = set()
     for request in requests:
         if request.prompt_id not in told:
@@ -154,11 +153,11 @@ class LocalTeacher:
             known = ", ".join(field.name for field in fields(SamplingParams))
             raise InputError(f"a local teacher's options are {known}, not all of {self.options}") from error
 
-    def answer(self, requests: Iterable[Request], journal: Journal, progress: Progress) -> str:
+    def answer(self, requests: Iterable[TeacherRequest], journal: Journal, progress: Progress) -> str:
         from pumice.assistant import load
 
         assistant = load(self.model, device=self.device)
-        waiting: list[Request] = []
+        waiting: list[TeacherRequest] = []
         for request in requests:
             waiting.append(request)
             if len(waiting) == self.batch:
@@ -167,7 +166,9 @@ class LocalTeacher:
         self._answer(assistant, waiting, journal, progress)
         return ""
 
-    def _answer(self, assistant: Any, batch: list[Request], journal: Journal, progress: Progress) -> None:
+    def _answer(
+        self, assistant: Any, batch: list[TeacherRequest], journal: Journal, progress: Progress
+    ) -> None:
         if not batch:
             return
         rows = [(request.picture(), flat(request)) for request in batch]
@@ -192,8 +193,8 @@ class LocalTeacher:
             raise errors[0]  # nothing fits: a prompt too long for it, say; more of the same would not either
 
 
-def flat(request: Request) -> str:
+def flat(request: TeacherRequest) -> str:
     """A request as one question, for a model that is asked without a history."""
-    said = {"system": "", "user": "Notes:\n", "assistant": "You write:\n"}
-    parts = [f"{said[role]}{text}" for role, text in request.prompt]
+    role_prefix = {"system": "", "user": "Notes:\n", "assistant": "You write:\n"}
+    parts = [f"{role_prefix[role]}{text}" for role, text in request.prompt]
     return "\n\n".join([*parts, *([f"Notes:\n{request.user}"] if request.user else [])])

@@ -1,7 +1,6 @@
-"""What each optimiser step sees: a function of the recipe and the step's number alone.
+"""The batch of each optimiser step, computed from the recipe and the step's number alone.
 
-Knows rows, the processor and packing. Does not know the model. Nothing here is stateful but caches,
-so a resumed run continues in the same place by asking for the next step.
+There is no state but caches: a resumed run asks for the next step and gets what it would have got.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from pumice.errors import InputError
 from pumice.processor import Processor, Sample
 from pumice.train.recipe import Recipe, Source
 
-Groups = list[list[tuple[int, int]]]  # rows, as (source, index), that share their pictures
+Groups = list[list[tuple[int, int]]]  # rows, as (source, index), that share their images
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step: packs, each with one flag per tree that says if its pictures are mirrored."""
+    """The packs of one optimiser step, each with one flag per tree: whether its images are mirrored."""
 
     packs: list[tuple[Pack, list[bool]]]
-    supervised: float  # supervised tokens of all packs: what the loss is divided by
-    tokens: int  # tokens computed
+    supervised: float  # supervised tokens of all packs; the summed loss is divided by it
+    tokens: int  # tokens that the model computes
 
     @classmethod
     def of(cls, packs: list[tuple[Pack, list[bool]]]) -> Batch:
@@ -44,7 +43,7 @@ class Batch:
 
 @dataclass
 class Skipped:
-    """Spoiled rows and pictures met so far; InputError once they are more than the recipe allows."""
+    """Bad rows so far, with their reasons. `add` raises InputError when there are more than `allowed`."""
 
     allowed: int
     reasons: dict[str, str] = field(default_factory=dict)
@@ -53,53 +52,58 @@ class Skipped:
         self.reasons[row] = str(error)
         if len(self.reasons) > self.allowed:
             raise InputError(
-                f"{len(self.reasons)} spoiled rows, max_bad_rows allows {self.allowed}; the last: {error}"
+                f"{len(self.reasons)} bad rows, max_bad_rows allows {self.allowed}; the last: {error}"
             ) from error
 
 
 class Batches:
+    """All batches of a run, indexed by step."""
+
     def __init__(self, recipe: Recipe, processor: Processor, processes: int = 1) -> None:
-        """processes: that share each step's packs."""
+        """processes: how many share the packs of each step."""
         self.recipe, self.processor, self.processes = recipe, processor, processes
         self.finder = ImageFinder(recipe.pictures or ["."])
         self.skipped = Skipped(recipe.max_bad_rows)
         self.mixture = _mixture(recipe.data, recipe.seed)
-        self.mirror = [source.mirror for source in recipe.data]
-        self._epoch: tuple[int, Groups] = (-1, [])
-        self.starts = [0]  # the step at which each epoch begins, and the last one's end
+        self.may_mirror = [source.mirror for source in recipe.data]
+        self._cached_epoch: tuple[int, Groups] = (-1, [])
+        self.epoch_starts = [0]  # first step of each epoch, and the end of the last one
         for epoch in range(math.ceil(recipe.epochs)):
             share = min(1.0, recipe.epochs - epoch)
             steps = math.ceil(len(self._groups(epoch)) * share / recipe.batch)
-            self.starts.append(self.starts[-1] + steps)
-        self.steps = min(self.starts[-1], recipe.max_steps or self.starts[-1])
+            self.epoch_starts.append(self.epoch_starts[-1] + steps)
+        self.steps = min(self.epoch_starts[-1], recipe.max_steps or self.epoch_starts[-1])
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of step 0 <= step < steps."""
-        epoch = next(e for e in range(len(self.starts) - 1) if step < self.starts[e + 1])
-        first = (step - self.starts[epoch]) * self.recipe.batch
+        """Return the batch of a step, 0 <= step < steps."""
+        # 1. Find the step's epoch, and its groups of rows in that epoch's order.
+        epoch = next(e for e in range(len(self.epoch_starts) - 1) if step < self.epoch_starts[e + 1])
+        first = (step - self.epoch_starts[epoch]) * self.recipe.batch
         groups = self._groups(epoch)[first : first + self.recipe.batch]
+        # 2. Make trees. Each group draws its own chance, so the draw does not depend on earlier steps.
         trees, mirrored = [], {}
         for number, group in enumerate(groups, first):
-            allowed = all(self.mirror[source] for source, _ in group)
+            allowed = all(self.may_mirror[source] for source, _ in group)
             chance = np.random.default_rng([self.recipe.seed, epoch, number]).random()
             for tree in self._trees(self.mixture, group):
                 trees.append(tree)
                 mirrored[id(tree)] = allowed and chance < self.recipe.mirror_chance
-        packs = [(p, [mirrored[id(t)] for t in p.trees]) for p in pack(trees, self._budget(trees))]
+        # 3. Pack the trees, and carry each tree's flag along.
+        packs = [(p, [mirrored[id(t)] for t in p.trees]) for p in pack(trees, self._pack_budget(trees))]
         return Batch.of(packs)
 
     def check(self) -> None:
-        """Look at every row before the first step; InputError beyond the budget of spoiled ones."""
+        """Check every row before the first step. Raises InputError when too many rows are bad."""
         report = check(self.mixture.rows, self.finder, decode=False)
         bad_rows = [problem for problem in report.problems if problem.kind not in NOTES]
         if (count := report.rows - report.usable) > self.recipe.max_bad_rows:
             raise InputError(
-                f"{count} spoiled rows, max_bad_rows allows {self.recipe.max_bad_rows}; "
+                f"{count} bad rows, max_bad_rows allows {self.recipe.max_bad_rows}; "
                 f"the first: {bad_rows[0].source}, row {bad_rows[0].row}: {bad_rows[0].reason}"
             )
 
     def try_rows(self, count: int) -> None:
-        """Prepare up to `count` rows spread over the first epoch; InputError when none teaches anything."""
+        """Prepare up to `count` rows of the first epoch. Raises InputError if none has supervised tokens."""
         order = self.mixture.order(0)
         picked = order[np.linspace(0, len(order) - 1, min(count, len(order)), dtype=int)].tolist()
         reason = ""
@@ -116,64 +120,65 @@ class Batches:
 
     @cached_property
     def held_out(self) -> Batch:
-        """Held-out pictures, the same each time, as one batch."""
+        """The held-out rows as one batch, the same at every measurement."""
         mixture = _mixture(self.recipe.held_out, seed=0)
         groups = mixture.groups(0)[: self.recipe.measure_rows]
         trees = [tree for group in groups for tree in self._trees(mixture, group)]
         if not trees:
-            raise InputError("held_out: none of its rows can be used; mend them or leave it out")
+            raise InputError("held_out: none of its rows can be used; fix them or leave it out")
         return Batch.of([(p, [False] * len(p.trees)) for p in pack(trees, self.recipe.pack_tokens)])
 
     def questions(self, count: int) -> list[tuple[Sample, str, str]]:
-        """Held-out questions from each source in turn: (prompt, the question's text, the answer's text)."""
+        """Return held-out questions, from each source in turn, as (prompt, question, reference answer)."""
         rows = [Rows(source.rows) for source in self.recipe.held_out]
-        asked = []
+        questions = []
         for number in range(count):
             source = rows[number % len(rows)]
             messages = source[number // len(rows) % len(source)].conversation(self.finder).messages
             turn = next(n for n, message in enumerate(messages) if message.role == "assistant")
-            # the plain template drops the question, and its rows may have none
+            # Rows for the plain template may have no question: the template drops it.
             question = messages[turn - 1].text or "Describe the picture."
             last = Message("user", (*messages[turn - 1].images, question))
             prompt = self.processor.prompt(Conversation((*messages[: turn - 1], last)))
-            asked.append((prompt, question, messages[turn].text))
-        return asked
+            questions.append((prompt, question, messages[turn].text))
+        return questions
 
     def _groups(self, epoch: int) -> Groups:
-        if self._epoch[0] != epoch:
+        """Return the groups of an epoch in order. The last epoch asked for stays in memory."""
+        if self._cached_epoch[0] != epoch:
             grouped = self.recipe.order == "length_grouped"
-            order = self._by_kind(epoch) if grouped else self.mixture.groups(epoch)
-            self._epoch = (epoch, order)
-        return self._epoch[1]
+            order = self._length_grouped(epoch) if grouped else self.mixture.groups(epoch)
+            self._cached_epoch = (epoch, order)
+        return self._cached_epoch[1]
 
-    def _by_kind(self, epoch: int) -> Groups:
-        """Every row alone, in steps that show pictures in all their rows or in none.
+    def _length_grouped(self, epoch: int) -> Groups:
+        """Return an epoch's rows, each alone, in steps whose rows all have images or all have none.
 
-        As haotian-liu/LLaVA's LengthGroupedSampler with `group_by_modality_length`: rows are shuffled
-        within each kind and cut into steps, the steps are shuffled, and what is left of both kinds makes
-        the last ones. Its sorting by length within a step decides only which process gets which row;
+        This follows haotian-liu/LLaVA's LengthGroupedSampler with `group_by_modality_length`: rows of each
+        kind are shuffled and cut into steps, the steps are shuffled, and the leftover rows make the last
+        steps. LLaVA also sorts by length within a step, but that only decides which process gets which row;
         packing does that here.
         """
         order = self.mixture.order(epoch)
-        seen = np.array([self.mixture.has_picture(source, index) for source, index in order.tolist()])
+        with_image = np.array([self.mixture.has_image(source, index) for source, index in order.tolist()])
         size = self.recipe.batch
-        steps, rest = [], []
-        for rows in (order[seen].tolist(), order[~seen].tolist()):
-            whole = len(rows) // size * size
-            steps += [rows[i : i + size] for i in range(0, whole, size)]
-            rest += rows[whole:]
+        steps, leftover = [], []
+        for rows in (order[with_image].tolist(), order[~with_image].tolist()):
+            full = len(rows) // size * size
+            steps += [rows[i : i + size] for i in range(0, full, size)]
+            leftover += rows[full:]
         picked = np.random.default_rng([self.recipe.seed, epoch, 2]).permutation(len(steps))
-        return [[tuple(row)] for i in picked for row in steps[i]] + [[tuple(row)] for row in rest]
+        return [[tuple(row)] for i in picked for row in steps[i]] + [[tuple(row)] for row in leftover]
 
-    def _budget(self, trees: Sequence[Tree]) -> int:
-        """Tokens of a pack: fewer where full packs would leave a process without one."""
+    def _pack_budget(self, trees: Sequence[Tree]) -> int:
+        """Return the most tokens of a pack; smaller packs if full ones would leave a process without any."""
         if self.processes == 1 or not trees:
             return self.recipe.pack_tokens
         even = math.ceil(sum(map(len, trees)) / self.processes)
         return min(self.recipe.pack_tokens, max(even, *map(len, trees)))
 
     def _trees(self, mixture: Mixture, group: Sequence[tuple[int, int]]) -> list[Tree]:
-        """The rows of one picture: one tree, or several where one would not fit a pack."""
+        """Merge the rows of one group into a tree, or into several if one would not fit a pack."""
         samples = []
         for source, index in group:
             rows = mixture.rows[source]
@@ -190,20 +195,21 @@ def _mixture(sources: Sequence[Source], seed: int) -> Mixture:
 
 
 def prefetch(prepare: Callable[[int], T], first: int, end: int, workers: int) -> Generator[T, None, None]:
-    """prepare(step) for first <= step < end, in order; `workers` threads prepare what comes next.
+    """Yield prepare(step) for first <= step < end, in order, while `workers` threads prepare the next steps.
 
-    An error of a step is raised when its turn comes.
+    If preparing a step fails, its error is raised when the step is due.
     """
     with ThreadPoolExecutor(workers, "rows") as pool:
-        waiting: list[Future[T]] = []
+        pending: list[Future[T]] = []
         upcoming = iter(range(first, end))
+        # Keep one step per worker in the queue: more would only hold memory.
         for _, step in zip(range(workers), upcoming, strict=False):
-            waiting.append(pool.submit(prepare, step))
+            pending.append(pool.submit(prepare, step))
         try:
-            while waiting:
-                ready = waiting.pop(0).result()
-                waiting += [pool.submit(prepare, step) for _, step in zip(range(1), upcoming, strict=False)]
+            while pending:
+                ready = pending.pop(0).result()
+                pending += [pool.submit(prepare, step) for _, step in zip(range(1), upcoming, strict=False)]
                 yield ready
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()

@@ -1,15 +1,15 @@
-"""Checkpoints of a run: everything that the next step depends on, written whole or not at all.
+"""Checkpoints of a run: everything that the next step depends on, written completely or not at all.
 
-A checkpoint is a folder `step-000123`, written under another name, flushed, and renamed:
+A checkpoint is a folder `step-000123`. It is written under another name, flushed to disk, and renamed:
 
-    manifest.json      size and SHA-256 of every other file; a checkpoint without one is no checkpoint
-    state.json         step, what decides the run, counters, the optimiser's plain values
-    tensors/*.safetensors   what learns, `weights.NAME`, and the optimiser's tensors, `exp_avg.NAME` and so on
+    manifest.json      size and SHA-256 of every other file; a folder without one is not a checkpoint
+    state.json         step, the recipe fields that must not change, counters, the optimiser's plain values
+    tensors/*.safetensors   trainable weights, `weights.NAME`, and the optimiser's tensors, `exp_avg.NAME` ...
     rng-00000.safetensors   random state of each process
 
-One process, or copies (DDP), write one file of tensors. Shards (FSDP) are written by every process through
-torch.distributed.checkpoint in its safetensors form, and either form is read by any number of processes.
-Knows files and tensors, sharded or not. Does not know the model. Nothing is pickled.
+One process, or several with copies (DDP), write one file of tensors. With shards (FSDP) every process writes
+its own through torch.distributed.checkpoint, in its safetensors form. Any number of processes can read
+either form. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ _STATE, _MANIFEST, _TENSORS = "state.json", "manifest.json", "tensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """The state of a run after a step."""
+
     step: int
-    weights: dict[str, Tensor]  # what learns
+    weights: dict[str, Tensor]  # trainable parameters by name
     moments: dict[str, Tensor]  # the optimiser's tensors, "exp_avg.NAME"
-    plain: dict[str, Any]  # its plain values, "step.NAME"
+    plain: dict[str, Any]  # the optimiser's plain values, "step.NAME"
     rng: dict[str, Tensor]  # device -> state of this process's generator
-    recipe: dict[str, Any]  # what decides the run; must be the same to go on
-    progress: dict[str, Any]  # counters: rows skipped, tokens seen
+    recipe: dict[str, Any]  # the fields that decide the run: a resumed run must have the same
+    progress: dict[str, Any]  # counters: rows skipped, tokens computed
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, learned: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state by name: its tensors, and its plain values (a single number counts as one)."""
+    """Return the optimiser's state by name: tensors, and plain values (0-dimensional tensors among them)."""
     moments, plain = {}, {}
-    for name, parameter in learned.items():
+    for name, parameter in trainable.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.dim():
                 moments[f"{key}.{name}"] = value
@@ -60,16 +62,16 @@ def optimizer_state(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, learned: Mapping[str, Tensor], found: Checkpoint
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor], checkpoint: Checkpoint
 ) -> None:
-    """Inverse of `optimizer_state`."""
-    for name, parameter in learned.items():
+    """Put the state of a checkpoint into an optimiser; inverse of `optimizer_state`."""
+    for name, parameter in trainable.items():
         state: dict[str, Any] = {}
-        for key, value in found.plain.items():
+        for key, value in checkpoint.plain.items():
             if key.partition(".")[2] == name:
-                # fused optimisers count their steps on the device
+                # Fused optimisers count their steps on the device.
                 state[key.partition(".")[0]] = torch.tensor(value, device=parameter.device)
-        for key, tensor in found.moments.items():
+        for key, tensor in checkpoint.moments.items():
             if key.partition(".")[2] == name:
                 state[key.partition(".")[0]] = tensor
         if state:
@@ -77,10 +79,11 @@ def restore_optimizer(
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep_last: int, world: World | None = None) -> None:
-    """Write a checkpoint into `folder` and remove all but the newest `keep_last`; every process takes part.
+    """Write a checkpoint into `folder` and remove all but the newest `keep_last`. Every process must call it.
 
-    Raises WorkError when the disk cannot take it; the checkpoints before it stand.
+    Raises WorkError when it cannot be written; earlier checkpoints stay.
     """
+    # 1. Write under a hidden name, so that a crash never leaves half of a checkpoint to be read.
     world = world or World()
     final = folder / f"step-{checkpoint.step:06d}"
     partial = folder / f".{final.name}.partial"
@@ -90,27 +93,31 @@ def save(folder: Path, checkpoint: Checkpoint, keep_last: int, world: World | No
             (partial / _TENSORS).mkdir(parents=True)
         world.barrier()
         written = _write(partial, checkpoint, world)
-        manifest = {k: v for part in world.gather(_digests(partial, written)) for k, v in part.items()}
+        manifest = {
+            k: v for part in world.gather(_manifest_entries(partial, written)) for k, v in part.items()
+        }
+        # 2. The manifest comes last: it certifies every other file.
         if world.main:
             (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
             for path in (partial / _MANIFEST, partial / _TENSORS, partial):
                 sync(path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap what the disk says
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap OSError
         shutil.rmtree(partial, ignore_errors=True)
         raise WorkError(
             f"cannot write the checkpoint {final} ({error}); make room and run the same command again"
         ) from error
+    # 3. Rename, then remove old checkpoints: at least one complete checkpoint exists at any time.
     if world.main:
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
         sync(folder)
-        for old in _all(folder)[:-keep_last]:
+        for old in _list_checkpoints(folder)[:-keep_last]:
             shutil.rmtree(old)
     world.barrier()
 
 
 def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
-    """This process's files."""
+    """Write this process's files, flush them to disk, and return their paths."""
     tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()} | checkpoint.moments
     rng = partial / f"rng-{world.rank:05d}.safetensors"
     safetensors.torch.save_file(checkpoint.rng, rng)
@@ -146,90 +153,98 @@ def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
 def latest(
     folder: Path,
     recipe: dict[str, Any],
-    learned: Mapping[str, Tensor],
+    trainable: Mapping[str, Tensor],
     device: torch.device,
     world: World | None = None,
 ) -> Checkpoint | None:
-    """The newest checkpoint of `folder`, or None; every process takes part.
+    """Read the newest checkpoint of `folder`; None if there is none. Every process must call it.
 
-    learned: the tensors that it must hold, sharded as they are to be read. InputError when it belongs to
-    another recipe or is damaged. `rng` is empty where another number of processes wrote it.
+    recipe: the fields that must be the same. trainable: the tensors to read, sharded as the caller has them.
+    Raises InputError when the checkpoint belongs to another recipe or is damaged. `rng` is empty if another
+    number of processes wrote it.
     """
+    # 1. Find the newest checkpoint, and the one before it, which an error message offers instead.
     world = world or World()
-    found = _all(folder)
-    if not found:
+    paths = _list_checkpoints(folder)
+    if not paths:
         return None
-    path = found[-1]
-    before = f"step {int(found[-2].name[5:])}" if len(found) > 1 else "the beginning"
-    remedy = f"remove this folder to go on from {before}"
+    path = paths[-1]
+    before = f"step {int(paths[-2].name[5:])}" if len(paths) > 1 else "the beginning"
+    remedy = f"remove this folder to continue from {before}"
     try:
+        # 2. Verify files before the recipe: a damaged state.json could blame the recipe.
         _verify(path, world)
         state = json.loads((path / _STATE).read_text())
-        if different := _differences(state["recipe"], recipe):
-            raise _Different(*different[0])
-        tensors = _read(path / _TENSORS, learned, device, world)
+        if differences := _list_differences(state["recipe"], recipe):
+            raise _RecipeDiffers(*differences[0])
+        # 3. Read tensors and this process's random state.
+        tensors = _read(path / _TENSORS, trainable, device, world)
         rng = path / f"rng-{world.rank:05d}.safetensors"
-        same = state["processes"] == world.size
+        same_size = state["processes"] == world.size
         weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
         checkpoint = Checkpoint(
             step=state["step"],
             weights=weights,
             moments={k: v for k, v in tensors.items() if not k.startswith("weights.")},
             plain=state["optimizer"],
-            rng=safetensors.torch.load_file(rng) if same else {},
+            rng=safetensors.torch.load_file(rng) if same_size else {},
             recipe=state["recipe"],
             progress=state["progress"],
         )
-    except _Different as error:
+    except _RecipeDiffers as error:
         raise InputError(
-            f"{path} was made with {error.key}: {error.then!r}, the recipe now says {error.now!r}; go on as "
-            "it was, begin again in another output folder, or name its finished model as the next one's "
+            f"{path} was made with {error.key}: {error.stored!r}, the recipe now says {error.current!r}; set "
+            "it back to continue, start again in another output folder, or start a new run from the finished "
             "model"
         ) from error
     except FileNotFoundError as error:
-        lacking = Path(error.filename or str(error).rpartition(": ")[2]).name
-        raise InputError(f"the checkpoint {path} lacks {lacking}; {remedy}") from error
+        missing = Path(error.filename or str(error).rpartition(": ")[2]).name
+        raise InputError(f"the checkpoint {path} lacks {missing}; {remedy}") from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}); {remedy}") from error
-    shapes = [{name: tuple(t.shape) for name, t in held.items()} for held in (weights, learned)]
+    # 4. Compare names and shapes with the model's.
+    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (weights, trainable)]
     if shapes[0] != shapes[1]:
         wrong = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
         raise InputError(f"the checkpoint {path} does not fit the model: {wrong[0]} differs; {remedy}")
     return checkpoint
 
 
-class _Different(Exception):
-    def __init__(self, key: str, then: Any, now: Any) -> None:
-        self.key, self.then, self.now = key, then, now
+class _RecipeDiffers(Exception):
+    """A recipe field has another value in the checkpoint than now."""
+
+    def __init__(self, key: str, stored: Any, current: Any) -> None:
+        self.key, self.stored, self.current = key, stored, current
 
 
 def _read(
-    folder: Path, learned: Mapping[str, Tensor], device: torch.device, world: World
+    folder: Path, trainable: Mapping[str, Tensor], device: torch.device, world: World
 ) -> dict[str, Tensor]:
-    """All tensors of a checkpoint; under FSDP this process's part of each."""
+    """Read all tensors of a checkpoint; under FSDP this process's part of each."""
     files = sorted(folder.glob("*.safetensors"))
     if world.kind != "fsdp" and [path.name for path in files] == ["all.safetensors"]:
         return safetensors.torch.load_file(files[0], device=str(device))
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    # Every tensor is as large as the parameter whose name it ends with, and is read into a place like it.
+    # torch reads into tensors of the caller's. Each stored tensor has the shape and the sharding of the
+    # parameter whose name follows its first dot.
     names = set()
     for path in files:
         with safe_open(path, "pt") as file:
             names |= set(file.keys())
-    places = {}
+    buffers = {}
     for name in sorted(names):
-        parameter = learned.get(name.partition(".")[2])
+        parameter = trainable.get(name.partition(".")[2])
         if parameter is None:
-            raise ValueError(f"{name} is of no parameter that learns")
-        places[name] = torch.zeros_like(parameter, requires_grad=False)
+            raise ValueError(f"{name} belongs to no parameter that learns")
+        buffers[name] = torch.zeros_like(parameter, requires_grad=False)
     reader = HuggingFaceStorageReader(str(folder))
-    load(places, storage_reader=reader, no_dist=world.size == 1)
-    return places
+    load(buffers, storage_reader=reader, no_dist=world.size == 1)
+    return buffers
 
 
-def _digests(partial: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+def _manifest_entries(partial: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
     return {
         path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in files
@@ -237,27 +252,30 @@ def _digests(partial: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _verify(path: Path, world: World) -> None:
-    """Compare files with the manifest; each process reads its share. ValueError names a file that differs."""
+    """Compare files with the manifest, each process a share of them. ValueError names a file that differs."""
     manifest: dict[str, dict[str, Any]] = json.loads((path / _MANIFEST).read_text())
     for name, expected in sorted(manifest.items()):
         if (size := (path / name).stat().st_size) != expected["size"]:
             raise ValueError(f"{name} has {size} bytes, its manifest says {expected['size']}")
     for name, expected in sorted(manifest.items())[world.rank :: world.size]:
         if sha256(path / name) != expected["sha256"]:
-            raise ValueError(f"{name} is not what was written, by its digest")
+            raise ValueError(f"{name} has changed: its SHA-256 is not the manifest's")
 
 
-def _differences(then: Any, now: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, value then, value now), keys joined by dots down to the values that differ."""
-    if not (isinstance(then, dict) and isinstance(now, dict)):
-        return [(where, then, now)] if then != now else []
+def _list_differences(stored: Any, current: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (key, stored value, current value) of every value that differs; nested keys joined by dots."""
+    if not (isinstance(stored, dict) and isinstance(current, dict)):
+        return [(key, stored, current)] if stored != current else []
     return [
-        found
-        for key in sorted(then.keys() | now.keys())
-        for found in _differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
+        difference
+        for name in sorted(stored.keys() | current.keys())
+        for difference in _list_differences(
+            stored.get(name), current.get(name), f"{key}.{name}" if key else name
+        )
     ]
 
 
-def _all(folder: Path) -> list[Path]:
+def _list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of complete checkpoints, oldest first."""
     names = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in names if re.fullmatch(r"step-\d{6,}", path.name))

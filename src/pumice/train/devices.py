@@ -1,7 +1,4 @@
-"""What computes: how much memory it has, and how fast its matrix products are.
-
-Knows PyTorch's devices, this machine's limits and the makers' figures. Does not know models or recipes.
-"""
+"""Memory and peak speed of devices, measured here or as published for known GPUs."""
 
 from __future__ import annotations
 
@@ -16,9 +13,9 @@ GB = 1e9
 
 
 class GPU(NamedTuple):
-    """A GPU as its maker describes it."""
+    """Published figures of a GPU."""
 
-    called: str  # words of the name that its driver tells
+    device_name: str  # words that the driver's name of the device contains
     memory: int  # GB
     rate: int  # dense bf16 products, TFLOP/s
 
@@ -33,33 +30,33 @@ GPUS = {
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device: stated by its maker (bf16), or the best of a few matrix products here."""
+    """Return the device's peak FLOP/s: the published bf16 figure, or the best of a few timed products."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
         for gpu in GPUS.values():
-            if words.issuperset(gpu.called.split()):
+            if words.issuperset(gpu.device_name.split()):
                 return gpu.rate * 1e12
     size = 4096 if device.type == "cuda" else 1024
-    with torch.random.fork_rng(devices=[]):  # a run's own random state is not touched
-        one = torch.nn.init.normal_(torch.empty(size, size, device=device, dtype=dtype))
+    with torch.random.fork_rng(devices=[]):  # the run's random state must not change
+        matrix = torch.nn.init.normal_(torch.empty(size, size, device=device, dtype=dtype))
     best = float("inf")
     for _ in range(8):
         started = time.perf_counter()
-        product = one @ one
+        product = matrix @ matrix
         product[0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 
 
 def total_memory(device: torch.device) -> float | None:
-    """Bytes that a run may take there: a GPU's own, else what this machine can give; None if unknown."""
+    """Return the bytes that a run may use: the GPU's, or what this machine has free; None if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return available_memory()
 
 
 def available_memory() -> float | None:
-    """Bytes that a new process could take here: what the system has free, within a container's limit."""
+    """Return the bytes that a new process could use: the system's free memory, within a container's limit."""
     limits = []
     meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if meminfo.exists():

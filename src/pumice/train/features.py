@@ -1,10 +1,9 @@
-"""The tower's features of pictures, kept on disk where the tower is frozen: it looks at each once.
+"""The vision tower's features of images, cached on disk so that a frozen tower sees each image once.
 
-Knows the tower, files and arrays. A cache belongs to one tower and one image policy (its fingerprint)
-and refuses any other. One process writes.
+A cache belongs to one tower and one image policy (its fingerprint). One process writes to it.
 
-Shapes: M pictures, P squares of pixels (M of them, more under anyres), F features of one square, C tower
-width.
+Shapes: M images, P tiles (M of them, more under anyres), F features of one tile, C tower width, S pixels on
+a side.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from pumice.images import read_picture
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
-TOGETHER = 8  # squares that a frozen tower looks at in one call
+TILES_PER_CALL = 8  # tiles in one call of a frozen tower
 
 
 class ImageInput(NamedTuple):
-    """One picture, fetched: its pixels (P, 3, S, S), or its features (P, F, C) where they were kept."""
+    """One image that was read: its pixels (P, 3, S, S), or its features (P, F, C) if they are cached."""
 
     key: str | None
     pixels: Tensor | None
@@ -40,14 +39,14 @@ class ImageInput(NamedTuple):
 
 
 class TowerFeatures:
-    """`fetch` reads pictures, in any thread; `look` gives the tower's features of them."""
+    """Read images (`fetch`, in any thread) and run the tower on them (`encode`)."""
 
-    def __init__(self, model: Llava, processor: Processor, folder: Path | None, learns: bool) -> None:
-        """folder: of a cache, or None. Raises InputError when it is another tower's, or the tower learns."""
-        self.model, self.processor, self.learns = model, processor, learns
+    def __init__(self, model: Llava, processor: Processor, folder: Path | None, trains_tower: bool) -> None:
+        """folder: of the cache. Raises InputError if the cache is another tower's or the tower learns."""
+        self.model, self.processor, self.trains_tower = model, processor, trains_tower
         self.cache: FeatureCache | None = None
         if folder is not None:
-            if learns:
+            if trains_tower:
                 raise InputError(
                     "feature_cache: the tower learns in this stage and its features change; leave it out"
                 )
@@ -57,61 +56,68 @@ class TowerFeatures:
             )
 
     def close(self) -> None:
-        """Let another run use the cache."""
+        """Unlock the cache for other runs."""
         if self.cache is not None:
             self.cache.close()
 
     def fetch(
         self, images: Sequence[ImagePart], layouts: Sequence[Layout], mirror: bool, pin: bool = False
     ) -> list[ImageInput]:
-        """What is needed of pictures before the model sees them; safe in any thread, and no torch graph.
+        """Read images or their cached features; safe in any thread.
 
-        layouts: theirs, as their samples have them. mirror: left to right. pin: where a GPU can fetch it
-        while it computes. InputError on a picture that cannot be read.
+        layouts: one per image, as the sample has them. mirror: flip left to right. pin: use pinned memory.
+        Raises InputError on an image that cannot be read.
         """
-        found = []
+        inputs = []
         for image, layout in zip(images, layouts, strict=True):
             key, features, pixels = None, None, None
             if self.cache is not None:
-                # Read once: the file may be replaced between the key and the pixels.
+                # Read the file once: it may be replaced between the hash and the decoding.
                 image = ImagePart(read_picture(image.source))
                 key = self.processor.key(image, layout, mirror=mirror)
                 features = self.cache.read(key)
             if features is None:
                 pixels = torch.from_numpy(self.processor.pixels((image,), (layout,), mirror=mirror))
                 pixels = pixels.pin_memory() if pin else pixels
-            found.append(ImageInput(key, pixels, features))
-        return found
+            inputs.append(ImageInput(key, pixels, features))
+        return inputs
 
-    def look(self, pictures: Sequence[ImageInput]) -> Tensor:
-        """Features (P, F, C) on the model's device.
+    def encode(self, images: Sequence[ImageInput]) -> Tensor:
+        """Return the tower's features (P, F, C) of the images, on the model's device.
 
-        Where there is a cache each picture is looked at alone, so that what is kept of it never depends on
-        its company; otherwise a few together, in the order given.
+        With a cache the tower sees one image per call, so that cached features do not depend on the batch.
         """
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.trains_tower and torch.is_grad_enabled()):
             if self.cache is None:
-                pixels = [picture.pixels for picture in pictures if picture.pixels is not None]
-                if self.learns:  # one call, as FSDP gathers the tower once a call
-                    return self._tower(torch.cat(pixels))
-                return torch.cat([self._tower(some) for some in torch.cat(pixels).split(TOGETHER)])
-            return torch.cat([self._cached(picture) for picture in pictures]).to(self.model.device)
+                pixels = [image.pixels for image in images if image.pixels is not None]
+                if self.trains_tower:  # one call, because FSDP gathers the tower in every call
+                    return self._run_tower(torch.cat(pixels))
+                return torch.cat(
+                    [self._run_tower(tiles) for tiles in torch.cat(pixels).split(TILES_PER_CALL)]
+                )
+            return torch.cat([self._encode_cached(image) for image in images]).to(self.model.device)
 
-    def _cached(self, picture: ImageInput) -> Tensor:
-        assert self.cache is not None and picture.key is not None
-        found = picture.features if picture.features is not None else self.cache.read(picture.key)
-        if found is None:
-            assert picture.pixels is not None
-            found = self.cache.put(picture.key, self._tower(picture.pixels))
-        return found
+    def _encode_cached(self, image: ImageInput) -> Tensor:
+        """Return an image's features from the cache; compute and store them if they are missing."""
+        assert self.cache is not None and image.key is not None
+        # Another pack of this step may have stored them since the image was read.
+        features = image.features if image.features is not None else self.cache.read(image.key)
+        if features is None:
+            assert image.pixels is not None
+            features = self.cache.put(image.key, self._run_tower(image.pixels))
+        return features
 
-    def _tower(self, pixels: Tensor) -> Tensor:
+    def _run_tower(self, pixels: Tensor) -> Tensor:
+        # Without autocast: features must be the same in training, in the cache and in answering.
         with torch.autocast(self.model.device.type, enabled=False):
             return self.model.features(pixels)
 
 
 def fingerprint(model: Llava, config: ModelConfig) -> str:
-    """Of everything that a picture's features depend on: tower weights, sizes, the stage's image policy."""
+    """Return a hash of all that features depend on: the tower's weights and sizes, the stage's image policy.
+
+    It hashes the configs' `repr`, so renaming or adding a field there would make every cache useless.
+    """
     digest = hashlib.blake2b(repr((config.vision, config.image)).encode(), digest_size=16)
     for name, tensor in sorted(model.tower.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
@@ -119,11 +125,11 @@ def fingerprint(model: Llava, config: ModelConfig) -> str:
 
 
 class FeatureCache:
-    """Records of equal size in `features.bin`, one per square, in the order of the keys in `keys.txt`.
+    """A folder of features: `features.bin` has one record of equal size per tile, `keys.txt` names them.
 
-    A line of `keys.txt` is a picture's key and, unless it is 1, the number of its squares. It is written
-    only after their records, so that a run killed in between loses one picture and never reads a
-    half-written one. Features are kept as bfloat16 bits.
+    A line of `keys.txt` is an image's key and its number of tiles, left out if it is 1. It is written after
+    the image's records: a run that is killed in between loses one image and never reads half of one.
+    Features are stored as bfloat16 bits.
     """
 
     def __init__(self, folder: Path, fingerprint: str, features: int, width: int) -> None:
@@ -140,46 +146,46 @@ class FeatureCache:
         self._keys_path, self._data_path = folder / "keys.txt", folder / "features.bin"
         self._data_path.touch()
         self._keys_path.touch()
-        whole = self._data_path.stat().st_size // (features * width * 2)  # records that are there
-        self._places: dict[str, range] = {}  # picture -> its records
+        record_count = self._data_path.stat().st_size // (features * width * 2)
+        self._records: dict[str, range] = {}  # image key -> its records
         self._end = 0
         for line in whole_lines(self._keys_path):
             key, _, tiles = line.partition(" ")
-            place = range(self._end, self._end + int(tiles or 1))
-            if place.stop > whole:
+            records = range(self._end, self._end + int(tiles or 1))
+            if records.stop > record_count:  # the disk lost records that the keys still name
                 break
-            self._places[key], self._end = place, place.stop
+            self._records[key], self._end = records, records.stop
         with replacing(self._keys_path) as file:
-            file.writelines(_line(*item) for item in self._places.items())
+            file.writelines(_line(*item) for item in self._records.items())
 
     def close(self) -> None:
         self._lock.release()
 
     def read(self, key: str) -> Tensor | None:
-        """Features (P, F, C) bfloat16 of a picture seen before."""
-        place = self._places.get(key)
-        if place is None:
+        """Return an image's features (P, F, C), bfloat16, or None if they are not cached."""
+        records = self._records.get(key)
+        if records is None:
             return None
         count = self.shape[0] * self.shape[1]
         with self._data_path.open("rb") as file:
-            file.seek(place.start * count * 2)
-            records = np.fromfile(file, np.int16, len(place) * count)
-        return torch.from_numpy(records).view(torch.bfloat16).view(len(place), *self.shape)
+            file.seek(records.start * count * 2)
+            bits = np.fromfile(file, np.int16, len(records) * count)
+        return torch.from_numpy(bits).view(torch.bfloat16).view(len(records), *self.shape)
 
     def put(self, key: str, features: Tensor) -> Tensor:
-        """Keep a picture's features (P, F, C); returns them as they will be read. One thread writes."""
-        kept = features.detach().to("cpu", torch.bfloat16).contiguous()
-        bits = kept.view(torch.int16).numpy()
-        place = range(self._end, self._end + len(bits))
+        """Store an image's features (P, F, C) and return them as `read` will. Only one thread may write."""
+        rounded = features.detach().to("cpu", torch.bfloat16).contiguous()
+        bits = rounded.view(torch.int16).numpy()
+        records = range(self._end, self._end + len(bits))
         with self._data_path.open("r+b") as file:
-            file.seek(place.start * self.shape[0] * self.shape[1] * 2)
+            file.seek(records.start * self.shape[0] * self.shape[1] * 2)
             file.write(bits.tobytes())
         with self._keys_path.open("a") as keys:
-            keys.write(_line(key, place))
-        self._end = place.stop
-        self._places[key] = place  # last: another thread may read from now on
-        return kept
+            keys.write(_line(key, records))
+        self._end = records.stop
+        self._records[key] = records  # last: other threads may read the image from now on
+        return rounded
 
 
-def _line(key: str, place: range) -> str:
-    return f"{key}\n" if len(place) == 1 else f"{key} {len(place)}\n"
+def _line(key: str, records: range) -> str:
+    return f"{key}\n" if len(records) == 1 else f"{key} {len(records)}\n"

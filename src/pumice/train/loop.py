@@ -1,9 +1,10 @@
-"""The one training loop: any stage, on one process or many, resumed by running it again.
+"""The training loop for every stage, on one process or several.
 
-Knows the objective, the batches and the optimiser. A step: for each pack, image tokens from features,
-one forward pass, the summed loss of the supervised tokens divided by their number in the whole
-batch; then clip and step. Every random draw depends on the recipe's seed and the step alone, or on
-generators whose state is saved.
+One step: run each pack forward and backward, with its summed loss divided by the supervised tokens of the
+whole step; then clip the gradients and update the weights.
+
+Resume is bit-exact: every random draw depends on the recipe's seed and the step alone, or on a generator
+whose state is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ from pumice.train.memory import checkpoint_blocks
 from pumice.train.objective import Objective, PackTensors
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
 from pumice.train.parallel import World
-from pumice.train.preflight import memory, preflight
-from pumice.train.provenance import contents, versions
+from pumice.train.preflight import check_memory, preflight
+from pumice.train.provenance import content_digests, versions
 from pumice.train.recipe import Recipe
 from pumice.train.report import TrainingReport
 from pumice.train.setup import Setup, prepare
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import installed
 
-ANSWER_TOKENS = 40  # of a sample answer while training
+ANSWER_TOKENS = 40  # longest sample answer while training
 
-# fields of a recipe that may change between a run and its continuation without changing its result
+# Recipe fields that may differ when a run is resumed: they do not change its result.
 MUTABLE_FIELDS = {
     "name", "output", "pictures", "device", "feature_cache", "max_bad_rows", "held_out",
     "save_every", "keep_last", "measure_every", "measure_rows", "sample_answers",
@@ -59,81 +60,95 @@ MUTABLE_FIELDS = {
 
 
 def train(recipe: Recipe) -> Path:
-    """Run a recipe to its end and return the folder of the finished model."""
+    """Train what a recipe describes and return the folder of the finished model."""
     torch.manual_seed(recipe.seed)
     world = World.join(recipe)
     try:
         installed(recipe)
-        memory(recipe, world.size)
-        place = "cpu" if world.kind == "fsdp" else world.device(recipe)
-        return Trainer(recipe, prepare(recipe, place), world).run()
+        check_memory(recipe, world.size)
+        # FSDP cuts the model into shards from the CPU, so that no GPU has to hold it all.
+        device = "cpu" if world.kind == "fsdp" else world.device(recipe)
+        return Trainer(recipe, prepare(recipe, device), world).run()
     finally:
         world.leave()
 
 
 @dataclass(frozen=True)
-class Ready:
-    """One step as this process computes it."""
+class PreparedStep:
+    """The input of one step: this process's packs, and totals over all processes."""
 
-    works: list[PackTensors]
-    packs: int  # of all processes, as is what follows
+    packs: list[PackTensors]
+    total_packs: int
     tokens: int
-    flops: float  # products that it needs
+    flops: float  # operations of the step's matrix products
 
 
 class Trainer:
+    """One run: its model, batches, optimiser and checkpoints."""
+
     def __init__(self, recipe: Recipe, setup: Setup, world: World | None = None) -> None:
+        # 1. The device: keep freed memory on a CPU, allow TF32 products where the recipe asks for them.
         self.recipe, self.setup, self.world = recipe, setup, world or World()
         self.model, self.device = setup.model, setup.device
         if self.device.type == "cpu":
             keep_freed_memory()
         elif recipe.precision == "tf32":
             torch.set_float32_matmul_precision("high")
+        # 2. The data. The model's config records how many images a row of this stage shows.
         self.batches = Batches(recipe, setup.processor, self.world.size)
-        setup.trained_on(self.batches.mixture.most_pictures)
+        setup.record_max_images(self.batches.mixture.max_images)
+        # 3. Tower features, cached on disk if asked. One process writes a cache, so each has its own folder.
         cache = recipe.feature_cache
         if cache is not None and self.world.size > 1:
-            cache = cache / f"process-{self.world.rank}"  # each keeps what it has seen
+            cache = cache / f"process-{self.world.rank}"
         self.features = TowerFeatures(self.model, setup.processor, cache, "tower" in recipe.stage.learn)
-        mixed, always = recipe.precision == "bf16", self.world.size > 1
-        self.objective = Objective(self.model, self.features, mixed, always)
-        self._costs = (
+        # 4. The objective, wrapped for one process or many, and the optimiser of the trainable parameters.
+        self.objective = Objective(
+            self.model, self.features, recipe.precision == "bf16", use_all_parts=self.world.size > 1
+        )
+        self._flop_costs = (
             flops_per_token(self.model, setup.part_of),
             flops_per_prediction(self.model, setup.part_of),
             flops_per_tile(self.model),
         )
-        self.runner = self._spread()
-        self.learned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(recipe, self.learned, setup.part_of, self.device)
+        self.wrapped_objective = self._wrap_objective()
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(recipe, self.trainable, setup.part_of, self.device)
+        # 5. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
-        self.data = contents(recipe)
-        self.decided = json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
-        self.decided |= {"steps": self.batches.steps, **self.data}
+        self.digests = content_digests(recipe)
+        self.fixed_fields = json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
+        self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
 
-    def _spread(self) -> nn.Module:
-        """The objective as this world runs it, its blocks compiled and checkpointed as the recipe says."""
+    def _wrap_objective(self) -> nn.Module:
+        """Compile and checkpoint the blocks as the recipe says, and wrap the objective for DDP or FSDP."""
         recipe, world, tower = self.recipe, self.world, self.model.tower
         blocks: list[Any] = [*self.model.decoder.blocks]
         if recipe.compile:
             for block in blocks:
-                # what an `Attend` does differs from pack to pack; these are the same for every pack
+                # Attention is not compiled: its structure differs from pack to pack.
                 for part in (block.attention_norm, block.mlp_norm, block.mlp):
                     part.compile(dynamic=True)
-        if self.features.learns:
+        if self.features.trains_tower:
             blocks += getattr(tower, "blocks", ())
         checkpoint_blocks(blocks, recipe.checkpointing)
-        world.choose(recipe, self.model, self.device)
-        whole = [] if self.features.learns else [tower]
+        world.choose_kind(recipe, self.model, self.device)
+        # A frozen tower is not sharded: processes call it a different number of times.
+        unsharded = [] if self.features.trains_tower else [tower]
         if world.kind == "fsdp" and torch.cuda.is_available() and recipe.device != "cpu":
             self.device = torch.device("cuda", world.local)
             tower.to(self.device)
-        runner = world.wrap(self.objective, blocks, whole)
+        wrapped = world.wrap(self.objective, blocks, unsharded)
         if world.size > 1:
-            torch.manual_seed(recipe.seed + world.rank)  # dropout is each process's own
-        return runner
+            torch.manual_seed(recipe.seed + world.rank)  # dropout differs between processes
+        return wrapped
 
     def run(self) -> Path:
-        """Train to the last step; a checkpoint is left behind when a signal or Ctrl-C asks to stop."""
+        """Train to the last step and return the model's folder; resume from the newest checkpoint, if any.
+
+        SIGINT or SIGTERM saves a checkpoint after the current step, then raises KeyboardInterrupt.
+        """
+        # 1. Make the output folder, and lock it so that no second run writes there.
         folder = self.recipe.output / "checkpoints"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -145,122 +160,142 @@ class Trainer:
             stack.enter_context(contextlib.closing(self.features))
             if self.world.main:
                 stack.enter_context(hold(self.recipe.output, "output folder"))
-            found = checkpoints.latest(folder, self.decided, self.learned, self.device, self.world)
-            if found is not None:
-                self._restore(found)
+            # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
+            checkpoint = checkpoints.latest(
+                folder, self.fixed_fields, self.trainable, self.device, self.world
+            )
+            if checkpoint is not None:
+                self._restore(checkpoint)
                 if self.step == self.batches.steps and (self.recipe.output / "model").is_dir():
                     print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
                     return self.recipe.output / "model"
             elif self.world.main:
                 preflight(self.setup, self.batches)
+            # 3. Save the model once for trial: a run must not fail at its end because it cannot be saved.
             state = self.world.full_state(self.model)
             if self.world.main:
                 self.setup.save_and_compare(state)
             del state
-            return self._run(folder)
+            return self._train(folder)
 
-    def _run(self, folder: Path) -> Path:
+    def _train(self, folder: Path) -> Path:
+        """Run the steps that remain, with their measurements and checkpoints, and save the model."""
         last = self.batches.steps
-        report = self._report()
+        report = self._open_report()
         with report, _stop_requested() as stop:
+            # 1. Measure the untrained model, so that the report can compare before and after.
             if self.step == 0:
                 self._measure(report)
-            steps = prefetch(self._prepare, self.step, last, self.recipe.workers)
+            # 2. Threads read rows and decode images of the next steps while this one computes.
+            steps = prefetch(self._prepare_step, self.step, last, self.recipe.workers)
             with contextlib.closing(steps):
-                for ready in steps:
+                for prepared in steps:
+                    # 3. One optimiser step, with its numbers in the report.
                     started = time.perf_counter()
-                    values = self._step(ready)
+                    values = self._train_step(prepared)
                     self.step += 1
-                    self.tokens += ready.tokens
-                    report.step(self.step, values, ready.tokens, time.perf_counter() - started, ready.flops)
+                    self.tokens += prepared.tokens
+                    seconds = time.perf_counter() - started
+                    report.step(self.step, values, prepared.tokens, seconds, prepared.flops)
                     if self.step % self.recipe.measure_every == 0 or self.step == last:
                         self._measure(report)
-                    # every process stops after the same step, whichever was asked to
-                    leave = bool(stop) if self.world.size == 1 else self.world.sum(len(stop))[0] > 0
-                    if leave or self.step % self.recipe.save_every == 0 or self.step == last:
+                    # 4. Save. All processes stop after the same step, also if only one got the signal.
+                    stop_now = bool(stop) if self.world.size == 1 else self.world.sum(len(stop))[0] > 0
+                    if stop_now or self.step % self.recipe.save_every == 0 or self.step == last:
                         self._save(folder)
-                    if leave and self.step < last:
-                        report.say(f"saved at step {self.step} of {last}; the same command goes on")
+                    if stop_now and self.step < last:
+                        report.print(
+                            f"Saved at step {self.step} of {last}. Run the same command to continue."
+                        )
                         raise KeyboardInterrupt
+        # 5. Write the finished model. Under FSDP every process takes part in gathering its tensors.
         model = self.recipe.output / "model"
         state = self.world.full_state(self.model)
         if self.world.main:
             self.setup.save(model, self._summary(report), state)
-            report.picture()
+            report.draw_loss()
         self.world.barrier()
         return model
 
-    def _report(self) -> TrainingReport:
+    def _open_report(self) -> TrainingReport:
         recipe = self.recipe
         if not self.world.main:
-            return TrainingReport(recipe, [], self.step, self.batches.steps, None, speaks=False)
-        kind = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+            return TrainingReport(recipe, [], self.step, self.batches.steps, None, enabled=False)
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         lines = self.setup.describe(self.batches.steps)
         if self.world.size > 1:
-            spread = {"ddp": "a copy of the model each (DDP)", "fsdp": "the model in shards (FSDP)"}
-            lines.append(f"  {self.world.size} processes, {spread[self.world.kind]}")
-        most = peak(self.device, kind) * self.world.size
-        return TrainingReport(recipe, lines, self.step, self.batches.steps, most)
+            kinds = {"ddp": "a copy of the model each (DDP)", "fsdp": "the model in shards (FSDP)"}
+            lines.append(f"  {self.world.size} processes, {kinds[self.world.kind]}")
+        peak_flops = peak(self.device, dtype) * self.world.size
+        return TrainingReport(recipe, lines, self.step, self.batches.steps, peak_flops)
 
-    def _prepare(self, step: int) -> Ready:
-        """A step's rows and pictures; called in threads, ahead of time."""
+    def _prepare_step(self, step: int) -> PreparedStep:
+        """Read a step's rows and images, in a thread, before the step runs."""
         batch = self.batches[step]
-        works = self._share(batch)
-        costs = (
+        packs = self._own_packs(batch)
+        counts = (
             batch.tokens,
             sum(len(pack.targets) for pack, _ in batch.packs),
             sum(layout.tiles for pack, _ in batch.packs for layout in pack.layouts),
         )
-        flops = sum(count * cost for count, cost in zip(costs, self._costs, strict=True))
-        return Ready(works, len(batch.packs), batch.tokens, flops)
+        flops = sum(count * cost for count, cost in zip(counts, self._flop_costs, strict=True))
+        return PreparedStep(packs, len(batch.packs), batch.tokens, flops)
 
-    def _share(self, batch: Batch) -> list[PackTensors]:
-        """This process's packs; as many on every process."""
+    def _own_packs(self, batch: Batch) -> list[PackTensors]:
+        """Return this process's packs, with dummies so that every process has the same number."""
         rank, size = self.world.rank, self.world.size
-        works = [self._work(pack, mirrored) for pack, mirrored in batch.packs[rank::size]]
-        missing = -(-len(batch.packs) // size) - len(works)
-        return works + [PackTensors.dummy()] * missing
+        packs = [self._load_pack(pack, mirrored) for pack, mirrored in batch.packs[rank::size]]
+        missing = -(-len(batch.packs) // size) - len(packs)
+        return packs + [PackTensors.dummy()] * missing
 
-    def _work(self, pack: Pack, mirrored: list[bool]) -> PackTensors:
-        """A pack with its pictures; trees whose pictures cannot be read are left out and counted."""
+    def _load_pack(self, pack: Pack, mirrored: list[bool]) -> PackTensors:
+        """Read a pack's images. Leave out trees whose images cannot be read, and count them as bad rows."""
         pin = self.device.type == "cuda"
         trees: list[Tree] = []
-        pictures: list[ImageInput] = []
+        images: list[ImageInput] = []
         for tree, mirror in zip(pack.trees, mirrored, strict=True):
             try:
-                pictures += self.features.fetch(tree.images, tree.layouts, mirror, pin)
+                images += self.features.fetch(tree.images, tree.layouts, mirror, pin)
                 trees.append(tree)
             except InputError as error:
                 self.batches.skipped.add(", ".join(image.name for image in tree.images), error)
         if not trees:
             return PackTensors.dummy()
-        return PackTensors.of(pack if len(trees) == len(pack.trees) else Pack(tuple(trees)), pictures, pin)
+        return PackTensors.of(pack if len(trees) == len(pack.trees) else Pack(tuple(trees)), images, pin)
 
-    def _step(self, ready: Ready) -> dict[str, Any]:
+    def _train_step(self, prepared: PreparedStep) -> dict[str, Any]:
+        """Run one optimiser step and return its numbers. Raises WorkError when the loss is not finite."""
+        # 1. Set this step's learning rates; `peak` is each group's own.
         rate = schedule(self.step, self.batches.steps, self.recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         self.model.train()
         world = self.world
-        [supervised] = world.sum(sum(work.supervised for work in ready.works))
+        # 2. Count the supervised tokens of the whole step first: each must weigh the same, in any pack.
+        [supervised] = world.sum(sum(pack.supervised for pack in prepared.packs))
         losses = []
-        for number, work in enumerate(ready.works, 1):
-            share = 1 / max(supervised, 1)
+        for number, pack in enumerate(prepared.packs, 1):
+            scale = 1 / max(supervised, 1)
             if self.recipe.loss_average == "micro_batch":
-                share = 1 / (max(work.supervised, 1) * ready.packs)
-            with world.accumulate(last=number == len(ready.works)):
-                loss = self.runner(work) * share
-                if loss.requires_grad:  # a pack without pictures teaches a connector nothing
-                    (loss * world.size if world.size > 1 else loss).backward()  # gradients are averaged
+                scale = 1 / (max(pack.supervised, 1) * prepared.total_packs)
+            # 3. Run one pack at a time: memory holds one pack's activations. Gradients add up.
+            with world.accumulate(last=number == len(prepared.packs)):
+                loss = self.wrapped_objective(pack) * scale
+                # Without images there is no graph when only the connector learns.
+                if loss.requires_grad:
+                    # DDP and FSDP average gradients over processes; the size turns that into a sum.
+                    (loss * world.size if world.size > 1 else loss).backward()
             losses.append(loss.detach())
+        # 4. Check loss and gradients before the update, so that a diverged step leaves the weights intact.
         [total] = world.sum(sum(loss.item() for loss in losses))
         norms = gradient_norms(self.optimizer, world)
         norm = math.sqrt(sum(part**2 for part in norms.values()))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise WorkError(
                 f"step {self.step + 1}: the loss is {total}, its gradient's norm {norm}; "
-                "go on with a lower learning rate in another output folder"
+                "start again with a lower learning rate in another output folder"
             )
+        # 5. Clip by the norm over all parts, then update.
         clip(self.optimizer, norm, self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -269,25 +304,27 @@ class Trainer:
 
     @torch.no_grad()
     def _measure(self, report: TrainingReport) -> None:
+        """Report the held-out loss and sample answers; do nothing without held-out rows."""
         if not self.recipe.held_out:
             return
         self.model.eval()
-        works = self._share(self.batches.held_out)
-        mine = (sum(self.runner(work).item() for work in works), sum(work.supervised for work in works))
-        loss, supervised = self.world.sum(*mine)
+        packs = self._own_packs(self.batches.held_out)
+        own_loss = sum(self.wrapped_objective(pack).item() for pack in packs)
+        loss, supervised = self.world.sum(own_loss, sum(pack.supervised for pack in packs))
         report.held_out(self.step, loss / max(supervised, 1))
         for sample, question, reference in self.batches.questions(self.recipe.sample_answers):
+            # Sharded weights have to be gathered by all processes; copies answer on the first alone.
             if self.world.main or self.world.kind == "fsdp":
                 report.answer(self.step, question, reference, self._answer(sample))
 
     def _answer(self, sample: Sample) -> str:
-        """A greedy answer of the model as it stands."""
-        pictures = self.features.fetch(sample.images, sample.layouts, mirror=False)
+        """Answer a prompt greedily with the current weights."""
+        images = self.features.fetch(sample.images, sample.layouts, mirror=False)
         if self.world.kind == "fsdp":
-            tokens = self._slowly(sample, pictures)
+            tokens = self._generate_without_cache(sample, images)
         else:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.objective.mixed):
-                features = self.features.look(pictures) if pictures else None
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.objective.bf16):
+                features = self.features.encode(images) if images else None
                 image_tokens = None if features is None else self.model.connect(features, sample.layouts)
                 ids = torch.from_numpy(sample.input_ids).to(self.device)
                 prompt = Prompt(ids, image_tokens, SamplingParams(max_new_tokens=ANSWER_TOKENS))
@@ -295,15 +332,15 @@ class Trainer:
         text = self.setup.processor.tokenizer.decode(tokens)
         return text.partition(self.setup.processor.template.stop)[0]
 
-    def _slowly(self, sample: Sample, pictures: list[ImageInput]) -> list[int]:
-        """The same without a cache, all processes in step, as sharded weights have to be gathered."""
+    def _generate_without_cache(self, sample: Sample, images: list[ImageInput]) -> list[int]:
+        """Generate without a KV cache, one whole pass per token, with all processes in step (FSDP)."""
         ids, tokens = torch.from_numpy(sample.input_ids), list[int]()
         while len(tokens) < ANSWER_TOKENS:
-            work = PackTensors(
+            pack = PackTensors(
                 ids, torch.arange(len(ids)), [Run(len(ids))], ids[:0], ids[:0], torch.zeros(0),
-                pictures, sample.layouts,
+                images, sample.layouts,
             )  # fmt: skip
-            token = self.world.agree(int(self.runner(work, last=True).argmax()))
+            token = self.world.broadcast(int(self.wrapped_objective(pack, last=True).argmax()))
             if token in self.model.config.stop_token_ids:
                 break
             tokens.append(token)
@@ -311,33 +348,35 @@ class Trainer:
         return tokens
 
     def _save(self, folder: Path) -> None:
+        """Write a checkpoint: everything that the next step depends on."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        moments, plain = checkpoints.optimizer_state(self.optimizer, self.learned)
-        point = checkpoints.Checkpoint(
+        moments, plain = checkpoints.optimizer_state(self.optimizer, self.trainable)
+        checkpoint = checkpoints.Checkpoint(
             step=self.step,
-            weights={name: p.detach().contiguous() for name, p in self.learned.items()},
+            weights={name: p.detach().contiguous() for name, p in self.trainable.items()},
             moments=moments,
             plain=plain,
             rng=rng,
-            recipe=self.decided,
-            # A copy: the thread that prepares the next batch may add to it while it is written.
+            recipe=self.fixed_fields,
+            # A copy: the thread that prepares the next step may add a bad row while this is written.
             progress={"tokens": self.tokens, "skipped": dict(self.batches.skipped.reasons)},
         )
-        checkpoints.save(folder, point, self.recipe.keep_last, self.world)
+        checkpoints.save(folder, checkpoint, self.recipe.keep_last, self.world)
 
-    def _restore(self, found: checkpoints.Checkpoint) -> None:
+    def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Put weights, optimiser, random generators and counters back as the checkpoint has them."""
         with torch.no_grad():
-            for name, parameter in self.learned.items():
-                parameter.copy_(found.weights[name])
-        checkpoints.restore_optimizer(self.optimizer, self.learned, found)
-        if "cpu" in found.rng:
-            torch.set_rng_state(found.rng["cpu"])
-        if "cuda" in found.rng and self.device.type == "cuda":
-            torch.cuda.set_rng_state(found.rng["cuda"], self.device)
-        self.step, self.tokens = found.step, found.progress["tokens"]
-        self.batches.skipped.reasons.update(found.progress["skipped"])
+            for name, parameter in self.trainable.items():
+                parameter.copy_(checkpoint.weights[name])
+        checkpoints.restore_optimizer(self.optimizer, self.trainable, checkpoint)
+        if "cpu" in checkpoint.rng:
+            torch.set_rng_state(checkpoint.rng["cpu"])
+        if "cuda" in checkpoint.rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.device)
+        self.step, self.tokens = checkpoint.step, checkpoint.progress["tokens"]
+        self.batches.skipped.reasons.update(checkpoint.progress["skipped"])
 
     def _summary(self, report: TrainingReport) -> dict[str, Any]:
         return {
@@ -346,7 +385,7 @@ class Trainer:
             "tokens": self.tokens,
             "skipped_rows": len(self.batches.skipped.reasons),
             "processes": self.world.size,
-            "digests": self.data,
+            "digests": self.digests,
             "versions": versions(),
             "answers": report.answers(),
         }
@@ -354,17 +393,17 @@ class Trainer:
 
 @contextlib.contextmanager
 def _stop_requested() -> Iterator[list[int]]:
-    """A list that fills when SIGINT or SIGTERM arrives, so that the step under way can end."""
+    """Catch SIGINT and SIGTERM in a list, so that the current step can finish before the run stops."""
     received: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:
         if received:
-            raise KeyboardInterrupt  # asked twice: leave now, the last checkpoint stands
+            raise KeyboardInterrupt  # second signal: stop at once; the last checkpoint stays
         received.append(number)
 
     try:
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread may handle signals; elsewhere the caller stops us
+    except ValueError:  # only the main thread may handle signals; in another one the caller stops the run
         yield received
         return
     try:

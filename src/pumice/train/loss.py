@@ -1,6 +1,6 @@
-"""The loss of a pack: the vocabulary projection at supervised positions only, in chunks.
+"""The loss of a pack: cross-entropy at supervised tokens only, in chunks, so that logits stay small.
 
-Shapes: S supervised predictions, D width, V vocabulary.
+Shapes: S supervised tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ CHUNK = 256  # predictions whose logits exist at once: 256 x 49,152 x 4 bytes = 
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
-    """Sum of weighted cross-entropies of hidden @ head.T, whose logits never exist all at once.
+    """The weighted sum of cross-entropies of hidden @ head.T, without all logits in memory at once.
 
-    The gradient is made in the forward pass, chunk by chunk, while the logits are there; the same
-    idea as in Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989).
+    The forward pass computes the gradients too, chunk by chunk while the logits exist, as Liger-Kernel's
+    fused linear cross-entropy does (arXiv 2410.10989).
     """
 
     @staticmethod
@@ -30,11 +30,12 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             rows = hidden[part].to(head.dtype)
             logits = (rows @ head.T).float()
-            here = torch.arange(len(logits), device=logits.device), targets[part]
-            norm = logits.logsumexp(-1)
-            losses += ((norm - logits[here]) * weights[part]).sum()
-            grad = logits.sub_(norm[:, None]).exp_()
-            grad[here] -= 1
+            target_index = torch.arange(len(logits), device=logits.device), targets[part]
+            log_norm = logits.logsumexp(-1)
+            losses += ((log_norm - logits[target_index]) * weights[part]).sum()
+            # The gradient of cross-entropy is softmax(logits) minus one-hot targets; it reuses the logits.
+            grad = logits.sub_(log_norm[:, None]).exp_()
+            grad[target_index] -= 1
             grad = grad.to(head.dtype)
             grad_hidden[part] = (grad @ head) * weights[part, None]
             if grad_head is not None:
@@ -51,10 +52,10 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
 
 def supervised_loss(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of the cross-entropies of a pack, fp32 scalar.
+    """Return the weighted sum of a pack's cross-entropies, an fp32 scalar.
 
-    hidden (S, D), what predicts targets (S,); head (V, D); weights (S,).
-    Divide by the weights' sum over the whole batch, so that every supervised token counts the same.
+    hidden (S, D) predicts targets (S,); head (V, D); weights (S,). The caller divides by the sum of weights
+    over the whole step, so that every supervised token counts the same.
     """
     apply = cast(Callable[..., Tensor], _ProjectedCrossEntropy.apply)
     return apply(hidden, head, targets, weights)

@@ -1,7 +1,4 @@
-"""What is kept of a forward pass, and what is computed again instead.
-
-Knows modules and PyTorch's checkpointing. Does not know what the modules are for.
-"""
+"""Activation checkpointing: what a forward pass saves, and what the backward pass computes again."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from torch import nn
 
 Kind = Literal["none", "selective", "full"]
 
-# Costly to compute again, cheap to keep: matrix products and attention.
-_KEPT = {
+# Matrix products and attention: expensive to compute again, cheap to save.
+_SAVED_OPS = {
     "mm", "addmm", "bmm", "linear", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
@@ -23,11 +20,10 @@ _KEPT = {
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module], kind: Kind) -> None:
-    """Have each block keep less for its backward pass.
+    """Make each block save less for its backward pass. The results do not change, also with dropout.
 
-    full: its input alone; it runs twice, which costs a third of the step's compute. selective: the outputs
-    of its matrix products and of attention; only what lies between them runs twice. Numbers stay the same,
-    dropout's included.
+    full: save the block's input only and run the block twice, for a third more compute. selective: save the
+    outputs of matrix products and attention, and compute the cheap operations between them twice.
     """
     if kind == "none":
         return
@@ -35,7 +31,7 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], kind: Kind) -> None:
 
     def policy(_: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
         name = getattr(op, "__name__", "").partition(".")[0]
-        return CheckpointPolicy.MUST_SAVE if name in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if name in _SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
     options: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":

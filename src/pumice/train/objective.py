@@ -1,8 +1,6 @@
-"""What a step minimises: the summed loss of one pack, as a module that DDP and FSDP can wrap.
+"""The training objective: the summed loss of one pack, as a module that DDP and FSDP can wrap.
 
-Knows the model, tensors of one pack and the tower's features. Does not know rows, files or the optimiser.
-
-Shapes: T tokens of a pack, S supervised predictions.
+Shapes: T tokens of a pack, S supervised tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from pumice.train.loss import supervised_loss
 
 @dataclass(frozen=True)
 class PackTensors:
-    """One pack with everything that its step needs, in host memory."""
+    """The tensors of one pack, in host memory."""
 
     input_ids: Tensor  # (T,)
     positions: Tensor  # (T,)
@@ -32,86 +30,96 @@ class PackTensors:
     sources: Tensor  # (S,), rows of the hidden states
     targets: Tensor  # (S,)
     weights: Tensor  # (S,)
-    pictures: Sequence[ImageInput]
+    images: Sequence[ImageInput]
     layouts: Sequence[Layout]
 
     @property
     def supervised(self) -> float:
+        """The number of supervised tokens; a token that several samples share counts once for each."""
         return float(self.weights.sum())
 
     @classmethod
-    def of(cls, pack: Pack, pictures: Sequence[ImageInput], pin: bool = False) -> PackTensors:
-        """pin: keep the tensors where a GPU can fetch them while it computes."""
+    def of(cls, pack: Pack, images: Sequence[ImageInput], pin: bool = False) -> PackTensors:
+        """Turn a pack's arrays into tensors. pin: use pinned memory, for copies beside the compute."""
 
-        def here(values: np.ndarray) -> Tensor:
+        def to_tensor(values: np.ndarray) -> Tensor:
             tensor = torch.from_numpy(values)
             return tensor.pin_memory() if pin else tensor
 
         arrays = (pack.input_ids, pack.positions, pack.sources, pack.targets, pack.weights)
-        ids, positions, sources, targets, weights = map(here, arrays)
-        return cls(ids, positions, pack.runs, sources, targets, weights, pictures, pack.layouts)
+        ids, positions, sources, targets, weights = map(to_tensor, arrays)
+        return cls(ids, positions, pack.runs, sources, targets, weights, images, pack.layouts)
 
     @classmethod
     def dummy(cls) -> PackTensors:
-        """A pack that teaches nothing, for a process that has none left while others still do."""
-        nothing = torch.zeros(0, dtype=torch.long)
+        """Return a pack without supervised tokens, for a process that has fewer packs than the others."""
+        empty = torch.zeros(0, dtype=torch.long)
         two = torch.arange(2)
-        return cls(two, two, [Run(2)], nothing, nothing, torch.zeros(0), (), ())
+        return cls(two, two, [Run(2)], empty, empty, torch.zeros(0), (), ())
 
 
 class Objective(nn.Module):
-    def __init__(self, model: Llava, features: TowerFeatures, mixed: bool, always: bool = False) -> None:
-        """mixed: compute in bfloat16. always: use what learns even where a pack shows no picture."""
+    """Compute the summed loss of one pack: tower features, connector, decoder, cross-entropy."""
+
+    def __init__(
+        self, model: Llava, features: TowerFeatures, bf16: bool, use_all_parts: bool = False
+    ) -> None:
+        """bf16: compute under autocast. use_all_parts: run the connector even for a pack without images."""
         super().__init__()
-        self.model, self.mixed, self.always = model, mixed, always
-        self.features = features  # no module: its tower is the model's
+        self.model, self.bf16, self.use_all_parts = model, bf16, use_all_parts
+        self.features = features  # not a module, so the tower's parameters are not registered twice
 
-    def forward(self, work: PackTensors, last: bool = False) -> Tensor:
-        """Summed loss, fp32 scalar; divide by the supervised tokens of the whole step.
+    def forward(self, pack: PackTensors, last: bool = False) -> Tensor:
+        """Return the summed loss, an fp32 scalar. The caller divides it by the step's supervised tokens.
 
-        last: logits (V,) of what follows the pack instead.
+        last: return the logits (V,) after the pack's last token instead.
         """
+        # 1. Move what the loss needs to the device. Pinned memory lets the copies run beside the compute.
         device = self.model.device
         sources, targets, weights = (
-            t.to(device, non_blocking=True) for t in (work.sources, work.targets, work.weights)
+            t.to(device, non_blocking=True) for t in (pack.sources, pack.targets, pack.weights)
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             if last:
-                sources = torch.tensor([len(work.input_ids) - 1], device=device)
-            hidden, unused = self._hidden(work, sources)
+                sources = torch.tensor([len(pack.input_ids) - 1], device=device)
+            # 2. Compute hidden states at the supervised positions only: no other token needs logits.
+            hidden, zero = self._hidden(pack, sources)
             if last:
                 return self.model.decoder.logits(hidden[0])
+            # 3. Sum the cross-entropies. `zero` ties the unused parts to the loss and adds nothing to it.
             loss = supervised_loss(hidden[0], self.model.decoder.head_weight, targets, weights)
-            return loss if unused is None else loss + unused
+            return loss if zero is None else loss + zero
 
-    def _hidden(self, work: PackTensors, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _hidden(self, pack: PackTensors, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the decoder's hidden states at `rows`, and a zero through the connector if one is needed."""
         device = self.model.device
-        image_tokens = unused = None
-        if work.pictures:
-            image_tokens = self.model.connect(self.features.look(work.pictures), work.layouts)
-        elif self.always and torch.is_grad_enabled():
-            unused = self._nothing()
+        image_tokens = zero = None
+        if pack.images:
+            image_tokens = self.model.connect(self.features.encode(pack.images), pack.layouts)
+        elif self.use_all_parts and torch.is_grad_enabled():
+            # DDP and FSDP wait for a gradient of every trainable part, also from a pack without images.
+            zero = self._zero_through_connector()
         hidden = self.model(
-            work.input_ids.to(device, non_blocking=True)[None],
+            pack.input_ids.to(device, non_blocking=True)[None],
             image_tokens,
-            positions=work.positions.to(device, non_blocking=True)[None],
-            attend=Packed(work.runs, self.model.config.decoder.sliding_window, device),
+            positions=pack.positions.to(device, non_blocking=True)[None],
+            attend=Packed(pack.runs, self.model.config.decoder.sliding_window, device),
             rows=rows,
         )
-        return hidden, unused
+        return hidden, zero
 
-    def _nothing(self) -> Tensor:
-        """Zero, through every part that a picture would have passed."""
+    def _zero_through_connector(self) -> Tensor:
+        """Return zero, computed through every trainable part that an image would pass."""
         vision = self.model.config.vision
-        if self.features.learns:
+        if self.features.trains_tower:
             side = vision.image_size
             features = self.model.features(torch.zeros(1, 3, side, side))
         else:
             features = torch.zeros(1, vision.features, vision.width, device=self.model.device)
-        zero = self.model.connector(features.to(self._connector_type())).sum() * 0
+        zero = self.model.connector(features.to(self._connector_dtype())).sum() * 0
         newline = self.model.image_newline
         return zero.float() if newline is None else zero.float() + newline.sum().float() * 0
 
-    def _connector_type(self) -> torch.dtype:
+    def _connector_dtype(self) -> torch.dtype:
         weight = next(self.model.connector.parameters(), None)
         return torch.float32 if weight is None else weight.dtype

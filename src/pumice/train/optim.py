@@ -1,7 +1,4 @@
-"""The optimiser of a stage: its groups, its rate over time, its gradients' norms.
-
-Knows parameters by name and torch's optimisers. Does not know the model or data.
-"""
+"""The optimiser of a stage: one group per part, the learning rate over time, gradient norms and clipping."""
 
 from __future__ import annotations
 
@@ -18,12 +15,15 @@ from pumice.train.recipe import Recipe
 
 
 def make_optimizer(
-    recipe: Recipe, learned: Mapping[str, nn.Parameter], part_of: Callable[[str], str], device: torch.device
+    recipe: Recipe, trainable: Mapping[str, nn.Parameter], part_of: Callable[[str], str], device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW with one group per part that learns, `peak` its rate. InputError without bitsandbytes."""
+    """Return AdamW with one group per part that learns; a group's `peak` is its peak learning rate.
+
+    Raises InputError when a part has no parameters, or adamw8bit is asked for without bitsandbytes.
+    """
     groups = [
         {
-            "params": [p for n, p in learned.items() if part_of(n) == part],
+            "params": [p for n, p in trainable.items() if part_of(n) == part],
             "lr": rate,
             "peak": rate,
             "part": part,
@@ -37,27 +37,27 @@ def make_optimizer(
         optim = optional(
             "bitsandbytes.optim", "optimizer: adamw8bit needs bitsandbytes; pip install bitsandbytes"
         )
-        found: torch.optim.Optimizer = optim.AdamW8bit(
+        optimizer: torch.optim.Optimizer = optim.AdamW8bit(
             groups, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
-        return found
+        return optimizer
     return torch.optim.AdamW(
         groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=device.type != "mps"
     )
 
 
 def gradient_norms(optimizer: torch.optim.Optimizer, world: World) -> dict[str, float]:
-    """Norm of each part's gradient before clipping; 0 of a part that got none."""
+    """Return each part's gradient norm before clipping; 0 for a part without gradients."""
     return {
-        group["part"]: math.sqrt(world.squares(p.grad for p in group["params"] if p.grad is not None))
+        group["part"]: math.sqrt(world.sum_of_squares(p.grad for p in group["params"] if p.grad is not None))
         for group in optimizer.param_groups
     }
 
 
 @torch.no_grad()
-def clip(optimizer: torch.optim.Optimizer, norm: float, largest: float) -> None:
-    """Scale gradients of total norm `norm` down to `largest`; smaller ones are not touched."""
-    scale = largest / (norm + 1e-6)
+def clip(optimizer: torch.optim.Optimizer, norm: float, max_norm: float) -> None:
+    """Scale the gradients, whose total norm is `norm`, down to `max_norm` if they are larger."""
+    scale = max_norm / (norm + 1e-6)
     if scale < 1:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -66,8 +66,8 @@ def clip(optimizer: torch.optim.Optimizer, norm: float, largest: float) -> None:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak rate at 0 <= step < steps: linear warm-up, then a cosine to zero."""
-    rising = math.ceil(steps * warmup)
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    """Return the factor of the peak rate at 0 <= step < steps: linear warm-up, then a cosine to zero."""
+    warmup_steps = math.ceil(steps * warmup)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))

@@ -1,4 +1,4 @@
-"""Libraries that a recipe may ask for and that need not be installed."""
+"""Optional libraries, imported only when a recipe asks for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pumice.errors import InputError
 
 
 def optional(module: str, remedy: str) -> Any:
-    """The module of that name. InputError that says `remedy` where it cannot be imported."""
+    """Import a module. Raises InputError with `remedy` if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,12 +1,12 @@
-"""Many processes, one run: who they are, how the model is spread, what they agree on.
+"""A run on several processes: torchrun starts them, DDP copies the model or FSDP shards it.
 
-Knows `torch.distributed` and the objective's modules. Does not know data or files. With one process
-nothing here does anything, and torch.distributed is not imported. Start several with torchrun.
+With one process torch.distributed is not imported, and every method does nothing.
 
-Every process must take part in every collective. Four rules see to it: each runs the same number of packs
-in a step (`dummy` packs fill up), each pack uses every part that learns (the objective adds a zero-weight
-use of the connector where there is no picture), gradients meet once, after the step's last pack, and every
-decision that depends on one process alone (a signal, a sampled token) is shared before it counts.
+Every process must take part in every collective, or the run hangs. Four rules ensure it:
+- Each process runs the same number of packs per step; dummy packs fill up.
+- Each pack uses every part that learns; without images the objective adds the connector's output times zero.
+- Gradients are reduced once, after the step's last pack.
+- A decision that depends on one process (a signal, a sampled token) is shared before anyone acts on it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from pumice.errors import InputError
 from pumice.train.recipe import Recipe
 
-COPIES = 0.6  # of a device's memory: what weights, gradients and optimiser may take before they are sharded
+MAX_COPY_SHARE = (
+    0.6  # of a device's memory; weights, gradients and optimiser states that need more are sharded
+)
 
 
 @dataclass
 class World:
-    """This process among `size`. `kind` says how the model is spread: single, ddp (copies) or fsdp."""
+    """This process among `size`. kind: single, ddp (copies of the model) or fsdp (shards)."""
 
     rank: int = 0
     size: int = 1
@@ -40,7 +42,7 @@ class World:
 
     @classmethod
     def join(cls, recipe: Recipe) -> World:
-        """The world that torchrun made, or a world of one. InputError when its settings are incomplete."""
+        """Join the processes that torchrun started; without torchrun return a world of one process."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
@@ -56,49 +58,57 @@ class World:
 
     @property
     def main(self) -> bool:
+        """Whether this is the first process, which writes files and talks to people."""
         return self.rank == 0
 
     def leave(self) -> None:
+        """End the process group."""
         if self.size > 1:
             import torch.distributed as dist
 
             if dist.get_backend() == "gloo":
-                # Its thread may be letting go of the last step's tensors, for which it needs Python's lock.
-                # Whoever ends the group waits for that thread: DDP, with the lock in its hands. Nothing tells
-                # when the thread is through; a run hung so without this pause.
+                # Gloo's thread may still free the last step's tensors, which needs Python's global lock.
+                # DDP holds that lock when it ends the group and waits for the thread: a deadlock, seen once.
+                # There is no event to wait for, so give the thread time.
                 time.sleep(0.1)
             self._module = None
             dist.destroy_process_group()
 
     def device(self, recipe: Recipe) -> str | None:
-        """The recipe's device; of several GPUs the one that is this process's own."""
+        """Return the recipe's device; with several GPUs the one of this process."""
         if self.size > 1 and torch.cuda.is_available() and recipe.device in (None, "cuda"):
             return f"cuda:{self.local}"
         return recipe.device
 
-    def choose(self, recipe: Recipe, model: nn.Module, device: torch.device) -> None:
-        """Settle `parallel: auto`: copies where they fit the device, shards where they do not."""
+    def choose_kind(self, recipe: Recipe, model: nn.Module, device: torch.device) -> None:
+        """Decide `parallel: auto`: copies if they fit the device, else shards.
+
+        Raises InputError for shards with adamw8bit.
+        """
         if self.size > 1 and recipe.parallel == "auto" and device.type == "cuda":
-            held = sum(p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters())
-            if held > COPIES * torch.cuda.get_device_properties(device).total_memory:
+            # A trainable parameter takes 16 bytes: fp32 weight, gradient, and two AdamW moments.
+            needed = sum(
+                p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters()
+            )
+            if needed > MAX_COPY_SHARE * torch.cuda.get_device_properties(device).total_memory:
                 self.kind = "fsdp"
         if self.kind == "fsdp" and recipe.optimizer == "adamw8bit":
             raise InputError("optimizer: adamw8bit keeps its states whole; use parallel: ddp, or adamw")
 
     def wrap(
-        self, objective: nn.Module, blocks: Iterable[nn.Module], whole: Iterable[nn.Module]
+        self, objective: nn.Module, blocks: Iterable[nn.Module], unsharded: Iterable[nn.Module]
     ) -> nn.Module:
-        """The objective as this world runs it.
+        """Wrap the objective for DDP or FSDP; return it unchanged for one process.
 
-        blocks: modules that FSDP gathers one at a time. whole: modules that stay whole on every process
-        because they are frozen and used a different number of times on each.
+        blocks: modules that FSDP gathers one at a time. unsharded: frozen modules that every process keeps
+        whole, because processes call them a different number of times.
         """
         self._module = objective
         if self.kind == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
             with warnings.catch_warnings():
-                # PyTorch 2.13 wants another name for the first option, which those before do not know
+                # PyTorch 2.13 renamed the first option; earlier versions do not know the new name.
                 warnings.simplefilter("ignore", FutureWarning)
                 self._module = DistributedDataParallel(
                     objective, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -106,15 +116,15 @@ class World:
         elif self.kind == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
-            kept = {parameter for module in whole for parameter in module.parameters()}
+            ignored = {parameter for module in unsharded for parameter in module.parameters()}
             for block in blocks:
-                fully_shard(block, ignored_params=kept)
-            fully_shard(objective, ignored_params=kept)
+                fully_shard(block, ignored_params=ignored)
+            fully_shard(objective, ignored_params=ignored)
         return self._module
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Around one pack's forward and backward pass: gradients travel after the last pack alone."""
+        """Wrap one pack's forward and backward pass; gradients are reduced after the last pack only."""
         if self.kind == "ddp" and not last:
             with self._module.no_sync():
                 yield
@@ -124,31 +134,32 @@ class World:
         yield
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over all processes."""
+        """Sum each value over all processes."""
         if self.size == 1:
             return list(values)
         import torch.distributed as dist
 
-        together = torch.tensor(values, dtype=torch.float64, device=self._where())
-        dist.all_reduce(together)
-        return together.tolist()
+        totals = torch.tensor(values, dtype=torch.float64, device=self._collective_device())
+        dist.all_reduce(totals)
+        return totals.tolist()
 
-    def agree(self, value: int) -> int:
-        """What the first process says."""
+    def broadcast(self, value: int) -> int:
+        """Return the first process's value on every process."""
         if self.size == 1:
             return value
         import torch.distributed as dist
 
-        told = torch.tensor(value, device=self._where())
-        dist.broadcast(told, 0)
-        return int(told)
+        shared = torch.tensor(value, device=self._collective_device())
+        dist.broadcast(shared, 0)
+        return int(shared)
 
     def barrier(self) -> None:
+        """Wait until every process is here."""
         if self.size > 1:
             self.sum(0.0)
 
     def gather(self, value: Any) -> list[Any]:
-        """Small plain values of every process, in order of rank."""
+        """Return the values of all processes, in order of rank; they must be small and picklable."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -157,26 +168,26 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def squares(self, tensors: Iterable[Tensor]) -> float:
-        """Sum of squares of gradients, wherever their parts lie; every process gets the same."""
+    def sum_of_squares(self, tensors: Iterable[Tensor]) -> float:
+        """Return the sum of squares of gradients, shards included; the same on every process."""
         norms = [torch.linalg.vector_norm(local(tensor)) for tensor in tensors]
         total = float(torch.stack(norms).square().sum()) if norms else 0.0
         return self.sum(total)[0] if self.kind == "fsdp" else total
 
     def full_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's whole tensors on the first process (elsewhere, under FSDP, nothing)."""
+        """Return the model's tensors, gathered on the first process under FSDP; the others get none."""
         if self.kind != "fsdp":
             return model.state_dict()
         from torch.distributed.tensor import DTensor
 
         state = {}
         for name, tensor in model.state_dict().items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.main:
-                state[name] = whole.cpu()
+                state[name] = full.cpu()
         return state
 
-    def _where(self) -> torch.device:
+    def _collective_device(self) -> torch.device:
         import torch.distributed as dist
 
         on_gpu = dist.get_backend() == "nccl"
@@ -184,6 +195,6 @@ class World:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is."""
+    """Return this process's part of a sharded tensor; any other tensor unchanged."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

@@ -1,7 +1,4 @@
-"""Why a run would be doomed, told before its first step.
-
-Knows the recipe, the model's sizes, the rows, the memory and the disk. Changes nothing.
-"""
+"""Checks before the first step: memory, context, rows and disk must suffice for the run."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import shutil
 
 from pumice.errors import InputError
 from pumice.formats.load import find_device
-from pumice.geometry import picture_layout
+from pumice.geometry import image_layout
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, total_memory
 from pumice.train.recipe import Recipe
@@ -17,42 +14,42 @@ from pumice.train.setup import Setup
 from pumice.train.shapes import read_parts, with_adapters
 from pumice.train.sizes import Sizes, sizes
 
-TRIED = 100  # rows, spread over the first epoch, of which one at least must teach something
+TRIED_ROWS = 100  # rows of the first epoch; at least one must have supervised tokens
 
 
-def memory(recipe: Recipe, processes: int = 1) -> None:
-    """Memory must hold weights, gradients and optimiser. Told before the weights are read.
+def check_memory(recipe: Recipe, processes: int = 1) -> None:
+    """Raise InputError when memory cannot hold weights, gradients and optimiser states; reads no weights.
 
-    What can be told only by running (activations) is `plan`'s to say.
+    Activations are not counted: `plan` estimates them.
     """
     device = find_device(recipe.device)
     needed = sizes(recipe, with_adapters(recipe, read_parts(recipe).config), device.type).held
     if device.type == "cuda" and recipe.parallel != "ddp":
-        needed /= processes  # elsewhere all processes share what there is: at least one copy is in it
-    there = total_memory(device)
-    if there is not None and needed > there:
+        needed /= processes  # on a CPU all processes share one memory, which must hold at least one copy
+    available = total_memory(device)
+    if available is not None and needed > available:
         raise InputError(
             f"{recipe.name}: weights, gradients and optimiser take {needed / GB:.1f} GB, {device} has "
-            f"{there / GB:.1f} GB; learn fewer parts, use stage.lora with stage.base, or more processes "
-            "(`pumice plan` tells)"
+            f"{available / GB:.1f} GB; learn fewer parts, use stage.lora with stage.base, or more processes "
+            "(`pumice plan` shows what fits)"
         )
 
 
 def preflight(setup: Setup, batches: Batches) -> None:
-    """InputError on the first thing that would make the run useless or break it off."""
-    pictures_fit(setup)
+    """Raise InputError for the first problem that would make the run fail or useless."""
+    check_image_tokens(setup)
     batches.check()
-    batches.try_rows(TRIED)
-    disk(setup.recipe, sizes(setup.recipe, setup.model.config, setup.device.type))
+    batches.try_rows(TRIED_ROWS)
+    check_disk(setup.recipe, sizes(setup.recipe, setup.model.config, setup.device.type))
 
 
-def pictures_fit(setup: Setup) -> None:
-    """A picture's tokens must leave room for text in the context."""
+def check_image_tokens(setup: Setup) -> None:
+    """Raise InputError when one image fills the context and leaves no room for text."""
     config = setup.processor.config
     if config.vision.kind == "none":
         return
-    sizes = config.image.pinpoints or ((1, 1),)  # without tiles all sizes are alike
-    tokens = max(picture_layout(config, size).tokens for size in sizes)
+    sizes = config.image.pinpoints or ((1, 1),)  # without tiles every size takes the same tokens
+    tokens = max(image_layout(config, size).tokens for size in sizes)
     if tokens >= config.decoder.context:
         raise InputError(
             f"a picture takes {tokens} tokens, a row at most {config.decoder.context}; raise the context, or "
@@ -60,14 +57,17 @@ def pictures_fit(setup: Setup) -> None:
         )
 
 
-def disk(recipe: Recipe, found: Sizes) -> None:
-    """The disk must take `keep_last` checkpoints, one more while it is written, and the finished model."""
-    needed = found.disk(recipe.keep_last)
+def check_disk(recipe: Recipe, stage_sizes: Sizes) -> None:
+    """Raise InputError when the disk cannot hold the run.
+
+    It needs room for `keep_last` checkpoints, one more while it is written, and the finished model.
+    """
+    needed = stage_sizes.disk(recipe.keep_last)
     written = sum(p.stat().st_size for p in recipe.output.rglob("*") if p.is_file())
     free = shutil.disk_usage(recipe.output).free + written
     if free < needed:
         raise InputError(
             f"{recipe.output} needs {needed / GB:.2f} GB ({recipe.keep_last} + 1 checkpoints of "
-            f"{found.checkpoint / GB:.2f} GB and the model), {free / GB:.2f} GB are free there; choose "
+            f"{stage_sizes.checkpoint / GB:.2f} GB and the model), {free / GB:.2f} GB are free there; choose "
             "another disk or a lower keep_last"
         )

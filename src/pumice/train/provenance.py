@@ -1,7 +1,4 @@
-"""Where a finished model comes from: digests of what it was made of, versions of what made it.
-
-Knows files and packages. Does not know the run.
-"""
+"""The provenance of a finished model: digests of its input files and versions of the packages."""
 
 from __future__ import annotations
 
@@ -18,22 +15,22 @@ PACKAGES = ("pumice", "torch", "numpy", "pillow", "tokenizers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Python, the machine's kind, and the packages that a result depends on."""
-    found = {"python": platform.python_version(), "machine": platform.platform()}
+    """Return the versions of Python, the platform and the packages that a result depends on."""
+    packages = {"python": platform.python_version(), "machine": platform.platform()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a source tree
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # not installed: run from a source tree
             continue
-    return found
+    return packages
 
 
-def contents(recipe: Recipe) -> dict[str, str]:
-    """Digests of the files that decide a run: its rows, and the model that it starts from."""
+def content_digests(recipe: Recipe) -> dict[str, str]:
+    """Return SHA-256 digests of the rows and of the weights that a run starts from."""
     paths = [source.rows for source in recipe.data]
     if isinstance(recipe.model, Path):
         paths += weight_files(find_model(recipe.model))
     else:
-        named = (recipe.model.tower, recipe.model.decoder)
-        paths += [file for name in named if name not in WHEELS for file in weight_files(locate(name))]
+        names = (recipe.model.tower, recipe.model.decoder)
+        paths += [file for name in names if name not in WHEELS for file in weight_files(locate(name))]
     return {f"contents of {path}": sha256(path) for path in paths}

@@ -32,19 +32,19 @@ class TrainingReport:
         step: int,
         steps: int,
         peak: float | None = None,
-        speaks: bool = True,
+        enabled: bool = True,
     ) -> None:
         """peak: FLOP/s that the devices of all processes could do together, where it is known.
 
         speaks: False on every process but the first, whose report is the run's.
         """
-        self.peak, self.speaks = peak, speaks
+        self.peak, self.enabled = peak, enabled
         recipe.output.mkdir(parents=True, exist_ok=True)
         self.path = recipe.output / "metrics.jsonl"
         # Names, questions and answers may hold square brackets, which are no markup.
-        self.console = Console(stderr=True, markup=False, highlight=False, quiet=not speaks)
+        self.console = Console(stderr=True, markup=False, highlight=False, quiet=not enabled)
         self.steps = steps
-        if speaks:
+        if enabled:
             self._drop_after(step)
             with replacing(recipe.output / "recipe.yaml") as file:  # with every default, and overrides
                 yaml.safe_dump(
@@ -58,11 +58,11 @@ class TrainingReport:
             TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]")
         )
         bar = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
-        self._progress = Progress(*bar, console=self.console, disable=not (speaks and sys.stderr.isatty()))
+        self._progress = Progress(*bar, console=self.console, disable=not (enabled and sys.stderr.isatty()))
         self._task = self._progress.add_task(recipe.name, total=steps, completed=step, note="")
         self._last_line = 0.0
         self._first, self._started = step, time.monotonic()
-        self._trackers = [TRACKERS[name](recipe) for name in recipe.trackers if speaks]
+        self._trackers = [TRACKERS[name](recipe) for name in recipe.trackers if enabled]
 
     def __enter__(self) -> TrainingReport:
         self._progress.start()
@@ -103,10 +103,11 @@ class TrainingReport:
             f"  {question!r}\n    reference: {reference!r}\n    answer:    {answer!r}", highlight=False
         )
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
+        """Print a line for people."""
         self.console.print(line)
 
-    def picture(self) -> Path | None:
+    def draw_loss(self) -> Path | None:
         """Draw `loss.png` beside the metrics; None when matplotlib is not installed."""
         try:
             from matplotlib.figure import Figure
@@ -135,7 +136,7 @@ class TrainingReport:
         return [event for event in events if event["step"] in ends]
 
     def _write(self, event: dict[str, Any]) -> None:
-        if not self.speaks:
+        if not self.enabled:
             return
         numbers = {key: value for key, value in event.items() if isinstance(value, int | float)}
         for tracker in self._trackers:

@@ -76,16 +76,16 @@ class Setup:
             lines.append(f"  {part:<10} {size / 1e6:8.2f} M parameters  {does}")
         return lines
 
-    def trained_on(self, pictures: int) -> None:
-        """Note in the model's config that one row of this stage shows so many pictures.
+    def record_max_images(self, images: int) -> None:
+        """Record in the model's config that rows of this stage show up to `images` images.
 
-        What others trained a model on stays unknown, unless these rows show several.
+        The number stays unknown for a model that somebody else trained, unless these rows show several.
         """
         config = self.model.config
         before = config.trained_pictures
-        if before is None and (pictures <= 1 or config.image.several == "square"):
+        if before is None and (images <= 1 or config.image.several == "square"):
             return
-        self.model.config = dataclasses.replace(config, trained_pictures=max(before or 0, pictures))
+        self.model.config = dataclasses.replace(config, trained_pictures=max(before or 0, images))
 
     def save(self, path: Path, summary: dict[str, Any], state: dict[str, Tensor] | None = None) -> Path:
         """Write the model's folder: what was trained, and where the rest comes from.

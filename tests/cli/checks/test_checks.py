@@ -22,8 +22,8 @@ from pumice.model import llava
 from pumice.storage import download
 
 
-def named(found: list[Finding], name: str) -> Finding:
-    [one] = [finding for finding in found if finding.name == name]
+def named(findings: list[Finding], name: str) -> Finding:
+    [one] = [finding for finding in findings if finding.name == name]
     return one
 
 
@@ -55,10 +55,10 @@ def test_json_and_status(cache: Path) -> None:
     titles = ["versions", "devices", "threads", "memory", "caches", "network", "self-test"]
     assert list(report["sections"]) == titles
     assert result.exit_code == (0 if report["ok"] else 1)
-    tested = {found["name"]: found for found in report["sections"]["self-test"]}
+    tested = {finding["name"]: finding for finding in report["sections"]["self-test"]}
     assert tested["random model, cpu"]["level"] == "ok"
     assert tested["pumice-tiny"]["level"] == "note"  # its parts are not in this cache
-    versions = {found["name"]: found for found in report["sections"]["versions"]}
+    versions = {finding["name"]: finding for finding in report["sections"]["versions"]}
     assert versions["torch"]["value"] == torch.__version__
     assert versions["pumice"]["says"] == f"{pumice.__version__} in {Path(pumice.__file__).parent}"
 
@@ -85,15 +85,15 @@ def test_parts(fetched: Path) -> None:
 
 
 def test_the_pins_are_those_of_the_files_here() -> None:
-    here = {name: path for name, part in download.WHEELS.items() if (path := download.kept(part))}
-    if not here:
+    part_paths = {name: path for name, part in download.WHEELS.items() if (path := download.kept(part))}
+    if not part_paths:
         pytest.skip("no part was fetched yet")
-    for name, path in here.items():
+    for name, path in part_paths.items():
         assert download.is_intact(download.WHEELS[name], path)
 
 
 def test_requirements() -> None:
-    wanted = [
+    requirements = [
         "numpy>=1",
         "pillow>=900",
         "no-such-package>=1",
@@ -102,16 +102,16 @@ def test_requirements() -> None:
         'pumice[good]; extra == "dev"',
         'never; python_version < "3"',
     ]
-    found = libraries._libraries(wanted)
-    assert list(named(found, "libraries").value) == ["numpy"]
-    assert (named(found, "pillow").level, named(found, "pillow").remedy) == (
+    findings = libraries._libraries(requirements)
+    assert list(named(findings, "libraries").value) == ["numpy"]
+    assert (named(findings, "pillow").level, named(findings, "pillow").remedy) == (
         "problem",
         "run `pip install -U 'pillow>=900'`",
     )
-    assert named(found, "no-such-package").says == "is not installed"
-    assert named(found, "extra good").value is True
-    assert named(found, "extra bad").says == "lacks no-such-other>=2"
-    assert [f.name for f in found if f.level == "problem"] == ["pillow", "no-such-package"]
+    assert named(findings, "no-such-package").says == "is not installed"
+    assert named(findings, "extra good").value is True
+    assert named(findings, "extra bad").says == "lacks no-such-other>=2"
+    assert [f.name for f in findings if f.level == "problem"] == ["pillow", "no-such-package"]
 
 
 @pytest.fixture
@@ -155,12 +155,12 @@ def test_threads(root: Path) -> None:
 
 
 def test_switches(cache: Path) -> None:
-    found = fetching.switches({"HTTPS_PROXY": "http://me:secret@proxy:3128", "HF_HUB_OFFLINE": "0"})
-    assert named(found, "HTTPS_PROXY").value == "http://...@proxy:3128"
-    assert [f.name for f in found if f.level == "problem"] == []
-    assert "HF_HUB_OFFLINE" not in [f.name for f in found]
-    assert named(fetching.switches({"HF_HUB_OFFLINE": "1"}), "HF_HUB_OFFLINE").level == "ok"
-    shut = named(fetching.switches({"PIP_NO_INDEX": "1"}), "PIP_NO_INDEX")
+    findings = fetching.settings({"HTTPS_PROXY": "http://me:secret@proxy:3128", "HF_HUB_OFFLINE": "0"})
+    assert named(findings, "HTTPS_PROXY").value == "http://...@proxy:3128"
+    assert [f.name for f in findings if f.level == "problem"] == []
+    assert "HF_HUB_OFFLINE" not in [f.name for f in findings]
+    assert named(fetching.settings({"HF_HUB_OFFLINE": "1"}), "HF_HUB_OFFLINE").level == "ok"
+    shut = named(fetching.settings({"PIP_NO_INDEX": "1"}), "PIP_NO_INDEX")
     assert shut.level == "problem"
     assert "smollm2" in shut.says
 
@@ -174,15 +174,15 @@ def server() -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Answer) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{made.server_port}"
-        made.shutdown()
+    with HTTPServer(("127.0.0.1", 0), Answer) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http_server.server_port}"
+        http_server.shutdown()
 
 
 def test_whether_they_answer(server: str) -> None:
     environ = {"PIP_INDEX_URL": server, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    index, hub = fetching.answers(environ)
+    index, hub = fetching.connections(environ)
     assert (index.name, index.level) == ("index", "ok")
     assert (hub.name, hub.level) == ("hub", "problem")
     assert "HF_HUB_OFFLINE" in hub.remedy

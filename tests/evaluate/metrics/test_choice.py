@@ -7,11 +7,11 @@ from random import Random
 import pytest
 
 from pumice.evaluate.metrics.choice import (
-    as_list,
     infer_option,
     mmmu_open_right,
     mmmu_option,
     mmstar_right,
+    parse_list,
     scienceqa_option,
 )
 
@@ -100,6 +100,6 @@ def test_mmmu_open(answer: str, truths: list[str], right: bool) -> None:
 
 
 def test_lists_as_python_prints_them() -> None:
-    assert as_list("['a', 'b']") == ["a", "b"]
-    assert as_list("[0, 1)") == ["[0, 1)"]
-    assert as_list("a") == ["a"]
+    assert parse_list("['a', 'b']") == ["a", "b"]
+    assert parse_list("[0, 1)") == ["[0, 1)"]
+    assert parse_list("a") == ["a"]

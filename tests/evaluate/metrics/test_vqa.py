@@ -7,7 +7,7 @@ import pytest
 from pumice.evaluate.metrics.vqa import (
     CONTRACTIONS,
     leave_one_out,
-    m4c,
+    normalize_m4c,
     textvqa_accuracy,
     vizwiz_accuracy,
     vqa_accuracy,
@@ -40,12 +40,12 @@ from pumice.evaluate.metrics.vqa import (
     ],
 )
 def test_the_processor_of_m4c(said: str, processed: str) -> None:
-    assert m4c(said) == processed
+    assert normalize_m4c(said) == processed
 
 
 def test_the_corrected_processor_keeps_a_period_after_a_digit_and_removes_all_others() -> None:
-    assert m4c("5.", corrected=True) == "5."
-    assert m4c("x" + "." * 40, corrected=True) == "x"
+    assert normalize_m4c("5.", corrected=True) == "5."
+    assert normalize_m4c("x" + "." * 40, corrected=True) == "x"
 
 
 def test_the_contractions_are_the_official_number() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pumice.errors import InputError, WorkError
 from pumice.evaluate import endpoint as endpoint_module
-from pumice.evaluate.endpoint import Endpoint, with_images
+from pumice.evaluate.endpoint import ChatEndpoint, with_images
 from pumice.evaluate.judge import Judge
 from pumice.evaluate.tasks import get_task
 from pumice.evaluate.tasks.llava_bench import parse_scores
@@ -92,7 +92,7 @@ class Server:
     def __init__(self, *replies: Any) -> None:
         self.replies, self.asked = list(replies), []
 
-    def endpoint(self) -> Endpoint:
+    def endpoint(self) -> ChatEndpoint:
         httpx: Any = pytest.importorskip("httpx")
 
         def handle(request: Any) -> Any:
@@ -104,7 +104,7 @@ class Server:
                 200, json={"model": "judge-1", "choices": [{"message": {"content": reply}}]}
             )
 
-        return Endpoint("http://judge/v1/", "judge", transport=httpx.MockTransport(handle))
+        return ChatEndpoint("http://judge/v1/", "judge", transport=httpx.MockTransport(handle))
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_an_endpoint_is_tried_again_and_refusals_are_told(monkeypatch: pytest.Mo
     with pytest.raises(InputError, match=r"refuses the request \(400: .*\); check the address"):
         Server(400).endpoint().chat("hello")
     with pytest.raises(InputError, match="is no address"):
-        Endpoint("localhost:8000", "m")
+        ChatEndpoint("localhost:8000", "m")
 
 
 def test_pictures_go_where_the_text_says() -> None:

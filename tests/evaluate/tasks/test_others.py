@@ -14,7 +14,7 @@ from pumice.errors import InputError
 from pumice.evaluate.result import read_questions
 from pumice.evaluate.task import Answered
 from pumice.evaluate.tasks import get_task, registry
-from pumice.evaluate.tasks.hallucination import Things
+from pumice.evaluate.tasks.hallucination import ObjectNames
 
 
 def test_every_task_says_where_its_files_come_from() -> None:
@@ -162,13 +162,13 @@ def test_easy_vqa_by_what_is_asked(data: Any, scored: Any, asked: Any) -> None:
     ],
 )
 def test_things_in_a_text(text: str, things: list[str]) -> None:
-    assert [thing for _, thing in Things(SYNONYMS.splitlines()).named(text)] == things
+    assert [thing for _, thing in ObjectNames(SYNONYMS.splitlines()).find(text)] == things
 
 
 def test_things_corrected() -> None:
-    things = Things(SYNONYMS.splitlines(), corrected=True)
+    things = ObjectNames(SYNONYMS.splitlines(), corrected=True)
     said = "A bus, ties, canoes, a motor bike, glasses, two skis, men"
-    assert [thing for _, thing in things.named(said)] == ["bus", "tie", "boat", "motorcycle", "person"]
+    assert [thing for _, thing in things.find(said)] == ["bus", "tie", "boat", "motorcycle", "person"]
 
 
 def test_chair(data: Any, scored: Any) -> None:

@@ -1,4 +1,4 @@
-"""What was found, with its remedy; and how sizes and files of the system are read. Standard library only."""
+"""The result of one check, and helpers that read system files and format sizes; standard library only."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 GB = 1e9
-MEMORY = 1.5 * GB  # pumice-tiny answers in about 1 GB; some room beside it
-DISK = 0.5 * GB  # its parts are 130 MB, held twice while they are unpacked
+MEMORY = 1.5 * GB  # bytes; pumice-tiny needs about 1 GB
+DISK = 0.5 * GB  # bytes; the parts of pumice-tiny are 130 MB, twice that while they are unpacked
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
-    level: ok; note (worth knowing, nothing fails); problem (something will fail). remedy: what to do.
-    value: the same as `says`, for programs.
+    says: one line for people. level: ok; note (nothing fails); problem (something will fail). remedy: what to
+    do. value: the result for programs.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Finding:
 
 
 def lines(path: Path) -> list[str]:
+    """Return the lines of a file, or [] if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -34,23 +35,24 @@ def lines(path: Path) -> list[str]:
 
 
 def words(path: Path) -> list[str]:
+    """Return the words of a file, or [] if it cannot be read."""
     return " ".join(lines(path)).split()
 
 
-def existing(path: Path) -> Path:
-    """The path itself, or the folder above it that exists."""
+def existing_folder(path: Path) -> Path:
+    """Return the path itself if it exists, or the nearest folder above it that does."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def weight(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+def dir_size(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def size(number: float) -> str:
-    return f"{number / GB:.1f} GB" if number >= GB else f"{number / 1e6:.0f} MB"
+def format_size(size: float) -> str:
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.0f} MB"
 
 
-def count(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,4 +1,4 @@
-"""Python, torch, the libraries that Pumice requires, and its extras. Reads metadata; imports torch alone."""
+"""Checks of the versions of Python, torch, the required libraries and the extras."""
 
 from __future__ import annotations
 
@@ -13,40 +13,43 @@ from pumice.cli.checks.finding import Finding
 
 
 def versions() -> list[Finding]:
-    """Python, torch, the libraries that Pumice requires, and which extras are complete."""
-    found = [Finding("pumice", f"{__version__} in {Path(__file__).parents[1]}", value=__version__)]
-    place = f"{platform.python_version()} at {sys.executable}, {platform.platform()}"
-    found.append(Finding("python", place, value=platform.python_version()))
-    found.append(_torch())
+    """Check Python, torch and the required libraries, and which extras are complete.
+
+    Versions come from package metadata, so torch is the only library that is imported.
+    """
+    findings = [Finding("pumice", f"{__version__} in {Path(__file__).parents[2]}", value=__version__)]
+    python = f"{platform.python_version()} at {sys.executable}, {platform.platform()}"
+    findings.append(Finding("python", python, value=platform.python_version()))
+    findings.append(_torch())
     try:
-        wanted = importlib.metadata.requires("pumice") or []
+        requirements = importlib.metadata.requires("pumice") or []
     except importlib.metadata.PackageNotFoundError:
         remedy = "install it with pip, so that the versions of its libraries can be checked"
-        return [*found, Finding("libraries", "this Pumice was not installed by pip", "note", remedy)]
-    return found + _libraries(wanted)
+        return [*findings, Finding("libraries", "this Pumice was not installed by pip", "note", remedy)]
+    return findings + _libraries(requirements)
 
 
 def _torch() -> Finding:
     try:
         import torch
-    except Exception as error:  # a broken library fails in many ways, and each of them is a finding
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        return Finding("torch", f"cannot be imported ({said})", "problem", "run `pip install -U torch`")
+    except Exception as error:  # a broken library can raise any exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Finding("torch", f"cannot be imported ({reason})", "problem", "run `pip install -U torch`")
     kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return Finding("torch", f"{torch.__version__}, {kind}", value=torch.__version__)
 
 
-def _libraries(wanted: list[str]) -> list[Finding]:
-    """wanted: requirements as a package's metadata has them, extras by their markers."""
+def _libraries(requirements: list[str]) -> list[Finding]:
+    """Check requirements as package metadata lists them, where markers name the extras."""
     from packaging.requirements import Requirement
 
-    found: list[Finding] = []
-    extras: dict[str, list[str]] = {}  # what each lacks
-    seen: dict[str, str] = {}
-    for line in wanted:
+    findings: list[Finding] = []
+    extras: dict[str, list[str]] = {}  # extra -> missing requirements
+    installed: dict[str, str] = {}
+    for line in requirements:
         requirement = Requirement(line)
-        named = re.search(r"extra == ['\"]([\w.-]+)['\"]", line)
-        extra = named[1] if named else ""
+        extra_match = re.search(r"extra == ['\"]([\w.-]+)['\"]", line)
+        extra = extra_match[1] if extra_match else ""
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
         if extra:
@@ -56,26 +59,28 @@ def _libraries(wanted: list[str]) -> list[Finding]:
         version = _version(requirement.name)
         if version is not None and requirement.specifier.contains(version, prereleases=True):
             if not extra:
-                seen[requirement.name] = version
+                installed[requirement.name] = version
             continue
         text = f"{requirement.name}{requirement.specifier}"
         if extra:
             extras[extra].append(text if version is None else f"{text} (found {version})")
         elif version is None:
             remedy = f"run `pip install '{text}'`"
-            found.append(Finding(requirement.name, "is not installed", "problem", remedy))
+            findings.append(Finding(requirement.name, "is not installed", "problem", remedy))
         else:
             remedy = f"run `pip install -U '{text}'`"
-            found.append(Finding(requirement.name, f"{version} is not {text}", "problem", remedy))
-    said = ", ".join(f"{name} {version}" for name, version in seen.items() if name != "torch")
-    found.insert(0, Finding("libraries", said, value=seen))
-    for extra, lacks in extras.items():
-        if lacks:
+            findings.append(Finding(requirement.name, f"{version} is not {text}", "problem", remedy))
+    summary = ", ".join(f"{name} {version}" for name, version in installed.items() if name != "torch")
+    findings.insert(0, Finding("libraries", summary, value=installed))
+    for extra, missing in extras.items():
+        if missing:
             remedy = f"for it, run `pip install 'pumice[{extra}]'`"
-            found.append(Finding(f"extra {extra}", f"lacks {', '.join(lacks)}", "note", remedy, value=False))
+            findings.append(
+                Finding(f"extra {extra}", f"lacks {', '.join(missing)}", "note", remedy, value=False)
+            )
         else:
-            found.append(Finding(f"extra {extra}", "complete", value=True))
-    return found
+            findings.append(Finding(f"extra {extra}", "complete", value=True))
+    return findings
 
 
 def _version(package: str) -> str | None:

@@ -1,1 +1,1 @@
-"""The fields' official metrics, and intervals around them."""
+"""Compute the official metrics of the field, and confidence intervals."""

@@ -1,7 +1,4 @@
-"""How far a number would move with other pictures: percentile bootstrap (Efron, 1979), and paired tests.
-
-Knows: numbers and which of them belong together. Does not know: what they measure.
-"""
+"""Estimate how far a score would change with other images: percentile bootstrap (Efron, 1979) and tests."""
 
 from __future__ import annotations
 
@@ -24,11 +21,11 @@ def interval(
     samples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """(low, high) of the mean of `values`, at `level` confidence; the same seed gives the same interval.
+    """Return (low, high), the interval of the mean of `values` at confidence `level`.
 
-    groups: values of one group (the questions about one picture) are drawn together, since they are
-    not independent; each value is a group of its own when None. Raises InputError when there are no
-    values, or another number of groups.
+    groups: values of one group (the questions about one image) are drawn together, because they are not
+    independent; None puts each value into its own group. Equal seeds give equal intervals. Raises
+    InputError without values, or where the number of groups differs.
     """
     if not len(values) or (groups is not None and len(groups) != len(values)):
         raise InputError(
@@ -55,17 +52,20 @@ def interval_of(
     samples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """(low, high) of any statistic of weights: how often each value is drawn. nan where it has no value."""
-    found = [statistic(weights) for weights in draws(groups, samples, seed)]
-    kept = [value for value in found if math.isfinite(value)]
-    if not kept:
+    """Return (low, high), the interval of any statistic of weights (how often each value is drawn).
+
+    (nan, nan) where the statistic is never finite.
+    """
+    values = [statistic(weights) for weights in draws(groups, samples, seed)]
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
         return math.nan, math.nan
-    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def draws(groups: Sequence[Hashable], samples: int, seed: int) -> Iterator[Weights]:
-    """Weights of each value in so many resamples of whole groups."""
+    """Yield the weights of the values in each of `samples` resamples of whole groups."""
     member = _members(groups)
     count = int(member.max()) + 1 if len(member) else 0
     generator = np.random.default_rng(seed)
@@ -75,17 +75,20 @@ def draws(groups: Sequence[Hashable], samples: int, seed: int) -> Iterator[Weigh
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Two-sided p of McNemar's exact test: two systems on the same questions, right or wrong."""
-    one = sum(a and not b for a, b in zip(first, second, strict=True))
-    other = sum(b and not a for a, b in zip(first, second, strict=True))
-    total, few = one + other, min(one, other)
+    """Return the two-sided p of McNemar's exact test of two systems that answered the same questions.
+
+    first, second: whether each answer is right.
+    """
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    total, fewer = only_first + only_second, min(only_first, only_second)
     if total == 0:
         return 1.0
-    logs = [
+    log_probabilities = [
         math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) - total * math.log(2)
-        for k in range(few + 1)
+        for k in range(fewer + 1)
     ]
-    return min(1.0, 2 * math.fsum(math.exp(value) for value in logs))
+    return min(1.0, 2 * math.fsum(math.exp(value) for value in log_probabilities))
 
 
 def _members(groups: Sequence[Hashable]) -> NDArray[np.int64]:

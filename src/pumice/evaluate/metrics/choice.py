@@ -1,7 +1,7 @@
-"""Which option an answer chose, as the official scorers of multiple-choice benchmarks read it.
+"""Read the chosen option from an answer, as the official scorers of multiple-choice benchmarks do.
 
-ScienceQA: LLaVA's eval_science_qa.py. MMBench: VLMEvalKit's matching_util.py, without a language model
-for what its rules cannot read. MMStar: its mmstar.py. MMMU: its eval_utils.py. Knows texts only.
+Sources: LLaVA's eval_science_qa.py for ScienceQA; VLMEvalKit's matching_util.py, without its language model,
+for MMBench; mmstar.py for MMStar; eval_utils.py for MMMU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from random import Random
 
-_THE_ANSWER = re.compile(r"The answer is ([A-Z]).")  # the last dot is any character, as in the original
+_THE_ANSWER = re.compile(r"The answer is ([A-Z]).")  # the last dot matches any character, as in the original
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -21,46 +21,49 @@ _REFUSALS = (
 
 
 def scienceqa_option(answer: str, choices: int) -> int:
-    """The option's number, -1 where none is read: "C", "C. ...", or one "The answer is C."."""
+    """Return the index of the option, -1 where none is read: "C", "C. ...", or one "The answer is C."."""
     letters = "ABCDE"
     if len(answer) == 1 and answer in letters:
         letter = answer
     elif len(answer) >= 3 and answer[0] in letters and answer[1:3] == ". ":
         letter = answer[0]
     else:
-        found = _THE_ANSWER.findall(answer)
-        letter = found[0] if len(found) == 1 else "?"
+        matches = _THE_ANSWER.findall(answer)
+        letter = matches[0] if len(matches) == 1 else "?"
     return letters[:choices].find(letter)
 
 
 def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The letter that an answer names or whose text it holds; "Z" for a refusal; None if unclear.
+    """Return the letter that an answer names or whose text it holds; "Z" for a refusal; None if unclear.
 
-    choices: letter -> text. A letter counts when it is the only option's among the words and first
-    stands among the last four of them.
+    choices: letter -> text. A letter counts if no other option's letter is among the words, and if it
+    first appears among the last four words.
     """
+    # 1. A failed request is no refusal: only the texts of the options can decide it.
     failed = "Failed to obtain answer via API" in answer
     if not failed and any(refusal in answer for refusal in _REFUSALS):
         return "Z"
+    # 2. Look for a letter.
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
     named = [letter for letter in choices if letter in words]
     if len(named) == 1 and not failed and words.index(named[0]) > len(words) - 5:
         return named[0]
     if not named and not failed and "Z" in words:
         return "Z"
+    # 3. Look for the text of an option; a long answer may quote any of them.
     answer = answer.lower()
     texts = {letter: str(text).lower() for letter, text in choices.items()}
     if len(answer) > 2 * sum(map(len, texts.values())):
         return None
-    held = [letter for letter, text in texts.items() if text in answer]
-    return held[0] if len(held) == 1 else None
+    matches = [letter for letter, text in texts.items() if text in answer]
+    return matches[0] if len(matches) == 1 else None
 
 
 def mmstar_right(answer: str, truth: str) -> bool:
-    """Whether the answer starts with the letter, bare, in a bracket, or after "option" or "the answer is"."""
-    said, wanted = _one_line(answer), _one_line(truth)
-    starts = ("", "(", "option ", "the answer is ")
-    return any(said.startswith(start) and said[len(start) : len(start) + 1] == wanted for start in starts)
+    """Return whether the answer starts with the letter, alone or after "(", "option" or "the answer is"."""
+    text, letter = _one_line(answer), _one_line(truth)
+    prefixes = ("", "(", "option ", "the answer is ")
+    return any(text.startswith(p) and text[len(p) : len(p) + 1] == letter for p in prefixes)
 
 
 def _one_line(text: str) -> str:
@@ -68,21 +71,21 @@ def _one_line(text: str) -> str:
 
 
 def mmmu_option(answer: str, options: Sequence[str], random: Random | None) -> str | None:
-    """The letter that MMMU reads: the last "(B)", else the last " B ", else the last option's text.
+    """Return the letter that MMMU reads: the last "(B)", else the last " B ", else the last option's text.
 
-    The official scorer draws a letter where it reads none; `random` (seeded with 42 there) does so, and
-    None says that none is read.
+    Where no letter is read, the official scorer draws one with seed 42. `random` draws it here; without
+    `random` the function returns None.
     """
     for mark in (",", ".", "!", "?", ";", ":", "'"):
         answer = answer.strip(mark)
     answer = f" {answer} "
     texts = {chr(ord("A") + number): text for number, text in enumerate(options)}
     for form in ("({})", " {} "):
-        if found := [letter for letter in texts if form.format(letter) in answer]:
-            return max(found, key=lambda letter: answer.rfind(form.format(letter)))
+        if matches := [letter for letter in texts if form.format(letter) in answer]:
+            return max(matches, key=lambda letter: answer.rfind(form.format(letter)))
     lower = answer.lower()
-    if len(answer.split()) > 5 and (found := [k for k, text in texts.items() if text.lower() in lower]):
-        return max(found, key=lambda letter: lower.rfind(texts[letter].lower()))
+    if len(answer.split()) > 5 and (matches := [k for k, text in texts.items() if text.lower() in lower]):
+        return max(matches, key=lambda letter: lower.rfind(texts[letter].lower()))
     return random.choice(list(texts)) if random is not None else None
 
 
@@ -103,7 +106,7 @@ def _normalised(text: str) -> list[str | float]:
 
 
 def _key_parts(answer: str) -> list[str]:
-    """What follows words such as "is", the shortest of each sentence; "=" counts in the last one."""
+    """Return, for each sentence, the shortest text after a word such as "is"; "=" counts in the last one."""
     answer = answer.strip().strip(".").lower()
     sentences = _SENTENCE_END.split(answer)
     parts = []
@@ -111,7 +114,7 @@ def _key_parts(answer: str) -> list[str]:
         indicators = (*_INDICATORS, "=") if number == len(sentences) else _INDICATORS
         tails = [sentence.split(word)[-1].strip() for word in indicators if word in sentence]
         shortest = ""
-        for tail in tails:  # an empty one is replaced by whatever comes next, as in the original
+        for tail in tails:  # the next text replaces an empty one, as in the original
             if not shortest or len(tail) < len(shortest):
                 shortest = tail
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
@@ -120,21 +123,22 @@ def _key_parts(answer: str) -> list[str]:
 
 
 def mmmu_open_right(answer: str, truths: Sequence[str]) -> bool:
-    """Whether MMMU finds a truth, a number or a text, among the key parts of an open answer."""
+    """Return whether MMMU finds a truth (a number or a text) among the key parts of an open answer."""
     parts = _key_parts(answer)
     numbers = [
-        n for part in parts for find in (_WITH_COMMAS, _SCIENTIFIC, _SIMPLE) for n in find.findall(part)
+        n for part in parts for pattern in (_WITH_COMMAS, _SCIENTIFIC, _SIMPLE) for n in pattern.findall(part)
     ]
-    said = [form for text in [*parts, *numbers] for form in _normalised(text)]
-    wanted = [form for truth in truths for form in _normalised(truth)]
-    texts = [form for form in wanted if isinstance(form, str)]
+    answer_forms = [form for text in [*parts, *numbers] for form in _normalised(text)]
+    truth_forms = [form for truth in truths for form in _normalised(truth)]
+    texts = [form for form in truth_forms if isinstance(form, str)]
     return any(
-        any(text in form for text in texts) if isinstance(form, str) else form in wanted for form in said
+        any(text in form for text in texts) if isinstance(form, str) else form in truth_forms
+        for form in answer_forms
     )
 
 
-def as_list(text: str) -> list[str]:
-    """MMMU and others write lists as Python prints them; anything else is a list of one."""
+def parse_list(text: str) -> list[str]:
+    """Read a list as Python prints it (MMMU stores lists so); any other text becomes a list of one."""
     if text.startswith("["):
         try:
             value = ast.literal_eval(text)

@@ -1,7 +1,7 @@
-"""CIDEr-D (arXiv 1411.5726, section 5), the number that papers print as "CIDEr".
+"""Compute CIDEr-D (arXiv 1411.5726, section 5), the number that papers print as "CIDEr".
 
-Equal to pycocoevalcap's `Cider` on the same words: n-grams up to 4, sigma 6, times 10, the document
-frequency taken from the references being scored. Does not know: pictures, models.
+It equals pycocoevalcap's `Cider` on the same words: n-grams up to 4, sigma 6, times 10, and document
+frequencies from the references that are scored.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pumice.errors import InputError
 from pumice.evaluate.metrics.ptb import tokenize
 
 N = 4  # longest n-gram
-SIGMA = 6.0  # of the penalty on a difference in length, n-grams
+SIGMA = 6.0  # n-grams; width of the penalty on a difference in length
 
 Gram = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Vector:
+class _TfIdfVector:
     weights: tuple[dict[Gram, float], ...]  # tf-idf of the n-grams of each order 1..N
     norms: tuple[float, ...]
-    length: int  # of the caption in bigrams: the official scorer counts these, not words
+    length: int  # of the caption in bigrams, as in the official scorer
 
 
 class Cider:
-    """A corpus of references, prepared once, that scores any number of systems.
+    """A corpus of references that scores the captions of any number of models.
 
-    references: for each picture, its captions as people wrote them. Raises InputError when a picture
-    has none. One picture alone scores 0 whatever is said: every n-gram then stands in every document.
+    references: for each image, the captions that people wrote. Raises InputError when an image has none.
+    A single image always scores 0, because every n-gram then occurs in every document.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
@@ -40,13 +40,13 @@ class Cider:
             if not captions:
                 raise InputError(f"picture {number} has no reference captions; give at least one")
         self._frequency = Counter(gram for captions in counts for gram in set().union(*captions))
-        self._rarest = math.log(max(1, len(counts)))
+        self._max_idf = math.log(max(1, len(counts)))
         self._references = [[self._vector(count) for count in captions] for captions in counts]
 
     def score(self, captions: Sequence[str]) -> list[float]:
-        """One score per picture, 0 to 10; their mean is the CIDEr of the corpus (1.0 is "100" in papers).
+        """Return a score per image, 0 to 10; the mean is the CIDEr of the corpus (papers print 1.0 as 100).
 
-        captions: one per picture, in the references' order. Raises InputError on another number.
+        captions: one per image, in the order of the references. Raises InputError on another number.
         """
         if len(captions) != len(self._references):
             raise InputError(
@@ -54,17 +54,17 @@ class Cider:
             )
         return [self._score(_count(c), refs) for c, refs in zip(captions, self._references, strict=True)]
 
-    def _score(self, count: Counter[Gram], references: Sequence[_Vector]) -> float:
-        said = self._vector(count)
-        return 10 * sum(_similarity(said, reference) for reference in references) / len(references)
+    def _score(self, count: Counter[Gram], references: Sequence[_TfIdfVector]) -> float:
+        candidate = self._vector(count)
+        return 10 * sum(_similarity(candidate, reference) for reference in references) / len(references)
 
-    def _vector(self, count: Counter[Gram]) -> _Vector:
+    def _vector(self, count: Counter[Gram]) -> _TfIdfVector:
         weights: tuple[dict[Gram, float], ...] = tuple({} for _ in range(N))
         for gram, times in count.items():
-            idf = self._rarest - math.log(max(1, self._frequency[gram]))
+            idf = self._max_idf - math.log(max(1, self._frequency[gram]))
             weights[len(gram) - 1][gram] = times * idf
         norms = tuple(math.sqrt(sum(w * w for w in order.values())) for order in weights)
-        return _Vector(weights, norms, sum(times for gram, times in count.items() if len(gram) == 2))
+        return _TfIdfVector(weights, norms, sum(times for gram, times in count.items() if len(gram) == 2))
 
 
 def _count(caption: str) -> Counter[Gram]:
@@ -72,14 +72,18 @@ def _count(caption: str) -> Counter[Gram]:
     return Counter(tuple(words[i : i + n]) for n in range(1, N + 1) for i in range(len(words) - n + 1))
 
 
-def _similarity(said: _Vector, reference: _Vector) -> float:
-    """Mean over the orders of the cosine, clipped so that saying a word twice earns nothing."""
+def _similarity(candidate: _TfIdfVector, reference: _TfIdfVector) -> float:
+    """Return the mean cosine over the n-gram orders, times a penalty on a difference in length.
+
+    Weights are clipped to the reference's, so that repeating a word earns nothing.
+    """
     total = 0.0
-    for ours, theirs, norm, other in zip(
-        said.weights, reference.weights, said.norms, reference.norms, strict=True
+    for weights, reference_weights, norm, reference_norm in zip(
+        candidate.weights, reference.weights, candidate.norms, reference.norms, strict=True
     ):
-        if norm and other:
-            common = ours.keys() & theirs.keys()
-            total += sum(min(ours[g], theirs[g]) * theirs[g] for g in common) / (norm * other)
-    difference = said.length - reference.length
+        if norm and reference_norm:
+            common = weights.keys() & reference_weights.keys()
+            product = sum(min(weights[g], reference_weights[g]) * reference_weights[g] for g in common)
+            total += product / (norm * reference_norm)
+    difference = candidate.length - reference.length
     return total / N * math.exp(-(difference**2) / (2 * SIGMA**2))

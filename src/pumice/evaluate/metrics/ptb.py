@@ -1,29 +1,29 @@
-"""Captions as the words that caption metrics count: Penn Treebank tokens, lower case, no punctuation.
+"""Split English captions into Penn Treebank tokens: lower case, without punctuation.
 
-Does what pycocoevalcap's PTBTokenizer does with Stanford CoreNLP 3.4.1, without Java. Its oddities are
-kept, because published scores contain them: a round bracket stays as the word "-lrb-", "!!!" is a word
-and "!" is none. Knows English caption text only. Does not know: scores.
+The tokens equal those of pycocoevalcap's PTBTokenizer (Stanford CoreNLP 3.4.1), without Java. Its oddities
+stay, because published scores contain them: "(" becomes the word "-lrb-", and "!!!" is a word while "!" is
+not.
 """
 
 from __future__ import annotations
 
 import re
 
-# pycocoevalcap's list. Its "-LRB-" never matches, since tokens are in lower case by then.
+# pycocoevalcap's list, without its "-LRB-", which never matches tokens in lower case.
 _REMOVED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
-_WRITTEN = {
+_REPLACED = {
     '"': "''", "“": "``", "”": "''", "«": "``", "»": "''", "\u2018": "`", "’": "'", "…": "...",
     "–": "--", "—": "--", "½": "1/2", "¼": "1/4", "¾": "3/4", "€": "$", "£": "#", "¢": "cents",
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
 }  # fmt: skip
 
-# Abbreviations whose full stop belongs to the word wherever they stand.
+# Abbreviations whose full stop always belongs to the word.
 _ABBREVIATIONS = (
     "mr|mrs|ms|messrs|dr|prof|sr|jr|st|mt|gen|col|sgt|capt|lt|rev|hon|gov|sen|rep|pres|maj|adm|cmdr|"
     "inc|co|corp|ltd|bros|assn|dept|est|ave|blvd|rd|ft|etc|vs|ph\\.d|"
     "jan|feb|apr|aug|sept|sep|oct|nov|dec|calif|fla"
 )
-# After a single capital and its full stop these begin a sentence.
+# Words that begin a new sentence after a single capital letter and its full stop.
 _STARTS = (
     "A|About|According|Additionally|After|An|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many|More|"
     "Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|When|While|"
@@ -60,15 +60,15 @@ _MIXED = re.compile(r"(?<=\d)(?=[½¼¾])")
 
 
 def tokenize(caption: str) -> list[str]:
-    """The words of a caption, as caption metrics count them; empty when it holds none."""
+    """Return the words of a caption as caption metrics count them; empty where there are none."""
     text = _MIXED.sub(" ", _DROPPED.sub(" ", caption).replace("&amp;", "&").replace("&quot;", '"'))
     text = _OPENING.sub("`", _APOSTROPHE_AFTER_LETTER.sub("'", text))
-    words = (_written(word) for word in _TOKEN.findall(text))
+    words = (_replace(word) for word in _TOKEN.findall(text))
     return [word for word in words if word not in _REMOVED]
 
 
-def _written(word: str) -> str:
-    if word in _WRITTEN:
-        return _WRITTEN[word]
+def _replace(word: str) -> str:
+    if word in _REPLACED:
+        return _REPLACED[word]
     smile = len(word) > 1 and word[-1] in "()"
-    return word[:-1] + _WRITTEN[word[-1]] if smile else word.lower()
+    return word[:-1] + _REPLACED[word[-1]] if smile else word.lower()

@@ -1,10 +1,9 @@
-"""Short answers against ten people's answers, as the official scorers of VQA, VizWiz and TextVQA count.
+"""Score short answers against ten people's answers, as the scorers of VQA, VizWiz and TextVQA do.
 
-Sources: GT-Vision-Lab/VQA vqaEval.py, the VizWiz API's vqaEval.py, and the EvalAI answer processor of
-M4C that LLaVA uses for TextVQA and for what it submits. Their slips are kept, since published numbers
-contain them: the pattern meant to keep a period after a digit says `(?!<=` for `(?<!`, so that it never
-does, and `re.UNICODE` stands in the place of a count, so that only the first 32 periods go. `corrected`
-repairs both. Knows texts only.
+Sources: GT-Vision-Lab/VQA vqaEval.py, the VizWiz API's vqaEval.py, and the EvalAI answer processor of M4C,
+which LLaVA uses for TextVQA and for its submissions. Two of their errors stay, because published numbers
+contain them; `corrected` repairs both. The pattern that should keep a period after a digit has `(?!<=` where
+`(?<!` is meant, so it never keeps one. `re.UNICODE` is passed as the count, so only 32 periods are removed.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-_SLIPS = 32  # re.UNICODE, passed where re.sub expects how often
-_PERIOD = re.compile(r"\.(?!\d)")  # what the official pattern comes to
+_MAX_PERIODS = 32  # the value of re.UNICODE, which the official scorers pass as the count
+_PERIOD = re.compile(r"\.(?!\d)")  # the effect of the official pattern
 _PERIOD_MEANT = re.compile(r"(?<!\d)\.(?!\d)")
-_COMMA = re.compile(r"\d,\d")  # the two official patterns find one in the same texts
+_COMMA = re.compile(r"\d,\d")  # matches in the same texts as the two official patterns
 _COMMAS = re.compile(r"(?<=\d),+(?=\d)")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = ("a", "an", "the")
@@ -27,13 +26,13 @@ _DIGITS = {
     )
 } | {"none": "0"}
 
-# Contractions that the scorers restore, written as "key" or "key=value" where the value is not plainly
-# the key with an apostrophe before its last letters. The list's own slips (somebody'd) are part of it.
+# Contractions that the scorers restore: stems that end in n't, then "key=value" for all others. The errors of
+# the official list (somebody'd) stay.
 _NT = (
     "aren couldn didn doesn don hadn hasn haven isn mightn mustn needn oughtn shan shouldn wasn weren won "
     "wouldn ain can"
 )
-_WHOLE = """
+_OTHERS = """
 couldve=could've couldn'tve=couldn't've couldnt've=couldn't've hadnt've=hadn't've hadn'tve=hadn't've
 hed=he'd hed've=he'd've he'dve=he'd've hes=he's howd=how'd howll=how'll hows=how's Id've=I'd've
 I'dve=I'd've Im=I'm Ive=I've itd=it'd itd've=it'd've it'dve=it'd've itll=it'll let's=let's maam=ma'am
@@ -53,37 +52,37 @@ yall'll=y'all'll y'allll=y'all'll yall'd've=y'all'd've y'alld've=y'all'd've y'al
 youd=you'd youd've=you'd've you'dve=you'd've youll=you'll youre=you're youve=you've
 """
 CONTRACTIONS = {f"{stem}t": f"{stem}'t" for stem in _NT.split()} | dict(
-    entry.split("=") for entry in _WHOLE.split()
+    entry.split("=") for entry in _OTHERS.split()
 )
 
 
 @lru_cache(maxsize=1 << 16)
 def strip_punctuation(text: str, *, corrected: bool = False) -> str:
-    """Punctuation becomes a space, or nothing where it stands beside one or the text holds 1,000."""
+    """Replace punctuation by a space, or remove it next to a space or if the text has a number like 1,000."""
     thousands = (_COMMAS if corrected else _COMMA).search(text) is not None
     out = text
     for mark in _PUNCTUATION:
-        beside = mark + " " in text or " " + mark in text
-        out = out.replace(mark, "" if beside or thousands else " ")
-    return _PERIOD_MEANT.sub("", out) if corrected else _PERIOD.sub("", out, count=_SLIPS)
+        next_to_space = mark + " " in text or " " + mark in text
+        out = out.replace(mark, "" if next_to_space or thousands else " ")
+    return _PERIOD_MEANT.sub("", out) if corrected else _PERIOD.sub("", out, count=_MAX_PERIODS)
 
 
 @lru_cache(maxsize=1 << 16)
 def digits_and_articles(text: str) -> str:
-    """Lower case, number words to ten as digits, no articles, contractions with their apostrophe."""
+    """Lower the case, write number words as digits, drop articles and restore apostrophes."""
     words = (_DIGITS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def m4c(text: str, *, corrected: bool = False) -> str:
-    """The EvalAI answer processor of M4C: what LLaVA submits for VQAv2 and VizWiz, and TextVQA's words."""
+def normalize_m4c(text: str, *, corrected: bool = False) -> str:
+    """Normalise an answer as M4C's EvalAI answer processor does; LLaVA uses it for VQAv2, VizWiz, TextVQA."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return digits_and_articles(strip_punctuation(text, corrected=corrected))
 
 
-def bare(text: str) -> str:
-    """Lower case, without a full stop and spaces around it; what is inside stays."""
+def lower_without_period(text: str) -> str:
+    """Lower the case and remove the final full stop and outer spaces."""
     return text.strip().rstrip(".").strip().lower()
 
 
@@ -91,37 +90,37 @@ def _plain(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def leave_one_out(said: str, answers: Sequence[str]) -> float:
-    """Mean over the people of min(1, others who said it / 3); 0 when nobody answered."""
-    if not answers:
+def leave_one_out(answer: str, truths: Sequence[str]) -> float:
+    """Return the mean over people of min(1, other people with this answer / 3); 0 without people."""
+    if not truths:
         return 0.0
-    same = sum(answer == said for answer in answers)
-    scores = [min(1.0, (same - (answer == said)) / 3) for answer in answers]
+    same = sum(truth == answer for truth in truths)
+    scores = [min(1.0, (same - (truth == answer)) / 3) for truth in truths]
     return sum(scores) / len(scores)
 
 
-def textvqa_accuracy(said: str, answers: Sequence[str], *, corrected: bool = False) -> float:
-    """LLaVA's m4c_evaluator: both sides through the processor, then leave one out."""
-    processed = [m4c(answer, corrected=corrected) for answer in answers]
-    return leave_one_out(m4c(said, corrected=corrected), processed)
+def textvqa_accuracy(answer: str, truths: Sequence[str], *, corrected: bool = False) -> float:
+    """Score as LLaVA's m4c_evaluator: normalise answer and truths, then leave one person out."""
+    processed = [normalize_m4c(truth, corrected=corrected) for truth in truths]
+    return leave_one_out(normalize_m4c(answer, corrected=corrected), processed)
 
 
-def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
-    """VQAEval: both sides are normalised, but only where people did not all write the same."""
-    answers, said = [_plain(answer) for answer in answers], _plain(said)
-    if len(set(answers)) > 1:
-        answers = [digits_and_articles(strip_punctuation(answer)) for answer in answers]
-        said = digits_and_articles(strip_punctuation(said))
-    return leave_one_out(said, answers)
+def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """Score as VQAEval, which normalises both sides unless all people wrote the same."""
+    truths, answer = [_plain(truth) for truth in truths], _plain(answer)
+    if len(set(truths)) > 1:
+        truths = [digits_and_articles(strip_punctuation(truth)) for truth in truths]
+        answer = digits_and_articles(strip_punctuation(answer))
+    return leave_one_out(answer, truths)
 
 
-def vqa_accuracy_first(said: str, answers: Sequence[str]) -> float:
-    """VQAEval as first released: the prediction is always normalised, truths lose punctuation only."""
-    if len(set(answers)) > 1:
-        answers = [strip_punctuation(answer) for answer in answers]
-    return leave_one_out(digits_and_articles(strip_punctuation(_plain(said))), answers)
+def vqa_accuracy_first(answer: str, truths: Sequence[str]) -> float:
+    """Score as the first release of VQAEval: normalise the answer, remove punctuation from the truths."""
+    if len(set(truths)) > 1:
+        truths = [strip_punctuation(truth) for truth in truths]
+    return leave_one_out(digits_and_articles(strip_punctuation(_plain(answer))), truths)
 
 
-def vizwiz_accuracy(said: str, answers: Sequence[str]) -> float:
-    """The VizWiz API's scorer: the prediction is normalised, people's answers are taken as they are."""
-    return leave_one_out(digits_and_articles(strip_punctuation(_plain(said))), answers)
+def vizwiz_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """Score as the VizWiz API: normalise the answer, leave the truths unchanged."""
+    return leave_one_out(digits_and_articles(strip_punctuation(_plain(answer))), truths)

@@ -1,4 +1,4 @@
-"""One file per benchmark; being here is all the registration there is (see `pumice.evaluate.task`)."""
+"""Register every benchmark: each file in this folder holds one (see `pumice.evaluate.task`)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pumice.evaluate.task import Task
 
 @cache
 def registry() -> dict[str, type[Task]]:
-    """All benchmarks by name, the twelve of LLaVA-1.5 first."""
-    found: list[type[Task]] = []
+    """Return all benchmarks by name, the twelve of LLaVA-1.5 first."""
+    tasks: list[type[Task]] = []
     for module in pkgutil.iter_modules(__path__):
         contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
-        found += [
+        tasks += [
             c
             for c in contents.values()
             if isinstance(c, type)
@@ -24,11 +24,11 @@ def registry() -> dict[str, type[Task]]:
             and "name" in vars(c)
             and c.__module__.endswith(f".{module.name}")
         ]
-    return {task.name: task for task in sorted(found, key=lambda task: (task.rank, task.name))}
+    return {task.name: task for task in sorted(tasks, key=lambda task: (task.rank, task.name))}
 
 
 def get_task(name: str, split: str | None = None) -> Task:
-    """The benchmark of that name. Raises InputError that lists the names."""
+    """Return the benchmark of that name. Raises InputError that lists the names."""
     if name not in registry():
         raise InputError(f"there is no task {name!r}; use one of {', '.join(registry())}")
     return registry()[name](split)

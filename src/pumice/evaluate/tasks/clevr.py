@@ -1,4 +1,4 @@
-"""CLEVR (arXiv 1612.06890): rendered scenes, and questions whose programs say which skill they need."""
+"""CLEVR (arXiv 1612.06890): questions about rendered scenes, each with a program that names the skill."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_object
-from pumice.evaluate.metrics.vqa import bare, m4c
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.files import ImageFolders, locate, read_object, require_keys
+from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c
+from pumice.evaluate.task import (
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 _KINDS = {
     "count": "count",
@@ -21,7 +30,7 @@ _KINDS = {
 
 
 def kind_of(program: Sequence[dict[str, Any]]) -> str | None:
-    """The paper's five kinds of questions, by the last function of the program."""
+    """Return one of the paper's five kinds of questions, by the last function of the program."""
     if not program:
         return None
     last = str(program[-1].get("function", program[-1].get("type")))
@@ -31,7 +40,7 @@ def kind_of(program: Sequence[dict[str, Any]]) -> str | None:
 
 
 class Clevr(Task):
-    """The whole answer must be the one of the file, in any case and with or without a full stop."""
+    """An answer is right if it equals the truth; case and a final full stop do not count."""
 
     name = "clevr"
     title = "CLEVR"
@@ -39,7 +48,7 @@ class Clevr(Task):
     rank = 34
     splits = ("val", "test", "train")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://cs.stanford.edu/people/jcjohns/clevr/",
         version="1.0",
         licence="CC BY 4.0",
@@ -48,12 +57,12 @@ class Clevr(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, (f"CLEVR_{self.split}_questions.json",), self.source.files)
-        found = read_object(file)
-        need(found, ("questions",), f"'{file}'")
-        pictures = Pictures(data, f"images/{self.split}", f"CLEVR_v1.0/images/{self.split}", self.split)
-        for number, row in enumerate(found["questions"], 1):
-            need(row, ("question", "image_filename"), f"'{file}', question {number}")
+        file = locate(data, (f"CLEVR_{self.split}_questions.json",), self.source.expected_files)
+        contents = read_object(file)
+        require_keys(contents, ("questions",), f"'{file}'")
+        images = ImageFolders(data, f"images/{self.split}", f"CLEVR_v1.0/images/{self.split}", self.split)
+        for number, row in enumerate(contents["questions"], 1):
+            require_keys(row, ("question", "image_filename"), f"'{file}', question {number}")
             image = row["image_filename"]
             meta = {
                 "question": row["question"],
@@ -62,17 +71,24 @@ class Clevr(Task):
                 "family": row.get("question_family_index"),
             }
             key = str(row.get("question_index", number - 1))
-            yield Question(key, (pictures.get(image),), f"{row['question']}\n{SHORT}", meta)
+            yield Question(key, (images.get(image),), f"{row['question']}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if answered and all(question.meta["answer"] is None for question, _ in answered):
             raise InputError(f"the answers of CLEVR {self.split} are not public; score --split val")
-        values = [float(bare(text) == str(question.meta["answer"])) for question, text in answered]
-        loose = [float(m4c(text) == m4c(str(question.meta["answer"]))) for question, text in answered]
+        values = [
+            float(lower_without_period(text) == str(question.meta["answer"])) for question, text in answered
+        ]
+        loose = [
+            float(normalize_m4c(text) == normalize_m4c(str(question.meta["answer"])))
+            for question, text in answered
+        ]
         parts = {
-            "kind": categories(answered, values, "category"),
-            "family": categories(answered, values, "family"),
+            "kind": scores_by_category(answered, values, "category"),
+            "family": scores_by_category(answered, values, "family"),
         }
         return Score(
-            {"accuracy": percent(values), "accuracy_number_words": percent(loose)}, parts, list(values)
+            {"accuracy": mean_percent(values), "accuracy_number_words": mean_percent(loose)},
+            parts,
+            list(values),
         )

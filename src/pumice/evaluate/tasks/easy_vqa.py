@@ -1,4 +1,4 @@
-"""easy-vqa (PyPI, MIT): small drawn pictures of one coloured shape, and simple questions about them."""
+"""easy-vqa (PyPI, MIT): simple questions about small drawings of one coloured shape."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, read_json
-from pumice.evaluate.metrics.vqa import bare
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.files import ImageFolders, locate, read_json
+from pumice.evaluate.metrics.vqa import lower_without_period
+from pumice.evaluate.task import (
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
-ROW = 3  # question, answer, number of the picture
+ROW = 3  # columns: question, answer, number of the image
 
 
 def kind_of(question: str, answer: str) -> str:
-    """What is asked for: whether something is there or is not there, a colour, or a shape."""
+    """Return what the question asks: whether something is or is not there, a colour, or a shape."""
     if answer in ("yes", "no"):
         words = question.rstrip("?").split()
         return "not there" if "not" in words or "no" in words else "there"
@@ -22,7 +31,7 @@ def kind_of(question: str, answer: str) -> str:
 
 
 class EasyVQA(Task):
-    """One of thirteen answers; the whole answer must be it, in any case, with or without a full stop."""
+    """An answer is right if it equals the truth (one of 13); case and a final full stop do not count."""
 
     name = "easy-vqa"
     title = "easy-VQA"
@@ -30,7 +39,7 @@ class EasyVQA(Task):
     rank = 40
     splits = ("test", "train")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://pypi.org/project/easy-vqa/",
         version="1.0 (pip download --no-deps easy-vqa==1.0, unzip)",
         licence="MIT",
@@ -39,12 +48,12 @@ class EasyVQA(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, (f"{self.split}/questions.json",), self.source.files)
+        file = locate(data, (f"{self.split}/questions.json",), self.source.expected_files)
         rows = read_json(file)
         if not isinstance(rows, list):
             raise InputError(f"'{file}' holds no list; is this the official file?")
-        folders = (f"{above}{self.split}/images" for above in ("", "data/", "easy_vqa/data/"))
-        pictures = Pictures(data, *folders)
+        folders = (f"{parent}{self.split}/images" for parent in ("", "data/", "easy_vqa/data/"))
+        images = ImageFolders(data, *folders)
         for number, row in enumerate(rows, 1):
             if not isinstance(row, list) or len(row) != ROW or not all(isinstance(t, str) for t in row[:2]):
                 raise InputError(
@@ -52,19 +61,18 @@ class EasyVQA(Task):
                 )
             question, answer, image = row
             meta = {"question": question, "answer": answer, "category": kind_of(question, answer)}
-            picture = pictures.get(f"{image}.png")
-            yield Question(str(number - 1), (picture,), f"{question}\n{SHORT}", meta)
+            yield Question(str(number - 1), (images.get(f"{image}.png"),), f"{question}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
-        values = [float(bare(text) == question.meta["answer"]) for question, text in answered]
+        values = [float(lower_without_period(text) == question.meta["answer"]) for question, text in answered]
         open_ended = [
             value
             for value, (question, _) in zip(values, answered, strict=True)
             if question.meta["answer"] not in ("yes", "no")
         ]
-        metrics = {"accuracy": percent(values), "accuracy_colour_and_shape": percent(open_ended)}
+        metrics = {"accuracy": mean_percent(values), "accuracy_colour_and_shape": mean_percent(open_ended)}
         parts = {
-            "question": categories(answered, values, "category"),
-            "answer": categories(answered, values, "answer"),
+            "question": scores_by_category(answered, values, "category"),
+            "answer": scores_by_category(answered, values, "answer"),
         }
         return Score(metrics, parts, list(values))

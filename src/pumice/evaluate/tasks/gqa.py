@@ -6,17 +6,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_jsonl, read_object, write_json
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.files import ImageFolders, locate, read_jsonl, read_object, require_keys, write_json
+from pumice.evaluate.task import (
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 
 def prediction(text: str) -> str:
-    """What LLaVA's convert_gqa_for_eval.py makes of an answer."""
+    """Normalise an answer as LLaVA's convert_gqa_for_eval.py does."""
     return text.rstrip(".").lower()
 
 
 class GQA(Task):
-    """The whole answer must be the one word of the file (eval.py of the benchmark)."""
+    """An answer is right if it equals the truth, as in the benchmark's eval.py."""
 
     name = "gqa"
     title = "GQA"
@@ -24,7 +33,7 @@ class GQA(Task):
     rank = 2
     splits = ("testdev_balanced", "val_balanced")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://cs.stanford.edu/people/dorarad/gqa/download.html",
         version="questions 1.2",
         licence="CC BY 4.0",
@@ -34,15 +43,15 @@ class GQA(Task):
 
     def questions(self, data: Path) -> Iterator[Question]:
         names = (f"{self.split}_questions.json", f"llava_gqa_{self.split}.jsonl")
-        file = locate(data, names, self.source.files)
-        pictures = Pictures(data, "images", "data/images", "allImages/images")
-        if file.name.endswith(".jsonl"):  # LLaVA's list, without the truth: for a submission
+        file = locate(data, names, self.source.expected_files)
+        images = ImageFolders(data, "images", "data/images", "allImages/images")
+        if file.name.endswith(".jsonl"):  # LLaVA's list has no truths; it serves submissions
             for number, row in enumerate(read_jsonl(file), 1):
-                need(row, ("question_id", "image", "text"), f"'{file}', row {number}")
-                yield Question(str(row["question_id"]), (pictures.get(row["image"]),), row["text"])
+                require_keys(row, ("question_id", "image", "text"), f"'{file}', row {number}")
+                yield Question(str(row["question_id"]), (images.get(row["image"]),), row["text"])
             return
         for key, row in read_object(file).items():
-            need(row, ("imageId", "question", "answer"), f"'{file}', question {key}")
+            require_keys(row, ("imageId", "question", "answer"), f"'{file}', question {key}")
             types = row.get("types") or {}
             structure = types.get("structural")
             meta = {
@@ -52,7 +61,7 @@ class GQA(Task):
                 "structure": structure,
                 "semantic": types.get("semantic"),
             }
-            image = pictures.get(f"{row['imageId']}.jpg")
+            image = images.get(f"{row['imageId']}.jpg")
             yield Question(key, (image,), f"{row['question']}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
@@ -63,11 +72,11 @@ class GQA(Task):
             )
         values = [float(prediction(text) == question.meta.get("answer")) for question, text in answered]
         return Score(
-            {"accuracy": percent(values)},
+            {"accuracy": mean_percent(values)},
             {
-                "answer": categories(answered, values, "category"),
-                "structure": categories(answered, values, "structure"),
-                "semantics": categories(answered, values, "semantic"),
+                "answer": scores_by_category(answered, values, "category"),
+                "structure": scores_by_category(answered, values, "structure"),
+                "semantics": scores_by_category(answered, values, "semantic"),
             },
             list(values),
         )

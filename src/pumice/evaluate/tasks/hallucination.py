@@ -1,4 +1,4 @@
-"""CHAIR (arXiv 1809.02156): which of COCO's 80 things a caption names that are not in the picture."""
+"""CHAIR (arXiv 1809.02156): which of COCO's 80 objects a caption names though they are not in the image."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_json
-from pumice.evaluate.task import Answered, Cell, Floats, Question, Score, Source, Task, percent
+from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys
+from pumice.evaluate.task import (
+    Answered,
+    CategoryScore,
+    DatasetSource,
+    Floats,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+)
 
 PROMPT = "Describe this image in detail."
 
-Pairs = list[tuple[str, str]]  # (word, thing)
+Mentions = list[tuple[str, str]]  # (word, object)
 
 _DOUBLE = (
     "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light",
@@ -27,15 +36,15 @@ _DOUBLE = (
 _ANIMALS = (
     "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub",
 )  # fmt: skip
-# Two words that are read as one; "baby bird" is no person, "train track" no train.
-_TOGETHER = (
+# Two words that count as one: "baby bird" names no person, "train track" names no train.
+_TWO_WORDS = (
     {pair: pair for pair in _DOUBLE}
     | {f"{young} {animal}": animal for young in ("baby", "adult") for animal in _ANIMALS}
     | {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
     | {"wine glas": "wine glass"}
 )
-# What NLTK's word_tokenize splits off; "dog/cat" stays one word, which is no thing's name.
-_APART = re.compile(
+# What NLTK's word_tokenize splits off; "dog/cat" stays one word, which names no object.
+_SEPARATORS = re.compile(
     r"--|\.\.+|[\u2012-\u2015*;@#$%&?!()\[\]{}<>\"“”\u2018’«»„`]|[:,](?!\d)|\.(?=[\s\"')\]}>”’»]|$)"
     r"|(?<=\w)(?:'(?:s|m|d|ll|re|ve)|n't)(?!\w)|(?<!\w)'|'(?!\w)"
 )
@@ -45,8 +54,8 @@ _IRREGULAR = {
     "scissors": "scissors", "doggies": "doggie", "collies": "collie", "mice": "mouse",
 }  # fmt: skip
 _PLURALS = tuple(
-    (re.compile(many), one)
-    for many, one in (
+    (re.compile(plural), one)
+    for plural, one in (
         (r"(o|bus|x|ch|ss|sh)es$", r"\1"),
         (r"([^aeiouy]|qu)ies$", r"\1y"),
         (r"([aeo]l)ves$", r"\1f"),
@@ -58,18 +67,18 @@ _PLURALS = tuple(
 
 @lru_cache(maxsize=1 << 16)
 def singular(word: str) -> str:
-    """As the original's library has it: a "bus" becomes a "bu" (only "buses" count), "ties" become "ty"."""
-    for many, one in _IRREGULAR.items():
-        if word.endswith(many):
-            return word.removesuffix(many) + one
-    return next((many.sub(one, word) for many, one in _PLURALS if many.search(word)), word)
+    """Return the singular as the original's library does: "bus" becomes "bu", "ties" become "ty"."""
+    for plural, one in _IRREGULAR.items():
+        if word.endswith(plural):
+            return word.removesuffix(plural) + one
+    return next((plural.sub(one, word) for plural, one in _PLURALS if plural.search(word)), word)
 
 
-class Things:
-    """COCO's things and their synonyms, as CHAIR's synonyms.txt lists them.
+class ObjectNames:
+    """The names of COCO's objects and their synonyms, from CHAIR's synonyms.txt.
 
-    The original's slips are kept: those of `singular`, and that a synonym behind two spaces is never found.
-    corrected: neither.
+    Two errors of the original stay: those of `singular`, and that a synonym after two spaces is never found.
+    corrected: repair both.
     """
 
     def __init__(self, lines: Iterable[str], *, corrected: bool = False) -> None:
@@ -78,7 +87,7 @@ class Things:
         for line in lines:
             words = [word.strip() if corrected else word for word in line.strip().split(", ")]
             self.names |= {word: words[0] for word in words if word}
-        self._listed = self.names.keys() | {part for pair in _TOGETHER for part in pair.split()}
+        self._listed = self.names.keys() | {part for pair in _TWO_WORDS for part in pair.split()}
 
     def _singular(self, word: str) -> str:
         if not self.corrected:
@@ -86,26 +95,29 @@ class Things:
         forms = (word, singular(word), word.removesuffix("s"))
         return next((form for form in forms if form in self._listed), word)
 
-    def named(self, text: str) -> Pairs:
-        """(word, thing) for each thing that a text names, in order, repetitions included."""
-        words = [self._singular(word) for word in _APART.sub(r" \g<0> ", text.lower()).split()]
-        read: list[str] = []
-        at = 0
-        while at < len(words):
-            pair = " ".join(words[at : at + 2])
-            read.append(_TOGETHER.get(pair, words[at]))
-            at += 2 if pair in _TOGETHER else 1
-        if "toilet" in read:
-            read = [word for word in read if word != "seat"]
-        return [(word, self.names[word]) for word in read if word in self.names]
+    def find(self, text: str) -> Mentions:
+        """Return (word, object) for each object that a text names, in order and with repetitions."""
+        # 1. Split the text into singular words.
+        words = [self._singular(word) for word in _SEPARATORS.sub(r" \g<0> ", text.lower()).split()]
+        # 2. Join the pairs that count as one word.
+        joined: list[str] = []
+        index = 0
+        while index < len(words):
+            pair = " ".join(words[index : index + 2])
+            joined.append(_TWO_WORDS.get(pair, words[index]))
+            index += 2 if pair in _TWO_WORDS else 1
+        # 3. A toilet seat is no chair, as in the original.
+        if "toilet" in joined:
+            joined = [word for word in joined if word != "seat"]
+        return [(word, self.names[word]) for word in joined if word in self.names]
 
 
 class Chair(Task):
-    """Headline: CHAIRi, the share of named things that are not there; CHAIRs is the share of such captions.
+    """Headline: CHAIRi, the share of named objects that are not in the image. Lower is better.
 
-    Lower is better. A thing is there when it has a mask or when one of the people's captions names it.
-    The headline keeps the slips of the original's singulars ("a bus" is never named, "buses" are), as
-    published numbers do; corrected beside it.
+    CHAIRs is the share of captions that name such an object. An object is in the image if it has a mask or
+    if a person's caption names it. The headline keeps the errors of the original's singulars ("a bus" is
+    never found, "buses" are), as published numbers do; the result also holds the corrected scores.
     """
 
     name = "chair"
@@ -115,7 +127,7 @@ class Chair(Task):
     rank = 35
     splits = ("val",)
     max_new_tokens = 512
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/LisaAnne/Hallucination (data/synonyms.txt), https://cocodataset.org",
         version="COCO 2014",
         licence="annotations CC BY 4.0; pictures under COCO's terms; synonyms.txt BSD-2-Clause",
@@ -127,34 +139,46 @@ class Chair(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        lines = locate(data, ("synonyms.txt",), self.source.files).text().splitlines()
-        masks = locate(data, ("instances_val2014.json", "instances_all2014.json"), self.source.files)
-        written = locate(data, ("captions_val2014.json", "captions_all2014.json"), self.source.files)
-        boxes, captions = read_json(masks), read_json(written)
-        need(boxes, ("images", "annotations", "categories"), f"'{masks}'")
-        need(captions, ("annotations",), f"'{written}'")
-        readings = [Things(lines), Things(lines, corrected=True)]
-        there = [_there(things, boxes, captions["annotations"]) for things in readings]
-        chosen = self._chosen(data)
-        pictures = Pictures(data, "val2014", "images/val2014")
-        for row in boxes["images"]:
-            if chosen is not None and row["id"] not in chosen:
+        lines = locate(data, ("synonyms.txt",), self.source.expected_files).text().splitlines()
+        masks = locate(data, ("instances_val2014.json", "instances_all2014.json"), self.source.expected_files)
+        captions_file = locate(
+            data, ("captions_val2014.json", "captions_all2014.json"), self.source.expected_files
+        )
+        annotations, captions = read_json(masks), read_json(captions_file)
+        require_keys(annotations, ("images", "annotations", "categories"), f"'{masks}'")
+        require_keys(captions, ("annotations",), f"'{captions_file}'")
+        vocabularies = [ObjectNames(lines), ObjectNames(lines, corrected=True)]
+        objects_by_image = [
+            _objects_in_images(names, annotations, captions["annotations"]) for names in vocabularies
+        ]
+        selected_ids = self._selected_ids(data)
+        images = ImageFolders(data, "val2014", "images/val2014")
+        for row in annotations["images"]:
+            if selected_ids is not None and row["id"] not in selected_ids:
                 continue
-            truths = [sorted(found.get(row["id"], ())) for found in there]
-            meta = {"question": PROMPT, "answers": truths[0], "corrected": truths[1], "things": readings}
-            yield Question(str(row["id"]), (pictures.get(row["file_name"]),), PROMPT, meta, row["file_name"])
+            truths = [sorted(objects.get(row["id"], ())) for objects in objects_by_image]
+            meta = {
+                "question": PROMPT,
+                "answers": truths[0],
+                "corrected": truths[1],
+                "vocabularies": vocabularies,
+            }
+            yield Question(str(row["id"]), (images.get(row["file_name"]),), PROMPT, meta, row["file_name"])
 
-    def _chosen(self, data: Path) -> set[int] | None:
+    def _selected_ids(self, data: Path) -> set[int] | None:
         path = data / "chair_images.txt"
         if not path.is_file():
             return None
         try:
             return {int(line) for line in path.read_text(encoding="utf-8").split()}
         except ValueError as error:
-            raise InputError(f"'{path}' must hold one COCO image id per line ({error}); mend it") from error
+            raise InputError(
+                f"'{path}' must hold one COCO image id per line ({error}); correct it"
+            ) from error
 
     def score(self, answered: Sequence[Answered]) -> Score:
-        named, wrong = _named(answered, corrected=False)
+        # 1. Count the objects that each caption names, and those that are not in the image.
+        named, wrong = _mentions(answered, corrected=False)
         named_counts = np.array([len(pairs) for pairs in named], dtype=np.float64)
         wrong_counts = np.array([len(pairs) for pairs in wrong], dtype=np.float64)
 
@@ -162,55 +186,59 @@ class Chair(Task):
             total = float((weights * named_counts).sum())
             return 100 * float((weights * wrong_counts).sum()) / total if total else float("nan")
 
+        # 2. Compute the metrics.
         covered = sum(
-            len({thing for _, thing in pairs} & set(question.meta["answers"]))
+            len({name for _, name in pairs} & set(question.meta["answers"]))
             for pairs, (question, _) in zip(named, answered, strict=True)
         )
         present = sum(len(question.meta["answers"]) for question, _ in answered)
-        named_again, wrong_again = _named(answered, corrected=True)
-        total = sum(map(len, named_again))
+        named_corrected, wrong_corrected = _mentions(answered, corrected=True)
+        total = sum(map(len, named_corrected))
         metrics = {
             "CHAIRi": share(np.ones(len(answered))),
             "CHAIRs": 100 * float((wrong_counts > 0).mean()),
-            "CHAIRi_corrected": 100 * sum(map(len, wrong_again)) / total if total else float("nan"),
-            "CHAIRs_corrected": percent([float(bool(pairs)) for pairs in wrong_again]),
+            "CHAIRi_corrected": 100 * sum(map(len, wrong_corrected)) / total if total else float("nan"),
+            "CHAIRs_corrected": mean_percent([float(bool(pairs)) for pairs in wrong_corrected]),
             "recall": 100 * covered / present if present else 0.0,
             "words": float(np.mean([len(text.split()) for _, text in answered])),
         }
+        # 3. List the objects that were invented most often.
         invented: dict[str, int] = {}
         for pairs in wrong:
-            for _, thing in pairs:
-                invented[thing] = invented.get(thing, 0) + 1
-        parts = {"invented things": _most(invented, int(wrong_counts.sum()))} if invented else {}
+            for _, name in pairs:
+                invented[name] = invented.get(name, 0) + 1
+        parts = {"invented things": _most_frequent(invented, int(wrong_counts.sum()))} if invented else {}
         values: list[float | None] = [float(not pairs) for pairs in wrong]
         notes = [] if named_counts.any() else ["no caption names any of COCO's things"]
         return Score(metrics, parts, values, share, notes)
 
 
-def _there(things: Things, boxes: Mapping[str, Any], captions: Iterable[Any]) -> dict[int, set[str]]:
-    """The things in each picture, by its masks and by people's captions."""
-    names = {row["id"]: things.names.get(row["name"], row["name"]) for row in boxes["categories"]}
-    found: dict[int, set[str]] = {}
-    for row in boxes["annotations"]:
-        found.setdefault(row["image_id"], set()).add(names[row["category_id"]])
+def _objects_in_images(
+    vocabulary: ObjectNames, annotations: Mapping[str, Any], captions: Iterable[Any]
+) -> dict[int, set[str]]:
+    """Return the objects in each image, from its masks and from people's captions."""
+    names = {row["id"]: vocabulary.names.get(row["name"], row["name"]) for row in annotations["categories"]}
+    objects: dict[int, set[str]] = {}
+    for row in annotations["annotations"]:
+        objects.setdefault(row["image_id"], set()).add(names[row["category_id"]])
     for row in captions:
-        named = (thing for _, thing in things.named(row["caption"]))
-        found.setdefault(row["image_id"], set()).update(named)
-    return found
+        named = (name for _, name in vocabulary.find(row["caption"]))
+        objects.setdefault(row["image_id"], set()).update(named)
+    return objects
 
 
-def _named(answered: Sequence[Answered], *, corrected: bool) -> tuple[list[Pairs], list[Pairs]]:
-    """The things that each caption names, and those of them that are not there."""
-    truth = "corrected" if corrected else "answers"
-    named = [question.meta["things"][corrected].named(text) for question, text in answered]
+def _mentions(answered: Sequence[Answered], *, corrected: bool) -> tuple[list[Mentions], list[Mentions]]:
+    """Return the objects that each caption names, and those of them that are not in the image."""
+    truth_key = "corrected" if corrected else "answers"
+    named = [question.meta["vocabularies"][corrected].find(text) for question, text in answered]
     wrong = [
-        [pair for pair in pairs if pair[1] not in question.meta[truth]]
+        [pair for pair in pairs if pair[1] not in question.meta[truth_key]]
         for pairs, (question, _) in zip(named, answered, strict=True)
     ]
     return named, wrong
 
 
-def _most(counts: Mapping[str, int], total: int) -> dict[str, Cell]:
-    """The share of each thing in all that were invented, the commonest first."""
+def _most_frequent(counts: Mapping[str, int], total: int) -> dict[str, CategoryScore]:
+    """Return the share of each object in all invented ones, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return {name: Cell(100 * count / total, count) for name, count in ordered[:20]}
+    return {name: CategoryScore(100 * count / total, count) for name, count in ordered[:20]}

@@ -1,4 +1,4 @@
-"""LLaVA-Bench (arXiv 2304.08485, 2310.03744): a judge compares with what GPT-4 said, reading captions."""
+"""LLaVA-Bench (arXiv 2304.08485, 2310.03744): a judge compares answers with GPT-4's, reading captions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, Pictures, locate, need, read_jsonl
+from pumice.evaluate.files import DataFile, ImageFolders, locate, read_jsonl, require_keys
 from pumice.evaluate.judge import JudgedTask
-from pumice.evaluate.task import Answered, Cell, Floats, Question, Score, Source
+from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Floats, Question, Score
 
 PROMPT_VERSION = "pumice-llava-bench-1"
 PROMPT = """\
@@ -37,7 +37,7 @@ that line. Then explain them in a few sentences.
 
 
 def parse_scores(reply: str) -> tuple[float, float] | None:
-    """The two numbers of the first line, separated by spaces or a comma; None where there are not two."""
+    """Return the two numbers of the first line, separated by spaces or a comma; None unless there are two."""
     words = reply.partition("\n")[0].replace(",", " ").split()
     try:
         first, second = map(float, words)
@@ -47,7 +47,7 @@ def parse_scores(reply: str) -> tuple[float, float] | None:
 
 
 class LlavaBench(JudgedTask):
-    """Headline: the judge's mean grade in percent of the mean grade of GPT-4's answers, in the wild."""
+    """Headline: the mean grade of the answers, in percent of the mean grade of GPT-4's answers."""
 
     name = "llava-bench"
     title = "LLaVA-Bench (in the wild)"
@@ -56,28 +56,28 @@ class LlavaBench(JudgedTask):
     splits = ("test",)
     max_new_tokens = 1024
     prompt_version = PROMPT_VERSION
-    source = Source(
+    source = DatasetSource(
         url="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
         version="24 pictures, 60 questions",
         licence="CC BY-NC 4.0",
         layout=("questions.jsonl, context.jsonl, answers_gpt4.jsonl", "images/"),
         sizes={"test": 60},
     )
-    listed: tuple[str, ...] = ("questions.jsonl",)
-    contexts: tuple[str, ...] = ("context.jsonl",)
-    references: tuple[str, ...] = ("answers_gpt4.jsonl",)
+    question_files: tuple[str, ...] = ("questions.jsonl",)
+    context_files: tuple[str, ...] = ("context.jsonl",)
+    reference_files: tuple[str, ...] = ("answers_gpt4.jsonl",)
     folders: tuple[str, ...] = ("images",)
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, self.listed, self.source.files)
-        about = self._contexts(locate(data, self.contexts, self.source.files))
-        other = locate(data, self.references, self.source.files)
-        references = {str(row["question_id"]): row["text"] for row in read_jsonl(other)}
-        pictures = Pictures(data, *self.folders)
+        file = locate(data, self.question_files, self.source.expected_files)
+        contexts = self._contexts(locate(data, self.context_files, self.source.expected_files))
+        reference_file = locate(data, self.reference_files, self.source.expected_files)
+        references = {str(row["question_id"]): row["text"] for row in read_jsonl(reference_file)}
+        images = ImageFolders(data, *self.folders)
         for number, row in enumerate(read_jsonl(file), 1):
-            need(row, ("question_id", "image", "text", "category"), f"'{file}', line {number}")
+            require_keys(row, ("question_id", "image", "text", "category"), f"'{file}', line {number}")
             key, image = str(row["question_id"]), row["image"]
-            if key not in references or image not in about:
+            if key not in references or image not in contexts:
                 raise InputError(
                     f"question {key} of '{file}' has no answer of GPT-4 or no description of {image!r}; "
                     "fetch all files from one place"
@@ -86,21 +86,22 @@ class LlavaBench(JudgedTask):
                 "question": row["text"],
                 "category": row["category"],
                 "answer": references[key],
-                "context": about[image],
+                "context": contexts[image],
             }
-            yield Question(key, (pictures.get(image, f"COCO_val2014_{image}"),), row["text"], meta)
+            yield Question(key, (images.get(image, f"COCO_val2014_{image}"),), row["text"], meta)
 
     def _contexts(self, file: DataFile) -> dict[str, str]:
-        found = {}
+        contexts = {}
         for number, row in enumerate(read_jsonl(file), 1):
-            need(row, ("image",), f"'{file}', line {number}")
+            require_keys(row, ("image",), f"'{file}', line {number}")
             caption = row.get("caption", row.get("captions", ""))
             boxes = [f"{b['category']}: {b['bbox']}" for b in row.get("instances", ())]
             lines = [caption] if isinstance(caption, str) else list(caption)
-            found[row["image"]] = "\n".join([*lines, *boxes])
-        return found
+            contexts[row["image"]] = "\n".join([*lines, *boxes])
+        return contexts
 
     def score(self, answered: Sequence[Answered]) -> Score:
+        # 1. Ask the judge, and read both grades from each reply.
         prompts = [
             (
                 question.id,
@@ -115,47 +116,50 @@ class LlavaBench(JudgedTask):
         ]
         replies = self.replies(prompts, temperature=0.0, max_tokens=1024)
         pairs = [parse_scores(reply.text) if reply else None for reply in replies]
-        read = np.array([pair is not None for pair in pairs], dtype=np.float64)
+        parsed = np.array([pair is not None for pair in pairs], dtype=np.float64)
         grades = np.array([pair or (0.0, 0.0) for pair in pairs]).reshape(-1, 2)
         kinds = np.array([question.meta["category"] for question, _ in answered])
 
         def relative(weights: Floats) -> float:
-            w = weights * read
-            below = float((w * grades[:, 0]).sum())
-            return 100 * float((w * grades[:, 1]).sum()) / below if below else float("nan")
+            w = weights * parsed
+            reference = float((w * grades[:, 0]).sum())
+            return 100 * float((w * grades[:, 1]).sum()) / reference if reference else float("nan")
 
-        unparsed = int((1 - read).sum())
+        # 2. Compute the ratio, in all and by category; a reply without grades has weight 0.
+        unparsed = int((1 - parsed).sum())
         cells = {
-            str(kind): Cell(relative((kinds == kind).astype(float)), int(((kinds == kind) * read).sum()))
+            str(kind): CategoryScore(
+                relative((kinds == kind).astype(float)), int(((kinds == kind) * parsed).sum())
+            )
             for kind in dict.fromkeys(kinds.tolist())
         }
         metrics: dict[str, float] = {"relative": relative(np.ones(len(answered)))}
-        if total := read.sum():
-            metrics["grade"] = float((read * grades[:, 1]).sum() / total)
-            metrics["grade_reference"] = float((read * grades[:, 0]).sum() / total)
+        if total := parsed.sum():
+            metrics["grade"] = float((parsed * grades[:, 1]).sum() / total)
+            metrics["grade_reference"] = float((parsed * grades[:, 0]).sum() / total)
         metrics["unparsed"] = float(unparsed)
         values: list[float | None] = [pair[1] / 10 if pair else None for pair in pairs]
         notes: list[str] = ["judges differ: compare only results of one judge and one prompt version"]
         if unparsed:
             notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
-        about: dict[str, Any] = self.about(replies, unparsed, answered)
-        return Score(metrics, {"category": cells}, values, relative, notes, about)
+        judge: dict[str, Any] = self.judge_summary(replies, unparsed, answered)
+        return Score(metrics, {"category": cells}, values, relative, notes, judge)
 
 
 class LlavaBenchCoco(LlavaBench):
-    """The first version: 30 pictures of COCO val2014, three questions each."""
+    """The first version: 30 images of COCO val2014, three questions each."""
 
     name = "llava-bench-coco"
     title = "LLaVA-Bench (COCO)"
     rank = 20
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/haotian-liu/LLaVA, playground/data and llava/eval/table",
         version="30 pictures, 90 questions",
         licence="CC BY-NC 4.0; pictures under COCO's terms",
         layout=("qa90_questions.jsonl, caps_boxes_coco2014_val_80.jsonl, qa90_gpt4_answer.jsonl", "val2014/"),
         sizes={"test": 90},
     )
-    listed = ("qa90_questions.jsonl", "coco2014_val_qa_eval/qa90_questions.jsonl")
-    contexts = ("caps_boxes_coco2014_val_80.jsonl",)
-    references = ("qa90_gpt4_answer.jsonl", "coco2014_val_qa_eval/qa90_gpt4_answer.jsonl")
+    question_files = ("qa90_questions.jsonl", "coco2014_val_qa_eval/qa90_questions.jsonl")
+    context_files = ("caps_boxes_coco2014_val_80.jsonl",)
+    reference_files = ("qa90_gpt4_answer.jsonl", "coco2014_val_qa_eval/qa90_gpt4_answer.jsonl")
     folders = ("val2014", "images/val2014")

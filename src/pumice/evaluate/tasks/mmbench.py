@@ -1,4 +1,4 @@
-"""MMBench and MMBench-CN (arXiv 2307.06281): choices asked in every rotation, right only if all are."""
+"""MMBench and MMBench-CN (arXiv 2307.06281): choices in every rotation, right only if all are right."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from pathlib import Path
 from typing import ClassVar
 
 from pumice.errors import InputError
-from pumice.evaluate.files import base64_picture, locate, read_tsv
+from pumice.evaluate.files import base64_image, locate, read_tsv
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,
+    DatasetSource,
     Question,
     Score,
-    Source,
     Task,
-    categories,
+    mean_percent,
     mean_statistic,
-    percent,
+    scores_by_category,
 )
 from pumice.evaluate.xlsx import write_xlsx
 
 OPTIONS = "ABCD"
-ROTATION = 1_000_000  # a rotated copy has the index of its question plus a multiple of this
-REFERENCE = 64  # an "image" this short names the row that holds the picture
+ROTATION = 1_000_000  # a rotated copy has its question's index plus a multiple of this
+MAX_REFERENCE = 64  # characters; a shorter "image" is the index of the row that holds the image
 
 
 class MMBench(Task):
-    """Headline: circular accuracy. A letter is read by VLMEvalKit's rules; what they cannot read is wrong.
+    """Headline: circular accuracy. VLMEvalKit's rules read the letter; an answer they cannot read is wrong.
 
-    Its server asks a language model to read the rest, so numbers from there can be higher for models
-    that answer in sentences.
+    MMBench's server lets a language model read such answers, so its numbers can be higher for models that
+    answer in sentences.
     """
 
     name = "mmbench"
@@ -41,7 +41,7 @@ class MMBench(Task):
     splits = ("dev", "test")
     max_new_tokens = 16
     instruction = LETTER
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/open-compass/MMBench",
         version="dev_20230712 or dev_en_20231003",
         licence="Apache-2.0",
@@ -54,8 +54,9 @@ class MMBench(Task):
     }
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, self.files[self.split], self.source.files)
-        pictures: dict[str, str] = {}
+        file = locate(data, self.files[self.split], self.source.expected_files)
+        # A rotated copy holds no image but the index of the row that does.
+        image_data: dict[str, str] = {}
         for number, row in enumerate(read_tsv(file), 1):
             index, text, image = row.get("index"), row.get("question"), row.get("image")
             if index is None or text is None or image is None or not index.isdecimal():
@@ -63,10 +64,10 @@ class MMBench(Task):
                     f"'{file}', row {number}: 'index', 'question' or 'image' is missing; "
                     "is this the official file?"
                 )
-            if len(image) <= REFERENCE and image in pictures:
-                image = pictures[image]
+            if len(image) <= MAX_REFERENCE and image in image_data:
+                image = image_data[image]
             elif int(index) < ROTATION:
-                pictures[index] = image
+                image_data[index] = image
             choices: dict[str, str] = {}
             for letter in OPTIONS:
                 option = row.get(letter)
@@ -74,8 +75,12 @@ class MMBench(Task):
                     break
                 choices[letter] = option
             hint = row.get("hint")
-            asked = text if hint is None or hint.lower() in ("nan", "none") else f"{hint}\n{text}"
-            lines = [asked, *(f"{letter}. {option}" for letter, option in choices.items()), self.instruction]
+            full_text = text if hint is None or hint.lower() in ("nan", "none") else f"{hint}\n{text}"
+            lines = [
+                full_text,
+                *(f"{letter}. {option}" for letter, option in choices.items()),
+                self.instruction,
+            ]
             group = str(int(index) % ROTATION)
             meta = {
                 "question": text,
@@ -86,7 +91,7 @@ class MMBench(Task):
                 "group": group,
                 "row": row | {"image": None},
             }
-            yield Question(index, (base64_picture(group, image),), "\n".join(lines), meta)
+            yield Question(index, (base64_image(group, image),), "\n".join(lines), meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if answered and all(question.meta["answer"] is None for question, _ in answered):
@@ -94,42 +99,42 @@ class MMBench(Task):
                 f"the answers of {self.title} {self.split} are not public; write --submission FILE.xlsx and "
                 "upload it to https://mmbench.opencompass.org.cn, or score --split dev"
             )
-        read = [infer_option(text, question.meta["choices"]) for question, text in answered]
+        options = [infer_option(text, question.meta["choices"]) for question, text in answered]
         right = [
-            option == question.meta["answer"] for option, (question, _) in zip(read, answered, strict=True)
+            option == question.meta["answer"] for option, (question, _) in zip(options, answered, strict=True)
         ]
         groups: dict[str, list[bool]] = {}
         for (question, _), hit in zip(answered, right, strict=True):
             groups.setdefault(question.meta["group"], []).append(hit)
-        # The circular score belongs to the question as it stands first in the file.
-        base: list[float | None] = []
-        seen: set[str] = set()
+        # The first rotation in the file carries the circular score; the others have none.
+        circular_values: list[float | None] = []
+        counted: set[str] = set()
         for question, _ in answered:
             group = question.meta["group"]
-            base.append(None if group in seen else float(all(groups[group])))
-            seen.add(group)
-        first = [a for a, b in zip(answered, base, strict=True) if b is not None]
-        circular = [b for b in base if b is not None]
+            circular_values.append(None if group in counted else float(all(groups[group])))
+            counted.add(group)
+        first = [a for a, b in zip(answered, circular_values, strict=True) if b is not None]
+        circular = [b for b in circular_values if b is not None]
         vanilla = [hit for (q, _), hit in zip(answered, right, strict=True) if int(q.id) < ROTATION]
-        unread = sum(option is None for option in read)
+        unread = sum(option is None for option in options)
         metrics = {
-            "accuracy": percent(circular),
-            "accuracy_every_rotation": percent([float(hit) for hit in right]),
-            "accuracy_first_order": percent([float(hit) for hit in vanilla]),
+            "accuracy": mean_percent(circular),
+            "accuracy_every_rotation": mean_percent([float(hit) for hit in right]),
+            "accuracy_first_order": mean_percent([float(hit) for hit in vanilla]),
             "unread": float(unread),
         }
         parts = {
-            "ability (l2)": categories(first, circular, "category"),
-            "ability": categories(first, circular, "ability"),
+            "ability (l2)": scores_by_category(first, circular, "category"),
+            "ability": scores_by_category(first, circular, "ability"),
         }
         notes = [f"{unread} answers name no option by the rules and count as wrong"] if unread else []
         if len(groups) == len(answered):
             notes.append("no question was asked in another rotation: this is not circular evaluation")
         values: list[float | None] = [float(hit) for hit in right]
-        return Score(metrics, parts, values, statistic=mean_statistic(base), notes=notes)
+        return Score(metrics, parts, values, statistic=mean_statistic(circular_values), notes=notes)
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
-        """The server's workbook: the table without pictures, and a column of predictions."""
+        """Write the server's workbook: the table without images, and a column of predictions."""
         if not answered:
             raise InputError(f"there are no answers to {self.title} to write")
         dropped = ("hint", "category", "source", "image", "comment", "l2-category", "split")
@@ -137,8 +142,8 @@ class MMBench(Task):
         columns = [*columns[:6], "prediction", *columns[6:]]
         rows: list[list[str | int | None]] = []
         for question, text in answered:
-            found = {**question.meta["row"], "prediction": text}
-            rows.append([int(found[c]) if c == "index" else found[c] for c in columns])
+            row = {**question.meta["row"], "prediction": text}
+            rows.append([int(row[c]) if c == "index" else row[c] for c in columns])
         write_xlsx(path, columns, rows)
 
 
@@ -149,7 +154,7 @@ class MMBenchCN(MMBench):
     title = "MMBench-CN"
     rank = 9
     instruction = "请直接回答选项字母。"
-    source = Source(
+    source = DatasetSource(
         url=MMBench.source.url,
         version="dev_cn_20231003",
         licence=MMBench.source.licence,

@@ -1,4 +1,4 @@
-"""MMMU (arXiv 2311.16502): college questions with one to seven pictures, in thirty subjects."""
+"""MMMU (arXiv 2311.16502): college questions with one to seven images, in thirty subjects."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ from random import Random
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import bytes_picture, need, read_parquet, write_json
-from pumice.evaluate.metrics.choice import as_list, mmmu_open_right, mmmu_option
-from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.files import bytes_image, read_parquet, require_keys, write_json
+from pumice.evaluate.metrics.choice import mmmu_open_right, mmmu_option, parse_list
+from pumice.evaluate.task import (
+    LETTER,
+    SHORT,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -24,7 +34,7 @@ DOMAINS = {
     "Energy_and_Power Materials Mechanical_Engineering",
 }
 DOMAIN = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
-# The order in which the official script reads the subjects: its random letters depend on it.
+# The official script reads the subjects in this order, and its random letters depend on the order.
 ORDER = {name: number for number, name in enumerate(sorted(DOMAIN))}
 _IMAGE = re.compile(r"<image (\d)>")
 SEED = 42
@@ -36,10 +46,10 @@ def subject_of(key: str) -> str:
 
 
 class MMMU(Task):
-    """Letters and open answers are read by MMMU's eval_utils.py.
+    """Letters and open answers are read as in MMMU's eval_utils.py.
 
-    It draws a random letter (seed 42) where it reads none; the headline does the same, and
-    accuracy_without_guessing counts those as wrong.
+    It draws a random letter (seed 42) where it reads none, and so does the headline;
+    accuracy_without_guessing counts such answers as wrong.
     """
 
     name = "mmmu"
@@ -48,7 +58,7 @@ class MMMU(Task):
     rank = 22
     splits = ("validation", "dev", "test")
     max_new_tokens = 128
-    source = Source(
+    source = DatasetSource(
         url="https://huggingface.co/datasets/MMMU/MMMU",
         version="900 validation questions",
         licence="Apache-2.0; pictures under their own terms",
@@ -59,29 +69,33 @@ class MMMU(Task):
     def questions(self, data: Path) -> Iterator[Question]:
         files = sorted(data.glob(f"**/{self.split}-*.parquet")) if data.is_dir() else []
         if not files:
-            raise InputError(f"no {self.split}-*.parquet is in '{data}'; expected {self.source.files}")
+            raise InputError(
+                f"no {self.split}-*.parquet is in '{data}'; expected {self.source.expected_files}"
+            )
         for number, row in enumerate(read_parquet(files), 1):
-            need(row, ("id", "question", "options", "question_type"), f"MMMU in '{data}', row {number}")
+            require_keys(
+                row, ("id", "question", "options", "question_type"), f"MMMU in '{data}', row {number}"
+            )
             yield self._question(row)
 
     def _question(self, row: dict[str, Any]) -> Question:
-        key, options = str(row["id"]), as_list(str(row["options"]))
+        key, options = str(row["id"]), parse_list(str(row["options"]))
         choice = row["question_type"] == "multiple-choice"
         lines = [f"({chr(ord('A') + n)}) {option}" for n, option in enumerate(options)] if choice else []
         body = "\n".join(lines)
         text = f"{row['question']}\n\n{body}\n\n{LETTER}" if choice else f"{row['question']}\n\n{SHORT}"
         order = [int(n) for n in _IMAGE.findall(text)]
-        images, kept = [], []
-        for place, number in enumerate(order):
-            held = row.get(f"image_{number}")
-            if isinstance(held, dict) and isinstance(held.get("bytes"), bytes):
-                images.append(bytes_picture(f"{key}_{number}", held["bytes"]))
-                kept.append(place)
-        places = iter(range(len(order)))
-        prompt = _IMAGE.sub(lambda _: "<image>" if next(places) in kept else "", text)
+        images, present = [], []
+        for index, number in enumerate(order):
+            image = row.get(f"image_{number}")
+            if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
+                images.append(bytes_image(f"{key}_{number}", image["bytes"]))
+                present.append(index)
+        indices = iter(range(len(order)))
+        prompt = _IMAGE.sub(lambda _: "<image>" if next(indices) in present else "", text)
         meta = {
             "question": row["question"],
-            "answers": as_list(str(row.get("answer", ""))),
+            "answers": parse_list(str(row.get("answer", ""))),
             "options": options if choice else None,
             "category": subject_of(key),
             "domain": DOMAIN.get(subject_of(key)),
@@ -109,26 +123,26 @@ class MMMU(Task):
             if options is None:
                 guessed[number] = strict[number] = float(mmmu_open_right(text, truths))
                 continue
-            read = mmmu_option(text, options, None)
-            unread += read is None
-            strict[number] = float(read in truths)
-            guessed[number] = float((read or mmmu_option(text, options, random)) in truths)
+            letter = mmmu_option(text, options, None)
+            unread += letter is None
+            strict[number] = float(letter in truths)
+            guessed[number] = float((letter or mmmu_option(text, options, random)) in truths)
         notes = (
             [f"{unread} answers name no option; a random one is counted, as in the original"]
             if unread
             else []
         )
-        metrics = {"accuracy": percent(guessed), "accuracy_without_guessing": percent(strict)}
+        metrics = {"accuracy": mean_percent(guessed), "accuracy_without_guessing": mean_percent(strict)}
         parts = {
-            "domain": categories(answered, guessed, "domain"),
-            "subject": categories(answered, guessed, "category"),
-            "difficulty": categories(answered, guessed, "difficulty"),
+            "domain": scores_by_category(answered, guessed, "domain"),
+            "subject": scores_by_category(answered, guessed, "category"),
+            "difficulty": scores_by_category(answered, guessed, "difficulty"),
         }
         return Score({**metrics, "unread": float(unread)}, parts, list(guessed), notes=notes)
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
-        found = {}
+        answers = {}
         for question, text in answered:
             options = question.meta["options"]
-            found[question.id] = text if options is None else mmmu_option(text, options, None) or ""
-        write_json(path, found, indent=2)
+            answers[question.id] = text if options is None else mmmu_option(text, options, None) or ""
+        write_json(path, answers, indent=2)

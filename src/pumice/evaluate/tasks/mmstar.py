@@ -1,4 +1,4 @@
-"""MMStar (arXiv 2403.20330): choices that cannot be answered without looking."""
+"""MMStar (arXiv 2403.20330): choices that cannot be answered without the image."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pumice.evaluate.files import base64_picture, bytes_picture, locate, need, read_parquet, read_tsv
+from pumice.evaluate.files import base64_image, bytes_image, locate, read_parquet, read_tsv, require_keys
 from pumice.evaluate.metrics.choice import mmstar_right
-from pumice.evaluate.task import LETTER, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.task import (
+    LETTER,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 
 class MMStar(Task):
-    """Read from MMStar.tsv or mmstar.parquet; the letter must stand first, as in its mmstar.py."""
+    """An answer is right if the letter comes first, as in the benchmark's mmstar.py."""
 
     name = "mmstar"
     title = "MMStar"
@@ -20,7 +29,7 @@ class MMStar(Task):
     rank = 21
     splits = ("val",)
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://huggingface.co/datasets/Lin-Chen/MMStar",
         version="1,500 questions",
         licence="of the benchmarks it was chosen from",
@@ -30,18 +39,18 @@ class MMStar(Task):
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = locate(
-            data, ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv"), self.source.files
+            data, ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv"), self.source.expected_files
         )
         rows: Iterator[dict[str, Any]]
         rows = read_tsv(file) if file.name.endswith(".tsv") else read_parquet([file.path])
         for number, row in enumerate(rows, 1):
-            need(row, ("index", "question", "answer", "image"), f"'{file}', row {number}")
+            require_keys(row, ("index", "question", "answer", "image"), f"'{file}', row {number}")
             key, image = str(row["index"]), row["image"]
-            data_of = image.get("bytes") if isinstance(image, dict) else image
-            picture = (
-                bytes_picture(key, data_of)
-                if isinstance(data_of, bytes)
-                else base64_picture(key, str(data_of))
+            image_data = image.get("bytes") if isinstance(image, dict) else image
+            image_file = (
+                bytes_image(key, image_data)
+                if isinstance(image_data, bytes)
+                else base64_image(key, str(image_data))
             )
             text = str(row["question"])
             options = [f"{letter}: {row[letter]}" for letter in "ABCD" if row.get(letter) is not None]
@@ -54,12 +63,12 @@ class MMStar(Task):
                 "part": row.get("l2_category"),
                 "bench": row.get("bench"),
             }
-            yield Question(key, (picture,), f"{text}\n{LETTER}", meta)
+            yield Question(key, (image_file,), f"{text}\n{LETTER}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(mmstar_right(text, question.meta["answer"])) for question, text in answered]
         parts = {
-            "ability": categories(answered, values, "category"),
-            "part": categories(answered, values, "part"),
+            "ability": scores_by_category(answered, values, "category"),
+            "part": scores_by_category(answered, values, "part"),
         }
-        return Score({"accuracy": percent(values)}, parts, list(values))
+        return Score({"accuracy": mean_percent(values)}, parts, list(values))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pumice.evaluate.files import Pictures, locate, need, read_object, write_json
+from pumice.evaluate.files import ImageFolders, locate, read_object, require_keys, write_json
 from pumice.evaluate.judge import JudgedTask
-from pumice.evaluate.task import Answered, Cell, Question, Score, Source, mean_statistic
+from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Question, Score, mean_statistic
 
 PROMPT_VERSION = "pumice-mmvet-1"
 PROMPT = """\
@@ -26,7 +26,7 @@ Grade: """
 
 
 def parse_grade(reply: str) -> float | None:
-    """The first word as a number from 0 to 1; None where it is none (the original then asks again)."""
+    """Return the first word as a number from 0 to 1, else None (the original then asks again)."""
     try:
         grade = float(reply.partition(" ")[0].strip())
     except ValueError:
@@ -44,7 +44,7 @@ class MMVet(JudgedTask):
     splits = ("test",)
     max_new_tokens = 1024
     prompt_version = PROMPT_VERSION
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip",
         version="v1 (218 questions)",
         licence="CC BY-NC 4.0; pictures under their own terms",
@@ -53,10 +53,10 @@ class MMVet(JudgedTask):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, ("mm-vet.json",), self.source.files)
-        pictures = Pictures(data, "images", "mm-vet/images")
+        file = locate(data, ("mm-vet.json",), self.source.expected_files)
+        images = ImageFolders(data, "images", "mm-vet/images")
         for key, row in read_object(file).items():
-            need(row, ("imagename", "question", "answer", "capability"), f"'{file}', {key}")
+            require_keys(row, ("imagename", "question", "answer", "capability"), f"'{file}', {key}")
             meta = {
                 "question": row["question"],
                 "answer": row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> "),
@@ -64,10 +64,11 @@ class MMVet(JudgedTask):
                 "category": "_".join(sorted(set(row["capability"]))),
             }
             yield Question(
-                key, (pictures.get(row["imagename"]),), row["question"], meta, key.removeprefix("v1_")
+                key, (images.get(row["imagename"]),), row["question"], meta, key.removeprefix("v1_")
             )
 
     def score(self, answered: Sequence[Answered]) -> Score:
+        # 1. Ask the judge, and read a grade from each reply.
         prompts = [
             (
                 question.id,
@@ -83,27 +84,34 @@ class MMVet(JudgedTask):
         grades = [parse_grade(reply.text) if reply else None for reply in replies]
         statistic = mean_statistic(grades)
         unparsed = sum(grade is None for grade in grades)
-        abilities: dict[str, Cell] = {}
-        combined: dict[str, Cell] = {}
+        # 2. Average the grades by ability and by combination of abilities.
+        abilities: dict[str, CategoryScore] = {}
+        combined: dict[str, CategoryScore] = {}
         names = dict.fromkeys(name for question, _ in answered for name in question.meta["abilities"])
         for name in names:
-            has = np.array([name in question.meta["abilities"] for question, _ in answered], dtype=np.float64)
-            abilities[name] = Cell(statistic(has), _graded(has, grades))
+            members = np.array(
+                [name in question.meta["abilities"] for question, _ in answered], dtype=np.float64
+            )
+            abilities[name] = CategoryScore(statistic(members), _count_graded(members, grades))
         for name in dict.fromkeys(str(question.meta["category"]) for question, _ in answered):
-            has = np.array([question.meta["category"] == name for question, _ in answered], dtype=np.float64)
-            combined[name] = Cell(statistic(has), _graded(has, grades))
+            members = np.array(
+                [question.meta["category"] == name for question, _ in answered], dtype=np.float64
+            )
+            combined[name] = CategoryScore(statistic(members), _count_graded(members, grades))
         notes = ["judges differ: compare only results of one judge and one prompt version"]
         if unparsed:
             notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
         metrics = {"total": statistic(np.ones(len(answered))), "unparsed": float(unparsed)}
         parts = {"ability": abilities, "abilities together": combined}
-        return Score(metrics, parts, list(grades), None, notes, self.about(replies, unparsed, answered))
+        return Score(
+            metrics, parts, list(grades), None, notes, self.judge_summary(replies, unparsed, answered)
+        )
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
-        """The file that MM-Vet's own evaluator reads."""
-        found = {question.id: text for question, text in answered}
-        write_json(path, found, indent=2)
+        """Write the file that MM-Vet's own evaluator reads."""
+        answers = {question.id: text for question, text in answered}
+        write_json(path, answers, indent=2)
 
 
-def _graded(has: np.ndarray, grades: Sequence[float | None]) -> int:
-    return sum(bool(h) and grade is not None for h, grade in zip(has.tolist(), grades, strict=True))
+def _count_graded(members: np.ndarray, grades: Sequence[float | None]) -> int:
+    return sum(bool(m) and grade is not None for m, grade in zip(members.tolist(), grades, strict=True))

@@ -1,4 +1,4 @@
-"""Your own file: a line for each question with its picture, its answers, and how they are compared."""
+"""Your own file: one line per question, with its image, its answers and the metric."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, ImageFile, locate, need, read_jsonl
+from pumice.evaluate.files import DataFile, ImageFile, locate, read_jsonl, require_keys
 from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
-from pumice.evaluate.metrics.vqa import bare, m4c, textvqa_accuracy
-from pumice.evaluate.task import Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
+from pumice.evaluate.task import (
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 
 
 def _plain(text: str) -> str:
-    return " ".join(bare(text).split())
+    return " ".join(lower_without_period(text).split())
 
 
 def _exact(text: str, meta: Any) -> float:
@@ -24,14 +32,14 @@ def _exact(text: str, meta: Any) -> float:
 
 
 def _contains(text: str, meta: Any) -> float:
-    words = f" {m4c(text)} "
-    return float(any(f" {m4c(answer)} " in words for answer in meta["answers"]))
+    words = f" {normalize_m4c(text)} "
+    return float(any(f" {normalize_m4c(answer)} " in words for answer in meta["answers"]))
 
 
 def _vqa(text: str, meta: Any) -> float:
     answers = meta["answers"]
-    if len(answers) < 4:  # too few people to leave one out
-        return float(m4c(text) in [m4c(answer) for answer in answers])
+    if len(answers) < 4:  # too few answers to leave one out
+        return float(normalize_m4c(text) in [normalize_m4c(answer) for answer in answers])
     return textvqa_accuracy(text, answers)
 
 
@@ -48,17 +56,17 @@ def _rouge(text: str, meta: Any) -> float:
 
 
 METRICS: dict[str, Callable[[str, Any], float]] = {
-    "exact": _exact,  # the same text, in any case, with or without a full stop
-    "contains": _contains,  # an answer stands in it, as whole words
-    "vqa": _vqa,  # M4C's processing; ten people's answers are left one out
+    "exact": _exact,  # the same text; case and a final full stop do not count
+    "contains": _contains,  # the text holds an answer as whole words
+    "vqa": _vqa,  # M4C's normalisation; from four answers on, one person is left out
     "option": _option,  # the letter of one of "choices"
-    "yes_no": _yes_no,  # POPE's reading
+    "yes_no": _yes_no,  # as POPE reads yes and no
     "rouge_l": _rouge,
 }
 
 
-class Own(Task):
-    """Rows {"id", "image", "question", "answers", "metric"}; "category", "choices" and "prompt" if wanted."""
+class OwnFile(Task):
+    """Rows {"id", "image", "question", "answers", "metric"}; "category", "choices", "prompt" if any."""
 
     name = "own"
     title = "Your own file"
@@ -66,7 +74,7 @@ class Own(Task):
     rank = 90
     splits = ("all",)
     max_new_tokens = 256
-    source = Source(
+    source = DatasetSource(
         url="your own",
         version="your own",
         licence="your own",
@@ -74,42 +82,50 @@ class Own(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = DataFile(data) if data.is_file() else locate(data, ("questions.jsonl",), self.source.files)
+        file = (
+            DataFile(data)
+            if data.is_file()
+            else locate(data, ("questions.jsonl",), self.source.expected_files)
+        )
         for number, row in enumerate(read_jsonl(file), 1):
             yield _question(row, file, number)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [METRICS[question.meta["metric"]](text, question.meta) for question, text in answered]
         parts = {
-            "category": categories(answered, values, "category"),
-            "metric": categories(answered, values, "metric"),
+            "category": scores_by_category(answered, values, "category"),
+            "metric": scores_by_category(answered, values, "metric"),
         }
-        return Score({"score": percent(values)}, {k: v for k, v in parts.items() if v}, list(values))
+        return Score({"score": mean_percent(values)}, {k: v for k, v in parts.items() if v}, list(values))
 
 
 def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
-    where = f"'{file}', line {number}"
-    need(row, ("question",), where)
+    error_prefix = f"'{file}', line {number}"
+    require_keys(row, ("question",), error_prefix)
+    # 1. Read the answers and the metric.
     answers = row.get("answers", row.get("answer"))
     answers = [answers] if isinstance(answers, str | int | float) else answers
     if not isinstance(answers, list) or not answers:
-        raise InputError(f"{where}: 'answers' must be a text or a list of texts, found {answers!r}")
+        raise InputError(f"{error_prefix}: 'answers' must be a text or a list of texts, found {answers!r}")
     metric = row.get("metric", "option" if row.get("choices") else "exact")
     if metric not in METRICS:
-        raise InputError(f"{where}: there is no metric {metric!r}; use one of {', '.join(METRICS)}")
+        raise InputError(f"{error_prefix}: there is no metric {metric!r}; use one of {', '.join(METRICS)}")
     choices = row.get("choices")
     if isinstance(choices, list):
         choices = {chr(ord("A") + n): str(text) for n, text in enumerate(choices)}
     if metric == "option" and not isinstance(choices, dict):
-        raise InputError(f"{where}: the metric 'option' needs 'choices', a list of texts")
+        raise InputError(f"{error_prefix}: the metric 'option' needs 'choices', a list of texts")
     answers = [_plain(str(answer)) if metric == "yes_no" else str(answer) for answer in answers]
     possible = {"yes_no": ("yes", "no"), "option": tuple(choices or ())}.get(metric)
-    if possible and not set(answers) <= set(possible):  # no reply could ever be right
-        raise InputError(f"{where}: 'answers' of '{metric}' are of {', '.join(possible)}, found {answers!r}")
+    if possible and not set(answers) <= set(possible):  # otherwise no reply could be right
+        raise InputError(
+            f"{error_prefix}: 'answers' of '{metric}' are of {', '.join(possible)}, found {answers!r}"
+        )
+    # 2. Read the images and the prompt.
     names = row.get("image", [])
     names = [names] if isinstance(names, str) else names or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{where}: 'image' must be a path or a list of paths, found {names!r}")
+        raise InputError(f"{error_prefix}: 'image' must be a path or a list of paths, found {names!r}")
     prompt = row.get("prompt", row["question"])
     if choices and "prompt" not in row:
         prompt = "\n".join([prompt, *(f"{letter}. {text}" for letter, text in choices.items())])
@@ -120,21 +136,21 @@ def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
         "metric": metric,
         "category": row.get("category"),
     }
-    images = tuple(_picture(file.path.parent, name) for name in names)
+    images = tuple(_image(file.path.parent, name) for name in names)
     return Question(str(row.get("id", number)), images, prompt, meta)
 
 
-def _picture(folder: Path, name: str) -> ImageFile:
+def _image(folder: Path, name: str) -> ImageFile:
     path = folder / name
 
-    def wrong() -> str:
+    def problem() -> str:
         if path.is_file():
             return ""
         return f"picture '{name}' is not beside '{folder}'; write its path relative to the file"
 
     def load() -> Path:
-        if said := wrong():
-            raise InputError(said)
+        if text := problem():
+            raise InputError(text)
         return path
 
-    return ImageFile(name, load, wrong)
+    return ImageFile(name, load, problem)

@@ -1,4 +1,4 @@
-"""POPE (arXiv 2305.10355): is there such a thing in the picture?"""
+"""POPE (arXiv 2305.10355): yes/no questions whether an object is in the image."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, Pictures, locate, need, read_jsonl, search
+from pumice.evaluate.files import DataFile, ImageFolders, locate, read_jsonl, require_keys, search
 from pumice.evaluate.metrics.presence import means_yes, presence_score
-from pumice.evaluate.task import SHORT, Answered, Cell, Floats, Question, Score, Source, Task
+from pumice.evaluate.task import SHORT, Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
 
 KINDS = ("adversarial", "popular", "random")
 
 
 class Pope(Task):
-    """Headline: the mean over the three ways of sampling of F1, "yes" being the positive class.
+    """Headline: the mean F1 of the three kinds of sampling; "yes" is the positive class.
 
-    Labels belong to a question here, where the original pairs them with answers by position.
+    Labels are matched to answers by question; the original matches them by position.
     """
 
     name = "pope"
@@ -28,7 +28,7 @@ class Pope(Task):
     rank = 6
     splits = ("test",)
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco",
         version="e3e3926 (8,910 questions, of which LLaVA-1.5 was asked)",
         licence="MIT; pictures under COCO's terms",
@@ -37,14 +37,16 @@ class Pope(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        files = {kind: locate(data, (f"coco_pope_{kind}.json",), self.source.files) for kind in KINDS}
-        listed = search(data, ("llava_pope_test.jsonl",))
-        pictures = Pictures(data, "val2014", "images/val2014")
+        files = {
+            kind: locate(data, (f"coco_pope_{kind}.json",), self.source.expected_files) for kind in KINDS
+        }
+        llava_list = search(data, ("llava_pope_test.jsonl",))
+        images = ImageFolders(data, "val2014", "images/val2014")
         for kind, file in files.items():
             rows = read_jsonl(file)
-            names = _llava_ids(listed, kind, rows) if listed is not None else None
-            for place, row in enumerate(rows):
-                need(row, ("question_id", "image", "text", "label"), f"'{file}', line {place + 1}")
+            llava_ids = _llava_ids(llava_list, kind, rows) if llava_list is not None else None
+            for index, row in enumerate(rows):
+                require_keys(row, ("question_id", "image", "text", "label"), f"'{file}', line {index + 1}")
                 key = str(row["question_id"])
                 meta = {
                     "question": row["text"],
@@ -52,64 +54,69 @@ class Pope(Task):
                     "category": kind,
                     "group": row["image"],
                 }
-                if names is not None:
-                    identity, also = names[place], f"{kind}/{key}"
+                if llava_ids is not None:
+                    question_id, other_id = llava_ids[index], f"{kind}/{key}"
                 else:
-                    identity, also = f"{kind}/{key}", key
-                yield Question(identity, (pictures.get(row["image"]),), f"{row['text']}\n{SHORT}", meta, also)
+                    question_id, other_id = f"{kind}/{key}", key
+                yield Question(
+                    question_id, (images.get(row["image"]),), f"{row['text']}\n{SHORT}", meta, other_id
+                )
 
     def score(self, answered: Sequence[Answered]) -> Score:
-        said = np.array([means_yes(text) for _, text in answered])
+        # 1. Read every answer as yes or no.
+        predicted = np.array([means_yes(text) for _, text in answered])
         truth = np.array([question.meta["answer"] != "no" for question, _ in answered])
         kinds = np.array([question.meta["category"] for question, _ in answered])
         present = [kind for kind in KINDS if (kinds == kind).any()]
 
         def f1(weights: Floats) -> float:
-            found = []
+            scores = []
             for kind in present:
                 w = weights * (kinds == kind)
-                hits, wrong = (w * (said & truth)).sum(), (w * (said != truth)).sum()
-                found.append(2 * hits / (2 * hits + wrong) if hits else 0.0)
-            return 100 * float(np.mean(found))
+                hits, wrong = (w * (predicted & truth)).sum(), (w * (predicted != truth)).sum()
+                scores.append(2 * hits / (2 * hits + wrong) if hits else 0.0)
+            return 100 * float(np.mean(scores))
 
-        cells: dict[str, dict[str, Cell]] = {"f1": {}, "accuracy": {}, "yes rate": {}}
+        # 2. Score each kind of sampling.
+        cells: dict[str, dict[str, CategoryScore]] = {"f1": {}, "accuracy": {}, "yes rate": {}}
         metrics = {"f1": f1(np.ones(len(answered)))}
         unclear = 0.0
         for kind in present:
-            chosen = [text for (question, text) in answered if question.meta["category"] == kind]
-            part = presence_score(chosen, [bool(t) for t in truth[kinds == kind]])
+            texts = [text for (question, text) in answered if question.meta["category"] == kind]
+            part = presence_score(texts, [bool(t) for t in truth[kinds == kind]])
             unclear += part.unclear * part.questions
             for title, value in (("f1", part.f1), ("accuracy", part.accuracy), ("yes rate", part.yes_rate)):
-                cells[title][kind] = Cell(100 * value, part.questions)
+                cells[title][kind] = CategoryScore(100 * value, part.questions)
             metrics[f"precision_{kind}"] = 100 * part.precision
             metrics[f"recall_{kind}"] = 100 * part.recall
         for title, name in (("accuracy", "accuracy"), ("yes rate", "yes_rate")):
             metrics[name] = float(np.mean([cell.value for cell in cells[title].values()]))
+        # 3. Note what differs from a full run of the original.
         notes = []
         if len(present) < len(KINDS):
             notes.append(f"only {', '.join(present)} of {len(KINDS)} kinds of questions are answered")
-        if not said.any():
+        if not predicted.any():
             notes.append("every answer says no; F1 is 0 where the original divides by zero")
         if unclear:
             notes.append(
                 f"{round(unclear)} answers hold neither yes nor no and count as yes, as in the original"
             )
-        return Score(metrics, cells, [float(v) for v in said == truth], statistic=f1, notes=notes)
+        return Score(metrics, cells, [float(v) for v in predicted == truth], statistic=f1, notes=notes)
 
 
 def _llava_ids(file: DataFile, kind: str, labelled: Sequence[dict[str, Any]]) -> list[str]:
-    """The ids of LLaVA's list, whose questions stand in the order of the labels."""
+    """Return the ids of LLaVA's list, whose questions have the order of the labels."""
     rows = [row for row in read_jsonl(file) if row.get("category") == kind]
-    other = f"coco_pope_{kind}.json"
+    labels_file = f"coco_pope_{kind}.json"
     remedy = "take both from one version, or remove LLaVA's list"
     if len(rows) != len(labelled):
         raise InputError(
-            f"'{file}' lists {len(rows)} {kind} questions where {other} has {len(labelled)}; {remedy}"
+            f"'{file}' lists {len(rows)} {kind} questions where {labels_file} has {len(labelled)}; {remedy}"
         )
     for number, (row, label) in enumerate(zip(rows, labelled, strict=True), 1):
         if row.get("image") != label.get("image"):
             raise InputError(
                 f"{kind} question {number} is about {row.get('image')!r} in '{file}' and about "
-                f"{label.get('image')!r} in {other}; {remedy}"
+                f"{label.get('image')!r} in {labels_file}; {remedy}"
             )
     return [str(row["question_id"]) for row in rows]

@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import Pictures, locate, need, read_object, write_json
+from pumice.evaluate.files import ImageFolders, locate, read_object, require_keys, write_json
 from pumice.evaluate.metrics.choice import scienceqa_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,
+    DatasetSource,
     Question,
     Score,
-    Source,
     Task,
-    categories,
+    mean_percent,
     mean_statistic,
-    percent,
+    scores_by_category,
 )
 
 LETTERS = "ABCDE"
 
 
 def prompt_of(problem: dict[str, Any]) -> str:
-    """LLaVA's CQM form: context, question, choices."""
+    """Return the prompt in LLaVA's CQM form: context, question, choices."""
     choices = " ".join(
         f"({letter}) {text}" for letter, text in zip(LETTERS, problem["choices"], strict=False)
     )
@@ -43,7 +43,7 @@ class ScienceQA(Task):
     rank = 4
     splits = ("test", "val", "minitest", "minival", "train")
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://github.com/lupantech/ScienceQA, data/scienceqa",
         version="problems.json with 21,208 problems",
         licence="CC BY-NC-SA 4.0",
@@ -52,53 +52,53 @@ class ScienceQA(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        splits = locate(data, ("pid_splits.json",), self.source.files)
-        file = locate(data, ("problems.json",), self.source.files)
-        chosen, problems = read_object(splits), read_object(file)
-        need(chosen, (self.split,), f"'{splits}'")
+        splits = locate(data, ("pid_splits.json",), self.source.expected_files)
+        file = locate(data, ("problems.json",), self.source.expected_files)
+        ids_by_split, problems = read_object(splits), read_object(file)
+        require_keys(ids_by_split, (self.split,), f"'{splits}'")
         folder = {"minitest": "test", "minival": "val"}.get(self.split, self.split)
-        pictures = Pictures(data, f"images/{folder}", folder)
-        missing = [key for key in chosen[self.split] if key not in problems]
+        images = ImageFolders(data, f"images/{folder}", folder)
+        missing = [key for key in ids_by_split[self.split] if key not in problems]
         if missing:
             raise InputError(
-                f"{len(missing)} of {len(chosen[self.split])} problems of '{splits}' are not in '{file}', "
-                f"the first is {missing[0]}; fetch both from one version"
+                f"{len(missing)} of {len(ids_by_split[self.split])} problems of '{splits}' are not in "
+                f"'{file}', the first is {missing[0]}; fetch both from one version"
             )
-        for key in chosen[self.split]:
+        for key in ids_by_split[self.split]:
             problem = problems[key]
-            need(problem, ("question", "choices", "answer"), f"'{file}', problem {key}")
-            images = (pictures.get(f"{key}/{problem['image']}"),) if problem.get("image") else ()
+            require_keys(problem, ("question", "choices", "answer"), f"'{file}', problem {key}")
+            question_images = (images.get(f"{key}/{problem['image']}"),) if problem.get("image") else ()
             meta = {
                 "question": problem["question"],
                 "choices": len(problem["choices"]),
                 "answer": LETTERS[problem["answer"]],
-                "category": "image" if images else "text" if problem.get("hint") else "neither",
+                "category": "image" if question_images else "text" if problem.get("hint") else "neither",
                 "subject": problem.get("subject"),
                 "grade": problem.get("grade"),
             }
-            yield Question(str(key), images, f"{prompt_of(problem)}\n{LETTER}", meta)
+            yield Question(str(key), question_images, f"{prompt_of(problem)}\n{LETTER}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
-        chosen = [scienceqa_option(text, question.meta["choices"]) for question, text in answered]
+        options = [scienceqa_option(text, question.meta["choices"]) for question, text in answered]
         values = [
             float(option >= 0 and LETTERS[option] == question.meta["answer"])
-            for option, (question, _) in zip(chosen, answered, strict=True)
+            for option, (question, _) in zip(options, answered, strict=True)
         ]
         with_image = [
             value if question.images else None for value, (question, _) in zip(values, answered, strict=True)
         ]
-        seen = [value for value in with_image if value is not None]
-        unread = sum(option < 0 for option in chosen)
+        image_values = [value for value in with_image if value is not None]
+        unread = sum(option < 0 for option in options)
         return Score(
             {
-                "image_accuracy": percent(seen) if seen else float("nan"),
-                "accuracy": percent(values),
+                "image_accuracy": mean_percent(image_values) if image_values else float("nan"),
+                "accuracy": mean_percent(values),
                 "unread": float(unread),
             },
             {
-                "modality": categories(answered, values, "category"),
-                "subject": categories(answered, values, "subject"),
-                "grade": categories(answered, values, "grade"),
+                "modality": scores_by_category(answered, values, "category"),
+                "subject": scores_by_category(answered, values, "subject"),
+                "grade": scores_by_category(answered, values, "grade"),
             },
             list(values),
             statistic=mean_statistic(with_image),
@@ -106,12 +106,12 @@ class ScienceQA(Task):
         )
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
-        """The result file of the benchmark's leaderboard."""
-        chosen = {
+        """Write the result file of the benchmark's leaderboard."""
+        options = {
             question.id: scienceqa_option(text, question.meta["choices"]) for question, text in answered
         }
         outputs = {question.id: text for question, text in answered}
         score = self.score(answered).metrics
-        right = round(score["accuracy"] * len(answered) / 100)
-        found = {"acc": score["accuracy"], "correct": right, "count": len(answered)}
-        write_json(path, {**found, "results": chosen, "outputs": outputs}, indent=2)
+        correct = round(score["accuracy"] * len(answered) / 100)
+        summary = {"acc": score["accuracy"], "correct": correct, "count": len(answered)}
+        write_json(path, {**summary, "results": options, "outputs": outputs}, indent=2)

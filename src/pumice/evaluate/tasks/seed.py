@@ -1,4 +1,4 @@
-"""SEED-Bench (arXiv 2307.16125): four choices about pictures and videos, of which one frame is shown."""
+"""SEED-Bench (arXiv 2307.16125): four choices about images, and about one frame of each video."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pumice.evaluate.files import Pictures, locate, need, read_json
-from pumice.evaluate.task import LETTER, Answered, Question, Score, Source, Task, categories, percent
+from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys
+from pumice.evaluate.task import (
+    LETTER,
+    Answered,
+    DatasetSource,
+    Question,
+    Score,
+    Task,
+    mean_percent,
+    scores_by_category,
+)
 from pumice.files import replacing
 
 
 class SeedBench(Task):
-    """The answer must be the bare letter, as LLaVA's convert_seed_for_submission.py has it."""
+    """An answer is right if it is the letter alone, as in LLaVA's convert_seed_for_submission.py."""
 
     name = "seed"
     title = "SEED-Bench"
@@ -20,7 +29,7 @@ class SeedBench(Task):
     rank = 10
     splits = ("test",)
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://huggingface.co/datasets/AILab-CVC/SEED-Bench",
         version="1 (19,242 questions)",
         licence="CC BY-NC 4.0",
@@ -33,12 +42,12 @@ class SeedBench(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, ("SEED-Bench.json",), self.source.files)
-        found = read_json(file)
-        need(found, ("questions",), f"'{file}'")
-        names = {number: name for name, number in found.get("question_type", {}).items()}
-        images = Pictures(data, "SEED-Bench-image")
-        frames = Pictures(data, "SEED-Bench-video-image")
+        file = locate(data, ("SEED-Bench.json",), self.source.expected_files)
+        contents = read_json(file)
+        require_keys(contents, ("questions",), f"'{file}'")
+        names = {number: name for name, number in contents.get("question_type", {}).items()}
+        images = ImageFolders(data, "SEED-Bench-image")
+        frames = ImageFolders(data, "SEED-Bench-video-image")
         keys = (
             "question_id",
             "question",
@@ -49,8 +58,8 @@ class SeedBench(Task):
             "answer",
             "data_type",
         )
-        for number, row in enumerate(found["questions"], 1):
-            need(row, keys, f"'{file}', question {number}")
+        for number, row in enumerate(contents["questions"], 1):
+            require_keys(row, keys, f"'{file}', question {number}")
             key, kind = str(row["question_id"]), row.get("question_type_id")
             if row["data_type"] == "image":
                 name = str(row["data_id"])
@@ -71,11 +80,11 @@ class SeedBench(Task):
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(text == question.meta["answer"]) for question, text in answered]
         loose = [float(text.strip()[:1].upper() == question.meta["answer"]) for question, text in answered]
-        kinds = categories(answered, values, "kind")
-        metrics = {"accuracy": percent(values)}
+        kinds = scores_by_category(answered, values, "kind")
+        metrics = {"accuracy": mean_percent(values)}
         metrics |= {f"accuracy_{name}": cell.value for name, cell in kinds.items()}
-        metrics["accuracy_first_letter"] = percent(loose)
-        parts = {"kind": kinds, "ability": categories(answered, values, "category")}
+        metrics["accuracy_first_letter"] = mean_percent(loose)
+        parts = {"kind": kinds, "ability": scores_by_category(answered, values, "category")}
         return Score(metrics, parts, list(values))
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:

@@ -1,20 +1,20 @@
-"""TextVQA (arXiv 1904.08920): questions that need the words written in a picture."""
+"""TextVQA (arXiv 1904.08920): questions that need the words written in an image."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pumice.evaluate.files import Pictures, locate, need, read_json, read_jsonl, search
+from pumice.evaluate.files import ImageFolders, locate, read_json, read_jsonl, require_keys, search
 from pumice.evaluate.metrics.vqa import textvqa_accuracy
-from pumice.evaluate.task import SHORT, Answered, Question, Score, Source, Task, percent
+from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, mean_percent
 
 
 class TextVQA(Task):
-    """Leave-one-out accuracy with M4C's answer processor, its slips included; corrected beside it.
+    """Leave-one-out accuracy with M4C's answer processor and its errors; a second metric corrects them.
 
-    LLaVA shows the model the words that an OCR system (Rosetta) read. They come from LLaVA's question
-    file or from the benchmark's OCR file; without either the plain question is asked, and noted.
+    LLaVA shows the model the words that an OCR system (Rosetta) read. They come from LLaVA's question file
+    or from the benchmark's OCR file; without both files the prompt has no words, and the result notes it.
     """
 
     name = "textvqa"
@@ -23,7 +23,7 @@ class TextVQA(Task):
     rank = 5
     splits = ("val",)
     max_new_tokens = 16
-    source = Source(
+    source = DatasetSource(
         url="https://textvqa.org/dataset/",
         version="0.5.1",
         licence="CC BY 4.0",
@@ -36,22 +36,24 @@ class TextVQA(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, ("TextVQA_0.5.1_val.json",), self.source.files)
+        file = locate(data, ("TextVQA_0.5.1_val.json",), self.source.expected_files)
         rows = read_json(file)
-        need(rows, ("data",), f"'{file}'")
+        require_keys(rows, ("data",), f"'{file}'")
         words, prompts = self._words(data), self._prompts(data)
-        pictures = Pictures(data, "train_images", "train_val_images/train_images")
+        images = ImageFolders(data, "train_images", "train_val_images/train_images")
         for number, row in enumerate(rows["data"], 1):
-            need(row, ("image_id", "question_id", "question", "answers"), f"'{file}', question {number}")
+            require_keys(
+                row, ("image_id", "question_id", "question", "answers"), f"'{file}', question {number}"
+            )
             image, question = row["image_id"], row["question"]
             prompt = prompts.get((image, question.lower()))
             if prompt is None:
-                read = words.get(image)
-                seen = "" if read is None else f"\nReference OCR token: {', '.join(read)}"
-                prompt = f"{question}{seen}\n{SHORT}"
+                tokens = words.get(image)
+                hint = "" if tokens is None else f"\nReference OCR token: {', '.join(tokens)}"
+                prompt = f"{question}{hint}\n{SHORT}"
             meta = {"question": question, "answers": row["answers"], "ocr": "Reference OCR token" in prompt}
             key = str(row["question_id"])
-            yield Question(key, (pictures.get(f"{image}.jpg", f"{image}.png"),), prompt, meta, also=image)
+            yield Question(key, (images.get(f"{image}.jpg", f"{image}.png"),), prompt, meta, llava_id=image)
 
     def _words(self, data: Path) -> dict[str, list[str]]:
         file = search(data, ("TextVQA_Rosetta_OCR_v0.2_val.json",))
@@ -65,15 +67,15 @@ class TextVQA(Task):
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [textvqa_accuracy(text, question.meta["answers"]) for question, text in answered]
-        meant = [
+        corrected = [
             textvqa_accuracy(text, question.meta["answers"], corrected=True) for question, text in answered
         ]
-        blind = sum(not question.meta["ocr"] for question, _ in answered)
+        without_words = sum(not question.meta["ocr"] for question, _ in answered)
         notes = ["the headline keeps the slips of M4C's answer processor, as published numbers do"]
-        if blind:
+        if without_words:
             notes.append(
-                f"{blind} prompts are without OCR words, since no OCR file is in the folder; LLaVA's numbers "
-                "are with them (this matters only for answers made with these prompts)"
+                f"{without_words} prompts are without OCR words, since no OCR file is in the folder; LLaVA's "
+                "numbers are with them (this matters only for answers made with these prompts)"
             )
-        metrics = {"accuracy": percent(values), "accuracy_corrected": percent(meant)}
+        metrics = {"accuracy": mean_percent(values), "accuracy_corrected": mean_percent(corrected)}
         return Score(metrics, values=list(values), notes=notes)

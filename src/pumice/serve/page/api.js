@@ -1,11 +1,11 @@
-// The server's protocol: one streamed answer, an explanation, and whether the server is there.
+// Requests to the server: a streamed answer, an explanation, the models and the health check.
 
-/** The server or the way to it is away; it is worth asking again. `wait`: seconds it asks us to wait. */
+/** The server cannot be reached or is busy: try again. `wait`: seconds that the server asks us to wait. */
 export class Away extends Error {
   constructor(message, wait = null) { super(message); this.wait = wait; }
 }
 
-/** The server does not take the question. `status`: of HTTP. */
+/** The server refuses the request. `status`: the HTTP status. */
 export class Refused extends Error {
   constructor(message, status) { super(message); this.status = status; }
 }
@@ -14,7 +14,7 @@ const headers = (key) => ({ "Content-Type": "application/json", ...(key && { Aut
 
 export async function models(key) {
   const response = await fetch("/v1/models", { headers: headers(key) });
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await errorOf(response);
   return (await response.json()).data.map((model) => model.id);
 }
 
@@ -26,7 +26,7 @@ export async function healthy() {
   }
 }
 
-/** Where the words of an answer looked: the last of `messages` in the body. */
+/** The explanation of an answer, which is the last of `messages` in the body. */
 export async function explanation(body, key) {
   let response;
   try {
@@ -34,11 +34,11 @@ export async function explanation(body, key) {
   } catch {
     throw new Away("The server is away; try again later.");
   }
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await errorOf(response);
   return response.json();
 }
 
-/** Ask, and call `onText` with each piece; resolves to {finish, usage} at the answer's end. */
+/** Send a request and call `onText` with each piece of text. Resolves to {finish, usage} at the end. */
 export async function answer(body, { key, signal, onText }) {
   let response;
   try {
@@ -52,7 +52,7 @@ export async function answer(body, { key, signal, onText }) {
     if (signal.aborted) throw error;
     throw new Away("The server is away; trying again.");
   }
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await errorOf(response);
   const result = { finish: null, usage: null };
   let done = false;
   try {
@@ -73,9 +73,9 @@ export async function answer(body, { key, signal, onText }) {
   return result;
 }
 
-async function refusal(response) {
+async function errorOf(response) {
   let message = `The server answered with status ${response.status}.`;
-  try { message = (await response.json()).error.message; } catch { /* a proxy's own page */ }
+  try { message = (await response.json()).error.message; } catch { /* the body is not ours, such as the error page of a proxy */ }
   const wait = Number(response.headers.get("Retry-After")) || null;
   if (response.status === 429) return new Away("Many people are asking; trying again.", wait ?? 2);
   if ([502, 503].includes(response.status)) {
@@ -86,18 +86,18 @@ async function refusal(response) {
 
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 
-/** The data of server-sent events. */
+/** Yield the data of each server-sent event. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let buffer = "";
   try {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
-      rest += value;
-      const whole = rest.split("\n\n");
-      rest = whole.pop();
-      for (const event of whole) {
+      buffer += value;
+      const complete = buffer.split("\n\n");
+      buffer = complete.pop();
+      for (const event of complete) {
         for (const line of event.split("\n")) if (line.startsWith("data: ")) yield line.slice(6);
       }
     }

@@ -1,9 +1,9 @@
-// The page: what is asked, shown and kept. The protocol is in api.js, the memory in store.js.
+// The chat page. Requests to the server are in api.js, storage in store.js.
 
 import { answer, Away, explanation, healthy, models, Refused } from "/page/api.js";
 import { mount } from "/page/explain.js";
 import { render } from "/page/markdown.js";
-import { read } from "/page/pictures.js";
+import { readPicture } from "/page/pictures.js";
 import { loadChoice, loadConversation, saveChoice, saveConversation } from "/page/store.js";
 
 const EXAMPLES = [
@@ -12,40 +12,40 @@ const EXAMPLES = [
   ["horses", "Horses in a meadow", "How many horses are there?"],
   ["musicians", "Musicians in a street", "What are these people doing?"],
 ];
-const LONGEST_WAIT = 10; // seconds between two looks for a server that is away
+const LONGEST_WAIT = 10; // seconds between two tries to reach the server
 const FIELDS = ["temperature", "top_p", "max_tokens", "seed", "system", "key"];
 
 const $ = (id) => document.getElementById(id);
 const state = {
   messages: [], // {role, text, pictures: [{url, name}]} and {role, text, finish, usage, seconds, error}
-  chosen: [], // pictures of the question that is being written
-  editing: null, // the number of the question that it replaces
+  chosen: [], // pictures of the next question
+  editing: null, // the number of the question that the next one replaces
   model: null,
-  stopper: null, // ends the answer that is on its way
+  controller: null, // an AbortController for the answer in progress
 };
-const explained = new WeakMap(); // answers whose explanation is shown
+const explanations = new WeakMap(); // answer -> its explanation, while it is shown
 
 // --- elements ---
 
 function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value !== false && value !== null) made.setAttribute(name, value === true ? "" : value);
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== false && value !== null) node.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children);
-  return made;
+  node.append(...children);
+  return node;
 }
 
-const button = (text, act, label = text) =>
-  element("button", { type: "button", "aria-label": label, onclick: act }, text);
+const button = (text, onclick, label = text) =>
+  element("button", { type: "button", "aria-label": label, onclick }, text);
 
-function say(text) {
-  $("announce").textContent = "";
-  setTimeout(() => { $("announce").textContent = text; }, 50); // a change is announced, a repetition is not
+function announce(text) {
+  $("announce").textContent = ""; // screen readers announce changes only, also of an equal text
+  setTimeout(() => { $("announce").textContent = text; }, 50);
 }
 
-function complain(text) {
+function showProblem(text) {
   $("problem").textContent = text ?? "";
   $("problem").hidden = !text;
 }
@@ -75,14 +75,14 @@ function question(message, number) {
 
 function reply(message, number) {
   const node = element("article", { class: "assistant", "aria-label": "Answer" });
-  const said = element("div", { class: "said" });
-  node.append(said);
+  const answerNode = element("div", { class: "said" });
+  node.append(answerNode);
   showText(node, message);
-  if (explained.has(message)) {
-    said.hidden = true; // the explanation holds the same words
-    const shown = element("div", { class: "explained" });
-    mount(shown, explained.get(message), picturesUpTo(number).map((picture) => picture.url));
-    node.append(shown);
+  if (explanations.has(message)) {
+    answerNode.hidden = true; // the explanation shows the same words
+    const explanationNode = element("div", { class: "explained" });
+    mount(explanationNode, explanations.get(message), picturesUpTo(number).map((picture) => picture.url));
+    node.append(explanationNode);
   }
   if (message.error) node.append(element("p", { class: "problem", role: "alert" }, message.error));
   if (message.finish === null && !message.error) {
@@ -92,7 +92,7 @@ function reply(message, number) {
   const tools = element("div", { class: "tools" });
   if (message.text) tools.append(button("Copy", (event) => copy(message.text, event.target), "Copy the answer"));
   if (message.text && picturesUpTo(number).length) {
-    tools.append(element("button", { type: "button", class: "explain", "aria-pressed": String(explained.has(message)),
+    tools.append(element("button", { type: "button", class: "explain", "aria-pressed": String(explanations.has(message)),
       title: "Point at a word: where it looked in the pictures", onclick: (event) => explain(message, event.target) },
     "Explain"));
   }
@@ -100,42 +100,42 @@ function reply(message, number) {
     const word = message.error ? "Try again" : "Regenerate";
     tools.append(button(word, regenerate, `${word}: answer once more`));
   }
-  const facts = told(message);
-  if (facts) tools.append(element("small", { title: detail(message) }, facts));
+  const factsText = facts(message);
+  if (factsText) tools.append(element("small", { title: detail(message) }, factsText));
   node.append(tools);
   return node;
 }
 
 function showText(node, message) {
-  const said = node.querySelector(".said");
-  if (message.text) render(said, message.text);
+  const textNode = node.querySelector(".said");
+  if (message.text) render(textNode, message.text);
   else if (message.finish === null && !message.error) {
-    said.replaceChildren(element("span", { class: "waiting", role: "img", "aria-label": "An answer is on its way" },
+    textNode.replaceChildren(element("span", { class: "waiting", role: "img", "aria-label": "An answer is on its way" },
       element("i"), element("i"), element("i")));
-  } else said.replaceChildren();
+  } else textNode.replaceChildren();
 }
 
-function told(message) {
-  const facts = [];
-  if (message.finish === "stopped") facts.push("stopped");
-  if (message.finish === "length") facts.push("cut at the longest length");
-  if (message.usage) facts.push(`${message.usage.completion_tokens} tokens`);
-  if (message.seconds) facts.push(`${message.seconds.toFixed(1)} s`);
-  return facts.join(" · ");
+function facts(message) {
+  const parts = [];
+  if (message.finish === "stopped") parts.push("stopped");
+  if (message.finish === "length") parts.push("cut at the token limit");
+  if (message.usage) parts.push(`${message.usage.completion_tokens} tokens`);
+  if (message.seconds) parts.push(`${message.seconds.toFixed(1)} s`);
+  return parts.join(" · ");
 }
 
 function detail(message) {
   if (!message.usage) return "";
   const { prompt_tokens: prompt, prompt_tokens_details: details } = message.usage;
-  return `${prompt} tokens of question, ${details?.cached_tokens ?? 0} of them remembered from before`;
+  return `${prompt} tokens in the question, ${details?.cached_tokens ?? 0} of them from the cache`;
 }
 
 const atEnd = () => window.innerHeight + window.scrollY >= document.documentElement.scrollHeight - 120;
 const toEnd = () => window.scrollTo({ top: document.documentElement.scrollHeight });
 
-// --- asking ---
+// --- requests ---
 
-function busy() { return state.stopper !== null; }
+function busy() { return state.controller !== null; }
 
 function showBusy() {
   $("send").hidden = busy();
@@ -147,7 +147,7 @@ async function send() {
   if (busy()) return;
   const text = $("question").value.trim();
   if (!text && !state.chosen.length) return;
-  complain(null);
+  showProblem(null);
   if (state.editing !== null) state.messages.length = state.editing;
   dropUnanswered();
   state.messages.push({
@@ -159,7 +159,7 @@ async function send() {
   await respond();
 }
 
-/** A question without an answer cannot be followed by another; an error is no answer. */
+/** Remove a last question whose answer is an error, since the next question must follow an answer. */
 function dropUnanswered() {
   const last = state.messages.at(-1);
   if (last?.role === "assistant" && last.error && !last.text) state.messages.length -= 2;
@@ -172,76 +172,76 @@ async function regenerate() {
 }
 
 async function respond() {
-  const slot = { role: "assistant", text: "", finish: null };
-  const body = request();
-  state.messages.push(slot);
-  const stopper = state.stopper = new AbortController();
+  const answerMessage = { role: "assistant", text: "", finish: null };
+  const body = requestBody();
+  state.messages.push(answerMessage);
+  const controller = state.controller = new AbortController();
   showMessages();
   showBusy();
   toEnd();
-  await remember();
-  for (let pause = 1; slot.finish === null && !slot.error;) {
+  await saveMessages();
+  for (let pause = 1; answerMessage.finish === null && !answerMessage.error;) {
     try {
-      await stream(body, slot, stopper.signal);
+      await stream(body, answerMessage, controller.signal);
       pause = 1;
     } catch (error) {
-      if (stopper.signal.aborted) slot.finish = "stopped";
+      if (controller.signal.aborted) answerMessage.finish = "stopped";
       else if (error instanceof Away) {
         showAway(error.message);
-        await comeBack(error.wait ?? pause, error.wait === null, stopper.signal);
+        await waitForServer(error.wait ?? pause, error.wait === null, controller.signal);
         pause = Math.min(2 * pause, LONGEST_WAIT);
-        if (stopper.signal.aborted) slot.finish = "stopped";
+        if (controller.signal.aborted) answerMessage.finish = "stopped";
       } else {
-        slot.error = error instanceof Refused ? error.message : `Something went wrong in this page: ${error.message}`;
+        answerMessage.error = error instanceof Refused ? error.message : `Something went wrong in this page: ${error.message}`;
         if (error.status === 401) askForKey();
       }
     }
   }
   showAway(null);
-  if (state.stopper === stopper) state.stopper = null;
-  if (!state.messages.includes(slot)) return; // a new conversation has begun meanwhile
+  if (state.controller === controller) state.controller = null;
+  if (!state.messages.includes(answerMessage)) return; // the user started a new conversation
   const follow = atEnd();
   showMessages();
   showBusy();
   if (follow) toEnd();
-  say(slot.error ? "" : slot.finish === "stopped" ? "Stopped." : slot.text);
-  await remember();
+  announce(answerMessage.error ? "" : answerMessage.finish === "stopped" ? "Stopped." : answerMessage.text);
+  await saveMessages();
 }
 
-async function stream(body, slot, signal) {
-  const begun = performance.now();
-  let fresh = true, painting = false;
+async function stream(body, answerMessage, signal) {
+  const started = performance.now();
+  let isFirst = true, paintPending = false;
   const paint = () => {
-    painting = false;
+    paintPending = false;
     const node = $("messages").lastElementChild;
-    if (!node || state.messages.at(-1) !== slot || slot.finish !== null) return;
+    if (!node || state.messages.at(-1) !== answerMessage || answerMessage.finish !== null) return;
     const follow = atEnd();
-    showText(node, slot);
+    showText(node, answerMessage);
     if (follow) toEnd();
   };
   const result = await answer(body, {
     key: $("key").value,
     signal,
     onText: (text) => {
-      if (fresh) { slot.text = ""; fresh = false; showAway(null); } // what came before the server went away
-      slot.text += text;
-      if (!painting) { painting = true; requestAnimationFrame(paint); }
+      if (isFirst) { answerMessage.text = ""; isFirst = false; showAway(null); } // drop text from before the connection was lost
+      answerMessage.text += text;
+      if (!paintPending) { paintPending = true; requestAnimationFrame(paint); }
     },
   });
-  if (fresh) slot.text = "";
-  slot.usage = result.usage;
-  slot.seconds = (performance.now() - begun) / 1000;
-  slot.finish = result.finish ?? "stop";
+  if (isFirst) answerMessage.text = "";
+  answerMessage.usage = result.usage;
+  answerMessage.seconds = (performance.now() - started) / 1000;
+  answerMessage.finish = result.finish ?? "stop";
 }
 
-/** Wait until the server is back; `ask`: look whether it is, instead of only waiting. */
-async function comeBack(seconds, ask, signal) {
+/** Wait for some seconds; with `poll`, until the server answers its health check. */
+async function waitForServer(seconds, poll, signal) {
   for (let wait = seconds; !signal.aborted; wait = Math.min(1.6 * wait, LONGEST_WAIT)) {
     await new Promise((resolve) => {
       const timer = setTimeout(resolve, wait * 1000);
       signal.addEventListener("abort", () => { clearTimeout(timer); resolve(); }, { once: true });
     });
-    if (signal.aborted || !ask || await healthy()) return;
+    if (signal.aborted || !poll || await healthy()) return;
   }
 }
 
@@ -257,13 +257,13 @@ function askForKey() {
 
 function parameters() {
   const number = (id) => ($(id).value === "" ? null : Number($(id).value));
-  const found = {
+  const fields = {
     temperature: number("temperature"), top_p: number("top_p"), max_tokens: number("max_tokens"), seed: number("seed"),
   };
-  return Object.fromEntries(Object.entries(found).filter(([, value]) => value !== null));
+  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null));
 }
 
-function wire(message) {
+function apiMessage(message) {
   if (message.role === "assistant") return { role: "assistant", content: message.text };
   return {
     role: "user",
@@ -274,59 +274,59 @@ function wire(message) {
   };
 }
 
-function dialogue(messages) {
+function chatBody(messages) {
   const system = $("system").value.trim();
   return {
     ...(state.model && { model: state.model }),
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages.map(wire)],
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages.map(apiMessage)],
   };
 }
 
-const request = () => ({ ...dialogue(state.messages), ...parameters() });
+const requestBody = () => ({ ...chatBody(state.messages), ...parameters() });
 
-// --- explaining ---
+// --- explanations ---
 
 const picturesUpTo = (number) => state.messages.slice(0, number).flatMap((message) => message.pictures ?? []);
 
-/** Show where an answer's words looked, or no longer. */
+/** Show the explanation of an answer, or hide it again. */
 async function explain(message, node) {
-  complain(null);
-  if (!explained.delete(message)) {
+  showProblem(null);
+  if (!explanations.delete(message)) {
     node.disabled = true;
     node.textContent = "Looking…";
-    const body = dialogue(state.messages.slice(0, state.messages.indexOf(message) + 1));
+    const body = chatBody(state.messages.slice(0, state.messages.indexOf(message) + 1));
     try {
-      explained.set(message, await explanation(body, $("key").value));
+      explanations.set(message, await explanation(body, $("key").value));
     } catch (error) {
-      complain(error.message);
+      showProblem(error.message);
     }
   }
   const number = state.messages.indexOf(message);
-  if (number < 0) return; // it is gone meanwhile
+  if (number < 0) return; // the user started a new conversation
   const before = $("messages").children[number], after = reply(message, number);
   before.replaceWith(after);
   after.querySelector(".explain")?.focus();
-  if (explained.has(message)) say("Explained. Move over the words with Tab and the arrow keys.");
+  if (explanations.has(message)) announce("Explained. Move over the words with Tab and the arrow keys.");
 }
 
-// --- writing ---
+// --- the next question ---
 
 function clearComposer() {
   $("question").value = "";
   state.chosen = [];
   state.editing = null;
   showChosen();
-  grow();
+  fitHeight();
 }
 
 function edit(number) {
-  if (busy()) state.stopper.abort();
+  if (busy()) state.controller.abort();
   const message = state.messages[number];
   state.editing = number;
   state.chosen = [...message.pictures];
   $("question").value = message.text;
   showChosen();
-  grow();
+  fitHeight();
   $("question").focus();
 }
 
@@ -343,7 +343,7 @@ function showChosen() {
   showBusy();
 }
 
-function grow() {
+function fitHeight() {
   const field = $("question");
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight}px`;
@@ -351,12 +351,12 @@ function grow() {
 }
 
 async function add(files) {
-  complain(null);
+  showProblem(null);
   for (const file of files) {
     try {
-      state.chosen.push(await read(file));
+      state.chosen.push(await readPicture(file));
     } catch (error) {
-      complain(error.message);
+      showProblem(error.message);
     }
   }
   showChosen();
@@ -366,23 +366,23 @@ async function add(files) {
 async function tryExample(name, title, text) {
   if (busy()) return;
   const blob = await (await fetch(`/page/examples/${name}.jpg`)).blob();
-  state.chosen = [await read(new File([blob], `${title}.jpg`, { type: "image/jpeg" }))];
+  state.chosen = [await readPicture(new File([blob], `${title}.jpg`, { type: "image/jpeg" }))];
   $("question").value = text;
   await send();
 }
 
-// --- keeping and taking away ---
+// --- copies and downloads ---
 
-const remember = () => saveConversation({ messages: state.messages });
+const saveMessages = () => saveConversation({ messages: state.messages });
 
 async function copy(text, node) {
   const before = node.textContent;
   try {
     await navigator.clipboard.writeText(text);
     node.textContent = "Copied";
-    say("Copied.");
+    announce("Copied.");
   } catch {
-    node.textContent = "Not allowed here"; // browsers give the clipboard to https and localhost alone
+    node.textContent = "Not allowed here"; // browsers allow the clipboard on https and localhost only
   }
   setTimeout(() => { node.textContent = before; }, 1500);
 }
@@ -396,50 +396,50 @@ function markdown(withPictures) {
   return parts.join("\n");
 }
 
-function save(name, kind, text) {
-  const url = URL.createObjectURL(new Blob([text], { type: kind }));
+function download(name, type, text) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
   element("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 1000);
   $("menu").open = false;
 }
 
-async function begin() {
-  state.stopper?.abort();
-  state.stopper = null;
+async function newConversation() {
+  state.controller?.abort();
+  state.controller = null;
   state.messages = [];
   clearComposer();
-  complain(null);
+  showProblem(null);
   showMessages();
   showAway(null);
   $("question").focus();
-  await remember();
+  await saveMessages();
 }
 
-// --- beginning ---
+// --- start ---
 
-function wireUp() {
+function addListeners() {
   $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
   $("fields").addEventListener("submit", (event) => event.preventDefault());
-  $("question").addEventListener("input", grow);
+  $("question").addEventListener("input", fitHeight);
   $("question").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
   });
-  $("stop").addEventListener("click", () => { state.stopper?.abort(); $("question").focus(); });
+  $("stop").addEventListener("click", () => { state.controller?.abort(); $("question").focus(); });
   $("choose").addEventListener("click", () => $("files").click());
   $("photograph").addEventListener("click", () => $("camera").click());
   for (const id of ["files", "camera"]) {
     $(id).addEventListener("change", async (event) => { await add([...event.target.files]); event.target.value = ""; });
   }
   $("cancel-edit").addEventListener("click", () => { clearComposer(); $("question").focus(); });
-  $("new").addEventListener("click", begin);
+  $("new").addEventListener("click", newConversation);
   $("copy-all").addEventListener("click", (event) => copy(markdown(false), event.target));
-  $("save-markdown").addEventListener("click", () => save("conversation.md", "text/markdown", markdown(true)));
+  $("save-markdown").addEventListener("click", () => download("conversation.md", "text/markdown", markdown(true)));
   $("save-json").addEventListener("click", () =>
-    save("conversation.json", "application/json", JSON.stringify(request(), null, 2)));
+    download("conversation.json", "application/json", JSON.stringify(requestBody(), null, 2)));
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
     if ($("menu").open) { $("menu").open = false; $("menu").querySelector("summary").focus(); }
-    else if (busy()) state.stopper.abort();
+    else if (busy()) state.controller.abort();
     else if (state.editing !== null) clearComposer();
   });
   document.addEventListener("click", (event) => { if (!$("menu").contains(event.target)) $("menu").open = false; });
@@ -447,7 +447,7 @@ function wireUp() {
     const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
     if (files.length) { event.preventDefault(); add(files); }
   });
-  let depth = 0; // dragenter and dragleave come in pairs, one for each element on the way
+  let depth = 0; // each element under the pointer sends its own dragenter and dragleave
   const holdsFiles = (event) => event.dataTransfer?.types.includes("Files");
   document.addEventListener("dragenter", (event) => { if (holdsFiles(event)) { depth += 1; $("drop").hidden = false; } });
   document.addEventListener("dragleave", (event) => {
@@ -479,7 +479,7 @@ function wireUp() {
       element("span", {}, text)))));
 }
 
-async function meet() {
+async function connect() {
   for (let wait = 1; ; wait = Math.min(1.6 * wait, LONGEST_WAIT)) {
     try {
       [state.model] = await models($("key").value);
@@ -497,22 +497,22 @@ async function meet() {
 async function start() {
   const theme = loadChoice("theme");
   if (theme) document.documentElement.dataset.theme = theme;
-  wireUp();
-  const kept = await loadConversation();
-  state.messages = kept?.messages ?? [];
+  addListeners();
+  const stored = await loadConversation();
+  state.messages = stored?.messages ?? [];
   const last = state.messages.at(-1);
   const unfinished = last?.role === "assistant" && last.finish === null && !last.error;
-  if (unfinished) state.messages.pop(); // the page was closed while its answer was on its way
+  if (unfinished) state.messages.pop(); // the page was closed during this answer: ask for it again below
   showMessages();
   showBusy();
   if (state.messages.length) toEnd();
   else $("question").focus();
   document.body.dataset.ready = "true";
   navigator.serviceWorker?.register("/sw.js").catch(() => {});
-  const met = meet();
+  const connected = connect();
   if (unfinished) respond();
-  $("key").addEventListener("change", meet);
-  await met;
+  $("key").addEventListener("change", connect);
+  await connected;
 }
 
 start();

@@ -1,11 +1,11 @@
-// From files to data URIs that the server takes: small ones as they are, large ones scaled down.
+// Turns picture files into data URIs for the server, and scales large ones down.
 
-const LARGEST_SIDE = 2048; // pixels; more is not seen by any vision tower
+const LARGEST_SIDE = 2048; // pixels; no vision tower sees more
 const LARGEST_FILE = 3 << 20; // bytes
-const AS_THEY_ARE = ["image/jpeg", "image/png", "image/webp", "image/gif"];
+const UNCHANGED_TYPES = ["image/jpeg", "image/png", "image/webp", "image/gif"];
 
-/** {url, name, width, height} of a picture's file; throws an Error with a sentence for people. */
-export async function read(file) {
+/** Return {url, name, width, height} for a picture's file. Throws an Error with a message for the user. */
+export async function readPicture(file) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
@@ -14,8 +14,8 @@ export async function read(file) {
   }
   const { width, height } = bitmap;
   const scale = Math.min(1, LARGEST_SIDE / Math.max(width, height));
-  const small = scale === 1 && file.size <= LARGEST_FILE && AS_THEY_ARE.includes(file.type);
-  const url = await dataUri(small ? file : await scaled(bitmap, scale));
+  const unchanged = scale === 1 && file.size <= LARGEST_FILE && UNCHANGED_TYPES.includes(file.type);
+  const url = await dataUri(unchanged ? file : await scaled(bitmap, scale));
   bitmap.close();
   return { url, name: file.name || "picture", width, height };
 }
@@ -25,7 +25,7 @@ async function scaled(bitmap, scale) {
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   const context = canvas.getContext("2d");
-  context.fillStyle = "#fff"; // what is transparent becomes white, as on the server
+  context.fillStyle = "#fff"; // transparent pixels become white, as on the server
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);

@@ -1,35 +1,35 @@
-// What survives a reload: the conversation in IndexedDB (pictures are large), choices in localStorage.
-// Where a browser offers neither, everything lives as long as the page.
+// Storage across reloads: the conversation in IndexedDB, since pictures are large, and settings in localStorage.
+// Without these, the page works, but a reload loses everything.
 
 const NAME = "pumice";
-let opened;
+let databasePromise;
 
 function database() {
-  opened ??= new Promise((resolve, reject) => {
+  databasePromise ??= new Promise((resolve, reject) => {
     const request = indexedDB.open(NAME, 1);
     request.onupgradeneeded = () => request.result.createObjectStore("kept");
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
   });
-  return opened;
+  return databasePromise;
 }
 
-async function kept(mode, act) {
+async function transact(mode, operation) {
   try {
     const db = await database();
     return await new Promise((resolve, reject) => {
       const transaction = db.transaction("kept", mode);
-      const request = act(transaction.objectStore("kept"));
+      const request = operation(transaction.objectStore("kept"));
       transaction.oncomplete = () => resolve(request.result);
       transaction.onerror = transaction.onabort = () => reject(transaction.error);
     });
   } catch {
-    return undefined; // private windows may refuse; the page works on without a memory
+    return undefined; // private windows may refuse storage
   }
 }
 
-export const loadConversation = () => kept("readonly", (store) => store.get("conversation"));
-export const saveConversation = (value) => kept("readwrite", (store) => store.put(value, "conversation"));
+export const loadConversation = () => transact("readonly", (store) => store.get("conversation"));
+export const saveConversation = (value) => transact("readwrite", (store) => store.put(value, "conversation"));
 
 export function loadChoice(name) {
   try { return localStorage.getItem(`${NAME}.${name}`); } catch { return null; }

@@ -1,4 +1,4 @@
-"""The kinds of rows. Each file of this folder that has a KIND is one; a new kind is a new file."""
+"""The kinds of rows. Each file of this folder that has a KIND is one kind."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a kind of row is: what the teacher is told and shown, how its reply is read, and what is demanded.
-
-Knows: contexts and text. Does not know: endpoints, files, other rows.
-"""
+"""A kind of row: what the teacher is told and shown, how its reply is parsed, and what is checked."""
 
 from __future__ import annotations
 
@@ -68,10 +65,10 @@ class Kind:
 
     def messages(self, context: Context, examples: int | None) -> list[tuple[str, str]]:
         """(role, text) of a request; the last one is about `context`. examples: how many, None for all."""
-        told = [("system", self.system)]
+        messages = [("system", self.system)]
         for example in self.examples[:examples]:
-            told += [("user", example.context.described(boxes=self.boxes)), ("assistant", example.reply)]
-        return [*told, ("user", context.described(boxes=self.boxes))]
+            messages += [("user", example.context.described(boxes=self.boxes)), ("assistant", example.reply)]
+        return [*messages, ("user", context.described(boxes=self.boxes))]
 
 
 _LABEL = re.compile(

@@ -1,7 +1,7 @@
-"""From a recipe of sources to one shuffled file of LLaVA rows, with a manifest of what went in.
+"""Build one shuffled file of LLaVA rows from a recipe of sources, with a manifest of what went in.
 
-Knows: weights, seeds, hashes. Does not know: any task's fields. Rows lie in a temporary database, so that
-memory does not grow with their number; the same files, recipe and seed give the same bytes.
+Rows lie in a temporary database, so memory does not grow with their number. The same files, recipe and seed
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pumice import __version__
 from pumice.errors import InputError, official
 from pumice.files import replacing, sha256
-from pumice.synth.mix.readers import READERS, Given, Reader, Unit
+from pumice.synth.mix.readers import READERS, Reader, ReaderInput, Unit
 
 
-class Strict(BaseModel):
+class MixModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Source(Strict):
+class MixSource(MixModel):
     """One task of a mixture."""
 
     task: str = Field(description="llava, sharegpt, vqav2, gqa, okvqa, aokvqa, ocrvqa, textcaps, refcoco, vg")
@@ -39,10 +39,10 @@ class Source(Strict):
     longest: int = Field(8000, ge=1, description="characters of a text-only chat")
 
 
-class Mix(Strict):
+class Mix(MixModel):
     """A whole mixture. Relative paths are relative to the folder in which the command runs."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: list[MixSource] = Field(min_length=1)
     seed: int = Field(0, ge=0)
     boxes: Literal["padded", "picture"] = Field("padded", description="what box coordinates are shares of")
 
@@ -61,8 +61,8 @@ def load(path: Path) -> Mix:
         mix = Mix.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the recipe"
-        raise InputError(f"{path}: {where}: {problem['msg']}") from error
+        field_path = ".".join(map(str, problem["loc"])) or "the recipe"
+        raise InputError(f"{path}: {field_path}: {problem['msg']}") from error
     names = [source.name or source.task for source in mix.sources]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"{path}: two sources are called '{min(twice)}'; give each its own name")
@@ -71,7 +71,7 @@ def load(path: Path) -> Mix:
     return mix
 
 
-def _files(source: Source, recipe: Path) -> dict[str, list[Path]]:
+def _files(source: MixSource, recipe: Path) -> dict[str, list[Path]]:
     if source.task not in READERS:
         raise InputError(f"{recipe}: there is no task '{source.task}'; use one of {', '.join(READERS)}")
     reader = READERS[source.task]
@@ -109,11 +109,11 @@ def build(mix: Mix, out: Path, seed: int | None = None) -> dict[str, Any]:
         files = _files(source, out)
         if any(file.resolve() == out.resolve() for listed in files.values() for file in listed):
             raise InputError(f"'{out}' is a file to be mixed; name another one to write")
-        given = Given(files, source.images, seed, mix.boxes == "padded", source.longest)
+        inputs = ReaderInput(files, source.images, seed, mix.boxes == "padded", source.longest)
         reader, name = READERS[source.task], source.name or source.task
         first = stored
         turns = 0
-        for row in _rows(store, reader, given, name):
+        for row in _rows(store, reader, inputs, name):
             store.execute("INSERT INTO rows VALUES (?, ?)", (stored, json.dumps(row, ensure_ascii=False)))
             stored += 1
             turns += len(row["conversations"]) // 2
@@ -124,10 +124,11 @@ def build(mix: Mix, out: Path, seed: int | None = None) -> dict[str, Any]:
         chosen.append(picks + first)
         told.append(
             {
-                "name": name, "task": source.task, "weight": source.weight, "entries": given.items,
-                "available": available, "turns": turns, "rows": len(picks), "skipped": dict(given.skipped),
+                "name": name, "task": source.task, "weight": source.weight, "entries": inputs.items,
+                "available": available, "turns": turns, "rows": len(picks),
+                "skipped": dict(inputs.skipped),
                 "files": [_fingerprint(role, file) for role, listed in files.items() for file in listed],
-                "reference": _reference(reader, given.items, available, name),
+                "reference": _reference(reader, inputs.items, available, name),
             }
         )  # fmt: skip
     order = np.random.default_rng(seed).permutation(np.concatenate(chosen))
@@ -141,7 +142,9 @@ def build(mix: Mix, out: Path, seed: int | None = None) -> dict[str, Any]:
     return manifest
 
 
-def _rows(store: sqlite3.Connection, reader: Reader, given: Given, name: str) -> Iterator[dict[str, Any]]:
+def _rows(
+    store: sqlite3.Connection, reader: Reader, given: ReaderInput, name: str
+) -> Iterator[dict[str, Any]]:
     """The rows of one source: units of the same picture and part together, in order of first appearance."""
     units = _units(reader, given, name)
     if not reader.merge:
@@ -166,7 +169,7 @@ def _rows(store: sqlite3.Connection, reader: Reader, given: Given, name: str) ->
     store.execute("DELETE FROM units")
 
 
-def _units(reader: Reader, given: Given, name: str) -> Iterator[Unit]:
+def _units(reader: Reader, given: ReaderInput, name: str) -> Iterator[Unit]:
     with official(lambda: f"{name}, entry {given.items}"):
         yield from reader.read(given)
 
@@ -176,16 +179,16 @@ def _row_id(name: str, image: str, number: int) -> str:
 
 
 def _row(image: str | None, turns: list[Any], row_id: str, suffix: str) -> dict[str, Any]:
-    said = []
+    messages = []
     for number, (question, answer) in enumerate(turns):
         if number == 0:
             question = f"{question}{suffix}"
             question = f"<image>\n{question}" if image is not None else question
-        said += [{"from": "human", "value": question}, {"from": "gpt", "value": str(answer)}]
-    return {"id": row_id, **({"image": image} if image is not None else {}), "conversations": said}
+        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": str(answer)}]
+    return {"id": row_id, **({"image": image} if image is not None else {}), "conversations": messages}
 
 
-def _sample(available: int, source: Source, random: np.random.Generator, name: str) -> np.ndarray:
+def _sample(available: int, source: MixSource, random: np.random.Generator, name: str) -> np.ndarray:
     """Which rows are taken, as numbers from 0: every one so often, and a random part once more."""
     if source.rows is not None:
         if source.rows > available:
@@ -193,12 +196,12 @@ def _sample(available: int, source: Source, random: np.random.Generator, name: s
                 f"{name}: {source.rows} rows are asked for, its files give {available}; ask for fewer"
             )
         return np.sort(random.permutation(available)[: source.rows])
-    wanted = math.floor(available * source.weight + 0.5)
-    if not wanted:
+    target_rows = math.floor(available * source.weight + 0.5)
+    if not target_rows:
         raise InputError(f"{name}: the weight {source.weight} of {available} rows takes none; raise it")
-    whole, rest = divmod(wanted, available)
+    full_passes, extra_rows = divmod(target_rows, available)
     return np.concatenate(
-        [np.tile(np.arange(available), whole), np.sort(random.permutation(available)[:rest])]
+        [np.tile(np.arange(available), full_passes), np.sort(random.permutation(available)[:extra_rows])]
     )
 
 
@@ -218,13 +221,13 @@ def _reference(reader: Reader, entries: int, available: int, name: str) -> dict[
 def _write(store: sqlite3.Connection, order: np.ndarray, out: Path) -> None:
     as_list = out.suffix == ".json"
     with replacing(out) as file:
-        seen = np.zeros(int(order.max()) + 1, np.int32)
+        occurrences = np.zeros(int(order.max()) + 1, np.int32)
         for place, number in enumerate(order.tolist()):
             (text,) = store.execute("SELECT row FROM rows WHERE number = ?", (number,)).fetchone()
-            if seen[number]:  # a row that is taken twice keeps its id unique
+            if occurrences[number]:  # a row that is taken twice keeps its id unique
                 row = json.loads(text)
-                text = json.dumps({**row, "id": f"{row['id']}+{seen[number]}"}, ensure_ascii=False)
-            seen[number] += 1
+                text = json.dumps({**row, "id": f"{row['id']}+{occurrences[number]}"}, ensure_ascii=False)
+            occurrences[number] += 1
             file.write(
                 (("[\n" if place == 0 else ",\n") if as_list else "") + text + ("" if as_list else "\n")
             )

@@ -1,7 +1,6 @@
-"""The official files of each task as units of question and answer.
+"""Read the official files of each academic task as units of question and answer.
 
-Knows: each task's fields and LLaVA-1.5's prompts for it. Does not know: weights, other tasks, output files.
-Field names are the publishers'; prompts are data to be compatible with (arXiv 2310.03744, tables 7 and 9).
+Field names are the publishers'. Prompts are data to be compatible with (arXiv 2310.03744, tables 7 and 9).
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class Unit:
 
 
 @dataclass
-class Given:
-    """What a reader is given, and what it counts. files: by role; a role may have several."""
+class ReaderInput:
+    """What a reader is inputs, and what it counts. files: by role; a role may have several."""
 
     files: dict[str, list[Path]]
     images: str  # put before each picture's name
@@ -61,57 +60,57 @@ class Given:
         return random.Random("/".join(map(str, (self.seed, *names))))
 
 
-def vqav2(given: Given) -> Iterator[Unit]:
+def vqav2(inputs: ReaderInput) -> Iterator[Unit]:
     """VQAv2 and OK-VQA: questions and annotations joined by question_id; the answer most people gave."""
     answers: dict[Any, str] = {}
-    for note in items(given.file("annotations"), "annotations.item"):
+    for note in items(inputs.file("annotations"), "annotations.item"):
         text = note.get("multiple_choice_answer")
         if text is None:
             text = Counter(str(a["answer"]) for a in note.get("answers") or ()).most_common(1)
             text = text[0][0] if text else ""
         answers[note.get("question_id")] = sys.intern(str(text))
-    for question in items(given.file("questions"), "questions.item"):
-        given.items += 1
+    for question in items(inputs.file("questions"), "questions.item"):
+        inputs.items += 1
         key, image = question.get("question_id"), question.get("image_id")
         if key not in answers:
             raise InputError(
-                f"'{given.file('questions')}': question {key} has no answer in "
-                f"'{given.file('annotations')}'; give both files of one split"
+                f"'{inputs.file('questions')}': question {key} has no answer in "
+                f"'{inputs.file('annotations')}'; give both files of one split"
             )
         if not isinstance(image, int):
             raise InputError(
-                f"'{given.file('questions')}': question {key} has the image_id {image!r}; mend it"
+                f"'{inputs.file('questions')}': question {key} has the image_id {image!r}; mend it"
             )
         if answers[key].strip():
-            yield Unit(given.image(f"{image:012d}.jpg"), ((str(question.get("question")), answers[key]),))
+            yield Unit(inputs.image(f"{image:012d}.jpg"), ((str(question.get("question")), answers[key]),))
         else:
-            given.skipped["empty answer"] += 1
-    if given.items != len(answers):
+            inputs.skipped["empty answer"] += 1
+    if inputs.items != len(answers):
         raise InputError(
-            f"'{given.file('questions')}' has {given.items} questions and '{given.file('annotations')}' "
+            f"'{inputs.file('questions')}' has {inputs.items} questions and '{inputs.file('annotations')}' "
             f"{len(answers)} answers; give both files of one split"
         )
 
 
-def gqa(given: Given) -> Iterator[Unit]:
+def gqa(inputs: ReaderInput) -> Iterator[Unit]:
     """GQA's train_balanced_questions.json."""
-    for key, question in pairs(given.file("questions")):
-        given.items += 1
+    for key, question in pairs(inputs.file("questions")):
+        inputs.items += 1
         if "answer" not in question or "imageId" not in question:
             raise InputError(
-                f"'{given.file('questions')}': question {key} lacks answer or imageId; give GQA's file"
+                f"'{inputs.file('questions')}': question {key} lacks answer or imageId; give GQA's file"
             )
-        yield Unit(given.image(f"{question['imageId']}.jpg"), ((question["question"], question["answer"]),))
+        yield Unit(inputs.image(f"{question['imageId']}.jpg"), ((question["question"], question["answer"]),))
 
 
-def aokvqa(given: Given) -> Iterator[Unit]:
+def aokvqa(inputs: ReaderInput) -> Iterator[Unit]:
     """A-OKVQA, once per choice: the choices turn round, so that the right one has had every letter."""
-    for question in items(given.file("questions"), "item"):
-        given.items += 1
+    for question in items(inputs.file("questions"), "item"):
+        inputs.items += 1
         choices, right = question.get("choices"), question.get("correct_choice_idx")
         if not isinstance(choices, list) or not isinstance(right, int) or not 0 <= right < len(choices):
             raise InputError(
-                f"'{given.file('questions')}': question {question.get('question_id')} has no right choice; "
+                f"'{inputs.file('questions')}': question {question.get('question_id')} has no right choice; "
                 "give the train or val file"
             )
         for turn in range(len(choices)):
@@ -119,61 +118,61 @@ def aokvqa(given: Given) -> Iterator[Unit]:
             lines = [f"{chr(65 + n)}. {choice}" for n, choice in enumerate(turned)]
             text = "\n".join([question["question"], *lines]) + LETTER
             letter = chr(65 + (right - turn) % len(choices))
-            yield Unit(given.image(f"{question['image_id']:012d}.jpg"), ((text, letter),), part=turn)
+            yield Unit(inputs.image(f"{question['image_id']:012d}.jpg"), ((text, letter),), part=turn)
 
 
-def ocrvqa(given: Given) -> Iterator[Unit]:
+def ocrvqa(inputs: ReaderInput) -> Iterator[Unit]:
     """OCR-VQA's dataset.json: the books of its train split (1)."""
-    for key, book in pairs(given.file("dataset")):
+    for key, book in pairs(inputs.file("dataset")):
         if book.get("split") != 1:
             continue
-        given.items += 1
+        inputs.items += 1
         questions, answers = book.get("questions") or [], book.get("answers") or []
         if len(questions) != len(answers):
             raise InputError(
-                f"'{given.file('dataset')}': book {key} has {len(questions)} questions and {len(answers)} "
+                f"'{inputs.file('dataset')}': book {key} has {len(questions)} questions and {len(answers)} "
                 "answers; mend it"
             )
         suffix = PurePosixPath(str(book.get("imageURL") or "")).suffix or ".jpg"
         turns = tuple((q, a) for q, a in zip(questions, answers, strict=True) if str(a).strip())
         if turns:
-            yield Unit(given.image(f"{key}{suffix}"), turns)
+            yield Unit(inputs.image(f"{key}{suffix}"), turns)
         else:
-            given.skipped["no answers"] += 1
+            inputs.skipped["no answers"] += 1
 
 
-def textcaps(given: Given) -> Iterator[Unit]:
+def textcaps(inputs: ReaderInput) -> Iterator[Unit]:
     """TextCaps with the OCR tokens of TextVQA where that file is given; one of a picture's captions."""
     tokens: dict[str, list[str]] = {}
-    if "ocr" in given.files:
-        for entry in items(given.file("ocr"), "data.item"):
+    if "ocr" in inputs.files:
+        for entry in items(inputs.file("ocr"), "data.item"):
             tokens[str(entry.get("image_id"))] = [str(t) for t in entry.get("ocr_tokens") or ()]
     captions: dict[str, list[str]] = {}
-    for entry in items(given.file("captions"), "data.item"):
-        given.items += 1
+    for entry in items(inputs.file("captions"), "data.item"):
+        inputs.items += 1
         text = " ".join(str(entry.get("caption_str") or "").split())
         if text:
             captions.setdefault(str(entry.get("image_id")), []).append(text)
         else:
-            given.skipped["empty caption"] += 1
+            inputs.skipped["empty caption"] += 1
     for image, texts in captions.items():
         prompt = CAPTION
-        if "ocr" in given.files:
+        if "ocr" in inputs.files:
             prompt += f"\nReference OCR token: {', '.join(tokens.get(image, []))}"
-        yield Unit(given.image(f"{image}.jpg"), ((prompt, given.pick(image).choice(texts)),))
+        yield Unit(inputs.image(f"{image}.jpg"), ((prompt, inputs.pick(image).choice(texts)),))
 
 
-def refcoco(given: Given) -> Iterator[Unit]:
+def refcoco(inputs: ReaderInput) -> Iterator[Unit]:
     """RefCOCO, RefCOCO+ and RefCOCOg: refs(...).p and COCO's instances.json; the train split."""
     sizes: dict[Any, tuple[str, float, float]] = {}
     boxes: dict[Any, list[float]] = {}
-    for file in given.files["instances"]:
+    for file in inputs.files["instances"]:
         for image in items(file, "images.item"):
             sizes[image["id"]] = (image["file_name"], image["width"], image["height"])
         for note in items(file, "annotations.item"):
             boxes[note["id"]] = note["bbox"]
     turns: dict[Any, list[tuple[str, str]]] = {}
-    for file in given.files["refs"]:
+    for file in inputs.files["refs"]:
         for ref in _refs(file):
             if ref.get("split") != "train":
                 continue
@@ -184,50 +183,53 @@ def refcoco(given: Given) -> Iterator[Unit]:
                     f"{ref.get('ann_id')}, which the instances file does not have; give the one beside it"
                 )
             for sentence in ref.get("sentences") or ():
-                given.items += 1
+                inputs.items += 1
                 text = " ".join(str(sentence.get("sent") or "").split())
-                if (place := _place(box, sizes[image], given.padded)) is None or not text:
-                    given.skipped["no area or no words"] += 1
+                if (place := _place(box, sizes[image], inputs.padded)) is None or not text:
+                    inputs.skipped["no area or no words"] += 1
                     continue
-                pick = given.pick(file.name, sentence.get("sent_id"))
+                pick = inputs.pick(file.name, sentence.get("sent_id"))
                 turns.setdefault(image, []).append(_region(text, place, pick))
     for image, found in turns.items():
         name = PurePosixPath(sizes[image][0]).name.rpartition("_")[2]  # COCO 2014's name ends as 2017's does
         for start in range(0, len(found), REFERRED):
-            yield Unit(given.image(name), tuple(found[start : start + REFERRED]), part=start)
+            yield Unit(inputs.image(name), tuple(found[start : start + REFERRED]), part=start)
 
 
-def visual_genome(given: Given) -> Iterator[Unit]:
+def visual_genome(inputs: ReaderInput) -> Iterator[Unit]:
     """Visual Genome's region descriptions, at most ten of a picture, with image_data.json for the sizes."""
     sizes = {}
-    for image in items(given.file("images"), "item"):
+    for image in items(inputs.file("images"), "item"):
         key = image.get("image_id", image.get("id"))
         parts = str(image.get("url") or "").split("/")[-2:]
         sizes[key] = ("/".join(parts) if len(parts) == 2 else f"{key}.jpg", image["width"], image["height"])
-    for entry in items(given.file("regions"), "item"):
-        given.items += 1
+    for entry in items(inputs.file("regions"), "item"):
+        inputs.items += 1
         key = entry.get("image_id", entry.get("id"))
         if key not in sizes:
-            raise InputError(f"'{given.file('regions')}': picture {key} is not in '{given.file('images')}'")
+            raise InputError(f"'{inputs.file('regions')}': picture {key} is not in '{inputs.file('images')}'")
         regions = []
         for region in entry.get("regions") or ():
             text = " ".join(str(region.get("phrase") or "").split())
             box = [region.get(n, 0) for n in ("x", "y", "width", "height")]
-            place = _place(box, sizes[key], given.padded)
-            if place is None or not text:
-                given.skipped["no area or no words"] += 1
+            corners_text = _place(box, sizes[key], inputs.padded)
+            if corners_text is None or not text:
+                inputs.skipped["no area or no words"] += 1
             else:
-                regions.append((region.get("region_id"), text, place))
+                regions.append((region.get("region_id"), text, corners_text))
         if len(regions) > REGIONS:
-            regions = given.pick(key).sample(regions, REGIONS)
+            regions = inputs.pick(key).sample(regions, REGIONS)
         if regions:
-            turns = (_region(text, place, given.pick(key, number)) for number, text, place in regions)
-            yield Unit(given.image(sizes[key][0]), tuple(turns))
+            turns = (
+                _region(text, corners_text, inputs.pick(key, number))
+                for number, text, corners_text in regions
+            )
+            yield Unit(inputs.image(sizes[key][0]), tuple(turns))
         else:
-            given.skipped["picture without regions"] += 1
+            inputs.skipped["picture without regions"] += 1
 
 
-def sharegpt(given: Given) -> Iterator[Unit]:
+def sharegpt(inputs: ReaderInput) -> Iterator[Unit]:
     """Text-only chats: [{id, conversations: [{from, value}]}]; those that do not take turns are left out."""
     names = {
         "human": "human",
@@ -237,46 +239,50 @@ def sharegpt(given: Given) -> Iterator[Unit]:
         "assistant": "gpt",
         "bing": "gpt",
     }
-    for chat in items(given.file("chats"), "item"):
-        given.items += 1
-        said = [
+    for chat in items(inputs.file("chats"), "item"):
+        inputs.items += 1
+        messages = [
             (names.get(str(t.get("from"))), str(t.get("value") or ""))
             for t in chat.get("conversations") or ()
         ]
-        while said and said[0][0] != "human":
-            del said[0]
-        said = said[: len(said) // 2 * 2]
-        wrong = [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2)
-        if not said or wrong or any(not text.strip() or IMAGE_PLACEHOLDER in text for _, text in said):
-            given.skipped["does not take turns"] += 1
+        while messages and messages[0][0] != "human":
+            del messages[0]
+        messages = messages[: len(messages) // 2 * 2]
+        wrong = [who for who, _ in messages] != ["human", "gpt"] * (len(messages) // 2)
+        if (
+            not messages
+            or wrong
+            or any(not text.strip() or IMAGE_PLACEHOLDER in text for _, text in messages)
+        ):
+            inputs.skipped["does not take turns"] += 1
             continue
         turns: list[tuple[str, str]] = []
         length = 0
-        for (_, question), (_, answer) in zip(said[::2], said[1::2], strict=True):
+        for (_, question), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
             length += len(question) + len(answer)
-            if length > given.longest:
+            if length > inputs.longest:
                 break
             turns.append((question, answer))
         if turns:
             yield Unit(None, tuple(turns))
         else:
-            given.skipped["too long"] += 1
+            inputs.skipped["too long"] += 1
 
 
-def llava(given: Given) -> Iterator[Unit]:
+def llava(inputs: ReaderInput) -> Iterator[Unit]:
     """Rows in LLaVA's own format, taken as they are: LLaVA-Instruct, or what `data generate` wrote."""
-    for file in given.files["rows"]:
+    for file in inputs.files["rows"]:
         rows = Rows(file)
         for number in range(len(rows)):
-            given.items += 1
+            inputs.items += 1
             row = rows[number]
             conversation = [(speaker, text) for speaker, text in row.turns if speaker != "system"]
             speakers = [speaker for speaker, _ in conversation]
             if speakers != ["human", "gpt"] * (len(speakers) // 2) or len(row.image) > 1:
-                given.skipped["does not take turns"] += 1
+                inputs.skipped["does not take turns"] += 1
                 continue
             turns = zip(conversation[::2], conversation[1::2], strict=True)
-            image = given.image(row.image[0]) if row.image else None
+            image = inputs.image(row.image[0]) if row.image else None
             yield Unit(
                 image,
                 tuple((q.replace(IMAGE_PLACEHOLDER, "").strip(), a) for (_, q), (_, a) in turns),
@@ -336,7 +342,7 @@ class Reader:
     full: entries of the whole official file, rows: of LLaVA-1.5's mixture; exact: the one implies the other.
     """
 
-    read: Callable[[Given], Iterator[Unit]]
+    read: Callable[[ReaderInput], Iterator[Unit]]
     needs: tuple[str, ...]
     rows: int
     full: int | None = None

@@ -18,11 +18,11 @@ import torch
 from pumice.config import ModelConfig
 from pumice.errors import InputError, WorkError
 from pumice.formats.load import find_device
-from pumice.geometry import picture_layout
+from pumice.geometry import image_layout
 from pumice.model.packed import Run
 from pumice.train.batches import Batches
 from pumice.train.devices import GB, GPUS, peak, total_memory
-from pumice.train.parallel import COPIES
+from pumice.train.parallel import MAX_COPY_SHARE
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
 from pumice.train.shapes import processor_of, shape
@@ -172,7 +172,7 @@ def _sharded(recipe: Recipe, held: Sizes, device: Device, processes: int) -> boo
     """As `World.choose` settles it."""
     if processes == 1 or recipe.parallel != "auto":
         return processes > 1 and recipe.parallel == "fsdp"
-    return device.kind == "cuda" and device.memory is not None and held.held > COPIES * device.memory
+    return device.kind == "cuda" and device.memory is not None and held.held > MAX_COPY_SHARE * device.memory
 
 
 def _works(
@@ -202,7 +202,7 @@ def _works(
 def assumed(recipe: Recipe, config: ModelConfig) -> PackShape:
     """A pack full of samples with one picture each, as no rows tell otherwise."""
     staged = recipe.stage_config(config)
-    layout = picture_layout(staged, (1024, 768))
+    layout = image_layout(staged, (1024, 768))
     length = min(layout.tokens + TEXT, staged.decoder.context)
     count = max(1, recipe.pack_tokens // length)
     return PackShape(

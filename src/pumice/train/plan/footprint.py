@@ -30,7 +30,7 @@ from pumice.model.llava import Llava
 from pumice.model.packed import Packed, Run
 from pumice.model.quantized_base import quantize_base
 from pumice.model.vision import ViT
-from pumice.train.features import TOGETHER
+from pumice.train.features import TILES_PER_CALL
 from pumice.train.loss import CHUNK, supervised_loss
 from pumice.train.memory import checkpoint_blocks
 from pumice.train.recipe import Recipe
@@ -205,7 +205,7 @@ def _look(model: Llava, config: ModelConfig, tiles: int) -> tuple[float, float]:
     """(bytes at most, operations of one square) of the tower on a few squares, nothing learning."""
     if config.vision.kind == "none" or not tiles:
         return 0.0, 0.0
-    together = min(TOGETHER, tiles)
+    together = min(TILES_PER_CALL, tiles)
     side = config.vision.image_size
     with torch.no_grad(), _Count([*model.tower.parameters(), *model.tower.buffers()]) as count:
         model.features(torch.empty(together, 3, side, side))

@@ -1,7 +1,4 @@
-"""Pictures of a request: from `image_url` to bytes whose header was checked.
-
-Knows data URIs and limits. Does not know the model; how a picture is opened, `pumice.images` knows.
-"""
+"""Read the pictures of a request: from `image_url` to file bytes that are within the limits."""
 
 from __future__ import annotations
 
@@ -23,10 +20,14 @@ from pumice.serve.settings import ServerSettings
 _DATA = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[\w.+-]*)*)(;base64)?,", re.IGNORECASE)
 
 
-async def read(
+async def read_images(
     images: Sequence[tuple[str, ImageUrl]], settings: ServerSettings, fetcher: Fetcher | None, pool: Executor
 ) -> list[bytes]:
-    """The files of a request's pictures, in order. Raises ApiError that names the field."""
+    """Return the bytes of each picture's file, in order.
+
+    images: (field name, picture). Only headers are decoded here, in `pool`. Raises ApiError, 400, that names
+    the field when there are too many pictures, or when one cannot be read or has too many pixels.
+    """
     if len(images) > settings.max_images:
         raise ApiError(
             400,
@@ -43,7 +44,7 @@ async def read(
 
 
 def find_damaged(params: Sequence[str], files: Sequence[bytes]) -> str | None:
-    """The field of the first picture that does not decode, when something was wrong with one of them."""
+    """Return the field of the first picture that cannot be decoded, or None."""
     for param, data in zip(params, files, strict=True):
         try:
             open_image(data)
@@ -53,7 +54,7 @@ def find_damaged(params: Sequence[str], files: Sequence[bytes]) -> str | None:
 
 
 async def _fetch(param: str, url: str, fetcher: Fetcher | None) -> bytes | None:
-    """The bytes behind a web address; None for a data URI."""
+    """Return the bytes behind a web address, or None for a data URI."""
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
         return None
@@ -75,27 +76,28 @@ async def _fetch(param: str, url: str, fetcher: Fetcher | None) -> bytes | None:
 
 
 def _check(param: str, source: str | bytes, settings: ServerSettings) -> bytes:
+    """Return the bytes of a data URI or of a fetched file once its size in pixels is checked."""
     data = _decode(param, source) if isinstance(source, str) else source
     try:
         width, height = image_size(data)
     except EnormousPicture:
-        told = "has"
+        excess = "has"
     except InputError as error:
         raise ApiError(400, str(error), param=param, code="invalid_image") from error
     else:
         if width * height <= settings.max_pixels:
             return data
-        told = f"is {width} x {height},"
+        excess = f"is {width} x {height},"
     raise ApiError(
         400,
-        f"the picture {told} more than {settings.max_pixels / 1e6:g} megapixels; send a smaller copy",
+        f"the picture {excess} more than {settings.max_pixels / 1e6:g} megapixels; send a smaller copy",
         param=param,
         code="image_too_large",
     )
 
 
 def _decode(param: str, url: str) -> bytes:
-    """The bytes of a data URI (RFC 2397)."""
+    """Decode a data URI (RFC 2397)."""
     head = _DATA.match(url)
     if head is None:
         raise ApiError(
@@ -104,12 +106,12 @@ def _decode(param: str, url: str) -> bytes:
             param=param,
             code="invalid_image_url",
         )
-    rest = url[head.end() :]
+    payload = url[head.end() :]
     if not head[3]:
-        return unquote_to_bytes(rest)
+        return unquote_to_bytes(payload)
     try:
-        # Line breaks and URL-safe letters are common; anything else is damage.
-        letters = rest.translate({ord("-"): "+", ord("_"): "/", ord("\n"): None, ord("\r"): None})
+        # Clients often send line breaks and URL-safe letters. Anything else means that the data is damaged.
+        letters = payload.translate({ord("-"): "+", ord("_"): "/", ord("\n"): None, ord("\r"): None})
         return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ApiError(
