@@ -1,4 +1,4 @@
-"""How long `pumice ask` takes on this machine: to the first word, per token, and in memory.
+"""Measure `pumice ask`: time to the first word, tokens per second, and peak memory.
 
     python benchmarks/ask.py [--model M] [--image PATH] [--runs 5]
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dog.jpg"
 QUESTION = "Describe this picture."
-TOKENS = 128  # of a long answer, whatever the model would like to end with
+TOKENS = 128  # of a long answer; stop tokens are ignored
 
 
 def first_word(model: str, image: Path) -> tuple[float, float]:

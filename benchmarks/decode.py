@@ -1,4 +1,4 @@
-"""How fast the language model reads a prompt and writes an answer here, beside llama.cpp and transformers.
+"""Measure prefill and decode speed of the language model, beside llama.cpp and transformers.
 
     python benchmarks/decode.py [--prompt 600] [--new 64] [--rounds 3] [--threads N] [--keep FOLDER]
 
@@ -212,9 +212,9 @@ def child(name: str, folder: Path, length: int, new: int, threads: int) -> None:
         print(json.dumps({"missing": str(error)}))
         return
     opened = time.perf_counter() - start
-    given = prompts(length)
-    measure(next(given)[: length // 4], 4)
-    prefill, decode = measure(next(given), new)
+    arguments = prompts(length)
+    measure(next(arguments)[: length // 4], 4)
+    prefill, decode = measure(next(arguments), new)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
     print(json.dumps({"open": opened, "prefill": length / prefill, "decode": new / decode, "peak": peak}))
 
@@ -230,26 +230,26 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="where the GGUF files are kept from run to run")
     parser.add_argument("--only", help="contenders whose names hold this text")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        child(given.child, given.keep, given.prompt, given.new, given.threads)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child, arguments.keep, arguments.prompt, arguments.new, arguments.threads)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = given.keep or Path(scratch)
+        folder = arguments.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         gguf(folder, "q8_0")
         gguf(folder, "f32")
-        run(folder, given)
+        run(folder, arguments)
 
 
-def run(folder: Path, given: argparse.Namespace) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads), "OMP_WAIT_POLICY": "ACTIVE"}
-    command = [sys.executable, __file__, "--keep", str(folder), "--prompt", str(given.prompt)]
-    command += ["--new", str(given.new), "--threads", str(given.threads)]
-    names = [name for name in CONTENDERS if not given.only or given.only in name]
+def run(folder: Path, arguments: argparse.Namespace) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "ACTIVE"}
+    command = [sys.executable, __file__, "--keep", str(folder), "--prompt", str(arguments.prompt)]
+    command += ["--new", str(arguments.new), "--threads", str(arguments.threads)]
+    names = [name for name in CONTENDERS if not arguments.only or arguments.only in name]
     results: dict[str, list[dict[str, float]]] = {}
     rate = 0.0
-    for _ in range(given.rounds):
+    for _ in range(arguments.rounds):
         for name in ["products", *names]:
             done = subprocess.run([*command, "--child", name], env=environment, stdout=-1, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
@@ -261,7 +261,10 @@ def run(folder: Path, given: argparse.Namespace) -> None:
             else:
                 print(name, {key: round(value, 2) for key, value in found.items()}, file=sys.stderr)
                 results.setdefault(name, []).append(found)
-    print(f"prompt {given.prompt}, {given.new} new tokens, {given.threads} threads, {given.rounds} rounds\n")
+    print(
+        f"prompt {arguments.prompt}, {arguments.new} new tokens, {arguments.threads} threads, "
+        f"{arguments.rounds} rounds\n"
+    )
     print("| | prefill, tokens/s | decode, tokens/s | opened in, s | peak memory, GB |")
     print("|---|---|---|---|---|")
     for name, rows in results.items():
@@ -271,7 +274,7 @@ def run(folder: Path, given: argparse.Namespace) -> None:
     print(f"\nfp32 matrix products of these sizes: {rate:.0f} GFLOP/s")
     for name, rows in results.items():
         if name.startswith(("Pumice", "transformers")):
-            reached = work(given.prompt) / given.prompt * max(row["prefill"] for row in rows) / 1e9
+            reached = work(arguments.prompt) / arguments.prompt * max(row["prefill"] for row in rows) / 1e9
             print(f"{name}: prefill at {reached:.0f} GFLOP/s, {reached / rate:.0%} of it")
 
 

@@ -1,4 +1,4 @@
-"""Do explanations point at the right place, and tell when the picture mattered?
+"""Measure whether explanations point at the right place and tell when the picture mattered.
 
     export PYTHONPATH=projects/pumice-tiny
     python benchmarks/explain.py boxes     --stamps STAMPS --photos PHOTOS [--asked --count 520]
@@ -43,7 +43,7 @@ from pumice.conversation import Conversation, user_message
 from pumice.evaluate.metrics.bootstrap import interval, interval_of
 from pumice.explain.attention import read
 from pumice.explain.explanation import Explanation, Reader
-from pumice.explain.maps import places
+from pumice.explain.maps import token_boxes
 from pumice.explain.methods import METHODS, choose_layers
 from pumice.explain.reliance import THRESHOLD
 from pumice.explain.words import Word, averages
@@ -129,7 +129,9 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     """Factors by method of the word that names the thing; None where none does."""
     config = assistant.model.config
     conversation = Conversation((user_message(scene.question, [scene.picture]),))
-    reader = Reader(assistant.model, assistant.processor, lambda shown: assistant.prompt(shown).look())
+    reader = Reader(
+        assistant.model, assistant.processor, lambda shown: assistant.prompt(shown).encode_images()
+    )
     ids, first = reader.answer_ids(conversation, answer)
     _, words = split_words(ids[first:].tolist(), assistant.processor.tokenizer.decode)
     word = naming(words, scene.noun)
@@ -138,11 +140,11 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
     passage = reader.passage(conversation, ids, first)
     _, looks = read(assistant.model, [passage], rollout=True, gradient_from=0)
     mean = averages(words, len(passage.answer))[word]
-    where = places(config, scene.picture.size, assistant.processor.layouts(conversation.images)[0])
+    token_map = token_boxes(config, scene.picture.size, assistant.processor.layouts(conversation.images)[0])
     row: Row = {}
     for name, method in METHODS.items():
         weights = mean @ method.weigh(looks, choose_layers(method, config.decoder.depth, None))
-        row[name] = _both(where.paint(weights, (SIZE, SIZE)), scene)
+        row[name] = _both(token_map.paint(weights, (SIZE, SIZE)), scene)
     return row
 
 
@@ -167,8 +169,8 @@ def show_boxes(rows: Sequence[Row]) -> None:
         values = [row[name][0] for row in rows]
         right = [row[name][0] > row[name][1] for row in rows if row[name][1] is not None]
         low, high = interval(values)
-        told = f"{100 * statistics.mean(right):.0f}% of {len(right)}" if right else "-"
-        print(f"| `{name}` | {statistics.mean(values):.2f} | {low:.2f}–{high:.2f} | {told} |")
+        share = f"{100 * statistics.mean(right):.0f}% of {len(right)}" if right else "-"
+        print(f"| `{name}` | {statistics.mean(values):.2f} | {low:.2f}–{high:.2f} | {share} |")
     print(f"\n{len(rows)} pictures")
 
 
@@ -218,9 +220,9 @@ def show_captions(rows: Sequence[Row]) -> None:
     print(f"\n{len(rows)} captions, {content.sum()} content words, {(~content).sum()} function words")
     for kind, key in (("photographs", "score"), ("plain pictures", "plain")):
         scores = np.array([row[key] for row in rows if row[key] is not None])
-        told = [np.quantile(column, [0, 0.05, 0.5, 0.95, 1]).round(2).tolist() for column in scores.T]
+        quantiles = [np.quantile(column, [0, 0.05, 0.5, 0.95, 1]).round(2).tolist() for column in scores.T]
         print(f"{kind}: {(scores[:, 0] >= THRESHOLD).sum()} of {len(scores)} lean; at 0, 5, 50, 95 and 100%:")
-        print(f"  grey {told[0]}, dropped {told[1]}")
+        print(f"  grey {quantiles[0]}, dropped {quantiles[1]}")
 
 
 def cohen(values: np.ndarray, first: np.ndarray, weights: np.ndarray) -> float:
@@ -240,7 +242,7 @@ def cost(assistant: Assistant, picture: Path) -> None:
     conversation = Conversation((user_message("Describe this picture in detail.", [picture]),))
     answer, tokens = "", 0
     for _ in range(5):
-        assistant._seen.clear()
+        assistant._image_tokens.clear()
         start = time.perf_counter()
         reply = assistant.stream(conversation)
         answer = "".join(reply)
@@ -256,7 +258,7 @@ def cost(assistant: Assistant, picture: Path) -> None:
         print(f"| `{name}` | {medians[name]:.3f} s | {medians[name] / medians['answer']:.2f} |")
 
 
-def kept(path: Path | None) -> dict[int, Row | None]:
+def read_rows(path: Path | None) -> dict[int, Row | None]:
     if path is None or not path.exists():
         return {}
     return dict(map(json.loads, whole_lines(path)))
@@ -282,7 +284,7 @@ def main() -> None:
     photos = split(read_photos(options.photos))[1] if options.photos else []
     root = options.photos or Path()
     stamps = read_stamps(options.stamps) if options.stamps else []
-    done = kept(options.keep)
+    done = read_rows(options.keep)
     for number in range(options.count):
         if number in done:
             continue

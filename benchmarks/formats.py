@@ -119,7 +119,7 @@ def run_llama_cpp(model: LoadedParts, shown: Image.Image | None, folder: Path) -
         prompt = answering.prompt(question(shown), max_new_tokens=NEW_TOKENS)
         ids = torch.cat((prompt.input_ids, torch.tensor(tokens[:-1], dtype=torch.long)))
         with torch.inference_mode():
-            hidden = answering.model(ids[None], prompt.look())[0, len(prompt.input_ids) - 1 :]
+            hidden = answering.model(ids[None], prompt.encode_images())[0, len(prompt.input_ids) - 1 :]
             own = answering.model.decoder.logits(hidden).log_softmax(-1)
         differences = [(own[number] - row).abs().max().item() for number, row in steps.items()]
         stops = [number for number, token in enumerate(tokens) if token in model.config.stop_token_ids]

@@ -1,4 +1,4 @@
-"""Rows per second and peak memory of everything in `pumice data generate` and `data mix` but the teacher.
+"""Measure rows per second and peak memory of `pumice data generate` and `data mix`, without the teacher.
 
     python benchmarks/generate.py [--rows 100000]
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from pumice.synth import kinds, run
 from pumice.synth.context import Box, Context
 from pumice.synth.journal import Journal, reply
-from pumice.synth.teachers import Local
+from pumice.synth.teachers import LocalTeacher
 
 THINGS = (
     "dog",
@@ -77,18 +77,18 @@ def answer(number: int) -> str:
     )
 
 
-def job(folder: Path, rows: int) -> tuple[run.Job, Local]:
-    return run.Job([context(n) for n in range(rows)], [(kinds.get("conversation"), 1.0)], folder), Local(
-        "made-up"
-    )
+def job(folder: Path, rows: int) -> tuple[run.Job, LocalTeacher]:
+    return run.Job(
+        [context(n) for n in range(rows)], [(kinds.get("conversation"), 1.0)], folder
+    ), LocalTeacher("made-up")
 
 
 def write_journal(folder: Path, rows: int) -> None:
-    made, teacher = job(folder, rows)
+    current_job, teacher = job(folder, rows)
     journal = Journal(folder / "journal.jsonl")
 
     def records() -> Iterator[dict[str, object]]:
-        for number, (_, _, _, request) in enumerate(run.plan(made, teacher)):
+        for number, (_, _, _, request) in enumerate(run.plan(current_job, teacher)):
             yield from journal.sent(request, (0, 0), "made-up")
             yield reply(request.id, json.dumps({"text": answer(number)}), (0, 0))
 
@@ -96,15 +96,15 @@ def write_journal(folder: Path, rows: int) -> None:
 
 
 def finish(folder: Path, rows: int) -> None:
-    made, teacher = job(folder, rows)
+    current_job, teacher = job(folder, rows)
     start = time.perf_counter()
     journal = Journal(folder / "journal.jsonl")
     read = time.perf_counter() - start
-    statistics = run.finish(made, teacher, journal)
+    statistics = run.finish(current_job, teacher, journal)
     seconds = time.perf_counter() - start
     print(f"journal read in {read:.1f} s; {statistics.accepted:,} of {statistics.total:,} rows kept")
     print(f"  rejected: {dict(statistics.reasons['conversation'])}")
-    _tell("parse, checks, near-duplicates", rows, seconds)
+    _print_result("parse, checks, near-duplicates", rows, seconds)
 
 
 def mix(folder: Path, rows: int) -> None:
@@ -115,10 +115,10 @@ def mix(folder: Path, rows: int) -> None:
     recipe.write_text(json.dumps({"sources": [{"task": "llava", "files": files, "weight": 1.06}]}))
     start = time.perf_counter()
     manifest = build(load(recipe), folder / "mix.jsonl")
-    _tell(f"mix ({manifest['rows']:,} rows)", manifest["rows"], time.perf_counter() - start)
+    _print_result(f"mix ({manifest['rows']:,} rows)", manifest["rows"], time.perf_counter() - start)
 
 
-def _tell(what: str, rows: int, seconds: float) -> None:
+def _print_result(what: str, rows: int, seconds: float) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kB on Linux
     print(f"{what}: {seconds:.1f} s, {rows / seconds:,.0f} rows/s, peak memory {peak:.0f} MB", flush=True)
 

@@ -1,4 +1,4 @@
-"""Opening a large checkpoint: seconds and memory, beside transformers on the same files.
+"""Measure time and memory to open a large checkpoint, beside transformers on the same files.
 
     python benchmarks/load.py [--keep FOLDER] [--runs N]
 

@@ -1,4 +1,4 @@
-"""What the server adds, and what it gives: streams at once against one after the other, cost per request.
+"""Measure the server: concurrent against sequential streams, and the cost of one request.
 
     python benchmarks/over_http.py [--model random --quantize none] [--streams 32] [--rate 200] [--json FILE]
 
@@ -260,29 +260,29 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--only", choices=("streams", "cost"))
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     found: dict[str, Any] = {"cores": os.cpu_count()}
-    if given.only != "cost":
+    if arguments.only != "cost":
         with tempfile.TemporaryDirectory() as folder:
-            model = given.model
+            model = arguments.model
             if model == "random":
                 from serve import random_model
 
                 model = folder
                 random_model(Path(folder))
-            options = ["--slots", str(given.streams), "--quantize", given.quantize]
+            options = ["--slots", str(arguments.streams), "--quantize", arguments.quantize]
             with server(model, *options) as url:
                 found["streams"] = asyncio.run(
-                    streams(url, given.streams, given.tokens, not given.without_pictures)
+                    streams(url, arguments.streams, arguments.tokens, not arguments.without_pictures)
                 )
-        print(given.model, found["streams"])
-    if given.only != "streams":
+        print(arguments.model, found["streams"])
+    if arguments.only != "streams":
         with tempfile.TemporaryDirectory() as folder, server(str(tiny(Path(folder)))) as url:
-            found["cost"] = asyncio.run(cost(url, given.rate, given.seconds))
+            found["cost"] = asyncio.run(cost(url, arguments.rate, arguments.seconds))
         print("stand-in model", found["cost"])
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Predicted against measured: the memory of training runs, and their speed.
+"""Compare the predicted memory and speed of training runs with the measured ones.
 
     python benchmarks/plan.py [--only NAME ...]
 
@@ -102,10 +102,10 @@ def train(recipe: Path) -> float:
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     assert process.stderr is not None
-    said = process.stderr.read()
+    errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(said.decode())
+        raise SystemExit(errors.decode())
     return usage.ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
@@ -142,18 +142,20 @@ def main() -> None:
     worst = 0.0
     for name in only or CONFIGURATIONS:
         with tempfile.TemporaryDirectory() as scratch:
-            found = compare(name, Path(scratch))
-        off = found["predicted"] / found["measured"] - 1
+            comparison = compare(name, Path(scratch))
+        off = comparison["predicted"] / comparison["measured"] - 1
         base = FRAMEWORK["cpu"]
-        beyond = (found["predicted"] - base) / (found["measured"] - base) - 1
+        beyond = (comparison["predicted"] - base) / (comparison["measured"] - base) - 1
         worst = max(worst, 0.0 if name in FITTED else abs(off))
         print(
-            f"| {name} | {'yes' if name in FITTED else 'no'} | {found['predicted'] / 1e9:.2f} | "
-            f"{found['measured'] / 1e9:.2f} | {off:+.0%} | {beyond:+.0%} | {found['predicted_speed']:.0f}, "
-            f"{found['speed']:.0f} |",
+            f"| {name} | {'yes' if name in FITTED else 'no'} | {comparison['predicted'] / 1e9:.2f} | "
+            f"{comparison['measured'] / 1e9:.2f} | {off:+.0%} | {beyond:+.0%} | "
+            f"{comparison['predicted_speed']:.0f}, {comparison['speed']:.0f} |",
             flush=True,
         )
-        print({kind: round(amount / 1e9, 2) for kind, amount in found["memory"].items()}, file=sys.stderr)
+        print(
+            {kind: round(amount / 1e9, 2) for kind, amount in comparison["memory"].items()}, file=sys.stderr
+        )
     print(f"\nworst difference of those that were not fitted {worst:.0%}")
 
 

@@ -98,8 +98,8 @@ def run_forked(path: Path, processes: int) -> None:
 
 
 def _member(path: Path, rank: int, processes: int, port: int) -> None:
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     train(path)
 
@@ -115,7 +115,7 @@ def held_out(output: Path) -> list[float]:
 
 def spread(folder: Path, names: list[str], start: Callable[[Path, int], None] = run) -> dict[str, float]:
     """Largest relative difference of a loss, held-out losses included, from those of one process."""
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
     expected: list[float] = []
     for name in names:
         print(name, file=sys.stderr, flush=True)
@@ -124,13 +124,13 @@ def spread(folder: Path, names: list[str], start: Callable[[Path, int], None] = 
         if before is not None:
             continue_from(folder / before, folder / name)
         start(path, processes)
-        told = losses(folder / name) + held_out(folder / name)
+        run_losses = losses(folder / name) + held_out(folder / name)
         if name == "one":
-            expected = told
-        if len(told) != len(expected):
-            raise RuntimeError(f"{name} tells {len(told)} losses, one process {len(expected)}")
-        found[name] = max(abs(a - b) / b for a, b in zip(told, expected, strict=True))
-    return found
+            expected = run_losses
+        if len(run_losses) != len(expected):
+            raise RuntimeError(f"{name} tells {len(run_losses)} losses, one process {len(expected)}")
+        differences[name] = max(abs(a - b) / b for a, b in zip(run_losses, expected, strict=True))
+    return differences
 
 
 def continue_from(finished: Path, output: Path) -> None:
@@ -146,19 +146,23 @@ def kill(folder: Path, times: int) -> tuple[int, bool]:
     stage = {"learn": {"connector": 1e-3, "lora": 1e-3}, "lora": {"rank": 4, "dropout": 0.1}}
     changes = {"stage": stage, "max_steps": 60, "epochs": 100, "save_every": 3, "keep_last": 2}
     changes |= {"held_out": [], "workers": 2}
-    whole, broken = (recipe(folder, name, **changes) for name in ("whole", "broken"))
-    run(whole, 1)
+    complete_recipe, killed_recipe = (recipe(folder, name, **changes) for name in ("whole", "broken"))
+    run(complete_recipe, 1)
     chance = random.Random(0)
     metrics, command = folder / "broken" / "metrics.jsonl", [sys.executable, "-m", "pumice", "train"]
     kills = 0
     while kills < times:
         process = subprocess.Popen(
-            [*command, str(broken)], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            [*command, str(killed_recipe)],
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         # half of them while it starts or goes on, half at some step of what is left
         start = time.monotonic()
-        seen = len(losses(folder / "broken"))
-        while len(losses(folder / "broken")) < seen + 1 + chance.randrange(3) and process.poll() is None:
+        steps_done = len(losses(folder / "broken"))
+        while (
+            len(losses(folder / "broken")) < steps_done + 1 + chance.randrange(3) and process.poll() is None
+        ):
             time.sleep(0.002)
         time.sleep(chance.random() * min(0.5, (time.monotonic() - start) / 10))
         if process.poll() is not None:
@@ -166,7 +170,7 @@ def kill(folder: Path, times: int) -> tuple[int, bool]:
         process.kill()
         process.wait()
         kills += 1
-    run(broken, 1)
+    run(killed_recipe, 1)
     one, other = (load_file(folder / n / "model" / "model.safetensors") for n in ("whole", "broken"))
     same = one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     return kills, same and losses(folder / "whole") == losses(metrics.parent)

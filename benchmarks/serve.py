@@ -1,4 +1,4 @@
-"""How fast the engine answers about pictures, beside transformers with the same weights in the same run.
+"""Measure answers about pictures per second, beside transformers with the same weights in the same run.
 
     OMP_WAIT_POLICY=ACTIVE python benchmarks/serve.py [questions] [turn] [pope] [--quick] [--theirs N]
 
@@ -38,7 +38,7 @@ from pumice.formats.load import open_model
 from pumice.formats.pumice.folder import save
 from pumice.model.llava import Llava
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import stored
+from pumice.storage.tensors import as_lazy
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from architectures import CLIP_MEAN, CLIP_STD, picture
@@ -84,7 +84,7 @@ def random_model(folder: Path) -> LoadedParts:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
     state = {name: value.detach() for name, value in model.state_dict().items()}
     save(folder, CONFIG, state, tokenizer=tokenizer.to_str())
-    return LoadedParts(CONFIG, {name: stored(value) for name, value in state.items()}, tokenizer, {})
+    return LoadedParts(CONFIG, {name: as_lazy(value) for name, value in state.items()}, tokenizer, {})
 
 
 def make(folder: Path) -> tuple[Assistant, Any, Any]:

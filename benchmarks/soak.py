@@ -1,4 +1,4 @@
-"""Ten minutes of everything that happens to a server: mixed traffic, readers who leave, nonsense, floods.
+"""Load a server for ten minutes: whole and streamed answers, clients that leave, bad requests, floods.
 
     python benchmarks/soak.py [--minutes 10] [--clients 12] [--json FILE]
 
@@ -43,9 +43,9 @@ GROWTH = 1.1  # of the resident memory after the warm-up
 
 def picture(seed: int) -> bytes:
     values = np.random.default_rng(seed).integers(0, 256, (24 + seed, 32, 3), np.uint8)
-    made = io.BytesIO()
-    Image.fromarray(values).save(made, "PNG")
-    return made.getvalue()
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def message(text: str, *pictures: bytes) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def catalogue(folder: Path) -> list[tuple[dict[str, Any], str]]:
 
     exact = load(folder, device="cpu", quantize=None)
     chosen = random.Random(0)
-    made = []
+    cases = []
     for number in range(24):
         shown = [picture(chosen.randrange(6)) for _ in range(number % 3)]
         messages = [message(f"What is number {number % 8}?", *shown)]
@@ -74,13 +74,13 @@ def catalogue(folder: Path) -> list[tuple[dict[str, Any], str]]:
         sampling = {key: body[key] for key in ("temperature", "top_p", "seed") if key in body}
         files = [base64.b64decode(image.url.partition(",")[2]) for _, image in asked.images]
         prompt = exact.prompt(conversation(asked, files), max_new_tokens=body["max_tokens"], **sampling)
-        made.append((body, exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))))
-    return made
+        cases.append((body, exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))))
+    return cases
 
 
 class Soak:
-    def __init__(self, url: str, made: list[tuple[dict[str, Any], str]], end: float) -> None:
-        self.url, self.made, self.end = url, made, end
+    def __init__(self, url: str, cases: list[tuple[dict[str, Any], str]], end: float) -> None:
+        self.url, self.cases, self.end = url, cases, end
         self.statuses: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.compared = 0
@@ -117,13 +117,13 @@ class Soak:
             self.wrong.append(f"{kind}: status {status}")
         return status == 200
 
-    def compare(self, said: str, expected: str) -> None:
+    def compare(self, answer: str, expected: str) -> None:
         self.compared += 1
-        if said != expected:
-            self.wrong.append(f"answered {said!r}, the model says {expected!r}")
+        if answer != expected:
+            self.wrong.append(f"answered {answer!r}, the model says {expected!r}")
 
     async def whole(self, client: httpx.AsyncClient, chosen: random.Random) -> None:
-        body, expected = chosen.choice(self.made)
+        body, expected = chosen.choice(self.cases)
         response = await client.post("/v1/chat/completions", json=body)
         if self.note("whole", response.status_code, 200):
             self.compare(response.json()["choices"][0]["message"]["content"], expected)
@@ -131,7 +131,7 @@ class Soak:
             await asyncio.sleep(chosen.random())
 
     async def streamed(self, client: httpx.AsyncClient, chosen: random.Random) -> None:
-        body, expected = chosen.choice(self.made)
+        body, expected = chosen.choice(self.cases)
         text, ended = "", False
         async with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
             if not self.note("streamed", response.status_code, 200):
@@ -145,13 +145,13 @@ class Soak:
         self.compare(text, expected)
 
     async def leaves(self, client: httpx.AsyncClient, chosen: random.Random) -> None:
-        body = {**chosen.choice(self.made)[0], "max_tokens": 200, "stream": chosen.random() < 0.5}
+        body = {**chosen.choice(self.cases)[0], "max_tokens": 200, "stream": chosen.random() < 0.5}
         with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
             await asyncio.wait_for(client.post("/v1/chat/completions", json=body), 0.2 * chosen.random())
         self.statuses["left"] += 1
 
     async def nonsense(self, client: httpx.AsyncClient, chosen: random.Random) -> None:
-        good = chosen.choice(self.made)[0]
+        good = chosen.choice(self.cases)[0]
         bad_picture = {**good, "messages": [message("What?", picture(1)[: chosen.randrange(120)])]}
         too_long = {**good, "messages": [message("long " * 400)]}
         wrong: list[Any] = [
@@ -169,7 +169,7 @@ class Soak:
             self.wrong.append("a refusal without a reason")
 
     async def flood(self, client: httpx.AsyncClient, chosen: random.Random) -> None:
-        body = chosen.choice(self.made)[0]
+        body = chosen.choice(self.cases)[0]
         asked = (client.post("/v1/chat/completions", json=body) for _ in range(2 * (SLOTS + QUEUE)))
         for response in await asyncio.gather(*asked):
             self.note("flood", response.status_code, 200)
@@ -194,10 +194,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = tiny(Path(name))
-        made = catalogue(folder)
+        cases = catalogue(folder)
         options = [
             "--port",
             "0",
@@ -217,20 +217,20 @@ def main() -> None:
             command = [sys.executable, "-m", "pumice", "serve", "--model", folder, *options]
             process = subprocess.Popen([str(word) for word in command], stderr=file)
             try:
-                found = _soak(process, log, made, given)
+                report = _soak(process, log, cases, arguments)
             finally:
                 process.kill()
                 process.wait()
         traces = sum('"trace"' in line for line in log.read_text(encoding="utf-8").splitlines())
-    found["traces in the log"] = traces
-    print(json.dumps(found, indent=2))
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if found["wrong"] or traces or found["drain"] != 0 or found["memory growth"] > GROWTH:
+    report["traces in the log"] = traces
+    print(json.dumps(report, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if report["wrong"] or traces or report["drain"] != 0 or report["memory growth"] > GROWTH:
         raise SystemExit(1)
 
 
-def _soak(process: subprocess.Popen[bytes], log: Path, made: list[Any], given: Any) -> dict[str, Any]:
+def _soak(process: subprocess.Popen[bytes], log: Path, cases: list[Any], arguments: Any) -> dict[str, Any]:
     url = ""
     while not url:
         if process.poll() is not None:
@@ -240,7 +240,7 @@ def _soak(process: subprocess.Popen[bytes], log: Path, made: list[Any], given: A
         ]
         url = next((line["url"] for line in lines if line["message"] == "listening"), "")
         time.sleep(0.1)
-    seconds = 60 * given.minutes
+    seconds = 60 * arguments.minutes
     memory: list[int] = []
     over = threading.Event()
 
@@ -250,9 +250,9 @@ def _soak(process: subprocess.Popen[bytes], log: Path, made: list[Any], given: A
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    soak = Soak(url, made, time.monotonic() + seconds)
+    soak = Soak(url, cases, time.monotonic() + seconds)
     try:
-        asyncio.run(soak.run(given.clients))
+        asyncio.run(soak.run(arguments.clients))
     finally:
         over.set()
         watcher.join()
@@ -261,7 +261,7 @@ def _soak(process: subprocess.Popen[bytes], log: Path, made: list[Any], given: A
     quarter = len(memory) // 4
     warm, last = max(memory[quarter : 2 * quarter]), max(memory[-quarter:])
     return {
-        "minutes": given.minutes,
+        "minutes": arguments.minutes,
         "requests": dict(sorted(soak.statuses.items())),
         "answers compared": soak.compared,
         "times the machine slept": len(soak.slept),

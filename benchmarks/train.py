@@ -1,4 +1,4 @@
-"""Training speed and memory: Pumice beside transformers' Trainer, on the same weights, rows and batches.
+"""Measure training speed and memory beside transformers' Trainer, on the same weights, rows and batches.
 
     python benchmarks/train.py                     both sides and stages, then each trick's own share
     python benchmarks/train.py --quick             the same in small, to see that it works
@@ -174,9 +174,9 @@ def ours(folder: Path, stage: str, steps: int, without: list[str], options: list
             logits = (hidden @ head.T)[self.sources]
             return (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
-        def forward(self, *given: Any, **named: Any) -> Any:
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
             with patch.object(objective, "supervised_loss", self.loss):
-                return super().forward(*given, **named)
+                return super().forward(*args, **kwargs)
 
     class Masked(objective.Packed):
         """What attention was without runs: every tree a matrix."""
@@ -346,12 +346,12 @@ def theirs(folder: Path, stage: str, steps: int, precision: str, checkpointing: 
     }
 
 
-def measure(folder: Path, side: str, stage: str, without: list[str], given: argparse.Namespace) -> Any:
+def measure(folder: Path, side: str, stage: str, without: list[str], options: argparse.Namespace) -> Any:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--inside", str(folder), "--side", side, "--stage", stage]
-    command += ["--steps", str(given.steps), "--precision", given.precision]
+    command += ["--steps", str(options.steps), "--precision", options.precision]
     command += [word for trick in without for word in ("--without", trick)]
-    command += [word for option in given.set for word in ("--set", option)]
+    command += [word for option in options.set for word in ("--set", option)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
@@ -362,14 +362,14 @@ def inside(arguments: argparse.Namespace) -> None:
     folder, [stage], [side] = Path(arguments.inside), arguments.stage, arguments.side
     if side == "pumice":
         options = [f"precision={arguments.precision}", *arguments.set]
-        found = ours(folder, stage, arguments.steps, arguments.without, options)
+        result = ours(folder, stage, arguments.steps, arguments.without, options)
     else:
         checkpointing = side.endswith("checkpointing")
-        found = theirs(folder, stage, arguments.steps, arguments.precision, checkpointing)
-    found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    later = found["seconds"][1:] or found["seconds"]
-    found["samples_per_second"] = ROWS * len(later) / sum(later)
-    print(json.dumps(found))
+        result = theirs(folder, stage, arguments.steps, arguments.precision, checkpointing)
+    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    later = result["seconds"][1:] or result["seconds"]
+    result["samples_per_second"] = ROWS * len(later) / sum(later)
+    print(json.dumps(result))
 
 
 def main() -> None:
@@ -402,7 +402,7 @@ def main() -> None:
             name = " ".join([stage, side, *(f"without {trick}" for trick in without)])
             results[name] = measure(folder, side, stage, without, arguments)
             if not arguments.json:
-                _tell(name, results[name], results.get(f"{stage} {beside}"))
+                _print_result(name, results[name], results.get(f"{stage} {beside}"))
 
         for stage in arguments.stage or RATES:
             for side in arguments.side or ("transformers", "pumice"):
@@ -413,16 +413,16 @@ def main() -> None:
         print(json.dumps(results))
 
 
-def _tell(name: str, found: dict[str, Any], other: dict[str, Any] | None) -> None:
-    line = f"{name:<44} {found['samples_per_second']:6.3f} rows/s {found['peak_gb']:6.2f} GB"
-    later = found["cpu_seconds"][1:] or found["cpu_seconds"]
+def _print_result(name: str, result: dict[str, Any], other: dict[str, Any] | None) -> None:
+    line = f"{name:<44} {result['samples_per_second']:6.3f} rows/s {result['peak_gb']:6.2f} GB"
+    later = result["cpu_seconds"][1:] or result["cpu_seconds"]
     line += f" {sum(later) / len(later):6.1f} CPU s a step"
-    if other is None or other is found:
-        line += "  losses " + " ".join(f"{loss:.5f}" for loss in found["losses"])
+    if other is None or other is result:
+        line += "  losses " + " ".join(f"{loss:.5f}" for loss in result["losses"])
     else:
-        faster = found["samples_per_second"] / other["samples_per_second"]
-        apart = max(abs(a - b) for a, b in zip(found["losses"], other["losses"], strict=True))
-        line += f"  {faster:.2f} x the speed, {found['peak_gb'] / other['peak_gb']:.0%} of the memory"
+        faster = result["samples_per_second"] / other["samples_per_second"]
+        apart = max(abs(a - b) for a, b in zip(result["losses"], other["losses"], strict=True))
+        line += f"  {faster:.2f} x the speed, {result['peak_gb'] / other['peak_gb']:.0%} of the memory"
         line += f", losses differ by {apart:.1e} at most"
     print(line, flush=True)
 

@@ -28,7 +28,7 @@ from pumice.formats.text.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, Se
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import stored
+from pumice.storage.tensors import as_lazy
 from pumice.tokens import Tokenizer as OurTokenizer
 
 TEXT = ["user assistant system human What is in the picture? A dog runs over the green field."] * 4
@@ -192,7 +192,7 @@ def tiny(architecture: Architecture, seed: int = 0) -> LoadedParts:
                 torch.nn.init.normal_(parameter, std=0.3 if name.startswith("decoder") else 0.1)
             elif name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
-    state = {name: stored(tensor.detach()) for name, tensor in model.state_dict().items()}
+    state = {name: as_lazy(tensor.detach()) for name, tensor in model.state_dict().items()}
     return LoadedParts(config, state, tokenizer, {})
 
 

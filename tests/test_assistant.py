@@ -15,7 +15,7 @@ from PIL import Image
 
 import pumice
 from pumice import InputError
-from pumice.assistant import REMEMBERED, Assistant, conversation_of, load
+from pumice.assistant import CACHED_IMAGES, Assistant, conversation_of, load
 from pumice.config import IMAGE_TOKEN, ImagePolicy
 from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.files import Lock
@@ -138,43 +138,43 @@ def test_many_answers_in_a_file_go_on_where_they_stopped(
         (None, "Who?"),
         (pictures[:2], "All?"),
     ]
-    whole, told = tmp_path / "whole.jsonl", list[int]()
-    answers = exact.ask_many(rows, out=whole, progress=told.append, **SHORT)
-    assert told == [1, 2, 3, 4]
+    complete_file, progress_counts = tmp_path / "whole.jsonl", list[int]()
+    answers = exact.ask_many(rows, out=complete_file, progress=progress_counts.append, **SHORT)
+    assert progress_counts == [1, 2, 3, 4]
     assert [str(a) for a in answers] == [str(a) for a in exact.ask_many(rows, **SHORT)]
-    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    lines = [json.loads(line) for line in complete_file.read_text().splitlines()]
     said = {"images": [str(pictures[0])], "question": "What is it?", "answer": answers[0]}
     assert lines[0] == {**said, "asked": SHORT}
     assert "missing.png" in lines[1]["error"]
 
     stopped = tmp_path / "stopped.jsonl"
     stopped.write_bytes(
-        whole.read_bytes()[: whole.read_bytes().find(b"\n", 200) + 5]
+        complete_file.read_bytes()[: complete_file.read_bytes().find(b"\n", 200) + 5]
     )  # in the midst of a line
-    kept = len(stopped.read_text().splitlines()) - 1
-    assert 0 < kept < 4
-    told.clear()
-    again = exact.ask_many(rows, out=stopped, progress=told.append, **SHORT)
+    line_count = len(stopped.read_text().splitlines()) - 1
+    assert 0 < line_count < 4
+    progress_counts.clear()
+    again = exact.ask_many(rows, out=stopped, progress=progress_counts.append, **SHORT)
     assert [str(a) for a in again] == [str(a) for a in answers]
     assert [isinstance(a, InputError) for a in again] == [False, True, False, False]
-    assert told == list(range(kept + 1, 5))
-    assert stopped.read_bytes() == whole.read_bytes()
+    assert progress_counts == list(range(line_count + 1, 5))
+    assert stopped.read_bytes() == complete_file.read_bytes()
 
-    before = whole.read_bytes()
+    before = complete_file.read_bytes()
     for other in (rows[:3], [(None, "What is it?"), *rows[1:]], [(pictures[0], "Why?"), *rows[1:]]):
         with pytest.raises(InputError, match="the file is of other rows"):
-            exact.ask_many(other, out=whole, **SHORT)
+            exact.ask_many(other, out=complete_file, **SHORT)
     with pytest.raises(
         InputError, match=r"was asked with \{'max_new_tokens': \d+\}, now with \{'max_new_tokens': 9\}; ask"
     ):
-        exact.ask_many(rows, out=whole, max_new_tokens=9)
-    with Lock(whole) as lock:
+        exact.ask_many(rows, out=complete_file, max_new_tokens=9)
+    with Lock(complete_file) as lock:
         assert lock.take()
         with pytest.raises(InputError, match="another run is writing"):
-            exact.ask_many(rows, out=whole, **SHORT)
+            exact.ask_many(rows, out=complete_file, **SHORT)
     with pytest.raises(InputError, match="cannot be written"):
         exact.ask_many(rows, out=tmp_path / "no" / "folder.jsonl")
-    assert whole.read_bytes() == before
+    assert complete_file.read_bytes() == before
 
 
 def test_a_second_turn_computes_only_what_is_new(exact: Assistant, pictures: list[Path]) -> None:
@@ -243,9 +243,9 @@ def test_a_picture_is_encoded_once(
     fresh.ask(pictures[0], "What?", **SHORT)
     list(fresh.ask_each([(pictures[0].read_bytes(), "Why?"), (pictures[:2], "Who?")], **SHORT))
     assert len(shapes) == 2
-    for color in range(REMEMBERED):
+    for color in range(CACHED_IMAGES):
         fresh.logits(Image.new("RGB", (8, 8), (color, 0, 0)), "What?")
-    assert len(fresh._seen) == REMEMBERED
+    assert len(fresh._image_tokens) == CACHED_IMAGES
 
 
 def test_logits_are_those_that_the_answer_comes_from(exact: Assistant, pictures: list[Path]) -> None:
@@ -349,8 +349,8 @@ def test_pictures_in_tiles_answer_alike_in_every_way(tiled: Assistant, pictures:
     assert lengths == [bare + layout.tokens for layout in layouts]
     assert len(set(lengths)) == 3
     together = tiled.prompt(Conversation((user_message("All?", given),)))
-    assert together.pictures
-    assert len(together.look()) == sum(layout.tokens for layout in layouts)
+    assert together.images
+    assert len(together.encode_images()) == sum(layout.tokens for layout in layouts)
 
 
 @pytest.fixture
@@ -381,9 +381,9 @@ def test_a_picture_that_a_later_turn_adds_changes_the_first_one_s_tokens(
         reply = several.stream(both, **SHORT)
         assert list(reply) == expected[0]
     alone, prompt = several.prompt(conversation_of(first)), several.prompt(conversation_of(both))
-    assert [picture.count for picture in prompt.pictures] == [5, 5]  # 4 of the square, and the newline
-    assert alone.pictures[0].count > 5
-    assert alone.pictures[0].key != prompt.pictures[0].key
+    assert [picture.count for picture in prompt.images] == [5, 5]  # 4 of the square, and the newline
+    assert alone.images[0].count > 5
+    assert alone.images[0].key != prompt.images[0].key
     again = several.stream(both, **SHORT)
     list(again)
     assert again.cached_tokens >= len(prompt.input_ids) - 1  # asked before: nothing but the last is new
@@ -419,29 +419,29 @@ def test_more_pictures_than_in_training_are_answered_and_told_once(
     many = [Image.new("RGB", (40, 30), (number, 0, 0)) for number in range(shown)]
     for _ in range(2):
         assert isinstance(asked.ask(many, "What?", max_new_tokens=2), str)
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == (message is not None)
-    assert message is None or message in told[0]
+    messages_logged = [record.getMessage() for record in caplog.records]
+    assert len(messages_logged) == (message is not None)
+    assert message is None or message in messages_logged[0]
 
 
 def test_what_is_remembered_is_counted_in_tokens(tiled: Assistant) -> None:
     fresh = Assistant(tiled.model, tiled.processor)
-    room = REMEMBERED * tiled.model.config.image_tokens
-    for color in range(REMEMBERED):
+    room = CACHED_IMAGES * tiled.model.config.image_tokens
+    for color in range(CACHED_IMAGES):
         fresh.logits(Image.new("RGB", (90, 90), (color, 0, 0)), "What?")
-        assert sum(map(len, fresh._seen.values())) <= room
-    assert 1 < len(fresh._seen) < REMEMBERED / 2
+        assert sum(map(len, fresh._image_tokens.values())) <= room
+    assert 1 < len(fresh._image_tokens) < CACHED_IMAGES / 2
 
 
 def test_the_end_of_a_row_of_tiles_matters(tiled: Assistant, pictures: list[Path]) -> None:
     before = tiled.logits(pictures[0], "What?")
-    tiled._seen.clear()
+    tiled._image_tokens.clear()
     newline = tiled.model.image_newline
     assert newline is not None
     newline.data.neg_()
     after = tiled.logits(pictures[0], "What?")
     newline.data.neg_()
-    tiled._seen.clear()
+    tiled._image_tokens.clear()
     assert (before - after).abs().max() > 0.1
 
 

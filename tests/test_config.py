@@ -18,6 +18,7 @@ from pumice.config import (
     LoraConfig,
     ModelConfig,
     VisionConfig,
+    as_stored,
     from_dict,
 )
 from pumice.errors import InputError
@@ -74,7 +75,7 @@ def test_reading_does_not_change_what_was_given() -> None:
 
 
 def test_left_out_keys_take_their_defaults() -> None:
-    values = {"pumice_format": FORMAT_VERSION, "decoder": dataclasses.asdict(DECODER)}
+    values = {"pumice_format": FORMAT_VERSION, "decoder": as_stored(DECODER)}
     assert ModelConfig.from_dict(values) == ModelConfig(DECODER)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pumice.cli.chat import _read_image
 from pumice.config import ImagePolicy
-from pumice.data.pictures import look
+from pumice.data.images import decode_image
 from pumice.errors import InputError
 from pumice.geometry import letterbox
 from pumice.images import (
@@ -28,7 +28,7 @@ from pumice.images import (
     open_image,
     pixels,
     read_picture,
-    tiles,
+    to_tiles,
 )
 
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # so that pixels() * 255 are the 8-bit values
@@ -376,14 +376,14 @@ def test_tiles_equal_transformers(kind: str, size: tuple[int, int]) -> None:
     if "Next" in kind:
         options["crop_size"] = {"height": 32, "width": 32}
     expected = theirs(kind, image, **options)
-    ours = tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **CLIP))
+    ours = to_tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **CLIP))
     assert ours.shape == expected.shape
     assert np.abs(ours - expected).max() <= EXACT
 
 
 def test_tiles_join_to_the_letterboxed_picture() -> None:
     image = Image.new("RGB", (100, 40), (200, 100, 50))
-    seen = tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **RAW))
+    seen = to_tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **RAW))
     assert seen.shape == (4, 3, 32, 32)
     whole = np.rint(np.concatenate(list(seen[1:]), 2) * 255).astype(int).transpose(1, 2, 0)
     assert whole.shape == (32, 96, 3)
@@ -398,16 +398,16 @@ def test_a_mirrored_picture_is_cut_again() -> None:
     policy = ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **CLIP)
     image = photograph(90, 40)
     turned = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    assert np.array_equal(tiles(image, 32, policy, mirror=True), tiles(turned, 32, policy))
-    assert not np.array_equal(tiles(image, 32, policy, mirror=True), tiles(image, 32, policy))
+    assert np.array_equal(to_tiles(image, 32, policy, mirror=True), to_tiles(turned, 32, policy))
+    assert not np.array_equal(to_tiles(image, 32, policy, mirror=True), to_tiles(image, 32, policy))
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop", "squash"])
 def test_one_square_is_mirrored_as_it_is(mode: str) -> None:
     policy, image = ImagePolicy(mode=mode), photograph(31, 20)
     expected = pixels(image, 16, policy)
-    assert np.array_equal(tiles(image, 16, policy), expected[None])
-    assert np.array_equal(tiles(image, 16, policy, mirror=True), expected[None, :, :, ::-1])
+    assert np.array_equal(to_tiles(image, 16, policy), expected[None])
+    assert np.array_equal(to_tiles(image, 16, policy, mirror=True), expected[None, :, :, ::-1])
 
 
 def test_squash_ignores_the_aspect_ratio() -> None:
@@ -462,7 +462,7 @@ def test_a_file_is_read_once(tmp_path: Path, replaced_when_opened: Any) -> None:
     urls = [data_url(data) for data in made]
     replaced_when_opened(file, made)
     assert [data_url(file), data_url(file)] == urls
-    assert [look(file).kind, look(file).kind] == ["", "BMP"]
+    assert [decode_image(file).kind, decode_image(file).kind] == ["", "BMP"]
     for expected in made:
         assert _read_image(str(file)) == (str(file), expected)
     file.write_bytes(made[0][:20])

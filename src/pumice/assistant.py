@@ -1,6 +1,4 @@
-"""An assistant: a model opened to answer, with the same processor that trained it.
-
-Knows how questions become prompts and tokens become text. Does not know the command line.
+"""An assistant answers questions about images: it joins a model, its processor and an engine.
 
 Shapes: N image tokens, D decoder width, T tokens of a prompt, V vocabulary.
 """
@@ -38,10 +36,10 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# Pictures whose image tokens are kept, so that asking again costs no vision tower; of pictures in tiles so
-# many fewer that they take no more room.
-REMEMBERED = 64
-SLOTS = 32  # questions that `ask_many` has computed together
+# Image tokens of this many images are cached, so that the vision tower does not run again. Images of several
+# tiles count for more, so that the memory stays the same.
+CACHED_IMAGES = 64
+SLOTS = 32  # questions that `ask_many` computes together
 
 
 def load(
@@ -56,10 +54,11 @@ def load(
 ) -> Assistant:
     """Open a model to answer questions: a built-in one, a folder, a GGUF file or a name on the hub.
 
-    device: the best one here when None. quantize: "int8" or "int4" keeps the decoder's weights in 8 or
-    4 bits, None as they are, "auto" takes 8 bits on a CPU that has a kernel for them. dtype: of the
-    decoder; when None, bf16 on CUDA and with fewer bits, fp16 on MPS, fp32 else. template, tower, base: what
-    a model of others does not say or hold, as `weights.read.read_model` takes them. Raises InputError.
+    device: None chooses the best one of this machine. quantize: "int8" or "int4" stores the decoder's weights
+    in 8 or 4 bits, None as they are; "auto" chooses 8 bits on a CPU that has a kernel for them. dtype: of the
+    decoder; None gives bf16 on CUDA and with quantized weights, fp16 on MPS, and fp32 otherwise. template,
+    tower, base: what a model from elsewhere does not state or contain, as in
+    `pumice.formats.read.read_model`. Raises InputError.
     """
     if quantize not in ("auto", "int8", "int4", None):
         raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8', 'int4' or None")
@@ -76,10 +75,11 @@ def load(
 
 
 class Reply(Iterator[str]):
-    """An answer on its way: iterate over it for its pieces of text.
+    """An answer that is being written: iterate over it to get its pieces of text.
 
-    finish: "stop" or "length" once it is complete ("cancelled" when it was closed before), None until then.
-    tokens: how many were written so far. cached_tokens: of the prompt, those computed for earlier questions.
+    finish: None until the answer is complete; then "stop" or "length", or "cancelled" if it was closed.
+    tokens: number of answer tokens so far. cached_tokens: prompt tokens that were computed for earlier
+    questions.
     """
 
     def __init__(
@@ -87,12 +87,12 @@ class Reply(Iterator[str]):
         engine: Engine,
         decode: Callable[[Sequence[int]], str],
         prompt: Prompt,
-        ended: Callable[[], object] | None = None,
+        on_end: Callable[[], object] | None = None,
     ) -> None:
-        self._engine, self._prompt, self._ended = engine, prompt, ended
+        self._engine, self._prompt, self._on_end = engine, prompt, on_end
         self._text = TextStream(decode, prompt.params.stop)
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None comes last
-        self._requests: list[Request] = []  # none before it begins, then one
+        self._requests: list[Request] = []  # empty before `begin`, then one
 
     @property
     def finish(self) -> str | None:
@@ -107,11 +107,11 @@ class Reply(Iterator[str]):
         return self._text.cached_tokens
 
     def begin(self) -> Reply:
-        """Hand the prompt to the engine; the first piece that is asked for does it too."""
+        """Submit the prompt to the engine. Asking for the first piece does this too."""
         if not self._requests:
-            # Nothing here refers to the reply: one that nobody wants any more is closed by `__del__`.
-            engine, text, pieces, requests, ended = (
-                self._engine, self._text, self._pieces, self._requests, self._ended,
+            # `deliver` holds no reference to the reply, so that a reply nobody uses is closed by `__del__`.
+            engine, text, pieces, requests, on_end = (
+                self._engine, self._text, self._pieces, self._requests, self._on_end,
             )  # fmt: skip
 
             def deliver(delta: Delta) -> None:
@@ -123,16 +123,16 @@ class Reply(Iterator[str]):
                     for request in requests:
                         engine.cancel(request)
                     pieces.put(None)
-                    if ended is not None:
-                        ended()
+                    if on_end is not None:
+                        on_end()
 
             requests.append(engine.submit(self._prompt, deliver))
-            if text.finish is not None:  # so fast that `requests` was empty when it ended
+            if text.finish is not None:  # it ended before `requests` had it
                 engine.cancel(requests[0])
         return self
 
     def close(self) -> None:
-        """Write no more of it."""
+        """Stop writing the answer."""
         for request in self._requests:
             self._engine.cancel(request)
 
@@ -153,7 +153,7 @@ class Reply(Iterator[str]):
 
 
 class Assistant:
-    """Answers questions about pictures. Many in one go by `ask_many`."""
+    """Answers questions about pictures: one with `ask`, many with `ask_many`."""
 
     def __init__(
         self, model: Llava, processor: Processor, provenance: Mapping[str, Any] | None = None
@@ -161,14 +161,17 @@ class Assistant:
         self.model = model
         self.processor = processor
         self.provenance = dict(provenance or {})
-        self._seen: OrderedDict[str, Tensor] = OrderedDict()
+        self._image_tokens: OrderedDict[str, Tensor] = (
+            OrderedDict()
+        )  # by image key, least recently used first
         self._lock = threading.Lock()
-        self._told = False  # that a conversation shows more pictures than the model was trained on
+        self._warned = False  # that a conversation has more images than the model was trained on
         self.engine = Engine(model, slots=SLOTS)
 
     def ask(self, images: Any, question: str, **sampling: Any) -> str:
-        """One answer about a picture, a list of them, or None: paths, bytes of files, or PIL images.
+        """Return the answer to a question about pictures.
 
+        images: one, a list of them, or None; each a path, the bytes of a file, or a PIL image.
         sampling: fields of `SamplingParams`. Raises InputError on wrong input.
         """
         return "".join(self.stream(_question(images, question), **sampling))
@@ -180,12 +183,12 @@ class Assistant:
         schema: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Reply:
-        """The answer to a conversation that ends with the user, as pieces of text while they are made.
+        """Return the answer to a conversation, as pieces of text while it is written.
 
         messages: {"role": ..., "content": text} or {"role": ..., "content": [{"type": "text", "text": ...},
         {"type": "image", "image": path, bytes or PIL image}, ...]}, Message objects, or a Conversation.
-        schema: a JSON Schema that the answer follows as far as max_new_tokens lets it. Wrong input raises
-        InputError now, not when the first piece is taken.
+        The last message is the user's. schema: a JSON Schema that the answer follows, unless max_new_tokens
+        cuts it off. Wrong input raises InputError at once, not when the first piece is taken.
         """
         return self._reply(self.prompt(conversation_of(messages), schema=schema, **sampling))
 
@@ -198,33 +201,33 @@ class Assistant:
         slots: int = SLOTS,
         **sampling: Any,
     ) -> list[str | InputError]:
-        """Answers to rows of (pictures as in `ask`, question), in order; many are computed together.
+        """Answer rows of (pictures as in `ask`, question), in order. Many are computed together.
 
-        What is wrong with a row stands in its answer's place. out: a file that gets one JSON line per row,
-        {"images", "question", "answer" or "error", and the sampling as "asked"}, as it is answered; where it
-        holds the first lines of the same rows, from a run that was stopped, these are not asked again.
-        progress: told how many rows are done. Raises InputError when `out` is of other rows or another
-        sampling, or in use.
+        If a row is wrong, its answer is the InputError. out: a file that gets one JSON line per row,
+        {"images", "question", "answer" or "error", and the sampling as "asked"}. If it already holds the
+        first lines of the same rows, from a run that was stopped, these rows are not asked again. progress:
+        called with the number of rows that are done. Raises InputError if `out` belongs to other rows or
+        another sampling, or is in use.
 
-        Questions about one picture should follow each other: the picture is then computed once.
+        Put questions about the same picture next to each other, so that the picture is computed only once.
         """
         from pumice.jsonl import AnswerFile
 
         if out is None:
             return self._report(self.ask_each(rows, slots=slots, **sampling), [], progress)
-        given = list(rows)
-        self._params(sampling)  # raises before the file is made
-        with AnswerFile(out, given, sampling) as file:
-            rest = self.ask_each(given[len(file.answers) :], slots=slots, **sampling)
-            return self._report(map(file.add, rest), file.answers, progress)
+        all_rows = list(rows)
+        self._params(sampling)  # raises before the file is created
+        with AnswerFile(out, all_rows, sampling) as file:
+            answers = self.ask_each(all_rows[len(file.answers) :], slots=slots, **sampling)
+            return self._report(map(file.add, answers), file.answers, progress)
 
     @staticmethod
     def _report(
         answers: Iterable[str | InputError],
-        before: Iterable[str | InputError],
+        earlier: Iterable[str | InputError],
         progress: Callable[[int], None] | None,
     ) -> list[str | InputError]:
-        done = list(before)
+        done = list(earlier)
         for answer in answers:
             done.append(answer)
             if progress is not None:
@@ -234,7 +237,7 @@ class Assistant:
     def ask_each(
         self, rows: Iterable[tuple[Any, str]], *, slots: int = SLOTS, **sampling: Any
     ) -> Iterator[str | InputError]:
-        """`ask_many` as an iterator: rows are taken as they are needed, `slots` of them computed together."""
+        """Answer rows as in `ask_many`, as an iterator. Rows are taken when needed, `slots` at a time."""
         if slots < 1:
             raise InputError(f"slots is {slots}; at least one question must be answered at a time")
         return self._each(rows, slots, self._params(sampling))
@@ -242,8 +245,8 @@ class Assistant:
     def _each(
         self, rows: Iterable[tuple[Any, str]], slots: int, params: SamplingParams
     ) -> Iterator[str | InputError]:
-        replies: deque[Reply | InputError] = deque()  # of the rows taken and not given yet, in order
-        free = threading.Semaphore(slots)
+        replies: deque[Reply | InputError] = deque()  # of rows whose answers are not yielded yet, in order
+        free_slots = threading.Semaphore(slots)
         try:
             for number, row in enumerate(rows, 1):
                 try:
@@ -253,9 +256,10 @@ class Assistant:
                 except InputError as error:
                     replies.append(error)
                 else:
-                    while not free.acquire(blocking=self.engine.started):
+                    # Wait for a free slot. Without the engine's thread, steps have to be made here.
+                    while not free_slots.acquire(blocking=self.engine.started):
                         self.engine.step()
-                    replies.append(self._reply(prompt, free.release).begin())
+                    replies.append(self._reply(prompt, free_slots.release).begin())
                 while replies and _is_done(replies[0]):
                     yield _outcome(replies.popleft())
             while replies:
@@ -265,18 +269,18 @@ class Assistant:
                 if isinstance(reply, Reply):
                     reply.close()
 
-    def _reply(self, prompt: Prompt, ended: Callable[[], object] | None = None) -> Reply:
-        return Reply(self.engine, self.processor.tokenizer.decode, prompt, ended)
+    def _reply(self, prompt: Prompt, on_end: Callable[[], object] | None = None) -> Reply:
+        return Reply(self.engine, self.processor.tokenizer.decode, prompt, on_end)
 
     def prompt(
         self, conversation: Conversation, *, schema: Mapping[str, Any] | None = None, **sampling: Any
     ) -> Prompt:
-        """What the engine needs to answer a conversation, as `stream` is asked. Raises InputError."""
+        """Build the engine's prompt for a conversation; arguments as in `stream`. Raises InputError."""
         prompt = self._prompt(conversation, self._params(sampling))
         return prompt if schema is None else dataclasses.replace(prompt, constraint=self.json(schema))
 
     def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:
-        """What holds an answer to a JSON Schema, or to any JSON object; costs a moment, so keep it."""
+        """Compile a JSON Schema, or None for any JSON object, to a constraint. Reuse it: this is slow."""
         from pumice.engine.constraint import JsonSchema
 
         config = self.model.config
@@ -284,21 +288,24 @@ class Assistant:
 
     @torch.inference_mode()
     def logits(self, images: Any, prompt: str) -> Tensor:
-        """Logits (T, V) in fp32 of every position of the rendered question, without a cache."""
-        made = self.prompt(_question(images, prompt))
-        hidden = self.model(made.input_ids.to(self.model.device)[None], made.look())
+        """Return the logits (T, V) in fp32 at every position of the rendered question, without a cache."""
+        engine_prompt = self.prompt(_question(images, prompt))
+        hidden = self.model(
+            engine_prompt.input_ids.to(self.model.device)[None], engine_prompt.encode_images()
+        )
         return self.model.decoder.logits(hidden)[0].float()
 
     def explain(self, images: Any, question: str, answer: str | None = None, **options: Any) -> Explanation:
-        """Where each word of an answer looked in the pictures, and whether they mattered, as plain arrays.
+        """Show where each word of an answer looked in the pictures, and whether they mattered, as plain
+        arrays.
 
-        images: as in `ask`, at least one. answer: its text; the model's own when None. options: of
+        images: as in `ask`, at least one. answer: its text; None for the model's own. options: of
         `pumice.explain.explanation.explain`, and fields of `SamplingParams`. Raises InputError.
         """
         return explain(self, _question(images, question), answer, **options)
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
-        """The caller's options, and the template's own end of an answer where that is text (v0's `###`)."""
+        """Return the caller's options, with the template's stop text added if it has one (v0's `###`)."""
         params = SamplingParams(**sampling)
         template = self.processor.template
         if self.processor.tokenizer.stops(template):
@@ -307,45 +314,51 @@ class Assistant:
 
     def _prompt(self, conversation: Conversation, params: SamplingParams) -> Prompt:
         sample = self.processor.prompt(conversation)
-        shown = zip(sample.images, sample.layouts, strict=True)
-        pictures = tuple(self._picture(image, layout) for image, layout in shown)
-        made = Prompt(torch.from_numpy(sample.input_ids), None, params, pictures)
-        check_room(self.model, made)
-        self._tell(len(pictures))
-        return made
+        images = tuple(
+            self._prompt_image(image, layout)
+            for image, layout in zip(sample.images, sample.layouts, strict=True)
+        )
+        prompt = Prompt(torch.from_numpy(sample.input_ids), None, params, images)
+        check_room(self.model, prompt)
+        self._warn_of_many_images(len(images))
+        return prompt
 
-    def _tell(self, shown: int) -> None:
-        """Log, once, that a conversation shows more pictures than those that the model was trained on."""
-        note = too_many_pictures(self.model.config, shown)
+    def _warn_of_many_images(self, count: int) -> None:
+        """Log once if a conversation has more images than the model was trained on."""
+        warning = too_many_images(self.model.config, count)
         with self._lock:
-            note, self._told = (None if self._told else note), self._told or note is not None
-        if note is not None:
-            _LOG.warning("%s", note)
+            if self._warned:
+                warning = None
+            elif warning is not None:
+                self._warned = True
+        if warning is not None:
+            _LOG.warning("%s", warning)
 
-    def _picture(self, image: ImagePart, layout: Layout) -> PromptImage:
-        """A picture that the tower sees when the engine asks for it; it is opened now, and wrong now."""
+    def _prompt_image(self, image: ImagePart, layout: Layout) -> PromptImage:
+        """Read an image now, so that a wrong one raises now. The tower runs only if the engine needs it."""
         key = self.processor.key(image, layout)
         with self._lock:
-            tokens = self._seen.get(key)
+            tokens = self._image_tokens.get(key)
             if tokens is not None:
-                self._seen.move_to_end(key)
+                self._image_tokens.move_to_end(key)
                 return PromptImage(key, layout.tokens, lambda: tokens)
         pixels = torch.from_numpy(self.processor.pixels((image,), (layout,)))
 
         @torch.inference_mode()
-        def look() -> Tensor:
+        def encode() -> Tensor:
+            # Another prompt may have encoded the same image since.
             with self._lock:
-                if key in self._seen:
-                    return self._seen[key]
+                if key in self._image_tokens:
+                    return self._image_tokens[key]
             tokens = self.model.encode(pixels, (layout,)).flatten(0, -2)
             with self._lock:
-                self._seen[key] = tokens
-                room = REMEMBERED * self.model.config.image_tokens
-                while len(self._seen) > 1 and sum(map(len, self._seen.values())) > room:
-                    self._seen.popitem(last=False)
+                self._image_tokens[key] = tokens
+                max_tokens = CACHED_IMAGES * self.model.config.image_tokens
+                while len(self._image_tokens) > 1 and sum(map(len, self._image_tokens.values())) > max_tokens:
+                    self._image_tokens.popitem(last=False)
             return tokens
 
-        return PromptImage(key, layout.tokens, look)
+        return PromptImage(key, layout.tokens, encode)
 
 
 def explain(
@@ -354,42 +367,41 @@ def explain(
     answer: str | None = None,
     **options: Any,
 ) -> Explanation:
-    """An answer to a conversation explained; `Assistant.explain` is this for one question.
+    """Explain an answer to a conversation. `Assistant.explain` does this for one question.
 
-    answer: its text; the assistant's own when None. options: as `Assistant.explain` takes them. Raises
-    InputError.
+    answer: its text; None for the assistant's own. options: as in `Assistant.explain`. Raises InputError.
     """
     from pumice.explain.explanation import explain as explain_answer
 
-    chosen = {name: options.pop(name) for name in ("method", "layers", "occlusion") if name in options}
+    method_options = {n: options.pop(n) for n in ("method", "layers", "occlusion") if n in options}
 
-    # Read once: the pictures that are drawn are those that were asked about, even if a file is replaced.
+    # Read the files once, so that the pictures drawn are those asked about, even if a file is replaced.
     conversation = conversation.with_sources(read_picture)
 
-    def own() -> str:
+    def generate_answer() -> str:
         return "".join(assistant.stream(conversation, **options))
 
     return explain_answer(
         assistant.model,
         assistant.processor,
         conversation,
-        own if answer is None else answer,
-        lambda shown: assistant.prompt(shown).look(),
-        **chosen,
+        generate_answer if answer is None else answer,
+        lambda conversation: assistant.prompt(conversation).encode_images(),
+        **method_options,
     )
 
 
-def too_many_pictures(config: ModelConfig, shown: int) -> str | None:
-    """What to tell where one conversation shows more pictures than in training; None where it does not."""
+def too_many_images(config: ModelConfig, count: int) -> str | None:
+    """Return a warning if a conversation has more images than the model was trained on, else None."""
     trained = config.trained_pictures
     if trained is None and config.image.mode == "anyres" and config.image.several == "square":
-        return None  # a policy for several pictures comes from training on them
-    if shown <= max(1, trained or 1):
+        return None  # a model has a policy for several images only if it was trained on several
+    if count <= max(1, trained or 1):
         return None
-    known = "its folder does not say that this model was trained on more than one"
+    limit = "its folder does not say that this model was trained on more than one"
     if trained is not None:
-        known = f"this model was trained on at most {max(1, trained)}"
-    return f"{shown} pictures in one conversation, {known}: answers may be poor; ask about fewer at a time"
+        limit = f"this model was trained on at most {max(1, trained)}"
+    return f"{count} pictures in one conversation, {limit}: answers may be poor; ask about fewer at a time"
 
 
 def _is_done(reply: Reply | InputError) -> bool:
@@ -407,18 +419,18 @@ def _outcome(reply: Reply | InputError) -> str | InputError:
 
 def _question(images: Any, question: str) -> Conversation:
     if images is None:
-        given: Sequence[Any] = ()
+        sources: Sequence[Any] = ()
     else:
-        given = images if isinstance(images, list | tuple) else [images]
+        sources = images if isinstance(images, list | tuple) else [images]
     if not isinstance(question, str):
         raise InputError(f"the question is {question!r}; give text")
     if not question.strip():
         raise InputError("the question is empty; say what you want to know")
-    return Conversation((user_message(question, given),))
+    return Conversation((user_message(question, sources),))
 
 
 def conversation_of(messages: Conversation | Sequence[Message | Mapping[str, Any]]) -> Conversation:
-    """Messages in any form that `Assistant.stream` takes. Raises InputError."""
+    """Turn messages in any form that `Assistant.stream` takes into a Conversation. Raises InputError."""
     if isinstance(messages, Conversation):
         return messages
     if isinstance(messages, str | Mapping) or not all(isinstance(m, Message | Mapping) for m in messages):

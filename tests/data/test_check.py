@@ -13,7 +13,7 @@ from PIL import Image
 from pumice.conversation import Conversation
 from pumice.data.check import check
 from pumice.data.fix import fix
-from pumice.data.pictures import FEW, decode_all
+from pumice.data.images import MIN_FOR_PROCESSES, decode_all
 from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
 
@@ -93,7 +93,7 @@ def test_pictures_are_opened_once(
     tmp_path: Path, images: ImageFinder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: Counter[Path] = Counter()
-    monkeypatch.setattr("pumice.data.pictures.open_image", lambda path: opened.update([path]))
+    monkeypatch.setattr("pumice.data.images.open_image", lambda path: opened.update([path]))
     source = rows(tmp_path / "a.jsonl", [row(str(n)) for n in range(5)])
     assert check([source], images).ok
     assert list(opened.values()) == [1]
@@ -163,7 +163,7 @@ def test_a_picture_in_another_format_than_its_name_is_noted(tmp_path: Path) -> N
 
 
 def test_processes_find_what_one_finds(tmp_path: Path) -> None:
-    for number in range(FEW + 6):
+    for number in range(MIN_FOR_PROCESSES + 6):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:03}.png")
     (tmp_path / "007.png").write_bytes(b"no picture")
     paths = sorted(tmp_path.glob("*.png"))

@@ -1,4 +1,4 @@
-"""The engine against the naive one, token for token, whatever else it does at the time.
+"""The engine gives the same tokens as `naive_generate`, whatever else it computes at the time.
 
 In fp32 a pass over other tokens at once rounds otherwise, so two logits that are equal to about 1e-5 could
 change places; the models here have weights so large that their logits are far apart.
@@ -32,8 +32,8 @@ from pumice.model.quantized import quantize
 
 
 @dataclass
-class Heard:
-    """All that one request delivered."""
+class Received:
+    """All deltas that one request delivered."""
 
     deltas: list[Delta] = field(default_factory=list)
     request: Request | None = None
@@ -49,39 +49,39 @@ class Heard:
 
 @dataclass
 class Kit:
-    """What tests of the engine are made of."""
+    """What tests of the engine are engine of."""
 
-    looks: list[str] = field(default_factory=list)  # keys of the pictures that were looked at, in order
+    encoded: list[str] = field(default_factory=list)  # keys of the images that were encoded, in order
 
-    def picture(self, seed: int, count: int) -> PromptImage:
+    def image(self, seed: int, count: int) -> PromptImage:
         tokens = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
 
-        def look() -> torch.Tensor:
-            self.looks.append(f"picture {seed}")
+        def encode() -> torch.Tensor:
+            self.encoded.append(f"image {seed}")
             return tokens
 
-        return PromptImage(f"picture {seed}", count, look)
+        return PromptImage(f"image {seed}", count, encode)
 
     def prompt(self, *parts: int | PromptImage, **sampling: object) -> Prompt:
-        """Ids as they are, and pictures among them."""
+        """Build a prompt from ids and images."""
         ids: list[int] = []
         for part in parts:
             ids += [part] if isinstance(part, int) else [IMAGE_TOKEN] * part.count
-        pictures = tuple(part for part in parts if isinstance(part, PromptImage))
+        images = tuple(part for part in parts if isinstance(part, PromptImage))
         params = SamplingParams(**{"max_new_tokens": 10, **sampling})
-        return Prompt(torch.tensor(ids), None, params, pictures)
+        return Prompt(torch.tensor(ids), None, params, images)
 
     @staticmethod
-    def submit(engine: Engine, prompt: Prompt) -> Heard:
-        heard = Heard()
-        heard.request = engine.submit(prompt, heard.deltas.append)
-        return heard
+    def submit(engine: Engine, prompt: Prompt) -> Received:
+        received = Received()
+        received.request = engine.submit(prompt, received.deltas.append)
+        return received
 
-    def run(self, engine: Engine, *prompts: Prompt) -> list[Heard]:
-        heard = [self.submit(engine, prompt) for prompt in prompts]
+    def run(self, engine: Engine, *prompts: Prompt) -> list[Received]:
+        received = [self.submit(engine, prompt) for prompt in prompts]
         while engine.step():
             pass
-        return heard
+        return received
 
 
 @pytest.fixture
@@ -95,28 +95,28 @@ def model() -> Llava:
 
 
 @pytest.fixture
-def engine(model: Llava) -> Callable[..., Engine]:
+def make_engine(model: Llava) -> Callable[..., Engine]:
     return lambda **options: Engine(model, **options)
 
 
 KIT = Kit()
 MODELS = {window: small_model(window) for window in (None, 7)}
-PICTURES = [KIT.picture(seed, count) for seed, count in ((1, 4), (2, 9), (3, 4))]
-# Prompts that share beginnings of text and pictures, differ early, or contain one another.
+IMAGES = [KIT.image(seed, count) for seed, count in ((1, 4), (2, 9), (3, 4))]
+# Prompts that share prefixes of text and images, differ early, or contain one another.
 PROMPTS = [
     KIT.prompt(1, 2, 3),
     KIT.prompt(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, max_new_tokens=3),
-    KIT.prompt(1, PICTURES[0], 4, 5),
-    KIT.prompt(1, PICTURES[0], 4, 6, max_new_tokens=14),
-    KIT.prompt(1, PICTURES[1], 4, 5, max_new_tokens=6),
-    KIT.prompt(1, PICTURES[0], 7, PICTURES[1], 8, PICTURES[2], 9),
-    KIT.prompt(1, PICTURES[0], 7, PICTURES[2], 8, max_new_tokens=5),
-    KIT.prompt(PICTURES[1], *range(30, 50), max_new_tokens=1),
+    KIT.prompt(1, IMAGES[0], 4, 5),
+    KIT.prompt(1, IMAGES[0], 4, 6, max_new_tokens=14),
+    KIT.prompt(1, IMAGES[1], 4, 5, max_new_tokens=6),
+    KIT.prompt(1, IMAGES[0], 7, IMAGES[1], 8, IMAGES[2], 9),
+    KIT.prompt(1, IMAGES[0], 7, IMAGES[2], 8, max_new_tokens=5),
+    KIT.prompt(IMAGES[1], *range(30, 50), max_new_tokens=1),
     KIT.prompt(9),
-    KIT.prompt(1, PICTURES[2], 4, 5, temperature=1.5, top_p=0.9, seed=5),
-    KIT.prompt(1, PICTURES[2], 4, 5, repetition_penalty=3.0),
+    KIT.prompt(1, IMAGES[2], 4, 5, temperature=1.5, top_p=0.9, seed=5),
+    KIT.prompt(1, IMAGES[2], 4, 5, repetition_penalty=3.0),
 ]
-NAIVE = {w: [naive_generate(m, p) for p in PROMPTS] for w, m in MODELS.items()}
+EXPECTED = {w: [naive_generate(m, p) for p in PROMPTS] for w, m in MODELS.items()}
 
 ACTIONS = st.one_of(
     st.tuples(st.just("submit"), st.integers(0, len(PROMPTS) - 1)),
@@ -143,7 +143,7 @@ def test_answers_equal_the_naive_ones_whatever_happens(
     actions: list[tuple[str, int]],
 ) -> None:
     engine = Engine(MODELS[window], slots=slots, cache_tokens=cache_tokens, chunk=chunk, prefix_cache=prefix)
-    asked: list[tuple[int, Heard]] = []
+    asked: list[tuple[int, Received]] = []
     cancelled = set()
     for what, number in actions:
         if what == "submit":
@@ -156,176 +156,176 @@ def test_answers_equal_the_naive_ones_whatever_happens(
             cancelled.add(number)
     while engine.step():
         pass
-    for place, (number, heard) in enumerate(asked):
-        expected = NAIVE[window][number]
-        if place in cancelled and heard.last.finish == "cancelled":
-            assert heard.tokens == expected[: len(heard.tokens)]
+    for index, (number, received) in enumerate(asked):
+        expected = EXPECTED[window][number]
+        if index in cancelled and received.last.finish == "cancelled":
+            assert received.tokens == expected[: len(received.tokens)]
         else:
-            assert (heard.tokens, heard.last.finish) == (expected, "length")
-        assert [delta.finish for delta in heard.deltas[:-1]] == [None] * (len(heard.deltas) - 1)
+            assert (received.tokens, received.last.finish) == (expected, "length")
+        assert [delta.finish for delta in received.deltas[:-1]] == [None] * (len(received.deltas) - 1)
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     assert stats.cached_tokens <= stats.cache_capacity == cache_tokens
     assert prefix or (stats.cached_tokens, stats.prefix_hits) == (0, 0)
 
 
-def test_requests_join_and_leave_between_steps(kit: Kit, engine: Callable[..., Engine]) -> None:
-    made = engine(slots=2)
-    first, second = (kit.submit(made, PROMPTS[n]) for n in (3, 1))
-    made.step()
-    made.step()
+def test_requests_join_and_leave_between_steps(kit: Kit, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(slots=2)
+    first, second = (kit.submit(engine, PROMPTS[n]) for n in (3, 1))
+    engine.step()
+    engine.step()
     assert (len(first.tokens), len(second.tokens)) == (2, 2)
-    third = kit.submit(made, PROMPTS[8])
-    made.step()
+    third = kit.submit(engine, PROMPTS[8])
+    engine.step()
     assert (second.last.finish, third.deltas) == ("length", [])
-    assert (made.stats().running, made.stats().waiting) == (1, 1)
-    made.step()
+    assert (engine.stats().running, engine.stats().waiting) == (1, 1)
+    engine.step()
     assert (len(first.tokens), len(third.tokens)) == (4, 1)
 
 
-def test_a_long_prompt_does_not_stall_the_others(kit: Kit, engine: Callable[..., Engine]) -> None:
-    made = engine(chunk=8)
-    short = kit.submit(made, kit.prompt(5, max_new_tokens=40))
-    made.step()
-    long = kit.submit(made, kit.prompt(*range(40)))
+def test_a_long_prompt_does_not_stall_the_others(kit: Kit, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(chunk=8)
+    short = kit.submit(engine, kit.prompt(5, max_new_tokens=40))
+    engine.step()
+    long = kit.submit(engine, kit.prompt(*range(40)))
     for step in range(1, 6):
         assert long.deltas == []
-        made.step()
+        engine.step()
         assert len(short.tokens) == 1 + step
     assert len(long.tokens) == 1
 
 
 def test_a_second_question_about_a_picture_computes_only_the_question(
-    kit: Kit, engine: Callable[..., Engine]
+    kit: Kit, make_engine: Callable[..., Engine]
 ) -> None:
-    made, shown = engine(), kit.picture(1, 9)
-    (first,) = kit.run(made, kit.prompt(1, shown, 3, 4))
-    assert (kit.looks, first.last.cached_tokens) == (["picture 1"], 0)
-    before = made.stats()
-    (second,) = kit.run(made, kit.prompt(1, shown, 5, 6))
-    assert (kit.looks, second.last.cached_tokens) == (["picture 1"], 10)
-    assert made.stats().prefix_hits - before.prefix_hits == 10
-    (other,) = kit.run(made, kit.prompt(1, kit.picture(2, 9), 5, 6))
-    assert (len(kit.looks), other.last.cached_tokens) == (2, 1)
+    engine, shown = make_engine(), kit.image(1, 9)
+    (first,) = kit.run(engine, kit.prompt(1, shown, 3, 4))
+    assert (kit.encoded, first.last.cached_tokens) == (["image 1"], 0)
+    before = engine.stats()
+    (second,) = kit.run(engine, kit.prompt(1, shown, 5, 6))
+    assert (kit.encoded, second.last.cached_tokens) == (["image 1"], 10)
+    assert engine.stats().prefix_hits - before.prefix_hits == 10
+    (other,) = kit.run(engine, kit.prompt(1, kit.image(2, 9), 5, 6))
+    assert (len(kit.encoded), other.last.cached_tokens) == (2, 1)
 
 
 def test_questions_about_one_picture_that_come_together_look_once(
-    kit: Kit, engine: Callable[..., Engine]
+    kit: Kit, make_engine: Callable[..., Engine]
 ) -> None:
-    shown = kit.picture(1, 40)
+    shown = kit.image(1, 40)
     asked = [kit.prompt(shown, n, n + 1) for n in range(6)]
-    heard = kit.run(engine(chunk=16), *asked)
-    assert kit.looks == ["picture 1"]
-    assert [one.last.cached_tokens for one in heard] == [0, 40, 40, 40, 40, 40]
+    received = kit.run(make_engine(chunk=16), *asked)
+    assert kit.encoded == ["image 1"]
+    assert [one.last.cached_tokens for one in received] == [0, 40, 40, 40, 40, 40]
 
 
 def test_a_second_turn_computes_only_what_is_new(
-    kit: Kit, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    kit: Kit, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, shown = engine(), kit.picture(1, 9)
-    (first,) = kit.run(made, kit.prompt(1, shown, 3, 4))
-    monkeypatch.setattr(made._scheduler, "copy", None)  # it goes on where it stands
-    (second,) = kit.run(made, kit.prompt(1, shown, 3, 4, *first.tokens, 7, 8))
+    engine, shown = make_engine(), kit.image(1, 9)
+    (first,) = kit.run(engine, kit.prompt(1, shown, 3, 4))
+    monkeypatch.setattr(engine._scheduler, "copy_cells", None)  # it goes on where it stands
+    (second,) = kit.run(engine, kit.prompt(1, shown, 3, 4, *first.tokens, 7, 8))
     # the last token of an answer was never fed to the model
     assert second.last.cached_tokens == 12 + len(first.tokens) - 1
-    assert len(made._prefix.idle) == 1  # the first turn lives on in the second
+    assert len(engine._prefix_cache.idle) == 1  # the first turn lives on in the second
 
 
-def test_the_same_prompt_again_computes_its_last_token(kit: Kit, engine: Callable[..., Engine]) -> None:
-    made = engine()
-    first, second = (kit.run(made, PROMPTS[5])[0] for _ in range(2))
+def test_the_same_prompt_again_computes_its_last_token(kit: Kit, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    first, second = (kit.run(engine, PROMPTS[5])[0] for _ in range(2))
     assert first.tokens == second.tokens
     assert second.last.cached_tokens == len(PROMPTS[5].input_ids) - 1
 
 
-def test_eviction_keeps_within_the_budget_and_the_newest(kit: Kit, engine: Callable[..., Engine]) -> None:
-    made = engine(cache_tokens=60)
+def test_eviction_keeps_the_budget_and_the_newest(kit: Kit, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(cache_tokens=60)
     for seed in (1, 2, 3, 4):
-        kit.run(made, kit.prompt(kit.picture(seed, 10), 5, max_new_tokens=8))
-    assert made.stats().evictions == 1
-    assert kit.run(made, kit.prompt(kit.picture(4, 10), 6))[0].last.cached_tokens == 10
-    assert kit.run(made, kit.prompt(kit.picture(1, 10), 6))[0].last.cached_tokens == 0
+        kit.run(engine, kit.prompt(kit.image(seed, 10), 5, max_new_tokens=8))
+    assert engine.stats().evictions == 1
+    assert kit.run(engine, kit.prompt(kit.image(4, 10), 6))[0].last.cached_tokens == 10
+    assert kit.run(engine, kit.prompt(kit.image(1, 10), 6))[0].last.cached_tokens == 0
 
 
 def test_answers_that_outgrow_the_cache_wait_and_go_on(kit: Kit, model: Llava) -> None:
     """Three answers that together need more than all of it: the newest are put back, and none is wrong."""
     large = small_model(context=400)
     asked = [kit.prompt(n, n + 1, max_new_tokens=150) for n in (1, 5, 9)]
-    made = Engine(large, cache_tokens=400)
-    heard = kit.run(made, *asked)
-    assert [one.tokens for one in heard] == [naive_generate(large, one) for one in asked]
-    assert sum(len(one.tokens) for one in heard) == 450
+    engine = Engine(large, cache_tokens=400)
+    received = kit.run(engine, *asked)
+    assert [one.tokens for one in received] == [naive_generate(large, one) for one in asked]
+    assert sum(len(one.tokens) for one in received) == 450
 
 
 def test_an_answer_grows_over_what_stands_on_either_side(kit: Kit) -> None:
     """A finished sequence in front of it, free places behind it: neither alone is enough."""
     large = small_model(context=400)
-    made = Engine(large, slots=1, cache_tokens=300)
-    kit.run(made, kit.prompt(*range(5, 100), max_new_tokens=1))
+    engine = Engine(large, slots=1, cache_tokens=300)
+    kit.run(engine, kit.prompt(*range(5, 100), max_new_tokens=1))
     asked = kit.prompt(*range(100, 27, -1), max_new_tokens=180)
-    (heard,) = kit.run(made, asked)
-    assert heard.tokens == naive_generate(large, asked)
-    assert made.stats().prompt_tokens == 95 + 73
-    assert made.stats().steps == 1 + 180  # nothing was computed twice
+    (received,) = kit.run(engine, asked)
+    assert received.tokens == naive_generate(large, asked)
+    assert engine.stats().prompt_tokens == 95 + 73
+    assert engine.stats().steps == 1 + 180  # nothing was computed twice
 
 
 @pytest.mark.parametrize("window", list(MODELS))
 def test_every_request_ends_with_the_naive_answer_in_any_cache(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduling, "ROOM", 3)
-    monkeypatch.setattr(scheduling, "WORTH", 2)
+    monkeypatch.setattr(scheduling, "SLOT_GROWTH", 3)
+    monkeypatch.setattr(scheduling, "MIN_SHARED_PREFIX", 2)
     for seed in range(12):
         draw = random.Random(seed)
-        places, chunk = draw.choice([*range(1, 50), 96, 150]), draw.choice((1, 3, 512))
-        made = Engine(MODELS[window], slots=draw.randint(1, 4), cache_tokens=places, chunk=chunk)
-        asked: list[tuple[int, Heard]] = []
+        capacity, chunk = draw.choice([*range(1, 50), 96, 150]), draw.choice((1, 3, 512))
+        engine = Engine(MODELS[window], slots=draw.randint(1, 4), cache_tokens=capacity, chunk=chunk)
+        asked: list[tuple[int, Received]] = []
         cancelled: set[int] = set()
         work = 0
         for steps in itertools.count():
-            assert steps <= 100 + 20 * work, f"schedule {seed} goes round and round"
+            assert steps <= 100 + 20 * work, f"schedule {seed} never ends"
             if steps < 40 and draw.random() < 0.3:
                 number = draw.randrange(len(PROMPTS))
-                length, most = len(PROMPTS[number].input_ids), PROMPTS[number].params.max_new_tokens
-                if length + most - 1 > places:
-                    with pytest.raises(InputError, match=f"{length} tokens .* {places}"):
-                        KIT.submit(made, PROMPTS[number])
+                length, max_answer = len(PROMPTS[number].input_ids), PROMPTS[number].params.max_new_tokens
+                if length + max_answer - 1 > capacity:
+                    with pytest.raises(InputError, match=f"{length} tokens .* {capacity}"):
+                        KIT.submit(engine, PROMPTS[number])
                 else:
-                    asked.append((number, KIT.submit(made, PROMPTS[number])))
-                    work += length + most
+                    asked.append((number, KIT.submit(engine, PROMPTS[number])))
+                    work += length + max_answer
             if asked and draw.random() < 0.05:
-                cancelled.add(place := draw.randrange(len(asked)))
-                if (request := asked[place][1].request) is not None:
-                    made.cancel(request)
-            worked = made.step()
-            check_owners(made)
+                cancelled.add(index := draw.randrange(len(asked)))
+                if (request := asked[index][1].request) is not None:
+                    engine.cancel(request)
+            worked = engine.step()
+            check_owners(engine)
             if not worked:
-                assert all(heard.deltas and heard.last.finish for _, heard in asked), (
+                assert all(received.deltas and received.last.finish for _, received in asked), (
                     f"schedule {seed} stalls"
                 )
                 if steps >= 40:
                     break
-        for place, (number, heard) in enumerate(asked):
-            expected = NAIVE[window][number]
-            if place in cancelled and heard.last.finish == "cancelled":
-                expected = expected[: len(heard.tokens)]
+        for index, (number, received) in enumerate(asked):
+            expected = EXPECTED[window][number]
+            if index in cancelled and received.last.finish == "cancelled":
+                expected = expected[: len(received.tokens)]
             else:
-                assert heard.last.finish == "length"
-            assert heard.tokens == expected, f"schedule {seed}"
-            assert sum(delta.finish is not None for delta in heard.deltas) == 1
+                assert received.last.finish == "length"
+            assert received.tokens == expected, f"schedule {seed}"
+            assert sum(delta.finish is not None for delta in received.deltas) == 1
 
 
 def check_owners(engine: Engine) -> None:
-    """No place has two owners, and running requests own exactly the regions that are not idle."""
-    prefix, scheduler = engine._prefix, engine._scheduler
+    """No cell has two owners, and running requests own exactly the busy slots."""
+    prefix, scheduler = engine._prefix_cache, engine._scheduler
     owned = [0] * prefix.capacity
-    for region in (*prefix.busy.values(), *prefix.idle.values()):
-        for place in range(region.start, region.start + region.room):
-            owned[place] += 1
+    for slot in (*prefix.busy.values(), *prefix.idle.values()):
+        for cell in range(slot.start, slot.start + slot.capacity):
+            owned[cell] += 1
     assert max(owned) <= 1
-    running = {id(request.region) for request in scheduler.running}
-    assert running == {id(region) for region in prefix.busy.values()}
-    assert prefix.held == sum(region.length for region in prefix.idle.values())
+    running = {id(request.slot) for request in scheduler.running}
+    assert running == {id(slot) for slot in prefix.busy.values()}
+    assert prefix.cached_tokens == sum(slot.length for slot in prefix.idle.values())
 
 
 @pytest.mark.parametrize("wrong", [MemoryError, KeyboardInterrupt])
@@ -337,111 +337,115 @@ def test_a_copy_that_fails_or_is_interrupted_loses_no_place(
     asked = kit.prompt(*range(100, 27, -1), max_new_tokens=180)
     shares = kit.prompt(*range(5, 50), 99, max_new_tokens=3)
     expected = [naive_generate(large, one) for one in (asked, shares)]
-    made = Engine(large, slots=2, cache_tokens=300)
+    engine = Engine(large, slots=2, cache_tokens=300)
 
     def fail(*_: int) -> None:
         raise wrong("no memory")
 
-    kit.run(made, kit.prompt(*range(5, 100), max_new_tokens=1))
+    kit.run(engine, kit.prompt(*range(5, 100), max_new_tokens=1))
     for number, prompt in enumerate((asked, shares)):
         if number:
-            kit.run(made, kit.prompt(*range(5, 100), max_new_tokens=1))
-        heard = kit.submit(made, prompt)
+            kit.run(engine, kit.prompt(*range(5, 100), max_new_tokens=1))
+        received = kit.submit(engine, prompt)
         with monkeypatch.context() as patch:
-            patch.setattr(made._scheduler, "copy", fail)
+            patch.setattr(engine._scheduler, "copy_cells", fail)
             if wrong is KeyboardInterrupt:
                 with pytest.raises(KeyboardInterrupt):
-                    while made.step():
+                    while engine.step():
                         pass
             else:
-                while made.step():
+                while engine.step():
                     pass
-                assert (heard.last.finish, str(heard.last.error)) == ("error", "no memory")
-                heard = kit.submit(made, prompt)
-        while made.step():
-            check_owners(made)
-        assert (heard.tokens, heard.last.finish) == (expected[number], "length")
+                assert (received.last.finish, str(received.last.error)) == ("error", "no memory")
+                received = kit.submit(engine, prompt)
+        while engine.step():
+            check_owners(engine)
+        assert (received.tokens, received.last.finish) == (expected[number], "length")
 
 
 def test_a_request_that_cannot_be_started_ends_with_a_reason(
-    kit: Kit, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    kit: Kit, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = engine()
+    engine = make_engine()
     ended = threading.Event()
-    heard: list[Delta] = []
+    received: list[Delta] = []
 
     def deliver(delta: Delta) -> None:
-        heard.append(delta)
+        received.append(delta)
         ended.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(made._scheduler, "_start", lambda *_: False)
-        made.start()
-        made.submit(PROMPTS[0], deliver)
+        patch.setattr(engine._scheduler, "_start", lambda *_: False)
+        engine.start()
+        engine.submit(PROMPTS[0], deliver)
         assert ended.wait(60)
-    assert (heard[0].finish, str(heard[0].error)) == (
+    assert (received[0].finish, str(received[0].error)) == (
         "error",
         "1 requests wait, and none of them can be started",
     )
-    made.close()
+    engine.close()
 
 
 def test_a_model_that_changed_is_not_mixed_with_what_it_said_before(kit: Kit) -> None:
     model = small_model()
-    made = Engine(model)
-    kit.run(made, PROMPTS[2])
+    engine = Engine(model)
+    kit.run(engine, PROMPTS[2])
     with torch.no_grad():
         model.decoder.blocks[0].mlp.down.weight.neg_()
-    made.forget()
-    assert kit.run(made, PROMPTS[2])[0].tokens == naive_generate(model, PROMPTS[2])
+    engine.forget()
+    assert kit.run(engine, PROMPTS[2])[0].tokens == naive_generate(model, PROMPTS[2])
 
 
 def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(kit: Kit) -> None:
-    free = NAIVE[None][0]
-    (heard,) = kit.run(Engine(small_model(stops=(free[4],))), PROMPTS[0])
-    assert (heard.tokens, heard.last.tokens, heard.last.finish) == (free[: free.index(free[4])], (), "stop")
+    free = EXPECTED[None][0]
+    (received,) = kit.run(Engine(small_model(stops=(free[4],))), PROMPTS[0])
+    assert (received.tokens, received.last.tokens, received.last.finish) == (
+        free[: free.index(free[4])],
+        (),
+        "stop",
+    )
 
 
-def test_log_probabilities(kit: Kit, model: Llava, engine: Callable[..., Engine]) -> None:
+def test_log_probabilities(kit: Kit, model: Llava, make_engine: Callable[..., Engine]) -> None:
     asked = kit.prompt(1, 2, 3, logprobs=3, max_new_tokens=2)
-    (heard,) = kit.run(engine(), asked)
+    (received,) = kit.run(make_engine(), asked)
     logits = model.decoder.logits(model(torch.tensor([[1, 2, 3]])))[0, -1]
     expected = logits.log_softmax(-1).topk(3)
-    [first] = heard.deltas[0].logprobs or ()
+    [first] = received.deltas[0].logprobs or ()
     assert [token for token, _ in first.top] == expected.indices.tolist()
     assert [value for _, value in first.top] == pytest.approx(expected.values.tolist(), abs=1e-4)
     assert (first.token, first.logprob) == first.top[0]
-    (bare,) = kit.run(engine(), kit.prompt(1, 2, logprobs=0, max_new_tokens=1))
+    (bare,) = kit.run(make_engine(), kit.prompt(1, 2, logprobs=0, max_new_tokens=1))
     assert bare.last.logprobs is not None
     assert bare.last.logprobs[0].top == ()
     assert math.exp(bare.last.logprobs[0].logprob) <= 1
 
 
-def test_a_picture_that_fails_ends_its_own_request_only(kit: Kit, engine: Callable[..., Engine]) -> None:
-    def look() -> torch.Tensor:
+def test_a_picture_that_fails_ends_its_own_request_only(kit: Kit, make_engine: Callable[..., Engine]) -> None:
+    def encode() -> torch.Tensor:
         raise InputError("the picture is torn")
 
-    bad, good = kit.run(engine(), kit.prompt(1, PromptImage("torn", 4, look), 2), PROMPTS[2])
+    bad, good = kit.run(make_engine(), kit.prompt(1, PromptImage("torn", 4, encode), 2), PROMPTS[2])
     assert (bad.last.finish, str(bad.last.error), bad.tokens) == ("error", "the picture is torn", [])
-    assert good.tokens == NAIVE[None][2]
+    assert good.tokens == EXPECTED[None][2]
 
 
 def test_a_pass_that_fails_ends_the_requests_in_it_and_the_next_work(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model()
-    made = Engine(model)
-    first = kit.submit(made, PROMPTS[0])
-    made.step()
+    engine = Engine(model)
+    first = kit.submit(engine, PROMPTS[0])
+    engine.step()
 
     def fail(hidden: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
         patch.setattr(model.decoder, "logits", fail)
-        made.step()
+        engine.step()
     assert (first.last.finish, str(first.last.error)) == ("error", "no memory")
-    assert kit.run(made, PROMPTS[0])[0].tokens == NAIVE[None][0]
+    assert kit.run(engine, PROMPTS[0])[0].tokens == EXPECTED[None][0]
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -457,33 +461,33 @@ def test_a_long_prompt_is_read_in_parts_with_few_bits_too(kind: str, kit: Kit) -
 def test_an_interrupted_step_is_done_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ctrl-C interrupts it, at either end of the pass."""
     model = small_model()
-    made = Engine(model)
-    heard = [kit.submit(made, PROMPTS[n]) for n in (0, 2)]
-    made.step()
+    engine = Engine(model)
+    received = [kit.submit(engine, PROMPTS[n]) for n in (0, 2)]
+    engine.step()
 
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    for owner, name in ((model.decoder, "logits"), (made, "_choose"), (model.decoder, "forward")):
+    for owner, name in ((model.decoder, "logits"), (engine, "_choose"), (model.decoder, "forward")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
-                made.step()
-    while made.step():
+                engine.step()
+    while engine.step():
         pass
-    assert [one.tokens for one in heard] == [NAIVE[None][n] for n in (0, 2)]
+    assert [one.tokens for one in received] == [EXPECTED[None][n] for n in (0, 2)]
 
 
 def test_an_owner_that_fails_ends_its_own_request_only(
-    kit: Kit, engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+    kit: Kit, make_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(delta: Delta) -> None:
         raise RuntimeError("the connection is gone")
 
-    made = engine()
-    made.submit(PROMPTS[3], fail)
-    assert kit.run(made, PROMPTS[0])[0].tokens == NAIVE[None][0]
-    assert made.stats().generated_tokens == 1 + len(NAIVE[None][0])
+    engine = make_engine()
+    engine.submit(PROMPTS[3], fail)
+    assert kit.run(engine, PROMPTS[0])[0].tokens == EXPECTED[None][0]
+    assert engine.stats().generated_tokens == 1 + len(EXPECTED[None][0])
     assert "the connection is gone" in caplog.text
 
 
@@ -500,12 +504,12 @@ def test_an_owner_that_fails_ends_its_own_request_only(
     ],
 )
 def test_what_can_never_be_answered_is_refused(
-    kit: Kit, engine: Callable[..., Engine], wrong: Callable[[Kit], Prompt], message: str
+    kit: Kit, make_engine: Callable[..., Engine], wrong: Callable[[Kit], Prompt], message: str
 ) -> None:
-    made = engine(cache_tokens=50)
+    engine = make_engine(cache_tokens=50)
     with pytest.raises(ValueError, match=message):
-        kit.submit(made, wrong(kit))
-    assert not made.step()
+        kit.submit(engine, wrong(kit))
+    assert not engine.step()
 
 
 def test_a_prompt_as_long_as_the_cache_is_answered(kit: Kit, model: Llava) -> None:
@@ -514,20 +518,20 @@ def test_a_prompt_as_long_as_the_cache_is_answered(kit: Kit, model: Llava) -> No
 
 
 @pytest.mark.parametrize("options", [{"slots": 0}, {"chunk": 0}, {"cache_tokens": 0}])
-def test_wrong_options(engine: Callable[..., Engine], options: dict[str, Any]) -> None:
+def test_wrong_options(make_engine: Callable[..., Engine], options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="is 0; give 1 or more"):
-        engine(**options)
+        make_engine(**options)
 
 
-def test_threads_submit_and_cancel_while_it_steps(kit: Kit, engine: Callable[..., Engine]) -> None:
-    made = engine(slots=3)
-    made.start()
-    made.start()
-    wrong: list[str] = []
+def test_threads_submit_and_cancel_while_it_steps(kit: Kit, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(slots=3)
+    engine.start()
+    engine.start()
+    failures: list[str] = []
 
     def ask(number: int) -> None:
         for turn in range(5):
-            place = (number + turn) % len(PROMPTS)
+            index = (number + turn) % len(PROMPTS)
             done, tokens = threading.Event(), list[int]()
 
             def deliver(delta: Delta, done: threading.Event = done, tokens: list[int] = tokens) -> None:
@@ -535,34 +539,34 @@ def test_threads_submit_and_cancel_while_it_steps(kit: Kit, engine: Callable[...
                 if delta.finish is not None:
                     done.set()
 
-            request = made.submit(PROMPTS[place], deliver)
+            request = engine.submit(PROMPTS[index], deliver)
             if turn == 3:
-                made.cancel(request)
-                made.cancel(request)
+                engine.cancel(request)
+                engine.cancel(request)
             if not done.wait(60):
-                wrong.append(f"{number}.{turn} did not end")
-            expected = NAIVE[None][place]
+                failures.append(f"{number}.{turn} did not end")
+            expected = EXPECTED[None][index]
             if tokens != (expected[: len(tokens)] if turn == 3 else expected):
-                wrong.append(f"{number}.{turn} said {tokens}")
+                failures.append(f"{number}.{turn} said {tokens}")
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
-    made.close()
+    assert failures == []
+    engine.close()
 
 
-def test_close_cancels_what_runs_and_what_waits(kit: Kit, engine: Callable[..., Engine]) -> None:
-    made = engine(slots=1)
-    heard = [kit.submit(made, PROMPTS[n]) for n in (0, 1)]
-    made.step()
-    late = kit.submit(made, PROMPTS[2])
-    made.close()
-    made.close()
-    assert [one.last.finish for one in (*heard, late)] == ["cancelled"] * 3
-    assert heard[0].tokens == NAIVE[None][0][:1]
+def test_close_cancels_what_runs_and_what_waits(kit: Kit, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(slots=1)
+    received = [kit.submit(engine, PROMPTS[n]) for n in (0, 1)]
+    engine.step()
+    late = kit.submit(engine, PROMPTS[2])
+    engine.close()
+    engine.close()
+    assert [one.last.finish for one in (*received, late)] == ["cancelled"] * 3
+    assert received[0].tokens == EXPECTED[None][0][:1]
     with pytest.raises(RuntimeError, match="closed"):
-        kit.submit(made, PROMPTS[0])
-    assert not made.step()
+        kit.submit(engine, PROMPTS[0])
+    assert not engine.step()

@@ -83,7 +83,7 @@ def test_equals_the_modules_in_fp32(more: dict[str, Any], weights: str) -> None:
     # prompts among answers
     segments = [segment._replace(new=1 + n % 3) for n, segment in enumerate(segments)]
     same, _ = filled(decoder)
-    wide = KVCache(decoder.config, cache.places, CPU, decoder.cache_dtype)
+    wide = KVCache(decoder.config, cache.capacity, CPU, decoder.cache_dtype)
     wide.keys.copy_(same.keys)
     wide.values.copy_(same.values)
     x = decoder.embed(torch.arange(sum(segment.new for segment in segments)) * 3)
@@ -125,7 +125,7 @@ def test_a_token_without_a_place_is_refused() -> None:
     decoder = make()
     cache, _ = filled(decoder)
     with pytest.raises(ValueError, match="do not fit"):
-        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(cache.places, 0, 1)], [0])
+        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(cache.capacity, 0, 1)], [0])
     with pytest.raises(ValueError, match="expected 64 values for each new token"):
         ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(0, 0, 2)], [0])
 
@@ -147,9 +147,9 @@ def test_the_engine_answers_alike_with_and_without(weights: str, monkeypatch: py
     model = llava(weights)
     kind = "fp32" if weights == "fp32" else "packed"
     rows = min(
-        8, native.ROWS[kind]
+        8, native.MAX_PROMPT_ROWS[kind]
     )  # so that PyTorch computes the longest prompt, of packed matrices every one
-    monkeypatch.setitem(native.ROWS, kind, rows)
+    monkeypatch.setitem(native.MAX_PROMPT_ROWS, kind, rows)
     texts = [range(2, 2 + n) for n in (3, 9, 5)] + [range(20, 27)]
     prompts = [Prompt(torch.tensor(text), params=SamplingParams(max_new_tokens=12)) for text in texts]
     used: list[list[int]] = []

@@ -33,17 +33,17 @@ def generators(rows: int, seed: int = 0) -> list[torch.Generator]:
 def test_equals_transformers(temperature: float, top_k: int, top_p: float, penalty: float) -> None:
     transformers = pytest.importorskip("transformers")
     history = torch.randint(0, VOCABULARY, (3, 30), generator=torch.Generator().manual_seed(2))
-    theirs = logits()
+    reference = logits()
     steps = [transformers.RepetitionPenaltyLogitsProcessor(float(penalty))]
     steps.append(transformers.TemperatureLogitsWarper(float(temperature)))
     steps += [transformers.TopKLogitsWarper(top_k)] if top_k else []
     steps += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
     for step in steps:
-        theirs = step(history, theirs)
+        reference = step(history, reference)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    ours = nucleus(penalise(logits(), penalty, history.tolist()), params)
-    torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), atol=1e-6, rtol=1e-5)
-    assert torch.equal(ours.isinf(), theirs.isinf())
+    actual = nucleus(penalise(logits(), penalty, history.tolist()), params)
+    torch.testing.assert_close(actual.softmax(-1), reference.softmax(-1), atol=1e-6, rtol=1e-5)
+    assert torch.equal(actual.isinf(), reference.isinf())
 
 
 def test_greedy_is_the_argmax_whatever_else_is_set() -> None:
@@ -58,8 +58,8 @@ def test_a_tiny_temperature_is_greedy_and_finite() -> None:
 
 def test_the_nucleus_is_never_empty() -> None:
     flat = torch.zeros(2, VOCABULARY)
-    kept = nucleus(flat, SamplingParams(temperature=1, top_p=1e-9)).isfinite().sum(-1)
-    assert kept.tolist() == [1, 1]
+    finite_counts = nucleus(flat, SamplingParams(temperature=1, top_p=1e-9)).isfinite().sum(-1)
+    assert finite_counts.tolist() == [1, 1]
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -79,10 +79,10 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_the_penalty_ignores_image_placeholders_and_leaves_its_input_alone() -> None:
-    given = logits(1)
-    changed = penalise(given, 2.0, [[-200, 3, 3]])
-    assert (changed != given).nonzero().tolist() == [[0, 3]]
-    assert torch.equal(given, logits(1))
+    original = logits(1)
+    changed = penalise(original, 2.0, [[-200, 3, 3]])
+    assert (changed != original).nonzero().tolist() == [[0, 3]]
+    assert torch.equal(original, logits(1))
 
 
 @pytest.mark.parametrize(

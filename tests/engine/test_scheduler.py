@@ -1,7 +1,7 @@
-"""The scheduler over many seeded schedules, with a KV cache that remembers whose token stands where.
+"""The scheduler over many seeded schedules, with a KV cache that records which token each cell holds.
 
-No model runs: a step writes into a token's place the hash of the sequence up to it, so a place with anything
-else in it would have been a wrong answer.
+No model runs. A step writes into a token's cell the hash of the sequence up to it. If a cell holds anything
+else, a real engine would have given a wrong answer.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Shape:
     """What a schedule is drawn from."""
 
     context: int
-    room: int  # places that an answer gets at a time
+    growth: int  # cells that a slot grows by
     requests: int
     prompt: tuple[int, int]  # tokens, from and to
     answer: tuple[int, int]
 
 
-SMALL = Shape(context=48, room=5, requests=12, prompt=(1, 30), answer=(1, 40))
+SMALL = Shape(context=48, growth=5, requests=12, prompt=(1, 30), answer=(1, 40))
 # A 7B model's default cache holds one context.
-LARGE = Shape(context=4096, room=128, requests=6, prompt=(20, 2500), answer=(1, 1500))
+LARGE = Shape(context=4096, growth=128, requests=6, prompt=(20, 2500), answer=(1, 1500))
 
 
 @dataclass
@@ -48,41 +48,43 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.prefix = PrefixCache(self.cache_tokens, keep=self.random.random() < 0.9)
-        self.places = np.zeros(self.cache_tokens, np.int64)
+        self.prefix_cache = PrefixCache(self.cache_tokens, keep_finished=self.random.random() < 0.9)
+        self.cells = np.zeros(self.cache_tokens, np.int64)
         chunk = self.random.choice((1, 4, 512)) if self.shape.context < 100 else 512
-        self.scheduler = Scheduler(self.random.choice((1, 2, 4)), chunk, self.prefix, self.copy)
+        self.scheduler = Scheduler(self.random.choice((1, 2, 4)), chunk, self.prefix_cache, self.copy_cells)
         self.prompts: list[list[int]] = []
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        self.places[target : target + tokens] = self.places[source : source + tokens].copy()
+    def copy_cells(self, source: int, target: int, tokens: int) -> None:
+        self.cells[target : target + tokens] = self.cells[source : source + tokens].copy()
 
     def request(self) -> Request:
-        """Often one that begins like another, as long as one region holds it."""
+        """Draw a request. It often shares a prefix with an earlier one, and always fits in the cache."""
         draw = self.random
         length = min(draw.randint(*self.shape.prompt), self.cache_tokens)
         ids = list(draw.choice(self.prompts)[: draw.randint(0, length)]) if self.prompts else []
         ids += [draw.randint(0, 3) for _ in range(length - len(ids))]
-        most = min(draw.randint(*self.shape.answer), self.cache_tokens - length + 1)
-        prompt = Prompt(torch.tensor(ids), params=SamplingParams(max_new_tokens=max(1, most)))
-        limit = min(self.shape.context, length + prompt.params.max_new_tokens) - 1
+        max_answer = min(draw.randint(*self.shape.answer), self.cache_tokens - length + 1)
+        prompt = Prompt(torch.tensor(ids), params=SamplingParams(max_new_tokens=max(1, max_answer)))
+        max_cells = min(self.shape.context, length + prompt.params.max_new_tokens) - 1
         self.prompts.append(ids)
-        return Request(prompt, lambda delta: None, torch.Generator(), max(limit, length))
+        return Request(prompt, lambda delta: None, torch.Generator(), max(max_cells, length))
 
     def step(self) -> bool:
         plan = self.scheduler.plan()
         for request, count in plan:
-            region = request.region
-            assert region is not None
-            done = region.length
-            assert (self.places[region.start : region.start + done] == beginnings(request.keys[:done])).all()
-            at = region.start + done
-            self.places[at : at + count] = beginnings(request.keys[: done + count])[done:]
-            region.append(request.keys[done : done + count])
+            slot = request.slot
+            assert slot is not None
+            done = slot.length
+            assert (
+                self.cells[slot.start : slot.start + done] == prefix_hashes(request.token_hashes[:done])
+            ).all()
+            cell = slot.start + done
+            self.cells[cell : cell + count] = prefix_hashes(request.token_hashes[: done + count])[done:]
+            slot.append(request.token_hashes[done : done + count])
         for request, _ in plan:
             if request.remaining == 0:
-                request.add(self.random.randint(0, 3))
-                if request.count > request.limit or self.random.random() < 0.002:
+                request.append(self.random.randint(0, 3))
+                if request.length > request.max_cells or self.random.random() < 0.002:
                     self.end(request)
         return bool(plan)
 
@@ -91,60 +93,60 @@ class Simulation:
         self.ended.append(request)
 
     def check(self) -> None:
-        """Each place has one owner at most, and what is counted is what is there."""
+        """Every cell has at most one owner, and the counters are right."""
         owned = np.zeros(self.cache_tokens, int)
-        for region in (*self.prefix.busy.values(), *self.prefix.idle.values()):
-            assert 0 <= region.length <= region.room
-            owned[region.start : region.start + region.room] += 1
+        for slot in (*self.prefix_cache.busy.values(), *self.prefix_cache.idle.values()):
+            assert 0 <= slot.length <= slot.capacity
+            owned[slot.start : slot.start + slot.capacity] += 1
         assert owned.max() <= 1
-        running = [request.region for request in self.scheduler.running]
-        assert {id(region) for region in running} == {id(region) for region in self.prefix.busy.values()}
-        assert len(running) == len(self.prefix.busy)
-        assert all(request.region is None for request in self.scheduler.waiting)
-        assert self.prefix.held == sum(region.length for region in self.prefix.idle.values())
+        running = [request.slot for request in self.scheduler.running]
+        assert {id(slot) for slot in running} == {id(slot) for slot in self.prefix_cache.busy.values()}
+        assert len(running) == len(self.prefix_cache.busy)
+        assert all(request.slot is None for request in self.scheduler.waiting)
+        assert self.prefix_cache.cached_tokens == sum(slot.length for slot in self.prefix_cache.idle.values())
 
     def run(self) -> bool:
-        """Whether every request ends: False when a step does nothing while one waits."""
-        asked = [self.request() for _ in range(self.shape.requests)]
-        work = sum(request.limit for request in asked)
-        late = list(asked)
+        """Return whether every request ends: False if a step does nothing while one waits."""
+        requests = [self.request() for _ in range(self.shape.requests)]
+        work = sum(request.max_cells for request in requests)
+        late = list(requests)
         for steps in itertools.count():
-            assert steps <= 20 * work + 100, "requests go round and round"
+            assert steps <= 20 * work + 100, "the requests never end"
             while late and self.random.random() < (0.1 if self.scheduler.running else 0.6):
                 self.scheduler.waiting.append(late.pop(0))
-            there = (*self.scheduler.running, *self.scheduler.waiting)
-            if there and self.random.random() < 0.003:
-                self.end(self.random.choice(there))
+            active = (*self.scheduler.running, *self.scheduler.waiting)
+            if active and self.random.random() < 0.003:
+                self.end(self.random.choice(active))
             worked = self.step()
             self.check()
             if not worked:
                 if self.scheduler.running or self.scheduler.waiting:
                     return False
                 if not late:
-                    assert len(self.ended) == len(asked)
+                    assert len(self.ended) == len(requests)
                     return True
         raise AssertionError
 
 
-def beginnings(keys: np.ndarray) -> np.ndarray:
-    """A number for each beginning of a sequence, the same for the same."""
+def prefix_hashes(token_hashes: np.ndarray) -> np.ndarray:
+    """Return a hash of each prefix of a sequence."""
     with np.errstate(over="ignore"):
-        powers = np.cumprod(np.full(len(keys), 6364136223846793005, np.int64))
-        return np.cumsum((keys + 7) * powers)
+        powers = np.cumprod(np.full(len(token_hashes), 6364136223846793005, np.int64))
+        return np.cumsum((token_hashes + 7) * powers)
 
 
 def simulate(shape: Shape, seeds: range, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The seeds whose schedule stalls."""
-    monkeypatch.setattr(scheduling, "ROOM", shape.room)
-    monkeypatch.setattr(scheduling, "WORTH", 4 if shape.context < 100 else 16)
+    """Return the seeds whose schedule stalls."""
+    monkeypatch.setattr(scheduling, "SLOT_GROWTH", shape.growth)
+    monkeypatch.setattr(scheduling, "MIN_SHARED_PREFIX", 4 if shape.context < 100 else 16)
     sizes = [shape.context, shape.context, shape.context * 2]
     if shape.context < 100:
-        sizes += range(1, shape.context)  # from one region up
+        sizes += range(1, shape.context)  # from one cell up
     return [s for s in seeds if not Simulation(shape, s, random.Random(s).choice(sizes)).run()]
 
 
 @pytest.mark.parametrize(("shape", "seeds"), [(SMALL, range(300)), (LARGE, range(4))], ids=["small", "7b"])
-def test_every_request_ends_and_every_place_has_one_owner(
+def test_every_request_ends_and_every_cell_has_one_owner(
     shape: Shape, seeds: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert simulate(shape, seeds, monkeypatch) == []

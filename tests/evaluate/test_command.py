@@ -95,7 +95,7 @@ def test_wrong_input(folder: Path) -> None:
     refused(run(*OWN, "one.jsonl", "--report", "."), "'.' is a folder")
     refused(run(*OWN, "one.jsonl", "--judge-url", "http://x", "--judge-model", "m"), "own needs no judge")
     refused(run(*OWN, "one.jsonl", "--reference", "LLaVA"), "no numbers of 'LLaVA' are known")
-    refused(run(*OWN, "one.jsonl", "--model", "http://x/v1"), "say which model is meant")
+    refused(run(*OWN, "one.jsonl", "--model", "http://x/v1"), "name its model there with --model-name")
     (folder / "one.jsonl").write_text('{"id": 0, "answer": "yes"}\n')
     refused(run(*OWN, "one.jsonl"), "5 of 6 questions have no answer (first: 1)")
     result = run(*OWN, "one.jsonl", "--allow-missing")
@@ -130,9 +130,9 @@ def test_a_page_needs_nothing_from_elsewhere(folder: Path) -> None:
 
 def test_from_three_results_on_there_is_a_radar(folder: Path) -> None:
     run(*OWN, "one.jsonl", "--json", "r.json")
-    found = json.loads((folder / "r.json").read_text())
+    first_result = json.loads((folder / "r.json").read_text())
     for task, value in (("pope", 80.0), ("mme", 1000.0)):
-        other = {**found, "task": task, "title": task.upper(), "published": {"LLaVA-1.5-7B": value}}
+        other = {**first_result, "task": task, "title": task.upper(), "published": {"LLaVA-1.5-7B": value}}
         (folder / f"{task}.json").write_text(json.dumps(other))
     run(*OWN, "one.jsonl", "--report", "page.html", "--with", "pope.json", "--with", "mme.json")
     page = (folder / "page.html").read_text()
@@ -144,21 +144,21 @@ def test_from_three_results_on_there_is_a_radar(folder: Path) -> None:
 def test_compares_two_files(folder: Path) -> None:
     result = run(*OWN, "one.jsonl", "--compare", "two.jsonl", "--report", "both.html", "--json", "both.json")
     assert result.exit_code == 0, result.output
-    found = json.loads((folder / "both.json").read_text())
-    assert found["models"] == ["one", "two"]
-    assert found["difference"] == pytest.approx(-100 / 6)  # --predictions minus --compare
-    assert (found["better"], found["worse"], found["mcnemar"]) == (0, 1, 1.0)
-    assert found["interval"][0] <= found["interval"][1] <= 0
-    told = "two.jsonl is 16.67 points better than one.jsonl (1 answer better, 0 worse)"
-    assert result.stdout.startswith(f"Your own file: {told}\n")
+    comparison = json.loads((folder / "both.json").read_text())
+    assert comparison["models"] == ["one", "two"]
+    assert comparison["difference"] == pytest.approx(-100 / 6)  # --predictions minus --compare
+    assert (comparison["better"], comparison["worse"], comparison["mcnemar"]) == (0, 1, 1.0)
+    assert comparison["interval"][0] <= comparison["interval"][1] <= 0
+    sentence = "two.jsonl is 16.67 points better than one.jsonl (1 answer better, 0 worse)"
+    assert result.stdout.startswith(f"Your own file: {sentence}\n")
     page = (folder / "both.html").read_text()
     Tags(page)
     assert page.count("<li data-kind=") == 1
     assert 'data-kind="one worse"' in page
-    assert f"<p>{told}.</p>" in page
+    assert f"<p>{sentence}.</p>" in page
     assert "one minus two" in page and "-16.67" in page
     turned = run(*OWN, "two.jsonl", "--compare", "one.jsonl")
-    assert turned.stdout.startswith(f"Your own file: {told}\n")
+    assert turned.stdout.startswith(f"Your own file: {sentence}\n")
     shutil.copy("two.jsonl", "copy.jsonl")
     equal = run(*OWN, "two.jsonl", "--compare", "copy.jsonl")
     refused(run(*OWN, "one.jsonl", "--compare", "two.jsonl", "--model", "x"), "--compare is for two files")
@@ -182,11 +182,11 @@ def test_answers_that_cannot_be_compared(folder: Path) -> None:
 
 
 def test_where_lower_is_better() -> None:
-    found = {"files": ["a.jsonl", "b.jsonl"], "difference": -2.5, "better": 3, "worse": 1}
-    told = verdict(found | {"lower_is_better": True})
-    assert told == "a.jsonl is 2.50 points better than b.jsonl (3 answers better, 1 worse)"
-    told = verdict(found | {"lower_is_better": False})
-    assert told == "b.jsonl is 2.50 points better than a.jsonl (1 answer better, 3 worse)"
+    comparison = {"files": ["a.jsonl", "b.jsonl"], "difference": -2.5, "better": 3, "worse": 1}
+    sentence = verdict(comparison | {"lower_is_better": True})
+    assert sentence == "a.jsonl is 2.50 points better than b.jsonl (3 answers better, 1 worse)"
+    sentence = verdict(comparison | {"lower_is_better": False})
+    assert sentence == "b.jsonl is 2.50 points better than a.jsonl (1 answer better, 3 worse)"
     assert get_task("chair").lower_is_better and not get_task("pope").lower_is_better
 
 
@@ -207,8 +207,8 @@ def test_a_model_answers_and_is_scored(folder: Path, tiny_folder: Path) -> None:
     arguments = (*OWN, "made.jsonl", "--model", str(tiny_folder), "--device", "cpu")
     result = run(*arguments, "--limit", "3")
     assert result.exit_code == 0, result.output
-    made = (folder / "made.jsonl").read_text()
-    assert len(made.splitlines()) == 3
+    answers = (folder / "made.jsonl").read_text()
+    assert len(answers.splitlines()) == 3
     assert run(*arguments).exit_code == 0
-    assert (folder / "made.jsonl").read_text().startswith(made)
+    assert (folder / "made.jsonl").read_text().startswith(answers)
     assert len((folder / "made.jsonl").read_text().splitlines()) == 6

@@ -1,4 +1,4 @@
-"""Official files found and read, and what is wrong with them said with counts."""
+"""Official files: how they are found and read, and the errors for damaged ones."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ def visual(doc: dict[str, str]) -> list[Image.Image]:
 def model(tiny_folder: Path) -> Any:
     from lmms_eval.models import get_model
 
-    made = get_model("pumice").create_from_arg_string(
+    model = get_model("pumice").create_from_arg_string(
         f"pretrained={tiny_folder},quantize=none", {"batch_size": 2, "max_batch_size": None, "device": "cpu"}
     )
-    made.task_dict = {"colours": {"test": DOCS}}
-    return made
+    model.task_dict = {"colours": {"test": DOCS}}
+    return model
 
 
 def requests(kind: str, argument: Any, show: Any = visual) -> list[Any]:
@@ -41,9 +41,9 @@ def requests(kind: str, argument: Any, show: Any = visual) -> list[Any]:
 
 def test_answers_as_the_assistant_does(model: Any) -> None:
     kwargs = {"max_new_tokens": 5, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
-    said = model.generate_until(requests("generate_until", kwargs))
+    answers = model.generate_until(requests("generate_until", kwargs))
     asked = [model.assistant.ask(visual(doc), "What colour?", max_new_tokens=5) for doc in DOCS]
-    assert said == [answer.partition("\n\n")[0] for answer in asked]
+    assert answers == [answer.partition("\n\n")[0] for answer in asked]
 
 
 def test_the_loss_is_that_of_the_logits(model: Any) -> None:

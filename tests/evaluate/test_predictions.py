@@ -47,8 +47,8 @@ def test_broken_lines_are_counted_and_failed_questions_left_out(tmp_path: Path) 
     path.write_text(
         '{"id": 1, "answer": "x", "model": "m"}\n{"id": 2, "error": "no picture"}\n{"id": 3, "ans'
     )
-    found = read_predictions(path)
-    assert ([row.id for row in found.rows], found.broken, found.model) == (["1"], [3], "m")
+    predictions = read_predictions(path)
+    assert ([row.id for row in predictions.rows], predictions.broken, predictions.model) == (["1"], [3], "m")
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def test_answers_find_their_questions() -> None:
         Prediction("7", "red twice", "Is it red?"),
         Prediction("9", "nobody asked"),
     ]
-    found = match(QUESTIONS, rows)
+    matched = match(QUESTIONS, rows)
     # Equal texts under one id are taken in order: the first is the question that had an answer already.
-    assert [text for _, text in found.answered] == ["red once", "blue", "red twice"]
-    assert (found.missing, found.unknown, found.duplicates) == ([], ["9"], ["7"])
+    assert [text for _, text in matched.answered] == ["red once", "blue", "red twice"]
+    assert (matched.missing, matched.unknown, matched.duplicates) == ([], ["9"], ["7"])
 
 
 def test_all_that_does_not_fit_is_counted(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_all_that_does_not_fit_is_counted(tmp_path: Path) -> None:
         '{"id": "a/1", "answer": "x"}\n{"id": "a/1", "answer": "y"}\n{"id": "z", "answer": "x"}\n{"id"'
     )
     predictions = read_predictions(path)
-    found = match(QUESTIONS, predictions.rows)
+    matched = match(QUESTIONS, predictions.rows)
     with pytest.raises(InputError) as caught:
-        check(found, predictions, allow_missing=False, limited=False)
+        check(matched, predictions, allow_missing=False, limited=False)
     parts = (
         "2 of 3 questions have no answer (first: a/2)",
         "1 answers are to unknown questions (first: z)",
@@ -113,5 +113,5 @@ def test_all_that_does_not_fit_is_counted(tmp_path: Path) -> None:
     )
     for part in parts:
         assert part in str(caught.value)
-    assert len(check(found, predictions, allow_missing=True, limited=False)) == 4
-    assert [text for _, text in found.answered] == ["y"]  # the last one counts
+    assert len(check(matched, predictions, allow_missing=True, limited=False)) == 4
+    assert [text for _, text in matched.answered] == ["y"]  # the last one counts

@@ -27,35 +27,35 @@ def files(tmp_path: Path) -> Path:
 
 def score(files: Path, limit: int | None = None, *, allow_missing: bool = False) -> dict[str, Any]:
     task = get_task("own")
-    asked = read_questions(task, files, limit)
-    given = read_answers(asked, files / "answers.jsonl", allow_missing=allow_missing)
-    return make_result(task, asked, given, task.score(given.answered))
+    questions = read_questions(task, files, limit)
+    answers = read_answers(questions, files / "answers.jsonl", allow_missing=allow_missing)
+    return make_result(task, questions, answers, task.score(answers.answered))
 
 
 def test_a_whole_result(files: Path) -> None:
-    found = score(files)
+    result = score(files)
     # One of two answers is right for every picture: whatever pictures are drawn, it stays one half.
-    assert found["headline"] == {
+    assert result["headline"] == {
         "name": "score",
         "value": 50,
         "unit": "%",
         "interval": [50, 50],
         "level": 0.95,
     }
-    assert (found["model"], found["partial"], found["answered"]) == ("m", False, 10)
-    assert found["version"]["digest"] == score(files, limit=2)["version"]["digest"]
-    write_json(files / "r.json", found)
-    assert read_result(files / "r.json") == found
-    assert format_result(found).startswith("Your own file (all), m: score 50.00%  [50.00, 50.00]\n")
+    assert (result["model"], result["partial"], result["answered"]) == ("m", False, 10)
+    assert result["version"]["digest"] == score(files, limit=2)["version"]["digest"]
+    write_json(files / "r.json", result)
+    assert read_result(files / "r.json") == result
+    assert format_result(result).startswith("Your own file (all), m: score 50.00%  [50.00, 50.00]\n")
 
 
 def test_a_limit_is_partial_everywhere(files: Path) -> None:
-    found = score(files, limit=3)
-    assert found["headline"]["value"] == pytest.approx(100 / 3)
-    assert found["partial"]
-    assert found["why_partial"] == "--limit 3 of 10 questions"
-    assert not found["comparable"]
-    assert "PARTIAL: --limit 3 of 10 questions" in format_result(found)
+    result = score(files, limit=3)
+    assert result["headline"]["value"] == pytest.approx(100 / 3)
+    assert result["partial"]
+    assert result["why_partial"] == "--limit 3 of 10 questions"
+    assert not result["comparable"]
+    assert "PARTIAL: --limit 3 of 10 questions" in format_result(result)
     with pytest.raises(InputError, match="--limit is 0"):
         score(files, limit=0)
 
@@ -65,9 +65,9 @@ def test_missing_answers_are_refused_or_partial(files: Path) -> None:
     (files / "answers.jsonl").write_text("".join(lines[1:]))
     with pytest.raises(InputError, match=r"1 of 10 questions have no answer \(first: 0\)"):
         score(files)
-    found = score(files, allow_missing=True)
-    assert found["headline"]["value"] == pytest.approx(500 / 9)
-    assert found["why_partial"] == "1 of 10 questions unanswered"
+    result = score(files, allow_missing=True)
+    assert result["headline"]["value"] == pytest.approx(500 / 9)
+    assert result["why_partial"] == "1 of 10 questions unanswered"
     (files / "answers.jsonl").write_text('{"id": 77, "answer": "x"}\n')
     with pytest.raises(InputError, match="answers none of the 10 questions"):
         score(files, allow_missing=True)

@@ -51,13 +51,13 @@ class Counts:
 
     name = "counts"
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         self.asked: list[str] = []
-        self.most = most
+        self.limit = limit
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
         for one in questions:
-            if self.most is not None and len(self.asked) == self.most:
+            if self.limit is not None and len(self.asked) == self.limit:
                 raise KeyboardInterrupt
             self.asked.append(one.id)
             yield f"answer to {one.prompt}"
@@ -79,8 +79,8 @@ def test_the_questions_of_a_picture_are_asked_together() -> None:
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_file(tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
-    assert run(TASK, QUESTIONS, Counts(), whole)
+    complete_path, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    assert run(TASK, QUESTIONS, Counts(), complete_path)
     with pytest.raises(KeyboardInterrupt):
         run(TASK, QUESTIONS, Counts(4), stopped)
     with stopped.open("a") as file:
@@ -88,11 +88,11 @@ def test_a_run_that_was_stopped_ends_with_the_same_file(tmp_path: Path) -> None:
     again = Counts()
     assert run(TASK, QUESTIONS, again, stopped)
     assert again.asked == ["q4", "q7", "q2", "q5", "q8", "q9"]
-    assert stopped.read_bytes() == whole.read_bytes()
+    assert stopped.read_bytes() == complete_path.read_bytes()
     nothing = Counts()
-    assert run(TASK, QUESTIONS, nothing, whole)
+    assert run(TASK, QUESTIONS, nothing, complete_path)
     assert nothing.asked == []
-    row = json.loads(whole.read_text().splitlines()[0])
+    row = json.loads(complete_path.read_text().splitlines()[0])
     assert row == {"id": "q0", "prompt": "Question 0?", "answer": "answer to Question 0?", "model": "counts"}
 
 
@@ -131,13 +131,13 @@ def test_shares_keep_pictures_whole_and_order(world: int) -> None:
 
 
 def test_processes_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, path = tmp_path / "whole.jsonl", tmp_path / "shared.jsonl"
-    run(TASK, QUESTIONS, Counts(), whole)
+    complete_path, path = tmp_path / "whole.jsonl", tmp_path / "shared.jsonl"
+    run(TASK, QUESTIONS, Counts(), complete_path)
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (2, 1, 0):  # the first waits for the others, so it comes last here
         monkeypatch.setenv("RANK", str(rank))
         assert run(TASK, QUESTIONS, Counts(), path) is (rank == 0)
-    assert path.read_bytes() == whole.read_bytes()
+    assert path.read_bytes() == complete_path.read_bytes()
     again = Counts()
     assert run(TASK, QUESTIONS, again, path) and again.asked == []
     monkeypatch.setenv("RANK", "x")

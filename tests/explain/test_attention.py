@@ -40,11 +40,11 @@ def passage_of(assistant: Assistant, models: ModuleType, tokens: int = 7) -> Pas
     prompt = assistant.prompt(conversation, max_new_tokens=tokens)
     ids = [token for _, token in generate(assistant.model, [prompt]) if token is not None]
     assert ids
-    return Passage.of(prompt.input_ids, prompt.look(), ids)
+    return Passage.of(prompt.input_ids, prompt.encode_images(), ids)
 
 
-class Spelled:
-    """Attention written out, every row kept and differentiable."""
+class ExplicitAttention:
+    """Attention in plain products; all rows are recorded and differentiable."""
 
     def __init__(self, window: int | None) -> None:
         self.window = window
@@ -61,9 +61,9 @@ class Spelled:
         return rows @ v
 
 
-def spelled_out(assistant: Assistant, passage: Passage) -> tuple[Tensor, list[Tensor], Tensor]:
+def explicit_attention(assistant: Assistant, passage: Passage) -> tuple[Tensor, list[Tensor], Tensor]:
     """Log-probabilities (n,), rows of every layer (1, H, T, T), columns of the picture."""
-    attend = Spelled(assistant.model.config.decoder.sliding_window)
+    attend = ExplicitAttention(assistant.model.config.decoder.sliding_window)
     assert passage.image_tokens is not None
     hidden = assistant.model(passage.input_ids[None], passage.image_tokens.clone(), attend=attend)
     found = log_probabilities(assistant.model, hidden[0, -len(passage.answer) :], passage.answer)
@@ -90,18 +90,18 @@ def test_the_fast_path_s_numbers(models: ModuleType, name: str) -> None:
 def test_rows_are_those_of_attention_written_out(models: ModuleType, name: str, window: int | None) -> None:
     assistant = opened(models, name, window)
     passage = passage_of(assistant, models)
-    _, rows, columns = spelled_out(assistant, passage)
+    _, rows, columns = explicit_attention(assistant, passage)
     count = len(passage.answer)
-    wanted = torch.stack([r[0, :, -count:][..., columns] for r in rows]).permute(2, 0, 1, 3)  # (n, L, H, N)
+    expected = torch.stack([r[0, :, -count:][..., columns] for r in rows]).permute(2, 0, 1, 3)  # (n, L, H, N)
     flow = torch.eye(len(passage.input_ids))
     for layer in rows:
         flow = 0.5 * layer[0].mean(0) @ flow + 0.5 * flow
     for rollout in (False, True):
-        _, looks = read(assistant.model, [passage], rollout=rollout)
-        assert looks.attention.shape == (count, len(rows), rows[0].shape[1], len(columns))
-        assert torch.allclose(looks.attention, wanted, atol=1e-5)
-    assert looks.rollout is not None
-    assert torch.allclose(looks.rollout, flow[-count:][:, columns], atol=1e-5)
+        _, record = read(assistant.model, [passage], rollout=rollout)
+        assert record.attention.shape == (count, len(rows), rows[0].shape[1], len(columns))
+        assert torch.allclose(record.attention, expected, atol=1e-5)
+    assert record.rollout is not None
+    assert torch.allclose(record.rollout, flow[-count:][:, columns], atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "window"), [*((name, None) for name in NAMES), (NAMES[0], 20)])
@@ -110,10 +110,10 @@ def test_gradients_of_all_words_at_once_are_those_of_each_alone(
 ) -> None:
     assistant = opened(models, name, window)
     passage = passage_of(assistant, models)
-    _, looks = read(assistant.model, [passage], gradient_from=0)
-    assert looks.gradient is not None
+    _, record = read(assistant.model, [passage], gradient_from=0)
+    assert record.gradient is not None
     with torch.inference_mode(False), torch.enable_grad():
-        found, rows, columns = spelled_out(assistant, passage)
+        found, rows, columns = explicit_attention(assistant, passage)
         count = len(passage.answer)
         for number in range(count):
             slopes = torch.autograd.grad(found[number], rows, retain_graph=True)
@@ -121,7 +121,7 @@ def test_gradients_of_all_words_at_once_are_those_of_each_alone(
             for layer, (slope, row) in enumerate(zip(slopes, rows, strict=True)):
                 both = (slope * row).detach()[0, :, own, columns].clamp_min(0).mean(0)
                 scale = max(1.0, float(both.max()))
-                assert torch.allclose(looks.gradient[number, layer] / scale, both / scale, atol=1e-4)
+                assert torch.allclose(record.gradient[number, layer] / scale, both / scale, atol=1e-4)
 
 
 def test_gradients_through_int8(models: ModuleType) -> None:
@@ -129,10 +129,10 @@ def test_gradients_through_int8(models: ModuleType) -> None:
     passage = passage_of(assistant, models)
     quantize(assistant.model.decoder, "int8")
     assistant.model.decoder.bfloat16()
-    _, looks = read(assistant.model, [passage], gradient_from=0)
-    assert looks.gradient is not None
-    assert looks.gradient.isfinite().all()
-    assert looks.gradient.sum() > 0
+    _, record = read(assistant.model, [passage], gradient_from=0)
+    assert record.gradient is not None
+    assert record.gradient.isfinite().all()
+    assert record.gradient.sum() > 0
 
 
 def test_heads_are_left_out_where_they_take_too_much_room(
@@ -140,9 +140,9 @@ def test_heads_are_left_out_where_they_take_too_much_room(
 ) -> None:
     assistant = opened(models, NAMES[0])
     passage = passage_of(assistant, models)
-    _, whole = read(assistant.model, [passage])
+    _, by_head = read(assistant.model, [passage])
     monkeypatch.setattr("pumice.explain.attention.HEADS_LIMIT", 0)
     for rollout in (False, True):
         _, mean = read(assistant.model, [passage], rollout=rollout)
         assert mean.attention.shape[2] == 1
-        assert torch.allclose(mean.attention, whole.attention.mean(2, keepdim=True), atol=1e-6)
+        assert torch.allclose(mean.attention, by_head.attention.mean(2, keepdim=True), atol=1e-6)

@@ -154,8 +154,8 @@ def test_the_thinnest_pictures(tiny: Assistant, size: tuple[int, int]) -> None:
     found = tiny.explain(Image.new("RGB", size, (200, 30, 30)), "What?", "A dog.")
     sound(found)
     assert min(strip(found).size) > 100
-    told = " ".join(to_json(found)["notes"])
-    assert ("so thin" in told) == (max(size) > 1)
+    note_text = " ".join(to_json(found)["notes"])
+    assert ("so thin" in note_text) == (max(size) > 1)
 
 
 def test_an_empty_answer_is_a_clear_page(tiny: Assistant, models: ModuleType) -> None:
@@ -211,13 +211,13 @@ class Links(HTMLParser):
 def test_a_page_needs_nothing_and_no_text_escapes(tiny: Assistant, models: ModuleType) -> None:
     evil = "</script><script src='https://example.org/x.js'></script><img src=x onerror=alert(1)>"
     found = tiny.explain(models.picture(40, 40), evil, "A " + evil)
-    made = html(found)
+    page_html = html(found)
     links = Links()
-    links.feed(made)
+    links.feed(page_html)
     assert links.found == []
-    assert made.count("</script>") == 2
-    assert "default-src 'none'" in made
-    data = json.loads(made.split('type="application/json">')[1].split("</script>")[0])
+    assert page_html.count("</script>") == 2
+    assert "default-src 'none'" in page_html
+    data = json.loads(page_html.split('type="application/json">')[1].split("</script>")[0])
     assert data["question"] == evil
 
 

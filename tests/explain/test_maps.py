@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig
-from pumice.explain.maps import grid_for, places
+from pumice.explain.maps import grid_for, token_boxes
 from pumice.geometry import Layout, image_layout, single_tile_layout
 from pumice.images import to_tiles
 from pumice.model.connector import arrange, average
@@ -63,10 +63,10 @@ NAMES = (
 
 def brightness(config: ModelConfig, picture: Image.Image, layout: Layout) -> np.ndarray:
     """How bright the patch of each image token is, in their order: (N,); -1 for a line's end."""
-    seen = to_tiles(picture, config.vision.image_size, config.image, tiles=layout.tiles > 1)[:, 0]
+    measured = to_tiles(picture, config.vision.image_size, config.image, tiles=layout.tiles > 1)[:, 0]
     stride, grid = config.vision.stride, config.vision.grid
-    cells = seen[:, : stride * grid, : stride * grid].reshape(len(seen), grid, stride, grid, stride)
-    tokens = torch.from_numpy(cells.mean((2, 4)).reshape(len(seen), -1, 1))
+    cells = measured[:, : stride * grid, : stride * grid].reshape(len(measured), grid, stride, grid, stride)
+    tokens = torch.from_numpy(cells.mean((2, 4)).reshape(len(measured), -1, 1))
     if config.connector.reduce != "none":
         tokens = average(tokens, config.connector.factor)
     if config.image.mode == "anyres":
@@ -100,25 +100,25 @@ def test_light_comes_out_where_the_map_says(
     picture = Image.new("RGB", (width, height))
     picture.paste((255, 255, 255), box)
     layout = layout_of(config, name, picture.size)
-    where = places(config, picture.size, layout)
-    assert len(where.boxes) == layout.tokens
-    seen, told = brightness(config, picture, layout), expected(where.boxes, box)
-    assert np.array_equal(seen == -1, told == -1)
-    assert np.array_equal(where.placed, told != -1)
+    token_map = token_boxes(config, picture.size, layout)
+    assert len(token_map.boxes) == layout.tokens
+    measured, predicted = brightness(config, picture, layout), expected(token_map.boxes, box)
+    assert np.array_equal(measured == -1, predicted == -1)
+    assert np.array_equal(token_map.placed, predicted != -1)
     if "shrunk" not in name:  # interpolation looks at the middle of what it shrinks
-        assert np.abs(seen - told).max() < CLOSE
-    assert np.abs(seen - told).mean() < CLOSE / 4
+        assert np.abs(measured - predicted).max() < CLOSE
+    assert np.abs(measured - predicted).mean() < CLOSE / 4
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_token_is_painted_onto_its_own_box(models: ModuleType, name: str) -> None:
     config, size = config_of(models, name), (120, 80)
     layout = layout_of(config, name, size)
-    where = places(config, size, layout)
-    maps = where.paint(np.eye(layout.tokens), size)
+    token_map = token_boxes(config, size, layout)
+    maps = token_map.paint(np.eye(layout.tokens), size)
     assert maps.shape == (layout.tokens, 80, 120)
-    assert np.allclose(maps.sum((1, 2)), where.inside())
-    for heat, (left, top, right, bottom), placed in zip(maps, where.boxes, where.placed, strict=True):
+    assert np.allclose(maps.sum((1, 2)), token_map.inside())
+    for heat, (left, top, right, bottom), placed in zip(maps, token_map.boxes, token_map.placed, strict=True):
         rows, columns = np.nonzero(heat > 1e-12)
         assert placed or not len(rows)
         if len(rows):
@@ -129,16 +129,18 @@ def test_one_token_is_painted_onto_its_own_box(models: ModuleType, name: str) ->
 
 def test_padding_is_a_share_and_not_drawn(models: ModuleType) -> None:
     config = config_of(models, "pad")
-    where = places(config, (200, 100), single_tile_layout(config))  # 50 pixels of padding above and below
-    inside = where.inside().reshape(6, 6)
+    token_map = token_boxes(
+        config, (200, 100), single_tile_layout(config)
+    )  # 50 pixels of padding above and below
+    inside = token_map.inside().reshape(6, 6)
     assert np.allclose(inside[:, 0], [0, 0.5, 1, 1, 0.5, 0])
-    evenly = where.paint(np.full(36, 1 / 36), (20, 10))
+    evenly = token_map.paint(np.full(36, 1 / 36), (20, 10))
     assert np.allclose(evenly, 0.5 / 200)  # half of the heat, evenly over the picture
 
 
 def test_the_ends_that_crop_cuts_off_stay_dark(models: ModuleType) -> None:
     config = config_of(models, "crop")
-    heat = places(config, (300, 100), single_tile_layout(config)).paint(np.full(36, 1 / 36), (30, 10))
+    heat = token_boxes(config, (300, 100), single_tile_layout(config)).paint(np.full(36, 1 / 36), (30, 10))
     assert np.allclose(heat[:, 10:20], 1 / 100)
     assert not heat[:, :10].any()
     assert not heat[:, 20:].any()
@@ -149,11 +151,11 @@ def test_the_ends_that_crop_cuts_off_stay_dark(models: ModuleType) -> None:
 def test_pictures_of_any_shape(models: ModuleType, name: str, size: tuple[int, int]) -> None:
     config = config_of(models, name)
     layout = layout_of(config, name, size)
-    where = places(config, size, layout)
+    token_map = token_boxes(config, size, layout)
     grid = grid_for(size)
     assert max(grid) == 48
     assert min(grid) >= 1
-    heat = where.paint(np.full(layout.tokens, 1 / layout.tokens), grid)
+    heat = token_map.paint(np.full(layout.tokens, 1 / layout.tokens), grid)
     assert np.isfinite(heat).all()
     assert 0 < heat.sum() <= 1 + 1e-9
 

@@ -20,7 +20,7 @@ from pumice.errors import InputError, WorkError
 from pumice.formats.export import REFUSALS, export, merged, probe, refusal
 from pumice.formats.pumice.folder import save
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import open_weights, stored
+from pumice.storage.tensors import as_lazy, open_weights
 
 LLAVA = "CLIP + Llama, pad (LLaVA 1.5)"
 
@@ -187,14 +187,14 @@ def test_merged_adapters_give_the_same_logits(adapted: LoadedParts) -> None:
 def test_adapters_that_do_not_survive_merging_are_refused(adapted: LoadedParts) -> None:
     """Float16 holds the weights and the adapters, but not their sum."""
     name = "decoder.blocks.0.attention.q.lora_b"
-    state = {name: stored(tensor.read().half()) for name, tensor in adapted.state.items()}
-    state[name] = stored(torch.full_like(state[name].read(), 6e4))
+    state = {name: as_lazy(tensor.read().half()) for name, tensor in adapted.state.items()}
+    state[name] = as_lazy(torch.full_like(state[name].read(), 6e4))
     with pytest.raises(InputError, match=r"move the logits by nan%.* --to peft"):
         merged(adapted.config, state)
 
 
 def test_weights_are_stored_as_they_were_or_as_asked(llava: LoadedParts, tmp_path: Path) -> None:
-    half = {name: stored(tensor.read(torch.bfloat16)) for name, tensor in llava.state.items()}
+    half = {name: as_lazy(tensor.read(torch.bfloat16)) for name, tensor in llava.state.items()}
     export(replace(llava, state=half), "hf", tmp_path / "kept")
     export(llava, "hf", tmp_path / "cast", dtype="fp16")
     for folder, dtype in (("kept", torch.bfloat16), ("cast", torch.float16)):

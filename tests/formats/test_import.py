@@ -139,11 +139,11 @@ def test_what_is_there_is_not_written_over(llava: Llavas, tmp_path: Path) -> Non
     source = tmp_path / "source"
     shutil.copytree(llava("llava"), source)
     before = contents(source)
-    with pytest.raises(InputError, match="is what is to be imported; name another folder"):
+    with pytest.raises(InputError, match="is the model to import; name another folder"):
         import_model(str(source), source)
     other = tmp_path / "other"
     shutil.copytree(llava("next"), other)
-    with pytest.raises(InputError, match="other holds something else than a Pumice model; name a new folder"):
+    with pytest.raises(InputError, match="other holds other files than a Pumice model; name a new folder"):
         import_model(str(source), other)
     assert contents(source) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "source"]

@@ -57,7 +57,7 @@ def ids(rows: int, tokens: int = TOKENS) -> Tensor:
     return torch.randint(0, BASE.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def make_theirs(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
+def make_reference(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
     """transformers' model of a family, random, and our config of it."""
     import transformers
 
@@ -72,7 +72,7 @@ def make_theirs(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_context,
         }
-    theirs = model_class(
+    reference = model_class(
         model_class.config_class(
             vocab_size=config.vocab_size,
             hidden_size=config.width,
@@ -89,16 +89,18 @@ def make_theirs(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
             attn_implementation="eager",
         )
     )
-    theirs = theirs.eval().requires_grad_(False)
-    randomise(theirs)
-    return theirs, config
+    reference = reference.eval().requires_grad_(False)
+    randomise(reference)
+    return reference, config
 
 
-def make_ours(theirs: torch.nn.Module, config: DecoderConfig) -> Decoder:
+def make_ported(reference: torch.nn.Module, config: DecoderConfig) -> Decoder:
     """Our decoder with the same weights."""
-    ours = Decoder(config).eval().requires_grad_(False)
-    ours.load_state_dict(tensor_names.convert(dict(theirs.state_dict()), tensor_names.hf_decoder(config)))
-    return ours
+    ported = Decoder(config).eval().requires_grad_(False)
+    ported.load_state_dict(
+        tensor_names.convert(dict(reference.state_dict()), tensor_names.hf_decoder(config))
+    )
+    return ported
 
 
 def logits(decoder: Decoder, tokens: Tensor) -> Tensor:
@@ -110,11 +112,11 @@ def logits(decoder: Decoder, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_those_of_transformers(family: str) -> None:
-    theirs, config = make_theirs(family)
+    reference, config = make_reference(family)
     tokens = ids(2)
-    expected = theirs(tokens).logits
+    expected = reference(tokens).logits
     assert expected.std() > 1  # otherwise the tolerance would say nothing
-    difference = (logits(make_ours(theirs, config), tokens) - expected).abs().max().item()
+    difference = (logits(make_ported(reference, config), tokens) - expected).abs().max().item()
     print(f"{family}: {difference:.1e} of {expected.abs().max():.1f}")
     assert difference < 1e-4  # measured worst: 1.1e-5
 
@@ -122,15 +124,15 @@ def test_logits_equal_those_of_transformers(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama 3", "mistral window", "qwen2", "qwen3"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_logits_equal_those_of_transformers(family: str, side: str) -> None:
-    theirs, config = make_theirs(family)
-    ours, tokens = make_ours(theirs, config), ids(3)
+    reference, config = make_reference(family)
+    ported, tokens = make_ported(reference, config), ids(3)
     real = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, length in enumerate((TOKENS, 4, 11)):
         real[row, slice(TOKENS - length, TOKENS) if side == "left" else slice(0, length)] = True
     positions = (real.cumsum(1) - 1).clamp_min(0)
-    expected = theirs(tokens, attention_mask=real.long(), position_ids=positions).logits
-    hidden = ours(ours.embed(tokens), positions, Causal(config.sliding_window, real))
-    difference = (ours.logits(hidden) - expected)[real].abs().max().item()
+    expected = reference(tokens, attention_mask=real.long(), position_ids=positions).logits
+    hidden = ported(ported.embed(tokens), positions, Causal(config.sliding_window, real))
+    difference = (ported.logits(hidden) - expected)[real].abs().max().item()
     print(f"{family}, {side}: {difference:.1e}")
     assert difference < 1e-4  # measured worst: 1.1e-5
 
@@ -142,9 +144,9 @@ def test_scaled_frequencies_are_those_of_transformers() -> None:
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(head_dim=64, rope_parameters=rope), "cpu")
-    ours = rope_inv_freq(64, 500000.0, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192), torch.device("cpu"))
-    difference = (ours / theirs - 1).abs().max().item()
+    reference, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(head_dim=64, rope_parameters=rope), "cpu")
+    ported = rope_inv_freq(64, 500000.0, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192), torch.device("cpu"))
+    difference = (ported / reference - 1).abs().max().item()
     print(f"relative {difference:.1e}")
     assert difference < 1e-6  # measured worst: 6.0e-8
 
@@ -169,7 +171,7 @@ def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None
     rows = ids(3)
     expected = logits(decoder, rows)
     cache = KVCache(config, 64, torch.device("cpu"), torch.float32)
-    starts, past = [40, 1, 20], [0, 0, 0]  # not in order, places unused
+    starts, past = [40, 1, 20], [0, 0, 0]  # not in order, some cells unused
     worst = 0.0
 
     def step(*new: int) -> None:
@@ -179,8 +181,8 @@ def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None
         tokens = torch.cat([rows[row, past[row] : past[row] + new[row]] for row in chosen])[None]
         hidden = decoder(decoder.embed(tokens), cache.positions(segments), cache.attend(segments))
         pieces = decoder.logits(hidden)[0].split([new[row] for row in chosen])
-        for row, ours in zip(chosen, pieces, strict=True):
-            worst = max(worst, (ours - expected[row, past[row] : past[row] + new[row]]).abs().max().item())
+        for row, ported in zip(chosen, pieces, strict=True):
+            worst = max(worst, (ported - expected[row, past[row] : past[row] + new[row]]).abs().max().item())
             past[row] += new[row]
 
     step(3, 0, 0)
@@ -201,7 +203,7 @@ def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None
 
 def test_what_does_not_fit_in_the_cache_is_refused() -> None:
     cache = KVCache(BASE, 8, torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match=r"place 1: 6 \+ 2 tokens do not fit in 8"):
+    with pytest.raises(ValueError, match=r"cell 1: 6 \+ 2 tokens do not fit in a cache of 8 cells"):
         cache.attend([Segment(0, 0, 1), Segment(1, 6, 2)])
     cache.attend([Segment(1, 5, 2)])
 
@@ -230,8 +232,8 @@ def test_packed_rows_do_not_see_each_other() -> None:
     together = torch.cat((rows[0], rows[1, :5]))[None]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     attend = Packed([Run(n) for n in lengths])
-    found = decoder.logits(decoder(decoder.embed(together), positions, attend))[0]
-    for row, part in enumerate(found.split(lengths)):
+    actual = decoder.logits(decoder(decoder.embed(together), positions, attend))[0]
+    for row, part in enumerate(actual.split(lengths)):
         alone = logits(decoder, rows[row : row + 1, : lengths[row]])[0]
         torch.testing.assert_close(part, alone, atol=1e-4, rtol=0)
 
@@ -243,11 +245,11 @@ def test_packed_branches_heed_the_sliding_window() -> None:
     runs = [Run(7), Run(3, ((0, 4),))]  # the second branch goes on where the trunk ends
     tree = torch.cat((trunk, first, second))[None]
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]])
-    found = decoder.logits(decoder(decoder.embed(tree), positions, Packed(runs, window=3)))[0]
+    actual = decoder.logits(decoder(decoder.embed(tree), positions, Packed(runs, window=3)))[0]
     for branch, rows in ((first, [*range(7)]), (second, [*range(4), 7, 8, 9])):
         alone = torch.cat((trunk, branch))[None]
         hidden = decoder(decoder.embed(alone), torch.arange(7)[None], Causal(window=3))
-        torch.testing.assert_close(found[rows], decoder.logits(hidden)[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(actual[rows], decoder.logits(hidden)[0], atol=1e-4, rtol=0)
 
 
 def test_causal_mask_by_hand() -> None:
@@ -272,11 +274,11 @@ def test_the_projection_takes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a slice with a batch PyTorch makes a product of matrices, for which it copies all the weights."""
     decoder, shapes, linear = make(BASE), [], F.linear
 
-    def seen(x: Tensor, weight: Tensor) -> Tensor:
+    def token_counts(x: Tensor, weight: Tensor) -> Tensor:
         shapes.append(tuple(x.shape))
         return linear(x, weight)
 
-    monkeypatch.setattr("pumice.model.decoder.F.linear", seen)
+    monkeypatch.setattr("pumice.model.decoder.F.linear", token_counts)
     hidden = torch.randn(2, 4, BASE.width)
     last = decoder.logits(hidden[:, -1:])
     torch.testing.assert_close(last[1, 0], decoder.logits(hidden[1, -1]))
@@ -298,12 +300,12 @@ def test_named_intermediates_are_the_residual_stream() -> None:
 def test_wanted_rows_are_those_of_the_whole(wanted: list[int]) -> None:
     """In any order, twice or not at all; the last block's MLP sees no others."""
     decoder = make(BASE)
-    tokens, rows, seen = ids(2, 6), torch.tensor(wanted, dtype=torch.long), list[int]()
-    decoder.blocks[-1].mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    tokens, rows, token_counts = ids(2, 6), torch.tensor(wanted, dtype=torch.long), list[int]()
+    decoder.blocks[-1].mlp.register_forward_pre_hook(lambda _, given: token_counts.append(given[0].shape[1]))
     given = decoder.embed(tokens), torch.arange(6).expand(2, 6), Causal()
     # a product of fewer rows rounds otherwise: measured worst case 4e-7
     torch.testing.assert_close(decoder(*given, rows=rows), decoder(*given)[:, rows], rtol=1e-5, atol=1e-5)
-    assert seen == [len(wanted), 6]
+    assert token_counts == [len(wanted), 6]
 
 
 def test_heads_that_cannot_share_are_refused() -> None:
@@ -312,7 +314,7 @@ def test_heads_that_cannot_share_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), [(5, 2), (2, 5), (0, 8)])
-def test_the_cache_copies_places_that_overlap(source: int, target: int) -> None:
+def test_the_cache_copies_cells_that_overlap(source: int, target: int) -> None:
     cache = KVCache(BASE, 16, torch.device("cpu"), torch.float32)
     for kept in (cache.keys, cache.values):
         kept.copy_(torch.arange(kept.numel()).view_as(kept))

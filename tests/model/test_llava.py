@@ -147,7 +147,7 @@ def test_tiles_are_encoded_picture_by_picture() -> None:
         assert torch.equal(encoded[:N], tiles[0])
         assert model.encode(pixels[:0], []).shape == (0, D)
     assert encoded.shape == (first.tokens + second.tokens, D)
-    with pytest.raises(ValueError, match="the tower saw 6 squares, the layouts speak of 3"):
+    with pytest.raises(ValueError, match="the tower gave 6 tiles, the layouts have 3"):
         model.encode(pixels, layouts[:1])
 
 

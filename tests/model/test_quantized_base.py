@@ -44,23 +44,23 @@ def test_int8_computes_as_its_dequantised_weights(bias: bool) -> None:
     layers = dict(quantised.named_modules())
     with torch.no_grad():
         for name, module in plain.named_modules():
-            found = layers[name]
-            if isinstance(module, nn.Linear) and isinstance(found, QuantizedLinear):
-                whole = found.dequantized()
-                assert (module.weight - whole).abs().max() <= module.weight.abs().max() / 127  # half a step
-                module.weight.copy_(whole)
-    ours, theirs = gradients(quantised), gradients(plain)
-    assert len(ours) == len(theirs) == 1 + 2 * 2 * 2
-    for one, other in zip(ours, theirs, strict=True):
+            quantized_layer = layers[name]
+            if isinstance(module, nn.Linear) and isinstance(quantized_layer, QuantizedLinear):
+                weight = quantized_layer.dequantized()
+                assert (module.weight - weight).abs().max() <= module.weight.abs().max() / 127  # half a step
+                module.weight.copy_(weight)
+    quantized_grads, plain_grads = gradients(quantised), gradients(plain)
+    assert len(quantized_grads) == len(plain_grads) == 1 + 2 * 2 * 2
+    for one, other in zip(quantized_grads, plain_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)  # measured worst: 4e-6
 
 
 def test_only_the_adapters_are_state_and_the_rest_is_small() -> None:
     model = decoder()
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("blocks.")]
-    kept = model.head
+    plain_head = model.head
     quantize_base(model, "int8")
-    assert model.head is kept
+    assert model.head is plain_head
     names = set(model.state_dict())
     assert not any(f"{name}.weight" in names for name in linears)
     assert sum("lora" in name for name in names) == 8

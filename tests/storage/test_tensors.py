@@ -14,10 +14,10 @@ from torch import Tensor
 from pumice.errors import InputError
 from pumice.storage.tensors import (
     LazyTensor,
+    as_lazy,
     find_weights,
     open_file,
     open_weights,
-    stored,
     write_file,
     write_weights,
 )
@@ -32,7 +32,7 @@ STATE = {
 
 
 def stocks(state: dict[str, Tensor]) -> dict[str, LazyTensor]:
-    return {name: stored(tensor) for name, tensor in state.items()}
+    return {name: as_lazy(tensor) for name, tensor in state.items()}
 
 
 def same(found: dict[str, LazyTensor], expected: dict[str, Tensor]) -> None:
@@ -83,7 +83,7 @@ def test_a_changed_tensor_is_changed_when_it_is_read() -> None:
         seen.append(tensor)
         return torch.cat((tensor, tensor))
 
-    doubled = stored(torch.ones(2, dtype=torch.bfloat16)).then(double, (4,))
+    doubled = as_lazy(torch.ones(2, dtype=torch.bfloat16)).map(double, (4,))
     assert (doubled.shape, doubled.size, seen) == ((4,), 8, [])
     assert torch.equal(doubled.read(torch.float32), torch.ones(4))
     assert doubled.cast(torch.float32).dtype == torch.float32

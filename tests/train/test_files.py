@@ -235,7 +235,9 @@ def test_features_are_kept_under_the_picture_that_was_opened(
     file = tmp_path / "latest.png"
     replaced_when_opened(file, contents)
     for data in contents:
-        (image_input,) = features.fetch([ImagePart(file)], False)
+        layouts = opened.processor.layouts([ImagePart(data)])
+        (image_input,) = features.fetch([ImagePart(file)], layouts, False)
         assert image_input.key == image_key(data)
-        assert torch.equal(image_input.pixels, torch.from_numpy(opened.processor.pixels([ImagePart(data)])))
+        pixels = opened.processor.pixels([ImagePart(data)], layouts)
+        assert torch.equal(image_input.pixels, torch.from_numpy(pixels))
     features.close()

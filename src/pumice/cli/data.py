@@ -115,7 +115,7 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
             bos=files.bos,
             eos=files.eos,
             specials=text_tokenizer.special,
-            where=str(path),
+            label=str(path),
         )
         chat_format = get_template(description.template, description.chat)
         if description.writes_bos and files.bos is not None:

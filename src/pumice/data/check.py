@@ -1,8 +1,4 @@
-"""Checks of training rows before any compute is spent on them.
-
-Knows: rows, pictures, and what can be wrong with either. Does not know: templates, tokenizers;
-lengths come from a function that the caller gives.
-"""
+"""Checks of training rows and their images, before any compute is spent on them."""
 
 from __future__ import annotations
 
@@ -15,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, from_llava
-from pumice.data.pictures import DecodedImage, decode_all
+from pumice.data.images import DecodedImage, decode_all
 from pumice.data.rows import ImageFinder, Row, Rows
 from pumice.errors import InputError
 
 Encode = Callable[[Conversation], tuple[int, int]]  # to (tokens, supervised tokens)
 Finding = tuple[str, str]  # kind of problem, reason
 
-NOTES = ("wrong extension", "duplicate id")  # reported, but the row can be used
+NOTES = ("wrong extension", "duplicate id")  # reported, but the row is usable
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,8 @@ class SourceReport:
     usable: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     tokens: list[int] = field(default_factory=list)  # of each row that could be encoded
-    supervised: int = 0  # tokens, of those rows that can be used, ...
-    learnt_from: int = 0  # ... and all of their tokens
+    supervised: int = 0  # supervised tokens of the usable rows
+    usable_tokens: int = 0  # all tokens of the usable rows
     too_long: int = 0  # rows with more tokens than the context
 
     def histogram(self) -> dict[str, int]:
@@ -59,14 +55,14 @@ class SourceReport:
         """Plain values for JSON; "tokens" is None where nothing was encoded."""
         tokens = None
         if self.tokens:
-            # lengths that rows have: between a short row and a very long one lies none
+            # "lower" gives lengths that rows really have, not a value between two rows.
             median, high = np.percentile(self.tokens, [50, 95], method="lower").tolist()
             tokens = {
                 "total": sum(self.tokens),
                 "median": median,
                 "percentile_95": high,
                 "longest": max(self.tokens),
-                "supervised_share": self.supervised / max(1, self.learnt_from),
+                "supervised_share": self.supervised / max(1, self.usable_tokens),
                 "too_long_share": self.too_long / len(self.tokens),
                 "histogram": self.histogram(),
             }
@@ -75,7 +71,7 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """What is wrong, per source and row by row."""
+    """The result of a check: counts per source, and every problem row by row."""
 
     budget: float
     sources: dict[str, SourceReport] = field(default_factory=dict)
@@ -119,100 +115,105 @@ def check(
     progress: Callable[[], None] | None = None,
     decoded: Callable[[int, int], None] | None = None,
 ) -> DataReport:
-    """Look at every row of every source, and go on after whatever is wrong.
+    """Check every row of every source and report all problems.
 
-    decode: open every picture, each once, in so many `workers` processes; 0 does it here. budget: the share
-    of rows that may be unusable. encode: counts the tokens of a row; one longer than `context` (unless it
-    is to be truncated), or with nothing supervised, is unusable. progress: called after each row. decoded:
-    told how many pictures of how many more are open. Raises InputError on a wrong budget or two sources of
-    one name.
+    decode: decode every image once, in `workers` processes; 0 decodes in this one. budget: share of rows that
+    may be unusable. encode: count a row's tokens; a row that is longer than `context` (unless `truncate`) or
+    has no supervised tokens is unusable. progress: called after each row. decoded: called with the number of
+    images just decoded and the number of all. Raises InputError on a wrong budget or two sources of one name.
     """
     if not 0 <= budget <= 1:
         raise InputError(f"the budget is {budget}; give the share of rows that may be unusable, 0 to 1")
+    # 1. Decode each image once, however many rows show it.
     report = DataReport(budget)
     rows = list(rows)
     opened: dict[Path, DecodedImage] = {}
     if decode:
         paths = _paths(rows, finder)
-        told = None if decoded is None else lambda more: decoded(more, len(paths))
-        opened = decode_all(paths, workers, told)
+        on_decoded = None if decoded is None else lambda count: decoded(count, len(paths))
+        opened = decode_all(paths, workers, on_decoded)
     for source in rows:
         if source.source in report.sources:
             raise InputError(f"two sources are called '{source.source}'; give each its own name")
         counts = report.sources[source.source] = SourceReport(len(source))
         first_row: dict[str, int] = {}
         for number in range(1, len(source) + 1):
+            # 2. Collect a row's problems. A malformed row has no id and no further checks.
             row_id = ""
             try:
                 row = source[number - 1]
             except InputError as error:
-                found = [("malformed row", str(error))]
+                findings = [("malformed row", str(error))]
             else:
                 row_id = row.id
-                found = _pictures(row, finder, opened, decode) + _turns(row)
+                findings = _check_images(row, finder, opened, decode) + _check_turns(row)
                 if (first := first_row.setdefault(row_id, number)) != number:
-                    found.append(("duplicate id", f"row {first} has the same id"))
-                if encode is not None and _usable(found):
-                    found += _lengths(row.conversation(finder), encode, context, truncate, counts)
-            counts.usable += _usable(found)
-            counts.problems.update(kind for kind, _ in found)
-            report.problems += [Problem(kind, source.source, number, row_id, why) for kind, why in found]
+                    findings.append(("duplicate id", f"row {first} has the same id"))
+                # 3. Count tokens of rows that are usable so far: others cannot be encoded.
+                if encode is not None and _usable(findings):
+                    findings += _check_lengths(row.conversation(finder), encode, context, truncate, counts)
+            # 4. Add the row to the counts and its problems to the report.
+            counts.usable += _usable(findings)
+            counts.problems.update(kind for kind, _ in findings)
+            report.problems += [Problem(kind, source.source, number, row_id, why) for kind, why in findings]
             if progress is not None:
                 progress()
     return report
 
 
-def _usable(found: list[Finding]) -> bool:
-    return all(kind in NOTES for kind, _ in found)
+def _usable(findings: list[Finding]) -> bool:
+    return all(kind in NOTES for kind, _ in findings)
 
 
 def _paths(rows: list[Rows], finder: ImageFinder) -> list[Path]:
-    """The pictures that rows name and that are there, each once, in order."""
-    found: dict[Path, None] = {}
+    """Return the existing images that rows name, each once, in order."""
+    paths: dict[Path, None] = {}
     names: set[str] = set()
     for source in rows:
         for index in range(len(source)):
             try:
                 new = [name for name in source[index].image if name not in names]
             except InputError:
-                continue  # told of with the row itself
+                continue  # the malformed row is reported when it is checked
             for name in new:
                 names.add(name)
                 try:
-                    found[finder.find(name)] = None
+                    paths[finder.find(name)] = None
                 except InputError:
-                    continue  # told of with each row that names it
-    return list(found)
+                    continue  # the missing image is reported with each row that names it
+    return list(paths)
 
 
-def _pictures(row: Row, finder: ImageFinder, opened: dict[Path, DecodedImage], decode: bool) -> list[Finding]:
-    found = []
+def _check_images(
+    row: Row, finder: ImageFinder, opened: dict[Path, DecodedImage], decode: bool
+) -> list[Finding]:
+    findings = []
     for name in row.image:
         try:
             path = finder.find(name)
         except InputError as error:
-            found.append(("picture missing", str(error)))
+            findings.append(("picture missing", str(error)))
             continue
         if path.name != Path(name).name:
-            found.append(("wrong extension", f"picture {name!r} is stored as {path.name!r}"))
+            findings.append(("wrong extension", f"picture {name!r} is stored as {path.name!r}"))
         if decode and opened[path].unreadable:
-            found.append(("picture unreadable", opened[path].unreadable))
+            findings.append(("picture unreadable", opened[path].unreadable))
         elif decode and opened[path].kind:
-            found.append(("wrong extension", f"picture {name!r} holds {opened[path].kind}"))
-    return found
+            findings.append(("wrong extension", f"picture {name!r} holds {opened[path].kind}"))
+    return findings
 
 
-def _turns(row: Row) -> list[Finding]:
+def _check_turns(row: Row) -> list[Finding]:
     try:
         from_llava(row.id, row.turns, row.image).check(answered=True)
     except InputError as error:
-        return [(_kind_of_turns(row), str(error))]
+        return [(_turns_problem_kind(row), str(error))]
     return []
 
 
-def _kind_of_turns(row: Row) -> str:
-    asked = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in row.turns if speaker == "human")
-    if asked != len(row.image):
+def _turns_problem_kind(row: Row) -> str:
+    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in row.turns if speaker == "human")
+    if placeholders != len(row.image):
         return "placeholder count"
     speakers = [speaker for speaker, _ in row.turns]
     if set(speakers) - {"human", "gpt", "system"}:
@@ -226,7 +227,7 @@ def _kind_of_turns(row: Row) -> str:
     return "empty answer"
 
 
-def _lengths(
+def _check_lengths(
     conversation: Conversation,
     encode: Encode,
     context: int | None,
@@ -245,5 +246,5 @@ def _lengths(
     if long and not truncate:
         return [("too long", f"{tokens} tokens, the context holds {context}")]
     counts.supervised += supervised
-    counts.learnt_from += tokens
+    counts.usable_tokens += tokens
     return []

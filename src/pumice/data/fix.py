@@ -1,7 +1,4 @@
-"""A cleaned copy of a file of rows: what can be mended is, what cannot be used is left out.
-
-Knows rows and a report on them. The original is never written to.
-"""
+"""Write a cleaned copy of a file of rows: fix what can be fixed and leave out unusable rows."""
 
 from __future__ import annotations
 
@@ -17,12 +14,13 @@ from pumice.files import replacing
 
 
 def fix(rows: Rows, finder: ImageFinder, report: DataReport, out: Path) -> Counter[str]:
-    """Write the usable rows to `out`, a JSON list if it ends in .json, else JSON Lines; count what was done.
+    """Write the usable rows to `out` and return counts of what was done; the original is not changed.
 
-    Mended: a picture stored under another ending (the row then names the file that is there), an id that an
-    earlier row has (a row that says the same is left out, another one gets a new id). Keys that Pumice does
-    not know stay. Raises InputError when `out` is the file of the rows itself, under whatever name.
+    `out` is a JSON list if it ends in .json, else JSON Lines. An image that is stored with another suffix
+    gets its real name. A row with an earlier row's id is left out if it says the same, and gets a new id if
+    not. Keys that Pumice does not know stay. Raises InputError when `out` is the file of the rows itself.
     """
+    # 1. Refuse to overwrite the original, and gather the kinds of problems of each row.
     if out.exists() and out.samefile(rows.path):
         raise InputError(f"--fix {out} is the file that is checked; name a new one, the original stays")
     if not out.parent.is_dir():
@@ -31,27 +29,28 @@ def fix(rows: Rows, finder: ImageFinder, report: DataReport, out: Path) -> Count
     for problem in report.problems:
         if problem.source == rows.source:
             kinds.setdefault(problem.row, set()).add(problem.kind)
-    done: Counter[str] = Counter(dict.fromkeys(("rows written", "rows left out"), 0))
-    listed = out.suffix == ".json"
+    counts: Counter[str] = Counter(dict.fromkeys(("rows written", "rows left out"), 0))
+    is_list = out.suffix == ".json"
     ids: dict[str, set[str]] = {}  # id -> the rows that have it, as text
+    # 2. Write row after row into a temporary file that replaces `out` at the end.
     with replacing(out) as file:
-        file.write("[\n" if listed else "")
+        file.write("[\n" if is_list else "")
         for number in range(1, len(rows) + 1):
-            found = kinds.get(number, set())
-            if found - set(NOTES):
-                done["rows left out"] += 1
+            problem_kinds = kinds.get(number, set())
+            if problem_kinds - set(NOTES):
+                counts["rows left out"] += 1
                 continue
             values = json.loads(rows.raw(number - 1))
-            if "wrong extension" in found:
-                written, values["image"] = values["image"], _stored_names(values["image"], finder)
-                done["pictures named as they are stored"] += written != values["image"]
-            if not _own_id(values, rows[number - 1].id, ids, done):
+            if "wrong extension" in problem_kinds:
+                old_names, values["image"] = values["image"], _stored_names(values["image"], finder)
+                counts["pictures named as they are stored"] += old_names != values["image"]
+            if not _make_id_unique(values, rows[number - 1].id, ids, counts):
                 continue
-            comma = ",\n" if listed and done["rows written"] else ""
-            file.write(comma + json.dumps(values, ensure_ascii=False) + ("" if listed else "\n"))
-            done["rows written"] += 1
-        file.write("\n]\n" if listed else "")
-    return done
+            comma = ",\n" if is_list and counts["rows written"] else ""
+            file.write(comma + json.dumps(values, ensure_ascii=False) + ("" if is_list else "\n"))
+            counts["rows written"] += 1
+        file.write("\n]\n" if is_list else "")
+    return counts
 
 
 def _stored_names(image: Any, finder: ImageFinder) -> Any:
@@ -60,12 +59,14 @@ def _stored_names(image: Any, finder: ImageFinder) -> Any:
     return stored[0] if isinstance(image, str) else stored
 
 
-def _own_id(values: dict[str, Any], row_id: str, ids: dict[str, set[str]], done: Counter[str]) -> bool:
-    """Give the row an id of its own; False when an earlier row says the same under the same id."""
+def _make_id_unique(
+    values: dict[str, Any], row_id: str, ids: dict[str, set[str]], counts: Counter[str]
+) -> bool:
+    """Give the row a new id if an earlier row has it. Return False if that row also says the same."""
     text = json.dumps([values.get("image"), values["conversations"]])
     same = ids.setdefault(row_id, set())
     if text in same:
-        done["repeated rows left out"] += 1
+        counts["repeated rows left out"] += 1
         return False
     if same:
         copy = 2
@@ -73,6 +74,6 @@ def _own_id(values: dict[str, Any], row_id: str, ids: dict[str, set[str]], done:
             copy += 1
         values["id"] = f"{row_id}-{copy}"
         ids[values["id"]] = {text}
-        done["ids made different"] += 1
+        counts["ids made different"] += 1
     same.add(text)
     return True

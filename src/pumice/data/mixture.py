@@ -1,7 +1,6 @@
 """Mixtures: which rows an epoch shows, and in which order.
 
-Knows: sources, weights and a seed. Does not know: what a row says, pixels, tokens. Everything here
-is a function of the seed and the epoch, so that a resumed run sees what an uninterrupted one would.
+Everything is a function of the seed and the epoch, so a resumed run gets the rows of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -39,62 +38,62 @@ class Mixture:
         return sum(round(len(rows) * weight) for rows, weight in zip(self.rows, self.weights, strict=True))
 
     def order(self, epoch: int) -> np.ndarray:
-        """The rows of one epoch in order: int64 (len(self), 2) of source and index in the source."""
+        """Return the rows of an epoch in order: int64 (len(self), 2), source and index in the source."""
         random = np.random.default_rng([self.seed, epoch])
         parts = []
         for source, (rows, weight) in enumerate(zip(self.rows, self.weights, strict=True)):
             count = len(rows)
-            whole, rest = divmod(round(count * weight), count)
-            picks = np.concatenate([np.tile(np.arange(count), whole), random.permutation(count)[:rest]])
+            repeats, extra = divmod(round(count * weight), count)
+            picks = np.concatenate([np.tile(np.arange(count), repeats), random.permutation(count)[:extra]])
             parts.append(np.stack([np.full_like(picks, source), picks], axis=1))
         return random.permutation(np.concatenate(parts))
 
     def groups(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """The rows of one epoch as lists of (source, index), one list per picture or set of pictures.
+        """Return the rows of an epoch in groups of (source, index), shuffled; a group shares its images.
 
-        Rows of one group share their pictures and can be packed behind one copy of them. Rows
-        without a picture stand alone; a row that an epoch repeats goes to another group. Names are
-        compared as they are written: equal names in two sources must mean the same picture, as they
-        do for one ImageFinder. Groups are in shuffled order. A malformed row stands
-        alone.
+        Rows of a group can be packed behind one copy of their images. Rows without images, and malformed
+        rows, are groups of one. A row that an epoch repeats goes to another group each time. Names are
+        compared as written: equal names in two sources must mean the same image, as for one ImageFinder.
         """
         groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        shown: dict[tuple[int, int], int] = {}
+        repeats: dict[tuple[int, int], int] = {}
         for source, index in self.order(epoch).tolist():
             row = (source, index)
-            shown[row] = turn = shown.get(row, -1) + 1
-            picture = int(self._pictures[source][index])
-            groups.setdefault((turn, picture) if picture >= 0 else (turn, source, index), []).append(row)
-        # By first appearance, a picture with many rows would tend to come early: shuffle once more.
-        listed = list(groups.values())
-        return [listed[i] for i in np.random.default_rng([self.seed, epoch, 1]).permutation(len(listed))]
+            repeats[row] = repeat = repeats.get(row, -1) + 1
+            image_set = int(self._image_sets[source][index])
+            key = (repeat, image_set) if image_set >= 0 else (repeat, source, index)
+            groups.setdefault(key, []).append(row)
+        # Groups are in order of first appearance, where many rows come early: shuffle once more.
+        in_order = list(groups.values())
+        return [in_order[i] for i in np.random.default_rng([self.seed, epoch, 1]).permutation(len(in_order))]
 
     def has_image(self, source: int, index: int) -> bool:
-        """Whether a row names a picture."""
-        return bool(self._pictures[source][index] >= 0)
+        """Return whether a row names an image."""
+        return bool(self._image_sets[source][index] >= 0)
 
     @property
     def max_images(self) -> int:
-        """The most pictures that one row names."""
-        return self._looked_at[1]
+        """The largest number of images that one row names."""
+        return self._scan[1]
 
     @property
-    def _pictures(self) -> list[np.ndarray]:
-        return self._looked_at[0]
+    def _image_sets(self) -> list[np.ndarray]:
+        return self._scan[0]
 
     @cached_property
-    def _looked_at(self) -> tuple[list[np.ndarray], int]:
-        # Numbers instead of names: 665,000 rows' worth of tuples would be kept for the whole run.
+    def _scan(self) -> tuple[list[np.ndarray], int]:
+        """Number the sets of images that rows name (-1: none); also return the size of the largest set."""
+        # Numbers instead of names: tuples of 665,000 rows would stay in memory for the whole run.
         numbers: dict[tuple[str, ...], int] = {(): -1}
-        pictures = [
+        image_sets = [
             np.array([numbers.setdefault(_image(rows, i), len(numbers)) for i in range(len(rows))], np.int64)
             for rows in self.rows
         ]
-        return pictures, max(map(len, numbers))
+        return image_sets, max(map(len, numbers))
 
 
 def _image(rows: Rows, index: int) -> tuple[str, ...]:
-    """The pictures of a row; none of a malformed one, which whoever reads it next will refuse."""
+    """Return the image names of a row; none for a malformed row, which its reader reports."""
     try:
         return rows[index].image
     except InputError:

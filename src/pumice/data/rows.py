@@ -1,7 +1,6 @@
 """LLaVA-Instruct rows, read lazily from JSON and JSON Lines files.
 
-Knows: the rows' format, where each begins in its file, and where their pictures are. Does not
-know: pixels, tokens, templates. Only offsets stay in memory; a row is parsed when it is asked for.
+Only byte offsets stay in memory; a row is parsed when it is asked for.
 """
 
 from __future__ import annotations
@@ -26,35 +25,34 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class ImageFinder:
-    """Finds the pictures that rows name, below one or several folders ("roots"), first root first."""
+    """Find the images that rows name in one or several folders ("roots"); the first match counts."""
 
     def __init__(self, roots: str | PathLike[str] | Sequence[str | PathLike[str]]) -> None:
         """Raises InputError when a root is not a folder or none is given."""
-        given = [roots] if isinstance(roots, str | PathLike) else list(roots)
-        if not given:
+        folders = [roots] if isinstance(roots, str | PathLike) else list(roots)
+        if not folders:
             raise InputError("no image folder is given; name at least one")
-        self.roots = [Path(root) for root in given]
+        self.roots = [Path(root) for root in folders]
         for root in self.roots:
             if not root.is_dir():
                 raise InputError(f"the image folder '{root}' does not exist; check the path")
 
     def find(self, name: str) -> Path:
-        """The file of picture `name`, a path relative to a root or absolute.
+        """Return the file of image `name`, a path relative to a root or absolute.
 
-        A file of the same stem with another picture suffix stands in for a missing one (mix665K
-        names .jpg files that are .gif). Raises InputError when there is none, and for a relative
-        path that leads out of its root.
+        If it is missing, a file of the same stem with another image suffix is returned (mix665K names .jpg
+        files that are .gif). Raises InputError when there is none, and for a path that leaves its root.
         """
         if Path(os.path.normpath(name)).parts[:1] == ("..",):
             raise InputError(f"picture {name!r} leads out of the image folders; write the path without '..'")
         candidates = [root / name for root in self.roots]  # an absolute name replaces its root
         for path in candidates:
-            if os.path.isfile(path):  # unlike Path.is_file, False for an overlong name
+            if os.path.isfile(path):  # False for an overlong name, where Path.is_file raises
                 return path
         for path in candidates:
             for suffix in SUFFIXES:
-                for written in (suffix, suffix.upper()):
-                    sibling = path.with_suffix(written) if path.name else path
+                for variant in (suffix, suffix.upper()):
+                    sibling = path.with_suffix(variant) if path.name else path
                     if os.path.isfile(sibling):
                         return sibling
         if Path(name).is_absolute():
@@ -65,7 +63,7 @@ class ImageFinder:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its pictures' names and its turns, as (speaker, text), as written in the file."""
+    """One row as it is in the file: image names, and turns as (speaker, text)."""
 
     id: str
     image: tuple[str, ...]
@@ -73,7 +71,7 @@ class Row:
     source: str
 
     def conversation(self, finder: ImageFinder) -> Conversation:
-        """The row as a checked Conversation with the paths of its pictures.
+        """Return the row as a checked Conversation with the paths of its images.
 
         Raises InputError when a picture is missing, the placeholders do not match the pictures, or
         the turns are not question and answer in order.
@@ -83,10 +81,10 @@ class Row:
 
 
 class Rows(Sequence[Row]):
-    """The rows of one file: a JSON list, or JSON Lines; the contents tell which.
+    """The rows of one file, a JSON list or JSON Lines; the contents decide which.
 
-    Indexing is one pass over the file. The file is opened anew for every row, so a Rows can be
-    pickled, forked and shared between threads.
+    Indexing reads the file once. Every access opens the file again, so a Rows can be pickled, forked and
+    shared between threads.
     """
 
     def __init__(self, path: str | PathLike[str], source: str = "") -> None:
@@ -116,12 +114,12 @@ class Rows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = range(len(self))[index] + 1
-        where = f"'{self.path}', row {number}"
+        prefix = f"'{self.path}', row {number}"
         try:
             values = json.loads(self.raw(index))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: this is not JSON ({error}); mend or remove the row") from error
-        return _row(values, where, str(number), self.source)
+            raise InputError(f"{prefix}: this is not JSON ({error}); fix or remove the row") from error
+        return _row(values, prefix, str(number), self.source)
 
     def raw(self, index: int) -> bytes:
         """Row `index` as it is written in the file."""
@@ -131,35 +129,35 @@ class Rows(Sequence[Row]):
             return file.read(end - start)
 
 
-def _row(values: Any, where: str, fallback_id: str, source: str) -> Row:
+def _row(values: Any, prefix: str, fallback_id: str, source: str) -> Row:
     if not isinstance(values, dict):
-        raise InputError(f"{where}: expected an object, found {_kind(values)}")
+        raise InputError(f"{prefix}: expected an object, found {_kind(values)}")
     row_id = values.get("id", fallback_id)
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
-        raise InputError(f"{where}: 'id' must be text or a number, found {_kind(row_id)}")
-    where = f"{where} (id {str(row_id)!r})"
+        raise InputError(f"{prefix}: 'id' must be text or a number, found {_kind(row_id)}")
+    prefix = f"{prefix} (id {str(row_id)!r})"
     image = values.get("image")
     images = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise InputError(f"{where}: 'image' must be a path or a list of paths, found {json.dumps(image)}")
+        raise InputError(f"{prefix}: 'image' must be a path or a list of paths, found {json.dumps(image)}")
     turns = values.get("conversations")
     if turns is None:
-        raise InputError(f"{where}: 'conversations' is missing; write at least a question and its answer")
+        raise InputError(f"{prefix}: 'conversations' is missing; write at least a question and its answer")
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where}: 'conversations' must be a list of turns, found {_kind(turns)}")
+        raise InputError(f"{prefix}: 'conversations' must be a list of turns, found {_kind(turns)}")
     pairs = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise InputError(f"{where}: turn {number} must be an object, found {_kind(turn)}")
+            raise InputError(f"{prefix}: turn {number} must be an object, found {_kind(turn)}")
         speaker, text = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or not isinstance(text, str):
-            raise InputError(f"{where}: turn {number} must have the texts 'from' and 'value'")
+            raise InputError(f"{prefix}: turn {number} must have the texts 'from' and 'value'")
         pairs.append((speaker, text))
     if not any(speaker == "gpt" for speaker, _ in pairs):
         speakers = ", ".join(repr(name) for name in dict.fromkeys(speaker for speaker, _ in pairs))
         known = {speaker for speaker, _ in pairs} <= {"human", "system"}
         raise InputError(
-            f"{where}: no turn is from 'gpt' (they are from {speakers}), so there is nothing to learn; "
+            f"{prefix}: no turn is from 'gpt' (they are from {speakers}), so there is nothing to learn; "
             + ("add an answer or remove the row" if known else "speakers are written 'human' and 'gpt'")
         )
     return Row(str(row_id), tuple(images), tuple(pairs), source)
@@ -175,7 +173,7 @@ def _kind(value: Any) -> str:
 
 
 def _index(file: BinaryIO, name: str) -> np.ndarray:
-    """Where each row begins and ends: (rows, 2) int64 byte offsets."""
+    """Return where each row begins and ends: (rows, 2) int64 byte offsets."""
     start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(start)
     while (first := file.read(1)).isspace():
@@ -198,38 +196,38 @@ def _index_lines(file: BinaryIO, offset: int, name: str) -> list[tuple[int, int]
 
 
 def _index_list(file: BinaryIO, start: int, name: str) -> list[tuple[int, int]]:
-    # Latin-1 makes one character of each byte, so that the parser's positions are byte offsets;
-    # the structure of JSON is ASCII, and a row's own text is decoded properly when it is read.
+    # Latin-1 makes one character of each byte, so the parser's positions are byte offsets. This is safe:
+    # the structure of JSON is ASCII, and a row's text is decoded as UTF-8 when the row is read.
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         text = str(view, "latin-1")
     parse = json.JSONDecoder().raw_decode
     spans: list[tuple[int, int]] = []
-    at = _skip_blank(text, text.index("[", start) + 1)
-    closed = text[at : at + 1] == "]"
+    offset = _skip_blank(text, text.index("[", start) + 1)
+    closed = text[offset : offset + 1] == "]"
     while not closed:
         try:
-            _, end = parse(text, at)
+            _, end = parse(text, offset)
         except (ValueError, RecursionError) as error:
-            raise _broken_list(name, len(spans) + 1, getattr(error, "pos", at)) from error
-        spans.append((at, end))
-        at = _skip_blank(text, end)
-        closed = text[at : at + 1] == "]"
+            raise _broken_list(name, len(spans) + 1, getattr(error, "pos", offset)) from error
+        spans.append((offset, end))
+        offset = _skip_blank(text, end)
+        closed = text[offset : offset + 1] == "]"
         if not closed:
-            if text[at : at + 1] != ",":
-                raise _broken_list(name, len(spans), at)
-            at = _skip_blank(text, at + 1)
-    if _skip_blank(text, at + 1) != len(text):
-        raise InputError(f"'{name}': more follows the end of the list, at byte {at + 1}; mend the file")
+            if text[offset : offset + 1] != ",":
+                raise _broken_list(name, len(spans), offset)
+            offset = _skip_blank(text, offset + 1)
+    if _skip_blank(text, offset + 1) != len(text):
+        raise InputError(f"'{name}': more follows the end of the list, at byte {offset + 1}; fix the file")
     return spans
 
 
-def _skip_blank(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
-        at += 1
-    return at
+def _skip_blank(text: str, offset: int) -> int:
+    while text[offset : offset + 1] in (" ", "\t", "\r", "\n"):
+        offset += 1
+    return offset
 
 
 def _broken_list(name: str, number: int, byte: int) -> InputError:
     return InputError(
-        f"'{name}', row {number}: the JSON list is malformed or cut off near byte {byte}; mend the file"
+        f"'{name}', row {number}: the JSON list is malformed or cut off near byte {byte}; fix the file"
     )

@@ -1,10 +1,11 @@
-"""Who owns which places of the KV cache, and what stands in them: the prefix cache.
+"""The prefix cache decides which request owns which cells of the KV cache, and which of them can be reused.
 
-Knows: numbers. A token is known by its key, an integer; tokens with equal keys after equal keys have
-equal keys and values in the KV cache, whoever computed them. Does not know: tensors, models, requests.
+A cell holds the keys and values of one token. A slot is a row of neighbouring cells that one sequence owns.
+Each token has a hash, an integer. Two sequences that begin with the same token hashes have the same KV
+entries there, so any request can reuse them.
 
-A finished sequence stays where it is until its places are needed; the one not used for longest goes
-first. A new sequence that begins like one that is there, running or finished, copies what they share.
+A finished sequence keeps its slot until its cells are needed. The one that was not used for longest is
+evicted first.
 """
 
 from __future__ import annotations
@@ -16,180 +17,202 @@ import numpy as np
 
 
 class CacheSlot:
-    """Places `start` to `start + room` of the KV cache, of which the first `length` hold tokens.
+    """Cells `start` to `start + capacity` of the KV cache. The first `length` of them hold tokens.
 
-    keys (length of them) are those of its tokens; 0 <= length <= room always.
+    token_hashes: (length,) int64. Always 0 <= length <= capacity.
     """
 
-    __slots__ = ("_keys", "length", "room", "start")
+    __slots__ = ("_token_hashes", "capacity", "length", "start")
 
-    def __init__(self, start: int, room: int) -> None:
-        self.start, self.room, self.length = start, room, 0
-        self._keys = np.empty(room, np.int64)
+    def __init__(self, start: int, capacity: int) -> None:
+        self.start, self.capacity, self.length = start, capacity, 0
+        self._token_hashes = np.empty(capacity, np.int64)
 
     @property
-    def keys(self) -> np.ndarray:
-        return self._keys[: self.length]
+    def token_hashes(self) -> np.ndarray:
+        return self._token_hashes[: self.length]
 
-    def append(self, keys: np.ndarray) -> None:
-        end = self.length + len(keys)
-        if end > self.room:
-            raise ValueError(f"{self.length} + {len(keys)} tokens do not fit in a region of {self.room}")
-        self._keys[self.length : end] = keys
+    def append(self, token_hashes: np.ndarray) -> None:
+        """Record tokens that were written to the next cells. Raise ValueError when they do not fit."""
+        end = self.length + len(token_hashes)
+        if end > self.capacity:
+            raise ValueError(
+                f"{self.length} + {len(token_hashes)} tokens do not fit in a slot of {self.capacity} cells"
+            )
+        self._token_hashes[self.length : end] = token_hashes
         self.length = end
 
-    def resize(self, room: int) -> None:
-        keys = self.keys
-        self.room, self._keys = room, np.empty(room, np.int64)
-        self._keys[: self.length] = keys
+    def resize(self, capacity: int) -> None:
+        """Change the number of cells. The tokens stay; `capacity` is at least `length`."""
+        token_hashes = self.token_hashes
+        self.capacity, self._token_hashes = capacity, np.empty(capacity, np.int64)
+        self._token_hashes[: self.length] = token_hashes
 
 
-def common(first: np.ndarray, second: np.ndarray) -> int:
-    """How many keys both begin with."""
-    least = min(len(first), len(second))
-    differ = np.flatnonzero(first[:least] != second[:least])
-    return int(differ[0]) if len(differ) else least
+def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """Count the token hashes that both sequences begin with."""
+    shorter = min(len(first), len(second))
+    differences = np.flatnonzero(first[:shorter] != second[:shorter])
+    return int(differences[0]) if len(differences) else shorter
 
 
 class PrefixCache:
-    """`capacity` places, given out as regions. keep: whether finished sequences stay to be shared."""
+    """Allocates slots in a KV cache of `capacity` cells.
 
-    def __init__(self, capacity: int, *, keep: bool = True) -> None:
-        self.capacity, self.keep = capacity, keep
+    keep_finished: whether finished sequences stay, so that later requests can reuse them. Busy slots belong
+    to running requests, idle slots to finished ones.
+    """
+
+    def __init__(self, capacity: int, *, keep_finished: bool = True) -> None:
+        self.capacity, self.keep_finished = capacity, keep_finished
         self.evictions = 0
-        self.held = 0  # tokens of finished sequences
+        self.cached_tokens = 0  # in idle slots
         self.busy: dict[int, CacheSlot] = {}  # by start
-        self.idle: OrderedDict[int, CacheSlot] = OrderedDict()  # the one not used for longest comes first
+        self.idle: OrderedDict[int, CacheSlot] = OrderedDict()  # by start, least recently used first
 
-    def match(self, keys: np.ndarray) -> tuple[CacheSlot | None, int]:
-        """The region that begins most like `keys`, and how many tokens they share."""
-        best, shared = None, 0
-        if self.keep:
-            for region in (*self.busy.values(), *self.idle.values()):
-                if region.length > shared and (n := common(region.keys, keys)) > shared:
-                    best, shared = region, n
-        return best, shared
+    def match(self, token_hashes: np.ndarray) -> tuple[CacheSlot | None, int]:
+        """Return the slot that shares the longest prefix with `token_hashes`, and the prefix's length."""
+        best_slot, best_length = None, 0
+        if self.keep_finished:
+            for slot in (*self.busy.values(), *self.idle.values()):
+                # A slot that is not longer than the best prefix cannot win: skip the comparison.
+                if slot.length <= best_length:
+                    continue
+                length = common_prefix(slot.token_hashes, token_hashes)
+                if length > best_length:
+                    best_slot, best_length = slot, length
+        return best_slot, best_length
 
-    def touch(self, region: CacheSlot) -> None:
-        """Used just now: the last idle region to be evicted."""
-        if region.start in self.idle:
-            self.idle.move_to_end(region.start)
+    def touch(self, slot: CacheSlot) -> None:
+        """Mark an idle slot as used just now, so that it is evicted last."""
+        if slot.start in self.idle:
+            self.idle.move_to_end(slot.start)
 
-    def take(self, room: int, spare: CacheSlot | None = None) -> CacheSlot | None:
-        """Allocate `room` places. Evict idle regions, the oldest first, but never `spare`.
+    def allocate(self, capacity: int, spare: CacheSlot | None = None) -> CacheSlot | None:
+        """Allocate a slot of `capacity` cells. Evict idle slots, oldest first, but never `spare`.
 
-        Return None, and evict nothing, if there is no room even so.
+        Return None, and evict nothing, if there is no room even then.
         """
-        evictable = [region for region in self.idle.values() if region is not spare]
-        gone = set(map(id, evictable))
-        if self._hole(room, (region for region in self._all() if id(region) not in gone)) is None:
+        evictable = [slot for slot in self.idle.values() if slot is not spare]
+        evictable_ids = set(map(id, evictable))
+        # Try first as if all were evicted: a request that cannot be placed must not cost anybody's cache.
+        if self._find_gap(capacity, (slot for slot in self._all() if id(slot) not in evictable_ids)) is None:
             return None
         for oldest in evictable:
-            if self._hole(room, self._all()) is not None:
+            if self._find_gap(capacity, self._all()) is not None:
                 break
             self._evict(oldest)
-        start = self._hole(room, self._all())
+        start = self._find_gap(capacity, self._all())
         assert start is not None
-        region = self.busy[start] = CacheSlot(start, room)
-        return region
+        slot = self.busy[start] = CacheSlot(start, capacity)
+        return slot
 
-    def grow(self, region: CacheSlot, room: int, *, evict: bool = False) -> bool:
-        """Widen a running region to `room` places; return False if its neighbours are in the way.
+    def grow(self, slot: CacheSlot, capacity: int, *, evict: bool = False) -> bool:
+        """Widen a busy slot to `capacity` cells. Return False if its neighbours leave no room.
 
-        Where the places behind it are too few, it moves down into the hole in front of it: then its `start`
-        changes, and the caller has to copy what stands in the KV cache. evict: idle neighbours give way.
+        If the cells behind the slot are too few, it moves down into the gap in front of it. Its `start`
+        changes then, and the caller has to copy its tokens in the KV cache. evict: idle neighbours may be
+        evicted.
         """
-        start = self._reach(region, room, evict)
+        start = self._find_start(slot, capacity, evict)
         if start is None:
             return False
-        del self.busy[region.start]
-        self._place(region, start, room)
+        del self.busy[slot.start]
+        self._place(slot, start, capacity)
         return True
 
-    def wake(self, region: CacheSlot, length: int, room: int, *, evict: bool = False) -> bool:
-        """Go on with the first `length` tokens of an idle region, `room` places wide; else as `grow`."""
-        start = self._reach(region, room, evict)
+    def reuse(self, slot: CacheSlot, length: int, capacity: int, *, evict: bool = False) -> bool:
+        """Make an idle slot busy again, with its first `length` tokens and `capacity` cells.
+
+        It may move, and fail, as in `grow`.
+        """
+        start = self._find_start(slot, capacity, evict)
         if start is None:
             return False
-        del self.idle[region.start]
-        self.held -= region.length
-        region.length = length
-        self._place(region, start, room)
+        del self.idle[slot.start]
+        self.cached_tokens -= slot.length
+        slot.length = length
+        self._place(slot, start, capacity)
         return True
 
-    def release(self, region: CacheSlot) -> None:
-        """The sequence is finished: it stays as long as there is room, but not in more than it needs.
+    def release(self, slot: CacheSlot) -> None:
+        """Make a busy slot idle: its sequence is finished. Its unused cells become free.
 
-        Of two of which one is the beginning of the other, only the longer stays.
+        If one idle sequence is a prefix of another, only the longer one is kept.
         """
-        if not (self.keep and region.length):
-            self.drop(region)
+        if not (self.keep_finished and slot.length):
+            self.free(slot)
             return
         for other in list(self.idle.values()):
-            shared = common(other.keys, region.keys)
-            if shared == region.length:
-                self.drop(region)
+            shared = common_prefix(other.token_hashes, slot.token_hashes)
+            if shared == slot.length:
+                self.free(slot)
                 self.touch(other)
                 return
             if shared == other.length:
-                self.drop(other)
-        del self.busy[region.start]
-        region.resize(region.length)
-        self.idle[region.start] = region
-        self.held += region.length
+                self.free(other)
+        del self.busy[slot.start]
+        slot.resize(slot.length)
+        self.idle[slot.start] = slot
+        self.cached_tokens += slot.length
 
-    def drop(self, region: CacheSlot) -> None:
-        """Forget a region and free its places."""
-        if self.busy.pop(region.start, None) is None:
-            del self.idle[region.start]
-            self.held -= region.length
+    def free(self, slot: CacheSlot) -> None:
+        """Forget a slot and free its cells. Raise KeyError if it is neither busy nor idle."""
+        if self.busy.pop(slot.start, None) is None:
+            del self.idle[slot.start]
+            self.cached_tokens -= slot.length
 
     def clear(self) -> None:
-        """Forget every finished sequence: needed when the model's weights change."""
-        for region in list(self.idle.values()):
-            self.drop(region)
+        """Free all idle slots. Needed when the model's weights change."""
+        for slot in list(self.idle.values()):
+            self.free(slot)
 
     def _all(self) -> list[CacheSlot]:
         return [*self.busy.values(), *self.idle.values()]
 
-    def _evict(self, region: CacheSlot) -> None:
+    def _evict(self, slot: CacheSlot) -> None:
         self.evictions += 1
-        self.drop(region)
+        self.free(slot)
 
-    def _place(self, region: CacheSlot, start: int, room: int) -> None:
-        region.start = start
-        region.resize(room)
-        self.busy[start] = region
+    def _place(self, slot: CacheSlot, start: int, capacity: int) -> None:
+        slot.start = start
+        slot.resize(capacity)
+        self.busy[start] = slot
 
-    def _hole(self, room: int, owners: Iterable[CacheSlot]) -> int | None:
-        """The start of the smallest hole between `owners` that has `room` places."""
-        holes, end = [], 0
-        for start, size in sorted([(region.start, region.room) for region in owners] + [(self.capacity, 0)]):
-            if start - end >= room:
-                holes.append((start - end, end))
+    def _find_gap(self, capacity: int, slots: Iterable[CacheSlot]) -> int | None:
+        """Return the start of the smallest gap between `slots` that has `capacity` cells, or None."""
+        gaps, end = [], 0
+        # The smallest gap that fits, so that large ones stay whole for long prompts.
+        for start, size in sorted([(slot.start, slot.capacity) for slot in slots] + [(self.capacity, 0)]):
+            if start - end >= capacity:
+                gaps.append((start - end, end))
             end = start + size
-        return min(holes)[1] if holes else None
+        return min(gaps)[1] if gaps else None
 
-    def _reach(self, region: CacheSlot, room: int, evict: bool) -> int | None:
-        """Where a region can start that becomes `room` places wide and passes no neighbour; None if nowhere.
+    def _find_start(self, slot: CacheSlot, capacity: int, evict: bool) -> int | None:
+        """Return where `slot` can start when it is `capacity` cells wide. Return None if it does not fit.
 
-        evict: idle neighbours are evicted, the oldest first, if that makes enough room.
+        The slot stays between the same two neighbours. evict: idle neighbours are evicted, the oldest first,
+        if that makes enough room.
         """
-        low, high = self._between(region, self.busy.values() if evict else self._all())
-        if high - low < room:
+        # 1. Is there room at all? With `evict`, only busy neighbours set the limits.
+        low, high = self._gap_around(slot, self.busy.values() if evict else self._all())
+        if high - low < capacity:
             return None
+        # 2. Evict what lies between these limits, and no more than needed.
         for idle in list(self.idle.values()):
-            first, last = self._between(region, self._all())
-            if last - first >= room:
+            gap_start, gap_end = self._gap_around(slot, self._all())
+            if gap_end - gap_start >= capacity:
                 break
-            if idle is not region and low <= idle.start < high:
+            if idle is not slot and low <= idle.start < high:
                 self._evict(idle)
-        low, high = self._between(region, self._all())
-        return region.start if region.start + room <= high else low
+        # 3. Stay in place if possible: a move costs a copy in the KV cache.
+        low, high = self._gap_around(slot, self._all())
+        return slot.start if slot.start + capacity <= high else low
 
-    def _between(self, region: CacheSlot, others: Iterable[CacheSlot]) -> tuple[int, int]:
-        """The end of the last of `others` before a region, and the start of the first after it."""
-        others = [other for other in others if other is not region]
-        low = max((other.start + other.room for other in others if other.start < region.start), default=0)
-        high = min((other.start for other in others if other.start > region.start), default=self.capacity)
+    def _gap_around(self, slot: CacheSlot, others: Iterable[CacheSlot]) -> tuple[int, int]:
+        """Return the end of the last of `others` before `slot`, and the start of the first one after it."""
+        others = [other for other in others if other is not slot]
+        low = max((other.start + other.capacity for other in others if other.start < slot.start), default=0)
+        high = min((other.start for other in others if other.start > slot.start), default=self.capacity)
         return low, high

@@ -1,9 +1,8 @@
-"""The engine: many prompts become tokens together, joining and leaving between steps.
+"""The engine answers many prompts at once; requests join and leave between its steps.
 
-Knows: a Llava, its KV cache, requests. Does not know: text, templates, pictures' pixels. A step is one
-pass of the decoder over the new tokens of all running requests, end to end: one token of each answer,
-and a chunk of the prompts. Answers of a greedy or seeded prompt do not depend on their neighbours, on
-chunks, or on what was cached, to rounding; `pumice.engine.generate.naive_generate` is the reference.
+One step is one pass of the decoder over the new tokens of all running requests, laid end to end: one token of
+each answer, and chunks of the prompts. A greedy or seeded answer does not depend, up to rounding, on other
+requests, on chunks, or on the caches. `pumice.engine.generate.naive_generate` is the reference.
 
 Shapes: T new tokens of a step, R requests whose next token is due, D width, V vocabulary.
 """
@@ -29,34 +28,37 @@ from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import KVCache, Segment
 from pumice.model.llava import Llava
 
-CACHE_BYTES = 1 << 30  # the KV cache's size where nobody says otherwise, more if one context needs more
-FREED_BYTES = 256 * 2**20  # that stay with the process from step to step: a long prompt frees some 100 MB
+CACHE_BYTES = 1 << 30  # default size of the KV cache; more if one context needs more
+# Freed memory that the process keeps: a long prompt frees some 100 MB in every step.
+KEPT_FREED_BYTES = 256 * 2**20
+
+Plan = list[tuple[Request, int]]  # requests, and how many tokens of each a step computes
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine does now, and what it did since it was made."""
+    """What the engine does now, and what it has done since it was created."""
 
     running: int
     waiting: int
     slots: int
-    cached_tokens: int  # kept of finished requests, to be shared
+    cached_tokens: int  # of finished requests, ready to be reused
     cache_capacity: int  # tokens
-    prompt_tokens: int  # of the requests that began
+    prompt_tokens: int  # of all requests that have started
     generated_tokens: int
-    prefix_hits: int  # of prompt_tokens, those that were not computed again
-    evictions: int  # finished requests that had to make room
+    prefix_hits: int  # of `prompt_tokens`, those found in the prefix cache
+    evictions: int  # finished requests evicted from the prefix cache
     steps: int
 
 
 class Engine:
     """Answers up to `slots` prompts at a time; more wait in order.
 
-    cache_tokens: how many tokens the KV cache holds, running and finished requests together; about a
-    gigabyte when None, and always one context. chunk: tokens of prompts in one step. prefix_cache: keep
-    finished requests, so that a prompt that begins like one of them computes only the rest.
+    cache_tokens: cells of the KV cache, for running and finished requests together; None gives about a
+    gigabyte, and at least one context. chunk: prompt tokens per step. prefix_cache: keep finished requests,
+    so that a prompt that begins like one of them computes only its remaining tokens.
 
-    The model must not change while requests run; after it has, call `forget`.
+    The model must not change while requests run. After it has changed, call `forget`.
     """
 
     def __init__(
@@ -72,81 +74,95 @@ class Engine:
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; give 1 or more")
         config = model.config.decoder
+        # 1. Size the cache: at most CACHE_BYTES and what the slots can use, at least one context.
         if cache_tokens is None:
             each = KVCache.bytes_per_token(config, model.decoder.cache_dtype)
             cache_tokens = max(config.context, min(CACHE_BYTES // each, 2 * slots * config.context))
+        # 2. Every step allocates and frees the same large tensors. Do not return them to the system.
         if model.device.type == "cpu":
-            keep_freed_memory(FREED_BYTES)
+            keep_freed_memory(KEPT_FREED_BYTES)
+        # 3. Set up the parts that only the thread that steps uses.
         self.model, self.slots = model, slots
         self._cache = KVCache(config, cache_tokens, model.device, model.decoder.cache_dtype)
         self._native = native_decoder(model.decoder, self._cache)
-        self._prefix = PrefixCache(cache_tokens, keep=prefix_cache)
-        self._scheduler = Scheduler(slots, chunk, self._prefix, self._cache.copy)
+        self._prefix_cache = PrefixCache(cache_tokens, keep_finished=prefix_cache)
+        self._scheduler = Scheduler(slots, chunk, self._prefix_cache, self._cache.copy)
         self._stops = frozenset(model.config.stop_token_ids)
-        self._arrived: list[Request] = []  # guarded by _changed, as is _closed; the rest by _stepping
+        self._generated_tokens = self._steps = 0
+        self._step_lock = threading.RLock()
+        # 4. `_changed` guards `_submitted` and `_closed`, which other threads write; `_step_lock` all else.
+        self._submitted: list[Request] = []
         self._changed = threading.Condition()
-        self._stepping = threading.RLock()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._generated_tokens = self._steps = 0
 
     def submit(self, prompt: Prompt, deliver: Callable[[Delta], None]) -> Request:
-        """Queue a prompt; `deliver` is called with each Delta by whichever thread steps, so it must be quick.
+        """Queue a prompt. `deliver` gets each Delta, in the thread that steps the engine: it must be quick.
 
-        Raises InputError when the prompt can never fit, ValueError when its pictures and placeholders differ.
+        Raise InputError if the prompt can never fit, and ValueError if its images do not match its
+        placeholders.
         """
+        # 1. Refuse now what could never be answered: later, the request would wait for ever.
         check_room(self.model, prompt)
         prompt.check(self.model.config.decoder.vocab_size)
         length, context = len(prompt.input_ids), self.model.config.decoder.context
-        limit = min(context, length + prompt.params.max_new_tokens) - 1
-        places = self._cache.places
-        if length > places:
+        # The last token of an answer is never fed to the model, so it needs no cell.
+        max_cells = min(context, length + prompt.params.max_new_tokens) - 1
+        capacity = self._cache.capacity
+        if length > capacity:
             raise InputError(
-                f"the prompt takes {length} tokens and the engine's cache holds {places}; "
+                f"the prompt takes {length} tokens and the engine's cache holds {capacity}; "
                 "shorten the question, show fewer pictures, or give the engine a larger cache"
             )
-        if limit > places:
+        if max_cells > capacity:
             raise InputError(
-                f"a prompt of {length} tokens and an answer of up to {limit + 1 - length} do not fit in a "
-                f"cache of {places} tokens; ask for at most {places + 1 - length}, or for a larger cache"
+                f"a prompt of {length} tokens and an answer of up to {max_cells + 1 - length} do not fit in "
+                f"a cache of {capacity} tokens; ask for at most {capacity + 1 - length}, "
+                "or for a larger cache"
             )
-        request = Request(prompt, deliver, prompt.params.generator(self.model.device), limit)
+        # 2. Queue it, and wake the thread that steps.
+        request = Request(prompt, deliver, prompt.params.generator(self.model.device), max_cells)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            self._arrived.append(request)
+            self._submitted.append(request)
             self._changed.notify_all()
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request; its owner hears "cancelled" at the next step, unless it ended before."""
+        """End a request. It finishes as "cancelled" at the next step, unless it has ended before."""
         request.cancelled = True
         with self._changed:
             self._changed.notify_all()
 
     def step(self) -> bool:
-        """Compute the next tokens of the running requests; False only when no request is here."""
-        with self._stepping, torch.inference_mode():
+        """Compute the next tokens of the running requests. Return False only if there is no request."""
+        with self._step_lock, torch.inference_mode():
+            # 1. Take new requests from the queue.
             with self._changed:
-                arrived, self._arrived = self._arrived, []
-            self._scheduler.waiting.extend(arrived)
-            everyone = (*self._scheduler.running, *self._scheduler.waiting)
-            for request in [r for r in everyone if r.cancelled]:
+                submitted, self._submitted = self._submitted, []
+            self._scheduler.waiting.extend(submitted)
+            # 2. End cancelled requests before they cost anything.
+            for request in [request for request in self._requests() if request.cancelled]:
                 self._finish(request, "cancelled")
+            # 3. Plan: one token per running answer, then prompt chunks until the budget is used.
             try:
                 plan = self._scheduler.plan()
-            except Exception as error:  # no memory to copy in, say: nobody may wait for ever
-                for request in (*self._scheduler.running, *self._scheduler.waiting):
+            except (
+                Exception
+            ) as error:  # such as no memory for a copy: end all requests, so that none waits for ever
+                for request in self._requests():
                     self._finish(request, "error", error)
                 return True
             if not plan:
                 return False
+            # 4. Compute the planned tokens and deliver the new ones.
             self._run(plan)
             self._steps += 1
             return True
 
     def start(self) -> None:
-        """Step in a thread of its own from now on, sleeping while there is nothing to do."""
+        """Step in a background thread from now on. The thread sleeps while there is no request."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name="pumice-engine", daemon=True)
             self._thread.start()
@@ -156,39 +172,43 @@ class Engine:
         return self._thread is not None
 
     def close(self) -> None:
-        """End the thread and every request in progress, as "cancelled". The engine takes no more."""
+        """Stop the thread and end all requests as "cancelled". The engine takes no more requests."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        # A `deliver` that closes the engine runs in the engine's own thread, which cannot wait for itself.
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        with self._stepping:
+        with self._step_lock:
             with self._changed:
-                arrived, self._arrived = self._arrived, []
-            for request in (*self._scheduler.running, *self._scheduler.waiting, *arrived):
+                submitted, self._submitted = self._submitted, []
+            for request in (*self._requests(), *submitted):
                 self._finish(request, "cancelled")
 
     def forget(self) -> None:
-        """Drop what finished requests left in the cache: the model has changed."""
-        with self._stepping:
-            self._prefix.clear()
+        """Clear the prefix cache. Call it after the model's weights have changed."""
+        with self._step_lock:
+            self._prefix_cache.clear()
             self._native = native_decoder(self.model.decoder, self._cache)
 
     def stats(self) -> EngineStats:
-        """Numbers as they are between two steps, without waiting for the step that runs."""
+        """Return the current numbers, without waiting for the step that is running."""
         scheduler = self._scheduler
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self._arrived),
+            waiting=len(scheduler.waiting) + len(self._submitted),
             slots=self.slots,
-            cached_tokens=self._prefix.held,
-            cache_capacity=self._prefix.capacity,
+            cached_tokens=self._prefix_cache.cached_tokens,
+            cache_capacity=self._prefix_cache.capacity,
             prompt_tokens=scheduler.prompt_tokens,
             generated_tokens=self._generated_tokens,
-            prefix_hits=scheduler.hits,
-            evictions=self._prefix.evictions,
+            prefix_hits=scheduler.prefix_hits,
+            evictions=self._prefix_cache.evictions,
             steps=self._steps,
         )
+
+    def _requests(self) -> tuple[Request, ...]:
+        return (*self._scheduler.running, *self._scheduler.waiting)
 
     def _loop(self) -> None:
         while True:
@@ -196,99 +216,113 @@ class Engine:
             with self._changed:
                 if self._closed:
                     return
-                if not worked and not self._arrived:
+                if not worked and not self._submitted:
                     self._changed.wait()
 
-    def _run(self, plan: list[tuple[Request, int]]) -> None:
+    def _run(self, plan: Plan) -> None:
+        """Compute the planned tokens and deliver what follows from them."""
         try:
-            plan = self._look(plan)
-            groups = self._groups(plan)
-            found = [logits for group in groups if (logits := self._forward(group)) is not None]
-            if found:
-                self._deliver([item for group in groups for item in group], torch.cat(found))
-        except Exception as error:  # whatever it was (no memory, say), the requests of this step bear it
+            plan = self._encode_images(plan)
+            groups = self._split(plan)
+            logits = [rows for group in groups if (rows := self._forward(group)) is not None]
+            if logits:
+                self._deliver_next_tokens([item for group in groups for item in group], torch.cat(logits))
+        except Exception as error:  # such as no memory: end the requests of this step, and only these
             for request, _ in plan:
                 if request.finish is None:
                     self._finish(request, "error", error)
 
-    def _groups(self, plan: list[tuple[Request, int]]) -> list[list[tuple[Request, int]]]:
-        """Requests that are computed together: those that write apart where compiled code is theirs alone."""
-        if not plan or self._native is None or self._compiled(plan):
+    def _split(self, plan: Plan) -> list[Plan]:
+        """Split a plan into groups that are computed together.
+
+        Answers are always decoded by native code, if there is any. If it cannot take the step's prompt
+        tokens, PyTorch computes the prompts apart. So an answer does not depend on what else is computed.
+        """
+        if not plan or self._native is None or self._native_for(plan):
             return [plan] if plan else []
-        writing = [request.remaining == 1 for request, _ in plan]
-        groups = [[item for item, one in zip(plan, writing, strict=True) if one == w] for w in (True, False)]
+        decoding = [request.remaining == 1 for request, _ in plan]
+        # Answers first, then prompts; a group may be empty.
+        groups = [[item for item, one in zip(plan, decoding, strict=True) if one == d] for d in (True, False)]
         return [group for group in groups if group]
 
-    def _compiled(self, plan: list[tuple[Request, int]]) -> NativeDecoder | None:
-        """Compiled code, where it serves these tokens: not the many of a long prompt."""
-        many = sum(count for _, count in plan if count > 1)
-        return self._native if self._native is not None and many <= self._native.rows else None
+    def _native_for(self, plan: Plan) -> NativeDecoder | None:
+        """Return the native decoder if it can take this plan. Long prompts are faster in PyTorch."""
+        prompt_tokens = sum(count for _, count in plan if count > 1)
+        if self._native is None or prompt_tokens > self._native.max_prompt_rows:
+            return None
+        return self._native
 
-    def _look(self, plan: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
-        """Get the image tokens that this step needs; a picture that fails ends only its own requests."""
-        sound = []
+    def _encode_images(self, plan: Plan) -> Plan:
+        """Get the image tokens of this step. Return the plan without the requests whose image failed."""
+        encoded = []
         for request, count in plan:
             try:
-                request.shown = self._image_tokens(request, count)
+                request.step_images = self._image_tokens(request, count)
             except Exception as error:
                 self._finish(request, "error", error)
             else:
-                sound.append((request, count))
-        return sound
+                encoded.append((request, count))
+        return encoded
 
     def _image_tokens(self, request: Request, count: int) -> tuple[np.ndarray, Tensor] | None:
-        """(which of the next `count` tokens are placeholders, the image tokens that replace them)."""
+        """Return the placeholders among the next `count` tokens, as offsets, and their image tokens."""
         start = request.computed
         first, last = np.searchsorted(request.placeholders, (start, start + count))
         if first == last:
             return None
-        pieces, before = [], 0
-        for picture in request.prompt.pictures:
-            lower, upper = max(first - before, 0), min(last - before, picture.count)
+        # Placeholders `first` to `last` of all images: take from each image the part that lies in this range.
+        parts, preceding = [], 0
+        for image in request.prompt.images:
+            lower, upper = max(first - preceding, 0), min(last - preceding, image.count)
             if lower < upper:
-                pieces.append(request.look(picture)[lower:upper])
-            before += picture.count
-        return request.placeholders[first:last] - start, torch.cat(pieces)
+                parts.append(request.encode(image)[lower:upper])
+            preceding += image.count
+        return request.placeholders[first:last] - start, torch.cat(parts)
 
-    def _forward(self, plan: list[tuple[Request, int]]) -> Tensor | None:
-        """Logits (R, V) after the requests whose next token is due, or None when none is."""
-        model, segments, due, at = self.model, [], [], 0
-        pieces = []
+    def _forward(self, plan: Plan) -> Tensor | None:
+        """Return logits (R, V) for the requests whose next token is due, or None if there are none."""
+        model = self.model
+        # 1. Lay the new tokens of all requests end to end, and note the rows after which a token is due.
+        segments, due_rows, new_ids, row = [], [], [], 0
         for request, count in plan:
-            region = request.region
-            assert region is not None
-            pieces.append(request.ids[region.length : region.length + count])
-            segments.append(Segment(region.start, region.length, count))
-            at += count
-            if region.length + count == request.count:
-                due.append(at - 1)
-        ids = torch.from_numpy(np.concatenate(pieces)).to(model.device)
+            slot = request.slot
+            assert slot is not None
+            new_ids.append(request.ids[slot.length : slot.length + count])
+            segments.append(Segment(slot.start, slot.length, count))
+            row += count
+            if slot.length + count == request.length:
+                due_rows.append(row - 1)
+        # 2. Embed them. Placeholders have a negative id: embed any token, then overwrite it.
+        ids = torch.from_numpy(np.concatenate(new_ids)).to(model.device)
         x = model.decoder.embed(ids.clamp(min=0))
-        at = 0
+        row = 0
         for request, count in plan:
-            if request.shown is not None:
-                places, tokens = request.shown
-                x[torch.from_numpy(places + at).to(x.device)] = tokens.to(x)
-                request.shown = None
-            at += count
+            if request.step_images is not None:
+                offsets, image_tokens = request.step_images
+                x[torch.from_numpy(offsets + row).to(x.device)] = image_tokens.to(x)
+                request.step_images = None
+            row += count
+        # 3. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix.
         logits: Tensor | None = None
-        if native := self._compiled(plan):
-            logits = native.logits(x, segments, due)
+        if native := self._native_for(plan):
+            logits = native.logits(x, segments, due_rows)
         else:
-            rows = torch.tensor(due, dtype=torch.long, device=x.device)
+            rows = torch.tensor(due_rows, dtype=torch.long, device=x.device)
             positions, attend = self._cache.positions(segments), self._cache.attend(segments)
             hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
-            if due:
+            if due_rows:
                 logits = model.decoder.logits(hidden)
+        # 4. Only now record the tokens in their slots: an interrupted pass must be computed again.
         for request, count in plan:
-            region = request.region
-            assert region is not None
-            region.append(request.keys[region.length : region.length + count])
-        return logits if due else None
+            slot = request.slot
+            assert slot is not None
+            slot.append(request.token_hashes[slot.length : slot.length + count])
+        return logits if due_rows else None
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
-        """The next token of each request, or what kept it from being chosen."""
-        chosen: list[int | Exception] = logits.argmax(-1).tolist()
+        """Return the next token of each request, or the exception that prevented it."""
+        # Most answers are greedy: one argmax serves all of them. Only the others are sampled one by one.
+        choices: list[int | Exception] = logits.argmax(-1).tolist()
         for row, request in enumerate(requests):
             params, constraint = request.prompt.params, request.constraint
             if not (params.temperature or params.repetition_penalty != 1 or constraint is not None):
@@ -299,12 +333,13 @@ class Engine:
                 token = int(sample(logits[row : row + 1], params, history, generators, allowed))
                 if constraint is not None and token not in self._stops:
                     constraint.accept(token)
-                chosen[row] = token
-            except Exception as error:  # a constraint too hard to follow ends its own request
-                chosen[row] = error
-        return chosen
+                choices[row] = token
+            except Exception as error:  # such as a constraint that is too complex: end only this request
+                choices[row] = error
+        return choices
 
-    def _deliver(self, plan: list[tuple[Request, int]], logits: Tensor) -> None:
+    def _deliver_next_tokens(self, plan: Plan, logits: Tensor) -> None:
+        """Choose the next tokens and deliver them to their requests."""
         due = [request for request, _ in plan if request.remaining == 0]
         for row, (request, token) in enumerate(zip(due, self._choose(due, logits), strict=True)):
             if isinstance(token, Exception):
@@ -314,13 +349,13 @@ class Engine:
                 self._finish(request, "stop")
                 continue
             self._generated_tokens += 1
-            wanted = request.prompt.params.logprobs
-            logprobs = None if wanted is None else (token_logprobs(logits[row], token, wanted),)
-            request.add(token)
-            if request.count > request.limit:
+            top_count = request.prompt.params.logprobs
+            logprobs = None if top_count is None else (token_logprobs(logits[row], token, top_count),)
+            request.append(token)
+            if request.length > request.max_cells:
                 self._finish(request, "length", tokens=(token,), logprobs=logprobs)
             else:
-                self._tell(request, Delta((token,), logprobs, None, None, request.cached_tokens))
+                self._deliver(request, Delta((token,), logprobs, None, None, request.cached_tokens))
 
     def _finish(
         self,
@@ -332,11 +367,11 @@ class Engine:
     ) -> None:
         self._scheduler.remove(request)
         request.finish = finish
-        self._tell(request, Delta(tokens, logprobs, finish, error, request.cached_tokens))
+        self._deliver(request, Delta(tokens, logprobs, finish, error, request.cached_tokens))
 
-    def _tell(self, request: Request, delta: Delta) -> None:
+    def _deliver(self, request: Request, delta: Delta) -> None:
         try:
             request.deliver(delta)
-        except Exception:  # the owner's fault, from which no other request may suffer
-            logging.getLogger("pumice").exception("the owner of a request failed to take a delta")
+        except Exception:  # a fault in the caller's function must not stop other requests
+            logging.getLogger("pumice").exception("the function that receives a request's tokens failed")
             request.cancelled = True

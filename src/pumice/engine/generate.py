@@ -1,8 +1,4 @@
-"""The reference that the engine must equal, and the engine as one iterator.
-
-Knows: a Llava, sampling. Does not know: text, templates, pixels; a prompt is ids and image tokens.
-`naive_generate` runs the whole sequence again for every token.
-"""
+"""Generate answers without a cache, as the reference for the engine, and with the engine, as an iterator."""
 
 from __future__ import annotations
 
@@ -18,15 +14,15 @@ from pumice.engine.sampling import sample
 from pumice.model.llava import Llava
 
 
-def _note(events: deque[tuple[int, Delta]], number: int, delta: Delta) -> None:
+def _append(events: deque[tuple[int, Delta]], number: int, delta: Delta) -> None:
     events.append((number, delta))
 
 
 @torch.inference_mode()
 def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
-    """One answer without a cache: the whole sequence runs again for every token."""
+    """Generate one answer without a cache: run the whole sequence again for every token."""
     params, context = prompt.params, model.config.decoder.context
-    generator, image_tokens = params.generator(model.device), prompt.look()
+    generator, image_tokens = params.generator(model.device), prompt.encode_images()
     constraint = prompt.constraint() if prompt.constraint is not None else None
     history = prompt.input_ids.tolist()
     answer: list[int] = []
@@ -44,25 +40,28 @@ def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
 
 
 def generate(model: Llava, prompts: Iterable[Prompt], *, slots: int = 1) -> Iterator[tuple[int, int | None]]:
-    """Answer prompts, at most `slots` at a time; yields (number of the prompt, its next token or None).
+    """Answer prompts, at most `slots` at a time. Yield (index of the prompt, its next token, or None at its
+    end).
 
-    None comes once, at the answer's end. A prompt is taken from the iterable when a slot is free. Raises
-    InputError when a prompt leaves no room for an answer, and what a picture's `look` raises.
+    The next prompt is taken from the iterable when a slot is free. Raise InputError if a prompt leaves no
+    room for an answer, and the exceptions of an image's `encode`.
     """
     engine = Engine(model, slots=slots)
     events: deque[tuple[int, Delta]] = deque()
-    waiting, open_requests = enumerate(prompts), 0
+    upcoming, open_requests = enumerate(prompts), 0
     exhausted = False
     while True:
+        # 1. Fill the free slots.
         while open_requests < slots and not exhausted:
-            number, prompt = next(waiting, (-1, None))
+            number, prompt = next(upcoming, (-1, None))
             if prompt is None:
                 exhausted = True
                 break
-            engine.submit(prompt, functools.partial(_note, events, number))
+            engine.submit(prompt, functools.partial(_append, events, number))
             open_requests += 1
         if not open_requests:
             return
+        # 2. Compute a step, and yield what it delivered.
         engine.step()
         while events:
             number, delta = events.popleft()

@@ -28,7 +28,7 @@ from pumice.model.quantized import PackedEmbedding, PackedLinear
 LANES, TILE = 16, 4
 # Tokens of prompts in one step. In fp32 PyTorch's operations are faster with more (docs/speed.md). Packed
 # matrices multiply alike for prompts, which get all of the processor there.
-ROWS = {"packed": 0, "fp32": 48}
+MAX_PROMPT_ROWS = {"packed": 0, "fp32": 48}
 
 
 class _Dense(ctypes.Structure):
@@ -50,7 +50,7 @@ def _structures(linear: type[ctypes.Structure]) -> tuple[Any, Any]:
         ]
 
     class Model(ctypes.Structure):
-        _sizes = "depth width heads kv_heads head_dim mlp_width vocabulary places window"
+        _sizes = "depth width heads kv_heads head_dim mlp_width vocabulary capacity window"
         _fields_ = [
             *((name, ctypes.c_int64) for name in _sizes.split()),
             ("eps", ctypes.c_float),
@@ -67,56 +67,66 @@ _STRUCTURES = {"packed": _structures(Matrix), "fp32": _structures(_Dense)}
 
 
 class NativeDecoder:
-    """A decoder and its cache as `decode.c` reads them, in place. rows: of a prompt, what it is good for."""
+    """A decoder and its KV cache, prepared for decode.c, which reads their memory in place.
 
-    def __init__(self, decoder: Decoder, cache: KVCache, code: ctypes.CDLL, weights: Weights) -> None:
-        self.rows = ROWS[weights]
+    max_prompt_rows: prompt tokens per step up to which this is faster than PyTorch.
+    """
+
+    def __init__(self, decoder: Decoder, cache: KVCache, library: ctypes.CDLL, weights: Weights) -> None:
+        self.max_prompt_rows = MAX_PROMPT_ROWS[weights]
         config = decoder.config
-        self._decode = code.pumice_decode
-        self._kept: list[Any] = []  # what C has addresses of
+        self._decode = library.pumice_decode
+        self._referenced: list[Any] = []  # C has their addresses: they must stay alive
         self._cache, self._width, self._vocabulary = cache, config.width, config.vocab_size
         self._block_type, model_type = _STRUCTURES[weights]
         blocks = (self._block_type * config.depth)(*(self._block(block) for block in decoder.blocks))
-        self._kept.append(blocks)
+        self._referenced.append(blocks)
         inv_freq = rope_inv_freq(config.head_dim, config.rope_theta, config.rope_scaling, cache.keys.device)
         self._model = model_type(
             config.depth, config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_width,
-            config.vocab_size, cache.places, cache.window or 0, config.norm_eps,
+            config.vocab_size, cache.capacity, cache.window or 0, config.norm_eps,
             self._address(inv_freq), ctypes.addressof(blocks), self._address(decoder.norm.weight),
             self._linear(decoder.embed if decoder.head is None else decoder.head),
             self._address(cache.keys), self._address(cache.values),
         )  # fmt: skip
 
     def logits(self, x: Tensor, segments: Sequence[Segment], due: Sequence[int]) -> Tensor:
-        """Embedded tokens of the segments, x (R, D) -> logits (len(due), V) after these rows, in fp32."""
+        """Run the decoder on embedded tokens x (R, D) of the segments, laid end to end.
+
+        due: the rows whose logits are needed. Return logits (len(due), V) in fp32. The new keys and values
+        are written to the cache. Raise MemoryError if the native code cannot allocate its buffers.
+        """
         self._cache.check(segments)
         if x.shape != (sum(segment.new for segment in segments), self._width):
             raise ValueError(
                 f"x is {tuple(x.shape)}; expected {self._width} values for each new token of {list(segments)}"
             )
+        # A copy, because native.c overwrites x with the residual stream.
         x = x.to(torch.float32, copy=True).contiguous()
         positions = [n for _, past, new in segments for n in range(past, past + new)]
         starts = [start for start, _, new in segments for _ in range(new)]
         logits = torch.empty(len(due), self._vocabulary, dtype=torch.float32, device="cpu")
-        failed = self._decode(
+        error = self._decode(
             ctypes.byref(self._model), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()),
-            _integers(positions), _integers(starts), ctypes.c_int64(len(due)), _integers(due),
+            _int64_array(positions), _int64_array(starts), ctypes.c_int64(len(due)), _int64_array(due),
             ctypes.c_void_p(logits.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
-        if failed:
-            raise MemoryError(f"a step of {len(x)} tokens found no memory")
+        if error:
+            raise MemoryError(
+                f"no memory is left for a step of {len(x)} tokens; use a smaller `chunk` or fewer slots"
+            )
         return logits
 
     def _address(self, tensor: Tensor) -> int:
         tensor = tensor.detach().contiguous()
-        self._kept.append(tensor)
+        self._referenced.append(tensor)
         return tensor.data_ptr()
 
     def _linear(self, layer: Any) -> ctypes.Structure:
         """A linear layer, or an embedding as one."""
         bias = getattr(layer, "bias", None)
         if isinstance(layer, PackedLinear):
-            self._kept += [layer.data, bias]
+            self._referenced += [layer.data, bias]
             return matrix(layer.packed, bias)
         shift = None if bias is None else self._address(bias)
         return _Dense(*layer.weight.shape, self._address(layer.weight), shift)
@@ -132,22 +142,23 @@ class NativeDecoder:
         return found
 
 
-def _integers(numbers: Sequence[int]) -> Any:
+def _int64_array(numbers: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
-    """The decoder for compiled code, or None where that does not serve."""
-    weights = _fits(decoder, cache)
+    """Return the decoder prepared for native code, or None if native code cannot run it."""
+    weights = _supported_weights(decoder, cache)
     if weights is None:
         return None
-    code, _ = compiled(weights)
-    if code is None or (torch.get_num_threads() > 1 and not code.pumice_threads()):
+    library, _ = compiled(weights)
+    # Without OpenMP, native code uses one thread. PyTorch with several threads is faster then.
+    if library is None or (torch.get_num_threads() > 1 and not library.pumice_threads()):
         return None
-    return NativeDecoder(decoder, cache, code, weights)
+    return NativeDecoder(decoder, cache, library, weights)
 
 
-def _fits(decoder: Decoder, cache: KVCache) -> Weights | None:
+def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
     """Which weights the decoder has, if they and all sizes are such as decode.c takes."""
     config = decoder.config
     if config.head_dim % LANES or config.width % LANES:

@@ -1,8 +1,6 @@
-"""What the engine is asked, a request on its way, and what its owner hears of it.
+"""What goes into the engine (`Prompt`), what it works on (`Request`) and what it delivers (`Delta`).
 
-Knows: a prompt as ids and image tokens, and how far it is computed. Does not know: text, templates, pixels.
-
-Shapes: T tokens of a prompt, M pictures, N image tokens, D width.
+Shapes: T tokens of a prompt, M images, N image tokens of one image, D width.
 """
 
 from __future__ import annotations
@@ -28,68 +26,73 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class PromptImage:
-    """A picture in a prompt: `count` placeholders, whose image tokens (count, D) are asked for when needed.
+    """An image in a prompt: `count` placeholders, and a function that computes their image tokens.
 
-    key: equal for pictures with equal image tokens, different for others. look: is not called when the
-    prefix cache holds what it would give; raises InputError when the picture cannot be read.
+    key: images with the same key have the same image tokens. encode: returns (count, D). It is called only if
+    the prefix cache does not hold the image. It raises InputError if the image cannot be read.
     """
 
     key: str
     count: int
-    look: Callable[[], Tensor]
+    encode: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """input_ids (T,) int64 with placeholders, and its pictures in order.
+    """The token ids of a question, its images, and how the answer is sampled.
 
-    image_tokens: (M, N, D) or (total, D), where they are there already; they become `pictures`.
-    constraint: begins one answer's constraint on its tokens; any may come when None.
+    input_ids: (T,) int64, with `IMAGE_TOKEN` as the placeholder of each image token. image_tokens: (M, N, D)
+    or (total, D) if they are computed already; `images` is made from them. constraint: starts the constraint
+    of one answer's tokens; None allows all tokens.
     """
 
     input_ids: Tensor
     image_tokens: Tensor | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
-    pictures: tuple[PromptImage, ...] = ()
+    images: tuple[PromptImage, ...] = ()
     constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
         if self.image_tokens is None:
             return
-        if self.pictures:
-            raise ValueError("give image_tokens or pictures, not both")
-        given = self.image_tokens
-        separate = [given.flatten(0, -2)] if given.dim() < 3 else list(given)
-        made = tuple(PromptImage(_fingerprint(t), len(t), functools.partial(_same, t)) for t in separate)
-        object.__setattr__(self, "pictures", made)
+        if self.images:
+            raise ValueError("give image_tokens or images, not both")
+        tokens = self.image_tokens
+        per_image = [tokens.flatten(0, -2)] if tokens.dim() < 3 else list(tokens)
+        images = tuple(PromptImage(_hash(t), len(t), functools.partial(_identity, t)) for t in per_image)
+        object.__setattr__(self, "images", images)
 
     def check(self, vocabulary: int) -> None:
-        """Raise ValueError unless the pictures fill the placeholders and the other ids are tokens."""
-        here = self.input_ids == IMAGE_TOKEN
-        wanted, given = int(here.sum()), sum(picture.count for picture in self.pictures)
-        if wanted != given:
-            raise ValueError(f"input_ids hold {wanted} image placeholders, the pictures give {given} tokens")
-        text = self.input_ids[~here]
-        if len(text) and not (int(text.min()) >= 0 and int(text.max()) < vocabulary):
-            raise ValueError(f"input_ids reach from {text.min()} to {text.max()}, the vocabulary from 0 to "
-                             f"{vocabulary - 1}")  # fmt: skip
+        """Raise ValueError unless images fill the placeholders and all other ids are in the vocabulary."""
+        is_placeholder = self.input_ids == IMAGE_TOKEN
+        placeholders, image_tokens = int(is_placeholder.sum()), sum(image.count for image in self.images)
+        if placeholders != image_tokens:
+            raise ValueError(
+                f"input_ids hold {placeholders} image placeholders, the pictures give {image_tokens} tokens"
+            )
+        text_ids = self.input_ids[~is_placeholder]
+        if len(text_ids) and not (int(text_ids.min()) >= 0 and int(text_ids.max()) < vocabulary):
+            raise ValueError(
+                f"input_ids reach from {text_ids.min()} to {text_ids.max()}, "
+                f"the vocabulary from 0 to {vocabulary - 1}"
+            )
 
-    def look(self) -> Tensor | None:
-        """The image tokens of all pictures (total, D); None without pictures."""
-        return torch.cat([picture.look() for picture in self.pictures]) if self.pictures else None
+    def encode_images(self) -> Tensor | None:
+        """Return the image tokens of all images (total, D), or None without images."""
+        return torch.cat([image.encode() for image in self.images]) if self.images else None
 
 
-def _same(tokens: Tensor) -> Tensor:
+def _identity(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _fingerprint(tokens: Tensor) -> str:
+def _hash(tokens: Tensor) -> str:
     values = tokens.detach().contiguous().cpu().view(torch.uint8).numpy()
     return hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest()
 
 
 def check_room(model: Llava, prompt: Prompt) -> None:
-    """Raise InputError unless the prompt has tokens, and the model's context room for at least one more."""
+    """Raise InputError if the prompt is empty, or if the model's context has no room for an answer token."""
     length, context = len(prompt.input_ids), model.config.decoder.context
     if not length:
         raise InputError("the prompt has 0 tokens; give at least 1")
@@ -102,12 +105,12 @@ def check_room(model: Llava, prompt: Prompt) -> None:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step added to an answer.
+    """What one step added to an answer.
 
-    tokens: the new ones, never the one that ends the answer. logprobs: of each of them, where the prompt's
-    params ask for them. finish: None while the answer grows; "stop" (a stop token), "length"
-    (max_new_tokens or the model's context was reached), "cancelled", or "error". error: what went wrong
-    then. cached_tokens: of the prompt, those that were not computed for it.
+    tokens: the new ones, without the stop token. logprobs: one for each of them, if the prompt's params ask
+    for them. finish: None while the answer grows; then "stop" (a stop token), "length" (max_new_tokens or the
+    model's context was reached), "cancelled", or "error". error: the exception behind "error". cached_tokens:
+    prompt tokens that came from the prefix cache.
     """
 
     tokens: tuple[int, ...] = ()
@@ -119,66 +122,75 @@ class Delta:
 
 @dataclass(eq=False)
 class Request:
-    """One prompt in the engine. tokens and finish may be read at any time, the rest is the engine's."""
+    """One prompt in the engine, and how far it is computed.
+
+    Any thread may read `tokens` and `finish`. Only the engine reads and writes the other fields.
+    """
 
     prompt: Prompt
     deliver: Callable[[Delta], None]
     generator: torch.Generator
-    limit: int  # tokens that the cache must hold at most: the last one of an answer is never fed back
+    max_cells: int  # prompt and longest answer, without its last token, which is never fed back
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
     cancelled: bool = False
     cached_tokens: int = 0
-    admitted: bool = False  # at least once, though it may wait again
-    region: CacheSlot | None = None  # while it runs
-    shown: tuple[np.ndarray, Tensor] | None = None  # image tokens of the next step, and where they go
-    _seen: dict[str, Tensor] = field(default_factory=dict)  # image tokens of pictures being computed
+    admitted: bool = False  # stays True when the request is preempted
+    slot: CacheSlot | None = None  # while the request runs
+    # Image tokens of the next step, and the offsets of their placeholders in it.
+    step_images: tuple[np.ndarray, Tensor] | None = None
+    # By image key, until the prompt is computed.
+    _image_tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        made = self.prompt.constraint
-        self.constraint = made() if made is not None else None
-        given = self.prompt.input_ids.numpy()
-        room = self.limit + 1 - len(given)
-        self.count = len(given)  # tokens known: the prompt's and the answer's
-        self._ids = np.concatenate((given, np.empty(room, np.int64)))
-        self._keys = np.concatenate((given, np.empty(room, np.int64)))
-        self.placeholders = np.flatnonzero(given == IMAGE_TOKEN)
-        names = [picture_keys(picture.key, picture.count) for picture in self.prompt.pictures]
-        if names:
-            self._keys[self.placeholders] = np.concatenate(names)
+        start_constraint = self.prompt.constraint
+        self.constraint = start_constraint() if start_constraint is not None else None
+        prompt_ids = self.prompt.input_ids.numpy()
+        max_answer = self.max_cells + 1 - len(prompt_ids)
+        self.length = len(prompt_ids)  # tokens of the prompt and, so far, of the answer
+        self._ids = np.concatenate((prompt_ids, np.empty(max_answer, np.int64)))
+        self._token_hashes = np.concatenate((prompt_ids, np.empty(max_answer, np.int64)))
+        self.placeholders = np.flatnonzero(prompt_ids == IMAGE_TOKEN)
+        # Text tokens are their own hashes. Placeholders all have the same id, so their hashes name the image.
+        image_hashes = [image_token_hashes(image.key, image.count) for image in self.prompt.images]
+        if image_hashes:
+            self._token_hashes[self.placeholders] = np.concatenate(image_hashes)
 
     @property
     def ids(self) -> np.ndarray:
-        return self._ids[: self.count]
+        """The token ids of prompt and answer: (length,)."""
+        return self._ids[: self.length]
 
     @property
-    def keys(self) -> np.ndarray:
-        """The ids with placeholders replaced by what tells pictures apart."""
-        return self._keys[: self.count]
+    def token_hashes(self) -> np.ndarray:
+        """The ids, with each placeholder replaced by a hash of its image: (length,)."""
+        return self._token_hashes[: self.length]
 
     @property
     def computed(self) -> int:
-        return self.region.length if self.region is not None else 0
+        """Tokens whose keys and values are in the KV cache."""
+        return self.slot.length if self.slot is not None else 0
 
     @property
     def remaining(self) -> int:
-        """Tokens to compute before the next one is known; 1 while decoding."""
-        return self.count - self.computed
+        """Tokens to compute before the next token can be chosen; 1 during decoding."""
+        return self.length - self.computed
 
-    def look(self, picture: PromptImage) -> Tensor:
-        """The picture's image tokens (N, D), asked for once, however many chunks they are computed in."""
-        if picture.key not in self._seen:
-            self._seen[picture.key] = picture.look()
-        return self._seen[picture.key]
+    def encode(self, image: PromptImage) -> Tensor:
+        """Return the image's tokens (N, D). They are computed once, even if several chunks need them."""
+        if image.key not in self._image_tokens:
+            self._image_tokens[image.key] = image.encode()
+        return self._image_tokens[image.key]
 
-    def add(self, token: int) -> None:
-        self._ids[self.count] = self._keys[self.count] = token
-        self.count += 1
-        self._seen.clear()
+    def append(self, token: int) -> None:
+        """Add a token to the answer."""
+        self._ids[self.length] = self._token_hashes[self.length] = token
+        self.length += 1
+        self._image_tokens.clear()
         self.tokens.append(token)
 
 
-def picture_keys(name: str, count: int) -> np.ndarray:
-    """Keys of a picture's tokens: negative, so that no token of text has them."""
-    first = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 2
+def image_token_hashes(image_key: str, count: int) -> np.ndarray:
+    """Return the hashes of an image's tokens: (count,), negative, so that no text token has the same hash."""
+    first = int.from_bytes(hashlib.blake2b(image_key.encode(), digest_size=8).digest(), "little") >> 2
     return -1 - (first + np.arange(count, dtype=np.int64))

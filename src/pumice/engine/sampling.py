@@ -1,6 +1,4 @@
-"""Which token comes next, given the logits.
-
-Knows: numbers that a person may set, and logits. Does not know: the model, text.
+"""Sampling chooses the next token from the logits.
 
 Shapes: B rows, V vocabulary.
 """
@@ -20,37 +18,37 @@ from pumice.errors import InputError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an answer is drawn. The defaults are greedy and hence reproducible.
+    """How an answer is sampled. The defaults are greedy, and so reproducible.
 
-    Raises InputError on a value outside its range.
+    Raises InputError if a value is outside its range.
     """
 
     max_new_tokens: int = 256
-    temperature: float = 0.0  # 0 takes the likeliest token
+    temperature: float = 0.0  # 0 takes the most likely token
     top_p: float = 1.0  # the smallest set of tokens with this probability (arXiv 1904.09751); 1 is off
-    top_k: int = 0  # the likeliest k tokens; 0 is off
-    repetition_penalty: float = 1.0  # of every token seen so far (arXiv 1909.05858); 1 is off
-    stop: tuple[str, ...] = ()  # an answer ends before any of these
-    seed: int | None = None  # None draws differently each time
-    logprobs: int | None = None  # also give each token's log probability, and of so many likeliest ones
+    top_k: int = 0  # the k most likely tokens; 0 is off
+    repetition_penalty: float = 1.0  # for tokens of prompt and answer (arXiv 1909.05858); 1 is off
+    stop: tuple[str, ...] = ()  # texts; an answer ends before the first of them
+    seed: int | None = None  # None gives another answer each time
+    logprobs: int | None = None  # return log-probabilities of each token and of this many most likely ones
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        whole: dict[str, Any] = {
+        integers: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "top_k": self.top_k,
             "seed": self.seed,
             "logprobs": self.logprobs,
         }
-        for name, value in whole.items():
+        for name, value in integers.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise InputError(f"{name} is {value!r}; give a whole number")
-        real: dict[str, Any] = {
+        numbers: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "repetition_penalty": self.repetition_penalty,
         }
-        for name, value in real.items():
+        for name, value in numbers.items():
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise InputError(f"{name} is {value!r}; give a number")
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
@@ -66,7 +64,7 @@ class SamplingParams:
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The random numbers of one answer, the same for the same seed whatever else is answered."""
+        """Return the random generator of one answer. It does not depend on other answers."""
         generator = torch.Generator(device)
         if self.seed is None:
             generator.seed()
@@ -76,22 +74,22 @@ class SamplingParams:
 
 
 class Constraint(Protocol):
-    """What one answer may say, token by token."""
+    """Restricts the tokens of one answer, one after another."""
 
     def allowed(self) -> Tensor:
-        """(V,) bool: the tokens that may come next; at least one."""
+        """Return which tokens may come next: (V,) bool, at least one of them True."""
         ...
 
     def accept(self, token: int) -> None:
-        """The next token; not called with one that ends the answer."""
+        """Record the chosen token. Not called for a stop token."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely the model held a token, before temperature and penalties: natural logarithms.
+    """A token's log-probability (natural logarithm), before temperature and penalties.
 
-    top: (token, log probability) of the likeliest ones, likeliest first.
+    top: (token, log-probability) of the most likely tokens, the most likely first.
     """
 
     token: int
@@ -100,11 +98,11 @@ class TokenLogprob:
 
 
 def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprob:
-    """Logits (V,) -> the log probability of `token` and of the `count` likeliest."""
-    values = logits.float().log_softmax(-1)
-    best = values.topk(min(count, len(values)))
+    """Return the log-probabilities of `token` and of the `count` most likely tokens; logits: (V,)."""
+    logprobs = logits.float().log_softmax(-1)
+    best = logprobs.topk(min(count, len(logprobs)))
     top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return TokenLogprob(token, float(values[token]), tuple(top))
+    return TokenLogprob(token, float(logprobs[token]), tuple(top))
 
 
 def sample(
@@ -114,11 +112,11 @@ def sample(
     generators: Sequence[torch.Generator],
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """Logits (B, V) -> the next token of each row (B,).
+    """Return the next token of each row (B,); logits: (B, V).
 
-    history: the tokens seen so far, row by row; negative ones (image placeholders) do not count. Each
-    row draws from its own generator, so that what it gives does not depend on its neighbours.
-    allowed: (B, V) or (V,) bool, the tokens that may come; any when None.
+    history: the tokens so far, row by row; negative ones (image placeholders) do not count. generators: one
+    for each row, so that a row's token does not depend on the other rows. allowed: (B, V) or (V,) bool; None
+    allows all tokens.
     """
     if allowed is not None:
         logits = logits.masked_fill(~allowed.to(logits.device), float("-inf"))
@@ -126,33 +124,35 @@ def sample(
         logits = penalise(logits, params.repetition_penalty, history)
     if params.temperature == 0:
         return logits.argmax(-1)
-    weights = nucleus(logits, params).softmax(-1)
-    draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(weights, generators, strict=True)]
-    return torch.cat(draws)
+    probabilities = nucleus(logits, params).softmax(-1)
+    tokens = [
+        torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)
+    ]
+    return torch.cat(tokens)
 
 
 def penalise(logits: Tensor, penalty: float, history: Sequence[Sequence[int]]) -> Tensor:
-    """Divide the positive logits of tokens already seen, multiply the negative ones."""
+    """Return logits with those of earlier tokens lowered: positive ones divided, negative ones multiplied."""
     logits = logits.to(torch.float32, copy=True)
-    for row, seen in enumerate(history):
-        ids = torch.tensor(sorted({n for n in seen if n >= 0}), device=logits.device, dtype=torch.long)
+    for row, tokens in enumerate(history):
+        ids = torch.tensor(sorted({n for n in tokens if n >= 0}), device=logits.device, dtype=torch.long)
         values = logits[row, ids]
         logits[row, ids] = torch.where(values > 0, values / penalty, values * penalty)
     return logits
 
 
 def nucleus(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Logits (B, V) in fp32 after temperature, top-k and top-p, in this order; -inf = never drawn."""
+    """Apply temperature, top-k and top-p, in this order. Return fp32 logits (B, V); -inf is never sampled."""
     logits = logits.float()
-    # From the maximum, so that no temperature is too small to divide by; the softmax does not see it.
+    # Subtract the maximum, so that a tiny temperature gives no infinity. The softmax stays the same.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, 1e-20)
     if 0 < params.top_k < logits.shape[-1]:
-        least = logits.topk(params.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        smallest = logits.topk(params.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
     if params.top_p < 1:
         ordered, order = logits.sort(-1)
         drop = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
-        drop[:, -1] = False  # the likeliest always stays
+        drop[:, -1] = False  # the most likely token always stays
         logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
     return logits
 

@@ -1,10 +1,8 @@
-"""Which requests run, and how many tokens of each go into the next step.
+"""The scheduler decides which requests run, and how many tokens of each the next step computes.
 
-Knows: requests and the prefix cache, as numbers. Does not know: tensors, threads.
-
-Every answer in progress gets its one token in every step. Prompts share `chunk` tokens per step, in
-the order in which they came, so that a long one does not stall the others. A prompt that shares its
-beginning with one that is being computed waits for it.
+Every step decodes one token of each answer in progress. Prompts share `chunk` tokens per step, first come,
+first served, so that a long prompt does not stall the answers. A prompt waits if a running prompt is about to
+compute the prefix that both share.
 """
 
 from __future__ import annotations
@@ -12,153 +10,182 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from pumice.engine.cache import CacheSlot, PrefixCache, common
+from pumice.engine.cache import CacheSlot, PrefixCache, common_prefix
 from pumice.engine.requests import Request
 
-ROOM = 128  # places that an answer gets at a time
-WORTH = 16  # a shared beginning of so many tokens is worth waiting for
+SLOT_GROWTH = 128  # cells that an answer's slot grows by when it is full
+MIN_SHARED_PREFIX = 16  # tokens; a prompt waits for a shared prefix only if it is this long
 
 
 class Scheduler:
-    """copy(source, target, tokens) moves what stands in the KV cache."""
+    """Admits, plans and preempts requests.
+
+    slots: requests that may run together; each has one slot of the KV cache. chunk: prompt tokens per step.
+    copy_cells(source, target, tokens): copies the contents of cells in the KV cache.
+    """
 
     def __init__(
-        self, slots: int, chunk: int, prefix: PrefixCache, copy: Callable[[int, int, int], None]
+        self, slots: int, chunk: int, prefix_cache: PrefixCache, copy_cells: Callable[[int, int, int], None]
     ) -> None:
-        self.slots, self.chunk, self.prefix, self.copy = slots, chunk, prefix, copy
+        self.slots, self.chunk = slots, chunk
+        self.prefix_cache, self.copy_cells = prefix_cache, copy_cells
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in the order in which they were admitted
-        self.prompt_tokens = 0  # of the requests admitted so far
-        self.hits = 0  # of these, found in the prefix cache
+        self.running: list[Request] = []  # oldest first
+        self.prompt_tokens = 0  # of all requests admitted so far
+        self.prefix_hits = 0  # of `prompt_tokens`, those found in the prefix cache
 
     def plan(self) -> list[tuple[Request, int]]:
-        """Requests and how many of their tokens are computed next; empty only when no request is here."""
-        # 1. Free what an interrupted plan had allocated for nobody, or a request might never fit again.
-        owned = {id(request.region) for request in self.running}
-        for region in [region for region in self.prefix.busy.values() if id(region) not in owned]:
-            self.prefix.drop(region)
-        # 2. Admit requests while slots and places last.
+        """Return requests, and how many tokens of each the next step computes. Empty if there is no request.
+
+        Raise RuntimeError if requests wait and none of them can be started.
+        """
+        # 1. Free the slots that an interrupted plan allocated but gave to no request. Otherwise a request
+        #    might never fit again.
+        owned = {id(request.slot) for request in self.running}
+        for slot in [slot for slot in self.prefix_cache.busy.values() if id(slot) not in owned]:
+            self.prefix_cache.free(slot)
+        # 2. Admit requests until slots or cells run out.
         self._admit()
-        # 3. Repeat what an interrupted step left, and give answers whose region is full more places.
+        # 3. If a step was interrupted before it chose a token, compute that request's last token again.
         for request in self.running:
-            if request.remaining == 0 and request.region is not None:
-                request.region.length -= 1  # a step was interrupted before it chose the next token
+            if request.remaining == 0 and request.slot is not None:
+                request.slot.length -= 1
+        # 4. Give answers whose slot is full more cells. This may preempt requests, so look again at
+        #    `running`.
         for request in list(self.running):
             if request in self.running and request.remaining == 1:
-                self._make_room(request)
-        # 4. One token of each answer, then prompts until the budget is used.
+                self._ensure_free_cell(request)
+        # 5. One token of each answer, then prompt chunks until the budget is used.
         budget = self.chunk
         plan = [(request, 1) for request in self.running if request.remaining == 1]
         for request in self.running:
             if request.remaining > 1 and budget:
-                share = min(budget, request.remaining)
-                budget -= share
-                plan.append((request, share))
+                count = min(budget, request.remaining)
+                budget -= count
+                plan.append((request, count))
         if self.waiting and not plan:
             raise RuntimeError(f"{len(self.waiting)} requests wait, and none of them can be started")
         return plan
 
     def remove(self, request: Request) -> None:
-        """Wherever it is; what was computed for it stays in the prefix cache."""
-        if request.region is not None:
-            self.prefix.release(request.region)
-            request.region = None
+        """Remove a running or waiting request. Its computed tokens stay in the prefix cache."""
+        if request.slot is not None:
+            self.prefix_cache.release(request.slot)
+            request.slot = None
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
 
     def _admit(self) -> None:
+        """Start waiting requests in order, until one does not fit."""
         for request in list(self.waiting):
             if len(self.running) >= self.slots:
                 return
-            source, shared = self.prefix.match(request.keys[:-1])
-            if self._worth_waiting(request, shared):
+            # The last token is always computed: its hidden state gives the first token of the answer.
+            source, shared = self.prefix_cache.match(request.token_hashes[:-1])
+            if self._should_wait(request, shared):
                 continue
             if not self._start(request, source, shared):
                 return
             self.waiting.remove(request)
 
-    def _worth_waiting(self, request: Request, shared: int) -> bool:
-        """Whether a running prompt will soon have computed more of the beginning than is there now."""
-        if not self.prefix.keep:
+    def _should_wait(self, request: Request, shared: int) -> bool:
+        """Return whether a running prompt will soon have computed a longer shared prefix."""
+        if not self.prefix_cache.keep_finished:
             return False
-        keys = request.keys[:-1]
+        token_hashes = request.token_hashes[:-1]
         return any(
-            other.remaining > 1 and common(other.keys, keys) >= max(WORTH, shared + 1)
+            other.remaining > 1
+            and common_prefix(other.token_hashes, token_hashes) >= max(MIN_SHARED_PREFIX, shared + 1)
             for other in self.running
         )
 
     def _start(self, request: Request, source: CacheSlot | None, shared: int) -> bool:
-        room = min(request.limit, request.count + ROOM)
-        # All of an idle region lives on in the new one: the next turn of a conversation, say.
-        whole = source is not None and source.length == shared and source.start in self.prefix.idle
-        if source is not None and whole and self._wake(source, shared, room):
-            region = source
-        elif (taken := self.prefix.take(room, source)) is not None:
-            region = taken
+        """Give a request a slot with the first `shared` tokens of `source`. Return False if none fits."""
+        capacity = min(request.max_cells, request.length + SLOT_GROWTH)
+        # True if the request continues all of an idle sequence, such as the next turn of a conversation.
+        continues = source is not None and source.length == shared and source.start in self.prefix_cache.idle
+        # 1. Best: reuse the idle slot as it is. Nothing is copied.
+        if source is not None and continues and self._reuse(source, shared, capacity):
+            slot = source
+        # 2. Else allocate a slot and copy the shared tokens, so that `source` can still serve others.
+        elif (allocated := self.prefix_cache.allocate(capacity, source)) is not None:
+            slot = allocated
             if source is not None:
-                self.copy(source.start, region.start, shared)
-                self.prefix.touch(source)
-                if whole:
-                    self.prefix.drop(source)
-            region.append(request.keys[:shared])
-        # Nothing runs, or nothing is lost: then what it shares stays, and the rest of the source gives way.
-        elif source is not None and (whole or not self.running) and self._wake(source, shared, room, True):
-            region = source
+                self.copy_cells(source.start, slot.start, shared)
+                self.prefix_cache.touch(source)
+                if continues:
+                    self.prefix_cache.free(source)
+            slot.append(request.token_hashes[:shared])
+        # 3. Else reuse the idle slot and evict its neighbours. The tokens of `source` after the shared ones
+        #    are lost, so do this only if there are none, or if nothing runs that could make room later.
+        elif source is not None and (continues or not self.running):
+            if not self._reuse(source, shared, capacity, evict=True):
+                return False
+            slot = source
         else:
             return False
-        request.region = region
+        request.slot = slot
+        # A preempted request starts again here: count its prompt only once.
         if not request.admitted:
             request.admitted = True
             request.cached_tokens = shared
-            self.hits += shared
-            self.prompt_tokens += request.count
+            self.prefix_hits += shared
+            self.prompt_tokens += request.length
         self.running.append(request)
         return True
 
-    def _make_room(self, request: Request) -> None:
-        """Let an answer grow by a token, at the cost of the newest requests if nothing else helps."""
-        region = request.region
-        if region is None or region.length < region.room:
+    def _ensure_free_cell(self, request: Request) -> None:
+        """Make room for one more token of an answer. Preempt the newest requests if nothing else helps."""
+        slot = request.slot
+        if slot is None or slot.length < slot.capacity:
             return
-        while not self._widen(request, region, min(request.limit, region.length + ROOM)):
+        while not self._enlarge(request, slot, min(request.max_cells, slot.length + SLOT_GROWTH)):
             newest = self.running[-1]
-            self._put_back(newest)
+            self._preempt(newest)
             if newest is request:
                 return
 
-    def _widen(self, request: Request, region: CacheSlot, room: int) -> bool:
-        """Give a region `room` places. False only if another request runs: the idle give way."""
-        if self._grow(region, room):
+    def _enlarge(self, request: Request, slot: CacheSlot, capacity: int) -> bool:
+        """Enlarge a slot to `capacity` cells. Return False only if other running requests leave no room."""
+        # Cheapest first: grow in place, then move elsewhere, then evict the neighbours.
+        if self._grow(slot, capacity):
             return True
-        if (moved := self.prefix.take(room)) is None:
-            return self._grow(region, room, evict=True)
-        self.copy(region.start, moved.start, region.length)
-        moved.append(region.keys)
-        self.prefix.drop(region)
-        request.region = moved
+        new_slot = self.prefix_cache.allocate(capacity)
+        if new_slot is None:
+            return self._grow(slot, capacity, evict=True)
+        self.copy_cells(slot.start, new_slot.start, slot.length)
+        new_slot.append(slot.token_hashes)
+        self.prefix_cache.free(slot)
+        request.slot = new_slot
         return True
 
-    def _grow(self, region: CacheSlot, room: int, evict: bool = False) -> bool:
-        start = region.start
-        return self.prefix.grow(region, room, evict=evict) and self._follow(region, start)
-
-    def _wake(self, region: CacheSlot, length: int, room: int, evict: bool = False) -> bool:
-        start = region.start
-        return self.prefix.wake(region, length, room, evict=evict) and self._follow(region, start)
-
-    def _follow(self, region: CacheSlot, start: int) -> bool:
-        """Move what a region holds in the KV cache from where it stood; True."""
-        if region.start != start:
-            length, region.length = region.length, 0  # holds nothing, should the copy be interrupted
-            self.copy(start, region.start, length)
-            region.length = length
+    def _grow(self, slot: CacheSlot, capacity: int, evict: bool = False) -> bool:
+        old_start = slot.start
+        if not self.prefix_cache.grow(slot, capacity, evict=evict):
+            return False
+        self._copy_after_move(slot, old_start)
         return True
 
-    def _put_back(self, request: Request) -> None:
-        """It waits again, and goes on later where it was."""
-        if request.region is not None:
-            self.prefix.release(request.region)
-            request.region = None
+    def _reuse(self, slot: CacheSlot, length: int, capacity: int, evict: bool = False) -> bool:
+        old_start = slot.start
+        if not self.prefix_cache.reuse(slot, length, capacity, evict=evict):
+            return False
+        self._copy_after_move(slot, old_start)
+        return True
+
+    def _copy_after_move(self, slot: CacheSlot, old_start: int) -> None:
+        """Copy a slot's tokens in the KV cache to where the slot starts now."""
+        if slot.start != old_start:
+            # The slot is empty during the copy, so that an interrupted copy leaves no wrong tokens in it.
+            length, slot.length = slot.length, 0
+            self.copy_cells(old_start, slot.start, length)
+            slot.length = length
+
+    def _preempt(self, request: Request) -> None:
+        """Stop a running request and put it first in the queue. It continues later from its last token."""
+        if request.slot is not None:
+            self.prefix_cache.release(request.slot)
+            request.slot = None
         self.running.remove(request)
         self.waiting.appendleft(request)

@@ -1,8 +1,4 @@
-"""What a request delivers, as text: pieces of the answer, and how it ended.
-
-Text comes as the tokens do: never half a character, nothing of or after a stop string. Knows: deltas, and a
-function from ids to text. Does not know: tokenizers, models, the engine.
-"""
+"""Text from tokens, piece by piece: never half a character, and nothing of or after a stop string."""
 
 from __future__ import annotations
 
@@ -10,15 +6,15 @@ from collections.abc import Callable, Sequence
 
 from pumice.engine.requests import Delta, Finish
 
-_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not, or not yet, a character
+_REPLACEMENT = "\ufffd"  # stands for bytes that are not a complete character
 
 
 class Detokenizer:
-    """Feed it ids with `add`, end with `finish`; the returned pieces joined are the answer.
+    """Turns tokens into text. Call `add` for each token, then `finish`; the answer is all pieces joined.
 
-    A character of several byte tokens comes out whole, with its last token. Text that may be the
-    beginning of a stop string is held back until it is clear. `stopped` says that a stop string was
-    met: the first one to be complete, however the text is cut into tokens.
+    A character of several byte tokens is returned with its last token. Text that may be the beginning of a
+    stop string is held back until that is clear. stopped: a stop string was found. The one that is complete
+    first counts, however the text is cut into tokens.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
@@ -26,51 +22,56 @@ class Detokenizer:
         self.stop = tuple(stop)
         self.stopped = False
         self._ids: list[int] = []
-        # ids[before:done] were the last to come out. They are decoded again with those that follow,
-        # because a decoder may treat the beginning of a text in its own way (SentencePiece's space).
-        self._before = self._done = 0
+        # ids[context_start:decoded] gave the last piece. They are decoded again with the ids that follow,
+        # because some decoders treat the beginning of a text differently (SentencePiece drops its space).
+        self._context_start = self._decoded = 0
         self._held = ""
 
     def add(self, token: int) -> str:
-        """The text that has become certain; often "" and never anything after a stop string."""
+        """Add a token. Return the text that is now certain: often "", and nothing after a stop string."""
         self._ids.append(token)
-        whole = self.decode(self._ids[self._before :])
-        return "" if whole.endswith(_REPLACEMENT) else self._take(whole)
+        text = self.decode(self._ids[self._context_start :])
+        return "" if text.endswith(_REPLACEMENT) else self._release(text)
 
     def finish(self) -> str:
-        """What was held back, when no more tokens will come."""
-        text = self._take(self.decode(self._ids[self._before :])) + self._held
+        """Return the text that was held back, after the last token."""
+        text = self._release(self.decode(self._ids[self._context_start :])) + self._held
         self._held = ""
         return text
 
-    def _take(self, whole: str) -> str:
+    def _release(self, decoded: str) -> str:
+        """Return the part of the new text that is certain; hold back the rest."""
         if self.stopped:
             return ""
-        self._held += whole[len(self.decode(self._ids[self._before : self._done])) :]
-        self._before, self._done = self._done, len(self._ids)
-        found = [(at + len(text), at) for text in self.stop if (at := self._held.find(text)) >= 0]
-        if found:
+        # 1. The new text is what follows the piece that was returned last.
+        self._held += decoded[len(self.decode(self._ids[self._context_start : self._decoded])) :]
+        self._context_start, self._decoded = self._decoded, len(self._ids)
+        # 2. End before the stop string that is complete first.
+        matches = [(start + len(text), start) for text in self.stop if (start := self._held.find(text)) >= 0]
+        if matches:
             self.stopped = True
-            text, self._held = self._held[: min(found)[1]], ""
+            text, self._held = self._held[: min(matches)[1]], ""
             return text
-        keep = max((_overlap(self._held, text) for text in self.stop), default=0)
-        cut = len(self._held) - keep
+        # 3. Hold back an end that may become a stop string.
+        overlap = max((_overlap(self._held, text) for text in self.stop), default=0)
+        cut = len(self._held) - overlap
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` with which `stop` begins."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class TextStream:
-    """Feed it every Delta of one request with `add`; the pieces joined are the answer.
+    """Turns the deltas of one request into text. Call `add` for each Delta; the answer is all pieces joined.
 
-    finish: None while the answer grows, then how it ended; "stop" as soon as a stop string is met, when
-    the caller should cancel the request: what it still delivers is ignored. tokens: written so far.
-    error: with "error", what went wrong. cached_tokens: of the prompt, those that were not computed.
+    finish: None while the answer grows, then how it ended. It is "stop" as soon as a stop string is found:
+    the caller should then cancel the request, and later deltas are ignored. error: the exception behind
+    "error". tokens: number of answer tokens so far. cached_tokens: prompt tokens that came from the prefix
+    cache.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
@@ -80,7 +81,7 @@ class TextStream:
         self._text = Detokenizer(decode, stop)
 
     def add(self, delta: Delta) -> str:
-        """The text that this delta makes certain; often ""."""
+        """Add a delta. Return the text that is now certain; often ""."""
         if self.finish is not None:
             return ""
         self.cached_tokens = delta.cached_tokens

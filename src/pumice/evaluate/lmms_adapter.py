@@ -115,7 +115,7 @@ class Pumice(lmms):
         positions = (labels != IGNORE).nonzero().flatten()
         if len(positions) > 1:
             positions = positions[:-1]  # the template's end of an answer is no part of the continuation
-        image_tokens = assistant.prompt(asked).look()
+        image_tokens = assistant.prompt(asked).encode_images()
         ids = torch.from_numpy(sample.input_ids).to(assistant.model.device)[None]
         hidden = assistant.model(ids, image_tokens)  # (1, T, D)
         logits = assistant.model.decoder.logits(hidden[:, positions.to(hidden.device) - 1])[0].float().cpu()

@@ -1,1 +1,1 @@
-"""Where an answer looked: attention over the pictures per word, and whether the pictures mattered."""
+"""Explanations show where each word of an answer looked, and whether the images mattered."""

@@ -1,12 +1,9 @@
-"""An answer explained: for each word where it looked, and whether the picture mattered.
+"""Explain an answer: where each word looked in the images, and whether the images mattered.
 
-Knows: a Llava, its processor, and how the other files of this folder join. Does not know: who answers,
-pages, PNG, commands.
+The finished answer runs through the model once more, together with its baselines (images grey, images
+dropped), as one row. Answers that are not explained cost nothing.
 
-Normal answers pay nothing for this: the finished answer is read once more, together with its shadows
-(pictures grey, pictures dropped), as one row.
-
-Shapes: W words, N image tokens of all pictures, L layers, H heads, h x w cells of a map, R regions a side.
+Shapes: W words, N image tokens of all images, L layers, H heads, h x w cells of a map, R regions a side.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from torch import Tensor
 from pumice.conversation import Conversation, Message
 from pumice.errors import InputError
 from pumice.explain.attention import Passage, read, score
-from pumice.explain.maps import Places, grid_for, places
+from pumice.explain.maps import TokenBoxes, grid_for, token_boxes
 from pumice.explain.methods import DEFAULT, METHODS, choose_layers, get_method
 from pumice.explain.reliance import (
     PLAIN,
@@ -38,26 +35,25 @@ from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.tokens import IGNORE
 
-PACKED = 2048  # tokens of passages that occlusion reads together
-MOST_REGIONS = 16  # on a side: 256 answers to read again
+OCCLUSION_BATCH = 2048  # tokens of the passages that occlusion runs together
+MAX_REGIONS = 16  # on a side: 256 passages to run
 
-ImageTokens = Callable[[Conversation], Tensor | None]  # (N, D) of all pictures of a conversation with some
+ImageTokens = Callable[[Conversation], Tensor | None]  # (N, D) of all images of a conversation
 
 
 @dataclass(frozen=True)
 class PictureMap:
-    """One picture and its heat.
+    """One image and its heat.
 
-    heat (W, h, w) float32: each word's weights on equal cells over the upright picture. Its sum is the share
-    of the word's weights that lies in this picture; of all pictures, with padding and placeless, 1.
-    padding (W,): the share that fell beside the picture, where the model saw padding. placeless (W,): on
-    tokens without a place (class token, line ends). occlusion (W, R, R), when asked for: nats that a word
-    loses when a region is greyed.
+    heat (W, h, w) float32: each word's weights on equal cells over the upright image. Its sum is the share of
+    the word's weights that lies in this image. padding (W,): the share on padding. placeless (W,): the share
+    on tokens that show no part of the image (class token, newlines). Over all images, the three sum to 1.
+    occlusion (W, R, R), if asked for: nats that a word loses when a region is greyed.
     """
 
     image: Image.Image
-    places: Places
-    tokens: tuple[int, int]  # first and last + 1 of its image tokens, counted over all pictures
+    token_boxes: TokenBoxes
+    tokens: tuple[int, int]  # its range of image tokens (first, last + 1) among those of all images
     heat: np.ndarray
     padding: np.ndarray
     placeless: np.ndarray
@@ -66,11 +62,11 @@ class PictureMap:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found, as plain arrays.
+    """The result of `explain`, as plain arrays.
 
-    weights (W, N): what the chosen method gave, summing to 1 per word. attention (W, L, H, N): as it was,
-    the mean over a word's tokens; H is 1 where the heads would have taken too much room. by_method: the
-    weights of every method that was computed, the chosen one's among them.
+    weights (W, N): of the chosen method; each word's sum to 1. attention (W, L, H, N): the model's attention,
+    mean over a word's tokens; H is 1 if all heads would take too much memory. by_method: the weights of all
+    methods that were computed.
     """
 
     question: str
@@ -96,19 +92,20 @@ def explain(
     layers: Sequence[int] | None = None,
     occlusion: int = 0,
 ) -> Explanation:
-    """Explain an answer to a conversation with at least one picture that ends with the user.
+    """Explain an answer to a conversation that has at least one image and ends with the user.
 
-    answer: its text, or what makes the model's own, called when all else is right. Its tokens are those of
-    the text as the model would be trained on it. image_tokens: those that the model sees of a conversation's
-    pictures. method: one of `METHODS`. layers: those to look at, from 0, where the method lets one choose.
-    occlusion: regions on a side to grey one by one, 0 for none; as many readings as regions. Raises
-    InputError on wrong input; an answer of the model's own without words gives an explanation without words.
+    answer: its text, or a function that generates the model's own answer; it is called after all input is
+    checked. The text is tokenized as in training. image_tokens: a function that returns the image tokens of a
+    conversation. method: one of `METHODS`. layers: numbers from 0, if the method allows a choice. occlusion:
+    regions on a side to grey one by one, 0 for none; each region costs one pass. Raises InputError on wrong
+    input. If the model's own answer is empty, so is the explanation.
     """
+    # 1. Check everything before the model runs.
     chosen = get_method(method)
     config = model.config
     used = choose_layers(chosen, config.decoder.depth, layers)
-    if type(occlusion) is not int or not 0 <= occlusion <= MOST_REGIONS:
-        raise InputError(f"occlusion is {occlusion}; give the regions on a side, 0 (off) to {MOST_REGIONS}")
+    if type(occlusion) is not int or not 0 <= occlusion <= MAX_REGIONS:
+        raise InputError(f"occlusion is {occlusion}; give the regions on a side, 0 (off) to {MAX_REGIONS}")
     conversation.check(answered=False)
     if not conversation.images:
         raise InputError("there is no picture to explain the answer by; show one with the question")
@@ -121,20 +118,30 @@ def explain(
         )
     question = next(m.text for m in reversed(conversation.messages) if m.role == "user").strip()
     layouts = processor.layouts(conversation.images)
-    shown = [
-        (image, places(config, image.size, layout), layout.tokens)
+    image_boxes = [
+        (image, token_boxes(config, image.size, layout), layout.tokens)
         for image, layout in zip(images, layouts, strict=True)
     ]
-    count = sum(tokens for _, _, tokens in shown)
+    count = sum(tokens for _, _, tokens in image_boxes)
     if not answer.strip():
-        looked = np.zeros((0, config.decoder.depth, config.decoder.heads, count), np.float32)
-        empty = np.zeros((0, count), np.float32)
-        nothing = Reliance(*(np.zeros(0, np.float32) for _ in range(4)))
-        drawn = _maps(shown, empty, [None] * len(shown))
+        no_attention = np.zeros((0, config.decoder.depth, config.decoder.heads, count), np.float32)
+        no_weights = np.zeros((0, count), np.float32)
+        no_reliance = Reliance(*(np.zeros(0, np.float32) for _ in range(4)))
+        maps = _maps(image_boxes, no_weights, [None] * len(image_boxes))
         return Explanation(
-            question, "", (), method, tuple(used), drawn, nothing, empty, looked, {method: empty}
+            question,
+            "",
+            (),
+            method,
+            tuple(used),
+            maps,
+            no_reliance,
+            no_weights,
+            no_attention,
+            {method: no_weights},
         )
 
+    # 2. Run the answer and its baselines: with grey images of several kinds, and without images.
     reader = Reader(model, processor, image_tokens)
     ids, first = reader.answer_ids(conversation, answer)
     text, words = split(ids[first:].tolist(), processor.tokenizer.decode)
@@ -142,39 +149,42 @@ def explain(
     greys = [[plain_picture(image.size, color, *kind) for image in images] for kind in PLAIN]
     passages = [
         reader.passage(conversation, ids, first),
-        *_shadows(reader, conversation, greys, answer),
+        *_baselines(reader, conversation, greys, answer),
     ]
     lowest = used[0] if chosen.gradient else None
-    found, looks = read(model, passages, rollout=chosen.rollout, gradient_from=lowest)
-    mean = averages(words, len(found[0]))
+    logprobs, record = read(model, passages, rollout=chosen.rollout, gradient_from=lowest)
+    # 3. From tokens to words: attention is averaged, log-probabilities are summed.
+    mean = averages(words, len(logprobs[0]))
     total = (mean > 0).astype(np.float32)
+    # 4. Weights of the chosen method, and of all others that need nothing more.
     weights = {
-        name: _shares(mean @ other.weigh(looks, used if name == method else every))
+        name: _shares(mean @ other.weigh(record, used if name == method else every))
         for name, other in METHODS.items()
         for every in [choose_layers(other, config.decoder.depth, None)]
         if (not other.rollout or chosen.rollout)
         and (not other.gradient or name == method or (lowest is not None and every[0] >= lowest))
     }
-    attention = np.tensordot(mean, looks.attention.numpy(), 1)
-    logs = [total @ chances.numpy() for chances in found]
-    grey = max(logs[1 : 1 + len(PLAIN)], key=lambda log: float(log.sum()))
-    reliance = Reliance(
-        logs[0], logs[-1] if len(logs) > 1 + len(PLAIN) else grey, grey, attention.sum(-1).mean((1, 2))
-    )
-    hidden: list[np.ndarray | None] = [None] * len(images)
+    attention = np.tensordot(mean, record.attention.numpy(), 1)
+    # 5. Compare with the baselines. Of the grey ones, the one counts that makes the answer most likely.
+    by_word = [total @ values.numpy() for values in logprobs]
+    grey = max(by_word[1 : 1 + len(PLAIN)], key=lambda values: float(values.sum()))
+    dropped = by_word[-1] if len(by_word) > 1 + len(PLAIN) else grey
+    reliance = Reliance(by_word[0], dropped, grey, attention.sum(-1).mean((1, 2)))
+    # 6. Grey the images region by region, if asked for.
+    occlusions: list[np.ndarray | None] = [None] * len(images)
     if occlusion:
-        hidden = [
-            _occlude(reader, conversation, images, number, answer, total, logs[0], occlusion)
+        occlusions = [
+            _occlude(reader, conversation, images, number, answer, total, by_word[0], occlusion)
             for number in range(len(images))
         ]
-    drawn = _maps(shown, weights[method], hidden)
+    maps = _maps(image_boxes, weights[method], occlusions)
     return Explanation(
         question,
         text,
         tuple(words),
         method,
         tuple(used),
-        drawn,
+        maps,
         reliance,
         weights[method],
         attention,
@@ -184,43 +194,45 @@ def explain(
 
 @dataclass(frozen=True)
 class Reader:
-    """What makes passages of answers: a model, its processor, and image tokens of conversations."""
+    """Builds passages from conversations and answers."""
 
     model: Llava
     processor: Processor
     image_tokens: ImageTokens
 
     def answer_ids(self, conversation: Conversation, answer: str) -> tuple[Tensor, int]:
-        """The ids of prompt and answer, without what ends it, and where the answer begins."""
-        said = Conversation((*conversation.messages, Message("assistant", (answer,))))
-        sample = self.processor.training_sample(said)
-        after = len(sample.labels) - int(np.argmax(sample.labels[::-1] != IGNORE))
-        behind = np.flatnonzero(sample.labels[:after] == IGNORE)
-        first = int(behind[-1]) + 1 if len(behind) else 0
+        """Return the ids of prompt and answer, without the stop text, and the answer's start."""
+        answered = Conversation((*conversation.messages, Message("assistant", (answer,))))
+        sample = self.processor.training_sample(answered)
+        # 1. The answer is the last stretch of supervised tokens.
+        end = len(sample.labels) - int(np.argmax(sample.labels[::-1] != IGNORE))
+        ignored = np.flatnonzero(sample.labels[:end] == IGNORE)
+        first = int(ignored[-1]) + 1 if len(ignored) else 0
         if not first:  # a template without a prompt, of a tokenizer without a first token
             raise InputError("the answer's first word has nothing before it to be predicted from")
-        ids, decode = sample.input_ids[first:after].tolist(), self.processor.tokenizer.decode
-        wanted = decode(ids).strip().removesuffix(self.processor.template.stop.strip()).rstrip()
-        last = next(n for n in range(1, len(ids) + 1) if decode(ids[:n]).strip().startswith(wanted))
+        ids, decode = sample.input_ids[first:end].tolist(), self.processor.tokenizer.decode
+        # 2. Cut off the stop text: keep the fewest tokens that give the answer's text.
+        text = decode(ids).strip().removesuffix(self.processor.template.stop.strip()).rstrip()
+        last = next(n for n in range(1, len(ids) + 1) if decode(ids[:n]).strip().startswith(text))
         return torch.from_numpy(sample.input_ids[: first + last]), first
 
     def passage(self, conversation: Conversation, ids: Tensor, first: int) -> Passage:
-        """ids of prompt and answer, which begins at `first`, with the conversation's pictures."""
+        """Build a passage from the ids of prompt and answer. The answer begins at index `first`."""
         tokens = self.image_tokens(conversation) if conversation.images else None
         return Passage.of(ids[:first], tokens, ids[first:].tolist())
 
 
-def _shadows(
+def _baselines(
     reader: Reader, conversation: Conversation, greys: Sequence[Sequence[Image.Image]], answer: str
 ) -> list[Passage]:
-    """The answer with its pictures grey, in each of the ways given, and last with them dropped.
+    """Build passages of the answer with each set of grey images, and last without images.
 
-    A template that shows pictures alone (stage 1's) has no prompt without them, and so no last one.
+    The template "plain" of stage 1 has no prompt without an image, so its last passage is left out.
     """
-    others = [with_pictures(conversation, pictures) for pictures in greys]
+    changed = [with_pictures(conversation, images) for images in greys]
     if reader.processor.template.name != "plain":
-        others.append(without_pictures(conversation))
-    return [reader.passage(other, *reader.answer_ids(other, answer)) for other in others]
+        changed.append(without_pictures(conversation))
+    return [reader.passage(other, *reader.answer_ids(other, answer)) for other in changed]
 
 
 def _occlude(
@@ -233,49 +245,53 @@ def _occlude(
     shown: np.ndarray,
     regions: int,
 ) -> np.ndarray:
-    """Nats that each word loses when a region of picture `number` is greyed: (W, R, R)."""
+    """Return the nats that each word loses when a region of image `number` is greyed: (W, R, R).
+
+    total (W, n) sums tokens to words. shown (W,): the words' log-probabilities with the image as it is.
+    """
     color = reader.model.config.image.pad_color
     lost = np.zeros((len(shown), regions, regions), np.float32)
-    waiting: list[tuple[int, int, Passage]] = []
+    batch: list[tuple[int, int, Passage]] = []  # (row, column, passage)
 
     def flush() -> None:
-        for (row, column, _), found in zip(
-            waiting, score(reader.model, [p for _, _, p in waiting]), strict=True
-        ):
-            lost[:, row, column] = shown - total @ found.numpy()
-        waiting.clear()
+        scores = score(reader.model, [passage for _, _, passage in batch])
+        for (row, column, _), logprobs in zip(batch, scores, strict=True):
+            lost[:, row, column] = shown - total @ logprobs.numpy()
+        batch.clear()
 
     for row, column, copy in occluded(images[number], regions, color):
         changed = with_pictures(conversation, [*images[:number], copy, *images[number + 1 :]])
         ids, first = reader.answer_ids(changed, answer)
-        waiting.append((row, column, reader.passage(changed, ids, first)))
-        if sum(len(p.input_ids) for _, _, p in waiting) >= PACKED:
+        batch.append((row, column, reader.passage(changed, ids, first)))
+        if sum(len(p.input_ids) for _, _, p in batch) >= OCCLUSION_BATCH:
             flush()
-    if waiting:
+    if batch:
         flush()
     return lost
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:
-    """Rows that sum to 1; a row of zeros stays."""
-    whole = weights.sum(-1, keepdims=True)
-    return np.divide(weights, whole, out=np.zeros_like(weights), where=whole > 0)
+    """Scale rows to sum 1. A row of zeros stays zero."""
+    sums = weights.sum(-1, keepdims=True)
+    return np.divide(weights, sums, out=np.zeros_like(weights), where=sums > 0)
 
 
 def _maps(
-    shown: Sequence[tuple[Image.Image, Places, int]],
+    image_boxes: Sequence[tuple[Image.Image, TokenBoxes, int]],
     weights: np.ndarray,
-    hidden: Sequence[np.ndarray | None],
+    occlusions: Sequence[np.ndarray | None],
 ) -> tuple[PictureMap, ...]:
+    """Draw each image's part of the weights (W, N). image_boxes: (image, boxes, number of image tokens)."""
     maps, first = [], 0
-    for (image, where, tokens), lost in zip(shown, hidden, strict=True):
-        if len(where.boxes) != tokens:
-            raise ValueError(f"the picture has {tokens} tokens, its map {len(where.boxes)} places")
+    for (image, boxes, tokens), occlusion in zip(image_boxes, occlusions, strict=True):
+        if len(boxes.boxes) != tokens:
+            raise ValueError(f"the picture has {tokens} tokens, its map has {len(boxes.boxes)} boxes")
         own = weights[:, first : first + tokens]
-        heat = where.paint(own, grid_for(image.size)).astype(np.float32)
-        placeless = own[:, ~where.placed].sum(-1)
-        padding = own @ (1 - where.inside()) - placeless
-        maps.append(PictureMap(image, where, (first, first + tokens), heat, padding.clip(0), placeless, lost))
+        heat = boxes.paint(own, grid_for(image.size)).astype(np.float32)
+        placeless = own[:, ~boxes.placed].sum(-1)
+        padding = own @ (1 - boxes.inside()) - placeless
+        token_range = (first, first + tokens)
+        maps.append(PictureMap(image, boxes, token_range, heat, padding.clip(0), placeless, occlusion))
         first += tokens
     assert first == weights.shape[1]
     return tuple(maps)

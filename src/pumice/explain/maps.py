@@ -1,13 +1,10 @@
-"""From a picture's tokens to its pixels: which part of the original picture each image token shows.
+"""Map each image token to the part of the original image that it shows.
 
-Knows sizes, image policies and layouts; numpy only. Does not know attention, words, or how pictures are
-resized: this file follows a pixel backwards through `pumice.images` and `pumice.geometry`, and a test sends
-bright pixels forwards through both to see that they meet.
+This file follows a pixel backwards through `pumice.images` and `pumice.geometry`. A test sends bright pixels
+forwards through both and checks that they meet. A token's box is the patch of pixels that its feature belongs
+to. The feature also depends on its surroundings, which no map can show.
 
-A token's place is the patch of pixels that its feature stands for. A convolutional tower and the blocks of
-a ViT let it know of its surroundings, too; no map can show that.
-
-Shapes: N tokens of one picture, W words, h x w cells of a map.
+Shapes: N tokens of one image, W words, h x w cells of a map.
 """
 
 from __future__ import annotations
@@ -24,22 +21,22 @@ from pumice.images import LONGEST_CROPPED, LONGEST_PADDED
 
 @dataclass(frozen=True)
 class Axis:
-    """Pixels of the tower's square to pixels of the original, along one side: at * scale + start."""
+    """Converts pixels of a tile to pixels of the original image along one axis: pixel * scale + start."""
 
     scale: float
     start: float
 
-    def __call__(self, at: np.ndarray) -> np.ndarray:
-        return at * self.scale + self.start
+    def __call__(self, pixel: np.ndarray) -> np.ndarray:
+        return pixel * self.scale + self.start
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the tokens of one picture lie in it.
+class TokenBoxes:
+    """The box of each token of one image.
 
-    boxes (N, 4): left, top, right, bottom in pixels of the original picture, upright; they reach beyond it
-    where a token shows padding, too. placed (N,): False for tokens that show no place of their own (the
-    class token, the newline at the end of a row of tiles), whose box is empty.
+    boxes (N, 4): left, top, right, bottom in pixels of the original, upright image. They reach beyond it if a
+    token also shows padding. placed (N,): False for tokens that show no part of the image (the class token,
+    the newline at the end of a row of tiles); their box is empty.
     """
 
     size: Size
@@ -47,17 +44,17 @@ class Places:
     placed: np.ndarray
 
     def inside(self) -> np.ndarray:
-        """(N,): the share of each token's box that is picture, not padding; 0 without a place."""
+        """Return the share of each token's box that is image, not padding: (N,); 0 for an empty box."""
         width, height = self.size
         x = _covered(self.boxes[:, 0], self.boxes[:, 2], np.array([0.0, width]))[:, 0]
         y = _covered(self.boxes[:, 1], self.boxes[:, 3], np.array([0.0, height]))[:, 0]
         return x * y
 
     def paint(self, weights: np.ndarray, grid: Size) -> np.ndarray:
-        """Weights (..., N) -> heat (..., h, w) on a grid of (w, h) equal cells over the picture.
+        """Turn weights (..., N) into heat (..., h, w) on a grid of (w, h) equal cells over the image.
 
-        A token's weight is spread evenly over its box, so that a map's sum is the weight that lies in the
-        picture: what falls into padding is not drawn, and what has no place neither.
+        A token's weight is spread evenly over its box. Weight that lies on padding or on an empty box is left
+        out, so the sum of a map is the weight that lies in the image.
         """
         width, height = self.size
         x = _covered(self.boxes[:, 0], self.boxes[:, 2], np.linspace(0, width, grid[0] + 1))  # (N, w)
@@ -65,38 +62,40 @@ class Places:
         return np.einsum("...n,nh,nw->...hw", weights, y, x, optimize=True)
 
 
-def places(config: ModelConfig, size: Size, layout: Layout) -> Places:
-    """The places of one picture's tokens, in their order. size: (width, height) of the upright picture."""
-    alone = config.image.mode == "anyres" and layout.tiles == 1  # one of several pictures, padded
-    first = _POLICIES["pad" if alone else config.image.mode](config, size)
-    boxes = _square(config, first)
+def token_boxes(config: ModelConfig, size: Size, layout: Layout) -> TokenBoxes:
+    """Return the boxes of one image's tokens, in order. size: (width, height) of the upright image."""
+    # 1. The tokens of the first tile, which shows the whole image.
+    single_tile = config.image.mode == "anyres" and layout.tiles == 1  # one of several images, padded
+    axes = _POLICIES["pad" if single_tile else config.image.mode](config, size)
+    boxes = _first_tile(config, axes)
     placed = np.ones(len(boxes), bool)
     if config.vision.select == "cls_patch":
         boxes, placed = np.vstack((np.zeros((1, 4)), boxes)), np.append(False, placed)
+    # 2. The tokens of the other tiles follow.
     if config.image.mode == "anyres":
-        tiles, kept = _tiles(config, size, layout)
-        boxes, placed = np.vstack((boxes, tiles)), np.append(placed, kept)
-    return Places(size, boxes, placed)
+        tile_boxes, tile_placed = _tiles(config, size, layout)
+        boxes, placed = np.vstack((boxes, tile_boxes)), np.append(placed, tile_placed)
+    return TokenBoxes(size, boxes, placed)
 
 
 def grid_for(size: Size, longest: int = 48) -> Size:
-    """(w, h) of a map for a picture of this size: its shape, `longest` cells on the longer side."""
+    """Return (w, h) of a map for an image of this size: its shape, `longest` cells on the longer side."""
     scale = longest / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _pad(config: ModelConfig, size: Size) -> tuple[Axis, Axis]:
     side = max(size)
-    shown = size
+    scaled = size
     if side > LONGEST_PADDED:
-        shown = (
+        scaled = (
             max(1, round(size[0] * LONGEST_PADDED / side)),
             max(1, round(size[1] * LONGEST_PADDED / side)),
         )
         side = LONGEST_PADDED
     across, down = (
         Axis(side / config.vision.image_size * n / m, -((side - m) // 2) * n / m)
-        for n, m in zip(size, shown, strict=True)
+        for n, m in zip(size, scaled, strict=True)
     )
     return across, down
 
@@ -107,10 +106,10 @@ def _crop(config: ModelConfig, size: Size) -> tuple[Axis, Axis]:
     long = min(max(size), LONGEST_CROPPED * short)
     axes = []
     for n in size:
-        cut = min(n, long)  # pixels of the original that are resized at all
-        grown = side if cut == short else side * long // short
-        scale = cut / grown
-        axes.append(Axis(scale, (n - cut) // 2 + (grown - side) // 2 * scale))
+        cut = min(n, long)  # pixels of the original that are resized
+        resized = side if cut == short else side * long // short
+        scale = cut / resized
+        axes.append(Axis(scale, (n - cut) // 2 + (resized - side) // 2 * scale))
     return axes[0], axes[1]
 
 
@@ -122,12 +121,12 @@ _POLICIES: dict[str, Callable[[ModelConfig, Size], tuple[Axis, Axis]]] = {
     "pad": _pad,
     "crop": _crop,
     "squash": _squash,
-    "anyres": _squash,  # its first square
+    "anyres": _squash,  # its first tile
 }
 
 
-def _square(config: ModelConfig, axes: tuple[Axis, Axis]) -> np.ndarray:
-    """The boxes of the patches of one square, row by row: (side * side, 4)."""
+def _first_tile(config: ModelConfig, axes: tuple[Axis, Axis]) -> np.ndarray:
+    """Return the boxes of the tokens of the first tile, row by row: (side * side, 4)."""
     side, cell = _tokens(config)
     begin = np.arange(side) * cell
     x, y = (np.stack((axis(begin), axis(begin + cell))) for axis in axes)
@@ -135,28 +134,30 @@ def _square(config: ModelConfig, axes: tuple[Axis, Axis]) -> np.ndarray:
 
 
 def _tokens(config: ModelConfig) -> tuple[int, int]:
-    """Tokens on a side of one square, and the pixels of one."""
+    """Return the tokens on a side of one tile, and the pixels on a side of one token."""
     factor = 1 if config.connector.reduce == "none" else config.connector.factor
     return config.vision.grid // factor, config.vision.stride * factor
 
 
 def _tiles(config: ModelConfig, size: Size, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes and `placed` of an anyres picture's tokens after those of the first square."""
+    """Return boxes and `placed` of an anyres image's tokens after those of the first tile."""
     target = best_resolution(size, config.image.pinpoints)
     fitted = letterbox(size, target)
     spans = []
-    for n, whole, shown, cut, kept, tiles in zip(
+    # 1. Along each axis: the first and last pixel of each column or row of tokens.
+    for n, canvas, content, cut, count, tiles in zip(
         size, target, fitted, (layout.left, layout.top), (layout.width, layout.height),
         (layout.columns, layout.rows), strict=True,
     ):  # fmt: skip
         side, _ = _tokens(config)
-        # `kept` tokens share the columns (rows) that were left of the tiles' side * tiles.
-        edges = cut + np.arange(kept + 1) * ((side * tiles - 2 * cut) / max(kept, 1))
+        # `count` tokens share what is left of the side * tiles columns (rows) after the padding is cut off.
+        edges = cut + np.arange(count + 1) * ((side * tiles - 2 * cut) / max(count, 1))
         begin, end = _pixels(edges[:-1], config, last=False), _pixels(edges[1:], config, last=True)
-        axis = Axis(n / shown, -((whole - shown) // 2) * n / shown)
+        axis = Axis(n / content, -((canvas - content) // 2) * n / content)
         spans.append(np.stack((axis(begin), axis(end))))
     boxes = _boxes(*spans).reshape(layout.height, layout.width, 4)
     placed = np.ones(boxes.shape[:2], bool)
+    # 2. A newline token ends each row. It shows nothing.
     if layout.newline:
         boxes = np.concatenate((boxes, np.zeros((layout.height, 1, 4))), 1)
         placed = np.concatenate((placed, np.zeros((layout.height, 1), bool)), 1)
@@ -164,14 +165,14 @@ def _tiles(config: ModelConfig, size: Size, layout: Layout) -> tuple[np.ndarray,
 
 
 def _pixels(edges: np.ndarray, config: ModelConfig, *, last: bool) -> np.ndarray:
-    """Edges counted in tokens along the tiles -> pixels; a tile may have a rest that no token shows."""
+    """Convert edges, counted in tokens along the tiles, to pixels. A tile may end in pixels without token."""
     side, cell = _tokens(config)
     tile = np.ceil(edges / side) - 1 if last else np.floor(edges / side)
     return tile * config.vision.image_size + (edges - tile * side) * cell
 
 
 def _boxes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Beginnings and ends along each side, (2, columns) and (2, rows) -> boxes (rows * columns, 4)."""
+    """Combine starts and ends along each axis, (2, columns) and (2, rows), to boxes (rows * columns, 4)."""
     columns, rows = x.shape[1], y.shape[1]
     left, right = (np.tile(edge, rows) for edge in x)
     top, bottom = (np.repeat(edge, columns) for edge in y)
@@ -179,7 +180,7 @@ def _boxes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _covered(begin: np.ndarray, end: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The share of each interval (N,) that lies in each cell between two of the edges (c + 1): (N, c)."""
+    """Return the share of each interval (N,) that lies in each cell between two edges (c + 1): (N, c)."""
     low = np.maximum(begin[:, None], edges[None, :-1])
     high = np.minimum(end[:, None], edges[None, 1:])
     length = (end - begin)[:, None]

@@ -1,6 +1,4 @@
-"""How attention by layer and head becomes one weight per image token: one table of named methods.
-
-Knows: arrays that a pass recorded. Does not know: models, words, pixels.
+"""The methods that turn attention by layer and head into one weight per image token.
 
 Shapes: n tokens of the answer, L layers, H heads, N image tokens.
 """
@@ -13,38 +11,38 @@ from dataclasses import dataclass
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.explain.attention import Looks
+from pumice.explain.attention import AttentionRecord
 
-# Relative depth of the layers whose heat lay most on the thing named, chosen on 45 composites that the table
-# in docs/explaining.md does not count.
+# Relative depth of the layers whose heat lies most on the named thing. Chosen on 45 composites that are not
+# in the table of docs/explaining.md.
 BEST_DEPTH = (0.4, 0.8)
 
 
 @dataclass(frozen=True)
 class Method:
-    """weigh: what was recorded and the chosen layers -> (n, N), not yet normalised."""
+    """weigh: turns a record and the chosen layers into weights (n, N), not yet normalised."""
 
     title: str
     text: str
-    weigh: Callable[[Looks, Sequence[int]], np.ndarray]
-    best_layers: bool = False  # of all layers, only those of BEST_DEPTH, unless somebody chooses
-    rollout: bool = False  # needs the rollout, which costs every position's attention
-    gradient: bool = False  # needs the gradients, which cost one pass backwards over the answer
-    layered: bool = True  # layers can be chosen
+    weigh: Callable[[AttentionRecord, Sequence[int]], np.ndarray]
+    best_layers: bool = False  # use the layers of BEST_DEPTH, unless the caller chooses
+    rollout: bool = False  # needs the rollout, which computes all rows of attention
+    gradient: bool = False  # needs the gradients, which cost a backward pass over the answer
+    layered: bool = True  # the caller may choose layers
 
 
-def _mean(looks: Looks, layers: Sequence[int]) -> np.ndarray:
-    return looks.attention[:, list(layers)].mean((1, 2)).numpy()
+def _mean(record: AttentionRecord, layers: Sequence[int]) -> np.ndarray:
+    return record.attention[:, list(layers)].mean((1, 2)).numpy()
 
 
-def _rollout(looks: Looks, layers: Sequence[int]) -> np.ndarray:
-    assert looks.rollout is not None
-    return looks.rollout.numpy()
+def _rollout(record: AttentionRecord, layers: Sequence[int]) -> np.ndarray:
+    assert record.rollout is not None
+    return record.rollout.numpy()
 
 
-def _gradient(looks: Looks, layers: Sequence[int]) -> np.ndarray:
-    assert looks.gradient is not None
-    return looks.gradient[:, list(layers)].mean(1).numpy()
+def _gradient(record: AttentionRecord, layers: Sequence[int]) -> np.ndarray:
+    assert record.gradient is not None
+    return record.gradient[:, list(layers)].mean(1).numpy()
 
 
 METHODS = {
@@ -86,15 +84,15 @@ DEFAULT = "gradient-best-layers"
 
 
 def get_method(name: str) -> Method:
-    """Raises InputError when there is none of this name."""
+    """Return the method of this name. Raises InputError if there is none."""
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
     return METHODS[name]
 
 
-def choose_layers(method: Method, depth: int, wanted: Sequence[int] | None) -> list[int]:
-    """The layers that a method looks at, of `depth`. InputError on one that the decoder does not have."""
-    if wanted is None:
+def choose_layers(method: Method, depth: int, requested: Sequence[int] | None) -> list[int]:
+    """Return the layers that a method uses, of `depth`. Raises InputError if one does not exist."""
+    if requested is None:
         low, high = BEST_DEPTH if method.best_layers else (0.0, 1.0)
         first = min(int(low * depth), depth - 1)
         return list(range(first, max(first + 1, int(high * depth))))
@@ -102,9 +100,15 @@ def choose_layers(method: Method, depth: int, wanted: Sequence[int] | None) -> l
         raise InputError(
             f"the method {method.title!r} goes through all layers; leave out the choice of layers"
         )
-    if isinstance(wanted, str) or not isinstance(wanted, Sequence) or {type(n) for n in wanted} - {int}:
-        raise InputError(f"the layers are {wanted!r}; give numbers from 0, such as [3, 4] or range(12, 24)")
-    layers = sorted(set(wanted))
+    if (
+        isinstance(requested, str)
+        or not isinstance(requested, Sequence)
+        or {type(n) for n in requested} - {int}
+    ):
+        raise InputError(
+            f"the layers are {requested!r}; give numbers from 0, such as [3, 4] or range(12, 24)"
+        )
+    layers = sorted(set(requested))
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         outside = [n for n in (*layers[:1], *layers[-1:]) if not 0 <= n < depth]
         chosen = f"layer {outside[-1]} was" if outside else "no layers were"

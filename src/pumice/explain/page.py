@@ -1,7 +1,6 @@
-"""An explanation as JSON for a browser, and as one page that needs nothing from elsewhere.
+"""Write an explanation as JSON for a browser, or as one HTML page that loads nothing else.
 
-Knows: explanations, HTML around them. Does not know: models, how they were made. What the page does stands in
-page.js, which the server's page uses, too.
+The page's behaviour is in page.js, which the server's page also uses.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from pumice.explain.methods import METHODS
 from pumice.moved import old_names
 from pumice.webpage import head, jpeg_address
 
-LIMIT = 4 * 2**20  # bytes of attention in a page; beyond it heads, then layers are left out
-SIDE = 1024  # pixels of a picture's longer side in a page
+LIMIT = 4 * 2**20  # bytes of attention in a page; if it takes more, heads, then layers are left out
+SIDE = 1024  # pixels of an image's longer side in a page
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; }
@@ -30,38 +29,38 @@ h1 { font-size: 1.4rem; margin: 0 0 1rem; }
 """
 
 
-def to_json(found: Explanation, *, pictures: bool = True) -> dict[str, Any]:
-    """Plain values; big arrays as base64 of bytes.
+def to_json(explanation: Explanation, *, pictures: bool = True) -> dict[str, Any]:
+    """Return the explanation as plain values, with large arrays as base64 of their bytes.
 
-    "words": text, where it stands in the answer, log-probabilities (shown, grey, dropped), attention share.
-    "methods": name, title, text, weights of each word on the image tokens. "attention": every layer and head,
-    row (word * layers + layer) * heads + head. Packed rows are uint8 "values" times float32 "scales", one
-    per row. "pictures": size, range of tokens, their boxes as shares of the picture (float32, N x 4), and
-    the picture itself as a data address unless `pictures` is False.
+    "words": text, its range in the answer, log-probabilities (shown, grey, dropped), share of attention.
+    "methods": name, title, text, weights of each word on the image tokens. "attention": of all layers and
+    heads; the row is (word * layers + layer) * heads + head. Packed rows are uint8 "values" times float32
+    "scales", one per row. "pictures": size, range of tokens, their boxes as shares of the image (float32, N x
+    4), and the image as a data address unless `pictures` is False.
     """
-    reliance = found.reliance
+    reliance = explanation.reliance
     words = [
         {
             "text": word.text,
-            "start": _units(found.answer, word.start),
-            "end": _units(found.answer, word.end),
+            "start": _utf16_position(explanation.answer, word.start),
+            "end": _utf16_position(explanation.answer, word.end),
             "content": word.is_content,
             "shown": _number(reliance.shown[i]),
             "grey": _number(reliance.grey[i]),
             "dropped": _number(reliance.dropped[i]),
             "share": _number(reliance.share[i]),
         }
-        for i, word in enumerate(found.words)
+        for i, word in enumerate(explanation.words)
     ]
-    attention, notes = _attention(found)
+    attention, notes = _attention(explanation)
     return {
         "format": 1,
-        "question": found.question,
-        "answer": found.answer,
-        "method": found.method,
-        "chosen_layers": list(found.layers),
-        "layers": found.attention.shape[1],
-        "tokens": found.attention.shape[3],
+        "question": explanation.question,
+        "answer": explanation.answer,
+        "method": explanation.method,
+        "chosen_layers": list(explanation.layers),
+        "layers": explanation.attention.shape[1],
+        "tokens": explanation.attention.shape[3],
         "words": words,
         "reliance": {
             "score": _number(reliance.score),
@@ -76,21 +75,21 @@ def to_json(found: Explanation, *, pictures: bool = True) -> dict[str, Any]:
                 "text": METHODS[name].text,
                 "weights": _pack(weights),
             }
-            for name, weights in found.by_method.items()
+            for name, weights in explanation.by_method.items()
         ],
         "attention": attention,
-        "pictures": [_picture(found, number, pictures) for number in range(len(found.pictures))],
-        "notes": [*notes, *_thin(found)],
+        "pictures": [_picture(explanation, number, pictures) for number in range(len(explanation.pictures))],
+        "notes": [*notes, *_thin_image_notes(explanation)],
     }
 
 
-def page(found: Explanation) -> str:
-    """One HTML page; it loads nothing and may load nothing."""
+def page(explanation: Explanation) -> str:
+    """Return one HTML page. It loads nothing, and its policy forbids it."""
     folder = files("pumice.explain")
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    # "<" is written as JSON may write it, so that no text of a model can end the script.
-    data = json.dumps(to_json(found), ensure_ascii=False).replace("<", "\\u003c")
-    title = f"Where the answer looked: {found.question}"
+    # Escape "<", so that no text of a model can end the script.
+    data = json.dumps(to_json(explanation), ensure_ascii=False).replace("<", "\\u003c")
+    title = f"Where the answer looked: {explanation.question}"
     return (
         f"{head(title, _STYLE + style)}"
         '<body class="px"><main><h1>Where the answer looked</h1><div id="explanation"></div></main>\n'
@@ -101,32 +100,32 @@ def page(found: Explanation) -> str:
     )
 
 
-def _attention(found: Explanation) -> tuple[dict[str, Any] | None, list[str]]:
-    """Attention that fits in a page, and what to say about what does not."""
-    words, layers, heads, tokens = found.attention.shape
+def _attention(explanation: Explanation) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the attention that fits in a page, and notes about what does not fit."""
+    words, layers, heads, tokens = explanation.attention.shape
     if words * layers * heads * (tokens + 4) <= LIMIT:
         notes = [] if heads > 1 else ["The heads took too much room; layers are means over them."]
-        return {"heads": heads, "packed": _pack(found.attention.reshape(-1, tokens))}, notes
+        return {"heads": heads, "packed": _pack(explanation.attention.reshape(-1, tokens))}, notes
     if words * layers * (tokens + 4) <= LIMIT:
-        mean = found.attention.mean(2).reshape(-1, tokens)
+        mean = explanation.attention.mean(2).reshape(-1, tokens)
         return {"heads": 1, "packed": _pack(mean)}, ["The page holds layers as means over their heads."]
     return None, ["The answer is too long for layers and heads in a page; Python gives them as arrays."]
 
 
 def _pack(rows: np.ndarray) -> dict[str, Any]:
-    """(R, N) of numbers from 0 up."""
-    most = rows.max(1, initial=0)
-    scales = (most / 255).astype("<f4")
-    divisor = np.where(most > 0, most / 255, 1)
+    """Pack rows (R, N) of numbers >= 0 as bytes, with one scale per row."""
+    row_max = rows.max(1, initial=0)
+    scales = (row_max / 255).astype("<f4")
+    divisor = np.where(row_max > 0, row_max / 255, 1)
     values = np.rint(rows / divisor[:, None]).astype(np.uint8)
     return {"values": _base64(values.tobytes()), "scales": _base64(scales.tobytes()), "width": rows.shape[1]}
 
 
-def _picture(found: Explanation, number: int, with_pixels: bool) -> dict[str, Any]:
-    picture = found.pictures[number]
+def _picture(explanation: Explanation, number: int, with_pixels: bool) -> dict[str, Any]:
+    picture = explanation.pictures[number]
     width, height = picture.image.size
     grid = (picture.heat.shape[2], picture.heat.shape[1])
-    boxes = picture.places.boxes / np.array([width, height, width, height])
+    boxes = picture.token_boxes.boxes / np.array([width, height, width, height])
     values: dict[str, Any] = {
         "width": width,
         "height": height,
@@ -143,17 +142,17 @@ def _picture(found: Explanation, number: int, with_pixels: bool) -> dict[str, An
     return values
 
 
-def _thin(found: Explanation) -> list[str]:
+def _thin_image_notes(explanation: Explanation) -> list[str]:
     return [
         f"A picture of {image.width} × {image.height} pixels is so thin that the model sees little of it; "
         "it is stretched here."
-        for image in (picture.image for picture in found.pictures)
+        for image in (picture.image for picture in explanation.pictures)
         if max(image.size) > 12 * min(image.size)
     ]
 
 
-def _units(text: str, position: int) -> int:
-    """A place in the text as JavaScript counts, in UTF-16 units."""
+def _utf16_position(text: str, position: int) -> int:
+    """Convert a position in the text to UTF-16 units, as JavaScript counts."""
     return len(text[:position].encode("utf-16-le")) // 2
 
 

@@ -1,11 +1,10 @@
-"""Whether the pictures mattered: what an answer's words lose when the pictures are taken away.
+"""Measure whether the images mattered: how much less likely an answer's words are without them.
 
-Knows: a Llava, a processor's prompts and what a person shows. Does not know: attention, maps, pages.
-
-Two ways to take a picture away. *grey*: every picture becomes a plain one of its own size, so that the
-prompt keeps its length and form; of several plain ones (`PLAIN`) the one counts that makes the whole answer
-likeliest, since any of them may happen to suggest something. *dropped*: its tokens are left out, a prompt of
-another kind, which a model may answer in another manner even where it sees nothing; told, but not judged by.
+There are two ways to take an image away. *grey*: each image becomes a plain one of the same size, so that the
+prompt keeps its length and form. Several plain images are tried (`PLAIN`), because one may happen to suggest
+something; the one counts that makes the whole answer most likely. *dropped*: the image tokens are left out.
+This is another kind of prompt, which a model may answer differently for that reason alone, so it is reported
+but does not decide.
 
 Shapes: n tokens of the answer, W words, R regions on a side.
 """
@@ -20,22 +19,21 @@ from PIL import Image
 
 from pumice.conversation import Conversation, ImagePart, Message
 
-# Nats per word that an answer must lose, on average over its words, when its pictures become grey, to be said
-# to lean on them. docs/explaining.md says what was measured around it.
+# An answer leans on its images if it loses at least this many nats per word when they become grey.
+# docs/explaining.md shows the measurements.
 THRESHOLD = 0.3
 
-# The plain pictures: brightness as a multiple of the policy's mean colour, and how much noise (standard
-# deviation, of 255), because a tower may find an even surface stranger than a photograph's.
+# The plain images: brightness as a multiple of the policy's mean colour, and standard deviation of noise (of
+# 255). Noise, because an even surface may be stranger to a tower than a photograph.
 PLAIN = ((0.85, 0.0), (1.15, 4.0))
 
 
 @dataclass(frozen=True)
 class Reliance:
-    """Log-probabilities of each word (W,), in nats, given the words before it: as it was answered, and again
-    with every picture dropped and with every picture grey (the likeliest of `PLAIN`).
+    """Log-probabilities of each word (W,), in nats: with the images, without them, and with grey ones.
 
-    dropped is grey where the template has no prompt without pictures (stage 1's).
-    share (W,): of attention that goes to the pictures' tokens, mean over layers and heads.
+    dropped equals grey if the template has no prompt without images (stage 1). grey: of the most likely of
+    `PLAIN`. share (W,): share of attention on the image tokens, mean over layers and heads.
     """
 
     shown: np.ndarray
@@ -68,15 +66,15 @@ class Reliance:
         return float(self.share.mean()) if len(self.share) else 0.0
 
     def verdict(self) -> str:
-        """One sentence for people."""
+        """Return one sentence for users."""
         if not len(self.shown):
             return "There are no words, so nothing to lean on the picture."
-        told = f"{self.score:.2f} nats per word"
+        loss = f"{self.score:.2f} nats per word"
         if self.leans:
-            return f"This answer leans on the picture: without it, it loses {told}."
-        lost = f"{told}, less than {THRESHOLD:g}" if self.score > 0 else "nothing"
+            return f"This answer leans on the picture: without it, it loses {loss}."
+        loss = f"{loss}, less than {THRESHOLD:g}" if self.score > 0 else "nothing"
         return (
-            f"This answer does not lean on the picture: without it, it loses {lost}; "
+            f"This answer does not lean on the picture: without it, it loses {loss}; "
             "the question's words alone would nearly do."
         )
 
@@ -84,10 +82,10 @@ class Reliance:
 def plain_picture(
     size: tuple[int, int], color: tuple[int, int, int], brightness: float, noise: float
 ) -> Image.Image:
-    """One of `PLAIN`; the same every time."""
+    """Return a plain image of this size, the same on every call. brightness, noise: as in `PLAIN`."""
     if not noise:
         return Image.new("RGB", size, tuple(min(255, round(c * brightness)) for c in color))
-    scale = min(1.0, 512 / max(size))  # millions of random numbers would take longer than the model
+    scale = min(1.0, 512 / max(size))  # millions of random numbers would take longer than the model runs
     width, height = (max(1, round(n * scale)) for n in size)
     grain = np.random.default_rng(0).normal(0, noise, (height, width, 3))
     values = np.array(color, np.float32) * brightness + grain
@@ -95,7 +93,7 @@ def plain_picture(
 
 
 def without_pictures(conversation: Conversation) -> Conversation:
-    """The same conversation with its pictures left out; a message of pictures alone keeps an empty text."""
+    """Return the conversation without its images. A message that had only images gets an empty text."""
     return Conversation(
         tuple(
             Message(m.role, tuple(p for p in m.parts if not isinstance(p, ImagePart)) or ("",))
@@ -105,15 +103,15 @@ def without_pictures(conversation: Conversation) -> Conversation:
 
 
 def with_pictures(conversation: Conversation, pictures: Sequence[Image.Image]) -> Conversation:
-    """The same conversation with other pictures in the places of its own, in order."""
-    new = iter(pictures)
-    return conversation.with_sources(lambda _: next(new))
+    """Return the conversation with its images replaced by others, in order."""
+    replacements = iter(pictures)
+    return conversation.with_sources(lambda _: next(replacements))
 
 
 def occluded(
     picture: Image.Image, regions: int, color: tuple[int, int, int]
 ) -> Iterator[tuple[int, int, Image.Image]]:
-    """Copies of a picture with one of regions x regions equal rectangles filled: (row, column, copy)."""
+    """Yield (row, column, copy): the image with one of regions x regions equal rectangles filled."""
     columns = np.linspace(0, picture.width, regions + 1).round().astype(int).tolist()
     rows = np.linspace(0, picture.height, regions + 1).round().astype(int).tolist()
     for row in range(regions):

@@ -1,7 +1,7 @@
-"""The classic figure: the picture, then one panel per word in which light falls where the word looked.
+"""Draw an explanation as a strip: the image, then one panel per word that is light where the word looked.
 
-Knows: explanations, Pillow. Does not know: pages, models. As figure 3 of Show, Attend and Tell (arXiv
-1502.03044): a grey picture that turns white with the weight, up to an opacity of 0.8.
+As in figure 3 of Show, Attend and Tell (arXiv 1502.03044), a dark image turns white with the weight, up to an
+opacity of 0.8.
 """
 
 from __future__ import annotations
@@ -14,51 +14,59 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pumice.explain.explanation import Explanation, PictureMap
 
 OPACITY = 0.8
-LEAST = 20  # pixels on a side of the thinnest picture's panel, which is then stretched
+MIN_SIDE = 20  # pixels; the panel of a thinner image is stretched
 GAP, MARGIN = 6, 16
-WIDEST = 1600  # pixels of the whole strip
+WIDEST = 1600  # pixels of the strip
 INK, SOFT, TINT = (27, 27, 31), (85, 86, 94), (11, 87, 208)
 
 
-def strip(found: Explanation) -> Image.Image:
-    """The picture of an explanation, RGB; at most WIDEST wide, panels smaller where there are many words."""
-    side = 220 if len(found.words) <= 24 else 150 if len(found.words) <= 80 else 96
-    sizes = _sizes(found.pictures, side)
+def strip(explanation: Explanation) -> Image.Image:
+    """Draw an explanation as an RGB image, at most WIDEST wide. Many words get smaller panels."""
+    # 1. Choose sizes: of a panel (`wide` x `tall`), of a line of text, and how many panels fit `across`.
+    side = 220 if len(explanation.words) <= 24 else 150 if len(explanation.words) <= 80 else 96
+    sizes = _sizes(explanation.pictures, side)
     wide = sum(width for width, _ in sizes) + 2 * (len(sizes) - 1)
     tall = max(height for _, height in sizes)
     label = _font(max(12, side // 11))
     line = _height(label) + 6
     across = max(1, (WIDEST - 2 * MARGIN + GAP) // (wide + GAP))
-    panels = 1 + len(found.words)
+    panels = 1 + len(explanation.words)
     across = min(across, panels)
     text = _font(17)
     width = max(across * (wide + GAP) - GAP, 600)
-    head = [*_wrap(found.question, text, width), *_wrap(found.answer or "(an empty answer)", text, width)]
-    told = _wrap(found.reliance.verdict(), _font(14), width)
-    top = MARGIN + (len(head) + len(told)) * 24 + 8
+    head = [
+        *_wrap(explanation.question, text, width),
+        *_wrap(explanation.answer or "(an empty answer)", text, width),
+    ]
+    verdict = _wrap(explanation.reliance.verdict(), _font(14), width)
+    top = MARGIN + (len(head) + len(verdict)) * 24 + 8
     rows = math.ceil(panels / across)
+    # 2. Write question, answer and verdict above the panels.
     canvas = Image.new("RGB", (width + 2 * MARGIN, top + rows * (tall + line + GAP) + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
-    for number, words in enumerate([*head, *told]):
+    for number, words in enumerate([*head, *verdict]):
         ink, font = (INK, text) if number < len(head) else (SOFT, _font(14))
         pen.text((MARGIN, MARGIN + 24 * number), words, fill=ink, font=font)
-    brightest = max((_peak(found.pictures, word) for word in range(len(found.words))), default=0.0)
-    loss = found.reliance.loss_grey
+    brightest = max(
+        (_peak(explanation.pictures, word) for word in range(len(explanation.words))), default=0.0
+    )
+    loss = explanation.reliance.loss_grey
+    # 3. Draw the panels: first the images alone, then one panel per word.
     for panel in range(panels):
         x = MARGIN + panel % across * (wide + GAP)
         y = top + panel // across * (tall + line + GAP)
         word = panel - 1
         if word >= 0:
-            lean = float(np.clip(loss[word] / 3, 0, 1))  # 3 nats: twenty times less likely
+            lean = float(np.clip(loss[word] / 3, 0, 1))  # full colour at 3 nats: twenty times less likely
             shade = tuple(round(a + (b - a) * lean) for a, b in zip(INK, TINT, strict=True))
             if lean > 0.02:
                 pen.rectangle((x, y + line - 4, x + max(2, round(wide * lean)), y + line - 3), fill=TINT)
-            pen.text((x, y), _cut(found.words[word].text, label, wide), fill=shade, font=label)
-        for picture, size in zip(found.pictures, sizes, strict=True):
+            pen.text((x, y), _cut(explanation.words[word].text, label, wide), fill=shade, font=label)
+        for picture, size in zip(explanation.pictures, sizes, strict=True):
             drawn = picture.image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
             if word >= 0:
-                peak = _peak(found.pictures, word)
-                # A word that looked nowhere in particular stays dimmer than one that looked at a spot.
+                peak = _peak(explanation.pictures, word)
+                # A word with spread attention stays darker than one that looked at a spot.
                 share = math.sqrt(peak / brightest) if brightest > 0 else 0.0
                 drawn = _lit(drawn, picture.heat[word] * (picture.heat[word].size * share / max(peak, 1e-12)))
             canvas.paste(drawn, (x, y + line))
@@ -67,7 +75,7 @@ def strip(found: Explanation) -> Image.Image:
 
 
 def _lit(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A grey picture with white laid over it; heat (h, w) from 0 to 1."""
+    """Darken an image and lay white over it where the heat (h, w) is high, from 0 to 1."""
     mask = Image.fromarray((255 * OPACITY * heat.clip(0, 1)).astype(np.uint8)).resize(
         picture.size, Image.Resampling.BICUBIC
     )
@@ -77,19 +85,19 @@ def _lit(picture: Image.Image, heat: np.ndarray) -> Image.Image:
 
 
 def _peak(pictures: tuple[PictureMap, ...], word: int) -> float:
-    """The densest cell, as a multiple of a map's mean where all heat is evenly spread."""
+    """Return the hottest cell of a word, as a multiple of the mean of an even map."""
     return max(float(p.heat[word].max() * p.heat[word].size) for p in pictures)
 
 
 def _sizes(pictures: tuple[PictureMap, ...], side: int) -> list[tuple[int, int]]:
-    """Of the panels: the pictures' shapes, the longer side as given, of several less."""
+    """Return the panels' sizes: the images' shapes, `side` on the longer side, less for several images."""
     side = max(48, side // min(len(pictures), 3)) if len(pictures) > 1 else side
-    found = []
+    sizes = []
     for picture in pictures:
         width, height = picture.image.size
         scale = side / max(width, height)
-        found.append((max(LEAST, round(width * scale)), max(LEAST, round(height * scale))))
-    return found
+        sizes.append((max(MIN_SIDE, round(width * scale)), max(MIN_SIDE, round(height * scale))))
+    return sizes
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -1,7 +1,4 @@
-"""Tokens of an answer, grouped to the words that a person reads.
-
-Knows: ids and a function that decodes them. Does not know: tokenizers, models, pictures.
-"""
+"""Group the tokens of an answer into the words that a person reads."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Scripts that put no spaces between words: each of their characters is a word here.
+# Scripts without spaces between words: each of their characters counts as a word.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _LETTER = rf"[^\W{_UNSPACED}]"
 _WORD = re.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:['’\-]{_LETTER}+|[.,]\d+)*|[^\w\s]+")
 
-# English words that hold sentences together; every other word is counted as content.
+# English function words; all other words count as content.
 _FUNCTION_WORDS = """
 a an the this that these those some any each every all both either neither no not such
 i you he she it we they me him her us them my your his its our their mine yours hers ours theirs
@@ -36,7 +33,7 @@ _CLITICS = ("", "'s", "'t", "n't", "'re", "'ve", "'ll", "'d", "'m")
 
 @dataclass(frozen=True)
 class Word:
-    """text stands at answer[start:end]; its tokens are those numbered first to last - 1."""
+    """One word: its text is answer[start:end], its tokens are first to last - 1."""
 
     text: str
     start: int
@@ -46,51 +43,54 @@ class Word:
 
     @property
     def is_content(self) -> bool:
-        """Whether it names something (a noun, verb, colour or number), by a closed list of English words."""
+        """Whether the word names something (noun, verb, colour, number): it is no English function word."""
         word = self.text.lower().replace("’", "'")
         return any(map(str.isalnum, word)) and all(word.removesuffix(c) not in _FUNCTION for c in _CLITICS)
 
 
 def split(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[Word]]:
-    """The text of an answer's ids, blanks around it cut off, and its words in order.
+    """Return the text of an answer's ids, without blanks around it, and its words in order.
 
-    A token belongs to the word in which its first visible character stands, or begins to stand; one that
-    makes blanks alone to the word behind them; and a word without a token of its own joins the one before.
+    A token belongs to the word of its first visible character. A token of blanks belongs to the next word. A
+    word without a token of its own joins the word before it.
     """
-    whole = decode(ids)
-    text = whole.strip()
-    shift = len(whole) - len(whole.lstrip())
-    places = []  # of each token's first visible character, in `text`
+    decoded = decode(ids)
+    text = decoded.strip()
+    shift = len(decoded) - len(decoded.lstrip())
+    # 1. Find where each token's first visible character is in `text`. Decode growing prefixes, because the
+    #    text of a token depends on the tokens before it.
+    offsets = []
     begin = 0
     for count in range(len(ids)):
-        end = max(begin, _agreement(whole, decode(ids[: count + 1])))
-        made = whole[begin:end]
-        places.append(begin + len(made) - len(made.lstrip()) - shift)
+        end = max(begin, _common_length(decoded, decode(ids[: count + 1])))
+        piece = decoded[begin:end]
+        offsets.append(begin + len(piece) - len(piece.lstrip()) - shift)
         begin = end
+    # 2. Give each word the tokens that start before its end.
     words: list[Word] = []
     token = 0
     for match in _WORD.finditer(text):
         start, stop = match.span()
         first = token
-        while token < len(ids) and places[token] < stop:
+        while token < len(ids) and offsets[token] < stop:
             token += 1
         if token > first:
             words.append(Word(match.group(), start, stop, first, token))
-        elif words:  # all of it came with the token before
-            before = words[-1]
-            words[-1] = Word(text[before.start : stop], before.start, stop, before.first, before.last)
+        elif words:  # all of this word came with the token of the word before
+            previous = words[-1]
+            words[-1] = Word(text[previous.start : stop], previous.start, stop, previous.first, previous.last)
     return text, words
 
 
 def averages(words: Sequence[Word], count: int) -> np.ndarray:
-    """(W, n): a matrix that takes the mean over each word's tokens."""
+    """Return a matrix (W, n) that takes the mean over each word's tokens; count: n."""
     matrix = np.zeros((len(words), count), np.float32)
     for row, word in zip(matrix, words, strict=True):
         row[word.first : word.last] = 1 / (word.last - word.first)
     return matrix
 
 
-def _agreement(whole: str, part: str) -> int:
-    """How many characters `part` begins with as `whole` does: half a character decodes to something else."""
-    pairs = enumerate(zip(whole, part, strict=False))
-    return next((number for number, (a, b) in pairs if a != b), min(len(whole), len(part)))
+def _common_length(text: str, prefix: str) -> int:
+    """Count the characters that both begin with. The end of `prefix` may differ: half a character."""
+    pairs = enumerate(zip(text, prefix, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(text), len(prefix)))

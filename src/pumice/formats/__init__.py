@@ -1,20 +1,20 @@
-"""What models, others' and ours, are kept in: each format's reader and writer side by side.
+"""The formats of models: each format's reader and writer stand side by side.
 
-names                whose tensor is called what, as tables
-families             what the formats need to know of each family of language models and vision towers
-recognise            what a folder is, by its contents
-text/                how text reaches a model: tokenizers, chat templates
-hf/                  a LLaVA of transformers
+names                tables of tensor names
+families             tables of the families of language models and vision towers
+recognise            which format a file or folder has, by its contents
+text/                tokenizers and chat templates
+hf/                  LLaVAs of transformers
 efficientnet_lite    the vision tower of `pumice-tiny`
-gguf/                llama.cpp's files
-peft/                LoRA adapters, on a model of others or on ours
+gguf/                files of llama.cpp
+peft/                LoRA adapters
 components           a vision tower or a language model alone
-llava/               a LLaVA of the original code
-pumice/              our own folder: strict reading, atomic writing
-read                 any model -> its parts; knows which of these reads what
+llava/               LLaVAs of the original code
+pumice/              our own folder, which is read strictly and written atomically
+read                 any model -> its parts
 load                 parts -> a model that runs
 import_              any model -> our folder
-export               our model -> others' formats
+export               our model -> other formats
 
 Each line may import what stands above it. Importing this package imports none of them.
 """

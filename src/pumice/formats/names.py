@@ -1,9 +1,7 @@
-"""Whose tensor is called what: tables of names, and the one function that applies them.
+"""Tables that map the tensor names of other formats to the names in `pumice.model`.
 
-Knows: the names of Hugging Face's Llama, Mistral, Qwen2, Qwen3, CLIP, SigLIP and LLaVA, of the original
-LLaVA, of GGUF, of the EfficientNet-Lite checkpoints, and ours. Does not know: files, or what the tensors
-hold. `{i}` is a block's number; None means dropped on purpose, and such a key need not be there.
-Everything else is exact: an unknown or missing key is an error.
+In a table `{i}` stands for the number of a block. None means that a tensor is dropped on purpose; it may be
+missing. Everything else is exact: an unknown or missing name is an error.
 """
 
 from __future__ import annotations
@@ -14,9 +12,10 @@ from typing import NamedTuple, TypeVar
 from pumice.config import DecoderConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
 
-Table = dict[str, str | None]  # their name -> our name
+Table = dict[str, str | None]  # name in the source -> name in pumice.model
 _T = TypeVar("_T")
 
+# Hugging Face's Llama, Mistral, Qwen2 and Qwen3: what stands outside the blocks, and the layers of a block.
 _HF_ENDS = {"model.embed_tokens.weight": "embed.weight", "model.norm.weight": "norm.weight"}
 _HF_BLOCK = {
     "input_layernorm": "attention_norm",
@@ -31,6 +30,7 @@ _HF_BLOCK = {
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
 }
+# The same in llama.cpp's GGUF files.
 _GGUF_ENDS = {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight"}
 _GGUF_BLOCK = {
     "attn_norm": "attention_norm",
@@ -48,7 +48,7 @@ _GGUF_BLOCK = {
 
 
 class Nesting(NamedTuple):
-    """Under which prefixes the parts of a LLaVA stand; `image_newline` has one whole name."""
+    """The prefixes of the parts of a LLaVA in a checkpoint; `newline` is the complete name of one tensor."""
 
     text: str
     head: str
@@ -58,12 +58,12 @@ class Nesting(NamedTuple):
 
 
 HF_NESTINGS = (
-    # transformers to 4.51, and what later versions write
+    # transformers up to 4.51, and what later versions write
     Nesting(
         "language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.",
         "image_newline",
     ),
-    # transformers from 4.52, inside
+    # the modules of transformers since 4.52
     Nesting(
         "model.language_model.", "lm_head.", "model.vision_tower.", "model.multi_modal_projector.",
         "model.image_newline",
@@ -72,167 +72,180 @@ HF_NESTINGS = (
 ORIGINAL = Nesting(
     "model.", "lm_head.", "model.vision_tower.vision_tower.", "model.mm_projector.", "model.image_newline"
 )
-# A language model and a vision tower by themselves: the second row is of the bare network, without a head.
+# A language model or a vision tower alone. "" is the prefix of a bare network, which has no head.
 LLM_PREFIXES = ("model.", "")
 TOWER_PREFIXES = ("vision_model.", "")
+# The tensors of a batch norm that inference needs.
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def hf_decoder(config: DecoderConfig) -> Table:
-    """Hugging Face's names for a Llama, Mistral, Qwen2 or Qwen3 of this shape -> ours."""
+    """Return the table of Hugging Face's names for a Llama, Mistral, Qwen2 or Qwen3 of this shape."""
     table = _decoder(config, _HF_ENDS, "model.layers.{i}.", _HF_BLOCK, "lm_head.weight")
-    # Written by old Llama checkpoints; the rotary frequencies follow from the config.
+    # Old Llama checkpoints store the rotary frequencies, which follow from the config.
     return table | expand({"model.layers.{i}.self_attn.rotary_emb.inv_freq": None}, config.depth)
 
 
 def gguf_decoder(config: DecoderConfig) -> Table:
-    """GGUF's names for a llama, qwen2 or qwen3 of this shape -> ours."""
+    """Return the table of GGUF's names for a llama, qwen2 or qwen3 of this shape."""
     return _decoder(config, _GGUF_ENDS, "blk.{i}.", _GGUF_BLOCK, "output.weight")
 
 
 def efficientnet_lite(depth: int) -> Table:
-    """The names of an EfficientNet-Lite checkpoint of `depth` blocks -> ours (without `tower.`)."""
-    table: Table = {"_fc.weight": None, "_fc.bias": None}  # the ImageNet classes
+    """Return the table of an EfficientNet-Lite checkpoint of `depth` blocks, our names without `tower.`."""
+    # The tower gives features, so the classifier of ImageNet's classes is dropped.
+    table: Table = {"_fc.weight": None, "_fc.bias": None}
     layers = [("_conv_stem", "_bn0", "stem"), ("_conv_head", "_bn1", "head")]
     for i in range(depth):
-        if i:  # the first block widens nothing
+        if i:  # the first block has no expanding convolution
             layers.append((f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0", f"blocks.{i}.expand"))
         layers.append((f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1", f"blocks.{i}.depthwise"))
         layers.append((f"_blocks.{i}._project_conv", f"_blocks.{i}._bn2", f"blocks.{i}.project"))
-    for convolution, norm, ours in layers:
-        table[f"{convolution}.weight"] = f"{ours}.conv.weight"
-        table |= {f"{norm}.{part}": f"{ours}.norm.{part}" for part in _BATCH_NORM}
-        table[f"{norm}.num_batches_tracked"] = None  # only used to average without a momentum
+    for convolution, norm, layer in layers:
+        table[f"{convolution}.weight"] = f"{layer}.conv.weight"
+        table |= {f"{norm}.{part}": f"{layer}.norm.{part}" for part in _BATCH_NORM}
+        table[f"{norm}.num_batches_tracked"] = None  # batch norm reads it only without a momentum
     return table
 
 
 def tower(config: VisionConfig) -> Table:
-    """Hugging Face's names for the vision model of a CLIP or a SigLIP, without prefix -> ours, likewise."""
+    """Return the table of a CLIP's or SigLIP's vision model in Hugging Face's names, without prefixes."""
     return clip_tower(config) if config.kind == "clip" else siglip_tower(config)
 
 
 def hf_connector(biases: bool) -> Table:
-    """transformers' names in a LLaVA's projector -> ours (without `connector.`)."""
+    """Return the table of a LLaVA's projector in transformers, our names without `connector.`."""
     parts = ("weight", "bias") if biases else ("weight",)
     return {
-        f"{theirs}.{part}": f"layers.{ours}.{part}"
-        for theirs, ours in (("linear_1", 0), ("linear_2", 2))
+        f"{source_layer}.{part}": f"layers.{number}.{part}"
+        for source_layer, number in (("linear_1", 0), ("linear_2", 2))
         for part in parts
     }
 
 
 def original_connector(kind: str) -> Table:
-    """The original's names in a projector of this kind -> ours (without `connector.`)."""
+    """Return the table of a projector of this kind in the original LLaVA, our names without `connector.`."""
     if kind == "identity":
         return {}
     if kind == "linear":
         return {part: f"layers.0.{part}" for part in ("weight", "bias")}
     depth = int(kind.removeprefix("mlp").removesuffix("x_gelu"))
+    # A GELU stands between two linear layers, so the linear layers have the even numbers.
     names = [f"{2 * i}.{part}" for i in range(depth) for part in ("weight", "bias")]
     return {name: f"layers.{name}" for name in names}
 
 
 def llava(config: ModelConfig, nesting: Nesting, connector: Table, tower_prefix: str | None) -> Table:
-    """The names of a LLaVA's tensors in files of this nesting -> ours.
+    """Return the table of all tensors of a LLaVA in files of this nesting.
 
-    tower_prefix: between the nesting's and the tower's own names; None when the files hold no tower.
+    tower_prefix: what stands between the nesting's prefix and the tower's own names; None if the files hold
+    no tower.
     """
     heads = {"model.": nesting.text, "lm_head.": nesting.head}
-    table = moved(hf_decoder(config.decoder), heads, "decoder.")
-    table |= moved(connector, {"": nesting.projector}, "connector.")
+    table = with_prefixes(hf_decoder(config.decoder), heads, "decoder.")
+    table |= with_prefixes(connector, {"": nesting.projector}, "connector.")
     if tower_prefix is not None:
-        table |= moved(tower(config.vision), {"": nesting.tower + tower_prefix}, "tower.")
+        table |= with_prefixes(tower(config.vision), {"": nesting.tower + tower_prefix}, "tower.")
     table[nesting.newline] = "image_newline" if config.has_newline else None
     return table
 
 
 def adapted(config: ModelConfig) -> Table:
-    """What a LoRA of this model may call its layers, in any nesting -> our names of their weights."""
+    """Return the table of what a LoRA may adapt: a layer's name, in any nesting -> our weight's name."""
+    # An adapter does not say with which code it was trained, so the names of all nestings are accepted.
     table: Table = {}
     for nesting in (*HF_NESTINGS, ORIGINAL):
         projector = (
             hf_connector(False) if nesting in HF_NESTINGS else original_connector(config.connector.kind)
         )
         for prefix in TOWER_PREFIXES if config.vision.kind in ("clip", "siglip") else ():
-            table |= moved(tower(config.vision), {"": nesting.tower + prefix}, "tower.")
+            table |= with_prefixes(tower(config.vision), {"": nesting.tower + prefix}, "tower.")
         table |= llava(config, nesting, projector, None)
     return {
-        theirs.removesuffix(".weight"): ours
-        for theirs, ours in table.items()
-        if ours and theirs.endswith(".weight")
+        source_name.removesuffix(".weight"): param_name
+        for source_name, param_name in table.items()
+        if param_name and source_name.endswith(".weight")
     }
 
 
-def moved(table: Table, prefixes: Mapping[str, str], ours: str) -> Table:
-    """The table of names that stand under other prefixes: the first fitting one of each is exchanged.
+def with_prefixes(table: Table, prefixes: Mapping[str, str], added: str) -> Table:
+    """Return the table with other prefixes.
 
-    ours: what stands before our names.
+    prefixes: old -> new, for the source's names; the first old prefix that fits is replaced. added: what to
+    put before our names.
     """
-    found: Table = {}
-    for theirs, name in table.items():
-        old = next(prefix for prefix in prefixes if theirs.startswith(prefix))
-        found[prefixes[old] + theirs.removeprefix(old)] = None if name is None else ours + name
-    return found
+    result: Table = {}
+    for source_name, param_name in table.items():
+        old = next(prefix for prefix in prefixes if source_name.startswith(prefix))
+        new_name = prefixes[old] + source_name.removeprefix(old)
+        result[new_name] = None if param_name is None else added + param_name
+    return result
 
 
 def tower_prefix(names: Container[str], before: str = "") -> str | None:
-    """What stands between `before` and a ViT's own names; None when there is no ViT."""
+    """Return what stands between `before` and a ViT's own names; None if there is no ViT in `names`."""
     probe = f"{before}%sembeddings.patch_embedding.weight"
     return next((prefix for prefix in TOWER_PREFIXES if probe % prefix in names), None)
 
 
 def expand(patterns: Mapping[str, str | None], count: int) -> Table:
-    """Write each pattern with `{i}` out for 0 .. count - 1."""
+    """Return the table with `{i}` replaced by 0 .. count - 1 in each pattern."""
     return {
-        theirs.format(i=i): None if ours is None else ours.format(i=i)
-        for theirs, ours in patterns.items()
-        for i in (range(count) if "{i}" in theirs else (0,))
+        source_name.format(i=i): None if param_name is None else param_name.format(i=i)
+        for source_name, param_name in patterns.items()
+        for i in (range(count) if "{i}" in source_name else (0,))
     }
 
 
-def convert(state: Mapping[str, _T], table: Table, where: str = "the checkpoint") -> dict[str, _T]:
-    """`state` under our names. Raises InputError on a key that the table lacks, or that it wants in vain."""
+def convert(state: Mapping[str, _T], table: Table, label: str = "the checkpoint") -> dict[str, _T]:
+    """Return `state` under our names. label: names the source in errors.
+
+    Raises InputError on a name that the table lacks, and on one that the table needs and `state` lacks.
+    """
     unknown = [name for name in state if name not in table]
-    missing = [theirs for theirs, ours in table.items() if ours is not None and theirs not in state]
+    missing = [name for name, param_name in table.items() if param_name is not None and name not in state]
     if unknown or missing:
         problems = [
-            f"{label} {some(names)}" for label, names in (("unknown", unknown), ("missing", missing)) if names
+            f"{problem} {some(names)}"
+            for problem, names in (("unknown", unknown), ("missing", missing))
+            if names
         ]
-        raise InputError(f"{where} does not have the tensors of its kind of model: {'; '.join(problems)}")
-    named = ((table[name], value) for name, value in state.items())
-    return {ours: value for ours, value in named if ours is not None}
+        raise InputError(f"{label} does not have the tensors of its kind of model: {'; '.join(problems)}")
+    renamed = ((table[name], value) for name, value in state.items())
+    return {param_name: value for param_name, value in renamed if param_name is not None}
 
 
 def inverse(table: Table) -> Table:
-    """Our names -> theirs; what they drop is not there."""
-    return {ours: theirs for theirs, ours in table.items() if ours is not None}
+    """Return the table from our names to the source's, without the names that are dropped."""
+    return {param_name: source_name for source_name, param_name in table.items() if param_name is not None}
 
 
 def some(names: list[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are, for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def _decoder(
-    config: DecoderConfig, ends: Mapping[str, str], prefix: str, block: Mapping[str, str], head: str
+    config: DecoderConfig, top_level: Mapping[str, str], prefix: str, block: Mapping[str, str], head: str
 ) -> Table:
-    patterns: Table = dict(ends)
-    # A tied head is the embedding; some writers repeat it.
+    patterns: Table = dict(top_level)
+    # A tied head is the embedding; some writers store it twice.
     patterns[head] = None if config.tied_head else "head.weight"
-    for theirs, ours in block.items():
-        if ours in ("attention.q_norm", "attention.k_norm") and not config.qk_norm:
+    for source_layer, layer in block.items():
+        if layer in ("attention.q_norm", "attention.k_norm") and not config.qk_norm:
             continue
-        patterns[f"{prefix}{theirs}.weight"] = f"blocks.{{i}}.{ours}.weight"
-        if config.qkv_bias and ours in ("attention.q", "attention.k", "attention.v"):
-            patterns[f"{prefix}{theirs}.bias"] = f"blocks.{{i}}.{ours}.bias"
+        patterns[f"{prefix}{source_layer}.weight"] = f"blocks.{{i}}.{layer}.weight"
+        if config.qkv_bias and layer in ("attention.q", "attention.k", "attention.v"):
+            patterns[f"{prefix}{source_layer}.bias"] = f"blocks.{{i}}.{layer}.bias"
     return expand(patterns, config.depth)
 
 
+# What CLIP's and SigLIP's vision models have in common.
 _VIT_ENDS: Table = {
     "embeddings.patch_embedding.weight": "patch.weight",
     "embeddings.position_embedding.weight": "positions",
-    "embeddings.position_ids": None,  # written by old checkpoints; 0, 1, 2, ...
+    "embeddings.position_ids": None,  # in old checkpoints: 0, 1, 2, ...
     "post_layernorm.weight": "post_norm.weight",
     "post_layernorm.bias": "post_norm.bias",
 }
@@ -250,32 +263,35 @@ _SIGLIP_HEAD = ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
 
 
 def clip_tower(config: VisionConfig) -> Table:
-    """Hugging Face's names for CLIP's vision model, without `vision_model.`, -> ours, without `tower.`."""
-    own: Table = {
+    """Return the table of CLIP's vision model: names without `vision_model.` -> ours without `tower.`."""
+    extra: Table = {
         "embeddings.class_embedding": "class_token",
         "pre_layrnorm.weight": "pre_norm.weight",
         "pre_layrnorm.bias": "pre_norm.bias",
     }
-    return _vit(config) | own
+    return _vit(config) | extra
 
 
 def siglip_tower(config: VisionConfig) -> Table:
-    """Hugging Face's names for SigLIP's or SigLIP 2's vision model, as in `clip_tower`, -> ours."""
-    own: Table = {"embeddings.patch_embedding.bias": "patch.bias"}
-    # What pools the features into one vector.
-    own |= {f"head.{name}": None for name in ("probe", "attention.in_proj_weight", "attention.in_proj_bias")}
-    own |= {f"head.{layer}.{part}": None for layer in _SIGLIP_HEAD for part in ("weight", "bias")}
-    return _vit(config) | own
+    """Return the table of SigLIP's or SigLIP 2's vision model, with the prefixes of `clip_tower`."""
+    extra: Table = {"embeddings.patch_embedding.bias": "patch.bias"}
+    # The head pools the features into one vector; a LLaVA needs every feature.
+    extra |= {
+        f"head.{name}": None for name in ("probe", "attention.in_proj_weight", "attention.in_proj_bias")
+    }
+    extra |= {f"head.{layer}.{part}": None for layer in _SIGLIP_HEAD for part in ("weight", "bias")}
+    return _vit(config) | extra
 
 
 def _vit(config: VisionConfig) -> Table:
     patterns = dict(_VIT_ENDS)
-    for theirs, ours in _VIT_BLOCK.items():
+    for source_layer, layer in _VIT_BLOCK.items():
         for part in ("weight", "bias"):
-            patterns[f"encoder.layers.{{i}}.{theirs}.{part}"] = f"blocks.{{i}}.{ours}.{part}"
+            patterns[f"encoder.layers.{{i}}.{source_layer}.{part}"] = f"blocks.{{i}}.{layer}.{part}"
     return expand(patterns, config.depth)
 
 
+# Tower and connector in llama.cpp's mmproj files.
 _GGUF_TOWER_ENDS: Table = {
     "v.class_embd": "tower.class_token",
     "v.patch_embd.weight": "tower.patch.weight",
@@ -301,12 +317,14 @@ _GGUF_TOWER_BLOCK = {
 
 
 def gguf_tower(config: VisionConfig) -> Table:
-    """The names of llama.cpp's mmproj files for LLaVA 1.5 -> ours: tower without final norm, connector."""
-    lacking = "tower.patch.bias" if config.kind == "clip" else "tower.class_token"
-    patterns = {theirs: ours for theirs, ours in _GGUF_TOWER_ENDS.items() if ours != lacking}
+    """Return the table of LLaVA 1.5's mmproj files: the connector, and the tower without its final norm."""
+    # A CLIP has a class token and a norm before its blocks; a SigLIP has a bias in its patch embedding
+    # instead.
+    absent = "tower.patch.bias" if config.kind == "clip" else "tower.class_token"
+    patterns = {name: param for name, param in _GGUF_TOWER_ENDS.items() if param != absent}
     if config.kind == "siglip":
-        patterns = {theirs: ours for theirs, ours in patterns.items() if not theirs.startswith("v.pre_ln")}
-    for theirs, ours in _GGUF_TOWER_BLOCK.items():
+        patterns = {name: param for name, param in patterns.items() if not name.startswith("v.pre_ln")}
+    for source_layer, layer in _GGUF_TOWER_BLOCK.items():
         for part in ("weight", "bias"):
-            patterns[f"v.blk.{{i}}.{theirs}.{part}"] = f"tower.blocks.{{i}}.{ours}.{part}"
+            patterns[f"v.blk.{{i}}.{source_layer}.{part}"] = f"tower.blocks.{{i}}.{layer}.{part}"
     return expand(patterns, config.depth)

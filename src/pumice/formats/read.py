@@ -1,7 +1,4 @@
-"""Any model that there is, in parts: by its contents, from a name, a path or the hub.
-
-Knows which reader reads what. Does not know any format, or modules.
-"""
+"""Find a model by name, path or hub name, recognise its format, and read its parts."""
 
 from __future__ import annotations
 
@@ -24,20 +21,22 @@ BUILT_IN = Path(__file__).parent.parent / "models"
 
 
 def find_model(source: str | os.PathLike[str]) -> Path:
-    """Where the model is that `source` names: a folder or file, a built-in model, or a name on the hub.
+    """Return the path of a model: `source` is a folder or file, a built-in model, or a name on the hub.
 
-    InputError when there is none.
+    Raises InputError if there is none.
     """
+    # 1. What exists on disk comes first, then the models that Pumice itself brings.
     path = Path(source)
     if (path / folder.CONFIG).is_file() or path.is_file():
         return path
     built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
     if str(source) in built_in:
         return BUILT_IN / source
+    # 2. Folders that hold no model, with a hint; and what may be a name on the hub.
     if (path / "model" / folder.CONFIG).is_file():
-        raise InputError(f"{source} is a run's folder, its model is {path / 'model'}; name that")
+        raise InputError(f"{source} is the folder of a training run; use its model, {path / 'model'}")
     if path.is_dir() and str(source):
-        return path  # opening it says what it lacks
+        return path  # the error on opening it says what is missing
     name = path.as_posix()
     if "/" in name.partition("@")[0]:
         return locate(name)
@@ -54,12 +53,13 @@ def read_model(
     tower: str | None = None,
     base: str | None = None,
 ) -> LoadedParts:
-    """Our folder, a transformers or original LLaVA, a LoRA on one of them, or a language model alone.
+    """Read a Pumice folder, a transformers or original LLaVA, a LoRA on one of them, or an LLM alone.
 
-    template: the chat format, where the source does not say one, or another is wanted. tower, base: the
-    vision tower of an original LLaVA, and what a LoRA or a projector was trained on, where the source does
-    not name them or they are elsewhere now. Raises InputError.
+    template: the chat format, to override the source's or if it has none. tower: the vision tower of an
+    original LLaVA. base: what a LoRA or a projector was trained on. Both override the names in the source's
+    config. Raises InputError.
     """
+    # An option that the format does not use is an error: it would be ignored in silence.
     path = find_model(source)
     kind = recognise(path)
     if kind is not Kind.ORIGINAL and tower is not None:
@@ -90,16 +90,17 @@ def _read(path: Path, kind: Kind, template: str | None, tower: str | None, base:
 
 
 def _adapted(path: Path, template: str | None, base: str | None) -> LoadedParts:
-    named = base or base_name(path)
-    if not named:
+    base_source = base or base_name(path)
+    if not base_source:
         raise InputError(f"{path / ADAPTER_CONFIG} names no base; give it with --base")
-    found = read_model(named, template=template)
-    sources = {"base" if role == "model" else role: place for role, place in found.sources.items()}
-    return dataclasses.replace(adapt(found, path), sources=sources)
+    base_model = read_model(base_source, template=template)
+    # "model" is the adapter itself, so that the model under it is recorded as "base".
+    sources = {"base" if role == "model" else role: origin for role, origin in base_model.sources.items()}
+    return dataclasses.replace(adapt(base_model, path), sources=sources)
 
 
 def language_only(path: Path, template: str | None) -> LoadedParts:
-    """A bare language model as a model that sees no pictures."""
+    """Read a language model alone as a model without a vision tower."""
     model = open_llm(path)
     config, notes = model.text.model_config(
         template,

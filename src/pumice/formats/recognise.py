@@ -1,7 +1,4 @@
-"""What a file or a folder is, by its contents alone; never by its name.
-
-Knows: the keys of config.json that tell formats apart. Does not read tensors.
-"""
+"""Recognise the format of a model file or folder by its contents, never by its name."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Kind(Enum):
-    """What can be opened, in words."""
+    """The formats that can be opened. The value is the name for messages, with its article."""
 
     OWN = "a Pumice model"
     HF = "a LLaVA of transformers"
@@ -31,7 +28,7 @@ HF_LLAVAS = ("llava", "llava_next", "llava_onevision")
 
 
 def recognise(path: Path) -> Kind:
-    """Raises InputError, which says what was found, when it is none of these."""
+    """Return the format of a file or folder. Raises InputError if it is unknown."""
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) == b"GGUF":
@@ -41,20 +38,22 @@ def recognise(path: Path) -> Kind:
         return _by_config(Keys.of(config), adapter=(path / ADAPTER_CONFIG).is_file())
     if (path / ADAPTER_CONFIG).is_file():
         return Kind.ADAPTER
-    found = sorted(p.name for p in path.glob("*.gguf"))
-    if len(found) == 1:
+    gguf_names = sorted(p.name for p in path.glob("*.gguf"))
+    if len(gguf_names) == 1:
         return Kind.GGUF
-    if found:
-        raise InputError(f"{path} holds {len(found)} GGUF files; name one of them: {', '.join(found)}")
+    if gguf_names:
+        listed = ", ".join(gguf_names)
+        raise InputError(f"{path} holds {len(gguf_names)} GGUF files; name one of them: {listed}")
     raise InputError(f"{path / 'config.json'} is missing; the folder is not a whole model")
 
 
 def gguf_file(path: Path) -> Path:
-    """The file of what `recognise` calls GGUF."""
+    """Return the GGUF file at a path that `recognise` calls GGUF: the path, or the file in it."""
     return path if path.is_file() else next(path.glob("*.gguf"))
 
 
 def _by_config(keys: Keys, adapter: bool) -> Kind:
+    # The order counts. A LoRA of the original code has both files, and its config.json says more.
     if "pumice_format" in keys:
         return Kind.OWN
     if "mm_vision_tower" in keys:
@@ -70,9 +69,10 @@ def _by_config(keys: Keys, adapter: bool) -> Kind:
         return Kind.TOWER
     if kind in HF_LLAVAS:
         raise InputError(
-            f"{keys.where} has neither text_config nor mm_vision_tower: it is no LLaVA's, or cut short"
+            f"{keys.label} has neither text_config nor mm_vision_tower: it is no LLaVA, or "
+            "incomplete; fetch it again"
         )
     raise InputError(
-        f"{keys.where}: model_type is {kind!r}, which cannot be read; "
+        f"{keys.label}: model_type is {kind!r}, which cannot be read; "
         f"known are {', '.join([*HF_LLAVAS, *FAMILIES, *TOWERS])}"
     )

@@ -50,7 +50,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t depth, width, heads, kv_heads, head_dim, mlp_width, vocabulary, places, window; /* window: 0 none */
+    int64_t depth, width, heads, kv_heads, head_dim, mlp_width, vocabulary, capacity, window; /* window: 0 none */
     float eps;
     const float *inv_freq; /* (d / 2), radians per position */
     const Block *blocks;
@@ -181,7 +181,7 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
                 if (weight) norm(head, weight, d, m->eps, head);
                 rotate(head, d, angles + r * d);
                 if (h < H) continue;
-                int64_t place = ((layer * K + h - H) * m->places + starts[r] + positions[r]) * d;
+                int64_t place = ((layer * K + h - H) * m->capacity + starts[r] + positions[r]) * d;
                 for (int64_t i = 0; i < d; i++) m->keys[place + i] = to_cached(head[i]);
                 for (int64_t i = 0; i < d; i++) m->values[place + i] = to_cached(head[K * d + i]);
             }
@@ -191,7 +191,7 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
             for (int64_t item = 0; item < rows * H; item++) {
                 int64_t r = item / H, h = item % H, seen = 0;
                 if (m->window && positions[r] + 1 > m->window) seen = positions[r] + 1 - m->window;
-                int64_t place = ((layer * K + h * K / H) * m->places + starts[r] + seen) * d;
+                int64_t place = ((layer * K + h * K / H) * m->capacity + starts[r] + seen) * d;
                 attend(qkv + r * joined + h * d, m->keys + place, m->values + place, positions[r] + 1 - seen, d, scores,
                        mixed + r * inner + h * d);
             }

@@ -1,1 +1,1 @@
-"""The model: torch and config only, never text, pictures or files."""
+"""The model: vision tower, connector and decoder, in plain PyTorch."""

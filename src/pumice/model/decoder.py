@@ -1,6 +1,6 @@
-"""The language model: token embedding, blocks, final norm, vocabulary projection.
+"""The decoder is the language model: token embedding, blocks, final norm and vocabulary projection.
 
-Knows tensors and its config. Llama, Mistral, Qwen2 and Qwen3 are settings of `DecoderConfig`.
+Llama, Mistral, Qwen2 and Qwen3 are settings of `DecoderConfig`.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -20,6 +20,8 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        # nn.Embedding draws random values, even on meta, where this only imports torch's compiler. So pass it
+        # a weight, and draw here if there is something to draw.
         vocabulary = torch.empty(config.vocab_size, config.width)
         if not vocabulary.is_meta:  # where drawing nothing would import all of torch's compiler
             nn.init.normal_(vocabulary)
@@ -40,16 +42,16 @@ class Decoder(nn.Module):
         out: dict[str, Tensor] | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Embedded tokens x (B, T, D) at positions (B, T) -> hidden states (B, T, D) after the norm.
+        """Run embedded tokens x (B, T, D) at positions (B, T). Return hidden states (B, T, D) after the norm.
 
-        rows: (R,), the only positions whose hidden states (B, R, D) are wanted. The last block computes keys
-        and values alone for the others. out: when given, receives the residual stream after each block under
-        `decoder.blocks.{i}`.
+        rows: (R,), return only these hidden states (B, R, D); for all other rows, the last block computes
+        only keys and values. out: receives the residual stream after each block as `decoder.blocks.{i}`.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # the residual stream adds up small updates, which bf16 would round away
         cos, sin = rotary(positions, self.config)
         for number, block in enumerate(self.blocks):
+            # Only the last block may skip rows: all earlier ones feed the keys and values above.
             x = block(x, cos, sin, attend, None if number + 1 < len(self.blocks) else rows)
             if out is not None:
                 out[f"decoder.blocks.{number}"] = x
@@ -79,8 +81,8 @@ class Decoder(nn.Module):
         return layer.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) -> logits (..., V). Give it only the positions that need them."""
-        # As one matrix: for a slice such as hidden[:, -1:] PyTorch would copy the whole projection.
+        """Project hidden states (..., D) to logits (..., V). Pass only the positions that need logits."""
+        # As one matrix: for a slice such as hidden[:, -1:], PyTorch would copy the whole weight.
         rows = hidden.reshape(-1, self.config.width)
         if isinstance(self.head, PackedLinear):
             logits = self.head(rows)

@@ -1,9 +1,9 @@
-"""EfficientNet-Lite: the convolutional vision tower of the embedded model.
+"""EfficientNet-Lite is the convolutional vision tower of the built-in model.
 
-Knows tensors only. Source: github.com/tensorflow/tpu, models/official/efficientnet/lite (no
-squeeze-and-excite, ReLU6, stem and head of fixed width); padding is TensorFlow's "SAME".
+Source: github.com/tensorflow/tpu, models/official/efficientnet/lite (no squeeze-and-excite, ReLU6, stem and
+head of fixed width). Padding is TensorFlow's "SAME".
 
-Shapes: B pictures, S pixels on a side, G = S / 32, C channels.
+Shapes: B images, S pixels on a side, G = S / 32, C channels.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ STEM, HEAD = 32, 1280
 
 
 def _round_channels(channels: int, multiplier: float) -> int:
-    """The nearest multiple of 8, never more than 10 % below."""
-    wanted = channels * multiplier
-    rounded = max(8, int(wanted + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * wanted else rounded
+    """Return the nearest multiple of 8 that is not more than 10 % too small."""
+    exact = channels * multiplier
+    rounded = max(8, int(exact + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * exact else rounded
 
 
 class ConvNorm(nn.Module):
@@ -57,11 +57,13 @@ class ConvNorm(nn.Module):
         self.kernel, self.stride, self.act = kernel, stride, act
 
     def forward(self, x: Tensor) -> Tensor:
-        # SAME: the total padding gives ceil(size / stride) outputs; the odd pixel goes right and below
+        # SAME padding gives ceil(size / stride) outputs. An odd pixel is added on the right and at the
+        # bottom.
         pads = []
         for size in (x.shape[3], x.shape[2]):
             total = max((math.ceil(size / self.stride) - 1) * self.stride + self.kernel - size, 0)
             pads += [total // 2, total - total // 2]
+        # Even padding is part of the convolution; only uneven padding needs a copy of x.
         if pads[0] == pads[1] and pads[2] == pads[3]:
             x = F.conv2d(x, self.conv.weight, None, self.stride, (pads[2], pads[0]), 1, self.conv.groups)
         else:
@@ -71,7 +73,7 @@ class ConvNorm(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck: expand, depthwise, project, and a shortcut where the shape allows one."""
+    """Inverted bottleneck: expand, depthwise convolution, project, and a shortcut if the shape allows it."""
 
     def __init__(self, source: int, target: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -87,7 +89,7 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """pixels (B, 3, S, S) -> features (B, G*G, 1280), row by row from the top left."""
+    """Turns pixels (B, 3, S, S) into features (B, G*G, 1280), row by row from the top left."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -106,7 +108,7 @@ class EfficientNetLite(nn.Module):
         source = STEM
         for number, (repeats, kernel, stride, expansion, channels) in enumerate(STAGES):
             target = _round_channels(channels, width)
-            if number not in (0, len(STAGES) - 1):  # Lite keeps the first and the last stage single
+            if number not in (0, len(STAGES) - 1):  # Lite does not repeat the first and the last stage
                 repeats = math.ceil(repeats * depth)
             for repeat in range(repeats):
                 blocks.append(MBConv(source, target, kernel, stride if repeat == 0 else 1, expansion))
@@ -121,5 +123,5 @@ class EfficientNetLite(nn.Module):
         return self.head(x).flatten(2).transpose(1, 2)
 
     def train(self, mode: bool = True) -> EfficientNetLite:
-        """Batch statistics stay those of ImageNet: a tower in training mode would drift by its batch."""
+        """Stay in evaluation mode: batch norms keep ImageNet's statistics."""
         return super().train(False)

@@ -1,9 +1,9 @@
-"""The decoder's building blocks: norm, rotary positions, attention, MLP, block.
+"""The decoder's building blocks: norm, rotary positions, attention, MLP and block.
 
-Knows tensors only. How queries meet keys (causal, packed, cached) is an `Attend`, given from
-outside, so that training, prefill and decode run the same modules.
+The caller passes an `Attend`, which says which keys a query sees (causal, packed or cached). So training,
+prefill and decode run the same modules.
 
-Shapes: B batch, T tokens, D width, H heads, K key/value heads, d head width, S source positions.
+Shapes: B batch, T tokens, D width, H heads, K key/value heads, d head dimension, S key positions.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pumice.config import DecoderConfig, RopeScaling
 
 
 class Attend(Protocol):
-    """How the queries of one layer meet the keys and values of that layer."""
+    """Attention of one layer: decides which keys and values each query sees."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, T, d), k and v (B, K, T, d), already rotated -> (B, H, T, d)."""
+        """Attend with rotated q (B, H, T, d) and k, and v (both B, K, T, d). Return (B, H, T, d)."""
         ...
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention with shared key/value heads.
+    """Compute scaled dot-product attention; query heads may share key/value heads.
 
-    mask: bool, broadcastable to (B, H, T, S), True = may see.
+    q (B, H, T, d), k and v (B, K, S, d). mask: bool, broadcastable to (B, H, T, S), True = may see.
     """
     if k.dtype != q.dtype:  # of a cache that keeps them in fewer bits
         k, v = k.to(q.dtype), v.to(q.dtype)
@@ -39,12 +39,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
         and q.shape[1] != k.shape[1]
         and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1)
     ):
-        # One new token: queries that share a head become that head's tokens, which is several times
-        # faster on a CPU than shared heads are.
+        # One new token: treat the query heads that share a key/value head as that head's tokens. On a CPU
+        # this is several times faster than `enable_gqa`.
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
     shared = q.shape[1] != k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # where fp32 is twice as fast
+    # On a CPU, attention in fp32 is twice as fast as in bf16.
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         mixed = F.scaled_dot_product_attention(
             q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal, enable_gqa=shared
         )
@@ -53,20 +54,22 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
 
 
 def causal_mask(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
-    """Positions of queries (..., T) and keys (..., S) -> bool (..., T, S), True = may see.
+    """Return a mask for positions of queries (..., T) and keys (..., S): bool (..., T, S), True = may see.
 
     window: a token sees this many positions, itself included (Mistral, arXiv 2310.06825).
     """
+    # Positions, not indices: cached queries start in the middle of their keys.
     distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
 
 
 class Causal:
-    """Each row of the batch is one sequence; a token sees itself and what came before it.
+    """Causal attention: each row of the batch is one sequence, and a token sees itself and all earlier
+    tokens.
 
-    padding: (B, T) bool, True = a real token, on either side; None = all real. A padded query sees
-    itself, so that no row of the softmax is empty.
+    padding: (B, T) bool, True = a real token; padding may be on either side; None = all real. A padded query
+    sees itself, so that no row of the softmax is empty.
     """
 
     def __init__(self, window: int | None = None, padding: Tensor | None = None) -> None:
@@ -75,10 +78,11 @@ class Causal:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = q.shape[2]
+        # Without a mask, PyTorch uses its fastest kernel.
         if self.padding is None and (self.window is None or tokens <= self.window):
             return sdpa(q, k, v, causal=True)
-        order = torch.arange(tokens, device=q.device)
-        mask = causal_mask(order, order, self.window)[None]
+        positions = torch.arange(tokens, device=q.device)
+        mask = causal_mask(positions, positions, self.window)[None]
         if self.padding is not None:
             itself = torch.eye(tokens, dtype=torch.bool, device=q.device)
             mask = (mask & self.padding[:, None, :]) | itself
@@ -86,7 +90,7 @@ class Causal:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467), returned in the type of the weight."""
+    """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467), returned in the dtype of the weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -99,30 +103,32 @@ class RMSNorm(nn.Module):
 
 
 @lru_cache(maxsize=16)
-def rope_inv_freq(head_dim: int, base: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    """How far each pair of values turns per position, in radians: (d / 2,) in fp32.
+def rope_inv_freq(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Return RoPE's angle per position for each pair of values, in radians: (d / 2,) in fp32.
 
-    linear: all turn `factor` times more slowly (arXiv 2306.15595). llama3 (Llama 3.1's own code): only
-    the slow ones do, which turn less than `low_freq_factor` times in the original context; from there to
-    `high_freq_factor` turns the slowing fades out.
+    Scaling "linear" divides all of them by `factor` (arXiv 2306.15595). Scaling "llama3" (Llama 3.1's code)
+    divides only low frequencies: those with less than `low_freq_factor` turns in the original context.
+    Frequencies with more than `high_freq_factor` turns stay, and those in between are interpolated.
     """
     powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    inv_freq = 1.0 / base**powers
+    inv_freq = 1.0 / theta**powers
     if scaling is None:
         return inv_freq
     if scaling.kind == "linear":
         return inv_freq / scaling.factor
     turns = scaling.original_context * inv_freq / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return inv_freq * (kept + (1 - kept) / scaling.factor)
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)  # 1 keeps the frequency, 0 divides it
+    return inv_freq * (unscaled + (1 - unscaled) / scaling.factor)
 
 
 def rotary(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos and signed sin (B, 1, T, d) in fp32, as `rotate` takes them.
+    """Return cos and signed sin (B, 1, T, d) in fp32 for positions (B, T), as `rotate` takes them.
 
-    Halves turn, not pairs, as Hugging Face stores it; the sin of the first half is negative.
+    A value is paired with the one d / 2 behind it, as Hugging Face stores weights. The sin of the first half
+    is negative.
     """
+    # Shared by all layers, so computed once per pass.
     inv_freq = rope_inv_freq(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
     angles = (positions.float()[..., None] * inv_freq).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()
@@ -130,15 +136,15 @@ def rotary(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864): x (B, heads, T, d) turned by its position."""
-    wide = x.float()
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    """Apply rotary position embedding (arXiv 2104.09864) to x (B, heads, T, d)."""
+    x_fp32 = x.float()
+    return torch.addcmul(x_fp32 * cos, x_fp32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.heads, self.shared = layer, config.heads, config.kv_heads
+        self.layer, self.heads, self.kv_heads = layer, config.heads, config.kv_heads
         self.head_dim = config.head_dim
         inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
@@ -154,13 +160,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
     ) -> Tensor:
-        """rows: as in `Block`."""
+        """x (B, T, D) -> (B, T, D). rows: as in `Block`."""
         batch, tokens, _ = x.shape
         heads = (batch, tokens, -1, self.head_dim)
         q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
         v = self.v(x).view(heads).transpose(1, 2)
         mixed = attend(self.layer, q, k, v).transpose(1, 2)
+        # Select before the output projection, which then only multiplies the needed rows.
         if rows is not None:
             mixed = mixed.index_select(1, rows)
         return self.o(mixed.flatten(2))
@@ -190,7 +197,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D); with rows (R,) (B, R, D), those positions alone."""
+        """x (B, T, D) -> (B, T, D). rows: (R,), return only these positions (B, R, D)."""
         mixed = self.attention(self.attention_norm(x), cos, sin, attend, rows)
         x = mixed + (x if rows is None else x.index_select(1, rows))
         return x + self.mlp(self.mlp_norm(x))

@@ -1,13 +1,11 @@
-"""LLaVA (arXiv 2304.08485, 2310.03744): tower, connector and decoder joined.
+"""LLaVA (arXiv 2304.08485, 2310.03744) joins a vision tower, a connector and a decoder.
 
-Knows tensors and its config; never text or files. A picture stands in `input_ids` as N placeholders
-(`IMAGE_TOKEN`), which `merge` replaces by the picture's N image tokens, both counts checked.
+An image is N placeholders (`IMAGE_TOKEN`) in `input_ids`. `merge` replaces them by the image's N image tokens
+and checks both counts. An image is one tile of pixels. With the image policy "anyres" it is several tiles,
+and N differs between images: a `Layout` says how.
 
-A picture is one square of pixels; under the image policy "anyres" it is several, and N differs from
-picture to picture: a `Layout` says how.
-
-Shapes: B batch, T tokens, M pictures, P squares, S pixels on a side, F features of a square, C tower
-width, N image tokens of a square, D decoder width.
+Shapes: B batch, T tokens, M images, P tiles, S pixels on a side, F features of a tile, C tower width, N image
+tokens of a tile, D decoder width.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ TOWERS: dict[str, Callable[[VisionConfig], nn.Module]] = {
 
 
 def make_tower(config: VisionConfig) -> nn.Module:
+    """Build the vision tower. Raise InputError if its kind is unknown."""
     if config.kind not in TOWERS:
         raise InputError(f"unknown vision tower {config.kind!r}; use one of {', '.join(TOWERS)}")
     return TOWERS[config.kind](config)
@@ -54,6 +53,7 @@ class Llava(nn.Module):
             if not newline.is_meta:
                 nn.init.normal_(newline, std=config.decoder.width**-0.5)
             self.image_newline = nn.Parameter(newline)
+        # Last: adapters replace layers that have to exist.
         if config.lora is not None:
             add_lora(self.decoder, config.lora)
 
@@ -67,45 +67,51 @@ class Llava(nn.Module):
         return self.decoder.dtype
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pixels (P, 3, S, S) -> the tower's features (P, F, C), in the tower's own type."""
+        """Turn pixels (P, 3, S, S) into the tower's features (P, F, C), in the tower's dtype."""
         weight = next(self.tower.parameters())
         return self.tower(pixels.to(weight.device, weight.dtype))
 
     def encode(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
-        """Pixels (P, 3, S, S) -> image tokens, as `connect` gives them."""
+        """Turn pixels (P, 3, S, S) into image tokens, shaped as in `connect`."""
         return self.connect(self.features(pixels), layouts)
 
     def connect(self, features: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
-        """The tower's features (P, F, C) -> image tokens (M, N, D); under anyres (total, D).
+        """Turn the tower's features (P, F, C) into image tokens (M, N, D), or (total, D) with anyres.
 
-        layouts: of the pictures, in order; only anyres looks at them. Raises ValueError when they speak
-        of another number of squares.
+        layouts: of the images, in order; only anyres needs them. Raise ValueError if their number of tiles is
+        not P.
         """
+        # The tower may have another dtype, or its features may come from the CPU.
         weight = next(self.connector.parameters(), None)
         tokens = self.connector(features if weight is None else features.to(weight.device, weight.dtype))
         if self.config.image.mode != "anyres":
             return tokens
         tiles = [layout.tiles for layout in layouts]
         if sum(tiles) != len(tokens):
-            raise ValueError(f"the tower saw {len(tokens)} squares, the layouts speak of {sum(tiles)}")
-        pictures = zip(tokens.split(tiles), layouts, strict=True)
-        arranged = [arrange(picture, layout, self.image_newline) for picture, layout in pictures]
+            raise ValueError(f"the tower gave {len(tokens)} tiles, the layouts have {sum(tiles)}")
+        images = zip(tokens.split(tiles), layouts, strict=True)
+        arranged = [arrange(image, layout, self.image_newline) for image, layout in images]
+        # The empty part gives a batch without images the right width and dtype.
         return torch.cat([tokens[:0].flatten(0, 1), *arranged])
 
     def merge(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
-        """input_ids (B, T) and image tokens, in order of appearance -> embeddings (B, T, D).
+        """Embed input_ids (B, T) and replace the placeholders by image tokens, in order: (B, T, D).
 
-        image_tokens: (M, N, D), or (total, D) of pictures that differ. Raises ValueError unless there are
-        exactly as many placeholders.
+        image_tokens: (M, N, D), or (total, D) if images differ in size. Raise ValueError unless the
+        placeholders are as many.
         """
-        here = input_ids == IMAGE_TOKEN
-        embedded = self.decoder.embed(input_ids.masked_fill(here, 0))
-        wanted, given = int(here.sum()), 0 if image_tokens is None else image_tokens.shape[:-1].numel()
-        if wanted != given:
-            raise ValueError(f"input_ids hold {wanted} image placeholders, the pictures give {given} tokens")
-        if image_tokens is None or not given:
+        is_placeholder = input_ids == IMAGE_TOKEN
+        # Placeholders have no embedding: look up token 0, which is overwritten below.
+        embedded = self.decoder.embed(input_ids.masked_fill(is_placeholder, 0))
+        placeholders = int(is_placeholder.sum())
+        count = 0 if image_tokens is None else image_tokens.shape[:-1].numel()
+        if placeholders != count:
+            raise ValueError(
+                f"input_ids hold {placeholders} image placeholders, the pictures give {count} tokens"
+            )
+        if image_tokens is None or not count:
             return embedded
-        return embedded.masked_scatter(here[..., None], image_tokens.to(embedded.dtype))
+        return embedded.masked_scatter(is_placeholder[..., None], image_tokens.to(embedded.dtype))
 
     def forward(
         self,
@@ -116,9 +122,10 @@ class Llava(nn.Module):
         out: dict[str, Tensor] | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, T) and image tokens (M, N, D) or (total, D) -> hidden states (B, T, D).
+        """Run input_ids (B, T) and image tokens (M, N, D) or (total, D). Return hidden states (B, T, D).
 
-        positions (B, T) default to 0..T-1, `attend` to plain causal attention; out and rows as in `Decoder`.
+        positions: (B, T), 0 to T - 1 by default. attend: causal attention by default. out, rows: as in
+        `Decoder`. out also receives "embeddings".
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)

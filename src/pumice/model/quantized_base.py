@@ -1,10 +1,10 @@
-"""Frozen weights held in few bits under adapters that learn (QLoRA, arXiv 2305.14314).
+"""QLoRA (arXiv 2305.14314) trains adapters on frozen weights that are stored in 8 or 4 bits.
 
-Knows tensors and module trees. Only the linear layers inside the decoder's blocks are held so; embedding,
-norms and vocabulary projection stay as they are, and so do the tower and the connector. The original
-weights are what a trained model is saved with: the few bits are for the run's memory alone.
+Only the linear layers of the decoder's blocks are quantized. Embedding, norms, vocabulary projection, tower
+and connector stay as they are. A trained model is saved with its original weights: quantization only saves
+memory during the run.
 
-int8 runs anywhere: one scale per output row. nf4 is bitsandbytes' (an optional dependency).
+int8 runs on any device and has one scale per output row. nf4 needs bitsandbytes, an optional dependency.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK = 64  # nf4: weights that share a scale
 
 
 class _Int8Product(torch.autograd.Function):
-    """x @ (q * scale).T; q is turned into floats for the moment of a product, never kept so."""
+    """Computes x @ (q * scale).T. q is converted to floats for each product, so they are never stored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ class _Int8Product(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer in few bits, with an adapter's update on top if it had one.
+    """A frozen, quantized linear layer, plus the LoRA update of the layer that it replaces, if it has one.
 
-    Its few bits are no part of the state: `state_dict` holds the adapter alone.
+    The quantized weight is not part of the state: `state_dict` holds only the adapter.
     """
 
     packed: Tensor
@@ -56,6 +56,7 @@ class QuantizedLinear(nn.Module):
         weight = layer.weight.detach()
         self._nf4: Any = None
         if kind == "int8":
+            # The largest weight of a row becomes 127. Rows of zeros get a tiny scale, not a division by zero.
             scale = weight.float().abs().amax(1).clamp_min(1e-7) / 127
             packed = (weight.float() / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
             self.register_buffer("scale", scale, persistent=False)
@@ -68,18 +69,19 @@ class QuantizedLinear(nn.Module):
         self.lora_a = self.lora_b = None
         if isinstance(layer, LoraLinear):
             self.lora_a, self.lora_b = layer.lora_a, layer.lora_b
-            self.update, self.dropout = layer.scale, layer.dropout
+            self.lora_scale, self.dropout = layer.scale, layer.dropout
         self.train(layer.training)
 
     def dequantized(self) -> Tensor:
-        """The weights (out, in) that the layer computes with, fp32."""
+        """Return the weights (out, in) that the layer computes with, in fp32."""
         if self.kind == "int8":
             return self.packed.float() * self.scale[:, None]
-        whole: Tensor = _bitsandbytes().dequantize_4bit(self.packed, self._nf4)
-        return whole.float()
+        weight: Tensor = _bitsandbytes().dequantize_4bit(self.packed, self._nf4)
+        return weight.float()
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)
+        # bitsandbytes keeps its scales outside the module: move them, too.
         if self._nf4 is not None:
             self._nf4.to(self.packed.device)
         return self
@@ -96,14 +98,14 @@ class QuantizedLinear(nn.Module):
         if self.lora_a is None or self.lora_b is None:
             return y
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return y + F.linear(F.linear(low, self.lora_a) * self.update, self.lora_b)
+        return y + F.linear(F.linear(low, self.lora_a) * self.lora_scale, self.lora_b)
 
 
 def quantize_base(decoder: nn.Module, kind: str) -> None:
-    """Swap the linear layers of the decoder's blocks, adapters included, for quantised frozen ones.
+    """Replace the linear layers of the decoder's blocks, adapters included, by frozen quantized layers.
 
-    kind: "int8" or "nf4". One layer at a time: its floats are let go before the next one's turn. Raises
-    InputError when nf4's library is not installed.
+    kind: "int8" or "nf4". Layers are replaced one by one, so that each one's floats are freed before the
+    next. Raise InputError if nf4's library is not installed.
     """
     for parent in list(decoder.get_submodule("blocks").modules()):
         for name, child in list(parent.named_children()):

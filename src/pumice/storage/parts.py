@@ -1,4 +1,4 @@
-"""A whole model in parts, before it is put together: config, tensors where they are kept, tokenizer."""
+"""A whole model in parts, before its modules exist: config, lazy tensors, tokenizer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class LoadedParts:
-    """A whole model in parts: its config, its tensors where they are kept, its tokenizer."""
+    """A whole model in parts: its config, its tensors, which are not read yet, and its tokenizer."""
 
     config: ModelConfig
     state: LazyStateDict  # by the names of `pumice.model`
     tokenizer: Tokenizer
     provenance: dict[str, Any]
-    parts: dict[str, str] = field(default_factory=dict)  # part -> the wheel that it comes from
+    parts: dict[str, str] = field(default_factory=dict)  # part -> the PyPI wheel that it comes from
     notes: tuple[str, ...] = ()  # what was assumed, because the source does not say it
-    sources: dict[str, tuple[str, Path]] = field(default_factory=dict)  # role -> as it was named, where it is
+    # Where each role's files came from: role -> (the name that the user gave, its local path).
+    sources: dict[str, tuple[str, Path]] = field(default_factory=dict)
     sentencepiece: bytes | None = None  # tokenizer.model, where the source has one

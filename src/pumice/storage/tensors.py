@@ -1,9 +1,7 @@
-"""Tensors in files: known by their headers, read one at a time, written one at a time.
+"""Read and write tensors in safetensors and `.bin` files, one tensor at a time.
 
-Knows: safetensors and `.bin`, whole or in shards with an index. Does not know: what a tensor is for.
-A `.bin` is a pickle; torch's restricted reader (`weights_only`) takes tensors from it and runs no code.
-
-A tensor is read by mapping its file into memory: where its type stays, its bytes are not copied.
+Files are mapped into memory: a tensor that keeps its type is not copied. A `.bin` is a pickle; torch's
+restricted reader (`weights_only`) reads its tensors and runs no code.
 """
 
 from __future__ import annotations
@@ -27,8 +25,10 @@ from pumice.kernels.packed import Kind, Packed
 from pumice.storage.json_file import Keys
 
 SHARD_BYTES = 5 * 10**9
-FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # what we write, and compute in
+# The types that we write and compute in, with their names in a safetensors header.
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
+# The types that can be read.
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -48,7 +48,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still where it is kept.
+    """A tensor that is read only when it is needed.
 
     fetch: reads it, in the type that it is given. origin: key and file, for messages. blocks: where a matrix
     is stored in few bits, or is to be; whatever changes its values drops them.
@@ -56,46 +56,51 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    fetch: Callable[[torch.dtype], Tensor]
+    loader: Callable[[torch.dtype], Tensor]
     origin: str = ""
     blocks: Blocks | None = None
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor, as stored or in `dtype`."""
-        return self.fetch(dtype or self.dtype)
+        """Read the tensor in `dtype`, or in the type that it is stored in."""
+        return self.loader(dtype or self.dtype)
 
-    def then(self, change: Callable[[Tensor], Tensor], shape: Iterable[int] | None = None) -> LazyTensor:
-        """This tensor after `change`, which sees it as stored. shape: of the result, where it differs."""
+    def map(self, function: Callable[[Tensor], Tensor], shape: Iterable[int] | None = None) -> LazyTensor:
+        """Apply `function` to the stored tensor whenever it is read.
+
+        shape: the shape of the result, if it is another one.
+        """
         return LazyTensor(
             self.shape if shape is None else tuple(shape),
             self.dtype,
-            lambda dtype: change(self.read()).to(dtype),
+            lambda dtype: function(self.read()).to(dtype),
             self.origin,
         )
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
-        """This tensor as if it were stored in `dtype`."""
-        return LazyTensor(self.shape, dtype, self.fetch, self.origin)
+        """Return this tensor as if it were stored in `dtype`."""
+        return LazyTensor(self.shape, dtype, self.loader, self.origin)
 
     @property
     def size(self) -> int:
-        """Bytes, as stored."""
+        """The size in bytes, in the type that it is stored in."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 LazyStateDict = dict[str, LazyTensor]
 
 
-def stored(tensor: Tensor, origin: str = "") -> LazyTensor:
-    """A tensor in memory."""
+def as_lazy(tensor: Tensor, origin: str = "") -> LazyTensor:
+    """Return a tensor in memory as a LazyTensor."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.to, origin)
 
 
 def find_weights(folder: Path, stem: str = "") -> list[Path]:
-    """The files that hold a folder's weights, the best kind first: safetensors, then `.bin`; [] if none.
+    """Return [the file of a folder's weights], or [the index of its shards]; [] if there is none.
 
-    An index is returned alone. stem: of the files' names; `model` and `pytorch_model` when not given.
+    stem: how the file names begin; `model`, then `pytorch_model`, by default.
     """
+    # Safetensors come first, because they are read without unpickling. An index comes before a single file of
+    # the same kind, which may be a shard that was left over.
     for name in (stem,) if stem else ("model", "pytorch_model"):
         for ending in (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin"):
             if (folder / f"{name}{ending}").is_file():
@@ -104,65 +109,69 @@ def find_weights(folder: Path, stem: str = "") -> list[Path]:
 
 
 def open_weights(folder: Path, stem: str = "") -> LazyStateDict:
-    """All tensors of a folder's weights. Raises InputError when there are none, or a file of them is bad."""
-    found = find_weights(folder, stem)
-    if not found:
+    """Return all tensors of a folder's weights. Raises InputError if there are none, or a file is damaged."""
+    weight_files = find_weights(folder, stem)
+    if not weight_files:
         loose = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
         hint = f"; {loose[0]} is there, but no index that names it" if loose else ""
         raise InputError(f"{folder} holds no weights: neither safetensors nor .bin{hint}")
-    path = found[0]
+    path = weight_files[0]
     return _open_index(path) if path.suffix == ".json" else open_file(path)
 
 
 def open_file(path: Path) -> LazyStateDict:
-    """The tensors of one file, in its order."""
-    reader = _Safetensors(path) if path.suffix == ".safetensors" else _Bin(path)
-    return {name: reader.stored(name) for name in reader.names()}
+    """Return the tensors of one file, in its order."""
+    file = _Safetensors(path) if path.suffix == ".safetensors" else _Bin(path)
+    return {name: file.lazy_tensor(name) for name in file.names()}
 
 
 def _open_index(index: Path) -> LazyStateDict:
-    """The tensors that an index deals out to shards, shard by shard."""
-    where: dict[str, list[str]] = {}
+    """Return the tensors that an index assigns to shards, shard by shard."""
+    # 1. Group the names by shard. A shard is a plain file name, so that an index cannot reach other folders.
+    shard_names: dict[str, list[str]] = {}
     for name, shard in Keys.of(index).object("weight_map").values.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise InputError(f"{index} puts {name} into {shard!r}, which is no file name")
-        where.setdefault(shard, []).append(name)
-    if not where:
+        shard_names.setdefault(shard, []).append(name)
+    if not shard_names:
         raise InputError(f"{index} names no tensors; fetch it again")
+    # 2. Open each shard. Index and shard must agree exactly: otherwise files of two models are mixed.
     tensors: LazyStateDict = {}
-    for shard, names in sorted(where.items()):
+    for shard, names in sorted(shard_names.items()):
         path = index.parent / shard
         if not path.is_file():
             raise InputError(f"{index} names {shard}, which is not beside it; fetch that file as well")
-        found = open_file(path)
-        if missing := [name for name in names if name not in found]:
+        shard_tensors = open_file(path)
+        if missing := [name for name in names if name not in shard_tensors]:
             raise InputError(f"{index} says that {missing[0]} is in {shard}, which does not hold it")
-        if extra := [name for name in found if name not in names]:
+        if extra := [name for name in shard_tensors if name not in names]:
             raise InputError(f"{path} holds {extra[0]}, which {index.name} does not name")
-        tensors |= found
+        tensors |= shard_tensors
     return tensors
 
 
 class _File:
-    """One file of tensors. It is open only while tensors are read from it one after another."""
+    """One file of tensors. It stays open until a tensor of another file is read."""
 
-    _last: _File | None = None  # only one file is open at a time, so that only its pages are in memory
+    # Only one file is open at a time, so that only its mapped pages count as this process's memory.
+    _last: _File | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._opened: Any = None
+        self._handle: Any = None
 
-    def opened(self) -> Any:
-        if self._opened is None:
+    def handle(self) -> Any:
+        """Return the open file; open it first if another one was read last."""
+        if self._handle is None:
             if _File._last is not None:
-                _File._last._opened = None
-            self._opened, _File._last = self._open(), self
-        return self._opened
+                _File._last._handle = None
+            self._handle, _File._last = self._open(), self
+        return self._handle
 
-    def stored(self, name: str) -> LazyTensor:
-        shape, dtype = self._describe(name)
+    def lazy_tensor(self, name: str) -> LazyTensor:
+        shape, stored_dtype = self._shape_and_dtype(name)
         return LazyTensor(
-            shape, dtype, lambda wanted: self._read(name).to(wanted), f"{name} in {self.path.name}"
+            shape, stored_dtype, lambda dtype: self._read(name).to(dtype), f"{name} in {self.path.name}"
         )
 
     def names(self) -> list[str]:
@@ -171,73 +180,73 @@ class _File:
     def _open(self) -> Any:
         raise NotImplementedError
 
-    def _describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def _shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         raise NotImplementedError
 
     def _read(self, name: str) -> Tensor:
         raise NotImplementedError
 
-    def _bad(self, error: Exception, what: str = "") -> InputError:
-        """What is wrong with a file that could not be read. what: in words, where the error has none."""
+    def _unreadable(self, error: Exception, problem: str = "") -> InputError:
+        """Say why the file cannot be read. problem: in words, if `error` does not say."""
         try:
             with self.path.open("rb") as file:
                 start = file.read(len(_LFS))
-        except OSError as unreadable:
-            return InputError(f"{self.path} cannot be read: {unreadable.strerror}")
+        except OSError as os_error:
+            return InputError(f"{self.path} cannot be read: {os_error.strerror}")
         if start == _LFS:
             return InputError(
                 f"{self.path} is a pointer of Git LFS, not the weights; run `git lfs pull` there"
             )
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        return InputError(f"{self.path} is {what or f'damaged or cut short ({reason})'}; fetch it again")
+        return InputError(f"{self.path} is {problem or f'damaged or cut short ({reason})'}; fetch it again")
 
 
 def close_last_file() -> None:
     """Close the file that was read last: its pages count as this process's memory while it is open."""
     last, _File._last = _File._last, None
     if last is not None:
-        last._opened = None
+        last._handle = None
 
 
 class _Safetensors(_File):
     def names(self) -> list[str]:
-        return list(self.opened().keys())
+        return list(self.handle().keys())
 
     def _open(self) -> Any:
         try:
             return safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise self._bad(error) from error
+            raise self._unreadable(error) from error
 
-    def _describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        part = self.opened().get_slice(name)
-        if (dtype := _DTYPES.get(part.get_dtype())) is None:
-            raise InputError(f"{self.path}: {name} is stored as {part.get_dtype()}, which cannot be read")
-        return tuple(part.get_shape()), dtype
+    def _shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        # A slice knows type and shape from the header; no values are read.
+        header = self.handle().get_slice(name)
+        if (dtype := _DTYPES.get(header.get_dtype())) is None:
+            raise InputError(f"{self.path}: {name} is stored as {header.get_dtype()}, which cannot be read")
+        return tuple(header.get_shape()), dtype
 
     def _read(self, name: str) -> Tensor:
         try:
-            return self.opened().get_tensor(name)
+            return self.handle().get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise self._bad(error) from error
+            raise self._unreadable(error) from error
 
 
 class _Bin(_File):
     def names(self) -> list[str]:
-        return list(self.opened())
+        return list(self.handle())
 
     def _open(self) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # torch muses on how a stranger's pickle was made
+                # torch warns about how the pickle was written; the user cannot change that.
+                warnings.simplefilter("ignore", UserWarning)
                 state = self._load()
         except pickle.UnpicklingError as error:
-            what = "refused: it is damaged, or holds more than tensors, and code in it is never run"
-            raise self._bad(error, what) from error
+            problem = "refused: it is damaged, or holds more than tensors, and code in it is never run"
+            raise self._unreadable(error, problem) from error
         except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise self._bad(error) from error
+            raise self._unreadable(error) from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise InputError(f"{self.path} does not hold named tensors, so it is no checkpoint")
         return state
@@ -248,14 +257,15 @@ class _Bin(_File):
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return torch.load(self.path, map_location="cpu", weights_only=True)  # written before PyTorch 1.6
+            # Files written before PyTorch 1.6 cannot be mapped.
+            return torch.load(self.path, map_location="cpu", weights_only=True)
 
-    def _describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        tensor = self.opened()[name]
+    def _shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        tensor = self.handle()[name]
         return tuple(tensor.shape), tensor.dtype
 
     def _read(self, name: str) -> Tensor:
-        return self.opened()[name]
+        return self.handle()[name]
 
 
 def write_weights(
@@ -263,8 +273,9 @@ def write_weights(
 ) -> None:
     """Write `{stem}.safetensors`, or shards of at most `limit` bytes with their index, in the given order.
 
-    One tensor at a time is in memory. Raises OSError as the file system does.
+    Only one tensor at a time is in memory. Raises OSError if the file system does.
     """
+    # 1. Fill one shard after another. A tensor larger than the limit gets a shard of its own.
     shards: list[LazyStateDict] = [{}]
     room = limit
     for name, tensor in state.items():
@@ -273,26 +284,30 @@ def write_weights(
             room = limit
         shards[-1][name] = tensor
         room -= tensor.size
+    # 2. One shard needs no index.
     if len(shards) == 1:
         write_file(folder / f"{stem}.safetensors", shards[0])
         return
-    names: dict[str, str] = {}
+    # 3. Write the shards under Hugging Face's names, and an index that says which tensor is in which file.
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / file, shard)
-        names |= dict.fromkeys(shard, file)
+        weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.size for tensor in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(
         json.dumps(index, indent=2) + "\n", encoding="utf-8"
     )
 
 
 def write_file(path: Path, state: Mapping[str, LazyTensor]) -> None:
-    """One safetensors file, as its format says: the header's length, the header, the bytes.
+    """Write one safetensors file: the length of the header, the header in JSON, the bytes of the tensors.
 
-    Wider types come first, so that every tensor is aligned; then names count, as in the library's own writer.
+    Raises InputError if a tensor is not of one of FLOATS.
     """
+    # 1. Describe the tensors. Wider types come first, so that every tensor is aligned in the file; tensors of
+    # one type are in the order of their names, as the safetensors library writes them.
     order = sorted(state.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -304,6 +319,7 @@ def write_file(path: Path, state: Mapping[str, LazyTensor]) -> None:
             "dtype": _WRITTEN[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
         }  # fmt: skip
         start = end
+    # 2. The header is filled up with blanks to a multiple of 8 bytes, which aligns the first tensor.
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(len(text) + 8) % 64)  # so that mapped bytes begin where a line of the cache does
     with path.open("wb") as file:

@@ -85,7 +85,7 @@ def test_parts(fetched: Path) -> None:
 
 
 def test_the_pins_are_those_of_the_files_here() -> None:
-    part_paths = {name: path for name, part in download.WHEELS.items() if (path := download.kept(part))}
+    part_paths = {name: path for name, part in download.WHEELS.items() if (path := download.cached(part))}
     if not part_paths:
         pytest.skip("no part was fetched yet")
     for name, path in part_paths.items():

@@ -42,12 +42,12 @@ def test_rouge_by_hand() -> None:
 
 
 def test_equal_to_pycocoevalcap() -> None:
-    theirs: Any = pytest.importorskip("pycocoevalcap.bleu.bleu")
+    official_bleu: Any = pytest.importorskip("pycocoevalcap.bleu.bleu")
     rouge: Any = pytest.importorskip("pycocoevalcap.rouge.rouge")
-    said = {i: [" ".join(tokenize(text))] for i, text in enumerate(CAPTIONS)}
+    candidates = {i: [" ".join(tokenize(text))] for i, text in enumerate(CAPTIONS)}
     truth = {i: [" ".join(tokenize(text)) for text in texts] for i, texts in enumerate(REFERENCES)}
-    official, _ = theirs.Bleu(4).compute_score(truth, said, verbose=0)
+    official, _ = official_bleu.Bleu(4).compute_score(truth, candidates, verbose=0)
     assert bleu(CAPTIONS, REFERENCES) == pytest.approx(official, abs=1e-12)
-    _, each = rouge.Rouge().compute_score(truth, said)
+    _, each = rouge.Rouge().compute_score(truth, candidates)
     ours = [rouge_l(text, texts) for text, texts in zip(CAPTIONS, REFERENCES, strict=True)]
     assert ours == pytest.approx(list(each), abs=1e-12)

@@ -45,8 +45,8 @@ def test_a_word_in_every_picture_weighs_nothing() -> None:
 
 def test_identical_captions_score_ten() -> None:
     references = [["a dog runs on grass"], ["two men ride bikes"], ["the red boat sails away"]]
-    said = [captions[0].upper() + "!" for captions in references]
-    assert Cider(references).score(said) == pytest.approx([10, 10, 10])
+    captions_in_capitals = [captions[0].upper() + "!" for captions in references]
+    assert Cider(references).score(captions_in_capitals) == pytest.approx([10, 10, 10])
 
 
 def test_one_picture_and_silence_score_zero() -> None:

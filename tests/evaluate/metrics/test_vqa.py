@@ -16,7 +16,7 @@ from pumice.evaluate.metrics.vqa import (
 
 
 @pytest.mark.parametrize(
-    ("said", "processed"),
+    ("answer", "processed"),
     [
         ("", ""),
         ("Yes.", "yes"),
@@ -39,8 +39,8 @@ from pumice.evaluate.metrics.vqa import (
         ("x" + "." * 40, "x" + "." * 8),  # re.UNICODE, 32, is the count
     ],
 )
-def test_the_processor_of_m4c(said: str, processed: str) -> None:
-    assert normalize_m4c(said) == processed
+def test_the_processor_of_m4c(answer: str, processed: str) -> None:
+    assert normalize_m4c(answer) == processed
 
 
 def test_the_corrected_processor_keeps_a_period_after_a_digit_and_removes_all_others() -> None:

@@ -54,8 +54,8 @@ def scored(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         chosen = task or get_task(name, split)
         questions = read_questions(chosen, tmp_path / "data", limit, keep_images=False)
-        given = read_answers(questions, path, allow_missing=allow_missing)
-        return make_result(chosen, questions, given, chosen.score(given.answered))
+        answers = read_answers(questions, path, allow_missing=allow_missing)
+        return make_result(chosen, questions, answers, chosen.score(answers.answered))
 
     return score
 

@@ -65,11 +65,11 @@ def test_llava_bench(bench: Any, scored: Any, tmp_path: Path) -> None:
     reviews.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task: Any = get_task("llava-bench")
     task.judge = Judge(reviews)
-    found = scored("llava-bench", {n: "A cat." for n in range(3)}, task=task)
-    assert found["headline"]["value"] == pytest.approx(100 * (6 + 3) / (8 + 10))
-    assert found["categories"]["category"]["conv"] == {"value": 75, "questions": 1}
-    assert found["judge"]["unparsed"] == 1
-    assert found["judge"]["used"] == 2
+    result = scored("llava-bench", {n: "A cat." for n in range(3)}, task=task)
+    assert result["headline"]["value"] == pytest.approx(100 * (6 + 3) / (8 + 10))
+    assert result["categories"]["category"]["conv"] == {"value": 75, "questions": 1}
+    assert result["judge"]["unparsed"] == 1
+    assert result["judge"]["used"] == 2
 
 
 def test_a_judge_is_needed_and_so_are_all_replies(bench: Any, scored: Any, tmp_path: Path) -> None:
@@ -128,10 +128,10 @@ def test_mmvet_asks_keeps_and_does_not_ask_again(
     task: Any = get_task("mmvet")
     task.judge = Judge(reviews, server.endpoint())
     answers = {"v1_0": "-1", "v1_1": "a hound", "v1_2": "yes"}
-    found = scored("mmvet", answers, task=task)
-    assert found["headline"]["value"] == pytest.approx(75)  # the third is in no mean
-    assert found["categories"]["ability"]["math"] == {"value": 50, "questions": 1}
-    assert found["judge"] | {"file": None} == {
+    result = scored("mmvet", answers, task=task)
+    assert result["headline"]["value"] == pytest.approx(75)  # the third is in no mean
+    assert result["categories"]["ability"]["math"] == {"value": 50, "questions": 1}
+    assert result["judge"] | {"file": None} == {
         "models": ["judge-1"], "prompt_versions": ["pumice-mmvet-1"], "replies": 3, "unparsed": 1, "used": 2,
         "file": None,
     }  # fmt: skip
@@ -139,12 +139,12 @@ def test_mmvet_asks_keeps_and_does_not_ask_again(
     stored = [json.loads(line) for line in reviews.read_text().splitlines()]
     assert [row["reply"] for row in stored] == ["0.5", "1.0", "I cannot say"]
     task.judge = Judge(reviews)
-    assert scored("mmvet", answers, task=task)["headline"] == found["headline"]
+    assert scored("mmvet", answers, task=task)["headline"] == result["headline"]
     # A kill in the middle of a line: the reply is asked for again, and the line is gone.
     reviews.write_text(reviews.read_text()[:-9])
     server = Server("I still cannot say")
     task.judge = Judge(reviews, server.endpoint())
-    assert scored("mmvet", answers, task=task)["headline"] == found["headline"]
+    assert scored("mmvet", answers, task=task)["headline"] == result["headline"]
     assert len(server.asked) == 1
     assert [json.loads(line)["id"] for line in reviews.read_text().splitlines()] == ["v1_0", "v1_1", "v1_2"]
     # Another answer has another prompt: its reply is not there.
@@ -160,9 +160,9 @@ def test_mmvet_grades_of_its_own_evaluator_and_rows_of_llava(mmvet: Any, scored:
     task: Any = get_task("mmvet")
     task.judge = Judge(tmp_path / "grades.json")
     rows = [{"question_id": n, "prompt": "?", "text": "x"} for n in range(3)]
-    found = scored("mmvet", rows, task=task)
-    assert found["headline"]["value"] == pytest.approx(50)
-    assert found["judge"]["models"] == ["gpt-4-0613"]
+    result = scored("mmvet", rows, task=task)
+    assert result["headline"]["value"] == pytest.approx(50)
+    assert result["judge"]["models"] == ["gpt-4-0613"]
 
 
 def test_an_endpoint_is_tried_again_and_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,11 +36,11 @@ def scienceqa(data: Any) -> Any:
 
 
 def test_scienceqa(scienceqa: Any, scored: Any, asked: Any) -> None:
-    found = scored("scienceqa", {"7": "B. y", "8": "The answer is C."})
-    assert found["headline"]["name"] == "image_accuracy"
-    assert found["headline"]["value"] == 100
-    assert found["metrics"]["accuracy"] == 50
-    assert found["categories"]["modality"]["neither"]["value"] == 0
+    result = scored("scienceqa", {"7": "B. y", "8": "The answer is C."})
+    assert result["headline"]["name"] == "image_accuracy"
+    assert result["headline"]["value"] == 100
+    assert result["metrics"]["accuracy"] == 50
+    assert result["categories"]["modality"]["neither"]["value"] == 0
     questions = asked("scienceqa")
     assert questions["7"].prompt == f"Context: Look.\nQuestion: Which one?\nOptions: (A) x (B) y\n{LETTER}"
     assert questions["8"].prompt.startswith("Context: N/A\n")
@@ -88,12 +88,12 @@ def mmbench(data: Any) -> Any:
 
 
 def test_mmbench_is_circular(mmbench: Any, scored: Any, asked: Any) -> None:
-    found = scored("mmbench", {1: "A", 1000001: "A", 2: "(B) blue"})
+    result = scored("mmbench", {1: "A", 1000001: "A", 2: "(B) blue"})
     # Question 1 is right in one order and wrong in the other: wrong. Question 2: right.
-    assert found["headline"]["value"] == 50
-    assert found["metrics"]["accuracy_every_rotation"] == pytest.approx(200 / 3)
-    assert found["metrics"]["accuracy_first_order"] == 100
-    assert found["categories"]["ability (l2)"] == {
+    assert result["headline"]["value"] == 50
+    assert result["metrics"]["accuracy_every_rotation"] == pytest.approx(200 / 3)
+    assert result["metrics"]["accuracy_first_order"] == 100
+    assert result["categories"]["ability (l2)"] == {
         "coarse_perception": {"value": 0, "questions": 1},
         "logic": {"value": 100, "questions": 1},
     }
@@ -106,9 +106,9 @@ def test_mmbench_is_circular(mmbench: Any, scored: Any, asked: Any) -> None:
 
 
 def test_mmbench_answers_that_no_rule_reads(mmbench: Any, scored: Any) -> None:
-    found = scored("mmbench", {1: "A cat", 1000001: "the cat", 2: ""})
-    assert found["headline"]["value"] == 50
-    assert found["metrics"]["unread"] == 1
+    result = scored("mmbench", {1: "A cat", 1000001: "the cat", 2: ""})
+    assert result["headline"]["value"] == 50
+    assert result["metrics"]["unread"] == 1
 
 
 def test_mmbench_for_the_server(mmbench: Any, tmp_path: Path) -> None:
@@ -148,14 +148,14 @@ def test_seed(data: Any, scored: Any, asked: Any) -> None:
     questions = [row("101", "image", 1), row("102", "image", 1), row("v3", "video", 10)]
     types = {"Scene Understanding": 1, "Action Recognition": 10}
     data.json("SEED-Bench.json", {"questions": questions, "question_type": types})
-    found = scored("seed", [{"question_id": 101, "text": "B"}, {"question_id": 102, "text": "B."},
+    result = scored("seed", [{"question_id": 101, "text": "B"}, {"question_id": 102, "text": "B."},
                             {"question_id": "v3", "text": "B"}])  # fmt: skip
     # "B." is not the bare letter.
-    assert found["headline"]["value"] == pytest.approx(200 / 3)
-    assert found["metrics"]["accuracy_image"] == 50
-    assert found["metrics"]["accuracy_video"] == 100
-    assert found["metrics"]["accuracy_first_letter"] == 100
-    assert found["categories"]["ability"]["Scene Understanding"]["value"] == 50
+    assert result["headline"]["value"] == pytest.approx(200 / 3)
+    assert result["metrics"]["accuracy_image"] == 50
+    assert result["metrics"]["accuracy_video"] == 100
+    assert result["metrics"]["accuracy_first_letter"] == 100
+    assert result["categories"]["ability"]["Scene Understanding"]["value"] == 50
     assert asked("seed")["101"].prompt == f"What?\nA. aa\nB. bb\nC. cc\nD. dd\n{LETTER}"
 
 
@@ -166,9 +166,9 @@ def test_mmstar(data: Any, scored: Any) -> None:
     ]
     header = ["index", "question", "answer", "category", "l2_category", "image"]
     data.text("MMStar.tsv", "\n".join("\t".join(row) for row in [header, *rows]))
-    found = scored("mmstar", {0: "(a) x", 1: "I think B"})
-    assert found["headline"]["value"] == 50
-    assert found["categories"]["part"]["geometry"]["questions"] == 2
+    result = scored("mmstar", {0: "(a) x", 1: "I think B"})
+    assert result["headline"]["value"] == 50
+    assert result["categories"]["part"]["geometry"]["questions"] == 2
 
 
 @pytest.fixture
@@ -192,10 +192,10 @@ def mmmu(data: Any) -> Any:
              "image_1": image, "image_2": image, "question_type": "open", "answer": "['1.5', '3/2']"},
         ],
     }  # fmt: skip
-    for subject, found in rows.items():
+    for subject, subject_rows in rows.items():
         (data.path / subject).mkdir()
         parquet.write_table(
-            pyarrow.Table.from_pylist(found), data.path / subject / "validation-00000-of-00001.parquet"
+            pyarrow.Table.from_pylist(subject_rows), data.path / subject / "validation-00000-of-00001.parquet"
         )
     return data
 
@@ -206,12 +206,12 @@ def test_mmmu(mmmu: Any, scored: Any, asked: Any) -> None:
         "validation_Art_2": "no idea",
         "validation_Math_1": "The sum is 1.50",
     }
-    found = scored("mmmu", answers)
+    result = scored("mmmu", answers)
     drawn = Random(42).choice(["A", "B"]) == "A"
-    assert found["headline"]["value"] == pytest.approx(100 * (2 + drawn) / 3)
-    assert found["metrics"]["accuracy_without_guessing"] == pytest.approx(200 / 3)
-    assert found["metrics"]["unread"] == 1
-    assert found["categories"]["domain"]["Science"]["value"] == 100
+    assert result["headline"]["value"] == pytest.approx(100 * (2 + drawn) / 3)
+    assert result["metrics"]["accuracy_without_guessing"] == pytest.approx(200 / 3)
+    assert result["metrics"]["unread"] == 1
+    assert result["categories"]["domain"]["Science"]["value"] == 100
     questions = asked("mmmu")
     assert questions["validation_Art_1"].prompt == f"See <image>. Who?\n\n(A) Ann\n(B) Bob\n\n{LETTER}"
     assert questions["validation_Math_1"].prompt.startswith("<image> <image> Sum?")

@@ -61,13 +61,13 @@ def test_coco_captions_of_karpathys_file(data: Any, scored: Any, asked: Any, tmp
     train = {"filepath": "train2014", "filename": "x.jpg", "cocoid": 1, "split": "train", "sentences": []}
     data.json("dataset_coco.json", {"images": [*images, train], "dataset": "coco"})
     rows = [{"image_id": key, "caption": text} for key, text in texts.items()]
-    found = scored("coco-caption", rows)
+    result = scored("coco-caption", rows)
     # The people's own words: every metric is at its top, CIDEr-D at 10 per picture, written as 1000.
-    assert found["headline"]["value"] == pytest.approx(1000)
-    assert found["metrics"]["BLEU-4"] == pytest.approx(100)
-    assert found["metrics"]["ROUGE-L"] == pytest.approx(100)
-    assert any("METEOR is left out" in note for note in found["notes"])
-    assert found["questions"] == 2
+    assert result["headline"]["value"] == pytest.approx(1000)
+    assert result["metrics"]["BLEU-4"] == pytest.approx(100)
+    assert result["metrics"]["ROUGE-L"] == pytest.approx(100)
+    assert any("METEOR is left out" in note for note in result["notes"])
+    assert result["questions"] == 2
     task = get_task("coco-caption")
     answered = [Answered(q, "A\ncat ") for q in read_questions(task, data.path).questions]
     task.submission(answered, tmp_path / "captions.json", data.path)
@@ -88,9 +88,9 @@ def test_nocaps_by_domain(data: Any, scored: Any) -> None:
               enumerate(("in-domain", "out-domain"))]  # fmt: skip
     notes = [{"image_id": 0, "caption": "a dog runs fast"}, {"image_id": 1, "caption": "a sushi roll here"}]
     data.json("nocaps_val_4500_captions.json", {"images": images, "annotations": notes})
-    found = scored("nocaps", {0: "a dog runs fast", 1: "nothing"})
-    assert found["categories"]["domain"]["in-domain"]["value"] == pytest.approx(1000)
-    assert found["categories"]["domain"]["out-domain"]["value"] == 0
+    result = scored("nocaps", {0: "a dog runs fast", 1: "nothing"})
+    assert result["categories"]["domain"]["in-domain"]["value"] == pytest.approx(1000)
+    assert result["categories"]["domain"]["out-domain"]["value"] == 0
 
 
 def test_clevr_by_kind_and_family(data: Any, scored: Any) -> None:
@@ -102,16 +102,16 @@ def test_clevr_by_kind_and_family(data: Any, scored: Any) -> None:
         for n, (name, answer) in enumerate(zip(functions, answers, strict=True))
     ]  # fmt: skip
     data.json("questions/CLEVR_val_questions.json", {"questions": rows})
-    found = scored("clevr", {0: "three", 1: "Yes.", 2: "small", 3: "no"})
-    assert found["headline"]["value"] == 50
-    assert found["metrics"]["accuracy_number_words"] == 75
-    assert set(found["categories"]["kind"]) == {
+    result = scored("clevr", {0: "three", 1: "Yes.", 2: "small", 3: "no"})
+    assert result["headline"]["value"] == 50
+    assert result["metrics"]["accuracy_number_words"] == 75
+    assert set(result["categories"]["kind"]) == {
         "count",
         "compare attribute",
         "query attribute",
         "compare integer",
     }
-    assert found["categories"]["family"]["1"]["value"] == 100
+    assert result["categories"]["family"]["1"]["value"] == 100
 
 
 SYNONYMS = (
@@ -130,10 +130,10 @@ def test_easy_vqa_by_what_is_asked(data: Any, scored: Any, asked: Any) -> None:
     ]
     data.json("easy_vqa/data/train/questions.json", rows[:1])
     data.json("easy_vqa/data/test/questions.json", rows)
-    found = scored("easy-vqa", {0: "Teal.", 1: "a circle", 2: " Yes\n", 3: "yes", 4: "yes."})
-    assert found["headline"]["value"] == pytest.approx(60)
-    assert found["metrics"]["accuracy_colour_and_shape"] == pytest.approx(50)
-    kinds = {name: cell["value"] for name, cell in found["categories"]["question"].items()}
+    result = scored("easy-vqa", {0: "Teal.", 1: "a circle", 2: " Yes\n", 3: "yes", 4: "yes."})
+    assert result["headline"]["value"] == pytest.approx(60)
+    assert result["metrics"]["accuracy_colour_and_shape"] == pytest.approx(50)
+    kinds = {name: cell["value"] for name, cell in result["categories"]["question"].items()}
     assert kinds == {"colour": 100, "shape": 0, "there": 100, "not there": 50}
     question = asked("easy-vqa")["4"]
     assert question.images[0].name == "1.png"
@@ -167,8 +167,8 @@ def test_things_in_a_text(text: str, things: list[str]) -> None:
 
 def test_things_corrected() -> None:
     things = ObjectNames(SYNONYMS.splitlines(), corrected=True)
-    said = "A bus, ties, canoes, a motor bike, glasses, two skis, men"
-    assert [thing for _, thing in things.find(said)] == ["bus", "tie", "boat", "motorcycle", "person"]
+    caption = "A bus, ties, canoes, a motor bike, glasses, two skis, men"
+    assert [thing for _, thing in things.find(caption)] == ["bus", "tie", "boat", "motorcycle", "person"]
 
 
 def test_chair(data: Any, scored: Any) -> None:
@@ -182,12 +182,12 @@ def test_chair(data: Any, scored: Any) -> None:
         "annotations/captions_val2014.json",
         {"annotations": [{"image_id": 1, "caption": "A man on a bench."}]},
     )
-    found = scored("chair", {1: "A woman and a cat on a bench, another cat.", 2: "A puppy."})
+    result = scored("chair", {1: "A woman and a cat on a bench, another cat.", 2: "A puppy."})
     # Named: person, cat, bench, cat, dog. Not there: cat, twice.
-    assert found["headline"]["value"] == pytest.approx(100 * 2 / 5)
-    assert found["metrics"]["CHAIRs"] == found["metrics"]["CHAIRs_corrected"] == 50
-    assert found["metrics"]["recall"] == pytest.approx(100)
-    assert found["categories"]["invented things"]["cat"]["questions"] == 2
+    assert result["headline"]["value"] == pytest.approx(100 * 2 / 5)
+    assert result["metrics"]["CHAIRs"] == result["metrics"]["CHAIRs_corrected"] == 50
+    assert result["metrics"]["recall"] == pytest.approx(100)
+    assert result["categories"]["invented things"]["cat"]["questions"] == 2
 
 
 def test_your_own_file(data: Any, scored: Any, asked: Any) -> None:
@@ -207,10 +207,10 @@ def test_your_own_file(data: Any, scored: Any, asked: Any) -> None:
     ]
     data.lines("questions.jsonl", rows)
     answers = {"a": "dark  red .", "b": "three", "c": "the dog", "d": "No.", "e": "hotdogs", "f": "a dog"}
-    found = scored("own", answers)
-    assert found["headline"]["value"] == pytest.approx(100 * 5 / 6)
-    assert found["categories"]["metric"]["contains"]["value"] == 0
-    assert found["version"]["same"] is None
+    result = scored("own", answers)
+    assert result["headline"]["value"] == pytest.approx(100 * 5 / 6)
+    assert result["categories"]["metric"]["contains"]["value"] == 0
+    assert result["version"]["same"] is None
     assert asked("own")["c"].prompt == "Which?\nA. cat\nB. dog"
     with pytest.raises(InputError, match=r"picture 'a.png' is not beside"):
         asked("own")["a"].images[0].source()

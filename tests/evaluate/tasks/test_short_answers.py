@@ -41,15 +41,15 @@ def vqav2(data: Any) -> Any:
 
 
 def test_vqav2(vqav2: Any, scored: Any, asked: Any) -> None:
-    found = scored("vqav2", {42000: "Red.", 42001: "two", 73000: "Yes"})
+    result = scored("vqav2", {42000: "Red.", 42001: "two", 73000: "Yes"})
     # red: two people said it: (2 * 1/3 + 8 * 2/3) / 10 = 0.6. two: all. Yes: LLaVA's processor makes "yes".
-    assert found["headline"]["value"] == pytest.approx(100 * (0.6 + 1 + 1) / 3)
+    assert result["headline"]["value"] == pytest.approx(100 * (0.6 + 1 + 1) / 3)
     # As it is, "Yes" is no "yes": nothing is normalised where people agree.
-    assert found["metrics"]["accuracy_unprocessed"] == pytest.approx(100 * (0.6 + 1) / 3)
-    assert found["categories"]["answer type"]["other"] == {"value": pytest.approx(60), "questions": 1}
-    assert not found["partial"]
-    assert found["version"]["same"] is False
-    assert "214354" in " ".join(found["notes"])
+    assert result["metrics"]["accuracy_unprocessed"] == pytest.approx(100 * (0.6 + 1) / 3)
+    assert result["categories"]["answer type"]["other"] == {"value": pytest.approx(60), "questions": 1}
+    assert not result["partial"]
+    assert result["version"]["same"] is False
+    assert "214354" in " ".join(result["notes"])
     question = asked("vqav2")["42000"]
     assert question.prompt == f"What color?\n{SHORT}"
     assert question.images[0].name == "COCO_val2014_000000000042.jpg"
@@ -98,11 +98,11 @@ def test_gqa(data: Any, scored: Any, asked: Any, tmp_path: Path) -> None:
     }
     data.json("questions1.2/testdev_balanced_questions.json", questions)
     # "Yes." becomes "yes"; "the dog" is not "dog"; "left..." loses all its periods.
-    found = scored("gqa", [{"question_id": k, "text": t} for k, t in (("201", "Yes."), ("202", "the dog"),
+    result = scored("gqa", [{"question_id": k, "text": t} for k, t in (("201", "Yes."), ("202", "the dog"),
                                                                       ("203", "Left..."))])  # fmt: skip
-    assert found["headline"]["value"] == pytest.approx(200 / 3)
-    assert found["categories"]["answer"]["binary"]["value"] == 100
-    assert found["categories"]["answer"]["open"] == {"value": 0, "questions": 1}
+    assert result["headline"]["value"] == pytest.approx(200 / 3)
+    assert result["categories"]["answer"]["binary"]["value"] == 100
+    assert result["categories"]["answer"]["open"] == {"value": 0, "questions": 1}
     assert asked("gqa")["201"].images[0].name == "n1.jpg"
 
 
@@ -122,17 +122,17 @@ def test_vizwiz(data: Any, scored: Any, asked: Any) -> None:
          "answers": people(*["The red"] * 10)},
     ]  # fmt: skip
     data.json("val.json", rows)
-    found = scored(
+    result = scored(
         "vizwiz", {"VizWiz_val_00000000.jpg": "Unanswerable", "VizWiz_val_00000001.jpg": "the red"}
     )
     # The scorer never normalises people's answers: "The red" is out of reach of any prediction.
-    assert found["headline"]["value"] == pytest.approx(50)
+    assert result["headline"]["value"] == pytest.approx(50)
     data.lines(
         "llava_val.jsonl", [{"question_id": 70 + n, "image": row["image"]} for n, row in enumerate(rows)]
     )
     llava = [{"question_id": 70, "text": "Unanswerable"}, {"question_id": 71, "text": "the red"}]
-    assert scored("vizwiz", llava)["headline"] == found["headline"]
-    assert found["metrics"]["accuracy_answers_processed"] == pytest.approx(100)
+    assert scored("vizwiz", llava)["headline"] == result["headline"]
+    assert result["metrics"]["accuracy_answers_processed"] == pytest.approx(100)
     assert "respond with 'Unanswerable'." in asked("vizwiz")["VizWiz_val_00000000.jpg"].prompt
 
 
@@ -148,10 +148,10 @@ def test_textvqa(data: Any, scored: Any, asked: Any) -> None:
     assert asked("textvqa")["34602"].prompt == f"What brand?\nReference OCR token: NOKIA, 7\n{SHORT}"
     # LLaVA's rows name the picture only; the prompt tells its questions apart.
     prompts = [f"{row['question']}\nReference OCR token: NOKIA, 7\n{SHORT}" for row in rows]
-    found = scored("textvqa", [{"question_id": "ab12", "prompt": prompts[1], "text": "1990"},
+    result = scored("textvqa", [{"question_id": "ab12", "prompt": prompts[1], "text": "1990"},
                                {"question_id": "ab12", "prompt": prompts[0], "text": "Nokia."}])  # fmt: skip
-    assert found["headline"]["value"] == pytest.approx(100)
-    assert found["metrics"]["accuracy_corrected"] == pytest.approx(50)  # "1990." keeps its period there
+    assert result["headline"]["value"] == pytest.approx(100)
+    assert result["metrics"]["accuracy_corrected"] == pytest.approx(50)  # "1990." keeps its period there
 
 
 POPE = {"adversarial": ("yes", "no"), "popular": ("yes", "no"), "random": ("no", "no")}
@@ -179,21 +179,21 @@ def test_pope(pope: Any, scored: Any) -> None:
         "popular/1": "NO", "popular/2": "I see one. No",  # two yes (NO is none): 1 hit, 1 wrong: F1 2/3
         "random/1": "no", "random/2": "",  # the empty one is a yes: no hit: F1 0
     }  # fmt: skip
-    found = scored("pope", answers)
-    assert found["headline"]["value"] == pytest.approx(100 * (1 + 2 / 3 + 0) / 3)
-    assert found["categories"]["f1"]["popular"]["value"] == pytest.approx(100 * 2 / 3)
-    assert found["metrics"]["accuracy"] == pytest.approx(100 * (1 + 0.5 + 0.5) / 3)
-    assert any("neither yes nor no" in note for note in found["notes"])
+    result = scored("pope", answers)
+    assert result["headline"]["value"] == pytest.approx(100 * (1 + 2 / 3 + 0) / 3)
+    assert result["categories"]["f1"]["popular"]["value"] == pytest.approx(100 * 2 / 3)
+    assert result["metrics"]["accuracy"] == pytest.approx(100 * (1 + 0.5 + 0.5) / 3)
+    assert any("neither yes nor no" in note for note in result["notes"])
     rows = [
         {"question_id": int(key[-1]), "category": key[:-2], "text": text} for key, text in answers.items()
     ]
-    assert scored("pope", rows)["headline"] == found["headline"]
+    assert scored("pope", rows)["headline"] == result["headline"]
 
 
 def test_pope_where_all_say_no(pope: Any, scored: Any) -> None:
-    found = scored("pope", {f"{kind}/{n}": "no" for kind in POPE for n in (1, 2)})
-    assert found["headline"]["value"] == 0
-    assert any("divides by zero" in note for note in found["notes"])
+    result = scored("pope", {f"{kind}/{n}": "no" for kind in POPE for n in (1, 2)})
+    assert result["headline"]["value"] == 0
+    assert any("divides by zero" in note for note in result["notes"])
 
 
 def test_pope_with_llavas_list_and_rows(pope: Any, scored: Any) -> None:
@@ -204,9 +204,9 @@ def test_pope_with_llavas_list_and_rows(pope: Any, scored: Any) -> None:
     ]
     pope.lines("llava_pope_test.jsonl", listed)
     rows = [{"question_id": row["question_id"], "prompt": "", "text": "Yes"} for row in listed]
-    found = scored("pope", rows)
+    result = scored("pope", rows)
     # Always yes: precision 1/2, recall 1 twice, then nothing to find.
-    assert found["headline"]["value"] == pytest.approx(100 * (2 / 3 + 2 / 3 + 0) / 3)
+    assert result["headline"]["value"] == pytest.approx(100 * (2 / 3 + 2 / 3 + 0) / 3)
     pope.lines("llava_pope_test.jsonl", [listed[0] | {"image": "other.jpg"}, *listed[1:]])
     with pytest.raises(InputError, match=r"adversarial question 1 is about 'other.jpg'"):
         scored("pope", rows)
@@ -234,11 +234,11 @@ def test_mme(mme: Any, scored: Any, asked: Any) -> None:
         "OCR/0001/1": "yes", "OCR/0001/2": "Not at all",  # "not " holds "no": both right
         "code_reasoning/7/1": "no", "code_reasoning/7/2": "no",
     }  # fmt: skip
-    found = scored("mme", answers)
+    result = scored("mme", answers)
     # existence: 75 + 50 (one of two pictures); OCR: 100 + 100. code_reasoning is cognition: 50 + 0.
-    assert found["headline"]["value"] == pytest.approx(125 + 200)
-    assert found["metrics"]["cognition"] == pytest.approx(50)
-    assert found["metrics"]["other"] == 1
+    assert result["headline"]["value"] == pytest.approx(125 + 200)
+    assert result["metrics"]["cognition"] == pytest.approx(50)
+    assert result["metrics"]["other"] == 1
     questions = asked("mme")
     assert questions["existence/0001/1"].prompt == f"Is there a dog?\n{SHORT}"
     assert questions["OCR/0001/1"].images[0].name == "OCR/0001.jpg"  # another picture than existence/0001.jpg

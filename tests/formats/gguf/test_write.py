@@ -18,7 +18,7 @@ from pumice.formats.gguf.file import GgufFile
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import stored
+from pumice.storage.tensors import as_lazy
 
 NAMES = ["LLaVA 1.5", "Mistral, pad", "Llama 3", "SigLIP + Qwen2", "Qwen3", "SigLIP + SmolLM2"]
 
@@ -137,7 +137,7 @@ def test_a_value_beyond_f16_is_refused(models: ModuleType, tmp_path: Path) -> No
     name = "decoder.blocks.0.mlp.up.weight"
     weight = model.state[name].read().clone()
     weight[0, 0] = 1e5
-    model = replace(model, state=model.state | {name: stored(weight)})
+    model = replace(model, state=model.state | {name: as_lazy(weight)})
     with pytest.raises(InputError, match=r"blk.0.ffn_up.weight has values beyond f16.*--type f32"):
         export(model, "gguf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

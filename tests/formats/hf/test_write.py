@@ -200,7 +200,7 @@ def test_any_number_of_pictures_has_the_tokens_and_logits_of_transformers(
     prompt = ours.prompt(conversation_of(messages))
     marked = prompt.input_ids.masked_fill(prompt.input_ids == IMAGE_TOKEN, theirs.config.image_token_id)
     assert marked.tolist() == inputs["input_ids"][0].tolist()
-    logits = ours.model.decoder.logits(ours.model(prompt.input_ids[None], prompt.look()))
+    logits = ours.model.decoder.logits(ours.model(prompt.input_ids[None], prompt.encode_images()))
     expected = theirs(**inputs).logits
     rows = min(logits.shape[-1], expected.shape[-1])
     assert (logits[..., :rows] - expected[..., :rows]).abs().max() < SEVERAL_TOLERANCE

@@ -26,7 +26,7 @@ from pumice.formats.pumice.folder import open_parts, save
 from pumice.formats.read import read_model
 from pumice.kernels.packed import Kind, Packed
 from pumice.model.quantized import PackedLinear
-from pumice.storage.tensors import stored
+from pumice.storage.tensors import as_lazy
 
 BITS = pytest.mark.parametrize("bits", ["int8", "int4"])
 
@@ -167,7 +167,7 @@ def test_weights_that_are_not_finite_leave_nothing(tiny_folder: Path, tmp_path: 
     name = "decoder.blocks.1.mlp.down.weight"
     spoiled = parts.state[name].read().clone()
     spoiled[5, 3] = torch.inf
-    state = parts.state | {name: stored(spoiled, name)}
+    state = parts.state | {name: as_lazy(spoiled, name)}
     save(tmp_path / "bad", parts.config, state, tokenizer=parts.tokenizer.to_str())
     with pytest.raises(InputError, match=r"mlp\.down\.weight.*holds a weight that is not finite in row 5"):
         import_model(str(tmp_path / "bad"), tmp_path / "m", quantize="int8")

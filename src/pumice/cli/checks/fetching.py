@@ -19,7 +19,7 @@ from pumice.cli.checks.finding import Finding, dir_size, existing_folder, format
 def caches() -> list[Finding]:
     """Check the folder of downloaded parts, each part in it, and the cache of the hub."""
     from pumice.files import cache_folder
-    from pumice.storage.download import WHEELS, is_intact, kept
+    from pumice.storage.download import WHEELS, cached, is_intact
 
     folder = cache_folder()
     nearest = existing_folder(folder)
@@ -29,7 +29,7 @@ def caches() -> list[Finding]:
         remedy = "set PUMICE_CACHE to a folder that you may write to"
         findings = [Finding("pumice", f"{nearest} cannot be written to", "problem", remedy, str(folder))]
     for name, part in WHEELS.items():
-        path = kept(part)
+        path = cached(part)
         if path is None:
             remedy = 'it is fetched when pumice-tiny is first used: pumice ask "Hello"'
             findings.append(Finding(name, "not fetched yet", "note", remedy, value="absent"))
@@ -70,7 +70,7 @@ def _hub_cache() -> Finding:
 
 def settings(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """Report the environment variables and tools that control where parts and models come from."""
-    from pumice.storage.download import WHEELS, kept
+    from pumice.storage.download import WHEELS, cached
 
     findings = []
     for name, meaning in (
@@ -85,7 +85,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         shown = re.sub(r"//[^/@]+@", "//...@", setting)
         if setting and not (name == "HF_HUB_OFFLINE" and setting.upper() in ("0", "FALSE", "NO", "OFF")):
             findings.append(Finding(name, f"{shown}: {meaning}", value=shown))
-    missing = [name for name, part in WHEELS.items() if kept(part) is None]
+    missing = [name for name, part in WHEELS.items() if cached(part) is None]
     pip = bool(importlib.util.find_spec("pip") or shutil.which("pip") or shutil.which("pip3"))
     if not pip and missing:
         remedy = f"run `{sys.executable} -m ensurepip`"

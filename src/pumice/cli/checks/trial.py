@@ -18,14 +18,14 @@ def self_test() -> list[Finding]:
     import torch
 
     from pumice.formats.load import find_device
-    from pumice.storage.download import WHEELS, kept
+    from pumice.storage.download import WHEELS, cached
 
     start = time.perf_counter()
     devices = dict.fromkeys([torch.device("cpu"), find_device()])
     findings = [
         _attempt(f"random model, {device.type}", partial(_test_random_model, device)) for device in devices
     ]
-    if all(kept(part) is not None for part in WHEELS.values()):
+    if all(cached(part) is not None for part in WHEELS.values()):
         findings.append(_attempt("pumice-tiny", _test_pumice_tiny))
     else:
         remedy = 'pumice ask "Hello" fetches them'

@@ -1,9 +1,8 @@
-"""The GGUF container: metadata, and tensors read and dequantised one at a time.
+"""Read a GGUF file: its metadata, and its tensors, which are dequantised one at a time.
 
-Knows: the file layout (ggml's docs/gguf.md, versions 2 and 3, little-endian) and the common block
-formats. Does not know: what a tensor is for, or tokenizers. Rare block formats (q5, k-quants, ...)
-go through the `gguf` package, which is imported only then: its reader takes seconds to open a file
-with a vocabulary in it, this one takes a twentieth of a second.
+The layout is in ggml's docs/gguf.md (versions 2 and 3, little-endian). Rare block formats (q5, k-quants, ...)
+need the `gguf` package, which is imported only then: its reader takes seconds to open a file with a
+vocabulary, this one takes a twentieth of a second.
 """
 
 from __future__ import annotations
@@ -23,15 +22,17 @@ from torch import Tensor
 
 from pumice.errors import InputError
 
+# Type numbers of metadata values: of scalars with their struct codes, of strings and arrays.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that are not quantised
+# ggml's tensor types that are not quantised.
+PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _CHUNK = 1 << 13  # blocks dequantised at a time: 1 MB of values, which stays in the processor's cache
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: shape in torch's order, ggml's type number, offset in the file."""
+    """A tensor's shape in torch's order, ggml's number of its type, and its byte offset in the file."""
 
     shape: tuple[int, ...]
     kind: int
@@ -41,7 +42,7 @@ class TensorInfo:
 class GgufFile:
     """A GGUF file: `metadata` (key -> Python value), `infos` (name -> TensorInfo), `tensor(name)`.
 
-    Raises InputError when the file is missing, is not GGUF, or ends too early.
+    Raises InputError if the file is missing, is not GGUF, or ends too early.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -53,22 +54,23 @@ class GgufFile:
                 # Only the header is mapped: reading tensors is several times faster than faulting them in.
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                     self.metadata, self.infos = self._header(mapped)
-                    whole = all(_end(info) <= len(mapped) for info in self.infos.values())
+                    complete = all(_end(info) <= len(mapped) for info in self.infos.values())
         except OSError as error:
             raise InputError(f"cannot read the GGUF file {self.path}: {error.strerror}") from error
         except (struct.error, OverflowError, MemoryError, UnicodeDecodeError) as error:
             raise self._damaged() from error
-        if not whole:
+        if not complete:
             raise self._damaged()
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor `name`, dequantised, in `dtype`. Rounded once, from float32."""
+        """Read the tensor `name` in `dtype`. Quantised values are rounded once, from float32."""
         info = self.infos[name]
         count = prod(info.shape)
         if info.kind in PLAIN:
-            stored = PLAIN[info.kind]
-            raw = self._bytes(info.offset, count * stored.itemsize)
-            return raw.view(stored).reshape(info.shape).to(dtype)
+            stored_dtype = PLAIN[info.kind]
+            raw = self._bytes(info.offset, count * stored_dtype.itemsize)
+            return raw.view(stored_dtype).reshape(info.shape).to(dtype)
+        # A quantised row is a sequence of blocks, each with its own scale.
         per_block, block_bytes, decode = _block_format(info.kind, f"{self.path}: {name}")
         if info.shape[-1] % per_block:
             raise InputError(
@@ -104,23 +106,27 @@ class GgufFile:
             raise InputError(
                 f"{self.path} is GGUF version {version}; versions 2 and 3 (little-endian) can be read"
             )
-        tensors, keys = cursor.scalar("Q"), cursor.scalar("Q")
+        tensor_count, key_count = cursor.scalar("Q"), cursor.scalar("Q")
         metadata = {}
-        for _ in range(keys):
+        for _ in range(key_count):
             key = cursor.string()
             metadata[key] = cursor.value(cursor.scalar("I"))
-        listed = []
-        for _ in range(tensors):
+        # ggml lists the fastest-varying dimension first, torch lists it last.
+        entries = []
+        for _ in range(tensor_count):
             name = cursor.string()
             shape = tuple(reversed([cursor.scalar("Q") for _ in range(cursor.scalar("I"))]))
-            listed.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+            entries.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+        # Offsets count from the end of the header, rounded up to the alignment.
         align = metadata.get("general.alignment", 32)
         start = -(-cursor.position // align) * align
-        return metadata, {name: TensorInfo(shape, kind, start + at) for name, shape, kind, at in listed}
+        return metadata, {
+            name: TensorInfo(shape, kind, start + offset) for name, shape, kind, offset in entries
+        }
 
 
 class _Cursor:
-    """Reads little-endian values one after another."""
+    """Read little-endian values one after another."""
 
     def __init__(self, buffer: mmap.mmap, position: int) -> None:
         self.buffer, self.position = buffer, position
@@ -134,15 +140,16 @@ class _Cursor:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
+        # Local variables: a vocabulary has hundreds of thousands of strings.
         buffer, position, unpack = self.buffer, self.position, struct.Struct("<Q").unpack_from
-        found = []
+        texts = []
         for _ in range(count):
             (length,) = unpack(buffer, position)
             position += 8
-            found.append(buffer[position : position + length].decode())
+            texts.append(buffer[position : position + length].decode())
             position += length
         self.position = position
-        return found
+        return texts
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -167,18 +174,19 @@ class _Cursor:
 
 
 def _half(column: Tensor) -> Tensor:
-    """(n, 2) bytes -> (n, 1) float32."""
+    """Return (n, 2) bytes of half precision as (n, 1) float32."""
     return column.contiguous().view(torch.float16).float()
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """(n, 16) bytes -> (n, 32) float32 in 0..15: all the low halves, then all the high ones."""
+    """Return (n, 16) bytes as (n, 32) float32 in 0..15: first all low halves, then all high halves."""
     out = torch.empty(packed.shape[0], 32, dtype=torch.uint8)
     torch.bitwise_and(packed, 15, out=out[:, :16])
     torch.bitwise_right_shift(packed, 4, out=out[:, 16:])
     return out.float()
 
 
+# Each takes blocks of bytes (n, size) and returns (n, 32) float32; ggml's `ggml-common.h` has the layouts.
 def _q4_0(blocks: Tensor) -> Tensor:
     return _nibbles(blocks[:, 2:]).sub_(8).mul_(_half(blocks[:, :2]))
 
@@ -192,11 +200,12 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 _Decode = Callable[[Tensor], Tensor]
+# ggml's type -> (values per block, bytes per block, decoder).
 _BLOCKS: dict[int, tuple[int, int, _Decode]] = {2: (32, 18, _q4_0), 3: (32, 20, _q4_1), 8: (32, 34, _q8_0)}
 
 
 def _end(info: TensorInfo) -> int:
-    """Where the tensor's bytes end; of a rare block format, where they begin."""
+    """Return where the tensor's bytes end; for a rare block format, where they begin."""
     count = prod(info.shape)
     if info.kind in PLAIN:
         return info.offset + count * PLAIN[info.kind].itemsize
@@ -204,16 +213,19 @@ def _end(info: TensorInfo) -> int:
     return info.offset + count // values * size
 
 
-def _block_format(kind: int, where: str) -> tuple[int, int, _Decode]:
-    """(values per block, bytes per block, blocks (n, bytes) uint8 -> (n, values) float32)."""
+def _block_format(kind: int, label: str) -> tuple[int, int, _Decode]:
+    """Return (values per block, bytes per block, decoder: (n, bytes) uint8 -> (n, values) float32)."""
     if kind in _BLOCKS:
         return _BLOCKS[kind]
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
+    # Some types are listed but cannot be dequantised: try one block.
     try:
-        named = GGMLQuantizationType(kind)
-        quants.dequantize(torch.zeros(1, GGML_QUANT_SIZES[named][1], dtype=torch.uint8).numpy(), named)
+        quant_type = GGMLQuantizationType(kind)
+        quants.dequantize(
+            torch.zeros(1, GGML_QUANT_SIZES[quant_type][1], dtype=torch.uint8).numpy(), quant_type
+        )
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"{where} is stored in ggml type {kind}, which cannot be dequantised") from error
-    values, size = GGML_QUANT_SIZES[named]
-    return values, size, lambda blocks: torch.from_numpy(quants.dequantize(blocks.numpy(), named))
+        raise InputError(f"{label} is stored in ggml type {kind}, which cannot be dequantised") from error
+    values, size = GGML_QUANT_SIZES[quant_type]
+    return values, size, lambda blocks: torch.from_numpy(quants.dequantize(blocks.numpy(), quant_type))

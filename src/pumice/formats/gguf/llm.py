@@ -1,8 +1,4 @@
-"""A language model in one GGUF file: its config, its state under our names, its tokenizer.
-
-Knows: the metadata keys and tensor layout that llama.cpp's converter writes for llama, qwen2 and
-qwen3. Does not know: how the file is laid out (`file`) or how the model runs.
-"""
+"""Read a language model from a GGUF file of llama.cpp's converter: llama, qwen2 or qwen3."""
 
 from __future__ import annotations
 
@@ -25,12 +21,13 @@ from pumice.model.layers import rope_inv_freq
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor
 
 ARCHITECTURES = tuple(name for name, family in FAMILIES.items() if family.gguf)
+# The divisors of the rotary frequencies, which only Llama 3 has.
 _FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What a GGUF language model holds. `state` has no prefix: `embed.weight`, `blocks.0...`."""
+    """A language model in a GGUF file. The names in `state` have no prefix: `embed.weight`, `blocks.0...`."""
 
     config: DecoderConfig
     state: LazyStateDict
@@ -38,9 +35,9 @@ class GgufModel:
 
 
 def open_gguf(path: str | PathLike[str]) -> GgufModel:
-    """Everything but the tensors, which are dequantised when they are read.
+    """Read everything but the tensors, which are dequantised when they are read.
 
-    Raises InputError when the file is damaged, or is of a kind that our decoder or tokenizer is not.
+    Raises InputError if the file is damaged, or if our decoder or tokenizer cannot do what it asks for.
     """
     file = GgufFile(path)
     config = decoder_config(file)
@@ -48,7 +45,8 @@ def open_gguf(path: str | PathLike[str]) -> GgufModel:
 
 
 def decoder_config(file: GgufFile) -> DecoderConfig:
-    """The decoder that the file's metadata describes."""
+    """Return the config of the decoder that the file's metadata describes."""
+    # 1. The architecture, whose name begins the keys of all sizes.
     metadata = file.metadata
     kind = metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
@@ -57,13 +55,14 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         )
 
     def value(key: str, default: Any = None) -> Any:
-        found = metadata.get(f"{kind}.{key}", default)
-        if found is None:
+        number = metadata.get(f"{kind}.{key}", default)
+        if number is None:
             raise InputError(f"{file.path} does not say {kind}.{key}, so the model's size is unknown")
-        return found
+        return number
 
     if "token_embd.weight" not in file.infos:
         raise InputError(f"{file.path} has no tensor token_embd.weight, so it is not a language model")
+    # 2. Rotary positions: refuse what our decoder does not compute.
     width, heads = value("embedding_length"), value("attention.head_count")
     head_dim = value("attention.key_length", width // heads)
     if value("rope.dimension_count", head_dim) != head_dim:
@@ -76,7 +75,8 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
     rope_scaling = RopeScaling("linear", value("rope.scaling.factor")) if scaling == "linear" else None
     rope_theta = _shortest(value("rope.freq_base", 10000.0))
     if _FACTORS in file.infos:
-        rope_scaling = _slowed(file, head_dim, rope_theta)
+        rope_scaling = _llama3_scaling(file, head_dim, rope_theta)
+    # 3. Biases, query norms and a head of its own show only in the tensors that the file has.
     with naming(str(file.path)):
         return DecoderConfig(
             vocab_size=file.infos["token_embd.weight"].shape[0],
@@ -98,7 +98,7 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
 
 
 def unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection, (heads * head_dim, ...), from GGUF's order to ours.
+    """Reorder the rows of a query or key projection, (heads * head_dim, ...), from GGUF's order to ours.
 
     llama.cpp's converter interleaves the two halves of each head, so that the values which rotate
     together are neighbours; ours (and Hugging Face's) keeps them half a head apart.
@@ -107,16 +107,17 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _slowed(file: GgufFile, head_dim: int, base: float) -> RopeScaling:
-    """Llama 3's scaling, of which GGUF keeps only by how much each frequency is divided.
+def _llama3_scaling(file: GgufFile, head_dim: int, base: float) -> RopeScaling:
+    """Return Llama 3's scaling, of which GGUF stores only the divisor of each frequency.
 
-    The largest divisor is its factor; its other numbers are those of every Llama 3 that was published.
+    The largest divisor is the factor; the other numbers are the same in every published Llama 3. Raises
+    InputError if the divisors are not those of this scaling.
     """
-    found = file.tensor(_FACTORS)
-    scaling = RopeScaling("llama3", round(found.max().item(), 3))
+    divisors = file.tensor(_FACTORS)
+    scaling = RopeScaling("llama3", round(divisors.max().item(), 3))
     device = torch.device("cpu")
     expected = rope_inv_freq(head_dim, base, None, device) / rope_inv_freq(head_dim, base, scaling, device)
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3):
+    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
         raise InputError(f"{file.path}: {_FACTORS} does not hold Llama 3's divisors of rotary frequencies")
     return scaling
 
@@ -124,14 +125,17 @@ def _slowed(file: GgufFile, head_dim: int, base: float) -> RopeScaling:
 def _state(file: GgufFile, config: DecoderConfig) -> LazyStateDict:
     table = tensor_names.gguf_decoder(config) | {_FACTORS: None}
     names = tensor_names.convert({name: name for name in file.infos}, table, str(file.path))
-    # Only a llama's queries and keys are permuted by the converter.
+    # The converter permutes the queries and keys of a llama only.
     permuted = file.metadata["general.architecture"] == "llama"
     heads = {"q": config.heads, "k": config.kv_heads} if permuted else {}
-    return {ours: _stored(file, theirs, heads.get(ours.split(".")[-2])) for ours, theirs in names.items()}
+    return {
+        name: _lazy_tensor(file, gguf_name, heads.get(name.split(".")[-2]))
+        for name, gguf_name in names.items()
+    }
 
 
-def _stored(file: GgufFile, name: str, heads: int | None) -> LazyTensor:
-    def fetch(dtype: torch.dtype) -> Tensor:
+def _lazy_tensor(file: GgufFile, name: str, heads: int | None) -> LazyTensor:
+    def load(dtype: torch.dtype) -> Tensor:
         tensor = file.tensor(name, dtype)
         return tensor if heads is None else unpermute(tensor, heads)
 
@@ -145,9 +149,9 @@ def _stored(file: GgufFile, name: str, heads: int | None) -> LazyTensor:
         return from_blocks(kind, blocks if heads is None else unpermute(blocks, heads))
 
     blocks = None if kind is None or len(info.shape) != 2 else Blocks(kind, packed)
-    return LazyTensor(info.shape, dtype, fetch, f"{name} in {file.path.name}", blocks)
+    return LazyTensor(info.shape, dtype, load, f"{name} in {file.path.name}", blocks)
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal of a float32: 9.99999974e-06 was written as 1e-5."""
+    """Return the shortest decimal of a float32: GGUF stores 1e-5 as 9.99999974e-06."""
     return float(f"{value:.7g}")

@@ -1,8 +1,4 @@
-"""A tokenizer.json as GGUF metadata: SentencePiece ("llama") or byte-level BPE ("gpt2").
-
-Knows: what llama.cpp tokenises by, and from which of the tokenizer's parts that follows. Does not know:
-the model, beyond its special tokens and the rows of its embedding.
-"""
+"""Write a tokenizer as GGUF metadata: SentencePiece ("llama") or byte-level BPE ("gpt2")."""
 
 from __future__ import annotations
 
@@ -18,7 +14,8 @@ from pumice.formats.text.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKN
 
 
 def write_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Add tokens, merges or scores, and the special tokens. InputError when llama.cpp cannot tokenise so."""
+    """Write the vocabulary and the special tokens. Raises InputError if llama.cpp tokenises otherwise."""
+    # 1. The vocabulary. llama.cpp needs scores for one kind of BPE and merges for the other.
     values = json.loads(tokenizer.to_str())
     model = values["model"]
     if model.get("type") != "BPE":
@@ -37,6 +34,7 @@ def write_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer) -> 
         writer.add_array("tokenizer.ggml.tokens", tokens)
         writer.add_array("tokenizer.ggml.merges", [f"{left} {right}" for left, right in merges])
     writer.add_array("tokenizer.ggml.token_type", kinds)
+    # 2. The special tokens. llama.cpp has room for three tokens that end an answer.
     for key, number in zip(("eos", "eot", "eom"), config.stop_token_ids, strict=False):
         writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
     unknown = None if model.get("unk_token") is None else tokenizer.token_to_id(model["unk_token"])
@@ -49,31 +47,33 @@ def write_vocabulary(writer: Any, config: ModelConfig, tokenizer: Tokenizer) -> 
 
 
 def _tokens(tokenizer: Tokenizer, values: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Each row's token and what kind it is; rows without a token are named as llama.cpp's converter does."""
+    """Return the token and its kind for each row of the embedding."""
+    # Rows without a token have the names that llama.cpp's converter gives them.
     tokens = [f"[PAD{i}]" for i in range(rows)]
     kinds = [UNUSED] * rows
     for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
         tokens[number], kinds[number] = token, NORMAL
     if values["model"].get("byte_fallback"):
         for byte in range(256):
-            if (found := tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
-                kinds[found] = BYTE
+            if (byte_id := tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
+                kinds[byte_id] = BYTE
     for added in values["added_tokens"]:
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     unknown = values["model"].get("unk_token")
-    if unknown is not None and (found := tokenizer.token_to_id(unknown)) is not None:
-        kinds[found] = UNKNOWN
+    if unknown is not None and (unknown_id := tokenizer.token_to_id(unknown)) is not None:
+        kinds[unknown_id] = UNKNOWN
     return tokens, kinds
 
 
 def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) -> list[float]:
-    """SentencePiece's scores, of which only the order counts: a token's is when it is first merged.
+    """Return SentencePiece's scores: minus the rank of the first merge that makes the token.
 
-    SentencePiece joins any two tokens that make a third; the list of merges must be just these.
+    Only their order counts. Raises InputError if the merges are not those that SentencePiece would use.
     """
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
+    # SentencePiece merges any two tokens that make a third, so each such pair must be in the list of merges.
     known = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (NORMAL, USER_DEFINED)}
     listed = set(merges)
     for token, kind in zip(tokens, kinds, strict=True):
@@ -90,13 +90,13 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 
 
 def _begins_with_space(tokenizer: Tokenizer) -> bool:
-    """Whether a space is put before the first word."""
+    """Whether the tokenizer puts a space before the first word."""
     plain = tokenizer.encode("a", add_special_tokens=False).tokens
     return bool(plain) and plain[0].startswith(SPACE)
 
 
 def _pre_tokenizer(values: dict[str, Any]) -> str:
-    """llama.cpp's name for how this tokenizer splits words."""
+    """Return llama.cpp's name for how this tokenizer splits words. Raises InputError if it has none."""
     if (name := pre_tokenizer_name(values)) is not None:
         return name
     raise InputError(
@@ -105,12 +105,12 @@ def _pre_tokenizer(values: dict[str, Any]) -> str:
 
 
 def pre_tokenizer_name(values: dict[str, Any]) -> str | None:
-    """Which of PRE_TOKENIZERS splits words as the tokenizer.json `values` says; None when none does."""
-    found = _essence(values["pre_tokenizer"])
+    """Return which of PRE_TOKENIZERS splits words as the tokenizer.json `values` does; None if none does."""
+    expected = _essence(values["pre_tokenizer"])
     for name, make in PRE_TOKENIZERS.items():
         sample = Tokenizer(models.BPE())
         sample.pre_tokenizer = make()
-        if _essence(json.loads(sample.to_str())["pre_tokenizer"]) == found:
+        if _essence(json.loads(sample.to_str())["pre_tokenizer"]) == expected:
             if (name == "llama-bpe") != bool(values["model"].get("ignore_merges")):
                 continue
             return name
@@ -118,7 +118,7 @@ def pre_tokenizer_name(values: dict[str, Any]) -> str | None:
 
 
 def _essence(part: Any) -> Any:
-    """What decides ids: offsets do not, and a sequence of one is its only member."""
+    """Return what decides the ids: without offsets, and with the member instead of a sequence of one."""
     if isinstance(part, dict):
         if part.get("type") == "Sequence" and len(part["pretokenizers"]) == 1:
             return _essence(part["pretokenizers"][0])

@@ -1,12 +1,9 @@
-"""Written for llama.cpp: the language model as one GGUF file, tower and connector as another (mmproj).
+"""Write a model for llama.cpp: the language model as one GGUF file, tower and connector as another (mmproj).
 
-Knows: the metadata and tensors that llama.cpp reads for llama, qwen2 and qwen3, and for LLaVA 1.5's
-projector. Does not know: where the model comes from.
-
-What llama.cpp does otherwise than the model: it fits a picture into the square before it pads it, and
-resizes with filters of its own, so that only a picture of the tower's own size reaches it unchanged; it
-computes GELU by its tanh form from a table of 16-bit values; and it has the class token of a CLIP in the
-wrong place (its issue 25814), which no file can make good.
+llama.cpp differs from our model in three ways that no file can change. It resizes a picture before it pads
+it, and has its own filters, so that only a picture of the tower's size arrives unchanged. It computes GELU
+with tanh, from a table of 16-bit values. It puts the class token of a CLIP in the wrong position (its issue
+25814).
 """
 
 from __future__ import annotations
@@ -30,14 +27,14 @@ from pumice.formats.text.chat_template import quoted, to_jinja
 from pumice.kernels.packed import from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, stored
+from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, as_lazy
 from pumice.templates import get_template
 
 # llama.cpp's numbers of file types; "keep" may be of several, and is called the usual one of four bits
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "keep": 15}
 _BLOCK = 32  # values that q8_0 quantises together
-_PAD_COLOR = (122, 116, 104)  # llama.cpp's own, whatever the mean
-# What a message says. A marker is <__media__>, or has a random word in it.
+_PAD_COLOR = (122, 116, 104)  # llama.cpp's fixed colour
+# The content of a message. llama.cpp marks a picture with <__media__>, or with a random word in it.
 _SAID = (
     "{% set all = namespace(text='') %}{% if content is string %}{% set all.text = content %}{% else %}"
     "{% for part in content %}{% set all.text = all.text + part['text'] %}{% endfor %}{% endif %}"
@@ -54,7 +51,7 @@ _SAID = (
 
 
 def refusal(config: ModelConfig) -> str | None:
-    """Why llama.cpp cannot compute this model; None when it can."""
+    """Return why llama.cpp cannot compute this model; None if it can."""
     decoder, arch = config.decoder, _architecture(config)
     if decoder.qk_norm and decoder.qkv_bias:
         return "its attention has both biases and query norms, which no architecture of llama.cpp has"
@@ -77,7 +74,7 @@ def _picture_refusal(config: ModelConfig) -> str | None:
 
 
 def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
-    """Write `model-{kind}.gguf` and `mmproj-{kind}.gguf`; the model has no adapters. Returns notes.
+    """Write `model-{kind}.gguf` and `mmproj-{kind}.gguf` of a model without adapters. Returns notes.
 
     kind: of TYPES, for the matrices; the rest is f32. keep: those stored in few bits as they are, f16 else.
     q8_0 leaves tower and connector in f16, and so any row that is no whole number of blocks.
@@ -86,6 +83,7 @@ def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
         raise InputError(f"there is no GGUF type {kind!r} here; use one of {', '.join(TYPES)}")
     model = as_mlp(model)
     config, state, tokenizer = model.config, model.state, model.tokenizer
+    # 1. The language model.
     decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}
     _write(
         folder / f"model-{kind}.gguf",
@@ -94,15 +92,17 @@ def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
         _llm(config, decoder),
         kind,
     )
+    # 2. Tower and connector.
     if config.vision.kind != "none":
-        seeing = "f16" if kind in ("q8_0", "keep") else kind
+        tower_kind = "f16" if kind in ("q8_0", "keep") else kind
         _write(
-            folder / f"mmproj-{seeing}.gguf",
+            folder / f"mmproj-{tower_kind}.gguf",
             "clip",
-            lambda writer: _describe_tower(writer, config, seeing),
+            lambda writer: _describe_tower(writer, config, tower_kind),
             _tower(config, state),
-            seeing,
+            tower_kind,
         )
+    # 3. Tell the user what llama.cpp does differently with this model.
     notes = []
     if '"prepend_scheme":"first"' in tokenizer.to_str():
         notes.append(
@@ -160,13 +160,13 @@ def _describe_llm(writer: Any, config: ModelConfig, tokenizer: Tokenizer, kind: 
 
 
 def marked(chat: str, wrap: tuple[str, str] | None = None) -> str:
-    """A template of `to_jinja` for llama.cpp, which writes a picture's marker into the text itself.
+    """Change a template of `to_jinja` for llama.cpp, which writes a picture's marker into the text itself.
 
-    It joins text and markers without the new line that our templates put behind leading pictures. wrap: what
-    stands around each picture.
+    llama.cpp joins text and markers without the new line that our templates write after leading pictures.
+    wrap: the texts around each picture.
     """
-    before, _, rest = chat.partition("{% macro said(content, trim) %}")
-    _, _, after = rest.partition("{% endmacro %}")
+    before, _, remaining = chat.partition("{% macro said(content, trim) %}")
+    _, _, after = remaining.partition("{% endmacro %}")
     left, right = map(quoted, wrap or ("", ""))
     around = "{% set left = " + left + " %}{% set right = " + right + " %}"
     return before + "{% macro said(content, trim) %}" + around + _SAID + "{% endmacro %}" + after
@@ -191,7 +191,7 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:
     for key, number in numbers.items():
         writer.add_uint32(f"clip.vision.{key}", number)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision.norm_eps)
-    # Without it llama.cpp takes the second to last hidden state, or the last: it depends on its version.
+    # Without this key llama.cpp takes the last hidden state or the one before, depending on its version.
     writer.add_array("clip.vision.feature_layer", [_state_number(config)])
     writer.add_array("clip.vision.image_mean", list(config.image.mean))
     writer.add_array("clip.vision.image_std", list(config.image.std))
@@ -200,27 +200,30 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:
 def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
     decoder = config.decoder
     table = tensor_names.inverse(tensor_names.gguf_decoder(decoder))
-    names = {f"decoder.{ours}": str(theirs) for ours, theirs in table.items()}
+    names = {f"decoder.{name}": str(gguf_name) for name, gguf_name in table.items()}
+    # llama.cpp pairs the rotating values of a llama differently.
     heads = {"q": decoder.heads, "k": decoder.kv_heads} if _architecture(config) == "llama" else {}
     tensors = {
-        names[ours]: _permuted(tensor, heads.get(ours.split(".")[-2])) for ours, tensor in state.items()
+        names[name]: _permuted(tensor, heads.get(name.split(".")[-2])) for name, tensor in state.items()
     }
     scaling = decoder.rope_scaling
     if scaling is not None and scaling.kind == "llama3":
-        width, base, cpu = decoder.head_dim, decoder.rope_theta, torch.device("cpu")
-        slower = rope_inv_freq(width, base, None, cpu) / rope_inv_freq(width, base, scaling, cpu)
-        tensors["rope_freqs.weight"] = stored(slower)
+        # GGUF stores Llama 3's scaling as the divisor of each frequency.
+        head_dim, rope_theta, cpu = decoder.head_dim, decoder.rope_theta, torch.device("cpu")
+        unscaled = rope_inv_freq(head_dim, rope_theta, None, cpu)
+        divisors = unscaled / rope_inv_freq(head_dim, rope_theta, scaling, cpu)
+        tensors["rope_freqs.weight"] = as_lazy(divisors)
     return tensors
 
 
 def _tower(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
-    """Without the final norm, which llama.cpp would apply."""
+    """Return the tensors of tower and connector, without the final norm, which llama.cpp would apply."""
     table = tensor_names.gguf_tower(config.vision)
-    return {theirs: state[ours] for theirs, ours in table.items() if ours is not None}
+    return {gguf_name: state[name] for gguf_name, name in table.items() if name is not None}
 
 
 def _permuted(tensor: LazyTensor, heads: int | None) -> LazyTensor:
-    """A query or key projection of a llama, in llama.cpp's order; see `gguf_llm.unpermute`."""
+    """Reorder a query or key projection of a llama for llama.cpp; the inverse of `gguf.llm.unpermute`."""
     if heads is None:
         return tensor
 
@@ -230,19 +233,20 @@ def _permuted(tensor: LazyTensor, heads: int | None) -> LazyTensor:
 
     blocks = tensor.blocks
     if blocks is None:
-        return tensor.then(permute)
+        return tensor.map(permute)
     kind, fetch = blocks.kind, blocks.fetch
     same = Blocks(kind, lambda: from_blocks(kind, permute(fetch().blocks())))
-    return replace(tensor.then(permute), blocks=same)
+    return replace(tensor.map(permute), blocks=same)
 
 
 def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: LazyStateDict, kind: str) -> None:
-    """One file; one tensor at a time is in memory."""
+    """Write one file, with one tensor at a time in memory."""
     import gguf
 
     writer = gguf.GGUFWriter(path, arch)
     try:
         describe(writer)
+        # The header with the size of every tensor comes first, then their values in the same order.
         kinds = {name: _kind(name, tensor, kind) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             quant = gguf.GGMLQuantizationType[kinds[name].upper()]
@@ -279,7 +283,7 @@ def _values(tensors: LazyStateDict, kinds: dict[str, str]) -> Iterator[np.ndarra
 
 
 def _kind(name: str, tensor: LazyTensor, kind: str) -> str:
-    """How one tensor is stored: vectors in f32, as the table of positions, which are added to vectors."""
+    """Return the type of one tensor: f32 for vectors and for the positions, which llama.cpp adds as such."""
     if len(tensor.shape) < 2 or kind == "f32" or name == "v.position_embd.weight":
         return "f32"
     if kind == "keep":
@@ -298,5 +302,5 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def _state_number(config: ModelConfig) -> int:
-    """The chosen hidden state, counted from the embeddings' 0."""
+    """Return the number of the chosen hidden state; 0 is that of the embeddings."""
     return config.vision.layer % (config.vision.depth + 1)

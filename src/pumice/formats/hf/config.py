@@ -1,8 +1,7 @@
-"""The configs that transformers writes -> ours: language models, vision towers, image processors.
+"""Read the configs that transformers writes: language models, vision towers, image processors.
 
-Knows: the keys of its config.json and preprocessor_config.json, old and new, and what transformers
-takes when one is absent. Does not know: tensors or tokenizers. What our model cannot compute is
-refused by the key that asks for it.
+The keys are those of config.json and preprocessor_config.json, old and new. An absent key has the value that
+transformers gives it. A value that our model cannot compute is an InputError which names the key.
 """
 
 from __future__ import annotations
@@ -14,51 +13,56 @@ from pumice.errors import InputError
 from pumice.formats.families import FAMILIES, TOWERS
 from pumice.storage.json_file import Keys
 
+# transformers' name of an activation -> ours.
 ACTIVATIONS = {
     "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"
 }  # fmt: skip
 
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+# Mean and standard deviation of the pixels (red, green, blue) that each kind of tower was trained with.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
 NORMALISATION = {"clip": (CLIP_MEAN, CLIP_STD), "siglip": (_HALF, _HALF)}
 
 
-def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
-    """A language model's config.json, or the `text_config` of a LLaVA.
+def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
+    """Read a language model's config.json, or the `text_config` of a LLaVA.
 
-    tied: whether the head is the embedding, where the config around this one says so. Raises InputError
-    on anything that our decoder does not compute.
+    tied: whether the head is the embedding, if the config around this one says it. Raises InputError on
+    anything that our decoder does not compute.
     """
-    kind = given.get("model_type", str)
+    # 1. The family decides the defaults of absent keys.
+    kind = source.get("model_type", str)
     if kind not in FAMILIES:
-        raise InputError(f"{given.where}: model_type is {kind!r}; {', '.join(FAMILIES)} can be read")
-    keys = Keys(given.values, given.where, FAMILIES[kind].defaults)
-    whole(keys)
+        raise InputError(f"{source.label}: model_type is {kind!r}; {', '.join(FAMILIES)} can be read")
+    keys = Keys(source.values, source.label, FAMILIES[kind].defaults)
+    check_unquantised(keys)
+    # 2. Refuse what our decoder does not compute; a model without it would answer nonsense and raise nothing.
     keys.only("hidden_act", ("silu", "swish"), "silu")
     keys.only("attention_bias", (False,), False, "the output projection would have a bias as well")
     keys.only("mlp_bias", (False,), False)
     keys.only("partial_rotary_factor", (1.0,), 1.0, "every value of a head must rotate")
+    # 3. Sizes. Some configs leave head_dim out, or set it to null, when the heads divide the width.
     width, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
     depth, context = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)
     if (head_dim := _nullable(keys, "head_dim")) is None:
         if width % heads:
-            raise InputError(f"{keys.where}: hidden_size {width} is no multiple of {heads} heads")
+            raise InputError(f"{keys.label}: hidden_size {width} is no multiple of {heads} heads")
         head_dim = width // heads
-    shared = _nullable(keys, "num_key_value_heads")
-    base, scaling = _rope(keys, context)
-    with naming(keys.where):
+    kv_heads = _nullable(keys, "num_key_value_heads")
+    rope_theta, rope_scaling = _rope(keys, context)
+    with naming(keys.label):
         return DecoderConfig(
             vocab_size=keys.get("vocab_size", int),
             width=width,
             depth=depth,
             heads=heads,
-            kv_heads=heads if shared is None else shared,
+            kv_heads=heads if kv_heads is None else kv_heads,
             head_dim=head_dim,
             mlp_width=keys.get("intermediate_size", int),
             context=context,
-            rope_theta=base,
-            rope_scaling=scaling,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             norm_eps=keys.get("rms_norm_eps", float),
             tied_head=keys.get("tie_word_embeddings", bool, False) if tied is None else tied,
             qkv_bias=kind == "qwen2",
@@ -67,27 +71,27 @@ def decoder_config(given: Keys, tied: bool | None = None) -> DecoderConfig:
         )
 
 
-def vision_config(given: Keys, kind: str | None = None, **choices: Any) -> VisionConfig:
-    """A tower's config.json, or the `vision_config` of a LLaVA or a CLIP.
+def vision_config(source: Keys, kind: str | None = None, **choices: Any) -> VisionConfig:
+    """Read a tower's config.json, or the `vision_config` of a LLaVA or a CLIP.
 
-    kind: model_type, where the config around this one says it. choices: fields of VisionConfig that the
-    tower does not say: `layer`, and `select`, which is "full" for a SigLIP when not given.
+    kind: the model_type, if this config does not say it. choices: the fields of VisionConfig that no tower
+    says: `layer` and `select`; `select` is "full" by default for a SigLIP, which has no class token.
     """
-    kind = given.get("model_type", str, kind)
+    kind = source.get("model_type", str, kind)
     if kind not in TOWERS:
-        raise InputError(f"{given.where}: model_type is {kind!r}; {', '.join(TOWERS)} can be read")
-    ours, defaults = TOWERS[kind].kind, TOWERS[kind].defaults
-    keys = Keys(given.values, given.where, defaults)
-    whole(keys)
+        raise InputError(f"{source.label}: model_type is {kind!r}; {', '.join(TOWERS)} can be read")
+    tower_kind, defaults = TOWERS[kind].kind, TOWERS[kind].defaults
+    keys = Keys(source.values, source.label, defaults)
+    check_unquantised(keys)
     keys.only("num_channels", (3,), 3)
-    if ours == "siglip":
+    if tower_kind == "siglip":
         choices = {"select": "full"} | choices
     size, patch = keys.get("image_size", int), keys.get("patch_size", int)
     if not 0 < patch <= size:
-        raise InputError(f"{keys.where}: a patch_size of {patch} does not fit into an image_size of {size}")
-    with naming(keys.where):
+        raise InputError(f"{keys.label}: a patch_size of {patch} does not fit into an image_size of {size}")
+    with naming(keys.label):
         return VisionConfig(
-            kind=ours,
+            kind=tower_kind,
             image_size=size,
             width=keys.get("hidden_size", int),
             stride=patch,
@@ -101,19 +105,21 @@ def vision_config(given: Keys, kind: str | None = None, **choices: Any) -> Visio
 
 
 def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
-    """A preprocessor_config.json as the policy of a picture that is not cut into tiles.
+    """Read a preprocessor_config.json as the policy for a picture that is not cut into tiles.
 
-    Raises InputError where it makes other squares than the tower takes.
+    Raises InputError if its pictures have another size than the tower takes.
     """
+    # 1. Values are scaled to 0..1, then normalised. mean 0 and std 1 stand for no normalisation.
     keys.only("do_resize", (True,), True)
     keys.only("do_rescale", (True,), True)
     if abs((factor := keys.get("rescale_factor", float, 1 / 255)) * 255 - 1) > 1e-6:
-        raise InputError(f"{keys.where}: rescale_factor is {factor}; only 1/255 can be read")
+        raise InputError(f"{keys.label}: rescale_factor is {factor}; only 1/255 can be read")
     mean, std = NORMALISATION[vision.kind]
     if keys.get("do_normalize", bool, True):
         mean, std = _three(keys, "image_mean", mean), _three(keys, "image_std", std)
     else:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    # 2. Every size that it names must be the tower's: width and height of a square, in pixels.
     crop = keys.get("do_center_crop", bool, vision.kind == "clip")
     pad = keys.get("do_pad", bool, False)
     sides = _sides(keys, "size", vision.image_size)
@@ -121,12 +127,13 @@ def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
         sides |= _sides(keys, "crop_size", vision.image_size)
     if sides - {vision.image_size}:
         raise InputError(
-            f"{keys.where}: makes squares of {' or '.join(map(str, sorted(sides)))} pixels, "
+            f"{keys.label}: pictures become {' or '.join(map(str, sorted(sides)))} pixels wide and high, "
             f"the tower takes {vision.image_size}"
         )
+    # 3. With shortest_edge alone, a picture keeps its aspect ratio and is not square.
     shortest = isinstance(keys.values.get("size"), dict) and "shortest_edge" in keys.values["size"]
     if shortest and not crop and not pad:
-        raise InputError(f"{keys.where}: shortest_edge without do_center_crop makes no squares")
+        raise InputError(f"{keys.label}: shortest_edge without do_center_crop does not make pictures square")
     return ImagePolicy(
         mode="pad" if pad else "crop" if crop and _crops(keys) else "squash",
         mean=mean,
@@ -137,61 +144,63 @@ def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
 
 
 def default_policy(vision: VisionConfig) -> ImagePolicy:
-    """Of a ViT that comes without a preprocessor_config.json: as its kind is published."""
+    """Return the policy of a ViT without a preprocessor_config.json: the usual one of its kind."""
     mean, std = NORMALISATION[vision.kind]
     mode = "crop" if vision.kind == "clip" else "squash"
     return ImagePolicy(mode=mode, mean=mean, std=std, pad_color=padding(mean))
 
 
 def padding(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """LLaVA's colour around a picture that is padded: the mean's, rounded down."""
-    red, green, blue = (int(part * 255) for part in mean)
+    """Return LLaVA's colour around a padded picture: the mean, as 0..255, rounded down."""
+    red, green, blue = (int(channel * 255) for channel in mean)
     return red, green, blue
 
 
-def whole(keys: Keys) -> None:
-    """Refuse a checkpoint that was quantised: its tensors are not the model's weights."""
+def check_unquantised(keys: Keys) -> None:
+    """Raise InputError on a quantised checkpoint: its tensors are not the model's weights."""
     if "quantization_config" in keys:
         method = keys.object("quantization_config").values.get("quant_method", "an unknown way")
         raise InputError(
-            f"{keys.where}: quantization_config says that the weights are quantised by {method}; "
-            "give the checkpoint that they were made of"
+            f"{keys.label}: quantization_config says that the weights are quantised by {method}; "
+            "give the checkpoint that was quantised"
         )
 
 
 def _nullable(keys: Keys, key: str) -> int | None:
-    """A key for which null says something else than absence: no value, instead of the family's default."""
+    """Read a key for which null is a value: None, not the family's default as for an absent key."""
     if key in keys.values and keys.values[key] is None:
         return None
     return keys.get(key, int, keys.defaults.get(key))
 
 
 def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
-    """The rotary base and its scaling: `rope_parameters`, or before it `rope_theta` and `rope_scaling`."""
+    """Read rope_theta and its scaling: `rope_parameters`, or as before `rope_theta` and `rope_scaling`."""
     rope = keys.object("rope_parameters" if "rope_parameters" in keys else "rope_scaling")
     if any(isinstance(value, dict) for value in rope.values.values()):
-        raise InputError(f"{rope.where} differs between layers, which cannot be read")
-    base = rope.get("rope_theta", float, keys.get("rope_theta", float, 10000.0))
+        raise InputError(f"{rope.label} differs between layers, which cannot be read")
+    rope_theta = rope.get("rope_theta", float, keys.get("rope_theta", float, 10000.0))
     rope.only("partial_rotary_factor", (1.0,), 1.0, "every value of a head must rotate")
     name = "rope_type" if "rope_type" in rope else "type"
     kind = rope.only(name, ("default", "linear", "llama3"), "default")
     if kind == "default":
-        return base, None
+        return rope_theta, None
     factor = rope.get("factor", float)
     if kind == "linear":
-        return base, RopeScaling("linear", factor)
+        return rope_theta, RopeScaling("linear", factor)
     original = rope.get("original_max_position_embeddings", int, context)
     low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
-    return base, RopeScaling("llama3", factor, low, high, original)
+    return rope_theta, RopeScaling("llama3", factor, low, high, original)
 
 
 def _window(keys: Keys, kind: str, depth: int, context: int) -> int | None:
-    """The sliding window of all layers. InputError where only some layers have one that matters."""
+    """Return the sliding window of all layers, in tokens. Raises InputError if only some layers have one."""
     if kind == "llama" or (kind != "mistral" and not keys.get("use_sliding_window", bool, False)):
         return None
+    # A window as long as the context hides nothing, so it counts as none.
     window = _nullable(keys, "sliding_window")
     if window is None or window >= context or kind == "mistral":
         return window if window is not None and window < context else None
+    # Before layer_types, the first max_window_layers layers had full attention, the others the window.
     layers = keys.get("layer_types", list, None)
     if layers is None:
         full = min(keys.get("max_window_layers", int), depth)
@@ -199,7 +208,7 @@ def _window(keys: Keys, kind: str, depth: int, context: int) -> int | None:
     if len(set(layers)) > 1:
         name = "layer_types" if "layer_types" in keys else "max_window_layers"
         raise InputError(
-            f"{keys.where}: {name} gives a sliding_window to {layers.count('sliding_attention')} of {depth} "
+            f"{keys.label}: {name} gives a sliding_window to {layers.count('sliding_attention')} of {depth} "
             "layers; only all or none can be read"
         )
     return window if layers[0] == "sliding_attention" else None
@@ -207,22 +216,22 @@ def _window(keys: Keys, kind: str, depth: int, context: int) -> int | None:
 
 def _three(keys: Keys, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     value = keys.get(key, list, list(default))
-    if len(value) != 3 or not all(isinstance(part, int | float) for part in value):
-        raise InputError(f"{keys.where}: {key} should be three numbers, not {value!r}")
+    if len(value) != 3 or not all(isinstance(number, int | float) for number in value):
+        raise InputError(f"{keys.label}: {key} should be three numbers, not {value!r}")
     red, green, blue = map(float, value)
     return red, green, blue
 
 
 def _sides(keys: Keys, key: str, default: int) -> set[int]:
-    """The sides that a size names: a number, {"shortest_edge": n} or {"height": n, "width": n}."""
+    """Return the sides of a size in pixels: a number, {"shortest_edge": n} or {"height": n, "width": n}."""
     value = keys.values.get(key, default)
     sides = set(value.values()) if isinstance(value, dict) else {value}
     if not sides or not all(isinstance(side, int) for side in sides):
-        raise InputError(f"{keys.where}: {key} should be one or two numbers of pixels, not {value!r}")
+        raise InputError(f"{keys.label}: {key} should be one or two numbers of pixels, not {value!r}")
     return sides
 
 
 def _crops(keys: Keys) -> bool:
-    """Whether resizing leaves anything to crop: a size of height and width ignores the aspect ratio."""
+    """Whether resizing leaves anything to crop: a size of height and width is exact."""
     size = keys.values.get("size")
     return not (isinstance(size, dict) and "height" in size)

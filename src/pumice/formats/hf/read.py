@@ -1,8 +1,4 @@
-"""A LLaVA as transformers keeps it: LlavaForConditionalGeneration, LlavaNext, LlavaOnevision.
-
-Knows: its config.json, its processor's files, and how its tensors are nested. Everything else of the
-folder is read by `config` and `text`.
-"""
+"""Read the folder of a LLaVA of transformers: LlavaForConditionalGeneration, LlavaNext or LlavaOnevision."""
 
 from __future__ import annotations
 
@@ -17,13 +13,13 @@ from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionCon
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
-from pumice.formats.hf.config import decoder_config, image_policy, vision_config, whole
+from pumice.formats.hf.config import check_unquantised, decoder_config, image_policy, vision_config
 from pumice.formats.text.read import read_text_side
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, open_weights, stored
+from pumice.storage.tensors import LazyStateDict, as_lazy, open_weights
 
-# What transformers takes for keys that are absent, by model_type.
+# The values that transformers gives to absent keys of config.json, by model_type.
 _LLAVA: dict[str, Any] = {
     "image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
 }  # fmt: skip
@@ -38,43 +34,52 @@ _DEFAULTS = {
         "image_grid_pinpoints": [[384 * high, 384 * wide] for high in range(1, 7) for wide in range(1, 7)],
     },
 }  # fmt: skip
-_TEXT = {"llava_onevision": "qwen2"}  # the text_config's model_type when it does not say one; else llama
+# The model_type of a text_config that does not say one; "llama" for the others.
+_TEXT = {"llava_onevision": "qwen2"}
+# The tower of a config.json without vision_config.
 _CLIP_336 = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336,
     "patch_size": 14, "num_hidden_layers": 24, "num_attention_heads": 16,
 }  # fmt: skip
+# (kind of tower, vision_feature_select_strategy) -> our VisionConfig.select.
 _SELECT = {
     ("clip", "default"): "patch", ("clip", "full"): "cls_patch", ("siglip", "full"): "full"
 }  # fmt: skip
 
 
 def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
-    """The whole folder. template: instead of the one that its chat template describes.
+    """Read the model in `folder`. template: a chat format instead of the one that the folder describes.
 
-    Raises InputError on anything that our model does not compute, and on tensors that are not the config's.
+    Raises InputError on anything that our model does not compute, and on tensors that the config does not
+    have.
     """
-    given = Keys.of(folder / "config.json")
-    kind = given.get("model_type", str)
-    keys = Keys(given.values, given.where, _DEFAULTS[kind])
-    whole(keys)
+    # 1. config.json: the language model and the tower, each with the defaults of its model_type.
+    source = Keys.of(folder / "config.json")
+    kind = source.get("model_type", str)
+    keys = Keys(source.values, source.label, _DEFAULTS[kind])
+    check_unquantised(keys)
     keys.only("projector_hidden_act", ("gelu",), "gelu")
     text = keys.object("text_config")
     tied = keys.get("tie_word_embeddings", bool, False) or text.get("tie_word_embeddings", bool, False)
     text.values.setdefault("model_type", _TEXT.get(kind, "llama"))
     decoder = decoder_config(text, tied)
     vision = _vision(keys)
+    # 2. How a picture becomes tiles, and how a conversation becomes tokens: the processor's and tokenizer's
+    # files.
     processor = _processor(folder)
     image = _image(processor, keys, kind, vision)
-    side = read_text_side(folder, keys)
-    _check_image_token(keys, side.tokenizer, decoder)
+    text_side = read_text_side(folder, keys)
+    _check_image_token(keys, text_side.tokenizer, decoder)
     biases = keys.get("multimodal_projector_bias", bool, True)
     family = FAMILIES[text.get("model_type", str)]
-    config, notes = side.model_config(
+    config, notes = text_side.model_config(
         template, str(folder), fallback=family.template, decoder=decoder, vision=vision,
-        connector=ConnectorConfig("mlp2x_gelu"), image=image, image_wrap=side.image_wrap(),
+        connector=ConnectorConfig("mlp2x_gelu"), image=image, image_wrap=text_side.image_wrap(),
     )  # fmt: skip
-    if image.mode == "crop" and "do_pad" not in processor.values:  # transformers' own conversions lack it
-        notes += (f"pictures are cropped, as {Path(processor.where).name} does not ask for do_pad",)
+    # The conversions that transformers published lack do_pad, although LLaVA 1.5 was trained with padding.
+    if image.mode == "crop" and "do_pad" not in processor.values:
+        notes += (f"pictures are cropped, as {Path(processor.label).name} does not ask for do_pad",)
+    # 3. The tensors, renamed by a table. The prefixes of the parts depend on transformers' version.
     tensors = open_weights(folder)
     nesting = _nesting(tensors, folder)
     prefix = tensor_names.tower_prefix(tensors, nesting.tower) or ""
@@ -82,87 +87,96 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     state = tensor_names.convert(tensors, table, str(folder))
     if not biases:
         state |= _no_biases(state)
-    return LoadedParts(config, state, side.tokenizer, {}, notes=notes, sentencepiece=side.files.sentencepiece)
-
-
-def _nesting(tensors: LazyStateDict, folder: Path) -> tensor_names.Nesting:
-    for nesting in tensor_names.HF_NESTINGS:
-        if f"{nesting.text}embed_tokens.weight" in tensors:
-            return nesting
-    wanted = f"{tensor_names.HF_NESTINGS[0].text}embed_tokens.weight"
-    raise InputError(
-        f"{folder} has no tensor {wanted}, nor {tensor_names.HF_NESTINGS[1].text}embed_tokens.weight"
+    return LoadedParts(
+        config, state, text_side.tokenizer, {}, notes=notes, sentencepiece=text_side.files.sentencepiece
     )
 
 
+def _nesting(tensors: LazyStateDict, folder: Path) -> tensor_names.Nesting:
+    """Return the prefixes under which the folder's tensors stand."""
+    for nesting in tensor_names.HF_NESTINGS:
+        if f"{nesting.text}embed_tokens.weight" in tensors:
+            return nesting
+    old, new = (f"{nesting.text}embed_tokens.weight" for nesting in tensor_names.HF_NESTINGS)
+    raise InputError(f"{folder} has no tensor {old}, nor {new}; it holds no language model")
+
+
 def _vision(keys: Keys) -> VisionConfig:
+    """Read the tower's config, and which of its features the LLaVA uses."""
     layer = keys.get("vision_feature_layer", object)
     if not isinstance(layer, int):
         raise InputError(
-            f"{keys.where}: vision_feature_layer is {layer!r}; features of one layer can be read"
+            f"{keys.label}: vision_feature_layer is {layer!r}; features of one layer can be read"
         )
-    given = keys.object("vision_config") if "vision_config" in keys else Keys(_CLIP_336, keys.where)
-    vision = vision_config(given, "clip_vision_model", layer=layer)
+    source = keys.object("vision_config") if "vision_config" in keys else Keys(_CLIP_336, keys.label)
+    vision = vision_config(source, "clip_vision_model", layer=layer)
     strategy = keys.get("vision_feature_select_strategy", str)
     if (vision.kind, strategy) not in _SELECT:
         known = " or ".join(name for kind, name in _SELECT if kind == vision.kind)
         raise InputError(
-            f"{keys.where}: vision_feature_select_strategy is {strategy!r}; of {vision.kind} it is {known}"
+            f"{keys.label}: vision_feature_select_strategy is {strategy!r}; of {vision.kind} it is {known}"
         )
     return dataclasses.replace(vision, select=_SELECT[vision.kind, strategy])
 
 
 def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> ImagePolicy:
+    """Read how a picture is prepared. kind: model_type, of which LlavaNext and LlavaOnevision cut tiles."""
     if kind == "llava":
         return image_policy(processor, vision)
-    # do_pad speaks of tiles here: it fills up a batch.
-    policy = image_policy(Keys({**processor.values, "do_pad": False}, processor.where), vision)
+    # Of these two, do_pad fills up a batch of pictures with empty tiles; it does not pad a picture.
+    policy = image_policy(Keys({**processor.values, "do_pad": False}, processor.label), vision)
+    # Both files list the sizes that a picture may be resized to; the model was trained with only one list.
     pinpoints = keys.get("image_grid_pinpoints", list)
     stated = processor.get("image_grid_pinpoints", list, pinpoints)
     if stated != pinpoints:
         raise InputError(
-            f"{processor.where}: image_grid_pinpoints is {stated}, but {pinpoints} in {keys.where}"
+            f"{processor.label}: image_grid_pinpoints is {stated}, but {pinpoints} in {keys.label}"
         )
-    most = None
+    # LlavaOnevision shrinks the features of a picture that has more than max_tiles tiles.
+    max_tiles = None
     if kind == "llava_onevision":
         ratio = keys.get("vision_aspect_ratio", str)
         if (match := re.fullmatch(r"anyres_max_(\d+)", ratio)) is None:
-            raise InputError(f"{keys.where}: vision_aspect_ratio is {ratio!r}; only anyres_max_N can be read")
-        most = int(match[1])
+            raise InputError(f"{keys.label}: vision_aspect_ratio is {ratio!r}; only anyres_max_N can be read")
+        max_tiles = int(match[1])
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pinpoints):
-        raise InputError(f"{keys.where}: image_grid_pinpoints is {pinpoints}, not a list of [height, width]")
+        raise InputError(f"{keys.label}: image_grid_pinpoints is {pinpoints}, not a list of [height, width]")
+    # transformers writes the height first; we write the width first.
     sizes = tuple((width, height) for height, width in pinpoints)
     several = "square" if kind == "llava_onevision" else "tiles"
     return dataclasses.replace(
-        policy, mode="anyres", pinpoints=sizes, unpad=True, max_tiles=most, several=several
+        policy, mode="anyres", pinpoints=sizes, unpad=True, max_tiles=max_tiles, several=several
     )
 
 
 def _processor(folder: Path) -> Keys:
-    """The image processor's values: a part of processor_config.json from transformers 5 on."""
-    whole_processor = folder / "processor_config.json"
-    if whole_processor.is_file() and "image_processor" in (keys := Keys.of(whole_processor)):
+    """Read the image processor's keys: since transformers 5, a part of processor_config.json."""
+    combined = folder / "processor_config.json"
+    if combined.is_file() and "image_processor" in (keys := Keys.of(combined)):
         return keys.object("image_processor")
     return Keys.of(folder / "preprocessor_config.json")
 
 
 def _check_image_token(keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> None:
-    """The token that stands for a picture there; ours needs none, but a folder without it is not whole."""
+    """Check the id of the token that stands for a picture in transformers.
+
+    Our model does not need the token, but a tokenizer without it belongs to another model.
+    """
     name = "image_token_id" if "image_token_id" in keys else "image_token_index"
     number = keys.get(name, int)
     if tokenizer.id_to_token(number) is None:
         raise InputError(
-            f"{keys.where}: {name} is {number}, which the tokenizer lacks; "
+            f"{keys.label}: {name} is {number}, which the tokenizer lacks; "
             f"it has {tokenizer.get_vocab_size()} tokens"
         )
     if number >= decoder.vocab_size:
-        raise InputError(f"{keys.where}: {name} is {number}, but vocab_size only {decoder.vocab_size}")
+        raise InputError(f"{keys.label}: {name} is {number}, but vocab_size only {decoder.vocab_size}")
 
 
 def _no_biases(state: LazyStateDict) -> LazyStateDict:
-    """Zeros for a projector without biases, which is the same."""
+    """Return zero biases for a projector without biases, because our connector always has some."""
     weights = {name: t for name, t in state.items() if name.startswith("connector.")}
     return {
-        name.removesuffix("weight") + "bias": stored(torch.zeros(weight.shape[0], dtype=weight.dtype))
+        name.removesuffix("weight") + "bias": as_lazy(torch.zeros(weight.shape[0], dtype=weight.dtype))
         for name, weight in weights.items()
     }

@@ -1,15 +1,13 @@
-"""Written for transformers: the folder of a Llava-, LlavaNext- or LlavaOnevisionForConditionalGeneration.
-
-Knows: its keys, config.json and the files of its processor. Does not know: where the model comes from.
+"""Write a model as the folder of a LLaVA of transformers: Llava, LlavaNext or LlavaOnevision.
 
 Tensors have the names of transformers 4.36 to 4.51, which every later version translates when it loads:
 `language_model.model.*`, `language_model.lm_head`, `vision_tower.vision_model.*`,
-`multi_modal_projector.linear_1/2`, `image_newline`. A picture's place in the text is the token `<image>`.
-Where the tokenizer lacks it, it is added behind the last one; an embedding too short for it grows to a
-multiple of 64 rows, as the published models have. The new rows are the mean of the old ones: their logit
-is the mean of the others', so that greedy decoding never takes one.
+`multi_modal_projector.linear_1/2`, `image_newline`. The token `<image>` stands for a picture in the text. If
+the tokenizer lacks it, it becomes the last token. If the embedding has no row for it, the embedding grows to
+a multiple of 64 rows, as in the published models. The new rows are the mean of the old ones: their logit is
+the mean of the others', so that greedy decoding never takes one.
 
-Reading a picture: a model that pads needs transformers 4.49 or newer, for LlavaImageProcessor.
+A model that pads pictures needs transformers 4.49 or newer, which has LlavaImageProcessor.
 """
 
 from __future__ import annotations
@@ -33,16 +31,19 @@ from pumice.storage.tensors import LazyStateDict, write_weights
 from pumice.templates import get_template
 
 IMAGE = "<image>"
-_ROWS = 64  # an embedding that grows gets a multiple of so many rows
+_ROW_MULTIPLE = 64  # an embedding that grows gets a multiple of this number of rows
+# Our name of an activation -> transformers'.
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+# Keys of vision_config that only one kind of tower has. LLaVA does not use SigLIP's pooling head.
 _OWN_KEYS: dict[str, dict[str, Any]] = {"clip": {}, "siglip": {"vision_use_head": False}}
+# model_type -> how the names of transformers' classes begin.
 _CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
-_LINEAR = ("linear", "mlp1x_gelu")  # kinds of connector without anything but a matrix and a bias
+_LINEAR = ("linear", "mlp1x_gelu")  # the connectors that are one linear layer
 _RESAMPLE = {name: number for number, name in RESAMPLE.items()}
 
 
 def refusal(config: ModelConfig) -> str | None:
-    """Why transformers' LLaVA cannot compute this model; None when it can."""
+    """Return why transformers' LLaVA cannot compute this model; None if it can."""
     image = config.image
     if reason := tower_refusal(config) or connector_refusal(config):
         return reason
@@ -54,7 +55,7 @@ def refusal(config: ModelConfig) -> str | None:
 
 
 def tower_refusal(config: ModelConfig) -> str | None:
-    """Why the tower is none that others have; None when it is."""
+    """Return why no other software has this vision tower; None if some has."""
     if config.vision.kind == "none":
         return "it is a language model alone"
     if config.vision.kind not in ("clip", "siglip"):
@@ -63,7 +64,7 @@ def tower_refusal(config: ModelConfig) -> str | None:
 
 
 def connector_refusal(config: ModelConfig) -> str | None:
-    """Why the connector is no mlp2x_gelu, nor can be written as one (`as_mlp`); None when it can."""
+    """Return why the connector cannot be written as an mlp2x_gelu, as `as_mlp` does; None if it can."""
     kind, reduce = config.connector.kind, config.connector.reduce
     if reduce != "none":
         return f"its connector has {reduce} before it, which no other software has"
@@ -71,6 +72,7 @@ def connector_refusal(config: ModelConfig) -> str | None:
         return None
     if kind not in _LINEAR:
         return f"its connector is {kind}, there it is always mlp2x_gelu"
+    # as_mlp needs two hidden values for each feature, and an mlp2x_gelu has as many as the LLM is wide.
     if 2 * config.vision.width > config.decoder.width:
         return (
             f"its connector is {kind}, there it is always mlp2x_gelu, which is a linear one only where the "
@@ -80,28 +82,29 @@ def connector_refusal(config: ModelConfig) -> str | None:
 
 
 def as_mlp(model: LoadedParts) -> LoadedParts:
-    """A linear connector as the mlp2x_gelu that computes the same, because gelu(x) - gelu(-x) = x.
+    """Return the model with its linear connector written as an mlp2x_gelu that computes the same.
 
-    Of D hidden values C are the features, C the features with the opposite sign; the second layer takes their
-    difference as the linear one takes the features. Every weight stays as it is, in its type.
+    It uses gelu(x) - gelu(-x) = x. Of the D hidden values, C are the features and C the features with the
+    opposite sign. The second layer applies the linear connector's weight to their difference. No weight is
+    rounded.
     """
     if model.config.connector.kind not in _LINEAR:
         return model
     weight, bias = (model.state[f"connector.layers.0.{part}"] for part in ("weight", "bias"))
     width, features = weight.shape  # D, C
 
-    def both_signs(old: Tensor) -> Tensor:
-        new, number = torch.zeros_like(old), torch.arange(features)
-        new[number, number], new[features + number, number] = 1, -1
+    def both_signs(old: Tensor) -> Tensor:  # (D, C), the first layer
+        new, feature = torch.zeros_like(old), torch.arange(features)
+        new[feature, feature], new[features + feature, feature] = 1, -1
         return new
 
-    def difference(old: Tensor) -> Tensor:
+    def difference(old: Tensor) -> Tensor:  # (D, D), the second layer; unused hidden values have the weight 0
         return torch.cat((old, -old, old.new_zeros(width, width - 2 * features)), 1)
 
     state = model.state | {
-        "connector.layers.0.weight": weight.then(both_signs),
-        "connector.layers.0.bias": bias.then(torch.zeros_like),
-        "connector.layers.2.weight": weight.then(difference, (width, width)),
+        "connector.layers.0.weight": weight.map(both_signs),
+        "connector.layers.0.bias": bias.map(torch.zeros_like),
+        "connector.layers.2.weight": weight.map(difference, (width, width)),
         "connector.layers.2.bias": bias,
     }
     config = replace(model.config, connector=replace(model.config.connector, kind="mlp2x_gelu"))
@@ -109,7 +112,7 @@ def as_mlp(model: LoadedParts) -> LoadedParts:
 
 
 def text_refusal(config: DecoderConfig) -> str | None:
-    """Why none of transformers' Llama, Mistral, Qwen2 and Qwen3 is this decoder; None when one is."""
+    """Return why no decoder of transformers computes this one; None if one does."""
     if config.qk_norm and config.qkv_bias:
         return "its attention has both biases and query norms, which none of the decoders there has"
     if config.qkv_bias and (inner := config.heads * config.head_dim) != config.width:
@@ -118,20 +121,23 @@ def text_refusal(config: DecoderConfig) -> str | None:
 
 
 def write(folder: Path, model: LoadedParts) -> list[str]:
-    """Write the folder; the model has no adapters. Returns notes."""
+    """Write the folder of a model without adapters. Returns notes for the user."""
+    # 1. Tell the user what another program will do differently.
     notes = []
     if model.config.connector.kind in _LINEAR:
         notes.append("the linear connector is written as an mlp2x_gelu that computes the same")
     if _kind(model.config.image) == "llava_onevision":
         notes += square_notes(model.config.image, "transformers")
+    # 2. Change the model to one that transformers can compute: an mlp2x_gelu, and a token for pictures.
     model = as_mlp(with_image_token(model))
     config, state, tokenizer = model.config, model.state, model.tokenizer
     chat = to_jinja(get_template(config.template, config.chat), config.image_wrap)
+    # 3. Write the tensors under transformers' names, then the config and the files that prepare the input.
     table = tensor_names.llava(
         config, tensor_names.HF_NESTINGS[0], tensor_names.hf_connector(True), "vision_model."
     )
     names = tensor_names.inverse(table)
-    write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
+    write_weights(folder, {str(names[name]): tensor for name, tensor in state.items()})
     _write_config(folder, config, state, tokenizer)
     write_tokenizer(folder, config, tokenizer, chat)
     _write_processor(folder, config, chat)
@@ -139,37 +145,39 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
 
 
 def square_notes(image: ImagePolicy, other: str) -> list[str]:
-    """How another software's square of one of several pictures differs from that of a policy in tiles."""
+    """Return notes on how another program shows several pictures in one conversation, if it differs."""
     if image.several == "tiles":
         return [f"{other} shows each of several pictures as one square, this model in tiles"]
     if image.pad_color != padding(image.mean):
-        theirs = padding(image.mean)
-        return [f"{other} pads each of several pictures with {theirs}, this model with {image.pad_color}"]
+        pad_color = padding(image.mean)
+        return [f"{other} pads each of several pictures with {pad_color}, this model with {image.pad_color}"]
     return []
 
 
 def with_image_token(model: LoadedParts) -> LoadedParts:
-    """The model with `<image>` among its tokens, and an embedding long enough for it."""
+    """Return the model with `<image>` among its tokens, and an embedding with a row for it."""
     config, state = model.config, model.state
     tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed <= config.decoder.vocab_size:
         return replace(model, tokenizer=tokenizer)
-    rows = -(-needed // _ROWS) * _ROWS
+    rows = -(-needed // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
     def grow(weight: Tensor) -> Tensor:
         mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
         return torch.cat((weight, mean.expand(rows - len(weight), -1)))
 
-    long = {name: state[name] for name in ("decoder.embed.weight", "decoder.head.weight") if name in state}
-    state = state | {name: tensor.then(grow, (rows, tensor.shape[1])) for name, tensor in long.items()}
+    # The head has a row for each token as well, unless it is the embedding itself.
+    to_grow = {name: state[name] for name in ("decoder.embed.weight", "decoder.head.weight") if name in state}
+    state = state | {name: tensor.map(grow, (rows, tensor.shape[1])) for name, tensor in to_grow.items()}
     config = replace(config, decoder=replace(config.decoder, vocab_size=rows))
     return replace(model, config=config, state=state, tokenizer=tokenizer)
 
 
 def text_config(config: DecoderConfig) -> dict[str, Any]:
-    """A decoder's config.json, under keys that transformers has read since 4.43."""
+    """Return a decoder's config.json, with the keys that transformers has read since 4.43."""
+    # 1. What all families have.
     values: dict[str, Any] = {
         "architectures": None,
         "model_type": "llama",
@@ -189,6 +197,7 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
     }
+    # 2. The family follows from what the attention has: biases, query norms, a sliding window.
     family = "llama"
     if config.qkv_bias or config.qk_norm:
         family = "qwen3" if config.qk_norm else "qwen2"
@@ -197,11 +206,11 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
     elif config.sliding_window is not None:
         family = "mistral"
         values["sliding_window"] = config.sliding_window
-    return values | {"model_type": family, "architectures": [FAMILIES[family].classes]}
+    return values | {"model_type": family, "architectures": [FAMILIES[family].class_name]}
 
 
 def vision_config(config: VisionConfig) -> dict[str, Any]:
-    """A tower's config.json: of CLIPVisionModel or SiglipVisionModel."""
+    """Return a tower's config.json, of a CLIPVisionModel or a SiglipVisionModel."""
     return {
         "model_type": f"{config.kind}_vision_model",
         "hidden_size": config.width,
@@ -217,10 +226,12 @@ def vision_config(config: VisionConfig) -> dict[str, Any]:
 
 
 def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
-    """preprocessor_config.json: of CLIPImageProcessor, or of Llava's, LlavaNext's or LlavaOnevision's own."""
+    """Return preprocessor_config.json. size: the width and height of a tile, in pixels."""
+    # 1. The class: CLIP's crops, Llava's pads, the other two cut tiles.
     kind = "LlavaImageProcessor" if image.mode == "pad" else "CLIPImageProcessor"
     if image.mode == "anyres":
         kind = f"{_CLASSES[_kind(image)]}ImageProcessor"
+    # 2. CLIP's own steps, which all classes have: the short side to `size`, crop the middle, normalise.
     values: dict[str, Any] = {
         "image_processor_type": kind,
         "do_convert_rgb": True,
@@ -235,24 +246,26 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
         "image_mean": list(image.mean),
         "image_std": list(image.std),
     }
+    # 3. What the mode changes.
     if image.mode == "squash" or _kind(image) == "llava_onevision":
         values |= {"size": {"height": size, "width": size}, "do_center_crop": False}
     if image.mode in ("pad", "anyres"):
-        values["do_pad"] = True  # its default for squares is False, which would crop in silence
+        values["do_pad"] = True  # the default is False, which would crop and say nothing
     if image.mode == "anyres":
         values["image_grid_pinpoints"] = _pinpoints(image)
     return values
 
 
 def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, chat: str, **own: Any) -> None:
-    """tokenizer.json, which adds the begin-of-text by itself, and the two files beside it.
+    """Write tokenizer.json, which adds the begin-of-text token by itself, and the two files beside it.
 
-    own: further keys of tokenizer_config.json, or others instead of ours.
+    own: keys of tokenizer_config.json, in addition to ours or instead of them.
     """
+    # 1. Make the tokenizer add the begin-of-text token, and no other, where it does not do so already.
     bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
     plain = tokenizer.encode("a", add_special_tokens=False).ids
-    wanted = plain if config.bos_token_id is None else [config.bos_token_id, *plain]
-    if tokenizer.encode("a").ids != wanted:
+    expected = plain if config.bos_token_id is None else [config.bos_token_id, *plain]
+    if tokenizer.encode("a").ids != expected:
         first = [] if bos is None else [bos]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*first, "$A"],
@@ -260,10 +273,12 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
             special_tokens=[] if bos is None else [(bos, config.bos_token_id)],
         )
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="")
+    # 2. Name the special tokens. A batch needs a padding token; it is masked, so that the stop token may
+    # serve.
     stop = tokenizer.id_to_token(config.stop_token_ids[0]) if config.stop_token_ids else None
-    fills = stop if tokenizer.token_to_id("<pad>") is None else "<pad>"
-    named = {"bos_token": bos, "eos_token": stop, "pad_token": fills}
-    special = {key: token for key, token in named.items() if token is not None}
+    pad = stop if tokenizer.token_to_id("<pad>") is None else "<pad>"
+    roles = {"bos_token": bos, "eos_token": stop, "pad_token": pad}
+    special = {key: token for key, token in roles.items() if token is not None}
     write_json(folder / "special_tokens_map.json", special)
     write_json(
         folder / "tokenizer_config.json",
@@ -272,7 +287,10 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
             **special,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.decoder.context,
-            "model_input_names": ["input_ids", "attention_mask"],  # before 5.0 there would be token_type_ids
+            "model_input_names": [
+                "input_ids",
+                "attention_mask",
+            ],  # else versions before 5.0 add token_type_ids
             "padding_side": "left",
             "chat_template": chat,
             **own,
@@ -281,7 +299,7 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:
-    """generation_config.json: where an answer ends; greedy."""
+    """Return generation_config.json: the tokens that end an answer, and greedy decoding."""
     stops = list(config.stop_token_ids)
     values = {
         "bos_token_id": config.bos_token_id,
@@ -292,12 +310,14 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, tokenizer: Tokenizer) -> None:
+    # 1. The language model, with the tokens that begin a text and end an answer.
     kind = _kind(config.image)
     text = text_config(config.decoder)
     if config.bos_token_id is not None:
         text["bos_token_id"] = config.bos_token_id
     if config.stop_token_ids:
         text["eos_token_id"] = config.stop_token_ids[0]
+    # 2. The LLaVA around it: token for pictures, connector, and which of the tower's features are used.
     dtype = str(state["decoder.embed.weight"].dtype).removeprefix("torch.")
     values: dict[str, Any] = {
         "architectures": [f"{_CLASSES[kind]}ForConditionalGeneration"],
@@ -313,6 +333,7 @@ def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, token
         "text_config": text | {"torch_dtype": dtype},
         "vision_config": vision_config(config.vision),
     }
+    # 3. How a picture is cut into tiles.
     if config.image.mode == "anyres":
         values["image_grid_pinpoints"] = _pinpoints(config.image)
     if kind == "llava_onevision":
@@ -336,28 +357,34 @@ def _write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
         }
         videos = {key: value for key, value in images.items() if key != "image_grid_pinpoints"}
         videos |= {"image_processor_type": None, "video_processor_type": "LlavaOnevisionVideoProcessor"}
-        write_json(folder / "video_preprocessor_config.json", videos)  # its processor is not made without one
+        write_json(
+            folder / "video_preprocessor_config.json", videos
+        )  # transformers needs it to build the processor
     else:
         class_tokens = int(config.vision.kind == "clip")
         values |= {"patch_size": config.vision.stride, "num_additional_image_tokens": class_tokens}
     write_json(folder / "preprocessor_config.json", images)
     write_json(folder / "processor_config.json", values)
     (folder / "chat_template.jinja").write_text(chat, encoding="utf-8", newline="")
-    write_json(folder / "chat_template.json", {"chat_template": chat})  # read before 4.50
+    # transformers before 4.50 reads this file instead.
+    write_json(folder / "chat_template.json", {"chat_template": chat})
 
 
 def _kind(image: ImagePolicy) -> str:
-    """The model_type that sees pictures so."""
+    """Return the model_type that prepares pictures in this way."""
     if image.mode != "anyres":
         return "llava"
     return "llava_onevision" if image.max_tiles is not None or image.several == "square" else "llava_next"
 
 
 def anyres_max(config: ModelConfig) -> str:
-    """Tiles that shrink, and of several pictures one square each. Without a limit: one that is never met."""
+    """Return LlavaOnevision's name for the largest number of tiles whose features are not shrunk.
+
+    Without a limit in our config it is the number of tiles in the largest size, which is never exceeded.
+    """
     side = config.vision.image_size
-    most = max(width * height for width, height in config.image.pinpoints) // side**2
-    return f"anyres_max_{config.image.max_tiles or most}"
+    max_tiles = max(width * height for width, height in config.image.pinpoints) // side**2
+    return f"anyres_max_{config.image.max_tiles or max_tiles}"
 
 
 def _strategy(config: ModelConfig) -> str:
@@ -365,7 +392,7 @@ def _strategy(config: ModelConfig) -> str:
 
 
 def _pinpoints(image: ImagePolicy) -> list[list[int]]:
-    """Height first, which is its order."""
+    """Return [height, width] pairs, which is the order of transformers."""
     return [[height, width] for width, height in image.pinpoints]
 
 

@@ -1,8 +1,7 @@
-"""A LLaVA as its original code keeps it (haotian-liu/LLaVA, and LLaVA-NeXT's single-picture models).
+"""Read a LLaVA of the original code: haotian-liu/LLaVA, and LLaVA-NeXT's models for one picture.
 
-Knows: that config.json, which files hold which part, and how they are named. What the folder lacks comes
-from elsewhere: the LLM (`base`) of a projector or a LoRA, and the vision tower that the config names.
-The config does not say the chat format either; `template` does, or a default that is told in `notes`.
+Such a folder may lack the vision tower, which its config names, and the LLM, if it holds only a projector or
+a LoRA. It does not say the chat format: `template` does, or a default that is stated in the notes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionCon
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.components import describe_tower, open_llm, open_tower
-from pumice.formats.hf.config import decoder_config, padding, whole
+from pumice.formats.hf.config import check_unquantised, decoder_config, padding
 from pumice.formats.peft.read import adapt, base_name
 from pumice.formats.recognise import ADAPTER_CONFIG, Kind, recognise
 from pumice.formats.text.read import TextSide, read_text_side
@@ -26,17 +25,18 @@ from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, find_weights, open_file, open_weights
 
-# model_type -> the LLM's, and the template that its published models were trained with; None: the
-# tokenizer's own chat template.
+# model_type -> that of the LLM, and the template that the published models were trained with. None stands for
+# the tokenizer's chat template.
 _FAMILIES: dict[str, tuple[str, str | None]] = {
     "llava": ("llama", "v1"),
     "llava_llama": ("llama", "v1"),
     "llava_mistral": ("mistral", "mistral_instruct"),
     "llava_qwen": ("qwen2", None),
 }
-# Files beside or instead of whole weights, and how the names in them begin, depending on what they were
-# trained inside: the first fitting row of each is exchanged.
+# Files beside or instead of complete weights, which hold what was trained.
 _EXTRAS = ("mm_projector.bin", "non_lora_trainables.bin")
+# How names in these files begin -> how ours do. It depends on the wrapper in which they were trained. The
+# first row that fits counts.
 _BEGINNINGS = (
     ("base_model.model.model.", "model."),
     ("base_model.model.", ""),
@@ -51,33 +51,37 @@ Sources = dict[str, tuple[str, Path]]
 def open_original(
     folder: Path, template: str | None = None, tower: str | None = None, base: str | None = None
 ) -> LoadedParts:
-    """The whole folder, with what it lacks from `tower` and `base`: folders, files or names on the hub.
+    """Read the folder, and what it lacks from `tower` and `base`: folders, files or names on the hub.
 
-    tower: what the config names when not given. base: needed by a projector; of a LoRA, what
-    adapter_config.json names when not given. Raises InputError on anything that is missing, or that our
-    model does not compute.
+    tower: by default what the config names. base: what a projector or a LoRA was trained on; for a LoRA, by
+    default what adapter_config.json names. Raises InputError on anything that is missing, or that our model
+    does not compute.
     """
+    # 1. config.json: refuse what our model does not compute.
     keys = Keys.of(folder / "config.json")
-    whole(keys)
+    check_unquantised(keys)
     kind = keys.get("model_type", str)
     if kind not in _FAMILIES:
-        raise InputError(f"{keys.where}: model_type is {kind!r}; {', '.join(_FAMILIES)} can be read")
+        raise InputError(f"{keys.label}: model_type is {kind!r}; {', '.join(_FAMILIES)} can be read")
     family, usual = _FAMILIES[kind]
     keys.only("s2", (False,), False)
     keys.only("mm_resampler_type", (None,), None)
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    tensors, decoder, side, sources = _language(folder, keys, family, base, adapter)
-    inside = any(name.startswith(tensor_names.ORIGINAL.tower) for name in tensors)
-    named = _tower_name(folder, keys, tower)
-    vision, published, state, path = _tower(named, keys, tensors, inside)
-    sources["tower"] = (named, path)
+    # 2. The language model with all tensors of the folder, then the tower, which may be among them.
+    tensors, decoder, text_side, sources = _language(folder, keys, family, base, adapter)
+    has_tower = any(name.startswith(tensor_names.ORIGINAL.tower) for name in tensors)
+    tower_source = _tower_source(folder, keys, tower)
+    vision, published, state, path = _tower(tower_source, keys, tensors, has_tower)
+    sources["tower"] = (tower_source, path)
+    # 3. The connector, and how pictures were prepared in training.
     connector = _connector(keys)
     image = _image(keys, vision, published)
     wrap = IMAGE_WRAP if keys.get("mm_use_im_start_end", bool, False) else None
-    config, notes = side.model_config(
+    config, notes = text_side.model_config(
         template, str(folder), usual=usual, decoder=decoder, vision=vision, connector=connector, image=image,
         image_wrap=wrap,
     )  # fmt: skip
+    # 4. Rename the tensors, and apply the adapter last: it changes weights of the complete model.
     prefix = tensor_names.tower_prefix(tensors, tensor_names.ORIGINAL.tower)
     projector = tensor_names.original_connector(connector.kind)
     table = tensor_names.llava(config, tensor_names.ORIGINAL, projector, prefix)
@@ -85,11 +89,11 @@ def open_original(
     loaded = LoadedParts(
         config,
         state,
-        side.tokenizer,
+        text_side.tokenizer,
         {},
         notes=notes,
         sources=sources,
-        sentencepiece=side.files.sentencepiece,
+        sentencepiece=text_side.files.sentencepiece,
     )
     return adapt(loaded, folder) if adapter else loaded
 
@@ -97,59 +101,69 @@ def open_original(
 def _language(
     folder: Path, keys: Keys, family: str, base: str | None, adapter: bool
 ) -> tuple[LazyStateDict, DecoderConfig, TextSide, Sources]:
-    """Everything that the folder stores, with a base's LLM where it has none, under the original's names."""
+    """Return the folder's tensors under the original's names, with a base's LLM if the folder has none.
+
+    Also returns the decoder's config, the text side, and where the base comes from.
+    """
+    # 1. What the folder itself holds.
     tensors = open_weights(folder) if find_weights(folder) else {}
-    for name in _EXTRAS:
-        if (folder / name).is_file():
-            tensors |= {_begun(theirs): tensor for theirs, tensor in open_file(folder / name).items()}
+    for file in _EXTRAS:
+        if (folder / file).is_file():
+            tensors |= {_standard_name(name): tensor for name, tensor in open_file(folder / file).items()}
     probe = f"{tensor_names.ORIGINAL.text}embed_tokens.weight"
     if probe in tensors and not adapter:
         if base is not None:
             raise InputError(f"{folder} holds its language model already; leave out the base {base}")
-        decoder = decoder_config(Keys({**keys.values, "model_type": family}, keys.where))
+        decoder = decoder_config(Keys({**keys.values, "model_type": family}, keys.label))
         return tensors, decoder, read_text_side(folder, keys), {}
-    named = base or (base_name(folder) if adapter else "")
-    if not named:
+    # 2. The LLM from the base. A LoRA may have been trained on a complete LLaVA.
+    base_source = base or (base_name(folder) if adapter else "")
+    if not base_source:
         hint = keys.get("_name_or_path", str, "")
         hint = f" (its config.json mentions {hint!r})" if hint else ""
         raise InputError(
             f"{folder} holds no language model; name the one it was trained on with --base{hint}"
         )
-    path = locate(named)
-    if recognise(path) is Kind.ORIGINAL:  # a LoRA that was trained on a whole LLaVA
-        found, decoder, side, _ = _language(path, Keys.of(path / "config.json"), family, None, adapter=False)
+    path = locate(base_source)
+    if recognise(path) is Kind.ORIGINAL:
+        base_tensors, decoder, text_side, _ = _language(
+            path, Keys.of(path / "config.json"), family, None, adapter=False
+        )
     else:
-        llm = open_llm(named)
+        llm = open_llm(base_source)
         table = tensor_names.inverse(tensor_names.hf_decoder(llm.config))
-        found = {str(table[ours]): tensor for ours, tensor in llm.state.items()}
-        decoder, side = llm.config, llm.text
+        base_tensors = {str(table[name]): tensor for name, tensor in llm.state.items()}
+        decoder, text_side = llm.config, llm.text
+    # 3. The folder's own tokenizer and tensors override the base's: they may have been trained.
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        side = read_text_side(folder, keys)
-    return found | tensors, decoder, side, {"base": (named, path)}
+        text_side = read_text_side(folder, keys)
+    return base_tensors | tensors, decoder, text_side, {"base": (base_source, path)}
 
 
-def _begun(name: str) -> str:
+def _standard_name(name: str) -> str:
     old, new = next(row for row in _BEGINNINGS if name.startswith(row[0]))
     return new + name.removeprefix(old)
 
 
-def _tower_name(folder: Path, keys: Keys, tower: str | None) -> str:
-    """What is to be opened as the tower: as given, else what the config names, in the folder or elsewhere."""
+def _tower_source(folder: Path, keys: Keys, tower: str | None) -> str:
+    """Return what to open as the tower: `tower`, or what the config names, in the folder or elsewhere."""
     if tower is not None:
         return tower
-    named = keys.get("mm_vision_tower", str)
-    if (folder / named).is_dir():
-        return str(folder / named)
-    described = folder / "vision_tower"  # where Pumice's own exports say what the name stands for
-    return str(described) if (described / "config.json").is_file() else named
+    name = keys.get("mm_vision_tower", str)
+    if (folder / name).is_dir():
+        return str(folder / name)
+    # Pumice's own exports describe the tower here.
+    described = folder / "vision_tower"
+    return str(described) if (described / "config.json").is_file() else name
 
 
 def _tower(
-    source: str, keys: Keys, tensors: LazyStateDict, inside: bool
+    source: str, keys: Keys, tensors: LazyStateDict, has_tower: bool
 ) -> tuple[VisionConfig, ImagePolicy, LazyStateDict, Path]:
-    """The tower's config, its own image policy, its state unless the folder itself holds it, its place."""
+    """Return the tower's config and image policy, its state ({} if `tensors` have it), and its path."""
+    # 1. If the folder holds the tower's weights, only its config is fetched.
     try:
-        if inside:
+        if has_tower:
             path = locate(source, ["config.json", "preprocessor_config.json"])
             vision, policy = describe_tower(path)
             state: LazyStateDict = {}
@@ -158,37 +172,40 @@ def _tower(
             vision, policy, path = opened.config, opened.policy, opened.path
             state = {f"tower.{name}": tensor for name, tensor in opened.state.items()}
     except InputError as error:
-        raise InputError(f"the vision tower of {keys.where}: {error} (or name one with --tower)") from error
+        raise InputError(f"the vision tower of {keys.label}: {error} (or name one with --tower)") from error
+    # 2. The config must fit the tower, and says which of its features are used.
     if (width := keys.get("mm_hidden_size", int, vision.width)) != vision.width:
         raise InputError(
-            f"{keys.where}: mm_hidden_size is {width}, but the tower {source} has {vision.width}"
+            f"{keys.label}: mm_hidden_size is {width}, but the tower {source} has {vision.width}"
         )
     layer = keys.get("mm_vision_select_layer", int, -2)
     select = keys.only("mm_vision_select_feature", ("patch", "cls_patch"), "patch")
     vision = dataclasses.replace(vision, layer=layer, select="full" if vision.kind == "siglip" else select)
     depth = _stored_depth(tensors)
-    if inside and vision.kind == "siglip" and depth == vision.depth - 1:
-        # LLaVA-NeXT cuts a SigLIP's last block off and takes what then comes last.
+    # 3. LLaVA-NeXT drops the last block of a SigLIP, and uses the features of the block that is then the
+    # last.
+    if has_tower and vision.kind == "siglip" and depth == vision.depth - 1:
         vision = dataclasses.replace(vision, depth=depth, layer=-1)
     return vision, policy, state, path
 
 
 def _stored_depth(tensors: LazyStateDict) -> int:
+    """Return the number of the tower's blocks among the tensors; 0 if there are none."""
     pattern = re.compile(re.escape(tensor_names.ORIGINAL.tower) + r".*encoder\.layers\.(\d+)\.")
     return 1 + max((int(match[1]) for name in tensors if (match := pattern.match(name))), default=-1)
 
 
 def _connector(keys: Keys) -> ConnectorConfig:
-    kind = keys.get("mm_projector_type", str, "linear")  # v1.0 had no other
+    kind = keys.get("mm_projector_type", str, "linear")  # v1.0 has no other
     if not re.fullmatch(r"linear|identity|mlp[1-9]x_gelu", kind):
         raise InputError(
-            f"{keys.where}: mm_projector_type is {kind!r}; linear, mlpNx_gelu and identity can be read"
+            f"{keys.label}: mm_projector_type is {kind!r}; linear, mlpNx_gelu and identity can be read"
         )
     return ConnectorConfig(kind)
 
 
 def _image(keys: Keys, vision: VisionConfig, published: ImagePolicy) -> ImagePolicy:
-    """The tower's own policy as the model was trained with it."""
+    """Return the tower's image policy, changed as it was for training the model."""
     ratio = keys.get("image_aspect_ratio", str, "square")
     policy = dataclasses.replace(published, pad_color=padding(published.mean))
     if ratio == "square":
@@ -198,7 +215,7 @@ def _image(keys: Keys, vision: VisionConfig, published: ImagePolicy) -> ImagePol
     match = re.fullmatch(r"anyres(?:_max_(\d+))?", ratio)
     if match is None:
         raise InputError(
-            f"{keys.where}: image_aspect_ratio is {ratio!r}; square, pad, anyres and anyres_max_N can be read"
+            f"{keys.label}: image_aspect_ratio is {ratio!r}; square, pad, anyres and anyres_max_N can be read"
         )
     merge = keys.only("mm_patch_merge_type", ("spatial_unpad", "spatial"), "flat", "the tiles must be joined")
     return dataclasses.replace(
@@ -212,7 +229,11 @@ def _image(keys: Keys, vision: VisionConfig, published: ImagePolicy) -> ImagePol
 
 
 def _pinpoints(keys: Keys, size: int) -> tuple[tuple[int, int], ...]:
-    """Width first; a list, its text, or LLaVA-NeXT's "(1x1),...,(6x6)": all grids of so many tiles."""
+    """Return the sizes (width, height) to which a picture may be resized, in pixels.
+
+    They are stored as a list, as its text, or as LLaVA-NeXT's "(1x1),...,(6x6)": all grids of tiles between
+    the two.
+    """
     value = keys.get("image_grid_pinpoints", object)
     try:
         if isinstance(value, str) and (match := re.fullmatch(r"\((\d)x(\d)\),\.\.\.,\((\d)x(\d)\)", value)):
@@ -224,5 +245,5 @@ def _pinpoints(keys: Keys, size: int) -> tuple[tuple[int, int], ...]:
         return tuple((int(width), int(height)) for width, height in pairs)
     except (ValueError, TypeError, SyntaxError) as error:
         raise InputError(
-            f"{keys.where}: image_grid_pinpoints is {value!r}, not a list of [width, height]"
+            f"{keys.label}: image_grid_pinpoints is {value!r}, not a list of [width, height]"
         ) from error

@@ -1,10 +1,8 @@
-"""A tokenizer's files for the original code, which opens them with transformers 4.37 and `use_fast=False`.
+"""Write a tokenizer's files for the original code, which uses transformers 4.37 and `use_fast=False`.
 
-Knows: which class that code expects, and which files each class reads. Does not know: tensors, pictures.
-
-Llama's class reads tokenizer.model alone, Qwen2's vocab.json and merges.txt. Any other tokenizer is opened
-from tokenizer.json, as Llama 3's is; its `tokenizers` library reads merges that are written as text.
-tokenizer.json stands there in each case, and is what newer software reads.
+Llama's class reads only tokenizer.model, Qwen2's reads vocab.json and merges.txt. Other tokenizers, as Llama
+3's, are read from tokenizer.json, in which the old `tokenizers` library needs merges as text. tokenizer.json
+is always written, because newer programs read it.
 """
 
 from __future__ import annotations
@@ -29,30 +27,33 @@ from pumice.templates import get_template
 
 
 def write_tokenizer(folder: Path, model: LoadedParts) -> list[str]:
-    """Write the files of the class that opens this tokenizer there. Returns notes."""
+    """Write the files of the class that reads this tokenizer there. Returns notes for the user."""
+    # 1. The files of the slow class, and the keys of tokenizer_config.json that it needs.
     config, tokenizer = model.config, model.tokenizer
     chat = to_jinja(get_template(config.template, config.chat))
     values = json.loads(tokenizer.to_str())
     if (data := sentencepiece(model)) is not None:
         (folder / MODEL).write_bytes(data)
-        own = _llama(config, tokenizer, data)
+        class_keys = _llama(config, tokenizer, data)
     elif values["model"].get("type") == "BPE" and pre_tokenizer_name(values) == "qwen2":
         vocabulary = dict(sorted(values["model"]["vocab"].items(), key=lambda item: item[1]))
         write_json(folder / "vocab.json", vocabulary)
         lines = ["#version: 0.2", *_merges(values)]
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
-        own = {"tokenizer_class": "Qwen2Tokenizer", "unk_token": None, "errors": "replace"}
+        class_keys = {"tokenizer_class": "Qwen2Tokenizer", "unk_token": None, "errors": "replace"}
     else:
-        own = {}
-    if own:
-        own["added_tokens_decoder"] = {
+        class_keys = {}
+    if class_keys:
+        class_keys["added_tokens_decoder"] = {
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
             for token in values["added_tokens"]
         }
-    hf_write.write_tokenizer(folder, config, tokenizer, chat, **own)
+    # 2. tokenizer.json and the files beside it.
+    hf_write.write_tokenizer(folder, config, tokenizer, chat, **class_keys)
     _write_merges_as_text(folder / "tokenizer.json")
+    # 3. Tell the user where the ids may differ.
     notes = []
-    if not own and cuts_by_sentencepiece(tokenizer):
+    if not class_keys and cuts_by_sentencepiece(tokenizer):
         notes.append("no SentencePiece model cuts text as this tokenizer does: tokenizer.json stands for it")
     if values["model"].get("ignore_merges"):
         notes.append(
@@ -63,24 +64,24 @@ def write_tokenizer(folder: Path, model: LoadedParts) -> list[str]:
 
 
 def sentencepiece(model: LoadedParts) -> bytes | None:
-    """tokenizer.model: the source's own where it is this tokenizer's, else one that cuts text alike.
+    """Return tokenizer.model: the source's if it fits this tokenizer, or a new one that cuts text alike.
 
-    None for a tokenizer that SentencePiece did not make.
+    None if SentencePiece did not make this tokenizer.
     """
     config, tokenizer = model.config, model.tokenizer
     if not cuts_by_sentencepiece(tokenizer):
         return None
-    own = None
+    source_model = None
     if model.sentencepiece is not None:
         try:
-            own = SentencePiece.from_bytes(model.sentencepiece, MODEL)
-        except InputError:  # another format has a file of this name; the vocabulary says everything
-            own = None
-    if own is not None and fits(own, tokenizer):
+            source_model = SentencePiece.from_bytes(model.sentencepiece, MODEL)
+        except InputError:  # another format uses the same file name
+            source_model = None
+    if source_model is not None and fits(source_model, tokenizer):
         return model.sentencepiece
     stop = config.stop_token_ids[0] if config.stop_token_ids else None
-    made = from_tokenizer(tokenizer, config.bos_token_id, stop)
-    return None if made is None else to_bytes(made)
+    new_model = from_tokenizer(tokenizer, config.bos_token_id, stop)
+    return None if new_model is None else to_bytes(new_model)
 
 
 def _llama(config: ModelConfig, tokenizer: Tokenizer, data: bytes) -> dict[str, Any]:

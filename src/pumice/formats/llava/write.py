@@ -1,11 +1,8 @@
-"""Written for the original code, haotian-liu/LLaVA: its config.json, its names of tensors, its tokenizer.
+"""Write a model as a folder of the original code: haotian-liu/LLaVA 1.0 to 1.6, LLaVA-NeXT with Qwen2.
 
-Knows: the layout of its published checkpoints (v1.0 to v1.6) and of LLaVA-NeXT's Qwen2 ones. Does not
-know: where the model comes from, or how the tokenizer's files look there (`export_llava_tokenizer`).
-
-The tower's weights stand in the shards, as in v1.6 (`unfreeze_mm_vision_tower`). That code still builds
-the tower from what `mm_vision_tower` names, before it reads them. The shape and the preprocessing of the
-tower stand in `vision_tower/`, so that the folder says everything.
+The tower's weights are in the shards, as in v1.6 (`unfreeze_mm_vision_tower`). That code still builds the
+tower from what `mm_vision_tower` names before it reads them. The tower's config and preprocessing are also in
+`vision_tower/`, so that the folder describes the complete model.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, write_weights
 
 TOWER = "vision_tower"  # the folder beside the weights
-# Published towers by kind, width, depth, patch and picture: which name the original code can build.
+# (kind, width, depth, patch size, image size) -> the published tower that the original code can build.
 _PUBLISHED = {
     ("clip", 1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
     ("clip", 1024, 24, 14, 224): "openai/clip-vit-large-patch14",
@@ -43,49 +40,54 @@ _PUBLISHED = {
 
 
 def refusal(config: ModelConfig) -> str | None:
-    """Why the original code cannot compute this model; None when it can."""
+    """Return why the original code cannot compute this model; None if it can."""
     image, connector = config.image, config.connector
     if reason := tower_refusal(config):
         return reason
     if connector.reduce != "none":
         return f"its connector reduces by {connector.reduce}, which that code cannot"
     if config.image_wrap not in (None, IMAGE_WRAP):
-        around, theirs = (" and ".join(wrap or ()) for wrap in (config.image_wrap, IMAGE_WRAP))
-        return f"it puts {around} around each picture, that code only {theirs}"
+        wrap, original_wrap = (" and ".join(pair or ()) for pair in (config.image_wrap, IMAGE_WRAP))
+        return f"it puts {wrap} around each picture, that code only {original_wrap}"
     if image.mode == "squash" and config.vision.kind == "clip":
         return "it squashes pictures to a square, which that code does with no CLIP tower"
     if image.mode == "pad" and image.pad_color != padding(image.mean):
         return f"it pads with {image.pad_color}, that code with the mean's colour, {padding(image.mean)}"
     if config.decoder.qk_norm:
-        return "its decoder is a Qwen3, which that code has not"
+        return "its decoder is a Qwen3, which that code does not have"
     return text_refusal(config.decoder)
 
 
 def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[str]:
-    """Write the folder; the model has no adapters. Returns notes.
+    """Write the folder of a model without adapters. Returns notes for the user.
 
-    tower: a hub name or a path from which the original code can build a tower of this shape; that of the
-    published one when not given.
+    tower: a hub name or a path from which the original code can build a tower of this shape; by default the
+    published tower of this shape.
     """
+    # 1. The tensors under the original's names, its configs, and the tokenizer.
     config, state = model.config, model.state
     tower = tower or tower_name(config.vision)
     connector = tensor_names.original_connector(config.connector.kind)
     names = tensor_names.inverse(
         tensor_names.llava(config, tensor_names.ORIGINAL, connector, "vision_model.")
     )
-    write_weights(folder, {str(names[ours]): tensor for ours, tensor in state.items()})
+    write_weights(folder, {str(names[name]): tensor for name, tensor in state.items()})
     write_json(folder / "config.json", _config(config, state, tower))
     write_json(folder / "generation_config.json", generation_config(config))
     notes = write_tokenizer(folder, model)
+    # 2. The tower's own folder. Its processor makes one tile: the original code cuts the picture itself.
     (folder / TOWER).mkdir()
     write_json(folder / TOWER / "config.json", vision_config(config.vision))
-    tiles = ImagePolicy(
+    tile_policy = ImagePolicy(
         mode="squash" if config.vision.kind == "siglip" else "crop",
         mean=config.image.mean,
         std=config.image.std,
         resample=config.image.resample,
     )
-    write_json(folder / TOWER / "preprocessor_config.json", image_processor(tiles, config.vision.image_size))
+    write_json(
+        folder / TOWER / "preprocessor_config.json", image_processor(tile_policy, config.vision.image_size)
+    )
+    # 3. Tell the user what that code does differently.
     image = config.image
     if image.mode == "anyres" and (image.max_tiles is not None or image.several == "square"):
         notes += square_notes(image, "the original code's training")
@@ -138,11 +140,11 @@ def _config(config: ModelConfig, state: LazyStateDict, tower: str) -> dict[str, 
 def _aspect_ratio(config: ModelConfig) -> str:
     image = config.image
     if image.mode != "anyres":
-        return "pad" if image.mode == "pad" else "square"  # which leaves the picture to the tower's own
+        return "pad" if image.mode == "pad" else "square"  # "square" uses the tower's own processor
     return "anyres" if image.max_tiles is None and image.several == "tiles" else anyres_max(config)
 
 
 def tower_name(vision: VisionConfig) -> str:
-    """The published tower of this shape, or the folder beside the weights."""
+    """Return the published tower of this shape, or the folder beside the weights."""
     shape = vision.kind, vision.width, vision.depth, vision.stride, vision.image_size
     return _PUBLISHED.get(shape, TOWER)

@@ -1,8 +1,7 @@
-"""Our LoRA as PEFT's files: adapter_config.json and adapter_model.safetensors.
+"""Write LoRA adapters as PEFT's files: adapter_config.json and adapter_model.safetensors.
 
-Knows: PEFT's names of tensors around the model that `hf.write` writes, as transformers 4.52 and newer
-build it. Does not know: where the model comes from. The base is that model without its adapters
-(`--to hf --drop-lora`); its fingerprint stands in `base.json`, so that another base can be refused.
+The base is the model that `hf.write` writes without adapters (`--to hf --drop-lora`), as transformers 4.52
+and newer build it. Its fingerprint is in `base.json`, so that another base can be refused.
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ _SUFFIXES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
 def refusal(config: ModelConfig) -> str | None:
-    """Why there is no adapter to write; None when there is one."""
+    """Return why there is no adapter to write; None if there is one."""
     if config.lora is None:
         return "it has no LoRA adapters"
     return hf_write.refusal(config)  # PEFT puts the adapters onto that model
 
 
 def write(folder: Path, model: LoadedParts) -> None:
-    """Write the folder, which holds the model's adapters alone."""
+    """Write a folder with the model's adapters alone."""
+    # 1. The names of the adapters: PEFT puts its own prefix before those of transformers' modules.
     config, lora = model.config, model.config.lora
     assert lora is not None
     names = tensor_names.inverse(tensor_names.hf_decoder(config.decoder))
@@ -41,17 +41,18 @@ def write(folder: Path, model: LoadedParts) -> None:
     for name, tensor in model.state.items():
         layer, _, kind = name.removeprefix("decoder.").rpartition(".")
         if kind in _SUFFIXES:
-            theirs = str(names[f"{layer}.weight"]).removeprefix("model.").removesuffix(".weight")
-            adapters[f"base_model.model.model.language_model.{theirs}.{_SUFFIXES[kind]}"] = tensor
+            peft_name = str(names[f"{layer}.weight"]).removeprefix("model.").removesuffix(".weight")
+            adapters[f"base_model.model.model.language_model.{peft_name}.{_SUFFIXES[kind]}"] = tensor
+    # 2. The config. PEFT finds the layers by a pattern of their names.
     targets = "|".join(f"{target}_proj" for target in lora.targets)
     values: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,  # it is where the user put it
+        "base_model_name_or_path": None,  # only the user knows where it is
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        # The tower's layers have the same names.
+        # Only in the language model: the tower's layers have the same names.
         "target_modules": rf".*language_model\..*\.({targets})",
         "bias": "none",
         "fan_in_fan_out": False,
@@ -65,12 +66,13 @@ def write(folder: Path, model: LoadedParts) -> None:
 
 
 def fingerprint(state: LazyStateDict) -> str:
-    """Of a decoder, whatever type it is stored in: up to 64 values of every tensor but adapters', in fp32."""
+    """Return a checksum of a decoder: up to 64 values of every tensor but adapters', in fp32."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(name for name in state if name.startswith("decoder.") and ".lora_" not in name):
         values = state[name].read().reshape(-1)
-        # In fp32, as fingerprints were always made. Above 2^24 values it rounds the last place past the end.
-        places = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values))).round().long()
-        places = places.clamp(max=len(values) - 1)
-        digest.update(name.encode() + values[places].float().numpy().tobytes())
+        # linspace computes in fp32, as for every fingerprint so far. Above 2^24 values it rounds the last
+        # position past the end.
+        positions = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values))).round().long()
+        positions = positions.clamp(max=len(values) - 1)
+        digest.update(name.encode() + values[positions].float().numpy().tobytes())
     return digest.hexdigest()

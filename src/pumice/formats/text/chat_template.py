@@ -1,8 +1,8 @@
-"""Chat templates in Jinja, as transformers keeps them: read into a ChatFormat, and written from one.
+"""Convert Jinja chat templates of transformers to a ChatFormat, and a ChatFormat to such a template.
 
-Knows: what transformers hands to such a template, and how a format shows in what it writes. Does not
-know: tokens, files. A template is a stranger's code: it runs in Jinja's sandbox, once, when a model is
-imported, and what it was found to write is checked; afterwards only the format's fixed texts are used.
+A chat template is untrusted code. It runs in Jinja's sandbox, only when a model is imported, on probe
+conversations. Its output gives the fixed texts of a ChatFormat, which must write the same; afterwards only
+these texts are used.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from pumice.templates import OWN, TEMPLATES, Plain, Template
 
 _Turn = tuple[str, str]  # role, text
 _Value = str | bool | tuple[str, ...] | None
+# Texts for probe conversations. They occur in no template, so that they are found in what it writes.
 _SYSTEM = ("system", "textofsystem")
 _QUESTIONS = [("user", f"text{n}ofuser") for n in ("one", "two", "three")]
 _ANSWERS = [("assistant", f"text{n}ofassistant") for n in ("one", "two")]
+# A text that shows whether a template trims, escapes or splits what it is given.
 _ODD = " Two\n\nlines, {{ braces }} & 'quotes' <b> é🙂 "
 
 
 @dataclass(frozen=True)
 class Described:
-    """A format under its name in `pumice.templates`, or "own" with its texts.
+    """A chat format: its name in `pumice.templates`, or "own" with its texts in `chat`.
 
-    writes_bos: it writes the begin-of-text token itself, once, before everything.
+    writes_bos: whether the chat template itself writes the begin-of-text token, once, before everything.
     """
 
     template: str
@@ -37,34 +39,36 @@ class Described:
     writes_bos: bool
 
 
-class _Unlike(Exception):
-    """A template writes something that no ChatFormat does."""
+class _Unsupported(Exception):
+    """A chat template writes something that no ChatFormat can."""
 
 
 def describe(
-    source: str, *, bos: str | None, eos: str | None, specials: Collection[str], where: str
+    source: str, *, bos: str | None, eos: str | None, specials: Collection[str], label: str
 ) -> Described:
-    """The format that a chat template writes, checked on conversations of every shape.
+    """Return the chat format that a template writes, checked on conversations of every shape.
 
-    bos, eos: tokens that the template may write. specials: all special tokens of the tokenizer. Raises
-    InputError when the template fails, or writes what a ChatFormat cannot; `where` names it.
+    bos, eos: tokens that the template may write. specials: all special tokens of the tokenizer. label: names
+    the template in errors. Raises InputError if the template fails, or writes what no ChatFormat can.
     """
     known = list(dict.fromkeys([*specials, *filter(None, (bos, eos))]))
     try:
         jinja = _Jinja(source, bos, eos, known)
         writes_bos = bool(bos) and jinja.raw([_QUESTIONS[0]]).startswith(bos or "")
+        # 1. One of Pumice's own formats, if it writes the same.
         for name, template in TEMPLATES.items():
             if isinstance(template, Template) and not _difference(template, jinja):
                 return Described(name, None, writes_bos)
+        # 2. A format of fixed texts that are cut out of what the template writes.
         reasons = []
         for chat in _candidates(jinja, known, eos):
             if not (reason := _difference(Template(OWN, chat), jinja)):
                 return Described(OWN, chat, writes_bos)
             reasons.append(reason)
-        raise _Unlike(reasons[0] if reasons else "its questions do not all begin with the same text")
-    except _Unlike as error:
+        raise _Unsupported(reasons[0] if reasons else "its questions do not all begin with the same text")
+    except _Unsupported as error:
         raise InputError(
-            f"{where}: this chat template cannot be turned into fixed texts around each turn ({error}); "
+            f"{label}: this chat template cannot be turned into fixed texts around each turn ({error}); "
             f"name the format with --template, one of: {', '.join(TEMPLATES)}"
         ) from error
 
@@ -72,29 +76,30 @@ def describe(
 def image_wrap(
     source: str, *, bos: str | None, eos: str | None, specials: Collection[str]
 ) -> tuple[str, str] | None:
-    """The special tokens that a chat template writes around each picture, as LLaVA 1.0 has them."""
+    """Return the special tokens that a chat template writes around each picture, as LLaVA 1.0 does."""
     try:
         return _Jinja(source, bos, eos, specials).wrap
-    except _Unlike:
-        return None  # `describe` says so, where the template is needed
+    except _Unsupported:
+        return None  # `describe` raises the error, if the template is needed
 
 
 def to_jinja(template: Template | Plain, wrap: tuple[str, str] | None = None) -> str:
-    """A chat template for transformers that writes what `template` does.
+    """Return a chat template for transformers that writes what `template` does.
 
-    Contents may be texts, or lists of {"type": "image"} and {"type": "text", "text": ...}; a picture
-    becomes `<image>`, with `wrap` around it. The begin-of-text token is left to the tokenizer, which puts it
-    before everything.
+    A message's content may be text, or a list of {"type": "image"} and {"type": "text", "text": ...}; a
+    picture becomes `<image>`, with `wrap` around it. The template does not write the begin-of-text token: the
+    tokenizer puts it before everything.
     """
-    said = _SAID if wrap is None else _SAID.replace(_IMAGE, quoted(wrap[0] + IMAGE_PLACEHOLDER + wrap[1]))
+    macro = _SAID if wrap is None else _SAID.replace(_IMAGE, quoted(wrap[0] + IMAGE_PLACEHOLDER + wrap[1]))
     if isinstance(template, Plain):
         return (
-            said + "{% for message in messages %}{% if message['content'] is not string %}"
+            macro + "{% for message in messages %}{% if message['content'] is not string %}"
             "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
             "{{ said([part], false) }}{% endif %}{% endfor %}{% endif %}"
             "{% if message['role'] == 'assistant' %}"
             "{{ said(message['content'], false) + " + quoted(template.stop) + " }}{% endif %}{% endfor %}"
         )
+    # The texts become Jinja variables, so that _TURNS is the same for every format.
     chat = template.chat
     fields: dict[str, _Value] = {
         "user": chat.user,
@@ -110,11 +115,11 @@ def to_jinja(template: Template | Plain, wrap: tuple[str, str] | None = None) ->
         "trim": chat.trim,
     }
     sets = "".join("{% set " + name + " = " + quoted(value) + " %}" for name, value in fields.items())
-    return sets + said + _TURNS
+    return sets + macro + _TURNS
 
 
 _IMAGE = f"'{IMAGE_PLACEHOLDER}'"
-# What a message says, pictures at its front each on a line of their own: `templates._content`.
+# The content of a message. Each picture at its front has its own line, as in `templates._content`.
 _SAID = (
     "{% macro said(content, trim) %}{% if content is string %}"
     "{{ content.strip() if trim else content }}{% else %}{% set at = namespace(front=true) %}"
@@ -126,7 +131,7 @@ _SAID = (
     "{{ text.lstrip('\\n') if at.front and not loop.first else text }}{% set at.front = false %}"
     "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
 )
-# `templates.Template.render`.
+# The turns of a conversation, as in `templates.Template.render`.
 _TURNS = (
     "{% if messages[0]['role'] == 'system' %}{% if around is none %}"
     "{{ raise_exception('this chat format has no place for a system message') }}{% endif %}"
@@ -147,7 +152,7 @@ _TURNS = (
 
 
 def quoted(value: _Value) -> str:
-    """A value as Jinja writes it."""
+    """Return a value as Jinja source text."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(quoted, value)) + "]"
     if isinstance(value, str):
@@ -156,7 +161,7 @@ def quoted(value: _Value) -> str:
 
 
 class _Jinja:
-    """A chat template as transformers runs it."""
+    """A chat template, run as transformers runs it."""
 
     def __init__(self, source: str, bos: str | None, eos: str | None, specials: Collection[str]) -> None:
         import jinja2
@@ -164,7 +169,7 @@ class _Jinja:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         class GenerationTag(Extension):
-            """{% generation %}: transformers' mark around what the model writes; it adds no text."""
+            """{% generation %} marks what the model writes, for transformers; it adds no text."""
 
             def __init__(self, environment: Any) -> None:
                 super().__init__(environment)
@@ -177,6 +182,7 @@ class _Jinja:
         def refuse(message: str) -> None:
             raise jinja2.TemplateError(message)
 
+        # The settings of transformers' `apply_chat_template`.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
         )
@@ -184,36 +190,39 @@ class _Jinja:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise _Unlike(f"it is not Jinja: {error}") from error
+            raise _Unsupported(f"it is not Jinja: {error}") from error
         self._tokens = {"bos_token": bos or "", "eos_token": eos or ""}
         self.bos = bos or ""
-        self.parts = False  # whether a content is a list of parts
-        self.wrap: tuple[str, str] | None = None  # what stands around a picture
+        self.parts = False  # whether the template wants a message's content as a list of parts
+        self.wrap: tuple[str, str] | None = None  # the special tokens around a picture
+        # Templates of text models take text; those of models with pictures want a list of parts.
         try:
-            whole = _QUESTIONS[0][1] in self.raw([_QUESTIONS[0]])
-        except _Unlike:
-            whole = False
-        if not whole:
+            takes_text = _QUESTIONS[0][1] in self.raw([_QUESTIONS[0]])
+        except _Unsupported:
+            takes_text = False
+        if not takes_text:
             self.parts = True
             if _QUESTIONS[0][1] not in self.raw([_QUESTIONS[0]]):
-                raise _Unlike("it leaves out what the user says")
+                raise _Unsupported("it leaves out what the user says")
         self.wrap = self._around_a_picture(specials)
 
     def _around_a_picture(self, specials: Collection[str]) -> tuple[str, str] | None:
         content = [{"type": "image"}, {"type": "text", "text": "?"}]
         try:
             written = self._render([{"role": "user", "content": content}])
-        except _Unlike:
+        except _Unsupported:
             return None
+        # The longest special token on each side: one token may end with another.
         before, _, after = written.partition(IMAGE_PLACEHOLDER)
         left = max((token for token in specials if before.endswith(token)), key=len, default=None)
         right = max((token for token in specials if after.startswith(token)), key=len, default=None)
         return None if left is None or right is None else (left, right)
 
     def raw(self, turns: Sequence[_Turn], *, generate: bool = False, image: bool = False) -> str:
-        """What the template writes, without what it puts around pictures.
+        """Return what the template writes, without the tokens around pictures.
 
-        image: the first question shows a picture, for a list of parts only.
+        generate: ask for the beginning of an answer at the end. image: show a picture in the first question,
+        if contents are lists of parts.
         """
         messages: list[dict[str, Any]] = []
         for role, text in turns:
@@ -234,46 +243,53 @@ class _Jinja:
             return self._template.render(
                 messages=messages, add_generation_prompt=generate, enable_thinking=False, **self._tokens
             )
-        except Exception as error:  # a stranger's code may raise anything
-            raise _Unlike(f"it fails: {' '.join(str(error).split())}") from error
+        except Exception as error:  # untrusted code may raise anything
+            raise _Unsupported(f"it fails: {' '.join(str(error).split())}") from error
 
     def write(self, turns: Sequence[_Turn], *, generate: bool = False, image: bool = False) -> str:
-        """What it writes after the begin-of-text token."""
+        """Return what the template writes after the begin-of-text token."""
         return self.raw(turns, generate=generate, image=image).removeprefix(self.bos)
 
     def gaps(self, *turns: _Turn, generate: bool = False) -> list[str]:
-        """What it writes before, between and after the turns' texts."""
-        rest, found = self.write(turns, generate=generate), []
+        """Return what the template writes before, between and after the texts of the turns."""
+        remaining, gaps = self.write(turns, generate=generate), []
         for role, text in turns:
-            before, met, rest = rest.partition(text)
-            if not met:
-                raise _Unlike(f"it leaves out or moves what the {role} says")
-            found.append(before)
-        return [*found, rest]
+            before, match, remaining = remaining.partition(text)
+            if not match:
+                raise _Unsupported(f"it leaves out or moves the {role}'s text")
+            gaps.append(before)
+        return [*gaps, remaining]
 
 
 def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator[ChatFormat]:
-    """Formats that would explain what the template writes: a system message before the questions, one
-    inside the first question, none at all."""
+    """Yield the formats that could write what the template does.
+
+    They have a system message before the questions, inside the first question, or none.
+    """
+    # 1. Cut the fixed texts out of a conversation: before the first question, around answers, at the end.
     one, two, three = _QUESTIONS
     shapes: list[tuple[str, bool, tuple[str, str]]]  # a question's beginning, system_in_user, system
-    head, opens, gap, *_ = jinja.gaps(one, _ANSWERS[0], two, _ANSWERS[1], three, generate=True)
-    asked, end = jinja.gaps(one)[-1], jinja.gaps(one, _ANSWERS[0])[-1]
+    before_first, opens, gap, *_ = jinja.gaps(one, _ANSWERS[0], two, _ANSWERS[1], three, generate=True)
+    after_question, end = jinja.gaps(one)[-1], jinja.gaps(one, _ANSWERS[0])[-1]
     prompt = jinja.gaps(one, generate=True)[-1]
-    if not (prompt.startswith(asked) and opens.startswith(asked)):
-        raise _Unlike("a question is not followed by the same text everywhere")
-    newest, earlier = prompt[len(asked) :], opens[len(asked) :]
+    # 2. The text after a question must always be the same; then come the beginnings of the newest answer and
+    # of earlier ones, of which one may be longer, as with an empty block of thoughts.
+    if not (prompt.startswith(after_question) and opens.startswith(after_question)):
+        raise _Unsupported("a question is not followed by the same text everywhere")
+    newest, earlier = prompt[len(after_question) :], opens[len(after_question) :]
     if not (earlier.startswith(newest) or newest.startswith(earlier)):
-        raise _Unlike("earlier answers and the newest one begin differently")
+        raise _Unsupported("earlier answers and the newest one begin differently")
+    # 3. The end of an answer. Some templates write the stop token only after the newest one.
     before_stop, stop, after_stop, once = _stop(end, specials, eos)
     if gap.startswith(end):
-        tail = gap[len(end) :]
+        before_later = gap[len(end) :]
     elif gap.startswith(before_stop) and not after_stop:
-        tail, once = gap[len(before_stop) :], True
+        before_later, once = gap[len(before_stop) :], True
     else:
-        raise _Unlike("earlier answers and the newest one end differently")
+        raise _Unsupported("earlier answers and the newest one end differently")
+    # 4. What all candidates have in common; `complete` adds what a question begins with.
     base = ChatFormat(
-        user=("", asked),
+        user=("", after_question),
         assistant=min(newest, earlier, key=len),
         opening=newest[len(earlier) :],
         answer=(earlier[len(newest) :], before_stop),
@@ -283,54 +299,60 @@ def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator
     )
 
     def complete(question: str, **more: Any) -> ChatFormat:
-        between = after_stop + tail[: len(tail) - len(question)]
-        chat = replace(base, user=(question, asked), between=between, **more)
+        between = after_stop + before_later[: len(before_later) - len(question)]
+        chat = replace(base, user=(question, after_question), between=between, **more)
         texts = [*chat.user, chat.assistant, chat.stop, between, *chat.answer, chat.opening]
         texts += [*(chat.system or ()), chat.default_system or ""]
         return replace(chat, specials=tuple(s for s in specials if any(s in text for text in texts)))
 
+    # 5. Where the system message stands. What precedes a first question and what precedes later ones end
+    # alike: that is how a question begins.
     try:
         before, after, _ = jinja.gaps(_SYSTEM, one)
-    except _Unlike:
+    except _Unsupported:
         shapes = []
     else:
-        question = _common(tail[::-1], after[::-1], head[::-1])[::-1]
+        question = _common(before_later[::-1], after[::-1], before_first[::-1])[::-1]
         shapes = [(question, False, (before, after[: len(after) - len(question)]))]
-        # Inside the first question: the longest end of `tail` with which both others begin.
-        ends = (tail[cut:] for cut in range(len(tail) + 1))
-        question = next(end for end in ends if before.startswith(end) and head.startswith(end))
+        # Inside the first question: the longest end of `before_later` with which both others begin.
+        ends = (before_later[cut:] for cut in range(len(before_later) + 1))
+        question = next(end for end in ends if before.startswith(end) and before_first.startswith(end))
         shapes.append((question, True, (before[len(question) :], after)))
     for question, inside, around in shapes:
+        # 6. Without a system message some templates write a default one.
         default = None
-        if head != question:
-            if len(head) < len(before + after) or not (head.startswith(before) and head.endswith(after)):
+        if before_first != question:
+            if len(before_first) < len(before + after) or not (
+                before_first.startswith(before) and before_first.endswith(after)
+            ):
                 continue
-            default = head[len(before) : len(head) - len(after)]
+            default = before_first[len(before) : len(before_first) - len(after)]
         yield complete(question, system=around, system_in_user=inside, default_system=default)
-    if tail.endswith(head):
-        yield complete(head)
+    if before_later.endswith(before_first):
+        yield complete(before_first)
 
 
 def _common(*texts: str) -> str:
-    """What all of them begin with."""
+    """Return the beginning that all texts have in common."""
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
     return "".join(letters[0] for letters in same)
 
 
 def _stop(end: str, specials: list[str], eos: str | None) -> tuple[str, str, str, bool]:
-    """What follows an answer: (before its stop, the stop, after it, only the newest answer has it)."""
-    found = [(end.index(token), -len(token), token) for token in specials if token in end]
-    stop = min(found)[2] if found else end.strip()
+    """Split what follows an answer: (before the stop, the stop, after it, if only the newest has it)."""
+    # The first special token ends the answer; of several at one position, the longest.
+    stops = [(end.index(token), -len(token), token) for token in specials if token in end]
+    stop = min(stops)[2] if stops else end.strip()
     if stop:
         before, _, after = end.partition(stop)
         return before, stop, after, False
     if eos is None:
-        raise _Unlike("nothing says where an answer ends")
+        raise _Unsupported("nothing says where an answer ends")
     return "", eos, end, True
 
 
 def _trims(jinja: _Jinja, role: str) -> bool:
-    """Whether the blanks around a role's text are dropped."""
+    """Whether the template strips the blanks around a role's text."""
     shapes: dict[str, Callable[[str], list[_Turn]]] = {
         "system": lambda text: [("system", text), _QUESTIONS[0]],
         "user": lambda text: [("user", text)],
@@ -338,44 +360,46 @@ def _trims(jinja: _Jinja, role: str) -> bool:
     }
     try:
         written = jinja.write(shapes[role]("textpadded  "))
-    except _Unlike:
+    except _Unsupported:
         return False
     return "textpadded" in written and "textpadded  " not in written
 
 
 def _difference(template: Template, jinja: _Jinja) -> str:
-    """Where the two write differently, or "" when they agree on every probe."""
+    """Describe the first difference between what the two write; "" if they write the same on all probes."""
+    # 1. Probe with plain and odd texts, with and without a system message, with one to five turns.
     chat = template.chat
     texts = [("one", "two", "three", "four"), (_ODD, "And \nthis? ", _ODD + "\n", "Last  ")]
     systems: list[str | None] = [None]
     try:
         jinja.gaps(_SYSTEM, _QUESTIONS[0])
         systems += ["Be brief.", _ODD] if chat.system is not None else []
-    except _Unlike:
-        pass  # it has no place for one, or puts it elsewhere
+    except _Unsupported:
+        pass  # it has no system message, or moves it
     for (a, b, c, d), system in itertools.product(texts, systems):
         turns = [("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", a)]
         first = [("system", system)] if system is not None else []
         for length, image in itertools.product(range(1, 6), {False, jinja.parts}):
             shown, generate = [*first, *turns[:length]], bool(length % 2)
-            theirs = jinja.write(shown, generate=generate, image=image)
-            ours = _written(template, shown, generate, image)
-            alike = [ours]
+            actual = jinja.write(shown, generate=generate, image=image)
+            expected = _written(template, shown, generate, image)
+            accepted = [expected]
             if not generate:
-                # After the last answer some leave the stop out, some write what stands before a question.
-                alike += [ours.removesuffix(chat.stop)] if chat.stop_once else []
-                alike += [text + chat.between for text in alike]
-            if theirs not in alike:
-                at = len(_common(ours, theirs))
-                return f"after {theirs[max(at - 20, 0) : at]!r} it writes {theirs[at : at + 20]!r}"
+                # 2. After the last answer a template may leave the stop out, or write what precedes a
+                # question.
+                accepted += [expected.removesuffix(chat.stop)] if chat.stop_once else []
+                accepted += [text + chat.between for text in accepted]
+            if actual not in accepted:
+                same = len(_common(expected, actual))
+                return f"after {actual[max(same - 20, 0) : same]!r} it writes {actual[same : same + 20]!r}"
     return ""
 
 
 def _written(template: Template, turns: Sequence[_Turn], generate: bool, image: bool) -> str:
     messages = []
     for role, text in turns:
-        shows = image and role == "user"
-        messages.append(Message(role, (ImagePart(IMAGE_PLACEHOLDER), text) if shows else (text,)))
-        image = image and not shows
+        has_image = image and role == "user"
+        messages.append(Message(role, (ImagePart(IMAGE_PLACEHOLDER), text) if has_image else (text,)))
+        image = image and not has_image
     spans = template.render(Conversation(tuple(messages)), generate=generate)
     return "".join(IMAGE_PLACEHOLDER if isinstance(span, ImagePart) else span.text for span in spans)

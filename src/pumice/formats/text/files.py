@@ -1,4 +1,4 @@
-"""What the files of a tokenizer say, of whatever format they are."""
+"""The contents of a tokenizer's files, the same for every format."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import tokenizers
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a tokenizer's files say. bos, eos: the tokens' texts, None where unknown.
+    """A tokenizer with what its files say. bos, eos: the tokens' texts, None if unknown.
 
-    adds_bos: a text that is not a chat begins with bos. chat_template: in Jinja, as written. sentencepiece:
-    the bytes of tokenizer.model, where there is one, for code that reads nothing else.
+    adds_bos: whether a text that is no chat begins with bos. chat_template: the source of the Jinja template.
+    sentencepiece: the bytes of tokenizer.model, if there is one, for programs that read nothing else.
     """
 
     backend: tokenizers.Tokenizer
@@ -24,5 +24,5 @@ class TokenizerFiles:
 
     @property
     def bos_id(self) -> int | None:
-        """What stands before everything, unless a chat format says otherwise."""
+        """The id of the token that begins a text, unless a chat format says otherwise; None if none."""
         return self.backend.token_to_id(self.bos) if self.adds_bos and self.bos is not None else None

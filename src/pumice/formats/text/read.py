@@ -1,8 +1,4 @@
-"""How text reaches a model of others: its tokenizer, its chat format, and what ends its answers.
-
-Knows: which of their files says what, and how that becomes the text half of a ModelConfig. Does not
-know: tensors, or how a tokenizer's files (`tokenizer`) or a chat template (`chat_template`) are read.
-"""
+"""Read the text side of a model: its tokenizer, its chat format and the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -24,10 +20,10 @@ from pumice.tokens import Tokenizer
 
 @dataclass(frozen=True)
 class TextSide:
-    """A tokenizer's files, and the ids that a model's own files say end an answer."""
+    """A tokenizer's files. stop_ids: the tokens that end an answer, as the model's other files say."""
 
     files: TokenizerFiles
-    ends: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -36,43 +32,46 @@ class TextSide:
     def model_config(
         self,
         template: str | None,
-        where: str,
+        label: str,
         *,
         usual: str | None = None,
         fallback: str | None = None,
         **parts: Any,
     ) -> tuple[ModelConfig, tuple[str, ...]]:
-        """The config of a model with this text half, and notes on what was assumed.
+        """Return the config of a model with this text side, and notes on what was assumed.
 
-        template: as asked for; else `usual`, else what the chat template describes, else `fallback`.
-        parts: the other fields of ModelConfig. Raises InputError when no format is known, or the tokenizer
-        lacks its tokens.
+        template: the name of the chat format. By default it is `usual`; without that, what the chat template
+        describes; without that, `fallback`. label: names the model in errors. parts: the other fields of
+        ModelConfig. Raises InputError if no format is known, or the tokenizer lacks the format's tokens.
         """
-        name, chat, writes_bos, note = self._format(template, where, usual, fallback)
+        name, chat, writes_bos, note = self._format(template, label, usual, fallback)
+        # Embeddings often have more rows than the tokenizer has tokens, but never fewer.
         rows = parts["decoder"].vocab_size
         tokens = Tokenizer(self.tokenizer)
         if len(tokens) > rows:
             raise InputError(
-                f"{where}: the tokenizer has {len(tokens)} tokens, the embedding only {rows} rows"
+                f"{label}: the tokenizer has {len(tokens)} tokens, the embedding only {rows} rows"
             )
         bos = self.files.bos_id
         if bos is None and writes_bos and self.files.bos is not None:
             bos = self.tokenizer.token_to_id(self.files.bos)
+        # An answer ends with the tokens that the model's files name, and with those that its chat format
+        # writes.
         try:
             stops = tokens.stops(get_template(name, chat))
         except InputError as error:
-            raise InputError(f"{where} does not suit the template {name!r}: {error}") from error
+            raise InputError(f"{label} does not suit the template {name!r}: {error}") from error
         config = ModelConfig(
             **parts,
             template=name,
             chat=chat,
-            stop_token_ids=tuple(dict.fromkeys((*self._ends(), *stops))),
+            stop_token_ids=tuple(dict.fromkeys((*self._stop_ids(), *stops))),
             bos_token_id=bos,
         )
         return config, (note,) if note else ()
 
     def image_wrap(self) -> tuple[str, str] | None:
-        """The special tokens that the chat template writes around each picture."""
+        """Return the special tokens that the chat template writes around each picture, if any."""
         files = self.files
         if files.chat_template is None:
             return None
@@ -80,47 +79,49 @@ class TextSide:
         return image_wrap(files.chat_template, bos=files.bos, eos=files.eos, specials=special)
 
     def _format(
-        self, asked: str | None, where: str, usual: str | None, fallback: str | None
+        self, template: str | None, label: str, usual: str | None, fallback: str | None
     ) -> tuple[str, ChatFormat | None, bool, str]:
-        """(template, chat, whether the chat template writes the begin of text, what was assumed)."""
+        """Return (template, chat, whether the chat template writes the begin of text, a note)."""
+        # The user's choice comes first. OWN asks for the model's chat template, even if another is usual.
         source = self.files.chat_template
-        if asked is not None and asked != OWN:
-            return asked, None, False, ""
-        if usual is not None and asked is None:
+        if template is not None and template != OWN:
+            return template, None, False, ""
+        if usual is not None and template is None:
             return usual, None, False, f"no file says the chat format; {usual} was assumed"
         if source is not None:
             special = list(Tokenizer(self.tokenizer).special)
-            found = describe(source, bos=self.files.bos, eos=self.files.eos, specials=special, where=where)
-            return found.template, found.chat, found.writes_bos, ""
-        if fallback is not None and asked is None:
+            described = describe(
+                source, bos=self.files.bos, eos=self.files.eos, specials=special, label=label
+            )
+            return described.template, described.chat, described.writes_bos, ""
+        if fallback is not None and template is None:
             return fallback, None, False, f"no file says the chat format; {fallback} was assumed"
         raise InputError(
-            f"{where} has no chat template; name its format with --template, one of: {', '.join(TEMPLATES)}"
+            f"{label} has no chat template; name its format with --template, one of: {', '.join(TEMPLATES)}"
         )
 
-    def _ends(self) -> tuple[int, ...]:
-        if self.ends:
-            return self.ends
+    def _stop_ids(self) -> tuple[int, ...]:
+        if self.stop_ids:
+            return self.stop_ids
         eos = None if self.files.eos is None else self.tokenizer.token_to_id(self.files.eos)
         return () if eos is None else (eos,)
 
 
 def read_text_side(folder: Path, config: Keys) -> TextSide:
-    """A transformers or original folder's: its tokenizer, and the ends that it says.
-
-    generation_config.json says them, before it config.json or the `text_config` in it, else the tokenizer.
-    """
-    places = [config, config.object("text_config")]
+    """Read the text side of a folder of transformers or of the original LLaVA. config: its config.json."""
+    # generation_config.json overrides config.json, which overrides its text_config. Without any of them, the
+    # tokenizer's eos token ends an answer.
+    sources = [config, config.object("text_config")]
     if (generation := folder / "generation_config.json").is_file():
-        places.insert(0, Keys.of(generation))
-    ends: tuple[int, ...] = ()
-    for keys in places:
-        if "eos_token_id" in keys and not ends:
+        sources.insert(0, Keys.of(generation))
+    stop_ids: tuple[int, ...] = ()
+    for keys in sources:
+        if "eos_token_id" in keys and not stop_ids:
             value = keys.values["eos_token_id"]
-            given = value if isinstance(value, list) else [value]
-            if not all(isinstance(number, int) for number in given):
+            ids = value if isinstance(value, list) else [value]
+            if not all(isinstance(number, int) for number in ids):
                 raise InputError(
-                    f"{keys.where}: eos_token_id should be a number or a list of them, not {value!r}"
+                    f"{keys.label}: eos_token_id should be a number or a list of them, not {value!r}"
                 )
-            ends = tuple(given)
-    return TextSide(read_tokenizer(folder), ends)
+            stop_ids = tuple(ids)
+    return TextSide(read_tokenizer(folder), stop_ids)

@@ -1,7 +1,7 @@
-"""A SentencePiece model as a tokenizer of the `tokenizers` library, equal to SentencePiece itself.
+"""Read a SentencePiece model as a tokenizer of the `tokenizers` library that gives the same ids.
 
-Knows: the file's protobuf layout (google/sentencepiece, src/sentencepiece_model.proto) and how such a
-model cuts text. Does not know: folders, chat formats. The sentencepiece library is not needed.
+The file's protobuf layout is in google/sentencepiece, src/sentencepiece_model.proto. That library is not
+needed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from tokenizers import (
 
 from pumice.errors import InputError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of piece; GGUF has the same
+# Kinds of piece; GGUF has the same numbers.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE = 2  # trainer_spec.model_type
 _TYPES = {1: "Unigram", BPE: "BPE", 3: "word", 4: "character"}
-SPACE = "▁"
+SPACE = "▁"  # how a piece writes a space
 
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """What a SentencePiece model says; the defaults are those of its format.
+    """The contents of a SentencePiece model; the defaults are those of the format.
 
-    pieces: (text, score, kind), by id. Ids are -1 where there is no such token.
+    pieces: (text, score, kind), by id. unk, bos, eos: -1 if there is no such token.
     """
 
     pieces: Sequence[tuple[str, float, int]]
@@ -46,11 +47,11 @@ class SentencePiece:
     eos: int = 2
     charsmap: bytes = b""  # a compiled table of character replacements
     add_prefix: bool = True  # a space before the text
-    remove_spaces: bool = True  # at both ends, and all but one of several
+    remove_spaces: bool = True  # those at both ends, and all but one of several in a row
 
     @classmethod
     def read(cls, path: str | Path) -> SentencePiece:
-        """Raises InputError when the file is something else, or damaged."""
+        """Read a file. Raises InputError if it is no SentencePiece model, or damaged."""
         try:
             data = Path(path).read_bytes()
         except OSError as error:
@@ -59,7 +60,8 @@ class SentencePiece:
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str) -> SentencePiece:
-        """What a file holds. `path` names it in errors."""
+        """Read the bytes of a file. `path` names it in errors."""
+        # Fields of the model: 1 is a piece, 2 the trainer's settings, 3 the normalizer's.
         try:
             fields = list(_fields(data))
             pieces = [_piece(value) for number, value in fields if number == 1]
@@ -83,23 +85,25 @@ class SentencePiece:
         )
 
     def text_of(self, number: int) -> str | None:
-        """The text of a token such as `bos`, or None when the model has no such token."""
+        """Return the text of a token such as `bos`; None if the model has no such token."""
         return self.pieces[number][0] if 0 <= number < len(self.pieces) else None
 
-    def tokenizer(self, where: str, *, legacy: bool = True, add_bos: bool = True) -> Tokenizer:
-        """The tokenizer that cuts text as this model does; it finds the control tokens in text, too.
+    def tokenizer(self, label: str, *, legacy: bool = True, add_bos: bool = True) -> Tokenizer:
+        """Return a tokenizer that cuts text as this model does, and finds control tokens in text as well.
 
-        legacy: as the original Llama code, each piece of text between special tokens begins with the
-        added space; else only the first one does. add_bos: what its own `encode` puts first. `where`
-        names the model in errors.
+        legacy: as in the original Llama code, every stretch of text between special tokens begins with the
+        added space; otherwise only the first one does. add_bos: whether `encode` puts the bos token first.
+        label: names the model in errors. Raises InputError on a model that is no BPE.
         """
+        # 1. Only BPE follows from the pieces alone. The library's BPE has no unused pieces.
         kinds = {kind for _, _, kind in self.pieces}
         if self.model_type != BPE or UNUSED in kinds:
             kind = _TYPES.get(self.model_type, "unknown") if UNUSED not in kinds else "BPE with unused pieces"
             raise InputError(
-                f"{where} is a SentencePiece model of the kind {kind}; only BPE is read from one: "
+                f"{label} is a SentencePiece model of the kind {kind}; only BPE is read from one: "
                 "put the tokenizer.json that transformers writes beside it"
             )
+        # 2. Vocabulary and merges. Characters without a piece become bytes, or one unknown token.
         tokenizer = Tokenizer(
             models.BPE(
                 vocab={text: number for number, (text, _, _) in enumerate(self.pieces)},
@@ -109,10 +113,12 @@ class SentencePiece:
                 byte_fallback=BYTE in kinds,
             )
         )
+        # 3. Spaces before text is cut, and back when ids become text.
         self._set_spaces(tokenizer, legacy)
         steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         strips = [decoders.Strip(" ", 1, 0)] if self.add_prefix else []
         tokenizer.decoder = decoders.Sequence([*steps, *strips])
+        # 4. Tokens that are found in text before it is cut.
         tokenizer.add_special_tokens(
             [_token(text, True) for text, _, kind in self.pieces if kind in (CONTROL, UNKNOWN)]
         )
@@ -124,7 +130,7 @@ class SentencePiece:
         return tokenizer
 
     def _set_spaces(self, tokenizer: Tokenizer, legacy: bool) -> None:
-        """Replace characters, and write spaces as this model does, before text is cut."""
+        """Make the tokenizer replace characters and write spaces as this model does, before it cuts text."""
         changes: list[normalizers.Normalizer] = []
         if self.charsmap:
             changes.append(normalizers.Precompiled(self.charsmap))
@@ -143,22 +149,23 @@ class SentencePiece:
             tokenizer.normalizer = normalizers.Sequence(changes)
 
     def spaces(self, legacy: bool) -> tuple[Any, Any]:
-        """The normalizer and the pre-tokenizer of `tokenizer`, as tokenizer.json has them."""
+        """Return the normalizer and the pre-tokenizer of `tokenizer`, as they are in tokenizer.json."""
         empty = Tokenizer(models.BPE())
         self._set_spaces(empty, legacy)
         values = json.loads(empty.to_str())
         return values["normalizer"], values["pre_tokenizer"]
 
     def merges(self) -> list[tuple[str, str]]:
-        """Pairs of pieces that make a piece, best score first: SentencePiece's BPE stores scores only."""
+        """Return the pairs of pieces that merge into a piece, best score first."""
+        # The file stores scores but no merges: any two pieces whose texts make a third one are a merge.
         scores = {text: score for text, score, kind in self.pieces if kind == NORMAL}
-        found = [
+        candidates = [
             (-score, -cut, text)
             for text, score in scores.items()
             for cut in range(1, len(text))
             if text[:cut] in scores and text[cut:] in scores
         ]
-        return [(text[:-less], text[-less:]) for _, less, text in sorted(found)]
+        return [(text[:-negative_cut], text[-negative_cut:]) for _, negative_cut, text in sorted(candidates)]
 
 
 def _token(text: str, special: bool) -> AddedToken:
@@ -172,50 +179,52 @@ def _piece(data: int | bytes) -> tuple[str, float, int]:
 
 
 def _all(fields: list[tuple[int, int | bytes]], number: int) -> list[int | bytes]:
-    return [value for found, value in fields if found == number]
+    return [value for field, value in fields if field == number]
 
 
 def _int(value: int | bytes | None, default: int) -> int:
-    """A protobuf int32; a negative one is written as a 64-bit number."""
+    """Return a protobuf int32; a negative one is stored as a 64-bit number."""
     if value is None:
         return default
     if not isinstance(value, int):
-        raise ValueError("a number is not one")
+        raise ValueError("a field should be a number")
     return value - (1 << 64) if value >> 63 else value
 
 
 def _fields(data: int | bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of one protobuf message: (number, value), a value other than a varint as bytes."""
+    """Yield the fields of one protobuf message: (number, value), a value other than a varint as bytes."""
     if isinstance(data, int):
-        raise ValueError("a message is not one")
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
+        raise ValueError("a field should be a message")
+    # A key is number << 3 | kind. Kind 0 is a varint, 1 and 5 are 8 and 4 bytes, 2 is a length and then
+    # bytes.
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
         kind = key & 7
         if kind == 0:
-            value, at = _varint(data, at)
+            value, position = _varint(data, position)
             yield key >> 3, value
             continue
         if kind == 2:
-            size, at = _varint(data, at)
+            size, position = _varint(data, position)
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
             raise ValueError(f"a field of kind {kind}")
-        if at + size > len(data):
+        if position + size > len(data):
             raise ValueError("it is cut short")
-        yield key >> 3, data[at : at + size]
-        at += size
+        yield key >> 3, data[position : position + size]
+        position += size
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        if at >= len(data) or shift > 63:
+        if position >= len(data) or shift > 63:
             raise ValueError("it is cut short")
-        byte = data[at]
-        at += 1
+        byte = data[position]
+        position += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value, position
         shift += 7

@@ -1,7 +1,7 @@
-"""A SentencePiece model out of a tokenizer of the `tokenizers` library, for code that reads nothing else.
+"""Write a tokenizer of the `tokenizers` library as a SentencePiece model.
 
-Knows: when such a model cuts text exactly as the tokenizer does, and the file's protobuf layout
-(google/sentencepiece, src/sentencepiece_model.proto). Does not know: folders, or a model's config.
+The original LLaVA reads nothing else. The file's protobuf layout is in google/sentencepiece,
+src/sentencepiece_model.proto.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ def fits(model: SentencePiece, tokenizer: Tokenizer) -> bool:
 
 
 def from_tokenizer(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> SentencePiece | None:
-    """The model that cuts text into the same ids; None when SentencePiece cannot.
+    """Return a SentencePiece model that cuts text into the same ids; None if there is none.
 
-    Its scores are the order of the merges, which is all that BPE reads from them. Tokens that were added
-    behind the vocabulary are no part of it.
+    The scores are the order of the merges, which is all that BPE uses. Tokens that were added after the
+    vocabulary are left out.
     """
     values = json.loads(tokenizer.to_str())
     model = values["model"]
-    # 1. Each id below the vocabulary's size needs a piece, and one of them stands for the unknown.
+    # 1. Each id of the vocabulary needs a piece, and one piece stands for unknown characters.
     size = 1 + max(model["vocab"].values())
-    found = [tokenizer.id_to_token(number) for number in range(size)]
-    texts = [text for text in found if text is not None]
+    tokens = [tokenizer.id_to_token(number) for number in range(size)]
+    texts = [text for text in tokens if text is not None]
     unknown = model["vocab"].get(model.get("unk_token") or "")
     if unknown is None or len(texts) < size:
         return None
-    # 2. Scores: a piece's place is that of its first merge. What is never merged comes last.
+    # 2. Scores: a piece has the rank of its first merge. A piece that no merge makes comes last.
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
@@ -56,30 +56,32 @@ def from_tokenizer(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> Se
     }
     kinds[texts[unknown]] = UNKNOWN
     pieces = [(text, -float(ranks.get(text, len(merges))), kinds.get(text, NORMAL)) for text in texts]
-    # 3. Spaces and replaced characters: one of the few ways that SentencePiece has.
+    # 3. Spaces and replaced characters: SentencePiece has only these few ways, so try each.
     charsmap = _charsmap(values["normalizer"])
     for legacy, add_prefix, remove_spaces in itertools.product((True, False), repeat=3):
-        made = SentencePiece(
+        candidate = SentencePiece(
             pieces, BPE, unk=unknown, bos=_within(bos, size), eos=_within(eos, size),
             charsmap=charsmap, add_prefix=add_prefix, remove_spaces=remove_spaces,
         )  # fmt: skip
-        if made.spaces(legacy) == (values["normalizer"], values["pre_tokenizer"]):
+        if candidate.spaces(legacy) == (values["normalizer"], values["pre_tokenizer"]):
             break
     else:
         return None
-    # 4. SentencePiece merges any two pieces that make a third; the tokenizer must do just that.
-    again = made.merges()
-    same = set(again) == set(merges) and _made(again) == _made(merges)
-    return made if same and not model.get("ignore_merges") else None
+    # 4. SentencePiece merges any two pieces that make a third; the tokenizer must have exactly these merges.
+    model_merges = candidate.merges()
+    same = set(model_merges) == set(merges) and _merged_pieces(model_merges) == _merged_pieces(merges)
+    return candidate if same and not model.get("ignore_merges") else None
 
 
 def to_bytes(model: SentencePiece) -> bytes:
-    """The file tokenizer.model, which SentencePiece itself reads."""
+    """Return the bytes of tokenizer.model, which SentencePiece itself reads."""
+    # The numbers are those of the fields in sentencepiece_model.proto. 43 is the padding token, which is
+    # absent.
     kinds = {kind for _, _, kind in model.pieces}
     trainer = [(3, model.model_type), (4, len(model.pieces)), (35, int(BYTE in kinds))]
     trainer += [(40, model.unk), (41, model.bos), (42, model.eos), (43, -1)]
-    named = [(45, model.unk), (46, model.bos), (47, model.eos)]
-    texts = [(field, text.encode()) for field, number in named if (text := model.text_of(number)) is not None]
+    roles = [(45, model.unk), (46, model.bos), (47, model.eos)]
+    texts = [(field, text.encode()) for field, number in roles if (text := model.text_of(number)) is not None]
     normalizer: list[tuple[int, Any]] = [(1, b"identity")]
     if model.charsmap:
         normalizer = [(1, b"nmt_nfkc"), (2, model.charsmap)]
@@ -94,8 +96,8 @@ def _within(number: int | None, size: int) -> int:
     return number if number is not None and number < size else -1
 
 
-def _made(merges: list[Any]) -> list[str]:
-    """What merges make, in order; the several ways to make one piece stand together in any order."""
+def _merged_pieces(merges: list[Any]) -> list[str]:
+    """Return the pieces that the merges make, in order; a piece that several merges make is listed once."""
     return list(dict.fromkeys("".join(pair) for pair in merges))
 
 
@@ -106,7 +108,7 @@ def _charsmap(normalizer: dict[str, Any] | None) -> bytes:
 
 
 def _message(fields: list[tuple[int, Any]]) -> bytes:
-    """A protobuf message of integers, floats and bytes."""
+    """Return a protobuf message of integers, floats and bytes."""
     written = bytearray()
     for number, value in fields:
         if isinstance(value, bytes):

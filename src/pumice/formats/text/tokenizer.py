@@ -1,8 +1,4 @@
-"""A tokenizer as others keep it: a folder, a tokenizer.json, a SentencePiece model, or a GGUF file.
-
-Knows: the files that transformers writes beside a model, and which of them counts. Does not know:
-how text is cut (`sentencepiece`, the `tokenizers` library) or what a chat template means.
-"""
+"""Read a tokenizer from a folder, a tokenizer.json, a SentencePiece model or a GGUF file."""
 
 from __future__ import annotations
 
@@ -27,10 +23,11 @@ KINDS = "a tokenizer.json, a tokenizer.model, a GGUF file, or a folder with one 
 def read_tokenizer(
     path: str | Path, read_gguf: Callable[[Path], TokenizerFiles] | None = None
 ) -> TokenizerFiles:
-    """Read what `path` holds, by its contents.
+    """Read the tokenizer at `path`, whose format follows from its contents.
 
-    read_gguf: reads that of a GGUF file, as `pumice.formats.gguf.tokenizer` does, where one may be given.
-    Raises InputError when it is missing, damaged, of a kind that cannot be read, or contradicts itself.
+    read_gguf: the reader of GGUF files, as in `pumice.formats.gguf.tokenizer`; None if they are refused.
+    Raises InputError if the tokenizer is missing, damaged or of an unknown kind, or if its files contradict
+    each other.
     """
     path = Path(path)
     if path.is_dir():
@@ -43,7 +40,7 @@ def read_tokenizer(
         if read_gguf is None:
             raise InputError(f"{path} is a GGUF file, which cannot be read here; give {KINDS}")
         return read_gguf(path)
-    if head.lstrip()[:1] in (b"{", b"["):  # a list is refused as what it is not
+    if head.lstrip()[:1] in (b"{", b"["):  # a list is JSON as well, and gets an error that says so
         backend = Tokenizer.from_file(path).backend
         bos = _added_first(backend)
         return TokenizerFiles(backend, bos=bos, adds_bos=bos is not None)
@@ -51,18 +48,20 @@ def read_tokenizer(
 
 
 def _folder(folder: Path) -> TokenizerFiles:
+    # 1. tokenizer.json comes first, because transformers reads it first.
     config = _optional(folder / "special_tokens_map.json") | _optional(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
-        where = folder / "tokenizer.json"
-        backend = Tokenizer.from_file(where).backend
+        source = folder / "tokenizer.json"
+        backend = Tokenizer.from_file(source).backend
         bos = _added_first(backend)
         files = TokenizerFiles(backend, bos=bos, adds_bos=bos is not None)
     elif (folder / MODEL).is_file():
-        where = folder / MODEL
-        files = _sentencepiece(where, config)
+        source = folder / MODEL
+        files = _sentencepiece(source, config)
     else:
         raise InputError(f"there is no tokenizer at {folder}; put a tokenizer.json or tokenizer.model there")
-    _add_tokens(files.backend, folder, where, config)
+    # 2. The files beside it may add tokens, name the special ones and say whether a text begins with one.
+    _add_tokens(files.backend, folder, source, config)
     bos = _text(config.get("bos_token")) or files.bos
     adds = config.get("add_bos_token")
     return TokenizerFiles(
@@ -81,14 +80,15 @@ def _sentencepiece(path: Path, config: dict[str, Any]) -> TokenizerFiles:
         model = dataclasses.replace(model, add_prefix=False)
     bos, eos = model.text_of(model.bos), model.text_of(model.eos)
     adds = config.get("add_bos_token") is not False and bos is not None
-    # transformers takes the old behaviour where the key is absent or null.
+    # As transformers does, take the old treatment of spaces if the key is absent or null.
     backend = model.tokenizer(str(path), legacy=config.get("legacy") is not False, add_bos=adds)
     return TokenizerFiles(backend, bos=bos, eos=eos, adds_bos=adds, sentencepiece=read_bytes(path))
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, where: Path, config: dict[str, Any]) -> None:
-    """Tokens that stand in files beside the tokenizer's own, with the ids that they are given there."""
-    given = [
+def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, source: Path, config: dict[str, Any]) -> None:
+    """Add the tokens of the files beside the tokenizer's own, with the ids that those files state."""
+    # 1. Collect (id, text, flags, file) from both files that can add tokens.
+    additions = [
         (number, text, {"special": True, "normalized": False}, "added_tokens.json")
         for text, number in _optional(folder / "added_tokens.json").items()
     ]
@@ -100,17 +100,19 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, where: Path, config
                 "not the id of a token with its content"
             )
         flags = {key: values[key] for key in _FLAGS if key in values}
-        given.append((int(number), text, flags, "tokenizer_config.json"))
-    for number, text, flags, file in sorted(given, key=lambda item: item[0]):
+        additions.append((int(number), text, flags, "tokenizer_config.json"))
+    # 2. Add them by id. The library numbers new tokens itself, so each must be the next free id.
+    for number, text, flags, file in sorted(additions, key=lambda item: item[0]):
         known, size = backend.token_to_id(text), backend.get_vocab_size()
         if (size if known is None else known) != number:
-            found = f"{where.name} has {known}" if known is not None else f"the next free id is {size}"
+            actual = f"{source.name} has {known}" if known is not None else f"the next free id is {size}"
             raise InputError(
-                f"{folder / file} gives {text!r} the id {number}, but {found}; "
+                f"{folder / file} gives {text!r} the id {number}, but {actual}; "
                 "take all files from the same model"
             )
         if known is None:
             backend.add_tokens([AddedToken(text, **flags)])
+    # 3. Mark as special what the configs name as such and the vocabulary has.
     special = Tokenizer(backend).special
     names = [value for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -123,24 +125,26 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, where: Path, config
     ])  # fmt: skip
 
 
+# The flags of an added token that AddedToken takes.
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def _text(token: Any) -> str | None:
-    """A token's text: written as it is, or as an object with its flags."""
+    """Return a token's text, which is stored as text or as an object with flags; None for anything else."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
 def _added_first(backend: tokenizers.Tokenizer) -> str | None:
-    """The token that the tokenizer itself puts before a text."""
+    """Return the token that the tokenizer itself puts before a text; None if it adds none."""
     text = "a"
     with_added, bare = backend.encode(text).ids, backend.encode(text, add_special_tokens=False).ids
     return backend.id_to_token(with_added[0]) if with_added[:1] != bare[:1] else None
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    # transformers moved it over the years; a newer file overrides an older one.
     if (folder / "chat_template.jinja").is_file():
         return read_text(folder / "chat_template.jinja")
     for file in ("chat_template.json", "processor_config.json"):

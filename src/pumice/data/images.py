@@ -1,0 +1,91 @@
+"""Decode many images in several processes, to find those that cannot be read or that crash a decoder."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from pumice.errors import InputError
+from pumice.images import open_image, read_picture
+
+MIN_FOR_PROCESSES = 64  # fewer images are decoded here: starting a process takes as long
+_ALIKE = {"JPEG", "MPO"}  # cameras write several images into one .jpg
+IMAGES_PER_TASK = 32  # images that a process gets at once
+
+
+class DecodedImage(NamedTuple):
+    """The result of decoding an image."""
+
+    unreadable: str = ""  # why it cannot be decoded completely; "" if it can
+    kind: str = ""  # its format, if the suffix of its name says another; else ""
+
+
+def decode_image(path: Path) -> DecodedImage:
+    """Decode an image and compare its format with its name."""
+    try:
+        data = read_picture(path)
+        open_image(data)
+    except InputError as error:
+        return DecodedImage(str(error))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image has checked the size
+        with Image.open(io.BytesIO(data)) as picture:
+            kind = picture.format or ""
+    Image.init()
+    named = Image.EXTENSION.get(path.suffix.lower(), kind)
+    return DecodedImage(kind="" if {named, kind} <= _ALIKE or named == kind else kind)
+
+
+def decode_all(
+    paths: Sequence[Path], workers: int = 0, progress: Callable[[int], None] | None = None
+) -> dict[Path, DecodedImage]:
+    """Decode images and return the result of each.
+
+    workers: number of processes; 0 decodes in this one. progress: called with the number of images just done.
+    """
+    decoded: dict[Path, DecodedImage] = {}
+    for batch, results in _decode_all(paths, workers):
+        decoded.update(zip(batch, results, strict=True))
+        if progress is not None:
+            progress(len(batch))
+    return decoded
+
+
+def _decode_all(paths: Sequence[Path], workers: int) -> Iterator[tuple[Sequence[Path], list[DecodedImage]]]:
+    if not workers or len(paths) <= MIN_FOR_PROCESSES:
+        for path in paths:
+            yield [path], [decode_image(path)]
+        return
+    parts = [paths[start : start + IMAGES_PER_TASK] for start in range(0, len(paths), IMAGES_PER_TASK)]
+    done = 0
+    try:
+        # Spawned, not forked: a fork would copy other libraries' threads while they hold locks.
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            for part, results in zip(parts, pool.map(_decode_images, parts), strict=True):
+                yield part, results
+                done += 1
+    except BrokenProcessPool:
+        # An image crashed its process. Decode the rest one by one to find out which.
+        for part in parts[done:]:
+            yield part, [_decode_in_own_process(path) for path in part]
+
+
+def _decode_images(paths: Sequence[Path]) -> list[DecodedImage]:
+    return [decode_image(path) for path in paths]
+
+
+def _decode_in_own_process(path: Path) -> DecodedImage:
+    """Decode one image in a new process, which it may crash."""
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(decode_image, path).result()
+    except BrokenProcessPool:
+        return DecodedImage(f"'{path}' crashes the library that decodes it; remove it")
