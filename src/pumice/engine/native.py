@@ -101,7 +101,7 @@ class NativeDecoder:
             raise ValueError(
                 f"x is {tuple(x.shape)}; expected {self._width} values for each new token of {list(segments)}"
             )
-        # A copy, because native.c overwrites x with the residual stream.
+        # A copy, because decode.c overwrites x with the residual stream.
         x = x.to(torch.float32, copy=True).contiguous()
         positions = [n for _, past, new in segments for n in range(past, past + new)]
         starts = [start for start, _, new in segments for _ in range(new)]

@@ -1,4 +1,4 @@
-"""The compiled code of `native.c`: loaded from the cache folder, or made now and kept there.
+"""The compiled code of the C files here: loaded from the cache folder, or made now and kept there.
 
 It is compiled once per machine, when an engine with weights that it takes first opens on a CPU.
 """
