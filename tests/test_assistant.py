@@ -21,6 +21,8 @@ from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.files import Lock
 from pumice.formats.load import open_model
 from pumice.formats.pumice.folder import save
+from pumice.kernels import compute
+from pumice.model.quantized import PackedLinear
 from pumice.processor import Processor
 
 SHORT = {"max_new_tokens": 12}
@@ -257,19 +259,16 @@ def test_logits_are_those_that_the_answer_comes_from(exact: Assistant, pictures:
 
 def test_int8_is_close(exact: Assistant, tiny_folder: Path, pictures: list[Path]) -> None:
     int8 = load(tiny_folder, device="cpu", quantize="int8")
-    assert int8.model.dtype == torch.bfloat16
-    assert int8.model.decoder.head is not None  # the tied vocabulary projection has an int8 copy
-    wide = load(tiny_folder, device="cpu", quantize="int8", dtype=torch.float32)
-    ours, kernel, expected = (a.logits(pictures[0], "What?") for a in (wide, int8, exact))
-    spread = expected.std()
-    # measured: 0.008 without the kernel (only the weights are rounded), 0.017 with it (bf16)
-    assert (ours - expected).abs().mean() / spread < 0.03
-    assert (kernel - expected).abs().mean() / spread < 0.05
+    assert int8.model.dtype == torch.float32
+    assert isinstance(int8.model.decoder.head, PackedLinear)
+    ours, expected = (a.logits(pictures[0], "What?") for a in (int8, exact))
+    away = ((ours - expected).abs().mean() / expected.std()).item()
+    assert away < 0.04  # measured: 3.0e-2, of which 0.8e-2 by weights
     assert int8.ask(pictures[0], "What?", **SHORT)
 
 
-def test_without_the_kernel_auto_stays_in_fp32(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+def test_without_compiled_code_auto_stays_in_fp32(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "library", lambda: None)
     assistant = load(tiny_folder, device="cpu")
     assert assistant.model.dtype == torch.float32
     assert assistant.model.decoder.head is None

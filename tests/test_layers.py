@@ -41,6 +41,7 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("components",),
     ("llava", "pumice"),
     ("read",),
+    ("quantize",),
     ("load",),
     ("import_",),
     ("export",),

@@ -28,8 +28,6 @@ from pumice.formats.load import find_device, open_model
 from pumice.geometry import Layout
 from pumice.images import read_picture
 from pumice.model.llava import Llava
-from pumice.model.quantized import has_int8_kernel
-from pumice.model.quantized import quantize as quantize_weights
 from pumice.processor import Processor
 
 if TYPE_CHECKING:
@@ -66,18 +64,13 @@ def load(
         raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8', 'int4' or None")
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise InputError(f"dtype is {dtype!r}; use torch.float32, torch.bfloat16 or torch.float16")
-    torch_device = find_device(device)
-    if quantize == "auto":
-        quantize = "int8" if torch_device.type == "cpu" and has_int8_kernel() else None
+    place = find_device(device)
     if dtype is None:
-        defaults = {"cuda": torch.bfloat16, "mps": torch.float16}
-        # The CPU kernels for quantized weights take bf16. Without them, most CPUs are faster in fp32.
-        dtype = defaults.get(torch_device.type, torch.bfloat16 if quantize else torch.float32)
+        usual = {"cuda": torch.bfloat16, "mps": torch.float16}
+        dtype = usual.get(place.type, torch.float32)  # which most CPUs compute faster than bf16
     opened = open_model(
-        str(name), device=torch_device, dtype=dtype, template=template, tower=tower, base=base
+        str(name), device=place, dtype=dtype, quantize=quantize, template=template, tower=tower, base=base
     )
-    if quantize:
-        quantize_weights(opened.model.decoder, quantize)
     return Assistant(opened.model, opened.processor, opened.provenance)
 
 

@@ -11,11 +11,15 @@ VOCABULARY, WIDTH = 101, 32
 
 
 def small_model(
-    window: int | None = None, context: int = 96, stops: tuple[int, ...] = (), **more: bool
+    window: int | None = None,
+    context: int = 96,
+    stops: tuple[int, ...] = (),
+    mlp_width: int = 48,
+    **more: bool,
 ) -> Llava:
     """more: of DecoderConfig."""
     decoder = DecoderConfig(
-        vocab_size=VOCABULARY, width=WIDTH, depth=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
+        vocab_size=VOCABULARY, width=WIDTH, depth=3, heads=4, kv_heads=2, head_dim=8, mlp_width=mlp_width,
         context=context, sliding_window=window, **more,
     )  # fmt: skip
     config = ModelConfig(

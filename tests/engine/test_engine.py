@@ -451,7 +451,7 @@ def test_a_pass_that_fails_ends_the_requests_in_it_and_the_next_work(
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_long_prompt_is_read_in_parts_with_few_bits_too(kind: str, kit: Kit) -> None:
     """A step that no answer is due after has nothing for the last block's output to do."""
-    model = small_model().to(torch.bfloat16)
+    model = small_model(mlp_width=64)
     quantize(model.decoder, kind)
     found = [kit.run(Engine(model, chunk=chunk), PROMPTS[1])[0] for chunk in (3, 512)]
     assert [one.last.error for one in found] == [None, None]

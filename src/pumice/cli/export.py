@@ -20,7 +20,9 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="Not gguf: store weights as fp16, bf16 or fp32; keep: as they are.")
     ] = "keep",
-    kind: Annotated[str, typer.Option("--type", help="gguf: f32, f16 or q8_0.")] = "f16",
+    kind: Annotated[
+        str, typer.Option("--type", help="gguf: f32, f16, q8_0, or keep: few bits as they are stored.")
+    ] = "f16",
     tower_name: Annotated[
         str | None,
         typer.Option(help="llava: the hub name from which its code builds the tower.", show_default=False),

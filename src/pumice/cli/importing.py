@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ def import_(
     dtype: Annotated[
         str, typer.Option(help="Store weights as fp16, bf16 or fp32; keep: as they are.")
     ] = "keep",
+    quantize: Annotated[
+        Literal["none", "int8", "int4"],
+        typer.Option(help="Store the language model in 8 or 4 bits, which a CPU opens at once."),
+    ] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model of transformers, the original LLaVA, PEFT or GGUF as a Pumice folder.
@@ -36,7 +40,10 @@ def import_(
     """
     from pumice.formats.import_ import import_model
 
-    report = import_model(source, target, dtype=dtype, template=template, tower=tower, base=base)
+    bits = None if quantize == "none" else quantize
+    report = import_model(
+        source, target, dtype=dtype, template=template, tower=tower, base=base, quantize=bits
+    )
     summary = report.summary()
     if as_json:
         print(json.dumps({"folder": str(target), **summary}, ensure_ascii=False))

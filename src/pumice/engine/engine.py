@@ -76,14 +76,14 @@ class Engine:
         config = model.config.decoder
         # 1. Size the cache: at most CACHE_BYTES and what the slots can use, at least one context.
         if cache_tokens is None:
-            affordable = CACHE_BYTES // KVCache.bytes_per_token(config, model.dtype)
-            cache_tokens = max(config.context, min(affordable, 2 * slots * config.context))
+            each = KVCache.bytes_per_token(config, model.decoder.cache_dtype)
+            cache_tokens = max(config.context, min(CACHE_BYTES // each, 2 * slots * config.context))
         # 2. Every step allocates and frees the same large tensors. Do not return them to the system.
         if model.device.type == "cpu":
             keep_freed_memory(KEPT_FREED_BYTES)
         # 3. Set up the parts that only the thread that steps uses.
         self.model, self.slots = model, slots
-        self._cache = KVCache(config, cache_tokens, model.device, model.dtype)
+        self._cache = KVCache(config, cache_tokens, model.device, model.decoder.cache_dtype)
         self._native = native_decoder(model.decoder, self._cache)
         self._prefix_cache = PrefixCache(cache_tokens, keep_finished=prefix_cache)
         self._scheduler = Scheduler(slots, chunk, self._prefix_cache, self._cache.copy)

@@ -1,9 +1,9 @@
-"""Compiled code (`kernels/native.c`) computes a few new tokens of several sequences faster than PyTorch.
+"""A few new tokens of several sequences in one call of compiled code (`kernels/decode.c`), where that can be
+had.
 
-It takes int8 or fp32 weights on a CPU. It is compiled once per machine, when an engine first needs it, and
-stored in the cache folder. Without a C compiler, for other weights or devices, and with PUMICE_NATIVE=off,
-PyTorch computes all tokens. The results are the same, except that PyTorch rounds activations beside int8
-weights to bfloat16.
+It serves decoders of packed matrices and of fp32 on a CPU. The code is compiled once per machine, when an
+engine with such weights first opens, and kept in the cache folder. Without a compiler, for other weights and
+devices, and with PUMICE_NATIVE=off, PyTorch's operations serve, more slowly.
 
 Shapes: R rows (one new token each), D width, V vocabulary.
 """
@@ -11,65 +11,78 @@ Shapes: R rows (one new token each), D width, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pumice.kernels.compute import Matrix, matrix
 from pumice.kernels.loader import Weights, compiled
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import RMSNorm, rope_inv_freq
-from pumice.model.quantized import Int8Linear
+from pumice.model.quantized import PackedEmbedding, PackedLinear
 
-LANES, TILE = 16, 4  # as in native.c: input sizes are multiples of LANES, output sizes of TILE
-# The most prompt tokens per step that native code takes. In fp32, PyTorch is faster with more
-# (docs/speed.md). With int8 weights, PyTorch rounds activations differently, and an answer must not depend on
-# how many others are computed. So PyTorch gets all prompts there.
-MAX_PROMPT_ROWS = {"int8": 0, "fp32": 48}
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "bias")]
+# As in vectors.h and dense.h: heads, and inputs in fp32, are whole LANES, its outputs whole TILEs.
+LANES, TILE = 16, 4
+# Tokens of prompts in one step. In fp32 PyTorch's operations are faster with more (docs/speed.md). Packed
+# matrices multiply alike for prompts, which get all of the processor there.
+MAX_PROMPT_ROWS = {"packed": 0, "fp32": 48}
 
 
-class _Block(ctypes.Structure):
+class _Dense(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
-        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
     ]
 
 
-class _Model(ctypes.Structure):
-    _sizes = "depth width heads kv_heads head_dim mlp_width vocabulary capacity window"
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _sizes.split()),
-        ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("inv_freq", "blocks", "norm")),
-        ("head", _Linear),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-    ]
+def _structures(linear: type[ctypes.Structure]) -> tuple[Any, Any]:
+    """`Block` and `Model` of decode.c, whose layers are `linear`."""
+
+    class Block(ctypes.Structure):
+        _fields_ = [
+            *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+            *((name, linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ]
+
+    class Model(ctypes.Structure):
+        _sizes = "depth width heads kv_heads head_dim mlp_width vocabulary capacity window"
+        _fields_ = [
+            *((name, ctypes.c_int64) for name in _sizes.split()),
+            ("eps", ctypes.c_float),
+            *((name, ctypes.c_void_p) for name in ("inv_freq", "blocks", "norm")),
+            ("head", linear),
+            ("keys", ctypes.c_void_p),
+            ("values", ctypes.c_void_p),
+        ]
+
+    return Block, Model
+
+
+_STRUCTURES = {"packed": _structures(Matrix), "fp32": _structures(_Dense)}
 
 
 class NativeDecoder:
-    """A decoder and its KV cache, prepared for native.c, which reads their memory in place.
+    """A decoder and its KV cache, prepared for decode.c, which reads their memory in place.
 
     max_prompt_rows: prompt tokens per step up to which this is faster than PyTorch.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, library: ctypes.CDLL, max_prompt_rows: int) -> None:
-        self.max_prompt_rows = max_prompt_rows
+    def __init__(self, decoder: Decoder, cache: KVCache, library: ctypes.CDLL, weights: Weights) -> None:
+        self.max_prompt_rows = MAX_PROMPT_ROWS[weights]
         config = decoder.config
         self._decode = library.pumice_decode
         self._referenced: list[Any] = []  # C has their addresses: they must stay alive
         self._cache, self._width, self._vocabulary = cache, config.width, config.vocab_size
-        blocks = (_Block * config.depth)(*(self._block(block) for block in decoder.blocks))
+        self._block_type, model_type = _STRUCTURES[weights]
+        blocks = (self._block_type * config.depth)(*(self._block(block) for block in decoder.blocks))
         self._referenced.append(blocks)
         inv_freq = rope_inv_freq(config.head_dim, config.rope_theta, config.rope_scaling, cache.keys.device)
-        self._model = _Model(
+        self._model = model_type(
             config.depth, config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_width,
             config.vocab_size, cache.capacity, cache.window or 0, config.norm_eps,
             self._address(inv_freq), ctypes.addressof(blocks), self._address(decoder.norm.weight),
@@ -88,7 +101,7 @@ class NativeDecoder:
             raise ValueError(
                 f"x is {tuple(x.shape)}; expected {self._width} values for each new token of {list(segments)}"
             )
-        # A copy, because native.c overwrites x with the residual stream.
+        # A copy, because decode.c overwrites x with the residual stream.
         x = x.to(torch.float32, copy=True).contiguous()
         positions = [n for _, past, new in segments for n in range(past, past + new)]
         starts = [start for start, _, new in segments for _ in range(new)]
@@ -109,31 +122,24 @@ class NativeDecoder:
         self._referenced.append(tensor)
         return tensor.data_ptr()
 
-    def _linear(self, layer: Any, first: int = 0, last: int | None = None) -> _Linear:
-        """Describe outputs `first` to `last` of a linear layer or an embedding to C."""
-        tensors = (layer.weight, getattr(layer, "scale", None), getattr(layer, "bias", None))
-        return _Linear(*(None if tensor is None else self._address(tensor[first:last]) for tensor in tensors))
+    def _linear(self, layer: Any) -> ctypes.Structure:
+        """A linear layer, or an embedding as one."""
+        bias = getattr(layer, "bias", None)
+        if isinstance(layer, PackedLinear):
+            self._referenced += [layer.data, bias]
+            return matrix(layer.packed, bias)
+        shift = None if bias is None else self._address(bias)
+        return _Dense(*layer.weight.shape, self._address(layer.weight), shift)
 
-    def _block(self, block: Any) -> _Block:
+    def _block(self, block: Any) -> ctypes.Structure:
         attention, mlp = block.attention, block.mlp
         norms = (block.attention_norm, block.mlp_norm, attention.q_norm, attention.k_norm)
-        q_width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-        return _Block(
+        layers = (attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down)
+        found: ctypes.Structure = self._block_type(
             *(self._address(part.weight) if isinstance(part, RMSNorm) else None for part in norms),
-            *self._split_layers(attention, q_width, kv_width, kv_width),
-            self._linear(attention.o),
-            *self._split_layers(mlp, mlp.down.weight.shape[1], mlp.down.weight.shape[1]),
-            self._linear(mlp.down),
+            *(self._linear(layer) for layer in layers),
         )
-
-    def _split_layers(self, parent: Any, *outputs: int) -> list[_Linear]:
-        """Return the layers that read the same input. Quantization may have joined them to one (`joins`)."""
-        joined, names = parent.joins
-        layer = getattr(parent, joined)
-        if layer is None:
-            return [self._linear(getattr(parent, name)) for name in names]
-        ends = list(itertools.accumulate(outputs))
-        return [self._linear(layer, end - count, end) for count, end in zip(outputs, ends, strict=True)]
+        return found
 
 
 def _int64_array(numbers: Sequence[int]) -> Any:
@@ -149,28 +155,26 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
     # Without OpenMP, native code uses one thread. PyTorch with several threads is faster then.
     if library is None or (torch.get_num_threads() > 1 and not library.pumice_threads()):
         return None
-    return NativeDecoder(decoder, cache, library, MAX_PROMPT_ROWS[weights])
+    return NativeDecoder(decoder, cache, library, weights)
 
 
 def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
-    """Return the kind of the decoder's weights, or None if native.c does not support them or their sizes."""
+    """Which weights the decoder has, if they and all sizes are such as decode.c takes."""
     config = decoder.config
-    sizes = (config.width, config.heads * config.head_dim, config.mlp_width, config.head_dim)
-    if any(size % LANES for size in sizes) or config.vocab_size % TILE:
+    if config.head_dim % LANES or config.width % LANES:
         return None
-    # 1. All layers that compute. The embedding is a look-up, which PyTorch does.
-    parts = [part for part in decoder.modules() if not list(part.children()) and part is not decoder.embed]
-    layers: list[Any] = [part for part in parts if not isinstance(part, RMSNorm | nn.Identity)]
-    norms = [part.weight for part in parts if isinstance(part, RMSNorm)]
-    # 2. All layers have the same kind of weights. What is not int8 then has one dtype, the type of the cache.
-    others: list[Tensor] = [cache.keys, cache.values, *norms]
-    if decoder.head is not None and all(isinstance(part, Int8Linear) for part in layers):
-        weights: Weights = "int8"
-        others += [t for part in layers for t in (part.scale, part.bias) if t is not None]
-    elif all(type(part) is nn.Linear for part in layers):
+    parts = [part for part in decoder.modules() if not list(part.children())]
+    layers = [part for part in parts if not isinstance(part, RMSNorm | nn.Identity)]
+    if all(isinstance(part, PackedLinear | PackedEmbedding) for part in layers):
+        weights: Weights = "packed"
+    elif all(type(part) in (nn.Linear, nn.Embedding) for part in layers):
+        if config.mlp_width % LANES or config.heads * config.head_dim % LANES or config.vocab_size % TILE:
+            return None
         weights = "fp32"
-        others += [decoder.embed.weight, *(t for part in layers for t in part.parameters())]
     else:
         return None
-    dtype = torch.bfloat16 if weights == "int8" else torch.float32
-    return weights if all(t.dtype == dtype and t.device.type == "cpu" for t in others) else None
+    numbers = [*decoder.parameters(), *decoder.buffers()]
+    small = [t for t in numbers if t.dtype != torch.uint8]
+    kept = torch.bfloat16 if weights == "packed" else torch.float32
+    fits = all(t.dtype == torch.float32 for t in small) and cache.keys.dtype == kept
+    return weights if fits and all(t.device.type == "cpu" for t in [*numbers, cache.keys]) else None

@@ -13,13 +13,15 @@ from pumice import __version__
 from pumice.errors import InputError
 from pumice.formats.load import new_parts, shapes
 from pumice.formats.pumice.folder import CONFIG, check, save
+from pumice.formats.pumice.quantized import as_bytes
+from pumice.formats.quantize import in_few_bits
 from pumice.formats.read import find_model, read_model
 from pumice.formats.recognise import FormatKind, recognise
 from pumice.processor import Processor
 from pumice.storage.download import origin
 from pumice.storage.json_file import read_json
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import FLOATS
+from pumice.storage.tensors import FLOATS, LazyStateDict
 from pumice.tokens import Tokenizer
 
 # The types that a user can choose for the stored tensors. "keep" leaves each as it is.
@@ -41,8 +43,8 @@ class Imported:
         return {
             "source": self.kind.value,
             "parameters": sum(tensor.size // tensor.dtype.itemsize for tensor in state.values()),
-            "bytes": sum(tensor.size for tensor in state.values()),
-            "types": sorted({FLOATS[tensor.dtype] for tensor in state.values()}),
+            "bytes": sum(tensor.size for tensor in (state | as_bytes(state)).values()),
+            "types": sorted({t.blocks.kind.name if t.blocks else FLOATS[t.dtype] for t in state.values()}),
             "decoder": f"{decoder.depth} blocks of width {decoder.width}, {decoder.vocab_size} tokens, "
             f"context {decoder.context}",
             "tower": f"{vision.kind}, {vision.image_size} pixels, layer {vision.layer}" if sees else None,
@@ -62,12 +64,14 @@ def import_model(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    quantize: str | None = None,
 ) -> Imported:
     """Write `source` as the folder `target`, one tensor at a time.
 
-    dtype: one of DTYPES. template, tower, base: as in `read_model`; with a language model alone, `tower` is
-    joined to it by a new connector. Raises InputError, and WorkError if the disk is full; then nothing is
-    left behind.
+    dtype: of DTYPES. template, tower, base: as for `read_model`; a tower given to a bare language model is
+    joined to it by a fresh connector. quantize: "int8" or "int4" stores the decoder's matrices in few bits,
+    adapters merged, so that opening the folder on a CPU costs nothing. Raises InputError, and WorkError when
+    the disk is full: then nothing is left behind.
     """
     # 1. Look at the target first: reading may download gigabytes.
     if dtype not in DTYPES:
@@ -87,8 +91,13 @@ def import_model(
     check(loaded.state, expected, str(path))
     # 4. Write in the model's order, so that equal models give equal files.
     state = {name: loaded.state[name] for name in expected if name in loaded.state}
-    if (torch_dtype := DTYPES[dtype]) is not None:
-        state = {name: tensor.cast(torch_dtype) for name, tensor in state.items()}
+    if quantize is not None:
+        loaded, state = _in_few_bits(loaded, state, quantize)
+    elif kind is not Kind.OWN:
+        state = {name: dataclasses.replace(tensor, blocks=None) for name, tensor in state.items()}
+    if (wanted := DTYPES[dtype]) is not None:
+        floats = {name: tensor.cast(wanted) for name, tensor in state.items() if tensor.blocks is None}
+        state |= floats
     loaded = dataclasses.replace(loaded, state=state)
     save(
         target,
@@ -100,6 +109,14 @@ def import_model(
         sentencepiece=loaded.sentencepiece,
     )
     return Imported(kind, loaded)
+
+
+def _in_few_bits(loaded: LoadedParts, state: LazyStateDict, bits: str) -> tuple[LoadedParts, LazyStateDict]:
+    """Adapters are merged, and the decoder is no longer that of a wheel."""
+    state = in_few_bits(loaded.config, state, bits)
+    parts = {part: source for part, source in loaded.parts.items() if part != "decoder"}
+    config = dataclasses.replace(loaded.config, lora=None)
+    return dataclasses.replace(loaded, config=config, parts=parts), state
 
 
 def _check_target(source: Path, target: Path) -> None:

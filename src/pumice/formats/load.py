@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,17 +12,25 @@ from typing import Any
 
 import torch
 
+from pumice import __version__
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 from pumice.formats.components import open_llm, open_tower
 from pumice.formats.hf.config import padding
-from pumice.formats.pumice.folder import check
-from pumice.formats.read import read_model
+from pumice.formats.pumice.folder import CONFIG, WEIGHTS, check
+from pumice.formats.pumice.quantized import cached
+from pumice.formats.quantize import fits, in_few_bits, stored_in_blocks
+from pumice.formats.read import BUILT_IN, read_model
+from pumice.kernels import compute
+from pumice.kernels.packed import LAYOUT, Packed
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
 from pumice.model.llava import Llava
+from pumice.model.quantized import quantize as quantize_decoder
+from pumice.model.quantized import swap
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
+from pumice.storage.download import wheel
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, as_lazy
 from pumice.tokens import Tokenizer
@@ -47,21 +56,35 @@ def open_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     merge: bool = True,
+    quantize: str | None = None,
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
 ) -> Opened:
     """Open a model in evaluation mode; no parameter requires a gradient.
 
-    source, template, tower, base: as in `read_model`. dtype: the decoder's; the tower and the connector
-    compute in fp32 on a CPU. merge: add LoRA adapters to the weights, which makes answering faster; a ViT's
-    weights then stay in the type that they are stored in. Assumptions are logged. Raises InputError on
-    tensors that are missing, extra or of a wrong shape, and on anything that cannot be fetched.
+    source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
+    connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
+    weights then stay in the type they are stored in. quantize: "int8" or "int4" holds the decoder's matrices
+    in few bits, adapters merged; "auto" does where a CPU with compiled code is to answer: as they are stored,
+    or int8. On a CPU one matrix at a time is read and quantised, and what is stored so is mapped. InputError
+    on anything missing, extra, misshapen or unfetchable. What was assumed is logged.
     """
     loaded = read_model(source, template=template, tower=tower, base=base)
     for note in loaded.notes:
         _LOG.warning("%s: %s", source, note)
-    return _build(loaded, str(source), torch.device(device), dtype, merge)
+    place = torch.device(device)
+    if quantize == "auto":
+        # Without compiled code few bits save memory alone: they stay where they are stored already.
+        worth = compute.library() is not None or stored_in_blocks(loaded.config, loaded.state)
+        quantize = "int8" if place.type == "cpu" and worth and fits(loaded.config.decoder) else None
+    if quantize is None:
+        return _build(loaded, str(source), place, dtype, merge)
+    if place.type == "cpu":
+        return _opened_in_few_bits(loaded, str(source), quantize)
+    opened = _build(loaded, str(source), place, dtype, merge=True)
+    quantize_decoder(opened.model.decoder, quantize)
+    return opened
 
 
 def new_model(
@@ -142,6 +165,38 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
     return Opened(
         model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece
     )
+
+
+def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
+    processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
+    check(loaded.state, shapes(loaded.config), where)
+    state = in_few_bits(loaded.config, loaded.state, bits)
+    source = loaded.sources["model"][1] if "model" in loaded.sources else None
+    if source is not None and source.parent == BUILT_IN:  # which is the same at every start
+        state = cached(_key(source, loaded.parts, bits), state)
+    model = _empty_model(dataclasses.replace(loaded.config, lora=None))
+
+    def packed(name: str, _: torch.Tensor) -> Packed:
+        blocks = state.pop(f"decoder.{name}").blocks
+        assert blocks is not None
+        return blocks.fetch()
+
+    swap(model.decoder, packed)
+    _fill(model, state, torch.device("cpu"), torch.float32, as_stored=True)
+    model.config = loaded.config
+    return Opened(
+        model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece
+    )
+
+
+def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:
+    """Everything that a built-in model's matrices in few bits are made of."""
+    known = hashlib.sha256(f"{__version__} {LAYOUT} {bits} {compute.kernel_name()}".encode())
+    for name in (CONFIG, WEIGHTS):
+        known.update((source / name).read_bytes())
+    for name in parts.values():
+        known.update(wheel(name).sha256.encode())
+    return known.hexdigest()[:16]
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -1,1 +1,1 @@
-"""C code that decodes on a CPU, what compiles and loads it, and what the C library does with memory."""
+"""Compiled code for a CPU, and the packed matrices that it multiplies with."""

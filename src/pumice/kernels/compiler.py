@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
 # Without OpenMP it serves where PyTorch has one thread, too.
 TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 
 
-def compile_library(command: list[str], source: Path, target: Path) -> Path:
-    """Compile `source` to the shared library `target`. Raises RuntimeError with what the compiler said."""
+def compile_library(command: list[str], sources: list[Path], target: Path) -> Path:
+    """One library of C files, made for the processor as well as the compiler knows it."""
     # PyTorch's own OpenMP comes first, by whatever name: two of them would spin on the same cores.
     packages = Path(torch.__file__).parents[1]
     runtime = [
@@ -23,7 +23,7 @@ def compile_library(command: list[str], source: Path, target: Path) -> Path:
     for extra in TRIED:
         libraries = runtime if "-fopenmp" in extra else []
         done = subprocess.run(
-            [*command, *FLAGS, *extra, str(source), *libraries, "-o", str(target), "-lm"],
+            [*command, *FLAGS, *extra, *map(str, sources), *libraries, "-o", str(target), "-lm"],
             capture_output=True, text=True, errors="replace", timeout=120, check=False,
         )  # fmt: skip
         if done.returncode == 0:

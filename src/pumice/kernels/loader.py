@@ -1,4 +1,4 @@
-"""The compiled code of `native.c`: loaded from the cache folder, or made now and kept there.
+"""The compiled code of the C files here: loaded from the cache folder, or made now and kept there.
 
 It is compiled once per machine, when an engine with weights that it takes first opens on a CPU.
 """
@@ -21,14 +21,19 @@ from typing import Literal
 from pumice.files import cache_folder, sync
 from pumice.kernels.compiler import FLAGS, TRIED, compile_library, processor
 
-Weights = Literal["int8", "fp32"]
+Weights = Literal["packed", "fp32"]
 
-_DEFINED = {"int8": (), "fp32": ("-DPLAIN",)}
+# C files, and what is defined for them. "plain" is what the kernels of processors are compared with.
+_LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "packed": (("decode.c", "linear.c", "quantize.c"), ()),
+    "plain": (("decode.c", "linear.c", "quantize.c"), ("-DPUMICE_PLAIN",)),
+    "fp32": (("decode.c",), ("-DDENSE",)),
+}
 _LOG = logging.getLogger("pumice")
 
 
-@lru_cache(maxsize=2)
-def compiled(weights: Weights = "int8") -> tuple[ctypes.CDLL | None, str]:
+@lru_cache(maxsize=3)
+def compiled(weights: Weights | Literal["plain"] = "packed") -> tuple[ctypes.CDLL | None, str]:
     """The compiled code, from the cache folder or made now; or None and why there is none."""
     if os.environ.get("PUMICE_NATIVE", "").lower() in ("off", "0"):
         return None, "PUMICE_NATIVE turns it off"
@@ -39,19 +44,22 @@ def compiled(weights: Weights = "int8") -> tuple[ctypes.CDLL | None, str]:
     if found is None:
         return None, "there is no C compiler"
     command = [found, *named[1:]]
-    source = Path(__file__).with_name("native.c")
+    folder = Path(__file__).parent
+    names, defined = _LIBRARIES[weights]
+    sources = [folder / name for name in names]
     try:
         # A home folder may be shared by machines, and what is made for one processor may not run on another.
-        command += _DEFINED[weights]
-        known = [source.read_text(encoding="utf-8"), *command, repr(TRIED), *FLAGS, processor()]
+        command += defined
+        texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.[ch]"))]
+        known = [*texts, *command, *names, repr(TRIED), *FLAGS, processor()]
         name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
-        return _load(command, source, name), ""
+        return _load(command, sources, name), ""
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         _LOG.info("decoding without compiled code: %s", error)
         return None, str(error)
 
 
-def _load(command: list[str], source: Path, name: str) -> ctypes.CDLL:
+def _load(command: list[str], sources: list[Path], name: str) -> ctypes.CDLL:
     """From the cache folder; where that is not this user's alone to write, made for this process only."""
     made = cache_folder() / "native" / f"{name}.so"
     try:
@@ -61,10 +69,10 @@ def _load(command: list[str], source: Path, name: str) -> ctypes.CDLL:
         private = False
     if not private:
         with tempfile.TemporaryDirectory() as folder:  # a loaded library may be removed
-            return ctypes.CDLL(str(compile_library(command, source, Path(folder) / made.name)))
+            return ctypes.CDLL(str(compile_library(command, sources, Path(folder) / made.name)))
     if not (made.exists() and _private(made)):
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-            fresh = compile_library(command, source, Path(folder) / made.name)
+            fresh = compile_library(command, sources, Path(folder) / made.name)
             fresh.chmod(0o700)
             sync(fresh)
             fresh.replace(made)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pumice.config import DecoderConfig
 from pumice.model.layers import Attend, Block, RMSNorm, rotary
-from pumice.model.quantized import Int8Linear
+from pumice.model.quantized import PackedEmbedding, PackedLinear
 
 
 class Decoder(nn.Module):
@@ -23,12 +23,14 @@ class Decoder(nn.Module):
         # nn.Embedding draws random values, even on meta, where this only imports torch's compiler. So pass it
         # a weight, and draw here if there is something to draw.
         vocabulary = torch.empty(config.vocab_size, config.width)
-        self.embed = nn.Embedding(config.vocab_size, config.width, _weight=vocabulary)
-        if not self.embed.weight.is_meta:
-            nn.init.normal_(self.embed.weight)
+        if not vocabulary.is_meta:  # where drawing nothing would import all of torch's compiler
+            nn.init.normal_(vocabulary)
+        self.embed: nn.Embedding | PackedEmbedding = nn.Embedding(
+            config.vocab_size, config.width, _weight=vocabulary
+        )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head: nn.Linear | Int8Linear | None = None
+        self.head: nn.Linear | PackedLinear | None = None
         if not config.tied_head:
             self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
@@ -56,15 +58,33 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations outside autocast."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The type in which keys and values are kept: half of fp32 where weights are in few bits."""
+        packed = isinstance(self.embed, PackedEmbedding)
+        return torch.bfloat16 if packed and self.dtype == torch.float32 else self.dtype
+
+    @property
     def head_weight(self) -> Tensor:
-        """The weight of the vocabulary projection: (V, D)."""
-        return self.embed.weight if self.head is None else self.head.weight
+        """The vocabulary projection (V, D), of a decoder that is not quantised."""
+        layer = self.embed if self.head is None else self.head
+        if isinstance(layer, PackedEmbedding | PackedLinear):
+            raise TypeError("the vocabulary projection is quantised")
+        return layer.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., D) to logits (..., V). Pass only the positions that need logits."""
         # As one matrix: for a slice such as hidden[:, -1:], PyTorch would copy the whole weight.
         rows = hidden.reshape(-1, self.config.width)
-        if isinstance(self.head, Int8Linear):
+        if isinstance(self.head, PackedLinear):
             logits = self.head(rows)
         else:
             logits = F.linear(rows, self.head_weight.to(rows.dtype))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
 
     q (B, H, T, d), k and v (B, K, S, d). mask: bool, broadcastable to (B, H, T, S), True = may see.
     """
+    if k.dtype != q.dtype:  # of a cache that keeps them in fewer bits
+        k, v = k.to(q.dtype), v.to(q.dtype)
     if (
         q.shape[2] == 1
         and q.shape[1] != k.shape[1]
@@ -140,20 +142,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention with grouped key/value heads. `quantized.quantize` joins q, k and v to one layer, `qkv`."""
-
-    joins: ClassVar = ("qkv", ("q", "k", "v"))
-
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.heads, self.kv_heads = layer, config.heads, config.kv_heads
         self.head_dim = config.head_dim
-        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.qkv: nn.Module | None = None
-        self.q = nn.Linear(config.width, q_width, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
-        self.o = nn.Linear(q_width, config.width, bias=False)
+        inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q = nn.Linear(config.width, inner, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, shared, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, shared, bias=config.qkv_bias)
+        self.o = nn.Linear(inner, config.width, bias=False)
         if config.qk_norm:
             self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
@@ -165,46 +162,28 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). rows: as in `Block`."""
         batch, tokens, _ = x.shape
-        by_head = (batch, tokens, -1, self.head_dim)
-        if self.qkv is None:
-            q = rotate(self.q_norm(self.q(x).view(by_head)).transpose(1, 2), cos, sin)
-            k = rotate(self.k_norm(self.k(x).view(by_head)).transpose(1, 2), cos, sin)
-            v = self.v(x).view(by_head).transpose(1, 2)
-        else:
-            q, k, v = self._split_qkv(self.qkv(x).view(by_head), cos, sin)
+        heads = (batch, tokens, -1, self.head_dim)
+        q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
+        v = self.v(x).view(heads).transpose(1, 2)
         mixed = attend(self.layer, q, k, v).transpose(1, 2)
         # Select before the output projection, which then only multiplies the needed rows.
         if rows is not None:
             mixed = mixed.index_select(1, rows)
         return self.o(mixed.flatten(2))
 
-    def _split_qkv(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split (B, T, H + 2 K, d) into q (B, H, T, d), k and v (B, K, T, d). Rotate q and k together."""
-        if isinstance(self.q_norm, RMSNorm):
-            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
-            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), 2)
-        qk, v = qkv.transpose(1, 2).split((self.heads + self.kv_heads, self.kv_heads), 1)
-        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), 1)
-        return q, k, v
-
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202). `quantized.quantize` joins gate and up to one layer, `gate_up`."""
-
-    joins: ClassVar = ("gate_up", ("gate", "up"))
+    """SwiGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up: nn.Module | None = None
         self.gate = nn.Linear(config.width, config.mlp_width, bias=False)
         self.up = nn.Linear(config.width, config.mlp_width, bias=False)
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate_up is None:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):

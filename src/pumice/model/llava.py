@@ -59,12 +59,12 @@ class Llava(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.embed.weight.device
+        return self.decoder.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the decoder's activations outside autocast."""
-        return self.decoder.embed.weight.dtype
+        """The type of the decoder's activations outside autocast."""
+        return self.decoder.dtype
 
     def features(self, pixels: Tensor) -> Tensor:
         """Turn pixels (P, 3, S, S) into the tower's features (P, F, C), in the tower's dtype."""

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pumice.errors import InputError
+from pumice.kernels.packed import Kind, Packed
 from pumice.storage.json_file import Keys
 
 SHARD_BYTES = 5 * 10**9
@@ -33,22 +34,31 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-# The first bytes of the small text file that Git LFS leaves where a large file was not downloaded.
+_WRITTEN = FLOATS | {torch.uint8: "U8"}
 _LFS = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a matrix is had in blocks of few bits, which its floats are made of."""
+
+    kind: Kind
+    fetch: Callable[[], Packed]
 
 
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor that is read only when it is needed.
 
-    loader: reads the tensor and returns it in the given type. origin: the tensor's key and file, for
-    messages.
+    fetch: reads it, in the type that it is given. origin: key and file, for messages. blocks: where a matrix
+    is stored in few bits, or is to be; whatever changes its values drops them.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     loader: Callable[[torch.dtype], Tensor]
     origin: str = ""
+    blocks: Blocks | None = None
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the tensor in `dtype`, or in the type that it is stored in."""
@@ -302,17 +312,16 @@ def write_file(path: Path, state: Mapping[str, LazyTensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in order:
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in _WRITTEN:
             raise InputError(f"cannot write {name}: {tensor.dtype} is none of {', '.join(FLOATS.values())}")
         end = start + tensor.size
         header[name] = {
-            "dtype": FLOATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+            "dtype": _WRITTEN[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
         }  # fmt: skip
         start = end
     # 2. The header is filled up with blanks to a multiple of 8 bytes, which aligns the first tensor.
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    # 3. Write. Each tensor is read only now, so that one is in memory at a time.
+    text += b" " * (-(len(text) + 8) % 64)  # so that mapped bytes begin where a line of the cache does
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in order:

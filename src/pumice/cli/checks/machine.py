@@ -26,17 +26,11 @@ def devices() -> list[Finding]:
     import torch
 
     from pumice.formats.load import find_device
-    from pumice.model.quantized import has_int8_kernel
 
-    level = torch.backends.cpu.get_cpu_capability()
-    kernels = "int8 weights" if has_int8_kernel() else "no int8 kernel: decoding is slower"
     cores = usable_cores()
-    cpu = Finding(
-        "cpu", f"{_processor()}, {format_count(cores, 'usable core')}, {level}, {kernels}", value=cores
-    )
-    findings = [cpu]
-    if has_int8_kernel():
-        findings.append(_native_code())
+    level = torch.backends.cpu.get_cpu_capability()
+    says = f"{_processor()}, {format_count(cores, 'usable core')}, {level}"
+    findings = [Finding("cpu", says, value=cores), _native_code()]
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
@@ -61,14 +55,16 @@ def devices() -> list[Finding]:
 
 
 def _native_code() -> Finding:
-    """Report whether compiled code decodes int8 weights."""
+    """Report whether compiled code multiplies weights in few bits, and which kernel does."""
+    from pumice.kernels.compute import kernel_name
     from pumice.kernels.loader import compiled
 
-    code, reason = compiled()
+    code, reason = compiled("packed")
     if code is not None:
-        return Finding("decoding", "int8 and fp32 weights in code compiled for this processor", value=True)
-    remedy = "install gcc for twice the speed" if "no C compiler" in reason else ""
-    says = f"int8 weights without compiled code: {reason}"
+        says = f"weights of 4, 8 and 32 bits in code compiled for this processor ({kernel_name()})"
+        return Finding("decoding", says, value=True)
+    remedy = "install gcc: weights in few bits are slow without it" if "no C compiler" in reason else ""
+    says = f"weights in few bits without compiled code: {reason}"
     return Finding("decoding", says, "note" if remedy else "ok", remedy, False)
 
 

@@ -82,6 +82,14 @@ class GgufFile:
             out[start : start + _CHUNK] = decode(blocks[start : start + _CHUNK])
         return out.view(info.shape)
 
+    def blocks(self, name: str) -> Tensor:
+        """The matrix `name` as it is stored, in blocks: bytes (rows, blocks of a row, bytes of a block)."""
+        info = self.infos[name]
+        rows, inputs = info.shape
+        per_block, block_bytes, _ = _block_format(info.kind, f"{self.path}: {name}")
+        count = inputs // per_block
+        return self._bytes(info.offset, rows * count * block_bytes).view(rows, count, block_bytes)
+
     def _bytes(self, offset: int, size: int) -> Tensor:
         raw = np.fromfile(self.path, dtype=np.uint8, count=size, offset=offset)
         if len(raw) != size:

@@ -16,8 +16,9 @@ from pumice.formats.families import FAMILIES
 from pumice.formats.gguf.file import PLAIN, GgufFile
 from pumice.formats.gguf.tokenizer import tokenizer_files
 from pumice.formats.text.files import TokenizerFiles
+from pumice.kernels.packed import Kind, Packed, from_blocks
 from pumice.model.layers import rope_inv_freq
-from pumice.storage.tensors import LazyStateDict, LazyTensor
+from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor
 
 ARCHITECTURES = tuple(name for name, family in FAMILIES.items() if family.gguf)
 # The divisors of the rotary frequencies, which only Llama 3 has.
@@ -140,7 +141,15 @@ def _lazy_tensor(file: GgufFile, name: str, heads: int | None) -> LazyTensor:
 
     info = file.infos[name]
     dtype = PLAIN.get(info.kind, torch.float32)
-    return LazyTensor(info.shape, dtype, load, f"{name} in {file.path.name}")
+    kind = next((kind for kind in Kind if kind.ggml == info.kind), None)
+
+    def packed() -> Packed:
+        assert kind is not None
+        blocks = file.blocks(name)
+        return from_blocks(kind, blocks if heads is None else unpermute(blocks, heads))
+
+    blocks = None if kind is None or len(info.shape) != 2 else Blocks(kind, packed)
+    return LazyTensor(info.shape, dtype, load, f"{name} in {file.path.name}", blocks)
 
 
 def _shortest(value: float) -> float:

@@ -9,6 +9,7 @@ with tanh, from a table of 16-bit values. It puts the class token of a CLIP in t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from pumice.formats import names as tensor_names
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
 from pumice.formats.text.chat_template import quoted, to_jinja
+from pumice.kernels.packed import from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, LazyTensor, as_lazy
+from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, as_lazy
 from pumice.templates import get_template
 
-TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers of file types
+# llama.cpp's numbers of file types; "keep" may be of several, and is called the usual one of four bits
+TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "keep": 15}
 _BLOCK = 32  # values that q8_0 quantises together
 _PAD_COLOR = (122, 116, 104)  # llama.cpp's fixed colour
 # The content of a message. llama.cpp marks a picture with <__media__>, or with a random word in it.
@@ -73,8 +76,8 @@ def _picture_refusal(config: ModelConfig) -> str | None:
 def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
     """Write `model-{kind}.gguf` and `mmproj-{kind}.gguf` of a model without adapters. Returns notes.
 
-    kind: one of TYPES, for the matrices; vectors are f32. With q8_0, tower and connector are f16, and so is a
-    matrix whose rows are no whole number of blocks. Raises InputError.
+    kind: of TYPES, for the matrices; the rest is f32. keep: those stored in few bits as they are, f16 else.
+    q8_0 leaves tower and connector in f16, and so any row that is no whole number of blocks.
     """
     if kind not in TYPES:
         raise InputError(f"there is no GGUF type {kind!r} here; use one of {', '.join(TYPES)}")
@@ -91,7 +94,7 @@ def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
     )
     # 2. Tower and connector.
     if config.vision.kind != "none":
-        tower_kind = "f16" if kind == "q8_0" else kind
+        tower_kind = "f16" if kind in ("q8_0", "keep") else kind
         _write(
             folder / f"mmproj-{tower_kind}.gguf",
             "clip",
@@ -228,7 +231,12 @@ def _permuted(tensor: LazyTensor, heads: int | None) -> LazyTensor:
         halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
         return halves.transpose(1, 2).reshape(weight.shape)
 
-    return tensor.map(permute)
+    blocks = tensor.blocks
+    if blocks is None:
+        return tensor.map(permute)
+    kind, fetch = blocks.kind, blocks.fetch
+    same = Blocks(kind, lambda: from_blocks(kind, permute(fetch().blocks())))
+    return replace(tensor.map(permute), blocks=same)
 
 
 def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: LazyStateDict, kind: str) -> None:
@@ -245,7 +253,7 @@ def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Lazy
             per_block, size = gguf.GGML_QUANT_SIZES[quant]
             row = tensor.shape[-1] // per_block * size
             count = int(np.prod(tensor.shape[:-1])) * row
-            shape = (*tensor.shape[:-1], row) if kinds[name] == "q8_0" else tensor.shape
+            shape = (*tensor.shape[:-1], row) if per_block > 1 else tensor.shape
             writer.add_tensor_info(name, shape, _numpy(kinds[name]), count, raw_dtype=quant)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -260,6 +268,9 @@ def _values(tensors: LazyStateDict, kinds: dict[str, str]) -> Iterator[np.ndarra
     import gguf
 
     for name, tensor in tensors.items():
+        if tensor.blocks is not None and kinds[name] == tensor.blocks.kind.name.lower():
+            yield tensor.blocks.fetch().blocks().flatten(1).numpy()  # bit for bit
+            continue
         values = tensor.read(torch.float32).detach().contiguous().numpy()
         if kinds[name] == "f16":
             with np.errstate(over="ignore"):
@@ -275,11 +286,13 @@ def _kind(name: str, tensor: LazyTensor, kind: str) -> str:
     """Return the type of one tensor: f32 for vectors and for the positions, which llama.cpp adds as such."""
     if len(tensor.shape) < 2 or kind == "f32" or name == "v.position_embd.weight":
         return "f32"
+    if kind == "keep":
+        return "f16" if tensor.blocks is None else tensor.blocks.kind.name.lower()
     return kind if kind == "f16" or tensor.shape[-1] % _BLOCK == 0 else "f16"
 
 
 def _numpy(kind: str) -> Any:
-    return {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "q8_0": np.dtype(np.uint8)}[kind]
+    return np.dtype({"f32": np.float32, "f16": np.float16}.get(kind, np.uint8))
 
 
 def _architecture(config: ModelConfig) -> str:

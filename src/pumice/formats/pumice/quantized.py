@@ -1,0 +1,121 @@
+"""The matrices of a Pumice folder that are stored in few bits, in the layout that the kernels read.
+
+    quantized.safetensors   a matrix's bytes as one U8 tensor, by its name in `pumice.model`
+    quantized.json          {"layout": 1, "matrices": {name: {"kind": "Q4_K", "shape": [outputs, inputs]}}}
+
+Opening maps the file: nothing is converted or copied. The layout is that of `kernels/packed.h`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pumice.errors import InputError
+from pumice.files import cache_folder, sync
+from pumice.kernels.packed import LAYOUT, Kind, Packed, size
+from pumice.storage.json_file import read_json, write_json
+from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, open_file, write_file
+
+FILE, INDEX = "quantized.safetensors", "quantized.json"
+_LOG = logging.getLogger("pumice")
+
+
+def as_bytes(state: LazyStateDict) -> LazyStateDict:
+    """The matrices in blocks of a state, as the tensors that the file holds; made when they are read."""
+    return {
+        name: _bytes(tensor, tensor.blocks) for name, tensor in state.items() if tensor.blocks is not None
+    }
+
+
+def write_quantized(folder: Path, state: LazyStateDict) -> None:
+    """Both files, of the matrices in blocks; none where there are none. One matrix at a time is in memory."""
+    matrices = {
+        name: {"kind": tensor.blocks.kind.name, "shape": list(tensor.shape)}
+        for name, tensor in state.items()
+        if tensor.blocks is not None
+    }
+    if matrices:
+        write_file(folder / FILE, as_bytes(state))
+        write_json(folder / INDEX, {"layout": LAYOUT, "matrices": matrices})
+
+
+def open_quantized(folder: Path) -> LazyStateDict:
+    """The folder's matrices in blocks; {} where it has none. Raises InputError when the files do not fit."""
+    index = folder / INDEX
+    if not index.exists():
+        return {}
+    described = read_json(index, "its matrices cannot be read")
+    if (layout := described.get("layout")) != LAYOUT:
+        raise InputError(
+            f"{index} says layout {layout!r}, this version of Pumice reads layout {LAYOUT}; "
+            "import the model again with --quantize"
+        )
+    found = open_file(folder / FILE)
+    matrices = described.get("matrices")
+    if not isinstance(matrices, dict) or matrices.keys() != found.keys():
+        raise InputError(f"{index} and {FILE} do not name the same matrices; import the model again")
+    return {name: _stored(name, found[name], entry, index) for name, entry in matrices.items()}
+
+
+def cached(key: str, state: LazyStateDict) -> LazyStateDict:
+    """The state with its matrices in blocks taken from the cache folder, where they are put the first time.
+
+    key: says everything that the matrices are made of. Where the folder cannot be written the state serves as
+    it is.
+    """
+    folder = cache_folder() / "quantized" / key
+    try:
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                fresh = Path(scratch) / "new"
+                fresh.mkdir()
+                write_quantized(fresh, state)
+                for path in fresh.iterdir():
+                    sync(path)
+                fresh.rename(folder)
+        return state | open_quantized(folder)
+    except OSError as error:
+        _LOG.info("quantised weights are not kept in %s: %s", folder, error.strerror)
+        return state
+    except InputError:  # damaged: the next start makes it again
+        shutil.rmtree(folder, ignore_errors=True)
+        return state
+
+
+def _bytes(tensor: LazyTensor, blocks: Blocks) -> LazyTensor:
+    outputs, inputs = tensor.shape
+    return LazyTensor((size(blocks.kind, outputs, inputs),), torch.uint8, lambda _: blocks.fetch().data)
+
+
+def _stored(name: str, data: LazyTensor, entry: object, index: Path) -> LazyTensor:
+    kind, shape = _described(entry)
+    if kind is None or data.dtype != torch.uint8 or data.shape != (size(kind, *shape),):
+        raise InputError(
+            f"{index} says {entry!r} of {name}, which is not what {FILE} holds; import the model again"
+        )
+
+    def packed() -> Packed:
+        return Packed(kind, *shape, data.read())
+
+    def restored(dtype: torch.dtype) -> Tensor:
+        return packed().restored(dtype)
+
+    return LazyTensor(shape, torch.float32, restored, data.origin, Blocks(kind, packed))
+
+
+def _described(entry: object) -> tuple[Kind | None, tuple[int, int]]:
+    """A matrix's kind and shape, or no kind where the entry says none."""
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape = Kind.__members__.get(str(fields.get("kind"))), fields.get("shape")
+    if kind is None or not isinstance(shape, list) or len(shape) != 2:
+        return None, (0, 0)
+    outputs, inputs = shape
+    whole = all(isinstance(n, int) and n > 0 for n in shape) and inputs % kind.block == 0
+    return (kind, (outputs, inputs)) if whole else (None, (0, 0))

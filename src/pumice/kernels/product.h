@@ -1,0 +1,76 @@
+/* Activations times a packed matrix, in integers, by the best kernel that the processor has.
+ *
+ * A number of the result is added up in the same order whatever stands beside it: the rows of the call, the threads, the
+ * tiles. So a token gets the same numbers in a prompt and in an answer.
+ */
+#ifndef PUMICE_PRODUCT_H
+#define PUMICE_PRODUCT_H
+#include "activations.h"
+
+#define AHEAD 4096 /* bytes: one row asks memory for weights so early, before the processor guesses */
+#define LINE 64    /* bytes that memory gives at a time */
+
+#if defined(PUMICE_PLAIN)
+#define KERNEL "plain C"
+#include "product_plain.h"
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define KERNEL "AVX-512 VNNI"
+#include "product_vnni.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define KERNEL "AVX2"
+#include "product_avx2.h"
+#else
+#define KERNEL "plain C"
+#include "product_plain.h"
+#endif
+
+#define SPAN 128 /* groups of a row that are multiplied before the next rows: the tiles' stay in the cache */
+
+/* Rows [row, row + rows) times tiles [tile, tile + tiles): y (rows, stride) = or += the product, and the bias. */
+INLINE void block(const int kind, const int rows, const int tiles, const Packed *w, int64_t tile, const Activations *x,
+                  int64_t row, int64_t first, int64_t last, float *y, int64_t stride, int add) {
+    float sums[ROWS * WIDE * TILE];
+    const int64_t column = tile * TILE, left = w->outputs - column;
+    const int64_t count = left < tiles * TILE ? left : tiles * TILE;
+    for (int r = 0; r < rows; r++)
+        for (int64_t c = 0; c < tiles * TILE; c++)
+            sums[r * tiles * TILE + c] = (first || add) && c < count ? y[(row + r) * stride + column + c] : 0;
+    multiply(kind, rows, tiles, w->data + tile * tile_bytes(kind, w->inputs), w->inputs, x, row, first, last, sums);
+    const float *bias = last * GROUP == w->inputs ? w->bias : 0;
+    for (int r = 0; r < rows; r++)
+        for (int64_t c = 0; c < count; c++)
+            y[(row + r) * stride + column + c] = sums[r * tiles * TILE + c] + (bias ? bias[column + c] : 0);
+}
+
+/* All rows of some tiles. */
+INLINE void panel(const int kind, const int tiles, const Packed *w, int64_t tile, const Activations *x, int64_t rows,
+                  float *y, int64_t stride, int add) {
+    const int64_t groups = w->inputs / GROUP;
+    for (int64_t first = 0; first < groups; first += SPAN) {
+        const int64_t last = first + SPAN < groups ? first + SPAN : groups;
+        int64_t row = 0;
+        for (; row + ROWS <= rows; row += ROWS)
+            block(kind, ROWS, tiles, w, tile, x, row, first, last, y, stride, add);
+        for (; row < rows; row++) block(kind, 1, tiles, w, tile, x, row, first, last, y, stride, add);
+    }
+}
+
+#define PANELS(KIND)                                                                                                   \
+    case KIND:                                                                                                         \
+        for (; tile + WIDE <= last; tile += WIDE) panel(KIND, WIDE, w, tile, x, rows, y, stride, add);                 \
+        for (; tile < last; tile++) panel(KIND, 1, w, tile, x, rows, y, stride, add);                                  \
+        break;
+
+/* Tiles [tile, last) of all rows: y (rows, stride) = x (rows, inputs) times the matrix (outputs, inputs). */
+static __attribute__((noinline)) void product(const Packed *w, int64_t tile, int64_t last, const Activations *x,
+                                              int64_t rows, float *y, int64_t stride, int add) {
+    switch (w->kind) { /* constants, so that each kind's code is its own */
+        PANELS(Q8_0)
+        PANELS(Q4_0)
+        PANELS(Q4_1)
+        PANELS(Q4_K)
+    }
+}
+
+static inline int64_t tiles_of(const Packed *w) { return (w->outputs + TILE - 1) / TILE; }
+#endif

@@ -1,0 +1,106 @@
+/* The integer product with AVX2: bytes multiply in pairs, whose sums have 16 bits.
+ *
+ * Four bits times eight: eight pairs are at most 8 * 2 * 15 * 127 = 30480, so that a whole group adds up in 16 bits. Eight
+ * times eight: one pair is (2 * 128 * 127 = 32512); the product takes weights without sign, activations get it.
+ */
+#include <immintrin.h>
+
+#define WIDE 1
+#define ROWS 4
+
+INLINE __m256 halves(const uint8_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
+INLINE __m256 bytes(const uint8_t *from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+}
+
+/* Of eight rows, the first or second of a tile. */
+INLINE void tile_scales(const int kind, const uint8_t *from, int64_t groups, int64_t g, const int half, __m256 *scale,
+                        __m256 *offset) {
+    if (kind == Q8_0 || kind == Q4_0) *scale = halves(from + g * 32 + half * 16);
+    else if (kind == Q4_1) {
+        *scale = halves(from + g * 64 + half * 16);
+        *offset = halves(from + g * 64 + 32 + half * 16);
+    } else {
+        const uint8_t *whole = from + 32 * groups + g / SUPER * 64 + half * 16, *factor = from + g * 32 + half * 8;
+        *scale = _mm256_mul_ps(halves(whole), bytes(factor));
+        *offset = _mm256_mul_ps(_mm256_sub_ps(_mm256_setzero_ps(), halves(whole + 32)), bytes(factor + 16));
+    }
+}
+
+INLINE void multiply(const int kind, const int rows, const int tiles, const uint8_t *data, int64_t inputs,
+                     const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
+    const int64_t groups = inputs / GROUP;
+    const uint8_t *from = data + number_bytes(kind, inputs);
+    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8(-128);
+    __m256 f[ROWS][2];
+    (void)tiles;
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < 2; h++) f[r][h] = _mm256_loadu_ps(sums + r * TILE + 8 * h);
+    for (int64_t g = first; g < last; g++) {
+        const uint8_t *w = data + g * TILE * (kind == Q8_0 ? GROUP : GROUP / 2);
+        const int8_t *a = x->numbers + row * inputs + g * GROUP;
+        __m256i dots[ROWS][2];
+        if (rows == 1)
+            for (int i = 0; i < TILE * (kind == Q8_0 ? GROUP : GROUP / 2); i += LINE) __builtin_prefetch(w + i + AHEAD);
+        for (int r = 0; r < rows; r++) dots[r][0] = dots[r][1] = _mm256_setzero_si256();
+        if (kind == Q8_0) {
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++, w += 64) {
+                __m256i weights[2], sizes[2];
+                for (int h = 0; h < 2; h++) {
+                    weights[h] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(w + 32 * h)), flip);
+                    sizes[h] = _mm256_abs_epi8(weights[h]);
+                }
+                for (int r = 0; r < rows; r++) {
+                    int32_t four;
+                    memcpy(&four, a + r * inputs + 4 * j, 4);
+                    const __m256i numbers = _mm256_set1_epi32(four);
+                    for (int h = 0; h < 2; h++) {
+                        __m256i pairs = _mm256_maddubs_epi16(sizes[h], _mm256_sign_epi8(numbers, weights[h]));
+                        dots[r][h] = _mm256_add_epi32(dots[r][h], _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+            }
+        } else {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++, w += 64) {
+                __m256i lower[2], upper[2];
+                for (int h = 0; h < 2; h++) {
+                    const __m256i both = _mm256_loadu_si256((const __m256i *)(w + 32 * h));
+                    lower[h] = _mm256_and_si256(both, low);
+                    upper[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+                }
+                for (int r = 0; r < rows; r++) {
+                    int32_t four, later;
+                    memcpy(&four, a + r * inputs + 4 * j, 4);
+                    memcpy(&later, a + r * inputs + 16 + 4 * j, 4);
+                    const __m256i numbers = _mm256_set1_epi32(four), others = _mm256_set1_epi32(later);
+                    for (int h = 0; h < 2; h++) {
+                        __m256i pairs = _mm256_maddubs_epi16(lower[h], numbers);
+                        dots[r][h] = _mm256_add_epi16(dots[r][h], pairs);
+                        pairs = _mm256_maddubs_epi16(upper[h], others);
+                        dots[r][h] = _mm256_add_epi16(dots[r][h], pairs);
+                    }
+                }
+            }
+            for (int r = 0; r < rows; r++)
+                for (int h = 0; h < 2; h++) dots[r][h] = _mm256_madd_epi16(dots[r][h], ones);
+        }
+        __m256 scale[2], offset[2];
+        for (int h = 0; h < 2; h++) tile_scales(kind, from, groups, g, h, &scale[h], &offset[h]);
+        for (int r = 0; r < rows; r++) {
+            const int32_t total = x->sums[(row + r) * groups + g];
+            const __m256 by = _mm256_set1_ps(x->scales[(row + r) * groups + g]);
+            for (int h = 0; h < 2; h++) {
+                __m256i dot = dots[r][h];
+                if (kind == Q4_0) dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(8 * total));
+                __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale[h]);
+                if (kind == Q4_1 || kind == Q4_K)
+                    part = _mm256_fmadd_ps(offset[h], _mm256_set1_ps((float)total), part);
+                f[r][h] = _mm256_fmadd_ps(part, by, f[r][h]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < 2; h++) _mm256_storeu_ps(sums + r * TILE + 8 * h, f[r][h]);
+}

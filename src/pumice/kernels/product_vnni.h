@@ -1,0 +1,88 @@
+/* The integer product with AVX-512 VNNI: one instruction adds up four bytes times four bytes in each of 16 rows.
+ *
+ * Weights have no sign there; what was added to them is taken off by the sum's first value.
+ */
+#include <immintrin.h>
+
+#define WIDE 4
+#define ROWS 3
+
+INLINE __m512 halves(const uint8_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)from)); }
+INLINE __m512 bytes(const uint8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from)));
+}
+
+INLINE void tile_scales(const int kind, const uint8_t *from, int64_t groups, int64_t g, __m512 *scale, __m512 *offset) {
+    if (kind == Q8_0 || kind == Q4_0) *scale = halves(from + g * 32);
+    else if (kind == Q4_1) {
+        *scale = halves(from + g * 64);
+        *offset = halves(from + g * 64 + 32);
+    } else {
+        const uint8_t *whole = from + 32 * groups + g / SUPER * 64, *factor = from + g * 32;
+        *scale = _mm512_mul_ps(halves(whole), bytes(factor));
+        *offset = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), halves(whole + 32)), bytes(factor + 16));
+    }
+}
+
+INLINE void multiply(const int kind, const int rows, const int tiles, const uint8_t *data, int64_t inputs,
+                     const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
+    const int64_t groups = inputs / GROUP, each = tile_bytes(kind, inputs);
+    const int bytes_of_group = TILE * (kind == Q8_0 ? GROUP : GROUP / 2);
+    __m512 f[ROWS][WIDE];
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tiles; t++) f[r][t] = _mm512_loadu_ps(sums + (r * tiles + t) * TILE);
+    for (int64_t g = first; g < last; g++) {
+        const uint8_t *w = data + g * bytes_of_group;
+        const int8_t *a = x->numbers + row * inputs + g * GROUP;
+        __m512i dots[ROWS][WIDE];
+        for (int r = 0; r < rows; r++) {
+            const int32_t total = x->sums[(row + r) * groups + g];
+            const __m512i start = _mm512_set1_epi32(kind == Q8_0 ? -128 * total : kind == Q4_0 ? -8 * total : 0);
+            for (int t = 0; t < tiles; t++) dots[r][t] = start;
+        }
+        if (kind == Q8_0) {
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                __m512i weights[WIDE];
+                for (int t = 0; t < tiles; t++) weights[t] = _mm512_loadu_si512(w + t * each + 64 * j);
+                for (int r = 0; r < rows; r++) {
+                    int32_t four;
+                    memcpy(&four, a + r * inputs + 4 * j, 4);
+                    const __m512i numbers = _mm512_set1_epi32(four);
+                    for (int t = 0; t < tiles; t++) dots[r][t] = _mm512_dpbusd_epi32(dots[r][t], weights[t], numbers);
+                }
+            }
+        } else {
+            const __m512i low = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                __m512i both[WIDE], weights[WIDE];
+                for (int t = 0; t < tiles; t++) both[t] = _mm512_loadu_si512(w + t * each + 64 * j);
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    for (int t = 0; t < tiles; t++)
+                        weights[t] = _mm512_and_si512(half ? _mm512_srli_epi16(both[t], 4) : both[t], low);
+                    for (int r = 0; r < rows; r++) {
+                        int32_t four;
+                        memcpy(&four, a + r * inputs + 16 * half + 4 * j, 4);
+                        const __m512i numbers = _mm512_set1_epi32(four);
+                        for (int t = 0; t < tiles; t++)
+                            dots[r][t] = _mm512_dpbusd_epi32(dots[r][t], weights[t], numbers);
+                    }
+                }
+            }
+        }
+        for (int t = 0; t < tiles; t++) {
+            __m512 scale, offset;
+            tile_scales(kind, data + t * each + number_bytes(kind, inputs), groups, g, &scale, &offset);
+            for (int r = 0; r < rows; r++) {
+                __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[r][t]), scale);
+                if (kind == Q4_1 || kind == Q4_K)
+                    part = _mm512_fmadd_ps(offset, _mm512_set1_ps((float)x->sums[(row + r) * groups + g]), part);
+                f[r][t] = _mm512_fmadd_ps(part, _mm512_set1_ps(x->scales[(row + r) * groups + g]), f[r][t]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tiles; t++) _mm512_storeu_ps(sums + (r * tiles + t) * TILE, f[r][t]);
+}

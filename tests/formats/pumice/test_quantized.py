@@ -1,0 +1,223 @@
+"""Folders whose language model is stored in few bits: opened as they lie, whole or refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+from pumice.assistant import load
+from pumice.errors import InputError, WorkError
+from pumice.formats import quantize as quantize_module
+from pumice.formats.export import export
+from pumice.formats.gguf.file import GgufFile
+from pumice.formats.import_ import import_model
+from pumice.formats.load import open_model
+from pumice.formats.pumice import quantized
+from pumice.formats.pumice.folder import open_parts, save
+from pumice.formats.read import read_model
+from pumice.kernels.packed import Kind, Packed
+from pumice.model.quantized import PackedLinear
+from pumice.storage.tensors import as_lazy
+
+BITS = pytest.mark.parametrize("bits", ["int8", "int4"])
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    import_model(str(tiny_folder), tmp_path / "small", quantize="int4")
+    return tmp_path / "small"
+
+
+@BITS
+def test_a_stored_model_is_the_one_that_is_quantised_when_it_is_opened(
+    tiny_folder: Path, tmp_path: Path, bits: str
+) -> None:
+    done = import_model(str(tiny_folder), tmp_path / "small", quantize=bits)
+    files = sorted(path.name for path in (tmp_path / "small").iterdir())
+    assert files == [
+        "config.json", "model.safetensors", "provenance.json", "quantized.json", "quantized.safetensors",
+        "tokenizer.json",
+    ]  # fmt: skip
+    held = sum((tmp_path / "small" / name).stat().st_size for name in files if "safetensors" in name)
+    assert held == pytest.approx(done.summary()["bytes"], rel=0.05)
+    there = open_model(tiny_folder, quantize=bits).model.decoder
+    here = open_model(tmp_path / "small", quantize="auto").model.decoder
+    for ours, theirs in zip(here.modules(), there.modules(), strict=True):
+        if isinstance(ours, PackedLinear):
+            assert isinstance(theirs, PackedLinear) and ours.kind is theirs.kind
+            assert torch.equal(ours.data, theirs.data)
+    asked = [load(path, device="cpu", quantize="auto" if path != tiny_folder else bits)
+             for path in (tmp_path / "small", tiny_folder)]  # fmt: skip
+    first, second = (assistant.ask(None, "What?", max_new_tokens=8) for assistant in asked)
+    assert first == second
+
+
+def test_it_is_mapped_not_copied(folder: Path) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not list mappings")
+    model = open_model(folder, quantize="auto").model
+    layer = model.decoder.blocks[0].mlp.up
+    assert isinstance(layer, PackedLinear)
+    [line] = [
+        line for line in maps.read_text().splitlines()
+        if int(line.split("-")[0], 16) <= layer.data.data_ptr() < int(line.split("-")[1].split()[0], 16)
+    ]  # fmt: skip
+    assert line.endswith("quantized.safetensors")
+
+
+def test_floats_are_what_the_blocks_stand_for(folder: Path, tmp_path: Path) -> None:
+    """For training, other devices, and other formats."""
+    plain = open_model(folder).model.decoder.state_dict()
+    for name, matrix in open_parts(folder).state.items():
+        if matrix.blocks is not None:
+            kept = plain[name.removeprefix("decoder.")]
+            assert torch.equal(kept, matrix.blocks.fetch().restored())
+    import_model(str(folder), tmp_path / "again")
+    for name in ("quantized.json", "quantized.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_of_gguf_are_kept_bit_for_bit(
+    write_gguf: Callable[..., Any], tmp_path: Path, form: str
+) -> None:
+    source = tmp_path / "model.gguf"
+    write_gguf(source, quantised=form)
+    import_model(str(source), tmp_path / "m", template="plain", quantize="int8")
+    state = open_parts(tmp_path / "m").state
+    file = GgufFile(source)
+    for ours, theirs in (("blocks.0.mlp.up", "blk.0.ffn_up"), ("embed", "token_embd")):
+        blocks = state[f"decoder.{ours}.weight"].blocks
+        assert blocks is not None and blocks.kind is Kind[form]
+        assert torch.equal(blocks.fetch().blocks(), file.blocks(f"{theirs}.weight"))
+    # Rows of queries are turned into our order
+    query = state["decoder.blocks.0.attention.q.weight"].blocks
+    assert query is not None
+    expected = open_model(source, template="plain").model.decoder.blocks[0].attention.q.weight
+    assert torch.equal(query.fetch().restored(), expected)
+    assert gguf.GGMLQuantizationType[form] == query.kind.ggml
+
+
+@pytest.mark.parametrize("form", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_leave_as_they_came(write_gguf: Callable[..., Any], tmp_path: Path, form: str) -> None:
+    source = tmp_path / "model.gguf"
+    write_gguf(source, quantised=form)
+    import_model(str(source), tmp_path / "m", template="chatml", quantize="int8")
+    export(read_model(tmp_path / "m"), "gguf", tmp_path / "out", kind="keep")
+    there, here = GgufFile(source), GgufFile(tmp_path / "out" / "model-keep.gguf")
+    matrices = [name for name, info in there.infos.items() if len(info.shape) == 2]
+    assert len(matrices) == 15
+    for name in matrices:
+        assert here.infos[name].kind == Kind[form].ggml
+        assert torch.equal(here.blocks(name), there.blocks(name))
+
+
+def test_eight_bits_become_four_where_that_is_asked(write_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", quantised="Q8_0")
+    import_model(str(tmp_path / "model.gguf"), tmp_path / "m", template="plain", quantize="int4")
+    kinds = json.loads((tmp_path / "m" / "quantized.json").read_text())["matrices"]
+    assert kinds["decoder.blocks.0.mlp.up.weight"]["kind"] == "Q4_K"
+    assert kinds["decoder.embed.weight"]["kind"] == "Q8_0"
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_bad_files_are_refused(folder: Path) -> None:
+    index, weights = folder / quantized.INDEX, folder / quantized.FILE
+    name = "decoder.blocks.0.mlp.up.weight"
+    text, data = index.read_text(), weights.read_bytes()
+    cases: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+        (lambda v: v.update(layout=99), "says layout 99, this version of Pumice reads layout 1; import"),
+        (lambda v: v["matrices"].pop(name), "do not name the same matrices"),
+        (lambda v: v.update(matrices=3), "do not name the same matrices"),
+        (lambda v: v["matrices"][name].update(kind="Q3_K"), f"of {name}, which is not what"),
+        (lambda v: v["matrices"][name].update(shape=[96, 96]), f"of {name}, which is not what"),
+        (lambda v: v["matrices"][name].update(shape=[96, 40]), f"of {name}, which is not what"),
+        (lambda v: v["matrices"].update({name: None}), f"of {name}, which is not what"),
+    ]
+    for change, message in cases:
+        edit(index, change)
+        with pytest.raises(InputError, match=re.escape(message)):
+            open_parts(folder)
+        index.write_text(text)
+    weights.write_bytes(data[:-100])
+    with pytest.raises(InputError, match="damaged or cut short"):
+        open_parts(folder)
+    weights.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        open_parts(folder)
+
+
+def test_weights_that_are_not_finite_leave_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    parts = open_parts(tiny_folder)
+    name = "decoder.blocks.1.mlp.down.weight"
+    spoiled = parts.state[name].read().clone()
+    spoiled[5, 3] = torch.inf
+    state = parts.state | {name: as_lazy(spoiled, name)}
+    save(tmp_path / "bad", parts.config, state, tokenizer=parts.tokenizer.to_str())
+    with pytest.raises(InputError, match=r"mlp\.down\.weight.*holds a weight that is not finite in row 5"):
+        import_model(str(tmp_path / "bad"), tmp_path / "m", quantize="int8")
+    assert not (tmp_path / "m").exists()
+    with pytest.raises(InputError, match="not finite in row 5"):
+        open_model(tmp_path / "bad", quantize="auto")
+
+
+def test_a_full_disk_leaves_nothing(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(quantized, "write_file", full)
+    with pytest.raises(WorkError, match="No space left on device"):
+        import_model(str(tiny_folder), tmp_path / "m", quantize="int8")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_built_in_model_is_quantised_once(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pumice.formats.load.BUILT_IN", tmp_path)
+    shutil.copytree(tiny_folder, tmp_path / "built-in")
+    made: list[str] = []
+    plain = quantize_module.quantize
+
+    def noted(weight: torch.Tensor, kind: Kind, name: str) -> Packed:
+        made.append(name)
+        return plain(weight, kind, name)
+
+    def data(bits: str = "int4") -> torch.Tensor:
+        layer = open_model(tmp_path / "built-in", quantize=bits).model.decoder.blocks[1].mlp.down
+        assert isinstance(layer, PackedLinear)
+        return layer.data
+
+    monkeypatch.setattr(quantize_module, "quantize", noted)
+    first = data()
+    assert len(made) == 15
+    [kept] = (tmp_path / "cache" / "quantized").iterdir()
+    assert torch.equal(data(), first) and len(made) == 15  # from the cache
+    data("int8")
+    assert len(made) == 30  # which is something else
+    (kept / quantized.FILE).unlink()  # what is mapped must not be written over
+    (kept / quantized.FILE).write_bytes(b"damaged")
+    assert torch.equal(data(), first) and len(made) == 45
+    assert torch.equal(data(), first) and len(made) == 60  # put there again
+    assert torch.equal(data(), first) and len(made) == 60
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file is in the way")
+    assert torch.equal(data(), first)

@@ -1,0 +1,180 @@
+"""Integer products of every kernel against a plain reference, on random and on extreme numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pumice.kernels import compute, loader
+from pumice.kernels.compute import kernel_name, linear, quantize
+from pumice.kernels.packed import GROUP, Kind, Packed
+
+KERNELS = Path(loader.__file__).parent
+KINDS = pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernel for AVX-512 VNNI, its instructions in plain C."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no gcc")
+    made = tmp_path_factory.mktemp("emulated") / "vnni.so"
+    header = Path(__file__).with_name("emulated_vnni.h")
+    command = [compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-include", str(header)]
+    done = subprocess.run(
+        [*command, str(KERNELS / "linear.c"), "-o", str(made), "-lm"], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("this compiler has no headers of x86")
+    return ctypes.CDLL(str(made))
+
+
+@pytest.fixture(params=["own", "plain", "emulated VNNI"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`linear` computes by this kernel."""
+    if request.param == "emulated VNNI":
+        code = request.getfixturevalue("emulated")
+    else:
+        code, why = loader.compiled("packed" if request.param == "own" else "plain")
+        if code is None:
+            pytest.skip(why)
+    monkeypatch.setattr(compute, "library", lambda: code)
+    name = kernel_name()
+    expected = {"plain": "plain C", "emulated VNNI": "AVX-512 VNNI"}
+    assert name == expected.get(request.param, name)
+    yield name
+
+
+def random_matrix(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> Packed:
+    """Every number of a block is possible; scales are of many sizes."""
+    from pumice.kernels.packed import from_blocks
+
+    generator = torch.Generator().manual_seed(seed)
+    shape = (outputs, inputs // kind.block, kind.block_bytes)
+    blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    halves = 2 if kind in (Kind.Q8_0, Kind.Q4_0) else 4
+    sizes = torch.rand((*shape[:2], halves // 2), generator=generator) * 10 - 12
+    blocks[..., :halves] = (2**sizes).half().view(torch.uint8)
+    return from_blocks(kind, blocks)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Activations as every kernel rounds them."""
+    groups = x.view(len(x), -1, GROUP)
+    largest = groups.abs().amax(-1, keepdim=True)
+    largest = torch.where(largest < 1e-30, 0, largest)
+    factors = torch.full_like(largest, 127) / largest  # 127 / largest multiplies with the reciprocal
+    numbers = (groups * factors).round().nan_to_num(0, 0, 0)
+    return (numbers.double() * (largest / 127)).view(x.shape)
+
+
+def extremes(rows: int, inputs: int) -> Tensor:
+    """Random rows; one of zeros, one with a huge outlier, one of the smallest numbers, one of equal ones."""
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
+    x[1] = 0
+    x[2, inputs // 2] = 3e4
+    x[3] *= 1e-38
+    x[4] = -1
+    return x
+
+
+# Partial tiles, several spans of groups, one group.
+SIZES = pytest.mark.parametrize(("outputs", "inputs"), [(40, 256), (131, 512), (7, 4096 + 512), (16, 256)])
+
+
+@KINDS
+@SIZES
+def test_equals_the_plain_sum(kernel: str, kind: Kind, outputs: int, inputs: int) -> None:
+    packed, x = random_matrix(kind, outputs, inputs), extremes(9, inputs)
+    y = linear(x, packed)
+    weights, numbers = packed.restored().double(), rounded(x)
+    expected, size = numbers @ weights.T, numbers.abs() @ weights.abs().T
+    assert y[1].eq(0).all() and y[3].eq(0).all()
+    # Of what was added up; measured worst: 4.1e-6 (Q4_K, whose scales and offsets nearly cancel), 6.5e-7 else
+    worst = ((y - expected).abs() / size.clamp_min(1e-30)).max().item()
+    print(f"{kernel} {kind.name}: {worst:.1e}")
+    assert worst < 1e-5
+
+
+@KINDS
+def test_small_blocks(kernel: str, kind: Kind) -> None:
+    if kind is Kind.Q4_K:
+        pytest.skip("its blocks are 256 long")
+    packed, x = random_matrix(kind, 3, 32), extremes(5, 32)
+    expected = rounded(x) @ packed.restored().double().T
+    assert torch.allclose(linear(x, packed).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@KINDS
+def test_a_row_does_not_depend_on_its_company_or_on_threads(kernel: str, kind: Kind) -> None:
+    packed, x = random_matrix(kind, 200, 4096 + 512), extremes(11, 4096 + 512)
+    together = linear(x, packed)
+    alone = torch.cat([linear(row[None], packed) for row in x])
+    assert torch.equal(together, alone)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear(x, packed), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@KINDS
+def test_all_kernels_agree(kernel: str, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = random_matrix(kind, 77, 1024), extremes(6, 1024)
+    ours = linear(x, packed)
+    code, why = loader.compiled("plain")
+    if code is None:
+        pytest.skip(why)
+    monkeypatch.setattr(compute, "library", lambda: code)
+    plain = linear(x, packed)
+    assert ((ours - plain).abs().amax(1) <= 1e-5 * plain.abs().amax(1)).all()
+
+
+def test_the_bias_and_the_shape_are_kept(kernel: str) -> None:
+    packed, bias = random_matrix(Kind.Q8_0, 20, 64), torch.randn(20)
+    x = torch.randn(2, 3, 64)
+    y = linear(x, packed, bias)
+    assert y.shape == (2, 3, 20)
+    assert torch.allclose(y, linear(x, packed) + bias, atol=1e-6)
+    assert linear(x.bfloat16(), packed).dtype == torch.bfloat16
+    assert linear(x[:0], packed).shape == (0, 3, 20)
+
+
+@KINDS
+def test_without_compiled_code_weights_are_restored(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "library", lambda: None)
+    packed, x = random_matrix(kind, 33, 512), torch.randn(4, 512)
+    assert torch.equal(linear(x, packed), x @ packed.restored().T)
+
+
+def test_gradients_pass_through(kernel: str) -> None:
+    packed, x = random_matrix(Kind.Q4_1, 8, 64), torch.randn(2, 64, requires_grad=True)
+    linear(x, packed).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, packed.restored().sum(0).expand(2, -1), rtol=1e-5)
+
+
+def test_quantising_needs_no_compiled_code_to_agree() -> None:
+    """What is compiled and what is not find the same 8 bits, and 4 bits as good."""
+    if loader.compiled("packed")[0] is None:
+        pytest.skip(loader.compiled("packed")[1])
+    weight = torch.randn(48, 512, generator=torch.Generator().manual_seed(3))
+    weight[5] = 0
+    weight[6, ::100] = 40
+    for kind in (Kind.Q8_0, Kind.Q4_1, Kind.Q4_K):
+        ours, theirs = quantize(weight, kind), compute._quantize(weight, kind, "")
+        if kind is Kind.Q8_0:
+            assert torch.equal(ours.data, theirs.data)
+        errors = [(made.restored() - weight).norm() / weight.norm() for made in (ours, theirs)]
+        print(kind.name, errors)
+        assert errors[0] <= errors[1] * 1.02
+        assert ours.restored()[5].eq(0).all()
