@@ -93,7 +93,7 @@ def import_model(
     state = {name: loaded.state[name] for name in expected if name in loaded.state}
     if quantize is not None:
         loaded, state = _in_few_bits(loaded, state, quantize)
-    elif kind is not Kind.OWN:
+    elif kind is not FormatKind.OWN:
         state = {name: dataclasses.replace(tensor, blocks=None) for name, tensor in state.items()}
     if (wanted := DTYPES[dtype]) is not None:
         floats = {name: tensor.cast(wanted) for name, tensor in state.items() if tensor.blocks is None}

@@ -11,9 +11,6 @@
     quantized.*         only when matrices are stored in few bits: `quantized` in this folder
     parts.json          only when a part was never trained and is not repeated here:
                         {"tower": {"wheel": "efficientnet-lite2", "sha256": "..."}, "decoder": ...}
-
-Knows: these files, and how to fill in parts from the wheels they name. Does not know: the model's
-modules (the caller gives the shapes that it expects), or merging adapters.
 """
 
 from __future__ import annotations
