@@ -352,7 +352,7 @@ class Engine:
             top_count = request.prompt.params.logprobs
             logprobs = None if top_count is None else (token_logprobs(logits[row], token, top_count),)
             request.append(token)
-            # The last token of an answer needs no cell, so the answer is full with one token more than cells.
+            # The last token needs no cell: the longest answer has one token more than there are cells.
             if request.length > request.max_cells:
                 self._finish(request, "length", tokens=(token,), logprobs=logprobs)
             else:
