@@ -163,6 +163,7 @@ def test_compares_two_files(folder: Path) -> None:
     equal = run(*OWN, "two.jsonl", "--compare", "copy.jsonl")
     refused(run(*OWN, "one.jsonl", "--compare", "two.jsonl", "--model", "x"), "--compare is for two files")
     assert "two.jsonl is as good as copy.jsonl (0 answers better, 0 worse)" in equal.stdout
+    assert "two in two.jsonl minus two in copy.jsonl: +0.00" in equal.stdout  # answers of one model
 
 
 def test_answers_that_cannot_be_compared(folder: Path) -> None:

@@ -286,7 +286,7 @@ def _compare(
     files = (str(first_path), str(second_path)) if same_name else (first_path.name, second_path.name)
     names = (first.model, second.model)
     if names[0] == names[1]:
-        names = (f"{names[0]} (first)", f"{names[1]} (second)")
+        names = (f"{names[0]} in {files[0]}", f"{names[1]} in {files[1]}")
     # Only questions that both files answer can be compared.
     both_answered = first.answered, second.answered
     common_ids = set.intersection(*({question.id for question, _ in answered} for answered in both_answered))

@@ -84,6 +84,7 @@ class Engine:
         # 3. Set up the parts that only the thread that steps uses.
         self.model, self.slots = model, slots
         self._cache = KVCache(config, cache_tokens, model.device, model.decoder.cache_dtype)
+        # The decoder in C, where it can run; None where PyTorch computes every step.
         self._native = native_decoder(model.decoder, self._cache)
         self._prefix_cache = PrefixCache(cache_tokens, keep_finished=prefix_cache)
         self._scheduler = Scheduler(slots, chunk, self._prefix_cache, self._cache.copy)
@@ -148,9 +149,8 @@ class Engine:
             # 3. Plan: one token per running answer, then prompt chunks until the budget is used.
             try:
                 plan = self._scheduler.plan()
-            except (
-                Exception
-            ) as error:  # such as no memory for a copy: end all requests, so that none waits for ever
+            except Exception as error:
+                # Such as no memory for a copy. End all requests, so that none waits for ever.
                 for request in self._requests():
                     self._finish(request, "error", error)
                 return True
@@ -236,14 +236,13 @@ class Engine:
         """Split a plan into groups that are computed together.
 
         Answers are always decoded by native code, if there is any. If it cannot take the step's prompt
-        tokens, PyTorch computes the prompts apart. So an answer does not depend on what else is computed.
+        tokens, PyTorch computes the prompts separately. So an answer does not depend on the other requests.
         """
         if not plan or self._native is None or self._native_for(plan):
             return [plan] if plan else []
-        decoding = [request.remaining == 1 for request, _ in plan]
-        # Answers first, then prompts; a group may be empty.
-        groups = [[item for item, one in zip(plan, decoding, strict=True) if one == d] for d in (True, False)]
-        return [group for group in groups if group]
+        answers = [(request, count) for request, count in plan if request.remaining == 1]
+        prompts = [(request, count) for request, count in plan if request.remaining != 1]
+        return [group for group in (answers, prompts) if group]
 
     def _native_for(self, plan: Plan) -> NativeDecoder | None:
         """Return the native decoder if it can take this plan. Long prompts are faster in PyTorch."""
@@ -283,25 +282,25 @@ class Engine:
         """Return logits (R, V) for the requests whose next token is due, or None if there are none."""
         model = self.model
         # 1. Lay the new tokens of all requests end to end, and note the rows after which a token is due.
-        segments, due_rows, new_ids, row = [], [], [], 0
+        segments, due_rows, new_ids, rows_before = [], [], [], 0
         for request, count in plan:
             slot = request.slot
             assert slot is not None
             new_ids.append(request.ids[slot.length : slot.length + count])
             segments.append(Segment(slot.start, slot.length, count))
-            row += count
+            rows_before += count
             if slot.length + count == request.length:
-                due_rows.append(row - 1)
+                due_rows.append(rows_before - 1)
         # 2. Embed them. Placeholders have a negative id: embed any token, then overwrite it.
         ids = torch.from_numpy(np.concatenate(new_ids)).to(model.device)
-        x = model.decoder.embed(ids.clamp(min=0))
-        row = 0
+        x = model.decoder.embed(ids.clamp(min=0))  # (T, D)
+        rows_before = 0
         for request, count in plan:
             if request.step_images is not None:
                 offsets, image_tokens = request.step_images
-                x[torch.from_numpy(offsets + row).to(x.device)] = image_tokens.to(x)
+                x[torch.from_numpy(offsets + rows_before).to(x.device)] = image_tokens.to(x)
                 request.step_images = None
-            row += count
+            rows_before += count
         # 3. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix.
         logits: Tensor | None = None
         if native := self._native_for(plan):
@@ -312,7 +311,8 @@ class Engine:
             hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
             if due_rows:
                 logits = model.decoder.logits(hidden)
-        # 4. Only now record the tokens in their slots: an interrupted pass must be computed again.
+        # 4. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
+        #    again.
         for request, count in plan:
             slot = request.slot
             assert slot is not None
@@ -320,7 +320,7 @@ class Engine:
         return logits if due_rows else None
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
-        """Return the next token of each request, or the exception that prevented it."""
+        """Return the next token of each request, from logits (R, V), or the exception that prevented it."""
         # Most answers are greedy: one argmax serves all of them. Only the others are sampled one by one.
         choices: list[int | Exception] = logits.argmax(-1).tolist()
         for row, request in enumerate(requests):
@@ -352,6 +352,7 @@ class Engine:
             top_count = request.prompt.params.logprobs
             logprobs = None if top_count is None else (token_logprobs(logits[row], token, top_count),)
             request.append(token)
+            # The last token needs no cell: the longest answer has one token more than there are cells.
             if request.length > request.max_cells:
                 self._finish(request, "length", tokens=(token,), logprobs=logprobs)
             else:

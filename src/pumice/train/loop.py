@@ -1,7 +1,8 @@
 """The training loop for every stage, on one process or several.
 
-One step: run each pack forward and backward, with its summed loss divided by the supervised tokens of the
-whole step; then clip the gradients and update the weights.
+A step's rows are joined to packs (`pumice.data.packing`). One step: run each pack forward and backward, with
+its summed loss divided by the supervised tokens of the whole step; then clip the gradients and update the
+weights.
 
 Resume is bit-exact: every random draw depends on the recipe's seed and the step alone, or on a generator
 whose state is in the checkpoint.
@@ -112,7 +113,8 @@ class Trainer:
             flops_per_tile(self.model),
         )
         self.wrapped_objective = self._wrap_objective()
-        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        parameters = self.model.named_parameters()
+        self.trainable = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self.optimizer = make_optimizer(recipe, self.trainable, setup.part_of, self.device)
         # 5. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
@@ -121,7 +123,10 @@ class Trainer:
         self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
 
     def _wrap_objective(self) -> nn.Module:
-        """Compile and checkpoint the blocks as the recipe says, and wrap the objective for DDP or FSDP."""
+        """Set up the blocks as the recipe says, and wrap the objective for DDP or FSDP.
+
+        Blocks may be compiled, and may compute activations again instead of saving them (`checkpointing`).
+        """
         recipe, world, tower = self.recipe, self.world, self.model.tower
         blocks: list[Any] = [*self.model.decoder.blocks]
         if recipe.compile:
@@ -182,7 +187,7 @@ class Trainer:
         """Run the steps that remain, with their measurements and checkpoints, and save the model."""
         last = self.batches.steps
         report = self._open_report()
-        with report, _stop_requested() as stop:
+        with report, _stop_requested() as signals:
             # 1. Measure the untrained model, so that the report can compare before and after.
             if self.step == 0:
                 self._measure(report)
@@ -200,7 +205,7 @@ class Trainer:
                     if self.step % self.recipe.measure_every == 0 or self.step == last:
                         self._measure(report)
                     # 4. Save. All processes stop after the same step, also if only one got the signal.
-                    stop_now = bool(stop) if self.world.size == 1 else self.world.sum(len(stop))[0] > 0
+                    stop_now = bool(signals) if self.world.size == 1 else self.world.sum(len(signals))[0] > 0
                     if stop_now or self.step % self.recipe.save_every == 0 or self.step == last:
                         self._save(folder)
                     if stop_now and self.step < last:
@@ -233,6 +238,7 @@ class Trainer:
         """Read a step's rows and images, in a thread, before the step runs."""
         batch = self.batches[step]
         packs = self._own_packs(batch)
+        # Tokens, predictions and tiles, in the order of `_flop_costs`.
         counts = (
             batch.tokens,
             sum(len(pack.targets) for pack, _ in batch.packs),
@@ -245,11 +251,15 @@ class Trainer:
         """Return this process's packs, with dummies so that every process has the same number."""
         rank, size = self.world.rank, self.world.size
         packs = [self._load_pack(pack, mirrored) for pack, mirrored in batch.packs[rank::size]]
-        missing = -(-len(batch.packs) // size) - len(packs)
+        most = -(-len(batch.packs) // size)  # rounded up
+        missing = most - len(packs)
         return packs + [PackTensors.dummy()] * missing
 
     def _load_pack(self, pack: Pack, mirrored: list[bool]) -> PackTensors:
-        """Read a pack's images. Leave out trees whose images cannot be read, and count them as bad rows."""
+        """Read a pack's images. Leave out trees whose images cannot be read, and count them as bad rows.
+
+        A tree holds rows about the same images. mirrored: for each tree, whether its images are mirrored.
+        """
         pin = self.device.type == "cuda"
         trees: list[Tree] = []
         images: list[ImageInput] = []
@@ -265,7 +275,7 @@ class Trainer:
 
     def _train_step(self, prepared: PreparedStep) -> dict[str, Any]:
         """Run one optimiser step and return its numbers. Raises WorkError when the loss is not finite."""
-        # 1. Set this step's learning rates; `peak` is each group's own.
+        # 1. Set this step's learning rates: the share `rate` of each part's highest one, `peak`.
         rate = schedule(self.step, self.batches.steps, self.recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
@@ -336,9 +346,11 @@ class Trainer:
         """Generate without a KV cache, one whole pass per token, with all processes in step (FSDP)."""
         ids, tokens = torch.from_numpy(sample.input_ids), list[int]()
         while len(tokens) < ANSWER_TOKENS:
+            # One sequence, without supervised tokens: sources, targets and weights are empty.
             pack = PackTensors(
-                ids, torch.arange(len(ids)), [Run(len(ids))], ids[:0], ids[:0], torch.zeros(0),
-                images, sample.layouts,
+                input_ids=ids, positions=torch.arange(len(ids)), runs=[Run(len(ids))],
+                sources=ids[:0], targets=ids[:0], weights=torch.zeros(0),
+                images=images, layouts=sample.layouts,
             )  # fmt: skip
             token = self.world.broadcast(int(self.wrapped_objective(pack, last=True).argmax()))
             if token in self.model.config.stop_token_ids:
@@ -352,10 +364,11 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        # Of the optimiser, tensors (`moments`) and numbers (`plain`) are stored apart.
         moments, plain = checkpoints.optimizer_state(self.optimizer, self.trainable)
         checkpoint = checkpoints.Checkpoint(
             step=self.step,
-            weights={name: p.detach().contiguous() for name, p in self.trainable.items()},
+            weights={name: weight.detach().contiguous() for name, weight in self.trainable.items()},
             moments=moments,
             plain=plain,
             rng=rng,
@@ -393,7 +406,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _stop_requested() -> Iterator[list[int]]:
-    """Catch SIGINT and SIGTERM in a list, so that the current step can finish before the run stops."""
+    """Yield a list to which SIGINT and SIGTERM are added, so that the current step can finish first."""
     received: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:

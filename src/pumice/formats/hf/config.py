@@ -18,7 +18,8 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"
 }  # fmt: skip
 
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+# Pillow's number of a filter -> our name.
+RESAMPLE = {2: "bilinear", 3: "bicubic"}
 # Mean and standard deviation of the pixels (red, green, blue) that each kind of tower was trained with.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
@@ -109,7 +110,7 @@ def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
 
     Raises InputError if its pictures have another size than the tower takes.
     """
-    # 1. Values are scaled to 0..1, then normalised. mean 0 and std 1 stand for no normalisation.
+    # 1. Pixels are scaled to 0..1, then normalised. A mean of 0 and a std of 1 change nothing.
     keys.only("do_resize", (True,), True)
     keys.only("do_rescale", (True,), True)
     if abs((factor := keys.get("rescale_factor", float, 1 / 255)) * 255 - 1) > 1e-6:
@@ -119,7 +120,7 @@ def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:
         mean, std = _three(keys, "image_mean", mean), _three(keys, "image_std", std)
     else:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    # 2. Every size that it names must be the tower's: width and height of a square, in pixels.
+    # 2. Every size in the file must be the tower's: width and height of a square, in pixels.
     crop = keys.get("do_center_crop", bool, vision.kind == "clip")
     pad = keys.get("do_pad", bool, False)
     sides = _sides(keys, "size", vision.image_size)
@@ -198,13 +199,15 @@ def _window(keys: Keys, kind: str, depth: int, context: int) -> int | None:
         return None
     # A window as long as the context hides nothing, so it counts as none.
     window = _nullable(keys, "sliding_window")
-    if window is None or window >= context or kind == "mistral":
-        return window if window is not None and window < context else None
-    # Before layer_types, the first max_window_layers layers had full attention, the others the window.
+    if window is None or window >= context:
+        return None
+    if kind == "mistral":  # which has the window in every layer
+        return window
+    # In configs older than layer_types, the first max_window_layers layers have full attention.
     layers = keys.get("layer_types", list, None)
     if layers is None:
-        full = min(keys.get("max_window_layers", int), depth)
-        layers = ["full_attention"] * full + ["sliding_attention"] * (depth - full)
+        full_layers = min(keys.get("max_window_layers", int), depth)
+        layers = ["full_attention"] * full_layers + ["sliding_attention"] * (depth - full_layers)
     if len(set(layers)) > 1:
         name = "layer_types" if "layer_types" in keys else "max_window_layers"
         raise InputError(
@@ -232,6 +235,6 @@ def _sides(keys: Keys, key: str, default: int) -> set[int]:
 
 
 def _crops(keys: Keys) -> bool:
-    """Whether resizing leaves anything to crop: a size of height and width is exact."""
+    """Return whether resizing leaves anything to crop. A size of height and width leaves nothing."""
     size = keys.values.get("size")
     return not (isinstance(size, dict) and "height" in size)

@@ -35,8 +35,8 @@ _DEFAULTS = {
     },
 }  # fmt: skip
 # The model_type of a text_config that does not say one; "llama" for the others.
-_TEXT = {"llava_onevision": "qwen2"}
-# The tower of a config.json without vision_config.
+_TEXT_MODEL_TYPE = {"llava_onevision": "qwen2"}
+# The vision_config of a config.json that has none.
 _CLIP_336 = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336,
     "patch_size": 14, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -61,7 +61,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     keys.only("projector_hidden_act", ("gelu",), "gelu")
     text = keys.object("text_config")
     tied = keys.get("tie_word_embeddings", bool, False) or text.get("tie_word_embeddings", bool, False)
-    text.values.setdefault("model_type", _TEXT.get(kind, "llama"))
+    text.values.setdefault("model_type", _TEXT_MODEL_TYPE.get(kind, "llama"))
     decoder = decoder_config(text, tied)
     vision = _vision(keys)
     # 2. How a picture becomes tiles, and how a conversation becomes tokens: the processor's and tokenizer's
@@ -86,14 +86,14 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     table = tensor_names.llava(config, nesting, tensor_names.hf_connector(biases), prefix)
     state = tensor_names.convert(tensors, table, str(folder))
     if not biases:
-        state |= _no_biases(state)
+        state |= _zero_biases(state)
     return LoadedParts(
         config, state, text_side.tokenizer, {}, notes=notes, sentencepiece=text_side.files.sentencepiece
     )
 
 
 def _nesting(tensors: LazyStateDict, folder: Path) -> tensor_names.Nesting:
-    """Return the prefixes under which the folder's tensors stand."""
+    """Return the prefixes of the folder's tensors: those of an older or of a newer transformers."""
     for nesting in tensor_names.HF_NESTINGS:
         if f"{nesting.text}embed_tokens.weight" in tensors:
             return nesting
@@ -112,7 +112,7 @@ def _vision(keys: Keys) -> VisionConfig:
     vision = vision_config(source, "clip_vision_model", layer=layer)
     strategy = keys.get("vision_feature_select_strategy", str)
     if (vision.kind, strategy) not in _SELECT:
-        known = " or ".join(name for kind, name in _SELECT if kind == vision.kind)
+        known = " or ".join(strategy for kind, strategy in _SELECT if kind == vision.kind)
         raise InputError(
             f"{keys.label}: vision_feature_select_strategy is {strategy!r}; of {vision.kind} it is {known}"
         )
@@ -173,9 +173,9 @@ def _check_image_token(keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> No
         raise InputError(f"{keys.label}: {name} is {number}, but vocab_size only {decoder.vocab_size}")
 
 
-def _no_biases(state: LazyStateDict) -> LazyStateDict:
-    """Return zero biases for a projector without biases, because our connector always has some."""
-    weights = {name: t for name, t in state.items() if name.startswith("connector.")}
+def _zero_biases(state: LazyStateDict) -> LazyStateDict:
+    """Return biases of zero for a projector that has none, because our connector always has them."""
+    weights = {name: weight for name, weight in state.items() if name.startswith("connector.")}
     return {
         name.removesuffix("weight") + "bias": as_lazy(torch.zeros(weight.shape[0], dtype=weight.dtype))
         for name, weight in weights.items()

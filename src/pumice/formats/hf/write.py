@@ -35,7 +35,7 @@ _ROW_MULTIPLE = 64  # an embedding that grows gets a multiple of this number of 
 # Our name of an activation -> transformers'.
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 # Keys of vision_config that only one kind of tower has. LLaVA does not use SigLIP's pooling head.
-_OWN_KEYS: dict[str, dict[str, Any]] = {"clip": {}, "siglip": {"vision_use_head": False}}
+_TOWER_KEYS: dict[str, dict[str, Any]] = {"clip": {}, "siglip": {"vision_use_head": False}}
 # model_type -> how the names of transformers' classes begin.
 _CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
 _LINEAR = ("linear", "mlp1x_gelu")  # the connectors that are one linear layer
@@ -55,7 +55,7 @@ def refusal(config: ModelConfig) -> str | None:
 
 
 def tower_refusal(config: ModelConfig) -> str | None:
-    """Return why no other software has this vision tower; None if some has."""
+    """Return why no other software has this vision tower; None if another program has it."""
     if config.vision.kind == "none":
         return "it is a language model alone"
     if config.vision.kind not in ("clip", "siglip"):
@@ -221,7 +221,7 @@ def vision_config(config: VisionConfig) -> dict[str, Any]:
         "patch_size": config.stride,
         "hidden_act": _ACTIVATIONS[config.activation],
         "layer_norm_eps": config.norm_eps,
-        **_OWN_KEYS[config.kind],
+        **_TOWER_KEYS[config.kind],
     }
 
 
@@ -263,18 +263,17 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
     """
     # 1. Make the tokenizer add the begin-of-text token, and no other, where it does not do so already.
     bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    expected = plain if config.bos_token_id is None else [config.bos_token_id, *plain]
+    text_ids = tokenizer.encode("a", add_special_tokens=False).ids
+    expected = text_ids if config.bos_token_id is None else [config.bos_token_id, *text_ids]
     if tokenizer.encode("a").ids != expected:
-        first = [] if bos is None else [bos]
+        prefix = [] if bos is None else [bos]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*first, "$A"],
-            pair=[*first, "$A", "$B"],
+            single=[*prefix, "$A"],
+            pair=[*prefix, "$A", "$B"],
             special_tokens=[] if bos is None else [(bos, config.bos_token_id)],
         )
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="")
-    # 2. Name the special tokens. A batch needs a padding token; it is masked, so that the stop token may
-    # serve.
+    # 2. Name the special tokens. A batch needs a padding token. It is masked, so the stop token will do.
     stop = tokenizer.id_to_token(config.stop_token_ids[0]) if config.stop_token_ids else None
     pad = stop if tokenizer.token_to_id("<pad>") is None else "<pad>"
     roles = {"bos_token": bos, "eos_token": stop, "pad_token": pad}
@@ -287,10 +286,8 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
             **special,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.decoder.context,
-            "model_input_names": [
-                "input_ids",
-                "attention_mask",
-            ],  # else versions before 5.0 add token_type_ids
+            # Without this key, transformers before 5.0 adds token_type_ids.
+            "model_input_names": ["input_ids", "attention_mask"],
             "padding_side": "left",
             "chat_template": chat,
             **own,
@@ -357,9 +354,8 @@ def _write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
         }
         videos = {key: value for key, value in images.items() if key != "image_grid_pinpoints"}
         videos |= {"image_processor_type": None, "video_processor_type": "LlavaOnevisionVideoProcessor"}
-        write_json(
-            folder / "video_preprocessor_config.json", videos
-        )  # transformers needs it to build the processor
+        # transformers cannot build the processor without this file.
+        write_json(folder / "video_preprocessor_config.json", videos)
     else:
         class_tokens = int(config.vision.kind == "clip")
         values |= {"patch_size": config.vision.stride, "num_additional_image_tokens": class_tokens}
@@ -371,7 +367,7 @@ def _write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
 
 
 def _kind(image: ImagePolicy) -> str:
-    """Return the model_type that prepares pictures in this way."""
+    """Return the model_type (`llava`, `llava_next`, `llava_onevision`) that prepares pictures in this way."""
     if image.mode != "anyres":
         return "llava"
     return "llava_onevision" if image.max_tiles is not None or image.several == "square" else "llava_next"

