@@ -47,7 +47,9 @@ class VisionConfig:
     image_size: int = 256  # S, pixels on a side
     width: int = 1280  # channels of one feature
     stride: int = 32  # pixels that one feature stands for (a ViT's patch); grid = image_size / stride
-    variant: str = "lite2"  # EfficientNet-Lite only: widths and depths of its blocks
+    # EfficientNet-Lite only:
+    variant: str = "lite2"  # widths and depths of its blocks
+    also_stride: int = 0  # finer features (8 or 16 pixels each) that stand beside each feature; 0: none
     # A ViT only (clip, siglip):
     depth: int = 0
     heads: int = 0
@@ -72,6 +74,10 @@ class VisionConfig:
             raise InputError(
                 f"image size {self.image_size} is not a multiple of the tower's stride {self.stride}"
             )
+        if self.also_stride and self.kind != "efficientnet_lite":
+            raise InputError(f"a {self.kind} tower has features of one stride; leave also_stride out")
+        if self.also_stride not in (0, 8, 16):
+            raise InputError(f"also_stride must be 0, 8 or 16, not {self.also_stride}")
 
 
 @dataclass(frozen=True)
