@@ -371,3 +371,12 @@ def test_the_end_of_a_row_of_tiles_matters(tiled: Assistant, pictures: list[Path
     newline.data.neg_()
     tiled._seen.clear()
     assert (before - after).abs().max() > 0.1
+
+
+def test_a_model_s_folder_says_how_answers_are_drawn(exact: Assistant, penalising: Path) -> None:
+    model = load(penalising, device="cpu", quantize=None)
+    said = exact.ask(None, "What?", **SHORT, repetition_penalty=9.0)
+    assert said != exact.ask(None, "What?", **SHORT)
+    assert model.ask(None, "What?", **SHORT) == said
+    assert model.ask_many([(None, "What?")], **SHORT) == [said]
+    assert model.ask(None, "What?", **SHORT, repetition_penalty=1.0) == exact.ask(None, "What?", **SHORT)

@@ -167,10 +167,15 @@ class Assistant:
         self._lock = threading.Lock()
         self.engine = Engine(model, slots=SLOTS)
 
+    @property
+    def generation(self) -> dict[str, Any]:
+        """How this model's answers are drawn where nobody says otherwise, as fields of `SamplingParams`."""
+        return dataclasses.asdict(self.model.config.generation)
+
     def ask(self, images: Any, question: str, **sampling: Any) -> str:
         """One answer about a picture, a list of them, or None: paths, bytes of files, or PIL images.
 
-        sampling: fields of `SamplingParams`. Raises InputError on wrong input.
+        sampling: fields of `SamplingParams`, before the model's own. Raises InputError on wrong input.
         """
         return "".join(self.stream(_question(images, question), **sampling))
 
@@ -301,8 +306,8 @@ class Assistant:
         return explain(self, _question(images, question), answer, **options)
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
-        """The caller's options, and the template's own end of an answer where that is text (v0's `###`)."""
-        params = SamplingParams(**sampling)
+        """The caller's options, else the model's, and the template's end of an answer where that is text."""
+        params = SamplingParams(**{**self.generation, **sampling})
         template = self.processor.template
         if self.processor.tokenizer.stops(template):
             return params

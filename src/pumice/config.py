@@ -188,6 +188,27 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class GenerationConfig:
+    """How a model's answers are drawn where nobody says otherwise. The defaults are greedy.
+
+    The fields are those of `SamplingParams`, which checks them.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
+            raise InputError(
+                f"temperature {self.temperature} and top_k {self.top_k} must be 0 or more, "
+                f"top_p {self.top_p} above 0 and at most 1, "
+                f"repetition_penalty {self.repetition_penalty} above 0"
+            )
+
+
+@dataclass(frozen=True)
 class ChatFormat:
     """The fixed texts of a chat format; between them stands what people and the model say."""
 
@@ -218,6 +239,7 @@ class ModelConfig:
     stop_token_ids: tuple[int, ...] = ()  # any of these ends an answer
     bos_token_id: int | None = None  # stands once, before everything
     image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
 
     def __post_init__(self) -> None:

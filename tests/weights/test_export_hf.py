@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pumice.config import GenerationConfig
 from pumice.model.connector import Connector
 from pumice.weights.checkpoint import open_weights
 from pumice.weights.export import export
-from pumice.weights.export_hf import as_mlp, image_processor, text_config
+from pumice.weights.export_hf import as_mlp, generation_config, image_processor, text_config
 from pumice.weights.folder import LoadedParts
 from pumice.weights.hf_config import decoder_config
 from pumice.weights.jsonfile import Keys
@@ -105,6 +106,19 @@ def test_image_policies_in_their_words(models: ModuleType) -> None:
     assert tiles["image_grid_pinpoints"] == [[56, 112]], "height first"
     shrunk = replace(models.PAD, mode="anyres", pinpoints=((112, 56),), max_tiles=9)
     assert image_processor(shrunk, 56)["image_processor_type"] == "LlavaOnevisionImageProcessor"
+
+
+def test_how_answers_are_drawn_travels(models: ModuleType) -> None:
+    config = next(iter(models.ARCHITECTURES.values())).config
+
+    def told(**fields: float) -> dict[str, object]:
+        return generation_config(replace(config, generation=GenerationConfig(**fields)))
+
+    plain = generation_config(config)
+    assert plain["do_sample"] is False
+    assert told(repetition_penalty=1.2) == plain | {"repetition_penalty": 1.2}
+    drawn = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
+    assert told(temperature=0.5, top_p=0.9) == plain | drawn
 
 
 LLAVA_1 = "CLIP + Llama, linear, crop (LLaVA 1.0)"

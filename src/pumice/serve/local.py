@@ -241,7 +241,10 @@ class Local:
         ids += [number for number, _ in self.assistant.processor.tokenizer.pieces(text)]
         if not ids:
             raise InputError("the prompt is empty; give some text to continue")
-        prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=SamplingParams(**sampling))
+        prompt = Prompt(
+            torch.tensor(ids, dtype=torch.int64),
+            params=SamplingParams(**{**self.assistant.generation, **sampling}),
+        )
         check_room(self.assistant.model, prompt)
         return prompt
 

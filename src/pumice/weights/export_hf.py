@@ -14,7 +14,7 @@ Reading a picture: a model that pads needs transformers 4.49 or newer, for Llava
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor
 
-from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
+from pumice.config import DecoderConfig, GenerationConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
 from pumice.templates import get_template
 from pumice.weights import keymaps
 from pumice.weights.chat_template import to_jinja
@@ -264,14 +264,21 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:
-    """generation_config.json: where an answer ends; greedy."""
+    """generation_config.json: where an answer ends, and how it is drawn."""
     stops = list(config.stop_token_ids)
     values = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": stops or None,
         "pad_token_id": next(iter(stops), None),
     }
-    return {"do_sample": False} | {key: value for key, value in values.items() if value is not None}
+    drawn = asdict(config.generation)
+    if not drawn["temperature"]:  # greedy: transformers warns of what only a draw would use
+        drawn = {"do_sample": False, "repetition_penalty": drawn["repetition_penalty"]}
+    else:
+        drawn["do_sample"] = True
+    usual = asdict(GenerationConfig())
+    values |= {key: value for key, value in drawn.items() if value != usual.get(key)}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _write_config(folder: Path, config: ModelConfig, state: Stocks, tokenizer: Tokenizer) -> None:
