@@ -1,7 +1,7 @@
 """Two or three questions about one COCO photograph, each answered from the picture, not from the talk before.
 
-A small model copies its last answer where training lets it: turns with the same answer are kept apart, but
-for yes and no, whose second is independent of the first.
+A small model copies its last answer where training lets it: an answer that says only what was said before is
+left out, but for yes and no, whose second is independent of the first.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from rows.vqa import agreed, answer_turn
 
 Turn = tuple[str, str]
 YES_NO = ("yes", "no")
+EMPTY = ("a", "an", "the", "this", "that", "there", "is", "are", "it", "on", "in", "at", "of", "and", "one")
 
 
-def plain(answer: str) -> str:
-    """What an answer says, without its case, its stop and what follows yes or no."""
+def content(answer: str) -> frozenset[str]:
+    """The words of an answer that say something; of one that begins with yes or no that word alone."""
     words = answer.lower().rstrip(".").replace(",", "").split()
-    return words[0] if words and words[0] in YES_NO else " ".join(words)
+    return frozenset(words[:1] if words and words[0] in YES_NO else set(words).difference(EMPTY))
 
 
 def follow_up_rows(
@@ -58,12 +59,12 @@ def _turns(scene: Scene, questions: Sequence[Question], seed: int) -> list[Turn]
     random_.shuffle(rest)
     if random_.random() < 0.6:  # people rarely repeat LLaVA's words for short answers in one conversation
         rest = [turn for turn in rest if SINGLE_PHRASE not in turn[0]]
-    # 3. Two or three of them, none repeating an answer of another.
+    # 3. Two or three of them, each answer with something that no answer before it says.
     length = random_.choice((2, 2, 3))
-    given = {plain(answer) for _, answer in turns}
+    given = {word for _, answer in turns for word in content(answer)}
     for turn in rest:
-        answer = plain(turn[1])
-        if len(turns) < length and (answer in YES_NO or answer not in given):
+        words = content(turn[1])
+        if len(turns) < length and (words <= set(YES_NO) or not words <= given):
             turns.append(turn)
-            given.add(answer)
+            given |= words
     return turns
