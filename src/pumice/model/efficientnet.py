@@ -96,7 +96,8 @@ class EfficientNetLite(nn.Module):
     """pixels (B, 3, S, S) -> features (B, G*G, W), row by row from the top left.
 
     A feature is the head's 1280 channels. With `also_stride` 16 the channels of the 2 x 2 finer features on
-    the same pixels follow, row by row (with 8 of the 4 x 4): they know of smaller things and their places.
+    the same pixels follow, row by row (with 8 of the 4 x 4), normalised: they know of smaller things and
+    their places.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -142,8 +143,12 @@ class EfficientNetLite(nn.Module):
         if fine is not None:
             factor = fine.shape[-1] // x.shape[-1]
             squares = F.pixel_unshuffle(fine, factor)  # (B, C * factor^2, G, G): channels before places
-            places = squares.unflatten(1, (-1, factor**2)).transpose(1, 2).flatten(1, 2)
-            x = torch.cat((x, places), 1)
+            places = (
+                squares.unflatten(1, (-1, factor**2)).transpose(1, 2).flatten(1, 2)
+            )  # (B, W - 1280, G, G)
+            features = (x.flatten(2).transpose(1, 2), places.flatten(2).transpose(1, 2))
+            # Blocks end without an activation, ten times as far from 0 as the head does.
+            return torch.cat((features[0], F.layer_norm(features[1], features[1].shape[-1:])), -1)
         return x.flatten(2).transpose(1, 2)
 
     def train(self, mode: bool = True) -> EfficientNetLite:
