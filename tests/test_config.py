@@ -210,5 +210,5 @@ def test_unknown_choices_and_squares_that_do_not_fit_are_refused() -> None:
     "fields", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"repetition_penalty": 0.0}]
 )
 def test_how_answers_are_drawn_is_checked_as_it_is_read(fields: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="must be 0 or more, top_p .* repetition_penalty .* above 0"):
+    with pytest.raises(InputError, match=r"must be 0 or more, top_p .* repetition_penalty .* above 0"):
         GenerationConfig(**fields)
