@@ -206,6 +206,7 @@ def _answer_rows(
 
     SamplingParams(**sampling)  # raises before the model is loaded
     assistant = load(model, **load_options)
+    sampling = {**assistant.generation, **sampling}  # the file says with what it was asked in full
     questions = [(list(row.images), row.question) for row in rows]
     line = StatusLine()
     with AnswerFile(partial, questions, {"model": model, **load_options, **sampling}) as file:
