@@ -292,6 +292,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def penalising(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, whose folder says that what was said becomes less likely."""
+    folder = tmp_path_factory.mktemp("penalising") / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["generation"] = {"repetition_penalty": 9.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def stand_in(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder named pumice-tiny, small and random, with adapters as that has them."""
     from pumice.config import LoraConfig

@@ -492,3 +492,12 @@ def test_a_file_that_is_deleted_between_two_questions(exact: Assistant, tmp_path
     file.write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"picture '.*latest\.png' is not a picture"):
         exact.ask(file, "Why?", **SHORT)
+
+
+def test_a_model_s_folder_says_how_answers_are_drawn(exact: Assistant, penalising: Path) -> None:
+    model = load(penalising, device="cpu", quantize=None)
+    said = exact.ask(None, "What?", **SHORT, repetition_penalty=9.0)
+    assert said != exact.ask(None, "What?", **SHORT)
+    assert model.ask(None, "What?", **SHORT) == said
+    assert model.ask_many([(None, "What?")], **SHORT) == [said]
+    assert model.ask(None, "What?", **SHORT, repetition_penalty=1.0) == exact.ask(None, "What?", **SHORT)

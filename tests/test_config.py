@@ -14,6 +14,7 @@ from pumice.config import (
     FORMAT_VERSION,
     ConnectorConfig,
     DecoderConfig,
+    GenerationConfig,
     ImagePolicy,
     LoraConfig,
     ModelConfig,
@@ -234,3 +235,23 @@ def test_a_dropout_that_teaches_nothing_is_refused(dropout: float) -> None:
     LoraConfig(dropout=0.0)
     with pytest.raises(InputError, match=r"dropout is .*at least 0 and less than 1"):
         LoraConfig(dropout=dropout)
+
+
+def test_fields_that_came_later_are_written_only_where_they_say_something() -> None:
+    plain = ModelConfig(DECODER)
+    assert "generation" not in plain.to_dict() and "also_stride" not in plain.to_dict()["vision"]
+    assert ModelConfig.from_dict(plain.to_dict()) == plain
+    vision = VisionConfig(width=1280 + 4 * 120, also_stride=16)
+    told = dataclasses.replace(plain, vision=vision, generation=GenerationConfig(repetition_penalty=1.2))
+    assert told.to_dict()["generation"]["repetition_penalty"] == 1.2
+    assert told.to_dict()["vision"]["also_stride"] == 16
+    assert ModelConfig.from_dict(told.to_dict()) == told
+    assert "also_stride" not in repr(told)  # or feature caches would change their fingerprint
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"repetition_penalty": 0.0}]
+)
+def test_how_answers_are_drawn_is_checked_as_it_is_read(fields: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"must be 0 or more, top_p .* repetition_penalty .* above 0"):
+        GenerationConfig(**fields)

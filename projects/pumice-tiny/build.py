@@ -15,20 +15,26 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rows import coco
 from rows.attributes import colour_rows, counting_rows
 from rows.base import Photo, Row
+from rows.boxes import box_rows
 from rows.captions import align_rows, caption_rows
+from rows.coco import CATEGORIES, Scene, read_coco
 from rows.composites import SHAPES, Thing, draw_scene, draw_shape, read_stamps
 from rows.conversation import conversation_rows
 from rows.describe import describe_rows
 from rows.easy_vqa import easy_vqa_rows
 from rows.flickr import raw_captions, read_photos, split
+from rows.follow_up import follow_up_rows
 from rows.happening import happening_rows
+from rows.labels import coco_naming_rows, label_align, label_questions, list_rows
 from rows.naming import naming_align, naming_rows, read_named
-from rows.presence import Question, choose, presence_rows, presence_test
+from rows.presence import Question, as_test, choose, presence_rows, presence_test
 from rows.refusal import refusal_rows
 from rows.scene_rows import scene_rows
 from rows.text_only import text_rows
+from rows.vqa import statement_rows, vqa_rows, vqa_test
 
 from pumice.errors import InputError
 
@@ -57,6 +63,35 @@ def photo_rows(photos: Sequence[Photo], seed: int) -> dict[str, list[Row]]:
     }
 
 
+def coco_rows(scenes: Sequence[Scene], seed: int) -> dict[str, list[Row]]:
+    """Rows of the COCO photographs. Pictures of statements, sides and vqa_sides may not be mirrored."""
+    questions: dict[str, list[Question]] = defaultdict(list)
+    chosen = label_questions(scenes, seed)
+    for question in chosen:
+        questions[question.photo.name].append(question)
+    captioned = [scene.photo for scene in scenes if scene.photo.captions]
+    vqa, vqa_sides = vqa_rows(scenes, seed)
+    counted, sides = box_rows(scenes, seed)
+    captions, consensus = caption_rows(captioned, seed)
+    return {
+        "coco_align": label_align(scenes),
+        "coco_captions": captions,
+        "coco_consensus": consensus,
+        "coco_describe": describe_rows(captioned, seed),
+        "coco_happening": happening_rows(captioned, seed),
+        "coco_colour": colour_rows(captioned, seed),
+        "coco_presence": presence_rows(chosen, seed, CATEGORIES),
+        "coco_list": list_rows(scenes, seed),
+        "coco_naming": coco_naming_rows(scenes, seed),
+        "coco_counting": counting_rows(captioned, seed) + counted,
+        "coco_sides": sides,
+        "coco_statements": statement_rows(scenes, seed),
+        "coco_follow_up": follow_up_rows(scenes, questions, seed),
+        "vqa": vqa,
+        "vqa_sides": vqa_sides,
+    }
+
+
 def build(
     photos_root: Path,
     out: Path,
@@ -65,6 +100,7 @@ def build(
     easy_vqa: Path | None = None,
     composites: Mapping[str, int] = COMPOSITES,
     validation: int = 500,
+    coco_validation: int = coco.VALIDATION_PHOTOS,
 ) -> dict[str, dict[str, int]]:
     """Write every file below `out`; returns {"train/captions": {"rows": ..., "pictures": ...}, ...}."""
     train, held = split(read_photos(photos_root), validation)
@@ -81,6 +117,9 @@ def build(
             rows[source] = rows.get(source, []) + added
         rows["text_only"] = text_rows(seed, part, TEXT_ROWS[part])
         sources |= {f"{part}/{source}": found for source, found in rows.items()}
+    seen, kept = coco.split(read_coco(photos_root), coco_validation)
+    for part, scenes in (("train", seen), ("val", kept)):
+        sources |= {f"{part}/{source}": rows for source, rows in coco_rows(scenes, seed).items() if rows}
     named = read_named(photos_root)
     sources["train/align"] += naming_align(named, seed)
     sources["train/naming"] = naming_rows(named, seed)
@@ -88,13 +127,23 @@ def build(
         sources["train/easy_vqa"] = easy_vqa_rows(easy_vqa, out, seed)
     sources["val/presence_rows"] = sources["val/presence"]
     sources["val/presence"] = presence_test(held, seed)
+    if kept:
+        sources["val/coco_presence_rows"] = sources["val/coco_presence"]
+        sources["val/coco_presence"] = as_test(label_questions(kept, seed), CATEGORIES, seed, "coco-presence")
+        sources["val/vqa_test"] = vqa_test(kept)
     summary = write(sources, out)
     written = raw_captions(photos_root)
-    captions = [{"image": photo.image, "captions": written[photo.image]} for photo in held]
-    (out / "val" / "captions.json").write_text(
-        json.dumps(captions, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_captions(out / "val" / "captions.json", {photo.image: written[photo.image] for photo in held})
+    if kept:
+        told = {scene.photo.image: list(scene.raw_captions) for scene in kept if scene.raw_captions}
+        write_captions(out / "val" / "coco_captions.json", told)
     return summary
+
+
+def write_captions(path: Path, captions: Mapping[str, Sequence[str]]) -> None:
+    """[{"image", "captions"}], captions as they were written."""
+    rows = [{"image": image, "captions": texts} for image, texts in captions.items()]
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write(sources: Mapping[str, Sequence[Row]], out: Path) -> dict[str, dict[str, int]]:
@@ -112,7 +161,7 @@ def write(sources: Mapping[str, Sequence[Row]], out: Path) -> dict[str, dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description="Builds the training rows of pumice-tiny.")
     parser.add_argument(
-        "--photos", type=Path, required=True, help="holds flickr8k/ and imagenet-one-per-class/"
+        "--photos", type=Path, required=True, help="holds flickr8k/, imagenet-one-per-class/ and coco/"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="where train/, val/ and composites/ are written"

@@ -1,13 +1,15 @@
 """Measures a model on the held-out photographs that build.py set aside, beside a grey picture.
 
     python projects/pumice-tiny/measure.py --model MODEL --rows ROWS/val --photos PHOTOS [--json FILE]
-        [--easy-vqa EASY_VQA]
+        [--answers FILE] [--easy-vqa EASY_VQA]
 
 Every photograph is captioned under each prompt (CIDEr against the captions people wrote) and asked
-the yes/no questions of presence.jsonl (POPE's way of counting), greedily, through the public interface
-alone. The same is asked about a grey picture of the same size: what the words of a question give away.
---easy-vqa asks the test split of easy-vqa too, as `pumice eval easy-vqa` does and counts.
-Prints a Markdown table.
+the yes/no questions of presence.jsonl (POPE's way of counting), through the public interface alone and as
+the model's folder says. The same is asked about a grey picture of the same size: what the words of a
+question give away. Where build.py found COCO's photographs, the same is measured on those, with the
+questions of VQA v2 by their official rule. conversations.jsonl tells how often a second answer repeats the
+first; the ordinary questions of questions.jsonl are answered for people to judge. --easy-vqa asks the test
+split of easy-vqa too, as `pumice eval easy-vqa` does and counts. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ from pumice.errors import InputError
 from pumice.evaluate.metrics.bootstrap import interval
 from pumice.evaluate.metrics.cider import Cider
 from pumice.evaluate.metrics.presence import means_yes, presence_score
+from pumice.evaluate.metrics.vqa import normalize_m4c, vqa_accuracy
 from pumice.evaluate.result import AnswerSet, QuestionSet, format_result, make_result, read_questions
 from pumice.evaluate.run import check_images
-from pumice.evaluate.task import Answered
+from pumice.evaluate.task import SHORT, Answered
 from pumice.evaluate.tasks import get_task
 
 PROMPTS = (
@@ -45,17 +48,22 @@ PROMPTS = (
 GREY = (127, 127, 127)
 LONGEST = 64  # tokens of an answer
 SLOTS = 16  # answers decoded together
+HERE = Path(__file__).parent
 
 Ask = tuple[str, str]  # (picture's path in the rows, question)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """captions: {"image", "captions"} per picture; questions: {"image", "question", "answer", "kind"}."""
+    """captions: {"image", "captions"} per picture; questions: {"image", "question", "answer", "kind"}.
+
+    vqa: {"image", "question", "answers" (ten), "answer_type"}.
+    """
 
     captions: list[dict[str, Any]]
     questions: list[dict[str, Any]]
     partial: bool
+    vqa: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def asks(self) -> list[Ask]:
@@ -63,27 +71,49 @@ class HeldOut:
         by_picture = {row["image"]: [(row["image"], prompt) for prompt in PROMPTS] for row in self.captions}
         for row in self.questions:
             by_picture.setdefault(row["image"], []).append((row["image"], row["question"]))
+        for row in self.vqa:
+            by_picture.setdefault(row["image"], []).append((row["image"], short(row)))
         return [ask for asks in by_picture.values() for ask in asks]
 
+    @property
+    def pictures(self) -> int:
+        return len({row["image"] for row in (*self.captions, *self.questions, *self.vqa)})
 
-def read_held_out(rows: Path, limit: int | None = None) -> HeldOut:
-    """The files build.py wrote; with `limit`, of the first pictures only. Raises InputError."""
+
+def short(row: dict[str, Any]) -> str:
+    """The question with LLaVA's words for a short answer, as `pumice eval vqav2` asks it."""
+    return f"{row['question']}\n{SHORT}"
+
+
+def read_held_out(rows: Path, limit: int | None = None, of: str = "") -> HeldOut:
+    """The files build.py wrote whose names begin with `of`; with `limit`, of the first pictures only.
+
+    Raises InputError.
+    """
     try:
-        captions = json.loads((rows / "captions.json").read_text(encoding="utf-8"))
-        lines = (rows / "presence.jsonl").read_text(encoding="utf-8").splitlines()
-        questions = [json.loads(line) for line in lines]
+        captions = json.loads((rows / f"{of}captions.json").read_text(encoding="utf-8"))
+        questions = read_lines(rows / f"{of}presence.jsonl")
+        vqa = read_lines(rows / "vqa_test.jsonl") if of else []
     except OSError as error:
         raise InputError(f"cannot read {error.filename}; give the val folder that build.py wrote") from error
     except ValueError as error:
         raise InputError(f"a file in {rows} is damaged ({error}); run build.py again") from error
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; give 1 or more pictures")
-    chosen = captions[:limit]
-    pictures = {row["image"] for row in chosen}
-    asked = [row for row in questions if limit is None or row["image"] in pictures]
-    if not chosen or not asked:
-        raise InputError(f"{rows} has {len(chosen)} captioned pictures and {len(asked)} questions on them")
-    return HeldOut(chosen, asked, partial=len(chosen) < len(captions))
+    everything = list(dict.fromkeys(row["image"] for row in (*captions, *vqa, *questions)))
+    pictures = set(everything[:limit])
+    captions, questions, vqa = (
+        [row for row in found if row["image"] in pictures] for found in (captions, questions, vqa)
+    )
+    if not captions or not questions:
+        raise InputError(
+            f"{rows} has {len(captions)} captioned pictures and {len(questions)} questions on them"
+        )
+    return HeldOut(captions, questions, len(pictures) < len(everything), vqa)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def ask_all(assistant: Any, asks: Sequence[tuple[Any, str]], what: str) -> list[str]:
@@ -145,7 +175,26 @@ def score(held: HeldOut, cider: Cider, answers: dict[Ask, str]) -> dict[str, Any
     presence: dict[str, Any] = dataclasses.asdict(presence_score(given, truths))
     presence["interval"] = interval(right, [row["image"] for row in held.questions])
     presence["kinds"] = {kind: statistics.fmean(found) for kind, found in sorted(kinds.items())}
-    return {"captions": captions, "presence": presence}
+    result = {"captions": captions, "presence": presence}
+    return result | ({"vqa": score_vqa(held.vqa, answers)} if held.vqa else {})
+
+
+def score_vqa(rows: Sequence[dict[str, Any]], answers: dict[Ask, str]) -> dict[str, Any]:
+    """Accuracy by VQA's official rule, of all questions and by type, with 95% bootstraps over pictures."""
+    scores = [vqa_accuracy(normalize_m4c(answers[row["image"], short(row)]), row["answers"]) for row in rows]
+    types = {"all": set(range(len(rows)))}
+    for number, row in enumerate(rows):
+        types.setdefault(row["answer_type"], set()).add(number)
+    found = {}
+    for name, numbers in types.items():
+        some = [scores[n] for n in sorted(numbers)]
+        pictures = [rows[n]["image"] for n in sorted(numbers)]
+        found[name] = {
+            "accuracy": statistics.fmean(some),
+            "interval": interval(some, pictures),
+            "questions": len(some),
+        }
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
@@ -175,6 +224,13 @@ def table(result: dict[str, Any]) -> str:
     for kind, value in photos["presence"]["kinds"].items():
         other = f"{100 * grey['presence']['kinds'][kind]:.1f}" if grey else ""
         lines.append(f"| presence, accuracy on {kind!r} | {100 * value:.1f} | | {other} |")
+    for kind, found in photos.get("vqa", {}).items():
+        low, high = found["interval"]
+        other = f"{100 * grey['vqa'][kind]['accuracy']:.1f}" if grey else ""
+        lines.append(
+            f"| VQA v2, {kind} ({found['questions']}) | {100 * found['accuracy']:.1f} "
+            f"| {100 * low:.1f}–{100 * high:.1f} | {other} |"
+        )
     return "\n".join(lines)
 
 
@@ -186,7 +242,7 @@ def measure(
     started = time.monotonic()
     answers = look(assistant, held, photos)
     result: dict[str, Any] = {
-        "pictures": len(held.captions),
+        "pictures": held.pictures,
         "questions": len(held.questions),
         "partial": held.partial,
         "pumice": pumice.__version__,
@@ -196,6 +252,24 @@ def measure(
         result["grey"] = score(held, cider, look_at_grey(assistant, held, photos))
     result["seconds"] = round(time.monotonic() - started, 1)
     return result, answers
+
+
+def converse(assistant: Any, rows: Sequence[dict[str, Any]], photos: Path) -> list[list[str]]:
+    """Both answers of each conversation of {"image", "questions"}."""
+    given = []
+    for row in track(rows, "conversations", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        first, second = row["questions"]
+        shown = [{"type": "image", "image": photos / row["image"]}, {"type": "text", "text": first}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": shown}]
+        answer = "".join(assistant.stream(messages, max_new_tokens=LONGEST))
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": second}]
+        given.append([answer, "".join(assistant.stream(messages, max_new_tokens=LONGEST))])
+    return given
+
+
+def repeats(answers: Sequence[Sequence[str]]) -> int:
+    """How many conversations have a second answer that is the first, whatever its case and full stop."""
+    return sum(first.strip(". ").lower() == second.strip(". ").lower() for first, second in answers)
 
 
 def read_easy_vqa(data: Path, limit: int | None = None) -> QuestionSet:
@@ -215,24 +289,36 @@ def easy_vqa(assistant: Any, asked: QuestionSet, name: str) -> dict[str, Any]:
 
 def answer_lines(held: HeldOut, answers: dict[Ask, str]) -> Iterable[str]:
     """Every answer beside its truth, as JSON lines."""
-    for row in held.captions:
-        for prompt in PROMPTS:
-            said = answers[row["image"], prompt]
-            yield json.dumps(
-                {"image": row["image"], "question": prompt, "said": said, "truth": row["captions"]}
-            )
-    for row in held.questions:
-        said = answers[row["image"], row["question"]]
+    asked = [(row["image"], prompt, row["captions"]) for row in held.captions for prompt in PROMPTS]
+    asked += [(row["image"], row["question"], row["answer"]) for row in held.questions]
+    asked += [(row["image"], short(row), row["answers"]) for row in held.vqa]
+    for image, question, truth in asked:
         yield json.dumps(
-            {"image": row["image"], "question": row["question"], "said": said, "truth": row["answer"]}
+            {"image": image, "question": question, "said": answers[image, question], "truth": truth}
         )
+
+
+def talk(assistant: Any, photos: Path, limit: int | None) -> tuple[dict[str, int], list[str]]:
+    """(how many second answers repeat the first, of how many; every answer as JSON lines).
+
+    The ordinary questions are answered too, for people to judge.
+    """
+    chats, ordinary = (
+        [row for row in read_lines(HERE / name)[:limit] if (photos / row["image"]).is_file()]
+        for name in ("conversations.jsonl", "questions.jsonl")
+    )
+    answers = converse(assistant, chats, photos)
+    said = ask_all(assistant, [(photos / row["image"], row["question"]) for row in ordinary], "ordinary")
+    lines = [json.dumps({**row, "said": given}) for row, given in zip(chats, answers, strict=True)]
+    lines += [json.dumps({**row, "said": given}) for row, given in zip(ordinary, said, strict=True)]
+    return {"conversations": len(chats), "repeated": repeats(answers)}, lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measures a model on the held-out photographs.")
     parser.add_argument("--model", default="pumice-tiny", help="a built-in model or a model folder")
     parser.add_argument("--rows", type=Path, required=True, help="the val folder that build.py wrote")
-    parser.add_argument("--photos", type=Path, required=True, help="holds flickr8k/")
+    parser.add_argument("--photos", type=Path, required=True, help="holds flickr8k/ and coco/")
     parser.add_argument("--easy-vqa", type=Path, help="unpacked easy_vqa package; its test split too")
     parser.add_argument(
         "--limit", type=int, help="the first N pictures (drawn: questions) only; marked as partial"
@@ -247,24 +333,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if path and not path.absolute().parent.is_dir():
                 raise InputError(f"cannot write {path}: there is no folder {path.parent}; make it first")
         held = read_held_out(options.rows, options.limit)
+        coco = None
+        if (options.rows / "coco_captions.json").is_file():
+            coco = read_held_out(options.rows, options.limit, "coco_")
         drawn = read_easy_vqa(options.easy_vqa, options.limit) if options.easy_vqa else None
         assistant = pumice.load(
             options.model, quantize=None if options.quantize == "none" else options.quantize
         )
         result, answers = measure(assistant, held, options.photos, options.grey)
+        lines = list(answer_lines(held, answers))
+        if coco is not None:
+            result["coco"], answers = measure(assistant, coco, options.photos, options.grey)
+            talked, told = talk(assistant, options.photos, options.limit)
+            result |= talked
+            lines += [*answer_lines(coco, answers), *told]
         if drawn is not None:
             result["easy_vqa"] = easy_vqa(assistant, drawn, options.model)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.answers:
-        options.answers.write_text(
-            "".join(f"{line}\n" for line in answer_lines(held, answers)), encoding="utf-8"
-        )
+        options.answers.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if options.json:
         result = {"model": options.model, "quantize": options.quantize, **result}
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
+    if "coco" in result:
+        print(f"\nCOCO: {table(result['coco'])}")
+        print(f"\n{result['repeated']} of {result['conversations']} second answers repeat the first")
     if "easy_vqa" in result:
         print(format_result(result["easy_vqa"]))
     return 0

@@ -17,6 +17,8 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,10 +28,11 @@ from torch import Tensor, nn
 from pumice.conversation import ImagePart
 from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
+from pumice.files import replacing
 from pumice.tokens import Tokenizer
-from pumice.train.features import TowerFeatures
+from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.loop import schedule
-from pumice.train.recipe import Recipe, load_recipe
+from pumice.train.recipe import Recipe, Source, load_recipe
 from pumice.train.setup import Setup, prepare
 
 COMMON = """a an the in on at of to and is are with his her their its it he she they while for from by as into
@@ -38,72 +41,162 @@ what next very"""  # words that say little of a picture
 RARE = 4  # pictures that must share a word before it is learned
 
 
-def caption_words(recipe: Recipe) -> dict[str, Counter[str]]:
+def caption_words(sources: Sequence[Source]) -> dict[str, Counter[str]]:
     """Picture -> how many of its captions use each word."""
     words: dict[str, Counter[str]] = defaultdict(Counter)
-    for source in recipe.data:
+    for source in sources:
         for row in Rows(source.rows):
             text = " ".join(text for speaker, text in row.turns if speaker == "gpt").lower()
             words[row.image[0]].update(set(re.findall(r"[a-z]+", text)).difference(COMMON.split()))
     return words
 
 
-def targets(words: dict[str, Counter[str]], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Token ids (W,) of the words, and per picture what share of its words each is: (pictures, W)."""
-    spread = Counter(word for counts in words.values() for word in counts)
-    columns: dict[int, int] = {}
-    cells: list[tuple[int, int, float]] = []
-    for number, counts in enumerate(words.values()):
-        for word, count in counts.items():
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words to tell apart: the token of each that is one token (W of them), and how rare it is."""
+
+    columns: dict[int, int]  # token -> column
+    rarity: dict[str, float]  # word -> log of how few pictures share it
+    tokens: dict[str, int]
+
+    @classmethod
+    def of(cls, words: dict[str, Counter[str]], tokenizer: Tokenizer) -> Vocabulary:
+        spread = Counter(word for counts in words.values() for word in counts)
+        tokens: dict[str, int] = {}
+        for word in dict.fromkeys(word for counts in words.values() for word in counts):
             pieces = tokenizer.pieces(" " + word)
             if spread[word] >= RARE and len(pieces) == 1:
-                column = columns.setdefault(pieces[0][0], len(columns))
-                cells.append((number, column, count * math.log(len(words) / spread[word])))
-    table = torch.zeros(len(words), len(columns))
-    for number, column, value in cells:
-        table[number, column] += value
-    return torch.tensor(list(columns)), table / table.sum(1, keepdim=True).clamp_min(1e-6)
+                tokens[word] = pieces[0][0]
+        columns = {token: number for number, token in enumerate(dict.fromkeys(tokens.values()))}
+        return cls(columns, {word: math.log(len(words) / spread[word]) for word in tokens}, tokens)
+
+    def targets(self, words: dict[str, Counter[str]]) -> Tensor:
+        """(pictures, W): what share of a picture's words each is."""
+        table = torch.zeros(len(words), len(self.columns))
+        for number, counts in enumerate(words.values()):
+            for word, count in counts.items():
+                if word in self.tokens:
+                    table[number, self.columns[self.tokens[word]]] += count * self.rarity[word]
+        return table / table.sum(1, keepdim=True).clamp_min(1e-6)
+
+
+class Naming:
+    """The connector and a bias for each word, and what they are told by: pictures and their words."""
+
+    def __init__(self, setup: Setup, recipe: Recipe) -> None:
+        self.model, self.recipe = setup.model, recipe
+        words = caption_words(recipe.data)
+        self.vocabulary = Vocabulary.of(words, setup.processor.tokenizer)
+        self.finder = ImageFinder(recipe.pictures)
+        self.processor = setup.processor
+        self.tower = TowerFeatures(setup.model, setup.processor, recipe.feature_cache, trains_tower=False)
+        self.images, self.table = self._read(words)
+        ids = torch.tensor(list(self.vocabulary.columns))
+        self.embeddings = setup.model.decoder.embed.weight[ids].detach().float()  # (W, D)
+        self.size = setup.model.decoder.embed.weight.float().square().mean().sqrt()
+        self.bias = nn.Parameter(self.table.mean(0).clamp_min(1e-6).log())
+
+    def _read(self, words: dict[str, Counter[str]]) -> tuple[list[ImagePart], Tensor]:
+        return [ImagePart(self.finder.find(name)) for name in words], self.vocabulary.targets(words)
+
+    def losses(
+        self, images: Sequence[ImagePart], table: Tensor, mirrored: Sequence[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """(how badly the words are told, how far tokens are from the length of a word's embedding)."""
+        inputs: list[ImageInput] = []
+        for image, mirror in zip(images, mirrored, strict=True):
+            inputs += self.tower.fetch([image], self.processor.layouts([image]), mirror)
+        tokens = self.model.connect(self.tower.encode(inputs)).float()  # (B, N, D)
+        scores = torch.logsumexp(tokens @ self.embeddings.T, 1) - math.log(tokens.shape[1]) + self.bias
+        told = -(table * scores.log_softmax(-1)).sum(-1).mean()
+        return told, (tokens.square().mean(-1).sqrt() / self.size - 1).square().mean()
+
+    @torch.no_grad()
+    def held_out(self) -> float | None:
+        """How badly the words of held-out pictures are told; None where the recipe has none."""
+        if not self.recipe.held_out:
+            return None
+        images, table = self._read(caption_words(self.recipe.held_out))
+        batch = self.recipe.batch
+        told = [
+            self.losses(images[n : n + batch], table[n : n + batch], [False] * len(images[n : n + batch]))[0]
+            * len(images[n : n + batch])
+            for n in range(0, len(images), batch)
+        ]
+        return float(sum(told)) / len(images)
 
 
 def warm(setup: Setup, recipe: Recipe) -> list[float]:
-    """Train the connector in place, on the pictures of the recipe's rows; returns each epoch's mean loss."""
-    words = caption_words(recipe)
-    finder = ImageFinder(recipe.pictures)
-    images = [ImagePart(finder.find(name)) for name in words]
-    ids, table = targets(words, setup.processor.tokenizer)
-    look = TowerFeatures(setup.model, setup.processor, recipe.feature_cache, trains_tower=False)
-    embeddings = setup.model.decoder.embed.weight[ids].detach().float()  # (W, D)
-    size = setup.model.decoder.embed.weight.float().square().mean().sqrt()
-    bias = nn.Parameter(table.mean(0).clamp_min(1e-6).log())
+    """Train the connector in place, on the pictures of the recipe's rows; returns each epoch's mean loss.
+
+    Every epoch's end is kept in `output`/epoch.pt, from which the same recipe goes on.
+    """
+    naming = Naming(setup, recipe)
     rate = recipe.stage.learn["connector"]
-    learned = [*setup.model.connector.parameters(), bias]
+    learned = [*setup.model.connector.parameters(), naming.bias]
     optimizer = torch.optim.AdamW(learned, lr=rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
     epochs, batch = round(recipe.epochs), recipe.batch
-    per_epoch = len(images) // batch
-    step, means = 0, []
-    for epoch in track(range(epochs), "naming what pictures show"):
+    per_epoch = len(naming.images) // batch
+    kept = recipe.output / "epoch.pt"
+    means = resume(kept, recipe, learned, optimizer)
+    step = len(means) * per_epoch
+    for epoch in track(range(len(means), epochs), "naming what pictures show"):
         total = 0.0
-        order = torch.randperm(len(images)).tolist()
+        order = torch.randperm(len(naming.images)).tolist()
         for first in range(0, per_epoch * batch, batch):
             picked = order[first : first + batch]
-            mirrored = torch.rand(batch) < recipe.mirror_chance
-            features = torch.cat([look([images[i]], bool(m)) for i, m in zip(picked, mirrored, strict=True)])
-            tokens = setup.model.connect(features).float()  # (B, N, D)
-            scores = torch.logsumexp(tokens @ embeddings.T, 1) - math.log(tokens.shape[1]) + bias  # (B, W)
-            loss = -(table[picked] * scores.log_softmax(-1)).sum(-1).mean()
-            # an image token should be about as long as a word's embedding, which the LLM expects
-            loss = loss + (tokens.square().mean(-1).sqrt() / size - 1).square().mean()
+            mirrored = (torch.rand(batch) < recipe.mirror_chance).tolist()
+            told, long = naming.losses([naming.images[i] for i in picked], naming.table[picked], mirrored)
             for group in optimizer.param_groups:
                 group["lr"] = rate * schedule(step, epochs * per_epoch, recipe.warmup)
-            loss.backward()
+            (told + long).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total += loss.item()
+            total += (told + long).item()
             step += 1
         means.append(total / per_epoch)
-        print(f"epoch {epoch + 1}: loss {means[-1]:.3f}")
-    look.close()
+        held = naming.held_out()
+        print(f"epoch {epoch + 1}: loss {means[-1]:.3f}" + ("" if held is None else f", held out {held:.3f}"))
+        keep(kept, recipe, learned, optimizer, means)
+    naming.tower.close()
     return means
+
+
+def keep(
+    path: Path,
+    recipe: Recipe,
+    learned: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    means: list[float],
+) -> None:
+    """An epoch's end: weights, moments, random numbers and what the recipe says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "recipe": recipe.model_dump_json(exclude={"feature_cache", "pictures", "output"}),
+        "weights": [parameter.detach() for parameter in learned],
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "means": means,
+    }
+    with replacing(path) as file:
+        torch.save(state, file.buffer)
+
+
+def resume(
+    path: Path, recipe: Recipe, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> list[float]:
+    """Go on from `keep`'s file: the epochs' mean losses so far, [] where there is none. Raises InputError."""
+    if not path.exists():
+        return []
+    state = torch.load(path, weights_only=True)
+    if state["recipe"] != recipe.model_dump_json(exclude={"feature_cache", "pictures", "output"}):
+        raise InputError(f"{path} is of another recipe; remove it or name another output")
+    with torch.no_grad():
+        for parameter, weights in zip(learned, state["weights"], strict=True):
+            parameter.copy_(weights)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    return list(state["means"])
 
 
 def main() -> None:

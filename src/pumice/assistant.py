@@ -168,11 +168,17 @@ class Assistant:
         self._warned = False  # that a conversation has more images than the model was trained on
         self.engine = Engine(model, slots=SLOTS)
 
+    @property
+    def generation(self) -> dict[str, Any]:
+        """How this model's answers are drawn where nobody says otherwise, as fields of `SamplingParams`."""
+        return dataclasses.asdict(self.model.config.generation)
+
     def ask(self, images: Any, question: str, **sampling: Any) -> str:
         """Return the answer to a question about pictures.
 
         images: one, a list of them, or None; each a path, the bytes of a file, or a PIL image.
-        sampling: fields of `SamplingParams`. Raises InputError on wrong input.
+        sampling: fields of `SamplingParams`; the model's own (`generation`) stand for those left out.
+        Raises InputError on wrong input.
         """
         return "".join(self.stream(_question(images, question), **sampling))
 
@@ -305,8 +311,8 @@ class Assistant:
         return explain(self, _question(images, question), answer, **options)
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
-        """Return the caller's options, with the template's stop text added if it has one (v0's `###`)."""
-        params = SamplingParams(**sampling)
+        """Return the caller's options, else the model's, with the template's stop text if it has one."""
+        params = SamplingParams(**{**self.generation, **sampling})
         template = self.processor.template
         if self.processor.tokenizer.stops(template):
             return params

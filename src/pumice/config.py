@@ -48,7 +48,11 @@ class VisionConfig:
     image_size: int = 256  # S, pixels on a side
     width: int = 1280  # channels of one feature
     stride: int = 32  # pixels that one feature stands for (a ViT's patch); grid = image_size / stride
-    variant: str = "lite2"  # EfficientNet-Lite only: widths and depths of its blocks
+    # EfficientNet-Lite only:
+    variant: str = "lite2"  # widths and depths of its blocks
+    # Finer features (8 or 16 pixels each) that stand beside each feature; 0: none. It has no place in repr(),
+    # from which feature caches take their fingerprint: `width` differs with it.
+    also_stride: int = field(default=0, repr=False)
     # A ViT only (clip, siglip):
     depth: int = 0
     heads: int = 0
@@ -73,6 +77,10 @@ class VisionConfig:
             raise InputError(
                 f"image size {self.image_size} is not a multiple of the tower's stride {self.stride}"
             )
+        if self.also_stride and self.kind != "efficientnet_lite":
+            raise InputError(f"a {self.kind} tower has features of one stride; leave also_stride out")
+        if self.also_stride not in (0, 8, 16):
+            raise InputError(f"also_stride must be 0, 8 or 16, not {self.also_stride}")
 
 
 @dataclass(frozen=True)
@@ -201,6 +209,27 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class GenerationConfig:
+    """How a model's answers are drawn where nobody says otherwise. The defaults are greedy.
+
+    The fields are those of `SamplingParams`, which checks them.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
+            raise InputError(
+                f"temperature {self.temperature} and top_k {self.top_k} must be 0 or more, "
+                f"top_p {self.top_p} above 0 and at most 1, "
+                f"repetition_penalty {self.repetition_penalty} above 0"
+            )
+
+
+@dataclass(frozen=True)
 class ChatFormat:
     """The fixed texts of a chat format; between them stands what people and the model say."""
 
@@ -231,6 +260,7 @@ class ModelConfig:
     stop_token_ids: tuple[int, ...] = ()  # any of these ends an answer
     bos_token_id: int | None = None  # stands once, before everything
     image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
     trained_pictures: int | None = None  # the most pictures in one training conversation; None: not known
 
@@ -266,7 +296,17 @@ class ModelConfig:
         return (grid // factor) ** 2
 
     def to_dict(self) -> dict[str, Any]:
-        return {"pumice_format": FORMAT_VERSION, **as_stored(self)}
+        """Return the JSON values of config.json.
+
+        `vision.also_stride` and `generation` are left out where they are the defaults, so that earlier
+        versions, which refuse unknown keys, open the folder too.
+        """
+        values = {"pumice_format": FORMAT_VERSION, **as_stored(self)}
+        if not self.vision.also_stride:
+            del values["vision"]["also_stride"]
+        if self.generation == GenerationConfig():
+            del values["generation"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:

@@ -63,6 +63,19 @@ def test_sampling_options_reach_the_model(run: Any) -> None:
     assert run("ask", "What?", *SHORT, "--stop", free[3:5]).stdout[:-1] == free[: free.index(free[3:5])]
 
 
+def test_an_option_goes_before_what_the_model_s_folder_says(
+    run: Any, penalising: Path, tiny_folder: Path
+) -> None:
+    plain, penalised = (
+        load(folder, device="cpu").ask(None, "What?", max_new_tokens=8)
+        for folder in (tiny_folder, penalising)
+    )
+    assert plain != penalised
+    model = ["--model", str(penalising)]
+    assert run("ask", "What?", *SHORT, *model).stdout == penalised + "\n"
+    assert run("ask", "What?", *SHORT, *model, "--repetition-penalty", "1").stdout == plain + "\n"
+
+
 @pytest.mark.parametrize(("word", "bits"), [("none", None), ("int8", "int8"), ("int4", "int4")])
 def test_bits_reach_the_model(run: Any, tiny_folder: Path, word: str, bits: Any) -> None:
     expected = load(tiny_folder, device="cpu", quantize=bits).ask(None, "What?", max_new_tokens=8)

@@ -138,3 +138,43 @@ def test_wrong_variants_and_sizes_are_refused() -> None:
         tower("lite5")
     with pytest.raises(InputError, match="width 1280 at stride 32, the config says width 768 at stride 16"):
         EfficientNetLite(VisionConfig(width=768, stride=16))
+
+
+@pytest.mark.parametrize(("fine", "channels"), [(8, 40), (16, 112)])
+def test_finer_features_stand_beside_those_of_the_same_pixels(fine: int, channels: int) -> None:
+    factor = 32 // fine
+    width = 1280 + channels * factor**2
+    torch.manual_seed(0)
+    joined = EfficientNetLite(
+        VisionConfig(variant="lite0", image_size=96, width=width, also_stride=fine)
+    ).eval()
+    plain = tower("lite0").eval()
+    plain.load_state_dict(joined.state_dict())  # no weight of its own
+    pixels = torch.randn(2, 3, 96, 96)
+    kept: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for block in joined.blocks:
+            block.register_forward_hook(lambda _, __, found: kept.append(found))
+        found = joined(pixels)
+        assert torch.equal(found[..., :1280], plain(pixels))
+    assert found.shape == (2, 9, width)
+    maps = [x for x in kept if x.shape[-1] == 96 // fine]
+    last = maps[-1]  # the deepest of that stride
+    assert last.shape[1] == channels
+    beside = found[..., 1280:].view(2, 3, 3, factor, factor, channels)
+    for row, column in ((0, 0), (1, 2)):
+        square = last[:, :, row * factor : (row + 1) * factor, column * factor : (column + 1) * factor]
+        channels_last = square.permute(0, 2, 3, 1).flatten(1)
+        expected = torch.nn.functional.layer_norm(channels_last, channels_last.shape[1:])
+        torch.testing.assert_close(beside[:, row, column].flatten(1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_finer_features_need_their_width_and_their_tower() -> None:
+    with pytest.raises(
+        InputError, match="gives width 1760 at stride 32 with also_stride 16, the config says"
+    ):
+        EfficientNetLite(VisionConfig(also_stride=16))
+    with pytest.raises(InputError, match="a siglip tower has features of one stride; leave also_stride out"):
+        VisionConfig(kind="siglip", also_stride=16)
+    with pytest.raises(InputError, match="also_stride must be 0, 8 or 16, not 4"):
+        VisionConfig(also_stride=4)

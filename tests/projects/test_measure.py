@@ -132,3 +132,63 @@ def test_wrong_input_is_one_sentence(measure: ModuleType, photos: Path, capsys: 
     (photos / "val" / "presence.jsonl").write_text('{"image": ')
     with pytest.raises(InputError, match="damaged"):
         measure.read_held_out(photos / "val")
+
+
+class Talking(Knowing):
+    """Knows COCO's animals too, and says the same twice of a cat."""
+
+    def ask_each(self, asks: Any, **options: Any) -> Iterator[str]:
+        for image, question in asks:
+            self.asked.append((image, question))
+            if question.startswith("How many"):
+                yield "Two." if isinstance(image, Path) else "1"
+            else:
+                yield from super().ask_each([(image, question)])
+
+    def stream(self, messages: list[dict[str, Any]], **options: Any) -> Iterator[str]:
+        name = messages[0]["content"][0]["image"].stem
+        yield from ("a ", name) if len(messages) == 1 or name == "cat" else ("brown",)
+
+
+def test_vqa_by_type_and_second_answers(
+    measure: ModuleType, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    val = photos / "val"
+    for name in ("captions.json", "presence.jsonl"):
+        (val / f"coco_{name}").write_bytes((val / name).read_bytes())
+    vqa = [
+        {
+            "image": "dog.png",
+            "question": "How many?",
+            "answers": ["2"] * 7 + ["3"] * 3,
+            "answer_type": "number",
+        },
+        {"image": "cat.png", "question": "What is it?", "answers": ["cat"] * 10, "answer_type": "other"},
+    ]
+    (val / "vqa_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in vqa))
+    for name, rows in {
+        "conversations": [
+            {"image": f"{n}.png", "questions": ["What is it?", "Its colour?"]} for n in CAPTIONS
+        ],
+        "questions": [{"image": "dog.png", "question": "Is there a dog?", "right": ["yes"]}],
+    }.items():
+        (photos / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(measure, "HERE", photos)
+    monkeypatch.setattr(measure.pumice, "load", lambda *_, **__: Talking())
+    numbers, answers = photos / "numbers.json", photos / "answers.jsonl"
+    written = ["--json", str(numbers), "--answers", str(answers)]
+    assert measure.main(["--rows", str(val), "--photos", str(photos), *written]) == 0
+    result = json.loads(numbers.read_text())
+    found = result["coco"]["photographs"]["vqa"]
+    assert found["number"]["accuracy"] == pytest.approx(1)  # "Two." is 2, which seven people said
+    assert found["other"]["accuracy"] == 0 and found["all"] == {
+        **found["all"],
+        "accuracy": 0.5,
+        "questions": 2,
+    }
+    assert result["coco"]["grey"]["vqa"]["number"]["accuracy"] == 0
+    assert (result["conversations"], result["repeated"]) == (3, 1)
+    last = json.loads(answers.read_text().splitlines()[-1])
+    assert (last["said"], last["right"]) == ("Yes.", ["yes"])
+    told = capsys.readouterr().out
+    assert "| VQA v2, number (1) | 100.0 |" in told and "1 of 3 second answers repeat the first" in told

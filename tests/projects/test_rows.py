@@ -16,8 +16,8 @@ from PIL import Image
 
 RECIPE = Path(__file__).parents[2] / "projects" / "pumice-tiny"
 MODULES = (
-    *("attributes", "base", "captions", "composites", "flickr", "grammar", "mentions"),
-    *("nouns", "presence", "refusal", "scene_rows", "text_only"),
+    *("attributes", "base", "boxes", "captions", "coco", "composites", "flickr", "follow_up", "grammar"),
+    *("labels", "mentions", "nouns", "presence", "refusal", "scene_rows", "text_only", "vqa"),
 )
 
 
@@ -327,3 +327,162 @@ def test_end_to_end(build: ModuleType, tmp_path: Path) -> None:
     )
     summary = json.loads((outs[0] / "summary.json").read_text())
     assert summary["train/captions"]["pictures"] == 18
+
+
+def scene(
+    rows: Any, *labels: str, name: str = "p", boxes: Any = None, captions: tuple[str, ...] = (), **more: Any
+) -> Any:
+    shown = rows.base.Photo(name, f"coco/images/{name}.jpg", captions)
+    given = {"vqa": (), "statements": (), **more}
+    return rows.coco.Scene(shown, frozenset(labels), boxes, given["vqa"], given["statements"])
+
+
+def asked(question: str, *answers: str, image: str = "p.jpg") -> dict[str, Any]:
+    return {"image": image, "question": question, "answers": list(answers), "answer_type": "other"}
+
+
+def test_labels_deny_small_things_only_where_every_thing_has_its_box(rows: Any) -> None:
+    labelled = scene(rows, "person")
+    assert {"dog", "bus"} <= set(labelled.absent())
+    assert not rows.coco.SMALL & set(labelled.absent())
+    assert {"fork", "remote"} <= set(scene(rows, "person", boxes=()).absent())
+
+
+def test_categories_are_asked_as_often_with_yes_as_with_no(rows: Any) -> None:
+    some = [
+        scene(rows, *(("dog", "frisbee") if n % 2 else ("cat", "couch", "fork")), name=f"p{n}")
+        for n in range(40)
+    ]
+    questions = rows.labels.label_questions(some, 0)
+    counts = Counter((q.name, q.answer) for q in questions)
+    assert {name for name, _ in counts} == {"dog", "frisbee", "cat", "couch"}  # nobody denies a fork
+    assert all(counts[name, True] == counts[name, False] > 5 for name, _ in counts)
+
+
+def test_categories_name_rooms_food_and_sports_only_where_they_are_sure(rows: Any) -> None:
+    room, sport = rows.labels.room_of, rows.labels.sport_of
+    assert room(scene(rows, "toilet", "sink")) == "bathroom"
+    assert room(scene(rows, "oven", "refrigerator", "person")) == "kitchen"
+    assert room(scene(rows, "bed", "toilet")) is None
+    assert room(scene(rows, "bed", "surfboard")) is None
+    assert sport(scene(rows, "person", "skis")) == "skiing"
+    assert sport(scene(rows, "skis")) is None
+    assert sport(scene(rows, "person", "skis", "snowboard")) is None
+    assert rows.labels.only(scene(rows, "pizza", "person"), "food") == "pizza"
+    assert rows.labels.only(scene(rows, "pizza", "cake"), "food") is None
+
+
+def test_answers_of_three_people_are_learned_in_proportion(rows: Any) -> None:
+    answers = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
+    assert rows.vqa.agreed(answers) == [("yes", 2), ("no", 1)]
+    assert rows.vqa.agreed(["a"] * 10) == [("a", 4)]
+    assert rows.vqa.agreed(["a", "a", "b", "b", "c", "d"]) == []
+    turns = rows.vqa.vqa_turns(asked("Is it so?", *answers), 0)
+    assert sorted(answer.rstrip(".") for _, answer in turns) == ["No", "Yes", "Yes"]
+    assert len({question for question, _ in turns}) == 1
+
+
+def test_what_tells_sides_or_writing_is_never_mirrored(rows: Any) -> None:
+    given = (asked("Who is on the left?", *["man"] * 5), asked("What color is it?", *["red"] * 5))
+    plain, sided = rows.vqa.vqa_rows([scene(rows, vqa=given)], 0)
+    assert {r["conversations"][0]["value"].splitlines()[1][:4].lower() for r in sided} == {"who "}
+    assert len(plain) == len(sided) == 4
+    assert rows.coco.tells_sides("What does the sign say?") and not rows.coco.tells_sides("Is it signal red?")
+
+
+def test_boxes_tell_numbers_and_sides(rows: Any) -> None:
+    box = rows.coco.Box
+    dogs = (box("dog", 0.0, 0.2, 0.2, 0.6), box("dog", 0.7, 0.2, 0.9, 0.6))
+    far = (box("car", 0.5, 0.5, 0.51, 0.51), box("cat", 0.7, 0.1, 1.0, 0.5))
+    seen = scene(rows, "dog", "car", "cat", boxes=dogs + far)
+    texts = {question.lower(): answer for question, answer in rows.boxes.count_turns(seen, 0)}
+    assert any("dogs" in q and re.search("2|two", a) for q, a in texts.items())
+    assert any("cats" in q and re.search("1|one", a) for q, a in texts.items())
+    assert not any("cars" in question for question in texts)  # one that is too small may have neighbours
+    assert sum(re.search(r"\b(0|no)\b", answer) is not None for answer in texts.values()) == 2
+    sides = rows.boxes.side_turns(seen, 0)
+    assert len(sides) == 1 and "cat" in sides[0][0] and "right" in sides[0][1].lower()
+
+
+def test_a_following_answer_says_more_than_the_ones_before(rows: Any) -> None:
+    some = [
+        scene(rows, "person", "skis", name=f"p{n}", vqa=(asked("What sport?", *["skiing"] * 10),))
+        for n in range(60)
+    ]
+    made = rows.follow_up.follow_up_rows(some, {}, 0)
+    assert len(made) > 40
+    for conversation in made:
+        turns = conversation["conversations"]
+        answers = [rows.follow_up.content(turn["value"]) for turn in turns[1::2]]
+        before: set[str] = set()
+        for answer in answers:
+            assert answer <= {"yes", "no"} or not answer <= before
+            before |= answer
+        assert len(answers) > 1
+    assert rows.follow_up.content("A cat.") == rows.follow_up.content("cat") == {"cat"}
+
+
+def test_a_list_of_things_is_not_followed_by_whether_they_are_there(rows: Any) -> None:
+    some = [scene(rows, "dog", "bed", name=f"p{n}") for n in range(40)]
+    question = {s.photo.name: [rows.presence.Question(s.photo, "dog", True, "yes")] for s in some}
+    made = rows.follow_up.follow_up_rows(some, question, 0)
+    texts = [[turn["value"] for turn in row["conversations"]] for row in made]
+    listed = [row for row in texts if " and a" in row[1]]
+    assert listed
+    assert not any(re.search(r"\bdogs?\b", turn) for row in listed for turn in row[2::2])
+
+
+def test_the_coco_split_is_by_name(rows: Any) -> None:
+    some = [scene(rows, "dog", name=f"p{n}") for n in range(20)]
+    train, held = rows.coco.split(some, 5)
+    _, same = rows.coco.split(some[::-1], 5)
+    assert len(held) == 5 and len(train) == 15
+    assert {s.photo.name for s in held} == {s.photo.name for s in same}
+    assert {s.photo.name for s in held} == rows.base.held_names((s.photo.name for s in some), 5)
+
+
+def make_coco(root: Path, count: int) -> None:
+    """Photographs of dogs and cats in COCO's files: all labelled, some captioned, boxed, asked and stated."""
+    folder = root / "coco"
+    folder.mkdir()
+    names = [f"{number:012}.jpg" for number in range(count)]
+    animals = ["dog" if number % 2 else "cat" for number in range(count)]
+    pairs = list(zip(names, animals, strict=True))
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names[: count // 2])]
+    captions = [
+        {"image_id": image["id"], "caption": f"a {pairs[image['id']][1]} {verb} on a bed"}
+        for image in images
+        for verb in ("sleeps", "sits", "rests")
+    ]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    lines = {
+        "labels": [{"image": name, "labels": [animal, "bed"]} for name, animal in pairs],
+        "objects": [
+            {"image": n, "objects": [{"name": a, "box": [0.1, 0.1, 0.3, 0.5]}], "complete": True}
+            for n, a in pairs
+        ],
+        "vqa": [{"question_id": n, **asked(f"What animal {n}?", *[a] * 10, image=n)} for n, a in pairs],
+        "vsr": [{"image": n, "statement": f"The {a} is on the bed.", "label": True} for n, a in pairs],
+    }
+    for name, entries in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+
+
+def test_coco_is_read_split_and_written_beside_the_rest(build: ModuleType, tmp_path: Path) -> None:
+    make_photos(tmp_path, 12)
+    make_coco(tmp_path, 20)
+    out = tmp_path / "out"
+    build.build(tmp_path, out, composites={}, validation=4, coco_validation=6)
+    made = read_all(out)
+    for source in ("align", "captions", "presence", "list", "naming", "counting", "sides", "statements"):
+        assert made[f"train/coco_{source}.jsonl"], source
+    held = {entry["image"] for entry in made["val/coco_list.jsonl"]}
+    assert len(held) == 6
+    for name, entries in made.items():
+        if name.startswith("train/"):
+            assert held.isdisjoint(entry.get("image") for entry in entries), name
+    asked_of = {entry["image"] for entry in made["val/vqa_test.jsonl"]}
+    captioned = {e["image"] for e in json.loads((out / "val" / "coco_captions.json").read_text())}
+    assert asked_of == held and captioned <= held
+    answers = Counter(entry["answer"] for entry in made["val/coco_presence.jsonl"])
+    assert answers["yes"] == answers["no"] > 0

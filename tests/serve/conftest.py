@@ -59,13 +59,17 @@ def local(tiny_folder: Path) -> Callable[..., AbstractContextManager[str]]:
     """`with local(**settings) as url`: the tiny model, served."""
 
     def serve(
-        slots: int = 4, cache_tokens: int = 2048, names: tuple[str, ...] = ("tiny",), **settings: Any
+        slots: int = 4,
+        cache_tokens: int = 2048,
+        names: tuple[str, ...] = ("tiny",),
+        folder: Path = tiny_folder,
+        **settings: Any,
     ) -> Any:
         from pumice.assistant import load
         from pumice.engine.engine import Engine
         from pumice.serve.local import LocalBackend
 
-        assistant = load(tiny_folder, device="cpu", quantize=None)
+        assistant = load(folder, device="cpu", quantize=None)
         assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=64)
         return serving(lambda checked: LocalBackend(assistant, names, checked), slots, **settings)
 

@@ -140,6 +140,27 @@ def test_sampling_stops_and_logprobs(client: openai.OpenAI, exact: Assistant) ->
     assert all(len(token.top_logprobs) == 3 for token in logprobs.content)
 
 
+def test_the_model_s_folder_says_how_answers_are_drawn(
+    local: Any, exact: Assistant, penalising: Path
+) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 12}
+    messages: Any = [{"role": "user", "content": "What?"}]
+    with local(folder=penalising) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        chat = client.chat.completions.create(messages=messages, **asked)
+        plain = client.chat.completions.create(
+            messages=messages, extra_body={"repetition_penalty": 1.0}, **asked
+        )
+        asked["max_tokens"] = 60  # long enough for words to come again
+        text = client.completions.create(prompt="A dog", **asked)
+        other = client.completions.create(prompt="A dog", extra_body={"repetition_penalty": 1.0}, **asked)
+    question = Message("user", ("What?",))
+    said = naive(exact, question, max_new_tokens=12, repetition_penalty=9.0)
+    assert chat.choices[0].message.content == said
+    assert plain.choices[0].message.content == naive(exact, question, max_new_tokens=12) != said
+    assert text.choices[0].text != other.choices[0].text
+
+
 def test_many_at_once_answer_as_alone(server: str, exact: Assistant) -> None:
     questions = [(f"What is {n}?", picture(n % 3)) for n in range(12)]
     expected = [naive(exact, user(text, image), max_new_tokens=8) for text, image in questions]

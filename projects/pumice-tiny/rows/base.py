@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def table(name: str) -> dict[str, list[str]]:
 def rng(seed: int, *names: str) -> random.Random:
     """A generator that depends on the seed and on names, not on the order of work."""
     return random.Random("/".join((str(seed), *names)))
+
+
+def held_names(names: Iterable[str], count: int) -> set[str]:
+    """The names with the smallest SHA-256: what is held out does not depend on what else there is."""
+    return set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count])
 
 
 def row(row_id: str, image: str | None, turns: Sequence[tuple[str, str]]) -> Row:

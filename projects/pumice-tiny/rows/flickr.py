@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import defaultdict
 from pathlib import Path
 
-from rows.base import Photo, capital
+from rows.base import Photo, capital, held_names
 
 FOLDER = "flickr8k"
 VALIDATION_PHOTOS = 500
@@ -65,6 +64,5 @@ def raw_captions(photos: Path) -> dict[str, list[str]]:
 
 def split(photos: list[Photo], validation: int = VALIDATION_PHOTOS) -> tuple[list[Photo], list[Photo]]:
     """(training, validation): the validation photos have the smallest SHA-256 of their name."""
-    ranked = sorted(photos, key=lambda photo: hashlib.sha256(photo.name.encode()).hexdigest())
-    held = {photo.name for photo in ranked[:validation]}
+    held = held_names((photo.name for photo in photos), validation)
     return [p for p in photos if p.name not in held], [p for p in photos if p.name in held]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rows.base import SINGLE_PHRASE, Photo, Row, casual, rng, row, with_article
@@ -86,6 +86,9 @@ SHORT_SUFFIXES = (
 SHORT_PREFIXES = ("Answer yes or no: ", "Yes or no: ", "Answer with yes or no: ")
 
 
+Names = Callable[[Photo], Iterable[str]]  # of the nouns that a photo shows, or lacks
+
+
 @dataclass(frozen=True)
 class Question:
     """One question on one photo. kind: yes, hard (accompanies what is there), popular."""
@@ -98,8 +101,22 @@ class Question:
 
 def choose(photos: Sequence[Photo], seed: int, per_photo: int = 4, rare: int = RARE) -> list[Question]:
     """Balanced questions over all photos: at most per_photo yes and as many no for each."""
-    positives = _positives(photos, seed, per_photo, rare)
-    together = _cooccurrence(photos)
+    return balance(photos, _positives(photos, seed, per_photo, rare), _present, _absent, seed, per_photo)
+
+
+def balance(
+    photos: Sequence[Photo],
+    positives: Sequence[Question],
+    present: Names,
+    absent: Names,
+    seed: int,
+    per_photo: int,
+) -> list[Question]:
+    """Those questions and as many with "no" for every noun, as far as the photos surely lack it.
+
+    present, absent: the nouns that a photo shows for sure, and those that it lacks for sure.
+    """
+    together = _cooccurrence(photos, present)
     wanted = Counter(question.name for question in positives)
     slots = Counter(question.photo.name for question in positives)
     popular = Counter(wanted)
@@ -111,11 +128,11 @@ def choose(photos: Sequence[Photo], seed: int, per_photo: int = 4, rare: int = R
         pick = rng(seed, "presence", "no", photo.name)
         asked: set[str] = set()
         for slot in range(max(mean_slots, min(slots[photo.name], per_photo))):
-            left = sorted(n for n in _absent(photo) if wanted[n] > 0 and n not in asked)
+            left = sorted(n for n in absent(photo) if wanted[n] > 0 and n not in asked)
             if not left:
                 break
             hard = slot % 2 == 0
-            near = [sum(together[seen][n] / popular[n] for seen in _present(photo)) for n in left]
+            near = [sum(together[seen][n] / popular[n] for seen in present(photo)) for n in left]
             weights = [(c + 1e-3 if hard else 1.0) * wanted[n] for c, n in zip(near, left, strict=True)]
             name = pick.choices(left, weights)[0]
             asked.add(name)
@@ -156,12 +173,12 @@ def _acts(judged: Mentions, names: Iterable[str]) -> list[str]:
     return acts
 
 
-def _cooccurrence(photos: Sequence[Photo]) -> dict[str, Counter[str]]:
+def _cooccurrence(photos: Sequence[Photo], present: Names) -> dict[str, Counter[str]]:
     together: dict[str, Counter[str]] = defaultdict(Counter)
     for photo in photos:
-        present = _present(photo)
-        for name in present:
-            together[name].update(present)
+        names = present(photo)
+        for name in names:
+            together[name].update(names)
     return together
 
 
@@ -196,13 +213,15 @@ def forced(question: str, random_: random.Random) -> str:
     return question + random_.choice(SHORT_SUFFIXES)
 
 
-def phrase(question: Question, random_: random.Random, short: bool) -> tuple[str, str]:
+def phrase(
+    question: Question, random_: random.Random, short: bool, nouns: Mapping[str, Noun] = NOUNS
+) -> tuple[str, str]:
     """(question, answer) as text; a short one asks for and gets exactly Yes or No."""
     img = random_.choice(IMAGES)
-    if question.name not in NOUNS:
+    if question.name not in nouns:
         text, full = _activity(question, img, random_)
     else:
-        text, full = _thing(NOUNS[question.name], question.answer, img, random_)
+        text, full = _thing(nouns[question.name], question.answer, img, random_)
     if short:
         return forced(text, random_), "Yes" if question.answer else "No"
     return casual(text, random_), full
@@ -235,45 +254,48 @@ def _activity(question: Question, img: str, random_: random.Random) -> tuple[str
     return text, f"Yes, someone is {doing}." if question.answer else f"No, nobody is {doing}."
 
 
-def presence_rows(questions: Sequence[Question], seed: int) -> list[Row]:
+def presence_rows(questions: Sequence[Question], seed: int, nouns: Mapping[str, Noun] = NOUNS) -> list[Row]:
     """One row per question."""
     rows = []
     for number, question in enumerate(questions):
         random_ = rng(seed, "presence", "words", question.photo.name, question.name)
-        turn = phrase(question, random_, short=random_.random() < 0.5)
+        turn = phrase(question, random_, random_.random() < 0.5, nouns)
         rows.append(row(f"presence-{number}", question.photo.image, [turn]))
     return rows
 
 
 def presence_test(photos: Sequence[Photo], seed: int) -> list[Row]:
-    """Held-out questions: {"id", "image", "question", "answer", "kind"}, half yes and half no.
+    """Held-out questions: {"id", "image", "question", "answer", "kind", "noun"}, half yes and half no.
 
     Things only, agreed by two captions; asked as POPE asks.
     """
     questions = [q for q in choose(photos, seed, per_photo=4, rare=0) if q.name in NOUNS]
+    return as_test(questions, NOUNS, seed, "presence")
+
+
+def as_test(questions: Sequence[Question], nouns: Mapping[str, Noun], seed: int, source: str) -> list[Row]:
+    """As many of the questions with yes as with no, asked as POPE asks."""
     positive = [q for q in questions if q.answer]
     negative = [q for q in questions if not q.answer]
     size = min(len(positive), len(negative))
-    random_ = rng(seed, "presence", "test")
+    random_ = rng(seed, source, "test")
     chosen = random_.sample(positive, size) + random_.sample(negative, size)
     chosen.sort(key=lambda q: (q.photo.name, q.name))
-    rows = []
-    for number, question in enumerate(chosen):
-        noun = NOUNS[question.name]
-        singular, many = noun.forms[0]
-        if not singular:
-            text = f"Are there any {many} in the image?"
-        else:
-            text = f"Is there {with_article(singular) if many else singular} in the image?"
-        answer = "yes" if question.answer else "no"
-        rows.append(
-            {
-                "id": f"presence-val-{number}",
-                "image": question.photo.image,
-                "question": text,
-                "answer": answer,
-                "kind": question.kind,
-                "noun": question.name,
-            }
-        )
-    return rows
+    return [
+        {
+            "id": f"{source}-val-{number}",
+            "image": question.photo.image,
+            "question": _plain_question(nouns[question.name]),
+            "answer": "yes" if question.answer else "no",
+            "kind": question.kind,
+            "noun": question.name,
+        }
+        for number, question in enumerate(chosen)
+    ]
+
+
+def _plain_question(noun: Noun) -> str:
+    singular, many = noun.forms[0]
+    if not singular:
+        return f"Are there any {many} in the image?"
+    return f"Is there {with_article(singular) if many else singular} in the image?"

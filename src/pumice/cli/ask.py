@@ -41,10 +41,10 @@ def ask(
     ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Questions of --batch answered at a time.")] = 8,
     max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     stop: options.Stop = None,
     seed: options.Seed = None,
     device: options.Device = None,
@@ -206,6 +206,7 @@ def _answer_rows(
 
     SamplingParams(**sampling)  # raises before the model is loaded
     assistant = load(model, **load_options)
+    sampling = {**assistant.generation, **sampling}  # the file says with what it was asked in full
     questions = [(list(row.images), row.question) for row in rows]
     line = StatusLine()
     with AnswerFile(partial, questions, {"model": model, **load_options, **sampling}) as file:

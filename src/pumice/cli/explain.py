@@ -47,7 +47,7 @@ def explain(
     ] = 0,
     model: options.Model = "pumice-tiny",
     max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
+    temperature: options.Temperature = None,
     seed: options.Seed = None,
     device: options.Device = None,
     quantize: options.Quantize = options.Bits.auto,
@@ -94,7 +94,7 @@ def explain(
     get_method(method or DEFAULT)  # raises before the model is loaded
     explanation = load(model, **options.opening(device, quantize)).explain(
         opened, question, answer, method=method or DEFAULT, layers=layer_numbers, occlusion=occlusion,
-        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        **options.sampling(max_new_tokens, temperature, None, None, None, None, seed),
     )  # fmt: skip
     if out is not None:
         with replacing(out) as file:

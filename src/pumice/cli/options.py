@@ -46,25 +46,25 @@ def opening(
 
 def sampling(
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    repetition_penalty: float,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    repetition_penalty: float | None,
     stop: Sequence[str] | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    """Return the sampling options as fields of `SamplingParams`."""
-    return {
-        "max_new_tokens": max_new_tokens,
+    """Return the sampling options as fields of `SamplingParams`; None means as the model's folder says."""
+    drawn = {
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
         "repetition_penalty": repetition_penalty,
-        "stop": tuple(stop or ()),
-        "seed": seed,
     }
+    given = {name: value for name, value in drawn.items() if value is not None}
+    return {"max_new_tokens": max_new_tokens, **given, "stop": tuple(stop or ()), "seed": seed}
 
 
+MODELS = "as the model says"
 Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a folder or a hub name.")]
 Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; the best one here if not given.", show_default=False)
@@ -83,10 +83,22 @@ Base = Annotated[
     typer.Option(help="What the model, a LoRA or a projector, was trained on.", show_default=False),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest word each time; 1 draws freely.")]
-TopP = Annotated[float, typer.Option(help="Draw from the likeliest words of this probability together.")]
-TopK = Annotated[int, typer.Option(help="Draw from this many likeliest words; 0 is all.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1, words already said become less likely.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="0 takes the likeliest word each time; 1 draws freely.", show_default=MODELS),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Draw from the likeliest words of this probability together.", show_default=MODELS),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Draw from this many likeliest words; 0 is all.", show_default=MODELS),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(help="Above 1, words already said become less likely.", show_default=MODELS),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(help="End the answer before this text; repeat as needed.", show_default=False),

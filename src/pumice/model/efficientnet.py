@@ -3,7 +3,7 @@
 Source: github.com/tensorflow/tpu, models/official/efficientnet/lite (no squeeze-and-excite, ReLU6, stem and
 head of fixed width). Padding is TensorFlow's "SAME".
 
-Shapes: B images, S pixels on a side, G = S / 32, C channels.
+Shapes: B images, S pixels on a side, G = S / 32, C channels, W width of a feature.
 """
 
 from __future__ import annotations
@@ -88,8 +88,19 @@ class MBConv(nn.Module):
         return x + y if self.shortcut else y
 
 
+def fine_channels(variant: str, stride: int) -> int:
+    """Channels of the features of `stride` pixels, as the last block of that stride gives them."""
+    channels = {8: 40, 16: 112}[stride]  # EfficientNet-B0's
+    return _round_channels(channels, VARIANTS[variant][0])
+
+
 class EfficientNetLite(nn.Module):
-    """Turns pixels (B, 3, S, S) into features (B, G*G, 1280), row by row from the top left."""
+    """Turns pixels (B, 3, S, S) into features (B, G*G, W), row by row from the top left.
+
+    A feature is the head's 1280 channels. With `also_stride` 16 the channels of the 2 x 2 finer features on
+    the same pixels follow, row by row (with 8 of the 4 x 4), normalised: they carry smaller things and
+    their places.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -97,15 +108,19 @@ class EfficientNetLite(nn.Module):
             raise InputError(
                 f"unknown EfficientNet-Lite {config.variant!r}; use one of {', '.join(VARIANTS)}"
             )
-        if (config.width, config.stride) != (HEAD, 32):
+        fine = config.also_stride
+        whole = HEAD + (fine_channels(config.variant, fine) * (32 // fine) ** 2 if fine else 0)
+        if (config.width, config.stride) != (whole, 32):
+            also = f" with also_stride {fine}" if fine else ""
             raise InputError(
-                f"EfficientNet-Lite gives width {HEAD} at stride 32, "
+                f"EfficientNet-Lite gives width {whole} at stride 32{also}, "
                 f"the config says width {config.width} at stride {config.stride}"
             )
         width, depth = VARIANTS[config.variant]
         self.stem = ConvNorm(3, STEM, 3, 2)
         blocks: list[nn.Module] = []
-        source = STEM
+        source, pixels = STEM, 2
+        self.fine = -1  # the last block whose features stand for also_stride pixels
         for number, (repeats, kernel, stride, expansion, channels) in enumerate(STAGES):
             target = _round_channels(channels, width)
             if number not in (0, len(STAGES) - 1):  # Lite does not repeat the first and the last stage
@@ -113,14 +128,30 @@ class EfficientNetLite(nn.Module):
             for repeat in range(repeats):
                 blocks.append(MBConv(source, target, kernel, stride if repeat == 0 else 1, expansion))
                 source = target
+            pixels *= stride
+            if pixels == fine:
+                self.fine = len(blocks) - 1
         self.blocks = nn.ModuleList(blocks)
         self.head = ConvNorm(source, HEAD, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.stem(pixels.contiguous(memory_format=torch.channels_last))
-        for block in self.blocks:
+        fine = None
+        for number, block in enumerate(self.blocks):
             x = block(x)
-        return self.head(x).flatten(2).transpose(1, 2)
+            if number == self.fine:
+                fine = x
+        x = self.head(x)
+        if fine is not None:
+            factor = fine.shape[-1] // x.shape[-1]
+            squares = F.pixel_unshuffle(fine, factor)  # (B, C * factor^2, G, G): channels before places
+            places = (
+                squares.unflatten(1, (-1, factor**2)).transpose(1, 2).flatten(1, 2)
+            )  # (B, W - 1280, G, G)
+            features = (x.flatten(2).transpose(1, 2), places.flatten(2).transpose(1, 2))
+            # Blocks end without an activation, ten times as far from 0 as the head does.
+            return torch.cat((features[0], F.layer_norm(features[1], features[1].shape[-1:])), -1)
+        return x.flatten(2).transpose(1, 2)
 
     def train(self, mode: bool = True) -> EfficientNetLite:
         """Stay in evaluation mode: batch norms keep ImageNet's statistics."""

@@ -248,7 +248,10 @@ class LocalBackend:
         ids += [token_id for token_id, _ in self.assistant.processor.tokenizer.pieces(text)]
         if not ids:
             raise InputError("the prompt is empty; give some text to continue")
-        prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=SamplingParams(**sampling))
+        prompt = Prompt(
+            torch.tensor(ids, dtype=torch.int64),
+            params=SamplingParams(**{**self.assistant.generation, **sampling}),
+        )
         check_room(self.assistant.model, prompt)
         return prompt
 

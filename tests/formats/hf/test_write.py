@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from pumice.assistant import conversation_of, load
-from pumice.config import IMAGE_TOKEN
+from pumice.config import IMAGE_TOKEN, GenerationConfig
 from pumice.formats.export import export
 from pumice.formats.hf.config import decoder_config
-from pumice.formats.hf.write import as_mlp, image_processor, text_config
+from pumice.formats.hf.write import as_mlp, generation_config, image_processor, text_config
 from pumice.formats.read import read_model
 from pumice.model.connector import Connector
 from pumice.storage.json_file import Keys
@@ -109,6 +109,19 @@ def test_image_policies_in_their_words(models: ModuleType) -> None:
     assert tiles["image_grid_pinpoints"] == [[56, 112]], "height first"
     shrunk = replace(models.PAD, mode="anyres", pinpoints=((112, 56),), max_tiles=9)
     assert image_processor(shrunk, 56)["image_processor_type"] == "LlavaOnevisionImageProcessor"
+
+
+def test_how_answers_are_drawn_travels(models: ModuleType) -> None:
+    config = next(iter(models.ARCHITECTURES.values())).config
+
+    def told(**fields: float) -> dict[str, object]:
+        return generation_config(replace(config, generation=GenerationConfig(**fields)))
+
+    plain = generation_config(config)
+    assert plain["do_sample"] is False
+    assert told(repetition_penalty=1.2) == plain | {"repetition_penalty": 1.2}
+    drawn = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
+    assert told(temperature=0.5, top_p=0.9) == plain | drawn
 
 
 LLAVA_1 = "CLIP + Llama, linear, crop (LLaVA 1.0)"

@@ -12,7 +12,7 @@ A model that pads pictures needs transformers 4.49 or newer, which has LlavaImag
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor
 
-from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
+from pumice.config import DecoderConfig, GenerationConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import RESAMPLE, padding
@@ -296,14 +296,21 @@ def write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer, cha
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:
-    """Return generation_config.json: the tokens that end an answer, and greedy decoding."""
+    """Return generation_config.json: the tokens that end an answer, and how answers are drawn."""
     stops = list(config.stop_token_ids)
     values = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": stops or None,
         "pad_token_id": next(iter(stops), None),
     }
-    return {"do_sample": False} | {key: value for key, value in values.items() if value is not None}
+    drawn = asdict(config.generation)
+    if not drawn["temperature"]:  # greedy: transformers warns of what only a draw would use
+        drawn = {"do_sample": False, "repetition_penalty": drawn["repetition_penalty"]}
+    else:
+        drawn["do_sample"] = True
+    usual = asdict(GenerationConfig())
+    values |= {key: value for key, value in drawn.items() if value != usual.get(key)}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, tokenizer: Tokenizer) -> None:
