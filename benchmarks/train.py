@@ -178,7 +178,7 @@ def ours(folder: Path, stage: str, steps: int, without: list[str], options: list
             with patch.object(objective, "supervised_loss", self.loss):
                 return super().forward(*args, **kwargs)
 
-    class Masked(objective.Packed):
+    class Masked(objective.PackedAttention):
         """What attention was without runs: every tree a matrix."""
 
         def __init__(self, runs: Any, *rest: Any) -> None:
@@ -213,7 +213,7 @@ def ours(folder: Path, stage: str, steps: int, without: list[str], options: list
     if "kept-memory" in without:
         patches.append(patch.object(loop, "keep_freed_memory", lambda: False))
     if "runs" in without:
-        patches.append(patch.object(objective, "Packed", Masked))
+        patches.append(patch.object(objective, "PackedAttention", Masked))
     for active in patches:
         active.start()
     setup = prepare(recipe)

@@ -18,7 +18,7 @@ from pumice.conversation import Conversation, ImagePart, Message, user_message
 from pumice.data.packing import Pack, Tree, pack, prefix_tree
 from pumice.geometry import Layout
 from pumice.model.llava import Llava
-from pumice.model.packed import Packed, Run
+from pumice.model.packed import PackedAttention, Run
 from pumice.processor import Processor, Sample
 from pumice.tokens import IGNORE, Tokenizer
 from pumice.train.loss import supervised_loss
@@ -73,7 +73,7 @@ def packed_loss(model: Llava, packed: Pack, leaves: dict[str, Tensor]) -> Tensor
         here(packed.input_ids)[None],
         image_tokens(packed.images, leaves),
         positions=here(packed.positions)[None],
-        attend=Packed(packed.runs),
+        attend=PackedAttention(packed.runs),
         rows=here(packed.sources),
     )
     head = model.decoder.head_weight
@@ -202,7 +202,7 @@ def test_runs_see_what_the_tree_says(texts: list[str]) -> None:
 
 def test_plain_samples_cost_no_mask() -> None:
     long = prefix_tree([sample("a" * 3000 + "B")])
-    packed = Packed(Pack((long, long)).runs)
+    packed = PackedAttention(Pack((long, long)).runs)
     assert packed.lengths == [3001, 3001] and packed.masks == [None, None]
 
 

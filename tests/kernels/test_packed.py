@@ -12,10 +12,12 @@ import torch
 from pumice.errors import InputError
 from pumice.kernels import compute
 from pumice.kernels.compute import quantize
-from pumice.kernels.packed import GROUP, Kind, from_blocks, size
+from pumice.kernels.packed import GROUP, BlockFormat, from_blocks, size
 
-KINDS = pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
-MADE = pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_1, Kind.Q4_K], ids=lambda kind: kind.name)
+KINDS = pytest.mark.parametrize("kind", BlockFormat, ids=lambda kind: kind.name)
+MADE = pytest.mark.parametrize(
+    "kind", [BlockFormat.Q8_0, BlockFormat.Q4_1, BlockFormat.Q4_K], ids=lambda kind: kind.name
+)
 COMPILED = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "PyTorch"])
 
 
@@ -29,10 +31,10 @@ def way(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @KINDS
 @pytest.mark.parametrize("outputs", [16, 37])
-def test_blocks_go_in_and_out_bit_for_bit(kind: Kind, outputs: int) -> None:
+def test_blocks_go_in_and_out_bit_for_bit(kind: BlockFormat, outputs: int) -> None:
     shape = (outputs, 1024 // kind.block, kind.block_bytes)
     blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    halves = 2 if kind in (Kind.Q8_0, Kind.Q4_0) else 4
+    halves = 2 if kind in (BlockFormat.Q8_0, BlockFormat.Q4_0) else 4
     blocks[..., :halves] = torch.rand(*shape[:2], halves // 2).half().view(torch.uint8)
     packed = from_blocks(kind, blocks)
     assert len(packed.data) == size(kind, outputs, 1024)
@@ -45,21 +47,21 @@ def test_blocks_go_in_and_out_bit_for_bit(kind: Kind, outputs: int) -> None:
 
 
 def test_bits_of_a_weight() -> None:
-    sizes = {kind.name: size(kind, 4096, 4096) * 8 / 4096**2 for kind in Kind}
+    sizes = {kind.name: size(kind, 4096, 4096) * 8 / 4096**2 for kind in BlockFormat}
     assert sizes == {"Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5.0, "Q4_K": 4.625}
 
 
 @MADE
 @COMPILED
 @pytest.mark.usefixtures("way")
-def test_rounds_about_as_well_as_ggml(kind: Kind, compiled: bool) -> None:
+def test_rounds_about_as_well_as_ggml(kind: BlockFormat, compiled: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(70, 1024, generator=generator)
     weight *= 2 ** torch.randn(70, 1024, generator=generator)  # heavy tails
     weight[:, ::300] *= 20
     error = ((quantize(weight, kind).restored() - weight).norm() / weight.norm()).item()
     # The gguf package makes no Q4_K, which is to be as good as Q4_1.
-    form = gguf.GGMLQuantizationType((Kind.Q4_1 if kind is Kind.Q4_K else kind).ggml)
+    form = gguf.GGMLQuantizationType((BlockFormat.Q4_1 if kind is BlockFormat.Q4_K else kind).ggml)
     theirs = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), form), form)
     expected = np.linalg.norm(theirs - weight.numpy()) / np.linalg.norm(weight.numpy())
     print(f"{kind.name}: {error:.4f}, ggml {expected:.4f}")
@@ -69,7 +71,7 @@ def test_rounds_about_as_well_as_ggml(kind: Kind, compiled: bool) -> None:
 @MADE
 @COMPILED
 @pytest.mark.usefixtures("way")
-def test_extreme_weights(kind: Kind, compiled: bool) -> None:
+def test_extreme_weights(kind: BlockFormat, compiled: bool) -> None:
     weight = torch.randn(21, 512, generator=torch.Generator().manual_seed(2))
     weight[0] = 0
     weight[1] = 0.25
@@ -83,7 +85,7 @@ def test_extreme_weights(kind: Kind, compiled: bool) -> None:
     assert torch.allclose(got[1:3], weight[1:3], rtol=2e-3)
     assert got[3, 100] == pytest.approx(6e4, rel=5e-3)
     assert (got[4].abs() <= 1e-6).all()
-    step = {Kind.Q8_0: 2 * 9 / 255, Kind.Q4_1: 9 / 15, Kind.Q4_K: 9 / 15}[kind]
+    step = {BlockFormat.Q8_0: 2 * 9 / 255, BlockFormat.Q4_1: 9 / 15, BlockFormat.Q4_K: 9 / 15}[kind]
     assert (got[5] - weight[5]).abs().max() < step
 
 
@@ -92,11 +94,11 @@ def test_extreme_weights(kind: Kind, compiled: bool) -> None:
 def test_what_is_on_the_grid_stays(compiled: bool) -> None:
     numbers = torch.arange(16).repeat(4 * GROUP).view(8, 8 * GROUP)
     weight = numbers * 0.5 - 3
-    assert torch.equal(quantize(weight, Kind.Q4_1).restored(), weight)
-    assert torch.equal(quantize(weight.half(), Kind.Q4_1).restored(), weight)
+    assert torch.equal(quantize(weight, BlockFormat.Q4_1).restored(), weight)
+    assert torch.equal(quantize(weight.half(), BlockFormat.Q4_1).restored(), weight)
     eight = (torch.arange(256).view(1, 256) % 255 - 127) * 0.125
     eight[0, ::GROUP] = 127 * 0.125
-    assert torch.equal(quantize(eight.bfloat16(), Kind.Q8_0).restored(), eight.bfloat16().float())
+    assert torch.equal(quantize(eight.bfloat16(), BlockFormat.Q8_0).restored(), eight.bfloat16().float())
 
 
 @COMPILED
@@ -107,11 +109,11 @@ def test_a_weight_that_is_not_finite_is_refused(compiled: bool, value: float, dt
     weight = torch.randn(40, 256)
     weight[33, 7] = weight[39, 0] = value
     with pytest.raises(InputError, match=r"blocks\.0 holds a weight that is not finite in row 33; get"):
-        quantize(weight.to(dtype), Kind.Q4_K, "blocks.0")
+        quantize(weight.to(dtype), BlockFormat.Q4_K, "blocks.0")
 
 
 def test_rows_that_are_no_whole_blocks_are_refused() -> None:
     with pytest.raises(InputError, match=re.escape("x has rows of 40 weights, not whole groups of 32")):
-        quantize(torch.randn(4, 40), Kind.Q8_0, "x")
+        quantize(torch.randn(4, 40), BlockFormat.Q8_0, "x")
     with pytest.raises(InputError, match="not whole groups of 256"):
-        quantize(torch.randn(4, 64), Kind.Q4_K)
+        quantize(torch.randn(4, 64), BlockFormat.Q4_K)

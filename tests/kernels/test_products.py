@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pumice.kernels import compute, loader
 from pumice.kernels.compute import kernel_name, linear, quantize
-from pumice.kernels.packed import GROUP, Kind, Packed
+from pumice.kernels.packed import GROUP, BlockFormat, PackedMatrix
 
 KERNELS = Path(loader.__file__).parent
-KINDS = pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
+KINDS = pytest.mark.parametrize("kind", BlockFormat, ids=lambda kind: kind.name)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,14 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     yield name
 
 
-def random_matrix(kind: Kind, outputs: int, inputs: int, seed: int = 0) -> Packed:
+def random_matrix(kind: BlockFormat, outputs: int, inputs: int, seed: int = 0) -> PackedMatrix:
     """Every number of a block is possible; scales are of many sizes."""
     from pumice.kernels.packed import from_blocks
 
     generator = torch.Generator().manual_seed(seed)
     shape = (outputs, inputs // kind.block, kind.block_bytes)
     blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    halves = 2 if kind in (Kind.Q8_0, Kind.Q4_0) else 4
+    halves = 2 if kind in (BlockFormat.Q8_0, BlockFormat.Q4_0) else 4
     sizes = torch.rand((*shape[:2], halves // 2), generator=generator) * 10 - 12
     blocks[..., :halves] = (2**sizes).half().view(torch.uint8)
     return from_blocks(kind, blocks)
@@ -92,7 +92,7 @@ SIZES = pytest.mark.parametrize(("outputs", "inputs"), [(40, 256), (131, 512), (
 
 @KINDS
 @SIZES
-def test_equals_the_plain_sum(kernel: str, kind: Kind, outputs: int, inputs: int) -> None:
+def test_equals_the_plain_sum(kernel: str, kind: BlockFormat, outputs: int, inputs: int) -> None:
     packed, x = random_matrix(kind, outputs, inputs), extremes(9, inputs)
     y = linear(x, packed)
     weights, numbers = packed.restored().double(), rounded(x)
@@ -105,8 +105,8 @@ def test_equals_the_plain_sum(kernel: str, kind: Kind, outputs: int, inputs: int
 
 
 @KINDS
-def test_small_blocks(kernel: str, kind: Kind) -> None:
-    if kind is Kind.Q4_K:
+def test_small_blocks(kernel: str, kind: BlockFormat) -> None:
+    if kind is BlockFormat.Q4_K:
         pytest.skip("its blocks are 256 long")
     packed, x = random_matrix(kind, 3, 32), extremes(5, 32)
     expected = rounded(x) @ packed.restored().double().T
@@ -114,7 +114,7 @@ def test_small_blocks(kernel: str, kind: Kind) -> None:
 
 
 @KINDS
-def test_a_row_does_not_depend_on_its_company_or_on_threads(kernel: str, kind: Kind) -> None:
+def test_a_row_does_not_depend_on_its_company_or_on_threads(kernel: str, kind: BlockFormat) -> None:
     packed, x = random_matrix(kind, 200, 4096 + 512), extremes(11, 4096 + 512)
     together = linear(x, packed)
     alone = torch.cat([linear(row[None], packed) for row in x])
@@ -128,7 +128,7 @@ def test_a_row_does_not_depend_on_its_company_or_on_threads(kernel: str, kind: K
 
 
 @KINDS
-def test_all_kernels_agree(kernel: str, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_kernels_agree(kernel: str, kind: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, x = random_matrix(kind, 77, 1024), extremes(6, 1024)
     ours = linear(x, packed)
     code, why = loader.compiled("plain")
@@ -140,7 +140,7 @@ def test_all_kernels_agree(kernel: str, kind: Kind, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_bias_and_the_shape_are_kept(kernel: str) -> None:
-    packed, bias = random_matrix(Kind.Q8_0, 20, 64), torch.randn(20)
+    packed, bias = random_matrix(BlockFormat.Q8_0, 20, 64), torch.randn(20)
     x = torch.randn(2, 3, 64)
     y = linear(x, packed, bias)
     assert y.shape == (2, 3, 20)
@@ -150,14 +150,16 @@ def test_the_bias_and_the_shape_are_kept(kernel: str) -> None:
 
 
 @KINDS
-def test_without_compiled_code_weights_are_restored(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_compiled_code_weights_are_restored(
+    kind: BlockFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compute, "library", lambda: None)
     packed, x = random_matrix(kind, 33, 512), torch.randn(4, 512)
     assert torch.equal(linear(x, packed), x @ packed.restored().T)
 
 
 def test_gradients_pass_through(kernel: str) -> None:
-    packed, x = random_matrix(Kind.Q4_1, 8, 64), torch.randn(2, 64, requires_grad=True)
+    packed, x = random_matrix(BlockFormat.Q4_1, 8, 64), torch.randn(2, 64, requires_grad=True)
     linear(x, packed).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, packed.restored().sum(0).expand(2, -1), rtol=1e-5)
@@ -170,9 +172,9 @@ def test_quantising_needs_no_compiled_code_to_agree() -> None:
     weight = torch.randn(48, 512, generator=torch.Generator().manual_seed(3))
     weight[5] = 0
     weight[6, ::100] = 40
-    for kind in (Kind.Q8_0, Kind.Q4_1, Kind.Q4_K):
+    for kind in (BlockFormat.Q8_0, BlockFormat.Q4_1, BlockFormat.Q4_K):
         ours, theirs = quantize(weight, kind), compute._quantize(weight, kind, "")
-        if kind is Kind.Q8_0:
+        if kind is BlockFormat.Q8_0:
             assert torch.equal(ours.data, theirs.data)
         errors = [(made.restored() - weight).norm() / weight.norm() for made in (ours, theirs)]
         print(kind.name, errors)

@@ -15,7 +15,7 @@ from pumice.formats import names as tensor_names
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal, causal_mask, rope_inv_freq
-from pumice.model.packed import Packed, Run
+from pumice.model.packed import PackedAttention, Run
 
 # head_dim x heads differs from width, so that no reshape can pass by accident
 BASE = DecoderConfig(
@@ -231,7 +231,7 @@ def test_packed_rows_do_not_see_each_other() -> None:
     lengths = (9, 5)
     together = torch.cat((rows[0], rows[1, :5]))[None]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    attend = Packed([Run(n) for n in lengths])
+    attend = PackedAttention([Run(n) for n in lengths])
     actual = decoder.logits(decoder(decoder.embed(together), positions, attend))[0]
     for row, part in enumerate(actual.split(lengths)):
         alone = logits(decoder, rows[row : row + 1, : lengths[row]])[0]
@@ -245,7 +245,7 @@ def test_packed_branches_heed_the_sliding_window() -> None:
     runs = [Run(7), Run(3, ((0, 4),))]  # the second branch goes on where the trunk ends
     tree = torch.cat((trunk, first, second))[None]
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]])
-    actual = decoder.logits(decoder(decoder.embed(tree), positions, Packed(runs, window=3)))[0]
+    actual = decoder.logits(decoder(decoder.embed(tree), positions, PackedAttention(runs, window=3)))[0]
     for branch, rows in ((first, [*range(7)]), (second, [*range(4), 7, 8, 9])):
         alone = torch.cat((trunk, branch))[None]
         hidden = decoder(decoder.embed(alone), torch.arange(7)[None], Causal(window=3))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pumice.config import DecoderConfig, LoraConfig
 from pumice.errors import InputError
 from pumice.kernels import compute
-from pumice.kernels.packed import Kind
+from pumice.kernels.packed import BlockFormat
 from pumice.model.adapters import add_lora, merge_lora
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
@@ -108,10 +108,10 @@ def test_any_type_of_weights_becomes_fp32_activations_and_a_bf16_cache(bits: str
 
 
 def test_kinds() -> None:
-    assert kind_of("int4", "blocks.0.mlp.up.weight", 512) is Kind.Q4_K
-    assert kind_of("int4", "blocks.0.mlp.up.weight", 576) is Kind.Q4_1
-    assert kind_of("int8", "blocks.0.mlp.up.weight", 512) is Kind.Q8_0
-    assert {kind_of("int4", name, 512) for name in ("embed.weight", "head.weight")} == {Kind.Q8_0}
+    assert kind_of("int4", "blocks.0.mlp.up.weight", 512) is BlockFormat.Q4_K
+    assert kind_of("int4", "blocks.0.mlp.up.weight", 576) is BlockFormat.Q4_1
+    assert kind_of("int8", "blocks.0.mlp.up.weight", 512) is BlockFormat.Q8_0
+    assert {kind_of("int4", name, 512) for name in ("embed.weight", "head.weight")} == {BlockFormat.Q8_0}
     with pytest.raises(InputError, match=re.escape("x has rows of 40 weights, not whole groups of 32")):
         kind_of("int4", "x", 40)
     with pytest.raises(InputError, match="to int8 or int4, not 'int3'"):

@@ -43,13 +43,13 @@ class _Dense(ctypes.Structure):
 def _structures(linear: type[ctypes.Structure]) -> tuple[Any, Any]:
     """`Block` and `Model` of decode.c, whose layers are `linear`."""
 
-    class Block(ctypes.Structure):
+    class BlockStruct(ctypes.Structure):
         _fields_ = [
             *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
             *((name, linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         ]
 
-    class Model(ctypes.Structure):
+    class ModelStruct(ctypes.Structure):
         _sizes = "depth width heads kv_heads head_dim mlp_width vocabulary capacity window"
         _fields_ = [
             *((name, ctypes.c_int64) for name in _sizes.split()),
@@ -60,7 +60,7 @@ def _structures(linear: type[ctypes.Structure]) -> tuple[Any, Any]:
             ("values", ctypes.c_void_p),
         ]
 
-    return Block, Model
+    return BlockStruct, ModelStruct
 
 
 _STRUCTURES = {"packed": _structures(Matrix), "fp32": _structures(_Dense)}

@@ -22,7 +22,7 @@ from pumice.formats.pumice.quantized import cached
 from pumice.formats.quantize import fits, in_few_bits, stored_in_blocks
 from pumice.formats.read import BUILT_IN, read_model
 from pumice.kernels import compute
-from pumice.kernels.packed import LAYOUT, Packed
+from pumice.kernels.packed import LAYOUT, PackedMatrix
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
 from pumice.model.llava import Llava
@@ -176,7 +176,7 @@ def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
         state = cached(_key(source, loaded.parts, bits), state)
     model = _empty_model(dataclasses.replace(loaded.config, lora=None))
 
-    def packed(name: str, _: torch.Tensor) -> Packed:
+    def packed(name: str, _: torch.Tensor) -> PackedMatrix:
         blocks = state.pop(f"decoder.{name}").blocks
         assert blocks is not None
         return blocks.fetch()

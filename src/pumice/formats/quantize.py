@@ -8,7 +8,7 @@ from pumice.config import DecoderConfig, ModelConfig
 from pumice.errors import InputError
 from pumice.formats.peft.read import add_update
 from pumice.kernels.compute import quantize
-from pumice.kernels.packed import GROUP, Kind, Packed
+from pumice.kernels.packed import GROUP, BlockFormat, PackedMatrix
 from pumice.model.quantized import kind_of
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, close_last_file
 
@@ -61,10 +61,10 @@ def without_adapters(config: ModelConfig, state: LazyStateDict) -> LazyStateDict
 
 def _quantized(name: str, tensor: LazyTensor, bits: str) -> LazyTensor:
     kind = kind_of(bits, name.removeprefix("decoder."), tensor.shape[1])
-    if tensor.blocks is not None and (kind is Kind.Q8_0 or tensor.blocks.kind is not Kind.Q8_0):
+    if tensor.blocks is not None and (kind is BlockFormat.Q8_0 or tensor.blocks.kind is not BlockFormat.Q8_0):
         return tensor
 
-    def packed() -> Packed:
+    def packed() -> PackedMatrix:
         made = quantize(tensor.read(), kind, tensor.origin or name)
         close_last_file()  # the file's pages would count as memory until it is closed
         return made

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pumice.errors import InputError
 from pumice.kernels.loader import compiled
-from pumice.kernels.packed import GROUP, SUPER, Kind, Packed, Parts, joined, pack, size
+from pumice.kernels.packed import GROUP, SUPER, BlockFormat, PackedMatrix, Parts, joined, pack, size
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of weights, as quantize.c numbers them
 _PIECE = 1 << 21  # weights that PyTorch quantises at a time
@@ -33,7 +33,7 @@ class Matrix(ctypes.Structure):
     ]
 
 
-def matrix(packed: Packed, bias: Tensor | None = None) -> Matrix:
+def matrix(packed: PackedMatrix, bias: Tensor | None = None) -> Matrix:
     """bias: fp32, contiguous."""
     shift = None if bias is None else bias.data_ptr()
     return Matrix(packed.kind.code, packed.outputs, packed.inputs, packed.data.data_ptr(), shift)
@@ -56,7 +56,7 @@ def kernel_name() -> str:
     return name.decode()
 
 
-def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """x (..., K) times the matrix, plus the bias: (..., N), in the type of x.
 
     On a CPU in integers: activations get 8 bits, a scale for each 32. A row of the result depends on that row
@@ -78,7 +78,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], packed.outputs).to(x.dtype)
 
 
-def quantize(weight: Tensor, kind: Kind, name: str = "a matrix") -> Packed:
+def quantize(weight: Tensor, kind: BlockFormat, name: str = "a matrix") -> PackedMatrix:
     """Weights (N, K) in blocks of a kind: Q8_0, Q4_1 or Q4_K.
 
     name: for messages. Raises InputError where rows are no whole blocks, or a weight is not finite.
@@ -89,7 +89,7 @@ def quantize(weight: Tensor, kind: Kind, name: str = "a matrix") -> Packed:
     weight = weight.detach().contiguous()
     if code is None or weight.dtype not in _TYPES:
         return _quantize(weight.cpu(), kind, name)
-    packed = Packed(kind, outputs, inputs, torch.zeros(size(kind, outputs, inputs), dtype=torch.uint8))
+    packed = PackedMatrix(kind, outputs, inputs, torch.zeros(size(kind, outputs, inputs), dtype=torch.uint8))
     code.pumice_quantize.restype = ctypes.c_int64
     bad = code.pumice_quantize(
         kind.code, _TYPES[weight.dtype], ctypes.c_int64(outputs), ctypes.c_int64(inputs),
@@ -100,7 +100,7 @@ def quantize(weight: Tensor, kind: Kind, name: str = "a matrix") -> Packed:
     return packed
 
 
-def check_rows(name: str, inputs: int, kind: Kind) -> None:
+def check_rows(name: str, inputs: int, kind: BlockFormat) -> None:
     """Raise InputError unless rows are whole blocks."""
     if not inputs or inputs % kind.block:
         raise InputError(
@@ -113,12 +113,12 @@ def _not_finite(name: str, row: int) -> InputError:
     return InputError(f"{name} holds a weight that is not finite in row {row}; get the model again")
 
 
-def _restored_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def _restored_linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None) -> Tensor:
     y = F.linear(x, packed.restored(x.dtype))
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _quantize(weight: Tensor, kind: Kind, name: str) -> Packed:
+def _quantize(weight: Tensor, kind: BlockFormat, name: str) -> PackedMatrix:
     """`quantize` in PyTorch, piece by piece."""
     made = []
     many = max(1, _PIECE // weight.shape[1])
@@ -127,7 +127,7 @@ def _quantize(weight: Tensor, kind: Kind, name: str) -> Packed:
         if not (fine := piece.isfinite().all(1)).all():
             raise _not_finite(name, first + int((~fine).nonzero()[0]))
         groups = piece.view(len(piece), -1, GROUP)
-        made.append({Kind.Q8_0: _eight, Kind.Q4_1: _four}.get(kind, _super)(groups))
+        made.append({BlockFormat.Q8_0: _eight, BlockFormat.Q4_1: _four}.get(kind, _super)(groups))
     return pack(kind, joined(made))
 
 

@@ -19,7 +19,7 @@ LAYOUT = 1  # of a stored matrix; another number when packed.h changes
 _PIECE = 1 << 21  # weights that are turned into floats at a time
 
 
-class Kind(Enum):
+class BlockFormat(Enum):
     """GGUF's block formats: (number in `packed.h`, ggml's number, weights of a block, its bytes)."""
 
     Q8_0 = (0, 8, 32, 34)
@@ -45,11 +45,11 @@ class Kind(Enum):
         return self.value[3]
 
 
-def size(kind: Kind, outputs: int, inputs: int) -> int:
+def size(kind: BlockFormat, outputs: int, inputs: int) -> int:
     """Bytes of a packed matrix."""
     tiles, groups = -(-outputs // TILE), inputs // GROUP
-    scales = {Kind.Q4_1: 4, Kind.Q4_K: 2}.get(kind, 2) * TILE * groups
-    if kind is Kind.Q4_K:
+    scales = {BlockFormat.Q4_1: 4, BlockFormat.Q4_K: 2}.get(kind, 2) * TILE * groups
+    if kind is BlockFormat.Q4_K:
         scales += 4 * TILE * groups // SUPER
     return tiles * (_number_bytes(kind, inputs) + -(-scales // 64) * 64)
 
@@ -81,10 +81,10 @@ def joined(pieces: Sequence[Parts]) -> Parts:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedMatrix:
     """A matrix (outputs, inputs). data: uint8, `size` of them."""
 
-    kind: Kind
+    kind: BlockFormat
     outputs: int
     inputs: int
     data: Tensor
@@ -122,12 +122,12 @@ class Packed:
         return out
 
 
-def values(kind: Kind, parts: Parts) -> Tensor:
+def values(kind: BlockFormat, parts: Parts) -> Tensor:
     """Parts of n rows -> weights (n, G, 32) in fp32."""
     numbers, halves = parts.numbers.float(), parts.halves.float()
-    if kind is Kind.Q8_0:
+    if kind is BlockFormat.Q8_0:
         return (numbers - 128) * halves
-    if kind is Kind.Q4_0:
+    if kind is BlockFormat.Q4_0:
         return (numbers - 8) * halves
     if parts.factors is None:
         return numbers * halves[..., :1] + halves[..., 1:]
@@ -135,7 +135,7 @@ def values(kind: Kind, parts: Parts) -> Tensor:
     return numbers * scales[..., :1] - scales[..., 1:]
 
 
-def pack(kind: Kind, parts: Parts) -> Packed:
+def pack(kind: BlockFormat, parts: Parts) -> PackedMatrix:
     """Parts of N rows as a packed matrix."""
     outputs, groups, _ = parts.numbers.shape
     inputs = groups * GROUP
@@ -144,7 +144,7 @@ def pack(kind: Kind, parts: Parts) -> Packed:
     if spare := -outputs % TILE:  # rows of zeros
         parts = parts.each(lambda part: _longer(part, spare))
     numbers = parts.numbers
-    if kind is not Kind.Q8_0:
+    if kind is not BlockFormat.Q8_0:
         numbers = numbers[..., : GROUP // 2] | numbers[..., GROUP // 2 :] << 4
     at = _number_bytes(kind, inputs)
     rows = numbers.view(len(tiles), TILE, groups, -1, 4)
@@ -157,50 +157,50 @@ def pack(kind: Kind, parts: Parts) -> Packed:
     halves = parts.halves.view(len(tiles), TILE, *parts.halves.shape[1:]).permute(0, 2, 3, 1)
     halves = halves.flatten(1).contiguous().view(torch.uint8)
     tiles[:, at : at + halves.shape[1]] = halves
-    return Packed(kind, outputs, inputs, data)
+    return PackedMatrix(kind, outputs, inputs, data)
 
 
-def from_blocks(kind: Kind, blocks: Tensor) -> Packed:
+def from_blocks(kind: BlockFormat, blocks: Tensor) -> PackedMatrix:
     """GGUF's blocks (N, K / block, block_bytes) as a packed matrix; nothing is lost."""
     pieces = [_from_blocks(kind, piece) for piece in blocks.split(max(1, _PIECE // (blocks[0].numel() + 1)))]
     return pack(kind, joined(pieces))
 
 
-def _number_bytes(kind: Kind, inputs: int) -> int:
-    return TILE * inputs if kind is Kind.Q8_0 else TILE * inputs // 2
+def _number_bytes(kind: BlockFormat, inputs: int) -> int:
+    return TILE * inputs if kind is BlockFormat.Q8_0 else TILE * inputs // 2
 
 
 def _longer(tensor: Tensor, spare: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(spare, *tensor.shape[1:])))
 
 
-def _parts(kind: Kind, inputs: int, tiles: Tensor) -> Parts:
+def _parts(kind: BlockFormat, inputs: int, tiles: Tensor) -> Parts:
     """Tiles (t, bytes) -> parts of their 16 t rows."""
     groups, at = inputs // GROUP, _number_bytes(kind, inputs)
     numbers = tiles[:, :at].reshape(len(tiles), groups, -1, TILE, 4)
-    if kind is not Kind.Q8_0:
+    if kind is not BlockFormat.Q8_0:
         numbers = torch.cat((numbers & 15, numbers >> 4), 2)
     numbers = numbers.permute(0, 3, 1, 2, 4).reshape(-1, groups, GROUP)
     factors = None
-    if kind is Kind.Q4_K:
+    if kind is BlockFormat.Q4_K:
         width = 2 * TILE * groups
         factors = tiles[:, at : at + width].reshape(len(tiles), groups, 2, TILE)
         factors = factors.permute(0, 3, 1, 2).reshape(-1, groups, 2)
         at += width
-    each = 2 if kind in (Kind.Q4_1, Kind.Q4_K) else 1
-    count = groups // SUPER if kind is Kind.Q4_K else groups
+    each = 2 if kind in (BlockFormat.Q4_1, BlockFormat.Q4_K) else 1
+    count = groups // SUPER if kind is BlockFormat.Q4_K else groups
     halves = tiles[:, at : at + 2 * TILE * each * count].contiguous().view(torch.float16)
     halves = halves.view(len(tiles), count, each, TILE).permute(0, 3, 1, 2).reshape(-1, count, each)
     return Parts(numbers, halves, factors)
 
 
-def _from_blocks(kind: Kind, blocks: Tensor) -> Parts:
+def _from_blocks(kind: BlockFormat, blocks: Tensor) -> Parts:
     """The formats are those of ggml's `ggml-common.h`."""
-    count = 2 if kind in (Kind.Q8_0, Kind.Q4_0) else 4
+    count = 2 if kind in (BlockFormat.Q8_0, BlockFormat.Q4_0) else 4
     halves = blocks[..., :count].contiguous().view(torch.float16)
-    if kind is Kind.Q8_0:
+    if kind is BlockFormat.Q8_0:
         return Parts(blocks[..., 2:] ^ 128, halves)
-    if kind is not Kind.Q4_K:
+    if kind is not BlockFormat.Q4_K:
         both = blocks[..., count:]
         return Parts(torch.cat((both & 15, both >> 4), -1), halves)
     rows = len(blocks)
@@ -212,10 +212,10 @@ def _from_blocks(kind: Kind, blocks: Tensor) -> Parts:
     return Parts(numbers, halves, torch.stack((scales, offsets), -1).reshape(rows, -1, 2))
 
 
-def _to_blocks(kind: Kind, parts: Parts) -> Tensor:
+def _to_blocks(kind: BlockFormat, parts: Parts) -> Tensor:
     """`_from_blocks` the other way round."""
     halves = parts.halves.contiguous().view(torch.uint8)
-    if kind is Kind.Q8_0:
+    if kind is BlockFormat.Q8_0:
         return torch.cat((halves, parts.numbers ^ 128), -1)
     if parts.factors is None:
         half = GROUP // 2

@@ -26,7 +26,7 @@ class Run(NamedTuple):
     before: tuple[tuple[int, int], ...] = ()
 
 
-class Packed:
+class PackedAttention:
     """An `Attend` for one row (B = 1) of runs whose lengths add up to T."""
 
     def __init__(

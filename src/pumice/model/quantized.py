@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pumice.errors import InputError
 from pumice.kernels.compute import check_rows, linear
 from pumice.kernels.compute import quantize as quantize_weight
-from pumice.kernels.packed import Kind, Packed
+from pumice.kernels.packed import BlockFormat, PackedMatrix
 from pumice.model.adapters import LoraLinear
 
 KINDS = ("int8", "int4")
@@ -28,15 +28,15 @@ class PackedLinear(nn.Module):
 
     data: Tensor
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None) -> None:
         super().__init__()
         self.kind, self.out_features, self.in_features = packed.kind, packed.outputs, packed.inputs
         self.register_buffer("data", packed.data, persistent=False)  # never a part of the state
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
-    def packed(self) -> Packed:
-        return Packed(self.kind, self.out_features, self.in_features, self.data)
+    def packed(self) -> PackedMatrix:
+        return PackedMatrix(self.kind, self.out_features, self.in_features, self.data)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.packed, self.bias)
@@ -47,21 +47,21 @@ class PackedEmbedding(nn.Module):
 
     data: Tensor
 
-    def __init__(self, packed: Packed, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.kind, self.num_embeddings, self.embedding_dim = packed.kind, packed.outputs, packed.inputs
         self.dtype = dtype
         self.register_buffer("data", packed.data, persistent=False)
 
     @property
-    def packed(self) -> Packed:
-        return Packed(self.kind, self.num_embeddings, self.embedding_dim, self.data)
+    def packed(self) -> PackedMatrix:
+        return PackedMatrix(self.kind, self.num_embeddings, self.embedding_dim, self.data)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.packed.rows(ids).to(self.dtype)
 
 
-def kind_of(bits: str, name: str, inputs: int) -> Kind:
+def kind_of(bits: str, name: str, inputs: int) -> BlockFormat:
     """How a matrix is held with "int8" or "int4"; name: in the decoder.
 
     The embedding and the vocabulary projection are the most sensitive and get 8 bits either way. int4 is Q4_K
@@ -70,10 +70,10 @@ def kind_of(bits: str, name: str, inputs: int) -> Kind:
     """
     if bits not in KINDS:
         raise InputError(f"weights are quantised to {' or '.join(KINDS)}, not {bits!r}")
-    check_rows(name, inputs, Kind.Q8_0)
+    check_rows(name, inputs, BlockFormat.Q8_0)
     if bits == "int8" or name in ("embed.weight", "head.weight"):
-        return Kind.Q8_0
-    return Kind.Q4_1 if inputs % Kind.Q4_K.block else Kind.Q4_K
+        return BlockFormat.Q8_0
+    return BlockFormat.Q4_1 if inputs % BlockFormat.Q4_K.block else BlockFormat.Q4_K
 
 
 def quantize(decoder: Any, bits: str) -> None:
@@ -86,14 +86,16 @@ def quantize(decoder: Any, bits: str) -> None:
     if any(isinstance(module, LoraLinear) for module in decoder.modules()):
         raise InputError("merge the LoRA adapters before quantising")
 
-    def made(name: str, weight: Tensor) -> Packed:
+    def made(name: str, weight: Tensor) -> PackedMatrix:
         return quantize_weight(weight, kind_of(bits, name, weight.shape[1]), name)
 
     swap(decoder, made, dtype)
     decoder.to(device)
 
 
-def swap(decoder: Any, packed: Callable[[str, Tensor], Packed], dtype: torch.dtype = torch.float32) -> None:
+def swap(
+    decoder: Any, packed: Callable[[str, Tensor], PackedMatrix], dtype: torch.dtype = torch.float32
+) -> None:
     """Put packed matrices into a decoder. packed: a matrix's name in the decoder and its weights -> its form.
 
     dtype: of norms, biases and activations. A tied vocabulary projection shares the embedding's bytes.

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pumice.errors import InputError
-from pumice.kernels.packed import Kind, Packed
+from pumice.kernels.packed import BlockFormat, PackedMatrix
 from pumice.storage.json_file import Keys
 
 SHARD_BYTES = 5 * 10**9
@@ -42,8 +42,8 @@ _LFS = b"version https://git-lfs"
 class Blocks:
     """How a matrix is had in blocks of few bits, which its floats are made of."""
 
-    kind: Kind
-    fetch: Callable[[], Packed]
+    kind: BlockFormat
+    fetch: Callable[[], PackedMatrix]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pumice.data.packing import Pack
 from pumice.geometry import Layout
 from pumice.model.llava import Llava
-from pumice.model.packed import Packed, Run
+from pumice.model.packed import PackedAttention, Run
 from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.loss import supervised_loss
 
@@ -103,7 +103,7 @@ class Objective(nn.Module):
             pack.input_ids.to(device, non_blocking=True)[None],
             image_tokens,
             positions=pack.positions.to(device, non_blocking=True)[None],
-            attend=Packed(pack.runs, self.model.config.decoder.sliding_window, device),
+            attend=PackedAttention(pack.runs, self.model.config.decoder.sliding_window, device),
             rows=rows,
         )
         return hidden, zero

@@ -24,7 +24,7 @@ from pumice.formats.load import open_model
 from pumice.formats.pumice import quantized
 from pumice.formats.pumice.folder import open_parts, save
 from pumice.formats.read import read_model
-from pumice.kernels.packed import Kind, Packed
+from pumice.kernels.packed import BlockFormat, PackedMatrix
 from pumice.model.quantized import PackedLinear
 from pumice.storage.tensors import as_lazy
 
@@ -98,7 +98,7 @@ def test_blocks_of_gguf_are_kept_bit_for_bit(
     file = GgufFile(source)
     for ours, theirs in (("blocks.0.mlp.up", "blk.0.ffn_up"), ("embed", "token_embd")):
         blocks = state[f"decoder.{ours}.weight"].blocks
-        assert blocks is not None and blocks.kind is Kind[form]
+        assert blocks is not None and blocks.kind is BlockFormat[form]
         assert torch.equal(blocks.fetch().blocks(), file.blocks(f"{theirs}.weight"))
     # Rows of queries are turned into our order
     query = state["decoder.blocks.0.attention.q.weight"].blocks
@@ -118,7 +118,7 @@ def test_blocks_leave_as_they_came(write_gguf: Callable[..., Any], tmp_path: Pat
     matrices = [name for name, info in there.infos.items() if len(info.shape) == 2]
     assert len(matrices) == 15
     for name in matrices:
-        assert here.infos[name].kind == Kind[form].ggml
+        assert here.infos[name].kind == BlockFormat[form].ggml
         assert torch.equal(here.blocks(name), there.blocks(name))
 
 
@@ -197,7 +197,7 @@ def test_a_built_in_model_is_quantised_once(
     made: list[str] = []
     plain = quantize_module.quantize
 
-    def noted(weight: torch.Tensor, kind: Kind, name: str) -> Packed:
+    def noted(weight: torch.Tensor, kind: BlockFormat, name: str) -> PackedMatrix:
         made.append(name)
         return plain(weight, kind, name)
 

@@ -16,7 +16,7 @@ from pumice.cli.plan import describe
 from pumice.config import DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.model.llava import Llava
-from pumice.model.packed import Packed, Run
+from pumice.model.packed import PackedAttention, Run
 from pumice.train import devices, run
 from pumice.train.devices import GPUS, peak
 from pumice.train.plan.estimate import plan
@@ -84,7 +84,7 @@ def test_activations_are_those_that_autograd_keeps() -> None:
 
     x = torch.randn(1, WORK.tokens, 64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.decoder(x, torch.arange(WORK.tokens)[None], Packed(WORK.runs))
+        hidden = model.decoder(x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs))
     saved = sum(kept.values())
     found = of(FULL).activations
     assert hidden.requires_grad and saved < found < 1.5 * saved, (saved, found)  # measured: 1.16 of it
@@ -112,7 +112,7 @@ def test_operations_are_those_of_the_whole_depth() -> None:
     counter = FlopCounterMode(display=False)
     with counter:
         x = torch.randn(1, WORK.tokens, 64, requires_grad=True)
-        model.decoder(x, torch.arange(WORK.tokens)[None], Packed(WORK.runs)).sum().backward()
+        model.decoder(x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs)).sum().backward()
     assert of(FULL).flops == pytest.approx(counter.get_total_flops(), rel=0.15)  # and connector, and logits
 
 
@@ -155,7 +155,10 @@ def test_a_gpu_is_known_by_the_name_that_its_driver_tells(
 def test_nothing_without_contents_is_left_behind() -> None:
     of(FULL)
     x = torch.randn(1, 5, 64)
-    assert type(Llava(CONFIG).decoder(x, torch.arange(5)[None], Packed([Run(5)])).detach()) is torch.Tensor
+    assert (
+        type(Llava(CONFIG).decoder(x, torch.arange(5)[None], PackedAttention([Run(5)])).detach())
+        is torch.Tensor
+    )
 
 
 def test_rows_that_are_here_tell_the_steps(make_recipe: Callable[..., Path]) -> None:

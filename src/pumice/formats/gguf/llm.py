@@ -16,7 +16,7 @@ from pumice.formats.families import FAMILIES
 from pumice.formats.gguf.file import PLAIN, GgufFile
 from pumice.formats.gguf.tokenizer import tokenizer_files
 from pumice.formats.text.files import TokenizerFiles
-from pumice.kernels.packed import Kind, Packed, from_blocks
+from pumice.kernels.packed import BlockFormat, PackedMatrix, from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor
 
@@ -141,9 +141,9 @@ def _lazy_tensor(file: GgufFile, name: str, heads: int | None) -> LazyTensor:
 
     info = file.infos[name]
     dtype = PLAIN.get(info.kind, torch.float32)
-    kind = next((kind for kind in Kind if kind.ggml == info.kind), None)
+    kind = next((kind for kind in BlockFormat if kind.ggml == info.kind), None)
 
-    def packed() -> Packed:
+    def packed() -> PackedMatrix:
         assert kind is not None
         blocks = file.blocks(name)
         return from_blocks(kind, blocks if heads is None else unpermute(blocks, heads))

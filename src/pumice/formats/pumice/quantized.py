@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pumice.errors import InputError
 from pumice.files import cache_folder, sync
-from pumice.kernels.packed import LAYOUT, Kind, Packed, size
+from pumice.kernels.packed import LAYOUT, BlockFormat, PackedMatrix, size
 from pumice.storage.json_file import read_json, write_json
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, open_file, write_file
 
@@ -101,8 +101,8 @@ def _stored(name: str, data: LazyTensor, entry: object, index: Path) -> LazyTens
             f"{index} says {entry!r} of {name}, which is not what {FILE} holds; import the model again"
         )
 
-    def packed() -> Packed:
-        return Packed(kind, *shape, data.read())
+    def packed() -> PackedMatrix:
+        return PackedMatrix(kind, *shape, data.read())
 
     def restored(dtype: torch.dtype) -> Tensor:
         return packed().restored(dtype)
@@ -110,10 +110,10 @@ def _stored(name: str, data: LazyTensor, entry: object, index: Path) -> LazyTens
     return LazyTensor(shape, torch.float32, restored, data.origin, Blocks(kind, packed))
 
 
-def _described(entry: object) -> tuple[Kind | None, tuple[int, int]]:
+def _described(entry: object) -> tuple[BlockFormat | None, tuple[int, int]]:
     """A matrix's kind and shape, or no kind where the entry says none."""
     fields = entry if isinstance(entry, dict) else {}
-    kind, shape = Kind.__members__.get(str(fields.get("kind"))), fields.get("shape")
+    kind, shape = BlockFormat.__members__.get(str(fields.get("kind"))), fields.get("shape")
     if kind is None or not isinstance(shape, list) or len(shape) != 2:
         return None, (0, 0)
     outputs, inputs = shape

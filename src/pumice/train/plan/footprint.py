@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from pumice.config import ModelConfig
 from pumice.model.layers import rope_inv_freq
 from pumice.model.llava import Llava
-from pumice.model.packed import Packed, Run
+from pumice.model.packed import PackedAttention, Run
 from pumice.model.quantized_base import quantize_base
 from pumice.model.vision import ViT
 from pumice.train.features import TILES_PER_CALL
@@ -196,7 +196,7 @@ def _step(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) ->
         x = model.decoder.embed(ids)
         if image_tokens is not None:
             x = x.masked_scatter(is_image, image_tokens.to(x.dtype))
-        attend = Packed(pack.runs, config.decoder.sliding_window, x.device)
+        attend = PackedAttention(pack.runs, config.decoder.sliding_window, x.device)
         rows = torch.zeros(pack.supervised, dtype=torch.int64)
         hidden = model.decoder(x, torch.zeros(1, tokens, dtype=torch.int64), attend, rows=rows)
         loss = supervised_loss(hidden[0], model.decoder.head_weight, rows, torch.ones(pack.supervised))
