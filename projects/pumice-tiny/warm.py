@@ -32,7 +32,7 @@ from pumice.files import replacing
 from pumice.tokens import Tokenizer
 from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.loop import schedule
-from pumice.train.recipe import Recipe, Source, load_recipe
+from pumice.train.recipe import Recipe, RowSource, load_recipe
 from pumice.train.setup import Setup, prepare
 
 COMMON = """a an the in on at of to and is are with his her their its it he she they while for from by as into
@@ -41,7 +41,7 @@ what next very"""  # words that say little of a picture
 RARE = 4  # pictures that must share a word before it is learned
 
 
-def caption_words(sources: Sequence[Source]) -> dict[str, Counter[str]]:
+def caption_words(sources: Sequence[RowSource]) -> dict[str, Counter[str]]:
     """Picture -> how many of its captions use each word."""
     words: dict[str, Counter[str]] = defaultdict(Counter)
     for source in sources:
