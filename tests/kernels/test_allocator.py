@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, unless the user has said otherwise; in processes of their own."""
+"""Freed memory stays with the process, unless the user's settings forbid it. Each test starts a process."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from pumice.kernels.allocator import keep_freed_memory
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-done = ({calls})
-some = [torch.ones(1 << 20) for _ in range(30)]  # 4 MB each
-there = resident()
-del some
-print(*done, (there - resident()) / 120 / 2**20)  # which share was given back
+results = ({calls})
+tensors = [torch.ones(1 << 20) for _ in range(30)]  # 4 MB each
+before = resident()
+del tensors
+print(*results, (before - resident()) / 120 / 2**20)  # the share that was given back
 """
 GLIBC = platform.libc_ver()[0] == "glibc"
 
 
 def run(calls: str, **environment: str) -> list[str]:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(calls=calls)],
         env={"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path)), **environment},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return done.stdout.split()
+    return process.stdout.split()
 
 
-@pytest.mark.skipif(not GLIBC, reason="only glibc's malloc can be told")
+@pytest.mark.skipif(not GLIBC, reason="only glibc's malloc has these settings")
 def test_what_is_kept_is_not_mapped_again() -> None:
     assert float(run("()")[0]) > 0.8
     for calls in ("keep_freed_memory(256 << 20),", "keep_freed_memory(),"):
-        done, given_back = run(calls)
-        assert done == "True"
+        result, given_back = run(calls)
+        assert result == "True"
         assert float(given_back) < 0.2, calls
 
 
-@pytest.mark.skipif(not GLIBC, reason="only glibc's malloc can be told")
+@pytest.mark.skipif(not GLIBC, reason="only glibc's malloc has these settings")
 def test_less_is_not_kept_after_more() -> None:
     first, then, given_back = run("keep_freed_memory(256 << 20), keep_freed_memory(0)")
     assert (first, then) == ("True", "True")

@@ -12,25 +12,25 @@ from pumice.kernels import loader
 
 @pytest.fixture(autouse=True)
 def compiler() -> None:
-    code, why = loader.compiled()
+    code, reason = loader.compiled()
     if code is None:
-        pytest.skip(why)
+        pytest.skip(reason)
 
 
-def test_code_that_others_could_have_put_there_is_not_loaded(
+def test_code_that_other_users_can_write_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
     assert loader.compiled.__wrapped__()[0] is not None
-    [kept] = (tmp_path / "native").iterdir()
-    kept.unlink()  # what is loaded must not be written over
-    kept.write_bytes(b"not code")
-    kept.parent.chmod(0o777)
-    assert loader.compiled.__wrapped__()[0] is not None  # made anew, for this process
-    assert kept.read_bytes() == b"not code"
+    [library_path] = (tmp_path / "native").iterdir()
+    library_path.unlink()  # never overwrite a file that this process has loaded
+    library_path.write_bytes(b"not code")
+    library_path.parent.chmod(0o777)
+    assert loader.compiled.__wrapped__()[0] is not None  # compiled again, for this process
+    assert library_path.read_bytes() == b"not code"
 
 
-def test_goes_on_without_a_compiler(
+def test_works_without_a_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = tmp_path / "cc"
@@ -41,7 +41,7 @@ def test_goes_on_without_a_compiler(
     with caplog.at_level(logging.INFO, "pumice"):
         assert loader.compiled.__wrapped__()[0] is None
     assert "no such option" in caplog.text
-    assert not list((tmp_path / "cache" / "native").iterdir())  # nothing by halves
+    assert not list((tmp_path / "cache" / "native").iterdir())  # no half-written file
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PUMICE_NATIVE", "off")
     assert loader.compiled.__wrapped__() == (None, "PUMICE_NATIVE turns it off")

@@ -12,17 +12,17 @@ import torch
 from pumice.errors import InputError
 from pumice.kernels import compute
 from pumice.kernels.compute import quantize
-from pumice.kernels.packed import GROUP, BlockFormat, from_blocks, size
+from pumice.kernels.packed import GROUP, BlockFormat, from_blocks, packed_size
 
 KINDS = pytest.mark.parametrize("kind", BlockFormat, ids=lambda kind: kind.name)
-MADE = pytest.mark.parametrize(
+QUANTIZED_KINDS = pytest.mark.parametrize(
     "kind", [BlockFormat.Q8_0, BlockFormat.Q4_1, BlockFormat.Q4_K], ids=lambda kind: kind.name
 )
 COMPILED = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "PyTorch"])
 
 
 @pytest.fixture
-def way(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def implementation(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled and compute.library() is None:
         pytest.skip("there is no compiled code")
     if not compiled:
@@ -37,7 +37,7 @@ def test_blocks_go_in_and_out_bit_for_bit(kind: BlockFormat, outputs: int) -> No
     halves = 2 if kind in (BlockFormat.Q8_0, BlockFormat.Q4_0) else 4
     blocks[..., :halves] = torch.rand(*shape[:2], halves // 2).half().view(torch.uint8)
     packed = from_blocks(kind, blocks)
-    assert len(packed.data) == size(kind, outputs, 1024)
+    assert len(packed.data) == packed_size(kind, outputs, 1024)
     assert torch.equal(packed.blocks(), blocks)
     form = gguf.GGMLQuantizationType(kind.ggml)
     expected = torch.from_numpy(gguf.quants.dequantize(blocks.view(outputs, -1).numpy(), form))
@@ -47,13 +47,13 @@ def test_blocks_go_in_and_out_bit_for_bit(kind: BlockFormat, outputs: int) -> No
 
 
 def test_bits_of_a_weight() -> None:
-    sizes = {kind.name: size(kind, 4096, 4096) * 8 / 4096**2 for kind in BlockFormat}
+    sizes = {kind.name: packed_size(kind, 4096, 4096) * 8 / 4096**2 for kind in BlockFormat}
     assert sizes == {"Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5.0, "Q4_K": 4.625}
 
 
-@MADE
+@QUANTIZED_KINDS
 @COMPILED
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("implementation")
 def test_rounds_about_as_well_as_ggml(kind: BlockFormat, compiled: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(70, 1024, generator=generator)
@@ -62,15 +62,15 @@ def test_rounds_about_as_well_as_ggml(kind: BlockFormat, compiled: bool) -> None
     error = ((quantize(weight, kind).restored() - weight).norm() / weight.norm()).item()
     # The gguf package makes no Q4_K, which is to be as good as Q4_1.
     form = gguf.GGMLQuantizationType((BlockFormat.Q4_1 if kind is BlockFormat.Q4_K else kind).ggml)
-    theirs = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), form), form)
-    expected = np.linalg.norm(theirs - weight.numpy()) / np.linalg.norm(weight.numpy())
+    ggml_restored = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), form), form)
+    expected = np.linalg.norm(ggml_restored - weight.numpy()) / np.linalg.norm(weight.numpy())
     print(f"{kind.name}: {error:.4f}, ggml {expected:.4f}")
     assert error <= expected * 1.001
 
 
-@MADE
+@QUANTIZED_KINDS
 @COMPILED
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("implementation")
 def test_extreme_weights(kind: BlockFormat, compiled: bool) -> None:
     weight = torch.randn(21, 512, generator=torch.Generator().manual_seed(2))
     weight[0] = 0
@@ -79,19 +79,19 @@ def test_extreme_weights(kind: BlockFormat, compiled: bool) -> None:
     weight[3, 100] = 6e4
     weight[4] *= 1e-12
     weight[5] = weight[5].abs() + 5  # an offset above zero, which Q4_K has not
-    got = quantize(weight, kind).restored()
-    assert got[0].eq(0).all()
-    assert got.isfinite().all()
-    assert torch.allclose(got[1:3], weight[1:3], rtol=2e-3)
-    assert got[3, 100] == pytest.approx(6e4, rel=5e-3)
-    assert (got[4].abs() <= 1e-6).all()
+    restored = quantize(weight, kind).restored()
+    assert restored[0].eq(0).all()
+    assert restored.isfinite().all()
+    assert torch.allclose(restored[1:3], weight[1:3], rtol=2e-3)
+    assert restored[3, 100] == pytest.approx(6e4, rel=5e-3)
+    assert (restored[4].abs() <= 1e-6).all()
     step = {BlockFormat.Q8_0: 2 * 9 / 255, BlockFormat.Q4_1: 9 / 15, BlockFormat.Q4_K: 9 / 15}[kind]
-    assert (got[5] - weight[5]).abs().max() < step
+    assert (restored[5] - weight[5]).abs().max() < step
 
 
 @COMPILED
-@pytest.mark.usefixtures("way")
-def test_what_is_on_the_grid_stays(compiled: bool) -> None:
+@pytest.mark.usefixtures("implementation")
+def test_weights_on_the_grid_stay(compiled: bool) -> None:
     numbers = torch.arange(16).repeat(4 * GROUP).view(8, 8 * GROUP)
     weight = numbers * 0.5 - 3
     assert torch.equal(quantize(weight, BlockFormat.Q4_1).restored(), weight)
@@ -102,7 +102,7 @@ def test_what_is_on_the_grid_stays(compiled: bool) -> None:
 
 
 @COMPILED
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_weight_that_is_not_finite_is_refused(compiled: bool, value: float, dtype: torch.dtype) -> None:

@@ -26,26 +26,28 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("there is no gcc")
-    made = tmp_path_factory.mktemp("emulated") / "vnni.so"
+    library_path = tmp_path_factory.mktemp("emulated") / "vnni.so"
     header = Path(__file__).with_name("emulated_vnni.h")
     command = [compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-include", str(header)]
-    done = subprocess.run(
-        [*command, str(KERNELS / "linear.c"), "-o", str(made), "-lm"], capture_output=True, check=False
+    process = subprocess.run(
+        [*command, str(KERNELS / "linear.c"), "-o", str(library_path), "-lm"],
+        capture_output=True,
+        check=False,
     )
-    if done.returncode:
+    if process.returncode:
         pytest.skip("this compiler has no headers of x86")
-    return ctypes.CDLL(str(made))
+    return loader.open_library(library_path)
 
 
 @pytest.fixture(params=["own", "plain", "emulated VNNI"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """`linear` computes by this kernel."""
+    """Make `linear` use this kernel."""
     if request.param == "emulated VNNI":
         code = request.getfixturevalue("emulated")
     else:
-        code, why = loader.compiled("packed" if request.param == "own" else "plain")
+        code, reason = loader.compiled("packed" if request.param == "own" else "plain")
         if code is None:
-            pytest.skip(why)
+            pytest.skip(reason)
     monkeypatch.setattr(compute, "library", lambda: code)
     name = kernel_name()
     expected = {"plain": "plain C", "emulated VNNI": "AVX-512 VNNI"}
@@ -114,7 +116,7 @@ def test_small_blocks(kernel: str, kind: BlockFormat) -> None:
 
 
 @KINDS
-def test_a_row_does_not_depend_on_its_company_or_on_threads(kernel: str, kind: BlockFormat) -> None:
+def test_a_row_does_not_depend_on_other_rows_or_on_threads(kernel: str, kind: BlockFormat) -> None:
     packed, x = random_matrix(kind, 200, 4096 + 512), extremes(11, 4096 + 512)
     together = linear(x, packed)
     alone = torch.cat([linear(row[None], packed) for row in x])
@@ -130,13 +132,13 @@ def test_a_row_does_not_depend_on_its_company_or_on_threads(kernel: str, kind: B
 @KINDS
 def test_all_kernels_agree(kernel: str, kind: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, x = random_matrix(kind, 77, 1024), extremes(6, 1024)
-    ours = linear(x, packed)
-    code, why = loader.compiled("plain")
+    result = linear(x, packed)
+    code, reason = loader.compiled("plain")
     if code is None:
-        pytest.skip(why)
+        pytest.skip(reason)
     monkeypatch.setattr(compute, "library", lambda: code)
     plain = linear(x, packed)
-    assert ((ours - plain).abs().amax(1) <= 1e-5 * plain.abs().amax(1)).all()
+    assert ((result - plain).abs().amax(1) <= 1e-5 * plain.abs().amax(1)).all()
 
 
 def test_the_bias_and_the_shape_are_kept(kernel: str) -> None:
@@ -166,17 +168,17 @@ def test_gradients_pass_through(kernel: str) -> None:
 
 
 def test_quantising_needs_no_compiled_code_to_agree() -> None:
-    """What is compiled and what is not find the same 8 bits, and 4 bits as good."""
+    """Compiled code and PyTorch give the same 8 bits, and 4 bits of about the same error."""
     if loader.compiled("packed")[0] is None:
         pytest.skip(loader.compiled("packed")[1])
     weight = torch.randn(48, 512, generator=torch.Generator().manual_seed(3))
     weight[5] = 0
     weight[6, ::100] = 40
     for kind in (BlockFormat.Q8_0, BlockFormat.Q4_1, BlockFormat.Q4_K):
-        ours, theirs = quantize(weight, kind), compute._quantize(weight, kind, "")
+        compiled, in_pytorch = quantize(weight, kind), compute._quantize_in_pytorch(weight, kind, "")
         if kind is BlockFormat.Q8_0:
-            assert torch.equal(ours.data, theirs.data)
-        errors = [(made.restored() - weight).norm() / weight.norm() for made in (ours, theirs)]
+            assert torch.equal(compiled.data, in_pytorch.data)
+        errors = [(packed.restored() - weight).norm() / weight.norm() for packed in (compiled, in_pytorch)]
         print(kind.name, errors)
         assert errors[0] <= errors[1] * 1.02
-        assert ours.restored()[5].eq(0).all()
+        assert compiled.restored()[5].eq(0).all()

@@ -1,9 +1,8 @@
-"""A few new tokens of several sequences in one call of compiled code (`kernels/decode.c`), where that can be
-had.
+"""Run a decoder on a few new tokens of several sequences in one call of compiled code, `kernels/decode.c`.
 
-It serves decoders of packed matrices and of fp32 on a CPU. The code is compiled once per machine, when an
-engine with such weights first opens, and kept in the cache folder. Without a compiler, for other weights and
-devices, and with PUMICE_NATIVE=off, PyTorch's operations serve, more slowly.
+It runs decoders of packed or fp32 weights on a CPU. The code is compiled once per machine, when an engine
+with such weights is first created, and kept in the cache folder. Without a compiler, for other weights and
+devices, and with PUMICE_NATIVE=off, the engine uses PyTorch, which is slower.
 
 Shapes: R rows (one new token each), D width, V vocabulary.
 """
@@ -17,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumice.kernels.compute import Matrix, matrix
+from pumice.kernels.compute import PackedStruct, packed_struct
 from pumice.kernels.loader import Weights, compiled
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import RMSNorm, rope_inv_freq
 from pumice.model.quantized import PackedEmbedding, PackedLinear
 
-# As in vectors.h and dense.h: heads, and inputs in fp32, are whole LANES, its outputs whole TILEs.
+# As in vectors.h and dense.h. Head widths, and all inputs in fp32, must be multiples of LANES. Outputs in
+# fp32 must be multiples of TILE.
 LANES, TILE = 16, 4
-# Tokens of prompts in one step. In fp32 PyTorch's operations are faster with more (docs/speed.md). Packed
-# matrices multiply alike for prompts, which get all of the processor there.
+# Prompt tokens per step up to which compiled code is faster. With more, PyTorch is faster in fp32
+# (docs/speed.md). Packed prompts always use PyTorch, whose linear layers call kernels made for many rows.
 MAX_PROMPT_ROWS = {"packed": 0, "fp32": 48}
 
 
@@ -41,7 +41,7 @@ class _Dense(ctypes.Structure):
 
 
 def _structures(linear: type[ctypes.Structure]) -> tuple[Any, Any]:
-    """`Block` and `Model` of decode.c, whose layers are `linear`."""
+    """Return the structs `Block` and `Model` of decode.c, with `linear` as the type of their layers."""
 
     class BlockStruct(ctypes.Structure):
         _fields_ = [
@@ -63,7 +63,7 @@ def _structures(linear: type[ctypes.Structure]) -> tuple[Any, Any]:
     return BlockStruct, ModelStruct
 
 
-_STRUCTURES = {"packed": _structures(Matrix), "fp32": _structures(_Dense)}
+_STRUCTURES = {"packed": _structures(PackedStruct), "fp32": _structures(_Dense)}
 
 
 class NativeDecoder:
@@ -123,23 +123,23 @@ class NativeDecoder:
         return tensor.data_ptr()
 
     def _linear(self, layer: Any) -> ctypes.Structure:
-        """A linear layer, or an embedding as one."""
+        """Return a linear layer, or an embedding used as one, as C reads it."""
         bias = getattr(layer, "bias", None)
         if isinstance(layer, PackedLinear):
             self._referenced += [layer.data, bias]
-            return matrix(layer.packed, bias)
-        shift = None if bias is None else self._address(bias)
-        return _Dense(*layer.weight.shape, self._address(layer.weight), shift)
+            return packed_struct(layer.packed, bias)
+        bias_address = None if bias is None else self._address(bias)
+        return _Dense(*layer.weight.shape, self._address(layer.weight), bias_address)
 
     def _block(self, block: Any) -> ctypes.Structure:
         attention, mlp = block.attention, block.mlp
         norms = (block.attention_norm, block.mlp_norm, attention.q_norm, attention.k_norm)
         layers = (attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down)
-        found: ctypes.Structure = self._block_type(
+        struct: ctypes.Structure = self._block_type(
             *(self._address(part.weight) if isinstance(part, RMSNorm) else None for part in norms),
             *(self._linear(layer) for layer in layers),
         )
-        return found
+        return struct
 
 
 def _int64_array(numbers: Sequence[int]) -> Any:
@@ -159,22 +159,24 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
 
 
 def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
-    """Which weights the decoder has, if they and all sizes are such as decode.c takes."""
+    """Return what weights the decoder has, or None if decode.c cannot run them or their sizes."""
     config = decoder.config
     if config.head_dim % LANES or config.width % LANES:
         return None
-    parts = [part for part in decoder.modules() if not list(part.children())]
-    layers = [part for part in parts if not isinstance(part, RMSNorm | nn.Identity)]
-    if all(isinstance(part, PackedLinear | PackedEmbedding) for part in layers):
+    # 1. All matrices are packed, or all are plain: not adapters, and not a mixture.
+    leaves = [module for module in decoder.modules() if not list(module.children())]
+    layers = [module for module in leaves if not isinstance(module, RMSNorm | nn.Identity)]
+    if all(isinstance(module, PackedLinear | PackedEmbedding) for module in layers):
         weights: Weights = "packed"
-    elif all(type(part) in (nn.Linear, nn.Embedding) for part in layers):
+    elif all(type(module) in (nn.Linear, nn.Embedding) for module in layers):
         if config.mlp_width % LANES or config.heads * config.head_dim % LANES or config.vocab_size % TILE:
             return None
         weights = "fp32"
     else:
         return None
-    numbers = [*decoder.parameters(), *decoder.buffers()]
-    small = [t for t in numbers if t.dtype != torch.uint8]
-    kept = torch.bfloat16 if weights == "packed" else torch.float32
-    fits = all(t.dtype == torch.float32 for t in small) and cache.keys.dtype == kept
-    return weights if fits and all(t.device.type == "cpu" for t in [*numbers, cache.keys]) else None
+    # 2. All tensors have the types that decode.c reads, and lie in memory of the CPU.
+    tensors = [*decoder.parameters(), *decoder.buffers()]
+    cache_dtype = torch.bfloat16 if weights == "packed" else torch.float32
+    floats_fit = all(t.dtype == torch.float32 for t in tensors if t.dtype != torch.uint8)
+    on_cpu = all(t.device.type == "cpu" for t in [*tensors, cache.keys])
+    return weights if floats_fit and on_cpu and cache.keys.dtype == cache_dtype else None

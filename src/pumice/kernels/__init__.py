@@ -1,1 +1,1 @@
-"""Compiled code for a CPU, and the packed matrices that it multiplies with."""
+"""Compiled code for CPUs, and the packed (quantised) matrices that it multiplies with."""

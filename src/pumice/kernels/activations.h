@@ -1,6 +1,6 @@
-/* Activations as integers of 8 bits, a scale for each 32 of a row: what every integer product multiplies with.
+/* Round activations to 8 bits, with a scale for each 32 of a row. Every integer product multiplies with these.
  *
- * The largest of a group becomes 127. The same for prompts and answers, on every processor.
+ * The largest of a group becomes 127. Prompts and answers get the same numbers, on every processor.
  */
 #ifndef PUMICE_ACTIVATIONS_H
 #define PUMICE_ACTIVATIONS_H
@@ -12,13 +12,13 @@ typedef struct {
     int32_t *sums;   /* (rows, inputs / 32), of a group's numbers */
 } Activations;
 
-#define LEAST 1e-30f /* a smaller group is zeros: 127 / its largest would be no number */
+#define SMALLEST 1e-30f /* if the largest is smaller, the group becomes zeros: 127 / largest would overflow */
 
 static inline int64_t activation_bytes(int64_t rows, int64_t inputs) {
     return rows * (inputs + inputs / GROUP * 8);
 }
 
-/* In `memory` of `activation_bytes`. */
+/* Place the arrays in `memory` of `activation_bytes`. */
 static inline Activations activations_in(void *memory, int64_t rows, int64_t inputs) {
     int64_t groups = rows * inputs / GROUP;
     float *scales = memory;
@@ -29,20 +29,20 @@ static inline void quantize_row(const float *x, int64_t inputs, int64_t row, con
     int8_t *numbers = to->numbers + row * inputs;
     for (int64_t g = 0; g < inputs / GROUP; g++, x += GROUP, numbers += GROUP) {
         int32_t bits[GROUP], most = 0, sum = 0;
-        memcpy(bits, x, sizeof bits); /* sizes of floats compare as integers do, which compilers vectorise */
+        memcpy(bits, x, sizeof bits); /* the bits of positive floats compare as integers, which compilers vectorise */
         for (int i = 0; i < GROUP; i++) {
             int32_t size = bits[i] & 0x7fffffff;
             most = size > most ? size : most;
         }
         float largest;
         memcpy(&largest, &most, 4);
-        float factor = largest < LEAST ? 0 : 127 / largest;
+        float factor = largest < SMALLEST ? 0 : 127 / largest;
         for (int i = 0; i < GROUP; i++) {
             int32_t number = (int32_t)rintf(x[i] * factor);
             numbers[i] = (int8_t)number;
             sum += number;
         }
-        to->scales[row * inputs / GROUP + g] = largest < LEAST ? 0 : largest / 127;
+        to->scales[row * inputs / GROUP + g] = largest < SMALLEST ? 0 : largest / 127;
         to->sums[row * inputs / GROUP + g] = sum;
     }
 }

@@ -6,36 +6,37 @@ import ctypes
 import os
 import sys
 
-# mallopt's parameters, of malloc.h
+# Parameters of mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-_LARGEST_THRESHOLD = 32 * 2**20  # that glibc takes
-_ALL = 2**31 - 1
+_MAX_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
+_MAX_INT = 2**31 - 1
 
-_kept = [0]  # bytes, by each call that was obeyed
+_limits = [0]  # bytes that each successful call allowed the process to keep; they only grow
 
 
-def keep_freed_memory(most: int | None = None) -> bool:
-    """Have the C library keep what a step frees for the next one, instead of asking the system anew.
+def keep_freed_memory(limit: int | None = None) -> bool:
+    """Keep memory that a step frees for the next step. Return whether the C library agreed.
 
-    On a CPU every large tensor is otherwise mapped, zeroed page by page, and unmapped again: a tenth of the
-    time of a prompt. most: bytes to keep at most, tensors beyond 32 MB not among them; None for all, however
-    large. glibc only; settings of the user's own (MALLOC_ variables, another allocator preloaded) stand,
-    and so does a call for more. Whether it was done.
+    On a CPU, every large tensor is otherwise mapped, zeroed page by page, and unmapped again: a tenth of the
+    time of a prompt. limit: bytes to keep; tensors of more than 32 MB are not kept. None keeps all memory.
+
+    Works with glibc only. The user's own settings (MALLOC_ variables, a preloaded allocator) win, and so does
+    an earlier call with a higher limit.
     """
     if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
         return False
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False
-    wanted = _ALL if most is None else most
-    if wanted <= _kept[-1]:
+    keep_bytes = _MAX_INT if limit is None else limit
+    if keep_bytes <= _limits[-1]:
         return True
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return False
-    # glibc before 2.35 refuses a threshold beyond 32 MB: for all, nothing is mapped at all
-    large = mallopt(_MMAP_MAX, 0) if most is None else mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
-    if not (large and mallopt(_TRIM_THRESHOLD, wanted)):
+    # glibc before 2.35 refuses a threshold beyond 32 MB. So to keep all memory, turn mapping off.
+    accepted = mallopt(_MMAP_MAX, 0) if limit is None else mallopt(_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
+    if not (accepted and mallopt(_TRIM_THRESHOLD, keep_bytes)):
         return False
-    _kept.append(wanted)
+    _limits.append(keep_bytes)
     return True

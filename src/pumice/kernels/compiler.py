@@ -1,4 +1,4 @@
-"""C code into a library for this machine's processor, by the C compiler that it has."""
+"""Compile the C files into a library for this machine's processor."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from pathlib import Path
 import torch
 
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
-# Without OpenMP it serves where PyTorch has one thread, too.
-TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+# The fastest first; the first that the compiler accepts is used. Without OpenMP the code has one thread.
+TARGET_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 
 
-def compile_library(command: list[str], sources: list[Path], target: Path) -> Path:
-    """One library of C files, made for the processor as well as the compiler knows it."""
-    # PyTorch's own OpenMP comes first, by whatever name: two of them would spin on the same cores.
+def compile_library(command: list[str], sources: list[Path], library_path: Path) -> Path:
+    """Compile C files into `library_path` and return it. Raise RuntimeError if the compiler fails."""
+    # Link PyTorch's own OpenMP first: with two OpenMP libraries, two sets of threads would spin on one CPU.
     packages = Path(torch.__file__).parents[1]
-    runtime = [
-        str(p) for at in ("torch/lib", "torch.libs") for p in sorted(packages.glob(f"{at}/libgomp*.so*"))
+    openmp = [
+        str(path)
+        for folder in ("torch/lib", "torch.libs")
+        for path in sorted(packages.glob(f"{folder}/libgomp*.so*"))
     ]
-    for extra in TRIED:
-        libraries = runtime if "-fopenmp" in extra else []
-        done = subprocess.run(
-            [*command, *FLAGS, *extra, *map(str, sources), *libraries, "-o", str(target), "-lm"],
+    for target_flags in TARGET_FLAGS:
+        libraries = openmp if "-fopenmp" in target_flags else []
+        process = subprocess.run(
+            [*command, *FLAGS, *target_flags, *map(str, sources), *libraries, "-o", str(library_path), "-lm"],
             capture_output=True, text=True, errors="replace", timeout=120, check=False,
         )  # fmt: skip
-        if done.returncode == 0:
-            return target
-    raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
+        if process.returncode == 0:
+            return library_path
+    raise RuntimeError(f"{command[0]} failed: {process.stderr.strip()[-300:]}")
 
 
 def processor() -> str:
-    """What tells this processor's abilities from another's."""
-    listed = Path("/proc/cpuinfo")
-    if not listed.exists():
+    """Describe this processor's instruction set, so that two kinds of processor differ."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
-    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
-    told = {line for line in lines if line.startswith(("flags", "Features", "model name", "isa"))}
-    return "\n".join([platform.machine(), *sorted(told)])
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    features = {line for line in lines if line.startswith(("flags", "Features", "model name", "isa"))}
+    return "\n".join([platform.machine(), *sorted(features)])

@@ -1,4 +1,4 @@
-"""Quantise weights and multiply with packed matrices, in compiled code, or in PyTorch where there is none.
+"""Quantise weights, and multiply with packed matrices: in compiled code, or else in PyTorch.
 
 Shapes: M rows of activations, N outputs, K inputs, G = K / 32 groups.
 """
@@ -13,16 +13,25 @@ from torch import Tensor
 
 from pumice.errors import InputError
 from pumice.kernels.loader import compiled
-from pumice.kernels.packed import GROUP, SUPER, BlockFormat, PackedMatrix, Parts, joined, pack, size
+from pumice.kernels.packed import (
+    GROUP,
+    SUPER,
+    BlockFormat,
+    PackedMatrix,
+    Parts,
+    concatenate,
+    pack,
+    packed_size,
+)
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of weights, as quantize.c numbers them
-_PIECE = 1 << 21  # weights that PyTorch quantises at a time
-# By how many steps of 15 a group's range is made narrower before it is rounded; the best is taken.
-_NARROWER = (0.0, 0.4, -0.4, 0.8, -0.8)
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in quantize.c
+_CHUNK = 1 << 21  # weights that PyTorch quantises at a time
+# A group's range is divided into 15 + n steps, for each n of these. The n with the smallest error wins.
+_EXTRA_STEPS = (0.0, 0.4, -0.4, 0.8, -0.8)
 
 
-class Matrix(ctypes.Structure):
-    """`Packed` of packed.h: it holds addresses, so its tensors must be kept."""
+class PackedStruct(ctypes.Structure):
+    """`Packed` of packed.h. It holds addresses, so keep its tensors alive as long as C uses it."""
 
     _fields_ = [
         ("kind", ctypes.c_int64),
@@ -33,34 +42,37 @@ class Matrix(ctypes.Structure):
     ]
 
 
-def matrix(packed: PackedMatrix, bias: Tensor | None = None) -> Matrix:
-    """bias: fp32, contiguous."""
-    shift = None if bias is None else bias.data_ptr()
-    return Matrix(packed.kind.code, packed.outputs, packed.inputs, packed.data.data_ptr(), shift)
+def packed_struct(packed: PackedMatrix, bias: Tensor | None = None) -> PackedStruct:
+    """Return the matrix as C reads it. bias: (N,) fp32, contiguous."""
+    bias_address = None if bias is None else bias.data_ptr()
+    return PackedStruct(packed.kind.code, packed.outputs, packed.inputs, packed.data.data_ptr(), bias_address)
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled code, where it uses as many threads as PyTorch does."""
+    """Return the compiled code, or None if there is none or PyTorch is faster.
+
+    Without OpenMP the code has one thread. PyTorch with several threads is faster then.
+    """
     code, _ = compiled("packed")
-    alone = code is not None and torch.get_num_threads() > 1 and not code.pumice_threads()
-    return None if alone else code
+    slower = code is not None and torch.get_num_threads() > 1 and not code.pumice_threads()
+    return None if slower else code
 
 
 def kernel_name() -> str:
-    """What multiplies packed matrices here: "AVX-512 VNNI", "AVX2", "plain C" or "PyTorch"."""
+    """Return what multiplies packed matrices: "AVX-512 VNNI", "AVX2", "plain C" or "PyTorch"."""
     code = library()
     if code is None:
         return "PyTorch"
-    code.pumice_kernel.restype = ctypes.c_char_p
     name: bytes = code.pumice_kernel()
     return name.decode()
 
 
 def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times the matrix, plus the bias: (..., N), in the type of x.
+    """Return x (..., K) times the matrix plus the bias (N,): (..., N), in the type of x.
 
-    On a CPU in integers: activations get 8 bits, a scale for each 32. A row of the result depends on that row
-    of x alone. Elsewhere, and where a gradient is asked for, with the weights restored.
+    On a CPU the product is one of integers: activations are rounded to 8 bits, with a scale for each 32. A
+    row of the result depends only on that row of x. On other devices, and if x needs a gradient, the weights
+    are restored first. Raise MemoryError if C cannot allocate its buffers.
     """
     code = library() if x.device.type == "cpu" and not x.requires_grad else None
     if code is None:
@@ -69,39 +81,39 @@ def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tenso
     y = torch.empty(len(rows), packed.outputs)
     if len(rows):
         bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-        failed = code.pumice_linear(
-            ctypes.byref(matrix(packed, bias)), ctypes.c_int64(len(rows)), ctypes.c_void_p(rows.data_ptr()),
-            ctypes.c_void_p(y.data_ptr()), torch.get_num_threads(),
+        error = code.pumice_linear(
+            ctypes.byref(packed_struct(packed, bias)), ctypes.c_int64(len(rows)),
+            ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(y.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
-        if failed:
-            raise MemoryError(f"{len(rows)} rows of {packed.inputs} activations found no memory")
+        if error:
+            raise MemoryError(f"no memory is left for {len(rows)} rows of {packed.inputs} activations")
     return y.view(*x.shape[:-1], packed.outputs).to(x.dtype)
 
 
 def quantize(weight: Tensor, kind: BlockFormat, name: str = "a matrix") -> PackedMatrix:
-    """Weights (N, K) in blocks of a kind: Q8_0, Q4_1 or Q4_K.
+    """Quantise weights (N, K) to Q8_0, Q4_1 or Q4_K.
 
-    name: for messages. Raises InputError where rows are no whole blocks, or a weight is not finite.
+    name: of the matrix, for messages. Raise InputError if K is not a multiple of the block, or if a weight is
+    not finite.
     """
     outputs, inputs = weight.shape
     check_rows(name, inputs, kind)
     code = library() if weight.device.type == "cpu" else None
     weight = weight.detach().contiguous()
-    if code is None or weight.dtype not in _TYPES:
-        return _quantize(weight.cpu(), kind, name)
-    packed = PackedMatrix(kind, outputs, inputs, torch.zeros(size(kind, outputs, inputs), dtype=torch.uint8))
-    code.pumice_quantize.restype = ctypes.c_int64
-    bad = code.pumice_quantize(
-        kind.code, _TYPES[weight.dtype], ctypes.c_int64(outputs), ctypes.c_int64(inputs),
-        ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(packed.data.data_ptr()), torch.get_num_threads(),
+    if code is None or weight.dtype not in _DTYPE_CODES:
+        return _quantize_in_pytorch(weight.cpu(), kind, name)
+    data = torch.zeros(packed_size(kind, outputs, inputs), dtype=torch.uint8)
+    bad_row = code.pumice_quantize(
+        kind.code, _DTYPE_CODES[weight.dtype], ctypes.c_int64(outputs), ctypes.c_int64(inputs),
+        ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(data.data_ptr()), torch.get_num_threads(),
     )  # fmt: skip
-    if bad >= 0:
-        raise _not_finite(name, bad)
-    return packed
+    if bad_row >= 0:
+        raise _not_finite(name, bad_row)
+    return PackedMatrix(kind, outputs, inputs, data)
 
 
 def check_rows(name: str, inputs: int, kind: BlockFormat) -> None:
-    """Raise InputError unless rows are whole blocks."""
+    """Raise InputError unless rows of `inputs` weights are whole blocks of `kind`."""
     if not inputs or inputs % kind.block:
         raise InputError(
             f"{name} has rows of {inputs} weights, not whole groups of {kind.block}, so it cannot be "
@@ -118,70 +130,78 @@ def _restored_linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None) -> Te
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _quantize(weight: Tensor, kind: BlockFormat, name: str) -> PackedMatrix:
-    """`quantize` in PyTorch, piece by piece."""
-    made = []
-    many = max(1, _PIECE // weight.shape[1])
-    for first in range(0, len(weight), many):
-        piece = weight[first : first + many].float()
-        if not (fine := piece.isfinite().all(1)).all():
-            raise _not_finite(name, first + int((~fine).nonzero()[0]))
-        groups = piece.view(len(piece), -1, GROUP)
-        made.append({BlockFormat.Q8_0: _eight, BlockFormat.Q4_1: _four}.get(kind, _super)(groups))
-    return pack(kind, joined(made))
+def _quantize_in_pytorch(weight: Tensor, kind: BlockFormat, name: str) -> PackedMatrix:
+    """Quantise weights as `quantize` does, some rows at a time to save memory."""
+    to_parts = {BlockFormat.Q8_0: _to_q8_0, BlockFormat.Q4_1: _to_q4_1, BlockFormat.Q4_K: _to_q4_k}[kind]
+    chunks = []
+    chunk_rows = max(1, _CHUNK // weight.shape[1])
+    for first in range(0, len(weight), chunk_rows):
+        rows = weight[first : first + chunk_rows].float()
+        if not (finite := rows.isfinite().all(1)).all():
+            raise _not_finite(name, first + int((~finite).nonzero()[0]))
+        chunks.append(to_parts(rows.view(len(rows), -1, GROUP)))
+    return pack(kind, concatenate(chunks))
 
 
-def _eight(groups: Tensor) -> Parts:
-    """(n, G, 32) -> Q8_0."""
+def _to_q8_0(groups: Tensor) -> Parts:
+    """Quantise groups (n, G, 32): the largest weight of a group becomes 127 or -127."""
     scales = (groups.abs().amax(-1, keepdim=True) / 127).half()
     numbers = _round(groups / _divisor(scales), -127, 127)
     return Parts((numbers + 128).to(torch.uint8), scales)
 
 
-def _four(groups: Tensor) -> Parts:
-    """(n, G, 32) -> Q4_1."""
-    scales, offsets = (x.half() for x in _fit(groups, above=True))
+def _to_q4_1(groups: Tensor) -> Parts:
+    """Quantise groups (n, G, 32): a scale and an offset for each group."""
+    scales, offsets = (x.half() for x in _fit(groups, positive_offsets=True))
     numbers = _round((groups - offsets.float()) / _divisor(scales), 0, 15)
     return Parts(numbers.to(torch.uint8), torch.cat((scales, offsets), -1))
 
 
-def _super(groups: Tensor) -> Parts:
-    """(n, G, 32) -> Q4_K: scales and offsets of 32 are factors from 0 to 63 of those of 256."""
-    scales, offsets = _fit(groups, above=False)
-    both = torch.cat((scales, -offsets), -1)  # (n, G, 2)
-    halves = (both.unflatten(1, (-1, SUPER)).amax(2) / 63).half()
-    wide = halves.repeat_interleave(SUPER, 1)
-    factors = _round(both / _divisor(wide), 0, 63)
-    scales, offsets = (factors * wide.float()).split(1, -1)
+def _to_q4_k(groups: Tensor) -> Parts:
+    """Quantise groups (n, G, 32): a group's scale and offset are factors, 0 to 63, of those of its block."""
+    scales, offsets = _fit(groups, positive_offsets=False)
+    exact = torch.cat((scales, -offsets), -1)  # (n, G, 2)
+    halves = (exact.unflatten(1, (-1, SUPER)).amax(2) / 63).half()  # of a block: (n, G / 8, 2)
+    units = halves.repeat_interleave(SUPER, 1)  # of each group's block: (n, G, 2)
+    factors = _round(exact / _divisor(units), 0, 63)
+    scales, offsets = (factors * units.float()).split(1, -1)
     numbers = _round((groups + offsets) / _divisor(scales), 0, 15)
     return Parts(numbers.to(torch.uint8), halves, factors.to(torch.uint8))
 
 
-def _fit(groups: Tensor, above: bool) -> tuple[Tensor, Tensor]:
-    """Scales and offsets (n, G, 1) of small squared error. above: whether offsets may be above zero."""
-    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    least = least if above else least.clamp(max=0)
-    scales, offsets = (most - least) / 15, least
-    best = torch.full_like(scales, torch.inf)
-    for narrower in _NARROWER:
-        numbers = _round((groups - least) / _divisor((most - least) / (15 + narrower)), 0, 15)
+def _fit(groups: Tensor, positive_offsets: bool) -> tuple[Tensor, Tensor]:
+    """Return scales and offsets (n, G, 1) with a small squared error for numbers from 0 to 15.
+
+    As ggml's make_qkx2_quants, without weights: try several scales, and improve each by least squares.
+    positive_offsets: whether offsets may be above zero.
+    """
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    low = low if positive_offsets else low.clamp(max=0)
+    scales, offsets = (high - low) / 15, low
+    best_errors = torch.full_like(scales, torch.inf)
+    for extra in _EXTRA_STEPS:
+        # 1. Round the group with this scale.
+        numbers = _round((groups - low) / _divisor((high - low) / (15 + extra)), 0, 15)
+        # 2. The line a * number + b with the least squared error, for these numbers.
         n1, n2 = numbers.sum(-1, keepdim=True), numbers.square().sum(-1, keepdim=True)
         nx, total = (numbers * groups).sum(-1, keepdim=True), groups.sum(-1, keepdim=True)
         spread = GROUP * n2 - n1 * n1
         a, b = (GROUP * nx - n1 * total) / spread, (n2 * total - n1 * nx) / spread
-        if not above:
+        if not positive_offsets:  # then the best line through 0
             a, b = torch.where(b > 0, nx / n2, a), b.clamp(max=0)
         errors = (groups - a * numbers - b).square().sum(-1, keepdim=True)
-        better = (errors < best) & (a > 0)  # where nothing spreads these are no numbers, and not better
+        # 3. Keep it where it is better. If all numbers of a group are equal, a is NaN, which is never better.
+        better = (errors < best_errors) & (a > 0)
         scales, offsets = torch.where(better, a, scales), torch.where(better, b, offsets)
-        best = torch.where(better, errors, best)
+        best_errors = torch.where(better, errors, best_errors)
     return scales, offsets
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    wide = scales.float()
-    return torch.where(wide > 0, wide, torch.inf)
+    """Return the scales in fp32, with infinity for 0: a group of zeros then divides to zeros."""
+    scales = scales.float()
+    return torch.where(scales > 0, scales, torch.inf)
 
 
-def _round(numbers: Tensor, least: int, most: int) -> Tensor:
-    return numbers.round().clamp(least, most)
+def _round(numbers: Tensor, low: int, high: int) -> Tensor:
+    return numbers.round().clamp(low, high)

@@ -1,12 +1,12 @@
-/* Few rows times a matrix of fp32. */
+/* Multiply a few rows by a matrix of fp32. */
 #ifndef PUMICE_DENSE_H
 #define PUMICE_DENSE_H
 #include "vectors.h"
 
 #define TILE 4     /* outputs that are computed together */
-#define ROWS 6     /* rows that are: sums, weights and numbers then fill the 32 registers of AVX-512 */
-#define AHEAD 4096 /* bytes: weights are asked for so early, twice as fast as where the processor guesses */
-#define LINE 64    /* bytes that memory gives at a time */
+#define ROWS 6     /* rows that are computed together: they fill the 32 registers of AVX-512 */
+#define AHEAD 4096 /* bytes: prefetch weights so far ahead; twice as fast as the processor's own guess */
+#define LINE 64    /* bytes of a cache line */
 
 typedef struct {
     int64_t outputs, inputs;
@@ -38,8 +38,8 @@ static inline __attribute__((always_inline)) void dense_tile(const Dense *layer,
         }
 }
 
-/* Tiles [tile, last) of all rows. A row is added up in the same order whatever the others: compilers contract every
- * `dense_tile` alike, which a test holds them to. */
+/* Tiles [tile, last) of all rows. The sums of a row have the same order whatever the other rows are: compilers contract
+ * every `dense_tile` alike, which a test checks. */
 static void dense_product(const Dense *layer, int64_t tile, int64_t last, const float *x, int64_t rows, float *y,
                           int64_t stride, int add) {
     for (int64_t n = tile * TILE; n < last * TILE; n += TILE)

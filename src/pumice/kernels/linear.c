@@ -1,9 +1,9 @@
-/* A linear layer of a packed matrix over many rows, as a prompt has them. */
+/* A linear layer with a packed matrix, for many rows, as a prompt has them. */
 #include "product.h"
 
-#define PIECE (4 * WIDE) /* tiles that a thread takes at a time: one that is kept from its core takes fewer */
+#define CHUNK (4 * WIDE) /* tiles that a thread takes at a time: one that loses its core takes fewer */
 
-/* y (rows, outputs) = x (rows, inputs) times the matrix, plus its bias. Returns 0, or 1 when there is no memory. */
+/* y (rows, outputs) = x (rows, inputs) times the matrix, plus its bias. Return 0, or 1 if memory cannot be allocated. */
 int pumice_linear(const Packed *w, int64_t rows, const float *x, float *y, int threads) {
     void *memory = malloc(activation_bytes(rows, w->inputs));
     if (!memory) return 1;
@@ -14,8 +14,8 @@ int pumice_linear(const Packed *w, int64_t rows, const float *x, float *y, int t
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) quantize_row(x + r * w->inputs, w->inputs, r, &numbers);
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < tiles; first += PIECE) {
-            const int64_t last = first + PIECE < tiles ? first + PIECE : tiles;
+        for (int64_t first = 0; first < tiles; first += CHUNK) {
+            const int64_t last = first + CHUNK < tiles ? first + CHUNK : tiles;
             product(w, first, last, &numbers, rows, y, w->outputs, 0);
         }
     }
@@ -23,5 +23,5 @@ int pumice_linear(const Packed *w, int64_t rows, const float *x, float *y, int t
     return 0;
 }
 
-/* Which kernel multiplies. */
+/* Return the name of the kernel that multiplies. */
 const char *pumice_kernel(void) { return KERNEL; }

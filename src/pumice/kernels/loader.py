@@ -1,7 +1,4 @@
-"""The compiled code of the C files here: loaded from the cache folder, or made now and kept there.
-
-It is compiled once per machine, when an engine with weights that it takes first opens on a CPU.
-"""
+"""Load the compiled C files of this folder from the cache folder. Compile them the first time."""
 
 from __future__ import annotations
 
@@ -19,67 +16,83 @@ from pathlib import Path
 from typing import Literal
 
 from pumice.files import cache_folder, sync
-from pumice.kernels.compiler import FLAGS, TRIED, compile_library, processor
+from pumice.kernels.compiler import FLAGS, TARGET_FLAGS, compile_library, processor
 
 Weights = Literal["packed", "fp32"]
 
-# C files, and what is defined for them. "plain" is what the kernels of processors are compared with.
+# C files and their preprocessor definitions. "plain" is the reference for the kernels of each processor.
 _LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "packed": (("decode.c", "linear.c", "quantize.c"), ()),
     "plain": (("decode.c", "linear.c", "quantize.c"), ("-DPUMICE_PLAIN",)),
     "fp32": (("decode.c",), ("-DDENSE",)),
 }
+# Functions that return something else than an int.
+_RETURN_TYPES = {"pumice_kernel": ctypes.c_char_p, "pumice_quantize": ctypes.c_int64}
 _LOG = logging.getLogger("pumice")
 
 
 @lru_cache(maxsize=3)
 def compiled(weights: Weights | Literal["plain"] = "packed") -> tuple[ctypes.CDLL | None, str]:
-    """The compiled code, from the cache folder or made now; or None and why there is none."""
+    """Return the compiled code and "", or None and the reason why there is none."""
     if os.environ.get("PUMICE_NATIVE", "").lower() in ("off", "0"):
         return None, "PUMICE_NATIVE turns it off"
     if sys.platform == "win32":
-        return None, "it is not made on Windows"
-    named = shlex.split(os.environ.get("CC", ""))
-    found = next(filter(None, map(shutil.which, named[:1] or ("cc", "gcc", "clang"))), None)
-    if found is None:
+        return None, "Windows is not supported"
+    # 1. Find the compiler: the user's own, or the usual names.
+    users_command = shlex.split(os.environ.get("CC", ""))
+    candidates = users_command[:1] or ["cc", "gcc", "clang"]
+    compiler = next(filter(None, map(shutil.which, candidates)), None)
+    if compiler is None:
         return None, "there is no C compiler"
-    command = [found, *named[1:]]
     folder = Path(__file__).parent
-    names, defined = _LIBRARIES[weights]
-    sources = [folder / name for name in names]
+    file_names, definitions = _LIBRARIES[weights]
+    command = [compiler, *users_command[1:], *definitions]
     try:
-        # A home folder may be shared by machines, and what is made for one processor may not run on another.
-        command += defined
+        # 2. Name the library by all that it is made from. The processor belongs to it: machines may share a
+        #    home folder, and code for one processor may not run on another.
         texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.[ch]"))]
-        known = [*texts, *command, *names, repr(TRIED), *FLAGS, processor()]
-        name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
-        return _load(command, sources, name), ""
+        hashed = [*texts, *command, *file_names, repr(TARGET_FLAGS), *FLAGS, processor()]
+        name = hashlib.sha256("\n".join(hashed).encode()).hexdigest()[:16]
+        return _load(command, [folder / file_name for file_name in file_names], name), ""
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         _LOG.info("decoding without compiled code: %s", error)
         return None, str(error)
 
 
 def _load(command: list[str], sources: list[Path], name: str) -> ctypes.CDLL:
-    """From the cache folder; where that is not this user's alone to write, made for this process only."""
-    made = cache_folder() / "native" / f"{name}.so"
+    """Load the library from the cache folder, compiled if it is not there yet.
+
+    If other users may write to the folder, the library is compiled for this process only.
+    """
+    library_path = cache_folder() / "native" / f"{name}.so"
     try:
-        made.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private = _private(made.parent) and os.access(made.parent, os.W_OK)
+        library_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private = _private(library_path.parent) and os.access(library_path.parent, os.W_OK)
     except OSError:
         private = False
     if not private:
         with tempfile.TemporaryDirectory() as folder:  # a loaded library may be removed
-            return ctypes.CDLL(str(compile_library(command, sources, Path(folder) / made.name)))
-    if not (made.exists() and _private(made)):
-        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-            fresh = compile_library(command, sources, Path(folder) / made.name)
+            return open_library(compile_library(command, sources, Path(folder) / library_path.name))
+    if not (library_path.exists() and _private(library_path)):
+        # Compile elsewhere and rename: another process never loads half a file.
+        with tempfile.TemporaryDirectory(dir=library_path.parent) as folder:
+            fresh = compile_library(command, sources, Path(folder) / library_path.name)
             fresh.chmod(0o700)
             sync(fresh)
-            fresh.replace(made)
-    return ctypes.CDLL(str(made))
+            fresh.replace(library_path)
+    return open_library(library_path)
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a compiled library and set the return types of its functions."""
+    library = ctypes.CDLL(str(path))
+    for name, return_type in _RETURN_TYPES.items():
+        if hasattr(library, name):  # the library for fp32 has only some of them
+            getattr(library, name).restype = return_type
+    return library
 
 
 def _private(path: Path) -> bool:
-    """Whether nobody else may put code here."""
+    """Return whether only this user can write to the file or folder."""
     state = path.stat()
     return state.st_uid == os.getuid() and not state.st_mode & 0o022

@@ -1,7 +1,8 @@
-/* A matrix in blocks of few bits, laid out as the kernels read it.
+/* The layout of packed (quantised) matrices, in memory and in files.
  *
- * The blocks are GGUF's: 32 weights of a row share a scale (Q8_0, Q4_0), or a scale and an offset (Q4_1); in Q4_K 256 do,
- * and each 32 of them have factors of 6 bits for both. Nothing is lost: GGUF's blocks can be made from these again.
+ * The blocks are GGUF's. 32 weights of a row share a scale (Q8_0, Q4_0), or a scale and an offset (Q4_1). In Q4_K, 256
+ * weights share both, and each 32 of them have factors of 6 bits for both. The layout loses nothing: it converts back
+ * to the same blocks.
  *
  * A tile is 16 rows. Its bytes, for inputs of G = K / 32 groups:
  *
@@ -11,7 +12,7 @@
  *   scales   Q8_0, Q4_0: fp16 [G][16];  Q4_1: fp16 [G][scale, offset][16]
  *            Q4_K: bytes [G][scale, offset][16], then fp16 [G / 8][scale, offset][16]; offsets are subtracted
  *
- * A tile's bytes are filled up to a multiple of 64; rows beyond the last are zeros.
+ * A tile's bytes are padded to a multiple of 64. Rows beyond the last are zeros.
  */
 #ifndef PUMICE_PACKED_H
 #define PUMICE_PACKED_H
@@ -65,7 +66,7 @@ static inline float from_half(uint16_t half) {
     return value;
 }
 
-static inline uint16_t to_half(float value) { /* finite; beyond the largest becomes the largest */
+static inline uint16_t to_half(float value) { /* value: finite; clamped to the largest fp16 */
     uint32_t bits;
     memcpy(&bits, &value, 4);
     uint16_t sign = bits >> 16 & 0x8000;

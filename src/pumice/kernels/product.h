@@ -1,14 +1,14 @@
-/* Activations times a packed matrix, in integers, by the best kernel that the processor has.
+/* Multiply activations by a packed matrix, in integers, with the best kernel for the processor.
  *
- * A number of the result is added up in the same order whatever stands beside it: the rows of the call, the threads, the
+ * The sum behind each result has a fixed order. It does not depend on the other rows of the call, on threads or on
  * tiles. So a token gets the same numbers in a prompt and in an answer.
  */
 #ifndef PUMICE_PRODUCT_H
 #define PUMICE_PRODUCT_H
 #include "activations.h"
 
-#define AHEAD 4096 /* bytes: one row asks memory for weights so early, before the processor guesses */
-#define LINE 64    /* bytes that memory gives at a time */
+#define AHEAD 4096 /* bytes: with one row, prefetch weights so far ahead, earlier than the processor's own guess */
+#define LINE 64    /* bytes of a cache line */
 
 #if defined(PUMICE_PLAIN)
 #define KERNEL "plain C"
@@ -24,7 +24,7 @@
 #include "product_plain.h"
 #endif
 
-#define SPAN 128 /* groups of a row that are multiplied before the next rows: the tiles' stay in the cache */
+#define SPAN 128 /* groups to multiply before the next rows, so that the tiles' bytes stay in the CPU's cache */
 
 /* Rows [row, row + rows) times tiles [tile, tile + tiles): y (rows, stride) = or += the product, and the bias. */
 INLINE void block(const int kind, const int rows, const int tiles, const Packed *w, int64_t tile, const Activations *x,

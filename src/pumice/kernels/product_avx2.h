@@ -1,7 +1,8 @@
 /* The integer product with AVX2: bytes multiply in pairs, whose sums have 16 bits.
  *
- * Four bits times eight: eight pairs are at most 8 * 2 * 15 * 127 = 30480, so that a whole group adds up in 16 bits. Eight
- * times eight: one pair is (2 * 128 * 127 = 32512); the product takes weights without sign, activations get it.
+ * Weights of 4 bits: eight pairs sum to at most 8 * 2 * 15 * 127 = 30480, so a whole group fits in 16 bits. Weights of
+ * 8 bits: only one pair fits (2 * 128 * 127 = 32512). The instruction takes the first factor without sign, so the
+ * sign of a weight is moved to the activation.
  */
 #include <immintrin.h>
 
@@ -13,7 +14,7 @@ INLINE __m256 bytes(const uint8_t *from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 }
 
-/* Of eight rows, the first or second of a tile. */
+/* Scales and offsets of eight rows: the first or second half of a tile. */
 INLINE void tile_scales(const int kind, const uint8_t *from, int64_t groups, int64_t g, const int half, __m256 *scale,
                         __m256 *offset) {
     if (kind == Q8_0 || kind == Q4_0) *scale = halves(from + g * 32 + half * 16);

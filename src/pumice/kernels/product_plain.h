@@ -1,11 +1,11 @@
-/* The integer product in plain C: for processors without a kernel of their own, and what those are compared with. */
-#ifdef FP_FAST_FMAF /* in so many words: what a compiler makes of a * b + c depends on what stands around it */
+/* The integer product in plain C: for processors without their own kernel, and as the reference for those kernels. */
+#ifdef FP_FAST_FMAF /* explicit, because whether a compiler contracts a * b + c depends on the code around it */
 #define ADD_PRODUCT(a, b, c) __builtin_fmaf(a, b, c)
 #else
 #define ADD_PRODUCT(a, b, c) ((a) * (b) + (c))
 #endif
 #define WIDE 1 /* tiles that are multiplied together */
-#define ROWS 4 /* rows that are */
+#define ROWS 4 /* rows that are multiplied together */
 
 INLINE void tile_scales(const int kind, const uint8_t *from, int64_t groups, int64_t g, float *scale, float *offset) {
     const uint16_t *halves = (const uint16_t *)from;

@@ -1,6 +1,6 @@
 /* The integer product with AVX-512 VNNI: one instruction adds up four bytes times four bytes in each of 16 rows.
  *
- * Weights have no sign there; what was added to them is taken off by the sum's first value.
+ * That instruction takes weights without sign. So the sums start at minus what the added 128 (or 8) contributes.
  */
 #include <immintrin.h>
 

@@ -1,30 +1,30 @@
-/* Weights in floats become a packed matrix, on all cores.
+/* Quantise weights to a packed matrix, on all cores.
  *
- * Q8_0: the largest of 32 becomes 127. Q4_1 and Q4_K: a scale and an offset of 32 weights that make the sum of squared
- * errors small: some ranges are tried, each improved by least squares (as ggml's make_qkx2_quants does, without weights).
+ * Q8_0: the largest of 32 weights becomes 127. Q4_1 and Q4_K: find a scale and an offset of 32 weights with a small
+ * squared error: try several scales, and improve each by least squares (as ggml's make_qkx2_quants, without weights).
  */
 #include "packed.h"
 
-#define TRIED 9      /* ranges */
-#define NARROWER 0.2f /* steps of 15 by which each is narrower than the last */
+#define TRIED 9          /* scales */
+#define EXTRA_STEPS 0.2f /* a group's range is divided into 15 steps, and 15 plus or minus multiples of this */
 
 enum { FP32, FP16, BF16 };
 
-static inline float from_brain(uint16_t half) {
+static inline float from_bf16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
 
-/* `count` weights, from the `first` on, as floats. Returns whether all are finite. */
+/* Read `count` weights, from the `first` on, as floats. Return whether all are finite. */
 static int weights_of(int type, const void *weights, int64_t first, int count, float *to) {
     uint32_t most = 0;
     if (type == FP32) memcpy(to, (const float *)weights + first, 4 * count);
     else if (type == FP16)
         for (int i = 0; i < count; i++) to[i] = from_half(((const uint16_t *)weights)[first + i]);
     else
-        for (int i = 0; i < count; i++) to[i] = from_brain(((const uint16_t *)weights)[first + i]);
+        for (int i = 0; i < count; i++) to[i] = from_bf16(((const uint16_t *)weights)[first + i]);
 #pragma omp simd reduction(max : most)
     for (int i = 0; i < count; i++) {
         uint32_t bits;
@@ -38,7 +38,7 @@ static int weights_of(int type, const void *weights, int64_t first, int count, f
 static inline float at_most(float value, float most) { return value > most ? most : value; }
 static inline float at_least(float value, float least) { return value < least ? least : value; }
 
-/* The numbers from 0 to 15 that stand for x with a scale and an offset. */
+/* Round the weights x to numbers from 0 to 15, for a scale and an offset. */
 static inline void numbers_of(const float *x, float scale, float offset, float *numbers) {
     float factor = scale > 0 ? 1 / scale : 0;
     if (!(factor <= 3e38f)) factor = 0;
@@ -46,8 +46,8 @@ static inline void numbers_of(const float *x, float scale, float offset, float *
     for (int i = 0; i < GROUP; i++) numbers[i] = at_most(at_least(rintf((x[i] - offset) * factor), 0), 15);
 }
 
-/* Scale and offset of a group. signed_offset: whether it may be above zero, which Q4_K cannot hold. */
-static void fit(const float *x, int signed_offset, float *scale, float *offset) {
+/* Find scale and offset of a group. positive_offset: whether the offset may be above zero, which Q4_K cannot hold. */
+static void fit(const float *x, int positive_offset, float *scale, float *offset) {
     float least = x[0], most = x[0], sum = 0;
 #pragma omp simd reduction(min : least) reduction(max : most)
     for (int i = 0; i < GROUP; i++) {
@@ -56,7 +56,7 @@ static void fit(const float *x, int signed_offset, float *scale, float *offset) 
     }
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < GROUP; i++) sum += x[i];
-    if (!signed_offset && least > 0) least = 0;
+    if (!positive_offset && least > 0) least = 0;
     *scale = (most - least) / 15;
     *offset = least;
     if (!(*scale > 1e-30f)) {
@@ -66,7 +66,7 @@ static void fit(const float *x, int signed_offset, float *scale, float *offset) 
     float best = INFINITY;
     for (int n = 0; n < TRIED; n++) {
         float numbers[GROUP], n1 = 0, n2 = 0, nx = 0;
-        float step = n ? (most - least) / (15 + ((n & 1) ? 1 : -1) * NARROWER * ((n + 1) / 2)) : *scale;
+        float step = n ? (most - least) / (15 + ((n & 1) ? 1 : -1) * EXTRA_STEPS * ((n + 1) / 2)) : *scale;
         numbers_of(x, step, least, numbers);
 #pragma omp simd reduction(+ : n1, n2, nx)
         for (int i = 0; i < GROUP; i++) {
@@ -77,7 +77,7 @@ static void fit(const float *x, int signed_offset, float *scale, float *offset) 
         float spread = GROUP * n2 - n1 * n1;
         if (!(spread > 0)) continue;
         float a = (GROUP * nx - n1 * sum) / spread, b = (n2 * sum - n1 * nx) / spread;
-        if (!signed_offset && b > 0) {
+        if (!positive_offset && b > 0) {
             b = 0;
             a = nx / n2;
         }
@@ -96,19 +96,19 @@ static void fit(const float *x, int signed_offset, float *scale, float *offset) 
     }
 }
 
-/* Four numbers of a row side by side, the next four a tile's width on. */
-static inline void put(const uint8_t *bytes, int count, uint8_t *to, int row) {
+/* Lay out a group of a row: four bytes side by side, and the next four a tile's width further. */
+static inline void put_bytes(const uint8_t *bytes, int count, uint8_t *to, int row) {
     for (int i = 0; i < count; i += 4) memcpy(to + i * TILE + 4 * row, bytes + i, 4);
 }
 
-static void put_four(const float *numbers, uint8_t *to, int row) {
+static void put_q4(const float *numbers, uint8_t *to, int row) {
     uint8_t bytes[GROUP / 2];
     for (int i = 0; i < GROUP / 2; i++)
         bytes[i] = (uint8_t)((int32_t)numbers[i] | (int32_t)numbers[i + GROUP / 2] << 4);
-    put(bytes, GROUP / 2, to, row);
+    put_bytes(bytes, GROUP / 2, to, row);
 }
 
-static void eight_bits(const float *x, uint8_t *to, uint16_t *scale, int row) {
+static void quantize_q8_0(const float *x, uint8_t *to, uint16_t *scale, int row) {
     uint8_t bytes[GROUP];
     float most = 0;
 #pragma omp simd reduction(max : most)
@@ -118,19 +118,19 @@ static void eight_bits(const float *x, uint8_t *to, uint16_t *scale, int row) {
 #pragma omp simd
     for (int i = 0; i < GROUP; i++)
         bytes[i] = (uint8_t)(128 + (int32_t)at_most(at_least(rintf(x[i] * factor), -127), 127));
-    put(bytes, GROUP, to, row);
+    put_bytes(bytes, GROUP, to, row);
 }
 
-static void four_bits(const float *x, uint8_t *to, uint16_t *scale, uint16_t *offset, int row) {
+static void quantize_q4_1(const float *x, uint8_t *to, uint16_t *scale, uint16_t *offset, int row) {
     float a, b, numbers[GROUP];
     fit(x, 1, &a, &b);
     *scale = to_half(a);
     *offset = to_half(b);
     numbers_of(x, from_half(*scale), from_half(*offset), numbers);
-    put_four(numbers, to, row);
+    put_q4(numbers, to, row);
 }
 
-/* Error of a group's best numbers with these factors. */
+/* Return the squared error of a group with this scale and offset. */
 static float error_of(const float *x, float scale, float offset) {
     float numbers[GROUP], error = 0;
     numbers_of(x, scale, offset, numbers);
@@ -142,8 +142,8 @@ static float error_of(const float *x, float scale, float offset) {
     return error;
 }
 
-/* 256 weights: factors of 6 bits for the scales and the offsets of 8 groups. */
-static void super_block(const float *x, uint8_t *to, uint8_t *factors, uint16_t *halves, int row) {
+/* Quantise 256 weights to Q4_K: scales and offsets of 8 groups as factors of 6 bits. */
+static void quantize_q4_k(const float *x, uint8_t *to, uint8_t *factors, uint16_t *halves, int row) {
     float scale[SUPER], offset[SUPER], numbers[GROUP], most_scale = 0, most_offset = 0;
     for (int g = 0; g < SUPER; g++) {
         fit(x + g * GROUP, 0, scale + g, offset + g);
@@ -158,7 +158,7 @@ static void super_block(const float *x, uint8_t *to, uint8_t *factors, uint16_t 
         int s = d > 0 ? (int)at_most(rintf(scale[g] / d), 63) : 0, o = m > 0 ? (int)at_most(rintf(-offset[g] / m), 63) : 0;
         float best = error_of(group, d * s, -m * o);
         const int s0 = s, o0 = o;
-        for (int near = 0; near < 9; near++) { /* rounding both moved the group's line: its neighbours may fit better */
+        for (int near = 0; near < 9; near++) { /* rounding moved scale and offset: neighbours may fit better */
             int a = s0 + near % 3 - 1, b = o0 + near / 3 - 1;
             if (near == 4 || a < 0 || b < 0 || a > 63 || b > 63) continue;
             float error = error_of(group, d * a, -m * b);
@@ -171,11 +171,11 @@ static void super_block(const float *x, uint8_t *to, uint8_t *factors, uint16_t 
         factors[2 * g * TILE + row] = (uint8_t)s;
         factors[(2 * g + 1) * TILE + row] = (uint8_t)o;
         numbers_of(group, d * s, -m * o, numbers);
-        put_four(numbers, to + g * TILE * GROUP / 2, row);
+        put_q4(numbers, to + g * TILE * GROUP / 2, row);
     }
 }
 
-/* One row of a tile. Returns whether its weights are finite. */
+/* Quantise one row of a tile. Return whether its weights are finite. */
 static int pack_row(int kind, int type, const void *weights, int64_t from, int64_t inputs, uint8_t *tile, int row) {
     const int64_t groups = inputs / GROUP;
     uint8_t *scales = tile + number_bytes(kind, inputs);
@@ -185,30 +185,30 @@ static int pack_row(int kind, int type, const void *weights, int64_t from, int64
         halves = (uint16_t *)(scales + 2 * TILE * groups);
         for (int64_t g = 0; g < groups; g += SUPER) {
             if (!weights_of(type, weights, from + g * GROUP, SUPER * GROUP, x)) return 0;
-            super_block(x, tile + g * TILE * GROUP / 2, scales + 2 * g * TILE, halves + g / SUPER * 2 * TILE, row);
+            quantize_q4_k(x, tile + g * TILE * GROUP / 2, scales + 2 * g * TILE, halves + g / SUPER * 2 * TILE, row);
         }
         return 1;
     }
     for (int64_t g = 0; g < groups; g++) {
         if (!weights_of(type, weights, from + g * GROUP, GROUP, x)) return 0;
-        if (kind == Q8_0) eight_bits(x, tile + g * TILE * GROUP, halves + g * TILE + row, row);
+        if (kind == Q8_0) quantize_q8_0(x, tile + g * TILE * GROUP, halves + g * TILE + row, row);
         else {
             uint16_t *both = halves + 2 * g * TILE + row;
-            four_bits(x, tile + g * TILE * GROUP / 2, both, both + TILE, row);
+            quantize_q4_1(x, tile + g * TILE * GROUP / 2, both, both + TILE, row);
         }
     }
     return 1;
 }
 
-/* data: zeros. Returns the first row that holds a weight which is not finite, or -1. */
+/* data: filled with zeros by the caller. Return the first row with a weight that is not finite, or -1. */
 int64_t pumice_quantize(int kind, int type, int64_t outputs, int64_t inputs, const void *weights, uint8_t *data,
                         int threads) {
     const int64_t each = tile_bytes(kind, inputs);
-    int64_t bad = outputs;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(min : bad)
+    int64_t bad_row = outputs;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(min : bad_row)
     for (int64_t row = 0; row < outputs; row += TILE)
         for (int64_t r = row; r < row + TILE && r < outputs; r++)
-            if (!pack_row(kind, type, weights, r * inputs, inputs, data + row / TILE * each, (int)(r - row)) && r < bad)
-                bad = r;
-    return bad == outputs ? -1 : bad;
+            if (!pack_row(kind, type, weights, r * inputs, inputs, data + row / TILE * each, (int)(r - row)) && r < bad_row)
+                bad_row = r;
+    return bad_row == outputs ? -1 : bad_row;
 }

@@ -1,4 +1,4 @@
-/* Vectors of floats, which compilers split where registers are shorter, and bfloat16. */
+/* Vectors of 16 floats (compilers split them for shorter registers), and bfloat16. */
 #ifndef PUMICE_VECTORS_H
 #define PUMICE_VECTORS_H
 #include <math.h>
@@ -30,13 +30,13 @@ static inline float total(vector numbers) {
 #endif
 }
 
-static inline uint16_t to_brain(float value) { /* to the nearest, ties to even; values are finite here */
+static inline uint16_t to_bf16(float value) { /* to the nearest, ties to even; values are finite here */
     uint32_t bits;
     memcpy(&bits, &value, 4);
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static inline vector load_brain(const uint16_t *from) {
+static inline vector load_bf16(const uint16_t *from) {
     half_vector halves;
     memcpy(&halves, from, sizeof halves);
     word_vector bits = __builtin_convertvector(halves, word_vector) << 16;

@@ -1,7 +1,7 @@
-"""The decoder's matrices in blocks of few bits, as module swaps, while answering.
+"""Quantise a decoder for answering: replace its linear layers and its embedding by packed matrices.
 
-Linear layers, the vocabulary projection and the embedding become small integers; norms, biases, the tower and
-the connector stay as they are. Activations are fp32 between layers and get 8 bits inside a product on a CPU.
+Norms, biases, the tower and the connector stay as they are. Activations are fp32 between layers; on a CPU a
+product rounds them to 8 bits.
 
 Shapes: N outputs, K inputs.
 """
@@ -24,14 +24,14 @@ KINDS = ("int8", "int4")
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of a packed matrix."""
+    """A linear layer whose weight is a packed matrix."""
 
     data: Tensor
 
     def __init__(self, packed: PackedMatrix, bias: Tensor | None = None) -> None:
         super().__init__()
         self.kind, self.out_features, self.in_features = packed.kind, packed.outputs, packed.inputs
-        self.register_buffer("data", packed.data, persistent=False)  # never a part of the state
+        self.register_buffer("data", packed.data, persistent=False)  # not in the state dict
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Token ids -> rows of a packed matrix."""
+    """An embedding whose rows are those of a packed matrix."""
 
     data: Tensor
 
@@ -62,11 +62,10 @@ class PackedEmbedding(nn.Module):
 
 
 def kind_of(bits: str, name: str, inputs: int) -> BlockFormat:
-    """How a matrix is held with "int8" or "int4"; name: in the decoder.
+    """Return the format of a matrix for "int8" or "int4". name: in the decoder.
 
-    The embedding and the vocabulary projection are the most sensitive and get 8 bits either way. int4 is Q4_K
-    where rows are whole blocks of 256, Q4_1 elsewhere. Raises InputError where rows are no whole groups of
-    32.
+    The embedding and the vocabulary projection are the most sensitive, so they always get 8 bits. int4 means
+    Q4_K if `inputs` is a multiple of 256, else Q4_1. Raise InputError if it is not a multiple of 32.
     """
     if bits not in KINDS:
         raise InputError(f"weights are quantised to {' or '.join(KINDS)}, not {bits!r}")
@@ -77,37 +76,38 @@ def kind_of(bits: str, name: str, inputs: int) -> BlockFormat:
 
 
 def quantize(decoder: Any, bits: str) -> None:
-    """Swap every matrix of the decoder for its "int8" or "int4" form, one after another.
+    """Quantise every matrix of the decoder to "int8" or "int4", one after another.
 
-    On a CPU activations become fp32, elsewhere they keep their type.
+    On a CPU activations become fp32; on other devices they keep their type. Raise InputError if the decoder
+    has LoRA adapters.
     """
     device = decoder.norm.weight.device
     dtype = torch.float32 if device.type == "cpu" else decoder.norm.weight.dtype
     if any(isinstance(module, LoraLinear) for module in decoder.modules()):
         raise InputError("merge the LoRA adapters before quantising")
 
-    def made(name: str, weight: Tensor) -> PackedMatrix:
+    def packed(name: str, weight: Tensor) -> PackedMatrix:
         return quantize_weight(weight, kind_of(bits, name, weight.shape[1]), name)
 
-    swap(decoder, made, dtype)
+    swap(decoder, packed, dtype)
     decoder.to(device)
 
 
 def swap(
     decoder: Any, packed: Callable[[str, Tensor], PackedMatrix], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Put packed matrices into a decoder. packed: a matrix's name in the decoder and its weights -> its form.
+    """Replace the matrices of a decoder. packed(name, weight) returns the packed matrix of a weight.
 
     dtype: of norms, biases and activations. A tied vocabulary projection shares the embedding's bytes.
     """
     for path, parent in list(decoder.named_modules()):
         for name, child in list(parent.named_children()):
-            whole = f"{path}.{name}.weight" if path else f"{name}.weight"
+            weight_name = f"{path}.{name}.weight" if path else f"{name}.weight"
             if isinstance(child, nn.Linear):
                 bias = None if child.bias is None else child.bias.detach()
-                setattr(parent, name, PackedLinear(packed(whole, child.weight), bias))
+                setattr(parent, name, PackedLinear(packed(weight_name, child.weight), bias))
             elif isinstance(child, nn.Embedding):
-                setattr(parent, name, PackedEmbedding(packed(whole, child.weight), dtype))
+                setattr(parent, name, PackedEmbedding(packed(weight_name, child.weight), dtype))
     if decoder.head is None:
         decoder.head = PackedLinear(decoder.embed.packed)
-    decoder.to(dtype)  # integers stay as they are
+    decoder.to(dtype)  # changes floats only: packed matrices are integers

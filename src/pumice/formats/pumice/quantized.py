@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pumice.errors import InputError
 from pumice.files import cache_folder, sync
-from pumice.kernels.packed import LAYOUT, BlockFormat, PackedMatrix, size
+from pumice.kernels.packed import LAYOUT, BlockFormat, PackedMatrix, packed_size
 from pumice.storage.json_file import read_json, write_json
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, open_file, write_file
 
@@ -56,11 +56,11 @@ def open_quantized(folder: Path) -> LazyStateDict:
             f"{index} says layout {layout!r}, this version of Pumice reads layout {LAYOUT}; "
             "import the model again with --quantize"
         )
-    found = open_file(folder / FILE)
+    tensors = open_file(folder / FILE)
     matrices = described.get("matrices")
-    if not isinstance(matrices, dict) or matrices.keys() != found.keys():
+    if not isinstance(matrices, dict) or matrices.keys() != tensors.keys():
         raise InputError(f"{index} and {FILE} do not name the same matrices; import the model again")
-    return {name: _stored(name, found[name], entry, index) for name, entry in matrices.items()}
+    return {name: _stored(name, tensors[name], entry, index) for name, entry in matrices.items()}
 
 
 def cached(key: str, state: LazyStateDict) -> LazyStateDict:
@@ -91,12 +91,14 @@ def cached(key: str, state: LazyStateDict) -> LazyStateDict:
 
 def _bytes(tensor: LazyTensor, blocks: Blocks) -> LazyTensor:
     outputs, inputs = tensor.shape
-    return LazyTensor((size(blocks.kind, outputs, inputs),), torch.uint8, lambda _: blocks.fetch().data)
+    return LazyTensor(
+        (packed_size(blocks.kind, outputs, inputs),), torch.uint8, lambda _: blocks.fetch().data
+    )
 
 
 def _stored(name: str, data: LazyTensor, entry: object, index: Path) -> LazyTensor:
     kind, shape = _described(entry)
-    if kind is None or data.dtype != torch.uint8 or data.shape != (size(kind, *shape),):
+    if kind is None or data.dtype != torch.uint8 or data.shape != (packed_size(kind, *shape),):
         raise InputError(
             f"{index} says {entry!r} of {name}, which is not what {FILE} holds; import the model again"
         )
@@ -117,5 +119,5 @@ def _described(entry: object) -> tuple[BlockFormat | None, tuple[int, int]]:
     if kind is None or not isinstance(shape, list) or len(shape) != 2:
         return None, (0, 0)
     outputs, inputs = shape
-    whole = all(isinstance(n, int) and n > 0 for n in shape) and inputs % kind.block == 0
-    return (kind, (outputs, inputs)) if whole else (None, (0, 0))
+    shape_is_valid = all(isinstance(n, int) and n > 0 for n in shape) and inputs % kind.block == 0
+    return (kind, (outputs, inputs)) if shape_is_valid else (None, (0, 0))
