@@ -1,4 +1,4 @@
-"""Old names of modules and functions still work, with a DeprecationWarning that names the new one.
+"""Old names of modules and functions still work, with a DeprecationWarning that names the new place.
 
 Only names that the documentation has shown are listed.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -15,40 +15,32 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-PACKAGES = {"pumice.generate": "pumice.synth"}  # with all their modules
 MODULES = {
+    "pumice.generate": "pumice.synth",  # and the modules in it
     "pumice.engine.memory": "pumice.kernels.allocator",
     "pumice.engine.prefix": "pumice.engine.cache",
     "pumice.weights.folder": "pumice.formats.pumice.folder",
 }
-EMPTY = {"pumice.weights"}  # packages that no longer exist; only their modules above can be imported
-NAMES = {("pumice.explain.page", "explanation_json"): "pumice.serve.explanation"}
+NAMES = {"pumice.explain.page.explanation_json": "pumice.serve.explanation.explanation_json"}
 
 
 def install() -> None:
-    """Let `import` find the old names. Calling it again does nothing."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # before the finder that would load a second copy of a file
+    """Make the old modules importable. Calling it again does nothing."""
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OldModules())  # first: the usual finder would load a second copy of a file
 
 
 def old_names(module: str) -> Callable[[str], Any]:
     """Return the `__getattr__` of a module from which names have moved away."""
 
     def get(name: str) -> Any:
-        if (module, name) not in NAMES:
+        old = f"{module}.{name}"
+        if old not in NAMES:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        new_module = NAMES[module, name]
-        _warn(f"{module}.{name}", f"{new_module}.{name}")
-        return getattr(import_module(new_module), name)
+        _warn(old, NAMES[old])
+        return getattr(import_module(NAMES[old].rpartition(".")[0]), name)
 
     return get
-
-
-def _new_module(name: str) -> str | None:
-    for old, new in PACKAGES.items():
-        if name == old or name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
-    return MODULES.get(name)
 
 
 def _warn(old: str, new: str) -> None:
@@ -56,32 +48,24 @@ def _warn(old: str, new: str) -> None:
     warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=3)
 
 
-class _Finder(MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname in EMPTY:
-            return ModuleSpec(fullname, _Loader(None), is_package=True)
-        new_module = _new_module(fullname)
-        if new_module is None or find_spec(new_module) is None:
-            return None
-        _warn(fullname, new_module)
-        return ModuleSpec(fullname, _Loader(new_module))
+class _OldModules(MetaPathFinder, Loader):
+    """Imports the new module for an old name, so that both names share one set of classes."""
 
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname == "pumice.weights":  # no longer a package: only its module above can be imported
+            return ModuleSpec(fullname, None, is_package=True)
+        for old, new in MODULES.items():
+            if fullname == old or fullname.startswith(f"{old}."):
+                new_name = new + fullname.removeprefix(old)
+                if new_spec := find_spec(new_name):
+                    _warn(fullname, new_name)
+                    return ModuleSpec(fullname, self, loader_state=new_spec)
+        return None
 
-class _Loader(Loader):
-    """Return the module under its new name, so that both names share one set of classes."""
-
-    def __init__(self, new_module: str | None) -> None:
-        self.new_module = new_module
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        if self.new_module is None:
-            return None
-        module = import_module(self.new_module)
-        self._spec = module.__spec__
-        return module
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return import_module(spec.loader_state.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        if self.new_module is not None:
-            module.__spec__ = self._spec  # the import system has just set the old name's
+        # The import system has just set the spec of the old name. Restore the module's own.
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
