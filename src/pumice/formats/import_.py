@@ -14,7 +14,7 @@ from pumice.errors import InputError
 from pumice.formats.load import new_parts, shapes
 from pumice.formats.pumice.folder import CONFIG, check, save
 from pumice.formats.pumice.quantized import as_bytes
-from pumice.formats.quantize import in_few_bits
+from pumice.formats.quantize import quantize_state
 from pumice.formats.read import find_model, read_model
 from pumice.formats.recognise import FormatKind, recognise
 from pumice.processor import Processor
@@ -69,9 +69,9 @@ def import_model(
     """Write `source` as the folder `target`, one tensor at a time.
 
     dtype: of DTYPES. template, tower, base: as for `read_model`; a tower given to a bare language model is
-    joined to it by a fresh connector. quantize: "int8" or "int4" stores the decoder's matrices in few bits,
-    adapters merged, so that opening the folder on a CPU costs nothing. Raises InputError, and WorkError when
-    the disk is full: then nothing is left behind.
+    joined to it by a new, untrained connector. quantize: "int8" or "int4" stores the decoder's matrices in
+    few bits, with adapters merged, so that opening the folder on a CPU costs nothing. Raises InputError, and
+    WorkError if the disk is full; nothing is left behind then.
     """
     # 1. Look at the target first: reading may download gigabytes.
     if dtype not in DTYPES:
@@ -92,11 +92,11 @@ def import_model(
     # 4. Write in the model's order, so that equal models give equal files.
     state = {name: loaded.state[name] for name in expected if name in loaded.state}
     if quantize is not None:
-        loaded, state = _in_few_bits(loaded, state, quantize)
+        loaded, state = _quantize(loaded, state, quantize)
     elif kind is not FormatKind.OWN:
         state = {name: dataclasses.replace(tensor, blocks=None) for name, tensor in state.items()}
-    if (wanted := DTYPES[dtype]) is not None:
-        floats = {name: tensor.cast(wanted) for name, tensor in state.items() if tensor.blocks is None}
+    if (stored_dtype := DTYPES[dtype]) is not None:
+        floats = {name: tensor.cast(stored_dtype) for name, tensor in state.items() if tensor.blocks is None}
         state |= floats
     loaded = dataclasses.replace(loaded, state=state)
     save(
@@ -111,9 +111,9 @@ def import_model(
     return Imported(kind, loaded)
 
 
-def _in_few_bits(loaded: LoadedParts, state: LazyStateDict, bits: str) -> tuple[LoadedParts, LazyStateDict]:
-    """Adapters are merged, and the decoder is no longer that of a wheel."""
-    state = in_few_bits(loaded.config, state, bits)
+def _quantize(loaded: LoadedParts, state: LazyStateDict, bits: str) -> tuple[LoadedParts, LazyStateDict]:
+    """Quantise the decoder, with adapters merged. It is then no longer the decoder of a wheel."""
+    state = quantize_state(loaded.config, state, bits)
     parts = {part: source for part, source in loaded.parts.items() if part != "decoder"}
     config = dataclasses.replace(loaded.config, lora=None)
     return dataclasses.replace(loaded, config=config, parts=parts), state

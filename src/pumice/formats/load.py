@@ -19,7 +19,7 @@ from pumice.formats.components import open_llm, open_tower
 from pumice.formats.hf.config import padding
 from pumice.formats.pumice.folder import CONFIG, WEIGHTS, check
 from pumice.formats.pumice.quantized import cached
-from pumice.formats.quantize import fits, in_few_bits, stored_in_blocks
+from pumice.formats.quantize import can_quantize, quantize_state, stored_in_blocks
 from pumice.formats.read import BUILT_IN, read_model
 from pumice.kernels import compute
 from pumice.kernels.packed import LAYOUT, PackedMatrix
@@ -65,24 +65,27 @@ def open_model(
 
     source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
     connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
-    weights then stay in the type they are stored in. quantize: "int8" or "int4" holds the decoder's matrices
-    in few bits, adapters merged; "auto" does where a CPU with compiled code is to answer: as they are stored,
-    or int8. On a CPU one matrix at a time is read and quantised, and what is stored so is mapped. InputError
-    on anything missing, extra, misshapen or unfetchable. What was assumed is logged.
+    weights then stay in the type they are stored in. quantize: "int8" or "int4" quantises the decoder's
+    matrices, with adapters merged. "auto" does so on a CPU with compiled code: to int8, or as they are
+    stored. On a CPU, one matrix at a time is read and quantised, and quantised files are mapped. Assumptions
+    are logged. Raises InputError if a part is missing, extra, misshapen or cannot be downloaded.
     """
     loaded = read_model(source, template=template, tower=tower, base=base)
     for note in loaded.notes:
         _LOG.warning("%s: %s", source, note)
-    place = torch.device(device)
+    target = torch.device(device)
     if quantize == "auto":
-        # Without compiled code few bits save memory alone: they stay where they are stored already.
-        worth = compute.library() is not None or stored_in_blocks(loaded.config, loaded.state)
-        quantize = "int8" if place.type == "cpu" and worth and fits(loaded.config.decoder) else None
+        # Without compiled code, quantised weights save memory but no time. So quantise only if the model is
+        # stored so.
+        worthwhile = compute.library() is not None or stored_in_blocks(loaded.config, loaded.state)
+        quantize = (
+            "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
+        )
     if quantize is None:
-        return _build(loaded, str(source), place, dtype, merge)
-    if place.type == "cpu":
-        return _opened_in_few_bits(loaded, str(source), quantize)
-    opened = _build(loaded, str(source), place, dtype, merge=True)
+        return _build(loaded, str(source), target, dtype, merge)
+    if target.type == "cpu":
+        return _open_quantized(loaded, str(source), quantize)
+    opened = _build(loaded, str(source), target, dtype, merge=True)
     quantize_decoder(opened.model.decoder, quantize)
     return opened
 
@@ -167,12 +170,12 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
     )
 
 
-def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
+def _open_quantized(loaded: LoadedParts, label: str, bits: str) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
-    check(loaded.state, shapes(loaded.config), where)
-    state = in_few_bits(loaded.config, loaded.state, bits)
+    check(loaded.state, shapes(loaded.config), label)
+    state = quantize_state(loaded.config, loaded.state, bits)
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
-    if source is not None and source.parent == BUILT_IN:  # which is the same at every start
+    if source is not None and source.parent == BUILT_IN:  # a built-in model: the same at every start
         state = cached(_key(source, loaded.parts, bits), state)
     model = _empty_model(dataclasses.replace(loaded.config, lora=None))
 
@@ -190,13 +193,13 @@ def _opened_in_few_bits(loaded: LoadedParts, where: str, bits: str) -> Opened:
 
 
 def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:
-    """Everything that a built-in model's matrices in few bits are made of."""
-    known = hashlib.sha256(f"{__version__} {LAYOUT} {bits} {compute.kernel_name()}".encode())
+    """Return a hash of everything that determines a built-in model's quantised matrices."""
+    digest = hashlib.sha256(f"{__version__} {LAYOUT} {bits} {compute.kernel_name()}".encode())
     for name in (CONFIG, WEIGHTS):
-        known.update((source / name).read_bytes())
+        digest.update((source / name).read_bytes())
     for name in parts.values():
-        known.update(wheel(name).sha256.encode())
-    return known.hexdigest()[:16]
+        digest.update(wheel(name).sha256.encode())
+    return digest.hexdigest()[:16]
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

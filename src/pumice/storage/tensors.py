@@ -40,7 +40,7 @@ _LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a matrix is had in blocks of few bits, which its floats are made of."""
+    """A matrix stored in quantised blocks. fetch: reads it; the tensor's floats are restored from it."""
 
     kind: BlockFormat
     fetch: Callable[[], PackedMatrix]
@@ -50,8 +50,8 @@ class Blocks:
 class LazyTensor:
     """A tensor that is read only when it is needed.
 
-    fetch: reads it, in the type that it is given. origin: key and file, for messages. blocks: where a matrix
-    is stored in few bits, or is to be; whatever changes its values drops them.
+    loader: reads it in the type that it is given. origin: key and file, for messages. blocks: only of a
+    matrix that is stored in few bits, or will be; an operation that changes its values drops them.
     """
 
     shape: tuple[int, ...]

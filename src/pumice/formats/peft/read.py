@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pumice.config import LoraConfig, naming
+from pumice.config import LoraConfig, ModelConfig, naming
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.peft.write import BASE, fingerprint
@@ -22,6 +22,7 @@ from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, LazyTensor, open_weights
 
+_LORA_A, _LORA_B = ".lora_a", ".lora_b"  # our own names end so
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
 # PEFT also stores the original weight of an adapted lm_head or embedding.
 _COPY = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.base_layer)?\.weight")
@@ -166,3 +167,27 @@ def add_update(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -
         return (tensor.float() + update).to(tensor.dtype)
 
     return weight.map(add)
+
+
+def drop_adapters(config: ModelConfig, state: LazyStateDict) -> tuple[ModelConfig, LazyStateDict]:
+    """Return the model without its adapters, as it was before they were trained."""
+    weights = {name: tensor for name, tensor in state.items() if not name.endswith((_LORA_A, _LORA_B))}
+    return dataclasses.replace(config, lora=None), weights
+
+
+def merge_adapters(config: ModelConfig, state: LazyStateDict) -> tuple[ModelConfig, LazyStateDict]:
+    """Return the model with its adapters added to its weights; the sums are computed when they are read.
+
+    Raises InputError if an adapter changes a weight that the model does not have.
+    """
+    merged_config, merged_state = drop_adapters(config, state)
+    if config.lora is None:
+        return merged_config, merged_state
+    for name in [name for name in state if name.endswith(_LORA_A)]:
+        layer = name.removesuffix(_LORA_A)
+        if f"{layer}.weight" not in state:
+            raise InputError(f"{name} changes {layer}.weight, which the model does not have")
+        a, b = state[name], state[layer + _LORA_B]
+        scale = config.lora.alpha / config.lora.rank
+        merged_state[f"{layer}.weight"] = add_update(state[f"{layer}.weight"], a, b, scale)
+    return merged_config, merged_state
