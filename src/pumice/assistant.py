@@ -26,7 +26,7 @@ from pumice.engine.text import TextStream
 from pumice.errors import InputError
 from pumice.formats.load import find_device, open_model
 from pumice.geometry import Layout
-from pumice.images import read_picture
+from pumice.images import read_image
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
@@ -64,12 +64,18 @@ def load(
         raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8', 'int4' or None")
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise InputError(f"dtype is {dtype!r}; use torch.float32, torch.bfloat16 or torch.float16")
-    place = find_device(device)
+    torch_device = find_device(device)
     if dtype is None:
         usual = {"cuda": torch.bfloat16, "mps": torch.float16}
-        dtype = usual.get(place.type, torch.float32)  # which most CPUs compute faster than bf16
+        dtype = usual.get(torch_device.type, torch.float32)  # which most CPUs compute faster than bf16
     opened = open_model(
-        str(name), device=place, dtype=dtype, quantize=quantize, template=template, tower=tower, base=base
+        str(name),
+        device=torch_device,
+        dtype=dtype,
+        quantize=quantize,
+        template=template,
+        tower=tower,
+        base=base,
     )
     return Assistant(opened.model, opened.processor, opened.provenance)
 
@@ -233,12 +239,12 @@ class Assistant:
         earlier: Iterable[str | InputError],
         progress: Callable[[int], None] | None,
     ) -> list[str | InputError]:
-        done = list(earlier)
+        outcomes = list(earlier)
         for answer in answers:
-            done.append(answer)
+            outcomes.append(answer)
             if progress is not None:
-                progress(len(done))
-        return done
+                progress(len(outcomes))
+        return outcomes
 
     def ask_each(
         self, rows: Iterable[tuple[Any, str]], *, slots: int = SLOTS, **sampling: Any
@@ -382,7 +388,7 @@ def explain(
     method_options = {n: options.pop(n) for n in ("method", "layers", "occlusion") if n in options}
 
     # Read the files once, so that the pictures drawn are those asked about, even if a file is replaced.
-    conversation = conversation.with_sources(read_picture)
+    conversation = conversation.with_sources(read_image)
 
     def generate_answer() -> str:
         return "".join(assistant.stream(conversation, **options))

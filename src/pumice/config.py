@@ -142,8 +142,8 @@ class ConnectorConfig:
     """Tower features (B, grid * grid, vision width) to image tokens (B, N, decoder width)."""
 
     kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity
-    reduce: str = "none"  # none | average | pixel_shuffle: how a square of features becomes one token
-    factor: int = 1  # side of that square
+    reduce: str = "none"  # none | average | pixel_shuffle: how a block of features becomes one token
+    factor: int = 1  # features on a side of that block
 
     def __post_init__(self) -> None:
         _at_least(1, factor=self.factor)
@@ -158,24 +158,24 @@ class ImagePolicy:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     resample: str = "bicubic"  # bicubic | bilinear
     pad_color: tuple[int, int, int] = (124, 116, 104)  # int(mean * 255)
-    # anyres only (LLaVA-NeXT): the picture squashed to one square, then tiles of it at the best of these
-    # (width, height), in pixels, in the checkpoint's order, which breaks ties.
+    # anyres only (LLaVA-NeXT): the (width, height) in pixels that an image may be resized to before it is cut
+    # into tiles. The first of equally good ones is used, so the checkpoint's order matters.
     pinpoints: tuple[tuple[int, int], ...] = ()
     unpad: bool = True  # drop features of the tiles' padding, end each row with `image_newline`
     max_tiles: int | None = None  # LLaVA-OneVision's anyres_max_9: more features than that many tiles' shrink
-    # anyres only: how each picture is shown where a conversation has more than one: in "tiles" all the same
-    # (LLaVA-NeXT), or as one "square", padded as by "pad" (LLaVA-OneVision). None becomes "square" where
-    # max_tiles is given, else "tiles". It has no place in repr(), from which feature caches take their
-    # fingerprint: a cache keeps a picture's tiles and its square under two keys.
+    # anyres only: how each of several images in a conversation is shown: in "tiles", as a single image is
+    # (LLaVA-NeXT), or as one "square" tile, padded as by "pad" (LLaVA-OneVision). None becomes "square" if
+    # max_tiles is given, else "tiles". Feature caches take their fingerprint from repr(). This field is not
+    # in it, because a cache has different keys for an image's tiles and for its square.
     several: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
+        for name, value, allowed in (
             ("mode", self.mode, IMAGE_MODES),
             ("resample", self.resample, RESAMPLINGS),
         ):
-            if value not in known:
-                raise InputError(f"unknown {name} {value!r}; use one of {', '.join(known)}")
+            if value not in allowed:
+                raise InputError(f"unknown {name} {value!r}; use one of {', '.join(allowed)}")
         if not all(part > 0 for part in self.std):
             raise InputError(f"pixels cannot be divided by a std of {self.std}; each must be more than 0")
         if self.max_tiles is not None:
@@ -266,7 +266,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.vision.kind != "none":
-            _ = self.image_tokens  # raises where the connector's squares do not fit the tower's grid
+            _ = self.image_tokens  # raises if the connector's blocks do not fit the tower's grid
         if self.image.mode != "anyres":
             return
         side = self.vision.image_size
@@ -289,7 +289,7 @@ class ModelConfig:
         if self.connector.reduce == "none":
             return self.vision.features
         if self.vision.select == "cls_patch":
-            raise InputError("a class token stands in no square to reduce; set vision.select to patch")
+            raise InputError("a class token cannot be reduced; set vision.select to patch")
         grid, factor = self.vision.grid, self.connector.factor
         if grid % factor:
             raise InputError(f"a grid of {grid} x {grid} features cannot be reduced by {factor}")
@@ -309,13 +309,13 @@ class ModelConfig:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    def from_dict(cls, values: dict[str, Any], location: str = "config.json") -> ModelConfig:
         """Inverse of `to_dict`; raises InputError on an unknown or missing key and a wrong type or value."""
         values = dict(values)
         version = values.pop("pumice_format", None)
         if version != FORMAT_VERSION:
-            raise InputError(f"{where} has pumice_format {version}, this version reads {FORMAT_VERSION}")
-        return typing.cast(ModelConfig, from_dict(cls, values, where))
+            raise InputError(f"{location} has pumice_format {version}, this version reads {FORMAT_VERSION}")
+        return typing.cast(ModelConfig, from_dict(cls, values, location))
 
 
 def as_stored(config: Any) -> dict[str, Any]:
@@ -327,46 +327,46 @@ def as_stored(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config, dict_factory=rename)
 
 
-def from_dict(cls: type, values: Any, where: str) -> Any:
+def from_dict(cls: type, values: Any, location: str) -> Any:
     """Build dataclass `cls` from JSON values under the names of config.json, recursively and strictly.
 
-    `where` names the object in error messages. An unknown key is refused with the nearest known one.
+    `location` names the object in error messages. An unknown key is refused with the nearest known one.
     """
     if not isinstance(values, dict):
-        raise InputError(f"{where}: expected an object for {cls.__name__}, found {type(values).__name__}")
+        raise InputError(f"{location}: expected an object for {cls.__name__}, found {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     fields = {STORED_NAMES.get(f.name, f.name): f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{where}: unknown key {key!r}{hint}")
+            raise InputError(f"{location}: unknown key {key!r}{hint}")
     arguments = {}
     for name, spec in fields.items():
         if name in values:
-            arguments[spec.name] = _convert(hints[spec.name], values[name], f"{where}: {name}")
+            arguments[spec.name] = _convert(hints[spec.name], values[name], f"{location}: {name}")
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise InputError(f"{where}: the key {name!r} is missing")
-    with naming(where):
+            raise InputError(f"{location}: the key {name!r} is missing")
+    with naming(location):
         return cls(**arguments)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, location: str) -> Any:
     if isinstance(hint, types.UnionType):  # only "X | None" occurs
         if value is None:
             return None
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
+        return from_dict(typing.cast(type, hint), value, location)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise InputError(f"{where}: expected a list, found {value!r}")
+            raise InputError(f"{location}: expected a list, found {value!r}")
         inner, *other_types = typing.get_args(hint)
         if other_types and other_types[0] is not Ellipsis and len(value) != len(other_types) + 1:
-            raise InputError(f"{where}: expected {len(other_types) + 1} values, found {len(value)}")
-        return tuple(_convert(inner, v, where) for v in value)
+            raise InputError(f"{location}: expected {len(other_types) + 1} values, found {len(value)}")
+        return tuple(_convert(inner, v, location) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InputError(f"{where}: expected {hint.__name__}, found {value!r}")
+        raise InputError(f"{location}: expected {hint.__name__}, found {value!r}")
     return value

@@ -22,10 +22,10 @@ class WorkError(RuntimeError):
 
 
 @contextlib.contextmanager
-def official(what: Callable[[], str]) -> Iterator[None]:
+def official(describe: Callable[[], str]) -> Iterator[None]:
     """Turn errors while reading a publisher's files into InputErrors: a missing field, a wrong type.
 
-    what: returns a description of the files and of the position in them, for the message.
+    describe: returns a description of the files and of the position in them, for the message.
     """
     try:
         yield
@@ -34,5 +34,5 @@ def official(what: Callable[[], str]) -> Iterator[None]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         detail = f"{type(error).__name__}, {error}"
         raise InputError(
-            f"{what()}: its fields are not the official ones ({detail}); fetch it anew"
+            f"{describe()}: its fields are not the official ones ({detail}); fetch it anew"
         ) from error

@@ -96,7 +96,7 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self._file = path.open("a")
 
-    def take(self) -> bool:
+    def acquire(self) -> bool:
         """Try to take the lock. Return whether this process now holds it."""
         try:
             if sys.platform == "win32":
@@ -115,7 +115,7 @@ class Lock:
         """Take the lock. Call `waiting` once if another process holds it; InputError after `seconds`."""
         deadline = time.monotonic() + seconds
         announced = False
-        while not self.take():
+        while not self.acquire():
             if not announced:
                 waiting()
                 announced = True
@@ -136,16 +136,16 @@ class Lock:
 def hold_file(path: Path) -> Lock:
     """Lock the file to which this process appends lines. Raise InputError if another process holds it."""
     lock = Lock(path)
-    if not lock.take():
+    if not lock.acquire():
         lock.release()
         raise InputError(f"another run is writing '{path}'; wait for it, or name another file")
     return lock
 
 
-def hold(folder: Path, what: str) -> Lock:
+def hold(folder: Path, purpose: str) -> Lock:
     """Lock `folder` for this process until the lock is released. Raise InputError if another holds it."""
     lock = Lock(folder / ".lock")
-    if not lock.take():
+    if not lock.acquire():
         lock.release()
-        raise InputError(f"another run is using the {what} {folder}; wait for it, or name another")
+        raise InputError(f"another run is using the {purpose} {folder}; wait for it, or name another")
     return lock

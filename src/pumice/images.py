@@ -23,32 +23,32 @@ from pumice.errors import InputError
 from pumice.geometry import best_resolution, letterbox
 
 
-class EnormousPicture(InputError):
-    """A picture of more than MAX_PIXELS, as its header claims."""
+class EnormousImage(InputError):
+    """An image whose header says that it has more than MAX_PIXELS."""
 
 
-class PictureFile(bytes):
-    """The bytes of a picture file that was read once. name: of the file, for messages."""
+class ImageBytes(bytes):
+    """The contents of an image file that was read once. name: of the file, for messages."""
 
     name: str
 
 
 Source = str | PathLike[str] | bytes | Image.Image
 
-MAX_PIXELS = 100_000_000  # of one picture, as its header claims them; more is refused undecoded
+MAX_PIXELS = 100_000_000  # of one image, by its header; a larger one is refused before it is decoded
 LONGEST_PADDED = 4096  # pixels; a longer picture is shortened before it is padded to a square
 LONGEST_CROPPED = 16  # times the short side; beyond it the ends are cut off before resizing
 
 # Only formats that decode inside Pillow: EPS, for one, would start Ghostscript on a stranger's file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
-# How files of the formats begin that every reader of data URLs knows.
+# The first bytes of files in formats that every reader of data URLs accepts.
 _COMMON = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {  # EXIF 2.32, table 6: how the stored picture is turned to be seen
+_UPRIGHT = {  # EXIF 2.32, table 6: how to turn the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -61,10 +61,10 @@ _SIDEWAYS = {_UPRIGHT[number] for number in (5, 6, 7, 8)}
 
 
 @overload
-def read_picture(source: str | PathLike[str] | bytes) -> bytes: ...
+def read_image(source: str | PathLike[str] | bytes) -> bytes: ...
 @overload
-def read_picture(source: Image.Image) -> Image.Image: ...
-def read_picture(source: Source) -> bytes | Image.Image:
+def read_image(source: Image.Image) -> Image.Image: ...
+def read_image(source: Source) -> bytes | Image.Image:
     """Return a picture that can no longer change: for a path, the bytes of its file, read once.
 
     Hashing, measuring and opening then use the same picture, even if the file is replaced meanwhile.
@@ -80,7 +80,7 @@ def read_picture(source: Source) -> bytes | Image.Image:
         raise InputError(f"{name} cannot be read: {error.strerror}; check the disk") from error
     if isinstance(source, bytes):
         return source
-    picture = PictureFile(data)
+    picture = ImageBytes(data)
     picture.name = str(source)
     return picture
 
@@ -88,18 +88,18 @@ def read_picture(source: Source) -> bytes | Image.Image:
 def open_image(source: Source) -> Image.Image:
     """Return a path, the bytes of a file, or a PIL image as an upright 8-bit RGB image.
 
-    The first frame of an animation; transparency on white; 16 bits scaled to 8. Raises InputError
-    when the source is missing, not a picture, damaged, or larger than MAX_PIXELS. A PIL image is
-    left as it was.
+    An animation gives its first frame. Transparent parts become white. 16 bits are scaled to 8. A PIL image
+    is not changed. Raises InputError if the source is missing, not an image, damaged, or larger than
+    MAX_PIXELS.
     """
     with _opened(source) as image:
         return _decode(image, _name(source))
 
 
 def image_size(source: Source) -> tuple[int, int]:
-    """Return the (width, height) that `open_image` would give, from the file's header where that is enough.
+    """Return the (width, height) that `open_image` would give, from the file's header if that is enough.
 
-    Raises InputError as `open_image` does, except that damage behind the header may go unseen.
+    Raises InputError as `open_image` does, but may not notice damage behind the header.
     """
     with _opened(source) as image:
         if image.format == "TIFF":  # Pillow turns these by itself, one version before, another after decoding
@@ -111,19 +111,19 @@ def image_size(source: Source) -> tuple[int, int]:
 def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
     """Return an RGB image from `open_image` as one tile for the tower, float32 (3, S, S), S = size.
 
-    "pad" is LLaVA's expand2square followed by a resize, and so is "anyres" where a picture has no tiles;
-    "crop" is CLIPImageProcessor's shortest edge and centre crop, equal to it bit for bit before
-    normalisation; "squash" ignores the aspect ratio.
+    "pad" pads to a square and resizes, as LLaVA's expand2square; so does "anyres" for an image without tiles.
+    "crop" resizes the shorter side and crops the centre, bit for bit as CLIPImageProcessor before
+    normalisation. "squash" ignores the aspect ratio.
     """
     resample = _RESAMPLE[policy.resample]
     if policy.mode in ("pad", "anyres"):
-        square = _pad(image, policy.pad_color).resize((size, size), resample)
+        tile = _pad(image, policy.pad_color).resize((size, size), resample)
     elif policy.mode == "crop":
-        square = _crop(image, size, resample)
+        tile = _crop(image, size, resample)
     else:
         assert policy.mode == "squash", policy.mode
-        square = image.resize((size, size), resample)
-    return _normalise(square, policy)
+        tile = image.resize((size, size), resample)
+    return _normalise(tile, policy)
 
 
 def to_tiles(
@@ -131,36 +131,39 @@ def to_tiles(
 ) -> np.ndarray:
     """Return all tiles of an RGB image for the tower, float32 (P, 3, S, S), S = size.
 
-    "anyres" (LLaVA-NeXT): the picture squashed, then, letterboxed in black at its best resolution, tiles
-    row by row; P = `geometry.tile_layout(...).tiles`. Without tiles, and in any other mode, P = 1.
-    mirror: flip left to right.
+    Under "anyres" (LLaVA-NeXT) the first tile is the whole image, squashed. The others are cut, row by row,
+    from the image at its best resolution, letterboxed in black; P = `geometry.tile_layout(...).tiles`. If
+    `tiles` is False, and in any other mode, P = 1. mirror: flip left to right.
     """
     if policy.mode != "anyres" or not tiles:
-        square = pixels(image, size, policy)
-        return np.ascontiguousarray(square[:, :, ::-1] if mirror else square)[None]
+        tile = pixels(image, size, policy)
+        return np.ascontiguousarray(tile[:, :, ::-1] if mirror else tile)[None]
+    # 1. Mirror before cutting: the tiles of a mirrored image are in another order.
     resample = _RESAMPLE[policy.resample]
     if mirror:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    # 2. Fit the image into the resolution that keeps most of its pixels, without changing its aspect ratio.
     width, height = best_resolution(image.size, policy.pinpoints)
     fitted = image.resize(letterbox(image.size, (width, height)), resample)
     boxed = Image.new("RGB", (width, height))
     boxed.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
+    # 3. The squashed image first, then tiles of the fitted one, row by row.
     crops = [image.resize((size, size), resample)]
     for top in range(0, height, size):
         crops += [boxed.crop((left, top, left + size, top + size)) for left in range(0, width, size)]
-    return np.stack([_normalise(square, policy) for square in crops])
+    return np.stack([_normalise(tile, policy) for tile in crops])
 
 
 def image_key(source: Source) -> str:
     """Return a hash of the picture's contents, the same in every process: 32 hexadecimal digits.
 
-    A file and its bytes have the same key. Raises InputError where `open_image` could not begin.
+    A file and its bytes have the same key. Raises InputError if the source cannot be read.
     """
     if isinstance(source, Image.Image):
         image = open_image(source)
         contents = f"{image.size}".encode() + image.tobytes()
     else:
-        contents = read_picture(source)
+        contents = read_image(source)
     return hashlib.blake2b(contents, digest_size=16).hexdigest()
 
 
@@ -169,7 +172,7 @@ def data_url(source: str | PathLike[str] | bytes) -> str:
 
     Raises InputError when it cannot be read; only a file of a rarer format is decoded and so checked.
     """
-    data = read_picture(source)
+    data = read_image(source)
     kind = next((name for mark, name in _COMMON.items() if data.startswith(mark)), None)
     if kind is None:
         buffer, kind = io.BytesIO(), "jpeg"
@@ -180,7 +183,7 @@ def data_url(source: str | PathLike[str] | bytes) -> str:
 
 @contextlib.contextmanager
 def _opened(source: Any) -> Iterator[Image.Image]:
-    """The picture with its header read, its size checked and its pixels still undecoded."""
+    """Open an image: its header is read and its size checked, its pixels are not decoded yet."""
     name = _name(source)
     if isinstance(source, Image.Image):
         _check_size(source.size, name)
@@ -190,7 +193,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         try:
             image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise EnormousPicture(
+            raise EnormousImage(
                 f"{name} is refused as enormous; give a copy of at most {MAX_PIXELS / 1e6:g} megapixels"
             ) from error
         except UnidentifiedImageError as error:
@@ -205,7 +208,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
 
 
 def _name(source: Any) -> str:
-    if isinstance(source, PictureFile):
+    if isinstance(source, ImageBytes):
         return f"picture {source.name!r}"
     name = ImagePart(source).name
     return f"picture {name!r}" if isinstance(source, str | PathLike) else f"the {name}"
@@ -214,7 +217,7 @@ def _name(source: Any) -> str:
 def _open_file(source: Any, name: str) -> BinaryIO:
     if isinstance(source, bytes):
         if not source:
-            label = name if isinstance(source, PictureFile) else "the picture"
+            label = name if isinstance(source, ImageBytes) else "the picture"
             raise InputError(f"{label} is empty (0 bytes); give the whole file")
         return io.BytesIO(source)
     if not isinstance(source, str | PathLike):
@@ -241,7 +244,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     if not width * height:
         raise InputError(f"{name} has no pixels ({width} x {height}); give another")
     if width * height > MAX_PIXELS:
-        raise EnormousPicture(
+        raise EnormousImage(
             f"{name} is {width} x {height}, more than {MAX_PIXELS / 1e6:g} megapixels; give a smaller copy"
         )
 
@@ -263,10 +266,10 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     # A PNG may keep its EXIF behind the pixels: before load(), getexif() decodes them. After load(), a TIFF
-    # was turned by Pillow itself and its tag no longer tells.
+    # was turned by Pillow itself, and its tag no longer says so.
     try:
         return _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # a damaged EXIF block says nothing, and the pixels are sound
+    except Exception:  # the EXIF block is damaged, the pixels need not be
         return None
 
 
@@ -288,9 +291,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values.clip(0, white) * np.float32(255 / white)).astype(np.uint8))
 
 
-def _normalise(square: Image.Image, policy: ImagePolicy) -> np.ndarray:
+def _normalise(tile: Image.Image, policy: ImagePolicy) -> np.ndarray:
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (policy.mean, policy.std))
-    values = np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1), dtype=np.float32)
+    values = np.ascontiguousarray(np.asarray(tile).transpose(2, 0, 1), dtype=np.float32)
     values /= 255
     values -= mean
     values /= std

@@ -14,7 +14,7 @@ from pumice.config import IMAGE_TOKEN, ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import InputError
 from pumice.geometry import Layout, single_tile_layout, tile_layout
-from pumice.images import image_key, image_size, open_image, read_picture, to_tiles
+from pumice.images import image_key, image_size, open_image, read_image, to_tiles
 from pumice.templates import Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 
@@ -98,7 +98,7 @@ class Processor:
 
         The sample's pictures are read: a file that is replaced afterwards changes nothing.
         """
-        conversation = conversation.check(answered=False).with_sources(read_picture)
+        conversation = conversation.check(answered=False).with_sources(read_image)
         sample = self._sample(conversation, generate=True)
         if not len(sample.input_ids):
             raise InputError(f"the template {self.template.name!r} sees pictures only; show one")
@@ -140,8 +140,8 @@ class Processor:
 
     def key(self, image: ImagePart, layout: Layout, *, mirror: bool = False) -> str:
         """Return a cache key for the tower's input: the same image in other tiles has another key."""
-        square = self.config.image.mode == "anyres" and layout.tiles == 1
-        return image_key(image.source) + "-square" * square + "-mirror" * mirror
+        one_tile = self.config.image.mode == "anyres" and layout.tiles == 1
+        return image_key(image.source) + "-square" * one_tile + "-mirror" * mirror
 
     def pixels(
         self, images: Sequence[ImagePart], layouts: Sequence[Layout], *, mirror: bool = False

@@ -151,15 +151,15 @@ class Tokenizer:
         return tokens
 
 
-def parse_tokenizer(text: bytes | str, where: str | Path) -> tokenizers.Tokenizer:
-    """Return the tokenizer in a tokenizer.json. where: its name in an InputError.
+def parse_tokenizer(text: bytes | str, label: str | Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer in a tokenizer.json. label: its name in an InputError.
 
     `truncation` and `padding`, which trainers leave in the file, are switched off: prompts keep their length.
     """
     try:
         backend = tokenizers.Tokenizer.from_buffer(text if isinstance(text, bytes) else text.encode())
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{where} is not a tokenizer.json: {error}") from error
+        raise InputError(f"{label} is not a tokenizer.json: {error}") from error
     backend.no_truncation()
     backend.no_padding()
     return backend

@@ -229,9 +229,9 @@ def _as_llava(message: Message) -> str:
 
 def _read_image(path: str) -> tuple[str, bytes]:
     """Return a picture's path and the bytes of its file. Raises InputError if it cannot be decoded."""
-    from pumice.images import open_image, read_picture
+    from pumice.images import open_image, read_image
 
-    data = read_picture(path)
+    data = read_image(path)
     open_image(data)
     return path, data
 

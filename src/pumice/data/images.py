@@ -14,7 +14,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from pumice.errors import InputError
-from pumice.images import open_image, read_picture
+from pumice.images import open_image, read_image
 
 MIN_FOR_PROCESSES = 64  # fewer images are decoded here: starting a process takes as long
 _ALIKE = {"JPEG", "MPO"}  # cameras write several images into one .jpg
@@ -31,7 +31,7 @@ class DecodedImage(NamedTuple):
 def decode_image(path: Path) -> DecodedImage:
     """Decode an image and compare its format with its name."""
     try:
-        data = read_picture(path)
+        data = read_image(path)
         open_image(data)
     except InputError as error:
         return DecodedImage(str(error))
@@ -65,16 +65,16 @@ def _decode_all(paths: Sequence[Path], workers: int) -> Iterator[tuple[Sequence[
             yield [path], [decode_image(path)]
         return
     parts = [paths[start : start + IMAGES_PER_TASK] for start in range(0, len(paths), IMAGES_PER_TASK)]
-    done = 0
+    decoded_count = 0
     try:
         # Spawned, not forked: a fork would copy other libraries' threads while they hold locks.
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             for part, results in zip(parts, pool.map(_decode_images, parts), strict=True):
                 yield part, results
-                done += 1
+                decoded_count += 1
     except BrokenProcessPool:
         # An image crashed its process. Decode the rest one by one to find out which.
-        for part in parts[done:]:
+        for part in parts[decoded_count:]:
             yield part, [_decode_in_own_process(path) for path in part]
 
 

@@ -156,7 +156,9 @@ class Pack:
         runs: list[Run] = []
         for tree in self.trees:
             first = len(runs)
-            runs += [Run(n, tuple((first + run, seen) for run, seen in before)) for n, before in tree.runs]
+            runs += [
+                Run(n, tuple((first + run, length) for run, length in before)) for n, before in tree.runs
+            ]
         return runs
 
     @property

@@ -86,9 +86,9 @@ def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Towe
     # 2. A ViT's own config decides its sizes.
     own, policy = describe_tower(path)
     if wrong := [key for key in choices if key not in _CHOICES]:
-        known = ", ".join(_CHOICES)
+        names = ", ".join(_CHOICES)
         raise InputError(
-            f"vision: {wrong[0]} follows from {path / 'config.json'}; only {known} can be chosen"
+            f"vision: {wrong[0]} follows from {path / 'config.json'}; only {names} can be chosen"
         )
     config = from_dict(VisionConfig, as_stored(own) | choices, "vision")
     # 3. Interpolate the position embeddings to another grid of patches; a CLIP's class token has one as well.

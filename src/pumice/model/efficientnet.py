@@ -145,10 +145,10 @@ class EfficientNetLite(nn.Module):
         if fine is not None:
             factor = fine.shape[-1] // x.shape[-1]
             squares = F.pixel_unshuffle(fine, factor)  # (B, C * factor^2, G, G): channels before places
-            places = (
+            fine_features = (
                 squares.unflatten(1, (-1, factor**2)).transpose(1, 2).flatten(1, 2)
             )  # (B, W - 1280, G, G)
-            features = (x.flatten(2).transpose(1, 2), places.flatten(2).transpose(1, 2))
+            features = (x.flatten(2).transpose(1, 2), fine_features.flatten(2).transpose(1, 2))
             # Blocks end without an activation, ten times as far from 0 as the head does.
             return torch.cat((features[0], F.layer_norm(features[1], features[1].shape[-1:])), -1)
         return x.flatten(2).transpose(1, 2)

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from urllib.parse import unquote_to_bytes
 
 from pumice.errors import InputError
-from pumice.images import EnormousPicture, image_size, open_image
+from pumice.images import EnormousImage, image_size, open_image
 from pumice.serve.errors import ApiError
 from pumice.serve.fetch import Fetcher
 from pumice.serve.protocol import ImageUrl
@@ -80,7 +80,7 @@ def _check(param: str, source: str | bytes, settings: ServerSettings) -> bytes:
     data = _decode(param, source) if isinstance(source, str) else source
     try:
         width, height = image_size(data)
-    except EnormousPicture:
+    except EnormousImage:
         excess = "has"
     except InputError as error:
         raise ApiError(400, str(error), param=param, code="invalid_image") from error

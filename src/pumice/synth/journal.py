@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from pumice.errors import InputError
 from pumice.files import sync
-from pumice.images import image_key, read_picture
+from pumice.images import image_key, read_image
 
 Cost = tuple[int, int]  # tokens in, tokens out
 
@@ -48,7 +48,7 @@ class TeacherRequest:
         """The file to show, read once. Raises InputError when it has changed since the request was made."""
         if self.image is None:
             return None
-        data = read_picture(self.image)
+        data = read_image(self.image)
         if image_key(data) != self.image_key:
             raise InputError(f"picture {self.image!r} has changed since the run began; run the command again")
         return data

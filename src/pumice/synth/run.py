@@ -166,7 +166,7 @@ def open_journal(out: Path, waiting: Callable[[], None], patience: float) -> tup
     except OSError as error:
         raise InputError(f"the folder '{out}' cannot be made ({error.strerror}); name another") from error
     lock = Lock(out / "run.lock")
-    if not lock.take():
+    if not lock.acquire():
         raise InputError(f"another run is using '{out}'; wait for it, or name another folder")
     calls = Lock(out / "journal.lock")
     calls.wait(patience, waiting)

@@ -23,7 +23,7 @@ from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.files import hold, replacing, whole_lines
 from pumice.geometry import Layout
-from pumice.images import read_picture
+from pumice.images import read_image
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
@@ -69,13 +69,13 @@ class TowerFeatures:
         Raises InputError on an image that cannot be read, or whose size is not the layout's any more.
         """
         inputs = []
-        for given, layout in zip(images, layouts, strict=True):
+        for source, layout in zip(images, layouts, strict=True):
             key, features, pixels = None, None, None
             # Read the file once: it may be replaced between the hash and the decoding.
-            image = ImagePart(read_picture(given.source))
+            image = ImagePart(read_image(source.source))
             if layout.tiles > 1 and self.processor.layouts((image,)) != (layout,):
                 raise InputError(
-                    f"{given.name} has another size than when its row was read, and so another number of "
+                    f"{source.name} has another size than when its row was read, and so another number of "
                     "tokens; leave pictures as they are while a model trains"
                 )
             if self.cache is not None:

@@ -251,8 +251,8 @@ class Trainer:
         """Return this process's packs, with dummies so that every process has the same number."""
         rank, size = self.world.rank, self.world.size
         packs = [self._load_pack(pack, mirrored) for pack, mirrored in batch.packs[rank::size]]
-        most = -(-len(batch.packs) // size)  # rounded up
-        missing = most - len(packs)
+        packs_per_process = -(-len(batch.packs) // size)  # rounded up
+        missing = packs_per_process - len(packs)
         return packs + [PackTensors.dummy()] * missing
 
     def _load_pack(self, pack: Pack, mirrored: list[bool]) -> PackTensors:

@@ -301,12 +301,12 @@ def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
     # pydantic adds the names of its union members to the keys; the user never wrote them.
     loc = [str(part) for part in problem["loc"] if not re.match(r"NewModel$|lax-or-", str(part))]
-    known = [name for model in (Recipe, NewModel, Stage, Lora, RowSource) for name in model.model_fields]
+    fields = [name for model in (Recipe, NewModel, Stage, Lora, RowSource) for name in model.model_fields]
     if loc[-1] == "[key]":  # an unknown part in stage.learn
-        loc, known = loc[:-1], list(get_args(Part))
+        loc, fields = loc[:-1], list(get_args(Part))
     dotted, key = ".".join(loc), loc[-1]
     if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
-        near = difflib.get_close_matches(key, known, n=1)
+        near = difflib.get_close_matches(key, fields, n=1)
         return tuple(loc), f"unknown key {dotted!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     plain = {
         "missing": "is missing",

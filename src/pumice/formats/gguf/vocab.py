@@ -74,13 +74,13 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
     # SentencePiece merges any two tokens that make a third, so each such pair must be in the list of merges.
-    known = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (NORMAL, USER_DEFINED)}
+    indivisible = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (NORMAL, USER_DEFINED)}
     listed = set(merges)
     for token, kind in zip(tokens, kinds, strict=True):
         if kind == NORMAL:
             for cut in range(1, len(token)):
                 pair = token[:cut], token[cut:]
-                if pair[0] in known and pair[1] in known and pair not in listed:
+                if pair[0] in indivisible and pair[1] in indivisible and pair not in listed:
                     raise InputError(
                         f"the tokenizer never merges {pair[0]!r} and {pair[1]!r} into {token!r}, llama.cpp "
                         "would: SentencePiece did not make this vocabulary; use --to hf"

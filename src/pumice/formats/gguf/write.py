@@ -57,10 +57,10 @@ def refusal(config: ModelConfig) -> str | None:
         return "its attention has both biases and query norms, which no architecture of llama.cpp has"
     if decoder.rope_scaling and decoder.rope_scaling.kind == "llama3" and arch != "llama":
         return f"its {arch} decoder slows rotary positions as only a llama's are slowed there"
-    return None if config.vision.kind == "none" else tower_refusal(config) or _picture_refusal(config)
+    return None if config.vision.kind == "none" else tower_refusal(config) or _image_refusal(config)
 
 
-def _picture_refusal(config: ModelConfig) -> str | None:
+def _image_refusal(config: ModelConfig) -> str | None:
     if reason := connector_refusal(config):
         return reason
     if config.image.mode == "anyres":

@@ -112,9 +112,9 @@ def _vision(keys: Keys) -> VisionConfig:
     vision = vision_config(source, "clip_vision_model", layer=layer)
     strategy = keys.get("vision_feature_select_strategy", str)
     if (vision.kind, strategy) not in _SELECT:
-        known = " or ".join(strategy for kind, strategy in _SELECT if kind == vision.kind)
+        choices = " or ".join(strategy for kind, strategy in _SELECT if kind == vision.kind)
         raise InputError(
-            f"{keys.label}: vision_feature_select_strategy is {strategy!r}; of {vision.kind} it is {known}"
+            f"{keys.label}: vision_feature_select_strategy is {strategy!r}; of {vision.kind} it is {choices}"
         )
     return dataclasses.replace(vision, select=_SELECT[vision.kind, strategy])
 

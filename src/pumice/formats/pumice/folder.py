@@ -139,8 +139,8 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     # 1. The config, and which parts come from wheels.
     folder = Path(folder)
     if not folder.is_dir():
-        what = "is a file, not a model folder" if folder.exists() else "does not exist"
-        raise InputError(f"the model folder {folder} {what}")
+        fault = "is a file, not a model folder" if folder.exists() else "does not exist"
+        raise InputError(f"the model folder {folder} {fault}")
     values = read_json(folder / CONFIG, _LACKING)
     config = ModelConfig.from_dict(values, str(folder / CONFIG))
     parts = _read_parts(folder / PARTS) if (folder / PARTS).exists() else {}

@@ -51,9 +51,9 @@ def describe(
     bos, eos: tokens that the template may write. specials: all special tokens of the tokenizer. label: names
     the template in errors. Raises InputError if the template fails, or writes what no ChatFormat can.
     """
-    known = list(dict.fromkeys([*specials, *filter(None, (bos, eos))]))
+    special_tokens = list(dict.fromkeys([*specials, *filter(None, (bos, eos))]))
     try:
-        jinja = _Jinja(source, bos, eos, known)
+        jinja = _Jinja(source, bos, eos, special_tokens)
         writes_bos = bool(bos) and jinja.raw([_QUESTIONS[0]]).startswith(bos or "")
         # 1. One of Pumice's own formats, if it writes the same.
         for name, template in TEMPLATES.items():
@@ -61,7 +61,7 @@ def describe(
                 return Described(name, None, writes_bos)
         # 2. A format of fixed texts that are cut out of what the template writes.
         reasons = []
-        for chat in _candidates(jinja, known, eos):
+        for chat in _candidates(jinja, special_tokens, eos):
             if not (reason := _difference(Template(OWN, chat), jinja)):
                 return Described(OWN, chat, writes_bos)
             reasons.append(reason)
@@ -204,9 +204,9 @@ class _Jinja:
             self.parts = True
             if _QUESTIONS[0][1] not in self.raw([_QUESTIONS[0]]):
                 raise _Unsupported("it leaves out what the user says")
-        self.wrap = self._around_a_picture(specials)
+        self.wrap = self._around_an_image(specials)
 
-    def _around_a_picture(self, specials: Collection[str]) -> tuple[str, str] | None:
+    def _around_an_image(self, specials: Collection[str]) -> tuple[str, str] | None:
         content = [{"type": "image"}, {"type": "text", "text": "?"}]
         try:
             written = self._render([{"role": "user", "content": content}])

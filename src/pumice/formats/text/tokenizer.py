@@ -103,14 +103,14 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, source: Path, confi
         additions.append((int(number), text, flags, "tokenizer_config.json"))
     # 2. Add them by id. The library numbers new tokens itself, so each must be the next free id.
     for number, text, flags, file in sorted(additions, key=lambda item: item[0]):
-        known, size = backend.token_to_id(text), backend.get_vocab_size()
-        if (size if known is None else known) != number:
-            actual = f"{source.name} has {known}" if known is not None else f"the next free id is {size}"
+        old_id, size = backend.token_to_id(text), backend.get_vocab_size()
+        if (size if old_id is None else old_id) != number:
+            actual = f"{source.name} has {old_id}" if old_id is not None else f"the next free id is {size}"
             raise InputError(
                 f"{folder / file} gives {text!r} the id {number}, but {actual}; "
                 "take all files from the same model"
             )
-        if known is None:
+        if old_id is None:
             backend.add_tokens([AddedToken(text, **flags)])
     # 3. Mark as special what the configs name as such and the vocabulary has.
     special = Tokenizer(backend).special

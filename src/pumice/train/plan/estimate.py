@@ -152,11 +152,11 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
     if gpu is not None:
         if gpu.lower() not in GPUS:
             raise InputError(f"there is no GPU {gpu!r} in the table; known are {', '.join(GPUS)}")
-        known = GPUS[gpu.lower()]
-        memory_gb = known.memory if gpu_memory is None else gpu_memory
+        gpu_spec = GPUS[gpu.lower()]
+        memory_gb = gpu_spec.memory if gpu_memory is None else gpu_memory
         # tf32 has half the rate of bf16. Plain fp32 is slower still.
         precision_factor = 1.0 if recipe.precision == "bf16" else 0.5
-        rate = known.rate * 1e12 * GPU_UTILISATION * precision_factor
+        rate = gpu_spec.rate * 1e12 * GPU_UTILISATION * precision_factor
         return Device(gpu.lower(), "cuda", memory_gb * GB, rate)
     device = find_device(recipe.device)
     on_gpu = device.type == "cuda"
