@@ -114,8 +114,8 @@ def bad_rows(tmp_path: Path) -> tuple[Path, list[BadRow]]:
     ask, text, answer = ("human", "<image>\nWhat?"), ("human", "What?"), ("gpt", "A cat.")
 
     def row(image: Any, *turns: tuple[str, Any], **more: Any) -> str:
-        said = [{"from": speaker, "value": value} for speaker, value in turns or (ask, answer)]
-        return json.dumps({"id": "r", "image": image, "conversations": said} | more)
+        turns_json = [{"from": speaker, "value": value} for speaker, value in turns or (ask, answer)]
+        return json.dumps({"id": "r", "image": image, "conversations": turns_json} | more)
 
     listed = [
         ('{"id": "torn", "conversations": [', "malformed row", "not JSON"),
@@ -225,9 +225,9 @@ def browser() -> Iterator[Browser]:
     if path is None:
         pytest.skip("there is no Chromium here")
     with playwright.sync_playwright() as running:
-        found = running.chromium.launch(executable_path=path, args=FLAGS)
-        yield found
-        found.close()
+        launched = running.chromium.launch(executable_path=path, args=FLAGS)
+        yield launched
+        launched.close()
 
 
 @pytest.fixture
@@ -235,10 +235,10 @@ def page(browser: Browser) -> Iterator[Page]:
     """An empty page, on which no script may fail."""
     context = browser.new_context()
     context.set_default_timeout(120_000)  # milliseconds
-    made = context.new_page()
+    new_page = context.new_page()
     faults: list[str] = []
-    made.on("pageerror", lambda error: faults.append(str(error)))
-    yield made
+    new_page.on("pageerror", lambda error: faults.append(str(error)))
+    yield new_page
     context.close()
     assert faults == []
 

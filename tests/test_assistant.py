@@ -121,9 +121,9 @@ def test_a_batch_answers_as_one_by_one(exact: Assistant, pictures: list[Path], t
         answers = list(exact.ask_each(rows, slots=slots, **SHORT))
         for (images, question), answer in zip(rows, answers, strict=True):
             if isinstance(answer, InputError):
-                with pytest.raises(InputError) as found:
+                with pytest.raises(InputError) as error:
                     exact.ask(images, question, **SHORT)
-                assert str(found.value) == str(answer)
+                assert str(error.value) == str(answer)
             else:
                 assert answer == exact.ask(images, question, **SHORT)
         assert [isinstance(a, InputError) for a in answers] == [False, True, False, False, True, True, False]
@@ -143,8 +143,8 @@ def test_many_answers_in_a_file_go_on_where_they_stopped(
     assert progress_counts == [1, 2, 3, 4]
     assert [str(a) for a in answers] == [str(a) for a in exact.ask_many(rows, **SHORT)]
     lines = [json.loads(line) for line in complete_file.read_text().splitlines()]
-    said = {"images": [str(pictures[0])], "question": "What is it?", "answer": answers[0]}
-    assert lines[0] == {**said, "asked": SHORT}
+    row = {"images": [str(pictures[0])], "question": "What is it?", "answer": answers[0]}
+    assert lines[0] == {**row, "asked": SHORT}
     assert "missing.png" in lines[1]["error"]
 
     stopped = tmp_path / "stopped.jsonl"
@@ -169,7 +169,7 @@ def test_many_answers_in_a_file_go_on_where_they_stopped(
     ):
         exact.ask_many(rows, out=complete_file, max_new_tokens=9)
     with Lock(complete_file) as lock:
-        assert lock.take()
+        assert lock.acquire()
         with pytest.raises(InputError, match="another run is writing"):
             exact.ask_many(rows, out=complete_file, **SHORT)
     with pytest.raises(InputError, match="cannot be written"):
@@ -181,9 +181,9 @@ def test_a_second_turn_computes_only_what_is_new(exact: Assistant, pictures: lis
     fresh = Assistant(exact.model, exact.processor)
     first = [{"role": "user", "content": [image_part(pictures[0]), {"type": "text", "text": "What?"}]}]
     reply = fresh.stream(first, **SHORT)
-    said = "".join(reply)
+    text = "".join(reply)
     assert reply.cached_tokens == 0
-    again = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": "Sure?"}]
+    again = [*first, {"role": "assistant", "content": text}, {"role": "user", "content": "Sure?"}]
     reply = fresh.stream(again, **SHORT)
     answer = "".join(reply)
     asked = fresh.prompt(conversation_of(first))
@@ -261,8 +261,8 @@ def test_int8_is_close(exact: Assistant, tiny_folder: Path, pictures: list[Path]
     int8 = load(tiny_folder, device="cpu", quantize="int8")
     assert int8.model.dtype == torch.float32
     assert isinstance(int8.model.decoder.head, PackedLinear)
-    ours, expected = (a.logits(pictures[0], "What?") for a in (int8, exact))
-    away = ((ours - expected).abs().mean() / expected.std()).item()
+    actual, expected = (a.logits(pictures[0], "What?") for a in (int8, exact))
+    away = ((actual - expected).abs().mean() / expected.std()).item()
     assert away < 0.04  # measured: 3.0e-2, of which 0.8e-2 by weights
     assert int8.ask(pictures[0], "What?", **SHORT)
 
@@ -337,18 +337,19 @@ def tiled(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Assist
 
 def test_pictures_in_tiles_answer_alike_in_every_way(tiled: Assistant, pictures: list[Path]) -> None:
     shapes = [(50, 40), (20, 90), (200, 30)]
-    given = [Image.open(path).resize(shape) for path, shape in zip(pictures, shapes, strict=True)]
+    resized = [Image.open(path).resize(shape) for path, shape in zip(pictures, shapes, strict=True)]
     rows: list[tuple[Any, str]] = [
-        (given[0], "What?"), (given[1], "What?"), (None, "What?"), (given, "All?"), (given[2], "Why?"),
+        (resized[0], "What?"), (resized[1], "What?"), (None, "What?"), (resized, "All?"),
+        (resized[2], "Why?"),
     ]  # fmt: skip
     one_by_one = [tiled.ask(images, question, **SHORT) for images, question in rows]
     assert list(tiled.ask_each(rows, slots=3, **SHORT)) == one_by_one
-    lengths = [len(tiled.logits(image, "What?")) for image in given]
-    layouts = [tiled.processor.layouts([ImagePart(image)])[0] for image in given]
+    lengths = [len(tiled.logits(image, "What?")) for image in resized]
+    layouts = [tiled.processor.layouts([ImagePart(image)])[0] for image in resized]
     bare = len(tiled.logits(None, "What?")) + 1  # the newline behind the picture
     assert lengths == [bare + layout.tokens for layout in layouts]
     assert len(set(lengths)) == 3
-    together = tiled.prompt(Conversation((user_message("All?", given),)))
+    together = tiled.prompt(Conversation((user_message("All?", resized),)))
     assert together.images
     assert len(together.encode_images()) == sum(layout.tokens for layout in layouts)
 
@@ -416,9 +417,9 @@ def test_more_pictures_than_in_training_are_answered_and_told_once(
     model = copy.copy(tiled.model)
     model.config = config
     asked = Assistant(model, Processor(config, tiled.processor.tokenizer))
-    many = [Image.new("RGB", (40, 30), (number, 0, 0)) for number in range(shown)]
+    images = [Image.new("RGB", (40, 30), (number, 0, 0)) for number in range(shown)]
     for _ in range(2):
-        assert isinstance(asked.ask(many, "What?", max_new_tokens=2), str)
+        assert isinstance(asked.ask(images, "What?", max_new_tokens=2), str)
     messages_logged = [record.getMessage() for record in caplog.records]
     assert len(messages_logged) == (message is not None)
     assert message is None or message in messages_logged[0]
@@ -478,8 +479,8 @@ def test_an_explanation_draws_the_picture_that_it_explains(
         contents.append((tmp_path / "made.png").read_bytes())
     right = exact.explain(contents[0], "What?", "A dog.")
     replaced_when_opened(tmp_path / "latest.png", contents)
-    found = exact.explain(tmp_path / "latest.png", "What?", "A dog.")
-    assert np.array_equal(found.reliance.shown, right.reliance.shown)
+    explanation = exact.explain(tmp_path / "latest.png", "What?", "A dog.")
+    assert np.array_equal(explanation.reliance.shown, right.reliance.shown)
 
 
 def test_a_file_that_is_deleted_between_two_questions(exact: Assistant, tmp_path: Path) -> None:
@@ -496,8 +497,8 @@ def test_a_file_that_is_deleted_between_two_questions(exact: Assistant, tmp_path
 
 def test_a_model_s_folder_says_how_answers_are_drawn(exact: Assistant, penalising: Path) -> None:
     model = load(penalising, device="cpu", quantize=None)
-    said = exact.ask(None, "What?", **SHORT, repetition_penalty=9.0)
-    assert said != exact.ask(None, "What?", **SHORT)
-    assert model.ask(None, "What?", **SHORT) == said
-    assert model.ask_many([(None, "What?")], **SHORT) == [said]
+    answer = exact.ask(None, "What?", **SHORT, repetition_penalty=9.0)
+    assert answer != exact.ask(None, "What?", **SHORT)
+    assert model.ask(None, "What?", **SHORT) == answer
+    assert model.ask_many([(None, "What?")], **SHORT) == [answer]
     assert model.ask(None, "What?", **SHORT, repetition_penalty=1.0) == exact.ask(None, "What?", **SHORT)

@@ -137,10 +137,10 @@ def test_left_out_keys_take_their_defaults() -> None:
 )
 def test_wrong_values_are_named_with_their_place(path: tuple[str, ...], value: Any, message: str) -> None:
     values = plain()
-    place = values
+    parent = values
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        parent = parent[key]
+    parent[path[-1]] = value
     with pytest.raises(InputError) as caught:
         ModelConfig.from_dict(values)
     assert str(caught.value) == message
@@ -185,7 +185,7 @@ def test_a_class_token_is_counted_and_is_in_no_square() -> None:
     vision = VisionConfig("clip", image_size=64, stride=8, select="cls_patch")
     assert ModelConfig(DECODER, vision).image_tokens == vision.features == 65
     assert VisionConfig("siglip", image_size=70, stride=8, select="full").features == 64
-    with pytest.raises(InputError, match="a class token stands in no square to reduce"):
+    with pytest.raises(InputError, match="a class token cannot be reduced"):
         ModelConfig(DECODER, vision, ConnectorConfig(reduce="average", factor=2))
 
 
@@ -242,11 +242,13 @@ def test_fields_that_came_later_are_written_only_where_they_say_something() -> N
     assert "generation" not in plain.to_dict() and "also_stride" not in plain.to_dict()["vision"]
     assert ModelConfig.from_dict(plain.to_dict()) == plain
     vision = VisionConfig(width=1280 + 4 * 120, also_stride=16)
-    told = dataclasses.replace(plain, vision=vision, generation=GenerationConfig(repetition_penalty=1.2))
-    assert told.to_dict()["generation"]["repetition_penalty"] == 1.2
-    assert told.to_dict()["vision"]["also_stride"] == 16
-    assert ModelConfig.from_dict(told.to_dict()) == told
-    assert "also_stride" not in repr(told)  # or feature caches would change their fingerprint
+    full_config = dataclasses.replace(
+        plain, vision=vision, generation=GenerationConfig(repetition_penalty=1.2)
+    )
+    assert full_config.to_dict()["generation"]["repetition_penalty"] == 1.2
+    assert full_config.to_dict()["vision"]["also_stride"] == 16
+    assert ModelConfig.from_dict(full_config.to_dict()) == full_config
+    assert "also_stride" not in repr(full_config)  # or feature caches would change their fingerprint
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ A, B = ImagePart("a.jpg"), ImagePart("b.jpg")
 
 
 def talk(*turns: tuple[str, str | tuple[str | ImagePart, ...]], name: str = "") -> Conversation:
-    parts = [(role, (said,) if isinstance(said, str) else said) for role, said in turns]
-    return Conversation(tuple(Message(role, said) for role, said in parts), id=name)
+    parts = [(role, (content,) if isinstance(content, str) else content) for role, content in turns]
+    return Conversation(tuple(Message(role, content) for role, content in parts), id=name)
 
 
 SYSTEM, USER, ANSWER = ("system", "Be brief."), ("user", "What?"), ("assistant", "A dog.")
@@ -64,10 +64,10 @@ def test_wrong_conversations_are_refused(turns: tuple[tuple[str, str], ...], mes
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("said", ["", "  \n", (A,), (A, " ")])
-def test_an_empty_question_is_refused(said: str | tuple[str | ImagePart, ...]) -> None:
+@pytest.mark.parametrize("content", ["", "  \n", (A,), (A, " ")])
+def test_an_empty_question_is_refused(content: str | tuple[str | ImagePart, ...]) -> None:
     with pytest.raises(InputError, match="the question is empty; say what you want to know"):
-        talk(("user", said)).check(answered=False)
+        talk(("user", content)).check(answered=False)
 
 
 def test_a_picture_alone_may_be_answered() -> None:

@@ -40,8 +40,8 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
     """(language, code) of each fenced or indented block; the language of an indented one is empty."""
     fence = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
     yield from fence.findall(text)
-    for found in re.findall(r"(?:^    [^\n]*\n)+", fence.sub("", text), re.M):
-        yield "", re.sub(r"^    ", "", found, flags=re.M)
+    for indented in re.findall(r"(?:^    [^\n]*\n)+", fence.sub("", text), re.M):
+        yield "", re.sub(r"^    ", "", indented, flags=re.M)
 
 
 def commands(code: str) -> Iterator[str]:
@@ -92,8 +92,8 @@ SAID = [(page, words) for page, words in SAID if "..." not in words]
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in SAID}))
 def test_every_command_exists(page: str) -> None:
-    here = [words for where, words in SAID if where == page]
-    assert [f"{shlex.join(words)}: {said}" for words in here if (said := problem(words))] == []
+    page_commands = [words for command_page, words in SAID if command_page == page]
+    assert [f"{shlex.join(words)}: {message}" for words in page_commands if (message := problem(words))] == []
 
 
 def mentioned(text: str) -> list[str]:
@@ -104,14 +104,14 @@ def mentioned(text: str) -> list[str]:
 
 def wrong(line: str) -> str:
     """As `problem`, of a command that may lack what a sentence need not say: arguments, an option's value."""
-    said = problem(shlex.split(line)[1:])
-    return "" if said.startswith("MissingParameter") or "requires an argument" in said else said
+    message = problem(shlex.split(line)[1:])
+    return "" if message.startswith("MissingParameter") or "requires an argument" in message else message
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_mentioned_command_exists(page: str) -> None:
-    found = mentioned((ROOT / page).read_text(encoding="utf-8"))
-    assert [f"{line}: {said}" for line in found if (said := wrong(line))] == []
+    lines = mentioned((ROOT / page).read_text(encoding="utf-8"))
+    assert [f"{line}: {message}" for line in lines if (message := wrong(line))] == []
 
 
 def test_a_wrong_mention_is_found() -> None:
@@ -138,13 +138,13 @@ def test_a_wrong_command_is_found(line: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page: str) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    said = [
+    problems = [
         line.split()[1]
         for _, code in blocks((ROOT / page).read_text(encoding="utf-8"))
         for line in commands(code)
         if line.startswith("make ")
     ]
-    assert set(said) <= targets
+    assert set(problems) <= targets
 
 
 def test_scripts_exist() -> None:
@@ -157,9 +157,10 @@ def test_scripts_exist() -> None:
 
 def headings(text: str) -> set[str]:
     """Anchors of a page's headings, as GitHub and the site make them."""
-    found = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    page_headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
     return {
-        re.sub(r"[^\w\- ]", "", title.replace("`", "")).strip().lower().replace(" ", "-") for title in found
+        re.sub(r"[^\w\- ]", "", title.replace("`", "")).strip().lower().replace(" ", "-")
+        for title in page_headings
     }
 
 
@@ -170,17 +171,19 @@ def test_links_lead_somewhere(page: str) -> None:
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
-        there = (ROOT / page).parent / path if path else ROOT / page
-        assert there.exists(), f"{page} links to {target}"
+        target_path = (ROOT / page).parent / path if path else ROOT / page
+        assert target_path.exists(), f"{page} links to {target}"
         if anchor:
-            assert anchor in headings(there.read_text(encoding="utf-8")), f"{page} links to {target}"
+            assert anchor in headings(target_path.read_text(encoding="utf-8")), f"{page} links to {target}"
 
 
 # ------------------------------------------------------------------------------------------------ run
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path, models: ModuleType) -> Path:
+def working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path, models: ModuleType
+) -> Path:
     """A folder as the pages assume it: examples/, pictures and rows of one's own, tiny models.
 
     A local folder comes before the built-in model, or the one on the hub, that has its name.
@@ -205,13 +208,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path, model
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_commands_run(page: str, place: Path) -> None:
-    found = list(blocks((ROOT / page).read_text(encoding="utf-8")))
-    recipes = [code for language, code in found if language == "yaml"]
+def test_commands_run(page: str, working_folder: Path) -> None:
+    page_blocks = list(blocks((ROOT / page).read_text(encoding="utf-8")))
+    recipes = [code for language, code in page_blocks if language == "yaml"]
     if recipes:  # the page's own recipe is the one that its commands name
-        (place / "my.yaml").write_text(recipes[0], encoding="utf-8")
+        (working_folder / "my.yaml").write_text(recipes[0], encoding="utf-8")
     ran = 0
-    for line in (line for language, code in found if language == "bash" for line in commands(code)):
+    for line in (line for language, code in page_blocks if language == "bash" for line in commands(code)):
         words = arguments(line)
         if line.startswith("printf "):
             subprocess.run(line, shell=True, check=True)
@@ -225,7 +228,7 @@ def test_commands_run(page: str, place: Path) -> None:
     assert ran
 
 
-def test_python_blocks_run(place: Path) -> None:
+def test_python_blocks_run(working_folder: Path) -> None:
     for page in ("README.md", "docs/tutorial.md", "docs/asking.md"):
         for language, code in blocks((ROOT / page).read_text(encoding="utf-8")):
             if language == "python":
@@ -274,8 +277,8 @@ def test_the_site(site_check: ModuleType, tmp_path: Path) -> None:
         pytest.skip("the extra docs is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     environ = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
     assert list(site_check.check(tmp_path)) == []
     commands_page = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
     assert "pumice data check" in commands_page

@@ -43,10 +43,10 @@ def test_the_recorded_geometry(case: dict[str, Any]) -> None:
     # Which features are left: each feature of the tiles holds its own number.
     numbers = torch.arange(layout.columns * layout.rows * 576).view(-1, 576, 1)
     base = torch.full((1, 576, 1), -1)
-    kept = arrange(torch.cat((base, numbers)), layout, torch.tensor([-2]))
-    assert kept.shape == (case["tokens"], 1)
-    assert kept[:576].eq(-1).all()
-    rows = kept[576:].view(layout.height, layout.width + 1)
+    arranged = arrange(torch.cat((base, numbers)), layout, torch.tensor([-2]))
+    assert arranged.shape == (case["tokens"], 1)
+    assert arranged[:576].eq(-1).all()
+    rows = arranged[576:].view(layout.height, layout.width + 1)
     assert rows[:, -1].eq(-2).all()
     inside = rows[:, :-1].flatten()
     assert (
@@ -136,9 +136,9 @@ def test_counts_equal_those_of_llava_next(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", ROUNDED)
 def test_counts_differ_from_llava_next_only_by_rounding(size: tuple[int, int]) -> None:
     config = make()
-    theirs, ours = counts("LlavaNextProcessor", config, size), tile_layout(config, size)
-    long, short = max(ours.height, ours.width), min(ours.height, ours.width)
-    assert theirs - ours.tokens in (2 * long, 2 * (long + 1), 2 * short, 2 * (short + 1))
+    hf_counts, own_layout = counts("LlavaNextProcessor", config, size), tile_layout(config, size)
+    long, short = max(own_layout.height, own_layout.width), min(own_layout.height, own_layout.width)
+    assert hf_counts - own_layout.tokens in (2 * long, 2 * (long + 1), 2 * short, 2 * (short + 1))
 
 
 ONEVISION = VisionConfig(

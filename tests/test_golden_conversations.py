@@ -86,10 +86,10 @@ def test_odd_texts_are_learned_whole(
     tokenizer = Tokenizer(read_tokenizer(sentencepiece_file).backend)
     rows = []
     for number, text in enumerate(TRAPS):
-        said = "x" + text if not text.strip() else text  # an answer says something
-        turns = [("human", text), ("gpt", said), ("human", "<image>" + text), ("gpt", "Yes" + text)]
+        spoken = "x" + text if not text.strip() else text  # an answer says something
+        turns = [("human", text), ("gpt", spoken), ("human", "<image>" + text), ("gpt", "Yes" + text)]
         if text == "<image>":
-            turns = [("human", "?"), ("gpt", said), ("human", "<image>?"), ("gpt", "Yes" + text)]
+            turns = [("human", "?"), ("gpt", spoken), ("human", "<image>?"), ("gpt", "Yes" + text)]
         rows.append({
             "id": str(number), "image": "x.jpg",
             "conversations": [{"from": speaker, "value": value} for speaker, value in turns],

@@ -27,7 +27,7 @@ from pumice.images import (
     image_size,
     open_image,
     pixels,
-    read_picture,
+    read_image,
     to_tiles,
 )
 
@@ -104,11 +104,11 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
-    seen = array(encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options))
-    assert seen.shape == (32, 64, 3)
-    assert np.abs(seen[4, 4].astype(int) - (255, 0, 0)).max() < 10
-    assert np.abs(seen[28, 4].astype(int) - (0, 255, 0)).max() < 10
-    assert np.abs(seen[16, 60].astype(int) - (0, 0, 255)).max() < 10
+    result = array(encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options))
+    assert result.shape == (32, 64, 3)
+    assert np.abs(result[4, 4].astype(int) - (255, 0, 0)).max() < 10
+    assert np.abs(result[28, 4].astype(int) - (0, 255, 0)).max() < 10
+    assert np.abs(result[16, 60].astype(int) - (0, 0, 255)).max() < 10
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -147,12 +147,12 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     for kind in ("PNG", "TIFF"):
         assert np.abs(array(encoded(Image.fromarray(values), kind)).astype(int) - expected).max() == 0, kind
     big_endian = struct.pack(">18H", *np.repeat(values, 3))
-    seen = array(png(6, 1, 16, 2, b"\0" + big_endian))
-    assert np.abs(seen.astype(int) - expected).max() <= 1  # Pillow itself keeps the high byte of colour
+    result = array(png(6, 1, 16, 2, b"\0" + big_endian))
+    assert np.abs(result.astype(int) - expected).max() <= 1  # Pillow itself keeps the high byte of colour
     dark = Image.fromarray(np.array([[0, 2570]], np.uint16))
     assert (array(dark)[0, :, 0] == (0, 10)).all(), "a dark picture stays dark"
-    seen = array(b"P5 6 1 65535\n" + values.astype(">u2").tobytes())
-    assert (seen == expected).all()
+    result = array(b"P5 6 1 65535\n" + values.astype(">u2").tobytes())
+    assert (result == expected).all()
 
 
 def test_integer_and_float_images_keep_their_shades() -> None:
@@ -305,10 +305,10 @@ def test_pad_is_expand_to_square_then_resize(width: int, height: int, size: int,
 def test_pad_keeps_every_pixel_and_floors_the_offset(width: int, height: int) -> None:
     side, color = max(width, height), (1, 2, 3)
     image = Image.new("RGB", (width, height), (200, 100, 50))
-    seen = eight_bit(image, side, ImagePolicy(mode="pad", pad_color=color, **RAW))
-    ours = (seen == (200, 100, 50)).all(-1)
-    assert ours.sum() == width * height and ((seen == color).all(-1) | ours).all()
-    ys, xs = np.nonzero(ours)
+    result = eight_bit(image, side, ImagePolicy(mode="pad", pad_color=color, **RAW))
+    inside = (result == (200, 100, 50)).all(-1)
+    assert inside.sum() == width * height and ((result == color).all(-1) | inside).all()
+    ys, xs = np.nonzero(inside)
     assert (ys.min(), xs.min()) == ((side - height) // 2, (side - width) // 2)
     before, after = ys.min() + xs.min(), 2 * side - 2 - ys.max() - xs.max()
     assert after - before in (0, 1)
@@ -318,7 +318,7 @@ CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130
 SIZES = [(640, 480), (480, 640), (333, 500), (224, 224), (100, 61), (61, 200), (17, 200), (1, 9), (7, 1)]
 
 
-def theirs(kind: str, image: Image.Image, **options: object) -> np.ndarray:
+def hf_pixels(kind: str, image: Image.Image, **options: object) -> np.ndarray:
     """What transformers' own processor, the one that resizes with Pillow, makes of a picture."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     make = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
@@ -334,19 +334,19 @@ EXACT = 0.0
 def test_crop_equals_transformers(size: tuple[int, int]) -> None:
     image = photograph(*size)
     options = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
-    expected = theirs("CLIPImageProcessor", image, **options)
-    ours = pixels(image, 64, ImagePolicy(mode="crop", **CLIP))
+    expected = hf_pixels("CLIPImageProcessor", image, **options)
+    actual = pixels(image, 64, ImagePolicy(mode="crop", **CLIP))
     if max(size) <= 16 * min(size):
-        assert np.abs(ours - expected).max() <= EXACT
+        assert np.abs(actual - expected).max() <= EXACT
     else:  # the ends are cut first, which moves the grid by less than a pixel
-        assert np.abs(ours - expected).mean() < 0.25
+        assert np.abs(actual - expected).mean() < 0.25
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_pad_equals_transformers(size: tuple[int, int]) -> None:
     image = photograph(*size)
     options = {"size": {"shortest_edge": 60}, "crop_size": {"height": 60, "width": 60}, "do_pad": True}
-    expected = theirs("LlavaImageProcessor", image, **options)
+    expected = hf_pixels("LlavaImageProcessor", image, **options)
     policy = ImagePolicy(mode="pad", pad_color=(122, 116, 104), **CLIP)
     assert np.abs(pixels(image, 60, policy) - expected).max() <= EXACT
 
@@ -354,7 +354,7 @@ def test_pad_equals_transformers(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_squash_equals_transformers(size: tuple[int, int]) -> None:
     image = photograph(*size)
-    expected = theirs("SiglipImageProcessor", image, size={"height": 54, "width": 54})
+    expected = hf_pixels("SiglipImageProcessor", image, size={"height": 54, "width": 54})
     policy = ImagePolicy(mode="squash", mean=(0.5,) * 3, std=(0.5,) * 3)
     assert np.abs(pixels(image, 54, policy) - expected).max() <= EXACT
 
@@ -375,23 +375,23 @@ def test_tiles_equal_transformers(kind: str, size: tuple[int, int]) -> None:
     }
     if "Next" in kind:
         options["crop_size"] = {"height": 32, "width": 32}
-    expected = theirs(kind, image, **options)
-    ours = to_tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **CLIP))
-    assert ours.shape == expected.shape
-    assert np.abs(ours - expected).max() <= EXACT
+    expected = hf_pixels(kind, image, **options)
+    actual = to_tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **CLIP))
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= EXACT
 
 
 def test_tiles_join_to_the_letterboxed_picture() -> None:
     image = Image.new("RGB", (100, 40), (200, 100, 50))
-    seen = to_tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **RAW))
-    assert seen.shape == (4, 3, 32, 32)
-    whole = np.rint(np.concatenate(list(seen[1:]), 2) * 255).astype(int).transpose(1, 2, 0)
-    assert whole.shape == (32, 96, 3)
-    ours = (whole == (200, 100, 50)).all(-1)
+    result = to_tiles(image, 32, ImagePolicy(mode="anyres", pinpoints=PINPOINTS, **RAW))
+    assert result.shape == (4, 3, 32, 32)
+    joined = np.rint(np.concatenate(list(result[1:]), 2) * 255).astype(int).transpose(1, 2, 0)
+    assert joined.shape == (32, 96, 3)
+    inside = (joined == (200, 100, 50)).all(-1)
     width, height = letterbox((100, 40), (96, 32))
-    assert ours.sum() == width * height
-    assert (whole[~ours] == 0).all()
-    assert (np.rint(seen[0] * 255) == np.array([200, 100, 50])[:, None, None]).all()
+    assert inside.sum() == width * height
+    assert (joined[~inside] == 0).all()
+    assert (np.rint(result[0] * 255) == np.array([200, 100, 50])[:, None, None]).all()
 
 
 def test_a_mirrored_picture_is_cut_again() -> None:
@@ -426,15 +426,15 @@ def test_normalisation() -> None:
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 200_000), (1, 1), (2, 5000)])
 def test_narrow_pictures_work(mode: str, size: tuple[int, int]) -> None:
     image = open_image(encoded(Image.new("RGB", size, (10, 200, 30)), "PNG"))
-    seen = eight_bit(image, 32, ImagePolicy(mode=mode, pad_color=(10, 200, 30), **RAW))
-    assert (seen == (10, 200, 30)).all()
+    result = eight_bit(image, 32, ImagePolicy(mode=mode, pad_color=(10, 200, 30), **RAW))
+    assert (result == (10, 200, 30)).all()
 
 
 def test_long_pictures_stay_in_the_middle() -> None:
     image = Image.new("RGB", (6000, 3000), "red")
-    seen = eight_bit(image, 60, ImagePolicy(mode="pad", pad_color=(0, 0, 255), **RAW))
-    assert (seen[17:43] == (255, 0, 0)).all()
-    assert (seen[:13] == (0, 0, 255)).all() and (seen[47:] == (0, 0, 255)).all()
+    result = eight_bit(image, 60, ImagePolicy(mode="pad", pad_color=(0, 0, 255), **RAW))
+    assert (result[17:43] == (255, 0, 0)).all()
+    assert (result[:13] == (0, 0, 255)).all() and (result[47:] == (0, 0, 255)).all()
 
 
 def test_image_key_follows_contents(tmp_path: Path) -> None:
@@ -453,18 +453,18 @@ def test_image_key_follows_contents(tmp_path: Path) -> None:
 
 
 def test_a_file_is_read_once(tmp_path: Path, replaced_when_opened: Any) -> None:
-    made = []
+    opened_images = []
     for color, kind in (("red", "PPM"), ("blue", "BMP")):
         buffer = io.BytesIO()
         Image.new("RGB", (4, 4), color).save(buffer, kind)
-        made.append(buffer.getvalue())
+        opened_images.append(buffer.getvalue())
     file = tmp_path / "latest.ppm"
-    urls = [data_url(data) for data in made]
-    replaced_when_opened(file, made)
+    urls = [data_url(data) for data in opened_images]
+    replaced_when_opened(file, opened_images)
     assert [data_url(file), data_url(file)] == urls
     assert [decode_image(file).kind, decode_image(file).kind] == ["", "BMP"]
-    for expected in made:
+    for expected in opened_images:
         assert _read_image(str(file)) == (str(file), expected)
-    file.write_bytes(made[0][:20])
+    file.write_bytes(opened_images[0][:20])
     with pytest.raises(InputError, match=r"picture '.*latest\.ppm' is truncated or damaged"):
-        open_image(read_picture(file))
+        open_image(read_image(file))

@@ -19,9 +19,9 @@ def loaded_by(code: str) -> list[str]:
         f"import json, sys\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]), file=sys.stderr)"
     )
     command = [sys.executable, "-c", f"{code}\n{report}"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    loaded: list[str] = json.loads(done.stderr.splitlines()[-1])
+    process = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    loaded: list[str] = json.loads(process.stderr.splitlines()[-1])
     return loaded
 
 

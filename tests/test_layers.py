@@ -72,20 +72,20 @@ MODULES = {
 
 def imported(tree: ast.AST, package: list[str], modules: Iterable[str]) -> list[tuple[int, str]]:
     """(line, absolute dotted name of a module) of each import; package: the folder that the file lies in."""
-    found = []
+    imports = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            imports += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             # `from package import x` names a module of the package, or something of its __init__.
             for alias in node.names:
-                whole = f"{base}.{alias.name}"
-                if whole != "pumice.__version__":
-                    known = whole in modules or base == "pumice"
-                    found.append((node.lineno, whole if known else base))
-    return found
+                full_name = f"{base}.{alias.name}"
+                if full_name != "pumice.__version__":
+                    is_module = full_name in modules or base == "pumice"
+                    imports.append((node.lineno, full_name if is_module else base))
+    return imports
 
 
 def violations(path: str, source: str) -> list[str]:
@@ -101,16 +101,16 @@ def violations(path: str, source: str) -> list[str]:
     libraries = LIBRARIES.get(own)
     wrong = []
     for line, name in imported(ast.parse(source), ["pumice", *parts[:-1]], MODULES):
-        top, *rest = name.split(".")
+        top, *subparts = name.split(".")
         if top == "pumice":
-            part = rest[0] if rest else "__init__"
+            part = subparts[0] if subparts else "__init__"
             lower = ONLY.get(own, {other for other in levels if levels[other] < levels[own]})
             if part != own and part not in lower:
                 wrong.append(f"{path}:{line}: {own} may not import pumice.{part}")
             if own == part == "formats":
-                there = rest[1] if len(rest) > 1 else "__init__"
-                if there != parts[1] and inside.get(there, len(FORMATS)) >= inside[parts[1]]:
-                    wrong.append(f"{path}:{line}: formats/{parts[1]} may not import pumice.formats.{there}")
+                subpart = subparts[1] if len(subparts) > 1 else "__init__"
+                if subpart != parts[1] and inside.get(subpart, len(FORMATS)) >= inside[parts[1]]:
+                    wrong.append(f"{path}:{line}: formats/{parts[1]} may not import pumice.formats.{subpart}")
         elif top in NEIGHBOURS:
             wrong.append(f"{path}:{line}: {top} is a neighbour, not a part of Pumice")
         elif libraries is not None and top not in libraries | sys.stdlib_module_names:
@@ -120,13 +120,13 @@ def violations(path: str, source: str) -> list[str]:
 
 def graph(modules: Mapping[str, Path]) -> Imports:
     """What each module imports of the others."""
-    found: Imports = {}
+    result: Imports = {}
     for module, path in modules.items():
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        found[module] = {name for _, name in imported(tree, package.split("."), modules)} & set(modules)
-        found[module].discard(module)
-    return found
+        result[module] = {name for _, name in imported(tree, package.split("."), modules)} & set(modules)
+        result[module].discard(module)
+    return result
 
 
 def children(imports: Imports, folder: str) -> Imports:
@@ -137,11 +137,11 @@ def children(imports: Imports, folder: str) -> Imports:
             return "__init__"
         return module.removeprefix(f"{folder}.").partition(".")[0] if module.startswith(f"{folder}.") else ""
 
-    found: Imports = {}
+    result: Imports = {}
     for module, others in imports.items():
         if own := child(module):
-            found.setdefault(own, set()).update({child(other) for other in others} - {"", own})
-    return found
+            result.setdefault(own, set()).update({child(other) for other in others} - {"", own})
+    return result
 
 
 def circle(imports: Imports) -> list[str]:
@@ -175,8 +175,8 @@ def test_no_folders_import_each_other_in_a_circle(folder: str) -> None:
 
 
 def test_every_part_has_a_place() -> None:
-    there = {Path(path).with_suffix("").parts[0] for path in FILES}
-    assert there == {part for line in LAYERS for part in line}
+    file_parts = {Path(path).with_suffix("").parts[0] for path in FILES}
+    assert file_parts == {part for line in LAYERS for part in line}
     inside = {Path(path).with_suffix("").parts[1] for path in FILES if path.startswith("formats/")}
     assert inside == {part for line in FORMATS for part in line}
 
@@ -215,8 +215,8 @@ def test_every_part_has_a_place() -> None:
     ],
 )
 def test_catches(path: str, source: str, message: str) -> None:
-    [found] = violations(path, source)
-    assert message in found
+    [violation] = violations(path, source)
+    assert message in violation
 
 
 @pytest.mark.parametrize(

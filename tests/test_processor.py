@@ -91,15 +91,15 @@ def test_pictures_keep_their_order_over_messages(processor: Processor) -> None:
     ))  # fmt: skip
     sample = processor.training_sample(conversation)
     assert sample.images == (a, b, c)
-    here = np.flatnonzero(sample.input_ids == IMAGE_TOKEN)
-    assert [len(run) for run in np.split(here, np.flatnonzero(np.diff(here) > 1) + 1)] == [4, 4, 4]
+    positions = np.flatnonzero(sample.input_ids == IMAGE_TOKEN)
+    assert [len(run) for run in np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)] == [4, 4, 4]
 
 
 def test_pixels_are_those_of_the_image_policy(processor: Processor, tmp_path: Path) -> None:
     path = tmp_path / "red.png"
     picture((200, 10, 10)).save(path)
-    given = (ImagePart(path), ImagePart(picture((0, 0, 250), (30, 40))), ImagePart(path.read_bytes()))
-    stacked = processor.pixels(given, processor.layouts(given))
+    parts = (ImagePart(path), ImagePart(picture((0, 0, 250), (30, 40))), ImagePart(path.read_bytes()))
+    stacked = processor.pixels(parts, processor.layouts(parts))
     assert stacked.shape == (3, 3, 64, 64)
     assert stacked.dtype == np.float32
     expected = pixels(picture((200, 10, 10)), 64, CONFIG.image)
@@ -115,8 +115,8 @@ TILED = dataclasses.replace(
 
 def runs(ids: np.ndarray) -> list[int]:
     """How many placeholders stand in each run of them."""
-    here = np.flatnonzero(ids == IMAGE_TOKEN)
-    return [len(run) for run in np.split(here, np.flatnonzero(np.diff(here) > 1) + 1)]
+    positions = np.flatnonzero(ids == IMAGE_TOKEN)
+    return [len(run) for run in np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)]
 
 
 def test_under_anyres_every_picture_has_its_own_count(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -124,12 +124,12 @@ def test_under_anyres_every_picture_has_its_own_count(tokenizer: Tokenizer, tmp_
     sizes = [(40, 30), (30, 90), (200, 10)]
     path = tmp_path / "a.png"
     picture((1, 2, 3), sizes[1]).save(path)
-    given = [
+    parts = [
         ImagePart(picture((9, 9, 9), sizes[0])),
         ImagePart(path),
         ImagePart(picture((5, 5, 5), sizes[2])),
     ]
-    question = Message("user", (given[0], "one", given[1], "two", given[2], "three?"))
+    question = Message("user", (parts[0], "one", parts[1], "two", parts[2], "three?"))
     sample = processor.prompt(Conversation((question,)))
     assert sample.layouts == tuple(tile_layout(TILED, size) for size in sizes)
     assert runs(sample.input_ids) == [layout.tokens for layout in sample.layouts]
@@ -146,10 +146,10 @@ def test_a_picture_on_its_side_is_counted_upright(tokenizer: Tokenizer) -> None:
     buffer = io.BytesIO()
     picture((9, 9, 9), (90, 30)).save(buffer, "JPEG", exif=exif)
     processor = Processor(TILED, tokenizer)
-    given = (ImagePart(buffer.getvalue()),)
-    layouts = processor.layouts(given)
+    parts = (ImagePart(buffer.getvalue()),)
+    layouts = processor.layouts(parts)
     assert layouts == (tile_layout(TILED, (30, 90)),) != (tile_layout(TILED, (90, 30)),)
-    assert len(processor.pixels(given, layouts)) == layouts[0].tiles
+    assert len(processor.pixels(parts, layouts)) == layouts[0].tiles
 
 
 SEVERAL = dataclasses.replace(TILED, image=dataclasses.replace(TILED.image, several="square"))
@@ -161,9 +161,9 @@ def test_each_of_several_pictures_is_one_padded_square(tokenizer: Tokenizer) -> 
     sample = processor.prompt(asked(2))
     assert runs(sample.input_ids) == [5, 5]  # the square's 4, and the newline behind it
     assert runs(tiles.prompt(asked(2)).input_ids)[0] > 5
-    seen = processor.pixels(sample.images, sample.layouts)
+    image_pixels = processor.pixels(sample.images, sample.layouts)
     padded = dataclasses.replace(SEVERAL.image, mode="pad")
-    assert np.array_equal(seen, [pixels(picture((n, 0, 0), (90, 30)), 64, padded) for n in range(2)])
+    assert np.array_equal(image_pixels, [pixels(picture((n, 0, 0), (90, 30)), 64, padded) for n in range(2)])
 
 
 def test_all_pictures_of_a_training_row_count_from_its_first_turn(tokenizer: Tokenizer) -> None:

@@ -16,7 +16,7 @@ def test_sigint_is_heard_here_and_in_a_process() -> None:
 def test_where_it_is_ignored() -> None:
     test = f"{__file__}::{test_sigint_is_heard_here_and_in_a_process.__name__}"
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
-    done = subprocess.run(
+    process = subprocess.run(
         ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *pytest], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout
+    assert process.returncode == 0, process.stdout

@@ -131,10 +131,10 @@ def test_serving_begins_as_training_does(name: str, conversation: Conversation) 
 def test_labels_are_the_answers_and_their_stops(learned: Any, name: str, conversation: Conversation) -> None:
     tokenizer = TOKENIZERS[name]
     runs = learned(*encoded(conversation, tokenizer=tokenizer))
-    said = [m.text.lstrip() for m in conversation.messages if m.role == "assistant"]
+    spoken = [m.text.lstrip() for m in conversation.messages if m.role == "assistant"]
     stop = tokenizer.id_of("<|im_end|>")
-    assert [run[-1] for run in runs] == [stop] * len(said)
-    assert [tokenizer.backend.decode(run[:-1], skip_special_tokens=False) for run in runs] == said
+    assert [run[-1] for run in runs] == [stop] * len(spoken)
+    assert [tokenizer.backend.decode(run[:-1], skip_special_tokens=False) for run in runs] == spoken
 
 
 @settings(max_examples=30)
@@ -155,7 +155,7 @@ def test_nobody_but_the_template_writes_special_tokens(conversation: Conversatio
 def test_text_is_tokenised_as_by_transformers(name: str, generate: bool) -> None:
     import transformers
 
-    theirs = transformers.PreTrainedTokenizerFast(
+    reference = transformers.PreTrainedTokenizerFast(
         tokenizer_object=BACKENDS[name], chat_template=CHATML_JINJA, eos_token="<|im_end|>"
     )
     turns = [
@@ -167,8 +167,8 @@ def test_text_is_tokenised_as_by_transformers(name: str, generate: bool) -> None
     if not generate:
         turns.append({"role": "assistant", "content": "Yes."})
     conversation = Conversation(tuple(Message(t["role"], (t["content"],)) for t in turns))
-    text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
-    expected = theirs(text, add_special_tokens=False)["input_ids"]
+    text = reference.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+    expected = reference(text, add_special_tokens=False)["input_ids"]
     assert encoded(conversation, generate, TOKENIZERS[name])[0] == expected
 
 
@@ -348,8 +348,8 @@ def test_truncation_and_padding_are_switched_off(tmp_path: Path, key: str, tiny_
     text = "A dog runs over the grass."
     path.write_text(json.dumps({**json.loads(BACKENDS["gpt2"].to_str()), key: LIMITS[key]}))
     assert Tokenizer.from_file(path).pieces(text) == TOKENIZER.pieces(text)
-    for place in (path, tmp_path):
-        assert read_tokenizer(place).backend.encode(text).ids == BACKENDS["gpt2"].encode(text).ids
+    for source in (path, tmp_path):
+        assert read_tokenizer(source).backend.encode(text).ids == BACKENDS["gpt2"].encode(text).ids
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
     own = folder / "tokenizer.json"

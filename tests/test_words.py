@@ -15,12 +15,12 @@ BANNED = ("Knows:", "Does not know")
 
 def repeated_classes(sources: dict[str, str]) -> dict[str, list[str]]:
     """Return each class name that several places define, with those places."""
-    places = defaultdict(list)
+    definitions = defaultdict(list)
     for label, source in sources.items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef):
-                places[node.name].append(f"{label}:{node.lineno}")
-    return {name: lines for name, lines in places.items() if len(lines) > 1}
+                definitions[node.name].append(f"{label}:{node.lineno}")
+    return {name: lines for name, lines in definitions.items() if len(lines) > 1}
 
 
 def banned_docstrings(sources: dict[str, str]) -> list[str]:

@@ -236,5 +236,5 @@ finally:
     heavy = {{"transformers", "torchvision", "peft", "sympy", "scipy", "rich", "huggingface_hub"}}
     print(sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "[]\n")
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "[]\n")

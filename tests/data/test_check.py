@@ -144,9 +144,9 @@ def test_every_kind_of_spoiled_row_is_told_by_row_and_reason(bad_rows: Any, tmp_
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(text for entry in bad for text in (entry.text, good)) + "\n")
     report = check([Rows(path)], ImageFinder(folder))
-    told = [problem for problem in report.problems if problem.kind != "duplicate id"]
-    assert [(p.row, p.kind) for p in told] == [(2 * n + 1, entry.kind) for n, entry in enumerate(bad)]
-    for problem, entry in zip(told, bad, strict=True):
+    problems = [problem for problem in report.problems if problem.kind != "duplicate id"]
+    assert [(p.row, p.kind) for p in problems] == [(2 * n + 1, entry.kind) for n, entry in enumerate(bad)]
+    for problem, entry in zip(problems, bad, strict=True):
         assert entry.reason in problem.reason, problem
     assert report.usable == len(bad) >= 20, "the sound rows between them stay"
 
@@ -168,9 +168,9 @@ def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     (tmp_path / "007.png").write_bytes(b"no picture")
     paths = sorted(tmp_path.glob("*.png"))
     ticks: list[int] = []
-    found = decode_all(paths, workers=2, progress=ticks.append)
-    assert found == decode_all(paths) and list(found) == paths and sum(ticks) == len(paths)
-    assert [path.name for path, seen in found.items() if seen.unreadable] == ["007.png"]
+    checked = decode_all(paths, workers=2, progress=ticks.append)
+    assert checked == decode_all(paths) and list(checked) == paths and sum(ticks) == len(paths)
+    assert [path.name for path, check in checked.items() if check.unreadable] == ["007.png"]
 
 
 def test_rows_to_be_truncated_are_counted_and_stay(tmp_path: Path, images: ImageFinder) -> None:
@@ -200,9 +200,9 @@ def test_a_fixed_copy_can_be_used_and_the_original_stays(tmp_path: Path, images:
     before = source.path.read_bytes()
     report = check([source], images)
     out = tmp_path / "fixed.json"
-    done = fix(source, images, report, out)
+    fixed = fix(source, images, report, out)
     assert source.path.read_bytes() == before
-    assert done == {
+    assert fixed == {
         "rows written": 3,
         "rows left out": 1,
         "pictures named as they are stored": 3,

@@ -102,5 +102,5 @@ def test_groups_hold_the_epoch(
         assert len(set(group)) == len(group), "a repeated row goes to another group"
         assert len(group) == 1 or images[group[0][1]] is not None
     keys = [images[g[0][1]] for g in groups]
-    most = max(Counter(r for g in groups for r in g).values())
-    assert all(keys.count(k) <= most for k in set(keys) if k is not None)
+    max_count = max(Counter(r for g in groups for r in g).values())
+    assert all(keys.count(k) <= max_count for k in set(keys) if k is not None)

@@ -68,16 +68,16 @@ def image_tokens(images: tuple[ImagePart, ...] | list[ImagePart], leaves: dict[s
 
 def packed_loss(model: Llava, packed: Pack, leaves: dict[str, Tensor]) -> Tensor:
     """As the training loop computes it."""
-    here = torch.from_numpy
+    from_numpy = torch.from_numpy
     hidden = model(
-        here(packed.input_ids)[None],
+        from_numpy(packed.input_ids)[None],
         image_tokens(packed.images, leaves),
-        positions=here(packed.positions)[None],
+        positions=from_numpy(packed.positions)[None],
         attend=PackedAttention(packed.runs),
-        rows=here(packed.sources),
+        rows=from_numpy(packed.sources),
     )
     head = model.decoder.head_weight
-    return supervised_loss(hidden[0], head, here(packed.targets), here(packed.weights))
+    return supervised_loss(hidden[0], head, from_numpy(packed.targets), from_numpy(packed.weights))
 
 
 def loss_alone(model: Llava, one: Sample, leaves: dict[str, Tensor]) -> Tensor:
@@ -90,19 +90,19 @@ def loss_alone(model: Llava, one: Sample, leaves: dict[str, Tensor]) -> Tensor:
 
 def visible(tree: Tree) -> np.ndarray:
     """What each node sees, (n, n) bool: its ancestors and itself."""
-    seen = np.eye(len(tree), dtype=bool)
+    can_attend = np.eye(len(tree), dtype=bool)
     for node, parent in enumerate(tree.parents.tolist()):
         if parent >= 0:
-            seen[node] |= seen[parent]
-    return seen
+            can_attend[node] |= can_attend[parent]
+    return can_attend
 
 
 def gradients(model: Llava, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    found |= {f"picture {n}": t.grad.clone() for n, t in leaves.items() if t.grad is not None}
+    gradients_by_name = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients_by_name |= {f"picture {n}": t.grad.clone() for n, t in leaves.items() if t.grad is not None}
     model.zero_grad(set_to_none=True)
     leaves.clear()
-    return found
+    return gradients_by_name
 
 
 GROUPS = {
@@ -133,11 +133,11 @@ def test_losses_and_gradients_equal_those_of_the_samples_alone(name: str, tied: 
     expected = gradients(model, leaves)
     together = packed_loss(model, Pack(tuple(map(prefix_tree, groups))), leaves)
     together.backward()
-    found = gradients(model, leaves)
+    actual = gradients(model, leaves)
     assert alone > 1
     relative = abs(together.item() - alone.item()) / alone.item()
-    assert found.keys() == expected.keys()
-    worst = max((found[n] - expected[n]).abs().max() / (1 + expected[n].abs().max()) for n in found).item()
+    assert actual.keys() == expected.keys()
+    worst = max((actual[n] - expected[n]).abs().max() / (1 + expected[n].abs().max()) for n in actual).item()
     print(f"{name}: loss {relative:.1e}, gradients {worst:.1e}")
     assert relative < 1e-5  # measured worst: 2.2e-7
     assert worst < 1e-5  # measured worst: 1.8e-6
@@ -191,13 +191,13 @@ def test_branches_of_branches_count_what_stands_before_them() -> None:
 def test_runs_see_what_the_tree_says(texts: list[str]) -> None:
     tree = prefix_tree([sample(text) for text in texts])
     starts = np.cumsum([0, *(run.length for run in tree.runs)])
-    seen = np.zeros((len(tree), len(tree)), bool)
+    can_attend = np.zeros((len(tree), len(tree)), bool)
     for start, run in zip(starts, tree.runs, strict=False):
         for token in range(run.length):
             for owner, count in run.before:
-                seen[start + token, starts[owner] : starts[owner] + count] = True
-            seen[start + token, start : start + token + 1] = True
-    assert (seen == visible(tree)).all()
+                can_attend[start + token, starts[owner] : starts[owner] + count] = True
+            can_attend[start + token, start : start + token + 1] = True
+    assert (can_attend == visible(tree)).all()
 
 
 def test_plain_samples_cost_no_mask() -> None:
@@ -257,8 +257,8 @@ def test_any_pack_has_the_losses_of_its_samples(groups: list[tuple[bool, list[st
             samples = [sample("#" + t, A) if pictured else sample(t) for t in texts]
             expected += sum(loss_alone(MODEL, one, {}).item() for one in samples)
             trees.append(prefix_tree(samples))
-        found = packed_loss(MODEL, Pack(tuple(trees)), {}).item()
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        actual = packed_loss(MODEL, Pack(tuple(trees)), {}).item()
+    assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @settings(max_examples=40)
@@ -268,9 +268,9 @@ def test_every_sample_can_be_read_back_from_the_tree(texts: list[str]) -> None:
     tree = prefix_tree([sample(text) for text in texts])
     paths = []
     for row in visible(tree):
-        seen = np.flatnonzero(row)
-        assert tree.positions[seen].tolist() == list(range(len(seen)))
-        paths.append("".join(chr(ord("a") + i) for i in tree.input_ids[seen]))
+        seen_columns = np.flatnonzero(row)
+        assert tree.positions[seen_columns].tolist() == list(range(len(seen_columns)))
+        paths.append("".join(chr(ord("a") + i) for i in tree.input_ids[seen_columns]))
     beginnings = {text.lower()[: i + 1] for text in texts for i in range(len(text))}
     assert sorted(paths) == sorted(beginnings)
     assert np.isin(tree.sources, range(len(tree))).all()

@@ -162,8 +162,8 @@ STEPS = st.tuples(st.sampled_from(["allocate", "release", "free", "grow", "reuse
 @given(st.lists(STEPS, max_size=60))
 def test_every_cell_has_one_owner(steps: list[tuple[str, int]]) -> None:
     cache, running, number = PrefixCache(24), list[CacheSlot](), 0
-    for what, size in steps:
-        if what == "allocate":
+    for action, size in steps:
+        if action == "allocate":
             number += 1
             if (slot := cache.allocate(size)) is not None:
                 slot.append(np.full(size - size // 2, number))
@@ -173,17 +173,17 @@ def test_every_cell_has_one_owner(steps: list[tuple[str, int]]) -> None:
                 for slot in running:
                     free[slot.start : slot.start + slot.capacity] = 0
                 assert "1" * size not in "".join(map(str, free))  # even with all idle slots evicted
-        elif what == "reuse":
+        elif action == "reuse":
             for slot in list(cache.idle.values())[-1:]:
                 if cache.reuse(slot, slot.length, max(slot.length, size)):
                     running.append(slot)
         elif running:
             slot = running[size % len(running)]
-            if what == "grow":
+            if action == "grow":
                 cache.grow(slot, slot.capacity + size, evict=size % 2 == 0)
             else:
                 running.remove(slot)
-                (cache.release if what == "release" else cache.free)(slot)
+                (cache.release if action == "release" else cache.free)(slot)
         owned = np.zeros(24, int)
         for slot in (*cache.busy.values(), *cache.idle.values()):
             assert 0 <= slot.length <= slot.capacity

@@ -145,10 +145,10 @@ def test_answers_equal_the_naive_ones_whatever_happens(
     engine = Engine(MODELS[window], slots=slots, cache_tokens=cache_tokens, chunk=chunk, prefix_cache=prefix)
     asked: list[tuple[int, Received]] = []
     cancelled = set()
-    for what, number in actions:
-        if what == "submit":
+    for action, number in actions:
+        if action == "submit":
             asked.append((number, KIT.submit(engine, PROMPTS[number])))
-        elif what == "step":
+        elif action == "step":
             for _ in range(number):
                 engine.step()
         elif number < len(asked) and (request := asked[number][1].request) is not None:
@@ -453,9 +453,9 @@ def test_a_long_prompt_is_read_in_parts_with_few_bits_too(kind: str, kit: Kit) -
     """A step that no answer is due after has nothing for the last block's output to do."""
     model = small_model(mlp_width=64)
     quantize(model.decoder, kind)
-    found = [kit.run(Engine(model, chunk=chunk), PROMPTS[1])[0] for chunk in (3, 512)]
-    assert [one.last.error for one in found] == [None, None]
-    assert found[0].tokens[0] == found[1].tokens[0]  # later ones may differ: bfloat16 rounds otherwise
+    answers = [kit.run(Engine(model, chunk=chunk), PROMPTS[1])[0] for chunk in (3, 512)]
+    assert [one.last.error for one in answers] == [None, None]
+    assert answers[0].tokens[0] == answers[1].tokens[0]  # later ones may differ: bfloat16 rounds otherwise
 
 
 def test_an_interrupted_step_is_done_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,18 +532,20 @@ def test_threads_submit_and_cancel_while_it_steps(kit: Kit, make_engine: Callabl
     def ask(number: int) -> None:
         for turn in range(5):
             index = (number + turn) % len(PROMPTS)
-            done, tokens = threading.Event(), list[int]()
+            finished_event, tokens = threading.Event(), list[int]()
 
-            def deliver(delta: Delta, done: threading.Event = done, tokens: list[int] = tokens) -> None:
+            def deliver(
+                delta: Delta, finished_event: threading.Event = finished_event, tokens: list[int] = tokens
+            ) -> None:
                 tokens.extend(delta.tokens)
                 if delta.finish is not None:
-                    done.set()
+                    finished_event.set()
 
             request = engine.submit(PROMPTS[index], deliver)
             if turn == 3:
                 engine.cancel(request)
                 engine.cancel(request)
-            if not done.wait(60):
+            if not finished_event.wait(60):
                 failures.append(f"{number}.{turn} did not end")
             expected = EXPECTED[None][index]
             if tokens != (expected[: len(tokens)] if turn == 3 else expected):

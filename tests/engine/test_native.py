@@ -39,9 +39,9 @@ FAMILIES = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def compiler() -> None:
-    code, why = native.compiled("packed")
+    code, reason = native.compiled("packed")
     if code is None:
-        pytest.skip(why)
+        pytest.skip(reason)
 
 
 WEIGHTS = pytest.mark.parametrize("weights", ["int8", "int4", "fp32"])
@@ -69,9 +69,9 @@ def filled(decoder: Decoder) -> tuple[KVCache, list[Segment]]:
 
 
 def ready(decoder: Decoder, cache: KVCache) -> NativeDecoder:
-    found = native_decoder(decoder, cache)
-    assert found is not None
-    return found
+    native_result = native_decoder(decoder, cache)
+    assert native_result is not None
+    return native_result
 
 
 @WEIGHTS
@@ -88,16 +88,18 @@ def test_equals_the_modules_in_fp32(more: dict[str, Any], weights: str) -> None:
     wide.values.copy_(same.values)
     x = decoder.embed(torch.arange(sum(segment.new for segment in segments)) * 3)
     due = [0, 2, 5, 12]
-    found = ready(decoder, cache).logits(x, segments, due)
+    actual = ready(decoder, cache).logits(x, segments, due)
     hidden = decoder(x[None], wide.positions(segments), wide.attend(segments))[0]
     expected = decoder.logits(hidden[due])
-    worst = ((found - expected).abs().max() / expected.abs().max()).item()
+    worst = ((actual - expected).abs().max() / expected.abs().max()).item()
     print(f"{weights} {more}: {worst:.1e}")
     # measured worst: 2.2e-6 in fp32, 3e-7 else; keys and values in bfloat16 may round to the next number
-    near, kept = (3e-6, 3e-6) if weights == "fp32" else (1e-5, 6e-3)
-    assert worst < near
-    for ours, theirs in ((cache.keys, wide.keys), (cache.values, wide.values)):
-        assert (ours.float() - theirs).abs().max() < kept * theirs.abs().max()
+    tolerance, cache_tolerance = (3e-6, 3e-6) if weights == "fp32" else (1e-5, 6e-3)
+    assert worst < tolerance
+    for actual_cache, expected_cache in ((cache.keys, wide.keys), (cache.values, wide.values)):
+        assert (
+            actual_cache.float() - expected_cache
+        ).abs().max() < cache_tolerance * expected_cache.abs().max()
 
 
 @WEIGHTS
@@ -167,8 +169,8 @@ def test_the_engine_answers_alike_with_and_without(weights: str, monkeypatch: py
     slow = list(generate(model, prompts, slots=3))
     assert not used
 
-    def first(said: list[tuple[int, int | None]]) -> list[list[int | None]]:
-        return [[token for number, token in said if number == n] for n in range(4)]
+    def first(events: list[tuple[int, int | None]]) -> list[list[int | None]]:
+        return [[token for number, token in events if number == n] for n in range(4)]
 
     assert first(fast) == first(slow)
 

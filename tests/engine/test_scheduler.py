@@ -74,13 +74,16 @@ class Simulation:
         for request, count in plan:
             slot = request.slot
             assert slot is not None
-            done = slot.length
+            computed = slot.length
             assert (
-                self.cells[slot.start : slot.start + done] == prefix_hashes(request.token_hashes[:done])
+                self.cells[slot.start : slot.start + computed]
+                == prefix_hashes(request.token_hashes[:computed])
             ).all()
-            cell = slot.start + done
-            self.cells[cell : cell + count] = prefix_hashes(request.token_hashes[: done + count])[done:]
-            slot.append(request.token_hashes[done : done + count])
+            cell = slot.start + computed
+            self.cells[cell : cell + count] = prefix_hashes(request.token_hashes[: computed + count])[
+                computed:
+            ]
+            slot.append(request.token_hashes[computed : computed + count])
         for request, _ in plan:
             if request.remaining == 0:
                 request.append(self.random.randint(0, 3))

@@ -66,8 +66,8 @@ def explicit_attention(assistant: Assistant, passage: Passage) -> tuple[Tensor, 
     attend = ExplicitAttention(assistant.model.config.decoder.sliding_window)
     assert passage.image_tokens is not None
     hidden = assistant.model(passage.input_ids[None], passage.image_tokens.clone(), attend=attend)
-    found = log_probabilities(assistant.model, hidden[0, -len(passage.answer) :], passage.answer)
-    return found, attend.rows, (passage.input_ids == IMAGE_TOKEN).nonzero()[:, 0]
+    actual = log_probabilities(assistant.model, hidden[0, -len(passage.answer) :], passage.answer)
+    return actual, attend.rows, (passage.input_ids == IMAGE_TOKEN).nonzero()[:, 0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,10 +80,10 @@ def test_the_fast_path_s_numbers(models: ModuleType, name: str) -> None:
         fast = log_probabilities(assistant.model, hidden[0, -len(passage.answer) :], passage.answer)
     # logits are of the order of 50 here
     for options in ({}, {"rollout": True}, {"gradient_from": 0}):
-        found, _ = read(assistant.model, [passage, text, passage], **options)
-        assert torch.allclose(found[0], fast, atol=2e-4)
-        assert torch.allclose(found[2], fast, atol=2e-4)
-        assert torch.allclose(found[1], score(assistant.model, [text])[0], atol=2e-4)
+        actual, _ = read(assistant.model, [passage, text, passage], **options)
+        assert torch.allclose(actual[0], fast, atol=2e-4)
+        assert torch.allclose(actual[2], fast, atol=2e-4)
+        assert torch.allclose(actual[1], score(assistant.model, [text])[0], atol=2e-4)
 
 
 @pytest.mark.parametrize(("name", "window"), [*((name, None) for name in NAMES), (NAMES[0], 20)])
@@ -113,10 +113,10 @@ def test_gradients_of_all_words_at_once_are_those_of_each_alone(
     _, record = read(assistant.model, [passage], gradient_from=0)
     assert record.gradient is not None
     with torch.inference_mode(False), torch.enable_grad():
-        found, rows, columns = explicit_attention(assistant, passage)
+        actual, rows, columns = explicit_attention(assistant, passage)
         count = len(passage.answer)
         for number in range(count):
-            slopes = torch.autograd.grad(found[number], rows, retain_graph=True)
+            slopes = torch.autograd.grad(actual[number], rows, retain_graph=True)
             own = number - count
             for layer, (slope, row) in enumerate(zip(slopes, rows, strict=True)):
                 both = (slope * row).detach()[0, :, own, columns].clamp_min(0).mean(0)

@@ -40,21 +40,23 @@ def tiny(tiny_folder: Path) -> Assistant:
     return load(tiny_folder, device="cpu", quantize=None)
 
 
-def sound(found: Explanation) -> None:
+def sound(explanation: Explanation) -> None:
     """What holds of every explanation."""
-    words, tokens = len(found.words), sum(p.tokens[1] - p.tokens[0] for p in found.pictures)
-    assert found.weights.shape == (words, tokens)
-    assert found.attention.shape[0] == words
-    assert found.attention.shape[3] == tokens
-    assert np.isfinite(found.weights).all()
+    words, tokens = len(explanation.words), sum(p.tokens[1] - p.tokens[0] for p in explanation.pictures)
+    assert explanation.weights.shape == (words, tokens)
+    assert explanation.attention.shape[0] == words
+    assert explanation.attention.shape[3] == tokens
+    assert np.isfinite(explanation.weights).all()
     shares = np.zeros(words)
-    for picture in found.pictures:
+    for picture in explanation.pictures:
         assert picture.heat.min(initial=0) >= 0
         shares += picture.heat.sum((1, 2)) + picture.padding + picture.placeless
     assert np.allclose(shares, 1, atol=1e-4)
-    assert np.isfinite([found.reliance.shown, found.reliance.grey, found.reliance.dropped]).all()
-    for word in found.words:
-        assert found.answer[word.start : word.end] == word.text
+    assert np.isfinite(
+        [explanation.reliance.shown, explanation.reliance.grey, explanation.reliance.dropped]
+    ).all()
+    for word in explanation.words:
+        assert explanation.answer[word.start : word.end] == word.text
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -66,29 +68,29 @@ def test_every_architecture_and_method(models: ModuleType, method: str) -> None:
         answer = "".join(assistant.stream(question, **SHORT))
         if not answer.strip():
             answer = "A dog"
-        found = explain(assistant, question, answer, method=method)
-        sound(found)
-        assert found.answer == answer.strip()
-        assert method in found.by_method
+        explanation = explain(assistant, question, answer, method=method)
+        sound(explanation)
+        assert explanation.answer == answer.strip()
+        assert method in explanation.by_method
 
 
 def test_own_answer_and_given_one(tiny: Assistant, models: ModuleType) -> None:
     picture = models.picture(60, 90)
     own = tiny.explain(picture, "What?", **SHORT)
-    given = tiny.explain(picture, "What?", tiny.ask(picture, "What?", **SHORT))
-    assert own.answer == given.answer
-    assert np.allclose(own.weights, given.weights)
+    of_given_answer = tiny.explain(picture, "What?", tiny.ask(picture, "What?", **SHORT))
+    assert own.answer == of_given_answer.answer
+    assert np.allclose(own.weights, of_given_answer.weights)
     other = tiny.explain(picture, "What?", "A dog runs.")
     assert [word.text for word in other.words] == ["A", "dog", "runs", "."]
 
 
 def test_several_pictures_each_have_a_map(tiny: Assistant, models: ModuleType) -> None:
     pictures = [models.picture(40, 90), models.picture(90, 40, 1), models.picture(50, 50, 2)]
-    found = tiny.explain(pictures, "<image> and <image> and <image>?", "A dog.")
-    sound(found)
-    assert [p.tokens for p in found.pictures] == [(0, 4), (4, 8), (8, 12)]
-    assert [p.heat.shape[1:] for p in found.pictures] == [(48, 21), (21, 48), (48, 48)]
-    assert strip(found).width <= WIDEST
+    explanation = tiny.explain(pictures, "<image> and <image> and <image>?", "A dog.")
+    sound(explanation)
+    assert [p.tokens for p in explanation.pictures] == [(0, 4), (4, 8), (8, 12)]
+    assert [p.heat.shape[1:] for p in explanation.pictures] == [(48, 21), (21, 48), (48, 48)]
+    assert strip(explanation).width <= WIDEST
 
 
 def test_an_earlier_picture_counts(tiny: Assistant, models: ModuleType) -> None:
@@ -99,31 +101,33 @@ def test_an_earlier_picture_counts(tiny: Assistant, models: ModuleType) -> None:
             user_message("Why?"),
         )
     )
-    found = explain(tiny, talk, "It runs.")
-    sound(found)
-    assert found.question == "Why?"
-    assert [word.text for word in found.words] == ["It", "runs", "."]
+    explanation = explain(tiny, talk, "It runs.")
+    sound(explanation)
+    assert explanation.question == "Why?"
+    assert [word.text for word in explanation.words] == ["It", "runs", "."]
 
 
 def test_occlusion_is_what_a_greyed_region_costs(tiny: Assistant, models: ModuleType) -> None:
     picture = models.picture(80, 60)
-    found = tiny.explain(picture, "What?", "A dog.", occlusion=2)
-    lost = found.pictures[0].occlusion
+    explanation = tiny.explain(picture, "What?", "A dog.", occlusion=2)
+    lost = explanation.pictures[0].occlusion
     assert lost is not None
     assert lost.shape == (3, 2, 2)
     greyed = picture.copy()
     greyed.paste(tiny.model.config.image.pad_color, (40, 0, 80, 30))
     other = tiny.explain(greyed, "What?", "A dog.")
-    assert np.allclose(lost[:, 0, 1], found.reliance.shown - other.reliance.shown, atol=1e-4)
+    assert np.allclose(lost[:, 0, 1], explanation.reliance.shown - other.reliance.shown, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_a_grey_picture_is_not_leant_on(tiny: Assistant, kind: tuple[float, float]) -> None:
     grey = plain_picture((64, 48), tiny.model.config.image.pad_color, *kind)
-    found = tiny.explain(grey, "What?", "A dog.")
-    assert found.reliance.score < 1e-4  # no more than the same picture, or one that suits the answer better
-    assert not found.reliance.leans
-    assert "does not lean" in found.reliance.verdict()
+    explanation = tiny.explain(grey, "What?", "A dog.")
+    assert (
+        explanation.reliance.score < 1e-4
+    )  # no more than the same picture, or one that suits the answer better
+    assert not explanation.reliance.leans
+    assert "does not lean" in explanation.reliance.verdict()
 
 
 def test_the_score_is_the_mean_loss() -> None:
@@ -138,23 +142,23 @@ def test_the_score_is_the_mean_loss() -> None:
 
 
 def test_hundreds_of_words(tiny: Assistant, models: ModuleType) -> None:
-    found = models.assistant(models.tiny(models.ARCHITECTURES["SigLIP + SmolLM2, pad"])).explain(
+    explanation = models.assistant(models.tiny(models.ARCHITECTURES["SigLIP + SmolLM2, pad"])).explain(
         models.picture(60, 40), "What?", " ".join("dogs"[n % 4] for n in range(300))
     )
-    sound(found)
-    assert len(found.words) == 300
-    assert strip(found).width <= WIDEST
-    assert strip(found).height < 4000
+    sound(explanation)
+    assert len(explanation.words) == 300
+    assert strip(explanation).width <= WIDEST
+    assert strip(explanation).height < 4000
     with pytest.raises(InputError, match="context is 256"):
         tiny.explain(models.picture(60, 40), "What?", "dog " * 300)
 
 
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1)])
 def test_the_thinnest_pictures(tiny: Assistant, size: tuple[int, int]) -> None:
-    found = tiny.explain(Image.new("RGB", size, (200, 30, 30)), "What?", "A dog.")
-    sound(found)
-    assert min(strip(found).size) > 100
-    note_text = " ".join(to_json(found)["notes"])
+    explanation = tiny.explain(Image.new("RGB", size, (200, 30, 30)), "What?", "A dog.")
+    sound(explanation)
+    assert min(strip(explanation).size) > 100
+    note_text = " ".join(to_json(explanation)["notes"])
     assert ("so thin" in note_text) == (max(size) > 1)
 
 
@@ -163,12 +167,12 @@ def test_an_empty_answer_is_a_clear_page(tiny: Assistant, models: ModuleType) ->
         def stream(self, messages: Any, **sampling: Any) -> Any:
             return iter(("", " \n"))
 
-    found = Silent(tiny.model, tiny.processor).explain(models.picture(40, 40), "What?")
-    assert (found.answer, found.words) == ("", ())
-    assert not found.reliance.leans
-    assert "no words" in found.reliance.verdict()
-    assert strip(found).height > 50
-    assert "no words" in html(found)
+    explanation = Silent(tiny.model, tiny.processor).explain(models.picture(40, 40), "What?")
+    assert (explanation.answer, explanation.words) == ("", ())
+    assert not explanation.reliance.leans
+    assert "no words" in explanation.reliance.verdict()
+    assert strip(explanation).height > 50
+    assert "no words" in html(explanation)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +196,9 @@ def test_an_empty_answer_is_a_clear_page(tiny: Assistant, models: ModuleType) ->
     ],
 )
 def test_what_is_refused(tiny: Assistant, models: ModuleType, change: dict[str, Any], message: str) -> None:
-    given = {"images": models.picture(40, 40), "question": "What?", **change}
+    explain_arguments = {"images": models.picture(40, 40), "question": "What?", **change}
     with pytest.raises(InputError, match=message):
-        tiny.explain(given.pop("images"), given.pop("question"), **given)
+        tiny.explain(explain_arguments.pop("images"), explain_arguments.pop("question"), **explain_arguments)
 
 
 class Links(HTMLParser):
@@ -210,8 +214,8 @@ class Links(HTMLParser):
 
 def test_a_page_needs_nothing_and_no_text_escapes(tiny: Assistant, models: ModuleType) -> None:
     evil = "</script><script src='https://example.org/x.js'></script><img src=x onerror=alert(1)>"
-    found = tiny.explain(models.picture(40, 40), evil, "A " + evil)
-    page_html = html(found)
+    explanation = tiny.explain(models.picture(40, 40), evil, "A " + evil)
+    page_html = html(explanation)
     links = Links()
     links.feed(page_html)
     assert links.found == []
@@ -230,65 +234,67 @@ def test_json_holds_the_arrays(tiny: Assistant, models: ModuleType) -> None:
     picture = models.picture(90, 40)
     question = Conversation((user_message("What?", [picture]),))
     data = json.loads(json.dumps(explanation_json(tiny, question, "A 😀 dog.")))
-    found = tiny.explain(picture, "What?", "A 😀 dog.")
+    explanation = tiny.explain(picture, "What?", "A 😀 dog.")
     assert [word["text"] for word in data["words"]] == ["A", "😀", "dog", "."]
     assert [word["start"] for word in data["words"]] == [0, 2, 5, 8]  # UTF-16, as browsers count
     assert "source" not in data["pictures"][0]
-    assert data["reliance"]["leans"] == found.reliance.leans
+    assert data["reliance"]["leans"] == explanation.reliance.leans
     method = next(m for m in data["methods"] if m["name"] == DEFAULT)
-    assert np.allclose(unpacked(method["weights"]), found.weights, atol=1 / 255)
-    attention = unpacked(data["attention"]["packed"]).reshape(found.attention.shape)
-    assert np.allclose(attention, found.attention, atol=found.attention.max() / 255)
+    assert np.allclose(unpacked(method["weights"]), explanation.weights, atol=1 / 255)
+    attention = unpacked(data["attention"]["packed"]).reshape(explanation.attention.shape)
+    assert np.allclose(attention, explanation.attention, atol=explanation.attention.max() / 255)
 
 
 def test_a_page_leaves_out_heads_then_layers(
     tiny: Assistant, models: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = tiny.explain(models.picture(40, 40), "What?", "A dog.")
+    explanation = tiny.explain(models.picture(40, 40), "What?", "A dog.")
     for limit, heads in ((4 * 2**20, 4), (4 * 2 * 8, 1), (1, None)):
         monkeypatch.setattr("pumice.explain.page.LIMIT", limit)
-        data = to_json(found)
+        data = to_json(explanation)
         assert (data["attention"] and data["attention"]["heads"]) == heads
         assert bool(data["notes"]) == (heads != 4)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no node to run the page's script")
 def test_the_browser_paints_the_same_map(tiny: Assistant, models: ModuleType) -> None:
-    found = tiny.explain(models.picture(90, 40), "What?", "A dog.")
-    data = to_json(found)["pictures"][0]
-    weights = found.weights[1].tolist()
+    explanation = tiny.explain(models.picture(90, 40), "What?", "A dog.")
+    data = to_json(explanation)["pictures"][0]
+    weights = explanation.weights[1].tolist()
     script = f"""
     import {{ paint }} from {json.dumps(PAGE_JS.as_uri())};
     const bytes = Uint8Array.from(Buffer.from({json.dumps(data["boxes"])}, 'base64'));
     const boxes = new Float32Array(bytes.buffer);
     console.log(JSON.stringify([...paint({weights}, boxes, {json.dumps(data["grid"])})]));
     """
-    done = subprocess.run(
+    process = subprocess.run(
         ["node", "--input-type=module", "-"], input=script, capture_output=True, text=True, check=True
     )
-    heat = found.pictures[0].heat[1]
-    assert np.allclose(np.array(json.loads(done.stdout)).reshape(heat.shape), heat, atol=1e-5)
+    heat = explanation.pictures[0].heat[1]
+    assert np.allclose(np.array(json.loads(process.stdout)).reshape(heat.shape), heat, atol=1e-5)
 
 
 def test_the_page_in_a_browser(tiny: Assistant, models: ModuleType, page: Page, tmp_path: Path) -> None:
-    found = tiny.explain([models.picture(90, 40), models.picture(1, 4000)], "What?", "A dog.", occlusion=2)
-    (tmp_path / "page.html").write_text(html(found), encoding="utf-8")
+    explanation = tiny.explain(
+        [models.picture(90, 40), models.picture(1, 4000)], "What?", "A dog.", occlusion=2
+    )
+    (tmp_path / "page.html").write_text(html(explanation), encoding="utf-8")
     page.goto((tmp_path / "page.html").as_uri())
     caption, word = page.locator("figcaption").first, page.locator(".px-word")
     assert word.all_inner_texts() == ["A", "dog", "."]
     heat = page.get_by_label("heat")
-    seen = []
+    decoded = []
     for method in (DEFAULT, "raw", "occlusion"):
         heat.select_option(method)
         word.nth(1).hover()
         page.wait_for_function("() => document.querySelector('figcaption').textContent !== ''")
         assert "“dog”" in caption.inner_text()
-        seen.append(caption.inner_text())
+        decoded.append(caption.inner_text())
         page.mouse.move(0, 0)
         page.wait_for_function("() => document.querySelector('figcaption').textContent === ''")
-    lost = found.pictures[0].occlusion
+    lost = explanation.pictures[0].occlusion
     assert lost is not None
-    assert f"{max(lost[1].max(), 0):.2f} nats" in seen[2]
+    assert f"{max(lost[1].max(), 0):.2f} nats" in decoded[2]
     assert "so thin" in page.locator(".px-note").last.inner_text()
     word.first.focus()
     for key in ("End", "Enter", "ArrowLeft"):

@@ -108,7 +108,7 @@ def write_gguf() -> WriteGguf:
                 writer.add_float32(name, value)
             else:
                 writer.add_uint32(name, int(value))
-        theirs = tensor_names.inverse(tensor_names.gguf_decoder(config))
+        gguf_names = tensor_names.inverse(tensor_names.gguf_decoder(config))
         exact = {}
         for name, tensor in (extra or {}).items():
             writer.add_tensor(name, tensor.numpy())
@@ -118,7 +118,7 @@ def write_gguf() -> WriteGguf:
             stored = (permute(tensor, heads) if permuted and heads else tensor).numpy().astype(np.float32)
             quant = gguf.GGMLQuantizationType[quantised if tensor.dim() == 2 else "F32"]
             data = gguf.quants.quantize(stored, quant)
-            writer.add_tensor(str(theirs[name]), data, raw_dtype=quant)
+            writer.add_tensor(str(gguf_names[name]), data, raw_dtype=quant)
             # Rows are whole blocks, so quantising commutes with the permutation.
             exact[name] = torch.from_numpy(
                 gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), quant), quant).copy()
@@ -190,13 +190,13 @@ def randomise(model: Any, seed: int = 0) -> None:
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A folder as transformers writes it, by kind: llava, siglip, next, onevision. Not to be changed."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("hf") / "model"
-            _write_llava(made[kind], kind)
-        return made[kind]
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("hf") / "model"
+            _write_llava(folders[kind], kind)
+        return folders[kind]
 
     return make
 
@@ -238,12 +238,12 @@ def parts_of(tmp_path_factory: pytest.TempPathFactory, llava: Callable[[str], Pa
     """The `llava` above taken apart: folders of a CLIP vision tower and of a bare Llama."""
     import transformers
 
-    whole = transformers.LlavaForConditionalGeneration.from_pretrained(llava("llava"), dtype=torch.float32)
+    hf_model = transformers.LlavaForConditionalGeneration.from_pretrained(llava("llava"), dtype=torch.float32)
     tower, llm = (tmp_path_factory.mktemp("parts") / name for name in ("tower", "llm"))
-    whole.model.vision_tower.save_pretrained(tower)
+    hf_model.model.vision_tower.save_pretrained(tower)
     write(tower / "preprocessor_config.json", PIXELS)
-    language = transformers.LlamaForCausalLM(whole.config.text_config)
-    language.model, language.lm_head = whole.model.language_model, whole.lm_head
+    language = transformers.LlamaForCausalLM(hf_model.config.text_config)
+    language.model, language.lm_head = hf_model.model.language_model, hf_model.lm_head
     language.save_pretrained(llm)
     write_tokenizer(llm)
     return tower, llm

@@ -26,8 +26,8 @@ def test_names_are_those_of_our_tower(tmp_path: Path) -> None:
     torch.save(published(), tmp_path / "t.pth")
     state = open_efficientnet_lite(tmp_path / "t.pth")
     with torch.device("meta"):
-        ours = EfficientNetLite(VisionConfig()).state_dict()
-    assert state.keys() == {name for name in ours if not name.endswith("num_batches_tracked")}
+        our_state = EfficientNetLite(VisionConfig()).state_dict()
+    assert state.keys() == {name for name in our_state if not name.endswith("num_batches_tracked")}
     source = published()
     assert state["stem.norm.bias"].read() == source["_bn0.bias"]
     assert state["head.norm.bias"].read() == source["_bn1.bias"]

@@ -200,8 +200,8 @@ def test_weights_are_stored_as_they_were_or_as_asked(llava: LoadedParts, tmp_pat
     for folder, dtype in (("kept", torch.bfloat16), ("cast", torch.float16)):
         state = open_weights(tmp_path / folder)
         assert {tensor.dtype for tensor in state.values()} == {dtype}
-        said = json.loads((tmp_path / folder / "config.json").read_text())["torch_dtype"]
-        assert f"torch.{said}" == str(dtype)
+        stored_dtype = json.loads((tmp_path / folder / "config.json").read_text())["torch_dtype"]
+        assert f"torch.{stored_dtype}" == str(dtype)
 
 
 def test_command(llava: LoadedParts, tmp_path: Path) -> None:
@@ -210,8 +210,8 @@ def test_command(llava: LoadedParts, tmp_path: Path) -> None:
     arguments = ["export", str(tmp_path / "model"), "--to", "gguf", str(tmp_path / "out"), "--json"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
-    assert said["files"] == ["mmproj-f16.gguf", "model-f16.gguf"]
+    report = json.loads(result.stdout)
+    assert report["files"] == ["mmproj-f16.gguf", "model-f16.gguf"]
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2
     assert "exists already" in again.stderr

@@ -39,10 +39,10 @@ def test_the_imported_folder_is_the_model(llava: Llavas, tmp_path: Path, kind: s
     assert sorted(contents(tmp_path / "m")) == [
         "config.json", "model.safetensors", "provenance.json", "tokenizer.json"
     ]  # fmt: skip
-    there, here = open_model(llava(kind)), open_model(tmp_path / "m")
-    assert here.model.config == there.model.config
-    state = here.model.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in there.model.state_dict().items())
+    original, imported = open_model(llava(kind)), open_model(tmp_path / "m")
+    assert imported.model.config == original.model.config
+    state = imported.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in original.model.state_dict().items())
     import_model(str(tmp_path / "m"), tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "m")
 
@@ -50,22 +50,22 @@ def test_the_imported_folder_is_the_model(llava: Llavas, tmp_path: Path, kind: s
 def test_provenance_says_where_it_comes_from(llava: Llavas, tmp_path: Path) -> None:
     source = llava("llava")
     import_model(str(source), tmp_path / "m", template="v1")
-    found = json.loads((tmp_path / "m" / "provenance.json").read_text())["imported"]
+    imported = json.loads((tmp_path / "m" / "provenance.json").read_text())["imported"]
     digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
-    assert found["kind"] == "a LLaVA of transformers"
-    assert found["model"] == {"source": str(source), "sha256": {"model.safetensors": digest}}
-    assert found["assumed"] == []
+    assert imported["kind"] == "a LLaVA of transformers"
+    assert imported["model"] == {"source": str(source), "sha256": {"model.safetensors": digest}}
+    assert imported["assumed"] == []
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_another_type(llava: Llavas, tmp_path: Path, dtype: str) -> None:
     import_model(str(llava("llava")), tmp_path / "m", dtype=dtype)
-    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    expected_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     state = load_file(tmp_path / "m" / "model.safetensors")
-    assert {tensor.dtype for tensor in state.values()} == {wanted}
-    kept = load_file(tmp_path / "m" / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {expected_dtype}
+    stored_tensors = load_file(tmp_path / "m" / "model.safetensors")
     import_model(str(tmp_path / "m"), tmp_path / "kept")
-    assert all(torch.equal(kept[name], tensor) for name, tensor in state.items())
+    assert all(torch.equal(stored_tensors[name], tensor) for name, tensor in state.items())
 
 
 def test_large_models_are_written_in_shards(
@@ -77,9 +77,9 @@ def test_large_models_are_written_in_shards(
     shards = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors*"))
     assert shards[-1] == "model.safetensors.index.json"
     assert len(shards) > 3
-    one, many = open_parts(tmp_path / "one").state, open_parts(tmp_path / "many").state
-    assert one.keys() == many.keys()
-    assert all(torch.equal(many[name].read(), tensor.read()) for name, tensor in one.items())
+    one, sharded = open_parts(tmp_path / "one").state, open_parts(tmp_path / "many").state
+    assert one.keys() == sharded.keys()
+    assert all(torch.equal(sharded[name].read(), tensor.read()) for name, tensor in one.items())
     monkeypatch.undo()
     import_model(str(llava("llava")), tmp_path / "many")  # the shards of before are gone
     assert [p.name for p in (tmp_path / "many").glob("*.safetensors*")] == ["model.safetensors"]
@@ -87,8 +87,8 @@ def test_large_models_are_written_in_shards(
 
 def test_a_bare_llm_and_a_bare_tower(parts_of: Parts, tmp_path: Path) -> None:
     tower, llm = map(str, parts_of)
-    done = import_model(llm, tmp_path / "m", tower=tower)
-    assert "the connector is fresh: train it first" in done.model.notes
+    imported = import_model(llm, tmp_path / "m", tower=tower)
+    assert "the connector is fresh: train it first" in imported.model.notes
     opened = open_model(tmp_path / "m")
     assert opened.model.config.vision.kind == "clip"
     assert opened.model.config.image.mode == "crop"
@@ -188,13 +188,13 @@ def test_nothing_is_written_of_a_bad_source(llava: Llavas, tmp_path: Path) -> No
 
 def test_the_command(llava: Llavas, tmp_path: Path) -> None:
     source, target = str(llava("llava")), str(tmp_path / "m")
-    done = CliRunner().invoke(app, ["import", source, target, "--template", "v1"])
-    assert done.exit_code == 0, done.output
-    assert f"{source} is a LLaVA of transformers\n" in done.stdout
-    assert done.stdout.endswith(f"The model is in {target}\n")
+    result = CliRunner().invoke(app, ["import", source, target, "--template", "v1"])
+    assert result.exit_code == 0, result.output
+    assert f"{source} is a LLaVA of transformers\n" in result.stdout
+    assert result.stdout.endswith(f"The model is in {target}\n")
     again = CliRunner().invoke(app, ["import", source, target, "--json"])
-    found = json.loads(again.stdout)
-    assert (found["folder"], found["template"], found["notes"]) == (target, "chatml", [])
+    report = json.loads(again.stdout)
+    assert (report["folder"], report["template"], report["notes"]) == (target, "chatml", [])
     for arguments in (["--dtype", "int8"], ["--base", "x"]):
         wrong = CliRunner().invoke(app, ["import", source, str(tmp_path / "n"), *arguments])
         assert (wrong.exit_code, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)

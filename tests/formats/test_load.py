@@ -34,12 +34,12 @@ def test_a_folder_that_is_no_model_and_a_name_that_is_nothing(tmp_path: Path) ->
 def test_a_tower_kept_as_stored_sees_the_same(llava: Callable[[str], Path], tmp_path: Path) -> None:
     import_model(str(llava("llava")), tmp_path / "half", dtype="fp16")
     widened = open_model(tmp_path / "half", merge=False).model
-    kept = open_model(tmp_path / "half").model
-    size = kept.config.vision.image_size
+    half_model = open_model(tmp_path / "half").model
+    size = half_model.config.vision.image_size
     pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(kept.encode(pixels), widened.encode(pixels))
+    assert torch.equal(half_model.encode(pixels), widened.encode(pixels))
     types = {parameter.dtype for parameter in widened.parameters()}
     assert types == {torch.float32}
-    half = [name for name, parameter in kept.named_parameters() if parameter.dtype == torch.float16]
+    half = [name for name, parameter in half_model.named_parameters() if parameter.dtype == torch.float16]
     assert half
     assert all(name.startswith("tower.") and name.endswith(".weight") for name in half)

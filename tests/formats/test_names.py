@@ -37,10 +37,10 @@ def test_hugging_face_names_map_one_to_one(family: str) -> None:
         )  # fmt: skip
     state = dict(model.state_dict())
     table = tensor_names.hf_decoder(config)
-    ours = tensor_names.convert(state, table)
-    assert len(ours) == len({name for name in state if table[name] is not None})
-    assert ours["blocks.1.mlp.down.weight"].shape == (16, 24)
-    back = tensor_names.convert(ours, tensor_names.inverse(table))
+    converted = tensor_names.convert(state, table)
+    assert len(converted) == len({name for name in state if table[name] is not None})
+    assert converted["blocks.1.mlp.down.weight"].shape == (16, 24)
+    back = tensor_names.convert(converted, tensor_names.inverse(table))
     assert back.keys() == {name for name in state if name in table and table[name] is not None}
     assert all(back[name] is state[name] for name in back)
 

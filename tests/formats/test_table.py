@@ -20,19 +20,19 @@ CELLS = [(name, to) for name, row in GOLDEN.items() for to in row]
 
 def worse(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     """What got worse, in words."""
-    found = []
+    rows = []
     if now["refused"] is not None and then["refused"] is None:
-        found.append(f"it is refused now: {now['refused']}")
+        rows.append(f"it is refused now: {now['refused']}")
     for key in ("greedy", "bytes"):
         if then[key] and now[key] is not True and not (key == "greedy" and now["skipped"]):
-            found.append(f"{key} was equal and is {now[key]}")
+            rows.append(f"{key} was equal and is {now[key]}")
     # Another processor sums up in another order; three times as much is no accident.
     if (
         None not in (now["difference"], then["difference"])
         and now["difference"] > 3 * then["difference"] + 1e-5
     ):
-        found.append(f"logits differ by {now['difference']:.1e}, it was {then['difference']:.1e}")
-    return found
+        rows.append(f"logits differ by {now['difference']:.1e}, it was {then['difference']:.1e}")
+    return rows
 
 
 @pytest.mark.parametrize(("name", "to"), CELLS)

@@ -142,15 +142,17 @@ def sure_questions() -> list[tuple[str, str]]:
     ]
     words = ["What is it?", "Its colour?", "Who?", "Where?", "How many?", "Is it?", "Why?", "A cat?", "And?"]
     rows = [(f"pictures/{n % 4}.png", text) for n, text in enumerate(words * 3)]
-    told = [assistant.ask_many(rows, max_new_tokens=6) for assistant in opened]
-    return [row for row, *answers in zip(rows, *told, strict=True) if len(set(map(str, answers))) == 1][:6]
+    all_answers = [assistant.ask_many(rows, max_new_tokens=6) for assistant in opened]
+    return [
+        row for row, *answers in zip(rows, *all_answers, strict=True) if len(set(map(str, answers))) == 1
+    ][:6]
 
 
 def torn(path: Path, target: Path, whole_lines: int) -> None:
     """The beginning of an append-only file as a process leaves it that is killed: its last line is cut."""
     data = path.read_bytes().splitlines(keepends=True)
-    rest = data[whole_lines]
-    target.write_bytes(b"".join(data[:whole_lines]) + rest[: len(rest) // 2])
+    remaining = data[whole_lines]
+    target.write_bytes(b"".join(data[:whole_lines]) + remaining[: len(remaining) // 2])
 
 
 @contextlib.contextmanager
@@ -184,21 +186,21 @@ def keep(*names: str, to: Path) -> None:
 def make_training() -> None:
     """A run that was killed in its fifth step, and where the same run ends."""
     done("train", "recipe.yaml", "--set", "output=before")  # sees every picture, so the cache is whole
-    with Watch().watching() as seen:
+    with Watch().watching() as watch:
         done("train", "recipe.yaml")
-    assert seen.looks == 0
+    assert watch.looks == 0
     last = f"run/checkpoints/step-{2 * HALF:06d}"
     keep("run/recipe.yaml", f"run/checkpoints/step-{HALF:06d}", "features", to=FILES)
     events = Path("run/metrics.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in events if json.loads(line)["step"] <= HALF + 1]
-    (FILES / "run" / "metrics.jsonl").write_text("".join(kept))
+    events_to_keep = [line for line in events if json.loads(line)["step"] <= HALF + 1]
+    (FILES / "run" / "metrics.jsonl").write_text("".join(events_to_keep))
     keep("run/metrics.jsonl", "run/model", f"{last}/state.json", f"{last}/rng-00000.safetensors", to=ENDS)
     provenance = ENDS / "run" / "model" / "provenance.json"
     values = read(provenance)
     for stage in values["stages"]:
         stage["versions"]["machine"] = "any"
     provenance.write_text(json.dumps(values, indent=1))
-    (ENDS / "steps.json").write_text(json.dumps(seen.steps))
+    (ENDS / "steps.json").write_text(json.dumps(watch.steps))
     (FILES / "features" / ".lock").unlink(missing_ok=True)
 
 
@@ -210,8 +212,8 @@ def make_answers() -> None:
     assistant = pumice.load("model", device="cpu", quantize=None)
     answers = assistant.ask_many(rows, out="asked.jsonl", max_new_tokens=4)
     logits = assistant.logits(*rows[0])[-1]
-    told = {"rows": rows, "answers": answers, "logits": [round(x, 5) for x in logits.tolist()]}
-    (ENDS / "answers.json").write_text(json.dumps(told, indent=1))
+    record = {"rows": rows, "answers": answers, "logits": [round(x, 5) for x in logits.tolist()]}
+    (ENDS / "answers.json").write_text(json.dumps(record, indent=1))
     trained = pumice.load("run/model", device="cpu", quantize=None)
     (ENDS / "trained.json").write_text(json.dumps([trained.logits(*row)[-1].tolist() for row in rows[:2]]))
 

@@ -47,7 +47,7 @@ def command(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))
 
 
-def done(*words: str) -> Result:
+def run_pumice(*words: str) -> Result:
     """The same of a command that must succeed."""
     result = command(*words)
     assert result.exit_code == 0, f"pumice {' '.join(words)}: {result.output}"
@@ -60,20 +60,20 @@ def read(path: Path) -> Any:
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
-def differences(now: Any, then: Any, where: str = "$") -> list[str]:
+def differences(now: Any, then: Any, path: str = "$") -> list[str]:
     """Where two JSON values differ; floats may by a thousandth, as another processor rounds otherwise."""
     if isinstance(now, dict) and isinstance(then, dict):
-        found = [f"{where}: keys {sorted(now.keys() ^ then.keys())}"] if now.keys() != then.keys() else []
+        differing = [f"{path}: keys {sorted(now.keys() ^ then.keys())}"] if now.keys() != then.keys() else []
         shared = now.keys() & then.keys()
         for key in sorted(shared):
-            found += differences(now[key], then[key], f"{where}.{key}")
-        return found
+            differing += differences(now[key], then[key], f"{path}.{key}")
+        return differing
     if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
         pairs = enumerate(zip(now, then, strict=True))
-        return [d for n, (a, b) in pairs for d in differences(a, b, f"{where}[{n}]")]
+        return [d for n, (a, b) in pairs for d in differences(a, b, f"{path}[{n}]")]
     if isinstance(now, float) and isinstance(then, float):
-        return [] if math.isclose(now, then, rel_tol=1e-3, abs_tol=1e-4) else [f"{where}: {now} was {then}"]
-    return [] if type(now) is type(then) and now == then else [f"{where}: {now!r} was {then!r}"]
+        return [] if math.isclose(now, then, rel_tol=1e-3, abs_tol=1e-4) else [f"{path}: {now} was {then}"]
+    return [] if type(now) is type(then) and now == then else [f"{path}: {now!r} was {then!r}"]
 
 
 # --- a run of training, seen through torch's own hooks
@@ -136,8 +136,8 @@ class Teacher:
                 content = body["messages"][-1]["content"]
                 user = content if isinstance(content, str) else content[-1]["text"]
                 owner.asked.append(user)
-                said = {"role": "assistant", "content": owner.answer(user)}
-                choice = {"message": said, "finish_reason": "stop"}
+                message = {"role": "assistant", "content": owner.answer(user)}
+                choice = {"message": message, "finish_reason": "stop"}
                 usage = {"prompt_tokens": 40, "completion_tokens": 9}
                 data = json.dumps({"choices": [choice], "usage": usage}).encode()
                 self.send_response(200)
@@ -183,18 +183,20 @@ class Teacher:
 
 def helps() -> dict[str, list[str]]:
     """The text of every `--help`, by command, without what a terminal's width decides."""
-    found: dict[str, list[str]] = {}
+    help_texts: dict[str, list[str]] = {}
 
     def visit(group: Any, words: tuple[str, ...]) -> None:
         result = CliRunner().invoke(app, [*words, "--help"], terminal_width=10_000, color=False)
         assert result.exit_code == 0, result.output
         lines = (" ".join(line.split()) for line in result.stdout.splitlines())
-        found[" ".join(("pumice", *words))] = [re.sub(r"^Usage: \S+", "Usage: pumice", s) for s in lines if s]
+        help_texts[" ".join(("pumice", *words))] = [
+            re.sub(r"^Usage: \S+", "Usage: pumice", s) for s in lines if s
+        ]
         for name, inner in sorted(getattr(group, "commands", {}).items()):
             visit(inner, (*words, name))
 
     visit(typer.main.get_command(app), ())
-    return found
+    return help_texts
 
 
 def openapi() -> Any:
@@ -205,14 +207,14 @@ def openapi() -> Any:
     )
     assert process.stderr is not None
     try:
-        told = []
+        messages = []
         for line in process.stderr:
-            told.append(line)
+            messages.append(line)
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 url = json.loads(line)["url"]
                 break
         else:
-            raise AssertionError(f"the server did not start: {told}")
+            raise AssertionError(f"the server did not start: {messages}")
         with urllib.request.urlopen(f"{url}/openapi.json", timeout=60) as response:
             document = json.load(response)
     finally:
@@ -260,7 +262,7 @@ VOLATILE = {"seconds", "time", "version", "pumice", "created", "date"}  # keys w
 
 def printed(words: list[str]) -> Any:
     """What a command with --json prints, without what differs from one moment to the next."""
-    result = done(*words)
+    result = run_pumice(*words)
     return _settled(json.loads(result.stdout))
 
 
@@ -272,7 +274,7 @@ def output(name: str) -> Any:
         with Teacher() as teacher:
             return printed(teacher.command(*GENERATE[name]))
     if name == "import":
-        done(*JSON["export --to hf"])
+        run_pumice(*JSON["export --to hf"])
     return printed(JSON[name])
 
 
@@ -292,32 +294,32 @@ def doctor() -> list[str]:
     return sorted(_keys(json.loads(result.stdout), "$"))
 
 
-def _keys(value: Any, where: str) -> set[str]:
+def _keys(value: Any, path: str) -> set[str]:
     if isinstance(value, dict):
-        return {where}.union(*(_keys(inner, f"{where}.{key}") for key, inner in value.items()))
+        return {path}.union(*(_keys(inner, f"{path}.{key}") for key, inner in value.items()))
     if isinstance(value, list):
-        return {where}.union(*(_keys(inner, f"{where}[]") for inner in value))
-    return {where}
+        return {path}.union(*(_keys(inner, f"{path}[]") for inner in value))
+    return {path}
 
 
 def signatures() -> dict[str, list[str]]:
     """The parameters of `pumice.load` and of what `Assistant` offers, a line each."""
-    found = {"pumice": sorted(dir(pumice)), "load": _parameters(pumice.load)}
+    surface = {"pumice": sorted(dir(pumice)), "load": _parameters(pumice.load)}
     for name, value in sorted(vars(pumice.Assistant).items()):
         if inspect.isfunction(value) and (name == "__init__" or not name.startswith("_")):
-            found[f"Assistant.{name}"] = _parameters(value)
-    return found
+            surface[f"Assistant.{name}"] = _parameters(value)
+    return surface
 
 
 def _parameters(function: Any) -> list[str]:
-    kept = inspect.signature(function)
+    signature = inspect.signature(function)
     lines = [
         f"{p.kind.name} {p.name}"
         + ("" if p.annotation is p.empty else f": {p.annotation}")
         + ("" if p.default is p.empty else f" = {p.default!r}")
-        for p in kept.parameters.values()
+        for p in signature.parameters.values()
     ]
-    return [*lines, f"-> {kept.return_annotation}"]
+    return [*lines, f"-> {signature.return_annotation}"]
 
 
 # What a user's own kind of rows is made of.
@@ -334,7 +336,7 @@ def imports() -> list[list[str]]:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         texts += ["".join(cell["source"]) for cell in cells]
-    found = {("pumice", name) for name in dir(pumice)}
+    shown_imports = {("pumice", name) for name in dir(pumice)}
     shown = re.compile(
         r"^\s*(from\s+pumice[\w.]*\s+import\s+(?:\([^)]*\)|[^(#\n]+)|import\s+pumice[\w.]*)", re.M
     )
@@ -342,11 +344,11 @@ def imports() -> list[list[str]]:
         for statement in shown.findall(text):
             [node] = ast.parse(statement.strip()).body
             if isinstance(node, ast.ImportFrom):
-                found |= {(str(node.module), alias.name) for alias in node.names}
+                shown_imports |= {(str(node.module), alias.name) for alias in node.names}
             elif isinstance(node, ast.Import):
-                found |= {(alias.name, "") for alias in node.names}
-    found |= {("pumice.generate.kinds.base", name) for name in OF_KINDS}
-    return [list(pair) for pair in sorted(found)]
+                shown_imports |= {(alias.name, "") for alias in node.names}
+    shown_imports |= {("pumice.generate.kinds.base", name) for name in OF_KINDS}
+    return [list(pair) for pair in sorted(shown_imports)]
 
 
 @contextlib.contextmanager

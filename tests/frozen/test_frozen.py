@@ -45,7 +45,7 @@ def test_a_trained_model_answers_the_same(work: Path) -> None:
 @dataclass(frozen=True)
 class Resumed:
     folder: Path  # of the run
-    seen: Watch
+    watch: Watch
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resumed]:
     """`pumice train` again where a run was killed in its fifth step of six, two after a checkpoint."""
     work = tmp_path_factory.mktemp("resumed") / "work"
     shutil.copytree(FILES, work)
-    with inside(work), Watch().watching() as seen, pytest.MonkeyPatch.context() as patch:
+    with inside(work), Watch().watching() as watch, pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)  # a picture of the loss would take a second
         done("train", "recipe.yaml")
-    yield Resumed(work / "run", seen)
+    yield Resumed(work / "run", watch)
 
 
 def digests(tensors: Any) -> Counter[tuple[Any, ...]]:
@@ -137,9 +137,9 @@ def test_features_are_read_and_not_computed_again(resumed: Resumed) -> None:
 
 def test_without_features_the_tower_looks(work: Path) -> None:
     """So that the test above can fail."""
-    with Watch().watching() as seen:
+    with Watch().watching() as watch:
         done("ask", "pictures/0.png", "Who?", *MODEL, *EXACT, "--max-new-tokens", "1")
-    assert seen.looks == 1
+    assert watch.looks == 1
 
 
 # --- answers
@@ -149,9 +149,9 @@ STOOD = "what stood here"
 
 def alter_first(path: Path) -> None:
     """Another first answer than the model gives: where it stays, the question was not asked again."""
-    first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    first, _, remaining = path.read_text(encoding="utf-8").partition("\n")
     line = json.dumps({**json.loads(first), "answer": STOOD}, ensure_ascii=False)
-    path.write_text(f"{line}\n{rest}", encoding="utf-8")
+    path.write_text(f"{line}\n{remaining}", encoding="utf-8")
 
 
 def expected(name: str) -> list[Any]:
@@ -192,8 +192,8 @@ def test_predictions_go_on(work: Path) -> None:
 @pytest.mark.parametrize("path", [ENDS / "predictions.jsonl", Path("own", "llava.jsonl")])
 def test_predictions_are_scored_again(work: Path, path: Path) -> None:
     """Every answer was right, ours and in a file of LLaVA's form."""
-    found = evaluate(path)
-    assert (found["metrics"], found["answered"], found["partial"]) == ({"score": 100.0}, 6, False)
+    result = evaluate(path)
+    assert (result["metrics"], result["answered"], result["partial"]) == ({"score": 100.0}, 6, False)
 
 
 # --- a teacher's rows

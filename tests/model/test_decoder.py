@@ -296,16 +296,18 @@ def test_named_intermediates_are_the_residual_stream() -> None:
     torch.testing.assert_close(decoder.norm(out["decoder.blocks.2"]), hidden)
 
 
-@pytest.mark.parametrize("wanted", [[5], [0, 3, 3, 1], []])
-def test_wanted_rows_are_those_of_the_whole(wanted: list[int]) -> None:
+@pytest.mark.parametrize("row_ids", [[5], [0, 3, 3, 1], []])
+def test_wanted_rows_are_those_of_the_whole(row_ids: list[int]) -> None:
     """In any order, twice or not at all; the last block's MLP sees no others."""
     decoder = make(BASE)
-    tokens, rows, token_counts = ids(2, 6), torch.tensor(wanted, dtype=torch.long), list[int]()
-    decoder.blocks[-1].mlp.register_forward_pre_hook(lambda _, given: token_counts.append(given[0].shape[1]))
-    given = decoder.embed(tokens), torch.arange(6).expand(2, 6), Causal()
+    tokens, rows, token_counts = ids(2, 6), torch.tensor(row_ids, dtype=torch.long), list[int]()
+    decoder.blocks[-1].mlp.register_forward_pre_hook(
+        lambda _, inputs: token_counts.append(inputs[0].shape[1])
+    )
+    inputs = decoder.embed(tokens), torch.arange(6).expand(2, 6), Causal()
     # a product of fewer rows rounds otherwise: measured worst case 4e-7
-    torch.testing.assert_close(decoder(*given, rows=rows), decoder(*given)[:, rows], rtol=1e-5, atol=1e-5)
-    assert token_counts == [len(wanted), 6]
+    torch.testing.assert_close(decoder(*inputs, rows=rows), decoder(*inputs)[:, rows], rtol=1e-5, atol=1e-5)
+    assert token_counts == [len(row_ids), 6]
 
 
 def test_heads_that_cannot_share_are_refused() -> None:
@@ -316,10 +318,10 @@ def test_heads_that_cannot_share_are_refused() -> None:
 @pytest.mark.parametrize(("source", "target"), [(5, 2), (2, 5), (0, 8)])
 def test_the_cache_copies_cells_that_overlap(source: int, target: int) -> None:
     cache = KVCache(BASE, 16, torch.device("cpu"), torch.float32)
-    for kept in (cache.keys, cache.values):
-        kept.copy_(torch.arange(kept.numel()).view_as(kept))
+    for cached in (cache.keys, cache.values):
+        cached.copy_(torch.arange(cached.numel()).view_as(cached))
     before = cache.keys.clone(), cache.values.clone()
     cache.copy(source, target, 8)
-    for kept, old in zip((cache.keys, cache.values), before, strict=True):
+    for cached, old in zip((cache.keys, cache.values), before, strict=True):
         old[:, :, target : target + 8] = old[:, :, source : source + 8].clone()
-        assert torch.equal(kept, old)
+        assert torch.equal(cached, old)

@@ -60,9 +60,9 @@ def test_features_are_one_per_32_pixels_row_by_row(variant: str) -> None:
         spot = flat.clone()
         spot[..., 32 * row : 32 * row + 32, 32 * column : 32 * column + 32] = 3
         change = (model(spot) - model(flat)).abs().sum(-1)[0]
-        found = divmod(int(change.argmax()), 10)
-        assert abs(found[0] - row) <= 1
-        assert abs(found[1] - column) <= 1
+        position = divmod(int(change.argmax()), 10)
+        assert abs(position[0] - row) <= 1
+        assert abs(position[1] - column) <= 1
 
 
 def same(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
@@ -89,9 +89,9 @@ def test_padding_is_that_of_tensorflow(size: int, kernel: int, stride: int) -> N
     layer = ConvNorm(1, 1, kernel, stride, act=False).double().eval()
     x = torch.randn(1, 1, size, size, dtype=torch.float64)
     with torch.no_grad():
-        found = layer(x)[0, 0].numpy() * math.sqrt(1 + 1e-3)  # the fresh norm divides by this
+        actual = layer(x)[0, 0].numpy() * math.sqrt(1 + 1e-3)  # the fresh norm divides by this
     expected = same(x[0, 0].numpy(), layer.conv.weight[0, 0].detach().numpy(), stride)
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
 def test_height_and_width_are_padded_each_by_its_own_size() -> None:
@@ -151,17 +151,17 @@ def test_finer_features_stand_beside_those_of_the_same_pixels(fine: int, channel
     plain = tower("lite0").eval()
     plain.load_state_dict(joined.state_dict())  # no weight of its own
     pixels = torch.randn(2, 3, 96, 96)
-    kept: list[torch.Tensor] = []
+    block_outputs: list[torch.Tensor] = []
     with torch.inference_mode():
         for block in joined.blocks:
-            block.register_forward_hook(lambda _, __, found: kept.append(found))
-        found = joined(pixels)
-        assert torch.equal(found[..., :1280], plain(pixels))
-    assert found.shape == (2, 9, width)
-    maps = [x for x in kept if x.shape[-1] == 96 // fine]
+            block.register_forward_hook(lambda _, __, output: block_outputs.append(output))
+        actual = joined(pixels)
+        assert torch.equal(actual[..., :1280], plain(pixels))
+    assert actual.shape == (2, 9, width)
+    maps = [x for x in block_outputs if x.shape[-1] == 96 // fine]
     last = maps[-1]  # the deepest of that stride
     assert last.shape[1] == channels
-    beside = found[..., 1280:].view(2, 3, 3, factor, factor, channels)
+    beside = actual[..., 1280:].view(2, 3, 3, factor, factor, channels)
     for row, column in ((0, 0), (1, 2)):
         square = last[:, :, row * factor : (row + 1) * factor, column * factor : (column + 1) * factor]
         channels_last = square.permute(0, 2, 3, 1).flatten(1)

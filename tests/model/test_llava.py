@@ -46,12 +46,12 @@ def test_pictures_of_several_rows_go_to_their_places_in_order(model: Llava) -> N
         [1, X, X, X, X, 2, X, X, X, X, 3],
         [4, 5, 6, 7, X, X, X, X, 8, 9, 10],
     ])  # fmt: skip
-    given = tokens(3)
-    merged = model.merge(ids, given)
+    image_tokens = tokens(3)
+    merged = model.merge(ids, image_tokens)
     embed = model.decoder.embed.weight
-    assert torch.equal(merged[0, 1:5], given[0])
-    assert torch.equal(merged[0, 6:10], given[1])
-    assert torch.equal(merged[1, 4:8], given[2])
+    assert torch.equal(merged[0, 1:5], image_tokens[0])
+    assert torch.equal(merged[0, 6:10], image_tokens[1])
+    assert torch.equal(merged[1, 4:8], image_tokens[2])
     for row, column in (ids != X).nonzero().tolist():
         assert torch.equal(merged[row, column], embed[ids[row, column]])
 
@@ -62,22 +62,22 @@ def test_placeholders_of_one_picture_need_not_be_adjacent(model: Llava) -> None:
     assert torch.equal(merged[0, [0, 2, 4, 5]], tokens(1)[0])
 
 
-@pytest.mark.parametrize(("wanted", "pictures"), [(4, 2), (8, 1), (3, 1), (0, 1), (4, None), (5, 1)])
-def test_both_counts_are_in_the_message(model: Llava, wanted: int, pictures: int | None) -> None:
-    ids = torch.tensor([[1, *[X] * wanted, 2]])
-    given = None if pictures is None else tokens(pictures)
+@pytest.mark.parametrize(("placeholders", "pictures"), [(4, 2), (8, 1), (3, 1), (0, 1), (4, None), (5, 1)])
+def test_both_counts_are_in_the_message(model: Llava, placeholders: int, pictures: int | None) -> None:
+    ids = torch.tensor([[1, *[X] * placeholders, 2]])
+    image_tokens = None if pictures is None else tokens(pictures)
     total = (pictures or 0) * N
     with pytest.raises(
-        ValueError, match=f"hold {wanted} image placeholders, the pictures give {total} tokens"
+        ValueError, match=f"hold {placeholders} image placeholders, the pictures give {total} tokens"
     ):
-        model.merge(ids, given)
+        model.merge(ids, image_tokens)
 
 
-@pytest.mark.parametrize("given", [None, torch.zeros(0, N, D)])
-def test_text_alone_needs_no_picture(model: Llava, given: Tensor | None) -> None:
+@pytest.mark.parametrize("image_tokens", [None, torch.zeros(0, N, D)])
+def test_text_alone_needs_no_picture(model: Llava, image_tokens: Tensor | None) -> None:
     ids = torch.tensor([[1, 2, 3]])
-    assert torch.equal(model.merge(ids, given), model.decoder.embed(ids))
-    assert model(ids, given).shape == (1, 3, D)
+    assert torch.equal(model.merge(ids, image_tokens), model.decoder.embed(ids))
+    assert model(ids, image_tokens).shape == (1, 3, D)
 
 
 def test_the_picture_changes_what_follows_it_and_nothing_before(model: Llava) -> None:
@@ -154,8 +154,8 @@ def test_tiles_are_encoded_picture_by_picture() -> None:
 def test_only_tiles_with_rows_have_a_newline() -> None:
     config = make().config
     assert "image_newline" not in make().state_dict()
-    whole = dataclasses.replace(config, image=dataclasses.replace(TILED, unpad=False))
-    assert "image_newline" not in Llava(whole).state_dict()
+    not_unpadded = dataclasses.replace(config, image=dataclasses.replace(TILED, unpad=False))
+    assert "image_newline" not in Llava(not_unpadded).state_dict()
     model = Llava(dataclasses.replace(config, image=TILED))
     newline = model.state_dict()["image_newline"]
     assert newline.shape == (D,) and newline.std() > 0

@@ -38,8 +38,10 @@ SIGLIP = dataclasses.replace(
 QWEN2 = dataclasses.replace(DECODER, qkv_bias=True)
 
 
-def tiles(side: int, most: int) -> ImagePolicy:
-    sizes = [(side * w, side * h) for w in range(1, most + 1) for h in range(1, most + 1) if w * h > 1]
+def tiles(side: int, max_tiles: int) -> ImagePolicy:
+    sizes = [
+        (side * w, side * h) for w in range(1, max_tiles + 1) for h in range(1, max_tiles + 1) if w * h > 1
+    ]
     return ImagePolicy("anyres", pinpoints=tuple(sizes))
 
 
@@ -61,8 +63,8 @@ SHAPES = [(50, 40), (16, 16), (9, 60), (70, 15), (100, 99)]  # width, height
 
 @dataclass
 class Pair:
-    theirs: Any
-    ours: Llava
+    hf_model: Any
+    model: Llava
     config: ModelConfig
 
     def layouts(self, sizes: list[tuple[int, int]]) -> list[Layout]:
@@ -72,13 +74,13 @@ class Pair:
 
     def pixels(self, sizes: list[tuple[int, int]]) -> Tensor:
         side = self.config.vision.image_size
-        seen = [to_tiles(picture(size), side, self.config.image) for size in sizes]
-        return torch.from_numpy(np.concatenate(seen))
+        tile_pixels = [to_tiles(picture(size), side, self.config.image) for size in sizes]
+        return torch.from_numpy(np.concatenate(tile_pixels))
 
-    def their_logits(self, ids: Tensor, sizes: list[tuple[int, int]], **more: Any) -> Tensor:
-        return self.theirs(**self.their_inputs(ids, sizes), **more).logits
+    def hf_logits(self, ids: Tensor, sizes: list[tuple[int, int]], **more: Any) -> Tensor:
+        return self.hf_model(**self.hf_inputs(ids, sizes), **more).logits
 
-    def their_inputs(self, ids: Tensor, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    def hf_inputs(self, ids: Tensor, sizes: list[tuple[int, int]]) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": ids.masked_fill(ids == IMAGE_TOKEN, IMAGE_ID)}
         if sizes:
             inputs["pixel_values"] = self.pixels(sizes)
@@ -87,7 +89,7 @@ class Pair:
         return inputs
 
     def image_tokens(self, sizes: list[tuple[int, int]]) -> Tensor | None:
-        return self.ours.encode(self.pixels(sizes), self.layouts(sizes)) if sizes else None
+        return self.model.encode(self.pixels(sizes), self.layouts(sizes)) if sizes else None
 
     def ids(self, sizes: list[tuple[int, int]], seed: int = 0) -> list[int]:
         """Text with the pictures among it."""
@@ -131,13 +133,13 @@ def make(name: str) -> Pair:
         options["image_grid_pinpoints"] = [[height, width] for width, height in config.image.pinpoints]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = getattr(transformers, f"{kind}Config")(**options)
-        theirs = getattr(transformers, f"{kind}ForConditionalGeneration")(made).eval()
-        for parameter in theirs.parameters():  # fresh biases are zero, fresh norms one: nothing would show
+        hf_config = getattr(transformers, f"{kind}Config")(**options)
+        hf_model = getattr(transformers, f"{kind}ForConditionalGeneration")(hf_config).eval()
+        for parameter in hf_model.parameters():  # fresh biases are zero, fresh norms one: nothing would show
             parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
-    ours = Llava(config).eval()
-    ours.load_state_dict(renamed(theirs.state_dict(), config))
-    return Pair(theirs, ours, config)
+    our_model = Llava(config).eval()
+    our_model.load_state_dict(renamed(hf_model.state_dict(), config))
+    return Pair(hf_model, our_model, config)
 
 
 def renamed(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -172,10 +174,10 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 def test_logits_equal(pair: Pair, pictures: int) -> None:
     sizes = SHAPES[:pictures]
     ids = torch.tensor([pair.ids(sizes)])
-    ours = pair.ours.decoder.logits(pair.ours(ids, pair.image_tokens(sizes)))
-    theirs = pair.their_logits(ids, sizes)
-    assert theirs.std() > 1
-    assert (ours - theirs).abs().max() < CLOSE
+    actual = pair.model.decoder.logits(pair.model(ids, pair.image_tokens(sizes)))
+    reference = pair.hf_logits(ids, sizes)
+    assert reference.std() > 1
+    assert (actual - reference).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -186,45 +188,45 @@ def test_logits_of_a_padded_batch_equal(pair: Pair, side: str) -> None:
     longest = max(map(len, written))
     ids, real = torch.zeros(4, longest, dtype=torch.long), torch.zeros(4, longest, dtype=torch.bool)
     for number, row in enumerate(written):
-        here = slice(longest - len(row), None) if side == "left" else slice(len(row))
-        ids[number, here], real[number, here] = torch.tensor(row), True
+        token_slice = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        ids[number, token_slice], real[number, token_slice] = torch.tensor(row), True
     positions = (real.cumsum(1) - 1).clamp_min(0)
     sizes = [size for row in rows for size in row]
-    theirs = pair.their_logits(ids, sizes, attention_mask=real.long(), position_ids=positions)
-    hidden = pair.ours(ids, pair.image_tokens(sizes), positions, Causal(padding=real))
-    ours = pair.ours.decoder.logits(hidden)
-    assert (ours - theirs)[real].abs().max() < CLOSE
+    reference = pair.hf_logits(ids, sizes, attention_mask=real.long(), position_ids=positions)
+    hidden = pair.model(ids, pair.image_tokens(sizes), positions, Causal(padding=real))
+    actual = pair.model.decoder.logits(hidden)
+    assert (actual - reference)[real].abs().max() < CLOSE
     for number, row in enumerate(rows):  # and a row alone has the logits that it has in the batch
-        alone = pair.ours(ids[number][real[number]][None], pair.image_tokens(row))
-        assert (pair.ours.decoder.logits(alone)[0] - ours[number][real[number]]).abs().max() < CLOSE
+        alone = pair.model(ids[number][real[number]][None], pair.image_tokens(row))
+        assert (pair.model.decoder.logits(alone)[0] - actual[number][real[number]]).abs().max() < CLOSE
 
 
 @torch.no_grad()
 def test_logits_with_a_cache_equal(pair: Pair) -> None:
     sizes = SHAPES[:2]
     ids = torch.tensor([[*pair.ids(sizes), 7, 8, 9]])
-    theirs = pair.their_logits(ids, sizes)[0, -4:]
+    reference = pair.hf_logits(ids, sizes)[0, -4:]
     cache = KVCache(pair.config.decoder, ids.shape[1], torch.device("cpu"), torch.float32)
     length = ids.shape[1] - 3
-    whole = [Segment(0, 0, length)]
+    segments = [Segment(0, 0, length)]
     prompt = ids[:, :length], pair.image_tokens(sizes)
-    steps = [pair.ours(*prompt, cache.positions(whole), cache.attend(whole))[:, -1]]
+    steps = [pair.model(*prompt, cache.positions(segments), cache.attend(segments))[:, -1]]
     for past, token in enumerate(ids[0, length:], length):
         one = [Segment(0, past, 1)]
-        steps.append(pair.ours(token.view(1, 1), None, cache.positions(one), cache.attend(one))[:, -1])
-    assert (pair.ours.decoder.logits(torch.cat(steps)) - theirs).abs().max() < CLOSE
+        steps.append(pair.model(token.view(1, 1), None, cache.positions(one), cache.attend(one))[:, -1])
+    assert (pair.model.decoder.logits(torch.cat(steps)) - reference).abs().max() < CLOSE
 
 
 @torch.no_grad()
 def test_greedy_answers_equal(pair: Pair) -> None:
     sizes = SHAPES[2:4]
     ids = pair.ids(sizes, seed=1)
-    inputs = pair.their_inputs(torch.tensor([ids]), sizes)
-    theirs = pair.theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
+    inputs = pair.hf_inputs(torch.tensor([ids]), sizes)
+    reference = pair.hf_model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
     prompt = Prompt(torch.tensor(ids), pair.image_tokens(sizes), SamplingParams(max_new_tokens=8))
-    assert len(set(theirs)) > 2
-    assert naive_generate(pair.ours, prompt) == theirs
-    assert [token for _, token in generate(pair.ours, [prompt]) if token is not None] == theirs
+    assert len(set(reference)) > 2
+    assert naive_generate(pair.model, prompt) == reference
+    assert [token for _, token in generate(pair.model, [prompt]) if token is not None] == reference
 
 
 def test_onevision_shrinks_a_large_map() -> None:

@@ -82,7 +82,7 @@ def test_a_decoder_computes_what_its_weights_stand_for(
 def test_a_prompt_and_an_answer_get_the_same_numbers(bits: str) -> None:
     decoder = make()
     quantize(decoder, bits)
-    whole = logits(decoder, rows=1, tokens=40)
+    at_once = logits(decoder, rows=1, tokens=40)
     cache = KVCache(decoder.config, 40, torch.device("cpu"), torch.float32)
     steps = []
     for token in range(40):
@@ -92,7 +92,7 @@ def test_a_prompt_and_an_answer_get_the_same_numbers(bits: str) -> None:
             hidden = decoder(x, cache.positions(segments), cache.attend(segments))
             steps.append(decoder.logits(hidden)[0].float())
     # An activation that rounds the other way moves more than fp32 does.
-    assert difference(torch.cat(steps), whole[0]) < 5e-3
+    assert difference(torch.cat(steps), at_once[0]) < 5e-3
 
 
 @BITS

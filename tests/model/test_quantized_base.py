@@ -18,14 +18,14 @@ from pumice.model.quantized_base import QuantizedLinear, quantize_base
 
 def decoder(**changes: bool) -> Decoder:
     torch.manual_seed(0)
-    made = Decoder(DecoderConfig(64, 64, 2, 4, 2, 16, 128, **changes))
-    add_lora(made, LoraConfig(rank=4, targets=("q", "down")))
-    for module in made.modules():
+    new_decoder = Decoder(DecoderConfig(64, 64, 2, 4, 2, 16, 128, **changes))
+    add_lora(new_decoder, LoraConfig(rank=4, targets=("q", "down")))
+    for module in new_decoder.modules():
         if isinstance(module, LoraLinear):
             nn.init.normal_(module.lora_b, std=0.1)
-    for name, parameter in made.named_parameters():
+    for name, parameter in new_decoder.named_parameters():
         parameter.requires_grad_("lora" in name)
-    return made
+    return new_decoder
 
 
 def gradients(model: Decoder) -> list[torch.Tensor]:

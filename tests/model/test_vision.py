@@ -56,12 +56,12 @@ def test_every_hidden_state_equals_transformers(base: VisionConfig, activation: 
     states = reference(photo(config), output_hidden_states=True).hidden_states
     assert len(states) == config.depth + 1
     for layer in range(-len(states), len(states)):
-        here = dataclasses.replace(config, layer=layer)
-        tower = ViT(here).eval()
+        layer_config = dataclasses.replace(config, layer=layer)
+        tower = ViT(layer_config).eval()
         tower.load_state_dict(vit.state_dict())
         expected = states[layer][:, 1:] if config.kind == "clip" else states[layer]
         actual = tower(photo(config))
-        assert actual.shape == (2, here.features, config.width)
+        assert actual.shape == (2, layer_config.features, config.width)
         assert (actual - expected).abs().max() < CLOSE
 
 

@@ -87,9 +87,9 @@ def test_a_picture_is_asked_about_together_and_grey_once_per_size(measure: Modul
     assistant = Knowing()
     measure.measure(assistant, measure.read_held_out(photos / "val"), photos)
     each = len(measure.PROMPTS) + 1
-    seen = [image for image, _ in assistant.asked]
-    assert seen[: 3 * each] == [photos / f"{name}.png" for name in CAPTIONS for _ in range(each)]
-    assert [image.size for image in seen[3 * each :]] == [(32, 24)] * each + [(32, 32)] * each
+    images = [image for image, _ in assistant.asked]
+    assert images[: 3 * each] == [photos / f"{name}.png" for name in CAPTIONS for _ in range(each)]
+    assert [image.size for image in images[3 * each :]] == [(32, 24)] * each + [(32, 32)] * each
 
 
 def test_a_limit_is_marked(measure: ModuleType, photos: Path) -> None:
@@ -117,8 +117,8 @@ def test_easy_vqa_is_asked_by_the_same_command(measure: ModuleType, photos: Path
     with pytest.raises(InputError, match="1 of 1 pictures are missing"):
         measure.read_easy_vqa(photos)
     Image.new("RGB", (32, 32)).save(photos / "test" / "images" / "0.png")
-    found = measure.easy_vqa(Knowing(), measure.read_easy_vqa(photos), "m")
-    assert (found["headline"]["value"], found["answered"], found["partial"]) == (0, 1, False)
+    result = measure.easy_vqa(Knowing(), measure.read_easy_vqa(photos), "m")
+    assert (result["headline"]["value"], result["answered"], result["partial"]) == (0, 1, False)
 
 
 def test_wrong_input_is_one_sentence(measure: ModuleType, photos: Path, capsys: Any) -> None:
@@ -179,10 +179,10 @@ def test_vqa_by_type_and_second_answers(
     written = ["--json", str(numbers), "--answers", str(answers)]
     assert measure.main(["--rows", str(val), "--photos", str(photos), *written]) == 0
     result = json.loads(numbers.read_text())
-    found = result["coco"]["photographs"]["vqa"]
-    assert found["number"]["accuracy"] == pytest.approx(1)  # "Two." is 2, which seven people said
-    assert found["other"]["accuracy"] == 0 and found["all"] == {
-        **found["all"],
+    photo_vqa = result["coco"]["photographs"]["vqa"]
+    assert photo_vqa["number"]["accuracy"] == pytest.approx(1)  # "Two." is 2, which seven people said
+    assert photo_vqa["other"]["accuracy"] == 0 and photo_vqa["all"] == {
+        **photo_vqa["all"],
         "accuracy": 0.5,
         "questions": 2,
     }
@@ -190,5 +190,5 @@ def test_vqa_by_type_and_second_answers(
     assert (result["conversations"], result["repeated"]) == (3, 1)
     last = json.loads(answers.read_text().splitlines()[-1])
     assert (last["said"], last["right"]) == ("Yes.", ["yes"])
-    told = capsys.readouterr().out
-    assert "| VQA v2, number (1) | 100.0 |" in told and "1 of 3 second answers repeat the first" in told
+    output = capsys.readouterr().out
+    assert "| VQA v2, number (1) | 100.0 |" in output and "1 of 3 second answers repeat the first" in output

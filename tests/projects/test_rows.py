@@ -26,10 +26,10 @@ def rows() -> Any:
     """The recipe's modules by name; its folder is on the path only while they are imported."""
     sys.path.insert(0, str(RECIPE))
     try:
-        found = {name: importlib.import_module(f"rows.{name}") for name in MODULES}
+        modules = {name: importlib.import_module(f"rows.{name}") for name in MODULES}
     finally:
         sys.path.remove(str(RECIPE))
-    return SimpleNamespace(**found)
+    return SimpleNamespace(**modules)
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +184,8 @@ def test_the_prompt_decides_the_form_of_the_answer(rows: Any) -> None:
     ],
 )
 def test_clauses_are_read(rows: Any, caption: str, clause: tuple[str, str] | None) -> None:
-    found = rows.grammar.read_clause(caption)
-    assert (found and (found.head, found.action)) == clause
+    parsed = rows.grammar.read_clause(caption)
+    assert (parsed and (parsed.head, parsed.action)) == clause
 
 
 def test_counts_and_colours_need_agreement(rows: Any) -> None:
@@ -203,9 +203,9 @@ def test_counts_and_colours_need_agreement(rows: Any) -> None:
 def test_refusals_are_balanced_and_true(rows: Any) -> None:
     photos = crowd_of_photos(rows)
     by_image = {p.image: p for p in photos}
-    found = rows.refusal.refusal_rows(photos, seed=0)
-    absent = [r for r in found if r["id"].endswith("absent")]
-    assert absent and len(absent) <= 0.65 * len(found)
+    photo_rows = rows.refusal.refusal_rows(photos, seed=0)
+    absent = [r for r in photo_rows if r["id"].endswith("absent")]
+    assert absent and len(absent) <= 0.65 * len(photo_rows)
     for entry in absent:
         judged = rows.mentions.mentions(by_image[entry["image"]].captions)
         assert any(name in entry["conversations"][0]["value"].lower() for name in judged.no)
@@ -221,15 +221,15 @@ def test_articles_and_names(rows: Any) -> None:
 
 
 def test_arithmetic_is_right(rows: Any) -> None:
-    made = rows.text_only.text_rows(0)
-    assert len(made) >= 600 and all("image" not in r for r in made)
+    text_rows = rows.text_only.text_rows(0)
+    assert len(text_rows) >= 600 and all("image" not in r for r in text_rows)
     pattern = re.compile(r"^(\d+) (plus|minus|times|divided by) (\d+) is (\d+)\.$")
     checked = 0
-    for entry in made:
+    for entry in text_rows:
         for turn in entry["conversations"]:
-            if found := pattern.match(turn["value"]):
-                a, b, result = int(found[1]), int(found[3]), int(found[4])
-                right = {"plus": a + b, "minus": a - b, "times": a * b, "divided by": a / b}[found[2]]
+            if match := pattern.match(turn["value"]):
+                a, b, result = int(match[1]), int(match[3]), int(match[4])
+                right = {"plus": a + b, "minus": a - b, "times": a * b, "divided by": a / b}[match[2]]
                 assert right == result
                 checked += 1
     assert checked > 30
@@ -244,16 +244,16 @@ def test_position_answers_agree_with_the_picture(rows: Any, tmp_path: Path) -> N
             assert picture.size == (224, 224)
             for placed in scene.things:
                 ink = rows.composites.INK[placed.thing.colour]
-                seen = picture.convert("RGB").getpixel((placed.x, placed.y))
-                assert max(abs(a - b) for a, b in zip(ink, seen, strict=True)) < 40
+                color = picture.convert("RGB").getpixel((placed.x, placed.y))
+                assert max(abs(a - b) for a, b in zip(ink, color, strict=True)) < 40
         turns = rows.scene_rows.scene_turns(scene, [p.thing for p in scene.things], seed=3)
         if scene.arrangement == "row":
             left, right = scene.things[0].thing.name, scene.things[-1].thing.name
             for _, answer in turns["position"]:
-                if found := re.search(
+                if match := re.search(
                     rf"the ({left}|{right}) is to the (left|right) of", answer, re.IGNORECASE
                 ):
-                    assert (found[1] == left) == (found[2] == "left")
+                    assert (match[1] == left) == (match[2] == "left")
                     checked += 1
     assert checked > 10
 
@@ -333,8 +333,8 @@ def scene(
     rows: Any, *labels: str, name: str = "p", boxes: Any = None, captions: tuple[str, ...] = (), **more: Any
 ) -> Any:
     shown = rows.base.Photo(name, f"coco/images/{name}.jpg", captions)
-    given = {"vqa": (), "statements": (), **more}
-    return rows.coco.Scene(shown, frozenset(labels), boxes, given["vqa"], given["statements"])
+    scene_fields = {"vqa": (), "statements": (), **more}
+    return rows.coco.Scene(shown, frozenset(labels), boxes, scene_fields["vqa"], scene_fields["statements"])
 
 
 def asked(question: str, *answers: str, image: str = "p.jpg") -> dict[str, Any]:
@@ -383,8 +383,8 @@ def test_answers_of_three_people_are_learned_in_proportion(rows: Any) -> None:
 
 
 def test_what_tells_sides_or_writing_is_never_mirrored(rows: Any) -> None:
-    given = (asked("Who is on the left?", *["man"] * 5), asked("What color is it?", *["red"] * 5))
-    plain, sided = rows.vqa.vqa_rows([scene(rows, vqa=given)], 0)
+    questions = (asked("Who is on the left?", *["man"] * 5), asked("What color is it?", *["red"] * 5))
+    plain, sided = rows.vqa.vqa_rows([scene(rows, vqa=questions)], 0)
     assert {r["conversations"][0]["value"].splitlines()[1][:4].lower() for r in sided} == {"who "}
     assert len(plain) == len(sided) == 4
     assert rows.coco.tells_sides("What does the sign say?") and not rows.coco.tells_sides("Is it signal red?")
@@ -394,13 +394,13 @@ def test_boxes_tell_numbers_and_sides(rows: Any) -> None:
     box = rows.coco.Box
     dogs = (box("dog", 0.0, 0.2, 0.2, 0.6), box("dog", 0.7, 0.2, 0.9, 0.6))
     far = (box("car", 0.5, 0.5, 0.51, 0.51), box("cat", 0.7, 0.1, 1.0, 0.5))
-    seen = scene(rows, "dog", "car", "cat", boxes=dogs + far)
-    texts = {question.lower(): answer for question, answer in rows.boxes.count_turns(seen, 0)}
+    dog_scene = scene(rows, "dog", "car", "cat", boxes=dogs + far)
+    texts = {question.lower(): answer for question, answer in rows.boxes.count_turns(dog_scene, 0)}
     assert any("dogs" in q and re.search("2|two", a) for q, a in texts.items())
     assert any("cats" in q and re.search("1|one", a) for q, a in texts.items())
     assert not any("cars" in question for question in texts)  # one that is too small may have neighbours
     assert sum(re.search(r"\b(0|no)\b", answer) is not None for answer in texts.values()) == 2
-    sides = rows.boxes.side_turns(seen, 0)
+    sides = rows.boxes.side_turns(dog_scene, 0)
     assert len(sides) == 1 and "cat" in sides[0][0] and "right" in sides[0][1].lower()
 
 
@@ -409,9 +409,9 @@ def test_a_following_answer_says_more_than_the_ones_before(rows: Any) -> None:
         scene(rows, "person", "skis", name=f"p{n}", vqa=(asked("What sport?", *["skiing"] * 10),))
         for n in range(60)
     ]
-    made = rows.follow_up.follow_up_rows(some, {}, 0)
-    assert len(made) > 40
-    for conversation in made:
+    row_list = rows.follow_up.follow_up_rows(some, {}, 0)
+    assert len(row_list) > 40
+    for conversation in row_list:
         turns = conversation["conversations"]
         answers = [rows.follow_up.content(turn["value"]) for turn in turns[1::2]]
         before: set[str] = set()
@@ -425,8 +425,8 @@ def test_a_following_answer_says_more_than_the_ones_before(rows: Any) -> None:
 def test_a_list_of_things_is_not_followed_by_whether_they_are_there(rows: Any) -> None:
     some = [scene(rows, "dog", "bed", name=f"p{n}") for n in range(40)]
     question = {s.photo.name: [rows.presence.Question(s.photo, "dog", True, "yes")] for s in some}
-    made = rows.follow_up.follow_up_rows(some, question, 0)
-    texts = [[turn["value"] for turn in row["conversations"]] for row in made]
+    row_list = rows.follow_up.follow_up_rows(some, question, 0)
+    texts = [[turn["value"] for turn in row["conversations"]] for row in row_list]
     listed = [row for row in texts if " and a" in row[1]]
     assert listed
     assert not any(re.search(r"\bdogs?\b", turn) for row in listed for turn in row[2::2])
@@ -473,16 +473,16 @@ def test_coco_is_read_split_and_written_beside_the_rest(build: ModuleType, tmp_p
     make_coco(tmp_path, 20)
     out = tmp_path / "out"
     build.build(tmp_path, out, composites={}, validation=4, coco_validation=6)
-    made = read_all(out)
+    written = read_all(out)
     for source in ("align", "captions", "presence", "list", "naming", "counting", "sides", "statements"):
-        assert made[f"train/coco_{source}.jsonl"], source
-    held = {entry["image"] for entry in made["val/coco_list.jsonl"]}
+        assert written[f"train/coco_{source}.jsonl"], source
+    held = {entry["image"] for entry in written["val/coco_list.jsonl"]}
     assert len(held) == 6
-    for name, entries in made.items():
+    for name, entries in written.items():
         if name.startswith("train/"):
             assert held.isdisjoint(entry.get("image") for entry in entries), name
-    asked_of = {entry["image"] for entry in made["val/vqa_test.jsonl"]}
+    asked_of = {entry["image"] for entry in written["val/vqa_test.jsonl"]}
     captioned = {e["image"] for e in json.loads((out / "val" / "coco_captions.json").read_text())}
     assert asked_of == held and captioned <= held
-    answers = Counter(entry["answer"] for entry in made["val/coco_presence.jsonl"])
+    answers = Counter(entry["answer"] for entry in written["val/coco_presence.jsonl"])
     assert answers["yes"] == answers["no"] > 0

@@ -42,12 +42,12 @@ def runs(tiny_folder: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_the_mean_of_weights_and_the_stages_of_all(shrink: ModuleType, runs: list[Path]) -> None:
-    made, before = shrink.mean(runs), load_file(runs[0] / WEIGHTS)
-    assert made.state.keys() == before.keys()
-    for name, tensor in made.state.items():
+    averaged, before = shrink.mean(runs), load_file(runs[0] / WEIGHTS)
+    assert averaged.state.keys() == before.keys()
+    for name, tensor in averaged.state.items():
         assert tensor.dtype == torch.float16
         torch.testing.assert_close(tensor, (2 * before[name]).half())
-    assert made.provenance == {"stages": ["beginning", "one", "two"]}
+    assert averaged.provenance == {"stages": ["beginning", "one", "two"]}
 
 
 def test_other_tensors_are_refused(shrink: ModuleType, runs: list[Path]) -> None:

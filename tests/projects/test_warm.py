@@ -51,7 +51,7 @@ def recipe(tiny_folder: Path, tmp_path: Path) -> Any:
             rows.append({"id": name, "image": name, "conversations": turns})
         (tmp_path / f"{part}.json").write_text(json.dumps(rows))
 
-    def made(**changes: Any) -> Recipe:
+    def make_recipe(**changes: Any) -> Recipe:
         values: dict[str, Any] = {
             "name": "warm", "output": tmp_path / "out", "model": tiny_folder,
             "stage": {"learn": {"connector": 1e-3}}, "data": [{"rows": tmp_path / "train.json"}],
@@ -60,7 +60,7 @@ def recipe(tiny_folder: Path, tmp_path: Path) -> Any:
         }  # fmt: skip
         return Recipe.model_validate(values | changes)
 
-    return made
+    return make_recipe
 
 
 class Colours(torch.nn.Module):
@@ -88,19 +88,19 @@ def test_words_are_told_from_pictures(warm: ModuleType, recipe: Any, capsys: Any
     means, _ = run(warm, recipe())
     assert len(means) == 10 and means[-1] < means[0] - 0.3
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
-    told = [float(line.rpartition(" ")[2]) for line in lines]
-    assert len(told) == 10 and told[-1] < 0.5  # 1.1 without the picture
+    losses = [float(line.rpartition(" ")[2]) for line in lines]
+    assert len(losses) == 10 and losses[-1] < 0.5  # 1.1 without the picture
 
 
 def test_a_stopped_run_goes_on_as_if_unbroken(
     warm: ModuleType, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(warm, recipe())
+    full_run = run(warm, recipe())
     again = recipe(output=tmp_path / "again")
-    kept = warm.keep
+    keep_epoch = warm.keep
 
     def keep_and_stop(path: Path, *state: Any) -> None:
-        kept(path, *state)
+        keep_epoch(path, *state)
         if len(state[-1]) == 3:
             raise KeyboardInterrupt
 
@@ -109,7 +109,7 @@ def test_a_stopped_run_goes_on_as_if_unbroken(
         run(warm, again)
     monkeypatch.undo()
     means, weights = run(warm, again)
-    assert means == whole[0]
-    assert all(torch.equal(weights[name], whole[1][name]) for name in weights)
+    assert means == full_run[0]
+    assert all(torch.equal(weights[name], full_run[1][name]) for name in weights)
     with pytest.raises(InputError, match="is of another recipe; remove it or name another output"):
         run(warm, recipe(output=tmp_path / "again", seed=1))

@@ -37,15 +37,23 @@ WHOLE: dict[str, Any] = {
 
 def test_all_published_recipes_are_there() -> None:
     sizes = [f"{stage}-{size}" for stage in ("1-align", "2-instruct") for size in ("7b", "13b")]
-    wanted = {f"recipes/llava-{version}/{stage}.yaml" for version in ("1.0", "1.5") for stage in sizes}
-    wanted |= {
+    expected_recipes = {
+        f"recipes/llava-{version}/{stage}.yaml" for version in ("1.0", "1.5") for stage in sizes
+    }
+    expected_recipes |= {
         f"recipes/llava-1.5/2-{kind}-{size}.yaml" for kind in ("lora", "qlora") for size in ("7b", "13b")
     }
-    wanted |= {"recipes/llava-next/1-align-7b.yaml", "recipes/llava-next/2-instruct-7b.yaml"}
-    wanted |= {"recipes/scienceqa/1-align-13b.yaml", "recipes/scienceqa/2-answer-13b.yaml"}
-    wanted |= {"recipes/small/1-align.yaml", "recipes/small/2-instruct.yaml", "recipes/finetune.yaml"}
-    wanted |= {f"recipes/pumice-tiny/{name}.yaml" for name in ("0-warm", "1-align", "2-instruct", "3-agree")}
-    assert wanted | {"examples/finetune.yaml"} <= NAMES
+    expected_recipes |= {"recipes/llava-next/1-align-7b.yaml", "recipes/llava-next/2-instruct-7b.yaml"}
+    expected_recipes |= {"recipes/scienceqa/1-align-13b.yaml", "recipes/scienceqa/2-answer-13b.yaml"}
+    expected_recipes |= {
+        "recipes/small/1-align.yaml",
+        "recipes/small/2-instruct.yaml",
+        "recipes/finetune.yaml",
+    }
+    expected_recipes |= {
+        f"recipes/pumice-tiny/{name}.yaml" for name in ("0-warm", "1-align", "2-instruct", "3-agree")
+    }
+    assert expected_recipes | {"examples/finetune.yaml"} <= NAMES
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))

@@ -155,9 +155,9 @@ def test_the_model_s_folder_says_how_answers_are_drawn(
         text = client.completions.create(prompt="A dog", **asked)
         other = client.completions.create(prompt="A dog", extra_body={"repetition_penalty": 1.0}, **asked)
     question = Message("user", ("What?",))
-    said = naive(exact, question, max_new_tokens=12, repetition_penalty=9.0)
-    assert chat.choices[0].message.content == said
-    assert plain.choices[0].message.content == naive(exact, question, max_new_tokens=12) != said
+    reference = naive(exact, question, max_new_tokens=12, repetition_penalty=9.0)
+    assert chat.choices[0].message.content == reference
+    assert plain.choices[0].message.content == naive(exact, question, max_new_tokens=12) != reference
     assert text.choices[0].text != other.choices[0].text
 
 

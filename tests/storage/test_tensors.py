@@ -35,18 +35,18 @@ def stocks(state: dict[str, Tensor]) -> dict[str, LazyTensor]:
     return {name: as_lazy(tensor) for name, tensor in state.items()}
 
 
-def same(found: dict[str, LazyTensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def same(actual: dict[str, LazyTensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), tensor.dtype)
-        assert torch.equal(found[name].read(), tensor)
-        assert found[name].read(torch.float32).dtype == torch.float32
+        assert (actual[name].shape, actual[name].dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(actual[name].read(), tensor)
+        assert actual[name].read(torch.float32).dtype == torch.float32
 
 
 def test_our_writer_writes_what_the_library_reads(tmp_path: Path) -> None:
     write_file(tmp_path / "model.safetensors", stocks(STATE))
-    theirs = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(theirs[name], tensor) for name, tensor in STATE.items())
+    reference = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(reference[name], tensor) for name, tensor in STATE.items())
     same(open_weights(tmp_path), STATE)
 
 
@@ -77,14 +77,14 @@ def test_shards_hold_at_most_so_many_bytes_and_are_found_again(tmp_path: Path) -
 
 
 def test_a_changed_tensor_is_changed_when_it_is_read() -> None:
-    seen = []
+    opened_names = []
 
     def double(tensor: Tensor) -> Tensor:
-        seen.append(tensor)
+        opened_names.append(tensor)
         return torch.cat((tensor, tensor))
 
     doubled = as_lazy(torch.ones(2, dtype=torch.bfloat16)).map(double, (4,))
-    assert (doubled.shape, doubled.size, seen) == ((4,), 8, [])
+    assert (doubled.shape, doubled.size, opened_names) == ((4,), 8, [])
     assert torch.equal(doubled.read(torch.float32), torch.ones(4))
     assert doubled.cast(torch.float32).dtype == torch.float32
 
@@ -97,13 +97,13 @@ def test_safetensors_come_before_bin(tmp_path: Path) -> None:
     assert find_weights(tmp_path, "adapter_model") == []
 
 
-def index(folder: Path, **where: Any) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+def index(folder: Path, **weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_an_index_is_kept_to(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1), "y": torch.zeros(1)}, tmp_path / "one.safetensors")
-    for where, message in (
+    for weight_map, message in (
         ({"x": "two.safetensors"}, r"names two\.safetensors, which is not beside it; fetch that file"),
         ({"x": "one.safetensors"}, r"one\.safetensors holds y, which model\.safetensors\.index\.json does"),
         ({"x": "one.safetensors", "y": "one.safetensors", "z": "one.safetensors"}, "says that z is in one"),
@@ -111,7 +111,7 @@ def test_an_index_is_kept_to(tmp_path: Path) -> None:
         ({"x": 1}, "puts x into 1, which is no file name"),
         ({}, r"index\.json names no tensors"),
     ):
-        index(tmp_path, **where)
+        index(tmp_path, **weight_map)
         with pytest.raises(InputError, match=message):
             open_weights(tmp_path)
 

@@ -48,18 +48,19 @@ def answer(system: str, user: str) -> str:
     """What a good teacher writes: a function of the request alone."""
     words = user.split()
     colour, animal, deed = words[3], words[4], words[5]
-    place = user.split(" at the ", 2)[1].split(".", 1)[0]
+    location = user.split(" at the ", 2)[1].split(".", 1)[0]
     number = words[1].strip(":")
     if "single word or a short phrase" in system:
         return f"Question: Which animal is it?\nAnswer: {animal}\n\nQuestion: Its colour?\nAnswer: {colour}"
     if "Describe the picture in detail" in system:
         return (
-            f"At the {place} there is a {animal} with {colour} fur, and it {deed} there. One looks from a "
+            f"At the {location} there is a {animal} with {colour} fur, and it {deed} there. One looks from a "
             f"little way off, and the {animal} takes up the left half. House number {number} can be read on "
             f"a post, and below it {int(number) * 7919} is scratched into the wood."
         )
     return (
-        f"Question: What animal is at the {place}?\nAnswer: There is a {colour} {animal} at the {place}.\n\n"
+        f"Question: What animal is at the {location}?\n"
+        f"Answer: There is a {colour} {animal} at the {location}.\n\n"
         f"Question: What does it do near post {number}?\nAnswer: It {deed} beside post {number} there."
     )
 
@@ -148,8 +149,10 @@ class Endpoint:
             "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": used[0], "completion_tokens": used[1]},
         }
-        whole = json.dumps(message)
-        self.send(handler, 200, whole[: len(whole) // 2] if mode == "truncated" else whole, {})
+        message_json = json.dumps(message)
+        self.send(
+            handler, 200, message_json[: len(message_json) // 2] if mode == "truncated" else message_json, {}
+        )
 
     def send(self, handler: BaseHTTPRequestHandler, status: int, text: str, headers: dict[str, str]) -> None:
         data = text.encode()
@@ -167,9 +170,9 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
-    made = Endpoint()
-    yield made
-    made.close()
+    new_endpoint = Endpoint()
+    yield new_endpoint
+    new_endpoint.close()
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ def examined(kind: str, reply: str, context: Context = PARK, **settings: Any) ->
 def test_worked_examples_pass_their_own_checks(kind: str) -> None:
     assert len(kinds.get(kind).examples) == 2
     for example in kinds.get(kind).examples:
-        found = examined(kind, example.reply, example.context)
-        assert isinstance(found, Draft), found
+        examination = examined(kind, example.reply, example.context)
+        assert isinstance(examination, Draft), examination
 
 
 def talk(*turns: str) -> str:
@@ -82,13 +82,13 @@ LONG = (
     ],
 )  # fmt: skip
 def test_reasons(kind: str, reply: str, reason: str | None) -> None:
-    found = examined(kind, reply)
+    examination = examined(kind, reply)
     if reason is None:
-        assert isinstance(found, Draft), found
+        assert isinstance(examination, Draft), examination
     else:
-        assert isinstance(found, Rejection)
-        assert found.reason == reason, found
-        assert found.detail or not reply
+        assert isinstance(examination, Rejection)
+        assert examination.reason == reason, examination
+        assert examination.detail or not reply
 
 
 def test_settings() -> None:
@@ -119,7 +119,7 @@ def test_answers_of_several_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "why"),
+    ("reply", "expected_reason"),
     [
         ("Answer: B.", "an answer stands where a question should"),
         ("Question: A?\nQuestion: B?\nAnswer: C.", "a question stands where an answer should"),
@@ -128,8 +128,8 @@ def test_answers_of_several_lines() -> None:
         ("Nothing.", "no line begins with 'Question:'"),
     ],
 )
-def test_not_pairs(reply: str, why: str) -> None:
-    with pytest.raises(Unparsed, match=why):
+def test_not_pairs(reply: str, expected_reason: str) -> None:
+    with pytest.raises(Unparsed, match=expected_reason):
         pairs(reply)
 
 
@@ -153,9 +153,9 @@ def test_rows_are_llavas() -> None:
 
 def test_the_question_of_a_description_is_drawn_by_seed() -> None:
     def asked(seed: int) -> str:
-        found = examine(kinds.get("detail"), PARK, LONG, VOCABULARY, CheckSettings(), seed)
-        assert isinstance(found, Draft)
-        return found.turns[0].question
+        examination = examine(kinds.get("detail"), PARK, LONG, VOCABULARY, CheckSettings(), seed)
+        assert isinstance(examination, Draft)
+        return examination.turns[0].question
 
     assert [asked(n) for n in range(8)] == [asked(n) for n in range(8)]
     assert len({asked(n) for n in range(8)}) > 2
@@ -184,13 +184,13 @@ def test_named(text: str, names: list[str]) -> None:
 
 
 def test_support() -> None:
-    known = VOCABULARY.known(PARK)
-    assert known == {"person", "man", "frisbee", "dog"}
-    assert VOCABULARY.unsupported("A guy pets an animal. It is no cat, some people say.", known) == []
-    assert VOCABULARY.unsupported("A woman and a boy wait for someone.", known) == ["woman"]
+    objects = VOCABULARY.known(PARK)
+    assert objects == {"person", "man", "frisbee", "dog"}
+    assert VOCABULARY.unsupported("A guy pets an animal. It is no cat, some people say.", objects) == []
+    assert VOCABULARY.unsupported("A woman and a boy wait for someone.", objects) == ["woman"]
     assert VOCABULARY.unsupported("A woman sits.", frozenset({"person"})) == []
     assert VOCABULARY.unsupported("A woman sits.", frozenset({"man", "people"})) == []
-    assert VOCABULARY.unsupported("A toy lies by the puppy and a vehicle.", known) == ["vehicle"]
+    assert VOCABULARY.unsupported("A toy lies by the puppy and a vehicle.", objects) == ["vehicle"]
     assert VOCABULARY.known(SNOW) == {"dog", "sports ball", "snow"}
     assert "bench" not in VOCABULARY.known(MARKET)
 

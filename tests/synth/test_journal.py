@@ -121,7 +121,7 @@ LATER = "30 seconds from when the test runs, as a date"
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "raw", "what", "why"),
+    ("status", "headers", "raw", "expected_outcome", "reason"),
     [
         (200, {}, completion(content="Hi."), "reply", ""),
         (200, {}, completion(content=[{"type": "text", "text": "Hi."}]), "reply", ""),
@@ -146,15 +146,17 @@ LATER = "30 seconds from when the test runs, as a date"
         (422, {}, "{}", "leave", "422"),
     ],
 )
-def test_what_an_answer_means(status: int, headers: dict[str, str], raw: str, what: str, why: str) -> None:
+def test_what_an_answer_means(
+    status: int, headers: dict[str, str], raw: str, expected_outcome: str, reason: str
+) -> None:
     if headers.get("retry-after") == LATER:
         date = datetime.now(timezone.utc) + timedelta(seconds=30)
         headers = {"retry-after": format_datetime(date, usegmt=True)}
     outcome = judge(status, headers, raw, PLACE)
-    assert (outcome.what, outcome.why) == (what, why)
-    if what == "reply":
+    assert (outcome.what, outcome.why) == (expected_outcome, reason)
+    if expected_outcome == "reply":
         assert (text_of(raw), outcome.cost) == ("Hi.", (5, 3))
-    if headers and what == "again":
+    if headers and expected_outcome == "again":
         assert outcome.wait is not None
         assert 6 < outcome.wait <= 30
 
@@ -186,14 +188,14 @@ def test_pictures_of_rarer_formats_are_shown_as_jpeg(tmp_path: Path) -> None:
 def test_near_duplicates() -> None:
     random = np.random.default_rng(0)
     words = [f"word{n}" for n in range(500)]
-    seen = SeenRows(0.8)
+    seen_rows = SeenRows(0.8)
     texts = [" ".join(random.choice(words, 60)) for _ in range(50)]
-    assert [seen.like(str(n), text) for n, text in enumerate(texts)] == [None] * 50
+    assert [seen_rows.like(str(n), text) for n, text in enumerate(texts)] == [None] * 50
     changed = texts[7].replace(texts[7].split()[0], "other", 1)
-    assert seen.like("x", changed.upper() + "!") == "7"
-    assert seen.like("y", texts[7], scope="elsewhere") is None
+    assert seen_rows.like("x", changed.upper() + "!") == "7"
+    assert seen_rows.like("y", texts[7], scope="elsewhere") is None
     half = " ".join([*texts[9].split()[:30], *random.choice(words, 30)])
-    assert seen.like("z", half) is None
+    assert seen_rows.like("z", half) is None
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,7 @@ def test_question_types(question: str, name: str) -> None:
     assert question_type(question) == name
 
 
-def made(pictures: int, shown: int) -> Statistics:
+def make_statistics(pictures: int, shown: int) -> Statistics:
     statistics = Statistics({"calls": 3, "failures": {"500": 1}, "tokens_in": 9, "tokens_out": 4}, shown)
     kind = kinds.get("conversation")
     draft = examine(kind, kind.examples[0].context, kind.examples[0].reply, Vocabulary(), CheckSettings())
@@ -228,7 +230,7 @@ def made(pictures: int, shown: int) -> Statistics:
 
 
 def test_statistics_are_bounded() -> None:
-    statistics = made(50, 5)
+    statistics = make_statistics(50, 5)
     assert len(statistics.sample) == 5
     assert all(len(rows) == 2 for rows in statistics.sample.values())
     values = statistics.to_dict()
@@ -239,7 +241,7 @@ def test_statistics_are_bounded() -> None:
 
 def test_the_report_is_one_safe_file(tmp_path: Path) -> None:
     Image.new("RGB", (900, 600), "blue").save(tmp_path / "0.jpg")
-    report.write(tmp_path / "r.html", made(2, 5), "Rows </script> by m", ImageFinder(tmp_path))
+    report.write(tmp_path / "r.html", make_statistics(2, 5), "Rows </script> by m", ImageFinder(tmp_path))
     page = (tmp_path / "r.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page

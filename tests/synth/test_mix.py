@@ -91,7 +91,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
     return make
 
 
-def said(row: Any) -> list[str]:
+def turn_texts(row: Any) -> list[str]:
     return [text for _, text in row.turns]
 
 
@@ -102,15 +102,20 @@ def test_vqa(make: Any) -> None:
         "images": "coco/train2017",
     }
     manifest, rows = make(source)
-    by_image = {row.image[0]: said(row) for row in rows}
+    by_image = {row.image[0]: turn_texts(row) for row in rows}
     assert by_image == {
         "coco/train2017/000000000009.jpg": ["<image>\nWhat is it?" + SHORT, "dog", "How many?", "2"],
         "coco/train2017/000000000008.jpg": ["<image>\nWhere?" + SHORT, "beach"],
     }
-    [told] = manifest["sources"]
-    assert (told["entries"], told["available"], told["rows"], told["turns"]) == (3, 2, 2, 3)
+    [source_entry] = manifest["sources"]
+    assert (
+        source_entry["entries"],
+        source_entry["available"],
+        source_entry["rows"],
+        source_entry["turns"],
+    ) == (3, 2, 2, 3)
     digest = hashlib.sha256(Path("vq.json").read_bytes()).hexdigest()
-    assert told["files"][0] == {
+    assert source_entry["files"][0] == {
         "role": "questions",
         "file": "vq.json",
         "bytes": Path("vq.json").stat().st_size,
@@ -127,42 +132,42 @@ def test_gqa_ocr_and_captions(make: Any) -> None:
         {"task": "textcaps", "files": {"captions": "caps.json", "ocr": "tokens.json"}},
         out="mix.json",
     )
-    found = {row.image[0]: said(row) for row in rows}
-    assert found["n5.jpg"] == ["<image>\nIs it red?" + SHORT, "no"]
-    assert found["b1.gif"] == ["<image>\nWho wrote it?" + SHORT, "Me", "Genre?", "Art"]
-    question, caption = found["t1.jpg"]
+    rows_by_image = {row.image[0]: turn_texts(row) for row in rows}
+    assert rows_by_image["n5.jpg"] == ["<image>\nIs it red?" + SHORT, "no"]
+    assert rows_by_image["b1.gif"] == ["<image>\nWho wrote it?" + SHORT, "Me", "Genre?", "Art"]
+    question, caption = rows_by_image["t1.jpg"]
     assert (
         question
         == "<image>\nProvide a one-sentence caption for the provided image.\nReference OCR token: STOP, NOW"
     )
     assert caption in ("A sign.", "A board.")
-    assert len(found) == 3
+    assert len(rows_by_image) == 3
 
 
 def test_choices_turn_round(make: Any) -> None:
     _, rows = make({"task": "aokvqa", "files": {"questions": "aok.json"}})
     assert len(rows) == 4
     for row in rows:
-        question, letter = said(row)
+        question, letter = turn_texts(row)
         assert question.endswith(LETTER)
         assert f"\n{letter}. c\n" in question
-    assert {said(row)[1] for row in rows} == set("ABCD")
+    assert {turn_texts(row)[1] for row in rows} == set("ABCD")
 
 
 @pytest.mark.parametrize(
-    ("boxes", "place"), [("padded", "[0.10, 0.30, 0.60, 0.55]"), ("picture", "[0.10, 0.10, 0.60, 0.60]")]
+    ("boxes", "location"), [("padded", "[0.10, 0.30, 0.60, 0.55]"), ("picture", "[0.10, 0.10, 0.60, 0.60]")]
 )
-def test_refcoco(make: Any, boxes: str, place: str) -> None:
+def test_refcoco(make: Any, boxes: str, location: str) -> None:
     _, rows = make({"task": "refcoco", "files": {"refs": ["refs.p"], "instances": "inst.json"}}, boxes=boxes)
     assert sorted(len(row.turns) // 2 for row in rows) == [3, 9]
     assert {row.image for row in rows} == {("000000000003.jpg",)}
-    texts = [text.removeprefix("<image>\n") for row in rows for text in said(row)]
+    texts = [text.removeprefix("<image>\n") for row in rows for text in turn_texts(row)]
     asked = [text for text in texts if text.startswith("Please provide")]
     assert {text.split(":")[0] for text in asked} == {
         "Please provide a short description for this region",
         "Please provide the bounding box coordinate of the region this sentence describes",
     }
-    assert sum(place in text for text in texts) == 12
+    assert sum(location in text for text in texts) == 12
 
 
 def test_a_pickle_of_code_is_refused(make: Any) -> None:
@@ -185,9 +190,9 @@ def test_visual_genome_and_chats(make: Any) -> None:
         {"task": "vg", "files": {"regions": "regions.json", "images": "sizes.json"}, "images": "vg"},
         {"task": "sharegpt", "files": {"chats": "chats.json"}},
     )
-    found = {row.image: said(row) for row in rows}
-    assert len(found["vg/VG_100K/2.jpg",]) == 20
-    assert found[()] == ["Hello", "Hi"]
+    rows_by_image = {row.image: turn_texts(row) for row in rows}
+    assert len(rows_by_image["vg/VG_100K/2.jpg",]) == 20
+    assert rows_by_image[()] == ["Hello", "Hi"]
 
 
 def test_weights_rows_and_seeds(make: Any) -> None:
@@ -205,7 +210,7 @@ def test_weights_rows_and_seeds(make: Any) -> None:
     assert len(twice) == len(set(twice)) == 42
     assert sum(name.endswith("+1") for name in twice) == 20
     _, rows = make(source)
-    assert said(rows[0])[0] == "<image>\nDescribe it."
+    assert turn_texts(rows[0])[0] == "<image>\nDescribe it."
 
 
 def test_full_files_are_compared(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +218,8 @@ def test_full_files_are_compared(make: Any, monkeypatch: pytest.MonkeyPatch) -> 
     manifest, _ = make(source)
     assert manifest["sources"][0]["reference"] == {"rows": 72140, "full": False, "sentence": ""}
     assert sum(reader.rows for reader in READERS.values()) == 665_298
-    known = READERS["gqa"]
-    monkeypatch.setitem(READERS, "gqa", Reader(known.read, known.needs, 2, 1, True))
+    gqa_reader = READERS["gqa"]
+    monkeypatch.setitem(READERS, "gqa", Reader(gqa_reader.read, gqa_reader.needs, 2, 1, True))
     result = CliRunner().invoke(app, ["data", "mix", "mix.yaml", "mix.jsonl"])
     assert result.exit_code == 1
     assert "gqa: the 1 entries of the full file give 1 rows, LLaVA-1.5 has 2" in result.stderr

@@ -35,8 +35,8 @@ def thirty_percent(key: str, call: int) -> str:
 
 
 def command(out: Path, url: str, pictures: Path, *more: str) -> list[str]:
-    given = ["data", "generate", str(out), "--teacher", url, "--model", "m", "--jsonl", str(pictures)]
-    return [*given, "--backoff", "0.02", *more]
+    words = ["data", "generate", str(out), "--teacher", url, "--model", "m", "--jsonl", str(pictures)]
+    return [*words, "--backoff", "0.02", *more]
 
 
 def run(*arguments: Any) -> Any:
@@ -52,7 +52,7 @@ def refused(result: Any, message: str) -> None:
 
 
 @pytest.fixture
-def many(pictures: Callable[[int], Path]) -> Path:
+def many_pictures(pictures: Callable[[int], Path]) -> Path:
     return pictures(20)
 
 
@@ -60,14 +60,14 @@ def files(out: Path) -> tuple[str, str]:
     return (out / "rows.jsonl").read_text(), (out / "rejected.jsonl").read_text()
 
 
-def test_a_failing_endpoint(endpoint: Any, many: Path, tmp_path: Path) -> None:
+def test_a_failing_endpoint(endpoint: Any, many_pictures: Path, tmp_path: Path) -> None:
     """The run completes, its count of calls is the endpoint's, and rows come as if nothing had failed."""
-    plain = run(tmp_path / "plain", endpoint.url, many, *KINDS)
+    plain = run(tmp_path / "plain", endpoint.url, many_pictures, *KINDS)
     assert plain.exit_code == 0, plain.output
     assert endpoint.total == 60
     endpoint.calls.clear()
     endpoint.fail = thirty_percent
-    result = run(tmp_path / "out", endpoint.url, many, *KINDS, "--timeout", "1", "--json")
+    result = run(tmp_path / "out", endpoint.url, many_pictures, *KINDS, "--timeout", "1", "--json")
     assert result.exit_code == 0, result.output
     calls = json.loads(result.stdout)["calls"]
     assert calls["calls"] == endpoint.total > 70
@@ -78,13 +78,13 @@ def test_a_failing_endpoint(endpoint: Any, many: Path, tmp_path: Path) -> None:
     assert len(files(tmp_path / "out")[0].splitlines()) == 60
 
 
-def test_running_again_costs_no_call(endpoint: Any, many: Path, tmp_path: Path) -> None:
-    assert run(tmp_path / "out", endpoint.url, many).exit_code in (0, 1)
+def test_running_again_costs_no_call(endpoint: Any, many_pictures: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "out", endpoint.url, many_pictures).exit_code in (0, 1)
     before, calls = files(tmp_path / "out"), endpoint.total
-    strict = run(tmp_path / "out", endpoint.url, many, "--similar", "0.05")
+    strict = run(tmp_path / "out", endpoint.url, many_pictures, "--similar", "0.05")
     assert endpoint.total == calls
     assert files(tmp_path / "out") != before, strict.output
-    run(tmp_path / "out", endpoint.url, many)
+    run(tmp_path / "out", endpoint.url, many_pictures)
     assert files(tmp_path / "out") == before
 
 
@@ -112,46 +112,46 @@ def test_kill_at_five_moments(endpoint: Any, pictures: Callable[[int], Path], tm
         assert process.wait() == -signal.SIGKILL, (number, process.stderr and process.stderr.read())
         assert not (out / "rows.jsonl").exists()
     assert endpoint.total < 48
-    done = run(out, endpoint.url, few, *options, "--json")
-    assert done.exit_code == 0, done.output
+    result = run(out, endpoint.url, few, *options, "--json")
+    assert result.exit_code == 0, result.output
     assert set(endpoint.calls.values()) == {1}
-    assert endpoint.total == json.loads(done.stdout)["calls"]["calls"] == 48
-    assert json.loads(done.stdout)["calls"]["lost"] == 0
+    assert endpoint.total == json.loads(result.stdout)["calls"]["calls"] == 48
+    assert json.loads(result.stdout)["calls"]["lost"] == 0
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_the_budget_is_kept(endpoint: Any, many: Path, tmp_path: Path) -> None:
+def test_the_budget_is_kept(endpoint: Any, many_pictures: Path, tmp_path: Path) -> None:
     endpoint.fail = lambda key, call: "refusal" if thirty_percent(key, call) else ""
-    result = run(tmp_path / "out", endpoint.url, many, *KINDS, "--budget-tokens", "20000")
+    result = run(tmp_path / "out", endpoint.url, many_pictures, *KINDS, "--budget-tokens", "20000")
     assert result.exit_code == 1
     assert "have no reply: the budget holds no further call; raise it" in result.stderr
     assert 10_000 < sum(endpoint.tokens) <= 20_000
     calls = endpoint.total
-    again = run(tmp_path / "out", endpoint.url, many, *KINDS, "--budget-tokens", "20000")
+    again = run(tmp_path / "out", endpoint.url, many_pictures, *KINDS, "--budget-tokens", "20000")
     assert (again.exit_code, endpoint.total) == (1, calls)
-    more = run(tmp_path / "out", endpoint.url, many, *KINDS, "--budget-tokens", "200000")
+    more = run(tmp_path / "out", endpoint.url, many_pictures, *KINDS, "--budget-tokens", "200000")
     assert more.exit_code == 0, more.output
     assert sum(endpoint.tokens) > 20_000
 
 
-def test_a_budget_in_money(endpoint: Any, many: Path, tmp_path: Path) -> None:
+def test_a_budget_in_money(endpoint: Any, many_pictures: Path, tmp_path: Path) -> None:
     prices = ("--price-in", "1000", "--price-out", "4000")
-    result = run(tmp_path / "out", endpoint.url, many, *KINDS, *prices, "--budget-money", "15")
+    result = run(tmp_path / "out", endpoint.url, many_pictures, *KINDS, *prices, "--budget-money", "15")
     assert result.exit_code == 1
     assert "in money (at most" in result.stderr
     spent = (endpoint.tokens[0] * 1000 + endpoint.tokens[1] * 4000) / 1e6
     assert 5 < spent <= 15
     refused(
-        run(tmp_path / "other", endpoint.url, many, "--budget-money", "1"),
+        run(tmp_path / "other", endpoint.url, many_pictures, "--budget-money", "1"),
         "a budget in money needs both prices; give --price-in and --price-out",
     )
 
 
-def test_estimate_makes_no_call(endpoint: Any, many: Path, tmp_path: Path) -> None:
-    result = run(tmp_path / "out", endpoint.url, many, *KINDS, "--estimate", "--json")
+def test_estimate_makes_no_call(endpoint: Any, many_pictures: Path, tmp_path: Path) -> None:
+    result = run(tmp_path / "out", endpoint.url, many_pictures, *KINDS, "--estimate", "--json")
     guess = json.loads(result.stdout)
     assert (result.exit_code, endpoint.total, guess["requests"]) == (0, 0, 60)
-    assert run(tmp_path / "out", endpoint.url, many, *KINDS).exit_code == 0
+    assert run(tmp_path / "out", endpoint.url, many_pictures, *KINDS).exit_code == 0
     assert guess["most"][0] >= endpoint.tokens[0]
     assert 0.5 < guess["tokens_in"] / endpoint.tokens[0] < 2
 
@@ -175,7 +175,9 @@ def test_retry_after_is_honoured(endpoint: Any, pictures: Callable[[int], Path],
     assert len(times) == 19
 
 
-def test_a_crowded_endpoint_is_no_reason_to_give_up(endpoint: Any, many: Path, tmp_path: Path) -> None:
+def test_a_crowded_endpoint_is_no_reason_to_give_up(
+    endpoint: Any, many_pictures: Path, tmp_path: Path
+) -> None:
     """One call per 10 ms gets through, the others are put off: more often than failures are allowed."""
     passed = [0.0]
 
@@ -186,7 +188,7 @@ def test_a_crowded_endpoint_is_no_reason_to_give_up(endpoint: Any, many: Path, t
         return ""
 
     endpoint.fail = fail
-    result = run(tmp_path / "out", endpoint.url, many, "--kind", "detail", "--attempts", "3")
+    result = run(tmp_path / "out", endpoint.url, many_pictures, "--kind", "detail", "--attempts", "3")
     assert result.exit_code == 0, result.output
     assert endpoint.modes["429"] > 10
 
@@ -232,8 +234,11 @@ def test_the_key_goes_into_the_header_alone(
     assert len({headers["idempotency-key"] for headers in endpoint.headers}) == 3
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert b"sk-secret" not in written
-    told = Endpoint("http://127.0.0.1/v1", "m", "MY_KEY")
-    assert judge(401, {}, '{"error": "no such key: sk-secret"}', told).raw == '{"error": "no such key: ***"}'
+    other_endpoint = Endpoint("http://127.0.0.1/v1", "m", "MY_KEY")
+    assert (
+        judge(401, {}, '{"error": "no such key: sk-secret"}', other_endpoint).raw
+        == '{"error": "no such key: ***"}'
+    )
     monkeypatch.setenv("MY_KEY", "sk-\u00e9")
     refused(
         run(tmp_path / "out", endpoint.url, pictures(1), "--key-env", "MY_KEY"), "the key in $MY_KEY holds"
@@ -250,7 +255,7 @@ def test_two_runs_at_once(endpoint: Any, pictures: Callable[[int], Path], tmp_pa
 
     (tmp_path / "out").mkdir()
     lock = Lock(tmp_path / "out" / "run.lock")
-    assert lock.take()
+    assert lock.acquire()
     refused(run(tmp_path / "out", endpoint.url, pictures(1)), "another run is using")
 
 
@@ -258,8 +263,8 @@ def test_the_picture_is_shown(endpoint: Any, pictures: Callable[[int], Path], tm
     from PIL import Image
 
     Image.new("RGB", (40, 30), "red").save(tmp_path / "p00000.jpg")
-    given = ("--images", str(tmp_path), "--show", "--kind", "conversation")
-    result = run(tmp_path / "out", endpoint.url, pictures(1), *given)
+    show_options = ("--images", str(tmp_path), "--show", "--kind", "conversation")
+    result = run(tmp_path / "out", endpoint.url, pictures(1), *show_options)
     assert result.exit_code == 0, result.output
     shown = endpoint.bodies[0]["messages"][-1]["content"][0]["image_url"]["url"]
     assert shown.startswith("data:image/jpeg;base64,")
@@ -289,11 +294,11 @@ def test_wrong_options(
     assert endpoint.total == 0
 
 
-def test_interrupting_lets_calls_end(endpoint: Any, many: Path, tmp_path: Path) -> None:
+def test_interrupting_lets_calls_end(endpoint: Any, many_pictures: Path, tmp_path: Path) -> None:
     endpoint.delay = 0.2
     options = (*KINDS, "--parallel", "2")
     process = subprocess.Popen(
-        [sys.executable, "-m", "pumice", *command(tmp_path / "out", endpoint.url, many, *options)],
+        [sys.executable, "-m", "pumice", *command(tmp_path / "out", endpoint.url, many_pictures, *options)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -302,8 +307,8 @@ def test_interrupting_lets_calls_end(endpoint: Any, many: Path, tmp_path: Path) 
     while endpoint.total < 3:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert (process.returncode, told.splitlines()[-1]) == (130, "pumice: interrupted")
+    _, output = process.communicate(timeout=60)
+    assert (process.returncode, output.splitlines()[-1]) == (130, "pumice: interrupted")
     sent = endpoint.total
     journal = Journal(tmp_path / "out" / "journal.jsonl")
     assert (journal.tally.sent, journal.tally.replies, journal.settle()) == (sent, sent, [])
@@ -329,11 +334,11 @@ def test_if_the_courier_is_killed_too(
 
     monkeypatch.setattr(subprocess, "Popen", start)
     threading.Thread(target=kill, daemon=True).start()
-    given = (endpoint.url, pictures(2), *KINDS, "--parallel", "1", "--json")
-    broken = run(tmp_path / "out", *given)
+    endpoint_options = (endpoint.url, pictures(2), *KINDS, "--parallel", "1", "--json")
+    broken = run(tmp_path / "out", *endpoint_options)
     assert broken.exit_code == 1
     assert "the process that calls the endpoint ended (-9)" in broken.stderr
-    again = run(tmp_path / "out", *given)
+    again = run(tmp_path / "out", *endpoint_options)
     assert again.exit_code == 0, again.output
     calls = json.loads(again.stdout)["calls"]
     assert (calls["lost"], calls["replies"], calls["calls"]) == (1, 6, 7)
@@ -348,8 +353,8 @@ def test_a_local_teacher(
         "from pumice.synth.kinds.base import Kind, whole\n"
         "KIND = Kind('say', 'Say it.', (), whole(['What?']), words=(1, 50), max_tokens=8)\n"
     )
-    given = ["--kind", str(tmp_path / "say.py"), "--device", "cpu", "--language", "any", "--json"]
-    arguments = command(tmp_path / "out", "local", pictures(3), *given)
+    kind_options = ["--kind", str(tmp_path / "say.py"), "--device", "cpu", "--language", "any", "--json"]
+    arguments = command(tmp_path / "out", "local", pictures(3), *kind_options)
     arguments[arguments.index("m")] = str(tiny_folder)
     first = CliRunner().invoke(app, arguments)
     assert first.exit_code == 0, first.output

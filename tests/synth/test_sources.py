@@ -99,9 +99,9 @@ def test_plain(written: Callable[..., Path]) -> None:
         "height": 10,
     }
     more = {"id": "x", "image": "c.jpg", "captions": ["Tea."], "text": "Taken in 1990."}
-    found = list(plain(written("l.jsonl", f"{json.dumps(line)}\n\n{json.dumps(more)}\n"), BadRows()))
-    assert found[0] == Context("a/b", "a/b.jpg", (), (Box("cup", (0, 0.5, 0.5, 1)),))
-    assert found[1] == Context("x", "c.jpg", ("Tea.",), (), "Taken in 1990.")
+    examples = list(plain(written("l.jsonl", f"{json.dumps(line)}\n\n{json.dumps(more)}\n"), BadRows()))
+    assert examples[0] == Context("a/b", "a/b.jpg", (), (Box("cup", (0, 0.5, 0.5, 1)),))
+    assert examples[1] == Context("x", "c.jpg", ("Tea.",), (), "Taken in 1990.")
 
 
 BAD: list[tuple[str, Any, Any, str]] = [
@@ -133,11 +133,13 @@ BAD: list[tuple[str, Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("_", "told", "boxed", "message"), BAD, ids=[case[0] for case in BAD])
-def test_bad_coco(written: Callable[..., Path], _: str, told: Any, boxed: Any, message: str) -> None:
+@pytest.mark.parametrize(("_", "captions_json", "boxes_json", "message"), BAD, ids=[case[0] for case in BAD])
+def test_bad_coco(
+    written: Callable[..., Path], _: str, captions_json: Any, boxes_json: Any, message: str
+) -> None:
     files = (
-        None if told is None else written("captions.json", told),
-        None if boxed is None else written("instances.json", boxed),
+        None if captions_json is None else written("captions.json", captions_json),
+        None if boxes_json is None else written("instances.json", boxes_json),
     )
     with pytest.raises(InputError, match=r"^[^\n]+$") as error:
         list(coco(*files, BadRows()))

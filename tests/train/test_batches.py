@@ -52,10 +52,10 @@ def test_length_grouped_steps_show_pictures_in_all_rows_or_none(make_recipe: Mak
 
 
 def test_steps_are_prepared_ahead_and_come_in_order() -> None:
-    begun, release = [], threading.Event()
+    started, release = [], threading.Event()
 
     def make(step: int) -> int:
-        begun.append(step)
+        started.append(step)
         if step == 3:
             release.set()
         if step == 0:
@@ -63,7 +63,7 @@ def test_steps_are_prepared_ahead_and_come_in_order() -> None:
         return step
 
     assert list(prefetch(make, 0, 6, workers=4)) == [0, 1, 2, 3, 4, 5]
-    assert set(begun[:4]) == {0, 1, 2, 3}
+    assert set(started[:4]) == {0, 1, 2, 3}
 
 
 def test_an_error_waits_for_its_step() -> None:
@@ -72,11 +72,11 @@ def test_an_error_waits_for_its_step() -> None:
             raise InputError("row 3 is spoiled")
         return step
 
-    seen = []
+    read_batches = []
     with pytest.raises(InputError, match="row 3"):
         for step in prefetch(make, 0, 5, workers=3):
-            seen.append(step)
-    assert seen == [0, 1]
+            read_batches.append(step)
+    assert read_batches == [0, 1]
 
 
 def test_pictures_that_cannot_be_read_are_skipped_within_the_budget(
@@ -137,9 +137,9 @@ def test_a_finished_model_tells_what_it_was_made_of(
     stage = {"learn": {"connector": 1e-3, "decoder": 1e-3}}
     changes = {"held_out": held_out, "trackers": ["tensorboard"], "stage": stage, "measure_every": 2}
     folder = run(make_recipe(max_steps=4, sample_answers=1, workers=3, **changes))
-    made = open_model(folder).provenance["stages"][-1]
-    assert made["versions"]["torch"] and made["digests"]
-    assert [answer["step"] for answer in made["answers"]] == [0, 4]
+    stage_record = open_model(folder).provenance["stages"][-1]
+    assert stage_record["versions"]["torch"] and stage_record["digests"]
+    assert [answer["step"] for answer in stage_record["answers"]] == [0, 4]
     first = read_metrics(tmp_path / "run" / "metrics.jsonl")[2]
     parts = [first[f"gradient_norm/{part}"] for part in ("connector", "decoder")]
     assert first["gradient_norm"] == pytest.approx((parts[0] ** 2 + parts[1] ** 2) ** 0.5)

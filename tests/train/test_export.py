@@ -35,7 +35,7 @@ def stage_of(stage: Stage) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full_model(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA 1.5, which every format can hold."""
     model = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
     path = tmp_path_factory.mktemp("whole") / "model"
@@ -49,9 +49,11 @@ def test_recipes_with_dropout_are_among_them() -> None:
 
 @pytest.mark.parametrize("recipe", STAGES)
 def test_the_export_computes_what_was_trained(
-    make_recipe: Callable[..., Path], whole: Path, tmp_path: Path, recipe: str
+    make_recipe: Callable[..., Path], full_model: Path, tmp_path: Path, recipe: str
 ) -> None:
-    trained = run(make_recipe(model=str(whole), stage=stage_of(STAGES[recipe]), epochs=2, pack_tokens=256))
+    trained = run(
+        make_recipe(model=str(full_model), stage=stage_of(STAGES[recipe]), epochs=2, pack_tokens=256)
+    )
     ids = torch.randint(100, (1, 40), generator=torch.Generator().manual_seed(0))
 
     def logits(path: Path, **options: Any) -> torch.Tensor:
@@ -59,22 +61,24 @@ def test_the_export_computes_what_was_trained(
         with torch.inference_mode():
             return model.decoder.logits(model(ids))
 
-    wanted = logits(trained, merge=False)
-    before = logits(whole)
-    assert (wanted - before).abs().max() > 0.01, "nothing was learned, so this test could not fail"
+    expected = logits(trained, merge=False)
+    before = logits(full_model)
+    assert (expected - before).abs().max() > 0.01, "nothing was learned, so this test could not fail"
     for to, kind in (("hf", "f16"), ("llava", "f16"), ("gguf", "f32")):
         export(open_parts(trained), to, tmp_path / to, kind=kind)
         file = tmp_path / to / "model-f32.gguf" if to == "gguf" else tmp_path / to
-        found = logits(file, template="v1")[..., : wanted.shape[-1]]
+        actual = logits(file, template="v1")[..., : expected.shape[-1]]
         # measured worst case of all recipes and formats: 3.9e-6
-        difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        difference = ((actual - expected).abs().max() / expected.abs().max()).item()
         print(f"{recipe} {to}: {difference:.1e}")
         assert difference < 1e-4, to
 
 
-def test_fresh_adapters_are_in_the_mode_of_their_model(make_recipe: Callable[..., Path], whole: Path) -> None:
+def test_fresh_adapters_are_in_the_mode_of_their_model(
+    make_recipe: Callable[..., Path], full_model: Path
+) -> None:
     for base in ("none", "int8"):
         stage = {"learn": {"lora": 1e-3}, "lora": {"rank": 2, "dropout": 0.5}, "base": base}
-        model = prepare(load_recipe(make_recipe(model=str(whole), stage=stage))).model
+        model = prepare(load_recipe(make_recipe(model=str(full_model), stage=stage))).model
         assert not any(module.training for module in model.modules())
         assert base == "int8" or any(isinstance(module, LoraLinear) for module in model.modules())

@@ -42,12 +42,12 @@ def test_a_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         checkpoints.save(tmp_path, point(step), keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000015"]
-    found = checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
-    assert found is not None
-    assert (found.step, found.progress) == (15, {"tokens": 150})
-    assert found.weights["a"].tolist() == [15.0, 15.0]
-    assert found.plain == {"step.a": 15.0}
-    assert found.moments["exp_avg.a"].tolist() == [7.5, 7.5]
+    checkpoint = checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.progress) == (15, {"tokens": 150})
+    assert checkpoint.weights["a"].tolist() == [15.0, 15.0]
+    assert checkpoint.plain == {"step.a": 15.0}
+    assert checkpoint.moments["exp_avg.a"].tolist() == [7.5, 7.5]
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     partial = tmp_path / ".step-000010.partial"
     partial.mkdir()
     (partial / "state.json").write_bytes(b"torn")
-    found = checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
-    assert found is not None and found.step == 5
+    checkpoint = checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
+    assert checkpoint is not None and checkpoint.step == 5
     checkpoints.save(tmp_path, point(10), keep_last=2)
     assert not partial.exists()
 
@@ -153,12 +153,12 @@ def get(
     compute: Callable[[ImagePart], torch.Tensor],
 ) -> torch.Tensor:
     """As the training loop uses it."""
-    found = []
+    checkpoint = []
     for image in images:
         key = image_key(image.source) + "-mirror" * mirror
-        kept = cache.read(key)
-        found.append(cache.put(key, compute(image)) if kept is None else kept)
-    return torch.cat(found)
+        stored_features = cache.read(key)
+        checkpoint.append(cache.put(key, compute(image)) if stored_features is None else stored_features)
+    return torch.cat(checkpoint)
 
 
 def test_features_are_computed_once_and_survive_a_torn_end(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
 ) -> None:
     lora = {"rank": 4, "dropout": 0.2}  # dropout: the generator's state matters too
     stage = {"learn": {"connector": 3e-3, "lora": 3e-3}, "lora": lora}
-    whole = run(make_recipe("whole", stage=stage, workers=2))
+    full_run = run(make_recipe("whole", stage=stage, workers=2))
     recipe = make_recipe("broken", stage=stage, workers=2)
     script = "import sys, torch; torch.set_num_threads(1); from pumice.train import run; run(sys.argv[1])"
     command = [sys.executable, "-c", script, str(recipe)]
@@ -104,7 +104,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     saved = sorted((tmp_path / "broken" / "checkpoints").iterdir())[-1].name
     assert saved == f"step-{read_metrics(metrics)[-1]['step']:06d}"
     again = run(recipe)
-    assert same(whole, again)
+    assert same(full_run, again)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
@@ -303,8 +303,10 @@ def test_tiles_are_learned_alike_with_and_without_a_cache(
     assert cached == pytest.approx(golden, rel=5e-3)  # measured worst case: 1e-4; the cache keeps bf16
     before, after = weights(tiled_model), weights(first)
     assert not torch.equal(before["image_newline"], after["image_newline"])
-    kept = {line.split(" ")[0] for line in (tmp_path / "cache" / "keys.txt").read_text().splitlines()}
-    assert len(kept) > 4 and any(key.endswith("-mirror") for key in kept)  # upright and mirrored
+    cached_keys = {line.split(" ")[0] for line in (tmp_path / "cache" / "keys.txt").read_text().splitlines()}
+    assert len(cached_keys) > 4 and any(
+        key.endswith("-mirror") for key in cached_keys
+    )  # upright and mirrored
     # What was trained answers through the same path.
     opened = open_model(second)
     question = Conversation((user_message("left?", [wide_rows / "1.png"]),))
@@ -335,22 +337,22 @@ def test_several_pictures_are_learned_alike_with_and_without_a_cache(
     golden, cached = losses(tmp_path / "plain"), losses(tmp_path / "cached")
     assert golden[-1] < 0.8 * golden[0]
     assert cached == pytest.approx(golden, rel=5e-3)  # measured worst case: 5e-4; the cache keeps bf16
-    kept = {line.split(" ")[0] for line in (tmp_path / "cache" / "keys.txt").read_text().splitlines()}
-    assert {key.partition("-")[2] for key in kept} == {"", "square"}
-    assert any(f"{key}-square" in kept for key in kept)
+    cached_keys = {line.split(" ")[0] for line in (tmp_path / "cache" / "keys.txt").read_text().splitlines()}
+    assert {key.partition("-")[2] for key in cached_keys} == {"", "square"}
+    assert any(f"{key}-square" in cached_keys for key in cached_keys)
     trained = json.loads((first_run / "config.json").read_text())
     assert (trained["image"]["several"], trained["trained_pictures"]) == ("square", None)
 
 
 @pytest.mark.parametrize(
-    ("before", "most", "after"), [(0, 1, 1), (1, 3, 3), (4, 1, 4), (None, 1, None), (None, 3, 3)]
+    ("before", "max_memory", "after"), [(0, 1, 1), (1, 3, 3), (4, 1, 4), (None, 1, None), (None, 3, 3)]
 )
 def test_a_model_knows_the_most_pictures_that_it_was_trained_on(
-    make_recipe: MakeRecipe, tiny_model: Path, before: int | None, most: int, after: int | None
+    make_recipe: MakeRecipe, tiny_model: Path, before: int | None, max_memory: int, after: int | None
 ) -> None:
     setup = prepare(load_recipe(make_recipe(model=str(tiny_model))))
     setup.model.config = dataclasses.replace(setup.model.config, trained_pictures=before)
-    setup.record_max_images(most)
+    setup.record_max_images(max_memory)
     assert setup.model.config.trained_pictures == after
 
 

@@ -23,8 +23,8 @@ def test_equals_cross_entropy_of_all_logits(
     targets = torch.tensor([1, 2, 39, 0, 7, 7, 20])
     weights = torch.tensor([1.0, 2, 1, 1, 3, 1, 1])
 
-    ours = supervised_loss(hidden[sources], head, targets, weights) / weights.sum()
-    ours.backward()
+    actual = supervised_loss(hidden[sources], head, targets, weights) / weights.sum()
+    actual.backward()
     grads = [hidden.grad, head.grad]
     hidden.grad = head.grad = None
     logits = hidden[sources] @ head.T
@@ -32,7 +32,7 @@ def test_equals_cross_entropy_of_all_logits(
     plain.backward()
 
     # logits pass through fp32: measured worst case 5e-8
-    torch.testing.assert_close(ours.double(), plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual.double(), plain, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grads[0], hidden.grad, rtol=1e-5, atol=1e-6)
     if head_learns:
         torch.testing.assert_close(grads[1], head.grad, rtol=1e-5, atol=1e-6)

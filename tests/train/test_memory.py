@@ -38,10 +38,10 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         self.bytes = 0
-        known = {p.data_ptr() for p in parameters}
+        parameter_addresses = {p.data_ptr() for p in parameters}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.data_ptr() not in known:
+            if tensor.data_ptr() not in parameter_addresses:
                 self.bytes += tensor.numel() * tensor.element_size()
             return tensor
 

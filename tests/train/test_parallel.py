@@ -22,6 +22,6 @@ def test_copies_and_shards_have_the_losses_of_one_process(
     monkeypatch.syspath_prepend(Path(processes.__file__).parent)  # for the processes
     processes.prepare(tmp_path)
     names = ["one", "ddp 2", "fsdp 2", "fsdp 2, then 3"]
-    found = processes.spread(tmp_path, names, processes.run_forked)
+    results = processes.spread(tmp_path, names, processes.run_forked)
     # measured worst case of all runs of benchmarks/processes.py: 6.4e-8
-    assert all(apart < 1e-6 for apart in found.values()), found
+    assert all(apart < 1e-6 for apart in results.values()), results

@@ -49,5 +49,5 @@ def test_equal_to_pycocoevalcap() -> None:
     official, _ = official_bleu.Bleu(4).compute_score(truth, candidates, verbose=0)
     assert bleu(CAPTIONS, REFERENCES) == pytest.approx(official, abs=1e-12)
     _, each = rouge.Rouge().compute_score(truth, candidates)
-    ours = [rouge_l(text, texts) for text, texts in zip(CAPTIONS, REFERENCES, strict=True)]
-    assert ours == pytest.approx(list(each), abs=1e-12)
+    rouge_scores = [rouge_l(text, texts) for text, texts in zip(CAPTIONS, REFERENCES, strict=True)]
+    assert rouge_scores == pytest.approx(list(each), abs=1e-12)

@@ -66,13 +66,13 @@ def test_equals_pycocoevalcap(seed: int) -> None:
     references = [[sentence() for _ in range(draw.randint(1, 5))] for _ in range(60)]
     captions = [sentence() if draw.random() < 0.5 else draw.choice(refs) for refs in references]
     captions[7] = ""
-    theirs, each = scorer.Cider().compute_score(
+    official_score, official_scores = scorer.Cider().compute_score(
         dict(enumerate(references)), {number: [caption] for number, caption in enumerate(captions)}
     )
-    ours = Cider(references).score(captions)
+    our_scores = Cider(references).score(captions)
     # Worst difference measured: 9e-16, from another order of summation.
-    assert ours == pytest.approx(each.tolist(), rel=1e-12, abs=1e-12)
-    assert statistics.fmean(ours) == pytest.approx(float(theirs), rel=1e-12)
+    assert our_scores == pytest.approx(official_scores.tolist(), rel=1e-12, abs=1e-12)
+    assert statistics.fmean(our_scores) == pytest.approx(float(official_score), rel=1e-12)
 
 
 OFFICIAL = [5.830601094657341, 2.929659689494104, 0.0]

@@ -65,8 +65,8 @@ def test_the_expectations_are_right() -> None:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     captions = {caption: [{"caption": caption}] for caption in OFFICIAL if caption}
-    found = PTBTokenizer().tokenize(captions)
-    assert {c: words[0].split() for c, words in found.items()} == {c: OFFICIAL[c].split() for c in captions}
+    tokens = PTBTokenizer().tokenize(captions)
+    assert {c: words[0].split() for c, words in tokens.items()} == {c: OFFICIAL[c].split() for c in captions}
 
 
 def test_its_own_words_are_stable() -> None:

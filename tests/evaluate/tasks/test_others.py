@@ -40,10 +40,10 @@ assert len(registry()) > 20
 heavy = ("torch", "transformers", "pyarrow", "httpx", "pycocoevalcap")
 print([name for name in heavy if name in sys.modules])
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout == "[]\n"
+    assert process.stdout == "[]\n"
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_easy_vqa_by_what_is_asked(data: Any, scored: Any, asked: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "things"),
+    ("text", "objects"),
     [
         ("Two men and three puppies", ["person", "dog"]),
         ("A hot dog, two hot dogs", ["hot dog", "hot dog"]),
@@ -161,14 +161,20 @@ def test_easy_vqa_by_what_is_asked(data: Any, scored: Any, asked: Any) -> None:
         ("the dog.the cat... A wine glass", ["cat", "wine glass"]),
     ],
 )
-def test_things_in_a_text(text: str, things: list[str]) -> None:
-    assert [thing for _, thing in ObjectNames(SYNONYMS.splitlines()).find(text)] == things
+def test_things_in_a_text(text: str, objects: list[str]) -> None:
+    assert [object_name for _, object_name in ObjectNames(SYNONYMS.splitlines()).find(text)] == objects
 
 
 def test_things_corrected() -> None:
-    things = ObjectNames(SYNONYMS.splitlines(), corrected=True)
+    object_names = ObjectNames(SYNONYMS.splitlines(), corrected=True)
     caption = "A bus, ties, canoes, a motor bike, glasses, two skis, men"
-    assert [thing for _, thing in things.find(caption)] == ["bus", "tie", "boat", "motorcycle", "person"]
+    assert [object_name for _, object_name in object_names.find(caption)] == [
+        "bus",
+        "tie",
+        "boat",
+        "motorcycle",
+        "person",
+    ]
 
 
 def test_chair(data: Any, scored: Any) -> None:

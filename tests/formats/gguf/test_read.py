@@ -105,12 +105,12 @@ def test_transformers_reads_the_same_model(tmp_path: Path, write_gguf: Any, kind
     if kind == "qwen3":  # transformers takes its heads to be 128 wide, whatever the file says
         config = dataclasses.replace(CONFIG, qk_norm=True, heads=2, kv_heads=1, head_dim=128)
     write_gguf(tmp_path / "m.gguf", config, kind=kind, quantised="Q8_0")
-    ours = open_gguf(tmp_path / "m.gguf")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
-    assert theirs.config.rms_norm_eps == pytest.approx(ours.config.norm_eps)
-    state = tensor_names.convert(theirs.state_dict(), tensor_names.hf_decoder(config))
-    assert state.keys() == ours.state.keys()
-    assert all(torch.equal(state[name], tensor.read()) for name, tensor in ours.state.items())
+    model = open_gguf(tmp_path / "m.gguf")
+    hf_model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    assert hf_model.config.rms_norm_eps == pytest.approx(model.config.norm_eps)
+    state = tensor_names.convert(hf_model.state_dict(), tensor_names.hf_decoder(config))
+    assert state.keys() == model.state.keys()
+    assert all(torch.equal(state[name], tensor.read()) for name, tensor in model.state.items())
 
 
 @pytest.mark.parametrize(
@@ -265,13 +265,13 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Path) -> None:
 def test_smollm2_tokenizer(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
-    ours = build_tokenizer(GgufFile(smollm2).metadata, str(smollm2))
-    theirs = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    assert ours.get_vocab_size() == 49152
+    tokenizer = build_tokenizer(GgufFile(smollm2).metadata, str(smollm2))
+    hf_tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    assert tokenizer.get_vocab_size() == 49152
     for text in TEXTS:
-        ids = ours.encode(text).ids
-        assert ids == theirs(text, add_special_tokens=False).input_ids, text
-        assert ours.decode(ids, skip_special_tokens=False) == text
+        ids = tokenizer.encode(text).ids
+        assert ids == hf_tokenizer(text, add_special_tokens=False).input_ids, text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
     # transformers leaves out the split at every digit, which only shows on digits outside ASCII;
     # llama.cpp's "smollm" and the model's own tokenizer.json have it.
-    assert ours.encode(" ½").tokens[0] == "Ġ"
+    assert tokenizer.encode(" ½").tokens[0] == "Ġ"

@@ -66,10 +66,12 @@ def test_the_tower_is_described_as_llama_cpp_reads_it(models: ModuleType, tmp_pa
     model = _tiny(models, "SigLIP + SmolLM2")
     notes = export(model, "gguf", tmp_path / "out").notes
     file = GgufFile(tmp_path / "out" / "mmproj-f16.gguf")
-    said = {key: file.metadata[key] for key in file.metadata if key.startswith("clip.")}
-    floats = {key: said.pop(key) for key in list(said) if isinstance(said[key], float)}
+    clip_metadata = {key: file.metadata[key] for key in file.metadata if key.startswith("clip.")}
+    floats = {
+        key: clip_metadata.pop(key) for key in list(clip_metadata) if isinstance(clip_metadata[key], float)
+    }
     assert floats["clip.vision.attention.layer_norm_epsilon"] == pytest.approx(1e-6)
-    assert said == {
+    assert clip_metadata == {
         "clip.has_vision_encoder": True,
         "clip.projector_type": "mlp",
         "clip.use_gelu": True,
@@ -114,10 +116,12 @@ def test_a_picture_in_the_chat_template_is_llama_cpps_marker(
     from pumice.formats.text.chat_template import to_jinja
     from pumice.templates import get_template
 
-    said = [{"type": "text", "text": content}] if parts else content
+    message_content = [{"type": "text", "text": content}] if parts else content
     for wrap in (None, ("<a>", "<b>")):
         written = jinja2.Environment().from_string(marked(to_jinja(get_template("v1")), wrap))
-        shown = written.render(messages=[{"role": "user", "content": said}], add_generation_prompt=True)
+        shown = written.render(
+            messages=[{"role": "user", "content": message_content}], add_generation_prompt=True
+        )
         wrapped = expected if wrap is None else expected.replace(M, M.join(wrap))
         assert shown.endswith(f"USER: {wrapped} ASSISTANT:")
 
@@ -160,10 +164,10 @@ def test_a_sentencepiece_vocabulary(models: ModuleType) -> None:
     config = replace(model.config, decoder=replace(model.config.decoder, vocab_size=400))
     writer = _Writer()
     write_vocabulary(writer, config, model.tokenizer)
-    said = writer.said
+    metadata = writer.said
     size = model.tokenizer.get_vocab_size()
-    tokens, kinds, scores = said["tokens"], said["token_type"], said["scores"]
-    assert said["model"] == "llama"
+    tokens, kinds, scores = metadata["tokens"], metadata["token_type"], metadata["scores"]
+    assert metadata["model"] == "llama"
     assert len(tokens) == len(kinds) == len(scores) == 400
     assert tokens[size:] == [f"[PAD{i}]" for i in range(size, 400)]
     assert kinds[:4] == [2, 3, 3, 6], "unknown, control, control, byte"
@@ -171,9 +175,9 @@ def test_a_sentencepiece_vocabulary(models: ModuleType) -> None:
     merged = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 1 and len(token) > 1]
     in_order = sorted(merged, key=lambda token: -scores[tokens.index(token)])
     assert in_order == merged, "the first merged has the highest score"
-    assert said["add_bos_token"] is True
-    assert said["add_space_prefix"] is True
-    assert (said["bos_token_id"], said["eos_token_id"], said["unknown_token_id"]) == (1, 2, 0)
+    assert metadata["add_bos_token"] is True
+    assert metadata["add_space_prefix"] is True
+    assert (metadata["bos_token_id"], metadata["eos_token_id"], metadata["unknown_token_id"]) == (1, 2, 0)
 
 
 @pytest.mark.parametrize("split", ["gpt-2", "smollm", "llama-bpe", "qwen2"])

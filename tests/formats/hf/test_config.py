@@ -20,14 +20,14 @@ def decoder(**values: Any) -> Any:
 def test_what_is_absent_is_what_transformers_takes(family: str) -> None:
     import transformers
 
-    theirs = getattr(transformers, f"{family}Config")()
-    absent = decoder(model_type=theirs.model_type)
-    assert decoder_config(Keys(theirs.to_dict(), "config.json")) == absent
-    assert absent.vocab_size == theirs.vocab_size
-    assert absent.kv_heads == theirs.num_key_value_heads
-    assert absent.mlp_width == theirs.intermediate_size
-    assert absent.context == theirs.max_position_embeddings
-    assert absent.head_dim == (getattr(theirs, "head_dim", None) or 128)
+    hf_config = getattr(transformers, f"{family}Config")()
+    absent = decoder(model_type=hf_config.model_type)
+    assert decoder_config(Keys(hf_config.to_dict(), "config.json")) == absent
+    assert absent.vocab_size == hf_config.vocab_size
+    assert absent.kv_heads == hf_config.num_key_value_heads
+    assert absent.mlp_width == hf_config.intermediate_size
+    assert absent.context == hf_config.max_position_embeddings
+    assert absent.head_dim == (getattr(hf_config, "head_dim", None) or 128)
     assert absent.sliding_window == (4096 if family == "Mistral" else None)
 
 
@@ -35,11 +35,11 @@ def test_what_is_absent_is_what_transformers_takes(family: str) -> None:
 def test_towers_too(kind: str) -> None:
     import transformers
 
-    theirs = getattr(transformers, f"{kind}Config")()
-    absent = vision_config(Keys({"model_type": theirs.model_type}, "config.json"))
-    assert vision_config(Keys(theirs.to_dict(), "config.json")) == absent
-    assert (absent.width, absent.depth, absent.stride) == (768, 12, theirs.patch_size)
-    assert absent.norm_eps == theirs.layer_norm_eps
+    hf_config = getattr(transformers, f"{kind}Config")()
+    absent = vision_config(Keys({"model_type": hf_config.model_type}, "config.json"))
+    assert vision_config(Keys(hf_config.to_dict(), "config.json")) == absent
+    assert (absent.width, absent.depth, absent.stride) == (768, 12, hf_config.patch_size)
+    assert absent.norm_eps == hf_config.layer_norm_eps
 
 
 LINEAR = RopeScaling("linear", 4.0)

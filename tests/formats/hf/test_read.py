@@ -42,14 +42,14 @@ def test_logits_equal_those_of_transformers(llava: Llavas, kind: str) -> None:
     pixels = torch.from_numpy(opened.processor.pixels([image], layouts))
     ids = torch.tensor([[1, 20, *[IMAGE_TOKEN] * layouts[0].tokens, 30, 40, 50]])
     model = opened.model
-    ours = model.decoder.logits(model(ids, model.encode(pixels, layouts)))
-    theirs = transformers.AutoModelForImageTextToText.from_pretrained(llava(kind), dtype=torch.float32)
+    actual = model.decoder.logits(model(ids, model.encode(pixels, layouts)))
+    hf_model = transformers.AutoModelForImageTextToText.from_pretrained(llava(kind), dtype=torch.float32)
     tiles = kind in ("next", "onevision")
     sizes = {"image_sizes": torch.tensor([[26, 40]])} if tiles else {}
-    given = pixels[None] if tiles else pixels
-    expected = theirs.eval()(input_ids=ids.where(ids >= 0, 3), pixel_values=given, **sizes).logits
+    hf_pixels = pixels[None] if tiles else pixels
+    expected = hf_model.eval()(input_ids=ids.where(ids >= 0, 3), pixel_values=hf_pixels, **sizes).logits
     assert expected.std() > 1
-    difference = (ours - expected).abs().max().item()
+    difference = (actual - expected).abs().max().item()
     print(f"{kind}: {difference:.1e} of {expected.abs().max():.1f}")
     assert difference < 1e-4  # measured worst: 0.0
 
@@ -81,19 +81,19 @@ def rewrite(source: Path, target: Path, nesting: tensor_names.Nesting, form: str
     loaded = open_hf(source)
     table = tensor_names.llava(loaded.config, nesting, tensor_names.hf_connector(True), "vision_model.")
     names = tensor_names.inverse(table)
-    tensors = {str(names[ours]): tensor.read() for ours, tensor in loaded.state.items()}
+    tensors = {str(names[our_name]): tensor.read() for our_name, tensor in loaded.state.items()}
     stem, ending = ("model", "safetensors") if "safetensors" in form else ("pytorch_model", "bin")
     put: Any = save_file if ending == "safetensors" else torch.save
     if not form.startswith("sharded"):
         put(tensors, target / f"{stem}.{ending}")
         return target
-    where = {}
+    file_of = {}
     for number in range(3):
         shard = dict(list(tensors.items())[number::3])
         file = f"{stem}-{number + 1:05d}-of-00003.{ending}"
         put(shard, target / file)
-        where |= dict.fromkeys(shard, file)
-    (target / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        file_of |= dict.fromkeys(shard, file)
+    (target / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
     return target
 
 
@@ -103,11 +103,11 @@ def test_every_nesting_and_file_format(
     llava: Llavas, tmp_path: Path, nesting: tensor_names.Nesting, form: str
 ) -> None:
     expected = open_hf(llava("next"))
-    found = open_hf(rewrite(llava("next"), tmp_path / "m", nesting, form))
-    check(found.state, shapes(found.config), form)
-    assert found.config == expected.config
-    assert found.state.keys() == expected.state.keys()
-    assert all(torch.equal(found.state[n].read(), t.read()) for n, t in expected.state.items())
+    loaded_again = open_hf(rewrite(llava("next"), tmp_path / "m", nesting, form))
+    check(loaded_again.state, shapes(loaded_again.config), form)
+    assert loaded_again.config == expected.config
+    assert loaded_again.state.keys() == expected.state.keys()
+    assert all(torch.equal(loaded_again.state[n].read(), t.read()) for n, t in expected.state.items())
 
 
 def test_a_projector_without_biases_has_zeros(llava: Llavas, tmp_path: Path) -> None:
@@ -123,16 +123,16 @@ def test_a_projector_without_biases_has_zeros(llava: Llavas, tmp_path: Path) -> 
 
 def change(path: Path, **values: Any) -> None:
     """Set keys of a JSON file; "a.b" is a key of the object `a`, None removes it."""
-    whole = json.loads(path.read_text())
+    whole_config = json.loads(path.read_text())
     for key, value in values.items():
-        place = whole
+        parent = whole_config
         *above, last = key.split("__")
         for name in above:
-            place = place[name]
-        place[last] = value
+            parent = parent[name]
+        parent[last] = value
         if value is None:
-            del place[last]
-    path.write_text(json.dumps(whole))
+            del parent[last]
+    path.write_text(json.dumps(whole_config))
 
 
 @pytest.fixture

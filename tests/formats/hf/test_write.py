@@ -114,14 +114,14 @@ def test_image_policies_in_their_words(models: ModuleType) -> None:
 def test_how_answers_are_drawn_travels(models: ModuleType) -> None:
     config = next(iter(models.ARCHITECTURES.values())).config
 
-    def told(**fields: float) -> dict[str, object]:
+    def settings(**fields: float) -> dict[str, object]:
         return generation_config(replace(config, generation=GenerationConfig(**fields)))
 
     plain = generation_config(config)
     assert plain["do_sample"] is False
-    assert told(repetition_penalty=1.2) == plain | {"repetition_penalty": 1.2}
+    assert settings(repetition_penalty=1.2) == plain | {"repetition_penalty": 1.2}
     drawn = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
-    assert told(temperature=0.5, top_p=0.9) == plain | drawn
+    assert settings(temperature=0.5, top_p=0.9) == plain | drawn
 
 
 LLAVA_1 = "CLIP + Llama, linear, crop (LLaVA 1.0)"
@@ -129,16 +129,17 @@ LLAVA_1 = "CLIP + Llama, linear, crop (LLaVA 1.0)"
 
 def test_a_linear_connector_is_the_mlp_that_computes_the_same(models: ModuleType) -> None:
     model = models.tiny(models.ARCHITECTURES[LLAVA_1])
-    made = as_mlp(model)
+    mlp_model = as_mlp(model)
     features = torch.randn(1, 16, model.config.vision.width)
-    theirs, ours = (
-        Connector(m.config.connector, m.config.vision.width, m.config.decoder.width) for m in (made, model)
+    mlp_connector, connector = (
+        Connector(m.config.connector, m.config.vision.width, m.config.decoder.width)
+        for m in (mlp_model, model)
     )
-    for connector, parts in ((theirs, made), (ours, model)):
+    for module, parts in ((mlp_connector, mlp_model), (connector, model)):
         tensors = {n.removeprefix("connector."): t.read() for n, t in parts.state.items()}
-        connector.load_state_dict({name: tensors[name] for name in connector.state_dict()})
+        module.load_state_dict({name: tensors[name] for name in module.state_dict()})
     # worst case measured: 2.4e-7 of values up to 2
-    torch.testing.assert_close(theirs(features), ours(features), rtol=0, atol=1e-6)
+    torch.testing.assert_close(mlp_connector(features), connector(features), rtol=0, atol=1e-6)
 
 
 def test_what_stands_around_a_picture_comes_back(models: ModuleType, tmp_path: Path) -> None:
@@ -183,8 +184,8 @@ def _talk(shown: list[Image.Image], later: int) -> list[dict[str, Any]]:
 
     turns = [asked(first, "What is this?")]
     if later:
-        said = {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}
-        turns += [said, asked(second, "And this?")]
+        answer_message = {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}
+        turns += [answer_message, asked(second, "And this?")]
     return turns
 
 
@@ -203,18 +204,18 @@ def test_any_number_of_pictures_has_the_tokens_and_logits_of_transformers(
     """ONEVISION shows one picture in tiles and several as squares; ANYRES always in tiles."""
     import transformers
 
-    theirs = transformers.AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32).eval()
+    hf_model = transformers.AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32).eval()
     processor = formats._processor(exported)
     shown = [models.picture(*size) for size in SIZES[:pictures]]
     messages = _talk(shown, later)
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=[shown] if shown else None, text=[text], return_tensors="pt")
-    ours = load(exported, device="cpu", quantize=None)
-    prompt = ours.prompt(conversation_of(messages))
-    marked = prompt.input_ids.masked_fill(prompt.input_ids == IMAGE_TOKEN, theirs.config.image_token_id)
+    assistant = load(exported, device="cpu", quantize=None)
+    prompt = assistant.prompt(conversation_of(messages))
+    marked = prompt.input_ids.masked_fill(prompt.input_ids == IMAGE_TOKEN, hf_model.config.image_token_id)
     assert marked.tolist() == inputs["input_ids"][0].tolist()
-    logits = ours.model.decoder.logits(ours.model(prompt.input_ids[None], prompt.encode_images()))
-    expected = theirs(**inputs).logits
+    logits = assistant.model.decoder.logits(assistant.model(prompt.input_ids[None], prompt.encode_images()))
+    expected = hf_model(**inputs).logits
     rows = min(logits.shape[-1], expected.shape[-1])
     assert (logits[..., :rows] - expected[..., :rows]).abs().max() < SEVERAL_TOLERANCE
 

@@ -34,17 +34,17 @@ LLAVA: dict[str, Any] = {
 
 
 @pytest.fixture
-def theirs(llava: Callable[[str], Path]) -> dict[str, Tensor]:
+def llava_state(llava: Callable[[str], Path]) -> dict[str, Tensor]:
     """All tensors of a LLaVA under the original's names."""
     loaded = open_hf(llava("llava"))
     names = tensor_names.inverse(
         tensor_names.llava(loaded.config, tensor_names.ORIGINAL, MLP, "vision_model.")
     )
-    return {str(names[ours]): tensor.read() for ours, tensor in loaded.state.items()}
+    return {str(names[our_name]): tensor.read() for our_name, tensor in loaded.state.items()}
 
 
 @pytest.fixture
-def make(tmp_path: Path, parts_of: Parts, theirs: dict[str, Tensor]) -> Callable[..., Path]:
+def make(tmp_path: Path, parts_of: Parts, llava_state: dict[str, Tensor]) -> Callable[..., Path]:
     """Write a folder with the tensors for which `keep` is true, and config.json."""
 
     def make(keep: Callable[[str], bool] | None = None, name: str = "m", **values: Any) -> Path:
@@ -55,9 +55,9 @@ def make(tmp_path: Path, parts_of: Parts, theirs: dict[str, Tensor]) -> Callable
         (folder / "config.json").write_text(json.dumps(config))
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (folder / file).write_bytes((parts_of[1] / file).read_bytes())
-        kept = {n: t for n, t in theirs.items() if keep is None or keep(n)}
-        if kept:
-            torch.save(kept, folder / "pytorch_model.bin")
+        tensors = {n: t for n, t in llava_state.items() if keep is None or keep(n)}
+        if tensors:
+            torch.save(tensors, folder / "pytorch_model.bin")
         return folder
 
     return make
@@ -67,10 +67,10 @@ def is_tower(name: str) -> bool:
     return "vision_tower" in name
 
 
-def equal(found: LoadedParts, expected: LoadedParts) -> None:
-    check(found.state, shapes(found.config), "here")
-    assert found.state.keys() == expected.state.keys()
-    assert all(torch.equal(found.state[n].read(), t.read()) for n, t in expected.state.items())
+def equal(actual: LoadedParts, expected: LoadedParts) -> None:
+    check(actual.state, shapes(actual.config), "here")
+    assert actual.state.keys() == expected.state.keys()
+    assert all(torch.equal(actual.state[n].read(), t.read()) for n, t in expected.state.items())
 
 
 @pytest.mark.parametrize("tower", ["in the shards", "where the config says"])
@@ -95,11 +95,11 @@ def test_the_tower_may_stand_in_the_folder_or_be_given(make: Callable[..., Path]
 
 
 def test_the_first_version_had_one_layer_and_marked_pictures(
-    make: Callable[..., Path], theirs: dict[str, Tensor]
+    make: Callable[..., Path], llava_state: dict[str, Tensor]
 ) -> None:
     folder = make(lambda name: "mm_projector" not in name, mm_projector_type="absent",
                   image_aspect_ratio="absent", mm_use_im_start_end=True)  # fmt: skip
-    first = {f"model.mm_projector.{p}": theirs[f"model.mm_projector.0.{p}"] for p in ("weight", "bias")}
+    first = {f"model.mm_projector.{p}": llava_state[f"model.mm_projector.0.{p}"] for p in ("weight", "bias")}
     torch.save(first, folder / "mm_projector.bin")
     opened = open_model(folder)
     config = opened.model.config
@@ -113,10 +113,10 @@ def test_the_first_version_had_one_layer_and_marked_pictures(
     "prefix", ["model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."]
 )
 def test_a_projector_on_a_base(
-    make: Callable[..., Path], theirs: dict[str, Tensor], parts_of: Parts, llava: Any, prefix: str
+    make: Callable[..., Path], llava_state: dict[str, Tensor], parts_of: Parts, llava: Any, prefix: str
 ) -> None:
     folder = make(lambda name: False, _name_or_path="lmsys/vicuna-7b-v1.5")
-    projector = {n: t for n, t in theirs.items() if "mm_projector" in n}
+    projector = {n: t for n, t in llava_state.items() if "mm_projector" in n}
     torch.save(
         {n.replace("model.mm_projector.", prefix): t for n, t in projector.items()},
         folder / "mm_projector.bin",
@@ -130,9 +130,9 @@ def test_a_projector_on_a_base(
 
 @pytest.mark.parametrize("base", ["a bare LLM", "a whole LLaVA"])
 def test_a_lora_with_its_non_lora_trainables(
-    make: Callable[..., Path], theirs: dict[str, Tensor], parts_of: Parts, base: str
+    make: Callable[..., Path], llava_state: dict[str, Tensor], parts_of: Parts, base: str
 ) -> None:
-    other = {n: t + 1 for n, t in theirs.items() if "mm_projector" in n}
+    other = {n: t + 1 for n, t in llava_state.items() if "mm_projector" in n}
     under = parts_of[1] if base == "a bare LLM" else make(name="base")
     folder = make(lambda name: False)
     torch.save({f"base_model.model.{n}": t for n, t in other.items()}, folder / "non_lora_trainables.bin")
@@ -153,16 +153,16 @@ def test_a_lora_with_its_non_lora_trainables(
     check(loaded.state, shapes(loaded.config), "here")
     assert torch.equal(loaded.state["connector.layers.2.bias"].read(), other["model.mm_projector.2.bias"])
     merged = open_model(folder).model.decoder.blocks[1].attention.v.weight
-    plain = theirs["model.layers.1.self_attn.v_proj.weight"]
+    plain = llava_state["model.layers.1.self_attn.v_proj.weight"]
     torch.testing.assert_close(merged, plain + 2 * high["v"] @ low, atol=1e-5, rtol=0)
 
 
-def test_tiles(make: Callable[..., Path], theirs: dict[str, Tensor]) -> None:
+def test_tiles(make: Callable[..., Path], llava_state: dict[str, Tensor]) -> None:
     newline = torch.randn(32)
     values = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
     for number, points in enumerate(([[16, 32], [32, 16]], "[(16, 32), (32, 16)]", "(1x1),...,(2x2)")):
         folder = make(name=str(number), image_grid_pinpoints=points, **values)
-        torch.save(theirs | {"model.image_newline": newline}, folder / "pytorch_model.bin")
+        torch.save(llava_state | {"model.image_newline": newline}, folder / "pytorch_model.bin")
         loaded = open_original(folder)
         assert loaded.config.image.pinpoints[:2] == (
             ((16, 16), (16, 32)) if number == 2 else ((16, 32), (32, 16))
@@ -170,7 +170,7 @@ def test_tiles(make: Callable[..., Path], theirs: dict[str, Tensor]) -> None:
         assert torch.equal(loaded.state["image_newline"].read(), newline)
         assert loaded.config.image.several == "tiles"
     folder = make(name="max", image_grid_pinpoints=points, **values | {"image_aspect_ratio": "anyres_max_4"})
-    torch.save(theirs | {"model.image_newline": newline}, folder / "pytorch_model.bin")
+    torch.save(llava_state | {"model.image_newline": newline}, folder / "pytorch_model.bin")
     assert open_original(folder).config.image.several == "square"
     with pytest.raises(InputError, match=r'mm_patch_merge_type is "flat"; only "spatial_unpad" or "spatial"'):
         open_original(make(name="flat", image_aspect_ratio="anyres", image_grid_pinpoints=[[16, 32]]))

@@ -65,22 +65,22 @@ def mistral(llama: LoadedParts, models: ModuleType, sentencepiece_file: Path) ->
     """A tiny model with Mistral 7B's own tokenizer, and `<pad>` added behind it."""
     tokenizer = SentencePiece.read(sentencepiece_file).tokenizer("it")
     tokenizer.add_special_tokens(["<pad>"])
-    made = models.tiny(models.Architecture(llama.config, lambda: tokenizer))
-    return replace(made, sentencepiece=sentencepiece_file.read_bytes())
+    tiny_model = models.tiny(models.Architecture(llama.config, lambda: tokenizer))
+    return replace(tiny_model, sentencepiece=sentencepiece_file.read_bytes())
 
 
 def opened(folders: list[Path]) -> dict[str, list[object]]:
     """What transformers 4.37 makes of each folder: the class, its size, ids of TEXTS, bos and eos."""
     if not PYTHON.is_file():
         pytest.skip(f"{PYTHON.parents[1]} is not there; make build/transformers-4.37/.done installs it")
-    done = subprocess.run(
+    process = subprocess.run(
         [PYTHON, "-c", SCRIPT], input=json.dumps([[str(f) for f in folders], TEXTS]), capture_output=True,
         text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    version, found = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    version, results = json.loads(process.stdout)
     assert version.startswith("4.37.")
-    return found
+    return results
 
 
 def test_transformers_4_37_cuts_text_alike(models: ModuleType, mistral: LoadedParts, tmp_path: Path) -> None:
@@ -90,18 +90,18 @@ def test_transformers_4_37_cuts_text_alike(models: ModuleType, mistral: LoadedPa
     folders = {name: tmp_path / str(number) for number, name in enumerate(cases)}
     for name, (model, _) in cases.items():
         export(model, "llava", folders[name])
-    found = opened(list(folders.values()))
+    results = opened(list(folders.values()))
     for name, (model, kind) in cases.items():
-        theirs, size, ids, (bos, eos) = found[str(folders[name])]
-        assert theirs == kind, name
+        tokenizer_kind, size, ids, (bos, eos) = results[str(folders[name])]
+        assert tokenizer_kind == kind, name
         assert size == model.tokenizer.get_vocab_size(), name
         assert (bos, eos) == (model.config.bos_token_id, model.config.stop_token_ids[0]), name
         first = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
         for text, cut in zip(TEXTS, ids, strict=True):
             if text.startswith(" ") and '"prepend_scheme":"first"' in model.tokenizer.to_str():
                 continue  # `tokenizers` puts no second space before such a text, 4.37's class does
-            ours = model.tokenizer.encode(text, add_special_tokens=False)
-            assert cut == [*first, *ours.ids], f"{name}: {text!r} {ours.tokens}"
+            own_ids = model.tokenizer.encode(text, add_special_tokens=False)
+            assert cut == [*first, *own_ids.ids], f"{name}: {text!r} {own_ids.tokens}"
 
 
 def test_every_architecture_that_is_exported_is_opened(models: ModuleType) -> None:
@@ -139,8 +139,8 @@ def test_a_tokenizer_model_of_something_else_is_not_taken(
     llama: LoadedParts, mistral: LoadedParts, data: bytes
 ) -> None:
     other = mistral.sentencepiece if data == b"another's" else data
-    made = sentencepiece(replace(llama, sentencepiece=other))
-    assert made == sentencepiece(llama) is not None
+    written = sentencepiece(replace(llama, sentencepiece=other))
+    assert written == sentencepiece(llama) is not None
 
 
 def test_what_sentencepiece_did_not_make_is_exported_with_a_note(llama: LoadedParts, tmp_path: Path) -> None:

@@ -93,12 +93,12 @@ def test_how_several_pictures_are_shown_comes_back_or_is_told(models: ModuleType
         (1, "tiles", (1, "square"), ["training shows each of several pictures as one square, this model in"]),
         (None, "tiles", (None, "tiles"), []),
     ]
-    for number, (most, several, back, told) in enumerate(cases):
-        image = replace(model.config.image, max_tiles=most, several=several)
+    for number, (max_tiles, several, back, expected_note) in enumerate(cases):
+        image = replace(model.config.image, max_tiles=max_tiles, several=several)
         changed = replace(model, config=replace(model.config, image=image))
         notes = export(changed, "llava", tmp_path / str(number)).notes
-        found = read_model(tmp_path / str(number), template=model.config.template).config.image
-        assert (found.max_tiles, found.several) == back
+        image_policy = read_model(tmp_path / str(number), template=model.config.template).config.image
+        assert (image_policy.max_tiles, image_policy.several) == back
         spoken = [note for note in notes if "several pictures" in note]
-        assert len(spoken) == len(told)
-        assert all(words in note for words, note in zip(told, spoken, strict=True))
+        assert len(spoken) == len(expected_note)
+        assert all(words in note for words, note in zip(expected_note, spoken, strict=True))

@@ -55,17 +55,17 @@ def adapter(llava: Llavas, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
 @torch.no_grad()
 def test_logits_equal_those_of_peft(adapter: Callable[..., Any], llava: Llavas, name: str) -> None:
     options, targets = ADAPTERS[name]
-    theirs, folder = adapter(**options)
+    peft_logits, folder = adapter(**options)
     loaded = read_model(folder, base=str(llava("llava")))
     assert (loaded.config.lora.targets if loaded.config.lora else ()) == targets
     model = open_model(folder, base=str(llava("llava"))).model
     pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    seen = torch.tensor([[1, *[3] * 16, 20, 30]])
-    for ids, shown in ((IDS, None), (seen, pixels)):
-        expected = theirs(input_ids=ids, pixel_values=shown).logits
-        ours = ids.masked_fill(ids == 3, -200)
-        found = model.decoder.logits(model(ours, None if shown is None else model.encode(shown)))
-        difference = (found - expected).abs().max().item()
+    prompt_ids = torch.tensor([[1, *[3] * 16, 20, 30]])
+    for ids, shown in ((IDS, None), (prompt_ids, pixels)):
+        expected = peft_logits(input_ids=ids, pixel_values=shown).logits
+        our_ids = ids.masked_fill(ids == 3, -200)
+        actual = model.decoder.logits(model(our_ids, None if shown is None else model.encode(shown)))
+        difference = (actual - expected).abs().max().item()
         print(f"{name}: {difference:.1e} of {expected.abs().max():.1f}")
         assert difference < 1e-4  # measured worst: 6.5e-6
 

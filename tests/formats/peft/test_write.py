@@ -50,10 +50,10 @@ def test_peft_computes_the_same(
 ) -> None:
     adapter, base = folders
     shown = models.picture(120, 80)
-    theirs, tokens = formats.transformers(base, shown, adapter)
+    hf_logits, tokens = formats.transformers(base, shown, adapter)
     logits, following = formats.ours(model, shown)
     # measured: no difference, of logits up to 10
-    assert (theirs[:, : logits.shape[1]] - logits).abs().max() < 1e-4
+    assert (hf_logits[:, : logits.shape[1]] - logits).abs().max() < 1e-4
     assert tokens == following
     without, _ = formats.transformers(base, shown)
     assert (without[:, : logits.shape[1]] - logits).abs().max() > 1, "the adapter does nothing"

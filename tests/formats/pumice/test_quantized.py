@@ -41,20 +41,20 @@ def folder(tiny_folder: Path, tmp_path: Path) -> Path:
 def test_a_stored_model_is_the_one_that_is_quantised_when_it_is_opened(
     tiny_folder: Path, tmp_path: Path, bits: str
 ) -> None:
-    done = import_model(str(tiny_folder), tmp_path / "small", quantize=bits)
+    imported = import_model(str(tiny_folder), tmp_path / "small", quantize=bits)
     files = sorted(path.name for path in (tmp_path / "small").iterdir())
     assert files == [
         "config.json", "model.safetensors", "provenance.json", "quantized.json", "quantized.safetensors",
         "tokenizer.json",
     ]  # fmt: skip
     held = sum((tmp_path / "small" / name).stat().st_size for name in files if "safetensors" in name)
-    assert held == pytest.approx(done.summary()["bytes"], rel=0.05)
-    there = open_model(tiny_folder, quantize=bits).model.decoder
-    here = open_model(tmp_path / "small", quantize="auto").model.decoder
-    for ours, theirs in zip(here.modules(), there.modules(), strict=True):
-        if isinstance(ours, PackedLinear):
-            assert isinstance(theirs, PackedLinear) and ours.kind is theirs.kind
-            assert torch.equal(ours.data, theirs.data)
+    assert held == pytest.approx(imported.summary()["bytes"], rel=0.05)
+    quantized_now = open_model(tiny_folder, quantize=bits).model.decoder
+    stored = open_model(tmp_path / "small", quantize="auto").model.decoder
+    for stored_module, module in zip(stored.modules(), quantized_now.modules(), strict=True):
+        if isinstance(stored_module, PackedLinear):
+            assert isinstance(module, PackedLinear) and stored_module.kind is module.kind
+            assert torch.equal(stored_module.data, module.data)
     asked = [load(path, device="cpu", quantize="auto" if path != tiny_folder else bits)
              for path in (tmp_path / "small", tiny_folder)]  # fmt: skip
     first, second = (assistant.ask(None, "What?", max_new_tokens=8) for assistant in asked)
@@ -80,8 +80,8 @@ def test_floats_are_what_the_blocks_stand_for(folder: Path, tmp_path: Path) -> N
     plain = open_model(folder).model.decoder.state_dict()
     for name, matrix in open_parts(folder).state.items():
         if matrix.blocks is not None:
-            kept = plain[name.removeprefix("decoder.")]
-            assert torch.equal(kept, matrix.blocks.fetch().restored())
+            expected = plain[name.removeprefix("decoder.")]
+            assert torch.equal(expected, matrix.blocks.fetch().restored())
     import_model(str(folder), tmp_path / "again")
     for name in ("quantized.json", "quantized.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
@@ -96,10 +96,10 @@ def test_blocks_of_gguf_are_kept_bit_for_bit(
     import_model(str(source), tmp_path / "m", template="plain", quantize="int8")
     state = open_parts(tmp_path / "m").state
     file = GgufFile(source)
-    for ours, theirs in (("blocks.0.mlp.up", "blk.0.ffn_up"), ("embed", "token_embd")):
-        blocks = state[f"decoder.{ours}.weight"].blocks
+    for name, gguf_name in (("blocks.0.mlp.up", "blk.0.ffn_up"), ("embed", "token_embd")):
+        blocks = state[f"decoder.{name}.weight"].blocks
         assert blocks is not None and blocks.kind is BlockFormat[form]
-        assert torch.equal(blocks.fetch().blocks(), file.blocks(f"{theirs}.weight"))
+        assert torch.equal(blocks.fetch().blocks(), file.blocks(f"{gguf_name}.weight"))
     # Rows of queries are turned into our order
     query = state["decoder.blocks.0.attention.q.weight"].blocks
     assert query is not None
@@ -114,12 +114,12 @@ def test_blocks_leave_as_they_came(write_gguf: Callable[..., Any], tmp_path: Pat
     write_gguf(source, quantised=form)
     import_model(str(source), tmp_path / "m", template="chatml", quantize="int8")
     export(read_model(tmp_path / "m"), "gguf", tmp_path / "out", kind="keep")
-    there, here = GgufFile(source), GgufFile(tmp_path / "out" / "model-keep.gguf")
-    matrices = [name for name, info in there.infos.items() if len(info.shape) == 2]
+    original, exported = GgufFile(source), GgufFile(tmp_path / "out" / "model-keep.gguf")
+    matrices = [name for name, info in original.infos.items() if len(info.shape) == 2]
     assert len(matrices) == 15
     for name in matrices:
-        assert here.infos[name].kind == BlockFormat[form].ggml
-        assert torch.equal(here.blocks(name), there.blocks(name))
+        assert exported.infos[name].kind == BlockFormat[form].ggml
+        assert torch.equal(exported.blocks(name), original.blocks(name))
 
 
 def test_eight_bits_become_four_where_that_is_asked(write_gguf: Callable[..., Any], tmp_path: Path) -> None:
@@ -194,11 +194,11 @@ def test_a_built_in_model_is_quantised_once(
     monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("pumice.formats.load.BUILT_IN", tmp_path)
     shutil.copytree(tiny_folder, tmp_path / "built-in")
-    made: list[str] = []
+    quantized_names: list[str] = []
     plain = quantize_module.quantize
 
     def noted(weight: torch.Tensor, kind: BlockFormat, name: str) -> PackedMatrix:
-        made.append(name)
+        quantized_names.append(name)
         return plain(weight, kind, name)
 
     def data(bits: str = "int4") -> torch.Tensor:
@@ -208,16 +208,16 @@ def test_a_built_in_model_is_quantised_once(
 
     monkeypatch.setattr(quantize_module, "quantize", noted)
     first = data()
-    assert len(made) == 15
-    [kept] = (tmp_path / "cache" / "quantized").iterdir()
-    assert torch.equal(data(), first) and len(made) == 15  # from the cache
+    assert len(quantized_names) == 15
+    [folder] = (tmp_path / "cache" / "quantized").iterdir()
+    assert torch.equal(data(), first) and len(quantized_names) == 15  # from the cache
     data("int8")
-    assert len(made) == 30  # which is something else
-    (kept / quantized.FILE).unlink()  # what is mapped must not be written over
-    (kept / quantized.FILE).write_bytes(b"damaged")
-    assert torch.equal(data(), first) and len(made) == 45
-    assert torch.equal(data(), first) and len(made) == 60  # put there again
-    assert torch.equal(data(), first) and len(made) == 60
+    assert len(quantized_names) == 30  # which is something else
+    (folder / quantized.FILE).unlink()  # what is mapped must not be written over
+    (folder / quantized.FILE).write_bytes(b"damaged")
+    assert torch.equal(data(), first) and len(quantized_names) == 45
+    assert torch.equal(data(), first) and len(quantized_names) == 60  # put there again
+    assert torch.equal(data(), first) and len(quantized_names) == 60
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file is in the way")
     assert torch.equal(data(), first)

@@ -127,7 +127,7 @@ OWN_FORMATS: dict[str, tuple[str, dict[str, Any], bool]] = {
 }  # fmt: skip
 
 
-def found(source: str) -> Described:
+def describe_template(source: str) -> Described:
     return describe(source, bos="<s>", eos="</s>", specials=SPECIALS, label="tokenizer_config.json")
 
 
@@ -140,7 +140,7 @@ def template_of(described: Described) -> Template:
 @pytest.mark.parametrize("name", OWN_FORMATS)
 def test_formats_of_known_families(name: str) -> None:
     source, expected, writes_bos = OWN_FORMATS[name]
-    described = found(source)
+    described = describe_template(source)
     assert (described.template, described.writes_bos) == (OWN, writes_bos)
     assert described.chat is not None
     assert {key: getattr(described.chat, key) for key in expected} == expected
@@ -148,28 +148,28 @@ def test_formats_of_known_families(name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN_FORMATS)
 def test_a_format_survives_config_json_and_export(name: str) -> None:
-    template = template_of(found(OWN_FORMATS[name][0]))
+    template = template_of(describe_template(OWN_FORMATS[name][0]))
     decoder = DecoderConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
     config = ModelConfig(decoder=decoder, template=OWN, chat=template.chat)
     again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert get_template(again.template, again.chat) == template
-    exported = template_of(found(to_jinja(template)))
+    exported = template_of(describe_template(to_jinja(template)))
     for turns in CHATS:
         for generate in (False, True):
-            assert said(exported, turns, generate) == said(template, turns, generate)
+            assert render_template(exported, turns, generate) == render_template(template, turns, generate)
 
 
 @pytest.mark.parametrize("name", [n for n, t in TEMPLATES.items() if isinstance(t, Template)])
 def test_a_known_format_is_known_by_what_it_writes(name: str) -> None:
-    described = found(to_jinja(TEMPLATES[name]))
+    described = describe_template(to_jinja(TEMPLATES[name]))
     assert (described.chat, described.writes_bos) == (None, False)
     assert template_of(described).chat == template_of(Described(name, None, False)).chat
 
 
 def test_chatml_under_other_wording() -> None:
-    assert found(IM + IM_ASK) == Described("chatml", None, False)
-    assert found("{{ bos_token }}" + IM + IM_ASK) == Described("chatml", None, True)
+    assert describe_template(IM + IM_ASK) == Described("chatml", None, False)
+    assert describe_template("{{ bos_token }}" + IM + IM_ASK) == Described("chatml", None, True)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_chatml_under_other_wording() -> None:
 )
 def test_what_is_no_format_is_refused_in_a_sentence(source: str, reason: str) -> None:
     with pytest.raises(InputError, match=f"^tokenizer_config.json: this chat template .*{reason}") as refusal:
-        found(source)
+        describe_template(source)
     assert "name the format with --template, one of: plain, chatml" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -230,7 +230,7 @@ def rendered(template: Template | Plain, conversation: Conversation, generate: b
     return "".join("<image>" if isinstance(span, ImagePart) else span.text for span in spans)
 
 
-def said(template: Template | Plain, turns: Sequence[tuple[str, str]], generate: bool) -> str:
+def render_template(template: Template | Plain, turns: Sequence[tuple[str, str]], generate: bool) -> str:
     return rendered(template, Conversation(tuple(Message(role, (text,)) for role, text in turns)), generate)
 
 
@@ -239,7 +239,9 @@ ODD = ChatFormat(
     system=("\n", "#}"), default_system="{# d #}", opening="\\n", stop_once=True,
     trim=("system", "user", "assistant"),
 )  # fmt: skip
-WRITTEN = TEMPLATES | {name: template_of(found(source)) for name, (source, *_) in OWN_FORMATS.items()}
+WRITTEN = TEMPLATES | {
+    name: template_of(describe_template(source)) for name, (source, *_) in OWN_FORMATS.items()
+}
 WRITTEN["odd"] = Template(OWN, ODD)
 odd = st.sampled_from([" ", "\n", "x", "{{", "'", "<image>", "é"])
 texts = st.lists(odd | st.text(max_size=3), max_size=5).map("".join)
@@ -258,16 +260,16 @@ def test_jinja_writes_what_we_do(name: str, data: st.DataObject) -> None:
     roles = ["system"] * data.draw(st.integers(0, has_system)) + ["user", "assistant"] * 3
     for role in roles[:length]:
         content: Any = data.draw(texts)
-        given: tuple[Any, ...] = (content,)
+        message_parts: tuple[Any, ...] = (content,)
         if data.draw(st.booleans()):
             chosen = data.draw(parts) if role == "user" else [data.draw(texts)]
             content = [{"type": "image"} if p is None else {"type": "text", "text": p} for p in chosen]
-            given = tuple(ImagePart("x") if p is None else p for p in chosen)
+            message_parts = tuple(ImagePart("x") if p is None else p for p in chosen)
         messages.append({"role": role, "content": content})
-        turns.append(Message(role, given))
+        turns.append(Message(role, message_parts))
     generate = turns[-1].role == "user"
-    ours = rendered(template, Conversation(tuple(turns)), generate)
-    assert written(to_jinja(template), messages, generate) == ours
+    own_prompt = rendered(template, Conversation(tuple(turns)), generate)
+    assert written(to_jinja(template), messages, generate) == own_prompt
 
 
 @pytest.mark.parametrize("name", ["v1", "plain"])
@@ -280,8 +282,10 @@ def test_what_stands_around_a_picture_is_written_and_read(name: str) -> None:
     assert alone.count("<image>") == 2
     assert written(source, messages, False) == alone.replace("<image>", "<im_start><image><im_end>")
     for text, expected in ((source, wrap), (to_jinja(TEMPLATES[name]), None)):
-        found = image_wrap(text, bos="<s>", eos="</s>", specials=["<s>", "</s>", "<im_start>", "<im_end>"])
-        assert found == (expected if name == "v1" else None)  # plain has no question to be known by
+        found_wrap = image_wrap(
+            text, bos="<s>", eos="</s>", specials=["<s>", "</s>", "<im_start>", "<im_end>"]
+        )
+        assert found_wrap == (expected if name == "v1" else None)  # plain has no question to be known by
 
 
 def test_parts_with_marks_around_a_picture_are_a_known_format() -> None:

@@ -48,8 +48,8 @@ Pair = tuple[sentencepiece.SentencePieceProcessor, Tokenizer]
 
 
 def pair(path: Path) -> Pair:
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return theirs, Tokenizer(SentencePiece.read(path).tokenizer(str(path)))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return reference, Tokenizer(SentencePiece.read(path).tokenizer(str(path)))
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +75,11 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @example(text="  two  ")
 @example(text="▁")
 def test_the_same_ids_and_the_same_text(both: Pair, text: str) -> None:
-    theirs, ours = both
-    ids = theirs.encode(text)
-    assert [number for number, _ in ours.pieces(text)] == ids
-    if theirs.unk_id() not in ids:
-        assert ours.decode(ids) == theirs.decode(ids)
+    reference, actual = both
+    ids = reference.encode(text)
+    assert [number for number, _ in actual.pieces(text)] == ids
+    if reference.unk_id() not in ids:
+        assert actual.decode(ids) == reference.decode(ids)
 
 
 @within
@@ -87,10 +87,10 @@ def test_the_same_ids_and_the_same_text(both: Pair, text: str) -> None:
 @example(numbers=[243, 162, 156, 133, 243, 162])  # a character in bytes, then half of one
 @example(numbers=[28705, 28705, 330])
 def test_any_ids_decode_alike_at_once_and_bit_by_bit(mistral: Pair, numbers: list[int]) -> None:
-    theirs, ours = mistral
-    text = theirs.decode(numbers)
-    assert ours.decode(numbers) == text
-    stream = Detokenizer(ours.decode)
+    reference, actual = mistral
+    text = reference.decode(numbers)
+    assert actual.decode(numbers) == text
+    stream = Detokenizer(actual.decode)
     assert "".join([*map(stream.add, numbers), stream.finish()]) == text
 
 
@@ -98,14 +98,14 @@ def test_any_ids_decode_alike_at_once_and_bit_by_bit(mistral: Pair, numbers: lis
 @given(text=texts.filter(bool))
 def test_offsets_lead_back_to_the_text(mistral: Pair, text: str) -> None:
     """Each token says where its first character stands: marks are placed by it."""
-    theirs, ours = mistral
-    pieces = ours.pieces(text)
+    reference, actual = mistral
+    pieces = actual.pieces(text)
     starts = [start for _, start in pieces]
     assert starts == sorted(starts)
     assert all(0 <= start < len(text) for start in starts)
     for (number, start), end in zip(pieces, [*starts[1:], len(text)], strict=True):
-        piece = theirs.id_to_piece(number)
-        if end > start > 0 and not theirs.is_byte(number):
+        piece = reference.id_to_piece(number)
+        if end > start > 0 and not reference.is_byte(number):
             assert piece.replace("▁", " ") == text[start:end].replace("▁", " ")
 
 
@@ -120,17 +120,17 @@ def test_what_stands_first(sentencepiece_file: Path) -> None:
 
 
 def test_saved_and_read_again_it_is_the_same(mistral: Pair) -> None:
-    ours = mistral[1]
-    again = Tokenizer(type(ours.backend).from_str(ours.backend.to_str()))
+    actual = mistral[1]
+    again = Tokenizer(type(actual.backend).from_str(actual.backend.to_str()))
     text = "  It's 🙂</s>\n▁x"
-    assert again.pieces(text) == ours.pieces(text)
+    assert again.pieces(text) == actual.pieces(text)
     assert again.decode([n for n, _ in again.pieces(text)]) == "  It's 🙂</s>\n x"
 
 
 def test_users_own_symbols_are_tokens(tmp_path: Path) -> None:
-    theirs, ours = pair(trained(tmp_path, user_defined_symbols=["<sep>"], control_symbols=["<ctl>"]))
-    assert [n for n, _ in ours.pieces("a<sep>")] == theirs.encode("a<sep>")
-    assert ours.special.keys() == {"<unk>", "<s>", "</s>", "<ctl>"}
+    reference, actual = pair(trained(tmp_path, user_defined_symbols=["<sep>"], control_symbols=["<ctl>"]))
+    assert [n for n, _ in actual.pieces("a<sep>")] == reference.encode("a<sep>")
+    assert actual.special.keys() == {"<unk>", "<s>", "</s>", "<ctl>"}
 
 
 def test_unigram_is_refused(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_unigram_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def model_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return trained(tmp_path_factory.mktemp("whole")).read_bytes()
 
 
@@ -152,8 +152,8 @@ def refused(path: Path, contents: bytes) -> None:
 
 @within
 @given(share=st.floats(0, 0.99))
-def test_files_cut_short_are_refused(whole: bytes, tmp_path: Path, share: float) -> None:
-    refused(tmp_path / "tokenizer.model", whole[: int(len(whole) * share)])
+def test_files_cut_short_are_refused(model_bytes: bytes, tmp_path: Path, share: float) -> None:
+    refused(tmp_path / "tokenizer.model", model_bytes[: int(len(model_bytes) * share)])
 
 
 @within

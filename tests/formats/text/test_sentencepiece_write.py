@@ -27,9 +27,9 @@ Pair = tuple[sentencepiece.SentencePieceProcessor, Tokenizer]
 
 def written(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
     """A model made of tokenizer.json alone, as SentencePiece reads it."""
-    made = from_tokenizer(Tokenizer.from_str(tokenizer.to_str()), 1, 2)
-    assert made is not None
-    return sentencepiece.SentencePieceProcessor(model_proto=to_bytes(made))
+    model = from_tokenizer(Tokenizer.from_str(tokenizer.to_str()), 1, 2)
+    assert model is not None
+    return sentencepiece.SentencePieceProcessor(model_proto=to_bytes(model))
 
 
 @pytest.fixture(scope="module", params=["mistral", "tiny", "newer"])
@@ -46,36 +46,36 @@ def both(request: pytest.FixtureRequest, sentencepiece_file: Path, models: Modul
 @example(text="  two  ")
 @example(text="")
 def test_the_same_ids_and_the_same_text(both: Pair, text: str) -> None:
-    theirs, ours = both
-    ours.encode_special_tokens = True
-    if json.loads(ours.to_str())["pre_tokenizer"] is not None:
+    reference, actual = both
+    actual.encode_special_tokens = True
+    if json.loads(actual.to_str())["pre_tokenizer"] is not None:
         text = text.lstrip(" ▁")  # `tokenizers` puts no second space before such a text
-    ids = theirs.encode(text)
-    assert ours.encode(text, add_special_tokens=False).ids == ids
+    ids = reference.encode(text)
+    assert actual.encode(text, add_special_tokens=False).ids == ids
 
 
 def test_ids_and_kinds_are_the_source_s(sentencepiece_file: Path) -> None:
     source = SentencePiece.read(sentencepiece_file)
-    made = from_tokenizer(source.tokenizer("it"), 1, 2)
-    assert made is not None
-    again = SentencePiece.from_bytes(to_bytes(made), "it")
+    model = from_tokenizer(source.tokenizer("it"), 1, 2)
+    assert model is not None
+    again = SentencePiece.from_bytes(to_bytes(model), "it")
     assert [(text, kind) for text, _, kind in again.pieces] == [(t, kind) for t, _, kind in source.pieces]
     numbers = [(m.unk, m.bos, m.eos, m.add_prefix, m.remove_spaces) for m in (again, source)]
     assert numbers[0] == numbers[1]
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=to_bytes(made))
-    assert (theirs.unk_id(), theirs.bos_id(), theirs.eos_id(), theirs.pad_id()) == (0, 1, 2, -1)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=to_bytes(model))
+    assert (reference.unk_id(), reference.bos_id(), reference.eos_id(), reference.pad_id()) == (0, 1, 2, -1)
 
 
 def test_what_sentencepiece_cannot_cut_is_not_written() -> None:
     words = {"<unk>": 0, "<0x41>": 1, "a": 2, "b": 3, "ab": 4, "aab": 5, "aa": 6}
 
-    def made(merges: list[tuple[str, str]], lower: bool = False) -> SentencePiece | None:
+    def converted(merges: list[tuple[str, str]], lower: bool = False) -> SentencePiece | None:
         tokenizer = Tokenizer(BPE(words, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
         changes = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         tokenizer.normalizer = normalizers.Sequence([*changes, normalizers.Lowercase()] if lower else changes)
         return from_tokenizer(tokenizer, None, None)
 
     merges = [("a", "b"), ("a", "a"), ("aa", "b"), ("a", "ab")]
-    assert made(merges) is not None
-    assert made(merges[:-1]) is None, "SentencePiece would join a and ab, too"
-    assert made(merges, lower=True) is None
+    assert converted(merges) is not None
+    assert converted(merges[:-1]) is None, "SentencePiece would join a and ab, too"
+    assert converted(merges, lower=True) is None

@@ -83,7 +83,7 @@ def test_a_tokenizer_json_comes_before_a_sentencepiece_model(
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "found"),
+    ("file", "text", "template"),
     [
         ("chat_template.jinja", "{{ a }}", "{{ a }}"),
         ("chat_template.json", '{"chat_template": "{{ b }}"}', "{{ b }}"),
@@ -98,10 +98,10 @@ def test_a_tokenizer_json_comes_before_a_sentencepiece_model(
         ("tokenizer_config.json", "{}", None),
     ],
 )
-def test_where_a_chat_template_stands(tmp_path: Path, file: str, text: str, found: str | None) -> None:
+def test_where_a_chat_template_stands(tmp_path: Path, file: str, text: str, template: str | None) -> None:
     write_json(tmp_path)
     (tmp_path / file).write_text(text)
-    assert read_tokenizer(tmp_path).chat_template == found
+    assert read_tokenizer(tmp_path).chat_template == template
 
 
 @pytest.mark.parametrize(

@@ -49,45 +49,48 @@ def of(stage: dict[str, Any], config: ModelConfig = CONFIG, **changes: Any) -> F
 
 def test_what_is_held_follows_from_the_model() -> None:
     model = Llava(CONFIG)
-    whole = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     tower = sum(p.numel() for p in model.tower.parameters())
-    found = sizes(recipe(FULL), CONFIG, "cpu")
-    assert found.learning == whole - tower == sum(found.parameters.values()) - tower
-    assert found.gradients == 4 * found.learning and found.optimizer == 8 * found.learning
+    memory = sizes(recipe(FULL), CONFIG, "cpu")
+    assert memory.learning == parameters - tower == sum(memory.parameters.values()) - tower
+    assert memory.gradients == 4 * memory.learning and memory.optimizer == 8 * memory.learning
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    assert found.weights == held
-    assert sizes(recipe(FULL, optimizer="adamw8bit"), CONFIG, "cpu").optimizer == 2 * found.learning
+    assert memory.weights == held
+    assert sizes(recipe(FULL, optimizer="adamw8bit"), CONFIG, "cpu").optimizer == 2 * memory.learning
 
 
 @pytest.mark.parametrize("base", ["none", "int8"])
 def test_what_is_held_is_what_a_run_prepares(make_recipe: Callable[..., Path], base: str) -> None:
     stage = {"learn": {"connector": 1e-3, "lora": 1e-3}, "lora": {"rank": 2}, "base": base}
-    made = prepare(load_recipe(make_recipe(stage=stage, precision="bf16")))
-    found = sizes(made.recipe, made.model.config, "cpu")
-    tensors = (*made.model.parameters(), *made.model.buffers())
-    assert found.weights == sum(t.numel() * t.element_size() for t in tensors)
-    assert found.learning == sum(p.numel() for p in made.model.parameters() if p.requires_grad)
+    prepared = prepare(load_recipe(make_recipe(stage=stage, precision="bf16")))
+    memory = sizes(prepared.recipe, prepared.model.config, "cpu")
+    tensors = (*prepared.model.parameters(), *prepared.model.buffers())
+    assert memory.weights == sum(t.numel() * t.element_size() for t in tensors)
+    assert memory.learning == sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
 
 
 def test_activations_are_those_that_autograd_keeps() -> None:
     """Against tensors that are really saved for the backward pass of the whole depth."""
     torch.manual_seed(0)
     model = Llava(CONFIG)
-    kept: dict[int, int] = {}
+    activations: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            activations[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     x = torch.randn(1, WORK.tokens, 64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.decoder(x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs))
-    saved = sum(kept.values())
-    found = of(FULL).activations
-    assert hidden.requires_grad and saved < found < 1.5 * saved, (saved, found)  # measured: 1.16 of it
+    saved = sum(activations.values())
+    full_activations = of(FULL).activations
+    assert hidden.requires_grad and saved < full_activations < 1.5 * saved, (
+        saved,
+        full_activations,
+    )  # measured: 1.16 of it
 
 
 def test_less_is_kept_the_more_is_computed_again() -> None:
@@ -118,25 +121,25 @@ def test_operations_are_those_of_the_whole_depth() -> None:
 
 def test_a_7b_recipe_is_planned_without_its_weights() -> None:
     path = ROOT / "recipes" / "llava-1.5" / "2-lora-7b.yaml"
-    found = plan(load_recipe(path, SHORT), path, gpu="a100-80g", rows=665_298)
-    assert found.fits and found.steps == found.steps_per_epoch == 5_198
-    assert found.parameters["decoder"] == pytest.approx(6.738e9, rel=1e-3)
-    assert found.parameters["lora"] == pytest.approx(319.8e6, rel=1e-3)
-    assert found.largest_pack is not None and found.largest_pack > found.pack_tokens
-    assert any("1-align-7b.yaml" in note for note in found.notes)
-    text = "\n".join(describe(found))
+    estimate = plan(load_recipe(path, SHORT), path, gpu="a100-80g", rows=665_298)
+    assert estimate.fits and estimate.steps == estimate.steps_per_epoch == 5_198
+    assert estimate.parameters["decoder"] == pytest.approx(6.738e9, rel=1e-3)
+    assert estimate.parameters["lora"] == pytest.approx(319.8e6, rel=1e-3)
+    assert estimate.largest_pack is not None and estimate.largest_pack > estimate.pack_tokens
+    assert any("1-align-7b.yaml" in note for note in estimate.notes)
+    text = "\n".join(describe(estimate))
     assert "6738.4 M" in text and "fits" in text and "5,198 steps" in text
-    assert json.loads(json.dumps(found.to_dict()))["fits"] is True
-    whole = ROOT / "recipes" / "llava-1.5" / "2-instruct-7b.yaml"
-    alone = plan(load_recipe(whole, SHORT), whole, gpu="rtx4090")
+    assert json.loads(json.dumps(estimate.to_dict()))["fits"] is True
+    parameters = ROOT / "recipes" / "llava-1.5" / "2-instruct-7b.yaml"
+    alone = plan(load_recipe(parameters, SHORT), parameters, gpu="rtx4090")
     assert alone.fits is False and alone.largest_pack == 0 and not alone.sharded
-    shared = plan(load_recipe(whole, SHORT), whole, gpu="a100-80g", processes=8)
+    shared = plan(load_recipe(parameters, SHORT), parameters, gpu="a100-80g", processes=8)
     assert shared.sharded and shared.fits
     assert "does not fit, whatever the pack" in "\n".join(describe(alone))
 
 
 @pytest.mark.parametrize(
-    ("told", "name"),
+    ("gpu_name", "name"),
     [
         ("NVIDIA A100-SXM4-80GB", "a100-80g"),
         ("NVIDIA A10G", "a10g"),
@@ -146,9 +149,9 @@ def test_a_7b_recipe_is_planned_without_its_weights() -> None:
     ],
 )
 def test_a_gpu_is_known_by_the_name_that_its_driver_tells(
-    monkeypatch: pytest.MonkeyPatch, told: str, name: str
+    monkeypatch: pytest.MonkeyPatch, gpu_name: str, name: str
 ) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: told)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: gpu_name)
     assert peak(torch.device("cuda"), torch.bfloat16) == GPUS[name].rate * 1e12
 
 
@@ -163,10 +166,10 @@ def test_nothing_without_contents_is_left_behind() -> None:
 
 def test_rows_that_are_here_tell_the_steps(make_recipe: Callable[..., Path]) -> None:
     path = make_recipe()
-    found = plan(load_recipe(path), path)
-    assert (found.steps, found.steps_per_epoch, found.notes) == (12, 2, [])
-    assert found.device.kind == "cpu" and found.seconds is not None and found.seconds > 0
-    assert found.fits
+    estimate = plan(load_recipe(path), path)
+    assert (estimate.steps, estimate.steps_per_epoch, estimate.notes) == (12, 2, [])
+    assert estimate.device.kind == "cpu" and estimate.seconds is not None and estimate.seconds > 0
+    assert estimate.fits
 
 
 def test_memory_that_cannot_do_is_refused_before_weights_are_read(
