@@ -84,11 +84,11 @@ def transformers(threads: int) -> Measure:
             start = time.perf_counter()
             model(torch.tensor([ids]), logits_to_keep=1).logits.argmax(-1)
             prefill = time.perf_counter() - start
-            made = model(torch.tensor([ids[: len(ids) // 3]]), logits_to_keep=1, use_cache=True)
+            output = model(torch.tensor([ids[: len(ids) // 3]]), logits_to_keep=1, use_cache=True)
             start = time.perf_counter()
             for _ in range(new):
-                token = made.logits[:, -1].argmax(-1)
-                made = model(token[None], past_key_values=made.past_key_values)
+                token = output.logits[:, -1].argmax(-1)
+                output = model(token[None], past_key_values=output.past_key_values)
             return prefill, time.perf_counter() - start
 
     return measure
@@ -132,10 +132,10 @@ def xllamacpp(file: Path, threads: int) -> Measure:
 
     def timings(ids: list[int], new: int) -> dict[str, float]:
         settings = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        found: dict[str, float] = server.handle_completions({"prompt": ids, "n_predict": new, **settings})[
-            "timings"
-        ]
-        return found
+        completion: dict[str, float] = server.handle_completions(
+            {"prompt": ids, "n_predict": new, **settings}
+        )["timings"]
+        return completion
 
     def measure(ids: list[int], new: int) -> tuple[float, float]:
         prefill = timings(ids, 1)["prompt_ms"] / 1e3
@@ -196,8 +196,8 @@ def gguf(folder: Path, kind: str) -> Path:
         from pumice.formats.read import read_model
 
         export(read_model(from_wheel(wheel(NAME))), "gguf", target, kind=kind)
-    [found] = target.glob("model-*.gguf")
-    return found
+    [gguf_path] = target.glob("model-*.gguf")
+    return gguf_path
 
 
 def child(name: str, folder: Path, length: int, new: int, threads: int) -> None:
@@ -251,16 +251,16 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
     rate = 0.0
     for _ in range(arguments.rounds):
         for name in ["products", *names]:
-            done = subprocess.run([*command, "--child", name], env=environment, stdout=-1, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            if "rate" in found:
-                rate = max(rate, found["rate"])
-            elif "missing" in found:
+            process = subprocess.run([*command, "--child", name], env=environment, stdout=-1, check=True)
+            figures = json.loads(process.stdout.splitlines()[-1])
+            if "rate" in figures:
+                rate = max(rate, figures["rate"])
+            elif "missing" in figures:
                 names.remove(name)
-                print(f"{name}: left out ({found['missing']})", file=sys.stderr)
+                print(f"{name}: left out ({figures['missing']})", file=sys.stderr)
             else:
-                print(name, {key: round(value, 2) for key, value in found.items()}, file=sys.stderr)
-                results.setdefault(name, []).append(found)
+                print(name, {key: round(value, 2) for key, value in figures.items()}, file=sys.stderr)
+                results.setdefault(name, []).append(figures)
     print(
         f"prompt {arguments.prompt}, {arguments.new} new tokens, {arguments.threads} threads, "
         f"{arguments.rounds} rounds\n"

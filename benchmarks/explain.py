@@ -83,11 +83,11 @@ def composite(
     things = _things(random_, stamps, 2 if two else 1)
     ground = _ground(random_, photos, root, {thing.colour for thing in things})
     boxes: list[Box] = []
-    for place, thing in enumerate(things):
+    for index, thing in enumerate(things):
         side = random_.randint(70, 100 if two else 130)
         scale = side / max(thing.picture.size)
         width, height = (max(1, round(n * scale)) for n in thing.picture.size)
-        low, high = (place * SIZE // 2, (place + 1) * SIZE // 2) if two else (0, SIZE)
+        low, high = (index * SIZE // 2, (index + 1) * SIZE // 2) if two else (0, SIZE)
         left, top = random_.randint(low, high - width), random_.randint(0, SIZE - height)
         small = thing.picture.resize((width, height), Image.Resampling.LANCZOS)
         ground.paste(small, (left, top), small)
@@ -116,8 +116,8 @@ def _ground(random_: random.Random, photos: Sequence[Photo], root: Path, avoid: 
 def factor(heat: np.ndarray, box: Box) -> float:
     """Heat (S, S) per pixel in the box over heat per pixel of the whole picture; 1 is chance."""
     left, top, right, bottom = box
-    whole = float(heat.mean())
-    return float(heat[top:bottom, left:right].mean()) / whole if whole > 0 else 1.0
+    mean_heat = float(heat.mean())
+    return float(heat[top:bottom, left:right].mean()) / mean_heat if mean_heat > 0 else 1.0
 
 
 def naming(words: Sequence[Word], noun: str) -> int | None:
@@ -150,8 +150,10 @@ def boxes(assistant: Assistant, scene: Composite, answer: str) -> Row | None:
 
 def occlusion(assistant: Assistant, scene: Composite, regions: int) -> Row | None:
     """The same of what is lost where regions are greyed, gains counted as nothing."""
-    found = assistant.explain(scene.picture, scene.question, scene.sentence, method="mean", occlusion=regions)
-    word, lost = naming(found.words, scene.noun), found.pictures[0].occlusion
+    explanation = assistant.explain(
+        scene.picture, scene.question, scene.sentence, method="mean", occlusion=regions
+    )
+    word, lost = naming(explanation.words, scene.noun), explanation.pictures[0].occlusion
     if word is None or lost is None:
         return None
     heat = Image.fromarray(lost[word].clip(0)).resize((SIZE, SIZE), Image.Resampling.NEAREST)
@@ -176,20 +178,20 @@ def show_boxes(rows: Sequence[Row]) -> None:
 
 def caption(assistant: Assistant, photo: Path, number: int) -> Row:
     """What the words of the model's own caption lose; every other time the answer to a plain picture, too."""
-    found = assistant.explain(photo, CAPTION, method="mean", max_new_tokens=32)
-    losses = found.reliance.loss_grey, found.reliance.loss_dropped, found.reliance.share
+    explanation = assistant.explain(photo, CAPTION, method="mean", max_new_tokens=32)
+    losses = explanation.reliance.loss_grey, explanation.reliance.loss_dropped, explanation.reliance.share
     words = [
         [word.is_content, *(float(values[n]) for values in losses)]
-        for n, word in enumerate(found.words)
+        for n, word in enumerate(explanation.words)
         if any(map(str.isalnum, word.text))  # punctuation is neither
     ]
     plain = None if number % 2 else _scores(plain_answer(assistant, number))
-    return {"words": words, "score": _scores(found), "plain": plain}
+    return {"words": words, "score": _scores(explanation), "plain": plain}
 
 
-def _scores(found: Explanation) -> list[float]:
+def _scores(explanation: Explanation) -> list[float]:
     """Of a whole answer: nats per word with grey pictures, which it is judged by, and with none."""
-    return [found.reliance.score, float(found.reliance.loss_dropped.mean())]
+    return [explanation.reliance.score, float(explanation.reliance.loss_dropped.mean())]
 
 
 def plain_answer(assistant: Assistant, number: int) -> Explanation:
@@ -284,9 +286,9 @@ def main() -> None:
     photos = split(read_photos(options.photos))[1] if options.photos else []
     root = options.photos or Path()
     stamps = read_stamps(options.stamps) if options.stamps else []
-    done = read_rows(options.keep)
+    finished_rows = read_rows(options.keep)
     for number in range(options.count):
-        if number in done:
+        if number in finished_rows:
             continue
         if options.part == "captions":
             row: Row | None = caption(assistant, root / photos[number].image, number)
@@ -299,11 +301,11 @@ def main() -> None:
                     assistant.ask(scene.picture, scene.question, max_new_tokens=16) if options.asked else None
                 )
                 row = boxes(assistant, scene, own or scene.sentence)
-        done[number] = row
+        finished_rows[number] = row
         if options.keep is not None:
             with appending(options.keep) as file:
                 file.write(json.dumps([number, row]) + "\n")
-    rows = [row for _, row in sorted(done.items()) if row is not None]
+    rows = [row for _, row in sorted(finished_rows.items()) if row is not None]
     (show_captions if options.part == "captions" else show_boxes)(rows)
 
 

@@ -85,19 +85,22 @@ def measure(name: str, to: str, folder: Path) -> Cell:
 
 
 def run(
-    model: LoadedParts, shown: Image.Image, theirs: Callable[[], tuple[Tensor, list[int]]], same: bool
+    model: LoadedParts,
+    shown: Image.Image,
+    reference_answer: Callable[[], tuple[Tensor, list[int]]],
+    same: bool,
 ) -> Cell:
     """Ours beside theirs: logits, or what is left of them, and the next tokens."""
     try:
-        logits, tokens = theirs()
+        logits, tokens = reference_answer()
     except ImportError as error:
         return Cell(bytes=same, skipped=str(error.name))
-    own, following = ours(model, shown)
+    own, following = own_answer(model, shown)
     if tokens[-1] in model.config.stop_token_ids:
         tokens = tokens[:-1]
-    known = own.shape[-1]  # an added <image> has rows behind ours
+    vocabulary = own.shape[-1]  # an added <image> has rows behind ours
     return Cell(
-        difference=(own - logits[..., :known]).abs().max().item(),
+        difference=(own - logits[..., :vocabulary]).abs().max().item(),
         greedy=tokens == following != [],
         bytes=same,
     )
@@ -162,7 +165,7 @@ def class_token_last() -> Iterator[None]:
         yield
 
 
-def ours(model: LoadedParts, shown: Image.Image | None) -> tuple[Tensor, list[int]]:
+def own_answer(model: LoadedParts, shown: Image.Image | None) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the question, and the greedy tokens after it."""
     answering = assistant(model)
     prompt = answering.prompt(question(shown), temperature=0.0, max_new_tokens=NEW_TOKENS)
@@ -188,8 +191,8 @@ def transformers(folder: Path, shown: Image.Image, adapter: Path | None = None) 
     inputs = processor(images=shown, text=text, return_tensors="pt")
     with torch.inference_mode():
         logits = model(**inputs).logits[0]
-        made = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return logits, made[0, inputs["input_ids"].shape[1] :].tolist()
+        generated = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return logits, generated[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def _processor(folder: Path) -> Any:

@@ -46,10 +46,10 @@ DEEDS = ("walks slowly past", "stands right beside", "looks back at", "points to
 
 def context(number: int) -> Context:
     pick = random.Random(number)
-    thing, colour, place = pick.choice(THINGS), pick.choice(COLOURS), pick.choice(PLACES)
+    thing, colour, location = pick.choice(THINGS), pick.choice(COLOURS), pick.choice(PLACES)
     captions = (
-        f"A person near a {colour} {thing} at the {place}.",
-        f"A {thing} at a {place}, picture {number}.",
+        f"A person near a {colour} {thing} at the {location}.",
+        f"A {thing} at a {location}, picture {number}.",
     )
     return Context(f"made/{number:06d}", f"{number:06d}.jpg", captions, (Box(thing, (0.1, 0.2, 0.5, 0.8)),))
 
@@ -57,7 +57,7 @@ def context(number: int) -> Context:
 def answer(number: int) -> str:
     """A conversation about picture `number`; every twentieth has a fault."""
     pick = random.Random(number)
-    thing, colour, place = pick.choice(THINGS), pick.choice(COLOURS), pick.choice(PLACES)
+    thing, colour, location = pick.choice(THINGS), pick.choice(COLOURS), pick.choice(PLACES)
     if number % 60 == 3:
         return "I'm sorry, but I can't help with that."
     if number % 60 == 23:
@@ -66,8 +66,8 @@ def answer(number: int) -> str:
         return answer(number - 1)
     words = " ".join(f"{pick.choice(COLOURS)}-{pick.randrange(10_000)}" for _ in range(12))
     return (
-        f"Question: What can be seen at the {place}?\n"
-        f"Answer: A {colour} {thing} can be seen at the {place}, and a person {pick.choice(DEEDS)} it.\n\n"
+        f"Question: What can be seen at the {location}?\n"
+        f"Answer: A {colour} {thing} can be seen at the {location}, and a person {pick.choice(DEEDS)} it.\n\n"
         "Question: What is written on the wall behind it?\n"
         f"Answer: One can read the signs {words} on the wall.\n\n"
         "Question: How many signs are there?\n"
@@ -118,9 +118,9 @@ def mix(folder: Path, rows: int) -> None:
     _print_result(f"mix ({manifest['rows']:,} rows)", manifest["rows"], time.perf_counter() - start)
 
 
-def _print_result(what: str, rows: int, seconds: float) -> None:
+def _print_result(label: str, rows: int, seconds: float) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kB on Linux
-    print(f"{what}: {seconds:.1f} s, {rows / seconds:,.0f} rows/s, peak memory {peak:.0f} MB", flush=True)
+    print(f"{label}: {seconds:.1f} s, {rows / seconds:,.0f} rows/s, peak memory {peak:.0f} MB", flush=True)
 
 
 def main() -> None:

@@ -127,17 +127,17 @@ def pumice(folder: Path, prompt: int, new: int, threads: int) -> dict[str, float
     _ = package.load
     start = time.perf_counter()
     assistant = package.load(folder, device="cpu")
-    found = {"open": time.perf_counter() - start}
+    figures = {"open": time.perf_counter() - start}
     object.__setattr__(assistant.model.config, "stop_token_ids", ())
 
     def first(question: str, picture: Image.Image) -> float:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         asked = Conversation((user_message(question, [picture]),))
         reply = assistant.stream(asked, max_new_tokens=2)
         next(reply, None)
         while not reply.tokens:
             next(reply, None)
-        taken = time.perf_counter() - begun
+        taken = time.perf_counter() - started
         reply.close()
         return taken
 
@@ -145,22 +145,22 @@ def pumice(folder: Path, prompt: int, new: int, threads: int) -> dict[str, float
         """Seconds to the first token, and of each further one."""
         times: list[float] = []
         asked = Prompt(torch.tensor(ids), params=SamplingParams(max_new_tokens=count))
-        begun = time.perf_counter()
+        started = time.perf_counter()
         assistant.engine.submit(asked, lambda delta: times.append(time.perf_counter()))
         while assistant.engine.step():
             pass
-        return times[0] - begun, (times[-1] - times[0]) / max(1, len(times) - 1)
+        return times[0] - started, (times[-1] - times[0]) / max(1, len(times) - 1)
 
     pick = random.Random(os.getpid())
     ids = [pick.randrange(100, 40_000) for _ in range(prompt)]
     timed(ids[:20], 2)  # memory and threads are there
-    found["prefill"] = prompt / timed(ids, 1)[0]
-    found["decode"] = 1 / timed(ids[:200][::-1], new)[1]
+    figures["prefill"] = prompt / timed(ids, 1)[0]
+    figures["decode"] = 1 / timed(ids[:200][::-1], new)[1]
     noise = np.random.default_rng(0).integers(0, 256, (336, 336, 3), np.uint8)
-    found["picture"] = first("What is this?", Image.fromarray(noise))
-    found["again"] = first("Which colours has it?", Image.fromarray(noise))
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
-    return found
+    figures["picture"] = first("What is this?", Image.fromarray(noise))
+    figures["again"] = first("Which colours has it?", Image.fromarray(noise))
+    figures["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
+    return figures
 
 
 def llama(file: Path, prompt: int, new: int, threads: int) -> dict[str, float]:
@@ -174,30 +174,30 @@ def llama(file: Path, prompt: int, new: int, threads: int) -> dict[str, float]:
     params.n_batch = params.n_ubatch = 512
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = library.Server(params)
-    found = {"open": time.perf_counter() - start}
+    figures = {"open": time.perf_counter() - start}
 
     def timings(ids: list[int], count: int) -> dict[str, float]:
         settings = {"temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        done: dict[str, float] = server.handle_completions({"prompt": ids, "n_predict": count, **settings})[
-            "timings"
-        ]
-        return done
+        completion: dict[str, float] = server.handle_completions(
+            {"prompt": ids, "n_predict": count, **settings}
+        )["timings"]
+        return completion
 
     pick = random.Random(os.getpid())
     ids = [pick.randrange(100, 40_000) for _ in range(prompt)]
     timings(ids[:20], 2)
-    found["prefill"] = 1e3 * prompt / timings(ids, 1)["prompt_ms"]
-    found["decode"] = timings(ids[:200][::-1], new)["predicted_per_second"]
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return found
+    figures["prefill"] = 1e3 * prompt / timings(ids, 1)["prompt_ms"]
+    figures["decode"] = timings(ids[:200][::-1], new)["predicted_per_second"]
+    figures["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return figures
 
 
-def measure(name: str, folder: Path, given: argparse.Namespace) -> dict[str, float]:
+def measure(name: str, folder: Path, cli_options: argparse.Namespace) -> dict[str, float]:
     library, bits = name.split()
     if library == "Pumice":
-        return pumice(folder / bits, given.prompt, given.new, given.threads)
+        return pumice(folder / bits, cli_options.prompt, cli_options.new, cli_options.threads)
     [file] = (folder / f"{bits}-gguf").glob("model-*.gguf")
-    return llama(file, given.prompt, given.new, given.threads)
+    return llama(file, cli_options.prompt, cli_options.new, cli_options.threads)
 
 
 def report(results: dict[str, list[dict[str, float]]]) -> None:
@@ -209,9 +209,9 @@ def report(results: dict[str, list[dict[str, float]]]) -> None:
                 spread = f"{min(values):.2f} to {max(values):.2f}"
                 print(f"{name:<14} {key:<8} {statistics.median(values):8.2f} {UNITS[key]} ({spread})")
     for bits in BITS:
-        ours, theirs = medians.get(f"Pumice {bits}", {}), medians.get(f"llama.cpp {bits}", {})
-        for key in ours.keys() & theirs.keys():
-            print(f"{bits} {key}: {ours[key] / theirs[key]:.2f} of llama.cpp's")
+        own_figures, llama_figures = medians.get(f"Pumice {bits}", {}), medians.get(f"llama.cpp {bits}", {})
+        for key in own_figures.keys() & llama_figures.keys():
+            print(f"{bits} {key}: {own_figures[key] / llama_figures[key]:.2f} of llama.cpp's")
 
 
 def main() -> None:
@@ -226,31 +226,31 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="where the models are kept from run to run")
     parser.add_argument("--only", default="", help="contenders whose names hold this text")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        print(json.dumps(measure(given.child, given.keep, given)))
+    cli_options = parser.parse_args()
+    if cli_options.child:
+        print(json.dumps(measure(cli_options.child, cli_options.keep, cli_options)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        run(given.keep or Path(scratch), given)
+        run(cli_options.keep or Path(scratch), cli_options)
 
 
-def run(folder: Path, given: argparse.Namespace) -> None:
+def run(folder: Path, cli_options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    prepare(folder, given.size)
+    prepare(folder, cli_options.size)
     names = [f"{library} {bits}" for bits in BITS for library in ("Pumice", "llama.cpp")]
-    names = [name for name in names if given.only in name]
-    options = [f"--{key}={getattr(given, key)}" for key in ("prompt", "new", "threads")]
+    names = [name for name in names if cli_options.only in name]
+    options = [f"--{key}={getattr(cli_options, key)}" for key in ("prompt", "new", "threads")]
     results: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(given.rounds):
+    for _ in range(cli_options.rounds):
         for name in list(names):
             command = [sys.executable, __file__, "--keep", str(folder), *options, "--child", name]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
-            if done.returncode:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(cli_options.threads)}
+            process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
+            if process.returncode:
                 print(f"{name} is left out", file=sys.stderr)
                 names.remove(name)
                 continue
-            results.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
+            results.setdefault(name, []).append(json.loads(process.stdout.splitlines()[-1]))
             print(name, results[name][-1], file=sys.stderr)
     report(results)
 

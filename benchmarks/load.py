@@ -94,11 +94,11 @@ def measure(folder: Path, who: str, ask: bool) -> dict[str, float]:
     command = [
         sys.executable, "-c", CHILD, str(folder), who, "ask" if ask else "load", str(os.cpu_count() or 1)
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{who} failed:\n{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"{who} failed:\n{process.stderr}")
+    figures: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return figures
 
 
 def main() -> None:
@@ -113,15 +113,15 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             print(f"{write(folder) / 1e9:.2f} billion parameters", file=sys.stderr)
         print("| | opened, s | peak, MB | peak with the first logits, MB |\n|---|---|---|---|")
-        found: dict[tuple[str, bool], list[dict[str, float]]] = {}
+        figures_by_model: dict[tuple[str, bool], list[dict[str, float]]] = {}
         for number in range(options.runs):
             for who in ("pumice", "transformers"):
                 for ask in (False, True)[: 1 if number else 2]:  # peaks do not vary: one answer is enough
-                    found.setdefault((who, ask), []).append(measure(folder, who, ask))
+                    figures_by_model.setdefault((who, ask), []).append(measure(folder, who, ask))
         for who in ("pumice", "transformers"):
-            seconds = statistics.median(run["seconds"] for run in found[who, False])
-            opened = statistics.median(run["peak"] for run in found[who, False])
-            print(f"| {who} | {seconds:.2f} | {opened:.0f} | {found[who, True][0]['peak']:.0f} |")
+            seconds = statistics.median(run["seconds"] for run in figures_by_model[who, False])
+            opened = statistics.median(run["peak"] for run in figures_by_model[who, False])
+            print(f"| {who} | {seconds:.2f} | {opened:.0f} | {figures_by_model[who, True][0]['peak']:.0f} |")
 
 
 if __name__ == "__main__":

@@ -62,15 +62,15 @@ def server(model: str, *options: str) -> Iterator[str]:
             assert process.stderr is not None
             for line in process.stderr:
                 with contextlib.suppress(ValueError):
-                    found = json.loads(line)
-                    if found["message"] == "listening":
+                    event = json.loads(line)
+                    if event["message"] == "listening":
                         break
             else:
                 raise SystemExit("the server did not start")
             # Whoever does not read the log would stop the server when the pipe is full.
             with subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL):
                 try:
-                    yield str(found["url"])
+                    yield str(event["url"])
                 finally:
                     process.terminate()
         finally:
@@ -80,9 +80,9 @@ def server(model: str, *options: str) -> Iterator[str]:
 def picture(seed: int) -> str:
     random = np.random.default_rng(seed)
     small = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
-    made = io.BytesIO()
-    small.resize((320, 240), Image.Resampling.BICUBIC).save(made, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}"
+    buffer = io.BytesIO()
+    small.resize((320, 240), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def question(number: int, tokens: int, pictures: bool) -> dict[str, Any]:
@@ -113,10 +113,10 @@ class Connection:
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         self.writer.write(head.encode() + body)
-        told = (await self.reader.readuntil(b"\r\n\r\n")).lower()
-        status = int(told.split(b" ", 2)[1])
-        _, found, length = told.partition(b"content-length:")
-        if found:
+        headers = (await self.reader.readuntil(b"\r\n\r\n")).lower()
+        status = int(headers.split(b" ", 2)[1])
+        _, header, length = headers.partition(b"content-length:")
+        if header:
             return status, await self.reader.readexactly(int(length.split(b"\r\n")[0]))
         pieces = []
         while size := int(await self.reader.readline(), 16):  # transfer-encoding: chunked
@@ -141,15 +141,17 @@ async def stream(url: str, body: dict[str, Any]) -> tuple[str, int]:
 async def streams(url: str, count: int, tokens: int, pictures: bool) -> dict[str, Any]:
     bodies = [question(number, tokens, pictures) for number in range(2 * count)]
     await stream(url, question(10**6, tokens, pictures))  # the first request warms up
-    begun = time.perf_counter()
+    started = time.perf_counter()
     alone = [await stream(url, body) for body in bodies[:count]]
-    one_by_one = time.perf_counter() - begun
-    begun = time.perf_counter()
+    one_by_one = time.perf_counter() - started
+    started = time.perf_counter()
     # Other questions, so that nothing is remembered from before.
     together = await asyncio.gather(*(stream(url, body) for body in bodies[count:]))
-    at_once = time.perf_counter() - begun
+    at_once = time.perf_counter() - started
     again = await asyncio.gather(*(stream(url, body) for body in bodies[:count]))
-    rates = [sum(n for _, n in found) / took for found, took in ((alone, one_by_one), (together, at_once))]
+    rates = [
+        sum(n for _, n in answers) / took for answers, took in ((alone, one_by_one), (together, at_once))
+    ]
     same = sum(a[0] == b[0] for a, b in zip(alone, again, strict=True))
     return {
         "streams": count,
@@ -225,14 +227,14 @@ async def cost(url: str, rate: int, seconds: float) -> dict[str, Any]:
         free.put_nowait(connection)
 
     async def steadily(seconds: float) -> float:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         tasks = []
         for number in range(int(rate * seconds)):
-            due = begun + number / rate
+            due = started + number / rate
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             tasks.append(asyncio.create_task(one(due)))
         await asyncio.gather(*tasks)
-        return time.perf_counter() - begun
+        return time.perf_counter() - started
 
     await steadily(2)  # caches
     waits.clear()
@@ -243,8 +245,13 @@ async def cost(url: str, rate: int, seconds: float) -> dict[str, Any]:
     def percentile(share: float) -> float:
         return round(1000 * waits[min(len(waits) - 1, int(len(waits) * share / 100))], 2)
 
-    found = {f"p{share:g}, ms": percentile(share) for share in (50, 90, 99, 99.9)}
-    return {"requests": len(waits), "per second": round(len(waits) / took, 1), "statuses": statuses, **found}
+    percentiles = {f"p{share:g}, ms": percentile(share) for share in (50, 90, 99, 99.9)}
+    return {
+        "requests": len(waits),
+        "per second": round(len(waits) / took, 1),
+        "statuses": statuses,
+        **percentiles,
+    }
 
 
 def main() -> None:
@@ -262,7 +269,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    found: dict[str, Any] = {"cores": os.cpu_count()}
+    figures: dict[str, Any] = {"cores": os.cpu_count()}
     if arguments.only != "cost":
         with tempfile.TemporaryDirectory() as folder:
             model = arguments.model
@@ -273,16 +280,16 @@ def main() -> None:
                 random_model(Path(folder))
             options = ["--slots", str(arguments.streams), "--quantize", arguments.quantize]
             with server(model, *options) as url:
-                found["streams"] = asyncio.run(
+                figures["streams"] = asyncio.run(
                     streams(url, arguments.streams, arguments.tokens, not arguments.without_pictures)
                 )
-        print(arguments.model, found["streams"])
+        print(arguments.model, figures["streams"])
     if arguments.only != "streams":
         with tempfile.TemporaryDirectory() as folder, server(str(tiny(Path(folder)))) as url:
-            found["cost"] = asyncio.run(cost(url, arguments.rate, arguments.seconds))
-        print("stand-in model", found["cost"])
+            figures["cost"] = asyncio.run(cost(url, arguments.rate, arguments.seconds))
+        print("stand-in model", figures["cost"])
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

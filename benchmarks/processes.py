@@ -76,9 +76,9 @@ def run(path: Path, processes: int) -> None:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "pumice", "train", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-4000:]}")
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if completed.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{completed.stderr[-4000:]}")
 
 
 def run_forked(path: Path, processes: int) -> None:

@@ -124,8 +124,10 @@ def their_answers(
         texts = [their_prompt(processor, [question]) for _, question in part]
         inputs = processor(images=[image for image, _ in part], text=texts, return_tensors="pt", padding=True)
         with torch.inference_mode():
-            made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
-        answers += processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
+            generated = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+        answers += processor.batch_decode(
+            generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=False
+        )
     return answers
 
 
@@ -229,18 +231,18 @@ def turn(ours: Assistant, pair: tuple[Any, Any], pictures: int, _: int) -> None:
         ids = ours.processor.tokenizer.backend.encode(SAID).ids
         prompt = ours.prompt(conversation_of(first), max_new_tokens=len(ids))
         prompt = dataclasses.replace(prompt, constraint=lambda ids=ids: Saying(ids))
-        said = "".join(Reply(ours.engine, ours.processor.tokenizer.decode, prompt))
-        assert said == SAID
-        again = [*first, {"role": "assistant", "content": said}, {"role": "user", "content": QUESTIONS[1]}]
+        reply = "".join(Reply(ours.engine, ours.processor.tokenizer.decode, prompt))
+        assert reply == SAID
+        again = [*first, {"role": "assistant", "content": reply}, {"role": "user", "content": QUESTIONS[1]}]
         (piece, took) = timed(lambda again=again: "".join(ours.stream(again, max_new_tokens=1)))
         our_times.append(took)
-        text = their_prompt(processor, [QUESTIONS[0], said, QUESTIONS[1]])
+        text = their_prompt(processor, [QUESTIONS[0], reply, QUESTIONS[1]])
 
         def ask_them(text: str = text, image: Image.Image = image) -> str:
             inputs = processor(images=image, text=text, return_tensors="pt")
             with torch.inference_mode():
-                made = model.generate(**inputs, max_new_tokens=1, do_sample=False, eos_token_id=None)
-            answer: str = processor.decode(made[0, -1], skip_special_tokens=False)
+                generated = model.generate(**inputs, max_new_tokens=1, do_sample=False, eos_token_id=None)
+            answer: str = processor.decode(generated[0, -1], skip_special_tokens=False)
             return answer
 
         their_piece, took = timed(ask_them)

@@ -61,8 +61,8 @@ def make_model(folder: Path, size: str) -> None:
 
     words = [f"w{number}" for number in range(2000)]
     chat = ["user", "assistant", "system", "\n"]
-    known = {word: number for number, word in enumerate(["<unk>", *chat, *words])}
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *chat, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
     )
@@ -155,13 +155,13 @@ def ours(folder: Path, stage: str, steps: int, without: list[str], options: list
 
     def padded(samples: Any, budget: int) -> Any:
         longest = LONGEST[int(samples[0].id) // ROWS]
-        made = []
+        trees = []
         for sample in samples:
             more = longest - len(sample.input_ids)
             ids = np.concatenate([sample.input_ids, np.zeros(more, np.int64)])
             labels = np.concatenate([sample.labels, np.full(more, IGNORE)])
-            made.append(packing.prefix_tree([Sample(sample.id, ids, labels, sample.images, sample.layouts)]))
-        return made
+            trees.append(packing.prefix_tree([Sample(sample.id, ids, labels, sample.images, sample.layouts)]))
+        return trees
 
     class Everywhere(objective.Objective):
         """What a step was with hidden states and logits of all positions."""
@@ -295,14 +295,14 @@ def theirs(folder: Path, stage: str, steps: int, precision: str, checkpointing: 
         longest = max(len(item["ids"]) for item in items)
         ids = torch.zeros(len(items), longest, dtype=torch.long)
         labels = torch.full_like(ids, IGNORE)
-        seen = torch.zeros_like(ids)
+        visible = torch.zeros_like(ids)
         for number, item in enumerate(items):
             count = len(item["ids"])
             ids[number, :count] = torch.from_numpy(item["ids"])
             labels[number, :count] = torch.from_numpy(item["labels"])
-            seen[number, :count] = 1
+            visible[number, :count] = 1
         pixels = torch.from_numpy(np.concatenate([item["pixels"] for item in items]))
-        return {"input_ids": ids, "labels": labels, "attention_mask": seen, "pixel_values": pixels}
+        return {"input_ids": ids, "labels": labels, "attention_mask": visible, "pixel_values": pixels}
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -352,10 +352,10 @@ def measure(folder: Path, side: str, stage: str, without: list[str], options: ar
     command += ["--steps", str(options.steps), "--precision", options.precision]
     command += [word for trick in without for word in ("--without", trick)]
     command += [word for option in options.set for word in ("--set", option)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"{side} failed:\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def inside(arguments: argparse.Namespace) -> None:

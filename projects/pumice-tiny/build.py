@@ -116,9 +116,9 @@ def build(
         for source, added in scene_rows(drawn, things, seed).items():
             rows[source] = rows.get(source, []) + added
         rows["text_only"] = text_rows(seed, part, TEXT_ROWS[part])
-        sources |= {f"{part}/{source}": found for source, found in rows.items()}
-    seen, kept = coco.split(read_coco(photos_root), coco_validation)
-    for part, scenes in (("train", seen), ("val", kept)):
+        sources |= {f"{part}/{source}": source_rows for source, source_rows in rows.items()}
+    training, held_out = coco.split(read_coco(photos_root), coco_validation)
+    for part, scenes in (("train", training), ("val", held_out)):
         sources |= {f"{part}/{source}": rows for source, rows in coco_rows(scenes, seed).items() if rows}
     named = read_named(photos_root)
     sources["train/align"] += naming_align(named, seed)
@@ -127,16 +127,20 @@ def build(
         sources["train/easy_vqa"] = easy_vqa_rows(easy_vqa, out, seed)
     sources["val/presence_rows"] = sources["val/presence"]
     sources["val/presence"] = presence_test(held, seed)
-    if kept:
+    if held_out:
         sources["val/coco_presence_rows"] = sources["val/coco_presence"]
-        sources["val/coco_presence"] = as_test(label_questions(kept, seed), CATEGORIES, seed, "coco-presence")
-        sources["val/vqa_test"] = vqa_test(kept)
+        sources["val/coco_presence"] = as_test(
+            label_questions(held_out, seed), CATEGORIES, seed, "coco-presence"
+        )
+        sources["val/vqa_test"] = vqa_test(held_out)
     summary = write(sources, out)
     written = raw_captions(photos_root)
     write_captions(out / "val" / "captions.json", {photo.image: written[photo.image] for photo in held})
-    if kept:
-        told = {scene.photo.image: list(scene.raw_captions) for scene in kept if scene.raw_captions}
-        write_captions(out / "val" / "coco_captions.json", told)
+    if held_out:
+        photo_captions = {
+            scene.photo.image: list(scene.raw_captions) for scene in held_out if scene.raw_captions
+        }
+        write_captions(out / "val" / "coco_captions.json", photo_captions)
     return summary
 
 

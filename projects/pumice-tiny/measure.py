@@ -103,7 +103,7 @@ def read_held_out(rows: Path, limit: int | None = None, of: str = "") -> HeldOut
     everything = list(dict.fromkeys(row["image"] for row in (*captions, *vqa, *questions)))
     pictures = set(everything[:limit])
     captions, questions, vqa = (
-        [row for row in found if row["image"] in pictures] for found in (captions, questions, vqa)
+        [row for row in row_list if row["image"] in pictures] for row_list in (captions, questions, vqa)
     )
     if not captions or not questions:
         raise InputError(
@@ -116,12 +116,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def ask_all(assistant: Any, asks: Sequence[tuple[Any, str]], what: str) -> list[str]:
+def ask_all(assistant: Any, asks: Sequence[tuple[Any, str]], label: str) -> list[str]:
     """One answer for each (picture, question), in order. Raises the InputError of the first that failed."""
     answers = assistant.ask_each(asks, slots=SLOTS, max_new_tokens=LONGEST)
     shown = track(
         answers,
-        description=what,
+        description=label,
         total=len(asks),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
@@ -150,8 +150,8 @@ def look_at_grey(assistant: Any, held: HeldOut, photos: Path) -> dict[Ask, str]:
     grey = {size: Image.new("RGB", size, GREY) for size in set(sizes.values())}
     different = list(dict.fromkeys((sizes[image], question) for image, question in held.asks))
     answers = ask_all(assistant, [(grey[size], question) for size, question in different], "grey")
-    found = dict(zip(different, answers, strict=True))
-    return {(image, question): found[sizes[image], question] for image, question in held.asks}
+    answer_of = dict(zip(different, answers, strict=True))
+    return {(image, question): answer_of[sizes[image], question] for image, question in held.asks}
 
 
 def score(held: HeldOut, cider: Cider, answers: dict[Ask, str]) -> dict[str, Any]:
@@ -166,15 +166,15 @@ def score(held: HeldOut, cider: Cider, answers: dict[Ask, str]) -> dict[str, Any
             "words": statistics.fmean(len(text.split()) for text in texts),
             "different": len(set(texts)),
         }
-    given = [answers[row["image"], row["question"]] for row in held.questions]
+    replies = [answers[row["image"], row["question"]] for row in held.questions]
     truths = [row["answer"] == "yes" for row in held.questions]
-    right = [means_yes(answer) == truth for answer, truth in zip(given, truths, strict=True)]
+    right = [means_yes(answer) == truth for answer, truth in zip(replies, truths, strict=True)]
     kinds: dict[str, list[bool]] = {}
     for row, correct in zip(held.questions, right, strict=True):
         kinds.setdefault(row["kind"], []).append(correct)
-    presence: dict[str, Any] = dataclasses.asdict(presence_score(given, truths))
+    presence: dict[str, Any] = dataclasses.asdict(presence_score(replies, truths))
     presence["interval"] = interval(right, [row["image"] for row in held.questions])
-    presence["kinds"] = {kind: statistics.fmean(found) for kind, found in sorted(kinds.items())}
+    presence["kinds"] = {kind: statistics.fmean(shares) for kind, shares in sorted(kinds.items())}
     result = {"captions": captions, "presence": presence}
     return result | ({"vqa": score_vqa(held.vqa, answers)} if held.vqa else {})
 
@@ -185,16 +185,16 @@ def score_vqa(rows: Sequence[dict[str, Any]], answers: dict[Ask, str]) -> dict[s
     types = {"all": set(range(len(rows)))}
     for number, row in enumerate(rows):
         types.setdefault(row["answer_type"], set()).add(number)
-    found = {}
+    by_type = {}
     for name, numbers in types.items():
         some = [scores[n] for n in sorted(numbers)]
         pictures = [rows[n]["image"] for n in sorted(numbers)]
-        found[name] = {
+        by_type[name] = {
             "accuracy": statistics.fmean(some),
             "interval": interval(some, pictures),
             "questions": len(some),
         }
-    return found
+    return by_type
 
 
 def table(result: dict[str, Any]) -> str:
@@ -208,11 +208,12 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for prompt in PROMPTS:
-        found = photos["captions"][prompt]
-        low, high = found["interval"]
+        photo_scores = photos["captions"][prompt]
+        low, high = photo_scores["interval"]
         other = f"{100 * grey['captions'][prompt]['cider']:.1f}" if grey else ""
         lines.append(
-            f'| CIDEr, "{prompt}" | {100 * found["cider"]:.1f} | {100 * low:.1f}–{100 * high:.1f} | {other} |'
+            f'| CIDEr, "{prompt}" | {100 * photo_scores["cider"]:.1f} '
+            f"| {100 * low:.1f}–{100 * high:.1f} | {other} |"
         )
     names = ("accuracy", "precision", "recall", "f1", "yes_rate", "unclear")
     for name in names:
@@ -224,11 +225,11 @@ def table(result: dict[str, Any]) -> str:
     for kind, value in photos["presence"]["kinds"].items():
         other = f"{100 * grey['presence']['kinds'][kind]:.1f}" if grey else ""
         lines.append(f"| presence, accuracy on {kind!r} | {100 * value:.1f} | | {other} |")
-    for kind, found in photos.get("vqa", {}).items():
-        low, high = found["interval"]
+    for kind, photo_scores in photos.get("vqa", {}).items():
+        low, high = photo_scores["interval"]
         other = f"{100 * grey['vqa'][kind]['accuracy']:.1f}" if grey else ""
         lines.append(
-            f"| VQA v2, {kind} ({found['questions']}) | {100 * found['accuracy']:.1f} "
+            f"| VQA v2, {kind} ({photo_scores['questions']}) | {100 * photo_scores['accuracy']:.1f} "
             f"| {100 * low:.1f}–{100 * high:.1f} | {other} |"
         )
     return "\n".join(lines)
@@ -256,15 +257,15 @@ def measure(
 
 def converse(assistant: Any, rows: Sequence[dict[str, Any]], photos: Path) -> list[list[str]]:
     """Both answers of each conversation of {"image", "questions"}."""
-    given = []
+    replies = []
     for row in track(rows, "conversations", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         first, second = row["questions"]
         shown = [{"type": "image", "image": photos / row["image"]}, {"type": "text", "text": first}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": shown}]
         answer = "".join(assistant.stream(messages, max_new_tokens=LONGEST))
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": second}]
-        given.append([answer, "".join(assistant.stream(messages, max_new_tokens=LONGEST))])
-    return given
+        replies.append([answer, "".join(assistant.stream(messages, max_new_tokens=LONGEST))])
+    return replies
 
 
 def repeats(answers: Sequence[Sequence[str]]) -> int:
@@ -308,9 +309,13 @@ def talk(assistant: Any, photos: Path, limit: int | None) -> tuple[dict[str, int
         for name in ("conversations.jsonl", "questions.jsonl")
     )
     answers = converse(assistant, chats, photos)
-    said = ask_all(assistant, [(photos / row["image"], row["question"]) for row in ordinary], "ordinary")
-    lines = [json.dumps({**row, "said": given}) for row, given in zip(chats, answers, strict=True)]
-    lines += [json.dumps({**row, "said": given}) for row, given in zip(ordinary, said, strict=True)]
+    ordinary_answers = ask_all(
+        assistant, [(photos / row["image"], row["question"]) for row in ordinary], "ordinary"
+    )
+    lines = [json.dumps({**row, "said": answer}) for row, answer in zip(chats, answers, strict=True)]
+    lines += [
+        json.dumps({**row, "said": answer}) for row, answer in zip(ordinary, ordinary_answers, strict=True)
+    ]
     return {"conversations": len(chats), "repeated": repeats(answers)}, lines
 
 
@@ -344,9 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = list(answer_lines(held, answers))
         if coco is not None:
             result["coco"], answers = measure(assistant, coco, options.photos, options.grey)
-            talked, told = talk(assistant, options.photos, options.limit)
+            talked, dialogues = talk(assistant, options.photos, options.limit)
             result |= talked
-            lines += [*answer_lines(coco, answers), *told]
+            lines += [*answer_lines(coco, answers), *dialogues]
         if drawn is not None:
             result["easy_vqa"] = easy_vqa(assistant, drawn, options.model)
     except InputError as error:

@@ -42,8 +42,8 @@ def mean(sources: Sequence[Path]) -> LoadedParts:
 
 def shrink(sources: Sequence[Path], target: Path) -> int:
     """Write `target` and return the size of its tensors in bytes."""
-    made = mean(sources)
-    folder.save(target, made.config, made.state, provenance=made.provenance, parts=made.parts)
+    averaged = mean(sources)
+    folder.save(target, averaged.config, averaged.state, provenance=averaged.provenance, parts=averaged.parts)
     return (target / folder.WEIGHTS).stat().st_size
 
 

@@ -108,8 +108,8 @@ class Naming:
             inputs += self.tower.fetch([image], self.processor.layouts([image]), mirror)
         tokens = self.model.connect(self.tower.encode(inputs)).float()  # (B, N, D)
         scores = torch.logsumexp(tokens @ self.embeddings.T, 1) - math.log(tokens.shape[1]) + self.bias
-        told = -(table * scores.log_softmax(-1)).sum(-1).mean()
-        return told, (tokens.square().mean(-1).sqrt() / self.size - 1).square().mean()
+        loss_value = -(table * scores.log_softmax(-1)).sum(-1).mean()
+        return loss_value, (tokens.square().mean(-1).sqrt() / self.size - 1).square().mean()
 
     @torch.no_grad()
     def held_out(self) -> float | None:
@@ -118,12 +118,12 @@ class Naming:
             return None
         images, table = self._read(caption_words(self.recipe.held_out))
         batch = self.recipe.batch
-        told = [
+        epoch_losses = [
             self.losses(images[n : n + batch], table[n : n + batch], [False] * len(images[n : n + batch]))[0]
             * len(images[n : n + batch])
             for n in range(0, len(images), batch)
         ]
-        return float(sum(told)) / len(images)
+        return float(sum(epoch_losses)) / len(images)
 
 
 def warm(setup: Setup, recipe: Recipe) -> list[float]:
@@ -137,8 +137,8 @@ def warm(setup: Setup, recipe: Recipe) -> list[float]:
     optimizer = torch.optim.AdamW(learned, lr=rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
     epochs, batch = round(recipe.epochs), recipe.batch
     per_epoch = len(naming.images) // batch
-    kept = recipe.output / "epoch.pt"
-    means = resume(kept, recipe, learned, optimizer)
+    checkpoint_path = recipe.output / "epoch.pt"
+    means = resume(checkpoint_path, recipe, learned, optimizer)
     step = len(means) * per_epoch
     for epoch in track(range(len(means), epochs), "naming what pictures show"):
         total = 0.0
@@ -146,18 +146,20 @@ def warm(setup: Setup, recipe: Recipe) -> list[float]:
         for first in range(0, per_epoch * batch, batch):
             picked = order[first : first + batch]
             mirrored = (torch.rand(batch) < recipe.mirror_chance).tolist()
-            told, long = naming.losses([naming.images[i] for i in picked], naming.table[picked], mirrored)
+            loss_value, long = naming.losses(
+                [naming.images[i] for i in picked], naming.table[picked], mirrored
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate * schedule(step, epochs * per_epoch, recipe.warmup)
-            (told + long).backward()
+            (loss_value + long).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total += (told + long).item()
+            total += (loss_value + long).item()
             step += 1
         means.append(total / per_epoch)
         held = naming.held_out()
         print(f"epoch {epoch + 1}: loss {means[-1]:.3f}" + ("" if held is None else f", held out {held:.3f}"))
-        keep(kept, recipe, learned, optimizer, means)
+        keep(checkpoint_path, recipe, learned, optimizer, means)
     naming.tower.close()
     return means
 

@@ -54,7 +54,7 @@ def counts(photo: Photo) -> dict[str, int]:
         for word, _, noun in _NUMBER.findall(text):
             singular = COUNTED[noun][0]
             votes.setdefault(singular, Counter())[NUMBERS.get(word, 0)] += 1
-    found = {}
+    counts_by_name = {}
     for singular, numbers in votes.items():
         numbers.pop(0, None)
         if len(numbers) == 1 and (number := next(iter(numbers))) > 1 and numbers[number] >= 2:
@@ -62,9 +62,9 @@ def counts(photo: Photo) -> dict[str, int]:
             if not re.search(
                 rf"\b(another|other) (\w+ )?({singular}|{dict(COUNTED.values())[singular]})\b", others
             ):
-                found[singular] = number
+                counts_by_name[singular] = number
     for singular in ("dog", "man", "woman", "boy", "girl"):  # one: everybody speaks of one
-        forms = [many for many, (one, _) in COUNTED.items() if one == singular]
+        forms = [plural for plural, (one, _) in COUNTED.items() if one == singular]
         texts = [f" {plain_words(caption)} " for caption in photo.captions]
         single = sum(bool(re.search(rf"\b(a|an|the|one) (\w+ ){{0,3}}{singular} ", text)) for text in texts)
         several = rf"\b({'|'.join(forms)}|{_SEVERAL})\b"
@@ -74,15 +74,15 @@ def counts(photo: Photo) -> dict[str, int]:
             and single >= 4
             and not any(re.search(several, t) or re.search(twice, t) for t in texts)
         ):
-            found[singular] = 1
-    return found
+            counts_by_name[singular] = 1
+    return counts_by_name
 
 
 def counting_turn(singular: str, number: int, random_: random.Random) -> Turn:
     """A counting question; the single-word form is answered by a digit, as VQA does."""
-    many = dict(COUNTED.values()).get(singular, singular + "s")
-    question = random_.choice(HOW_MANY).format(many=many, img=random_.choice(IMAGES))
-    word, be, name = NUMBER_WORDS[number], "is" if number == 1 else "are", singular if number == 1 else many
+    plural = dict(COUNTED.values()).get(singular, singular + "s")
+    question = random_.choice(HOW_MANY).format(many=plural, img=random_.choice(IMAGES))
+    word, be, name = NUMBER_WORDS[number], "is" if number == 1 else "are", singular if number == 1 else plural
     roll = random_.random()
     if roll < 0.35 and question.endswith("?"):
         return question + SINGLE_PHRASE, str(number)
@@ -95,12 +95,12 @@ def colours(photo: Photo) -> dict[str, str]:
     """Thing -> its colour(s): named by two captions; no caption gives it another."""
     votes: dict[str, Counter[str]] = {}
     for caption in photo.captions:
-        seen: dict[str, set[str]] = {}
+        values: dict[str, set[str]] = {}
         for colour, _, thing in _COLOUR.findall(caption.lower()):
             single = sorted(set(re.findall(alternatives(COLOURS), colour)))
-            seen.setdefault(thing, set()).add(" and ".join(single).replace("grey", "gray"))
-        for thing, told in seen.items():
-            for names in told:
+            values.setdefault(thing, set()).add(" and ".join(single).replace("grey", "gray"))
+        for thing, answers in values.items():
+            for names in answers:
                 votes.setdefault(thing, Counter())[names] += 1
     text = " ".join(photo.captions).lower()
     agreed = {}

@@ -24,12 +24,12 @@ SIDE = (
 
 
 def count_turn(category: str, number: int, random_: random.Random) -> Turn:
-    singular, many = CATEGORIES[category].forms[0]
-    question = random_.choice(HOW_MANY).format(many=many, img=random_.choice(IMAGES))
+    singular, plural = CATEGORIES[category].forms[0]
+    question = random_.choice(HOW_MANY).format(many=plural, img=random_.choice(IMAGES))
     if random_.random() < 0.6 and question.endswith("?"):
         return question + SINGLE_PHRASE, str(number)
     word = NUMBER_WORDS.get(number, str(number)) if number else "no"
-    be, name = ("is", singular) if number == 1 and singular else ("are", many)
+    be, name = ("is", singular) if number == 1 and singular else ("are", plural)
     return casual(question, random_), f"There {be} {word} {name}."
 
 

@@ -26,9 +26,11 @@ def _categories() -> tuple[dict[str, Noun], frozenset[str]]:
     for kind, lines in table("coco").items():
         for line in lines:
             forms, _, size = (part.strip() for part in line.partition("|"))
-            one, many = ("" if form.strip() == "-" else form.strip() for form in forms.split("/"))
-            name = one or many
-            nouns[name] = Noun(name, kind, ((SAID.get(one, one), many),), frozenset(), frozenset())
+            singular, plural = ("" if form.strip() == "-" else form.strip() for form in forms.split("/"))
+            name = singular or plural
+            nouns[name] = Noun(
+                name, kind, ((SAID.get(singular, singular), plural),), frozenset(), frozenset()
+            )
             if size == "small":
                 small.add(name)
     return nouns, frozenset(small)

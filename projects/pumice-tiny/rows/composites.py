@@ -113,7 +113,7 @@ def draw_shape(name: str, colour: str, side: int) -> Image.Image:
 
 def read_stamps(folder: Path) -> list[Thing]:
     """The stamps whose caption is a plain name ("A zebra."); other files are passed over."""
-    found: dict[str, Thing] = {}
+    cut_outs_by_name: dict[str, Thing] = {}
     for sort in STAMP_FOLDERS:
         for path in sorted(folder.rglob(f"{sort}/**/*.png")):
             text = path.with_suffix(".txt")
@@ -121,7 +121,7 @@ def read_stamps(folder: Path) -> list[Thing]:
                 continue
             lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
             match = _STAMP_NAME.match(lines[0].strip()) if lines else None
-            if match and not _UNFIT_STAMPS.search(match[1]) and match[1] not in found:
+            if match and not _UNFIT_STAMPS.search(match[1]) and match[1] not in cut_outs_by_name:
                 with Image.open(path) as picture:
                     cut_out = picture.convert("RGBA")
                 box = cut_out.getchannel("A").getbbox()
@@ -129,8 +129,8 @@ def read_stamps(folder: Path) -> list[Thing]:
                     words = match[1].split()
                     colour = words[0] if words[0] in INK and len(words) > 1 else ""
                     name = match[1].removeprefix(colour).strip() if colour else match[1]
-                    found[match[1]] = Thing(name, colour, cut_out.crop(box))
-    return list(found.values())
+                    cut_outs_by_name[match[1]] = Thing(name, colour, cut_out.crop(box))
+    return list(cut_outs_by_name.values())
 
 
 def _ground(photo: Photo | None, root: Path, random_: random.Random, avoid: set[str]) -> Image.Image:

@@ -30,9 +30,9 @@ def conversation_rows(
         turns += details[:2]
         turns += [phrase(question, random_, short=random_.random() < 0.3) for question in asked[:2]]
         opening = [turn for turn in turns[:1] if random_.random() < 0.75]
-        rest = turns[1:]
-        random_.shuffle(rest)
-        chosen = (opening + rest)[: random_.choice((2, 3, 3, 4))]
+        later_turns = turns[1:]
+        random_.shuffle(later_turns)
+        chosen = (opening + later_turns)[: random_.choice((2, 3, 3, 4))]
         if random_.random() < 0.5:  # people rarely repeat LLaVA's suffix within one conversation
             chosen = [turn for turn in chosen if SINGLE_PHRASE not in turn[0]]
         if len(chosen) >= 2:

@@ -80,8 +80,8 @@ def _things(text: str) -> set[str]:
 
 
 def _adds(sentence: str, before: Sequence[str]) -> bool:
-    known = {word for text in before for word in re.findall(r"[a-z]+", text.lower())}
-    new = [word for word in re.findall(r"[a-z]{3,}", sentence.lower()) if word not in known]
+    earlier_words = {word for text in before for word in re.findall(r"[a-z]+", text.lower())}
+    new = [word for word in re.findall(r"[a-z]{3,}", sentence.lower()) if word not in earlier_words]
     return (
         len(
             set(new) - {"the", "there", "also", "wearing", "she", "they", "some", "background", "can", "seen"}
@@ -93,7 +93,7 @@ def _adds(sentence: str, before: Sequence[str]) -> bool:
 def _facts(photo: Photo, first: str, random_: random.Random) -> list[str]:
     """Further sentences, each true by the captions and about what `first` leaves unsaid."""
     facts = []
-    known = _things(first)
+    mentioned = _things(first)
     agreed = mentions(photo.captions).yes
     subject = subject_of(photo)
     clause = read_clause(first)
@@ -109,44 +109,44 @@ def _facts(photo: Photo, first: str, random_: random.Random) -> list[str]:
             other = read_clause(caption)
             if other is None or other.plural != plural or not may_be_same(other.head, who):
                 continue
-            new = (_things(other.action) - known - {"person", "animal"}) & agreed.keys()
+            new = (_things(other.action) - mentioned - {"person", "animal"}) & agreed.keys()
             if new and other.action.split()[0] not in clause.action and len(other.action.split()) <= 9:
                 facts.append(f"{name} {be} {other.action}.")
-                known |= _things(other.action)
+                mentioned |= _things(other.action)
                 break
         place = place_of(photo)
-        if place is not None and not (_things(place) & known) and _things(place):
+        if place is not None and not (_things(place) & mentioned) and _things(place):
             facts.append(f"The {who} {be} {place}.")
-            known |= _things(place)
+            mentioned |= _things(place)
     for thing, colour in colours(photo).items():
         if thing in first.lower() and not re.search(rf"\b{colour.split()[0]}\b", first.lower()):
             facts.append(f"The {thing} {'are' if thing in PLURAL_ONLY else 'is'} {colour}.")
     for caption in photo.captions:
-        found = _BACKGROUND.search(caption.lower())
-        if found and not (_things(found[1]) & known) and _things(found[1]):
-            many = found[1].endswith("s") or found[1] in COUNTED
-            facts.append(f"There {'are' if many else 'is'} {found[1]} in the background.")
-            known |= _things(found[1])
+        background = _BACKGROUND.search(caption.lower())
+        if background and not (_things(background[1]) & mentioned) and _things(background[1]):
+            is_plural = background[1].endswith("s") or background[1] in COUNTED
+            facts.append(f"There {'are' if is_plural else 'is'} {background[1]} in the background.")
+            mentioned |= _things(background[1])
             break
-    facts += _also(photo, first, known, random_)
+    facts += _also(photo, first, mentioned, random_)
     return facts
 
 
-def _also(photo: Photo, first: str, known: set[str], random_: random.Random) -> list[str]:
+def _also(photo: Photo, first: str, mentioned: set[str], random_: random.Random) -> list[str]:
     """`There is also a fence in the picture.`: what captions name and no sentence has."""
-    said = mentions(photo.captions).yes
+    named = mentions(photo.captions).yes
     words = caption_words((first,))[0]
-    left = []
-    for name in sorted(said, key=lambda name: (-said[name], name)):
+    unnamed = []
+    for name in sorted(named, key=lambda name: (-named[name], name)):
         noun = NOUNS[name]
-        if name in known or name in _UNFIT or noun.kind in ("people", "clothing"):
+        if name in mentioned or name in _UNFIT or noun.kind in ("people", "clothing"):
             continue
         if noun.maybe.isdisjoint(words - _WEAK) and noun.forms[0][0]:
-            left.append(noun)
-    if not left:
+            unnamed.append(noun)
+    if not unnamed:
         return []
-    phrases = [with_article(n.forms[0][0]) if n.forms[0][1] else n.forms[0][0] for n in left[:2]]
-    if len(left) > 1 and not left[0].maybe.isdisjoint(left[1].means):
+    phrases = [with_article(n.forms[0][0]) if n.forms[0][1] else n.forms[0][0] for n in unnamed[:2]]
+    if len(unnamed) > 1 and not unnamed[0].maybe.isdisjoint(unnamed[1].means):
         phrases = phrases[:1]  # a beach and a shore are one place
     things = " and ".join(phrases)
     img = random_.choice(("picture", "photo", "image", "scene"))

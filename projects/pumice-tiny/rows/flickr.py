@@ -40,7 +40,7 @@ def read_photos(photos: Path) -> list[Photo]:
         caption = clean_caption(annotation["caption"])
         if caption is not None and caption not in captions[annotation["image_id"]]:
             captions[annotation["image_id"]].append(caption)
-    found = [
+    chosen = [
         Photo(
             Path(image["file_name"]).stem,
             f"{FOLDER}/images/{image['file_name']}",
@@ -49,7 +49,7 @@ def read_photos(photos: Path) -> list[Photo]:
         for image in content["images"]
         if captions[image["id"]]
     ]
-    return sorted(found, key=lambda photo: photo.name)
+    return sorted(chosen, key=lambda photo: photo.name)
 
 
 def raw_captions(photos: Path) -> dict[str, list[str]]:

@@ -48,23 +48,23 @@ def _turns(scene: Scene, questions: Sequence[Question], seed: int) -> list[Turn]
     elif listed := list_turn(scene, random_):
         opening.append(listed)
     # 2. What may follow: names, numbers, what people asked, and whether things are there.
-    rest = [*naming_turns(scene, random_), *count_turns(scene, seed)]
+    later_turns = [*naming_turns(scene, random_), *count_turns(scene, seed)]
     for asked in scene.vqa:
         answers = agreed(asked["answers"])
         if answers and not any(map(tells_sides, (asked["question"], *asked["answers"]))):
-            rest.append(answer_turn(asked["question"], answers[0][0], random_))
+            later_turns.append(answer_turn(asked["question"], answers[0][0], random_))
     turns = opening if random_.random() < 0.6 else []
     if not turns or scene.photo.captions:  # a list of what is there would tell whether a thing is
-        rest += [phrase(q, random_, random_.random() < 0.3, CATEGORIES) for q in questions[:4]]
-    random_.shuffle(rest)
+        later_turns += [phrase(q, random_, random_.random() < 0.3, CATEGORIES) for q in questions[:4]]
+    random_.shuffle(later_turns)
     if random_.random() < 0.6:  # people rarely repeat LLaVA's words for short answers in one conversation
-        rest = [turn for turn in rest if SINGLE_PHRASE not in turn[0]]
+        later_turns = [turn for turn in later_turns if SINGLE_PHRASE not in turn[0]]
     # 3. Two or three of them, each answer with something that no answer before it says.
     length = random_.choice((2, 2, 3))
-    given = {word for _, answer in turns for word in content(answer)}
-    for turn in rest:
+    answer_words = {word for _, answer in turns for word in content(answer)}
+    for turn in later_turns:
         words = content(turn[1])
-        if len(turns) < length and (words <= set(YES_NO) or not words <= given):
+        if len(turns) < length and (words <= set(YES_NO) or not words <= answer_words):
             turns.append(turn)
-            given |= words
+            answer_words |= words
     return turns

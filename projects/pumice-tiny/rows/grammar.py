@@ -41,22 +41,22 @@ class Clause:
 def read_clause(caption: str) -> Clause | None:
     """`A man in a hat is riding a bike down a road, smiling.` -> man: riding a bike down a road."""
     text = caption.lower().strip().rstrip(".")
-    found = _SUBJECT.match(text)
-    if not found:
+    match = _SUBJECT.match(text)
+    if not match:
         return None
-    head, rest = found["head"], found["rest"]
+    head, predicate = match["head"], match["rest"]
     plural = head in MANY_SUBJECTS
-    if found["det"] in (("a", "an", "one") if plural else _SEVERAL):
+    if match["det"] in (("a", "an", "one") if plural else _SEVERAL):
         return None
-    if re.match(r"^ (?:and|,|or|'s|with (?:his|her|a) (?:dog|child))", rest):
+    if re.match(r"^ (?:and|,|or|'s|with (?:his|her|a) (?:dog|child))", predicate):
         return None
-    adjectives = found["adjectives"].strip()
+    adjectives = match["adjectives"].strip()
     if any(word.endswith("ing") or word in PROGRESSIVE for word in adjectives.split()):
         return None
-    clothed = _CLOTHED.match(rest)
+    clothed = _CLOTHED.match(predicate)
     if clothed:
-        rest = " " + rest[clothed.end() :]
-    words = rest.split()
+        predicate = " " + predicate[clothed.end() :]
+    words = predicate.split()
     if words[:1] and words[0] in ("is", "are"):
         words = words[1:]
         if words[:1] and words[0] not in PROGRESSIVE and words[0].endswith("ing"):
@@ -72,9 +72,9 @@ def read_clause(caption: str) -> Clause | None:
     verb = "lying" if verb == "laying" else verb
     if verb in NOT_ACTIONS or words[1:2] == ["is"] or words[1:2] == ["are"]:
         return None
-    whole = " " + " ".join(words[1:]) + " "
-    tail = _CUT.split(whole)[0].strip()
-    if _splits_noun(tail, whole.strip()):
+    padded = " " + " ".join(words[1:]) + " "
+    tail = _CUT.split(padded)[0].strip()
+    if _splits_noun(tail, padded.strip()):
         return None
     tail = _drop_second_verb(tail)
     if any(word in PROGRESSIVE for word in tail.split()):
@@ -95,9 +95,9 @@ def _drop_second_verb(tail: str) -> str:
     return tail
 
 
-def _splits_noun(tail: str, whole: str) -> bool:
+def _splits_noun(tail: str, padded: str) -> bool:
     """Whether the cut fell between adjectives: "through an icy" of "through an icy, rocky field"."""
-    after = whole.removeprefix(tail)
+    after = padded.removeprefix(tail)
     if not after.startswith(",") or not re.search(r"\b(a|an|the|some) [a-z-]+$", tail):
         return False
     following = after.strip(", ").split()[:1]

@@ -88,8 +88,8 @@ def _alone(head: str, photo: Photo) -> bool:
 
 
 def clauses_of(photo: Photo, head: str) -> list[Clause]:
-    found = [clause for clause in map(read_clause, photo.captions) if clause]
-    return [c for c in found if may_be_same(c.head, head) and 1 <= len(c.action.split()) <= 11]
+    clauses = [clause for clause in map(read_clause, photo.captions) if clause]
+    return [c for c in clauses if may_be_same(c.head, head) and 1 <= len(c.action.split()) <= 11]
 
 
 def doing_turn(photo: Photo, random_: random.Random) -> Turn | None:
@@ -132,11 +132,11 @@ def place_of(photo: Photo, random_: random.Random | None = None) -> str | None:
     words = caption_words(photo.captions)
     places = []
     for caption in photo.captions:
-        found = _PLACE.search(caption.lower().rstrip("."))
-        if not found or not _VAGUE.isdisjoint(found[3].split()):
+        match = _PLACE.search(caption.lower().rstrip("."))
+        if not match or not _VAGUE.isdisjoint(match[3].split()):
             continue
-        if sum(found[4] in w for w in words) >= 2:
-            places.append(f"{PLACE_PREPOSITIONS[found[1]]} {found[2]}{found[3]}{found[4]}")
+        if sum(match[4] in w for w in words) >= 2:
+            places.append(f"{PLACE_PREPOSITIONS[match[1]]} {match[2]}{match[3]}{match[4]}")
     if not places:
         return None
     return random_.choice(places) if random_ else places[0]
@@ -168,16 +168,16 @@ def wearing_of(photo: Photo, who: str) -> str | None:
             answers.append(direct[2])
             continue
         clause = read_clause(caption)
-        found = _WEARING.findall(text)
+        garments = _WEARING.findall(text)
         # without a clause of one subject it may be the dog that wears the collar
         if (
             alone
-            and len(found) == 1
+            and len(garments) == 1
             and clause is not None
             and not clause.plural
             and may_be_same(clause.head, who)
         ):
-            answers.append(found[0])
+            answers.append(garments[0])
     answers = [_with_its_article(re.sub(r"^(?:the|his|her) ", "", answer)) for answer in answers]
     return max(answers, key=lambda text: (sum(c in text for c in COLOURS), len(text)), default=None)
 

@@ -100,10 +100,10 @@ OUTSIDE = frozenset(
 STUFFED = {"bear", "teddy bear"}
 
 
-def said(category: str) -> str:
+def spoken_name(category: str) -> str:
     """The category as people say it, with its article."""
-    singular, many = CATEGORIES[category].forms[0]
-    return with_article(singular) if singular and many else singular or many
+    singular, plural = CATEGORIES[category].forms[0]
+    return with_article(singular) if singular and plural else singular or plural
 
 
 def label_questions(scenes: Sequence[Scene], seed: int, per_photo: int = PER_PHOTO) -> list[Question]:
@@ -111,20 +111,20 @@ def label_questions(scenes: Sequence[Scene], seed: int, per_photo: int = PER_PHO
 
     Small things are asked about where every thing has its box, for there alone their absence is sure.
     """
-    known = {scene.photo.name: scene for scene in scenes if scene.labels is not None}
-    absent = {name: scene.absent() for name, scene in known.items()}
+    labelled = {scene.photo.name: scene for scene in scenes if scene.labels is not None}
+    absent = {name: scene.absent() for name, scene in labelled.items()}
     possible = Counter(category for categories in absent.values() for category in categories)
-    counts = Counter(category for scene in known.values() for category in scene.labels or ())
+    counts = Counter(category for scene in labelled.values() for category in scene.labels or ())
     positives = []
-    for name, scene in known.items():
+    for name, scene in labelled.items():
         pick = rng(seed, "labels", "yes", name)
         names = [c for c in sorted(scene.labels or ()) if pick.random() < possible[c] / counts[c]]
         names.sort(key=lambda c: pick.random() ** (counts[c] ** 0.5), reverse=True)
         positives += [Question(scene.photo, c, True, "yes") for c in names[:per_photo]]
-    photos = [scene.photo for scene in known.values()]
+    photos = [scene.photo for scene in labelled.values()]
 
     def present(photo: Photo) -> Iterable[str]:
-        return sorted(known[photo.name].labels or ())
+        return sorted(labelled[photo.name].labels or ())
 
     return balance(photos, positives, present, lambda photo: absent[photo.name], seed, per_photo)
 
@@ -135,7 +135,7 @@ def list_turn(scene: Scene, random_: random.Random) -> Turn | None:
     if not names:
         return None
     random_.shuffle(names)
-    things = [said(name) for name in names[:LISTED]]
+    things = [spoken_name(name) for name in names[:LISTED]]
     text = things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
     question = random_.choice(LIST).format(img=random_.choice(IMAGES))
     return casual(question, random_), f"{capital(text)}."
@@ -173,11 +173,11 @@ def naming_turns(scene: Scene, random_: random.Random) -> list[Turn]:
         asked, answer = random_.choice(((room, "Yes"), (other, "No")))
         turns.append(_yes_no(f"Is this a {asked}?", answer, f"this is a {room}", random_))
     if (food := only(scene, "food")) and "person" not in labels:
-        turns.append(_named(FOOD, CATEGORIES[food].forms[0][0], f"{capital(said(food))}.", random_))
+        turns.append(_named(FOOD, CATEGORIES[food].forms[0][0], f"{capital(spoken_name(food))}.", random_))
     if vehicle := only(scene, "vehicles"):
-        turns.append(_named(VEHICLE, vehicle, f"{capital(said(vehicle))}.", random_))
+        turns.append(_named(VEHICLE, vehicle, f"{capital(spoken_name(vehicle))}.", random_))
     if (animal := only(scene, "animals")) and labels.isdisjoint(STUFFED - {animal}):
-        turns.append(_named(ANIMAL_NAMING, animal, f"{capital(said(animal))}.", random_))
+        turns.append(_named(ANIMAL_NAMING, animal, f"{capital(spoken_name(animal))}.", random_))
     if sport := sport_of(scene):
         turns.append(_named(SPORT, sport, f"{capital(sport)}.", random_))
         doing = DOING.get(sport, sport)
@@ -231,7 +231,7 @@ def label_align(scenes: Sequence[Scene]) -> list[Row]:
     for scene in scenes:
         texts = scene.photo.captions
         if not texts and scene.labels:
-            texts = (f"{capital(', '.join(map(said, sorted(scene.labels))))}.",)
+            texts = (f"{capital(', '.join(map(spoken_name, sorted(scene.labels))))}.",)
         for number, text in enumerate(texts):
             rows.append(row(f"align-{scene.photo.name}-{number}", scene.photo.image, [("", text)]))
     return rows

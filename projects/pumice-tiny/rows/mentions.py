@@ -131,11 +131,11 @@ def caption_words(captions: tuple[str, ...]) -> list[set[str]]:
     texts = [plain_words(caption) for caption in captions]
     if any(_MOTOR.search(text) for text in texts):
         texts = [_BIKE.sub("motorbike", text) for text in texts]
-    found = []
+    nouns = []
     for text in texts:
         words = text.split()
-        found.append(set(words) | {" ".join(pair) for pair in itertools.pairwise(words)})
-    return found
+        nouns.append(set(words) | {" ".join(pair) for pair in itertools.pairwise(words)})
+    return nouns
 
 
 @dataclass(frozen=True)
@@ -157,18 +157,18 @@ def mentions(captions: tuple[str, ...]) -> Mentions:
     yes = {}
     no = set()
     for noun in NOUNS.values():
-        said = sum(not noun.means.isdisjoint(words) for words in per_caption)
-        if said >= YES_CAPTIONS:
-            yes[noun.name] = said
-        elif said == 0 and noun.maybe.isdisjoint(union) and not _hidden(noun, union, counts):
+        caption_count = sum(not noun.means.isdisjoint(words) for words in per_caption)
+        if caption_count >= YES_CAPTIONS:
+            yes[noun.name] = caption_count
+        elif caption_count == 0 and noun.maybe.isdisjoint(union) and not _hidden(noun, union, counts):
             no.add(noun.name)
     doing_yes = {}
     doing_no = set()
     for name, (means, maybe) in DOING.items():
-        said = sum(not means.isdisjoint(words) for words in per_caption)
-        if said >= YES_CAPTIONS:
-            doing_yes[name] = said
-        elif said == 0 and maybe.isdisjoint(union):
+        caption_count = sum(not means.isdisjoint(words) for words in per_caption)
+        if caption_count >= YES_CAPTIONS:
+            doing_yes[name] = caption_count
+        elif caption_count == 0 and maybe.isdisjoint(union):
             doing_no.add(name)
     return Mentions(yes, frozenset(no), doing_yes, frozenset(doing_no))
 

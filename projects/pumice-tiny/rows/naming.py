@@ -56,17 +56,17 @@ class Named:
 
 def read_named(photos: Path) -> list[Named]:
     """The ImageNet photographs in order of WordNet id."""
-    found = []
+    names_found = []
     for label in json.loads((photos / FOLDER / "labels.json").read_text(encoding="utf-8")):
         key = label["wordnet_id"]
         name = RENAMED.get(label["name"], label["name"])
         bare = name.removeprefix("=").removeprefix("a pair of ").removeprefix("a field of ")
         full = name.removeprefix("=") if name.startswith("=") else with_article(name)
         coarse = next((kind for first, last, kind in COARSE if first <= key <= last), "")
-        found.append(
+        names_found.append(
             Named(key, f"{FOLDER}/images/{label['file_name']}", bare, full, coarse, key <= LAST_ANIMAL)
         )
-    return sorted(found, key=lambda named: named.key)
+    return sorted(names_found, key=lambda named: named.key)
 
 
 def naming_align(named: Sequence[Named], seed: int) -> list[Row]:

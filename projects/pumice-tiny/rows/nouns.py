@@ -37,8 +37,8 @@ def _read_nouns() -> dict[str, Noun]:
             asked, means, maybe = (part.strip() for part in line.split("|"))
             forms = []
             for form in asked.split(";"):
-                one, many = (side.strip() for side in form.split("/"))
-                forms.append(("" if one == "-" else one, "" if many == "-" else many))
+                singular, plural_form = (side.strip() for side in form.split("/"))
+                forms.append(("" if singular == "-" else singular, "" if plural_form == "-" else plural_form))
             name = forms[0][0] or forms[0][1]
             evidence = _words(means) | {side for form in forms for side in form if side}
             nouns[name] = Noun(

@@ -117,9 +117,9 @@ def balance(
     present, absent: the nouns that a photo shows for sure, and those that it lacks for sure.
     """
     together = _cooccurrence(photos, present)
-    wanted = Counter(question.name for question in positives)
+    needed = Counter(question.name for question in positives)
     slots = Counter(question.photo.name for question in positives)
-    popular = Counter(wanted)
+    popular = Counter(needed)
     negatives: list[Question] = []
     order = list(photos)
     rng(seed, "presence", "order").shuffle(order)
@@ -128,25 +128,27 @@ def balance(
         pick = rng(seed, "presence", "no", photo.name)
         asked: set[str] = set()
         for slot in range(max(mean_slots, min(slots[photo.name], per_photo))):
-            left = sorted(n for n in absent(photo) if wanted[n] > 0 and n not in asked)
-            if not left:
+            absent_names = sorted(n for n in absent(photo) if needed[n] > 0 and n not in asked)
+            if not absent_names:
                 break
             hard = slot % 2 == 0
-            near = [sum(together[seen][n] / popular[n] for seen in present(photo)) for n in left]
-            weights = [(c + 1e-3 if hard else 1.0) * wanted[n] for c, n in zip(near, left, strict=True)]
-            name = pick.choices(left, weights)[0]
+            near = [sum(together[seen][n] / popular[n] for seen in present(photo)) for n in absent_names]
+            weights = [
+                (c + 1e-3 if hard else 1.0) * needed[n] for c, n in zip(near, absent_names, strict=True)
+            ]
+            name = pick.choices(absent_names, weights)[0]
             asked.add(name)
-            wanted[name] -= 1
+            needed[name] -= 1
             negatives.append(Question(photo, name, False, "hard" if hard else "popular"))
-    given = Counter(question.name for question in negatives)
-    kept = []
+    drawn = Counter(question.name for question in negatives)
+    selected = []
     shuffled = list(positives)
     rng(seed, "presence", "balance").shuffle(shuffled)
     for question in shuffled:  # a noun without enough honest negatives gives up positives
-        if given[question.name] > 0:
-            given[question.name] -= 1
-            kept.append(question)
-    questions = kept + negatives
+        if drawn[question.name] > 0:
+            drawn[question.name] -= 1
+            selected.append(question)
+    questions = selected + negatives
     rank = {photo.name: number for number, photo in enumerate(photos)}
     return sorted(questions, key=lambda q: (rank[q.photo.name], q.name))
 
@@ -228,21 +230,21 @@ def phrase(
 
 
 def _thing(noun: Noun, answer: bool, img: str, random_: random.Random) -> tuple[str, str]:
-    singular, many = noun.forms[0] if random_.random() < 0.7 else random_.choice(noun.forms)
-    place = random_.choice(("", f" in the {img}", f" in the {img}", f" in this {img}"))
-    if not many:
+    singular, plural = noun.forms[0] if random_.random() < 0.7 else random_.choice(noun.forms)
+    scope = random_.choice(("", f" in the {img}", f" in the {img}", f" in this {img}"))
+    if not plural:
         text = random_.choice(MASS).format(any=singular, img=img)
-        return text, f"Yes, there is {singular}{place}." if answer else f"No, there is no {singular}{place}."
+        return text, f"Yes, there is {singular}{scope}." if answer else f"No, there is no {singular}{scope}."
     alone = 0.95 if noun.kind in ("scenery", "places") or noun.name == "crowd" else 0.72
     if singular and (noun.name != "person" or random_.random() < 0.6) and random_.random() < alone:
         text = random_.choice(SINGULAR).format(a=with_article(singular), n=singular, img=img)
         if answer:
-            return text, f"Yes, there is {with_article(singular)}{place}."
-        return text, f"No, there is no {singular}{place}."
-    text = random_.choice(PLURAL).format(any=many, img=img)
+            return text, f"Yes, there is {with_article(singular)}{scope}."
+        return text, f"No, there is no {singular}{scope}."
+    text = random_.choice(PLURAL).format(any=plural, img=img)
     if answer and singular and noun.name != "person":
-        return text, f"Yes, there is at least one {singular}{place}."
-    return text, f"Yes, there are {many}{place}." if answer else f"No, there are no {many}{place}."
+        return text, f"Yes, there is at least one {singular}{scope}."
+    return text, f"Yes, there are {plural}{scope}." if answer else f"No, there are no {plural}{scope}."
 
 
 def _activity(question: Question, img: str, random_: random.Random) -> tuple[str, str]:
@@ -295,7 +297,7 @@ def as_test(questions: Sequence[Question], nouns: Mapping[str, Noun], seed: int,
 
 
 def _plain_question(noun: Noun) -> str:
-    singular, many = noun.forms[0]
+    singular, plural = noun.forms[0]
     if not singular:
-        return f"Are there any {many} in the image?"
-    return f"Is there {with_article(singular) if many else singular} in the image?"
+        return f"Are there any {plural} in the image?"
+    return f"Is there {with_article(singular) if plural else singular} in the image?"

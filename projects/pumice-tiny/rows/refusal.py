@@ -35,11 +35,11 @@ IMAGES = ("image", "picture", "photo", "photograph")
 
 
 def refuse(noun: Noun, random_: random.Random) -> str:
-    singular, many = noun.forms[0]
+    singular, plural = noun.forms[0]
     img = random_.choice(IMAGES)
     if not singular:
-        return random_.choice(PLURAL_REFUSALS).format(many=many, img=img)
-    forms = REFUSALS if many else REFUSALS[:3]
+        return random_.choice(PLURAL_REFUSALS).format(many=plural, img=img)
+    forms = REFUSALS if plural else REFUSALS[:3]
     return random_.choice(forms).format(one=singular, a=with_article(singular), img=img)
 
 
@@ -48,28 +48,28 @@ def refusal_rows(photos: Sequence[Photo], seed: int) -> list[Row]:
     true_turns: list[tuple[Photo, str, str, tuple[str, str]]] = []
     for photo in photos:
         random_ = rng(seed, "refusal", photo.name)
-        known = [(thing, colour) for thing, colour in colours(photo).items() if thing in NOUNS]
+        colour_of = [(thing, colour) for thing, colour in colours(photo).items() if thing in NOUNS]
         subject = subject_of(photo)
-        if known and random_.random() < 0.7:
-            thing, colour = random_.choice(known)
+        if colour_of and random_.random() < 0.7:
+            thing, colour = random_.choice(colour_of)
             true_turns.append((photo, thing, "colour", colour_turn(thing, colour, random_)))
         elif subject is not None and subject[0] in NOUNS:
             turn = doing_turn(photo, random_)
             if turn is not None and "the " + subject[0] in turn[0].lower():
                 true_turns.append((photo, subject[0], "doing", turn))
-    wanted = Counter((name, kind) for _, name, kind, _ in true_turns)
+    needed = Counter((name, kind) for _, name, kind, _ in true_turns)
     rows = [row(f"refusal-{photo.name}-there", photo.image, [turn]) for photo, _, _, turn in true_turns]
     order = list(photos)
     rng(seed, "refusal", "order").shuffle(order)
-    given: Counter[tuple[str, str]] = Counter()
+    drawn: Counter[tuple[str, str]] = Counter()
     for photo in order:
         random_ = rng(seed, "refusal", "absent", photo.name)
         absent = mentions(photo.captions).no
-        left = sorted(key for key in wanted if key[0] in absent and given[key] < wanted[key])
+        candidates = sorted(key for key in needed if key[0] in absent and drawn[key] < needed[key])
         others = sorted(n for n in absent if NOUNS[n].kind in ("animals", "vehicles", "sport", "objects"))
-        if left:
-            name, kind = random_.choices(left, [wanted[key] - given[key] for key in left])[0]
-            given[name, kind] += 1
+        if candidates:
+            name, kind = random_.choices(candidates, [needed[key] - drawn[key] for key in candidates])[0]
+            drawn[name, kind] += 1
         elif others and random_.random() < 0.05:
             name, kind = random_.choice(others), "where"
         else:

@@ -46,14 +46,14 @@ def scene_turns(scene: Scene, things: Sequence[Thing], seed: int) -> dict[str, l
     unique = [thing for thing in names if thing.colour and _numbers(names)[thing.name] == 1]
     if unique:
         turns["colour"] = [_colour(thing, random_) for thing in random_.sample(unique, min(2, len(unique)))]
-    there = random_.choice(names)
+    shown_thing = random_.choice(names)
     absent = [
         t
         for t in things
         if (scene.plain or t.name in SHAPES)
         and not any(set(t.name.split()) & set(n.name.split()) for n in names)
     ]
-    turns["presence"] = [_presence(there.name, True, random_)]
+    turns["presence"] = [_presence(shown_thing.name, True, random_)]
     if absent:
         turns["presence"].append(_presence(random_.choice(absent).name, False, random_))
     return turns
@@ -74,7 +74,7 @@ def _numbers(things: Sequence[Thing]) -> Counter[str]:
     return Counter(thing.name for thing in things)
 
 
-def _many(name: str) -> str:
+def _plural(name: str) -> str:
     irregular = {
         "mouse": "mice",
         "fish": "fish",
@@ -88,13 +88,13 @@ def _many(name: str) -> str:
 
 
 def _how_many(name: str, number: int, random_: random.Random) -> Turn:
-    question = random_.choice(HOW_MANY).format(many=_many(name), img=random_.choice(IMAGES))
+    question = random_.choice(HOW_MANY).format(many=_plural(name), img=random_.choice(IMAGES))
     roll = random_.random()
     if roll < 0.4 and question.endswith("?"):
         return question + SINGLE_PHRASE, str(number)
     if roll < 0.5:
         return casual(question, random_), f"{capital(NUMBER_WORDS[number])}."
-    noun = name if number == 1 else _many(name)
+    noun = name if number == 1 else _plural(name)
     return casual(question, random_), f"There {'is' if number == 1 else 'are'} {NUMBER_WORDS[number]} {noun}."
 
 
@@ -120,12 +120,12 @@ def _colour(thing: Thing, random_: random.Random) -> Turn:
     return casual(question, random_), f"The {thing.name} is {thing.colour}."
 
 
-def _presence(name: str, there: bool, random_: random.Random) -> Turn:
+def _presence(name: str, is_there: bool, random_: random.Random) -> Turn:
     img = random_.choice(IMAGES)
     question = random_.choice(SINGULAR).format(a=with_article(name), n=name, img=img)
     if random_.random() < 0.5:
-        return forced(question, random_), "Yes" if there else "No"
-    if there:
+        return forced(question, random_), "Yes" if is_there else "No"
+    if is_there:
         return casual(question, random_), f"Yes, there is {with_article(name)}."
     return casual(question, random_), f"No, there is no {name} in the {img}."
 
@@ -181,13 +181,13 @@ def _is_it(first: Placed, last: Placed, low: str, random_: random.Random) -> Tur
 def _which(first: Placed, last: Placed, low: str, high: str, random_: random.Random) -> Turn:
     """What is on the left?"""
     thing, relation = random_.choice(((first.thing, low), (last.thing, high)))
-    place = {
+    location = {
         "left of": "on the left",
         "right of": "on the right",
         "above": "at the top",
         "below": "at the bottom",
     }
-    side = place[relation]
+    side = location[relation]
     question = random_.choice(
         (
             f"What is {side}?",

@@ -213,13 +213,13 @@ def text_rows(seed: int, part: str = "train", number: int = ROWS) -> list[Row]:
     makers = [maker for maker, _ in MAKERS]
     weights = [weight for _, weight in MAKERS]
     rows: list[Row] = []
-    seen: set[str] = set()
+    questions: set[str] = set()
     for _ in range(number * 40):
         if len(rows) == number:
             break
         turns = random_.choices(makers, weights)[0](random_)
         key = turns[0][0].lower().rstrip("?.") + (turns[1][0].lower() if len(turns) > 1 else "")
-        if key not in seen:
-            seen.add(key)
+        if key not in questions:
+            questions.add(key)
             rows.append(row(f"text-{part}-{len(rows)}", None, turns))
     return rows

@@ -51,19 +51,19 @@ def vqa_rows(scenes: Sequence[Scene], seed: int) -> tuple[list[Row], list[Row]]:
     plain: list[Row] = []
     sided: list[Row] = []
     for scene in scenes:
-        for place, asked in enumerate(scene.vqa):
+        for index, asked in enumerate(scene.vqa):
             texts = (asked["question"], *asked["answers"])
             rows = sided if any(map(tells_sides, texts)) else plain
             for number, turn in enumerate(vqa_turns(asked, seed)):
-                rows.append(row(f"vqa-{scene.photo.name}-{place}-{number}", scene.photo.image, [turn]))
+                rows.append(row(f"vqa-{scene.photo.name}-{index}-{number}", scene.photo.image, [turn]))
     return plain, sided
 
 
-def statement_turn(told: dict[str, Any], random_: random.Random) -> Turn:
+def statement_turn(statement: dict[str, Any], random_: random.Random) -> Turn:
     """A statement as a question for yes or no."""
-    text = told["statement"].strip()
+    text = statement["statement"].strip()
     question = random_.choice(STATEMENT).format(s=text[:1].lower() + text[1:].rstrip("."), S=text)
-    answer = "Yes" if told["label"] else "No"
+    answer = "Yes" if statement["label"] else "No"
     if random_.random() < 0.6:
         return forced(question, random_), answer
     return question, f"{answer}."
@@ -75,10 +75,10 @@ def statement_rows(scenes: Sequence[Scene], seed: int) -> list[Row]:
         row(
             f"statement-{scene.photo.name}-{number}",
             scene.photo.image,
-            [statement_turn(told, rng(seed, "statement", scene.photo.name, told["statement"]))],
+            [statement_turn(statement, rng(seed, "statement", scene.photo.name, statement["statement"]))],
         )
         for scene in scenes
-        for number, told in enumerate(scene.statements)
+        for number, statement in enumerate(scene.statements)
     ]
 
 
