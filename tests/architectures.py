@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from pumice.assistant import Assistant
 from pumice.config import (
@@ -61,6 +61,8 @@ def with_picture_marks() -> Tokenizer:
 def byte_level(split: str, specials: list[str]) -> Tokenizer:
     """Byte-pair encoding of bytes, which splits words as `split` says (a name of llama.cpp's)."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=split == "llama-bpe"))
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[split]()
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()

@@ -105,6 +105,15 @@ def test_idle_neighbours_give_way_to_a_region_that_grows_the_oldest_first() -> N
     assert (cache.idle, second.start, fourth.start) == ({}, 0, 9)
 
 
+def test_a_slot_that_grows_evicts_nothing_beyond_its_busy_neighbours() -> None:
+    cache = PrefixCache(18)
+    first, _, slot, neighbour, _, last = (filled(cache, n, n, n) for n in range(6))
+    for idle in (first, last, neighbour):  # the neighbour is the newest
+        cache.release(idle)
+    assert cache.grow(slot, 6, evict=True)
+    assert (list(cache.idle.values()), cache.evictions) == ([first, last], 1)
+
+
 def test_an_idle_region_wakes_with_a_part_of_what_it_holds() -> None:
     cache = PrefixCache(10)
     first, second = filled(cache, 1, 2, 3, 4), filled(cache, 5, 6, 7)

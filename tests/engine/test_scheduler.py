@@ -108,6 +108,12 @@ class Simulation:
         assert all(request.slot is None for request in self.scheduler.waiting)
         assert self.prefix_cache.cached_tokens == sum(slot.length for slot in self.prefix_cache.idle.values())
 
+    def check_counts(self, requests: list[Request]) -> None:
+        """Each prompt counts once, however often its request was preempted."""
+        admitted = [request for request in requests if request.admitted]
+        assert self.scheduler.prompt_tokens == sum(len(request.prompt.input_ids) for request in admitted)
+        assert self.scheduler.prefix_hits == sum(request.cached_tokens for request in admitted)
+
     def run(self) -> bool:
         """Return whether every request ends: False if a step does nothing while one waits."""
         requests = [self.request() for _ in range(self.shape.requests)]
@@ -127,6 +133,7 @@ class Simulation:
                     return False
                 if not late:
                     assert len(self.ended) == len(requests)
+                    self.check_counts(requests)
                     return True
         raise AssertionError
 
@@ -153,3 +160,43 @@ def test_every_request_ends_and_every_cell_has_one_owner(
     shape: Shape, seeds: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert simulate(shape, seeds, monkeypatch) == []
+
+
+def request_of(*ids: int) -> Request:
+    """A request for one token. Its slot takes as many cells as its prompt has tokens."""
+    prompt = Prompt(torch.tensor(ids), params=SamplingParams(max_new_tokens=1))
+    return Request(prompt, lambda delta: None, torch.Generator(), len(ids))
+
+
+def beside_a_running_request() -> Scheduler:
+    """12 cells: three of an idle sequence (1, 2, 3), three of another idle one, six of a running request."""
+    scheduler = Scheduler(4, 512, PrefixCache(12), lambda source, target, tokens: None)
+    requests = [request_of(1, 2, 3), request_of(9, 9, 9), request_of(8, 8, 8, 8, 8, 8)]
+    scheduler.waiting.extend(requests)
+    for request, count in scheduler.plan():
+        assert request.slot is not None
+        request.slot.append(request.token_hashes[:count])
+    for request in requests[:2]:
+        scheduler.remove(request)
+    return scheduler
+
+
+def test_the_next_turn_starts_beside_a_running_request_and_evicts_the_idle_one_behind_it() -> None:
+    scheduler = beside_a_running_request()
+    next_turn = request_of(1, 2, 3, 4, 5)
+    scheduler.waiting.append(next_turn)
+    scheduler.plan()
+    assert next_turn in scheduler.running and next_turn.cached_tokens == 3
+    assert not scheduler.prefix_cache.idle
+
+
+def test_a_request_that_shares_a_part_waits_and_costs_nobody_s_cache() -> None:
+    scheduler = beside_a_running_request()
+    sharing = request_of(1, 2, 7, 7, 7)
+    scheduler.waiting.append(sharing)
+    scheduler.plan()
+    assert sharing in scheduler.waiting
+    assert [slot.length for slot in scheduler.prefix_cache.idle.values()] == [3, 3]
+    scheduler.remove(scheduler.running[0])
+    scheduler.plan()
+    assert sharing in scheduler.running and sharing.cached_tokens == 2

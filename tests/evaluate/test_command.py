@@ -14,8 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pumice.cli import app
-from pumice.evaluate.compare import verdict
-from pumice.evaluate.tasks import get_task
+from pumice.evaluate.compare import format_points, verdict
 
 
 @pytest.fixture
@@ -182,13 +181,56 @@ def test_answers_that_cannot_be_compared(folder: Path) -> None:
     assert "PARTIAL: 4 of 6 questions" in fewer.stdout
 
 
-def test_where_lower_is_better() -> None:
-    comparison = {"files": ["a.jsonl", "b.jsonl"], "difference": -2.5, "better": 3, "worse": 1}
+@pytest.fixture
+def captions(folder: Path) -> tuple[str, ...]:
+    """CHAIR's files for two pictures of a dog. The arguments that score captions of them."""
+    files = {
+        "instances": {
+            "images": [{"id": n, "file_name": f"{n}.png"} for n in (1, 2)],
+            "categories": [{"id": 18, "name": "dog"}],
+            "annotations": [{"image_id": n, "category_id": 18} for n in (1, 2)],
+        },
+        "captions": {"annotations": []},
+    }
+    for name, values in files.items():
+        (folder / f"{name}_val2014.json").write_text(json.dumps(values))
+    (folder / "synonyms.txt").write_text("dog\ncat\n")
+    answers = {"true": "A dog.", "wrong": "A dog and a cat.", "mute": "Nothing."}
+    for name, caption in answers.items():
+        rows = [{"question_id": "1", "text": "A dog."}, {"question_id": "2", "text": caption}]
+        write(folder / f"{name}.jsonl", rows if name != "mute" else [row | {"text": caption} for row in rows])
+    return "chair", "--data", ".", "--predictions"
+
+
+@pytest.mark.parametrize("names", [("true", "wrong"), ("wrong", "true")])
+def test_where_lower_is_better_the_file_with_fewer_wrong_objects_wins(
+    captions: tuple[str, ...], names: tuple[str, str]
+) -> None:
+    first, second = (f"{name}.jsonl" for name in names)
+    result = run(*captions, first, "--compare", second, "--json", "both.json")
+    assert result.exit_code == 0, result.output
+    sentence = "true.jsonl is 33.33 points better than wrong.jsonl (1 answer better, 0 worse)"
+    assert result.stdout.startswith(f"CHAIR: {sentence}\n")
+    sign = -1 if names[0] == "true" else 1
+    assert f"{names[0]} minus {names[1]}: {sign * 33.33:+.2f}, 95%" in result.stdout
+    assert json.loads(Path("both.json").read_text())["difference"] == pytest.approx(sign * 100 / 3)
+
+
+def test_captions_that_name_no_object_cannot_be_compared(captions: tuple[str, ...]) -> None:
+    for names in (("true.jsonl", "mute.jsonl"), ("mute.jsonl", "true.jsonl")):
+        message = "the answers in mute.jsonl give no CHAIRi; compare others"
+        refused(run(*captions, names[0], "--compare", names[1]), message)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2.5, "2.50"), (0.0, "0.00"), (0.0042, "0.0042"), (0.000001, "0.000001")]
+)
+def test_a_small_gain_is_not_printed_as_0(value: float, text: str) -> None:
+    comparison = {"files": ["a", "b"], "difference": -value, "better": 1, "worse": 0}
     sentence = verdict(comparison | {"lower_is_better": True})
-    assert sentence == "a.jsonl is 2.50 points better than b.jsonl (3 answers better, 1 worse)"
-    sentence = verdict(comparison | {"lower_is_better": False})
-    assert sentence == "b.jsonl is 2.50 points better than a.jsonl (1 answer better, 3 worse)"
-    assert get_task("chair").lower_is_better and not get_task("pope").lower_is_better
+    relation = f"{text} points better than" if value else "as good as"
+    assert sentence == f"a is {relation} b (1 answer better, 0 worse)"
+    assert format_points(value, "+") == f"+{text}"
 
 
 def test_a_server_that_scores(folder: Path) -> None:

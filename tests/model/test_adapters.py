@@ -97,6 +97,14 @@ def test_dropout_acts_on_the_update_only_and_only_in_training() -> None:
     assert torch.equal(layer(x), layer.eval()(x))
 
 
+def test_adapters_of_an_answering_model_have_no_dropout() -> None:
+    decoder = make()  # in evaluation mode
+    add_lora(decoder, LoraConfig(rank=4, dropout=0.5))
+    learn(decoder)
+    assert torch.equal(logits(decoder), logits(decoder))
+    assert not torch.equal(logits(decoder.train()), logits(decoder))
+
+
 def test_unknown_targets_are_refused_by_name() -> None:
     with pytest.raises(InputError, match="the decoder has no linear layer named gates, wq"):
         add_lora(make(), LoraConfig(targets=("q", "wq", "gates")))

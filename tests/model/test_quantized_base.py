@@ -69,6 +69,15 @@ def test_only_the_adapters_are_state_and_the_rest_is_small() -> None:
     assert all(m.packed.dtype == torch.int8 for m in model.modules() if isinstance(m, QuantizedLinear))
 
 
+def test_a_quantised_layer_of_an_answering_model_has_no_dropout() -> None:
+    adapted = LoraLinear(nn.Linear(64, 64), LoraConfig(rank=4, dropout=0.5))
+    nn.init.normal_(adapted.lora_b)
+    x = torch.randn(3, 64)
+    answering = QuantizedLinear(adapted.eval(), "int8")
+    assert torch.equal(answering(x), answering(x))
+    assert not torch.equal(answering.train()(x), answering(x))
+
+
 def test_autocast_reaches_the_products() -> None:
     model = decoder()
     quantize_base(model, "int8")

@@ -122,6 +122,21 @@ def test_wrong_pictures(small: str, url: str, message: str) -> None:
     assert message in error["message"]
 
 
+def test_what_the_cache_cannot_hold_names_the_field_to_change(local: Any) -> None:
+    long = "long " * 40
+    with local(cache_tokens=60) as url:
+        for body, path, param in (
+            (ask(long), "/v1/chat/completions", "messages"),
+            ({"prompt": long}, "/v1/completions", "prompt"),
+        ):
+            error = error_of(post(url, body, path), 400)
+            assert (error["param"], "the engine's cache holds 60" in error["message"]) == (param, True)
+        body = {**ask(max_tokens=60), "max_completion_tokens": 61}
+        error = error_of(post(url, body), 400)
+        assert error["param"] == "max_completion_tokens"
+        assert "do not fit in a cache of 60 tokens" in error["message"]
+
+
 @pytest.fixture(scope="module")
 def small(local: Any) -> Any:
     with local(max_pixels=10_000, max_images=2, max_body=600_000) as url:

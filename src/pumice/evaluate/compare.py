@@ -39,6 +39,9 @@ def compare(
     statistics = [score.statistic or mean_statistic(score.values) for score in scores]
     ones = np.ones(len(ids))
     values = [statistic(ones) for statistic in statistics]
+    for value, file in zip(values, files, strict=True):
+        if not math.isfinite(value):  # such as CHAIR of captions that name no object
+            raise InputError(f"the answers in {file} give no {task.headline}; compare others")
     # 2. Resample both with the same weights: what is hard about an image then cancels out.
     groups = [question.group for question, _ in first]
     samples = [
@@ -83,9 +86,15 @@ def verdict(comparison: Mapping[str, Any]) -> str:
     if gain < 0:
         names.reverse()
         better, worse = worse, better
-    relation = f"{abs(gain):.2f} points better than" if gain else "as good as"
+    relation = f"{format_points(abs(gain))} points better than" if gain else "as good as"
     counts = f"{better} answer{'' if better == 1 else 's'} better, {worse} worse"
     return f"{names[0]} is {relation} {names[1]} ({counts})"
+
+
+def format_points(value: float, sign: str = "") -> str:
+    """Return a value with two decimals, or with up to six if two would show 0. sign: "+" or nothing."""
+    text = format(value, f"{sign}.2f")
+    return text if float(text) or not value else format(value, f"{sign}.6f").rstrip("0")
 
 
 def format_comparison(comparison: Mapping[str, Any]) -> str:
@@ -99,7 +108,8 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
     if comparison["interval"]:
         low, high = comparison["interval"]
         lines.append(
-            f"  {a} minus {b}: {comparison['difference']:+.2f}, 95% [{low:+.2f}, {high:+.2f}], "
+            f"  {a} minus {b}: {format_points(comparison['difference'], '+')}, "
+            f"95% [{format_points(low, '+')}, {format_points(high, '+')}], "
             f"p {comparison['p']:.3g} (paired bootstrap over pictures)"
         )
     if comparison["mcnemar"] is not None:

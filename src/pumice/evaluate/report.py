@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from pumice.errors import InputError
-from pumice.evaluate.compare import verdict
+from pumice.evaluate.compare import format_points, verdict
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.page import bars, document, radar, table
 from pumice.evaluate.published import PUBLISHED, SCALE
@@ -132,8 +132,8 @@ def compare_page(comparison: Mapping[str, Any], shown: Sequence[Card]) -> str:
     rows = [
         [first, f"{comparison['values'][0]:.2f}"],
         [second, f"{comparison['values'][1]:.2f}"],
-        [f"{first} minus {second}", f"{comparison['difference']:+.2f}"],
-        ["95% interval", f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"],
+        [f"{first} minus {second}", format_points(comparison["difference"], "+")],
+        ["95% interval", " to ".join(format_points(end, "+") for end in interval) if interval else "-"],
         ["p, paired bootstrap", "-" if comparison["p"] is None else f"{comparison['p']:.3g}"],
         ["p, McNemar", "-" if comparison["mcnemar"] is None else f"{comparison['mcnemar']:.3g}"],
         [f"{first} better", str(comparison["better"])],

@@ -276,8 +276,10 @@ class LocalBackend:
         # 1. Give the prompt to the engine.
         try:
             running = _ActiveRequest(self, call, prompt)
-        except InputError as error:  # prompt and answer do not fit into the KV cache
-            raise ApiError(400, str(error), param=request.limit[0]) from error
+        except InputError as error:  # the prompt, or prompt and answer, do not fit into the KV cache
+            prompt_field = "prompt" if isinstance(request, CompletionRequest) else "messages"
+            too_long = len(prompt.input_ids) > self.engine.stats().cache_capacity
+            raise ApiError(400, str(error), param=prompt_field if too_long else request.limit[0]) from error
         try:
             # 2. Wait for the first piece. Until then an error can still change the status of the response.
             first = await running.next()

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -27,7 +28,8 @@ TEXTS = [
     "USER: \nWhat is it? ASSISTANT:",
     "USER: Who? ASSISTANT: A dog.</s>USER: Where? ASSISTANT:",
     "<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\n",
-    "  two  spaces ", "naïve café 漢字 🙂 12345 it's I'LL", "a\n\n\nb\tc", "system assistant human field",
+    "  two  spaces ",
+    "naïve café cafe\u0301 漢字 🙂 12345 it's I'LL", "a\n\n\nb\tc", "system assistant human field",
 ]  # fmt: skip
 SCRIPT = """
 import json, sys
@@ -154,18 +156,35 @@ def test_what_sentencepiece_did_not_make_is_exported_with_a_note(llama: LoadedPa
     assert merges and all(isinstance(merge, str) for merge in merges)
 
 
-@pytest.mark.parametrize("changed", ["normalizer", "begin"])
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("normalizer", {"normalizer": None}),  # Qwen2's class would still normalize to NFC
+        ("normalizer", {"normalizer": {"type": "Lowercase"}}),
+        ("model", {"end_of_word_suffix": "</w>"}),
+        ("bos_token_id", {}),
+    ],
+)
 def test_a_tokenizer_that_only_splits_words_as_qwen2_is_opened_from_tokenizer_json(
-    models: ModuleType, tmp_path: Path, changed: str
+    models: ModuleType, tmp_path: Path, part: str, values: dict[str, Any]
 ) -> None:
     model = models.tiny(models.ARCHITECTURES["SigLIP + Qwen2, squash"])
-    values = json.loads(model.tokenizer.to_str())
-    if changed == "normalizer":
-        values["normalizer"] = {"type": "Lowercase"}
-        other = replace(model, tokenizer=Tokenizer.from_str(json.dumps(values)))
-    else:
-        other = replace(model, config=replace(model.config, bos_token_id=values["added_tokens"][0]["id"]))
+    tokenizer = json.loads(model.tokenizer.to_str())
+    (tokenizer["model"] if part == "model" else tokenizer).update(values)
+    other = replace(model, tokenizer=Tokenizer.from_str(json.dumps(tokenizer)))
+    if part == "bos_token_id":
+        other = replace(other, config=replace(model.config, bos_token_id=tokenizer["added_tokens"][0]["id"]))
     export(other, "llava", tmp_path / "out")
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not (tmp_path / "out" / "vocab.json").exists()
+
+
+def test_a_byte_level_tokenizer_without_nfc_cuts_alike(models: ModuleType, tmp_path: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES["SigLIP + Qwen2, squash"])
+    values = json.loads(model.tokenizer.to_str()) | {"normalizer": None}
+    other = replace(model, tokenizer=Tokenizer.from_str(json.dumps(values)))
+    export(other, "llava", tmp_path / "out")
+    [(_, _, ids, _)] = opened([tmp_path / "out"]).values()
+    assert ids == [other.tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    assert ids != [model.tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]

@@ -25,6 +25,9 @@ from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
 from pumice.templates import get_template
 
+# Options of a byte-pair encoding that change ids and that Qwen2's class does not read.
+_BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+
 
 def write_tokenizer(folder: Path, model: LoadedParts) -> list[str]:
     """Write the files of the class that reads this tokenizer there. Returns notes for the user."""
@@ -85,10 +88,15 @@ def sentencepiece(model: LoadedParts) -> bytes | None:
 
 
 def _is_qwen2(config: ModelConfig, values: dict[str, Any]) -> bool:
-    """Whether Qwen2's class cuts text alike: it only normalizes to NFC, and adds no begin-of-text."""
-    if config.bos_token_id is not None or values["normalizer"] not in (None, {"type": "NFC"}):
-        return False
-    return values["model"].get("type") == "BPE" and pre_tokenizer_name(values) == "qwen2"
+    """Whether Qwen2's class cuts text alike: it normalizes to NFC, merges, and adds no begin-of-text."""
+    model = values["model"]
+    return (
+        config.bos_token_id is None
+        and values["normalizer"] == {"type": "NFC"}
+        and model["type"] == "BPE"
+        and not any(model.get(option) for option in _BPE_OPTIONS)
+        and pre_tokenizer_name(values) == "qwen2"
+    )
 
 
 def _llama(config: ModelConfig, tokenizer: Tokenizer, data: bytes) -> dict[str, Any]:
