@@ -35,7 +35,7 @@ from torch import Tensor
 from pumice.conversation import Conversation, user_message
 from pumice.engine.generate import naive_generate
 from pumice.errors import InputError
-from pumice.formats.export import FORMATS, export, merged
+from pumice.formats.export import FORMATS, export, merge_and_compare
 from pumice.formats.read import read_model
 from pumice.model.vision import ViT
 from pumice.storage.parts import LoadedParts
@@ -259,13 +259,13 @@ def same(model: LoadedParts, back: LoadedParts) -> bool:
 
 
 def same_bytes(model: LoadedParts, folder: Path) -> bool:
-    config, state = merged(model.config, model.state)
+    config, state = merge_and_compare(model.config, model.state)
     return same(replace(model, config=config, state=state), read_model(folder, template=config.template))
 
 
 def same_decoder_bytes(model: LoadedParts, folder: Path) -> bool:
     """Of GGUF only the language model is read back."""
-    config, state = merged(model.config, model.state)
+    config, state = merge_and_compare(model.config, model.state)
     decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}
     [file] = folder.glob("model-*.gguf")
     return same(replace(model, config=config, state=decoder), read_model(file, template=config.template))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pumice.cli import app
 from pumice.config import ConnectorConfig, ModelConfig, RopeScaling, VisionConfig
 from pumice.errors import InputError, WorkError
-from pumice.formats.export import REFUSALS, export, merged, probe, refusal
+from pumice.formats.export import REFUSALS, export, merge_and_compare, probe, refusal
 from pumice.formats.pumice.folder import save
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy, open_weights
@@ -173,7 +173,7 @@ def test_too_little_room_is_seen_before_anything_is_written(
 
 
 def test_merged_adapters_give_the_same_logits(adapted: LoadedParts) -> None:
-    config, state = merged(adapted.config, adapted.state)
+    config, state = merge_and_compare(adapted.config, adapted.state)
     assert config.lora is None
     assert not any("lora" in name for name in state)
     with_adapters, without = probe(adapted.config, adapted.state), probe(config, state)
@@ -190,7 +190,7 @@ def test_adapters_that_do_not_survive_merging_are_refused(adapted: LoadedParts) 
     state = {name: as_lazy(tensor.read().half()) for name, tensor in adapted.state.items()}
     state[name] = as_lazy(torch.full_like(state[name].read(), 6e4))
     with pytest.raises(InputError, match=r"move the logits by nan%.* --to peft"):
-        merged(adapted.config, state)
+        merge_and_compare(adapted.config, state)
 
 
 def test_weights_are_stored_as_they_were_or_as_asked(llava: LoadedParts, tmp_path: Path) -> None:
