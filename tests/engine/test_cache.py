@@ -67,7 +67,7 @@ def test_without_keep_finished_nothing_stays() -> None:
     assert cache.allocate(8) is not None
 
 
-def test_a_region_grows_into_the_gap_behind_it() -> None:
+def test_a_slot_grows_into_the_gap_behind_it() -> None:
     cache = PrefixCache(10)
     first = filled(cache, 1, 2, 3)
     second = filled(cache, 4)
@@ -79,7 +79,7 @@ def test_a_region_grows_into_the_gap_behind_it() -> None:
     assert cache.grow(first, 10)
 
 
-def test_a_region_moves_down_into_the_gap_in_front_of_it() -> None:
+def test_a_slot_moves_down_into_the_gap_in_front_of_it() -> None:
     cache = PrefixCache(10)
     first, second = filled(cache, 1, 2, 3), filled(cache, 4, 5)
     assert not cache.grow(second, 8)
@@ -91,7 +91,7 @@ def test_a_region_moves_down_into_the_gap_in_front_of_it() -> None:
     assert list(cache.busy) == [0]
 
 
-def test_idle_neighbours_give_way_to_a_region_that_grows_the_oldest_first() -> None:
+def test_idle_neighbours_are_evicted_for_a_slot_that_grows_the_oldest_first() -> None:
     cache = PrefixCache(12)
     first, second, third, fourth = (filled(cache, n, n, n) for n in (1, 2, 3, 4))
     for slot in (third, first):
@@ -114,7 +114,7 @@ def test_a_slot_that_grows_evicts_nothing_beyond_its_busy_neighbours() -> None:
     assert (list(cache.idle.values()), cache.evictions) == ([first, last], 1)
 
 
-def test_an_idle_region_wakes_with_a_part_of_what_it_holds() -> None:
+def test_an_idle_slot_is_reused_with_a_part_of_its_tokens() -> None:
     cache = PrefixCache(10)
     first, second = filled(cache, 1, 2, 3, 4), filled(cache, 5, 6, 7)
     for slot in (first, second):
@@ -136,7 +136,7 @@ def test_allocate_evicts_nothing_if_there_is_no_room() -> None:
     assert (list(cache.idle.values()), cache.evictions) == ([first], 0)
 
 
-def test_an_idle_region_goes_on_where_it_stands() -> None:
+def test_an_idle_slot_is_reused_in_place() -> None:
     cache = PrefixCache(10)
     first = filled(cache, 1, 2, 3)
     cache.release(first)

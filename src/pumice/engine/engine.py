@@ -41,7 +41,7 @@ class EngineStats:
 
     running: int
     waiting: int
-    slots: int
+    slots: int  # requests that can run at a time; each has one slot of the KV cache
     cached_tokens: int  # of finished requests, ready to be reused
     cache_capacity: int  # tokens
     prompt_tokens: int  # of all requests that have started
@@ -52,7 +52,7 @@ class EngineStats:
 
 
 class Engine:
-    """Answers up to `slots` prompts at a time; more wait in order.
+    """Answers up to `slots` prompts at a time, each in its own slot of the KV cache; more wait in order.
 
     cache_tokens: cells of the KV cache, for running and finished requests together; None gives about a
     gigabyte, and at least one context. chunk: prompt tokens per step. prefix_cache: keep finished requests,

@@ -151,6 +151,7 @@ def from_hub(
         raise InputError(
             f"{name!r} is neither a folder here nor a name on the hub like 'owner/model'"
         ) from error
+    # Before RepositoryNotFoundError, which it is a subclass of.
     except GatedRepoError as error:
         raise InputError(
             f"{name} on the hub wants its terms accepted first: accept them there, then run `hf auth login`"

@@ -1,4 +1,4 @@
-"""The matrices of a Pumice folder that are stored in few bits, in the layout that the kernels read.
+"""Read and write the quantised matrices of a Pumice folder, in the layout that the kernels read.
 
     quantized.safetensors   a matrix's bytes as one U8 tensor, by its name in `pumice.model`
     quantized.json          {"layout": 1, "matrices": {name: {"kind": "Q4_K", "shape": [outputs, inputs]}}}
@@ -27,14 +27,14 @@ _LOG = logging.getLogger("pumice")
 
 
 def as_bytes(state: LazyStateDict) -> LazyStateDict:
-    """The matrices in blocks of a state, as the tensors that the file holds; made when they are read."""
+    """Return the quantised matrices of a state as the file stores them: (bytes,) uint8 each, read later."""
     return {
         name: _bytes(tensor, tensor.blocks) for name, tensor in state.items() if tensor.blocks is not None
     }
 
 
 def write_quantized(folder: Path, state: LazyStateDict) -> None:
-    """Both files, of the matrices in blocks; none where there are none. One matrix at a time is in memory."""
+    """Write both files, or none if no matrix is quantised. One matrix at a time is in memory."""
     matrices = {
         name: {"kind": tensor.blocks.kind.name, "shape": list(tensor.shape)}
         for name, tensor in state.items()
@@ -46,7 +46,7 @@ def write_quantized(folder: Path, state: LazyStateDict) -> None:
 
 
 def open_quantized(folder: Path) -> LazyStateDict:
-    """The folder's matrices in blocks; {} where it has none. Raises InputError when the files do not fit."""
+    """Return the folder's quantised matrices, {} if it has none. Raises InputError if the files disagree."""
     index = folder / INDEX
     if not index.exists():
         return {}
@@ -64,10 +64,10 @@ def open_quantized(folder: Path) -> LazyStateDict:
 
 
 def cached(key: str, state: LazyStateDict) -> LazyStateDict:
-    """The state with its matrices in blocks taken from the cache folder, where they are put the first time.
+    """Return the state with its quantised matrices read from the cache, where they are stored first.
 
-    key: says everything that the matrices are made of. Where the folder cannot be written the state serves as
-    it is.
+    key: a hash of all that determines the matrices. If the folder cannot be written, the state is returned
+    unchanged.
     """
     folder = cache_folder() / "quantized" / key
     try:
@@ -113,7 +113,7 @@ def _stored(name: str, data: LazyTensor, entry: object, index: Path) -> LazyTens
 
 
 def _described(entry: object) -> tuple[BlockFormat | None, tuple[int, int]]:
-    """A matrix's kind and shape, or no kind where the entry says none."""
+    """Return a matrix's kind and shape; the kind is None if the entry is not valid."""
     fields = entry if isinstance(entry, dict) else {}
     kind, shape = BlockFormat.__members__.get(str(fields.get("kind"))), fields.get("shape")
     if kind is None or not isinstance(shape, list) or len(shape) != 2:
