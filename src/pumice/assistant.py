@@ -176,7 +176,7 @@ class Assistant:
 
     @property
     def generation(self) -> dict[str, Any]:
-        """How this model's answers are drawn where nobody says otherwise, as fields of `SamplingParams`."""
+        """How this model's answers are sampled by default, as fields of `SamplingParams`."""
         return dataclasses.asdict(self.model.config.generation)
 
     def ask(self, images: Any, question: str, **sampling: Any) -> str:

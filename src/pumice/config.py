@@ -210,7 +210,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How a model's answers are drawn where nobody says otherwise. The defaults are greedy.
+    """How a model's answers are sampled by default. These fields' own defaults are greedy.
 
     The fields are those of `SamplingParams`, which checks them.
     """
@@ -239,7 +239,7 @@ class ChatFormat:
     answer: tuple[str, str] = ("", "")  # around an answer's text, and learned with it
     between: str = ""  # after an answer's stop, before the next question
     system: tuple[str, str] | None = None  # before and after a system message; None: it has no place
-    default_system: str | None = None  # stands where a conversation has no system message of its own
+    default_system: str | None = None  # used if a conversation has no system message
     system_in_user: bool = False  # the system message stands inside the first question, before its text
     specials: tuple[str, ...] = ()  # special tokens in these texts: a tokenizer must have them
     trim: tuple[str, ...] = ()  # roles whose text loses the blanks around it

@@ -58,7 +58,7 @@ def cut(sample: Sample, limit: int) -> Sample:
 
 
 class Processor:
-    """What a checkpoint knows about preparing input: its template, tokenizer and image policy."""
+    """Prepares input as a checkpoint needs it: with its template, tokenizer and image policy."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, *, truncate: bool = False) -> None:
         """truncate: cut training samples that exceed the context instead of refusing them."""

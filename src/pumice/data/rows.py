@@ -1,6 +1,6 @@
 """LLaVA-Instruct rows, read lazily from JSON and JSON Lines files.
 
-Only byte offsets stay in memory; a row is parsed when it is asked for.
+Only byte offsets stay in memory; a row is parsed when it is read.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def cached(part: WheelPart) -> Path | None:
 
 
 def is_intact(part: WheelPart, file: Path) -> bool:
-    """Whether a cached file still has the checksum of the wheel's file. Reads every byte."""
+    """Return whether a cached file still has the checksum of the wheel's file. Reads every byte."""
     return not part.member_sha256 or sha256(file) == part.member_sha256
 
 
@@ -231,7 +231,7 @@ def _digest(file: Path) -> str:
 
 
 def _is_complete(file: Path, part: WheelPart) -> bool:
-    """Whether the stamp beside the file says that it was checked when it was fetched."""
+    """Return whether the stamp beside the file says that it was checked when it was fetched."""
     with contextlib.suppress(OSError, ValueError):
         stamp = json.loads((file.parent / _STAMP).read_text(encoding="utf-8"))
         return bool(stamp == {"wheel_sha256": part.sha256, "size": file.stat().st_size})

@@ -90,7 +90,7 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 
 
 def _begins_with_space(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer puts a space before the first word."""
+    """Return whether the tokenizer puts a space before the first word."""
     plain = tokenizer.encode("a", add_special_tokens=False).tokens
     return bool(plain) and plain[0].startswith(SPACE)
 

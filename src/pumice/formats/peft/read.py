@@ -140,7 +140,7 @@ def _pairs(
 
 
 def _is_copy(name: str, tensor: LazyTensor, table: tensor_names.Table, base: LazyStateDict) -> bool:
-    """Whether the tensor is an unchanged weight of the base."""
+    """Return whether the tensor is an unchanged weight of the base."""
     match = _COPY.fullmatch(name)
     param_name = table.get(match[1]) if match else None
     if param_name is None or base[param_name].shape != tensor.shape:

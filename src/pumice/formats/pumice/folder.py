@@ -248,7 +248,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _supplied(name: str, parts: Mapping[str, str]) -> bool:
-    """Whether the tensor comes from a wheel, so that it is not stored again."""
+    """Return whether the tensor comes from a wheel, so that it is not stored again."""
     return name.partition(".")[0] in parts and not name.endswith((".lora_a", ".lora_b"))
 
 

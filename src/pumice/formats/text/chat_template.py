@@ -352,7 +352,7 @@ def _stop(end: str, specials: list[str], eos: str | None) -> tuple[str, str, str
 
 
 def _trims(jinja: _Jinja, role: str) -> bool:
-    """Whether the template strips the blanks around a role's text."""
+    """Return whether the template strips the blanks around a role's text."""
     shapes: dict[str, Callable[[str], list[_Turn]]] = {
         "system": lambda text: [("system", text), _QUESTIONS[0]],
         "user": lambda text: [("user", text)],

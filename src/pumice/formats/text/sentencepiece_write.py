@@ -20,13 +20,13 @@ _FLOAT, _BYTES = 5, 2  # protobuf's wire types; 0 is a varint
 
 
 def cuts_by_sentencepiece(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer is a BPE with byte tokens, as are those that SentencePiece makes for Llama."""
+    """Return whether the tokenizer is a BPE with byte tokens, as are those that SentencePiece makes for Llama."""
     model = json.loads(tokenizer.to_str())["model"]
     return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
 
 def fits(model: SentencePiece, tokenizer: Tokenizer) -> bool:
-    """Whether every piece of the model is the tokenizer's token of the same id."""
+    """Return whether every piece of the model is the tokenizer's token of the same id."""
     return all(tokenizer.id_to_token(number) == text for number, (text, _, _) in enumerate(model.pieces))
 
 
