@@ -88,7 +88,7 @@ def sentencepiece(model: LoadedParts) -> bytes | None:
 
 
 def _is_qwen2(config: ModelConfig, values: dict[str, Any]) -> bool:
-    """Return whether Qwen2's class cuts text alike: it normalizes to NFC, merges, and adds no begin-of-text."""
+    """Return whether Qwen2's class cuts text alike: it normalizes to NFC, merges, adds no begin-of-text."""
     model = values["model"]
     return (
         config.bos_token_id is None

@@ -20,7 +20,7 @@ _FLOAT, _BYTES = 5, 2  # protobuf's wire types; 0 is a varint
 
 
 def cuts_by_sentencepiece(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer is a BPE with byte tokens, as are those that SentencePiece makes for Llama."""
+    """Return whether the tokenizer is a BPE with byte tokens, as those that SentencePiece makes for Llama."""
     model = json.loads(tokenizer.to_str())["model"]
     return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
