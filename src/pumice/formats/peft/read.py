@@ -176,17 +176,12 @@ def drop_adapters(config: ModelConfig, state: LazyStateDict) -> tuple[ModelConfi
 
 
 def merge_adapters(config: ModelConfig, state: LazyStateDict) -> tuple[ModelConfig, LazyStateDict]:
-    """Return the model with its adapters added to its weights; the sums are computed when they are read.
-
-    Raises InputError if an adapter changes a weight that the model does not have.
-    """
+    """Return the model with its adapters added to its weights; the sums are computed when they are read."""
     merged_config, merged_state = drop_adapters(config, state)
     if config.lora is None:
         return merged_config, merged_state
     for name in [name for name in state if name.endswith(_LORA_A)]:
         layer = name.removesuffix(_LORA_A)
-        if f"{layer}.weight" not in state:
-            raise InputError(f"{name} changes {layer}.weight, which the model does not have")
         a, b = state[name], state[layer + _LORA_B]
         scale = config.lora.alpha / config.lora.rank
         merged_state[f"{layer}.weight"] = add_update(state[f"{layer}.weight"], a, b, scale)
