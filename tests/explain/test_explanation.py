@@ -206,10 +206,10 @@ class Links(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: Any) -> None:
-        self.found += [value for name, value in attributes if name in ("src", "href") and value]
+        self.addresses += [value for name, value in attributes if name in ("src", "href") and value]
 
 
 def test_a_page_needs_nothing_and_no_text_escapes(tiny: Assistant, models: ModuleType) -> None:
@@ -218,7 +218,7 @@ def test_a_page_needs_nothing_and_no_text_escapes(tiny: Assistant, models: Modul
     page_html = html(explanation)
     links = Links()
     links.feed(page_html)
-    assert links.found == []
+    assert links.addresses == []
     assert page_html.count("</script>") == 2
     assert "default-src 'none'" in page_html
     data = json.loads(page_html.split('type="application/json">')[1].split("</script>")[0])

@@ -33,13 +33,13 @@ from stored import (
     Teacher,
     Watch,
     command,
-    done,
     helps,
     imports,
     inside,
     openapi,
     output,
     read,
+    run_pumice,
     signatures,
 )  # fmt: skip
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -185,9 +185,9 @@ def keep(*names: str, to: Path) -> None:
 
 def make_training() -> None:
     """A run that was killed in its fifth step, and where the same run ends."""
-    done("train", "recipe.yaml", "--set", "output=before")  # sees every picture, so the cache is whole
+    run_pumice("train", "recipe.yaml", "--set", "output=before")  # sees every picture, so the cache is whole
     with Watch().watching() as watch:
-        done("train", "recipe.yaml")
+        run_pumice("train", "recipe.yaml")
     assert watch.looks == 0
     last = f"run/checkpoints/step-{2 * HALF:06d}"
     keep("run/recipe.yaml", f"run/checkpoints/step-{HALF:06d}", "features", to=FILES)
@@ -233,7 +233,7 @@ def make_answers() -> None:
     assert result.exit_code == 130, (result.exit_code, result.output)
     partial = Path("out.jsonl.partial")
     shutil.copy(partial, FILES)
-    done(*batch)
+    run_pumice(*batch)
     torn(Path("asked.jsonl"), FILES / "asked.jsonl", 2)
     keep("questions.jsonl", to=FILES)
     keep("out.jsonl", "asked.jsonl", to=ENDS)
@@ -256,7 +256,7 @@ def make_answers() -> None:
         {"question_id": n, "prompt": q, "text": answers[n], "answer_id": f"a{n}", "model_id": "llava"}
         for n, (_, q) in enumerate(rows)
     ])  # fmt: skip
-    done(
+    run_pumice(
         "eval", "own", "--data", "own", "--predictions", "predictions.jsonl", *MODEL, "--max-new-tokens", "4"
     )
     keep("own", to=FILES)
@@ -267,7 +267,7 @@ def make_answers() -> None:
 def make_generation() -> None:
     """A journal that ends in the middle of the reply to the third request, and where it leads."""
     with Teacher() as teacher:
-        done(*teacher.command())
+        run_pumice(*teacher.command())
     assert len(teacher.asked) == 4
     (FILES / "generated").mkdir()
     # prompt, then sent and reply of each: the third reply is torn
@@ -303,7 +303,7 @@ def make_files() -> None:
         folder.mkdir()
     with tempfile.TemporaryDirectory() as folder, inside(Path(folder)):
         first_model.write(Path("first"))
-        done("import", "first", "model", "--template", "chatml")
+        run_pumice("import", "first", "model", "--template", "chatml")
         write_inputs()
         make_training()
         make_answers()

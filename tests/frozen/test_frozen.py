@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stored import ENDS, EXACT, FILES, MODEL, Teacher, Watch, done, inside, read
+from stored import ENDS, EXACT, FILES, MODEL, Teacher, Watch, inside, read, run_pumice
 from torch import Tensor
 
 import pumice
@@ -55,7 +55,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resumed]:
     shutil.copytree(FILES, work)
     with inside(work), Watch().watching() as watch, pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)  # a picture of the loss would take a second
-        done("train", "recipe.yaml")
+        run_pumice("train", "recipe.yaml")
     yield Resumed(work / "run", watch)
 
 
@@ -138,7 +138,7 @@ def test_features_are_read_and_not_computed_again(resumed: Resumed) -> None:
 def test_without_features_the_tower_looks(work: Path) -> None:
     """So that the test above can fail."""
     with Watch().watching() as watch:
-        done("ask", "pictures/0.png", "Who?", *MODEL, *EXACT, "--max-new-tokens", "1")
+        run_pumice("ask", "pictures/0.png", "Who?", *MODEL, *EXACT, "--max-new-tokens", "1")
     assert watch.looks == 1
 
 
@@ -163,7 +163,7 @@ def expected(name: str) -> list[Any]:
 def test_a_batch_goes_on(work: Path) -> None:
     alter_first(work / "out.jsonl.partial")
     limits = ("--max-new-tokens", "4")
-    result = done("ask", "--batch", "questions.jsonl", "--out", "out.jsonl", *MODEL, *EXACT, *limits)
+    result = run_pumice("ask", "--batch", "questions.jsonl", "--out", "out.jsonl", *MODEL, *EXACT, *limits)
     assert "2 of 6" in result.stderr
     assert read(work / "out.jsonl") == expected("out.jsonl")
     assert not (work / "out.jsonl.partial").exists()
@@ -179,7 +179,9 @@ def test_ask_many_goes_on(work: Path) -> None:
 
 
 def evaluate(predictions: Path, *more: str) -> Any:
-    result = done("eval", "own", "--data", "own", "--predictions", str(predictions), "--json", "-", *more)
+    result = run_pumice(
+        "eval", "own", "--data", "own", "--predictions", str(predictions), "--json", "-", *more
+    )
     return json.loads(result.stdout)
 
 
@@ -204,11 +206,11 @@ def test_a_generation_goes_on(work: Path) -> None:
     journal = work / "generated" / "journal.jsonl"
     before = journal.read_bytes()
     with Teacher() as teacher:
-        done(*teacher.command())
+        run_pumice(*teacher.command())
         # The reply about the horse was torn off: the model may have been asked, but what it said is lost.
         assert [text.split()[1] for text in teacher.asked] == ["horse", "cow"]
         for name in ("rows.jsonl", "rejected.jsonl"):
             assert (work / "generated" / name).read_bytes() == (ENDS / "generated" / name).read_bytes()
         assert journal.read_bytes().startswith(before)
-        done(*teacher.command())
+        run_pumice(*teacher.command())
         assert len(teacher.asked) == 2

@@ -151,10 +151,10 @@ class _Writer:
     """What `write_vocabulary` says."""
 
     def __init__(self) -> None:
-        self.said: dict[str, object] = {}
+        self.fields: dict[str, object] = {}
 
     def _keep(self, key: str, value: object) -> None:
-        self.said[key.removeprefix("tokenizer.ggml.")] = value
+        self.fields[key.removeprefix("tokenizer.ggml.")] = value
 
     add_string = add_array = add_bool = add_uint32 = _keep
 
@@ -164,7 +164,7 @@ def test_a_sentencepiece_vocabulary(models: ModuleType) -> None:
     config = replace(model.config, decoder=replace(model.config.decoder, vocab_size=400))
     writer = _Writer()
     write_vocabulary(writer, config, model.tokenizer)
-    metadata = writer.said
+    metadata = writer.fields
     size = model.tokenizer.get_vocab_size()
     tokens, kinds, scores = metadata["tokens"], metadata["token_type"], metadata["scores"]
     assert metadata["model"] == "llama"
@@ -187,10 +187,10 @@ def test_a_byte_level_vocabulary_names_how_words_are_split(models: ModuleType, s
     writer = _Writer()
     config = replace(model.config, decoder=replace(model.config.decoder, vocab_size=320))
     write_vocabulary(writer, config, tokenizer)
-    assert (writer.said["model"], writer.said["pre"]) == ("gpt2", split)
-    assert writer.said["token_type"][:4] == [3, 3, 3, 1]
-    assert writer.said["add_bos_token"] is False
-    assert all(merge.count(" ") == 1 for merge in writer.said["merges"])
+    assert (writer.fields["model"], writer.fields["pre"]) == ("gpt2", split)
+    assert writer.fields["token_type"][:4] == [3, 3, 3, 1]
+    assert writer.fields["add_bos_token"] is False
+    assert all(merge.count(" ") == 1 for merge in writer.fields["merges"])
 
 
 @pytest.mark.parametrize("kind", ["words", "merges"])
