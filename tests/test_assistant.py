@@ -399,9 +399,9 @@ def test_a_picture_that_a_later_turn_adds_changes_the_first_one_s_tokens(
 @pytest.mark.parametrize(
     ("trained", "policy", "shown", "message"),
     [
-        (1, "tiles", 10, "10 pictures in one conversation, this model was trained on at most 1: answers may"),
-        (0, "square", 3, "3 pictures in one conversation, this model was trained on at most 1:"),
-        (None, "tiles", 2, "its folder does not say that this model was trained on more than one:"),
+        (1, "tiles", 10, "has 10 pictures, and the model was trained on at most 1: answers may"),
+        (0, "square", 3, "has 3 pictures, and the model was trained on at most 1:"),
+        (None, "tiles", 2, "the model's folder does not say that it was trained on more than 1:"),
         (None, "square", 10, None),
         (10, "tiles", 10, None),
         (None, "tiles", 1, None),

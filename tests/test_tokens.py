@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import repeat
 from pathlib import Path
@@ -356,6 +357,15 @@ def test_truncation_and_padding_are_switched_off(tmp_path: Path, key: str, tiny_
     expected = open_parts(tiny_folder).tokenizer.encode(text).ids
     own.write_text(json.dumps({**json.loads(own.read_text()), key: LIMITS[key]}))
     assert open_parts(folder).tokenizer.encode(text).ids == expected
+
+
+def test_a_malformed_truncation_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    values = {**json.loads(BACKENDS["gpt2"].to_str()), "truncation": {"max_length": "eight"}}
+    path.write_text(json.dumps(values))
+    message = f"^'{re.escape(str(path))}' is not a tokenizer.json: invalid type: .*eight.*; copy the file"
+    with pytest.raises(InputError, match=message):
+        Tokenizer.from_file(path)
 
 
 @pytest.mark.parametrize("value", [7, [], {}, {"max_length": -1}, False])

@@ -410,10 +410,12 @@ def too_many_images(config: ModelConfig, count: int) -> str | None:
         return None  # a model has a policy for several images only if it was trained on several
     if count <= max(1, trained or 1):
         return None
-    limit = "its folder does not say that this model was trained on more than one"
+    limit = "the model's folder does not say that it was trained on more than 1"
     if trained is not None:
-        limit = f"this model was trained on at most {max(1, trained)}"
-    return f"{count} pictures in one conversation, {limit}: answers may be poor; ask about fewer at a time"
+        limit = f"the model was trained on at most {max(1, trained)}"
+    return (
+        f"the conversation has {count} pictures, and {limit}: answers may be poor; ask about fewer at a time"
+    )
 
 
 def _is_done(reply: Reply | InputError) -> bool:

@@ -159,7 +159,10 @@ def parse_tokenizer(text: bytes | str, label: str | Path) -> tokenizers.Tokenize
     try:
         backend = tokenizers.Tokenizer.from_buffer(text if isinstance(text, bytes) else text.encode())
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{label} is not a tokenizer.json: {error}") from error
+        reason = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
+        raise InputError(
+            f"'{label}' is not a tokenizer.json: {reason}; copy the file from the model's source again"
+        ) from error
     backend.no_truncation()
     backend.no_padding()
     return backend
