@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "conversation", "files"),
     ("geometry", "jsonl", "kernels"),
     ("templates", "images", "model", "webpage", "progress", "storage"),
-    ("tokens",),
+    ("tokens", "chat_client"),
     ("processor",),
     ("formats", "data", "engine"),
     ("explain",),

@@ -8,8 +8,7 @@ import io
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TextIO
 
@@ -110,18 +109,6 @@ class Lock:
         except OSError:
             return False
         return True
-
-    def wait(self, seconds: float, waiting: Callable[[], None]) -> None:
-        """Take the lock. Call `waiting` once if another process holds it; InputError after `seconds`."""
-        deadline = time.monotonic() + seconds
-        announced = False
-        while not self.acquire():
-            if not announced:
-                waiting()
-                announced = True
-            if time.monotonic() > deadline:
-                raise InputError(f"another run has held '{self._file.name}' for {seconds:g} s; end it first")
-            time.sleep(0.05)
 
     def release(self) -> None:
         self._file.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 from html import escape
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -22,8 +24,25 @@ def head(title: str, style: str) -> str:
     )
 
 
-def jpeg_address(image: Image.Image, quality: int) -> str:
-    """Return the image as a data URL for an `img` element. quality: JPEG's, 1 to 95."""
+def render(template: Path, **values: Any) -> str:
+    """Fill a template of Jinja. All values are escaped; the template's `head` is the function above."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["head"] = lambda title, style: Markup(head(title, style))
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
+
+
+def thumbnail(image: Image.Image, side: int, quality: int) -> tuple[str, tuple[int, int]]:
+    """Return the image as a data URL of JPEG, at most `side` pixels wide and high, and its size.
+
+    quality: JPEG's, 1 to 95.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    small.save(buffer, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), small.size

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
-from pumice.evaluate.endpoint import ChatEndpoint
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.run import (
     EndpointAnswerer,
@@ -180,24 +179,39 @@ def test_missing_pictures_are_counted_before_the_first_question() -> None:
     assert check_images(asked[1:2], allow_missing=False) == 0
 
 
-def test_a_model_behind_an_address_answers_in_order(tmp_path: Path) -> None:
-    httpx: Any = pytest.importorskip("httpx")
-    first = threading.Event()
+def test_a_model_behind_an_address_answers_in_order(tmp_path: Path, chat_server: Any) -> None:
+    third = threading.Event()
 
-    def handle(request: Any) -> Any:
-        body = json.loads(request.content)
+    def reply(body: Any) -> str:
         content = body["messages"][0]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
-        if text == "Question 0?":
-            first.wait(5)  # the first question is answered after the second
-        else:
-            first.set()
-        assert (body["temperature"], body["max_tokens"]) == (0.0, TASK.max_new_tokens)
-        return httpx.Response(200, json={"choices": [{"message": {"content": f"to {text}"}}]})
+        # The first question goes alone; the second one is answered after the third.
+        if text == "Question 3?":
+            assert third.wait(20)
+        elif text == "Question 6?":
+            third.set()
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("big", 0.0, TASK.max_new_tokens)
+        return f"to {text}"
 
-    endpoint = ChatEndpoint("http://server/v1", "big", transport=httpx.MockTransport(handle))
+    server = chat_server(*[reply] * len(QUESTIONS))
     path = tmp_path / "a.jsonl"
-    run(TASK, QUESTIONS, EndpointAnswerer(endpoint, workers=2), path)
+    run(TASK, QUESTIONS, EndpointAnswerer(server.endpoint("big", parallel=2)), path)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["answer"] for row in rows] == [f"to {q.prompt}" for q in group_by_images(QUESTIONS)]
     assert rows[0]["model"] == "big"
+
+
+def test_an_address_that_refuses_ends_the_run_and_a_question_only_itself(
+    tmp_path: Path, chat_server: Any
+) -> None:
+    path = tmp_path / "a.jsonl"
+    key = chat_server(401)
+    with pytest.raises(InputError, match="refuses the key"):
+        run(TASK, QUESTIONS, EndpointAnswerer(key.endpoint("big")), path, allow_missing=True)
+    assert (len(key.asked), path.read_text()) == (1, "")
+    asked = [question(0, "missing"), *QUESTIONS[1:3]]
+    one = chat_server(400, "fine")
+    run(TASK, asked, EndpointAnswerer(one.endpoint("big")), path, allow_missing=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert "is not there" in rows[0]["error"] and "does not take the request" in rows[1]["error"]
+    assert rows[2]["answer"] == "fine"

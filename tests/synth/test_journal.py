@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
 import io
 import json
 from dataclasses import replace
@@ -16,13 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pumice.chat_client import judge
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
 from pumice.images import data_url, image_key
 from pumice.synth import kinds, report
 from pumice.synth.checks import CheckSettings, examine, row
 from pumice.synth.duplicates import SeenRows
-from pumice.synth.endpoint import Endpoint, judge, text_of
+from pumice.synth.endpoint import Endpoint, examine_reply, reply_text
 from pumice.synth.journal import Journal, TeacherRequest, failed, reply
 from pumice.synth.kinds.base import Draft
 from pumice.synth.objects import Vocabulary
@@ -41,7 +43,6 @@ def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
     again = Journal(path)
     assert (again.reply("r1"), "r2" in again, again.tally.damaged) == ("raw", False, 1)
     again.append([reply("r3", "third \u00e9", (1, 1))])
-    again.read()
     assert again.reply("r3") == "third \u00e9"
     third = Journal(path)
     assert (third.reply("r3"), third.tally.damaged, third.tally.replies) == ("third \u00e9", 1, 2)
@@ -51,13 +52,11 @@ def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
 def test_a_call_without_an_outcome_counts_as_spent(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     journal.append(journal.sent(ASKED, (50, 100), "m"))
-    journal.read()
     assert (journal.tally.tokens_in, journal.tally.lost) == (0, 0)
     assert journal.settle() == ["r1"]
     assert (journal.tally.tokens_in, journal.tally.tokens_out, journal.tally.lost) == (50, 100, 1)
     # Sent again and answered: both are paid for.
     journal.append([*journal.sent(ASKED, (50, 100), "m"), reply("r1", "raw", (40, 7))])
-    journal.read()
     assert (journal.tally.tokens_in, journal.tally.sent, journal.why) == (90, 2, {})
     again = Journal(tmp_path / "j")
     assert (again.tally.tokens_in, again.tally.lost) == (90, 1)
@@ -66,13 +65,12 @@ def test_a_call_without_an_outcome_counts_as_spent(tmp_path: Path) -> None:
 def test_calls_that_never_left_do_not_count(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     journal.append([*journal.sent(ASKED, (50, 100), "m"), failed("r1", "unreachable", None, "", (0, 0))])
-    journal.read()
     assert journal.tally.to_dict()["calls"] == 0
     assert journal.why == {"r1": "unreachable"}
 
 
 def test_the_budget_waits_for_reservations() -> None:
-    from pumice.synth.courier import Budget
+    from pumice.synth.endpoint import Budget
 
     async def story() -> None:
         bound = sum(PLACE.bound(ASKED)) + 1
@@ -103,7 +101,7 @@ def test_the_bound_holds_for_any_text() -> None:
 
 
 def test_pace() -> None:
-    from pumice.synth.courier import Pace
+    from pumice.chat_client import Pace
 
     async def waits() -> list[float]:
         pace = Pace(120)
@@ -152,10 +150,10 @@ def test_what_an_answer_means(
     if headers.get("retry-after") == LATER:
         date = datetime.now(timezone.utc) + timedelta(seconds=30)
         headers = {"retry-after": format_datetime(date, usegmt=True)}
-    outcome = judge(status, headers, raw, PLACE)
+    outcome = examine_reply(judge(status, headers, raw, PLACE), PLACE)
     assert (outcome.what, outcome.why) == (expected_outcome, reason)
     if expected_outcome == "reply":
-        assert (text_of(raw), outcome.cost) == ("Hi.", (5, 3))
+        assert (reply_text(raw), outcome.cost) == ("Hi.", (5, 3))
     if headers and expected_outcome == "again":
         assert outcome.wait is not None
         assert 6 < outcome.wait <= 30
@@ -247,7 +245,7 @@ def test_the_report_is_one_safe_file(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in page
     assert page.count("</script>") == 1
     assert page.count("data:image/jpeg;base64,") == 1  # the other picture is not there, which is said
-    assert "picture '1.jpg' is not in" in page.replace("&#x27;", "'")
+    assert "picture '1.jpg' is not in" in html.unescape(page)
     assert page.count('<section class="row"') == 4
     assert "prefers-color-scheme: dark" in page and 'download = "marks.json"' in page
     assert "http://" not in page and "https://" not in page

@@ -200,8 +200,8 @@ def _check_no_overwrite(inputs: Sequence[Path | None], outputs: Sequence[Path | 
 
 
 def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | None) -> None:
-    from pumice.evaluate.endpoint import ChatEndpoint
     from pumice.evaluate.judge import Judge, JudgedTask
+    from pumice.evaluate.run import endpoint_at
 
     if (url is None) != (model is None):
         raise InputError("--judge-url and --judge-model belong together; give both")
@@ -209,7 +209,7 @@ def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | N
         if url is not None or reviews is not None:
             raise InputError(f"{task.name} needs no judge; leave out --judge-url and --reviews")
         return
-    endpoint = ChatEndpoint(url, model) if url is not None and model is not None else None
+    endpoint = endpoint_at(url, model, parallel=4) if url is not None and model is not None else None
     if endpoint is not None or reviews is not None:
         task.judge = Judge(reviews, endpoint)
 
@@ -252,14 +252,12 @@ def _answer(
 
 
 def _answerer(model: str, model_name: str | None, device: str | None, slots: int) -> Answerer:
-    from pumice.evaluate.run import EndpointAnswerer, LocalAnswerer
+    from pumice.evaluate.run import EndpointAnswerer, LocalAnswerer, endpoint_at
 
     if model.startswith(("http://", "https://")):
-        from pumice.evaluate.endpoint import ChatEndpoint
-
         if model_name is None:
             raise InputError("--model is an address; name its model there with --model-name")
-        return EndpointAnswerer(ChatEndpoint(model, model_name), workers=slots)
+        return EndpointAnswerer(endpoint_at(model, model_name, slots))
     options.share_cores()
     from pumice.assistant import load
 

@@ -156,12 +156,7 @@ def generate(
     settings = CheckSettings(unsupported, None if language == "any" else language)
     job = runs.Job(contexts, kinds, out, finder, show, examples, show_annotations, seed, settings, similar)
     job.check()
-    lock_timeout = endpoint.timeout + 60 if endpoint else 1.0
-    journal, lock = runs.open_journal(
-        out,
-        lambda: runs.note("waiting for the last replies of a run that was stopped"),
-        lock_timeout,
-    )
+    journal, lock = runs.open_journal(out)
     # 3. Ask the teacher what the journal lacks, then check all replies and write rows and report.
     with lock:
         estimate = runs.estimate(job, chosen_teacher, journal, endpoint)

@@ -8,18 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pumice.chat_client import ChatEndpoint, ask_in_order
 from pumice.errors import InputError
-from pumice.evaluate.endpoint import ChatEndpoint
 from pumice.evaluate.files import DataFile, read_json, read_lines
 from pumice.evaluate.task import Answered, Task
 from pumice.files import appending
-
-WORKERS = 4  # requests to the judge at a time
 
 
 @dataclass(frozen=True)
@@ -91,12 +88,13 @@ class Judge:
         missing = [number for number, reply in enumerate(replies) if reply is None]
         endpoint = self.endpoint
         if missing and endpoint is not None:
-            with ThreadPoolExecutor(WORKERS) as pool:
-                answers = pool.map(lambda number: endpoint.chat(prompts[number][1], **options), missing)
-                for number, (text, judge) in zip(missing, answers, strict=True):
-                    reply = JudgeReply(text, judge, version)
-                    replies[number] = reply
-                    self._store(*prompts[number], reply)
+            messages = ([{"role": "user", "content": prompts[number][1]}] for number in missing)
+            chats = ({"messages": message, **options} for message in messages)
+            for number, answer in zip(missing, ask_in_order(endpoint, chats), strict=True):
+                if isinstance(answer, InputError):
+                    raise answer
+                replies[number] = reply = JudgeReply(answer.text, answer.model, version)
+                self._store(*prompts[number], reply)
         return replies
 
     def _find(self, key: str, prompt: str) -> JudgeReply | None:

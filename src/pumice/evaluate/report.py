@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from pumice.errors import InputError
 from pumice.evaluate.compare import format_points, verdict
 from pumice.evaluate.files import ImageFile
-from pumice.evaluate.page import bars, document, radar, table
 from pumice.evaluate.published import PUBLISHED, SCALE
 from pumice.evaluate.task import Answered, Task
 from pumice.images import open_image
-from pumice.webpage import jpeg_address
+from pumice.webpage import render, thumbnail
 
+TEMPLATE = Path(__file__).parent / "report.html"
 MAX_WRONG, MAX_RIGHT = 60, 20  # cards of wrong and of right answers
 THUMBNAIL_SIDE = 256  # pixels of the longer side
 MAX_CHARACTERS = 1500  # of a text on a card
+RADAR_SIZE, RADAR_MARGIN = 460, 80  # the margin holds the names of the axes
 
 
 @dataclass
@@ -41,17 +40,12 @@ def cards(
     task: Task, data: Path, answered: Sequence[Answered], values: Sequence[float | None], name: str
 ) -> list[Card]:
     """Return cards of some wrong and some right answers, with thumbnails. values: each answer's score."""
-    chosen: list[Card] = []
-    for kind, max_cards in (("wrong", MAX_WRONG), ("right", MAX_RIGHT)):
-        matches = [
-            (answer, value)
-            for answer, value in zip(answered, values, strict=True)
-            if value is not None and (value < 0.5) == (kind == "wrong")
-        ]
-        chosen += [
-            _card(answer, [(name, answer.text, value)], kind) for answer, value in _spread(matches, max_cards)
-        ]
-    return _with_images(task, data, chosen)
+    kinds: dict[str, list[Card]] = {"wrong": [], "right": []}
+    for answer, value in zip(answered, values, strict=True):
+        if value is not None:
+            kind = "wrong" if value < 0.5 else "right"
+            kinds[kind].append(_card(answer, [(name, answer.text, value)], kind))
+    return _with_images(task, data, _spread(kinds["wrong"], MAX_WRONG) + _spread(kinds["right"], MAX_RIGHT))
 
 
 def compared_cards(
@@ -65,19 +59,16 @@ def compared_cards(
             continue
         kind = "same score" if x == y else f"{names[0]} {'better' if x > y else 'worse'}"
         kinds[kind].append(_card(a, [(names[0], a.text, x), (names[1], b.text, y)], kind))
-    chosen = [
-        card
-        for kind, group in kinds.items()
-        for card in _spread(group, MAX_RIGHT if "same" in kind else MAX_WRONG)
-    ]
-    return _with_images(task, data, chosen)
+    groups = (
+        _spread(group, MAX_RIGHT if kind == "same score" else MAX_WRONG) for kind, group in kinds.items()
+    )
+    return _with_images(task, data, [card for group in groups for card in group])
 
 
-def _spread(items: Sequence[Any], limit: int) -> list[Any]:
+def _spread(items: list[Card], limit: int) -> list[Card]:
     """Choose at most `limit` items, evenly over the list, so that every run shows the same ones."""
-    if len(items) <= limit:
-        return list(items)
-    return [items[number * len(items) // limit] for number in range(limit)]
+    chosen = min(limit, len(items))
+    return [items[number * len(items) // chosen] for number in range(chosen)]
 
 
 def _card(answer: Answered, answers: list[tuple[str, str, float | None]], kind: str) -> Card:
@@ -89,40 +80,42 @@ def _card(answer: Answered, answers: list[tuple[str, str, float | None]], kind: 
     question = str(meta.get("question") or answer.question.prompt)
     if isinstance(meta.get("choices"), Mapping):
         question += "".join(f"\n{letter}. {text}" for letter, text in meta["choices"].items())
-    return Card(answer.question.id, question, str(truth), answers, kind, str(meta.get("category") or ""))
+    cut_answers = [(model, _cut(text), value) for model, text, value in answers]
+    category = str(meta.get("category") or "")
+    return Card(answer.question.id, _cut(question), _cut(str(truth)), cut_answers, kind, category)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …"
 
 
 def _with_images(task: Task, data: Path, chosen: list[Card]) -> list[Card]:
     # Scoring keeps no images, so the files are read again for the few that the page shows.
     cards_by_id = {card.id: card for card in chosen}
-    remaining = len(cards_by_id)
-    for question in task.questions(data):
-        if remaining and (card := cards_by_id.get(question.id)) is not None:
+    questions = task.questions(data) if chosen else ()
+    for question in questions:
+        if (card := cards_by_id.pop(question.id, None)) is not None:
             card.images = [_thumbnail(image) for image in question.images]
-            remaining -= 1
-        if not remaining:
+        if not cards_by_id:
             break
     return chosen
 
 
 def _thumbnail(file: ImageFile) -> str:
     try:
-        image = open_image(file.source()).convert("RGB")
+        return thumbnail(open_image(file.source()), THUMBNAIL_SIDE, quality=75)[0]
     except (InputError, OSError):
         return ""
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
-    return jpeg_address(image, quality=75)
 
 
 def page(results: Sequence[Mapping[str, Any]], shown: Sequence[Card] = ()) -> str:
     """Return the page of one model's results; `shown` are cards of the first result."""
-    names = list(dict.fromkeys(str(result["model"]) for result in results))
-    body = [_warnings(results), _numbers(results), _radar(results)]
-    for result in results:
-        body.append(_details(result))
-    if shown:
-        body.append(_gallery(shown, f"Answers of {_title(results[0])}"))
-    return document("Evaluation of " + ", ".join(names), "\n".join(body), script=bool(shown))
+    prepared = [_prepared(result) for result in results]
+    title = "Evaluation of " + ", ".join(dict.fromkeys(str(result["model"]) for result in results))
+    return render(
+        TEMPLATE, title=title, comparison=None, results=prepared, models=list(PUBLISHED),
+        numbers=[result["numbers"] for result in prepared], radar=_radar(prepared), cards=shown,
+    )  # fmt: skip
 
 
 def compare_page(comparison: Mapping[str, Any], shown: Sequence[Card]) -> str:
@@ -130,151 +123,90 @@ def compare_page(comparison: Mapping[str, Any], shown: Sequence[Card]) -> str:
     first, second = comparison["models"]
     interval = comparison["interval"]
     rows = [
-        [first, f"{comparison['values'][0]:.2f}"],
-        [second, f"{comparison['values'][1]:.2f}"],
-        [f"{first} minus {second}", format_points(comparison["difference"], "+")],
-        ["95% interval", " to ".join(format_points(end, "+") for end in interval) if interval else "-"],
-        ["p, paired bootstrap", "-" if comparison["p"] is None else f"{comparison['p']:.3g}"],
-        ["p, McNemar", "-" if comparison["mcnemar"] is None else f"{comparison['mcnemar']:.3g}"],
-        [f"{first} better", str(comparison["better"])],
-        [f"{first} worse", str(comparison["worse"])],
+        (first, f"{comparison['values'][0]:.2f}"),
+        (second, f"{comparison['values'][1]:.2f}"),
+        (f"{first} minus {second}", format_points(comparison["difference"], "+")),
+        ("95% interval", " to ".join(format_points(end, "+") for end in interval) if interval else "-"),
+        ("p, paired bootstrap", "-" if comparison["p"] is None else f"{comparison['p']:.3g}"),
+        ("p, McNemar", "-" if comparison["mcnemar"] is None else f"{comparison['mcnemar']:.3g}"),
+        (f"{first} better", comparison["better"]),
+        (f"{first} worse", comparison["worse"]),
     ]
-    caption = f"{comparison['title']}, {comparison['headline']}, {comparison['questions']} questions"
-    body = (
-        _partial(comparison) + f"<p>{escape(verdict(comparison))}.</p>" + table(caption, ["", "value"], rows)
+    title = f"{first} and {second} on {comparison['title']}"
+    return render(
+        TEMPLATE, title=title, comparison=comparison, verdict=verdict(comparison), rows=rows, cards=shown
     )
-    body += _gallery(shown, "Where they differ") if shown else "<p>They give the same answers.</p>"
-    return document(f"{first} and {second} on {comparison['title']}", body, script=bool(shown))
 
 
-def _warnings(results: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(_partial(result) for result in results)
+def _prepared(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result with its numbers as text: name, shown (the headline), rows of tables."""
+    head, interval = result["headline"], result["headline"]["interval"]
+    name = result["title"] + (" (partial)" if result["partial"] else "")
+    shown = _text(head["value"])
+    numbers = [
+        name, head["name"], shown, f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "-",
+        *(_text(result["published"].get(model)) for model in PUBLISHED),
+        result["answered"], result["split"], "drifted" if result["drift"].get("drifted") else "",
+    ]  # fmt: skip
+    rows = [(metric, f"{value:.2f}") for metric, value in result["metrics"].items() if value is not None]
+    return {**result, "name": name, "shown": shown, "numbers": numbers, "rows": rows}
 
 
-def _partial(result: Mapping[str, Any]) -> str:
-    if not result.get("partial"):
-        return ""
-    reason = escape(f"{result['title']}: {result['why_partial']}.")
-    return f'<p class="partial"><strong>Partial:</strong> {reason}</p>'
-
-
-def _title(result: Mapping[str, Any]) -> str:
-    return result["title"] + (" (partial)" if result["partial"] else "")
-
-
-def _value(result: Mapping[str, Any]) -> str:
-    value = result["headline"]["value"]
+def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _numbers(results: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for result in results:
-        head = result["headline"]
-        interval = head["interval"]
-        numbers = [result["published"].get(model) for model in PUBLISHED]
-        rows.append(
-            [
-                _title(result),
-                head["name"],
-                _value(result),
-                f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "-",
-                *("-" if number is None else f"{number:.1f}" for number in numbers),
-                str(result["answered"]),
-                result["split"],
-                "drifted" if result["drift"].get("drifted") else "",
-            ]
-        )
-    header = ["benchmark", "headline", "value", "95% interval", *PUBLISHED, "questions", "split", "drift"]
-    notes = "".join(
-        f"<li>{escape(result['title'])}: {escape(note)}</li>"
-        for result in results
-        for note in result["notes"]
-    )
-    return (
-        "<h2>Numbers</h2>"
-        + table("Beside what LLaVA publishes", header, rows)
-        + (f'<ul class="note">{notes}</ul>' if notes else "")
-    )
+def _radar(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the points of a radar, an outline per model from 0 in the middle to 1; None below three axes.
 
-
-def _radar(results: Sequence[Mapping[str, Any]]) -> str:
+    A published number that is missing leaves a gap in its outline, because it is not a zero.
+    """
     scored = [result for result in results if result["headline"]["value"] is not None]
-    full_scales = [SCALE.get(result["task"], 100.0) for result in scored]
-    shapes: dict[str, list[float | None]] = {
-        "this model": [
-            result["headline"]["value"] / full_scale
-            for result, full_scale in zip(scored, full_scales, strict=True)
-        ]
-    }
-    for model in PUBLISHED:
-        shapes[model] = [
-            result["published"][model] / full_scale if model in result["published"] else None
-            for result, full_scale in zip(scored, full_scales, strict=True)
-        ]
-    drawing = radar([_title(result) for result in scored], shapes)
-    return f"<h2>All at once</h2>{drawing}" if drawing else ""
+    if len(scored) < 3:
+        return None
+    middle, radius = RADAR_SIZE / 2, RADAR_SIZE / 2 - RADAR_MARGIN
 
+    def point(axis: int, value: float) -> tuple[float, float]:
+        angle = 2 * math.pi * axis / len(scored) - math.pi / 2
+        x, y = middle + radius * value * math.cos(angle), middle + radius * value * math.sin(angle)
+        return round(x, 1), round(y, 1)
 
-def _details(result: Mapping[str, Any]) -> str:
-    body = [f"<h2>{escape(_title(result))}: {_value(result)}</h2>"]
-    metrics = {k: v for k, v in result["metrics"].items() if v is not None}
-    rows = [[name, f"{value:.2f}"] for name, value in metrics.items()]
-    body.append(table("All numbers", ["metric", "value"], rows))
-    for title, cells in result["categories"].items():
-        if not cells:
-            continue
-        scored = {name: cell for name, cell in cells.items() if cell["value"] is not None}
-        full_scale = max(100.0, *(cell["value"] for cell in scored.values())) if scored else 100.0
-        body.append(f"<h3>By {escape(title)}</h3>")
-        body.append(
-            bars(
-                {n: (c["value"], f"{c['value']:.1f} ({c['questions']})") for n, c in scored.items()},
-                full_scale,
-            )
+    def shape(name: str, values: Sequence[float | None]) -> dict[str, Any]:
+        known = {axis: point(axis, min(1.0, max(0.0, v))) for axis, v in enumerate(values) if v is not None}
+        lines = [
+            f"{'L' if axis - 1 in known else 'M'}{known[axis][0]} {known[axis][1]}" for axis in sorted(known)
+        ]
+        if 0 in known and len(values) - 1 in known:
+            lines.append("Z" if len(known) == len(values) else f"L{known[0][0]} {known[0][1]}")
+        return {"name": name, "path": " ".join(lines), "points": list(known.values()), "values": values}
+
+    scales = [SCALE.get(result["task"], 100.0) for result in scored]
+    headlines = {"this model": [result["headline"]["value"] for result in scored]}
+    headlines |= {model: [result["published"].get(model) for result in scored] for model in PUBLISHED}
+    shapes = [
+        shape(name, [None if v is None else v / scale for v, scale in zip(values, scales, strict=True)])
+        for name, values in headlines.items()
+    ]
+    axes = []
+    for number, result in enumerate(scored):
+        text = point(number, 1.12)
+        anchor = "middle" if abs(text[0] - middle) < 20 else "start" if text[0] > middle else "end"
+        axes.append({"name": result["name"], "end": point(number, 1.0), "text": text, "anchor": anchor})
+    # All values stand in the label, for readers who cannot see the drawing.
+    described = [
+        f"{one['name']}: "
+        + ", ".join(
+            f"{axis['name']} {'-' if v is None else f'{v:.2f}'}"
+            for axis, v in zip(axes, one["values"], strict=True)
         )
-    return "\n".join(body)
-
-
-def _gallery(shown: Sequence[Card], title: str) -> str:
-    kinds = list(dict.fromkeys(card.kind for card in shown))
-    categories = sorted({card.category for card in shown if card.category})
-    return (
-        f'<h2>{escape(title)}</h2><div class="controls">'
-        f"<label>Show {_select('kind', kinds, kinds[0])}</label>"
-        f"<label>Category {_select('part', categories)}</label>"
-        '<label>With the words <input id="words" type="search"></label>'
-        '<span id="count" role="status" class="soft"></span></div>'
-        f'<ul class="cards">{"".join(_card_html(card) for card in shown)}</ul>'
-    )
-
-
-def _select(name: str, values: Sequence[str], chosen: str = "") -> str:
-    options = "".join(
-        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(value)}</option>'
-        for value in values
-    )
-    return f'<select id="{name}"><option value="">all</option>{options}</select>'
-
-
-def _card_html(card: Card) -> str:
-    images = "".join(
-        f'<img src="{source}" alt="picture {number} of question {escape(card.id)}" loading="lazy">'
-        if source
-        else '<p class="soft">(the picture is missing)</p>'
-        for number, source in enumerate(card.images, 1)
-    )
-    answers = "".join(
-        f'<dt>{escape(model)}</dt><dd class="{"good" if value is not None and value >= 0.5 else "bad"}">'
-        f"{escape(_cut(text)) or '(nothing)'}{'' if value is None else f' [{value:.2f}]'}</dd>"
-        for model, text, value in card.answers
-    )
-    return (
-        f'<li data-kind="{escape(card.kind)}" data-part="{escape(card.category)}">{images}<dl>'
-        f"<dt>Question {escape(card.id)}</dt><dd>{escape(_cut(card.question))}</dd>{answers}"
-        f"<dt>Truth</dt><dd>{escape(_cut(card.truth))}</dd></dl></li>"
-    )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …"
+        for one in shapes
+    ]
+    rings = [
+        " ".join("{},{}".format(*point(axis, ring)) for axis in range(len(scored)))
+        for ring in (0.25, 0.5, 0.75, 1.0)
+    ]
+    scale = [(f"{100 * ring:.0f}", point(0, ring)) for ring in (0.25, 0.5, 0.75)]
+    return {
+        "size": RADAR_SIZE, "rings": rings, "axes": axes, "scale": scale, "shapes": shapes,
+        "label": "; ".join(described),
+    }  # fmt: skip

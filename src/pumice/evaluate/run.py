@@ -11,12 +11,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from pumice.chat_client import ChatEndpoint, ask_in_order, with_images
 from pumice.errors import InputError
-from pumice.evaluate.endpoint import ChatEndpoint, with_images
 from pumice.evaluate.task import Question, Task
 from pumice.files import appending, hold_file, replacing, whole_lines
 
@@ -68,34 +67,33 @@ class LocalAnswerer:
         yield from (error for error in errors if error is not None)
 
 
+def endpoint_at(url: str, model: str, parallel: int) -> ChatEndpoint:
+    """Return the endpoint of a model that answers or judges. Raises InputError where `url` is no address."""
+    endpoint = ChatEndpoint(url, model, parallel=parallel, attempts=5, backoff=2.0)
+    endpoint.check()
+    return endpoint
+
+
 class EndpointAnswerer:
     """Answers with a model behind an OpenAI-compatible server: vLLM, a hosted model, `pumice serve`."""
 
-    def __init__(self, endpoint: ChatEndpoint, workers: int = 8) -> None:
-        self.endpoint, self.workers, self.name = endpoint, workers, endpoint.model
+    def __init__(self, endpoint: ChatEndpoint) -> None:
+        self.endpoint, self.name = endpoint, endpoint.model
 
     def answer(self, questions: Iterable[Question], max_new_tokens: int) -> Iterator[str | InputError]:
-        def ask(question: Question) -> str | InputError:
-            try:
-                images = [image.source() for image in question.images]
-                content = with_images(question.prompt, images) if images else question.prompt
-                return self.endpoint.chat(content, temperature=0.0, max_tokens=max_new_tokens)[0]
-            except InputError as error:
-                return error
+        def chats() -> Iterator[dict[str, Any] | InputError]:
+            for question in questions:
+                try:
+                    images = [image.source() for image in question.images]
+                    content = with_images(question.prompt, images) if images else question.prompt
+                except InputError as error:
+                    yield error
+                else:
+                    message = {"role": "user", "content": content}
+                    yield {"messages": [message], "temperature": 0.0, "max_tokens": max_new_tokens}
 
-        # A bounded window of requests keeps the images of only a few questions in memory.
-        pending: deque[Future[str | InputError]] = deque()
-        with ThreadPoolExecutor(self.workers) as pool:
-            try:
-                for question in questions:
-                    pending.append(pool.submit(ask, question))
-                    if len(pending) >= 2 * self.workers:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+        for reply in ask_in_order(self.endpoint, chats()):
+            yield reply if isinstance(reply, InputError) else reply.text
 
 
 def group_by_images(questions: Sequence[Question]) -> list[Question]:

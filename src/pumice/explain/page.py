@@ -11,12 +11,11 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pumice.explain.explanation import Explanation
 from pumice.explain.methods import METHODS
 from pumice.moved import old_names
-from pumice.webpage import head, jpeg_address
+from pumice.webpage import head, thumbnail
 
 LIMIT = 4 * 2**20  # bytes of attention in a page; if it takes more, heads, then layers are left out
 SIDE = 1024  # pixels of an image's longer side in a page
@@ -136,9 +135,7 @@ def _picture(explanation: Explanation, number: int, with_pixels: bool) -> dict[s
         "occlusion": None if picture.occlusion is None else np.round(picture.occlusion, 4).tolist(),
     }
     if with_pixels:
-        small = picture.image.copy()
-        small.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-        values["source"] = jpeg_address(small, quality=85)
+        values["source"] = thumbnail(picture.image, SIDE, quality=85)[0]
     return values
 
 

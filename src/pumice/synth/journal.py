@@ -17,16 +17,15 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pumice.chat_client import Tokens
 from pumice.errors import InputError
 from pumice.files import sync
 from pumice.images import image_key, read_image
-
-Cost = tuple[int, int]  # tokens in, tokens out
 
 
 @dataclass(frozen=True)
@@ -103,24 +102,19 @@ class Journal:
         self.why: dict[str, str] = {}  # request -> its last failure, while it has no reply
         self._replies: dict[str, tuple[int, int]] = {}
         self._prompts: set[str] = set()
-        self._open: dict[str, tuple[Cost, int]] = {}  # sent, and not yet answered
+        self._open: dict[str, tuple[Tokens, int]] = {}  # sent, and not yet answered
         self._end = 0
+        self._torn = False  # whether a crash cut the last record, so that the next one needs a new line
         self._file: IO[bytes] | None = None
-        self.read()
-
-    def read(self) -> None:
-        """Take in what stands in the file behind what was read before."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._end)
-            for line in file:
-                if line.endswith(b"\n"):
-                    self._take(line)
-                # Else the last record was torn off by a crash: a later one begins on a line of its own.
-                elif line.strip():
-                    self.tally.damaged += 1
-                self._end += len(line)
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    self._torn = not line.endswith(b"\n")
+                    if self._torn:
+                        self.tally.damaged += bool(line.strip())
+                    else:
+                        self._take(line)
+                    self._end += len(line)
 
     def _take(self, line: bytes) -> None:
         try:
@@ -180,7 +174,7 @@ class Journal:
             file.seek(start)
             return str(json.loads(file.read(length))["raw"])
 
-    def sent(self, request: TeacherRequest, reserved: Cost, model: str) -> list[dict[str, Any]]:
+    def sent(self, request: TeacherRequest, reserved: Tokens, model: str) -> list[dict[str, Any]]:
         """The records to append before a request is sent."""
         records: list[dict[str, Any]] = []
         if request.prompt_id not in self._prompts:
@@ -197,36 +191,33 @@ class Journal:
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write records and wait until they are on the disk."""
+        self.write(records)
+        self.sync()
+
+    def write(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append records, which are safe only when `sync` has returned."""
         if self._file is None:
-            torn = self._is_torn()
             self._file = self.path.open("ab")
-            if torn:
-                self._file.write(b"\n")
+            self._end += self._file.write(b"\n" * self._torn)
             sync(self.path.parent)
         for record in records:
-            self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+            self._file.write(line)
+            self._take(line)
+            self._end += len(line)
         self._file.flush()
-        os.fsync(self._file.fileno())
 
-    def _is_torn(self) -> bool:
-        if not self.path.exists() or not self.path.stat().st_size:
-            return False
-        with self.path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
+    def sync(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
 
-def reply(request_id: str, raw: str, cost: Cost) -> dict[str, Any]:
+def reply(request_id: str, raw: str, cost: Tokens) -> dict[str, Any]:
     return {"event": "reply", "id": request_id, "raw": raw, "cost": cost, "time": round(time.time(), 3)}
 
 
-def failed(request_id: str, why: str, status: int | None, raw: str, cost: Cost) -> dict[str, Any]:
+def failed(request_id: str, why: str, status: int | None, raw: str, cost: Tokens) -> dict[str, Any]:
     return {
         "event": "failed", "id": request_id, "why": why, "status": status, "raw": raw[:2000], "cost": cost,
         "time": round(time.time(), 3),
     }  # fmt: skip
-
-
-def costs(values: Sequence[int], prices: tuple[float, float]) -> float:
-    """Money for (tokens in, tokens out) at prices per million tokens."""
-    return (values[0] * prices[0] + values[1] * prices[1]) / 1e6

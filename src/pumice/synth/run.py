@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from pumice.images import image_key
 from pumice.synth.checks import CheckSettings, Rejection, check_language, examine, row
 from pumice.synth.context import Context
 from pumice.synth.duplicates import SeenRows
-from pumice.synth.endpoint import Endpoint, text_of
+from pumice.synth.endpoint import Endpoint, reply_text
 from pumice.synth.journal import Journal, TeacherRequest, digest
 from pumice.synth.kinds.base import Draft, Kind
 from pumice.synth.objects import Vocabulary
@@ -159,8 +159,8 @@ def estimate(job: Job, teacher: Teacher, journal: Journal, endpoint: Endpoint | 
     )
 
 
-def open_journal(out: Path, waiting: Callable[[], None], patience: float) -> tuple[Journal, Lock]:
-    """The folder's journal and the lock that keeps others out. Waits for an earlier run's last replies."""
+def open_journal(out: Path) -> tuple[Journal, Lock]:
+    """Return the folder's journal and the lock that keeps other runs out."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -168,11 +168,8 @@ def open_journal(out: Path, waiting: Callable[[], None], patience: float) -> tup
     lock = Lock(out / "run.lock")
     if not lock.acquire():
         raise InputError(f"another run is using '{out}'; wait for it, or name another folder")
-    calls = Lock(out / "journal.lock")
-    calls.wait(patience, waiting)
     journal = Journal(out / "journal.jsonl")
     journal.settle()
-    calls.release()
     return journal, lock
 
 
@@ -200,7 +197,7 @@ def finish(job: Job, teacher: Teacher, journal: Journal) -> Statistics:
     with replacing(job.out / "rows.jsonl") as rows, replacing(job.out / "rejected.jsonl") as rejected:
         for row_id, kind, context, request in plan(job, teacher):
             raw = journal.reply(request.id)
-            reply = "" if raw is None else text_of(raw)
+            reply = "" if raw is None else reply_text(raw)
             result: Draft | Rejection
             if raw is None:
                 result = Rejection("no reply", journal.why.get(request.id, "it was not asked for"))

@@ -1,25 +1,25 @@
-"""Teachers, which answer requests: an endpoint, called by the courier, or a model in our engine.
+"""Teachers, which answer requests: an endpoint, called from this process, or a model in our engine.
 
 A teacher's `answer` writes replies to the journal. It returns why it ended early, or "".
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-import os
-import subprocess
-import sys
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
+from pumice.chat_client import ChatClient, Outcome
 from pumice.errors import InputError, WorkError
-from pumice.synth.endpoint import Endpoint
+from pumice.synth.endpoint import Budget, Endpoint, examine_reply
 from pumice.synth.journal import Journal, TeacherRequest, failed, reply
 
+READY = 4  # requests that are held ready, times the calls under way
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -50,88 +50,135 @@ class RemoteTeacher:
         return self.endpoint.options
 
     def check(self) -> None:
-        if find_spec("httpx") is None:
-            raise InputError("an endpoint needs httpx; install pumice[generate]")
         self.endpoint.check()
 
     def answer(self, requests: Iterable[TeacherRequest], journal: Journal, progress: Progress) -> str:
-        """Raises InputError when the endpoint cannot be used, WorkError when the courier broke."""
-        courier = subprocess.Popen(
-            [sys.executable, "-m", "pumice.synth.courier", str(journal.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # neither Ctrl-C nor the death of our group reaches it
-        )
-        assert courier.stdin is not None and courier.stdout is not None and courier.stderr is not None
-        stdin, last_words = courier.stdin, [""]
-        wrong: list[InputError] = []
-        settings = {**asdict(self.endpoint), "parent": os.getpid()}
-
-        def tell() -> None:
-            # A courier that has stopped early closes its end; what it did not take was not sent.
-            with contextlib.suppress(OSError):
-                stdin.write(json.dumps(settings).encode() + b"\n")
-                try:
-                    for message in _messages(requests):
-                        stdin.write(json.dumps(message).encode() + b"\n")
-                except InputError as error:  # a picture that went away since the estimate
-                    wrong.append(error)
-                stdin.write(b'{"end": true}\n')
-                stdin.flush()
-
-        def overhear(stream: Any) -> None:
-            for line in stream:
-                last_words[0] = line.decode("utf-8", "replace").strip() or last_words[0]
-
-        threads = [
-            threading.Thread(target=tell, daemon=True),
-            threading.Thread(target=overhear, args=(courier.stderr,), daemon=True),
-        ]
-        for thread in threads:
-            thread.start()
-        end: dict[str, Any] = {}
+        """Raises InputError when the endpoint cannot be used, WorkError when the journal cannot."""
         try:
-            for line in courier.stdout:
-                message = json.loads(line)
-                if "done" in message:
-                    progress(message)
-                else:
-                    end = message
+            why, message = asyncio.run(_answer_all(self.endpoint, requests, journal, progress))
+        except OSError as error:
+            raise WorkError(f"the journal '{journal.path}' cannot be written: {error}") from error
+        if why == "interrupted":
+            raise KeyboardInterrupt
+        if why == "input":
+            raise InputError(message)
+        return why
+
+
+async def _answer_all(
+    endpoint: Endpoint, requests: Iterable[TeacherRequest], journal: Journal, progress: Progress
+) -> tuple[str, str]:
+    calls = TeacherCalls(endpoint, journal, progress)
+    tasks: set[asyncio.Task[None]] = set()
+    with _interrupts(lambda: calls.end("interrupted")):
+        try:
+            for request in requests:
+                tasks.add(asyncio.create_task(calls.answer(request)))
+                if len(tasks) >= READY * endpoint.parallel:
+                    done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.gather(*done)
+                if calls.stopped[0]:
                     break
-        finally:
-            # Also when interrupted: the calls under way are paid for and waited for.
-            if not end:
-                courier.terminate()
-            status = courier.wait()
-            for thread in threads:
-                thread.join()
-            with contextlib.suppress(OSError):
-                stdin.close()
-            courier.stdout.close()
-            courier.stderr.close()
-            journal.read()
-        if wrong:
-            raise wrong[0]
-        if end.get("stopped") == "input":
-            raise InputError(end["message"])
-        if not end or end.get("stopped") == "work":
-            raise WorkError(
-                end.get("message") or f"the process that calls the endpoint ended ({status}): {last_words[0]}"
-            )
-        return str(end.get("stopped", ""))
+        except InputError as error:  # a picture that went away since the estimate
+            calls.end("input", str(error))
+        await asyncio.gather(*tasks)
+        await calls.close()
+    return calls.stopped
 
 
-def _messages(requests: Iterable[TeacherRequest]) -> Iterator[dict[str, Any]]:
-    told: set[str] = set()
-    for request in requests:
-        if request.prompt_id not in told:
-            told.add(request.prompt_id)
-            yield {"prompt": request.prompt, "id": request.prompt_id}
-        yield {
-            "id": request.id, "of": request.prompt_id, "user": request.user, "max_tokens": request.max_tokens,
-            "image": request.image, "image_key": request.image_key,
-        }  # fmt: skip
+@contextlib.contextmanager
+def _interrupts(end: Callable[[], None]) -> Iterator[None]:
+    """Call `end` at the first interrupt, so that the calls under way, which are paid for, come to their end.
+
+    The second one interrupts as ever.
+    """
+    loop = asyncio.get_running_loop()
+    before: dict[int, Any] = {}
+
+    def interrupted(*_: Any) -> None:
+        restore()
+        loop.call_soon_threadsafe(end)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, interrupted)
+    try:
+        yield
+    finally:
+        restore()
+
+
+class TeacherCalls(ChatClient):
+    """The calls of a run: each is set aside in the budget, and in the journal, before it is sent."""
+
+    def __init__(self, endpoint: Endpoint, journal: Journal, progress: Progress) -> None:
+        super().__init__(endpoint)
+        self.endpoint, self.journal, self.progress = endpoint, journal, progress
+        self.budget = Budget(endpoint, (journal.tally.tokens_in, journal.tally.tokens_out))
+        self._syncing = asyncio.Lock()
+        self._written = self._synced = 0  # batches of records: to the system, and on the disk
+
+    async def answer(self, request: TeacherRequest) -> None:
+        """Send a request until it is answered or given up."""
+        refusals = 0
+
+        async def attempt() -> Outcome | None:
+            nonlocal refusals
+            outcome = await self._send(request, refusals)
+            refusals += outcome is not None and outcome.why == "refusal"
+            return outcome
+
+        outcome = await self.ask(attempt, tokens=sum(self.endpoint.bound(request)) / 3)
+        if outcome is not None and outcome.what == "leave" and not self.answered:
+            self.end("input", outcome.message)
+
+    async def _send(self, request: TeacherRequest, refusals: int) -> Outcome | None:
+        """Make one call; None when none may be made."""
+        # 1. Set aside what it may cost, and write it down.
+        reserved = await self.budget.reserve(request)
+        if reserved is None:
+            self.end("budget")
+            return None
+        try:
+            body = self.endpoint.body(request)
+        except InputError as error:
+            self.end("input", str(error))
+        if self.stopped[0]:
+            await self.budget.settle(reserved, (0, 0))
+            return None
+        await self._write(self.journal.sent(request, reserved, self.endpoint.model))
+        # 2. Send it. A refusal that comes again and again is the reply.
+        again = f"-{refusals}" if refusals else ""
+        outcome = examine_reply(await self.post(body, f"{request.id}{again}"), self.endpoint)
+        if outcome.what == "refused" and refusals + 1 == self.endpoint.refusals:
+            outcome = replace(outcome, what="reply")
+        # 3. Write down what came of it.
+        cost = reserved if outcome.cost is None else outcome.cost
+        if outcome.what == "reply":
+            record = reply(request.id, outcome.raw, cost)
+        else:
+            record = failed(request.id, outcome.why, outcome.status, outcome.raw, cost)
+        await self._write([record])
+        await self.budget.settle(reserved, cost)
+        answered = outcome.what == "reply" and not outcome.why
+        self.progress({"answered": answered, "spent": self.budget.spent})
+        return outcome
+
+    async def _write(self, records: list[dict[str, Any]]) -> None:
+        """Return when the records are on the disk. Those of calls that end together share one fsync."""
+        self.journal.write(records)
+        self._written += 1
+        mine = self._written
+        async with self._syncing:
+            if self._synced < mine:
+                latest = self._written
+                await asyncio.to_thread(self.journal.sync)
+                self._synced = latest
 
 
 class LocalTeacher:
@@ -187,8 +234,7 @@ class LocalTeacher:
             else:
                 record = reply(request.id, json.dumps({"text": text}, ensure_ascii=False), (0, 0))
             journal.append([record])
-            progress({"done": request.id, "answered": not refused, "why": "", "spent": (0, 0)})
-        journal.read()
+            progress({"answered": not refused, "spent": (0, 0)})
         if len(errors) == len(batch) and not journal.tally.replies:
             raise errors[0]  # nothing fits: a prompt too long for it, say; more of the same would not either
 

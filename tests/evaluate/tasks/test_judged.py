@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
+from pumice.chat_client import ChatEndpoint, ask_in_order, with_images
 from pumice.errors import InputError, WorkError
-from pumice.evaluate import endpoint as endpoint_module
-from pumice.evaluate.endpoint import ChatEndpoint, with_images
 from pumice.evaluate.judge import Judge
 from pumice.evaluate.tasks import get_task
 from pumice.evaluate.tasks.llava_bench import parse_scores
@@ -86,27 +85,6 @@ def test_a_judge_is_needed_and_so_are_all_replies(bench: Any, scored: Any, tmp_p
         Judge(reviews)
 
 
-class Server:
-    """Answers like an OpenAI-compatible server; every request is kept."""
-
-    def __init__(self, *replies: Any) -> None:
-        self.replies, self.asked = list(replies), []
-
-    def endpoint(self) -> ChatEndpoint:
-        httpx: Any = pytest.importorskip("httpx")
-
-        def handle(request: Any) -> Any:
-            self.asked.append(json.loads(request.content))
-            reply = self.replies.pop(0) if self.replies else "0.5"
-            if isinstance(reply, int):
-                return httpx.Response(reply, text="no")
-            return httpx.Response(
-                200, json={"model": "judge-1", "choices": [{"message": {"content": reply}}]}
-            )
-
-        return ChatEndpoint("http://judge/v1/", "judge", transport=httpx.MockTransport(handle))
-
-
 @pytest.fixture
 def mmvet(data: Any) -> Any:
     data.json("mm-vet.json", {
@@ -120,11 +98,10 @@ def mmvet(data: Any) -> Any:
 
 
 def test_mmvet_asks_keeps_and_does_not_ask_again(
-    mmvet: Any, scored: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mmvet: Any, scored: Any, tmp_path: Path, chat_server: Any
 ) -> None:
-    monkeypatch.setattr("pumice.evaluate.judge.WORKERS", 1)  # so that the replies go in order
     reviews = tmp_path / "grades.jsonl"
-    server = Server("0.5", "1.0", "I cannot say")
+    server = chat_server("0.5", "1.0", "I cannot say")
     task: Any = get_task("mmvet")
     task.judge = Judge(reviews, server.endpoint())
     answers = {"v1_0": "-1", "v1_1": "a hound", "v1_2": "yes"}
@@ -142,7 +119,7 @@ def test_mmvet_asks_keeps_and_does_not_ask_again(
     assert scored("mmvet", answers, task=task)["headline"] == result["headline"]
     # A kill in the middle of a line: the reply is asked for again, and the line is gone.
     reviews.write_text(reviews.read_text()[:-9])
-    server = Server("I still cannot say")
+    server = chat_server("I still cannot say")
     task.judge = Judge(reviews, server.endpoint())
     assert scored("mmvet", answers, task=task)["headline"] == result["headline"]
     assert len(server.asked) == 1
@@ -165,17 +142,20 @@ def test_mmvet_grades_of_its_own_evaluator_and_rows_of_llava(mmvet: Any, scored:
     assert result["judge"]["models"] == ["gpt-4-0613"]
 
 
-def test_an_endpoint_is_tried_again_and_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_module, "PAUSE", 0.0)
-    assert Server(503, 429, "fine").endpoint().chat("hello") == ("fine", "judge-1")
-    with pytest.raises(WorkError, match=r"did not answer in 5 tries \(status 500\)"):
-        Server(*[500] * 5).endpoint().chat("hello")
+def test_an_endpoint_is_tried_again_and_refusals_are_told(chat_server: Any) -> None:
+    def say(*replies: Any) -> Any:
+        chat = {"messages": [{"role": "user", "content": "hello"}]}
+        return next(ask_in_order(chat_server(*replies).endpoint(), [chat]))
+
+    assert say(503, 429, "fine") == ("fine", "judge-1")
+    assert say("") == ("", "judge-1")  # an answer like any other
+    with pytest.raises(WorkError, match=r"did not answer in 5 tries \(500 no\)"):
+        say(*[500] * 5)
     with pytest.raises(InputError, match=r"refuses the key in \$OPENAI_API_KEY \(401"):
-        Server(401).endpoint().chat("hello")
-    with pytest.raises(InputError, match=r"refuses the request \(400: .*\); check the address"):
-        Server(400).endpoint().chat("hello")
+        say(401)
+    assert "does not take the request (400: no); check the model's name" in str(say(400))
     with pytest.raises(InputError, match="is no address"):
-        ChatEndpoint("localhost:8000", "m")
+        ChatEndpoint("localhost:8000", "m").check()
 
 
 def test_pictures_go_where_the_text_says() -> None:

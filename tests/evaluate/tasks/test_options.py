@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import zipfile
 from pathlib import Path
 from random import Random
@@ -117,10 +118,11 @@ def test_mmbench_for_the_server(mmbench: Any, tmp_path: Path) -> None:
     task.submission(answered, tmp_path / "up.xlsx", mmbench.path)
     with zipfile.ZipFile(tmp_path / "up.xlsx") as archive:
         sheet = archive.read("xl/worksheets/sheet1.xml").decode()
+        texts = re.findall(r"<t[^>]*>(.*?)</t>", archive.read("xl/sharedStrings.xml").decode())
     assert sheet.count("<row ") == 4
-    assert "prediction" in sheet
-    assert "A &amp; &lt;b&gt;" in sheet
-    assert "image" not in sheet
+    assert re.search(r'<c r="A4"><v>2</v></c>', sheet)
+    assert texts[:8] == ["index", "question", "A", "B", "C", "D", "prediction", "answer"]
+    assert "A &amp; &lt;b&gt;" in texts and "image" not in texts
     openpyxl: Any = pytest.importorskip("openpyxl")
     cells = list(openpyxl.load_workbook(tmp_path / "up.xlsx").active.values)
     assert cells[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer")

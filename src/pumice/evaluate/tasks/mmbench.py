@@ -20,10 +20,10 @@ from pumice.evaluate.task import (
     mean_statistic,
     scores_by_category,
 )
-from pumice.evaluate.xlsx import write_xlsx
 
 OPTIONS = "ABCD"
 ROTATION = 1_000_000  # a rotated copy has its question's index plus a multiple of this
+MAX_CELL = 32_767  # characters that a cell of a workbook holds
 MAX_REFERENCE = 64  # characters; a shorter "image" is the index of the row that holds the image
 
 
@@ -140,11 +140,18 @@ class MMBench(Task):
         dropped = ("hint", "category", "source", "image", "comment", "l2-category", "split")
         columns = [name for name in answered[0].question.meta["row"] if name not in dropped]
         columns = [*columns[:6], "prediction", *columns[6:]]
-        rows: list[list[str | int | None]] = []
-        for question, text in answered:
-            row = {**question.meta["row"], "prediction": text}
-            rows.append([int(row[c]) if c == "index" else row[c] for c in columns])
-        write_xlsx(path, columns, rows)
+        try:
+            from xlsxwriter import Workbook
+        except ImportError as error:
+            raise InputError("a workbook needs XlsxWriter; install it: pip install 'pumice[eval]'") from error
+        with Workbook(path, {"strings_to_formulas": False, "strings_to_urls": False}) as book:
+            sheet = book.add_worksheet("Sheet1")
+            sheet.write_row(0, 0, columns)
+            for number, (question, text) in enumerate(answered, 1):
+                row = {**question.meta["row"], "prediction": text, "index": int(question.id)}
+                for column, name in enumerate(columns):
+                    value = row[name]
+                    sheet.write(number, column, value[:MAX_CELL] if isinstance(value, str) else value)
 
 
 class MMBenchCN(MMBench):
