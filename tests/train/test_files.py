@@ -20,7 +20,7 @@ from pumice.images import image_key
 from pumice.processor import Processor
 from pumice.train import checkpoint as checkpoints
 from pumice.train.checkpoint import Checkpoint
-from pumice.train.features import FeatureCache, TowerFeatures
+from pumice.train.features import IMAGES_PER_SYNC, FeatureCache, TowerFeatures
 from pumice.train.report import read_metrics
 
 CPU = torch.device("cpu")
@@ -48,6 +48,15 @@ def test_a_checkpoint_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     assert checkpoint.weights["a"].tolist() == [15.0, 15.0]
     assert checkpoint.plain == {"step.a": 15.0}
     assert checkpoint.moments["exp_avg.a"].tolist() == [7.5, 7.5]
+
+
+def test_the_newest_checkpoint_is_that_of_the_largest_number(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        checkpoints.save(tmp_path, point(step), keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1000000"]
+    checkpoints.save(tmp_path, point(1_000_001), keep_last=2)
+    found = checkpoints.latest(tmp_path, {"seed": 1}, point(0).weights, CPU)
+    assert found is not None and found.step == 1_000_001
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
@@ -217,6 +226,53 @@ def test_pictures_of_several_squares_are_cached_whole(tmp_path: Path) -> None:
 
     assert torch.equal(get(again, parts, False, compute), expected)
     assert computed == parts[2:]
+
+
+def test_a_flipped_bit_of_a_record_is_computed_again(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, "tower", 3, 2)
+    features = {key: torch.randn(1, 3, 2).bfloat16() for key in "abc"}
+    for key, value in features.items():
+        cache.put(key, value)
+    cache.close()
+    data = bytearray((tmp_path / "features.bin").read_bytes())
+    data[12] ^= 4  # in the record of b
+    (tmp_path / "features.bin").write_bytes(data)
+    again = FeatureCache(tmp_path, "tower", 3, 2)
+    assert again.read("b") is None
+    assert torch.equal(again.put("b", features["b"]), features["b"])
+    again.close()
+    again = FeatureCache(tmp_path, "tower", 3, 2)
+    for key, value in features.items():
+        read = again.read(key)
+        assert read is not None and torch.equal(read, value)
+
+
+def test_records_reach_the_disk_before_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines_at_sync = []
+
+    def sync(path: Path) -> None:
+        assert path.name == "features.bin"
+        lines_at_sync.append((tmp_path / "keys.txt").read_text().count("\n"))
+
+    cache = FeatureCache(tmp_path, "tower", 3, 2)
+    monkeypatch.setattr("pumice.train.features.sync", sync)
+    for number in range(IMAGES_PER_SYNC + 1):
+        cache.put(str(number), torch.zeros(1, 3, 2))
+    assert lines_at_sync == [0]  # one sync for a batch, and no key before it
+    cache.close()
+    assert lines_at_sync == [0, IMAGES_PER_SYNC]
+    assert (tmp_path / "keys.txt").read_text().count("\n") == IMAGES_PER_SYNC + 1
+
+
+def test_a_cache_of_an_older_version_opens(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, "tower", 3, 2)
+    for key, tiles in (("a", 1), ("b", 2)):
+        cache.put(key, torch.full((tiles, 3, 2), float(tiles)))
+    cache.close()
+    (tmp_path / "keys.txt").write_text("a\nb 2\n")  # without checksums
+    again = FeatureCache(tmp_path, "tower", 3, 2)
+    read = again.read("b")
+    assert read is not None and read.tolist() == [[[2.0, 2.0]] * 3] * 2
 
 
 def test_a_torn_line_of_metrics_is_left_out(tmp_path: Path) -> None:

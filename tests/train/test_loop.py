@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,15 @@ def test_a_finished_run_is_left_alone(make_recipe: MakeRecipe, capsys: pytest.Ca
     again = (run(recipe) / "model.safetensors").stat()
     assert (again.st_mtime_ns, again.st_ino) == (written.st_mtime_ns, written.st_ino)
     assert "already finished: step 2 of 2" in capsys.readouterr().err
+
+
+def test_an_empty_model_folder_is_not_a_finished_run(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(max_steps=2)
+    model = run(recipe)
+    weights = (model / "model.safetensors").read_bytes()
+    shutil.rmtree(model)
+    model.mkdir()
+    assert (run(recipe) / "model.safetensors").read_bytes() == weights
 
 
 def test_nowhere_to_write(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -278,4 +278,6 @@ def _list_differences(stored: Any, current: Any, key: str = "") -> list[tuple[st
 def _list_checkpoints(folder: Path) -> list[Path]:
     """Return the folders of complete checkpoints, oldest first."""
     names = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in names if re.fullmatch(r"step-\d{6,}", path.name))
+    checkpoints = [path for path in names if re.fullmatch(r"step-\d{6,}", path.name)]
+    # By number: step-1000000 follows step-999999.
+    return sorted(checkpoints, key=lambda path: int(path.name.removeprefix("step-")))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +23,14 @@ from torch import Tensor
 from pumice.config import ModelConfig
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
-from pumice.files import hold, replacing, whole_lines
+from pumice.files import hold, replacing, sync, whole_lines
 from pumice.geometry import Layout
 from pumice.images import read_image
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
 TILES_PER_CALL = 8  # tiles in one call of a frozen tower
+IMAGES_PER_SYNC = 64  # new images whose features reach the disk together: a sync costs milliseconds
 
 
 class ImageInput(NamedTuple):
@@ -132,9 +135,10 @@ def fingerprint(model: Llava, config: ModelConfig) -> str:
 class FeatureCache:
     """A folder of features: `features.bin` has one record of equal size per tile, `keys.txt` names them.
 
-    A line of `keys.txt` is an image's key and its number of tiles, left out if it is 1. It is written after
-    the image's records: a run that is killed in between loses one image and never reads half of one.
-    Features are stored as bfloat16 bits.
+    A line of `keys.txt` is an image's key, its number of tiles and the CRC-32 of its records. Caches of older
+    versions have no checksum, and no number if it is 1; their records are taken as they are. Records reach
+    the disk before their line: after a kill or a power cut the image is computed again. So is one whose
+    records changed on the disk. Features are stored as bfloat16 bits.
     """
 
     def __init__(self, folder: Path, fingerprint: str, features: int, width: int) -> None:
@@ -154,31 +158,38 @@ class FeatureCache:
         self._keys_path.touch()
         # 2. Read the keys up to the first whose records are not in the file, as after a full disk.
         record_count = self._data_path.stat().st_size // (features * width * 2)
-        self._records: dict[str, range] = {}  # image key -> its records
+        self._entries: dict[str, _Entry] = {}
         self._end = 0
         for line in whole_lines(self._keys_path):
-            key, _, tiles = line.partition(" ")
-            records = range(self._end, self._end + int(tiles or 1))
-            if records.stop > record_count:  # the disk lost records that the keys still name
+            entry = _Entry.parse(line, self._end)
+            if entry is None or entry.records.stop > record_count:
                 break
-            self._records[key], self._end = records, records.stop
+            self._entries[entry.key], self._end = entry, entry.records.stop
         # 3. Write the keys that remain, so that new ones follow the records that are really there.
         with replacing(self._keys_path) as file:
-            file.writelines(_line(*item) for item in self._records.items())
+            file.writelines(map(str, self._entries.values()))
+        self._unsynced: list[_Entry] = []
 
     def close(self) -> None:
+        self.flush()
         self._lock.release()
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
     def read(self, key: str) -> Tensor | None:
-        """Return an image's features (P, F, C), bfloat16, or None if they are not cached."""
-        records = self._records.get(key)
-        if records is None:
+        """Return an image's features (P, F, C), bfloat16, or None if they are not cached or were damaged."""
+        entry = self._entries.get(key)
+        if entry is None:
             return None
         count = self.shape[0] * self.shape[1]
         with self._data_path.open("rb") as file:
-            file.seek(records.start * count * 2)
-            bits = np.fromfile(file, np.int16, len(records) * count)
-        return torch.from_numpy(bits).view(torch.bfloat16).view(len(records), *self.shape)
+            file.seek(entry.records.start * count * 2)
+            bits = np.fromfile(file, np.int16, len(entry.records) * count)
+        if entry.checksum is not None and entry.checksum != zlib.crc32(bits):
+            del self._entries[key]  # it is computed again and appended
+            return None
+        return torch.from_numpy(bits).view(torch.bfloat16).view(len(entry.records), *self.shape)
 
     def put(self, key: str, features: Tensor) -> Tensor:
         """Store an image's features (P, F, C) and return them as `read` will. Only one thread may write."""
@@ -188,12 +199,41 @@ class FeatureCache:
         with self._data_path.open("r+b") as file:
             file.seek(records.start * self.shape[0] * self.shape[1] * 2)
             file.write(bits.tobytes())
-        with self._keys_path.open("a") as keys:
-            keys.write(_line(key, records))
         self._end = records.stop
-        self._records[key] = records  # last: other threads may read the image from now on
+        entry = _Entry(key, records, zlib.crc32(bits))
+        self._unsynced.append(entry)
+        self._entries[key] = entry  # last: other threads may read the image from now on
+        if len(self._unsynced) == IMAGES_PER_SYNC:
+            self.flush()
         return rounded
 
+    def flush(self) -> None:
+        """Bring the records of new images to the disk, and then their lines."""
+        if self._unsynced:
+            sync(self._data_path)
+            with self._keys_path.open("a") as keys:
+                keys.writelines(map(str, self._unsynced))
+            self._unsynced = []
 
-def _line(key: str, records: range) -> str:
-    return f"{key}\n" if len(records) == 1 else f"{key} {len(records)}\n"
+
+class _Entry(NamedTuple):
+    """One image of a cache: where its records lie, and their CRC-32 (None: written by an older version)."""
+
+    key: str
+    records: range
+    checksum: int | None
+
+    @classmethod
+    def parse(cls, line: str, start: int) -> _Entry | None:
+        """Return the entry of a line whose records begin at `start`, None if the line is damaged."""
+        match = re.fullmatch(r"(\S+)(?: ([1-9]\d{0,8}))?(?: ([0-9a-f]{8}))?", line)
+        if match is None:
+            return None
+        key, tiles, checksum = match.groups()
+        return cls(
+            key, range(start, start + int(tiles or 1)), None if checksum is None else int(checksum, 16)
+        )
+
+    def __str__(self) -> str:
+        checksum = "" if self.checksum is None else f" {self.checksum:08x}"
+        return f"{self.key} {len(self.records)}{checksum}\n"

@@ -31,6 +31,7 @@ from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError, WorkError
 from pumice.files import hold
+from pumice.formats.pumice.folder import CONFIG
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.packed import Run
 from pumice.processor import Sample
@@ -171,7 +172,7 @@ class Trainer:
             )
             if checkpoint is not None:
                 self._restore(checkpoint)
-                if self.step == self.batches.steps and (self.recipe.output / "model").is_dir():
+                if self.step == self.batches.steps and (self.recipe.output / "model" / CONFIG).is_file():
                     print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
                     return self.recipe.output / "model"
             elif self.world.main:
