@@ -110,7 +110,29 @@ def test_left_out_keys_take_their_defaults() -> None:
         (
             ("decoder", "depth"),
             10**9,
-            "config.json: decoder: 1000000000 blocks are more than any decoder has; is the depth right?",
+            "config.json: decoder: depth must be 1000 or less, not 1000000000",
+        ),
+        (
+            ("decoder", "width"),
+            2**70,
+            "config.json: decoder: width must be 1048576 or less, not 1180591620717411303424",
+        ),
+        (
+            ("decoder", "context"),
+            10**9,
+            "config.json: decoder: context must be 16777216 or less, not 1000000000",
+        ),
+        (("vision", "depth"), 10**6, "config.json: vision: depth must be 1000 or less, not 1000000"),
+        (
+            ("decoder", "rope_base"),
+            10**400,
+            "config.json: decoder: rope_base: expected a finite number, found "
+            f"1{'0' * 199}... (401 characters)",
+        ),
+        (
+            ("decoder", "norm_eps"),
+            float("nan"),
+            "config.json: decoder: norm_eps: expected a finite number, found nan",
         ),
         (("decoder", "width"), -64, "config.json: decoder: width must be 1 or more, not -64"),
         (

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pumice.errors import InputError
+from pumice.errors import InputError, finite, shorten
 
 FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop", "squash", "anyres")
@@ -34,10 +34,19 @@ def naming(label: str) -> Iterator[None]:
         raise InputError(f"{label}: {error}") from error
 
 
+# The largest sizes that are read, far above those of any model: all blocks are built before weights are
+# compared, and a size that a damaged file names would take forever, or all memory.
+LARGEST = {"depth": 1000, "context": 2**24, "vocab_size": 2**24, "sliding_window": 2**31}
+LARGEST_OTHER = 2**20
+
+
 def _at_least(minimum: int, **values: int) -> None:
+    """Raise InputError if one of the named sizes is below `minimum` or above its entry in LARGEST."""
     for name, value in values.items():
         if value < minimum:
             raise InputError(f"{name} must be {minimum} or more, not {value}")
+        if value > (largest := LARGEST.get(name, LARGEST_OTHER)):
+            raise InputError(f"{name} must be {largest} or less, not {shorten(value)}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, image_size=self.image_size, width=self.width, stride=self.stride)
+        _at_least(0, depth=self.depth, heads=self.heads, mlp_width=self.mlp_width)
         if self.kind == "efficientnet_lite" and self.image_size % self.stride:
             raise InputError(
                 f"image size {self.image_size} is not a multiple of the tower's stride {self.stride}"
@@ -100,9 +110,6 @@ class RopeScaling:
             raise InputError(f"the factor must be more than 0, not {self.factor}")
 
 
-MOST_BLOCKS = 1000  # all blocks are built before weights are compared, so an absurd number would take forever
-
-
 @dataclass(frozen=True)
 class DecoderConfig:
     """A pre-norm decoder with rotary positions: Llama, Mistral, Qwen2 and Qwen3 are settings of it."""
@@ -125,10 +132,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, vocab_size=self.vocab_size, depth=self.depth)
-        if self.depth > MOST_BLOCKS:
-            raise InputError(f"{self.depth} blocks are more than any decoder has; is the depth right?")
         _at_least(1, width=self.width, heads=self.heads, kv_heads=self.kv_heads)
-        _at_least(1, mlp_width=self.mlp_width, context=self.context)
+        _at_least(1, mlp_width=self.mlp_width, context=self.context, head_dim=self.head_dim)
         if self.head_dim < 2 or self.head_dim % 2:
             raise InputError(f"rotary positions turn pairs; a head_dim of {self.head_dim} has none")
         if self.sliding_window is not None:
@@ -365,8 +370,8 @@ def _convert(hint: Any, value: Any, location: str) -> Any:
         if other_types and other_types[0] is not Ellipsis and len(value) != len(other_types) + 1:
             raise InputError(f"{location}: expected {len(other_types) + 1} values, found {len(value)}")
         return tuple(_convert(inner, v, location) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and type(value) in (int, float):
+        return finite(value, location)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InputError(f"{location}: expected {hint.__name__}, found {value!r}")
+        raise InputError(f"{location}: expected {hint.__name__}, found {shorten(value)}")
     return value

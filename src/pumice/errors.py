@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 
@@ -19,6 +20,26 @@ class WorkError(RuntimeError):
 
     The message is one sentence; the command line prints it without a traceback and exits with status 1.
     """
+
+
+def shorten(value: object, characters: int = 200) -> str:
+    """Return a value from outside as a message shows it: its repr, cut off where it is longer."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of too many digits"
+    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
+def finite(value: float, label: str) -> float:
+    """Return a number from a file as a float. Raise InputError, beginning with `label`, unless finite."""
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{label}: expected a finite number, found {shorten(value)}")
+    return number
 
 
 @contextlib.contextmanager

@@ -118,6 +118,10 @@ def flip_a_bit(path: Path) -> None:
             flip_a_bit,
             r"is damaged \(.*has changed: its SHA-256 is not the manifest's",
         ),
+        ("manifest.json", lambda path: path.write_text("{}"), r"manifest\.json does not name rng-00000"),
+        ("manifest.json", lambda path: path.write_text("[]"), r"manifest\.json does not name rng-00000"),
+        ("manifest.json", lambda path: path.write_text('{"state.json": []}'), "is damaged"),
+        ("manifest.json", lambda path: path.write_text("[" * 100_000), "is damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_told_with_the_remedy(
@@ -279,6 +283,14 @@ def test_a_torn_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("line", ["[]", "7", '{"loss": 1}', '{"step": "1"}', "[" * 100_000, "1" * 5000])
+def test_a_line_of_metrics_that_is_no_event_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged .*; remove it"):
+        read_metrics(path)
 
 
 def test_features_are_kept_under_the_picture_that_was_opened(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pumice.errors import InputError
+from pumice.errors import InputError, finite, shorten
 
 _T = TypeVar("_T")
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
@@ -36,7 +36,7 @@ def read_json(path: Path, lacking: str = "the folder is not whole") -> dict[str,
     """Read a file's JSON object. Raises InputError if the file is missing, or holds something else."""
     try:
         values = json.loads(read_text(path, lacking))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(values).__name__}")
@@ -52,7 +52,7 @@ class Keys:
 
     def __init__(self, values: Any, label: str, defaults: Mapping[str, Any] | None = None) -> None:
         if not isinstance(values, dict):
-            raise InputError(f"{label} should be an object, not {values!r}")
+            raise InputError(f"{label} should be an object, not {shorten(values)}")
         self.values: dict[str, Any] = values
         self.label = label
         self.defaults = defaults or {}
@@ -74,11 +74,11 @@ class Keys:
                 raise InputError(f"{self.label} lacks the key {key!r}")
             return value
         # JSON writes 1.0 as 1, and Python takes true for a whole number.
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+        if kind is float and type(value) in (int, float):
+            value = finite(value, f"{self.label}: {key}")
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise InputError(
-                f"{self.label}: {key} should be {_KINDS.get(kind, kind.__name__)}, not {value!r}"
+                f"{self.label}: {key} should be {_KINDS.get(kind, kind.__name__)}, not {shorten(value)}"
             )
         return value
 

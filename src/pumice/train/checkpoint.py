@@ -200,7 +200,7 @@ def latest(
     except FileNotFoundError as error:
         missing = Path(error.filename or str(error).rpartition(": ")[2]).name
         raise InputError(f"the checkpoint {path} lacks {missing}; {remedy}") from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}); {remedy}") from error
     # 4. Compare names and shapes with the model's.
     shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (weights, trainable)]
@@ -254,6 +254,9 @@ def _manifest_entries(partial: Path, files: list[Path]) -> dict[str, dict[str, A
 def _verify(path: Path, world: World) -> None:
     """Compare files with the manifest, each process a share of them. ValueError names a file that differs."""
     manifest: dict[str, dict[str, Any]] = json.loads((path / _MANIFEST).read_text())
+    written = {file.relative_to(path).as_posix() for file in path.rglob("*.*") if file.is_file()}
+    if uncertified := written - {*manifest, _MANIFEST}:
+        raise ValueError(f"{_MANIFEST} does not name {min(uncertified)}")
     for name, expected in sorted(manifest.items()):
         if (size := (path / name).stat().st_size) != expected["size"]:
             raise ValueError(f"{name} has {size} bytes, its manifest says {expected['size']}")

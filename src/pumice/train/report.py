@@ -167,6 +167,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in whole_lines(path)]
-    except ValueError as error:
+        events = [json.loads(line) for line in whole_lines(path)]
+        if not all(isinstance(event, dict) and type(event.get("step")) is int for event in events):
+            raise ValueError("a line is no event of a step")
+        return events
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it; the checkpoints do not need it") from error

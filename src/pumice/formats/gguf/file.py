@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from pumice.errors import InputError
+from pumice.formats.gguf.metadata import check_metadata
 
 # Type numbers of metadata values: of scalars with their struct codes, of strings and arrays.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # ggml's tensor types that are not quantised.
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+_MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 _CHUNK = 1 << 13  # blocks dequantised at a time: 1 MB of values, which stays in the processor's cache
 
 
@@ -111,11 +113,15 @@ class GgufFile:
         for _ in range(key_count):
             key = cursor.string()
             metadata[key] = cursor.value(cursor.scalar("I"))
+        check_metadata(metadata, str(self.path))
         # ggml lists the fastest-varying dimension first, torch lists it last.
         entries = []
         for _ in range(tensor_count):
             name = cursor.string()
-            shape = tuple(reversed([cursor.scalar("Q") for _ in range(cursor.scalar("I"))]))
+            dimensions = cursor.scalar("I")
+            if not 1 <= dimensions <= _MOST_DIMENSIONS:
+                raise struct.error(f"{name} has {dimensions} dimensions")
+            shape = tuple(reversed([cursor.scalar("Q") for _ in range(dimensions)]))
             entries.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
         # Offsets count from the end of the header, rounded up to the alignment.
         align = metadata.get("general.alignment", 32)
@@ -160,7 +166,7 @@ class _Cursor:
         if inner == _STRING:
             return self.strings(count)
         if inner == _ARRAY:
-            return [self.value(_ARRAY) for _ in range(count)]
+            raise struct.error("a list of lists, which no key has")
         layout = f"<{count}{self._code(inner)}"
         values = struct.unpack_from(layout, self.buffer, self.position)
         self.position += struct.calcsize(layout)

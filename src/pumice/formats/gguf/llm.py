@@ -14,6 +14,7 @@ from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
 from pumice.formats.gguf.file import PLAIN, GgufFile
+from pumice.formats.gguf.metadata import check_metadata
 from pumice.formats.gguf.tokenizer import tokenizer_files
 from pumice.formats.text.files import TokenizerFiles
 from pumice.kernels.packed import BlockFormat, PackedMatrix, from_blocks
@@ -41,7 +42,10 @@ def open_gguf(path: str | PathLike[str]) -> GgufModel:
     """
     file = GgufFile(path)
     config = decoder_config(file)
-    return GgufModel(config, _state(file, config), tokenizer_files(file))
+    text = tokenizer_files(file)
+    if (tokens := text.backend.get_vocab_size()) > config.vocab_size:
+        raise InputError(f"{path} has {tokens} tokens, but embeddings of {config.vocab_size} only")
+    return GgufModel(config, _state(file, config), text)
 
 
 def decoder_config(file: GgufFile) -> DecoderConfig:
@@ -53,6 +57,8 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         raise InputError(
             f"{file.path} holds the architecture {kind!r}; {', '.join(ARCHITECTURES)} can be read"
         )
+
+    check_metadata(metadata, str(file.path), kind)
 
     def value(key: str, default: Any = None) -> Any:
         number = metadata.get(f"{kind}.{key}", default)

@@ -60,14 +60,17 @@ def build_tokenizer(metadata: dict[str, Any], label: str) -> Tokenizer:
     # 2. A byte-level BPE.
     tokens = _needed(metadata, "tokenizer.ggml.tokens", label)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
-    tokenizer = Tokenizer(
-        models.BPE(
+    merges = [_pair(merge) for merge in _needed(metadata, "tokenizer.ggml.merges", label)]
+    try:
+        model = models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
-            merges=[_pair(merge) for merge in _needed(metadata, "tokenizer.ggml.merges", label)],
+            merges=merges,
             unk_token=None if unknown is None else tokens[unknown],
             ignore_merges=name == "llama-bpe",
         )
-    )
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{label} holds no tokenizer that can be built: {error}") from error
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]()
     tokenizer.decoder = decoders.ByteLevel()
     # 3. Tokens that are found in text before it is split.
