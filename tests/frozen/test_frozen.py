@@ -66,14 +66,14 @@ def digests(tensors: Any) -> Counter[tuple[Any, ...]]:
 def test_a_run_goes_on_from_its_state(resumed: Resumed) -> None:
     """Weights, the optimiser's moments and the random generator, bit for bit."""
     then = FILES / "run" / "checkpoints" / "step-000003"
-    assert resumed.seen.rng is not None
-    assert torch.equal(resumed.seen.rng, load_file(then / "rng-00000.safetensors")["cpu"])
-    assert digests(resumed.seen.tensors) == digests(load_file(then / "tensors" / "all.safetensors").values())
-    assert {float(tensor) for tensor in resumed.seen.tensors if not tensor.dim()} == {3.0}  # steps
+    assert resumed.watch.rng is not None
+    assert torch.equal(resumed.watch.rng, load_file(then / "rng-00000.safetensors")["cpu"])
+    assert digests(resumed.watch.tensors) == digests(load_file(then / "tensors" / "all.safetensors").values())
+    assert {float(tensor) for tensor in resumed.watch.tensors if not tensor.dim()} == {3.0}  # steps
 
 
 def test_a_run_goes_on_with_its_rows(resumed: Resumed) -> None:
-    assert resumed.seen.steps == read(ENDS / "steps.json")[3:]
+    assert resumed.watch.steps == read(ENDS / "steps.json")[3:]
 
 
 def test_a_run_ends_as_it_would_have(resumed: Resumed) -> None:
@@ -129,7 +129,7 @@ def keys(value: Any) -> Any:
 
 
 def test_features_are_read_and_not_computed_again(resumed: Resumed) -> None:
-    assert resumed.seen.looks == 0
+    assert resumed.watch.looks == 0
     for name in ("features.bin", "keys.txt", "cache.json"):
         now = resumed.folder.parent / "features" / name
         assert now.read_bytes() == (FILES / "features" / name).read_bytes()
