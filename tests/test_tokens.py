@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from itertools import repeat
 from pathlib import Path
@@ -359,19 +358,11 @@ def test_truncation_and_padding_are_switched_off(tmp_path: Path, key: str, tiny_
     assert open_parts(folder).tokenizer.encode(text).ids == expected
 
 
-def test_a_malformed_truncation_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    values = {**json.loads(BACKENDS["gpt2"].to_str()), "truncation": {"max_length": "eight"}}
-    path.write_text(json.dumps(values))
-    message = f"^'{re.escape(str(path))}' is not a tokenizer.json: invalid type: .*eight.*; copy the file"
-    with pytest.raises(InputError, match=message):
-        Tokenizer.from_file(path)
-
-
 @pytest.mark.parametrize("value", [7, [], {}, {"max_length": -1}, False])
 @pytest.mark.parametrize("key", LIMITS)
 def test_malformed_limits_are_refused_in_one_sentence(tmp_path: Path, key: str, value: Any) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(BACKENDS["gpt2"].to_str()), key: value}))
-    with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer\.json: [^\n]+$"):
+    message = r"/tokenizer\.json' is not a tokenizer\.json: (?!Cannot)[^\n]+; copy the file [^\n]+ again$"
+    with pytest.raises(InputError, match=message):
         read_tokenizer(path)
