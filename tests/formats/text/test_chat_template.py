@@ -128,7 +128,7 @@ OWN_FORMATS: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def describe_template(source: str) -> Described:
-    return describe(source, bos="<s>", eos="</s>", specials=SPECIALS, label="tokenizer_config.json")
+    return describe(source, bos="<s>", eos="</s>", specials=SPECIALS)
 
 
 def template_of(described: Described) -> Template:
@@ -294,7 +294,7 @@ def test_parts_with_marks_around_a_picture_are_a_known_format() -> None:
         "{% if content is string %}", "{% if content is string %}{{ raise_exception('parts') }}"
     )
     specials = ["<s>", "</s>", "<im_start>", "<im_end>"]
-    assert describe(source, bos="<s>", eos="</s>", specials=specials, label="here").template == "v1"
+    assert describe(source, bos="<s>", eos="</s>", specials=specials).template == "v1"
 
 
 def test_a_format_without_a_system_message_says_so() -> None:
