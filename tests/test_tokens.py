@@ -363,7 +363,7 @@ def test_a_malformed_truncation_is_refused_with_the_remedy(tmp_path: Path) -> No
     path = tmp_path / "tokenizer.json"
     values = {**json.loads(BACKENDS["gpt2"].to_str()), "truncation": {"max_length": "eight"}}
     path.write_text(json.dumps(values))
-    message = f"^'{re.escape(str(path))}' is not a tokenizer.json: invalid type: .*eight.*; copy the file"
+    message = f"^{re.escape(str(path))} is not a tokenizer.json: invalid type: .*eight.*; copy the file"
     with pytest.raises(InputError, match=message):
         Tokenizer.from_file(path)
 

@@ -194,7 +194,7 @@ def test_chatml_under_other_wording() -> None:
     ],
 )
 def test_what_is_no_format_is_refused_in_a_sentence(source: str, reason: str) -> None:
-    with pytest.raises(InputError, match=f"^tokenizer_config.json: this chat template .*{reason}") as refusal:
+    with pytest.raises(InputError, match=f"^this chat template .*{reason}") as refusal:
         describe_template(source)
     assert "name the format with --template, one of: plain, chatml" in str(refusal.value)
     assert "\n" not in str(refusal.value)
