@@ -161,7 +161,7 @@ def parse_tokenizer(text: bytes | str, label: str | Path) -> tokenizers.Tokenize
     except Exception as error:  # the library raises nothing narrower
         reason = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
         raise InputError(
-            f"'{label}' is not a tokenizer.json: {reason}; copy the file from the model's source again"
+            f"{label} is not a tokenizer.json: {reason}; copy the file from the model's source again"
         ) from error
     backend.no_truncation()
     backend.no_padding()

@@ -92,7 +92,7 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
     from pumice.config import ModelConfig
     from pumice.errors import InputError
     from pumice.formats.gguf.tokenizer import read_gguf_tokenizer
-    from pumice.formats.text.chat_template import describe
+    from pumice.formats.text.isolated import describe
     from pumice.formats.text.tokenizer import read_tokenizer
     from pumice.storage.json_file import read_json
     from pumice.templates import OWN, get_template

@@ -186,7 +186,7 @@ class FeatureCache:
         with self._data_path.open("rb") as file:
             file.seek(entry.records.start * count * 2)
             bits = np.fromfile(file, np.int16, len(entry.records) * count)
-        if entry.checksum is not None and entry.checksum != zlib.crc32(bits):
+        if entry.checksum is not None and entry.checksum != zlib.crc32(bits.tobytes()):
             del self._entries[key]  # it is computed again and appended
             return None
         return torch.from_numpy(bits).view(torch.bfloat16).view(len(entry.records), *self.shape)
@@ -200,7 +200,7 @@ class FeatureCache:
             file.seek(records.start * self.shape[0] * self.shape[1] * 2)
             file.write(bits.tobytes())
         self._end = records.stop
-        entry = _Entry(key, records, zlib.crc32(bits))
+        entry = _Entry(key, records, zlib.crc32(bits.tobytes()))
         self._unsynced.append(entry)
         self._entries[key] = entry  # last: other threads may read the image from now on
         if len(self._unsynced) == IMAGES_PER_SYNC:

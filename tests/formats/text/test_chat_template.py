@@ -128,7 +128,7 @@ OWN_FORMATS: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def describe_template(source: str) -> Described:
-    return describe(source, bos="<s>", eos="</s>", specials=SPECIALS, label="tokenizer_config.json")
+    return describe(source, bos="<s>", eos="</s>", specials=SPECIALS)
 
 
 def template_of(described: Described) -> Template:
@@ -194,7 +194,7 @@ def test_chatml_under_other_wording() -> None:
     ],
 )
 def test_what_is_no_format_is_refused_in_a_sentence(source: str, reason: str) -> None:
-    with pytest.raises(InputError, match=f"^tokenizer_config.json: this chat template .*{reason}") as refusal:
+    with pytest.raises(InputError, match=f"^this chat template .*{reason}") as refusal:
         describe_template(source)
     assert "name the format with --template, one of: plain, chatml" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -294,7 +294,7 @@ def test_parts_with_marks_around_a_picture_are_a_known_format() -> None:
         "{% if content is string %}", "{% if content is string %}{{ raise_exception('parts') }}"
     )
     specials = ["<s>", "</s>", "<im_start>", "<im_end>"]
-    assert describe(source, bos="<s>", eos="</s>", specials=specials, label="here").template == "v1"
+    assert describe(source, bos="<s>", eos="</s>", specials=specials).template == "v1"
 
 
 def test_a_format_without_a_system_message_says_so() -> None:

@@ -1,8 +1,8 @@
 """Convert Jinja chat templates of transformers to a ChatFormat, and a ChatFormat to such a template.
 
 A chat template is untrusted code. It runs in Jinja's sandbox, only when a model is imported, on probe
-conversations. Its output gives the fixed texts of a ChatFormat, which must write the same; afterwards only
-these texts are used.
+conversations (`isolated` bounds its time and memory). Its output gives the fixed texts of a ChatFormat, which
+must write the same; afterwards only these texts are used.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _Value = str | bool | tuple[str, ...] | None
 _SYSTEM = ("system", "textofsystem")
 _QUESTIONS = [("user", f"text{n}ofuser") for n in ("one", "two", "three")]
 _ANSWERS = [("assistant", f"text{n}ofassistant") for n in ("one", "two")]
+_LONGEST = 100_000  # characters of a probe conversation, far more than any real template writes
 # A text that shows whether a template trims, escapes or splits what it is given.
 _ODD = " Two\n\nlines, {{ braces }} & 'quotes' <b> é🙂 "
 
@@ -43,13 +44,12 @@ class _Unsupported(Exception):
     """A chat template writes something that no ChatFormat can."""
 
 
-def describe(
-    source: str, *, bos: str | None, eos: str | None, specials: Collection[str], label: str
-) -> Described:
+def describe(source: str, *, bos: str | None, eos: str | None, specials: Collection[str]) -> Described:
     """Return the chat format that a template writes, checked on conversations of every shape.
 
-    bos, eos: tokens that the template may write. specials: all special tokens of the tokenizer. label: names
-    the template in errors. Raises InputError if the template fails, or writes what no ChatFormat can.
+    bos, eos: tokens that the template may write. specials: all special tokens of the tokenizer. Raises
+    InputError if the template fails, or writes what no ChatFormat can. For a template that somebody else
+    wrote, call `isolated.describe`.
     """
     special_tokens = list(dict.fromkeys([*specials, *filter(None, (bos, eos))]))
     try:
@@ -68,7 +68,7 @@ def describe(
         raise _Unsupported(reasons[0] if reasons else "its questions do not all begin with the same text")
     except _Unsupported as error:
         raise InputError(
-            f"{label}: this chat template cannot be turned into fixed texts around each turn ({error}); "
+            f"this chat template cannot be turned into fixed texts around each turn ({error}); "
             f"name the format with --template, one of: {', '.join(TEMPLATES)}"
         ) from error
 
@@ -189,7 +189,7 @@ class _Jinja:
         environment.globals["raise_exception"] = refuse
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # the parser may run out of stack or memory
             raise _Unsupported(f"it is not Jinja: {error}") from error
         self._tokens = {"bos_token": bos or "", "eos_token": eos or ""}
         self.bos = bos or ""
@@ -240,11 +240,14 @@ class _Jinja:
 
     def _render(self, messages: list[dict[str, Any]], generate: bool = False) -> str:
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=messages, add_generation_prompt=generate, enable_thinking=False, **self._tokens
             )
         except Exception as error:  # untrusted code may raise anything
-            raise _Unsupported(f"it fails: {' '.join(str(error).split())}") from error
+            raise _Unsupported(f"it fails: {' '.join(str(error)[:200].split())}") from error
+        if len(text) > _LONGEST:
+            raise _Unsupported(f"it writes {len(text)} characters for a few short messages")
+        return text
 
     def write(self, turns: Sequence[_Turn], *, generate: bool = False, image: bool = False) -> str:
         """Return what the template writes after the begin-of-text token."""

@@ -10,8 +10,8 @@ import tokenizers
 
 from pumice.config import ChatFormat, ModelConfig
 from pumice.errors import InputError
-from pumice.formats.text.chat_template import describe, image_wrap
 from pumice.formats.text.files import TokenizerFiles
+from pumice.formats.text.isolated import describe, image_wrap
 from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.storage.json_file import Keys
 from pumice.templates import OWN, TEMPLATES, get_template
