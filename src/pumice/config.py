@@ -27,10 +27,12 @@ STORED_NAMES = {"head_dim": "head_width", "rope_theta": "rope_base"}
 
 @contextlib.contextmanager
 def naming(label: str) -> Iterator[None]:
-    """Put `label` before the message of an InputError: configs do not know which file they come from."""
+    """Put `label` before an InputError that lacks it: configs do not know which file they come from."""
     try:
         yield
     except InputError as error:
+        if str(error).startswith(label):
+            raise
         raise InputError(f"{label}: {error}") from error
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.config import DecoderConfig, LoraConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.kernels import compute
 from pumice.kernels.packed import BlockFormat
 from pumice.model.adapters import add_lora, merge_lora
@@ -122,7 +122,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     decoder = make()
     decoder.blocks[1].mlp.down.weight[3, 4] = torch.nan
     with pytest.raises(
-        InputError, match=re.escape("blocks.1.mlp.down.weight holds a weight that is not finite")
+        WorkError, match=re.escape("blocks.1.mlp.down.weight holds a weight that is not finite")
     ):
         quantize(decoder, "int8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,20 @@ def test_an_answer_is_explained(server: str, exact: Assistant) -> None:
     assert [word["text"] for word in values["words"]] == [word.text for word in expected.words]
     assert [w["shown"] for w in values["words"]] == pytest.approx(expected.reliance.shown, abs=1e-3)
     assert [w["grey"] for w in values["words"]] == pytest.approx(expected.reliance.grey, abs=1e-3)
+
+
+def test_numbers_that_are_not_finite_are_the_servers_fault(
+    local: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["decoder.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with local(folder=folder) as url:
+        for more in ({}, {"temperature": 0.7}, {"stream": True}):
+            answer = post(url, ask(**more))
+            assert answer.status_code == 500
+            assert "weights decoder.norm.weight hold nan or inf" in answer.json()["error"]["message"]

@@ -23,9 +23,10 @@ from pumice.engine.native import NativeDecoder, native_decoder
 from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import KVCache, Segment
+from pumice.model.finite import finite_rows, why_not_finite
 from pumice.model.llava import Llava
 
 CACHE_BYTES = 1 << 30  # default size of the KV cache; more if one context needs more
@@ -83,6 +84,7 @@ class Engine:
             keep_freed_memory(KEPT_FREED_BYTES)
         # 3. Set up the parts that only the thread that steps uses.
         self.model, self.slots = model, slots
+        self._not_finite: str | None = None  # why the model computes what is no number, once it did
         self._cache = KVCache(config, cache_tokens, model.device, model.decoder.cache_dtype)
         # The decoder in C, where it can run; None where PyTorch computes every step.
         self._native = native_decoder(model.decoder, self._cache)
@@ -190,6 +192,7 @@ class Engine:
         with self._step_lock:
             self._prefix_cache.clear()
             self._native = native_decoder(self.model.decoder, self._cache)
+            self._not_finite = None
 
     def stats(self) -> EngineStats:
         """Return the current numbers, without waiting for the step that is running."""
@@ -341,7 +344,11 @@ class Engine:
     def _deliver_next_tokens(self, plan: Plan, logits: Tensor) -> None:
         """Choose the next tokens and deliver them to their requests."""
         due = [request for request, _ in plan if request.remaining == 0]
+        finite = finite_rows(logits)
         for row, (request, token) in enumerate(zip(due, self._choose(due, logits), strict=True)):
+            if not finite[row]:
+                self._finish(request, "error", WorkError(self._why_not_finite()))
+                continue
             if isinstance(token, Exception):
                 self._finish(request, "error", token)
                 continue
@@ -357,6 +364,11 @@ class Engine:
                 self._finish(request, "length", tokens=(token,), logprobs=logprobs)
             else:
                 self._deliver(request, Delta((token,), logprobs, None, None, request.cached_tokens))
+
+    def _why_not_finite(self) -> str:
+        if self._not_finite is None:  # found once: it takes seconds for a large model
+            self._not_finite = why_not_finite(self.model)
+        return self._not_finite
 
     def _finish(
         self,

@@ -11,6 +11,7 @@ import torch
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Delta, Prompt
 from pumice.engine.sampling import sample
+from pumice.model.finite import check_finite
 from pumice.model.llava import Llava
 
 
@@ -29,7 +30,9 @@ def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
     while len(answer) < params.max_new_tokens and len(history) < context:
         hidden = model(torch.tensor([history], device=model.device), image_tokens)[:, -1]
         allowed = constraint.allowed() if constraint is not None else None
-        token = int(sample(model.decoder.logits(hidden), params, [history], [generator], allowed))
+        logits = model.decoder.logits(hidden)
+        check_finite(model, logits)
+        token = int(sample(logits, params, [history], [generator], allowed))
         if token in model.config.stop_token_ids:
             break
         if constraint is not None:

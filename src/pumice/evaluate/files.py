@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -244,10 +244,11 @@ def read_jsonl(file: DataFile) -> list[dict[str, Any]]:
     return rows
 
 
-def read_tsv(file: DataFile) -> Iterator[dict[str, str | None]]:
+def read_tsv(file: DataFile, texts: Collection[str] = ()) -> Iterator[dict[str, str | None]]:
     """Yield the rows of a table with a header; None where pandas would read no value.
 
-    Raises InputError where the table is empty or damaged.
+    texts: columns in which only an empty cell is no value: an option may be the word "None" or "NA". Raises
+    InputError where the table is empty or damaged.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with io.TextIOWrapper(file.open(), encoding="utf-8-sig", newline="") as text:
@@ -264,7 +265,10 @@ def read_tsv(file: DataFile) -> Iterator[dict[str, str | None]]:
                         f"'{file}', row {number}: {len(row)} columns where the header has {len(header)}; "
                         "the file is cut off or damaged, fetch it again"
                     )
-                yield {k: None if v in _NO_VALUE else v for k, v in zip(header, row, strict=True)}
+                yield {
+                    column: None if cell == "" or (cell in _NO_VALUE and column not in texts) else cell
+                    for column, cell in zip(header, row, strict=True)
+                }
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"'{file}' is damaged ({error}); fetch it again") from error
 
@@ -281,6 +285,11 @@ def read_parquet(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
         except (ArrowException, OSError) as error:
             raise InputError(f"'{path}' is damaged ({error}); fetch it again") from error
+
+
+def hidden_options(row: Mapping[str, str | None], letters: str) -> int:
+    """Return how many options of a row pandas would read as no value, so that official scripts hide them."""
+    return sum(row.get(letter) in _NO_VALUE - {""} for letter in letters)
 
 
 def base64_image(name: str, text: str) -> ImageFile:

@@ -18,6 +18,7 @@ from PIL import Image
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, Message, user_message
 from pumice.errors import InputError
+from pumice.model.finite import check_finite
 from pumice.tokens import IGNORE
 
 MAX_NEW_TOKENS = 1024  # where a task sets none; the default of lmms-eval's own LLaVA
@@ -119,6 +120,7 @@ class Pumice(lmms):
         ids = torch.from_numpy(sample.input_ids).to(assistant.model.device)[None]
         hidden = assistant.model(ids, image_tokens)  # (1, T, D)
         logits = assistant.model.decoder.logits(hidden[:, positions.to(hidden.device) - 1])[0].float().cpu()
+        check_finite(assistant.model, logits)
         targets = labels[positions]
         loss = torch.nn.functional.cross_entropy(logits, targets)
         return float(loss), bool((logits.argmax(-1) == targets).all())

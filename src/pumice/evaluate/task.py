@@ -147,6 +147,17 @@ def scores_by_category(
     }
 
 
+def options_note(answered: Sequence[Answered]) -> list[str]:
+    """Return a note if options were shown that official scripts hide: pandas reads "None" as no value."""
+    count = sum(question.meta["hidden"] > 0 for question, _ in answered)
+    if not count:
+        return []
+    return [
+        f'{count} questions have an option such as "None", which is shown here; scripts that read the '
+        "table with pandas hide it, so their numbers differ"
+    ]
+
+
 def mean_percent(values: Sequence[float]) -> float:
     """Return the mean in percent; 0 without values."""
     return 100 * sum(values) / len(values) if values else 0.0

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pumice.config import IMAGE_TOKEN
+from pumice.model.finite import check_finite
 from pumice.model.layers import causal_mask, rotary, sdpa
 from pumice.model.llava import Llava
 
@@ -172,8 +173,12 @@ def _run(
 
 
 def log_probabilities(model: Llava, hidden: Tensor, answer: Tensor) -> Tensor:
-    """Return the log-probabilities (n,) in fp32 of the ids (n,) that the hidden states (n, D) predict."""
+    """Return the log-probabilities (n,) in fp32 of the ids (n,) that the hidden states (n, D) predict.
+
+    Raises WorkError if they are not finite.
+    """
     logits = model.decoder.logits(hidden).float()
+    check_finite(model, logits)
     return logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
 
 

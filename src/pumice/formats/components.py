@@ -14,7 +14,7 @@ from pumice.formats import names as tensor_names
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.hf.config import decoder_config, default_policy, image_policy, vision_config
-from pumice.formats.recognise import FormatKind, gguf_file, recognise
+from pumice.formats.recognise import FormatKind, check_classes, gguf_file, recognise
 from pumice.formats.text.read import TextSide, read_text_side
 from pumice.model.vision import resize_positions
 from pumice.storage.download import WHEELS, locate
@@ -24,6 +24,8 @@ from pumice.storage.tensors import LazyStateDict, open_weights
 Source = str | os.PathLike[str]
 # The fields of VisionConfig that a ViT's own config does not decide.
 _CHOICES = ("layer", "select", "image_size")
+# What a complete CLIP or SigLIP holds besides its vision model: its text model, and what compares the two.
+_TEXT_MODEL = ("text_model.", "text_projection.", "visual_projection.", "logit_")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class LanguageModel:
     text: TextSide
     path: Path
     wheel: str | None = None  # the known wheel that it comes from, if any
+    notes: tuple[str, ...] = ()  # what was assumed
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,18 @@ def open_llm(source: Source) -> LanguageModel:
         raise InputError(f"{path} is {kind.value}, not a language model")
     keys = Keys.of(path / "config.json")
     config = decoder_config(keys)
+    notes = check_classes(keys, keys.get("model_type", str))
     tensors = open_weights(path)
     # A causal model keeps its network under "model.", a bare network has no prefix.
     prefix = next((p for p in tensor_names.LLM_PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
     if prefix is None:
         raise InputError(f"{path} has no tensor model.embed_tokens.weight, so it holds no language model")
+    tensor_names.check_family(tensors, f"{prefix}layers.0.", config, str(path))
     table = tensor_names.with_prefixes(
         tensor_names.hf_decoder(config), {"model.": prefix, "lm_head.": "lm_head."}, ""
     )
     state = tensor_names.convert(tensors, table, str(path))
-    return LanguageModel(config, state, read_text_side(path, keys), path)
+    return LanguageModel(config, state, read_text_side(path, keys), path, notes=notes)
 
 
 def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Tower:
@@ -109,6 +114,7 @@ def describe_tower(path: Path) -> tuple[VisionConfig, ImagePolicy]:
         raise InputError(f"{path} is {kind.value}, not a vision tower")
     keys = Keys.of(path / "config.json")
     model_type = keys.get("model_type", str)
+    check_classes(keys, model_type)
     config = vision_config(keys.object("vision_config") if "vision_config" in keys else keys, model_type)
     preprocessor = path / "preprocessor_config.json"
     if preprocessor.is_file():
@@ -125,7 +131,8 @@ def tower_state(tensors: LazyStateDict, config: VisionConfig, label: str) -> Laz
         )
     # With a prefix it may be a complete CLIP, whose text model is left out.
     if prefix:
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_TEXT_MODEL)}
+    tensor_names.check_tower(tensors, prefix, config, label)
     return tensor_names.convert(
         tensors, tensor_names.with_prefixes(tensor_names.tower(config), {"": prefix}, ""), label
     )

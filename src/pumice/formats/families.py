@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,3 +64,22 @@ TOWERS = {
     "siglip_vision_model": TowerFamily("siglip", _SIGLIP),
     "siglip": TowerFamily("siglip", _SIGLIP),
 }
+
+# What the classes of transformers and of the original code are called before `ForCausalLM` and the like.
+_STEMS = {
+    "Llava": "llava", "LlavaNext": "llava_next", "LlavaOnevision": "llava_onevision",
+    "CLIP": "clip", "CLIPVision": "clip_vision_model",
+    "Siglip": "siglip", "SiglipVision": "siglip_vision_model",
+} | {
+    family.class_name.removesuffix("ForCausalLM"): kind for kind, family in FAMILIES.items()
+} | {
+    f"Llava{family.original}": f"llava_{family.original.lower()}"
+    for family in FAMILIES.values()
+    if family.original is not None
+}  # fmt: skip
+_ENDING = re.compile(r"(For[A-Z]\w*|Model(WithProjection)?)$")
+
+
+def model_type(class_name: str) -> str | None:
+    """Return the model_type that a class in `architectures` stands for; None if the class is unknown."""
+    return _STEMS.get(_ENDING.sub("", class_name))

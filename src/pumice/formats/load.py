@@ -135,6 +135,7 @@ def new_parts(
         connector=from_dict(ConnectorConfig, dict(connector or {}), "connector"), image=image_policy,
         trained_pictures=0,
     )  # fmt: skip
+    notes = (*language.notes, *notes)
     # 3. One state dict. Only the connector and the newline are new; the order of drawing decides their
     # values.
     state = {f"tower.{name}": tensor for name, tensor in vision_tower.state.items()}

@@ -1,19 +1,20 @@
 """Tables that map the tensor names of other formats to the names in `pumice.model`.
 
 In a table `{i}` stands for the number of a block. None means that a tensor is dropped on purpose; it may be
-missing. Everything else is exact: an unknown or missing name is an error.
+missing. Two names of one parameter are copies: one of them must be there, and both must be equal. Everything
+else is exact: an unknown or missing name is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from pumice.config import DecoderConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
+from pumice.storage.tensors import LazyStateDict, check_same
 
 Table = dict[str, str | None]  # name in the source -> name in pumice.model
-_T = TypeVar("_T")
 
 # Hugging Face's Llama, Mistral, Qwen2 and Qwen3: what stands outside the blocks, and the layers of a block.
 _HF_ENDS = {"model.embed_tokens.weight": "embed.weight", "model.norm.weight": "norm.weight"}
@@ -197,13 +198,18 @@ def expand(patterns: Mapping[str, str | None], count: int) -> Table:
     }
 
 
-def convert(state: Mapping[str, _T], table: Table, label: str = "the checkpoint") -> dict[str, _T]:
+def convert(state: LazyStateDict, table: Table, label: str = "the checkpoint") -> LazyStateDict:
     """Return `state` under our names. label: names the source in errors.
 
-    Raises InputError on a name that the table lacks, and on one that the table needs and `state` lacks.
+    Raises InputError on a name that the table lacks, on one that the table needs and `state` lacks, and on
+    copies of one parameter that differ.
     """
+    sources: dict[str, list[str]] = {}
+    for name, param_name in table.items():
+        if param_name is not None:
+            sources.setdefault(param_name, []).append(name)
     unknown = [name for name in state if name not in table]
-    missing = [name for name, param_name in table.items() if param_name is not None and name not in state]
+    missing = [names[0] for names in sources.values() if not any(name in state for name in names)]
     if unknown or missing:
         problems = [
             f"{problem} {some(names)}"
@@ -211,13 +217,57 @@ def convert(state: Mapping[str, _T], table: Table, label: str = "the checkpoint"
             if names
         ]
         raise InputError(f"{label} does not have the tensors of its kind of model: {'; '.join(problems)}")
-    renamed = ((table[name], value) for name, value in state.items())
-    return {param_name: value for param_name, value in renamed if param_name is not None}
+    renamed: LazyStateDict = {}
+    for name, tensor in state.items():
+        if (param_name := table[name]) is None:
+            continue
+        if param_name in renamed:
+            check_same(
+                renamed[param_name], tensor, label, "a head of its own needs tie_word_embeddings false"
+            )
+        else:
+            renamed[param_name] = tensor
+    return renamed
+
+
+def check_family(names: Container[str], block: str, config: DecoderConfig, label: str) -> None:
+    """Raise InputError if the tensors of an LLM are those of another family than its config says.
+
+    block: what stands before the names of the first block.
+    """
+    for tensor, expected, family in (
+        ("self_attn.q_proj.bias", config.qkv_bias, "qwen2"),
+        ("self_attn.q_norm.weight", config.qk_norm, "qwen3"),
+    ):
+        if (f"{block}{tensor}" in names) != expected:
+            stored = "do not hold" if expected else "hold"
+            raise InputError(
+                f"{label}: by its config the language model is {'a' if expected else 'no'} {family}, but its "
+                f"tensors {stored} {block}{tensor}, which only a {family} has; correct the model_type"
+            )
+
+
+def check_tower(names: Container[str], before: str, config: VisionConfig, label: str) -> None:
+    """Raise InputError if the tensors of a ViT are those of another kind than its config says.
+
+    before: what stands before the tower's own names.
+    """
+    name = f"{before}embeddings.class_embedding"
+    if (name in names) != (config.kind == "clip"):
+        stored = "hold" if name in names else "do not hold"
+        raise InputError(
+            f"{label}: by its config the vision tower is of kind {config.kind}, but its tensors {stored} "
+            f"{name}, which only a clip has; correct the model_type"
+        )
 
 
 def inverse(table: Table) -> Table:
-    """Return the table from our names to the source's, without the names that are dropped."""
-    return {param_name: source_name for source_name, param_name in table.items() if param_name is not None}
+    """Return the table from our names to the source's, without the names that are dropped, and copies."""
+    names: Table = {}
+    for source_name, param_name in table.items():
+        if param_name is not None:
+            names.setdefault(param_name, source_name)
+    return names
 
 
 def some(names: list[str], limit: int = 5) -> str:
@@ -231,7 +281,7 @@ def _decoder(
 ) -> Table:
     patterns: Table = dict(top_level)
     # A tied head is the embedding; some writers store it twice.
-    patterns[head] = None if config.tied_head else "head.weight"
+    patterns[head] = "embed.weight" if config.tied_head else "head.weight"
     for source_layer, layer in block.items():
         if layer in ("attention.q_norm", "attention.k_norm") and not config.qk_norm:
             continue

@@ -16,6 +16,7 @@ from pumice.formats.pumice import folder
 from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
 from pumice.storage.download import locate
 from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import find_weights
 
 BUILT_IN = Path(__file__).parent.parent / "models"
 
@@ -92,6 +93,12 @@ def _read(
 
 
 def _adapted(path: Path, template: str | None, base: str | None) -> LoadedParts:
+    if weights := find_weights(path):
+        raise InputError(
+            f"{path} holds a whole model ({weights[0].name}) and a LoRA ({ADAPTER_CONFIG}); nothing says "
+            "whether "
+            "the LoRA is in the weights already: move one of them to a folder of its own"
+        )
     base_source = base or base_name(path)
     if not base_source:
         raise InputError(f"{path / ADAPTER_CONFIG} names no base; give it with --base")
@@ -112,7 +119,7 @@ def language_only(path: Path, template: str | None) -> LoadedParts:
         connector=ConnectorConfig("identity"),
     )
     state = {f"decoder.{name}": tensor for name, tensor in model.state.items()}
-    notes = (*notes, "it has no vision tower and answers without pictures")
+    notes = (*model.notes, *notes, "it has no vision tower and answers without pictures")
     return LoadedParts(
         config, state, model.text.tokenizer, {}, notes=notes, sentencepiece=model.text.files.sentencepiece
     )

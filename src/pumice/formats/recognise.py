@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.formats.families import FAMILIES, TOWERS
+from pumice.formats.families import FAMILIES, TOWERS, model_type
 from pumice.storage.json_file import Keys
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -52,16 +52,57 @@ def gguf_file(path: Path) -> Path:
     return path if path.is_file() else next(path.glob("*.gguf"))
 
 
+def classes(keys: Keys) -> list[str]:
+    """Return the class names under `architectures` in a config.json."""
+    names = keys.get("architectures", list, [])
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"{keys.label}: architectures should be a list of class names, not {names!r}")
+    return names
+
+
+def check_classes(keys: Keys, kind: str) -> tuple[str, ...]:
+    """Compare `architectures` with the model_type of one config. Return notes on what is unknown.
+
+    Raises InputError if they contradict each other.
+    """
+    names = classes(keys)
+    types = {model_type(name) for name in names}
+    # A tower alone and a tower in a whole CLIP have two names for one thing.
+    if (
+        not names
+        or kind in types
+        or {kind.removesuffix("_vision_model")}
+        & {known.removesuffix("_vision_model") for known in types if known is not None}
+    ):
+        return ()
+    if known := [name for name in names if model_type(name) is not None]:
+        raise InputError(
+            f"{keys.label}: model_type is {kind!r}, but architectures is {known[0]!r}, whose model_type is "
+            f"{model_type(known[0])!r}; correct the wrong one"
+        )
+    return (f"architectures is {', '.join(names)}, which is unknown here; model_type {kind!r} was believed",)
+
+
 def _by_config(keys: Keys, adapter: bool) -> FormatKind:
     # The order counts. A LoRA of the original code has both files, and its config.json says more.
     if "pumice_format" in keys:
         return FormatKind.OWN
+    kind = keys.get("model_type", str, "")
+    whole = kind in HF_LLAVAS and ("text_config" in keys or "vision_config" in keys)
     if "mm_vision_tower" in keys:
-        return FormatKind.ORIGINAL
+        # With the keys of both codes, the class says which of them wrote the weights.
+        types = [model_type(name) or "" for name in classes(keys)]
+        if not whole or any(name.startswith("llava_") and name not in HF_LLAVAS for name in types):
+            return FormatKind.ORIGINAL
+        if any(name in HF_LLAVAS for name in types):
+            return FormatKind.HF
+        raise InputError(
+            f"{keys.label} has mm_vision_tower, as the original code writes it, and text_config, as "
+            "transformers does; remove the wrong one"
+        )
     if adapter:
         return FormatKind.ADAPTER
-    kind = keys.get("model_type", str, "")
-    if kind in HF_LLAVAS and ("text_config" in keys or "vision_config" in keys):
+    if whole:
         return FormatKind.HF
     if kind in FAMILIES:
         return FormatKind.LLM
@@ -72,7 +113,9 @@ def _by_config(keys: Keys, adapter: bool) -> FormatKind:
             f"{keys.label} has neither text_config nor mm_vision_tower: it is no LLaVA, or "
             "incomplete; fetch it again"
         )
+    known = [name for name in classes(keys) if model_type(name) is not None]
+    hint = f" (architectures is {known[0]!r}, whose model_type is {model_type(known[0])!r})" if known else ""
     raise InputError(
-        f"{keys.label}: model_type is {kind!r}, which cannot be read; "
+        f"{keys.label}: model_type is {kind!r}, which cannot be read{hint}; "
         f"known are {', '.join([*HF_LLAVAS, *FAMILIES, *TOWERS])}"
     )

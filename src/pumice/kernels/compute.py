@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.kernels.loader import compiled
 from pumice.kernels.packed import (
     GROUP,
@@ -93,8 +93,8 @@ def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tenso
 def quantize(weight: Tensor, kind: BlockFormat, name: str = "a matrix") -> PackedMatrix:
     """Quantise weights (N, K) to Q8_0, Q4_1 or Q4_K.
 
-    name: of the matrix, for messages. Raise InputError if K is not a multiple of the block, or if a weight is
-    not finite.
+    name: of the matrix, for messages. Raise InputError if K is not a multiple of the block, WorkError if a
+    weight is not finite.
     """
     outputs, inputs = weight.shape
     check_rows(name, inputs, kind)
@@ -121,8 +121,8 @@ def check_rows(name: str, inputs: int, kind: BlockFormat) -> None:
         )
 
 
-def _not_finite(name: str, row: int) -> InputError:
-    return InputError(f"{name} holds a weight that is not finite in row {row}; get the model again")
+def _not_finite(name: str, row: int) -> WorkError:
+    return WorkError(f"{name} holds a weight that is not finite in row {row}; get the model again")
 
 
 def _restored_linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pumice.errors import WorkError
 from pumice.serve.errors import ApiError
 from pumice.serve.logs import request_line
 from pumice.serve.metrics import Metrics
@@ -120,7 +121,12 @@ class Observe:
 
 
 def internal_error(record: RequestRecord) -> ApiError:
-    """Return the error for an uncaught exception. It names the request id, and nothing of the exception."""
+    """Return the error for an uncaught exception. It names the request id, and nothing of the exception.
+
+    A WorkError is a sentence for users.
+    """
+    if isinstance(record.error, WorkError):
+        return ApiError(500, str(record.error), code="internal_error")
     return ApiError(
         500, f"the server failed; its log says why under the request id {record.id}", code="internal_error"
     )

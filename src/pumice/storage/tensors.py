@@ -94,29 +94,76 @@ def as_lazy(tensor: Tensor, origin: str = "") -> LazyTensor:
     return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.to, origin)
 
 
+def check_same(first: LazyTensor, second: LazyTensor, label: str, hint: str = "") -> None:
+    """Raise InputError unless two copies of one tensor are equal. hint: another remedy than removing one."""
+    same = first.shape == second.shape
+    if same:
+        common = first.dtype if first.dtype == second.dtype else torch.float32
+        values = [tensor.read(common) for tensor in (first, second)]
+        # Not-a-number differs from itself, but two copies of it are still copies.
+        same = torch.equal(*values) or torch.equal(*(tensor.float().nan_to_num() for tensor in values))
+    if not same:
+        raise InputError(
+            f"{label}: {first.origin} and {second.origin} should be two copies of one tensor, but differ; "
+            f"remove the wrong one{f' ({hint})' if hint else ''}"
+        )
+
+
 def find_weights(folder: Path, stem: str = "") -> list[Path]:
     """Return [the file of a folder's weights], or [the index of its shards]; [] if there is none.
 
     stem: how the file names begin; `model`, then `pytorch_model`, by default.
     """
+    return _all_weights(folder, stem)[:1]
+
+
+def _all_weights(folder: Path, stem: str) -> list[Path]:
     # Safetensors come first, because they are read without unpickling. An index comes before a single file of
     # the same kind, which may be a shard that was left over.
-    for name in (stem,) if stem else ("model", "pytorch_model"):
-        for ending in (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin"):
-            if (folder / f"{name}{ending}").is_file():
-                return [folder / f"{name}{ending}"]
-    return []
+    endings = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
+    stems = (stem,) if stem else ("model", "pytorch_model")
+    files = (folder / f"{name}{ending}" for name in stems for ending in endings)
+    return [path for path in files if path.is_file()]
 
 
 def open_weights(folder: Path, stem: str = "") -> LazyStateDict:
-    """Return all tensors of a folder's weights. Raises InputError if there are none, or a file is damaged."""
-    weight_files = find_weights(folder, stem)
+    """Return all tensors of a folder's weights.
+
+    Raises InputError if there are none, a file is damaged, or the folder holds two versions that differ.
+    """
+    weight_files = _all_weights(folder, stem)
     if not weight_files:
         loose = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
         hint = f"; {loose[0]} is there, but no index that names it" if loose else ""
         raise InputError(f"{folder} holds no weights: neither safetensors nor .bin{hint}")
-    path = weight_files[0]
+    tensors = _open_all(weight_files[0])
+    for path in weight_files[1:]:
+        _check_other(tensors, weight_files[0], path)
+    return tensors
+
+
+def _open_all(path: Path) -> LazyStateDict:
     return _open_index(path) if path.suffix == ".json" else open_file(path)
+
+
+def _check_other(tensors: LazyStateDict, chosen: Path, other: Path) -> None:
+    """Raise InputError if another file of a folder's weights holds other values than the chosen one."""
+    try:
+        others = _open_all(other)
+    except InputError:
+        return  # what is left of a download that was not needed
+    for name in tensors.keys() & others.keys():
+        # Weights that were trained differ everywhere, so the beginning of each tensor is enough; the types
+        # may differ.
+        first, second = (
+            state[name].read().flatten()[:4096].float().nan_to_num() for state in (tensors, others)
+        )
+        if tensors[name].shape != others[name].shape or not torch.allclose(
+            first, second, rtol=1e-2, atol=1e-6
+        ):
+            raise InputError(
+                f"{chosen} and {other.name} hold different values of {name}; remove the wrong weights"
+            )
 
 
 def open_file(path: Path) -> LazyStateDict:

@@ -99,9 +99,8 @@ def test_mmbench_is_circular(mmbench: Any, scored: Any, asked: Any) -> None:
         "logic": {"value": 100, "questions": 1},
     }
     questions = asked("mmbench")
-    assert (
-        questions["2"].prompt == f'See.\nWhich, "this"?\nA. red\nB. blue\n{LETTER}'
-    )  # "None" ends the options
+    options = "A. red\nB. blue\nC. None\nD. x"  # the official script would stop before "None"
+    assert questions["2"].prompt == f'See.\nWhich, "this"?\n{options}\n{LETTER}'
     assert questions["1000001"].images[0].source() == base64.b64decode(PICTURE)
     assert questions["1000001"].group == "1"
 
@@ -218,3 +217,40 @@ def test_mmmu(mmmu: Any, scored: Any, asked: Any) -> None:
     assert questions["validation_Art_1"].prompt == f"See <image>. Who?\n\n(A) Ann\n(B) Bob\n\n{LETTER}"
     assert questions["validation_Math_1"].prompt.startswith("<image> <image> Sum?")
     assert len(questions["validation_Math_1"].images) == 2
+
+
+@pytest.mark.parametrize("task", ["mmbench", "mmstar"])
+@pytest.mark.parametrize("word", ["None", "NA", "nan", "null"])
+def test_an_option_that_looks_like_no_value_is_shown(
+    data: Any, scored: Any, asked: Any, task: str, word: str
+) -> None:
+    options = [word, "Two", "", "Three"]
+    if task == "mmbench":
+        row = ["1", "How many?", "nan", *options, "A", "count", PICTURE, "s", "l2", "", "dev"]
+        data.text("mmbench_dev_20230712.tsv", table([row]))
+        expected = f"How many?\nA. {word}\nB. Two\nD. Three\n{LETTER}"
+    else:
+        header = ["index", "question", "image", "answer", "category", "l2_category", "bench", *"ABCD"]
+        row = ["1", "How many?", PICTURE, "A", "c", "l2", "b", *options]
+        data.text("MMStar.tsv", "\n".join("\t".join(line) for line in (header, row)) + "\n")
+        expected = f"How many?\nOptions: A: {word}, B: Two, D: Three\n{LETTER}"
+    assert asked(task)["1"].prompt == expected
+    result = scored(task, {"1": "A"})
+    assert result["metrics"]["accuracy"] == 100
+    assert any('1 questions have an option such as "None"' in note for note in result["notes"])
+
+
+def test_answers_that_no_rule_reads_are_counted(data: Any, scored: Any) -> None:
+    header = ["index", "question", "image", "answer", "category", "l2_category", "bench", *"ABCD"]
+    rows = [[str(n), "?", PICTURE, "A", "c", "l2", "b", "w", "x", "y", "z"] for n in (1, 2)]
+    data.text("MMStar.tsv", "\n".join("\t".join(line) for line in (header, *rows)) + "\n")
+    result = scored("mmstar", {"1": "A", "2": "It is w"})
+    assert result["metrics"]["unread"] == 1
+    assert "1 answers begin with no option's letter and count as wrong" in result["notes"]
+    choices = {f"choice_{letter}": letter for letter in "abcd"}
+    row = {"question": "?", **choices, "answer": "A", "data_type": "image", "data_id": "p"}
+    seed = [{"question_id": number, **row} for number in (1, 2)]
+    data.json("SEED-Bench.json", {"questions": seed})
+    result = scored("seed", {"1": "A", "2": "A."})
+    assert (result["metrics"]["accuracy"], result["metrics"]["unread"]) == (50, 1)
+    assert "1 answers are no letter alone and count as wrong, as in the original" in result["notes"]

@@ -15,6 +15,7 @@ from pumice.evaluate.result import read_questions
 from pumice.evaluate.task import Answered
 from pumice.evaluate.tasks import get_task, registry
 from pumice.evaluate.tasks.hallucination import ObjectNames
+from pumice.evaluate.tasks.own import read_option
 
 
 def test_every_task_says_where_its_files_come_from() -> None:
@@ -238,3 +239,49 @@ def test_your_own_file_with_a_mistake(data: Any, scored: Any, row: dict[str, Any
     data.lines("questions.jsonl", [row])
     with pytest.raises(InputError, match=message):
         scored("own", {1: "x"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("b", "B"), ("(B)", "B"), ("Option b.", "B"), ("Answer: $B", "B"), ("\\boxed{B}", "B"),
+        ("选项B", "B"),
+        ("答案是B。", "B"), ("B) a dog", "B"), ("The answer is B, not A.", "B"), ("It runs.", None),
+        ("The correct answer is B. Here's why: a dog is shown in the picture, and it runs.", "B"),
+        ("<think>A? No.</think>B", "B"), ("The answer is B. No, the answer is A.", None), ("a dog", "B"),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_which_option_an_answer_to_your_own_file_means(answer: str, letter: str | None) -> None:
+    assert read_option(answer, {"A": "a cat", "B": "a dog", "C": "None"}) == letter
+
+
+def test_unread_answers_to_your_own_file_are_told(data: Any, scored: Any) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": n, "question": "?", "choices": ["x1", "y1"], "answers": ["A"]} for n in "ab"
+    ]
+    rows += [{"id": n, "question": "?", "answers": ["yes"], "metric": "yes_no"} for n in "cd"]
+    data.lines("questions.jsonl", rows)
+    result = scored("own", {"a": "A", "b": "unsure", "c": "Yes.", "d": "unsure"})
+    assert result["metrics"]["unread"] == 2
+    assert result["notes"] == [
+        "1 answers name no option and count as wrong", "1 answers say neither yes nor no and count as yes",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "truth", "value"),
+    [
+        ("contains", "图片里有一只猫。", "猫", 100), ("contains", "图片里有一只猫。", "一只猫", 100),
+        ("contains", "图片里有一只猫。", "狗", 0), ("contains", "有13只猫", "3只", 0),
+        ("contains", "有3只猫", "3只", 100),
+        ("contains", "แมวดำตัวหนึ่ง", "แมว", 100), ("contains", "a catalogue", "cat", 0),
+        ("exact", "猫。", "猫", 100),
+        ("rouge_l", "一只猫", "一只猫", 100), ("rouge_l", "一只猫", "两条狗", 0),
+    ],
+)  # fmt: skip
+def test_languages_without_spaces(
+    data: Any, scored: Any, metric: str, answer: str, truth: str, value: float
+) -> None:
+    data.lines("questions.jsonl", [{"id": "1", "question": "?", "answers": [truth], "metric": metric}])
+    assert scored("own", {"1": answer})["headline"]["value"] == value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pumice.errors import InputError
-from pumice.evaluate.files import base64_image, locate, read_tsv
+from pumice.evaluate.files import base64_image, hidden_options, locate, read_tsv
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.task import (
     LETTER,
@@ -18,6 +18,7 @@ from pumice.evaluate.task import (
     Task,
     mean_percent,
     mean_statistic,
+    options_note,
     scores_by_category,
 )
 
@@ -57,7 +58,7 @@ class MMBench(Task):
         file = locate(data, self.files[self.split], self.source.expected_files)
         # A rotated copy holds no image but the index of the row that does.
         image_data: dict[str, str] = {}
-        for number, row in enumerate(read_tsv(file), 1):
+        for number, row in enumerate(read_tsv(file, ("question", *OPTIONS)), 1):
             index, text, image = row.get("index"), row.get("question"), row.get("image")
             if index is None or text is None or image is None or not index.isdecimal():
                 raise InputError(
@@ -68,12 +69,9 @@ class MMBench(Task):
                 image = image_data[image]
             elif int(index) < ROTATION:
                 image_data[index] = image
-            choices: dict[str, str] = {}
-            for letter in OPTIONS:
-                option = row.get(letter)
-                if option is None or option.lower() in ("nan", "none"):
-                    break
-                choices[letter] = option
+            # The official scripts stop at an option such as "None", which pandas reads as no value. Here
+            # every option in the table is shown.
+            choices = {letter: option for letter in OPTIONS if (option := row.get(letter)) is not None}
             hint = row.get("hint")
             full_text = text if hint is None or hint.lower() in ("nan", "none") else f"{hint}\n{text}"
             lines = [
@@ -90,6 +88,7 @@ class MMBench(Task):
                 "ability": row.get("category"),
                 "group": group,
                 "row": row | {"image": None},
+                "hidden": hidden_options(row, OPTIONS),
             }
             yield Question(index, (base64_image(group, image),), "\n".join(lines), meta)
 
@@ -128,6 +127,7 @@ class MMBench(Task):
             "ability": scores_by_category(first, circular, "ability"),
         }
         notes = [f"{unread} answers name no option by the rules and count as wrong"] if unread else []
+        notes += options_note(answered)
         if len(groups) == len(answered):
             notes.append("no question was asked in another rotation: this is not circular evaluation")
         values: list[float | None] = [float(hit) for hit in right]

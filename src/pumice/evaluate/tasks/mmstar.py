@@ -6,7 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pumice.evaluate.files import base64_image, bytes_image, locate, read_parquet, read_tsv, require_keys
+from pumice.evaluate.files import (
+    base64_image,
+    bytes_image,
+    hidden_options,
+    locate,
+    read_parquet,
+    read_tsv,
+    require_keys,
+)
 from pumice.evaluate.metrics.choice import mmstar_right
 from pumice.evaluate.task import (
     LETTER,
@@ -16,6 +24,7 @@ from pumice.evaluate.task import (
     Score,
     Task,
     mean_percent,
+    options_note,
     scores_by_category,
 )
 
@@ -42,7 +51,9 @@ class MMStar(Task):
             data, ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv"), self.source.expected_files
         )
         rows: Iterator[dict[str, Any]]
-        rows = read_tsv(file) if file.name.endswith(".tsv") else read_parquet([file.path])
+        rows = (
+            read_tsv(file, ("question", *"ABCD")) if file.name.endswith(".tsv") else read_parquet([file.path])
+        )
         for number, row in enumerate(rows, 1):
             require_keys(row, ("index", "question", "answer", "image"), f"'{file}', row {number}")
             key, image = str(row["index"]), row["image"]
@@ -62,6 +73,7 @@ class MMStar(Task):
                 "category": row.get("category"),
                 "part": row.get("l2_category"),
                 "bench": row.get("bench"),
+                "hidden": hidden_options(row, "ABCD"),
             }
             yield Question(key, (image_file,), f"{text}\n{LETTER}", meta)
 
@@ -71,4 +83,8 @@ class MMStar(Task):
             "ability": scores_by_category(answered, values, "category"),
             "part": scores_by_category(answered, values, "part"),
         }
-        return Score({"accuracy": mean_percent(values)}, parts, list(values))
+        unread = sum(not any(mmstar_right(text, letter) for letter in "ABCD") for _, text in answered)
+        notes = [f"{unread} answers begin with no option's letter and count as wrong"] if unread else []
+        notes += options_note(answered)
+        metrics = {"accuracy": mean_percent(values), "unread": float(unread)}
+        return Score(metrics, parts, list(values), notes=notes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,29 @@ from pumice.evaluate.task import (
     scores_by_category,
 )
 
+# Scripts without spaces between words: Thai to Tibetan, Burmese, Khmer, Chinese and Japanese, with the
+# punctuation of the latter.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff65\U00020000-\U0003ffff]"
+)
+_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
+# Where an answer says its letter: alone, in a box, first, or after "answer is", "option" and the like.
+_ALONE = re.compile(r"\W*(?:option\s+)?([A-Za-z])\W*", re.IGNORECASE)
+_BOXED = re.compile(r"\\boxed\{\s*([A-Za-z])\s*\}")
+_FIRST = re.compile(r"[\W_]*([A-Z])\s*[).:,\]*]")
+_NAMED = re.compile(
+    r"(?:\b(?i:answer|option|choice)(?:\s+(?i:is|would\s+be|should\s+be))?|答案|选项|選項)[\s:\uff1a=是为為]*[\W_]*([A-Z])(?![A-Za-z0-9'])"
+)
+_YES_OR_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
+
 
 def _plain(text: str) -> str:
-    return " ".join(lower_without_period(text).split())
+    return " ".join(lower_without_period(text.strip().rstrip("。\uff0e")).split())
+
+
+def _spaced(text: str) -> str:
+    """Make each character of a script without spaces between words a word."""
+    return _UNSPACED.sub(r" \g<0> ", text)
 
 
 def _exact(text: str, meta: Any) -> float:
@@ -32,8 +53,9 @@ def _exact(text: str, meta: Any) -> float:
 
 
 def _contains(text: str, meta: Any) -> float:
-    words = f" {normalize_m4c(text)} "
-    return float(any(f" {normalize_m4c(answer)} " in words for answer in meta["answers"]))
+    texts = (normalize_m4c(_spaced(part)).split() for part in (text, *meta["answers"]))
+    whole, *answers = (f" {' '.join(words)} " for words in texts)
+    return float(any(answer in whole for answer in answers))
 
 
 def _vqa(text: str, meta: Any) -> float:
@@ -43,8 +65,27 @@ def _vqa(text: str, meta: Any) -> float:
     return textvqa_accuracy(text, answers)
 
 
+def read_option(text: str, choices: Mapping[str, str]) -> str | None:
+    """Return the option that an answer means; None if no rule reads it.
+
+    VLMEvalKit's rules come first. An own file is bound to no official scorer, so sentences that name one
+    letter as the answer are read as well.
+    """
+    text = _THOUGHTS.sub("", text).strip()
+    if (option := infer_option(text, choices)) is not None:
+        return option
+    readings = (
+        [_ALONE.fullmatch(text)], _BOXED.finditer(text), _NAMED.finditer(text), [_FIRST.match(text)],
+    )  # fmt: skip
+    for matches in readings:
+        letters = {match[1].upper() for match in matches if match is not None} & choices.keys()
+        if len(letters) == 1:
+            return letters.pop()
+    return None
+
+
 def _option(text: str, meta: Any) -> float:
-    return float(infer_option(text.strip(), meta["choices"]) in meta["answers"])
+    return float(read_option(text, meta["choices"]) in meta["answers"])
 
 
 def _yes_no(text: str, meta: Any) -> float:
@@ -52,7 +93,17 @@ def _yes_no(text: str, meta: Any) -> float:
 
 
 def _rouge(text: str, meta: Any) -> float:
-    return rouge_l(text, meta["answers"])
+    return rouge_l(_spaced(text), [_spaced(answer) for answer in meta["answers"]])
+
+
+# Whether no rule reads an answer, and what such an answer counts as.
+UNREAD: dict[str, tuple[Callable[[str, Any], bool], str]] = {
+    "option": (
+        lambda text, meta: read_option(text, meta["choices"]) is None,
+        "name no option and count as wrong",
+    ),
+    "yes_no": (lambda text, _: _YES_OR_NO.search(text) is None, "say neither yes nor no and count as yes"),
+}
 
 
 METRICS: dict[str, Callable[[str, Any], float]] = {
@@ -96,7 +147,14 @@ class OwnFile(Task):
             "category": scores_by_category(answered, values, "category"),
             "metric": scores_by_category(answered, values, "metric"),
         }
-        return Score({"score": mean_percent(values)}, {k: v for k, v in parts.items() if v}, list(values))
+        metrics, notes = {"score": mean_percent(values)}, []
+        for name, (is_unread, outcome) in UNREAD.items():
+            texts = [(text, question.meta) for question, text in answered if question.meta["metric"] == name]
+            if texts:
+                unread = sum(is_unread(text, meta) for text, meta in texts)
+                metrics["unread"] = metrics.get("unread", 0.0) + unread
+                notes += [f"{unread} answers {outcome}"] if unread else []
+        return Score(metrics, {k: v for k, v in parts.items() if v}, list(values), notes=notes)
 
 
 def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:

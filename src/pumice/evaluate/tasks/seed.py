@@ -85,7 +85,12 @@ class SeedBench(Task):
         metrics |= {f"accuracy_{name}": cell.value for name, cell in kinds.items()}
         metrics["accuracy_first_letter"] = mean_percent(loose)
         parts = {"kind": kinds, "ability": scores_by_category(answered, values, "category")}
-        return Score(metrics, parts, list(values))
+        unread = sum(text not in tuple("ABCD") for _, text in answered)
+        metrics["unread"] = float(unread)
+        notes = (
+            [f"{unread} answers are no letter alone and count as wrong, as in the original"] if unread else []
+        )
+        return Score(metrics, parts, list(values), notes=notes)
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         rows = ({"question_id": question.id, "prediction": text} for question, text in answered)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -123,6 +124,9 @@ class GgufFile:
                 raise struct.error(f"{name} has {dimensions} dimensions")
             shape = tuple(reversed([cursor.scalar("Q") for _ in range(dimensions)]))
             entries.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+        counts = Counter(name for name, *_ in entries)
+        if twice := next((name for name, count in counts.items() if count > 1), None):
+            raise InputError(f"{self.path} holds two tensors of the name {twice}; convert it again")
         # Offsets count from the end of the header, rounded up to the alignment.
         align = metadata.get("general.alignment", 32)
         start = -(-cursor.position // align) * align

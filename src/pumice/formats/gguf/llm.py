@@ -84,7 +84,7 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         rope_scaling = _llama3_scaling(file, head_dim, rope_theta)
     # 3. Biases, query norms and a head of its own show only in the tensors that the file has.
     with naming(str(file.path)):
-        return DecoderConfig(
+        config = DecoderConfig(
             vocab_size=file.infos["token_embd.weight"].shape[0],
             width=width,
             depth=value("block_count"),
@@ -101,6 +101,17 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
             qk_norm="blk.0.attn_q_norm.weight" in file.infos,
             sliding_window=metadata.get(f"{kind}.attention.sliding_window"),
         )
+    # llama.cpp's llama may have biases; the other families differ by their tensors.
+    has = (config.qkv_bias, config.qk_norm)
+    expected = {"llama": (config.qkv_bias, False), "qwen2": (True, False), "qwen3": (False, True)}[kind]
+    if has != expected:
+        found = [name for name, there in zip(("attn_q.bias", "attn_q_norm"), has, strict=True) if there]
+        raise InputError(
+            f"{file.path}: general.architecture is {kind!r}, but its blocks hold "
+            f"{' and '.join(found) or 'neither attn_q.bias nor attn_q_norm'}, as no {kind} does; convert it "
+            "again"
+        )
+    return config
 
 
 def unpermute(weight: Tensor, heads: int) -> Tensor:
@@ -130,14 +141,11 @@ def _llama3_scaling(file: GgufFile, head_dim: int, base: float) -> RopeScaling:
 
 def _state(file: GgufFile, config: DecoderConfig) -> LazyStateDict:
     table = tensor_names.gguf_decoder(config) | {_FACTORS: None}
-    names = tensor_names.convert({name: name for name in file.infos}, table, str(file.path))
     # The converter permutes the queries and keys of a llama only.
     permuted = file.metadata["general.architecture"] == "llama"
-    heads = {"q": config.heads, "k": config.kv_heads} if permuted else {}
-    return {
-        name: _lazy_tensor(file, gguf_name, heads.get(name.split(".")[-2]))
-        for name, gguf_name in names.items()
-    }
+    heads = {"attn_q": config.heads, "attn_k": config.kv_heads} if permuted else {}
+    tensors = {name: _lazy_tensor(file, name, heads.get(name.split(".")[-2:][0])) for name in file.infos}
+    return tensor_names.convert(tensors, table, str(file.path))
 
 
 def _lazy_tensor(file: GgufFile, name: str, heads: int | None) -> LazyTensor:

@@ -11,6 +11,7 @@ from typing import Any
 from pumice.config import DecoderConfig, ImagePolicy, RopeScaling, VisionConfig, naming
 from pumice.errors import InputError
 from pumice.formats.families import FAMILIES, TOWERS
+from pumice.formats.recognise import check_classes
 from pumice.storage.json_file import Keys
 
 # transformers' name of an activation -> ours.
@@ -37,6 +38,7 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
     if kind not in FAMILIES:
         raise InputError(f"{source.label}: model_type is {kind!r}; {', '.join(FAMILIES)} can be read")
     keys = Keys(source.values, source.label, FAMILIES[kind].defaults)
+    check_classes(keys, kind)
     check_unquantised(keys)
     # 2. Refuse what our decoder does not compute; a model without it would answer nonsense and raise nothing.
     keys.only("hidden_act", ("silu", "swish"), "silu")
@@ -83,6 +85,7 @@ def vision_config(source: Keys, kind: str | None = None, **choices: Any) -> Visi
         raise InputError(f"{source.label}: model_type is {kind!r}; {', '.join(TOWERS)} can be read")
     tower_kind, defaults = TOWERS[kind].kind, TOWERS[kind].defaults
     keys = Keys(source.values, source.label, defaults)
+    check_classes(keys, kind)
     check_unquantised(keys)
     keys.only("num_channels", (3,), 3)
     if tower_kind == "siglip":

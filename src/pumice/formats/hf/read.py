@@ -14,6 +14,7 @@ from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import check_unquantised, decoder_config, image_policy, vision_config
+from pumice.formats.recognise import check_classes
 from pumice.formats.text.read import read_text_side
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
@@ -59,14 +60,23 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     keys = Keys(source.values, source.label, _DEFAULTS[kind])
     check_unquantised(keys)
     keys.only("projector_hidden_act", ("gelu",), "gelu")
+    said = list(check_classes(keys, kind))
     text = keys.object("text_config")
-    tied = keys.get("tie_word_embeddings", bool, False) or text.get("tie_word_embeddings", bool, False)
+    ties = [part.get("tie_word_embeddings", bool, None) for part in (keys, text)]
+    tied = any(ties)
+    if set(ties) == {True, False}:
+        outside, inside = (str(tie).lower() for tie in ties)
+        said.append(
+            f"tie_word_embeddings is {outside} in config.json and {inside} in its text_config; the head is "
+            "tied"
+        )
     text.values.setdefault("model_type", _TEXT_MODEL_TYPE.get(kind, "llama"))
     decoder = decoder_config(text, tied)
     vision = _vision(keys)
     # 2. How a picture becomes tiles, and how a conversation becomes tokens: the processor's and tokenizer's
     # files.
     processor = _processor(folder)
+    _check_processor(folder, keys, vision)
     image = _image(processor, keys, kind, vision)
     text_side = read_text_side(folder, keys)
     _check_image_token(keys, text_side.tokenizer, decoder)
@@ -83,12 +93,25 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     tensors = open_weights(folder)
     nesting = _nesting(tensors, folder)
     prefix = tensor_names.tower_prefix(tensors, nesting.tower) or ""
+    tensor_names.check_family(tensors, f"{nesting.text}layers.0.", decoder, str(folder))
+    tensor_names.check_tower(tensors, nesting.tower + prefix, vision, str(folder))
+    if kind == "llava" and nesting.newline in tensors:
+        raise InputError(
+            f"{folder}: model_type is 'llava', but the tensors hold {nesting.newline}, which only llava_next "
+            "and "
+            "llava_onevision have; correct the model_type"
+        )
     table = tensor_names.llava(config, nesting, tensor_names.hf_connector(biases), prefix)
     state = tensor_names.convert(tensors, table, str(folder))
     if not biases:
         state |= _zero_biases(state)
     return LoadedParts(
-        config, state, text_side.tokenizer, {}, notes=notes, sentencepiece=text_side.files.sentencepiece
+        config,
+        state,
+        text_side.tokenizer,
+        {},
+        notes=(*said, *notes),
+        sentencepiece=text_side.files.sentencepiece,
     )
 
 
@@ -157,6 +180,23 @@ def _processor(folder: Path) -> Keys:
     return Keys.of(folder / "preprocessor_config.json")
 
 
+def _check_processor(folder: Path, keys: Keys, vision: VisionConfig) -> None:
+    """Compare what processor_config.json repeats of config.json, where there is such a file."""
+    if not (file := folder / "processor_config.json").is_file():
+        return
+    processor = Keys.of(file)
+    strategy = keys.get("vision_feature_select_strategy", str)
+    for name, kind, value in (
+        ("patch_size", int, vision.stride),
+        ("vision_feature_select_strategy", str, strategy),
+    ):
+        if (stated := processor.get(name, kind, value)) != value:
+            raise InputError(
+                f"{processor.label}: {name} is {stated!r}, but {value!r} in {keys.label}; correct the wrong "
+                "one"
+            )
+
+
 def _check_image_token(keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> None:
     """Check the id of the token that stands for a picture in transformers.
 
@@ -164,6 +204,10 @@ def _check_image_token(keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> No
     """
     name = "image_token_id" if "image_token_id" in keys else "image_token_index"
     number = keys.get(name, int)
+    if "image_token_index" in keys and (other := keys.get("image_token_index", int)) != number:
+        raise InputError(
+            f"{keys.label}: {name} is {number}, but image_token_index is {other}; correct the wrong one"
+        )
     if tokenizer.id_to_token(number) is None:
         raise InputError(
             f"{keys.label}: {name} is {number}, which the tokenizer lacks; "

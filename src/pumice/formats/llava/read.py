@@ -15,24 +15,25 @@ from typing import Any
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionConfig
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
-from pumice.formats.components import describe_tower, open_llm, open_tower
+from pumice.formats.components import describe_tower, open_llm, open_tower, tower_state
+from pumice.formats.families import FAMILIES, model_type
 from pumice.formats.hf.config import check_unquantised, decoder_config, padding
 from pumice.formats.peft.read import adapt, base_name
-from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
+from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, classes, recognise
 from pumice.formats.text.read import TextSide, read_text_side
 from pumice.storage.download import locate
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, find_weights, open_file, open_weights
+from pumice.storage.tensors import LazyStateDict, check_same, find_weights, open_file, open_weights
 
-# model_type -> that of the LLM, and the template that the published models were trained with. None stands for
-# the tokenizer's chat template.
-_FAMILIES: dict[str, tuple[str, str | None]] = {
-    "llava": ("llama", "v1"),
-    "llava_llama": ("llama", "v1"),
-    "llava_mistral": ("mistral", "mistral_instruct"),
-    "llava_qwen": ("qwen2", None),
-}
+# The LLM's family -> the template that the published models were trained with. None stands for the
+# tokenizer's chat template.
+_TEMPLATES: dict[str, str | None] = {"llama": "v1", "mistral": "mistral_instruct", "qwen2": None}
+# model_type -> the LLM's family. Training code writes either the LLaVA's own model_type or the LLM's.
+_FAMILIES = {
+    f"llava_{FAMILIES[family].original or ''}".lower(): family for family in _TEMPLATES
+} | {family: family for family in _TEMPLATES}  # fmt: skip
+_ANY = "llava"  # the model_type of every published folder, whatever its LLM is
 # Files beside or instead of complete weights, which hold what was trained.
 _EXTRAS = ("mm_projector.bin", "non_lora_trainables.bin")
 # How names in these files begin -> how ours do. It depends on the wrapper in which they were trained. The
@@ -60,10 +61,7 @@ def open_original(
     # 1. config.json: refuse what our model does not compute.
     keys = Keys.of(folder / "config.json")
     check_unquantised(keys)
-    kind = keys.get("model_type", str)
-    if kind not in _FAMILIES:
-        raise InputError(f"{keys.label}: model_type is {kind!r}; {', '.join(_FAMILIES)} can be read")
-    family, usual = _FAMILIES[kind]
+    family, said = _family(folder, keys)
     keys.only("s2", (False,), False)
     keys.only("mm_resampler_type", (None,), None)
     adapter = (folder / ADAPTER_CONFIG).is_file()
@@ -73,29 +71,87 @@ def open_original(
     tower_source = _tower_source(folder, keys, tower)
     vision, published, state, path = _tower(tower_source, keys, tensors, has_tower)
     sources["tower"] = (tower_source, path)
+    if has_tower:
+        said += _check_second_tower(folder, path, tensors, vision, named=tower is not None)
+    tensor_names.check_family(tensors, f"{tensor_names.ORIGINAL.text}layers.0.", decoder, str(folder))
     # 3. The connector, and how pictures were prepared in training.
     connector = _connector(keys)
     image = _image(keys, vision, published)
     wrap = IMAGE_WRAP if keys.get("mm_use_im_start_end", bool, False) else None
     config, notes = text_side.model_config(
-        template, str(folder), usual=usual, decoder=decoder, vision=vision, connector=connector, image=image,
-        image_wrap=wrap,
+        template, str(folder), usual=_TEMPLATES[family], decoder=decoder, vision=vision,
+        connector=connector, image=image, image_wrap=wrap,
     )  # fmt: skip
     # 4. Rename the tensors, and apply the adapter last: it changes weights of the complete model.
     prefix = tensor_names.tower_prefix(tensors, tensor_names.ORIGINAL.tower)
     projector = tensor_names.original_connector(connector.kind)
     table = tensor_names.llava(config, tensor_names.ORIGINAL, projector, prefix)
     state |= tensor_names.convert(tensors, table, str(folder))
+    if tensor_names.ORIGINAL.newline in tensors and not config.has_newline:
+        said.append("image_newline is stored, but image_aspect_ratio and mm_patch_merge_type do not use it")
     loaded = LoadedParts(
         config,
         state,
         text_side.tokenizer,
         {},
-        notes=notes,
+        notes=(*said, *notes),
         sources=sources,
         sentencepiece=text_side.files.sentencepiece,
     )
     return adapt(loaded, folder) if adapter else loaded
+
+
+def _family(folder: Path, keys: Keys) -> tuple[str, list[str]]:
+    """Return the LLM's family, and notes on what was assumed.
+
+    model_type and `architectures` both say it; published folders have the model_type "llava" whatever their
+    LLM is. Raises InputError if the two contradict each other.
+    """
+    # 1. What each of the two says; None if nothing.
+    kind, names = keys.get("model_type", str), classes(keys)
+    by_type = _FAMILIES.get(kind)
+    by_class = next((_FAMILIES[t] for name in names if (t := model_type(name) or "") in _FAMILIES), None)
+    # 2. Both must agree, or one of them must say nothing.
+    if by_type is None and kind != _ANY:
+        hint = f" (architectures is {', '.join(names)})" if names else ""
+        raise InputError(
+            f"{keys.label}: model_type is {kind!r}{hint}; {', '.join([_ANY, *_FAMILIES])} can be read"
+        )
+    if by_type and by_class and by_type != by_class:
+        raise InputError(
+            f"{keys.label}: model_type is {kind!r}, of a {by_type}, but architectures is {', '.join(names)}, "
+            "of a "
+            f"{by_class}; correct the wrong one"
+        )
+    if by_class:
+        differs = kind == _ANY and by_class != "llama"
+        note = f"architectures is {', '.join(names)}: it was read as a {by_class}, not as a llama"
+        return by_class, [note] if differs else []
+    unknown = f"architectures is {', '.join(names)}, which is unknown here; " if names else ""
+    if by_type:
+        return by_type, [f"{unknown}model_type {kind!r} was believed"] if names else []
+    # 3. Nothing says it: only a Qwen2 has biases in its queries.
+    tensors = open_weights(folder) if find_weights(folder) else {}
+    family = "qwen2" if f"{tensor_names.ORIGINAL.text}layers.0.self_attn.q_proj.bias" in tensors else "llama"
+    return family, [f"{unknown}by its tensors it is a {family}"] if names or family != "llama" else []
+
+
+def _check_second_tower(
+    folder: Path, path: Path, tensors: LazyStateDict, vision: VisionConfig, *, named: bool
+) -> list[str]:
+    """Compare the tower among the tensors with one that the folder holds besides; return notes.
+
+    path: the tower's folder, from which its config was read. named: whether the user named it.
+    """
+    if path.resolve().is_relative_to(folder.resolve()) and find_weights(path):
+        prefix = tensor_names.tower_prefix(tensors, tensor_names.ORIGINAL.tower) or ""
+        own, _ = describe_tower(path)
+        for name, tensor in tower_state(open_weights(path), own, str(path)).items():
+            source = tensor_names.inverse(tensor_names.tower(own))[name]
+            stored = tensors.get(f"{tensor_names.ORIGINAL.tower}{prefix}{source}")
+            if stored is not None:
+                check_same(stored, tensor, str(folder))
+    return [f"the tower's weights are those in {folder}, not those of {path}"] if named else []
 
 
 def _language(
@@ -105,16 +161,19 @@ def _language(
 
     Also returns the decoder's config, the text side, and where the base comes from.
     """
-    # 1. What the folder itself holds.
-    tensors = open_weights(folder) if find_weights(folder) else {}
+    # 1. What the folder itself holds. A tensor may be in several of its files.
+    whole = open_weights(folder) if find_weights(folder) else {}
+    tensors = dict(whole)
     for file in _EXTRAS:
-        if (folder / file).is_file():
-            tensors |= {_standard_name(name): tensor for name, tensor in open_file(folder / file).items()}
+        for name, tensor in open_file(folder / file).items() if (folder / file).is_file() else ():
+            known = tensors.setdefault(_standard_name(name), tensor)
+            check_same(known, tensor, str(folder))
     probe = f"{tensor_names.ORIGINAL.text}embed_tokens.weight"
     if probe in tensors and not adapter:
         if base is not None:
             raise InputError(f"{folder} holds its language model already; leave out the base {base}")
-        decoder = decoder_config(Keys({**keys.values, "model_type": family}, keys.label))
+        values = keys.values | {"model_type": family, "architectures": None}
+        decoder = decoder_config(Keys(values, keys.label))
         return tensors, decoder, read_text_side(folder, keys), {}
     # 2. The LLM from the base. A LoRA may have been trained on a complete LLaVA.
     base_source = base or (base_name(folder) if adapter else "")
@@ -134,6 +193,10 @@ def _language(
         table = tensor_names.inverse(tensor_names.hf_decoder(llm.config))
         base_tensors = {str(table[name]): tensor for name, tensor in llm.state.items()}
         decoder, text_side = llm.config, llm.text
+    # A LoRA is trained on the base's LLM: a whole LLM beside it must be the same.
+    if probe in whole:
+        for name in whole.keys() & base_tensors.keys():
+            check_same(base_tensors[name], whole[name], f"{folder} on {base_source}")
     # 3. The folder's own tokenizer and tensors override the base's: they may have been trained.
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         text_side = read_text_side(folder, keys)

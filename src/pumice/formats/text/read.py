@@ -10,6 +10,7 @@ import tokenizers
 
 from pumice.config import ChatFormat, ModelConfig
 from pumice.errors import InputError
+from pumice.formats.text.chat_template import Described
 from pumice.formats.text.files import TokenizerFiles
 from pumice.formats.text.isolated import describe, image_wrap
 from pumice.formats.text.tokenizer import read_tokenizer
@@ -87,18 +88,58 @@ class TextSide:
         if template is not None and template != OWN:
             return template, None, False, ""
         if usual is not None and template is None:
-            return usual, None, False, f"no file says the chat format; {usual} was assumed"
+            return usual, None, False, self._other_than(usual, label)
         if source is not None:
-            special = list(Tokenizer(self.tokenizer).special)
-            described = describe(
-                source, bos=self.files.bos, eos=self.files.eos, specials=special, label=label
+            described = self._described(source, label)
+            return (
+                described.template,
+                described.chat,
+                described.writes_bos,
+                self._contradicted(described, label),
             )
-            return described.template, described.chat, described.writes_bos, ""
         if fallback is not None and template is None:
             return fallback, None, False, f"no file says the chat format; {fallback} was assumed"
         raise InputError(
             f"{label} has no chat template; name its format with --template, one of: {', '.join(TEMPLATES)}"
         )
+
+    def _described(self, source: str, label: str) -> Described:
+        special = list(Tokenizer(self.tokenizer).special)
+        return describe(source, bos=self.files.bos, eos=self.files.eos, specials=special, label=label)
+
+    def _other_than(self, usual: str, label: str) -> str:
+        """Return a note on a format that was assumed, though the tokenizer may have a chat template."""
+        if self.files.chat_template is None:
+            return f"no file says the chat format; {usual} was assumed"
+        try:
+            described = self._described(self.files.chat_template, label)
+        except InputError:
+            return (
+                f"{usual} was assumed; the tokenizer's chat template, which is no such format, was left out"
+            )
+        if described.template == usual:
+            return ""
+        name = f"{described.template}, " if described.template != OWN else ""
+        return (
+            f"the tokenizer's chat template writes another format ({name}--template own takes it); {usual}, "
+            "in which the published models were trained, was assumed"
+        )
+
+    def _contradicted(self, described: Described, label: str) -> str:
+        """Return a note if the folder's files hold chat templates that write different formats."""
+        for source in self.files.other_templates:
+            try:
+                other = self._described(source, label)
+            except InputError:
+                other = None
+            if other is None or (other.template, other.chat) != (described.template, described.chat):
+                return (
+                    "the folder's files hold chat templates that write different formats; the newest was "
+                    "read "
+                    "(chat_template.jinja, then chat_template.json, processor_config.json, "
+                    "tokenizer_config.json)"
+                )
+        return ""
 
     def _stop_ids(self) -> tuple[int, ...]:
         if self.stop_ids:

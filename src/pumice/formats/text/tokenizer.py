@@ -64,12 +64,14 @@ def _folder(folder: Path) -> TokenizerFiles:
     _add_tokens(files.backend, folder, source, config)
     bos = _text(config.get("bos_token")) or files.bos
     adds = config.get("add_bos_token")
+    templates = _chat_templates(folder, config)
     return TokenizerFiles(
         backend=files.backend,
         bos=bos,
         eos=_text(config.get("eos_token")) or files.eos,
         adds_bos=files.adds_bos if not isinstance(adds, bool) else adds and bos is not None,
-        chat_template=_chat_template(folder, config),
+        chat_template=templates[0] if templates else None,
+        other_templates=tuple(dict.fromkeys(source for source in templates[1:] if source != templates[0])),
         sentencepiece=read_bytes(folder / MODEL) if (folder / MODEL).is_file() else None,
     )
 
@@ -143,18 +145,19 @@ def _added_first(backend: tokenizers.Tokenizer) -> str | None:
     return backend.id_to_token(with_added[0]) if with_added[:1] != bare[:1] else None
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _chat_templates(folder: Path, config: dict[str, Any]) -> list[str]:
     # transformers moved it over the years; a newer file overrides an older one.
-    if (folder / "chat_template.jinja").is_file():
-        return read_text(folder / "chat_template.jinja")
-    for file in ("chat_template.json", "processor_config.json"):
-        if isinstance(template := _optional(folder / file).get("chat_template"), str):
-            return template
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    newest = folder / "chat_template.jinja"
+    templates: list[Any] = [read_text(newest)] if newest.is_file() else []
+    templates += [
+        _optional(folder / file).get("chat_template")
+        for file in ("chat_template.json", "processor_config.json")
+    ]
+    templates.append(config.get("chat_template"))
+    if isinstance(several := templates[-1], list):  # by name
+        named = {item.get("name"): item.get("template") for item in several if isinstance(item, dict)}
+        templates[-1] = named.get("default")
+    return [template for template in templates if isinstance(template, str)]
 
 
 def _optional(path: Path) -> dict[str, Any]:

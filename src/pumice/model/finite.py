@@ -1,0 +1,41 @@
+"""What a model computes must be finite numbers; where it is not, name the weights to blame."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pumice.errors import WorkError
+
+_NAMED = 3  # weights in a message
+
+
+def check_finite(model: nn.Module, values: Tensor) -> None:
+    """Raise WorkError unless all values, which the model computed, are finite."""
+    if not bool(values.isfinite().all()):
+        raise WorkError(why_not_finite(model))
+
+
+def finite_rows(values: Tensor) -> list[bool]:
+    """Return for each row of (R, V) whether all its values are finite."""
+    # A sum is finite only if all its terms are, and costs a fraction of a comparison of each.
+    return values.sum(-1, dtype=torch.float32).isfinite().tolist()
+
+
+def why_not_finite(model: nn.Module) -> str:
+    """Return a sentence for users. It reads all weights, so call it only after a failure."""
+    spoiled = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    what = "the model computes values that are not finite numbers"
+    if not spoiled:
+        dtype = next(model.parameters()).dtype
+        return (
+            f"{what}, although its weights are: {str(dtype).removeprefix('torch.')} is too narrow for it; "
+            "open "
+            "it in float32 or bfloat16"
+        )
+    more = f" and {len(spoiled) - _NAMED} more" if len(spoiled) > _NAMED else ""
+    return f"{what}, as its weights {', '.join(spoiled[:_NAMED])}{more} hold nan or inf; get the model again"
