@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pumice.conversation import Conversation, ImagePart, Message, from_llava, user_message
+from pumice.conversation import Conversation, ImagePart, Message, asked, from_llava, user_message
 from pumice.errors import InputError
 
 A, B = ImagePart("a.jpg"), ImagePart("b.jpg")
@@ -140,6 +140,25 @@ def test_a_placeholder_in_an_answer_is_text() -> None:
 def test_both_counts_are_in_the_message(text: str, images: list[str], message: str) -> None:
     with pytest.raises(InputError, match=f"row 'r9': {message}"):
         from_llava("r9", [("human", text), ("gpt", "x")], images)
+
+
+@pytest.mark.parametrize(
+    ("question", "images"),
+    [
+        ("What does <image> mean?", []), ("<image> in LLaVA means what?", []),
+        ("What does <image> mean?", ["a"]), ("Is <image> a word?", ["a", "b"]),
+    ],
+)  # fmt: skip
+def test_the_word_image_in_a_question(question: str, images: list[str]) -> None:
+    assert asked(question, images).parts == (*map(ImagePart, images), question)
+
+
+def test_a_placeholder_in_a_question() -> None:
+    for question in ("<image>\nWhat?", "What?\n<image>"):
+        assert asked(question, ["a.jpg"]) == user_message("What?", ["a.jpg"])
+    assert asked("<image> or <image>?", ["a.jpg", "b.jpg"]).parts == (A, " or ", B, "?")
+    with pytest.raises(InputError, match="question: 1 <image> placeholder for 2 pictures"):
+        asked("<image> What?", ["a.jpg", "b.jpg"])
 
 
 def test_a_question_needs_no_placeholder_but_not_a_wrong_number() -> None:

@@ -20,7 +20,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "pumice"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "moved"),
     ("config", "conversation", "files"),
-    ("geometry", "jsonl", "kernels"),
+    ("geometry", "jsonl", "png", "kernels"),
     ("templates", "images", "model", "webpage", "progress", "storage"),
     ("tokens", "chat_client"),
     ("processor",),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pumice.config import ModelConfig
-from pumice.conversation import Conversation, ImagePart, Message, user_message
+from pumice.conversation import Conversation, ImagePart, Message, asked
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Delta, Prompt, PromptImage, Request, check_room
 from pumice.engine.sampling import SamplingParams
@@ -440,7 +440,7 @@ def _question(images: Any, question: str) -> Conversation:
         raise InputError(f"the question is {question!r}; give text")
     if not question.strip():
         raise InputError("the question is empty; say what you want to know")
-    return Conversation((user_message(question, sources),))
+    return Conversation((asked(question, sources),))
 
 
 def conversation_of(messages: Conversation | Sequence[Message | Mapping[str, Any]]) -> Conversation:
@@ -459,7 +459,7 @@ def _message(value: Message | Mapping[str, Any], number: int) -> Message:
     if not isinstance(role, str):
         raise InputError(f"message {number} has no 'role'; write 'user', 'assistant' or 'system'")
     if isinstance(content, str):
-        return user_message(content) if role == "user" else Message(role, (content,))
+        return asked(content) if role == "user" else Message(role, (content,))
     if not isinstance(content, list | tuple):
         raise InputError(f"message {number} has no 'content'; write text or a list of parts")
     parts: list[str | ImagePart] = []

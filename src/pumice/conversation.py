@@ -128,6 +128,20 @@ def user_message(text: str, images: Sequence[Any] = ()) -> Message:
     return Message("user", _with_images(text, [ImagePart(i) for i in images], "question"))
 
 
+def asked(text: str, images: Sequence[Any] = ()) -> Message:
+    """Return the turn of a user who asks, in which `<image>` may also be a word of the question.
+
+    It marks the position of a picture where the text begins or ends with it, or where several occur, one per
+    picture. Raises InputError when a question begins with it and has another number of them than of pictures.
+    """
+    bare, count = text.strip(), text.count(IMAGE_PLACEHOLDER)
+    begins, ends = bare.startswith(IMAGE_PLACEHOLDER), bare.endswith(IMAGE_PLACEHOLDER)
+    marks = begins or (count == len(images) and (count > 1 or ends))
+    if count and not (images and marks):
+        return Message("user", (*map(ImagePart, images), text))
+    return user_message(text, images)
+
+
 def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[Any] = ()) -> Conversation:
     """Return a LLaVA-Instruct row as a Conversation.
 

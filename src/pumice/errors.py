@@ -1,10 +1,12 @@
-"""The two errors that end a command with one sentence instead of a traceback."""
+"""The two errors that end a command with one sentence instead of a traceback, and a remedy that many name."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator
+from urllib.parse import unquote, urlparse
 
 
 class InputError(ValueError):
@@ -57,3 +59,17 @@ def official(describe: Callable[[], str]) -> Iterator[None]:
         raise InputError(
             f"{describe()}: its fields are not the official ones ({detail}); fetch it anew"
         ) from error
+
+
+def install(extra: str) -> str:
+    """Return the command that adds an extra to this installation, from a clone, a file or an index."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        origin = json.loads(distribution("pumice").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        origin = {}
+    if "dir_info" in origin:  # a folder: the clone, which may be anywhere
+        option = "-e " if origin["dir_info"].get("editable") else ""
+        return f"pip install {option}'{unquote(urlparse(origin['url']).path)}[{extra}]'"
+    return f"pip install 'pumice[{extra}]{' @ ' + origin['url'] if 'url' in origin else ''}'"

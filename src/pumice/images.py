@@ -19,8 +19,9 @@ from PIL import Image, UnidentifiedImageError
 
 from pumice.config import ImagePolicy
 from pumice.conversation import ImagePart
-from pumice.errors import InputError
+from pumice.errors import InputError, install
 from pumice.geometry import best_resolution, letterbox
+from pumice.png import SIGNATURE, without_long_texts
 
 
 class EnormousImage(InputError):
@@ -41,6 +42,11 @@ LONGEST_CROPPED = 16  # times the short side; beyond it the ends are cut off bef
 
 # Only formats that decode inside Pillow: EPS, for one, would start Ghostscript on a stranger's file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+# Formats of telephones and of the web. Pillow opens AVIF since 11.3, and both with the package pillow-heif.
+_HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
+)
 
 # The first bytes of files in formats that every reader of data URLs accepts.
 _COMMON = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
@@ -189,14 +195,23 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         _check_size(source.size, name)
         yield source
         return
-    with _open_file(source, name) as file:
+    with _open_file(source, name) as opened:
+        head = opened.read(12)
+        opened.seek(0)
+        file = without_long_texts(opened) if head.startswith(SIGNATURE) else opened
+        kind = _HEIF_BRANDS.get(head[8:]) if head[4:8] == b"ftyp" else None
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=(*FORMATS, *(_heif_formats(kind) if kind else ())))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise EnormousImage(
                 f"{name} is refused as enormous; give a copy of at most {MAX_PIXELS / 1e6:g} megapixels"
             ) from error
         except UnidentifiedImageError as error:
+            if kind is not None:
+                raise InputError(
+                    f"{name} is in {kind}, which needs the package pillow-heif: {install('heif')}; "
+                    "or save it as JPEG"
+                ) from error
             raise InputError(
                 f"{name} is not a picture that can be read; use one of {', '.join(FORMATS)}"
             ) from error
@@ -205,6 +220,17 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         with image:
             _check_size(image.size, name)
             yield image
+
+
+def _heif_formats(kind: str) -> tuple[str, ...]:
+    """Return Pillow's names of the decoders for HEIC or AVIF that are installed here."""
+    try:
+        import pillow_heif
+    except ImportError:
+        Image.init()
+        return ("AVIF",) if kind == "AVIF" and "AVIF" in Image.OPEN else ()
+    pillow_heif.register_heif_opener()
+    return tuple(name for name in ("HEIF", "AVIF") if name in Image.OPEN)
 
 
 def _name(source: Any) -> str:

@@ -51,14 +51,17 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         ({"stage": {"learn": {"connector": float("nan")}}}, r"stage\.learn\.connector: .*finite"),
         ({"seed": -1}, r"seed: .*greater than or equal to 0"),
         ({"betas": [0.9, 1.5]}, r"betas\.1: .*less than 1"),
-        ({"stage": {"lern": {}}}, r"unknown key 'stage\.lern'; did you mean 'learn'\?"),
+        ({"stage": {"lern": {}}}, r"unknown key 'stage\.lern'; did you mean 'stage\.learn'\?"),
         ({"stage": {"learn": {"connector": 1e-3}, "lora": {}}}, r"stage: .*add lora to learn"),
         ({"stage": {"learn": {"lora": 1e-3}, "lora": {"targets": ["query"]}}}, r"stage\.lora\.targets\.0: "),
         (
             {"stage": {"learn": {"lora": 1e-3}, "lora": {"targets": []}}},
             r"stage\.lora\.targets is empty",
         ),
-        ({"model": {"tower": "a", "decodr": "b"}}, r"unknown key 'model\.decodr'; did you mean 'decoder'\?"),
+        (
+            {"model": {"tower": "a", "decodr": "b"}},
+            r"unknown key 'model\.decodr'; did you mean 'model\.decoder'\?",
+        ),
         ({"model": {"tower": "a"}}, r"model\.decoder is missing"),
         ({"model": 3}, r"model must be a path or a mapping"),
         ({"stage": {"learn": {"connector": 1e-3}, "base": "int8"}}, r"base: int8 .*add lora to learn"),
@@ -80,6 +83,10 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, changes: dict[str, An
         ("seed.deep=1", "seed: .*valid integer"),
         ("name.deep=1", "no 'deep' to set"),
         ("sead=1", "did you mean 'seed'"),
+        ("lora.rank=4", r"unknown key 'lora'; did you mean 'stage\.lora'\?"),
+        ("stage.rank=4", r"unknown key 'stage\.rank'; did you mean 'stage\.lora\.rank'\?"),
+        ("data.0.rwos=x", r"unknown key 'data\.0\.rwos'; did you mean 'data\.0\.rows'\?"),
+        ("stage.learn.conector=1", r"did you mean 'stage\.learn\.connector'\?"),
         ("seed=[1", r"--set seed=\[1: the value is not YAML"),
     ],
 )
@@ -132,7 +139,11 @@ def test_a_mapping_of_a_new_model_gives_way_to_a_path(tmp_path: Path) -> None:
     ("base", "over", "message"),
     [
         ({"stage": {"learn": {"connector": 1e-3}, "tempalte": "plain"}}, {}, r"recipe\.yaml: unknown key"),
-        ({}, {"stage": {"tempalte": "plain"}}, r"over\.yaml: unknown key 'stage\.tempalte'.*'template'"),
+        (
+            {},
+            {"stage": {"tempalte": "plain"}},
+            r"over\.yaml: unknown key 'stage\.tempalte'.*'stage\.template'",
+        ),
         ({}, {"sead": None}, r"over\.yaml: unknown key 'sead'; did you mean 'seed'"),
         ({"batch": 0}, {}, r"recipe\.yaml: batch"),
         ({"batch": 0}, {"batch": -1}, r"over\.yaml: batch"),
@@ -174,3 +185,38 @@ def test_a_stage_has_its_own_pictures_and_context() -> None:
     ):
         with pytest.raises(InputError, match=message):
             Recipe.model_validate(VALUES | changes).stage_config(config)
+
+
+def test_a_misspelt_key_is_named_although_a_needed_one_is_missing(tmp_path: Path) -> None:
+    path = write(tmp_path, outpt="o")
+    path.write_text(
+        "\n".join(line for line in path.read_text().splitlines() if not line.startswith("output"))
+    )
+    with pytest.raises(InputError, match=r"unknown key 'outpt'; did you mean 'output'\?"):
+        load_recipe(path)
+
+
+def test_setting_below_what_is_null(tmp_path: Path) -> None:
+    stage = {"learn": {"lora": 1e-3}, "lora": None}
+    recipe = load_recipe(write(tmp_path, stage=stage), ["stage.lora.rank=4"])
+    assert recipe.stage.lora is not None and recipe.stage.lora.rank == 4
+
+
+def test_a_shipped_recipe_is_extended_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(extend(tmp_path, "mine.yaml", extends="pumice:finetune", model="m", epochs=2))
+    assert (recipe.name, recipe.model, recipe.epochs) == ("fine-tuning", Path("m"), 2)
+    assert load_recipe("pumice:llava-1.5/2-lora-7b").stage.lora is not None
+    for name, near in (("finetun", "finetune"), ("2-lora-7b", "llava-1.5/2-lora-7b"), ("llava1.5/x", None)):
+        hint = rf"; did you mean pumice:{near}\?" if near else ""
+        message = rf"mine\.yaml: extends pumice:{name}: Pumice brings no such recipe{hint}"
+        with pytest.raises(InputError, match=message):
+            load_recipe(extend(tmp_path, "mine.yaml", extends=f"pumice:{name}"))
+    with pytest.raises(InputError, match=r"there is no .*; one that Pumice brings is named pumice:finetune"):
+        load_recipe(extend(tmp_path, "mine.yaml", extends="../recipes/finetune.yaml"))
+
+
+def test_a_copy_of_the_example_works_from_any_folder(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "finetune.yaml"
+    (tmp_path / "copy.yaml").write_bytes(example.read_bytes())
+    assert load_recipe(tmp_path / "copy.yaml") == load_recipe(example)

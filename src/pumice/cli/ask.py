@@ -80,7 +80,7 @@ def ask(
 
 
 def _check_question(images: list[str], question: str) -> None:
-    from pumice.conversation import Conversation, user_message
+    from pumice.conversation import Conversation, asked
 
     if not question.strip():
         raise InputError('there is no question; write for example: pumice ask dog.jpg "What is this?"')
@@ -89,7 +89,7 @@ def _check_question(images: list[str], question: str) -> None:
             f"the last argument must be the question, but {question!r} is a picture; "
             f'write for example: pumice ask {question} "What is this?"'
         )
-    Conversation((user_message(question, images),)).check(answered=False)
+    Conversation((asked(question, images),)).check(answered=False)
 
 
 def _is_image_path(text: str) -> bool:
@@ -114,10 +114,10 @@ def _ask_one(
     opened = [open_image(path) for path in images]
     options.share_cores()
     from pumice.assistant import load
-    from pumice.conversation import Conversation, user_message
+    from pumice.conversation import Conversation, asked
 
     assistant = load(model, **load_options)
-    reply = assistant.stream(Conversation((user_message(question, opened),)), **sampling)
+    reply = assistant.stream(Conversation((asked(question, opened),)), **sampling)
     if as_json:
         answer = "".join(reply)
         values = {"model": model, "images": images, "question": question, "answer": answer}

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 import typer
 
 from pumice.cli import options
-from pumice.conversation import IMAGE_PLACEHOLDER, Message, user_message
+from pumice.conversation import IMAGE_PLACEHOLDER, Message, asked
 from pumice.errors import InputError
 from pumice.files import replacing
 
@@ -135,7 +135,7 @@ class Chat:
 
     def _ask(self, question: str) -> None:
         self.unanswered = question
-        message = user_message(question, [data for _, data in self.pending])
+        message = asked(question, [data for _, data in self.pending])
         text = ""
         try:
             for piece in self.assistant.stream([*self.messages, message], **self.sampling):

@@ -15,6 +15,7 @@ from pumice.cli import generate, options
 from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
+    from pumice.config import ModelConfig
     from pumice.conversation import Conversation
     from pumice.data.check import DataReport, Encode
     from pumice.data.rows import ImageFinder, Rows
@@ -71,6 +72,7 @@ def show(
         bos = processor.config.bos_token_id
     finder = ImageFinder(images) if images is not None else None
     printed = []
+    config = None if tokenizer is not None else processor.config
     for row in Rows(file)[:rows]:
         if finder is not None:
             conversation = row.conversation(finder)
@@ -82,7 +84,7 @@ def show(
         if as_json:
             printed.append({"id": row.id, "input_ids": ids, "labels": labels})
         else:
-            _print_row(row.id, ids, labels, text_tokenizer)
+            _print_row(row.id, ids, labels, text_tokenizer, _counted(ids, config))
     if as_json:
         print(json.dumps(printed))
 
@@ -125,8 +127,28 @@ def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int
     return chat_format, text_tokenizer, bos
 
 
-def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokenizer) -> None:
-    """Print the tokens of a row as text: supervised ones green, pictures magenta, the others dim."""
+def _counted(ids: list[int], config: ModelConfig | None) -> str:
+    """Say how many tokens a row has in the model, where `ids` holds one placeholder for each picture."""
+    from pumice.config import IMAGE_TOKEN
+
+    if not (pictures := ids.count(IMAGE_TOKEN)):
+        return ""
+    if config is None:
+        return " (a picture counts as one; `data check` counts its image tokens)"
+    tiles = config.image.uses_tiles(pictures)  # whose number depends on the picture
+    whole = len(ids) + pictures * (config.image_tokens - 1)
+    return (
+        f" (a picture counts as one; {'at least ' * tiles}{whole} with its image tokens, as in `data check`)"
+    )
+
+
+def _print_row(
+    row_id: str, ids: list[int], labels: list[int], tokenizer: Tokenizer, counted: str = ""
+) -> None:
+    """Print the tokens of a row as text: supervised ones green, pictures magenta, the others dim.
+
+    counted: how the pictures are counted.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -137,7 +159,7 @@ def _print_row(row_id: str, ids: list[int], labels: list[int], tokenizer: Tokeni
         return tokenizer.backend.decode(token_ids, skip_special_tokens=False)
 
     supervised = sum(label != IGNORE for label in labels)
-    text = Text(f"{row_id}: {len(ids)} tokens, {supervised} supervised\n", "bold")
+    text = Text(f"{row_id}: {len(ids)} tokens{counted}, {supervised} supervised\n", "bold")
     start = 0
     while start < len(ids):
         # A span is a run of tokens with the same colour.
@@ -301,7 +323,8 @@ def _print_report(report: DataReport) -> None:
         if tokens := summary.to_dict()["tokens"]:
             median, high = tokens["median"], tokens["percentile_95"]
             print(
-                f"tokens of a row: median {median:.0f}, 95 % up to {high:.0f}, longest {tokens['longest']}; "
+                f"tokens of a row, with its pictures' image tokens: median {median:.0f}, "
+                f"95 % up to {high:.0f}, longest {tokens['longest']}; "
                 f"{tokens['supervised_share']:.0%} supervised in rows that can be used; "
                 f"{tokens['too_long_share']:.1%} of the rows exceed the context"
             )

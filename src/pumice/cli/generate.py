@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pumice.errors import InputError, WorkError
+from pumice.errors import InputError, WorkError, install
 from pumice.progress import StatusLine
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _check_libraries() -> None:
 
     for name in ("ijson", "datasketch", "py3langid"):
         if find_spec(name) is None:
-            raise InputError(f"this needs {name}; install pumice[generate]")
+            raise InputError(f"this needs {name}: {install('generate')}")
 
 
 def _kinds(names_and_shares: list[str]) -> list[tuple[Kind, float]]:

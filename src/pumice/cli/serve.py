@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pumice.cli import options
-from pumice.errors import InputError
+from pumice.errors import InputError, install
 
 if TYPE_CHECKING:
     from pumice.serve.backend import Backend
@@ -97,7 +97,7 @@ def serve(
         from pumice.serve.run import serve as run
         from pumice.serve.settings import ServerSettings
     except ImportError as error:
-        raise InputError(f"serving needs {error.name}; install it: pip install 'pumice[serve]'") from error
+        raise InputError(f"serving needs {error.name}: {install('serve')}") from error
 
     settings = ServerSettings(
         host=host,

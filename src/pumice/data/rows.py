@@ -133,8 +133,11 @@ def _row(values: Any, prefix: str, fallback_id: str, source: str) -> Row:
     if not isinstance(values, dict):
         raise InputError(f"{prefix}: expected an object, found {_kind(values)}")
     row_id = values.get("id", fallback_id)
+    if isinstance(row_id, float) and row_id.is_integer():  # pandas writes whole numbers so
+        row_id = int(row_id)
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
-        raise InputError(f"{prefix}: 'id' must be text or a number, found {_kind(row_id)}")
+        found = json.dumps(row_id) if isinstance(row_id, float) else _kind(row_id)
+        raise InputError(f"{prefix}: 'id' must be text or a whole number, found {found}")
     prefix = f"{prefix} (id {str(row_id)!r})"
     image = values.get("image")
     images = [] if image is None else [image] if isinstance(image, str) else image

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pumice.errors import InputError
+from pumice.errors import InputError, install
 from pumice.tokens import Tokenizer
 
 
@@ -30,7 +30,7 @@ class JsonSchema:
             import llguidance
         except ImportError as error:
             raise InputError(
-                "answers of a JSON schema need the package llguidance; pip install 'pumice[serve]'"
+                f"answers of a JSON schema need the package llguidance: {install('serve')}"
             ) from error
         if not stops:
             raise InputError(

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from pumice.errors import InputError
+from pumice.errors import InputError, install
 from pumice.files import replacing
 
 DEPTH = 4  # levels of folders below --data that are searched
@@ -278,7 +278,7 @@ def read_parquet(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise InputError("parquet files need pyarrow; install it: pip install 'pumice[eval]'") from error
+        raise InputError(f"parquet files need pyarrow: {install('eval')}") from error
     for path in files:
         try:
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pumice.errors import InputError
+from pumice.errors import InputError, install
 from pumice.model.adapters import LoraLinear
 
 BLOCK = 64  # nf4: weights that share a scale
@@ -118,7 +118,7 @@ def _bitsandbytes() -> Any:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as error:
         raise InputError(
-            "base: nf4 needs bitsandbytes (pip install 'pumice[qlora]'); base: int8 needs nothing"
+            f"base: nf4 needs bitsandbytes ({install('qlora')}); base: int8 needs nothing"
         ) from error
 
 

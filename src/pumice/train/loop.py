@@ -46,7 +46,7 @@ from pumice.train.parallel import World
 from pumice.train.preflight import check_memory, preflight
 from pumice.train.provenance import content_digests, versions
 from pumice.train.recipe import Recipe
-from pumice.train.report import TrainingReport
+from pumice.train.report import PLOT, TrainingReport, draw_loss
 from pumice.train.setup import Setup, prepare
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import check_installed
@@ -174,6 +174,8 @@ class Trainer:
                 self._restore(checkpoint)
                 if self.step == self.batches.steps and (self.recipe.output / "model" / CONFIG).is_file():
                     print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
+                    if self.world.main and not (self.recipe.output / PLOT).is_file():
+                        draw_loss(self.recipe.output)
                     return self.recipe.output / "model"
             elif self.world.main:
                 preflight(self.setup, self.batches)
@@ -187,6 +189,7 @@ class Trainer:
     def _train(self, folder: Path) -> Path:
         """Run the steps that remain, with their measurements and checkpoints, and save the model."""
         last = self.batches.steps
+        measure_every = self.recipe.measure_every or min(100, max(1, last // 10))
         report = self._open_report()
         with report, _stop_requested() as signals:
             # 1. Measure the untrained model, so that the report can compare before and after.
@@ -203,7 +206,7 @@ class Trainer:
                     self.tokens += prepared.tokens
                     seconds = time.perf_counter() - started
                     report.step(self.step, values, prepared.tokens, seconds, prepared.flops)
-                    if self.step % self.recipe.measure_every == 0 or self.step == last:
+                    if self.step % measure_every == 0 or self.step == last:
                         self._measure(report)
                     # 4. Save. All processes stop after the same step, also if only one got the signal.
                     stop_now = bool(signals) if self.world.size == 1 else self.world.sum(len(signals))[0] > 0
@@ -219,7 +222,7 @@ class Trainer:
         state = self.world.full_state(self.model)
         if self.world.main:
             self.setup.save(model, self._summary(report), state)
-            report.draw_loss()
+            draw_loss(self.recipe.output)
         self.world.barrier()
         return model
 

@@ -1,6 +1,7 @@
 """A recipe holds every setting of a training run; its fields are typed and checked when it is read.
 
 Relative paths start at the folder in which the command runs. Only `extends` starts at the file that names it.
+`pumice:finetune` is a recipe that Pumice brings, from anywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 
+SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -138,7 +140,9 @@ class Recipe(RecipeSection):
 
     save_every: PositiveInt = 100
     keep_last: PositiveInt = 2
-    measure_every: PositiveInt = Field(100, description="steps between held-out losses")
+    measure_every: PositiveInt | None = Field(
+        None, description="steps between held-out losses; a tenth of the run, at most 100, when absent"
+    )
     measure_rows: PositiveInt = Field(200, description="held-out pictures measured each time")
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
 
@@ -175,7 +179,8 @@ class Recipe(RecipeSection):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe with the recipes that it extends, and apply "key=value" overrides.
 
-    `extends: other.yaml` starts from the keys of another file, whose path is relative to this one's folder.
+    `extends: other.yaml` starts from the keys of another file, whose path is relative to this one's folder;
+    `extends: pumice:finetune` from a recipe that Pumice brings, whose name may also stand for `path`.
     Mappings are merged key by key, anything else is replaced, and null removes a key.
 
     Raises InputError that names the file, the key and the nearest known key, and where files extend each
@@ -183,7 +188,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     # 1. Merge the files. `origin` remembers which file sets which key, so that an error can name it.
     origin: dict[tuple[str, ...], str] = {}
-    values = _read(Path(path), (), origin)
+    path = _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+    values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -221,13 +227,43 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     base_name = values.pop("extends")
     if not isinstance(base_name, str) or not base_name:
         raise InputError(f"{path}: extends must be the path of one recipe, not {base_name!r}")
-    base_path = path.parent / base_name
+    if base_name.startswith(SHIPPED):
+        base_path = _shipped(base_name, f"{path}: extends ")
+    else:
+        base_path = path.parent / base_name
     if not base_path.is_file():
-        raise InputError(f"{path}: extends {base_name}, but there is no {base_path}")
+        shipped = _nearest_shipped(base_name.removesuffix(".yaml"))
+        hint = f"; one that Pumice brings is named {SHIPPED}{shipped}" if shipped else ""
+        raise InputError(f"{path}: extends {base_name}, but there is no {base_path}{hint}")
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
     _record_origin(values, str(path), origin)
     return _merge(base, values)
+
+
+def _shipped_folder() -> Path:
+    """Return the folder of the recipes that Pumice brings: in the package, or beside it in a clone."""
+    package = Path(__file__).parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent.parent / "recipes"
+
+
+def _nearest_shipped(name: str) -> str | None:
+    folder = _shipped_folder()
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+    by_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
+    return next(iter(by_end or difflib.get_close_matches(name, names, n=1, cutoff=0.4)), None)
+
+
+def _shipped(name: str, prefix: str) -> Path:
+    """Return the path of a recipe named pumice:NAME. prefix: of the error where there is none."""
+    own_name = name.removeprefix(SHIPPED)
+    path = _shipped_folder() / f"{own_name}.yaml"
+    if not path.is_file():
+        near = _nearest_shipped(own_name)
+        hint = f"; did you mean {SHIPPED}{near}?" if near else ""
+        raise InputError(f"{prefix}{name}: Pumice brings no such recipe{hint}")
+    return path
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -279,7 +315,9 @@ def _set_key(values: Any, keys: list[str], value: Any, override: str) -> None:
         if isinstance(values, list) and key.isdigit() and int(key) < len(values):
             values = values[int(key)]
         elif isinstance(values, dict):
-            values = values.setdefault(key, {})
+            if values.get(key) is None:  # absent, or null: nothing so far
+                values[key] = {}
+            values = values[key]
         else:
             raise InputError(f"--set {override}: there is no {key!r} to set something in")
     if isinstance(values, list) and keys[-1].isdigit() and int(keys[-1]) < len(values):
@@ -292,22 +330,48 @@ def _set_key(values: Any, keys: list[str], value: Any, override: str) -> None:
         raise InputError(f"--set {override}: there is no {keys[-1]!r} to set")
 
 
+# Every key of a recipe, from its top; in lists stands the number of the first entry.
+_KNOWN_KEYS = [
+    f"{prefix}{name}"
+    for prefix, section in (
+        ("", Recipe), ("stage.", Stage), ("stage.lora.", Lora), ("model.", NewModel), ("data.0.", RowSource),
+    )
+    for name in section.model_fields
+]  # fmt: skip
+
+
+def _nearest(dotted: str, known: Sequence[str]) -> str | None:
+    """Return the known key that an unknown one may mean: spelt alike, at best in the same place."""
+    place, _, key = dotted.rpartition(".")
+    leaves = {name.rpartition(".")[2] for name in known}
+    near = difflib.get_close_matches(key, leaves, n=1)
+    if not near:
+        return None
+    candidates = [name for name in known if name.rpartition(".")[2] == near[0]]
+    # A list's entries have the same keys, whatever their number.
+    same_place = [name for name in candidates if name.rpartition(".")[0] == re.sub(r"\d+", "0", place)]
+    return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
+
+
 def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     """Return (keys, message) of the one problem that helps the user most."""
     problems = error.errors()
+    # A misspelt key comes before the key that is missing because of it.
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    first = (unknown or problems)[0]["loc"][0]
     # `model` is a path or a mapping. A problem inside the mapping has more keys than "not a path", and says
-    # more. A misspelt key comes before the key that is missing because of it.
-    same_field = [problem for problem in problems if problem["loc"][0] == problems[0]["loc"][0]]
+    # more.
+    same_field = [problem for problem in problems if problem["loc"][0] == first]
     problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
     # pydantic adds the names of its union members to the keys; the user never wrote them.
     loc = [str(part) for part in problem["loc"] if not re.match(r"NewModel$|lax-or-", str(part))]
-    fields = [name for model in (Recipe, NewModel, Stage, Lora, RowSource) for name in model.model_fields]
+    known: Sequence[str] = _KNOWN_KEYS
     if loc[-1] == "[key]":  # an unknown part in stage.learn
-        loc, fields = loc[:-1], list(get_args(Part))
-    dotted, key = ".".join(loc), loc[-1]
+        loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]
+    dotted = ".".join(loc)
     if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
-        near = difflib.get_close_matches(key, fields, n=1)
-        return tuple(loc), f"unknown key {dotted!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        near = _nearest(dotted, known)
+        return tuple(loc), f"unknown key {dotted!r}" + (f"; did you mean {near!r}?" if near else "")
     plain = {
         "missing": "is missing",
         "path_type": "must be a path or a mapping",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,10 +14,12 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pumice.errors import InputError
+from pumice.errors import InputError, install
 from pumice.files import replacing, whole_lines
 from pumice.train.recipe import Recipe
 from pumice.train.trackers import TRACKERS
+
+METRICS, PLOT = "metrics.jsonl", "loss.png"  # files in the run's folder
 
 
 class TrainingReport:
@@ -39,7 +42,7 @@ class TrainingReport:
         # 1. Open the files. A resumed run first removes the metrics of the steps that it will repeat.
         self.peak, self.enabled = peak, enabled
         recipe.output.mkdir(parents=True, exist_ok=True)
-        self.path = recipe.output / "metrics.jsonl"
+        self.path = recipe.output / METRICS
         # Names, questions and answers may contain square brackets; rich must not read them as markup.
         self.console = Console(stderr=True, markup=False, highlight=False, quiet=not enabled)
         self.steps = steps
@@ -55,6 +58,12 @@ class TrainingReport:
             self.console.print(line)
         if step:
             self.console.print(f"resuming at step {step} of {steps}")
+        if find_spec("matplotlib") is None:
+            self.console.print(
+                f"no {PLOT} at the end, as it needs matplotlib ({install('plot')}); with it, the same "
+                "command draws "
+                "the picture of a finished run"
+            )
         # 3. The progress bar needs a terminal; without one, `step` prints a line from time to time.
         name, note = (
             TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]")
@@ -112,28 +121,6 @@ class TrainingReport:
         """Print a line for people."""
         self.console.print(line)
 
-    def draw_loss(self) -> Path | None:
-        """Draw `loss.png` beside the metrics and return its path; None without matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            self.console.print("no loss.png: it needs matplotlib; pip install 'pumice[plot]'")
-            return None
-        events = read_metrics(self.path)
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for key, style in (("loss", {"lw": 0.8, "alpha": 0.6}), ("held_out_loss", {"lw": 2, "marker": "o"})):
-            points = [(e["step"], e[key]) for e in events if key in e]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), label=key.replace("_", "-").replace("-loss", " loss"), **style
-                )
-        axes.set(xlabel="optimiser step", ylabel="loss per supervised token (nats)")
-        axes.legend()
-        path = self.path.with_name("loss.png")
-        figure.savefig(path, dpi=120)
-        return path
-
     def answers(self) -> list[dict[str, Any]]:
         """Return the sample answers of the first and of the last measurement: before and after."""
         events = [event for event in read_metrics(self.path) if "answer" in event]
@@ -157,6 +144,26 @@ class TrainingReport:
         # A crash during this write leaves the old file whole.
         with replacing(self.path) as file:
             file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def draw_loss(output: Path) -> Path | None:
+    """Draw `loss.png` of a run in its folder and return its path; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None  # as was said before the first step
+    events = read_metrics(output / METRICS)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, style in (("loss", {"lw": 0.8, "alpha": 0.6}), ("held_out_loss", {"lw": 2, "marker": "o"})):
+        points = [(e["step"], e[key]) for e in events if key in e]
+        if points:
+            label = key.replace("_", "-").replace("-loss", " loss")
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="optimiser step", ylabel="loss per supervised token (nats)")
+    axes.legend()
+    figure.savefig(output / PLOT, dpi=120)
+    return output / PLOT
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pumice.errors import install
 from pumice.files import replacing
 from pumice.train.optional import optional
 from pumice.train.recipe import Recipe
@@ -14,7 +15,7 @@ from pumice.train.recipe import Recipe
 class TensorBoard:
     """Write event files in OUTPUT/tensorboard."""
 
-    needs = "torch.utils.tensorboard", "trackers: tensorboard needs its package; pip install 'pumice[track]'"
+    needs = "torch.utils.tensorboard", f"trackers: tensorboard needs its package; {install('track')}"
 
     def __init__(self, recipe: Recipe) -> None:
         tensorboard = optional(*self.needs)

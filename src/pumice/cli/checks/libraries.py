@@ -10,6 +10,9 @@ from pathlib import Path
 
 from pumice import __version__
 from pumice.cli.checks.finding import Finding
+from pumice.errors import install
+
+_FOR_DEVELOPERS = ("dev", "docs")  # extras that nobody needs who uses Pumice
 
 
 def versions() -> list[Finding]:
@@ -50,6 +53,8 @@ def _libraries(requirements: list[str]) -> list[Finding]:
         requirement = Requirement(line)
         extra_match = re.search(r"extra == ['\"]([\w.-]+)['\"]", line)
         extra = extra_match[1] if extra_match else ""
+        if extra in _FOR_DEVELOPERS:
+            continue
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
         if extra:
@@ -74,7 +79,7 @@ def _libraries(requirements: list[str]) -> list[Finding]:
     findings.insert(0, Finding("libraries", summary, value=installed))
     for extra, missing in extras.items():
         if missing:
-            remedy = f"for it, run `pip install 'pumice[{extra}]'`"
+            remedy = f"for it, run `{install(extra)}`"
             findings.append(
                 Finding(f"extra {extra}", f"lacks {', '.join(missing)}", "note", remedy, value=False)
             )

@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 
+from pumice.errors import install
 from pumice.evaluate.metrics.ptb import tokenize
 
 SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's guards against division by zero
@@ -85,7 +86,7 @@ def java_metrics(
         from pycocoevalcap.meteor.meteor import Meteor
         from pycocoevalcap.spice.spice import Spice
     except ImportError:
-        return {}, ["METEOR is left out: pycocoevalcap is not installed (pip install 'pumice[metrics]')"]
+        return {}, [f"METEOR is left out: pycocoevalcap is not installed ({install('metrics')})"]
     tokenized = {i: [" ".join(tokenize(caption))] for i, caption in enumerate(captions)}
     truth = {i: [" ".join(tokenize(text)) for text in texts] for i, texts in enumerate(references)}
     scores: dict[str, float] = {}
