@@ -24,7 +24,7 @@ from pumice.explain.explanation import Explanation
 from pumice.explain.methods import DEFAULT, METHODS
 from pumice.explain.page import page as html
 from pumice.explain.page import to_json
-from pumice.explain.reliance import PLAIN, THRESHOLD, Reliance, plain_picture
+from pumice.explain.reliance import PLAIN, THRESHOLD, Reliance, likely, plain_picture
 from pumice.explain.render import WIDEST, strip
 from pumice.serve.explanation import explanation_json
 
@@ -137,8 +137,34 @@ def test_the_score_is_the_mean_loss() -> None:
 
     assert reliance(2, 3, -1).score == pytest.approx(4 / 3)
     assert not reliance(THRESHOLD * 0.99).leans
-    assert "loses nothing;" in reliance(-0.6).verdict()
+    assert "on average a little more likely;" in reliance(-0.5).verdict()
     assert reliance(THRESHOLD * 1.01).leans
+    said = reliance(2.3, 2.3).verdict()
+    assert said.endswith("when the picture is blank, a word of it is on average about ten times less likely.")
+    assert not any(word in said for word in ("nats", "without", "grey"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (0, "as likely"), (0.05, "as likely"), (0.4, "a little less likely"), (-0.4, "a little more likely"),
+        (0.69, "about half as likely"), (-0.69, "about twice as likely"), (1.1, "about three times less likely"),
+        (2.3, "about ten times less likely"), (3.8, "about 40 times less likely"),
+        (4.6, "about a hundred times less likely"), (50, "more than a thousand times less likely"),
+    ],
+)  # fmt: skip
+def test_what_a_loss_means(loss: float, said: str) -> None:
+    assert likely(loss) == said
+
+
+def test_a_strip_leaves_out_articles_and_full_stops(tiny: Assistant, models: ModuleType) -> None:
+    picture = models.picture(60, 60)
+    whole, short = (
+        strip(tiny.explain(picture, "What?", answer)) for answer in ("The dog, a big one.", "dog big one")
+    )
+    # One panel for each of three words, on the right of the picture.
+    light = [np.asarray(image.convert("L"))[-30] < 250 for image in (whole, short)]
+    assert light[0].sum() == light[1].sum() > 0
 
 
 def test_hundreds_of_words(tiny: Assistant, models: ModuleType) -> None:
@@ -280,6 +306,9 @@ def test_the_page_in_a_browser(tiny: Assistant, models: ModuleType, page: Page, 
     )
     (tmp_path / "page.html").write_text(html(explanation), encoding="utf-8")
     page.goto((tmp_path / "page.html").as_uri())
+    assert not page.locator(".px-controls").is_visible()
+    assert not page.locator("body").get_by_text("nats").first.is_visible()
+    page.get_by_text("How this was found").click()
     caption, word = page.locator("figcaption").first, page.locator(".px-word")
     assert word.all_inner_texts() == ["A", "dog", "."]
     heat = page.get_by_label("heat")
@@ -294,7 +323,8 @@ def test_the_page_in_a_browser(tiny: Assistant, models: ModuleType, page: Page, 
         page.wait_for_function("() => document.querySelector('figcaption').textContent === ''")
     lost = explanation.pictures[0].occlusion
     assert lost is not None
-    assert f"{max(lost[1].max(), 0):.2f} nats" in decoded[2]
+    assert decoded[2].startswith("when one region of picture 1 is blank, “dog” is at most ")
+    assert likely(float(lost[1].max(initial=0))) in decoded[2]
     assert "so thin" in page.locator(".px-note").last.inner_text()
     word.first.focus()
     for key in ("End", "Enter", "ArrowLeft"):

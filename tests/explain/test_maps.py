@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig
-from pumice.explain.maps import grid_for, token_boxes
+from pumice.explain.maps import TokenBoxes, grid_for, token_boxes
 from pumice.geometry import Layout, image_layout, single_tile_layout
 from pumice.images import to_tiles
 from pumice.model.connector import arrange, average
@@ -152,8 +152,8 @@ def test_pictures_of_any_shape(models: ModuleType, name: str, size: tuple[int, i
     config = config_of(models, name)
     layout = layout_of(config, name, size)
     token_map = token_boxes(config, size, layout)
-    grid = grid_for(size)
-    assert max(grid) == 48
+    grid = grid_for(token_map)
+    assert 48 <= max(grid) <= 320
     assert min(grid) >= 1
     heat = token_map.paint(np.full(layout.tokens, 1 / layout.tokens), grid)
     assert np.isfinite(heat).all()
@@ -163,6 +163,16 @@ def test_pictures_of_any_shape(models: ModuleType, name: str, size: tuple[int, i
 @example(1, 1)
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_a_grid_has_the_picture_s_shape(width: int, height: int) -> None:
-    across, down = grid_for((width, height))
+    boxes = np.array([[0, 0, width, height]], float)
+    across, down = grid_for(TokenBoxes((width, height), boxes, np.ones(1, bool)))
     assert abs(across / 48 - width / max(width, height)) <= 1 / 48
     assert abs(down / 48 - height / max(width, height)) <= 1 / 48
+
+
+@pytest.mark.parametrize(("side", "cells"), [(4, 48), (24, 48), (72, 144), (400, 320)])
+def test_more_tokens_make_a_finer_map(side: int, cells: int) -> None:
+    edges = np.arange(side) * (1200 / side)
+    left, top = (axis.reshape(-1) for axis in np.meshgrid(edges, edges))
+    boxes = np.stack((left, top, left + 1200 / side, top + 1200 / side), 1)
+    token_map = TokenBoxes((1200, 1200), boxes, np.ones(side * side, bool))
+    assert grid_for(token_map) == (cells, cells)

@@ -287,7 +287,7 @@ def _maps(
         if len(boxes.boxes) != tokens:
             raise ValueError(f"the picture has {tokens} tokens, its map has {len(boxes.boxes)} boxes")
         own = weights[:, first : first + tokens]
-        heat = boxes.paint(own, grid_for(image.size)).astype(np.float32)
+        heat = boxes.paint(own, grid_for(boxes)).astype(np.float32)
         placeless = own[:, ~boxes.placed].sum(-1)
         padding = own @ (1 - boxes.inside()) - placeless
         token_range = (first, first + tokens)

@@ -78,9 +78,14 @@ def token_boxes(config: ModelConfig, size: Size, layout: Layout) -> TokenBoxes:
     return TokenBoxes(size, boxes, placed)
 
 
-def grid_for(size: Size, longest: int = 48) -> Size:
-    """Return (w, h) of a map for an image of this size: its shape, `longest` cells on the longer side."""
-    scale = longest / max(size)
+def grid_for(boxes: TokenBoxes) -> Size:
+    """Return (w, h) of a map: the image's shape, two cells per token of its finest along the longer side.
+
+    It has at least 48 cells there, so that few tokens look smooth, and at most 320.
+    """
+    size, sides = boxes.size, (boxes.boxes[:, 2:] - boxes.boxes[:, :2])[boxes.placed]
+    tokens = np.array(size) / sides.min(0, initial=max(size), where=sides > 0)  # along width and height
+    scale = min(max(48, round(2 * tokens.max())), 320) / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 

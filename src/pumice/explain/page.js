@@ -116,8 +116,8 @@ export const mount = (root, data, sources = []) => {
       }
       picture.pixels.putImageData(shown, 0, 0);
       if (lost) {
-        picture.caption.textContent = `greying one region of ${picture.name} costs “${words[word].text}” at most ` +
-          `${Math.max(...lost[number], 0).toFixed(2)} nats`;
+        picture.caption.textContent = `when one region of ${picture.name} is blank, “${words[word].text}” is at most ` +
+          picture.occlusion_said[word];
         continue;
       }
       const given = weights.subarray(...picture.tokens).reduce((a, b) => a + b, 0);
@@ -129,17 +129,22 @@ export const mount = (root, data, sources = []) => {
 
   const facts = element('dl', { className: 'px-facts' });
   facts.setAttribute('aria-live', 'polite');
+  const numbers = element('dl', { className: 'px-facts' });
+  const fill = (list, rows) => list.replaceChildren(...rows.flatMap(([name, value]) =>
+    [element('dt', { textContent: name }), element('dd', { textContent: value })]));
   const tell = (number) => {
     const word = words[number];
-    const rows = !word ? [['word', 'point at a word, or move with Tab and the arrow keys; Enter keeps one']] : [
-      ['word', `“${word.text}”`],
+    // One comparison at a time: with a blank picture, unless another was chosen.
+    const other = state.tint === 'dropped' ? 'dropped' : 'grey';
+    const when = other === 'grey' ? 'when the picture is blank' : 'when no picture is shown';
+    fill(facts, !word ? [['word', 'point at a word, or move with Tab and the arrow keys; Enter keeps one']] : [
+      ['word', `“${word.text}”`], [when, word[`${other}_said`]],
+    ]);
+    fill(numbers, !word ? [] : [
       ['probability', percent(Math.exp(word.shown))],
-      ['with a grey picture', `${percent(Math.exp(word.grey))} (${signed(word.grey - word.shown)} nats)`],
-      ['without a picture', `${percent(Math.exp(word.dropped))} (${signed(word.dropped - word.shown)} nats)`],
+      [when, `${percent(Math.exp(word[other]))} (${signed(word[other] - word.shown)} nats)`],
       ['attention on the picture', percent(word.share)],
-    ];
-    facts.replaceChildren(...rows.flatMap(([name, value]) =>
-      [element('dt', { textContent: name }), element('dd', { textContent: value })]));
+    ]);
   };
 
   let waiting = false;
@@ -220,25 +225,27 @@ export const mount = (root, data, sources = []) => {
     state.method = value;
     for (const control of [low, high, head]) control.disabled = value !== 'raw';
     note.textContent = methods[value]?.text ?? (value === 'occlusion'
-      ? 'What the word loses when a region of the picture is greyed: slow to find out, but causal.' : 'Attention as it was, of the layers (counted from 0) and the head chosen here.');
+      ? 'What the word loses when a region of the picture is blank: slow to find out, but causal.' : 'Attention as it was, of the layers (counted from 0) and the head chosen here.');
     later();
   };
   const choices = data.methods.map((m) => [m.name, m.title]);
-  if (pictures.every((p) => p.occlusion)) choices.push(['occlusion', 'what greying a region costs']);
+  if (pictures.every((p) => p.occlusion)) choices.push(['occlusion', 'what a blank region costs']);
   if (raw) choices.push(['raw', 'layers and heads by hand']);
   const controls = element('div', { className: 'px-controls' }, [
     label('heat', select(choices, state.method, choose)),
     ...(raw ? [label('layers', low, '–', high)] : []),
     ...(heads ? [label('head', head)] : []),
-    label('tint', select([['grey', 'by what a grey picture costs'], ['dropped', 'by what no picture costs'],
-      ['share', 'by attention on the picture']], 'grey', (value) => { state.tint = value; tint(); })),
+    label('compare with', select([['grey', 'a blank picture'], ['dropped', 'no picture'],
+      ['share', 'a blank picture; colour by attention']], 'grey', (value) => { state.tint = value; tint(); later(); })),
   ]);
+  const how = element('details', { className: 'px-how' },
+    [element('summary', { textContent: 'How this was found' }), numbers, controls, note]);
   const remarks = data.notes.map((text) => element('p', { className: 'px-note', textContent: text }));
   const said = element('div', {}, [
     element('p', { className: 'px-question', textContent: data.question }),
     answer,
     element('p', { className: `px-verdict${data.reliance.leans ? '' : ' px-not'}`, textContent: data.reliance.verdict }),
-    ...(words.length ? [facts, controls, note] : []), ...remarks,
+    ...(words.length ? [facts, how] : []), ...remarks,
   ]);
   root.replaceChildren(element('div', { className: 'px-both' },
     [element('div', { className: 'px-pictures' }, pictures.map((p) => p.figure)), said]));

@@ -14,6 +14,7 @@ import numpy as np
 
 from pumice.explain.explanation import Explanation
 from pumice.explain.methods import METHODS
+from pumice.explain.reliance import likely
 from pumice.moved import old_names
 from pumice.webpage import head, thumbnail
 
@@ -31,7 +32,8 @@ h1 { font-size: 1.4rem; margin: 0 0 1rem; }
 def to_json(explanation: Explanation, *, pictures: bool = True) -> dict[str, Any]:
     """Return the explanation as plain values, with large arrays as base64 of their bytes.
 
-    "words": text, its range in the answer, log-probabilities (shown, grey, dropped), share of attention.
+    "words": text, its range in the answer, log-probabilities (shown, grey, dropped), share of attention, and
+    what both losses mean in words ("grey_said", "dropped_said").
     "methods": name, title, text, weights of each word on the image tokens. "attention": of all layers and
     heads; the row is (word * layers + layer) * heads + head. Packed rows are uint8 "values" times float32
     "scales", one per row. "pictures": size, range of tokens, their boxes as shares of the image (float32, N x
@@ -48,6 +50,8 @@ def to_json(explanation: Explanation, *, pictures: bool = True) -> dict[str, Any
             "grey": _number(reliance.grey[i]),
             "dropped": _number(reliance.dropped[i]),
             "share": _number(reliance.share[i]),
+            "grey_said": likely(float(reliance.loss_grey[i])),
+            "dropped_said": likely(float(reliance.loss_dropped[i])),
         }
         for i, word in enumerate(explanation.words)
     ]
@@ -133,6 +137,9 @@ def _picture(explanation: Explanation, number: int, with_pixels: bool) -> dict[s
         "boxes": _base64(boxes.astype("<f4").tobytes()),
         "padding": [_number(value) for value in picture.padding],
         "occlusion": None if picture.occlusion is None else np.round(picture.occlusion, 4).tolist(),
+        "occlusion_said": None
+        if picture.occlusion is None
+        else [likely(float(lost.max(initial=0))) for lost in picture.occlusion],
     }
     if with_pixels:
         values["source"] = thumbnail(picture.image, SIDE, quality=85)[0]

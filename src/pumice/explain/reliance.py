@@ -11,6 +11,7 @@ Shapes: n tokens of the answer, W words, R regions on a side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,11 @@ THRESHOLD = 0.3
 # The plain images: brightness as a multiple of the policy's mean colour, and standard deviation of noise (of
 # 255). Noise, because an even surface may be stranger to a tower than a photograph.
 PLAIN = ((0.85, 0.0), (1.15, 4.0))
+
+
+_NUMBERS = dict(enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 2)) | {
+    100: "a hundred"
+}
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,25 @@ class Reliance:
         """Return one sentence for users."""
         if not len(self.shown):
             return "There are no words, so nothing to lean on the picture."
-        loss = f"{self.score:.2f} nats per word"
+        change = f"when the picture is blank, a word of it is on average {likely(self.score)}"
         if self.leans:
-            return f"This answer leans on the picture: without it, it loses {loss}."
-        loss = f"{loss}, less than {THRESHOLD:g}" if self.score > 0 else "nothing"
-        return (
-            f"This answer does not lean on the picture: without it, it loses {loss}; "
-            "the question's words alone would nearly do."
-        )
+            return f"This answer leans on the picture: {change}."
+        return f"This answer does not lean on the picture: {change}; the question alone would nearly do."
+
+
+def likely(loss: float) -> str:
+    """Say a loss in nats as a person would: "about ten times less likely"."""
+    factor, direction = math.exp(min(abs(loss), 20)), "less" if loss > 0 else "more"
+    if factor < 1.1:
+        return "as likely"
+    if factor < 1.75:
+        return f"a little {direction} likely"
+    if factor < 2.5:
+        return "about half as likely" if loss > 0 else "about twice as likely"
+    if factor >= 1000:
+        return f"more than a thousand times {direction} likely"
+    rounded = round(factor) if factor < 10 else int(float(f"{factor:.1g}"))
+    return f"about {_NUMBERS.get(rounded, rounded)} times {direction} likely"
 
 
 def plain_picture(

@@ -1,5 +1,7 @@
 """Draw an explanation as a strip: the image, then one panel per word that is light where the word looked.
 
+Articles and punctuation get no panel.
+
 As in figure 3 of Show, Attend and Tell (arXiv 1502.03044), a dark image turns white with the weight, up to an
 opacity of 0.8.
 """
@@ -23,14 +25,15 @@ INK, SOFT, TINT = (27, 27, 31), (85, 86, 94), (11, 87, 208)
 def strip(explanation: Explanation) -> Image.Image:
     """Draw an explanation as an RGB image, at most WIDEST wide. Many words get smaller panels."""
     # 1. Choose sizes: of a panel (`wide` x `tall`), of a line of text, and how many panels fit `across`.
-    side = 220 if len(explanation.words) <= 24 else 150 if len(explanation.words) <= 80 else 96
+    drawn_words = [number for number, word in enumerate(explanation.words) if word.is_drawn]
+    side = 220 if len(drawn_words) <= 24 else 150 if len(drawn_words) <= 80 else 96
     sizes = _sizes(explanation.pictures, side)
     wide = sum(width for width, _ in sizes) + 2 * (len(sizes) - 1)
     tall = max(height for _, height in sizes)
     label = _font(max(12, side // 11))
     line = _height(label) + 6
     across = max(1, (WIDEST - 2 * MARGIN + GAP) // (wide + GAP))
-    panels = 1 + len(explanation.words)
+    panels = 1 + len(drawn_words)
     across = min(across, panels)
     text = _font(17)
     width = max(across * (wide + GAP) - GAP, 600)
@@ -55,7 +58,7 @@ def strip(explanation: Explanation) -> Image.Image:
     for panel in range(panels):
         x = MARGIN + panel % across * (wide + GAP)
         y = top + panel // across * (tall + line + GAP)
-        word = panel - 1
+        word = drawn_words[panel - 1] if panel else -1
         if word >= 0:
             lean = float(np.clip(loss[word] / 3, 0, 1))  # full colour at 3 nats: twenty times less likely
             shade = tuple(round(a + (b - a) * lean) for a, b in zip(INK, TINT, strict=True))
@@ -79,7 +82,7 @@ def _lit(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     mask = Image.fromarray((255 * OPACITY * heat.clip(0, 1)).astype(np.uint8)).resize(
         picture.size, Image.Resampling.BICUBIC
     )
-    soft = mask.filter(ImageFilter.GaussianBlur(max(picture.size) / 40))
+    soft = mask.filter(ImageFilter.GaussianBlur(max(picture.size) / max(heat.shape)))
     dark = picture.convert("L").point(lambda value: value * 0.55).convert("RGB")
     return Image.composite(Image.new("RGB", picture.size, "white"), dark, soft)
 

@@ -42,6 +42,11 @@ class Word:
     last: int
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether the word gets a panel of a strip: it is neither an article nor punctuation."""
+        return any(map(str.isalnum, self.text)) and self.text.lower() not in ("a", "an", "the")
+
+    @property
     def is_content(self) -> bool:
         """Whether the word names something (noun, verb, colour, number): it is no English function word."""
         word = self.text.lower().replace("’", "'")
