@@ -148,7 +148,8 @@ def test_the_score_is_the_mean_loss() -> None:
     ("loss", "said"),
     [
         (0, "as likely"), (0.05, "as likely"), (0.4, "a little less likely"), (-0.4, "a little more likely"),
-        (0.69, "about half as likely"), (-0.69, "about twice as likely"), (1.1, "about three times less likely"),
+        (0.69, "about half as likely"), (-0.69, "about twice as likely"),
+        (1.1, "about three times less likely"),
         (2.3, "about ten times less likely"), (3.8, "about 40 times less likely"),
         (4.6, "about a hundred times less likely"), (50, "more than a thousand times less likely"),
     ],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from pumice.errors import InputError
 
 GB = 1e9
 
@@ -20,13 +24,44 @@ class GPU(NamedTuple):
     rate: int  # dense bf16 products, TFLOP/s
 
 
+# Of two names of which one holds the other, the longer comes first. T4, V100 and RTX 20 have no bf16: their
+# figure is that of fp16.
 GPUS = {
     "a10": GPU("A10", 24, 125), "a10g": GPU("A10G", 24, 70), "a100-40g": GPU("A100", 40, 312),
     "a100-80g": GPU("A100", 80, 312), "h100": GPU("H100", 80, 989), "h200": GPU("H200", 141, 989),
     "b200": GPU("B200", 180, 2250), "l4": GPU("L4", 24, 121), "l40s": GPU("L40S", 48, 362),
-    "rtx3090": GPU("RTX 3090", 24, 71), "rtx4090": GPU("RTX 4090", 24, 165),
-    "rtx5090": GPU("RTX 5090", 32, 209), "rtx6000-ada": GPU("RTX 6000 Ada", 48, 364),
+    "a30": GPU("A30", 24, 165), "a40": GPU("A40", 48, 150), "l40": GPU("L40", 48, 181),
+    "t4": GPU("T4", 16, 65), "v100-16g": GPU("V100", 16, 125), "v100-32g": GPU("V100", 32, 125),
+    "rtx2080ti": GPU("RTX 2080 Ti", 11, 54), "rtx3060": GPU("RTX 3060", 12, 25),
+    "rtx3070": GPU("RTX 3070", 8, 41), "rtx3080": GPU("RTX 3080", 10, 60),
+    "rtx3090": GPU("RTX 3090", 24, 71), "rtx4060ti": GPU("RTX 4060 Ti", 16, 44),
+    "rtx4060": GPU("RTX 4060", 8, 30), "rtx4070ti": GPU("RTX 4070 Ti", 12, 80),
+    "rtx4070": GPU("RTX 4070", 12, 58), "rtx4080": GPU("RTX 4080", 16, 97),
+    "rtx4090": GPU("RTX 4090", 24, 165), "rtx5060ti": GPU("RTX 5060 Ti", 16, 47),
+    "rtx5070ti": GPU("RTX 5070 Ti", 16, 88), "rtx5070": GPU("RTX 5070", 12, 62),
+    "rtx5080": GPU("RTX 5080", 16, 113), "rtx5090": GPU("RTX 5090", 32, 209),
+    "rtx-a4000": GPU("RTX A4000", 16, 77), "rtx-a5000": GPU("RTX A5000", 24, 111),
+    "rtx-a6000": GPU("RTX A6000", 48, 155), "rtx6000-ada": GPU("RTX 6000 Ada", 48, 364),
 }  # fmt: skip
+
+
+def find_gpu(name: str) -> str:
+    """Return the key in GPUS of a name, however it is written. Raises InputError if it is unknown."""
+    wanted = _letters(name)
+    for key, gpu in GPUS.items():
+        if wanted in (_letters(key), _letters(gpu.device_name)):
+            return key
+    near = difflib.get_close_matches(wanted, {_letters(key): key for key in GPUS}, n=3)
+    named = ", ".join(near) or "a100-80g, rtx4090, t4"
+    raise InputError(
+        f"the figures of the GPU {name!r} are not known here; say its memory in GB with --gpu-memory, or "
+        "take one "
+        f"like it: {named}"
+    )
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]|nvidia|geforce|tesla", "", name.lower())
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -18,7 +18,7 @@ from pumice.errors import InputError
 from pumice.model.llava import Llava
 from pumice.model.packed import PackedAttention, Run
 from pumice.train import devices, run
-from pumice.train.devices import GPUS, peak
+from pumice.train.devices import GPUS, find_gpu, peak
 from pumice.train.plan.estimate import plan
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe, load_recipe
@@ -183,7 +183,34 @@ def test_memory_that_cannot_do_is_refused_before_weights_are_read(
 
 def test_what_nothing_is_known_of_is_refused() -> None:
     path = ROOT / "recipes" / "finetune.yaml"
-    with pytest.raises(InputError, match=r"no GPU 'abacus'.*a100-80g"):
+    with pytest.raises(
+        InputError, match=r"GPU 'abacus' are not known here; say its memory in GB with --gpu-memory"
+    ):
         plan(load_recipe(path), path, gpu="abacus")
     with pytest.raises(InputError, match="there is no"):
         shape(load_recipe(path, ["model=nowhere"]), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("rtx3060", "rtx3060"), ("RTX 4090", "rtx4090"), ("rtx-4070-ti", "rtx4070ti"),
+        ("T4", "t4"), ("v100-32g", "v100-32g"),
+        ("NVIDIA GeForce RTX 3080", "rtx3080"), ("Tesla T4", "t4"), ("A100-80G", "a100-80g"),
+    ],
+)  # fmt: skip
+def test_gpus_are_known_however_they_are_written(name: str, key: str) -> None:
+    assert find_gpu(name) == key
+
+
+def test_a_gpu_that_is_not_known_goes_by_its_memory() -> None:
+    with pytest.raises(InputError, match=r"GPU 'rtx3061' .*--gpu-memory, or take one like it: .*rtx3060"):
+        find_gpu("rtx3061")
+
+
+def test_no_name_of_a_gpu_hides_behind_a_shorter_one() -> None:
+    """`peak` takes the first whose words are all in the driver's name."""
+    for number, gpu in enumerate(GPUS.values()):
+        earlier = [other.device_name for other in list(GPUS.values())[:number] if other != gpu]
+        words = set(gpu.device_name.split())
+        assert not any(words > set(name.split()) for name in earlier), gpu

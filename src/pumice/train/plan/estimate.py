@@ -20,7 +20,7 @@ from pumice.formats.load import find_device
 from pumice.geometry import image_layout
 from pumice.model.packed import Run
 from pumice.train.batches import Batches
-from pumice.train.devices import GB, GPUS, peak, total_memory
+from pumice.train.devices import GB, GPUS, find_gpu, peak, total_memory
 from pumice.train.parallel import MAX_COPY_SHARE
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
@@ -150,14 +150,18 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
             memory=gpu_memory * GB,
         )
     if gpu is not None:
-        if gpu.lower() not in GPUS:
-            raise InputError(f"there is no GPU {gpu!r} in the table; known are {', '.join(GPUS)}")
-        gpu_spec = GPUS[gpu.lower()]
+        try:
+            gpu = find_gpu(gpu)
+        except InputError:
+            if gpu_memory is None:
+                raise
+            return describe_device(recipe, gpu_memory=gpu_memory)
+        gpu_spec = GPUS[gpu]
         memory_gb = gpu_spec.memory if gpu_memory is None else gpu_memory
         # tf32 has half the rate of bf16. Plain fp32 is slower still.
         precision_factor = 1.0 if recipe.precision == "bf16" else 0.5
         rate = gpu_spec.rate * 1e12 * GPU_UTILISATION * precision_factor
-        return Device(gpu.lower(), "cuda", memory_gb * GB, rate)
+        return Device(gpu, "cuda", memory_gb * GB, rate)
     device = find_device(recipe.device)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"this machine ({device})"
