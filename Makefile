@@ -2,6 +2,7 @@
 #
 #   make demo    ask questions of the photographs in examples/
 #   make test    all the tests
+#   make test-busy   the same beside two busy loops, without a terminal, with SIGINT ignored
 #   make check   lint, formatting, types, layers
 #   make docs    the documentation as a site, in build/site
 #   make notebooks   run the notebooks and keep their outputs
@@ -20,13 +21,17 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TOO_OLD := Pumice needs Python >= 3.10; name a newer one: make PYTHON=python3.12
 
-.PHONY: demo test check docs notebooks fmt clean
+.PHONY: demo test test-busy check docs notebooks fmt clean
 
 demo: .venv/.runtime
 	@$(BIN)/python examples/demo.py
 
 test: .venv/.dev build/transformers-4.37/.done
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+# What a test may not depend on: idle cores, a terminal, a parent that lets SIGINT through.
+test-busy: .venv/.dev build/transformers-4.37/.done
+	$(BIN)/python tests/busy.py $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

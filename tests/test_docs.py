@@ -29,7 +29,7 @@ from pumice.formats.export import export
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "recipes/README.md"]
-PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 PAGES += ["projects/pumice-tiny/README.md", "src/pumice/models/pumice-tiny/README.md"]
 RUN = ["README.md", "docs/tutorial.md", "docs/finetuning.md", "docs/troubleshooting.md", "docs/doctor.md"]
 RUN += ["docs/coming-from.md"]

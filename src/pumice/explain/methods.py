@@ -14,7 +14,7 @@ from pumice.errors import InputError
 from pumice.explain.attention import AttentionRecord
 
 # Relative depth of the layers whose heat lies most on the named thing. Chosen on 45 composites that are not
-# in the table of docs/explaining.md.
+# in the table of docs/measurements/explaining.md.
 BEST_DEPTH = (0.4, 0.8)
 
 

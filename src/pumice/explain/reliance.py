@@ -21,7 +21,7 @@ from PIL import Image
 from pumice.conversation import Conversation, ImagePart, Message
 
 # An answer leans on its images if it loses at least this many nats per word when they become grey.
-# docs/explaining.md shows the measurements.
+# docs/measurements/explaining.md shows the measurements.
 THRESHOLD = 0.3
 
 # The plain images: brightness as a multiple of the policy's mean colour, and standard deviation of noise (of
