@@ -2,8 +2,8 @@
 
     python .ci/dockerfile.py
 
-COPY, RUN, CMD and HEALTHCHECK run as written, in a folder and a virtual environment of their own; steps of the
-system (apt-get) are left out. TORCH_INDEX of the environment replaces the Dockerfile's.
+COPY, RUN, CMD and HEALTHCHECK run as written, in a folder and a virtual environment of their own; steps of
+the system (apt-get) are left out. TORCH_INDEX of the environment replaces the Dockerfile's.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def main() -> int:
         server = subprocess.Popen(json.loads(commands["CMD"]), cwd=name, env=environ)
         try:
             end = time.monotonic() + START_SECONDS
-            while subprocess.run(
+            while subprocess.call(
                 commands["HEALTHCHECK"], shell=True, env=environ, stderr=subprocess.DEVNULL
-            ).returncode:
+            ):
                 if server.poll() is not None or time.monotonic() > end:
                     print("the server did not become healthy", file=sys.stderr)
                     return 1

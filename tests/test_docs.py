@@ -155,6 +155,19 @@ def test_scripts_exist() -> None:
                     assert (ROOT / line.split()[1]).is_file(), f"{page}: {line}"
 
 
+def test_the_dockerfile() -> None:
+    """What it copies is there and not ignored, what it starts exists; `.ci/dockerfile.py` runs its steps."""
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines():
+        step, _, rest = line.partition(" ")
+        if step == "COPY":
+            *sources, _target = rest.split()
+            assert [name for name in sources if not (ROOT / name).exists() or f"!{name}" not in ignored] == []
+        if step == "CMD":
+            name, *words = json.loads(rest)
+            assert name == "pumice" and problem(words) == ""
+
+
 def headings(text: str) -> set[str]:
     """Anchors of a page's headings, as GitHub and the site make them."""
     page_headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
