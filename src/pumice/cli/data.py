@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -190,10 +189,11 @@ def _processor(model: str, template: str | None) -> Processor:
 
 def _encode(processor: Processor) -> Encode:
     """Return a function that counts a row's tokens as training does: (all, supervised)."""
+    from pumice.config import LARGEST
     from pumice.processor import Processor
 
     # Without a limit of the context, rows that are too long are counted as well.
-    decoder = dataclasses.replace(processor.config.decoder, context=sys.maxsize)
+    decoder = dataclasses.replace(processor.config.decoder, context=LARGEST["context"])
     unlimited = Processor(dataclasses.replace(processor.config, decoder=decoder), processor.tokenizer)
 
     def encode(conversation: Conversation) -> tuple[int, int]:
