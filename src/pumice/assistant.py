@@ -85,7 +85,8 @@ class Reply(Iterator[str]):
 
     finish: None until the answer is complete; then "stop" or "length", or "cancelled" if it was closed.
     tokens: number of answer tokens so far. cached_tokens: prompt tokens that were computed for earlier
-    questions.
+    questions. on_prompt: called with (tokens of the prompt that are computed, all of them) while it is read,
+    unless the engine has a thread of its own.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Reply(Iterator[str]):
         self._text = TextStream(decode, prompt.params.stop)
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None comes last
         self._requests: list[Request] = []  # empty before `begin`, then one
+        self.on_prompt: Callable[[int, int], object] | None = None
 
     @property
     def finish(self) -> str | None:
@@ -111,6 +113,12 @@ class Reply(Iterator[str]):
     @property
     def cached_tokens(self) -> int:
         return self._text.cached_tokens
+
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """How many tokens of the prompt are computed, and how many it has."""
+        total = len(self._prompt.input_ids)
+        return min(total, sum(request.computed for request in self._requests)), total
 
     def begin(self) -> Reply:
         """Submit the prompt to the engine. Asking for the first piece does this too."""
@@ -145,6 +153,8 @@ class Reply(Iterator[str]):
     def __next__(self) -> str:
         self.begin()
         while not self._engine.started and self._pieces.empty():
+            if self.on_prompt is not None and not self.tokens:
+                self.on_prompt(*self.prompt_progress)
             self._engine.step()
         piece = self._pieces.get()
         if piece is not None:

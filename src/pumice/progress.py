@@ -25,6 +25,12 @@ class StatusLine:
         self._last_time = time.monotonic()
         self._write(text, end="" if self.on_terminal else "\n")
 
+    def clear(self) -> None:
+        """Remove the line from a terminal, if there is one, so that other text can follow."""
+        if self.on_terminal and self._last_time > float("-inf"):
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self._last_time = float("-inf")
+
     def end(self, text: str = "") -> None:
         """Finish the line, with a last text if one is given."""
         if text and self._seconds is not None:

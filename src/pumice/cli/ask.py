@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import options
+from pumice.cli import options, reading
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.progress import StatusLine
@@ -44,6 +44,7 @@ def ask(
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
+    min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
     stop: options.Stop = None,
     seed: options.Seed = None,
@@ -57,7 +58,9 @@ def ask(
 
     pumice ask dog.jpg "What is the dog doing?"
     """
-    sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    sampling = options.sampling(
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, seed
+    )
     load_options = options.opening(device, quantize, template, tower, base)
     if batch is not None or out is not None:
         if arguments and batch is not None:
@@ -123,7 +126,7 @@ def _ask_one(
         values = {"model": model, "images": images, "question": question, "answer": answer}
         print(json.dumps({**values, "finish": reply.finish, "tokens": reply.tokens}, ensure_ascii=False))
         return
-    for piece in reply:
+    for piece in reading.pieces(reply):
         print(piece, end="", flush=True)
     print()
 

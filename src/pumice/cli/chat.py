@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlparse
 
 import typer
 
-from pumice.cli import options
+from pumice.cli import options, reading
 from pumice.conversation import IMAGE_PLACEHOLDER, Message, user_message
 from pumice.errors import InputError
 from pumice.files import replacing
@@ -43,6 +43,7 @@ def chat(
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
+    min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
     stop: options.Stop = None,
     seed: options.Seed = None,
@@ -58,7 +59,9 @@ def chat(
     from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
 
-    sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
+    sampling = options.sampling(
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, seed
+    )
     SamplingParams(**sampling)
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
@@ -138,7 +141,8 @@ class Chat:
         message = user_message(question, [data for _, data in self.pending])
         text = ""
         try:
-            for piece in self.assistant.stream([*self.messages, message], **self.sampling):
+            reply = self.assistant.stream([*self.messages, message], **self.sampling)
+            for piece in reading.pieces(reply):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:

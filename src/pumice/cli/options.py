@@ -49,6 +49,7 @@ def sampling(
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
+    min_p: float | None,
     repetition_penalty: float | None,
     stop: Sequence[str] | None,
     seed: int | None,
@@ -58,6 +59,7 @@ def sampling(
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
+        "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
     given = {name: value for name, value in drawn.items() if value is not None}
@@ -94,6 +96,12 @@ TopP = Annotated[
 TopK = Annotated[
     int | None,
     typer.Option(help="Draw from this many likeliest words; 0 is all.", show_default=MODELS),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Draw from words at least this share as likely as the likeliest; 0 is all.", show_default=MODELS
+    ),
 ]
 RepetitionPenalty = Annotated[
     float | None,

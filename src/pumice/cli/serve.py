@@ -34,7 +34,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beyond them.")] = 64,
     cache_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that the KV cache holds; about 1 GB.", show_default=False),
+        typer.Option(
+            min=1, help="Tokens that the KV cache holds; by free memory if left out.", show_default=False
+        ),
     ] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of prompts in one step.")] = 512,
     workers: Annotated[int, typer.Option(min=1, help="Processes, each with its own copy of the model.")] = 1,
@@ -167,7 +169,14 @@ def _local_backend(
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     assistant = load(model, **opening)
-    assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=chunk)
+    # Half of the memory that is left is for the cache; workers share it.
+    assistant.engine = Engine(
+        assistant.model,
+        slots=slots,
+        cache_tokens=cache_tokens,
+        chunk=chunk,
+        memory_share=0.5 / workers,
+    )
     return LocalBackend(assistant, names, settings), slots
 
 

@@ -169,7 +169,8 @@ class Request:
     @property
     def computed(self) -> int:
         """Tokens whose keys and values are in the KV cache."""
-        return self.slot.length if self.slot is not None else 0
+        slot = self.slot  # read once: other threads may ask
+        return slot.length if slot is not None else 0
 
     @property
     def remaining(self) -> int:

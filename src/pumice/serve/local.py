@@ -202,6 +202,7 @@ class LocalBackend:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "top_k": request.top_k,
+            "min_p": request.min_p,
             "repetition_penalty": request.repetition_penalty,
             "seed": None if request.seed is None else request.seed % 2**63,
             "stop": request.stops,

@@ -2,7 +2,7 @@
 
 /openapi.json is generated from these classes; `openapi.PUBLISHED_NAMES` has the names that differ there.
 A request with an unknown field is an error that names the field, so no option is ignored silently.
-Source of the fields: OpenAI's API reference; `top_k` and `repetition_penalty` are those of vLLM.
+Source of the fields: OpenAI's API reference; `top_k`, `min_p` and `repetition_penalty` are those of vLLM.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ class GenerationRequest(BaseRequest):
     temperature: float | None = Field(None, ge=0, le=2, description="0, the default, is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Texts | None = None
