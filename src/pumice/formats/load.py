@@ -21,6 +21,7 @@ from pumice.formats.pumice.folder import CONFIG, WEIGHTS, check
 from pumice.formats.pumice.quantized import cached
 from pumice.formats.quantize import can_quantize, quantize_state, stored_in_blocks
 from pumice.formats.read import BUILT_IN, read_model
+from pumice.formats.sizes import check_memory
 from pumice.kernels import compute
 from pumice.kernels.packed import LAYOUT, PackedMatrix
 from pumice.model.adapters import merge_lora
@@ -81,6 +82,7 @@ def open_model(
         quantize = (
             "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
         )
+    check_memory(loaded, str(source), quantize, target, dtype)
     if quantize is None:
         return _build(loaded, str(source), target, dtype, merge)
     if target.type == "cpu":
