@@ -1,6 +1,6 @@
 """Measure the engine around the model at LLaVA's sizes: cache, prefixes, sampling, attention.
 
-    python benchmarks/engine.py [--only picture,load,lookup,sampling,attention] [--processor-time]
+    python benchmarks/engine.py [--only picture,load,lookup,sampling,attention,tables] [--processor-time]
 
 `picture` and `load` run the scheduler alone, with the cache that a 7B of 4 bits gets on a machine of 24 GB.
 `sampling` draws from random logits. `attention` decodes a token with a few layers of a 7B's, a 3B's and a
@@ -175,12 +175,50 @@ def attention() -> None:
         )
 
 
+def attend(cache: KVCache, table: list[int], queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return cache.attend([Segment(table, PICTURE, queries.shape[2])])(0, queries, keys, keys)
+
+
+def tables() -> None:
+    """One layer's attention with blocks that lie together and anywhere, and what a copy of a prefix costs."""
+    for name in ("7B", "1B"):
+        width, heads, kv_heads, _ = SHAPES[name]
+        _, cache, native = decoder(name, 1, PICTURE * 2 + 512)
+        together = list(range(cache.blocks))
+        anywhere = random.sample(together, len(together))
+        queries = torch.randn(1, heads, 512, width // heads)
+        keys = torch.randn(1, kv_heads, 512, width // heads)
+        x = torch.ones(1, width)
+        with torch.inference_mode():
+            for kind, table in (("together", together), ("anywhere", anywhere)):
+                prompt, token = (
+                    best(attend, cache, table, queries, keys, rounds=3),
+                    best(attend, cache, table, queries[:, :, :1], keys[:, :, :1]),
+                )
+                compiled = best(native.logits, x, [Segment(table, PICTURE, 1)], [])
+                print(
+                    f"{name}, blocks {kind}: 512 tokens after {PICTURE} {1e3 * prompt:.1f} ms a layer, "
+                    f"one {1e3 * token:.2f} ms, {1e3 * compiled:.2f} ms in compiled code with products"
+                )
+            half = PICTURE * width // heads
+            numbers = cache.keys.flatten(2)
+            seconds = best(numbers[:, :, half : 2 * half].copy_, numbers[:, :, :half])
+            print(f"{name}: copying {PICTURE} tokens {2e3 * seconds:.2f} ms a layer")
+
+
 def read_rate() -> float:
     data = torch.ones(1 << 28, dtype=torch.float32)
     return data.nbytes / best(data.sum)
 
 
-PARTS = {"picture": picture, "load": load, "lookup": lookup, "sampling": sampling, "attention": attention}
+PARTS = {
+    "picture": picture,
+    "load": load,
+    "lookup": lookup,
+    "sampling": sampling,
+    "attention": attention,
+    "tables": tables,
+}
 
 
 def main() -> None:

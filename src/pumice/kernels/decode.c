@@ -112,45 +112,59 @@ ALWAYS_INLINE void ask_for(const cached *numbers, int64_t size) {
         __builtin_prefetch((const char *)(numbers + i) + AHEAD);
 }
 
-/* Products of `queries` queries with `count` keys: scores (queries, PIECE). */
+/* Products of `queries` queries with `count` keys: scores (queries, PIECE). `together` keys at a time: one sum has to
+ * wait for its last addition, several need not wait for each other. */
+ALWAYS_INLINE void score_keys(const int queries, const int together, const float *q, const cached *keys, int64_t size,
+                              float *scores) {
+    vector sums[4][QUERIES];
+    for (int n = 0; n < together; n++)
+        for (int g = 0; g < queries; g++) sums[n][g] = (vector){0};
+    for (int64_t i = 0; i < size; i += LANES)
+        for (int n = 0; n < together; n++) {
+            vector key = load_cached(keys + n * size + i);
+            for (int g = 0; g < queries; g++) sums[n][g] += load(q + g * size + i) * key;
+        }
+    for (int n = 0; n < together; n++)
+        for (int g = 0; g < queries; g++) scores[g * PIECE + n] = total(sums[n][g]);
+}
+
 ALWAYS_INLINE void score(const int queries, const float *q, const cached *keys, int64_t count, int64_t size,
                          float *scores) {
-    for (int64_t t = 0; t < count; t++) {
-        ask_for(keys + t * size, size);
-        vector sums[QUERIES];
-        for (int g = 0; g < queries; g++) sums[g] = (vector){0};
-        for (int64_t i = 0; i < size; i += LANES) {
-            vector key = load_cached(keys + t * size + i);
-            for (int g = 0; g < queries; g++) sums[g] += load(q + g * size + i) * key;
+    const int together = queries == 1 ? 4 : 2;
+    int64_t t = 0;
+    for (; t + together <= count; t += together) {
+        ask_for(keys + t * size, together * size);
+        score_keys(queries, together, q, keys + t * size, size, scores + t);
+    }
+    for (; t < count; t++) score_keys(queries, 1, q, keys + t * size, size, scores + t);
+}
+
+/* Add `together` values to the sums (queries, stride), in their order, each times its weight (queries, PIECE). Several at a
+ * time, because sums are loaded and stored less often then. */
+ALWAYS_INLINE void mix_values(const int queries, const int together, const float *weights, const cached *values,
+                              int64_t size, float *sums, int64_t stride) {
+    vector factors[QUERIES][4];
+    for (int g = 0; g < queries; g++)
+        for (int n = 0; n < together; n++) factors[g][n] = (vector){0} + weights[g * PIECE + n];
+    for (int64_t i = 0; i < size; i += LANES) {
+        vector value[4];
+        for (int n = 0; n < together; n++) value[n] = load_cached(values + n * size + i);
+        for (int g = 0; g < queries; g++) {
+            vector sum = load(sums + g * stride + i);
+            for (int n = 0; n < together; n++) sum += factors[g][n] * value[n];
+            memcpy(sums + g * stride + i, &sum, sizeof sum);
         }
-        for (int g = 0; g < queries; g++) scores[g * PIECE + t] = total(sums[g]);
     }
 }
 
-/* Add `count` values to the sums (queries, stride), each times its weight (queries, PIECE). */
 ALWAYS_INLINE void mix(const int queries, const float *weights, const cached *values, int64_t count, int64_t size,
                        float *sums, int64_t stride) {
     int64_t t = 0;
-    for (; t + 4 <= count; t += 4) { /* four at a time, in their order: sums are loaded and stored less often */
+    for (; t + 4 <= count; t += 4) {
         ask_for(values + t * size, 4 * size);
-        for (int64_t i = 0; i < size; i += LANES) {
-            vector value[4];
-            for (int n = 0; n < 4; n++) value[n] = load_cached(values + (t + n) * size + i);
-            for (int g = 0; g < queries; g++) {
-                vector sum = load(sums + g * stride + i);
-                for (int n = 0; n < 4; n++) sum += weights[g * PIECE + t + n] * value[n];
-                memcpy(sums + g * stride + i, &sum, sizeof sum);
-            }
-        }
+        mix_values(queries, 4, weights + t, values + t * size, size, sums, stride);
     }
-    for (; t < count; t++)
-        for (int64_t i = 0; i < size; i += LANES) {
-            vector value = load_cached(values + t * size + i);
-            for (int g = 0; g < queries; g++) {
-                vector sum = load(sums + g * stride + i) + weights[g * PIECE + t] * value;
-                memcpy(sums + g * stride + i, &sum, sizeof sum);
-            }
-        }
+    for (; t < count; t++) mix_values(queries, 1, weights + t, values + t * size, size, sums, stride);
 }
 
 /* Softmax attention of a group's queries (G, d) over tokens [first, last) of one sequence, which all lie in one piece.
