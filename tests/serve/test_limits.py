@@ -362,12 +362,12 @@ def test_too_many_connections(local: Any) -> None:
 def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
     local: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from pumice.serve import local as local_backend
+    from pumice.serve import backend
 
     def fail(*_: Any) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(local_backend, "conversation", fail)
+    monkeypatch.setattr(backend, "conversation", fail)
     with local() as url, caplog.at_level("ERROR", "pumice.serve"):
         response = post(url, ask(), headers={"X-Request-Id": "find-me"})
         error = error_of(response, 500)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from pumice.cli import options
-from pumice.errors import InputError
-
-if TYPE_CHECKING:
-    from pumice.serve.backend import Backend
-    from pumice.serve.settings import ServerSettings
+from pumice.errors import InputError, WorkError
 
 KEYS = "PUMICE_API_KEY"  # environment variable: one key, or several separated by commas
 SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -37,15 +32,6 @@ def serve(
         typer.Option(min=1, help="Tokens that the KV cache holds; about 1 GB.", show_default=False),
     ] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of prompts in one step.")] = 512,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, each with its own copy of the model.")] = 1,
-    upstream: Annotated[
-        str | None,
-        typer.Option(
-            help="Pass requests to this OpenAI-compatible server instead of running a model.",
-            metavar="URL",
-            show_default=False,
-        ),
-    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,8 +79,7 @@ def serve(
     """
     try:
         from pumice.serve.logs import configure_logging
-        from pumice.serve.run import ServerPlan
-        from pumice.serve.run import serve as run
+        from pumice.serve.run import bind, make_server
         from pumice.serve.settings import ServerSettings
     except ImportError as error:
         raise InputError(f"serving needs {error.name}; install it: pip install 'pumice[serve]'") from error
@@ -121,61 +106,18 @@ def serve(
     form, level = _log_format(log, log_level)
     if not settings.loopback and not settings.keys:
         print(f"pumice: {host} is open to others and no API key is set", file=sys.stderr)
-    if upstream is None:
-        _check_workers(workers)
+    with bind(settings) as listener:  # a taken port fails before the model is loaded
+        configure_logging(form, level)
         options.share_cores(waits_for_people=True)
+        from pumice.assistant import load
+
         names = tuple(name or (Path(model).name or model,))
-        backend = functools.partial(
-            _local_backend,
-            model,
-            names,
-            slots,
-            cache_tokens,
-            chunk,
-            options.opening(device, quantize),
-            workers,
-        )
-        display_name = names[0]
-    else:
-        backend = functools.partial(_upstream_backend, upstream, slots)
-        display_name = upstream
-        backend(settings)  # a wrong address fails here, before anything starts
-    run(
-        ServerPlan(
-            settings, backend, display_name, functools.partial(configure_logging, form, level), workers
-        )
-    )
-
-
-def _local_backend(
-    model: str,
-    names: tuple[str, ...],
-    slots: int,
-    cache_tokens: int | None,
-    chunk: int,
-    opening: dict[str, Any],
-    workers: int,
-    settings: ServerSettings,
-) -> tuple[Backend, int]:
-    """Load the model in a worker process. Return its backend and its number of slots."""
-    import torch
-
-    from pumice.assistant import load
-    from pumice.engine.engine import Engine
-    from pumice.serve.local import LocalBackend
-
-    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    assistant = load(model, **opening)
-    assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=chunk)
-    return LocalBackend(assistant, names, settings), slots
-
-
-def _upstream_backend(url: str, slots: int, settings: ServerSettings) -> tuple[Backend, int]:
-    """Return the backend of a worker process that passes requests on, and its number of slots."""
-    from pumice.serve.upstream import UpstreamBackend
-
-    return UpstreamBackend(url, settings), slots
+        opening = options.opening(device, quantize)
+        assistant = load(model, slots=slots, cache_tokens=cache_tokens, chunk=chunk, **opening)
+        server = make_server(assistant, names, settings)
+        server.run(sockets=[listener])
+    if not server.started:
+        raise WorkError("the server did not start; its log says why")
 
 
 def _read_keys(options_keys: list[str] | None, file: Path | None) -> tuple[str, ...]:
@@ -213,9 +155,3 @@ def _log_format(form: str, level: str) -> tuple[Literal["json", "text"], str]:
     if form == "auto":
         form = "text" if sys.stderr.isatty() else "json"
     return ("json" if form == "json" else "text"), level
-
-
-def _check_workers(workers: int) -> None:
-    cores = os.cpu_count() or 1
-    if workers > cores:
-        raise InputError(f"--workers is {workers} on a machine of {cores} cores; give at most {cores}")

@@ -51,6 +51,13 @@ class EngineStats:
     steps: int
 
 
+def check_sizes(slots: int, cache_tokens: int | None, chunk: int) -> None:
+    """Raise InputError unless an engine can have these sizes."""
+    for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; give 1 or more")
+
+
 class Engine:
     """Answers up to `slots` prompts at a time, each in its own slot of the KV cache; more wait in order.
 
@@ -70,9 +77,7 @@ class Engine:
         chunk: int = 512,
         prefix_cache: bool = True,
     ) -> None:
-        for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; give 1 or more")
+        check_sizes(slots, cache_tokens, chunk)
         config = model.config.decoder
         # 1. Size the cache: at most CACHE_BYTES and what the slots can use, at least one context.
         if cache_tokens is None:

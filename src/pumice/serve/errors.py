@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pydantic import ValidationError
+
+from pumice.serve.answers import ModelResponse
+from pumice.serve.protocol import ErrorBody, ErrorDetail
 
 # Field -> a clearer message than pydantic's.
 REMEDIES = {
@@ -54,10 +56,12 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        error_type = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": self.message, "type": error_type, "param": self.param, "code": self.code}
-        return {"error": error}
+    def body(self) -> ErrorBody:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return ErrorBody(error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code))
+
+    def response(self) -> ModelResponse:
+        return ModelResponse(self.body(), self.status, self.headers)
 
 
 def validation_error(error: ValidationError) -> ApiError:

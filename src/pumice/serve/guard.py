@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pumice.serve.errors import ApiError
 from pumice.serve.observe import request_record
+from pumice.serve.openapi import OPERATIONS
 from pumice.serve.settings import ServerSettings
 
-ANSWER_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/explain"})
+ANSWER_PATHS = frozenset(operation.path for operation in OPERATIONS if operation.request is not None)
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -56,7 +56,7 @@ class Guard:
                 self._admit(headers)
         except ApiError as error:
             request_record(Request(scope)).add_error(error)
-            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
+            await error.response()(scope, receive, send)
             return
         # 2. Count the request while it is answered, also if the answer fails.
         self.gate.in_flight += needs_slot

@@ -322,7 +322,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "draining", "away"]
+    status: Literal["ok", "draining"]
     version: str
 
 
