@@ -139,7 +139,7 @@ def test_what_the_cache_cannot_hold_names_the_field_to_change(local: Any) -> Non
 
 @pytest.fixture(scope="module")
 def small(local: Any) -> Any:
-    with local(max_pixels=10_000, max_images=2, max_body=600_000) as url:
+    with local(max_pixels=10_000, max_images=2, max_body="600000") as url:
         yield url
 
 
@@ -249,13 +249,13 @@ def test_strange_host_names(server: str, local: Any) -> None:
     error_of(httpx.get(f"{server}/v1/models", headers={"Host": "evil.example"}), 421)
     for host in ("localhost:1", "127.0.0.1", "[::1]:8000"):
         assert httpx.get(f"{server}/v1/models", headers={"Host": host}).status_code == 200
-    with local(hosts=("chat.example",)) as url:
+    with local(allow_host=("chat.example",)) as url:
         assert httpx.get(f"{url}/v1/models", headers={"Host": "chat.example"}).status_code == 200
 
 
 def test_keys_and_other_origins(local: Any) -> None:
     origin = {"Origin": "https://app.example"}
-    with local(keys=("first-key", "second-key"), cors=("https://app.example",)) as url:
+    with local(api_key=("first-key", "second-key"), cors=("https://app.example",)) as url:
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}):
             response = httpx.get(f"{url}/v1/models", headers={**header, **origin})
             assert error_of(response, 401)["code"] == "invalid_api_key"
@@ -385,7 +385,7 @@ def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
         ({"port": 70000}, "the port is 70000"),
         ({"queue": -1}, "queue is -1"),
         ({"timeout": 0.0}, "timeout is 0.0"),
-        ({"keys": ("short",)}, "too short"),
+        ({"api_key": ("short",)}, "too short"),
         ({"cors": ("app.example",)}, "CORS origin 'app.example'"),
         ({"default_tokens": 9, "max_tokens": 8}, "default_tokens is 9"),
     ],

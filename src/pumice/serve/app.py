@@ -108,13 +108,13 @@ def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
 
 async def _body(request: Request, settings: ServerSettings) -> bytes:
     """Return the body of a request. Raises ApiError when it is too large or arrives too slowly."""
-    data = bytearray()
+    data, limit = bytearray(), settings.body_bytes
     try:
         with anyio.fail_after(settings.body_timeout):
             async for chunk in request.stream():
                 data += chunk
-                if len(data) > settings.max_body:
-                    raise too_large(settings.max_body)
+                if len(data) > limit:
+                    raise too_large(limit)
     except TimeoutError:
         raise ApiError(
             408, f"the request did not arrive within {settings.body_timeout:g} s", code="request_timeout"

@@ -74,7 +74,7 @@ class Backend:
         self._pool = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="pumice-prompts")
         self._explain_pool = ThreadPoolExecutor(1, thread_name_prefix="pumice-explain")
         if self.settings.allow_image_urls:
-            self._fetcher = Fetcher(size=self.settings.max_body, seconds=self.settings.image_timeout)
+            self._fetcher = Fetcher(size=self.settings.body_bytes, seconds=self.settings.image_timeout)
         self.assistant.engine.start()
 
     async def close(self) -> None:

@@ -36,10 +36,15 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, gate: Gate) -> None:
         self.app, self.settings, self.gate = app, settings, gate
-        self._keys = [_digest(key.encode()) for key in settings.keys]
+        self._keys = [_digest(key.encode()) for key in settings.api_key]
+        self._max_body = settings.body_bytes
         # DNS rebinding: a foreign web page may give its own host name the address of this machine. A
         # server for this machine alone must not answer such a page.
-        self._hosts = _LOCAL | set(settings.hosts) if settings.loopback and not settings.keys else None
+        self._hosts = (
+            _LOCAL | {host.lower() for host in settings.allow_host}
+            if settings.loopback and not settings.api_key
+            else None
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -131,8 +136,8 @@ class Guard:
             length = int(headers.get("content-length", "0"))
         except ValueError:
             raise ApiError(400, "the header Content-Length is not a number; send the body's bytes") from None
-        if length > self.settings.max_body:
-            raise too_large(self.settings.max_body)
+        if length > self._max_body:
+            raise too_large(self._max_body)
 
 
 def too_large(limit: int) -> ApiError:
