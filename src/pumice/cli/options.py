@@ -76,6 +76,13 @@ def _split(hint: Any) -> tuple[Any, ...]:
     return (hint.__origin__, *hint.__metadata__) if get_origin(hint) is Annotated else (hint,)
 
 
+def given(context: typer.Context, settings: Any) -> dict[str, Any]:
+    """Return the fields of settings that stand on the command line, where they replace those of a file."""
+    sources = {name: context.get_parameter_source(name) for name in vars(settings)}
+    words = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return {name: getattr(settings, name) for name in words}
+
+
 def share_cores(*, waits_for_people: bool = False) -> None:
     """Choose whether OpenMP's threads spin or sleep while they wait. Call it before torch is imported.
 

@@ -1,4 +1,4 @@
-"""Read YAML files, with errors that name the file and the line."""
+"""Read YAML files and overrides of their keys, with errors that name the place."""
 
 from __future__ import annotations
 
@@ -26,3 +26,32 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no {what}; it must be a mapping of keys to values")
     return values
+
+
+def set_key(values: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Apply an override "key.inner=value", whose value is YAML; null removes the key. Return its keys."""
+    dotted, separator, text = override.partition("=")
+    if not separator:
+        raise InputError(f"--set {override}: write key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not YAML; quote it as in a file") from error
+    *outer, last = keys = dotted.strip().split(".")
+    place: Any = values
+    for key in outer:
+        if isinstance(place, list) and key.isdigit() and int(key) < len(place):
+            place = place[int(key)]
+        elif isinstance(place, dict):
+            place = place.setdefault(key, {})
+        else:
+            raise InputError(f"--set {override}: there is no {key!r} to set something in")
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    elif not isinstance(place, dict):
+        raise InputError(f"--set {override}: there is no {last!r} to set")
+    elif value is None:
+        place.pop(last, None)
+    else:
+        place[last] = value
+    return tuple(keys)
