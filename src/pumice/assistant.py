@@ -300,10 +300,19 @@ class Assistant:
         return Reply(self.engine, self.processor.tokenizer.decode, prompt, on_end)
 
     def prompt(
-        self, conversation: Conversation, *, schema: Mapping[str, Any] | None = None, **sampling: Any
+        self,
+        conversation: Conversation,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        continued: bool = False,
+        **sampling: Any,
     ) -> Prompt:
-        """Build the engine's prompt for a conversation; arguments as in `stream`. Raises InputError."""
-        prompt = self._prompt(conversation, self._params(sampling))
+        """Build the engine's prompt for a conversation; schema and sampling as in `stream`.
+
+        continued: its last message is the beginning of the answer, which the model continues. Raises
+        InputError.
+        """
+        prompt = self._prompt(conversation, self._params(sampling), continued)
         return prompt if schema is None else dataclasses.replace(prompt, constraint=self.json(schema))
 
     def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:
@@ -339,8 +348,8 @@ class Assistant:
             return params
         return dataclasses.replace(params, stop=(*params.stop, template.stop))
 
-    def _prompt(self, conversation: Conversation, params: SamplingParams) -> Prompt:
-        sample = self.processor.prompt(conversation)
+    def _prompt(self, conversation: Conversation, params: SamplingParams, continued: bool = False) -> Prompt:
+        sample = self.processor.prompt(conversation, continued=continued)
         images = tuple(
             self._prompt_image(image, layout)
             for image, layout in zip(sample.images, sample.layouts, strict=True)

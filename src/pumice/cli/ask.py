@@ -79,7 +79,10 @@ def _check_question(images: list[str], question: str) -> None:
             f"the last argument must be the question, but {question!r} is a picture; "
             f'write for example: pumice ask {question} "What is this?"'
         )
-    Conversation((user_message(question, images),)).check(answered=False)
+    message = user_message(question, images)
+    if not message.text.strip():
+        raise InputError("the question is empty; say what you want to know")
+    Conversation((message,)).check(answered=False)
 
 
 def _is_image_path(text: str) -> bool:

@@ -30,12 +30,7 @@ def serve(
     except ImportError as error:
         raise InputError(f"serving needs {error.name}; install it: pip install 'pumice[serve]'") from error
 
-    settings = replace(
-        settings,
-        api_key=_read_keys(settings),
-        api_key_file=None,
-        default_tokens=min(settings.default_tokens, settings.max_tokens),
-    ).check()
+    settings = replace(settings, api_key=_read_keys(settings), api_key_file=None).check()
     if not settings.loopback and not settings.api_key:
         print(f"pumice: {settings.host} is open to others and no API key is set", file=sys.stderr)
     with bind(settings) as listener:  # a taken port fails before the model is loaded

@@ -23,7 +23,7 @@ from pumice.engine.native import NativeDecoder, native_decoder
 from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
-from pumice.errors import InputError
+from pumice.errors import ContextOverflow, InputError
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import KVCache, Segment
 from pumice.model.llava import Llava
@@ -116,10 +116,11 @@ class Engine:
         max_cells = min(context, length + prompt.params.max_new_tokens) - 1
         capacity = self._cache.capacity
         if length > capacity:
-            raise InputError(
+            message = (
                 f"the prompt takes {length} tokens and the engine's cache holds {capacity}; "
                 "shorten the question, show fewer pictures, or give the engine a larger cache"
             )
+            raise ContextOverflow(message, length, capacity)
         if max_cells > capacity:
             raise InputError(
                 f"a prompt of {length} tokens and an answer of up to {max_cells + 1 - length} do not fit in "

@@ -29,6 +29,19 @@ from pumice.serve.protocol import Health, ModelCard, ModelList
 from pumice.serve.settings import ServerSettings
 from pumice.serve.stream import run_while_connected
 
+OTHER_PROTOCOLS = {  # of Ollama, Anthropic, TGI and those who leave out /v1
+    "/api/chat": "/v1/chat/completions",
+    "/api/generate": "/v1/chat/completions",
+    "/api/tags": "/v1/models",
+    "/api/show": "/v1/models",
+    "/v1/messages": "/v1/chat/completions",
+    "/v1/responses": "/v1/chat/completions",
+    "/generate": "/v1/chat/completions",
+    "/chat/completions": "/v1/chat/completions",
+    "/completions": "/v1/completions",
+    "/models": "/v1/models",
+}
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -57,6 +70,8 @@ def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
+        if not name:  # a slash at the end
+            return await models(request)
         if name not in backend.names:
             raise ApiError(404, f"there is no model {name!r} here", param="model", code="model_not_found")
         return ModelResponse(card(name))
@@ -131,6 +146,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 405:
         message = f"{path[:100]} does not accept {request.method}; /openapi.json lists the methods"
+    elif error.status_code == 404 and path in OTHER_PROTOCOLS:
+        message = f"{path} is of another protocol; this server speaks OpenAI's, at {OTHER_PROTOCOLS[path]}"
     elif error.status_code == 404:
         message = f"there is nothing at {path[:100]!r}; /openapi.json lists what is there"
     else:

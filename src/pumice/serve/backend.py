@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -23,9 +23,9 @@ from starlette.responses import Response
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
-from pumice.errors import InputError
+from pumice.errors import ContextOverflow, InputError
 from pumice.serve.answers import ChatForm, CompletionForm, ModelResponse, join
-from pumice.serve.errors import ApiError, unknown_model, validation_error
+from pumice.serve.errors import ApiError, context_overflow, not_json, unknown_model, validation_error
 from pumice.serve.explanation import explanation_json
 from pumice.serve.fetch import Fetcher
 from pumice.serve.images import find_damaged, read_images
@@ -39,8 +39,10 @@ from pumice.serve.protocol import (
     ExplainRequest,
     ExplanationBody,
     GenerationRequest,
+    PastAnswer,
     ResponseFormat,
     TextPart,
+    parse,
 )
 from pumice.serve.settings import ServerSettings
 from pumice.serve.stream import ActiveRequest, EventStream
@@ -145,12 +147,13 @@ class Backend:
     async def _parse(self, kind: type[T], body: bytes) -> T:
         """Return the body as a request of this kind. Raises ApiError that names the wrong field."""
         try:
-            if len(body) < LONG_BODY:
-                request = kind.model_validate_json(body)
-            else:
-                request = await self._run_in_pool(kind.model_validate_json, body)
+            request = (
+                parse(kind, body) if len(body) < LONG_BODY else await self._run_in_pool(parse, kind, body)
+            )
         except ValidationError as error:
             raise validation_error(error) from None
+        except ValueError as error:
+            raise not_json(error) from None
         if request.model is not None and request.model not in self.names:
             raise unknown_model(request.model, self.names)
         return request
@@ -159,20 +162,14 @@ class Backend:
         return request.model or self.names[0]
 
     def _sampling(self, request: GenerationRequest) -> dict[str, Any]:
-        """Return the fields of SamplingParams that the request sets. Raises ApiError for too many tokens."""
-        name, limit = request.limit
-        if limit is not None and limit > self.settings.max_tokens:
-            raise ApiError(
-                400,
-                f"{name} is {limit}, this server allows {self.settings.max_tokens}; ask for fewer",
-                param=name,
-                code="too_many_tokens",
-            )
+        """Return the fields of SamplingParams that the request sets."""
+        most = self.settings.max_tokens or self.assistant.model.config.decoder.context
+        asked = self.settings.default_tokens if request.limit is None else request.limit
         values = {
-            "max_new_tokens": limit or self.settings.default_tokens,
+            "max_new_tokens": most if asked == -1 else min(asked, most),
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "top_k": request.top_k,
+            "top_k": None if request.top_k is None else max(0, request.top_k),
             "repetition_penalty": request.repetition_penalty,
             "seed": None if request.seed is None else request.seed % 2**63,
             "stop": request.stops,
@@ -186,8 +183,9 @@ class Backend:
         sampling: dict[str, Any],
         constraint: JsonSchema | None,
     ) -> Prompt:
-        prompt = self.assistant.prompt(conversation(request, pictures), **sampling)
-        return prompt if constraint is None else dataclasses.replace(prompt, constraint=constraint)
+        continued = bool(request.continue_final_message)
+        prompt = self.assistant.prompt(conversation(request, pictures), continued=continued, **sampling)
+        return prompt if constraint is None else replace(prompt, constraint=constraint)
 
     async def _compile_schema(self, response_format: ResponseFormat | None) -> JsonSchema | None:
         """Return the constraint that a response_format asks for. The last ones used stay in a cache."""
@@ -217,11 +215,13 @@ class Backend:
 
     @contextlib.asynccontextmanager
     async def _input_errors(
-        self, param: str | None, pictures: Pictures | None = None, code: str | None = None
+        self, param: str, pictures: Pictures | None = None, code: str | None = None
     ) -> AsyncIterator[None]:
         """Turn an InputError into an ApiError about `param`, or about the picture that is damaged."""
         try:
             yield
+        except ContextOverflow as error:
+            raise context_overflow(error, param) from error
         except InputError as error:
             damaged = await self._run_in_pool(find_damaged, pictures) if pictures else None
             if damaged is not None:
@@ -235,14 +235,14 @@ class Backend:
         prompt: Prompt,
         form: ChatForm | CompletionForm,
     ) -> Response:
-        # 1. Give the prompt to the engine. Where the prompt fits, an error is about the answer's length.
-        engine, decode = self.assistant.engine, self.assistant.processor.tokenizer.decode
-        try:
-            running = ActiveRequest(engine, decode, prompt, record, self.metrics, self.settings.timeout)
-        except InputError as error:
-            if len(prompt.input_ids) > engine.stats().cache_capacity:
-                raise
-            raise ApiError(400, str(error), param=request.limit[0]) from error
+        # 1. Give the prompt to the engine. An answer that would not fit is cut to what fits.
+        engine = self.assistant.engine
+        cells = min(engine.model.config.decoder.context, engine.stats().cache_capacity + 1)
+        room = max(1, cells - len(prompt.input_ids))
+        params = replace(prompt.params, max_new_tokens=min(room, prompt.params.max_new_tokens))
+        prompt = replace(prompt, params=params)
+        tokenizer = self.assistant.processor.tokenizer
+        running = ActiveRequest(engine, tokenizer, prompt, record, self.metrics, self.settings.timeout)
         try:
             # 2. Wait for the first piece. Until then an error can still change the status of the response.
             pieces = [await running.next()]
@@ -261,22 +261,42 @@ class Backend:
 def conversation(request: ConversationRequest, pictures: Pictures) -> Conversation:
     """Return the messages of a request as a Conversation. pictures: in order.
 
-    The role "developer" becomes "system". System messages at the front become one. `<image>` in a text is
-    plain text, not a placeholder.
+    The role "developer" becomes "system". Messages of one role in a row become one. Templates have a place
+    for one system message, the first: a later one goes to the front of the user's message that follows, or
+    else to the end of the last message. `<image>` in a text is plain text, not a placeholder.
     """
     remaining_files = iter(pictures.values())
     messages: list[Message] = []
+    late: tuple[str | ImagePart, ...] = ()  # system messages that wait for the user's next one
     for message in request.messages:
-        role = "system" if message.role == "developer" else message.role
-        if isinstance(message.content, str):
-            parts: tuple[str | ImagePart, ...] = (message.content,)
-        else:
-            parts = tuple(
+        content: Any = message.content
+        if isinstance(message, PastAnswer) and not content:
+            content = message.refusal or ""
+        parts: tuple[str | ImagePart, ...] = (
+            (content,)
+            if isinstance(content, str)
+            else tuple(
                 part.text if isinstance(part, TextPart) else ImagePart(next(remaining_files))
-                for part in message.content
+                for part in content
             )
-        if role == "system" and len(messages) == 1 and messages[0].role == "system":
-            messages[0] = Message("system", (*messages[0].parts, "\n\n", *parts))
-        else:
-            messages.append(Message(role, parts))
+        )
+        role = "system" if message.role == "developer" else message.role
+        if role == "system" and any(earlier.role != "system" for earlier in messages):
+            late = _joined(late, parts)
+            continue
+        if role == "user":
+            parts, late = _joined(late, parts), ()
+        if messages and messages[-1].role == role:
+            parts = _joined(messages.pop().parts, parts)
+        messages.append(Message(role, parts))
+    if late:
+        messages.append(Message(messages[-1].role, _joined(messages.pop().parts, late)))
     return Conversation(tuple(messages))
+
+
+def _joined(
+    first: tuple[str | ImagePart, ...], second: tuple[str | ImagePart, ...]
+) -> tuple[str | ImagePart, ...]:
+    """Return the parts of two messages as one, with a blank line between two texts."""
+    both_text = first and second and isinstance(first[-1], str) and isinstance(second[0], str)
+    return (*first, "\n\n", *second) if both_text else (*first, *second)

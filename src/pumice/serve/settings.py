@@ -52,7 +52,10 @@ class ServerSettings:
     allow_image_urls: Annotated[
         bool, Option("--allow-image-urls", help="Fetch http(s) pictures from public addresses.")
     ] = False
-    max_tokens: Annotated[int, Option(help="The longest answer a request may ask for.")] = 2048
+    max_tokens: Annotated[
+        int | None,
+        Option(help="The longest answer a request gets; all that fits if not given.", show_default=False),
+    ] = None
     default_tokens: Annotated[int, Option(help="The longest answer of a request that names no limit.")] = 512
     max_body: Annotated[str, Option(help="Size of a request: bytes, or with K, M, G.")] = "20M"
     max_images: Annotated[int, Option(help="Pictures in one request.")] = 16
@@ -72,8 +75,10 @@ class ServerSettings:
         if not 0 <= self.port < 65536:
             raise InputError(f"the port is {self.port}; give 1 to 65535, or 0 for a free one")
         limits: dict[str, float] = {"max_body": self.body_bytes}
+        if self.max_tokens is not None:
+            limits["max_tokens"] = self.max_tokens
         for name in (
-            "max_images", "max_pixels", "max_tokens", "default_tokens", "max_connections",
+            "max_images", "max_pixels", "default_tokens", "max_connections",
             "timeout", "body_timeout", "drain_timeout", "image_timeout",
         ):  # fmt: skip
             limits[name] = getattr(self, name)
@@ -82,10 +87,6 @@ class ServerSettings:
                 raise InputError(f"{name} is {value}; give more than 0")
         if self.queue < 0:
             raise InputError(f"queue is {self.queue}; give 0 or more")
-        if self.default_tokens > self.max_tokens:
-            raise InputError(
-                f"default_tokens is {self.default_tokens}, above max_tokens, {self.max_tokens}; lower it"
-            )
         for key in self.api_key:
             if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
                 raise InputError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pumice.engine.engine import Engine
     from pumice.engine.requests import Delta, Prompt
     from pumice.engine.sampling import TokenLogprob
+    from pumice.tokens import Tokenizer
 
 T = TypeVar("T")
 
@@ -35,21 +36,21 @@ SEND_GRACE = 10.0  # seconds to send the end of an answer after its time is over
 class ActiveRequest:
     """A request in the engine. `next` returns the next piece of its answer.
 
-    decode: tokens to text. timeout: seconds from the arrival of the request to the end of its answer.
+    timeout: seconds from the arrival of the request to the end of its answer.
     """
 
     def __init__(
         self,
         engine: Engine,
-        decode: Callable[[Sequence[int]], str],
+        tokenizer: Tokenizer,
         prompt: Prompt,
         record: RequestRecord,
         metrics: Metrics,
         timeout: float,
     ) -> None:
         self.record, self._timeout = record, timeout
-        self._engine, self._decode, self._prompt, self._metrics = engine, decode, prompt, metrics
-        self._text = TextStream(decode, prompt.params.stop)
+        self._engine, self._tokenizer, self._prompt, self._metrics = engine, tokenizer, prompt, metrics
+        self._text = TextStream(tokenizer.decode, prompt.params.stop)
         self._open = True
         self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -121,9 +122,8 @@ class ActiveRequest:
         return LogprobEntry(**self._scored(token.token, token.logprob), top_logprobs=top)
 
     def _scored(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._decode([token_id])
-        # A token that holds a part of a character decodes to U+FFFD, so its bytes are unknown.
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+        text, data = self._tokenizer.decode([token_id]), self._tokenizer.token_bytes(token_id)
+        return {"token": text, "logprob": logprob, "bytes": None if data is None else list(data)}
 
 
 class EventStream(StreamingResponse):
