@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pumice.serve.errors import ApiError
 from pumice.serve.observe import request_record
+from pumice.serve.openapi import OPERATIONS
 from pumice.serve.settings import ServerSettings
 
-ANSWER_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/explain"})
+ANSWER_PATHS = frozenset(operation.path for operation in OPERATIONS if operation.request is not None)
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -36,10 +36,15 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, gate: Gate) -> None:
         self.app, self.settings, self.gate = app, settings, gate
-        self._keys = [_digest(key.encode()) for key in settings.keys]
+        self._keys = [_digest(key.encode()) for key in settings.api_key]
+        self._max_body = settings.body_bytes
         # DNS rebinding: a foreign web page may give its own host name the address of this machine. A
         # server for this machine alone must not answer such a page.
-        self._hosts = _LOCAL | set(settings.hosts) if settings.loopback and not settings.keys else None
+        self._hosts = (
+            _LOCAL | {host.lower() for host in settings.allow_host}
+            if settings.loopback and not settings.api_key
+            else None
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,7 +61,7 @@ class Guard:
                 self._admit(headers)
         except ApiError as error:
             request_record(Request(scope)).add_error(error)
-            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
+            await error.response()(scope, receive, send)
             return
         # 2. Count the request while it is answered, also if the answer fails.
         self.gate.in_flight += needs_slot
@@ -131,8 +136,8 @@ class Guard:
             length = int(headers.get("content-length", "0"))
         except ValueError:
             raise ApiError(400, "the header Content-Length is not a number; send the body's bytes") from None
-        if length > self.settings.max_body:
-            raise too_large(self.settings.max_body)
+        if length > self._max_body:
+            raise too_large(self._max_body)
 
 
 def too_large(limit: int) -> ApiError:

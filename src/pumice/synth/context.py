@@ -71,7 +71,7 @@ class BadRows:
             self.first.append(sentence)
         if self.count > self.allowed:
             allowed = f" ({self.count - 1} before it were allowed)" if self.allowed else ""
-            raise InputError(f"{sentence}, or leave such annotations out with --max-spoiled{allowed}")
+            raise InputError(f"{sentence}, or leave such annotations out with --set max_spoiled=N{allowed}")
 
 
 def normalised(
