@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
+from pumice.storage.yaml_file import read_yaml
 
 Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
 
@@ -214,7 +215,7 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     if path.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain, path))
         raise InputError(f"{chain[-1]}: extends goes in a circle, {circle}; take one of them out")
-    values = _parse(path)
+    values = read_yaml(path)
     if "extends" not in values:
         _record_origin(values, str(path), origin)
         return values
@@ -228,23 +229,6 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     base = _read(base_path, (*chain, path.resolve()), origin)
     _record_origin(values, str(path), origin)
     return _merge(base, values)
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f", line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}{line}: this is not YAML ({problem}); correct the line") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no recipe; it must be a mapping of keys to values")
-    return values
 
 
 def _record_origin(

@@ -14,12 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pumice import __version__
 from pumice.errors import InputError, official
 from pumice.files import replacing, sha256
+from pumice.storage.yaml_file import read_yaml
 from pumice.synth.mix.readers import READERS, Reader, ReaderInput, Unit
 
 
@@ -49,14 +49,7 @@ class Mix(MixModel):
 
 def load(path: Path) -> Mix:
     """Read a recipe. Raises InputError that names the key."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    values = read_yaml(path)
     try:
         mix = Mix.model_validate(values)
     except ValidationError as error:
