@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys
+from pumice.evaluate.files import ImageFolders, read_json
 from pumice.evaluate.task import (
     Answered,
     CategoryScore,
@@ -139,14 +139,11 @@ class Chair(Task):
     )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        lines = locate(data, ("synonyms.txt",), self.source.expected_files).text().splitlines()
-        masks = locate(data, ("instances_val2014.json", "instances_all2014.json"), self.source.expected_files)
-        captions_file = locate(
-            data, ("captions_val2014.json", "captions_all2014.json"), self.source.expected_files
-        )
-        annotations, captions = read_json(masks), read_json(captions_file)
-        require_keys(annotations, ("images", "annotations", "categories"), f"'{masks}'")
-        require_keys(captions, ("annotations",), f"'{captions_file}'")
+        lines = self.locate(data, "synonyms.txt").text().splitlines()
+        masks = self.locate(data, "instances_val2014.json", "instances_all2014.json")
+        captions_file = self.locate(data, "captions_val2014.json", "captions_all2014.json")
+        annotations = read_json(masks, "images", "annotations", "categories")
+        captions = read_json(captions_file, "annotations")
         vocabularies = [ObjectNames(lines), ObjectNames(lines, corrected=True)]
         objects_by_image = [
             _objects_in_images(names, annotations, captions["annotations"]) for names in vocabularies

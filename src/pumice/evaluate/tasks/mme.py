@@ -35,7 +35,6 @@ class MME(Task):
     headline = "perception"
     unit = "points"
     rank = 7
-    splits = ("test",)
     max_new_tokens = 16
     source = DatasetSource(
         url="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
