@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, ImageFile, locate, read_rows
+from pumice.storage.yaml_file import read_yaml
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -80,25 +82,33 @@ class Score:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Where the official files come from, and the number of questions of each split.
-
-    layout: the files that are expected. sizes: one number per published version of the split.
-    """
+    """A benchmark's official release, and LLaVA's numbers; benchmarks.yaml says what the fields mean."""
 
     url: str
     version: str
     licence: str
-    layout: tuple[str, ...]
-    sizes: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
+    files: Sequence[str]
+    sizes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    published: Mapping[str, float] = field(default_factory=dict)
+    elsewhere: str = ""
+    spread: float = 1.0
+    scale: float = 100.0
 
     @property
     def expected_files(self) -> str:
-        return ", ".join(self.layout)
+        return ", ".join(self.files)
 
     def known_sizes(self, split: str) -> tuple[int, ...]:
         """Return the number of questions of a split in each published version; empty if unknown."""
         size = self.sizes.get(split, ())
-        return (size,) if isinstance(size, int) else size
+        return (size,) if isinstance(size, int) else tuple(size)
+
+
+@cache
+def releases() -> dict[str, DatasetSource]:
+    """Return the official release of each benchmark by its name, the twelve of LLaVA-1.5 first."""
+    table = read_yaml(Path(__file__).parent / "benchmarks.yaml", "table of benchmarks")
+    return {name: DatasetSource(**values) for name, values in table.items()}
 
 
 class Task(ABC):
@@ -109,14 +119,15 @@ class Task(ABC):
     headline: ClassVar[str] = "accuracy"  # a key of Score.metrics
     unit: ClassVar[str] = "%"
     lower_is_better: ClassVar[bool] = False  # of the headline; in Score.values higher is always better
-    source: ClassVar[DatasetSource]
-    rank: ClassVar[int] = 100  # order in lists, smallest first
+    source: ClassVar[DatasetSource]  # that of benchmarks.yaml if the class has none
     max_new_tokens: ClassVar[int] = 128
     judged: ClassVar[bool] = False  # whether a language model grades the answers
     splits: ClassVar[tuple[str, ...]]  # first: the published split that has public answers
 
     def __init_subclass__(cls) -> None:
-        if "source" in vars(cls) and "splits" not in vars(cls):
+        if (name := vars(cls).get("name")) in releases():
+            cls.source = releases()[name]
+        if name and "splits" not in vars(cls):
             cls.splits = tuple(cls.source.sizes) or ("test",)
 
     def __init__(self, split: str | None = None) -> None:

@@ -13,7 +13,6 @@ from pumice.evaluate.metrics.captions import bleu, java_metrics, rouge_l
 from pumice.evaluate.metrics.cider import Cider
 from pumice.evaluate.task import (
     Answered,
-    DatasetSource,
     Floats,
     Question,
     Score,
@@ -91,52 +90,25 @@ class Karpathy(CaptionTask):
             yield Question(key, (images.get(path, name),), PROMPT, meta, llava_id)
 
 
-_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
-
-
 class CocoCaptions(Karpathy):
     name = "coco-caption"
     title = "COCO captions"
-    rank = 30
     file = "dataset_coco.json"
     folders = ("", "images")
-    source = DatasetSource(
-        url=_URL,
-        version="dataset_coco.json",
-        licence="captions CC BY 4.0; pictures under COCO's terms",
-        layout=("dataset_coco.json (in caption_datasets.zip or coco.zip)", "val2014/"),
-        sizes={"test": 5000, "val": 5000},
-    )
 
 
 class Flickr8k(Karpathy):
     name = "flickr8k"
     title = "Flickr8k captions"
-    rank = 31
     file = "dataset_flickr8k.json"
     folders = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")
-    source = DatasetSource(
-        url=_URL,
-        version="dataset_flickr8k.json",
-        licence="for research; pictures under Flickr's terms",
-        layout=("dataset_flickr8k.json", "Flicker8k_Dataset/"),
-        sizes={"test": 1000, "val": 1000},
-    )
 
 
 class Flickr30k(Karpathy):
     name = "flickr30k"
     title = "Flickr30k captions"
-    rank = 32
     file = "dataset_flickr30k.json"
     folders = ("flickr30k-images", "flickr30k_images", "images")
-    source = DatasetSource(
-        url=_URL,
-        version="dataset_flickr30k.json",
-        licence="for research; pictures under Flickr's terms",
-        layout=("dataset_flickr30k.json", "flickr30k-images/"),
-        sizes={"test": 1000, "val": 1014},
-    )
 
 
 class Nocaps(CaptionTask):
@@ -144,14 +116,6 @@ class Nocaps(CaptionTask):
 
     name = "nocaps"
     title = "nocaps"
-    rank = 33
-    source = DatasetSource(
-        url="https://nocaps.org/download",
-        version="nocaps_val_4500_captions.json",
-        licence="annotations CC BY 2.0; pictures under Open Images' terms",
-        layout=("nocaps_val_4500_captions.json", "images/"),
-        sizes={"val": 4500, "test": 10600},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         name = "nocaps_val_4500_captions" if self.split == "val" else "nocaps_test_image_info"

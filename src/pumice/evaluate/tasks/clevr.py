@@ -8,7 +8,7 @@ from typing import Any
 
 from pumice.evaluate.files import ImageFolders
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, mean_score
+from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_score
 
 _KINDS = {
     "count": "count",
@@ -34,15 +34,7 @@ class Clevr(Task):
 
     name = "clevr"
     title = "CLEVR"
-    rank = 34
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://cs.stanford.edu/people/jcjohns/clevr/",
-        version="1.0",
-        licence="CC BY 4.0",
-        layout=("questions/CLEVR_val_questions.json", "images/val/"),
-        sizes={"val": 149991, "test": 149988, "train": 699989},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         images = ImageFolders(data, f"images/{self.split}", f"CLEVR_v1.0/images/{self.split}", self.split)

@@ -11,7 +11,6 @@ from pumice.evaluate.metrics.vqa import lower_without_period
 from pumice.evaluate.task import (
     SHORT,
     Answered,
-    DatasetSource,
     Question,
     Score,
     Task,
@@ -35,15 +34,7 @@ class EasyVQA(Task):
 
     name = "easy-vqa"
     title = "easy-VQA"
-    rank = 40
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://pypi.org/project/easy-vqa/",
-        version="1.0 (pip download --no-deps easy-vqa==1.0, unzip)",
-        licence="MIT",
-        layout=("easy_vqa/data/test/questions.json", "easy_vqa/data/test/images/"),
-        sizes={"test": 9673, "train": 38575},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = self.locate(data, f"{self.split}/questions.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pumice.errors import InputError
 from pumice.evaluate.files import ImageFolders, read_rows, write_json
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, mean_score
+from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_score
 
 
 def prediction(text: str) -> str:
@@ -20,15 +20,7 @@ class GQA(Task):
 
     name = "gqa"
     title = "GQA"
-    rank = 2
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://cs.stanford.edu/people/dorarad/gqa/download.html",
-        version="questions 1.2",
-        licence="CC BY 4.0",
-        layout=("testdev_balanced_questions.json (in questions1.2.zip)", "images/"),
-        sizes={"testdev_balanced": 12578, "val_balanced": 132062},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = self.locate(data, f"{self.split}_questions.json", f"llava_gqa_{self.split}.jsonl")

@@ -15,7 +15,6 @@ from pumice.evaluate.files import ImageFolders, read_json
 from pumice.evaluate.task import (
     Answered,
     CategoryScore,
-    DatasetSource,
     Floats,
     Question,
     Score,
@@ -124,19 +123,8 @@ class Chair(Task):
     title = "CHAIR"
     headline = "CHAIRi"
     lower_is_better = True
-    rank = 35
     splits = ("val",)
     max_new_tokens = 512
-    source = DatasetSource(
-        url="https://github.com/LisaAnne/Hallucination (data/synonyms.txt), https://cocodataset.org",
-        version="COCO 2014",
-        licence="annotations CC BY 4.0; pictures under COCO's terms; synonyms.txt BSD-2-Clause",
-        layout=(
-            "synonyms.txt",
-            "instances_val2014.json, captions_val2014.json (in annotations_trainval2014.zip)",
-            "val2014/; a file chair_images.txt with one image id per line chooses pictures",
-        ),
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         lines = self.locate(data, "synonyms.txt").text().splitlines()

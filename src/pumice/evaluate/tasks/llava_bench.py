@@ -10,7 +10,7 @@ import numpy as np
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, ImageFolders, read_rows
 from pumice.evaluate.judge import JudgedTask, judge_notes
-from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Floats, Question, Score
+from pumice.evaluate.task import Answered, CategoryScore, Floats, Question, Score
 
 PROMPT_VERSION = "pumice-llava-bench-1"
 PROMPT = """\
@@ -51,16 +51,8 @@ class LlavaBench(JudgedTask):
     name = "llava-bench"
     title = "LLaVA-Bench (in the wild)"
     headline = "relative"
-    rank = 11
     max_new_tokens = 1024
     prompt_version = PROMPT_VERSION
-    source = DatasetSource(
-        url="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
-        version="24 pictures, 60 questions",
-        licence="CC BY-NC 4.0",
-        layout=("questions.jsonl, context.jsonl, answers_gpt4.jsonl", "images/"),
-        sizes={"test": 60},
-    )
     question_files: tuple[str, ...] = ("questions.jsonl",)
     context_files: tuple[str, ...] = ("context.jsonl",)
     reference_files: tuple[str, ...] = ("answers_gpt4.jsonl",)
@@ -139,14 +131,6 @@ class LlavaBenchCoco(LlavaBench):
 
     name = "llava-bench-coco"
     title = "LLaVA-Bench (COCO)"
-    rank = 20
-    source = DatasetSource(
-        url="https://github.com/haotian-liu/LLaVA, playground/data and llava/eval/table",
-        version="30 pictures, 90 questions",
-        licence="CC BY-NC 4.0; pictures under COCO's terms",
-        layout=("qa90_questions.jsonl, caps_boxes_coco2014_val_80.jsonl, qa90_gpt4_answer.jsonl", "val2014/"),
-        sizes={"test": 90},
-    )
     question_files = ("qa90_questions.jsonl", "coco2014_val_qa_eval/qa90_questions.jsonl")
     context_files = ("caps_boxes_coco2014_val_80.jsonl",)
     reference_files = ("qa90_gpt4_answer.jsonl", "coco2014_val_qa_eval/qa90_gpt4_answer.jsonl")

@@ -12,7 +12,6 @@ from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,
-    DatasetSource,
     Question,
     Score,
     Task,
@@ -36,16 +35,8 @@ class MMBench(Task):
 
     name = "mmbench"
     title = "MMBench"
-    rank = 8
     max_new_tokens = 16
     instruction = LETTER
-    source = DatasetSource(
-        url="https://github.com/open-compass/MMBench",
-        version="dev_20230712 or dev_en_20231003",
-        licence="Apache-2.0",
-        layout=("mmbench_dev_20230712.tsv (LLaVA-1.5's), mmbench_dev_en_20231003.tsv or MMBench_DEV_EN.tsv",),
-        sizes={"dev": (4377, 4329), "test": (6718, 6666)},
-    )
     files: ClassVar[dict[str, tuple[str, ...]]] = {
         "dev": ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"),
         "test": ("mmbench_test_20230712.tsv", "mmbench_test_en_20231003.tsv", "MMBench_TEST_EN.tsv"),
@@ -148,15 +139,7 @@ class MMBenchCN(MMBench):
 
     name = "mmbench-cn"
     title = "MMBench-CN"
-    rank = 9
     instruction = "请直接回答选项字母。"
-    source = DatasetSource(
-        url=MMBench.source.url,
-        version="dev_cn_20231003",
-        licence=MMBench.source.licence,
-        layout=("mmbench_dev_cn_20231003.tsv or MMBench_DEV_CN.tsv",),
-        sizes={"dev": 4329, "test": 6666},
-    )
     files: ClassVar[dict[str, tuple[str, ...]]] = {
         "dev": ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv"),
         "test": ("mmbench_test_cn_20231003.tsv", "MMBench_TEST_CN.tsv"),

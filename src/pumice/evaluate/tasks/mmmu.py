@@ -11,7 +11,7 @@ from typing import Any
 from pumice.errors import InputError
 from pumice.evaluate.files import bytes_image, read_parquet, require_keys, write_json
 from pumice.evaluate.metrics.choice import mmmu_open_right, mmmu_option, parse_list
-from pumice.evaluate.task import LETTER, SHORT, Answered, DatasetSource, Question, Score, Task, mean_score
+from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Task, mean_score
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -44,14 +44,6 @@ class MMMU(Task):
 
     name = "mmmu"
     title = "MMMU"
-    rank = 22
-    source = DatasetSource(
-        url="https://huggingface.co/datasets/MMMU/MMMU",
-        version="900 validation questions",
-        licence="Apache-2.0; pictures under their own terms",
-        layout=("SUBJECT/validation-00000-of-00001.parquet for each of 30 subjects",),
-        sizes={"validation": 900, "dev": 150, "test": 10500},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         files = sorted(data.glob(f"**/{self.split}-*.parquet")) if data.is_dir() else []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pumice.evaluate.files import base64_image, bytes_image
 from pumice.evaluate.metrics.choice import mmstar_right
-from pumice.evaluate.task import LETTER, Answered, DatasetSource, Question, Score, Task, mean_score
+from pumice.evaluate.task import LETTER, Answered, Question, Score, Task, mean_score
 
 
 class MMStar(Task):
@@ -15,15 +15,7 @@ class MMStar(Task):
 
     name = "mmstar"
     title = "MMStar"
-    rank = 21
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://huggingface.co/datasets/Lin-Chen/MMStar",
-        version="1,500 questions",
-        licence="of the benchmarks it was chosen from",
-        layout=("mmstar.parquet or MMStar.tsv",),
-        sizes={"val": 1500},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         names = ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv")

@@ -9,7 +9,7 @@ import numpy as np
 
 from pumice.evaluate.files import ImageFolders, write_json
 from pumice.evaluate.judge import JudgedTask, judge_notes
-from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Question, Score, mean_statistic
+from pumice.evaluate.task import Answered, CategoryScore, Question, Score, mean_statistic
 
 PROMPT_VERSION = "pumice-mmvet-1"
 PROMPT = """\
@@ -40,16 +40,8 @@ class MMVet(JudgedTask):
     name = "mmvet"
     title = "MM-Vet"
     headline = "total"
-    rank = 12
     max_new_tokens = 1024
     prompt_version = PROMPT_VERSION
-    source = DatasetSource(
-        url="https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip",
-        version="v1 (218 questions)",
-        licence="CC BY-NC 4.0; pictures under their own terms",
-        layout=("mm-vet.json", "images/"),
-        sizes={"test": 218},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         images = ImageFolders(data, "images", "mm-vet/images")

@@ -12,7 +12,7 @@ from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
-from pumice.evaluate.task import Answered, DatasetSource, Question, Score, Task, mean_score
+from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
 
 
 def _plain(text: str) -> str:
@@ -63,15 +63,8 @@ class OwnFile(Task):
     name = "own"
     title = "Your own file"
     headline = "score"
-    rank = 90
     splits = ("all",)
     max_new_tokens = 256
-    source = DatasetSource(
-        url="your own",
-        version="your own",
-        licence="your own",
-        layout=("questions.jsonl, or any .jsonl given to --data", "pictures beside it"),
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = DataFile(data) if data.is_file() else self.locate(data, "questions.jsonl")

@@ -11,7 +11,7 @@ import numpy as np
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, ImageFolders, read_rows, search
 from pumice.evaluate.metrics.presence import means_yes, presence_score
-from pumice.evaluate.task import SHORT, Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
+from pumice.evaluate.task import SHORT, Answered, CategoryScore, Floats, Question, Score, Task
 
 KINDS = ("adversarial", "popular", "random")
 
@@ -25,15 +25,7 @@ class Pope(Task):
     name = "pope"
     title = "POPE"
     headline = "f1"
-    rank = 6
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco",
-        version="e3e3926 (8,910 questions, of which LLaVA-1.5 was asked)",
-        licence="MIT; pictures under COCO's terms",
-        layout=("coco/coco_pope_adversarial.json, _popular.json and _random.json", "val2014/"),
-        sizes={"test": (8910, 9000)},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         files = {kind: self.locate(data, f"coco_pope_{kind}.json") for kind in KINDS}

@@ -12,7 +12,6 @@ from pumice.evaluate.metrics.choice import scienceqa_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,
-    DatasetSource,
     Question,
     Score,
     Task,
@@ -40,16 +39,8 @@ class ScienceQA(Task):
     name = "scienceqa"
     title = "ScienceQA"
     headline = "image_accuracy"
-    rank = 4
     splits = ("test", "val", "minitest", "minival", "train")
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://github.com/lupantech/ScienceQA, data/scienceqa",
-        version="problems.json with 21,208 problems",
-        licence="CC BY-NC-SA 4.0",
-        layout=("problems.json, pid_splits.json", "images/test/ID/image.png"),
-        sizes={"test": 4241, "val": 4241, "train": 12726},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         splits, file = self.locate(data, "pid_splits.json"), self.locate(data, "problems.json")

@@ -10,7 +10,6 @@ from pumice.evaluate.files import ImageFolders, read_json, read_rows
 from pumice.evaluate.task import (
     LETTER,
     Answered,
-    DatasetSource,
     Question,
     Score,
     Task,
@@ -25,19 +24,7 @@ class SeedBench(Task):
 
     name = "seed"
     title = "SEED-Bench"
-    rank = 10
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://huggingface.co/datasets/AILab-CVC/SEED-Bench",
-        version="1 (19,242 questions)",
-        licence="CC BY-NC 4.0",
-        layout=(
-            "SEED-Bench.json",
-            "SEED-Bench-image/",
-            "SEED-Bench-video-image/TASK_QUESTION.png, the middle frame of each video",
-        ),
-        sizes={"test": 19242},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         file = self.locate(data, "SEED-Bench.json")

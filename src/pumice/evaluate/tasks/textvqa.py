@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pumice.evaluate.files import ImageFolders, read_json, read_rows, search
 from pumice.evaluate.metrics.vqa import textvqa_accuracy
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, mean_score
+from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_score
 
 
 class TextVQA(Task):
@@ -19,19 +19,7 @@ class TextVQA(Task):
 
     name = "textvqa"
     title = "TextVQA"
-    rank = 5
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://textvqa.org/dataset/",
-        version="0.5.1",
-        licence="CC BY 4.0",
-        layout=(
-            "TextVQA_0.5.1_val.json",
-            "TextVQA_Rosetta_OCR_v0.2_val.json or LLaVA's llava_textvqa_val_v051_ocr.jsonl",
-            "train_images/",
-        ),
-        sizes={"val": 5000},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         words, prompts = self._words(data), self._prompts(data)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pumice.evaluate.files import ImageFolders, read_rows, search, write_json
 from pumice.evaluate.metrics.vqa import normalize_m4c, textvqa_accuracy, vizwiz_accuracy
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, mean_score
+from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_score
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -20,15 +20,7 @@ class VizWiz(Task):
 
     name = "vizwiz"
     title = "VizWiz"
-    rank = 3
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://vizwiz.org/tasks-and-datasets/vqa/",
-        version="2023 (Annotations.zip with 4,319 and 8,000 questions)",
-        licence="CC BY 4.0",
-        layout=("val.json or test.json (in Annotations.zip)", "val/ or test/ with the photographs"),
-        sizes={"val": 4319, "test": 8000},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         llava_list = search(data, (f"llava_{self.split}.jsonl",))

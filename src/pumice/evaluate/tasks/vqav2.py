@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pumice.errors import InputError
 from pumice.evaluate.files import ImageFolders, read_rows, search, write_json
 from pumice.evaluate.metrics.vqa import normalize_m4c, vqa_accuracy, vqa_accuracy_first
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, mean_score
+from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_score
 
 
 class VQAv2(Task):
@@ -20,19 +20,7 @@ class VQAv2(Task):
 
     name = "vqav2"
     title = "VQAv2"
-    rank = 1
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://visualqa.org/download.html",
-        version="v2.0, balanced real images (April 2017)",
-        licence="annotations CC BY 4.0; pictures under COCO's terms",
-        layout=(
-            "v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json and val2014/",
-            "for test-dev: v2_OpenEnded_mscoco_test-dev2015_questions.json (or LLaVA's "
-            "llava_vqav2_mscoco_test-dev2015.jsonl) and test2015/",
-        ),
-        sizes={"val": 214354, "test-dev": 107394, "test": 447793},
-    )
     coco: ClassVar[dict[str, str]] = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 
     def questions(self, data: Path) -> Iterator[Question]:
