@@ -315,5 +315,5 @@ def _print_list() -> None:
     for name, task in registry().items():
         print(f"{name:<18} {task.title}: {task.headline}; splits {', '.join(task.splits)}")
         print(f"{'':<18} {task.source.version}, {task.source.url}")
-        for line in task.source.layout:
+        for line in task.source.files:
             print(f"{'':<18}   {line}")

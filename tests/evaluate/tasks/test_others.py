@@ -23,7 +23,7 @@ def test_every_task_says_where_its_files_come_from() -> None:
         "llava-bench", "mmvet",
     ]  # fmt: skip
     for task in registry().values():
-        assert task.source.url and task.source.version and task.source.licence and task.source.layout
+        assert task.source.url and task.source.version and task.source.licence and task.source.files
     with pytest.raises(InputError, match="there is no task 'popes'"):
         get_task("popes")
     with pytest.raises(InputError, match="pope has no split 'val'"):

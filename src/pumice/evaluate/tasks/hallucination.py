@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys
+from pumice.evaluate.files import ImageFolders, read_json
 from pumice.evaluate.task import (
     Answered,
     CategoryScore,
-    DatasetSource,
     Floats,
     Question,
     Score,
@@ -124,29 +123,15 @@ class Chair(Task):
     title = "CHAIR"
     headline = "CHAIRi"
     lower_is_better = True
-    rank = 35
     splits = ("val",)
     max_new_tokens = 512
-    source = DatasetSource(
-        url="https://github.com/LisaAnne/Hallucination (data/synonyms.txt), https://cocodataset.org",
-        version="COCO 2014",
-        licence="annotations CC BY 4.0; pictures under COCO's terms; synonyms.txt BSD-2-Clause",
-        layout=(
-            "synonyms.txt",
-            "instances_val2014.json, captions_val2014.json (in annotations_trainval2014.zip)",
-            "val2014/; a file chair_images.txt with one image id per line chooses pictures",
-        ),
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        lines = locate(data, ("synonyms.txt",), self.source.expected_files).text().splitlines()
-        masks = locate(data, ("instances_val2014.json", "instances_all2014.json"), self.source.expected_files)
-        captions_file = locate(
-            data, ("captions_val2014.json", "captions_all2014.json"), self.source.expected_files
-        )
-        annotations, captions = read_json(masks), read_json(captions_file)
-        require_keys(annotations, ("images", "annotations", "categories"), f"'{masks}'")
-        require_keys(captions, ("annotations",), f"'{captions_file}'")
+        lines = self.locate(data, "synonyms.txt").text().splitlines()
+        masks = self.locate(data, "instances_val2014.json", "instances_all2014.json")
+        captions_file = self.locate(data, "captions_val2014.json", "captions_all2014.json")
+        annotations = read_json(masks, "images", "annotations", "categories")
+        captions = read_json(captions_file, "annotations")
         vocabularies = [ObjectNames(lines), ObjectNames(lines, corrected=True)]
         objects_by_image = [
             _objects_in_images(names, annotations, captions["annotations"]) for names in vocabularies
