@@ -20,6 +20,7 @@ from pumice.cli.checks import fetching, libraries, machine, trial
 from pumice.cli.checks.finding import Finding
 from pumice.model import llava
 from pumice.storage import download
+from pumice.storage.memory import ram
 
 
 def named(findings: list[Finding], name: str) -> Finding:
@@ -132,11 +133,15 @@ def root(tmp_path: Path) -> Path:
 
 def test_a_container(root: Path) -> None:
     assert machine.usable_cores(root) == 1
-    assert machine.ram(root) == (1_000_000_000, 600_000_000)
+    assert ram(root) == (1_000_000_000, 600_000_000)
+    # What only caches files is given up when it is needed.
+    (root / "sys/fs/cgroup/memory.stat").write_text("anon 1\ninactive_file 100000000\nactive_file 50000000\n")
+    assert ram(root) == (1_000_000_000, 750_000_000)
+    (root / "sys/fs/cgroup/memory.stat").unlink()
     few = named(machine.memory(root), "ram")
     assert (few.level, few.says) == ("problem", "600 MB of 1.0 GB available")
     (root / "sys/fs/cgroup/memory.max").write_text("max\n")
-    assert machine.ram(root) == (16_384_000_000, 12_288_000_000)
+    assert ram(root) == (16_384_000_000, 12_288_000_000)
     assert named(machine.memory(root), "ram").level == "ok"
 
 

@@ -19,6 +19,7 @@ from pumice.cli.checks.finding import (
     lines,
     words,
 )
+from pumice.storage.memory import ram
 
 
 def devices() -> list[Finding]:
@@ -173,28 +174,3 @@ def memory(root: Path = Path("/")) -> list[Finding]:
             )
         )
     return findings
-
-
-def ram(root: Path = Path("/")) -> tuple[int, int | None]:
-    """Return (total, available) memory in bytes. Available is None where the system does not report it."""
-    sizes = {
-        line.split(":")[0]: int(line.split()[1]) * 1024
-        for line in lines(root / "proc/meminfo")
-        if line.endswith(" kB")
-    }
-    if "MemTotal" not in sizes:
-        if not hasattr(os, "sysconf"):
-            return 0, None
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
-    total, free = sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
-    # A container may use less than the machine has: the files are those of cgroup v2, then of v1.
-    cgroup = root / "sys/fs/cgroup"
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit_words, used_words = words(cgroup / limit), words(cgroup / used)
-        if limit_words and limit_words[0].isdecimal() and int(limit_words[0]) < total:
-            total = int(limit_words[0])
-            free = min(free, total - int(used_words[0]) if used_words else total)
-    return total, max(0, free)
