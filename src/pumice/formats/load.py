@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,10 @@ from pumice.formats.components import open_llm, open_tower
 from pumice.formats.hf.config import padding
 from pumice.formats.pumice.folder import CONFIG, WEIGHTS, check
 from pumice.formats.pumice.quantized import cached
-from pumice.formats.quantize import can_quantize, quantize_state, stored_in_blocks
+from pumice.formats.quantize import can_quantize, is_matrix, quantize_state, stored_in_blocks
 from pumice.formats.read import BUILT_IN, read_model
 from pumice.kernels import compute
-from pumice.kernels.packed import LAYOUT, PackedMatrix
+from pumice.kernels.packed import LAYOUT, PackedMatrix, packed_size
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
 from pumice.model.llava import Llava
@@ -31,8 +32,9 @@ from pumice.model.quantized import swap
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.download import wheel
+from pumice.storage.memory import ram
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, as_lazy
+from pumice.storage.tensors import LazyStateDict, LazyTensor, as_lazy
 from pumice.tokens import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -162,6 +164,8 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     model = _empty_model(loaded.config)
     check(loaded.state, _shapes(model), label)
+    if device.type == "cpu":
+        _check_memory(model, loaded.state, dtype, label, as_stored=merge, bits=None)
     _fill(model, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)
@@ -173,11 +177,17 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
 def _open_quantized(loaded: LoadedParts, label: str, bits: str) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), label)
-    state = quantize_state(loaded.config, loaded.state, bits)
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
-    if source is not None and source.parent == BUILT_IN:  # a built-in model: the same at every start
+    built_in = source is not None and source.parent == BUILT_IN
+    hint = (
+        f"{label} is quantised at every start; `pumice import {label} FOLDER --quantize {bits}` stores it "
+        "quantised, and FOLDER opens at once"
+    )
+    state = quantize_state(loaded.config, loaded.state, bits, "" if built_in else hint)
+    if source is not None and built_in:  # the same at every start
         state = cached(_key(source, loaded.parts, bits), state)
     model = _empty_model(dataclasses.replace(loaded.config, lora=None))
+    _check_memory(model, state, torch.float32, label, as_stored=True, bits=bits)
 
     def packed(name: str, _: torch.Tensor) -> PackedMatrix:
         blocks = state.pop(f"decoder.{name}").blocks
@@ -225,6 +235,16 @@ def _fill(
     as_stored: keep 16-bit weights of layers that widen them when they compute (`WideningLinear`). Tensors are
     read one at a time: besides the model, only the pages of one file are in memory.
     """
+    dtypes = _dtypes(model, state, device, dtype, as_stored=as_stored)
+    tensors = {name: tensor.read(dtypes[name]).to(device) for name, tensor in state.items()}
+    model.load_state_dict(tensors, assign=True)
+    model.requires_grad_(False).eval()
+
+
+def _dtypes(
+    model: Llava, state: LazyStateDict, device: torch.device, dtype: torch.dtype, *, as_stored: bool
+) -> dict[str, torch.dtype]:
+    """Return the type in which each tensor of the state is loaded; arguments as in `_fill`."""
     # On a CPU the tower and the connector compute in fp32; half precision is slow there and less exact.
     tower_dtype = torch.float32 if device.type == "cpu" else dtype
     widened = [name for name, part in model.named_modules() if isinstance(part, WideningLinear)]
@@ -237,9 +257,34 @@ def _fill(
             return torch.float32  # adapters are merged or trained further, and both need full precision
         return dtype if name.startswith("decoder.") else tower_dtype
 
-    tensors = {name: tensor.read(dtype_of(name)).to(device) for name, tensor in state.items()}
-    model.load_state_dict(tensors, assign=True)
-    model.requires_grad_(False).eval()
+    return {name: dtype_of(name) for name in state}
+
+
+def _check_memory(
+    model: Llava, state: LazyStateDict, dtype: torch.dtype, label: str, *, as_stored: bool, bits: str | None
+) -> None:
+    """Raise InputError if a CPU has too little memory for the model. What is mapped from files needs none."""
+    _, free = ram()
+    if free is None:
+        return
+    dtypes = _dtypes(model, state, torch.device("cpu"), dtype, as_stored=as_stored)
+
+    def needed_by(name: str, tensor: LazyTensor) -> int:
+        blocks = tensor.blocks
+        if bits and blocks is not None and is_matrix(name, tensor):
+            return 0 if blocks.mapped else packed_size(blocks.kind, *tensor.shape)
+        as_it_is = blocks is None and tensor.dtype == dtypes[name]
+        return 0 if as_it_is else math.prod(tensor.shape) * dtypes[name].itemsize
+
+    needed = sum(needed_by(name, tensor) for name, tensor in state.items())
+    if needed > free:
+        remedy = {"int4": "take a smaller model", "int8": "use --quantize int4"}.get(
+            bits or "", "use --quantize int8 or int4"
+        )
+        raise InputError(
+            f"opening {label} takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            f"{remedy}, or close other programs"
+        )
 
 
 def find_device(name: str | None = None) -> torch.device:
