@@ -15,7 +15,7 @@ import typer
 from pumice.cli import options
 from pumice.errors import InputError
 from pumice.files import replacing
-from pumice.progress import StatusLine
+from pumice.progress import ProgressBar
 
 
 @options.expand
@@ -199,14 +199,13 @@ def _answer_rows(
     assistant = opening.load(model)
     sampling = {**assistant.generation, **sampling}  # the file says with what it was asked in full
     questions = [(list(row.images), row.question) for row in rows]
-    line = StatusLine()
-    with AnswerFile(partial, questions, {"model": model, **opening.arguments(), **sampling}) as file:
+    asked = {"model": model, **opening.arguments(), **sampling}
+    with AnswerFile(partial, questions, asked) as file, ProgressBar() as bar:
         if done := len(file.answers):
             print(f"pumice: {done} of {len(rows)} answers are in '{partial}' already", file=sys.stderr)
         for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
             file.add(answer)
-            line.show(f"{len(file.answers)} of {len(rows)}")
-    line.end()
+            bar.show(len(file.answers), len(rows))
     return file.answers
 
 

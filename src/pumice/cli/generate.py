@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,13 +12,15 @@ import typer
 
 from pumice.cli.options import expand, given
 from pumice.errors import InputError, WorkError
-from pumice.progress import StatusLine
+from pumice.progress import ProgressBar
 from pumice.synth.settings import GenerateSettings, read_settings
 
 if TYPE_CHECKING:
     from pumice.synth.context import BadRows, Context
     from pumice.synth.endpoint import Endpoint
+    from pumice.synth.journal import Journal
     from pumice.synth.kinds.base import Kind
+    from pumice.synth.run import Job
     from pumice.synth.teachers import Teacher
 
 
@@ -90,9 +93,7 @@ def generate(
             return
         stopped = ""
         if not offline and estimate.answered < estimate.requests:
-            counter = _CallCounter(estimate.requests - estimate.answered)
-            stopped = runs.call(job, teacher, journal, counter)
-            counter.end()
+            stopped = _call(job, teacher, journal, estimate.requests - estimate.answered)
         statistics = runs.finish(job, teacher, journal)
         values = statistics.to_dict()
         with replacing(out / "report.json") as file:
@@ -112,25 +113,19 @@ def generate(
         raise WorkError(f"{missing} of {statistics.total} requests have no reply: {remedy}")
 
 
-class _CallCounter:
-    """Counts the calls to a teacher on a status line."""
+def _call(job: Job, teacher: Teacher, journal: Journal, missing: int) -> str:
+    """Have the missing requests answered, with a bar. Return why it ended early, or ""."""
+    from pumice.synth.run import call
 
-    def __init__(self, total: int) -> None:
-        self.total, self.answered, self.failed, self.spent = total, 0, 0, (0, 0)
-        self.line = StatusLine(0.5, log_seconds=30.0)
+    calls: Counter[bool] = Counter()  # by whether they were answered
+    with ProgressBar(log_seconds=30.0) as bar:
 
-    def __call__(self, message: dict[str, Any]) -> None:
-        self.answered += bool(message["answered"])
-        self.failed += not message["answered"]
-        self.spent = tuple(message["spent"])
-        self.line.show(self._text())
+        def progress(message: dict[str, Any]) -> None:
+            calls[bool(message["answered"])] += 1
+            text = f"{calls[False]} calls failed, {sum(message['spent']):,} tokens"
+            bar.show(calls[True], missing, "answered", text)
 
-    def end(self) -> None:
-        self.line.end(self._text())
-
-    def _text(self) -> str:
-        tokens = f"{sum(self.spent):,} tokens"
-        return f"{self.answered} of {self.total} answered, {self.failed} calls failed, {tokens}"
+        return call(job, teacher, journal, progress)
 
 
 def _check_libraries() -> None:
