@@ -15,6 +15,7 @@ from asking import ask, data_uri, picture, post, user_message
 
 from pumice import InputError
 from pumice.engine.engine import Engine
+from pumice.serve.guard import Gate
 from pumice.serve.settings import ServerSettings
 
 # a bitmap's header that claims 60,000 pixels a side
@@ -298,6 +299,18 @@ def test_a_full_queue(local: Any) -> None:
         assert error_of(refused, 429)["code"] == "queue_full"
         assert int(refused.headers["retry-after"]) >= 1
         assert post(url, ask()).status_code == 200  # and afterwards there is room again
+
+
+def test_retry_after_follows_from_the_queue() -> None:
+    gate = Gate(slots=16, queue=80, in_flight=96, seconds=13.2)
+    assert (gate.full, gate.retry_after) == (True, 11)  # 80 wait, and 96 / 13.2 end in a second
+    gate = Gate(slots=16, queue=80, in_flight=16, seconds=100.0)
+    assert (gate.full, gate.retry_after) == (False, 1)
+    with pytest.raises(RuntimeError), gate.passing():
+        assert gate.in_flight == 17
+        raise RuntimeError
+    assert gate.in_flight == 16
+    assert 89 < gate.seconds < 91  # a tenth of the way to a request that took no time
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -23,12 +26,39 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 @dataclass
 class Gate:
-    """The number of requests in flight and its limit, and whether the server is draining."""
+    """The number of requests in flight and its limit, and whether the server is draining.
 
-    capacity: int
+    slots: requests answered at a time. queue: those that may wait beyond them. seconds: a running mean of the
+    time from a request to the end of its answer.
+    """
+
+    slots: int
+    queue: int
     in_flight: int = 0
+    seconds: float = 1.0
     draining: bool = False
     connections: Callable[[], int] = lambda: 0  # number of open connections, idle ones included
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Count a request while it is answered, also if the answer fails."""
+        self.in_flight += 1
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self.seconds += 0.1 * (time.perf_counter() - started - self.seconds)
+
+    @property
+    def full(self) -> bool:
+        return self.in_flight >= self.slots + self.queue
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds until those who wait now have slots: `in_flight / seconds` end a second (Little's law)."""
+        waiting = max(0, self.in_flight - self.slots)
+        return max(1, math.ceil(waiting * self.seconds / max(1, self.in_flight)))
 
 
 class Guard:
@@ -63,12 +93,9 @@ class Guard:
             request_record(Request(scope)).add_error(error)
             await error.response()(scope, receive, send)
             return
-        # 2. Count the request while it is answered, also if the answer fails.
-        self.gate.in_flight += needs_slot
-        try:
+        # 2. Let it pass.
+        with self.gate.passing() if needs_slot else contextlib.nullcontext():
             await self.app(scope, receive, send)
-        finally:
-            self.gate.in_flight -= needs_slot
 
     def _check_connections(self) -> None:
         limit = self.settings.max_connections
@@ -125,12 +152,12 @@ class Guard:
                 f"the content type is {content_type!r}; send application/json",
                 code="unsupported_media_type",
             )
-        if self.gate.in_flight >= self.gate.capacity:
+        if self.gate.full:
             raise ApiError(
                 429,
                 f"{self.gate.in_flight} requests are being answered or waiting already; ask again soon",
                 code="queue_full",
-                headers={"Retry-After": "1"},
+                headers={"Retry-After": str(self.gate.retry_after)},
             )
         try:
             length = int(headers.get("content-length", "0"))

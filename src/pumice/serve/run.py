@@ -35,7 +35,7 @@ def make_server(assistant: Assistant, names: tuple[str, ...], settings: ServerSe
     from pumice.serve.backend import Backend
     from pumice.serve.metrics import Metrics
 
-    gate = Gate(assistant.engine.slots + settings.queue)
+    gate = Gate(assistant.engine.slots, settings.queue)
     metrics = Metrics(__version__, names[0], assistant.engine.stats)
     app = build(settings, Backend(assistant, names, settings, metrics), gate)
     server = Server(config(app, settings), settings, gate, names[0])
