@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ProgressBar:
-    """A bar with counts and the time that is left; use it in a `with` statement.
+    """A bar with counts and the time that is left. Close it, as a `with` statement does.
 
     log_seconds: where stderr is no terminal, the time between two lines, and there is a last line at the
     end; None writes nothing there.
@@ -26,10 +26,15 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave what is shown as it is; a later `show` begins anew."""
         if self._bar is not None:
             self._bar.stop()
         elif self._log_seconds is not None and self._line:
             print(self._line, file=sys.stderr, flush=True)
+        self._bar, self._tasks, self._line = None, {}, ""
 
     def show(self, done: int, total: int, unit: str = "", text: str = "") -> None:
         """Show that `done` of `total` units are done. A new unit gets its own bar. text: what else to say."""

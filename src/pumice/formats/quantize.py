@@ -11,7 +11,7 @@ from pumice.formats.peft.read import merge_adapters
 from pumice.kernels.compute import quantize
 from pumice.kernels.packed import GROUP, BlockFormat, PackedMatrix
 from pumice.model.quantized import kind_of
-from pumice.progress import StatusLine
+from pumice.progress import ProgressBar
 from pumice.storage.tensors import MAPPED_BYTES, Blocks, LazyStateDict, LazyTensor, close_last_file
 
 PATIENCE = 3.0  # seconds of quantising after which its progress is shown
@@ -45,9 +45,8 @@ class _Progress:
     def __init__(self, bits: str, hint: str) -> None:
         self.total = self._done = 0
         self._bits, self._hint = bits, hint
-        self._line = StatusLine(0.2)
+        self._bar = ProgressBar()
         self._start: float | None = None
-        self._is_shown = False
 
     def begin(self) -> None:
         if self._start is None:
@@ -60,15 +59,12 @@ class _Progress:
         if self._hint:
             _LOG.warning("%s", self._hint)
             self._hint = ""
-        self._line.show(f"quantising to {self._bits}: {self._done} of {self.total} matrices")
-        self._is_shown = True
+        self._bar.show(self._done, self.total, f"matrices quantised to {self._bits}")
         if self._done == self.total:
             self.stop()
 
     def stop(self) -> None:
-        if self._is_shown:
-            self._line.end()
-            self._is_shown = False
+        self._bar.close()
 
 
 def stored_in_blocks(config: ModelConfig, state: LazyStateDict) -> bool:

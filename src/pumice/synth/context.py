@@ -60,7 +60,7 @@ class Context:
 
 
 class BadAnnotation(InputError):
-    """One annotation that cannot be used, and that --max-spoiled may leave out."""
+    """One annotation that cannot be used, and that `max_spoiled` may leave out."""
 
 
 class BadRows:
