@@ -38,7 +38,7 @@ def thirty_percent(key: str, call: int) -> str:
 
 def command(out: Path, url: str, pictures: Path, *more: str) -> list[str]:
     words = ["data", "generate", str(out), "--teacher", url, "--model", "m", "--jsonl", str(pictures)]
-    return [*words, "--set", "endpoint.backoff=0.02", *more]
+    return [*words, *(["--set", "endpoint.backoff=0.02"] if url != "local" else []), *more]
 
 
 def run(*arguments: Any) -> Any:

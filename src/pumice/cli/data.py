@@ -169,10 +169,11 @@ def _processor(model: str, template: str | None) -> Processor:
 
 def _encode(processor: Processor) -> Encode:
     """Return a function that counts a row's tokens as training does: (all, supervised)."""
+    from pumice.config import LARGEST
     from pumice.processor import Processor
 
-    # Without a limit of the context, rows that are too long are counted as well.
-    decoder = dataclasses.replace(processor.config.decoder, context=sys.maxsize)
+    # With the largest context that a model may have, rows that are too long are counted as well.
+    decoder = dataclasses.replace(processor.config.decoder, context=LARGEST["context"])
     unlimited = Processor(dataclasses.replace(processor.config, decoder=decoder), processor.tokenizer)
 
     def encode(conversation: Conversation) -> tuple[int, int]:

@@ -58,11 +58,12 @@ def _fields(kind: Any, instance: Any) -> list[inspect.Parameter]:
         base, *details = _split(hints[field.name])
         if not details:
             continue
-        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        default: Any = inspect.Parameter.empty if field.default is MISSING else field.default
         default = default if instance is None else getattr(instance, field.name)
+        form: Any = Annotated  # whose arguments are known only here
         if get_origin(base) is tuple:  # typer would read so many words for one option
-            base, default = GenericAlias(list, get_args(base)[:1]), list(default)
-        annotation = Annotated[(base, *details)]
+            base, default = GenericAlias(list, get_args(base)[:1]), [*default]
+        annotation = form[(base, *details)]
         parameters.append(
             inspect.Parameter(
                 field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation

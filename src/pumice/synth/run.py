@@ -183,7 +183,10 @@ def call(job: Job, teacher: Teacher, journal: Journal, progress: Progress) -> st
                 asked.add(request.id)
                 yield request
 
-    return teacher.answer(missing(), journal, progress)
+    try:
+        return teacher.answer(missing(), journal, progress)
+    finally:
+        journal.close()
 
 
 def finish(job: Job, teacher: Teacher, journal: Journal) -> Statistics:

@@ -234,7 +234,7 @@ def _plain_box(entry: Any, width: float, height: float, where: str) -> Box:
 
 
 def gather(
-    sources: Iterable[Iterator[Context]], finder: ImageFinder | None, bad_rows: BadRows, limit: int | None
+    sources: Iterable[Iterable[Context]], finder: ImageFinder | None, bad_rows: BadRows, limit: int | None
 ) -> list[Context]:
     """The contexts of all sources, up to `limit`, each with its picture in `finder`'s folders.
 

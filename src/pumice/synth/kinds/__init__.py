@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pumice.errors import InputError
 from pumice.storage.yaml_file import read_yaml
@@ -20,12 +21,14 @@ def builtin() -> dict[str, Kind]:
 
 
 def _read(path: Path) -> Kind:
-    values = read_yaml(path, "kind")
-    examples = values.pop("examples")
-    questions = values.pop("questions", None)
+    values: dict[str, Any] = read_yaml(path, "kind")
+    examples, questions = values.pop("examples"), values.pop("questions", None)
+    further = tuple(getattr(checks, name) for name in values.pop("checks", ()))
+    limits: dict[str, Any] = {name: tuple(values.pop(name)) for name in ("turns", "words") if name in values}
     return Kind(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        | {"checks": tuple(getattr(checks, name) for name in values.get("checks", ()))},
+        **values,
+        **limits,
+        checks=further,
         examples=(Example(MARKET, examples["market"]), Example(SNOW, examples["snow"])),
         parse=whole(questions) if questions else pairs,
     )
