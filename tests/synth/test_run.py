@@ -339,7 +339,10 @@ def test_settings_of_a_file(
     assert {row["id"].rpartition("-")[2] for row in rows} == {"detail"}
 
 
-def test_interrupting_lets_calls_end(endpoint: Any, many_pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_lets_calls_end(
+    endpoint: Any, many_pictures: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     endpoint.delay = 0.2
     options = (*KINDS, "--parallel", "2")
     process = subprocess.Popen(
@@ -351,7 +354,7 @@ def test_interrupting_lets_calls_end(endpoint: Any, many_pictures: Path, tmp_pat
     )
     while endpoint.total < 3:
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, output = process.communicate(timeout=60)
     assert (process.returncode, output.splitlines()[-1]) == (130, "pumice: interrupted")
     sent = endpoint.total
