@@ -50,7 +50,7 @@ class LlamaCppLinear(nn.Module):
 
 
 def as_llama_cpp(decoder: Decoder, form: gguf.GGMLQuantizationType) -> Decoder:
-    """Round a decoder's weights and activations; the embedding, which is the head too, is Q8_0 in any form."""
+    """Round a decoder's weights and activations; the embedding, which is the head too, is always Q8_0."""
     rounded = copy.deepcopy(decoder)
     eight = gguf.GGMLQuantizationType.Q8_0
     for parent in list(rounded.blocks.modules()):
