@@ -167,7 +167,7 @@ ANSWER = {"role": "assistant", "content": "A dog."}
         (
             [user_message("What?", picture()), {**ANSWER, "content": "dog " * 300}],
             "messages",
-            "context is 256",
+            "context length is 256 tokens",
         ),
         ([user_message("What?", picture()[:-200]), ANSWER], FIELD, "truncated or damaged"),
     ],

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pumice.cli import app
 from pumice.errors import InputError
 from pumice.synth.endpoint import Endpoint
 from pumice.synth.journal import Journal
+from pumice.synth.settings import read_settings
 from pumice.synth.teachers import LocalTeacher
 
 KINDS = ["--kind", "conversation", "--kind", "detail", "--kind", "short-answer"]
@@ -316,6 +318,15 @@ def test_wrong_options(
 ) -> None:
     refused(run(tmp_path / "out", endpoint.url, pictures(1), *options), message)
     assert endpoint.total == 0
+
+
+def test_the_documented_settings_are_settings(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "instruction-data.md"
+    (block,) = re.findall(r"^```yaml\n(visual_genome:.*?)^```", page.read_text(), re.M | re.S)
+    (tmp_path / "settings.yaml").write_text(block)
+    teacher = {"teacher": "http://localhost:1/v1", "model": "m"}
+    settings = read_settings(teacher, tmp_path / "settings.yaml", [])
+    assert (settings.max_spoiled, settings.make_endpoint().per_minute) == (20, 500)
 
 
 def test_settings_of_a_file(
