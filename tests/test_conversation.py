@@ -64,14 +64,33 @@ def test_wrong_conversations_are_refused(turns: tuple[tuple[str, str], ...], mes
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("content", ["", "  \n", (A,), (A, " ")])
-def test_an_empty_question_is_refused(content: str | tuple[str | ImagePart, ...]) -> None:
+@pytest.mark.parametrize("content", ["", "  \n"])
+def test_an_empty_question_is_refused(content: str) -> None:
     with pytest.raises(InputError, match="the question is empty; say what you want to know"):
         talk(("user", content)).check(answered=False)
 
 
-def test_a_picture_alone_may_be_answered() -> None:
+def test_a_picture_alone_is_a_question() -> None:
     talk(("user", (A,)), ANSWER).check(answered=True)
+    talk(("user", (A, " "))).check(answered=False)
+
+
+def test_only_a_conversation_to_answer_begins_with_a_greeting() -> None:
+    greeted = talk(ANSWER, USER)
+    assert greeted.check(answered=False) is greeted
+    with pytest.raises(InputError, match="message 1 is from 'assistant' where 'user' should speak"):
+        talk(ANSWER, USER, ANSWER).check(answered=True)
+    with pytest.raises(InputError, match="message 2 is from 'assistant' where 'user' should speak"):
+        talk(ANSWER, ANSWER, USER).check(answered=False)
+
+
+def test_a_begun_answer_is_continued_where_that_is_asked_for() -> None:
+    begun = talk(USER, ANSWER)
+    assert begun.check(answered=False, continued=True) is begun
+    with pytest.raises(InputError, match="the last message must be a question"):
+        begun.check(answered=False)
+    with pytest.raises(InputError, match="must be the assistant's, which is to be continued"):
+        talk(USER).check(answered=False, continued=True)
 
 
 def test_pictures_and_text_of_messages() -> None:

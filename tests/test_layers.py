@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "pumice"
 # A part is a file or folder of src/pumice. It may import parts of the lines above its own, and itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "moved"),
-    ("config", "conversation", "files", "memory"),
+    ("config", "conversation", "files"),
     ("geometry", "jsonl", "kernels"),
     ("templates", "images", "model", "webpage", "progress", "storage"),
     ("tokens", "chat_client"),
@@ -57,7 +57,6 @@ LIBRARIES: dict[str, set[str]] = {
     "config": set(),
     "conversation": set(),
     "files": set(),
-    "memory": set(),
     "geometry": set(),
     "jsonl": set(),
     "kernels": {"torch"},

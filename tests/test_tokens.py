@@ -363,6 +363,6 @@ def test_truncation_and_padding_are_switched_off(tmp_path: Path, key: str, tiny_
 def test_malformed_limits_are_refused_in_one_sentence(tmp_path: Path, key: str, value: Any) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(BACKENDS["gpt2"].to_str()), key: value}))
-    message = r"/tokenizer\.json' is not a tokenizer\.json: (?!Cannot)[^\n]+; copy the file [^\n]+ again$"
+    message = r"/tokenizer\.json is not a tokenizer\.json: (?!Cannot)[^\n]+; copy the file [^\n]+ again$"
     with pytest.raises(InputError, match=message):
         read_tokenizer(path)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pumice.config import ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message, user_message
-from pumice.engine.engine import Engine
+from pumice.engine.engine import Engine, check_sizes
 from pumice.engine.requests import Delta, Prompt, PromptImage, Request, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.text import TextStream
@@ -40,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 # tiles count for more, so that the memory stays the same.
 CACHED_IMAGES = 64
 SLOTS = 32  # questions that `ask_many` computes together
+CHUNK = 512  # prompt tokens of one step of the engine
 
 
 def load(
@@ -51,6 +52,10 @@ def load(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    slots: int = SLOTS,
+    cache_tokens: int | None = None,
+    chunk: int = CHUNK,
+    memory_share: float | None = None,
 ) -> Assistant:
     """Open a model to answer questions: a built-in one, a folder, a GGUF file or a name on the hub.
 
@@ -58,12 +63,14 @@ def load(
     in 8 or 4 bits, None as they are; "auto" chooses 8 bits on a CPU that has a kernel for them. dtype: of the
     decoder; None gives bf16 on CUDA and with quantized weights, fp16 on MPS, and fp32 otherwise. template,
     tower, base: what a model from elsewhere does not state or contain, as in
-    `pumice.formats.read.read_model`. Raises InputError.
+    `pumice.formats.read.read_model`. slots, cache_tokens, chunk, memory_share: the sizes of its
+    engine, as in `Engine`. Raises InputError.
     """
     if quantize not in ("auto", "int8", "int4", None):
         raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8', 'int4' or None")
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise InputError(f"dtype is {dtype!r}; use torch.float32, torch.bfloat16 or torch.float16")
+    check_sizes(slots, cache_tokens, chunk)
     torch_device = find_device(device)
     if dtype is None:
         usual = {"cuda": torch.bfloat16, "mps": torch.float16}
@@ -77,7 +84,15 @@ def load(
         tower=tower,
         base=base,
     )
-    return Assistant(opened.model, opened.processor, opened.provenance)
+    return Assistant(
+        opened.model,
+        opened.processor,
+        opened.provenance,
+        slots=slots,
+        cache_tokens=cache_tokens,
+        chunk=chunk,
+        memory_share=memory_share,
+    )
 
 
 class Reply(Iterator[str]):
@@ -172,7 +187,15 @@ class Assistant:
     """Answers questions about pictures: one with `ask`, many with `ask_many`."""
 
     def __init__(
-        self, model: Llava, processor: Processor, provenance: Mapping[str, Any] | None = None
+        self,
+        model: Llava,
+        processor: Processor,
+        provenance: Mapping[str, Any] | None = None,
+        *,
+        slots: int = SLOTS,
+        cache_tokens: int | None = None,
+        chunk: int = CHUNK,
+        memory_share: float | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -182,7 +205,9 @@ class Assistant:
         )  # by image key, least recently used first
         self._lock = threading.Lock()
         self._warned = False  # that a conversation has more images than the model was trained on
-        self.engine = Engine(model, slots=SLOTS)
+        self.engine = Engine(
+            model, slots=slots, cache_tokens=cache_tokens, chunk=chunk, memory_share=memory_share
+        )
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -295,10 +320,19 @@ class Assistant:
         return Reply(self.engine, self.processor.tokenizer.decode, prompt, on_end)
 
     def prompt(
-        self, conversation: Conversation, *, schema: Mapping[str, Any] | None = None, **sampling: Any
+        self,
+        conversation: Conversation,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        continued: bool = False,
+        **sampling: Any,
     ) -> Prompt:
-        """Build the engine's prompt for a conversation; arguments as in `stream`. Raises InputError."""
-        prompt = self._prompt(conversation, self._params(sampling))
+        """Build the engine's prompt for a conversation; schema and sampling as in `stream`.
+
+        continued: its last message is the beginning of the answer, which the model continues. Raises
+        InputError.
+        """
+        prompt = self._prompt(conversation, self._params(sampling), continued)
         return prompt if schema is None else dataclasses.replace(prompt, constraint=self.json(schema))
 
     def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:
@@ -334,8 +368,8 @@ class Assistant:
             return params
         return dataclasses.replace(params, stop=(*params.stop, template.stop))
 
-    def _prompt(self, conversation: Conversation, params: SamplingParams) -> Prompt:
-        sample = self.processor.prompt(conversation)
+    def _prompt(self, conversation: Conversation, params: SamplingParams, continued: bool = False) -> Prompt:
+        sample = self.processor.prompt(conversation, continued=continued)
         images = tuple(
             self._prompt_image(image, layout)
             for image, layout in zip(sample.images, sample.layouts, strict=True)

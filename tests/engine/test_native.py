@@ -98,15 +98,22 @@ def test_equals_the_modules_in_fp32(more: dict[str, Any], weights: str) -> None:
     print(f"{weights} {more}: {errors.max():.1e}")
     # measured worst: 2.2e-6 in fp32, 3e-7 else; keys and values in bfloat16 may round to the next number
     tolerance, cache_tolerance = (3e-6, 3e-6) if weights == "fp32" else (1e-5, 6e-3)
-    # An activation between two numbers of 8 bits may round to the other, once in some 100 rows: its row is
-    # then off by 2 %, and so are the keys and values of that token.
-    allowed = 0 if weights == "fp32" else 1
-    assert (errors >= tolerance).sum() <= allowed
-    assert errors.max() < 0.05
+    # An activation between two numbers of 8 bits may round to the other, once in some 100 rows. Its row is
+    # then off by 2 %, and so may be what follows in its sequence, but nothing in another one.
+    owners = [n for n, segment in enumerate(segments) for _ in range(segment.new)]
+    off = {owners[token] for token, error in zip(due, errors, strict=True) if error >= tolerance}
+    cells = [
+        table[place // cache.block] * cache.block + place % cache.block
+        for table, past, new in segments
+        for place in range(past, past + new)
+    ]
     for actual_cache, expected_cache in ((cache.keys, wide.keys), (cache.values, wide.values)):
-        off = (actual_cache.float() - expected_cache).abs().amax((0, 1, 3)) / expected_cache.abs().max()
-        assert (off >= cache_tolerance).sum() <= allowed
-        assert off.max() < 0.05
+        differences = (actual_cache.float() - expected_cache).abs().amax((0, 1, 3))
+        differences /= expected_cache.abs().max()
+        off |= {owners[n] for n, cell in enumerate(cells) if differences[cell] >= cache_tolerance}
+        assert differences.max() < 0.05
+    assert errors.max() < 0.05
+    assert len(off) <= (0 if weights == "fp32" else 1)
 
 
 @WEIGHTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pumice.progress import StatusLine
+from pumice.progress import ProgressBar
 
 if TYPE_CHECKING:
     from pumice.assistant import Reply
@@ -14,17 +14,14 @@ LONG_PROMPT = 256  # tokens; a shorter one is read before anybody waits
 
 
 def pieces(reply: Reply) -> Iterator[str]:
-    """Yield the pieces of a reply. Until the first, a line on stderr shows how much of the prompt is read."""
-    line = StatusLine()
+    """Yield the pieces of a reply. Until the first, a bar on stderr shows how much of the prompt is read."""
+    with ProgressBar(transient=True) as bar:
 
-    def show(computed: int, total: int) -> None:
-        if total >= LONG_PROMPT:
-            line.show(f"reading: {computed:,} of {total:,} tokens")
+        def show(computed: int, total: int) -> None:
+            if total >= LONG_PROMPT:
+                bar.show(computed, total, "tokens read")
 
-    reply.on_prompt = show
-    try:
+        reply.on_prompt = show
         for piece in reply:
-            line.clear()
+            bar.close()
             yield piece
-    finally:
-        line.clear()

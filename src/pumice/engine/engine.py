@@ -25,7 +25,7 @@ from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
 from pumice.engine.sizes import cache_size, has_memory
-from pumice.errors import InputError
+from pumice.errors import ContextOverflow, InputError
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import BLOCK, KVCache, Segment
 from pumice.model.llava import Llava
@@ -52,6 +52,13 @@ class EngineStats:
     steps: int
 
 
+def check_sizes(slots: int, cache_tokens: int | None, chunk: int) -> None:
+    """Raise InputError unless an engine can have these sizes."""
+    for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; give 1 or more")
+
+
 class Engine:
     """Answers up to `slots` prompts at a time, each in its own slot of the KV cache; more wait in order.
 
@@ -74,9 +81,7 @@ class Engine:
         prefix_cache: bool = True,
         memory_share: float | None = None,
     ) -> None:
-        for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; give 1 or more")
+        check_sizes(slots, cache_tokens, chunk)
         config = model.config.decoder
         # 1. Size the cache by the memory that is free beside the weights.
         self.cache_tokens = cache_size(model, slots, cache_tokens, memory_share)
@@ -120,10 +125,11 @@ class Engine:
         max_cells = min(context, length + prompt.params.max_new_tokens) - 1
         capacity = self.cache_tokens
         if length > capacity:
-            raise InputError(
+            message = (
                 f"the prompt takes {length} tokens and the engine's cache holds {capacity}; "
                 "shorten the question, show fewer pictures, or give the engine a larger cache"
             )
+            raise ContextOverflow(message, length, capacity)
         if max_cells > capacity:
             raise InputError(
                 f"a prompt of {length} tokens and an answer of up to {max_cells + 1 - length} do not fit in "

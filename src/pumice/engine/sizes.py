@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from pumice.errors import InputError
-from pumice.memory import GB, available_memory
 from pumice.model.cache import KVCache
 from pumice.model.llava import Llava
+from pumice.storage.memory import GB, available_memory
 
 # Of an engine for one user; more if one context needs more, and at most half of the free memory.
 CACHE_BYTES = 1 << 30

@@ -175,9 +175,14 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
 def _open_quantized(loaded: LoadedParts, label: str, bits: str) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), label)
-    state = quantize_state(loaded.config, loaded.state, bits)
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
-    if source is not None and source.parent == BUILT_IN:  # a built-in model: the same at every start
+    built_in = source is not None and source.parent == BUILT_IN
+    hint = (
+        f"{label} is quantised at every start; `pumice import {label} FOLDER --quantize {bits}` stores it "
+        "quantised, and FOLDER opens at once"
+    )
+    state = quantize_state(loaded.config, loaded.state, bits, "" if built_in else hint)
+    if source is not None and built_in:  # the same at every start
         state = cached(_key(source, loaded.parts, bits), state)
     model = _empty_model(dataclasses.replace(loaded.config, lora=None))
 

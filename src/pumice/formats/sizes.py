@@ -11,11 +11,11 @@ from pumice.errors import InputError
 from pumice.formats.peft.read import merge_adapters
 from pumice.formats.quantize import can_quantize, quantize_state
 from pumice.kernels.packed import packed_size
-from pumice.memory import GB, available_memory
 from pumice.model.cache import KVCache
 from pumice.model.llava import Llava
 from pumice.model.quantized import KINDS
 from pumice.model.vision import WideningLinear
+from pumice.storage.memory import GB, available_memory
 from pumice.storage.parts import LoadedParts
 
 PROCESS_BYTES = 350e6  # Python, PyTorch and the buffers of a step, measured on a CPU

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from pumice.memory import available_memory
+from pumice.storage.memory import available_memory
 
 
 class GPU(NamedTuple):

@@ -7,7 +7,7 @@ import shutil
 from pumice.errors import InputError
 from pumice.formats.load import find_device
 from pumice.geometry import image_layout
-from pumice.memory import GB
+from pumice.storage.memory import GB
 from pumice.train.batches import Batches
 from pumice.train.devices import total_memory
 from pumice.train.recipe import Recipe

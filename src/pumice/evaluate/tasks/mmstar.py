@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from pumice.evaluate.files import base64_image, bytes_image, locate, read_parquet, read_tsv, require_keys
+from pumice.evaluate.files import base64_image, bytes_image
 from pumice.evaluate.metrics.choice import mmstar_right
-from pumice.evaluate.task import (
-    LETTER,
-    Answered,
-    DatasetSource,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-    scores_by_category,
-)
+from pumice.evaluate.task import LETTER, Answered, Question, Score, Task, mean_score
 
 
 class MMStar(Task):
@@ -25,26 +15,11 @@ class MMStar(Task):
 
     name = "mmstar"
     title = "MMStar"
-    headline = "accuracy"
-    rank = 21
-    splits = ("val",)
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://huggingface.co/datasets/Lin-Chen/MMStar",
-        version="1,500 questions",
-        licence="of the benchmarks it was chosen from",
-        layout=("mmstar.parquet or MMStar.tsv",),
-        sizes={"val": 1500},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(
-            data, ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv"), self.source.expected_files
-        )
-        rows: Iterator[dict[str, Any]]
-        rows = read_tsv(file) if file.name.endswith(".tsv") else read_parquet([file.path])
-        for number, row in enumerate(rows, 1):
-            require_keys(row, ("index", "question", "answer", "image"), f"'{file}', row {number}")
+        names = ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv")
+        for row in self.rows(data, *names, keys=("index", "question", "answer", "image")):
             key, image = str(row["index"]), row["image"]
             image_data = image.get("bytes") if isinstance(image, dict) else image
             image_file = (
@@ -67,8 +42,4 @@ class MMStar(Task):
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(mmstar_right(text, question.meta["answer"])) for question, text in answered]
-        parts = {
-            "ability": scores_by_category(answered, values, "category"),
-            "part": scores_by_category(answered, values, "part"),
-        }
-        return Score({"accuracy": mean_percent(values)}, parts, list(values))
+        return mean_score(answered, {"accuracy": values}, {"ability": "category", "part": "part"})

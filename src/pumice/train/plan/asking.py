@@ -28,13 +28,13 @@ from pumice.formats.read import read_model
 from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, weight_sizes
 from pumice.kernels.compute import kernel_name
 from pumice.kernels.packed import PackedMatrix, packed_size
-from pumice.memory import available_memory
 from pumice.model.cache import BLOCK, KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.llava import Llava
 from pumice.model.quantized import KINDS, PackedLinear, kind_of, swap
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
+from pumice.storage.memory import available_memory
 from pumice.storage.parts import LoadedParts
 from pumice.tokens import Tokenizer
 

@@ -18,8 +18,8 @@ from pumice.config import ModelConfig
 from pumice.errors import InputError, WorkError
 from pumice.formats.load import find_device
 from pumice.geometry import image_layout
-from pumice.memory import GB
 from pumice.model.packed import Run
+from pumice.storage.memory import GB
 from pumice.train.batches import Batches
 from pumice.train.devices import GPUS, peak, total_memory
 from pumice.train.parallel import MAX_COPY_SHARE
