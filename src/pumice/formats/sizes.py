@@ -24,11 +24,17 @@ PARTS = {"tower": "tower", "connector": "connector", "decoder": "language model"
 
 
 def weight_sizes(
-    loaded: LoadedParts, quantize: str | None, device: torch.device, dtype: torch.dtype
+    loaded: LoadedParts,
+    quantize: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    with_mapped: bool = True,
 ) -> dict[str, int]:
     """Return the bytes of each part's weights in memory, as `open_model` would hold them, by part.
 
-    quantize: "int8", "int4" or None. dtype: of a decoder that is not quantised.
+    quantize: "int8", "int4" or None. dtype: of a decoder that is not quantised. with_mapped: count weights
+    that are mapped from their file, whose memory the system can take back.
     """
     config = loaded.config
     if quantize is None:
@@ -42,7 +48,8 @@ def weight_sizes(
     for name, tensor in state.items():
         part = PARTS.get(name.split(".")[0], "connector")
         if tensor.blocks is not None and quantize is not None:
-            sizes[part] += packed_size(tensor.blocks.kind, *tensor.shape)
+            if with_mapped or not tensor.blocks.mapped:
+                sizes[part] += packed_size(tensor.blocks.kind, *tensor.shape)
             continue
         # As `open_model` loads them: on a CPU the tower stays in 16 bits where it is stored so, and computes
         # in fp32; so does what is not quantised of the decoder.
@@ -66,7 +73,8 @@ def least_memory(
     tokens = min(SHORT_PROMPT, config.context)
     cache = tokens * KVCache.bytes_per_token(config, cache_dtype(quantize, device, dtype))
     process = PROCESS_BYTES if device.type == "cpu" else 0
-    return sum(weight_sizes(loaded, quantize, device, dtype).values()) + cache + process
+    weights = weight_sizes(loaded, quantize, device, dtype, with_mapped=False)
+    return sum(weights.values()) + cache + process
 
 
 def check_memory(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -19,6 +18,7 @@ import torch
 from pumice.assistant import load
 from pumice.errors import InputError
 from pumice.formats import quantize as quantize_module
+from pumice.formats import sizes
 from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.import_ import import_model
@@ -199,38 +199,18 @@ def test_a_full_disk_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def refuse_to_read(dtype: torch.dtype) -> torch.Tensor:
-    raise AssertionError("a tensor was read")
-
-
-def test_too_little_memory_is_told_before_anything_is_read(
+def test_what_is_mapped_needs_no_memory_of_its_own(
     tiny_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = open_parts(tiny_folder)
-    unread = {
-        name: dataclasses.replace(tensor, loader=refuse_to_read) for name, tensor in parts.state.items()
-    }
-    monkeypatch.setattr(
-        "pumice.formats.load.read_model", lambda *_, **__: dataclasses.replace(parts, state=unread)
-    )
-    monkeypatch.setattr("pumice.formats.load.ram", lambda: (10**12, 20_000))
-    for bits, remedy in (("int8", "use --quantize int4, or"), ("int4", "take a smaller model, or")):
-        with pytest.raises(
-            InputError, match=rf"tiny takes 0\.\d GB of memory, 0\.0 GB are free; {remedy} close"
-        ):
-            open_model("tiny", quantize=bits)
-    half = {name: tensor.cast(torch.float16) for name, tensor in unread.items()}
-    monkeypatch.setattr(
-        "pumice.formats.load.read_model", lambda *_, **__: dataclasses.replace(parts, state=half)
-    )
-    with pytest.raises(InputError, match="use --quantize int8 or int4, or close other programs"):
-        open_model("tiny")
-    monkeypatch.undo()
-    # What is mapped needs no memory of its own.
-    monkeypatch.setattr("pumice.formats.load.ram", lambda: (10**12, 20_000))
-    assert open_model(folder, quantize="auto").model is not None
-    monkeypatch.setattr("pumice.formats.load.ram", lambda: (10**12, None))
-    assert open_model(tiny_folder, quantize="int8").model is not None
+    needed = [
+        sizes.least_memory(read_model(path), "int8", torch.device("cpu"), torch.float32)
+        for path in (folder, tiny_folder)
+    ]
+    assert needed[0] < needed[1]
+    monkeypatch.setattr(sizes, "available_memory", lambda: sum(needed) / 2)
+    assert open_model(folder, quantize="int8").model is not None
+    with pytest.raises(InputError, match=r"in int8 needs .* GB of memory are free"):
+        open_model(tiny_folder, quantize="int8")
 
 
 def test_long_quantising_shows_progress_and_names_import(
