@@ -33,7 +33,7 @@ import numpy as np
 from over_http import tiny
 from PIL import Image
 
-from pumice.serve.local import conversation
+from pumice.serve.backend import conversation
 from pumice.serve.protocol import ChatRequest
 
 SLOTS, QUEUE, CACHE = 4, 8, 1500  # so small that prefixes are evicted and the queue fills
@@ -72,7 +72,7 @@ def catalogue(folder: Path) -> list[tuple[dict[str, Any], str]]:
             body |= {"temperature": 1.2, "top_p": 0.9, "seed": number}
         asked = ChatRequest.model_validate(body)
         sampling = {key: body[key] for key in ("temperature", "top_p", "seed") if key in body}
-        files = [base64.b64decode(image.url.partition(",")[2]) for _, image in asked.images]
+        files = {param: base64.b64decode(image.url.partition(",")[2]) for param, image in asked.images}
         prompt = exact.prompt(conversation(asked, files), max_new_tokens=body["max_tokens"], **sampling)
         cases.append((body, exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))))
     return cases

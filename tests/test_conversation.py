@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pumice.conversation import Conversation, ImagePart, Message, asked, from_llava, user_message
+from pumice.conversation import Conversation, ImagePart, Message, question_message, from_llava, user_message
 from pumice.errors import InputError
 
 A, B = ImagePart("a.jpg"), ImagePart("b.jpg")
@@ -64,14 +64,33 @@ def test_wrong_conversations_are_refused(turns: tuple[tuple[str, str], ...], mes
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("content", ["", "  \n", (A,), (A, " ")])
-def test_an_empty_question_is_refused(content: str | tuple[str | ImagePart, ...]) -> None:
+@pytest.mark.parametrize("content", ["", "  \n"])
+def test_an_empty_question_is_refused(content: str) -> None:
     with pytest.raises(InputError, match="the question is empty; say what you want to know"):
         talk(("user", content)).check(answered=False)
 
 
-def test_a_picture_alone_may_be_answered() -> None:
+def test_a_picture_alone_is_a_question() -> None:
     talk(("user", (A,)), ANSWER).check(answered=True)
+    talk(("user", (A, " "))).check(answered=False)
+
+
+def test_only_a_conversation_to_answer_begins_with_a_greeting() -> None:
+    greeted = talk(ANSWER, USER)
+    assert greeted.check(answered=False) is greeted
+    with pytest.raises(InputError, match="message 1 is from 'assistant' where 'user' should speak"):
+        talk(ANSWER, USER, ANSWER).check(answered=True)
+    with pytest.raises(InputError, match="message 2 is from 'assistant' where 'user' should speak"):
+        talk(ANSWER, ANSWER, USER).check(answered=False)
+
+
+def test_a_begun_answer_is_continued_where_that_is_asked_for() -> None:
+    begun = talk(USER, ANSWER)
+    assert begun.check(answered=False, continued=True) is begun
+    with pytest.raises(InputError, match="the last message must be a question"):
+        begun.check(answered=False)
+    with pytest.raises(InputError, match="must be the assistant's, which is to be continued"):
+        talk(USER).check(answered=False, continued=True)
 
 
 def test_pictures_and_text_of_messages() -> None:
@@ -150,15 +169,15 @@ def test_both_counts_are_in_the_message(text: str, images: list[str], message: s
     ],
 )  # fmt: skip
 def test_the_word_image_in_a_question(question: str, images: list[str]) -> None:
-    assert asked(question, images).parts == (*map(ImagePart, images), question)
+    assert question_message(question, images).parts == (*map(ImagePart, images), question)
 
 
 def test_a_placeholder_in_a_question() -> None:
     for question in ("<image>\nWhat?", "What?\n<image>"):
-        assert asked(question, ["a.jpg"]) == user_message("What?", ["a.jpg"])
-    assert asked("<image> or <image>?", ["a.jpg", "b.jpg"]).parts == (A, " or ", B, "?")
+        assert question_message(question, ["a.jpg"]) == user_message("What?", ["a.jpg"])
+    assert question_message("<image> or <image>?", ["a.jpg", "b.jpg"]).parts == (A, " or ", B, "?")
     with pytest.raises(InputError, match="question: 1 <image> placeholder for 2 pictures"):
-        asked("<image> What?", ["a.jpg", "b.jpg"])
+        question_message("<image> What?", ["a.jpg", "b.jpg"])
 
 
 def test_a_question_needs_no_placeholder_but_not_a_wrong_number() -> None:

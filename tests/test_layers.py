@@ -42,6 +42,7 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("llava", "pumice"),
     ("read",),
     ("quantize",),
+    ("sizes",),
     ("load",),
     ("import_",),
     ("export",),

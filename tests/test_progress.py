@@ -1,31 +1,43 @@
-"""A status line: one line on a terminal, and few lines or none in a file."""
+"""Progress: a bar on a terminal, and few lines or none in a file."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 
-from pumice.progress import StatusLine
+from pumice.progress import ProgressBar
 
 
 def test_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    line = StatusLine()
-    line.show("1 of 2")
-    line.show("2 of 2")
-    line.end()
-    assert capsys.readouterr().err == "\r1 of 2\r2 of 2\n"
-    slow = StatusLine(3600.0)
-    slow.show("1 of 2")
-    slow.show("2 of 2")
-    slow.end("done")
-    assert capsys.readouterr().err == "\r1 of 2\rdone\n"
+    for name, value in {"TERM": "xterm", "COLUMNS": "100", "FORCE_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyboardInterrupt), ProgressBar() as bar:
+        bar.show(1, 3, "rows")
+        bar.show(3, 3, "rows")
+        bar.show(1, 2, "pictures", "none is damaged")
+        raise KeyboardInterrupt
+    shown = capsys.readouterr().err
+    assert shown.endswith("\x1b[?25h")  # the cursor is there again
+    lines = [line.split() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).splitlines()[-2:]]
+    assert [line[1:] for line in lines] == [
+        ["3/3", "rows", "0:00:00"],
+        ["1/2", "pictures", "none", "is", "damaged", "-:--:--"],
+    ]
 
 
-def test_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in (StatusLine(), StatusLine(log_seconds=3600.0)):
-        line.show("1 of 2")
-        line.show("2 of 2")
-        line.end("done")
-    assert capsys.readouterr().err == "1 of 2\ndone\n"
+FIRST, SECOND, LAST = "1 of 2,000", "2 of 2,000 rows", "3 of 2,000 rows, all well"
+
+
+@pytest.mark.parametrize(
+    ("log_seconds", "lines"),
+    [(None, []), (3600.0, [FIRST, LAST]), (0.0, [FIRST, SECOND, LAST])],
+)
+def test_elsewhere(log_seconds: float | None, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(log_seconds=log_seconds) as bar:
+        bar.show(1, 2000)
+        bar.show(2, 2000, "rows")
+        bar.show(3, 2000, "rows", "all well")
+    assert capsys.readouterr().err.splitlines() == lines

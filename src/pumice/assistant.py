@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pumice.config import ModelConfig
-from pumice.conversation import Conversation, ImagePart, Message, asked
-from pumice.engine.engine import Engine
+from pumice.conversation import Conversation, ImagePart, Message, question_message
+from pumice.engine.engine import Engine, check_sizes
 from pumice.engine.requests import Delta, Prompt, PromptImage, Request, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.text import TextStream
@@ -40,6 +40,7 @@ _LOG = logging.getLogger(__name__)
 # tiles count for more, so that the memory stays the same.
 CACHED_IMAGES = 64
 SLOTS = 32  # questions that `ask_many` computes together
+CHUNK = 512  # prompt tokens of one step of the engine
 
 
 def load(
@@ -51,6 +52,10 @@ def load(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    slots: int = SLOTS,
+    cache_tokens: int | None = None,
+    chunk: int = CHUNK,
+    memory_share: float | None = None,
 ) -> Assistant:
     """Open a model to answer questions: a built-in one, a folder, a GGUF file or a name on the hub.
 
@@ -58,12 +63,14 @@ def load(
     in 8 or 4 bits, None as they are; "auto" chooses 8 bits on a CPU that has a kernel for them. dtype: of the
     decoder; None gives bf16 on CUDA and with quantized weights, fp16 on MPS, and fp32 otherwise. template,
     tower, base: what a model from elsewhere does not state or contain, as in
-    `pumice.formats.read.read_model`. Raises InputError.
+    `pumice.formats.read.read_model`. slots, cache_tokens, chunk, memory_share: the sizes of its
+    engine, as in `Engine`. Raises InputError.
     """
     if quantize not in ("auto", "int8", "int4", None):
         raise InputError(f"quantize is {quantize!r}; use 'auto', 'int8', 'int4' or None")
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise InputError(f"dtype is {dtype!r}; use torch.float32, torch.bfloat16 or torch.float16")
+    check_sizes(slots, cache_tokens, chunk)
     torch_device = find_device(device)
     if dtype is None:
         usual = {"cuda": torch.bfloat16, "mps": torch.float16}
@@ -77,7 +84,15 @@ def load(
         tower=tower,
         base=base,
     )
-    return Assistant(opened.model, opened.processor, opened.provenance)
+    return Assistant(
+        opened.model,
+        opened.processor,
+        opened.provenance,
+        slots=slots,
+        cache_tokens=cache_tokens,
+        chunk=chunk,
+        memory_share=memory_share,
+    )
 
 
 class Reply(Iterator[str]):
@@ -85,7 +100,8 @@ class Reply(Iterator[str]):
 
     finish: None until the answer is complete; then "stop" or "length", or "cancelled" if it was closed.
     tokens: number of answer tokens so far. cached_tokens: prompt tokens that were computed for earlier
-    questions.
+    questions. on_prompt: called with (tokens of the prompt that are computed, all of them) while it is read,
+    unless the engine has a thread of its own.
     """
 
     def __init__(
@@ -99,6 +115,7 @@ class Reply(Iterator[str]):
         self._text = TextStream(decode, prompt.params.stop)
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None comes last
         self._requests: list[Request] = []  # empty before `begin`, then one
+        self.on_prompt: Callable[[int, int], object] | None = None
 
     @property
     def finish(self) -> str | None:
@@ -111,6 +128,12 @@ class Reply(Iterator[str]):
     @property
     def cached_tokens(self) -> int:
         return self._text.cached_tokens
+
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """How many tokens of the prompt are computed, and how many it has."""
+        total = len(self._prompt.input_ids)
+        return min(total, sum(request.computed for request in self._requests)), total
 
     def begin(self) -> Reply:
         """Submit the prompt to the engine. Asking for the first piece does this too."""
@@ -145,6 +168,8 @@ class Reply(Iterator[str]):
     def __next__(self) -> str:
         self.begin()
         while not self._engine.started and self._pieces.empty():
+            if self.on_prompt is not None and not self.tokens:
+                self.on_prompt(*self.prompt_progress)
             self._engine.step()
         piece = self._pieces.get()
         if piece is not None:
@@ -162,7 +187,15 @@ class Assistant:
     """Answers questions about pictures: one with `ask`, many with `ask_many`."""
 
     def __init__(
-        self, model: Llava, processor: Processor, provenance: Mapping[str, Any] | None = None
+        self,
+        model: Llava,
+        processor: Processor,
+        provenance: Mapping[str, Any] | None = None,
+        *,
+        slots: int = SLOTS,
+        cache_tokens: int | None = None,
+        chunk: int = CHUNK,
+        memory_share: float | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -172,7 +205,9 @@ class Assistant:
         )  # by image key, least recently used first
         self._lock = threading.Lock()
         self._warned = False  # that a conversation has more images than the model was trained on
-        self.engine = Engine(model, slots=SLOTS)
+        self.engine = Engine(
+            model, slots=slots, cache_tokens=cache_tokens, chunk=chunk, memory_share=memory_share
+        )
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -285,10 +320,19 @@ class Assistant:
         return Reply(self.engine, self.processor.tokenizer.decode, prompt, on_end)
 
     def prompt(
-        self, conversation: Conversation, *, schema: Mapping[str, Any] | None = None, **sampling: Any
+        self,
+        conversation: Conversation,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        continued: bool = False,
+        **sampling: Any,
     ) -> Prompt:
-        """Build the engine's prompt for a conversation; arguments as in `stream`. Raises InputError."""
-        prompt = self._prompt(conversation, self._params(sampling))
+        """Build the engine's prompt for a conversation; schema and sampling as in `stream`.
+
+        continued: its last message is the beginning of the answer, which the model continues. Raises
+        InputError.
+        """
+        prompt = self._prompt(conversation, self._params(sampling), continued)
         return prompt if schema is None else dataclasses.replace(prompt, constraint=self.json(schema))
 
     def json(self, schema: Mapping[str, Any] | None) -> JsonSchema:
@@ -324,8 +368,8 @@ class Assistant:
             return params
         return dataclasses.replace(params, stop=(*params.stop, template.stop))
 
-    def _prompt(self, conversation: Conversation, params: SamplingParams) -> Prompt:
-        sample = self.processor.prompt(conversation)
+    def _prompt(self, conversation: Conversation, params: SamplingParams, continued: bool = False) -> Prompt:
+        sample = self.processor.prompt(conversation, continued=continued)
         images = tuple(
             self._prompt_image(image, layout)
             for image, layout in zip(sample.images, sample.layouts, strict=True)
@@ -440,7 +484,7 @@ def _question(images: Any, question: str) -> Conversation:
         raise InputError(f"the question is {question!r}; give text")
     if not question.strip():
         raise InputError("the question is empty; say what you want to know")
-    return Conversation((asked(question, sources),))
+    return Conversation((question_message(question, sources),))
 
 
 def conversation_of(messages: Conversation | Sequence[Message | Mapping[str, Any]]) -> Conversation:
@@ -459,7 +503,7 @@ def _message(value: Message | Mapping[str, Any], number: int) -> Message:
     if not isinstance(role, str):
         raise InputError(f"message {number} has no 'role'; write 'user', 'assistant' or 'system'")
     if isinstance(content, str):
-        return asked(content) if role == "user" else Message(role, (content,))
+        return question_message(content) if role == "user" else Message(role, (content,))
     if not isinstance(content, list | tuple):
         raise InputError(f"message {number} has no 'content'; write text or a list of parts")
     parts: list[str | ImagePart] = []

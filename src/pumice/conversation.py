@@ -50,7 +50,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in order: an optional system message, then user and assistant in turn."""
+    """Messages in order: an optional system message, then user and assistant in turn.
+
+    A conversation to answer may begin with a greeting of the assistant's.
+    """
 
     messages: tuple[Message, ...]
     id: str = ""
@@ -70,11 +73,12 @@ class Conversation:
             messages.append(replace(message, parts=tuple(parts)))
         return replace(self, messages=tuple(messages))
 
-    def check(self, *, answered: bool) -> Conversation:
-        """Return the conversation. Raise InputError unless its roles alternate, beginning with the user.
+    def check(self, *, answered: bool, continued: bool = False) -> Conversation:
+        """Return the conversation. Raise InputError unless its roles alternate.
 
-        answered: True for training (the last message is an answer that is not empty), False for
-        asking (the last message is a question that is not empty).
+        answered: True for training (the user begins, the last message is an answer that is not empty), False
+        for asking (the last message is a question: words, a picture, or both). continued: of asking, the last
+        message is the beginning of an answer instead.
         """
         prefix = f"conversation {self.id!r}: " if self.id else ""
         # 1. A system message may come first. It does not count as a turn.
@@ -93,8 +97,9 @@ class Conversation:
                     f"{prefix}a text holds half of a character, {message.text[error.start]!r}; remove it"
                 ) from error
         # 3. User and assistant take turns, as every template expects.
+        greeting = not answered and len(turns) > 1 and turns[0].role == "assistant"
         for number, message in enumerate(turns):
-            expected = ("user", "assistant")[number % 2]
+            expected = ("user", "assistant")[(number + greeting) % 2]
             if message.role not in ROLES:
                 raise InputError(f"{prefix}unknown role {message.role!r}; use one of {', '.join(ROLES)}")
             if message.role != expected:
@@ -110,10 +115,12 @@ class Conversation:
         last_role = turns[-1].role
         if answered and last_role != "assistant":
             raise InputError(f"{prefix}the last question has no answer to learn from")
-        if not answered:
+        if continued and last_role != "assistant":
+            raise InputError(f"{prefix}the last message must be the assistant's, which is to be continued")
+        if not answered and not continued:
             if last_role != "user":
                 raise InputError(f"{prefix}the last message must be a question from the user")
-            if not turns[-1].text.strip():
+            if not (turns[-1].text.strip() or turns[-1].images):
                 raise InputError(f"{prefix}the question is empty; say what you want to know")
         return self
 
@@ -128,7 +135,7 @@ def user_message(text: str, images: Sequence[Any] = ()) -> Message:
     return Message("user", _with_images(text, [ImagePart(i) for i in images], "question"))
 
 
-def asked(text: str, images: Sequence[Any] = ()) -> Message:
+def question_message(text: str, images: Sequence[Any] = ()) -> Message:
     """Return the turn of a user who asks, in which `<image>` may also be a word of the question.
 
     It marks the position of a picture where the text begins or ends with it, or where several occur, one per

@@ -17,6 +17,17 @@ class InputError(ValueError):
     """
 
 
+class ContextOverflow(InputError):
+    """The prompt takes more tokens than the model's context, or the engine's cache, holds.
+
+    tokens: of the prompt. limit: of the context or of the cache.
+    """
+
+    def __init__(self, message: str, tokens: int, limit: int) -> None:
+        super().__init__(message)
+        self.tokens, self.limit = tokens, limit
+
+
 class WorkError(RuntimeError):
     """The input was right, but the work could not be done: a loss that is no number, a full disk.
 

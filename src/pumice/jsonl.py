@@ -1,71 +1,96 @@
-"""Answers in a JSON Lines file, one line per row, so that an interrupted run can continue."""
+"""JSON Lines files with one line per row, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pumice.conversation import ImagePart
 from pumice.errors import InputError
 from pumice.files import appending, hold_file, whole_lines
 
+T = TypeVar("T")
 
-class AnswerFile:
-    """The file of the answers to `rows`. answers: those of earlier runs, in order, then those added.
 
-    asked: the settings of the questions (sampling, for example), written to every line. An incomplete last
-    line is removed. Raises InputError when the file cannot be written, another process holds it, or its lines
-    belong to other rows or other settings.
+def read_values(path: Path, read: Callable[[int, Any], T]) -> list[T]:
+    """Return read(number from 0, value) of each complete line of a file; a value of None is no JSON."""
+    values = []
+    for number, line in enumerate(whole_lines(path)):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        values.append(read(number, value))
+    return values
+
+
+class ResumableFile(Generic[T]):
+    """A file to which a run appends a line per row. values: what `read` made of the lines of earlier runs.
+
+    read: see `read_values`; it raises InputError where another line belongs. An incomplete last line is
+    removed. Raises InputError when the file cannot be written or another process holds it.
     """
 
-    def __init__(self, path: str | PathLike[str], rows: Sequence[Any], asked: Mapping[str, Any]) -> None:
-        self.path, self.rows = Path(path), rows
-        self.asked = json.loads(json.dumps(asked, default=list))  # as it reads back from a line
-        self.answers: list[str | InputError] = []
+    def __init__(self, path: str | PathLike[str], read: Callable[[int, Any], T]) -> None:
+        self.path = Path(path)
         try:
             self._lock = hold_file(self.path)
         except OSError as error:
             raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error
         try:
-            self._read()
+            self.values = read_values(self.path, read)
             self._file = appending(self.path)
         except BaseException:
             self._lock.release()
             raise
 
-    def add(self, answer: str | InputError) -> str | InputError:
-        """Write the next row's answer, and return it."""
-        kind = "error" if isinstance(answer, InputError) else "answer"
-        line = {**_name(self.rows[len(self.answers)]), kind: str(answer)}
-        if self.asked:
-            line["asked"] = self.asked
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a line. It is handed to the system at once, so that a kill loses at most one."""
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
-        self.answers.append(answer)
-        return answer
 
-    def __enter__(self) -> AnswerFile:
+    def __enter__(self) -> ResumableFile[T]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._lock.release()
 
-    def _read(self) -> None:
-        for number, line in enumerate(whole_lines(self.path)):
-            self.answers.append(self._answer(number, line))
 
-    def _answer(self, number: int, line: str) -> str | InputError:
+class AnswerFile(ResumableFile["str | InputError"]):
+    """The file of the answers to `rows`. answers: those of earlier runs, in order, then those added.
+
+    asked: the settings of the questions (sampling, for example), written to every line. Raises InputError,
+    also when the file's lines belong to other rows or other settings.
+    """
+
+    def __init__(self, path: str | PathLike[str], rows: Sequence[Any], asked: Mapping[str, Any]) -> None:
+        self.rows = rows
+        self.asked = json.loads(json.dumps(asked, default=list))  # as it reads back from a line
+        super().__init__(path, self._answer)
+        self.answers = self.values
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def add(self, answer: str | InputError) -> str | InputError:
+        """Write the next row's answer, and return it."""
+        kind = "error" if isinstance(answer, InputError) else "answer"
+        asked = {"asked": self.asked} if self.asked else {}
+        self.write({**_name(self.rows[len(self.answers)]), kind: str(answer), **asked})
+        self.answers.append(answer)
+        return answer
+
+    def _answer(self, number: int, values: Any) -> str | InputError:
         expected_row = _name(self.rows[number]) if number < len(self.rows) else None
         try:
-            values = json.loads(line)
             line_row = {"images": values["images"], "question": values["question"]}
             answer = values["answer"] if "answer" in values else InputError(values["error"])
             asked = values.get("asked", {})
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             line_row, answer, asked = None, "", {}
         if expected_row is None or line_row != expected_row:
             expected = "nothing" if expected_row is None else f"the answer to {expected_row['question']!r}"

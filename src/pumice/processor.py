@@ -12,7 +12,7 @@ import numpy as np
 
 from pumice.config import IMAGE_TOKEN, ModelConfig
 from pumice.conversation import Conversation, ImagePart
-from pumice.errors import InputError
+from pumice.errors import ContextOverflow, InputError
 from pumice.geometry import Layout, single_tile_layout, tile_layout
 from pumice.images import image_key, image_size, open_image, read_image, to_tiles
 from pumice.templates import Span, Spans, get_template
@@ -93,12 +93,13 @@ class Processor:
             raise InputError(f"conversation {conversation.id!r}: nothing is supervised by its template")
         return sample
 
-    def prompt(self, conversation: Conversation) -> Sample:
+    def prompt(self, conversation: Conversation, *, continued: bool = False) -> Sample:
         """A conversation that ends in a question, up to where the model's answer begins.
 
+        continued: it ends in the beginning of an answer instead, which the model continues.
         The sample's pictures are read: a file that is replaced afterwards changes nothing.
         """
-        conversation = conversation.check(answered=False).with_sources(read_image)
+        conversation = conversation.check(answered=False, continued=continued).with_sources(read_image)
         sample = self._sample(conversation, generate=True)
         if not len(sample.input_ids):
             raise InputError(f"the template {self.template.name!r} sees pictures only; show one")
@@ -115,7 +116,8 @@ class Processor:
         limit = self.config.decoder.context
         if len(input_ids) > limit and (generate or not self.truncate):
             name = f"conversation {conversation.id!r}" if conversation.id else "the conversation"
-            raise InputError(f"{name} takes {len(input_ids)} tokens, the model's context is {limit}")
+            message = f"{name} takes {len(input_ids)} tokens, the model's context is {limit}"
+            raise ContextOverflow(message, len(input_ids), limit)
         ids = np.array(input_ids, np.int64)
         return Sample(conversation.id, ids, np.array(labels, np.int64), images, layouts)
 

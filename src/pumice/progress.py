@@ -1,37 +1,66 @@
-"""Show the progress of long work on stderr."""
+"""Show the progress of long work on stderr: a bar on a terminal, few lines or none elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
-class StatusLine:
-    """One line of progress, which each new text overwrites on a terminal.
+class ProgressBar:
+    """A bar with counts and the time that is left. Close it, as a `with` statement does.
 
-    seconds: shortest time between two texts. log_seconds: the same where stderr is not a terminal and each
-    text gets its own line; None writes nothing there.
+    log_seconds: where stderr is no terminal, the time between two lines, and there is a last line at the
+    end; None writes nothing there. transient: remove the bar when it is closed.
     """
 
-    def __init__(self, seconds: float = 0.0, *, log_seconds: float | None = None) -> None:
-        self.on_terminal = sys.stderr.isatty()
-        self._seconds = seconds if self.on_terminal else log_seconds
-        self._last_time = float("-inf")
+    def __init__(self, *, log_seconds: float | None = None, transient: bool = False) -> None:
+        self._transient = transient
+        self._log_seconds, self._logged, self._line = log_seconds, float("-inf"), ""
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
 
-    def show(self, text: str) -> None:
-        """Write `text` over the previous text, unless the previous one is too recent."""
-        if self._seconds is None or time.monotonic() - self._last_time < self._seconds:
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave what is shown as it is; a later `show` begins anew."""
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._log_seconds is not None and self._line:
+            print(self._line, file=sys.stderr, flush=True)
+        self._bar, self._tasks, self._line = None, {}, ""
+
+    def show(self, done: int, total: int, unit: str = "", text: str = "") -> None:
+        """Show that `done` of `total` units are done. A new unit gets its own bar. text: what else to say."""
+        if sys.stderr.isatty():
+            self._draw(done, total, unit, text)
             return
-        self._last_time = time.monotonic()
-        self._write(text, end="" if self.on_terminal else "\n")
+        self._line = f"{done:,} of {total:,} {unit}".rstrip() + (f", {text}" if text else "")
+        if self._log_seconds is not None and time.monotonic() - self._logged >= self._log_seconds:
+            self._logged = time.monotonic()
+            print(self._line, file=sys.stderr, flush=True)
+            self._line = ""
 
-    def end(self, text: str = "") -> None:
-        """Finish the line, with a last text if one is given."""
-        if text and self._seconds is not None:
-            self._write(text, end="\n")
-        elif self.on_terminal:
-            print(file=sys.stderr)
+    def _draw(self, done: int, total: int, unit: str, text: str) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def _write(self, text: str, end: str) -> None:
-        start = "\r" if self.on_terminal else ""
-        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=self._transient)
+            self._bar.start()
+        if unit not in self._tasks:  # what an earlier run has done took no time
+            self._tasks[unit] = self._bar.add_task(unit, completed=max(0, done - 1), total=total)
+        self._bar.update(self._tasks[unit], completed=done, total=total, description=f"{unit} {text}".strip())

@@ -48,23 +48,26 @@ class Template:
         return self.chat.specials
 
     def render(self, conversation: Conversation, *, generate: bool = False) -> Spans:
-        """Spans of a checked conversation; `generate` ends them where the model's answer begins."""
+        """Spans of a checked conversation; `generate` ends them where the model goes on to write."""
         chat = self.chat
         turns = [message for message in conversation.messages if message.role != "system"]
         system = self._system(conversation)
         spans: Spans = [] if chat.system_in_user else [*system]
+        first_question = next((n for n, turn in enumerate(turns, 1) if turn.role == "user"), 1)
         for number, message in enumerate(turns, 1):
             if message.role == "assistant":
-                spans += self._answer(message, newest=number == len(turns))
+                answer = self._answer(message, newest=number == len(turns))
+                is_continued = generate and number == len(turns)
+                spans += answer[:3] if is_continued else answer  # the last two end an answer
                 if number < len(turns):
                     spans.append(Span(chat.between, control=True))
             else:
                 spans.append(Span(chat.user[0], control=True))
-                if number == 1 and chat.system_in_user:
+                if number == first_question and chat.system_in_user:
                     spans += system
                 spans += _content(message, trim="user" in chat.trim)
                 spans.append(Span(chat.user[1], control=True))
-        if generate:
+        if generate and turns[-1].role == "user":
             spans.append(Span(chat.assistant + chat.opening, control=True))
         return [s for s in spans if isinstance(s, ImagePart) or s.text]
 

@@ -26,6 +26,16 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a SentencePiece token of one byte
 _BAD_BYTES = "pumice.tokens"
 
 
+def _byte_letters() -> dict[str, int]:
+    """Return the letter that stands for each byte in byte-level BPE (GPT-2's encoder.py)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_LETTERS = _byte_letters()
+
+
 def _replace_each(error: UnicodeError) -> tuple[str, int]:
     """Return one replacement character per bad byte, as SentencePiece does. Python would join several."""
     assert isinstance(error, UnicodeDecodeError)
@@ -99,6 +109,18 @@ class Tokenizer:
                 data += (text.removeprefix(" ") if at_start else text).encode()
             at_start = False
         return data.decode(errors=_BAD_BYTES)
+
+    def token_bytes(self, number: int) -> bytes | None:
+        """Return the bytes of a token, also where they are a part of a character; None where unknown."""
+        text = self.decode([number])
+        if "\ufffd" not in text:
+            return text.encode()
+        piece = self.backend.id_to_token(number)
+        if piece is not None and (byte := _BYTE.fullmatch(piece)):
+            return bytes([int(byte[1], 16)])
+        if piece is None or not all(letter in _BYTE_LETTERS for letter in piece):
+            return None
+        return bytes(_BYTE_LETTERS[letter] for letter in piece)
 
     def pieces(self, text: str, *, first: bool = True) -> list[tuple[int, int]]:
         """Tokenise text without special tokens: return a list of (id, position of its first character).

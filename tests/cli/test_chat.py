@@ -100,7 +100,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
 ) -> None:
     asked = []
 
-    def stream(_: Assistant, messages: Any, **__: Any) -> Iterator[str]:
+    def stream(messages: Any) -> Iterator[str]:
         asked.append(messages[-1].text)
         if asked[-1] == "nothing":
             raise KeyboardInterrupt
@@ -109,7 +109,16 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
             raise KeyboardInterrupt
         yield "answer."
 
-    monkeypatch.setattr(Assistant, "stream", stream)
+    class Pieces:
+        """The part of a Reply that is used."""
+
+        def __init__(self, messages: Any, **_: Any) -> None:
+            self.pieces = stream(messages)
+
+        def __iter__(self) -> Iterator[str]:
+            return self.pieces
+
+    monkeypatch.setattr(Assistant, "stream", Pieces)
     result = run("chat", "cat.png", stdin="nothing\nhalf\nwhole\n/save talk.json\n")
     assert (result.exit_code, asked) == (0, ["nothing", "half", "whole"])
     (talk,) = json.loads((folder / "talk.json").read_text())

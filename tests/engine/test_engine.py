@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from small import WIDTH, small_model
 
 from pumice import InputError
 from pumice.config import IMAGE_TOKEN
+from pumice.engine import engine as engine_module
 from pumice.engine import scheduler as scheduling
 from pumice.engine.engine import Engine
 from pumice.engine.generate import naive_generate
@@ -130,6 +132,7 @@ ACTIONS = st.one_of(
     st.sampled_from(list(MODELS)),
     st.integers(1, 5),
     st.sampled_from([40, 64, 200]),
+    st.sampled_from([1, 4, 64]),
     st.sampled_from([1, 3, 8, 512]),
     st.booleans(),
     st.lists(ACTIONS, max_size=25),
@@ -138,11 +141,16 @@ def test_answers_equal_the_naive_ones_whatever_happens(
     window: int | None,
     slots: int,
     cache_tokens: int,
+    block: int,
     chunk: int,
     prefix: bool,
     actions: list[tuple[str, int]],
 ) -> None:
-    engine = Engine(MODELS[window], slots=slots, cache_tokens=cache_tokens, chunk=chunk, prefix_cache=prefix)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "BLOCK", block)
+        engine = Engine(
+            MODELS[window], slots=slots, cache_tokens=cache_tokens, chunk=chunk, prefix_cache=prefix
+        )
     asked: list[tuple[int, Received]] = []
     cancelled = set()
     for action, number in actions:
@@ -165,7 +173,8 @@ def test_answers_equal_the_naive_ones_whatever_happens(
         assert [delta.finish for delta in received.deltas[:-1]] == [None] * (len(received.deltas) - 1)
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
-    assert stats.cached_tokens <= stats.cache_capacity == cache_tokens
+    assert stats.cached_tokens <= -(-cache_tokens // block) * block
+    assert stats.cache_capacity == cache_tokens
     assert prefix or (stats.cached_tokens, stats.prefix_hits) == (0, 0)
 
 
@@ -224,11 +233,11 @@ def test_a_second_turn_computes_only_what_is_new(
 ) -> None:
     engine, shown = make_engine(), kit.image(1, 9)
     (first,) = kit.run(engine, kit.prompt(1, shown, 3, 4))
-    monkeypatch.setattr(engine._scheduler, "copy_cells", None)  # it goes on where it stands
+    monkeypatch.setattr(engine._prefix_cache, "_copy", None)  # it continues in the same block
     (second,) = kit.run(engine, kit.prompt(1, shown, 3, 4, *first.tokens, 7, 8))
     # the last token of an answer was never fed to the model
     assert second.last.cached_tokens == 12 + len(first.tokens) - 1
-    assert len(engine._prefix_cache.idle) == 1  # the first turn lives on in the second
+    assert engine.stats().cached_tokens == 12 + len(first.tokens) + 2 + len(second.tokens) - 1
 
 
 def test_the_same_prompt_again_computes_its_last_token(kit: Kit, make_engine: Callable[..., Engine]) -> None:
@@ -238,11 +247,14 @@ def test_the_same_prompt_again_computes_its_last_token(kit: Kit, make_engine: Ca
     assert second.last.cached_tokens == len(PROMPTS[5].input_ids) - 1
 
 
-def test_eviction_keeps_the_budget_and_the_newest(kit: Kit, make_engine: Callable[..., Engine]) -> None:
+def test_eviction_keeps_the_budget_and_the_newest(
+    kit: Kit, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "BLOCK", 10)
     engine = make_engine(cache_tokens=60)
     for seed in (1, 2, 3, 4):
         kit.run(engine, kit.prompt(kit.image(seed, 10), 5, max_new_tokens=8))
-    assert engine.stats().evictions == 1
+    assert engine.stats().evictions == 2
     assert kit.run(engine, kit.prompt(kit.image(4, 10), 6))[0].last.cached_tokens == 10
     assert kit.run(engine, kit.prompt(kit.image(1, 10), 6))[0].last.cached_tokens == 0
 
@@ -251,7 +263,7 @@ def test_answers_that_outgrow_the_cache_wait_and_go_on(kit: Kit, model: Llava) -
     """Three answers that together need more than all of it: the newest are put back, and none is wrong."""
     large = small_model(context=400)
     asked = [kit.prompt(n, n + 1, max_new_tokens=150) for n in (1, 5, 9)]
-    engine = Engine(large, cache_tokens=400)
+    engine = Engine(large, cache_tokens=384)  # six blocks
     received = kit.run(engine, *asked)
     assert [one.tokens for one in received] == [naive_generate(large, one) for one in asked]
     assert sum(len(one.tokens) for one in received) == 450
@@ -274,10 +286,12 @@ def test_every_request_ends_with_the_naive_answer_in_any_cache(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduling, "SLOT_GROWTH", 3)
+    blocks = random.Random(0)
     monkeypatch.setattr(scheduling, "MIN_SHARED_PREFIX", 2)
     for seed in range(12):
         draw = random.Random(seed)
         capacity, chunk = draw.choice([*range(1, 50), 96, 150]), draw.choice((1, 3, 512))
+        monkeypatch.setattr(engine_module, "BLOCK", blocks.choice((1, 2, 3, 5, 64)))
         engine = Engine(MODELS[window], slots=draw.randint(1, 4), cache_tokens=capacity, chunk=chunk)
         asked: list[tuple[int, Received]] = []
         cancelled: set[int] = set()
@@ -316,51 +330,50 @@ def test_every_request_ends_with_the_naive_answer_in_any_cache(
 
 
 def check_owners(engine: Engine) -> None:
-    """No cell has two owners, and running requests own exactly the busy slots."""
-    prefix, scheduler = engine._prefix_cache, engine._scheduler
-    owned = [0] * prefix.capacity
-    for slot in (*prefix.busy.values(), *prefix.idle.values()):
-        for cell in range(slot.start, slot.start + slot.capacity):
-            owned[cell] += 1
-    assert max(owned) <= 1
-    running = {id(request.slot) for request in scheduler.running}
-    assert running == {id(slot) for slot in prefix.busy.values()}
-    assert prefix.cached_tokens == sum(slot.length for slot in prefix.idle.values())
+    """Every block counts the running requests whose tables name it, and has one of three states."""
+    prefix = engine._prefix_cache
+    slots = [request.slot for request in engine._scheduler.running if request.slot is not None]
+    owners = Counter(block.number for slot in slots for block in slot.blocks)
+    assert owners == {number: block.owners for number, block in prefix.busy.items()}
+    states = [*prefix.busy, *prefix.idle, *prefix._free]
+    assert sorted(states) == list(range(prefix.blocks))
+    assert prefix.cached_tokens == sum(block.length for block in prefix.idle.values())
+    for slot in slots:
+        assert slot.table == [block.number for block in slot.blocks]
+        assert slot.length <= len(slot.blocks) * prefix.block
 
 
 @pytest.mark.parametrize("wrong", [MemoryError, KeyboardInterrupt])
-def test_a_copy_that_fails_or_is_interrupted_loses_no_place(
+def test_a_copy_that_fails_or_is_interrupted_loses_no_block(
     wrong: type[BaseException], kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an answer moves to where it has room, and as a prompt begins with what another one has computed."""
+    """As a prompt begins with a part of a block that another one has computed."""
     large = small_model(context=400)
-    asked = kit.prompt(*range(100, 27, -1), max_new_tokens=180)
     shares = kit.prompt(*range(5, 50), 99, max_new_tokens=3)
-    expected = [naive_generate(large, one) for one in (asked, shares)]
+    expected = naive_generate(large, shares)
     engine = Engine(large, slots=2, cache_tokens=300)
 
     def fail(*_: int) -> None:
         raise wrong("no memory")
 
     kit.run(engine, kit.prompt(*range(5, 100), max_new_tokens=1))
-    for number, prompt in enumerate((asked, shares)):
-        if number:
-            kit.run(engine, kit.prompt(*range(5, 100), max_new_tokens=1))
-        received = kit.submit(engine, prompt)
-        with monkeypatch.context() as patch:
-            patch.setattr(engine._scheduler, "copy_cells", fail)
-            if wrong is KeyboardInterrupt:
-                with pytest.raises(KeyboardInterrupt):
-                    while engine.step():
-                        pass
-            else:
+    received = kit.submit(engine, shares)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._prefix_cache, "_copy", fail)
+        if wrong is KeyboardInterrupt:
+            with pytest.raises(KeyboardInterrupt):
                 while engine.step():
                     pass
-                assert (received.last.finish, str(received.last.error)) == ("error", "no memory")
-                received = kit.submit(engine, prompt)
-        while engine.step():
+        else:
+            while engine.step():
+                pass
+            assert (received.last.finish, str(received.last.error)) == ("error", "no memory")
             check_owners(engine)
-        assert (received.tokens, received.last.finish) == (expected[number], "length")
+            received = kit.submit(engine, shares)
+    while engine.step():
+        check_owners(engine)
+    assert (received.tokens, received.last.finish) == (expected, "length")
+    assert received.last.cached_tokens == 45
 
 
 def test_a_request_that_cannot_be_started_ends_with_a_reason(

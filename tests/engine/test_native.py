@@ -60,12 +60,15 @@ def make(weights: str = "int8", **more: Any) -> Decoder:
 
 
 def filled(decoder: Decoder) -> tuple[KVCache, list[Segment]]:
-    """A cache in which seven sequences have had some tokens, with free places in between."""
-    cache = KVCache(decoder.config, 12 * len(PAST), CPU, decoder.cache_dtype)
+    """A cache in which seven sequences have had some tokens, in blocks that lie anywhere."""
+    cache = KVCache(decoder.config, 12 * len(PAST), CPU, decoder.cache_dtype, block=4)
     generator = torch.Generator().manual_seed(1)
     cache.keys.copy_(torch.randn(cache.keys.shape, generator=generator))
     cache.values.copy_(torch.randn(cache.values.shape, generator=generator))
-    return cache, [Segment(12 * n, past, 1) for n, past in enumerate(PAST)]
+    # Some tables are neighbours, which PyTorch reads in place, some are not; two sequences share a block.
+    tables = [[3 * n, 3 * n + (1 if n % 2 else 2), 3 * n + (2 if n % 2 else 1)] for n in range(len(PAST))]
+    tables[6][0] = tables[2][0]
+    return cache, [Segment(tables[n], past, 1) for n, past in enumerate(PAST)]
 
 
 def ready(decoder: Decoder, cache: KVCache) -> NativeDecoder:
@@ -83,7 +86,7 @@ def test_equals_the_modules_in_fp32(more: dict[str, Any], weights: str) -> None:
     # prompts among answers
     segments = [segment._replace(new=1 + n % 3) for n, segment in enumerate(segments)]
     same, _ = filled(decoder)
-    wide = KVCache(decoder.config, cache.capacity, CPU, decoder.cache_dtype)
+    wide = KVCache(decoder.config, cache.capacity, CPU, decoder.cache_dtype, cache.block)
     wide.keys.copy_(same.keys)
     wide.values.copy_(same.values)
     x = decoder.embed(torch.arange(sum(segment.new for segment in segments)) * 3)
@@ -91,15 +94,26 @@ def test_equals_the_modules_in_fp32(more: dict[str, Any], weights: str) -> None:
     actual = ready(decoder, cache).logits(x, segments, due)
     hidden = decoder(x[None], wide.positions(segments), wide.attend(segments))[0]
     expected = decoder.logits(hidden[due])
-    worst = ((actual - expected).abs().max() / expected.abs().max()).item()
-    print(f"{weights} {more}: {worst:.1e}")
+    errors = (actual - expected).abs().amax(-1) / expected.abs().max()
+    print(f"{weights} {more}: {errors.max():.1e}")
     # measured worst: 2.2e-6 in fp32, 3e-7 else; keys and values in bfloat16 may round to the next number
     tolerance, cache_tolerance = (3e-6, 3e-6) if weights == "fp32" else (1e-5, 6e-3)
-    assert worst < tolerance
+    # An activation between two numbers of 8 bits may round to the other, once in some 100 rows. Its row is
+    # then off by 2 %, and so may be what follows in its sequence, but nothing in another one.
+    owners = [n for n, segment in enumerate(segments) for _ in range(segment.new)]
+    off = {owners[token] for token, error in zip(due, errors, strict=True) if error >= tolerance}
+    cells = [
+        table[place // cache.block] * cache.block + place % cache.block
+        for table, past, new in segments
+        for place in range(past, past + new)
+    ]
     for actual_cache, expected_cache in ((cache.keys, wide.keys), (cache.values, wide.values)):
-        assert (
-            actual_cache.float() - expected_cache
-        ).abs().max() < cache_tolerance * expected_cache.abs().max()
+        differences = (actual_cache.float() - expected_cache).abs().amax((0, 1, 3))
+        differences /= expected_cache.abs().max()
+        off |= {owners[n] for n, cell in enumerate(cells) if differences[cell] >= cache_tolerance}
+        assert differences.max() < 0.05
+    assert errors.max() < 0.05
+    assert len(off) <= (0 if weights == "fp32" else 1)
 
 
 @WEIGHTS
@@ -127,9 +141,32 @@ def test_a_token_without_a_place_is_refused() -> None:
     decoder = make()
     cache, _ = filled(decoder)
     with pytest.raises(ValueError, match="do not fit"):
-        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(cache.capacity, 0, 1)], [0])
+        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment([0, 1], 8, 1)], [0])
+    with pytest.raises(ValueError, match=r"\[0, 21\] are not all in a cache of 21 blocks"):
+        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment([0, 21], 4, 1)], [0])
     with pytest.raises(ValueError, match="expected 64 values for each new token"):
-        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment(0, 0, 2)], [0])
+        ready(decoder, cache).logits(decoder.embed(torch.tensor([1])), [Segment([0], 0, 2)], [0])
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("heads", [2, 4, 6, 10, 12, 14])
+@torch.inference_mode()
+def test_long_sequences_equal_the_modules(heads: int, window: int | None) -> None:
+    """Several pieces per sequence, groups of 1 to 7 heads, blocks in any order."""
+    decoder = make("fp32", heads=heads, kv_heads=2, sliding_window=window)
+    past = (700, 255, 256, 3)
+    cache = KVCache(decoder.config, 4 * 704, CPU, torch.float32, block=16)
+    cache.keys.normal_(0, 1.5)
+    cache.values.normal_()
+    order = torch.randperm(cache.blocks).tolist()
+    segments = [Segment(order[44 * n : 44 * n + 44], count, 1) for n, count in enumerate(past)]
+    x = decoder.embed(torch.arange(len(past)) * 3)
+    found = ready(decoder, cache).logits(x, segments, range(len(past)))
+    hidden = decoder(x[None], cache.positions(segments), cache.attend(segments))[0]
+    expected = decoder.logits(hidden)
+    worst = ((found - expected).abs().max() / expected.abs().max()).item()
+    print(f"{heads} heads, window {window}: {worst:.1e}")
+    assert worst < 5e-6
 
 
 def llava(weights: str) -> Llava:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from pumice import InputError
-from pumice.engine.sampling import SamplingParams, nucleus, penalise, sample
+from pumice.engine import sampling
+from pumice.engine.sampling import SamplingParams, _pick, penalise, sample
 
 VOCABULARY = 200
 
@@ -19,70 +21,131 @@ def generators(rows: int, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for _ in range(rows)]
 
 
+def draw(
+    rows: torch.Tensor, params: SamplingParams, history: np.ndarray | None = None, seed: int = 0
+) -> torch.Tensor:
+    """One call for all rows, which share params and history."""
+    count = len(rows)
+    histories = [np.array([], np.int64) if history is None else history] * count
+    return sample(rows, [params] * count, histories, generators(count, seed))
+
+
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "penalty"),
+    ("temperature", "top_k", "top_p", "min_p", "penalty"),
     [
-        (1, 0, 1, 1),
-        (0.3, 0, 1, 1.2),
-        (1.7, 5, 1, 0.8),
-        (0.7, 0, 0.6, 1),
-        (1.3, 40, 0.9, 1.5),
-        (1, 1, 1e-6, 1),
+        (1, 0, 1, 0, 1),
+        (0.3, 0, 1, 0, 1.2),
+        (1.7, 5, 1, 0, 0.8),
+        (0.7, 0, 0.6, 0, 1),
+        (1.3, 40, 0.9, 0, 1.5),
+        (1, 1, 1e-6, 0, 1),
+        (2.5, 0, 1, 0.05, 1),
+        (2.5, 30, 0.8, 0.1, 1),
+        (9, 0, 0.97, 0, 1),  # beyond the likeliest that are selected first
     ],
 )
-def test_equals_transformers(temperature: float, top_k: int, top_p: float, penalty: float) -> None:
+def test_the_set_of_tokens_equals_transformers(
+    temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
     transformers = pytest.importorskip("transformers")
-    history = torch.randint(0, VOCABULARY, (3, 30), generator=torch.Generator().manual_seed(2))
-    reference = logits()
+    history = torch.randint(0, VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(2))
+    reference = logits(1)
     steps = [transformers.RepetitionPenaltyLogitsProcessor(float(penalty))]
     steps.append(transformers.TemperatureLogitsWarper(float(temperature)))
     steps += [transformers.TopKLogitsWarper(top_k)] if top_k else []
     steps += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    steps += [transformers.MinPLogitsWarper(min_p)] if min_p else []
     for step in steps:
         reference = step(history, reference)
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    actual = nucleus(penalise(logits(), penalty, history.tolist()), params)
-    torch.testing.assert_close(actual.softmax(-1), reference.softmax(-1), atol=1e-6, rtol=1e-5)
-    assert torch.equal(actual.isinf(), reference.isinf())
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    )
+    draws = 4000
+    drawn = sample(
+        logits(1).expand(draws, VOCABULARY),
+        [params] * draws,
+        [history[0].numpy()] * draws,
+        [torch.Generator().manual_seed(0)] * draws,
+    )
+    expected = reference.softmax(-1)[0]
+    assert (expected[drawn] > 0).all()
+    # five standard deviations, or four draws of 4000; a token that should be drawn 30 times or more is drawn
+    deviation = (expected * (1 - expected) / draws).sqrt()
+    found = drawn.bincount(minlength=VOCABULARY) / draws
+    assert ((found - expected).abs() <= 5 * deviation + 4 / draws).all()
+    assert ((found > 0) | (expected * draws < 30)).all()
+
+
+def test_the_number_of_selected_tokens_changes_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(temperature=6, top_p=0.95)
+    rows = logits(40)
+    expected = draw(rows, params)
+    monkeypatch.setattr(sampling, "LIKELIEST", VOCABULARY)
+    assert torch.equal(draw(rows, params), expected)
+    monkeypatch.setattr(sampling, "LIKELIEST", 1)
+    monkeypatch.setattr(sampling, "WIDEN", 2)
+    assert torch.equal(draw(rows, params), expected)
 
 
 def test_greedy_is_the_argmax_whatever_else_is_set() -> None:
     params = SamplingParams(temperature=0, top_p=0.1, top_k=3)
-    assert torch.equal(sample(logits(), params, [[]] * 3, generators(3)), logits().argmax(-1))
+    assert torch.equal(draw(logits(), params), logits().argmax(-1))
 
 
 def test_a_tiny_temperature_is_greedy_and_finite() -> None:
-    drawn = sample(logits(), SamplingParams(temperature=1e-30), [[]] * 3, generators(3))
-    assert torch.equal(drawn, logits().argmax(-1))
+    assert torch.equal(draw(logits(), SamplingParams(temperature=1e-30)), logits().argmax(-1))
 
 
 def test_the_nucleus_is_never_empty() -> None:
     flat = torch.zeros(2, VOCABULARY)
-    finite_counts = nucleus(flat, SamplingParams(temperature=1, top_p=1e-9)).isfinite().sum(-1)
-    assert finite_counts.tolist() == [1, 1]
+    assert len(set(draw(flat, SamplingParams(temperature=1, top_p=1e-9)).tolist())) == 1
 
 
 def test_draws_follow_the_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.2])
     rows = probabilities.log().expand(4000, 3)
-    shared = torch.Generator().manual_seed(0)
-    drawn = sample(rows, SamplingParams(temperature=1), [[]] * 4000, [shared] * 4000)
+    shared = [torch.Generator().manual_seed(0)] * 4000
+    drawn = sample(rows, [SamplingParams(temperature=1)] * 4000, [np.array([])] * 4000, shared)
     # three standard deviations of 4000 draws are 0.024
     torch.testing.assert_close(drawn.bincount() / 4000, probabilities, atol=0.024, rtol=0)
 
 
+def test_the_largest_random_number_draws_a_token_that_may_be_drawn() -> None:
+    weights = torch.tensor([[0.25, 0.5, 0.0], [1.0, 0.0, 0.0], [1.9, 0.05, 0.0]])
+    assert _pick(weights, torch.full((3,), 1 - 2.0**-24)).tolist() == [1, 0, 1]
+    assert _pick(weights, torch.zeros(3)).tolist() == [0, 0, 0]
+    assert _pick(torch.tensor([[0.0, 1.0]]), torch.zeros(1)).tolist() == [1]
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    params = SamplingParams(temperature=1.5)
-    together = sample(logits(), params, [[]] * 3, generators(3, seed=7))
-    alone = [sample(row[None], params, [[]], generators(1, seed=7)) for row in logits()]
+    """Rows that are sampled in different ways, in one call and one by one."""
+    params = [
+        SamplingParams(temperature=1.5),
+        SamplingParams(),
+        SamplingParams(temperature=9, top_p=0.95),
+        SamplingParams(temperature=2, top_k=7),
+        SamplingParams(temperature=3, min_p=0.01, repetition_penalty=1.4),
+        SamplingParams(temperature=9, top_p=0.3),
+    ]
+    allowed = [None, torch.arange(VOCABULARY) % 3 == 0, None, torch.arange(VOCABULARY) % 2 == 0, None, None]
+    rows = logits(len(params))
+    histories = [np.array([n, 5, 9]) for n in range(len(params))]
+    together = sample(rows, params, histories, generators(len(params), seed=7), allowed)
+    alone = [
+        sample(rows[n : n + 1], [params[n]], [histories[n]], generators(1, seed=7), [allowed[n]])
+        for n in range(len(params))
+    ]
     assert torch.equal(together, torch.cat(alone))
+    assert (together[1] % 3, together[3] % 2) == (0, 0)
+    assert torch.equal(rows, logits(len(params)))  # the caller's logits stay
 
 
-def test_the_penalty_ignores_image_placeholders_and_leaves_its_input_alone() -> None:
-    original = logits(1)
-    changed = penalise(original, 2.0, [[-200, 3, 3]])
-    assert (changed != original).nonzero().tolist() == [[0, 3]]
-    assert torch.equal(original, logits(1))
+def test_the_penalty_ignores_image_placeholders_and_counts_a_token_once() -> None:
+    original, changed = logits(1)[0], logits(1)[0]
+    penalise(changed, 2.0, np.array([-200, 3, 3]))
+    assert (changed != original).nonzero().tolist() == [[3]]
+    value = float(original[3])
+    assert float(changed[3]) == pytest.approx(value / 2 if value > 0 else value * 2)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +153,7 @@ def test_the_penalty_ignores_image_placeholders_and_leaves_its_input_alone() -> 
     [
         ("max_new_tokens", 0), ("max_new_tokens", 1.5), ("max_new_tokens", True), ("temperature", -0.1),
         ("temperature", float("nan")), ("temperature", "warm"), ("top_p", 0), ("top_p", 1.1), ("top_k", -1),
+        ("min_p", -0.1), ("min_p", 2),
         ("repetition_penalty", 0), ("seed", -1), ("stop", ("",)), ("stop", (3,)),
     ],
 )  # fmt: skip

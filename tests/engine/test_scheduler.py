@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +27,7 @@ class Shape:
     """What a schedule is drawn from."""
 
     context: int
-    growth: int  # cells that a slot grows by
+    growth: int  # tokens that a slot grows by
     requests: int
     prompt: tuple[int, int]  # tokens, from and to
     answer: tuple[int, int]
@@ -48,14 +49,19 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.prefix_cache = PrefixCache(self.cache_tokens, keep_finished=self.random.random() < 0.9)
-        self.cells = np.zeros(self.cache_tokens, np.int64)
-        chunk = self.random.choice((1, 4, 512)) if self.shape.context < 100 else 512
-        self.scheduler = Scheduler(self.random.choice((1, 2, 4)), chunk, self.prefix_cache, self.copy_cells)
+        small = self.shape.context < 100
+        self.block = self.random.choice((1, 2, 3, 4, 7)) if small else 64
+        blocks = -(-self.cache_tokens // self.block)
+        self.prefix_cache = PrefixCache(
+            blocks, self.block, self.copy_cells, keep_finished=self.random.random() < 0.9
+        )
+        self.cells = np.zeros((blocks, self.block), np.int64)
+        chunk = self.random.choice((1, 4, 512)) if small else 512
+        self.scheduler = Scheduler(self.random.choice((1, 2, 4)), chunk, self.prefix_cache)
         self.prompts: list[list[int]] = []
 
     def copy_cells(self, source: int, target: int, tokens: int) -> None:
-        self.cells[target : target + tokens] = self.cells[source : source + tokens].copy()
+        self.cells[target, :tokens] = self.cells[source, :tokens]
 
     def request(self) -> Request:
         """Draw a request. It often shares a prefix with an earlier one, and always fits in the cache."""
@@ -74,16 +80,14 @@ class Simulation:
         for request, count in plan:
             slot = request.slot
             assert slot is not None
-            computed = slot.length
-            assert (
-                self.cells[slot.start : slot.start + computed]
-                == prefix_hashes(request.token_hashes[:computed])
-            ).all()
-            cell = slot.start + computed
-            self.cells[cell : cell + count] = prefix_hashes(request.token_hashes[: computed + count])[
-                computed:
-            ]
-            slot.append(request.token_hashes[computed : computed + count])
+            done, end = slot.length, slot.length + count
+            written = prefix_hashes(request.token_hashes[:end])
+            assert (self.cells[slot.table].ravel()[:done] == written[:done]).all()
+            for position in range(done, end):
+                self.cells[slot.table[position // self.block], position % self.block] = written[position]
+        for request, count in plan:
+            if request.slot is not None:
+                self.prefix_cache.record(request.slot, request.token_hashes[: request.slot.length + count])
         for request, _ in plan:
             if request.remaining == 0:
                 request.append(self.random.randint(0, 3))
@@ -96,17 +100,16 @@ class Simulation:
         self.ended.append(request)
 
     def check(self) -> None:
-        """Every cell has at most one owner, and the counters are right."""
-        owned = np.zeros(self.cache_tokens, int)
-        for slot in (*self.prefix_cache.busy.values(), *self.prefix_cache.idle.values()):
-            assert 0 <= slot.length <= slot.capacity
-            owned[slot.start : slot.start + slot.capacity] += 1
-        assert owned.max() <= 1
-        running = [request.slot for request in self.scheduler.running]
-        assert {id(slot) for slot in running} == {id(slot) for slot in self.prefix_cache.busy.values()}
-        assert len(running) == len(self.prefix_cache.busy)
+        """Every block counts its owners, and is busy, idle or free."""
+        cache = self.prefix_cache
+        slots = [request.slot for request in self.scheduler.running if request.slot is not None]
+        assert len(slots) == len(self.scheduler.running)
+        owners = Counter(number for slot in slots for number in slot.table)
+        assert owners == {number: block.owners for number, block in cache.busy.items()}
+        assert sorted([*cache.busy, *cache.idle, *cache._free]) == list(range(cache.blocks))
+        assert all(slot.length <= len(slot.blocks) * self.block for slot in slots)
         assert all(request.slot is None for request in self.scheduler.waiting)
-        assert self.prefix_cache.cached_tokens == sum(slot.length for slot in self.prefix_cache.idle.values())
+        assert cache.cached_tokens == sum(block.length for block in cache.idle.values())
 
     def check_counts(self, requests: list[Request]) -> None:
         """Each prompt counts once, however often its request was preempted."""
@@ -156,7 +159,7 @@ def simulate(shape: Shape, seeds: range, monkeypatch: pytest.MonkeyPatch) -> lis
 
 
 @pytest.mark.parametrize(("shape", "seeds"), [(SMALL, range(300)), (LARGE, range(4))], ids=["small", "7b"])
-def test_every_request_ends_and_every_cell_has_one_owner(
+def test_every_request_ends_and_every_block_counts_its_owners(
     shape: Shape, seeds: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert simulate(shape, seeds, monkeypatch) == []
@@ -169,19 +172,19 @@ def request_of(*ids: int) -> Request:
 
 
 def beside_a_running_request() -> Scheduler:
-    """12 cells: three of an idle sequence (1, 2, 3), three of another idle one, six of a running request."""
-    scheduler = Scheduler(4, 512, PrefixCache(12), lambda source, target, tokens: None)
+    """4 blocks of 3: one of an idle sequence (1, 2, 3), one of another idle one, two of a running request."""
+    scheduler = Scheduler(4, 512, PrefixCache(4, 3, lambda source, target, tokens: None))
     requests = [request_of(1, 2, 3), request_of(9, 9, 9), request_of(8, 8, 8, 8, 8, 8)]
     scheduler.waiting.extend(requests)
     for request, count in scheduler.plan():
         assert request.slot is not None
-        request.slot.append(request.token_hashes[:count])
+        scheduler.prefix_cache.record(request.slot, request.token_hashes[:count])
     for request in requests[:2]:
         scheduler.remove(request)
     return scheduler
 
 
-def test_the_next_turn_starts_beside_a_running_request_and_evicts_the_idle_one_behind_it() -> None:
+def test_the_next_turn_starts_beside_a_running_request_and_evicts_the_idle_one() -> None:
     scheduler = beside_a_running_request()
     next_turn = request_of(1, 2, 3, 4, 5)
     scheduler.waiting.append(next_turn)
@@ -190,13 +193,23 @@ def test_the_next_turn_starts_beside_a_running_request_and_evicts_the_idle_one_b
     assert not scheduler.prefix_cache.idle
 
 
-def test_a_request_that_shares_a_part_waits_and_costs_nobody_s_cache() -> None:
+def test_a_request_without_room_waits_and_costs_nobody_s_cache() -> None:
     scheduler = beside_a_running_request()
-    sharing = request_of(1, 2, 7, 7, 7)
-    scheduler.waiting.append(sharing)
+    longer = request_of(1, 2, 3, 7, 7, 7, 7)
+    scheduler.waiting.append(longer)
     scheduler.plan()
-    assert sharing in scheduler.waiting
-    assert [slot.length for slot in scheduler.prefix_cache.idle.values()] == [3, 3]
+    assert longer in scheduler.waiting
+    assert sorted(block.length for block in scheduler.prefix_cache.idle.values()) == [3, 3]
     scheduler.remove(scheduler.running[0])
     scheduler.plan()
-    assert sharing in scheduler.running and sharing.cached_tokens == 2
+    assert longer in scheduler.running and longer.cached_tokens == 3
+
+
+def test_without_memory_a_request_ends_with_the_reason() -> None:
+    scheduler = beside_a_running_request()
+    scheduler.remove(scheduler.running[0])
+    cache = PrefixCache(4, 3, lambda source, target, tokens: None, has_memory=lambda: False)
+    scheduler.prefix_cache = cache
+    scheduler.waiting.append(request_of(1))
+    with pytest.raises(MemoryError, match="no memory is left for the KV cache; close other programs"):
+        scheduler.plan()

@@ -10,8 +10,9 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.evaluate.files import write_json
-from pumice.evaluate.published import drift, published
+from pumice.evaluate.published import drift
 from pumice.evaluate.result import format_result, make_result, read_answers, read_questions, read_result
+from pumice.evaluate.task import releases
 from pumice.evaluate.tasks import get_task
 
 
@@ -94,13 +95,14 @@ def test_fields_that_differ_from_the_official_ones(tmp_path: Path) -> None:
 
 
 def test_drift_is_flagged_beyond_what_retraining_makes() -> None:
-    assert published("mme") == {"LLaVA-1.5-7B": 1510.7, "LLaVA-1.5-13B": 1531.3}
-    assert not drift("mme", 1495.0, "LLaVA-1.5-7B", comparable=True)["drifted"]
-    assert drift("mme", 1480.0, "LLaVA-1.5-7B", comparable=True)["drifted"]
-    assert drift("pope", 84.0, "LLaVA-1.5-7B", comparable=True)["drifted"]
-    assert not drift("pope", 84.0, "LLaVA-1.5-7B", comparable=False)["drifted"]
-    assert not drift("vqav2", 70.0, "LLaVA-1.5-7B", comparable=True)["drifted"]  # val here, test-dev there
-    assert drift("clevr", 70.0, "LLaVA-1.5-7B", comparable=True) == {}
+    mme, pope, vqav2, clevr = (releases()[name] for name in ("mme", "pope", "vqav2", "clevr"))
+    assert mme.published == {"LLaVA-1.5-7B": 1510.7, "LLaVA-1.5-13B": 1531.3}
+    assert not drift(mme, 1495.0, "LLaVA-1.5-7B", comparable=True)["drifted"]
+    assert drift(mme, 1480.0, "LLaVA-1.5-7B", comparable=True)["drifted"]
+    assert drift(pope, 84.0, "LLaVA-1.5-7B", comparable=True)["drifted"]
+    assert not drift(pope, 84.0, "LLaVA-1.5-7B", comparable=False)["drifted"]
+    assert not drift(vqav2, 70.0, "LLaVA-1.5-7B", comparable=True)["drifted"]  # val here, test-dev there
+    assert drift(clevr, 70.0, "LLaVA-1.5-7B", comparable=True) == {}
 
 
 def test_a_file_that_is_no_result(tmp_path: Path) -> None:

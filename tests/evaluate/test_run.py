@@ -16,7 +16,6 @@ from pumice.evaluate.run import (
     EndpointAnswerer,
     LocalAnswerer,
     check_images,
-    count_answered,
     group_by_images,
     run,
     shard,
@@ -62,6 +61,10 @@ class Counts:
             yield f"answer to {one.prompt}"
 
 
+class Named(Counts):
+    name = "other"
+
+
 def test_the_questions_of_a_picture_are_asked_together() -> None:
     assert [q.id for q in group_by_images(QUESTIONS)] == [
         "q0",
@@ -99,9 +102,9 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     run(TASK, QUESTIONS, Counts(), path)
     with pytest.raises(InputError, match=r"line 10: nothing belongs here; the file is of another run"):
-        count_answered(path, group_by_images(QUESTIONS)[:-1], "counts")
+        run(TASK, QUESTIONS[:-1], Counts(), path)
     with pytest.raises(InputError, match="line 1: the answer of 'other' to question 'q0' belongs here"):
-        count_answered(path, group_by_images(QUESTIONS), "other")
+        run(TASK, QUESTIONS, Named(), path)
     with pytest.raises(InputError, match=r"the folder .* does not exist"):
         run(TASK, QUESTIONS, Counts(), tmp_path / "no" / "a.jsonl")
     with hold_file(path), pytest.raises(InputError, match="another run is writing"):

@@ -200,8 +200,8 @@ def helps() -> dict[str, list[str]]:
 
 
 def openapi() -> Any:
-    """/openapi.json of a real server, which needs no model where it passes questions on."""
-    words = ["serve", "--upstream", "http://127.0.0.1:9/v1", "--port", "0", "--log", "json"]
+    """/openapi.json of a real server."""
+    words = ["serve", "--model", str(FILES / "model"), "--device", "cpu", "--port", "0", "--log", "json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pumice", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )

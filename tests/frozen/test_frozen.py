@@ -54,7 +54,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resumed]:
     work = tmp_path_factory.mktemp("resumed") / "work"
     shutil.copytree(FILES, work)
     with inside(work), Watch().watching() as watch, pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)  # a picture of the loss would take a second
+        # A picture of the loss would take a second. Another test may have imported the inner module already.
+        patch.setitem(sys.modules, "matplotlib.figure", None)
         run_pumice("train", "recipe.yaml")
     yield Resumed(work / "run", watch)
 

@@ -45,3 +45,17 @@ def test_works_without_a_compiler(
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PUMICE_NATIVE", "off")
     assert loader.compiled.__wrapped__() == (None, "PUMICE_NATIVE turns it off")
+
+
+def test_code_for_another_processor_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home folder may be shared by machines: each processor gets a library of its own."""
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
+    assert loader.compiled.__wrapped__()[0] is not None
+    [first] = (tmp_path / "native").iterdir()
+    first.unlink()  # what is loaded must not be written over
+    first.write_bytes(b"instructions that this processor lacks")
+    first.chmod(0o700)
+    monkeypatch.setattr(loader, "processor", lambda: "another")
+    assert loader.compiled.__wrapped__()[0] is not None
+    assert first.read_bytes() == b"instructions that this processor lacks"
+    assert len(list((tmp_path / "native").iterdir())) == 2

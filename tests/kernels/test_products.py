@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,43 +16,93 @@ from torch import Tensor
 
 from pumice.kernels import compute, loader
 from pumice.kernels.compute import kernel_name, linear, quantize
-from pumice.kernels.packed import GROUP, BlockFormat, PackedMatrix
+from pumice.kernels.packed import GROUP, BlockFormat, PackedMatrix, packed_size
 
 KERNELS = Path(loader.__file__).parent
 KINDS = pytest.mark.parametrize("kind", BlockFormat, ids=lambda kind: kind.name)
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernel for AVX-512 VNNI, its instructions in plain C."""
-    compiler = shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no gcc")
-    library_path = tmp_path_factory.mktemp("emulated") / "vnni.so"
-    header = Path(__file__).with_name("emulated_vnni.h")
-    command = [compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-include", str(header)]
-    process = subprocess.run(
-        [*command, str(KERNELS / "linear.c"), "-o", str(library_path), "-lm"],
-        capture_output=True,
-        check=False,
-    )
+def built(folder: Path, compiler: str, source: Path, *flags: str | Path) -> Path:
+    """Compile a C file for tests. Skip where the compiler does not take the flags."""
+    found = shutil.which(compiler)
+    if found is None:
+        pytest.skip(f"there is no {compiler}")
+    target = folder / "built"
+    command = [found, "-O2", "-ffp-contract=off", f"-I{KERNELS}", *flags, source, "-o", target, "-lm"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
-        pytest.skip("this compiler has no headers of x86")
-    return loader.open_library(library_path)
+        pytest.skip(f"{compiler} cannot compile it: {process.stderr[-200:]}")
+    return target
 
 
-@pytest.fixture(params=["own", "plain", "emulated VNNI"])
+@pytest.fixture(scope="module")
+def emulated_vnni(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernel for AVX-512 VNNI, its instructions in plain C."""
+    header, folder = Path(__file__).with_name("emulated_vnni.h"), tmp_path_factory.mktemp("vnni")
+    return loader.open_library(
+        built(folder, "gcc", KERNELS / "linear.c", "-shared", "-fPIC", "-include", header)
+    )
+
+
+@pytest.fixture(scope="module")
+def emulated_avx_vnni(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernel for AVX-VNNI, which needs AVX2 and has its own instruction in plain C."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor has no AVX2")
+    header, folder = Path(__file__).with_name("emulated_avx_vnni.h"), tmp_path_factory.mktemp("avx-vnni")
+    flags = ("-shared", "-fPIC", "-mavx2", "-mfma", "-mf16c", "-include", header)
+    return loader.open_library(built(folder, "gcc", KERNELS / "linear.c", *flags))
+
+
+class EmulatedArm:
+    """Stands for a library with the kernel for NEON, which QEMU runs as a program of its own."""
+
+    def __init__(self, program: Path) -> None:
+        self._command = ["qemu-aarch64", "-cpu", "max", program]
+
+    def pumice_kernel(self) -> bytes:
+        process = subprocess.run([*self._command, "name"], capture_output=True, check=True)
+        return process.stdout.strip()
+
+    def pumice_linear(
+        self, matrix: Any, rows: ctypes.c_int64, x: ctypes.c_void_p, y: ctypes.c_void_p, threads: int
+    ) -> int:
+        w = matrix._obj
+        size = packed_size(list(BlockFormat)[w.kind], w.outputs, w.inputs)
+        head = struct.pack("6q", w.kind, w.outputs, w.inputs, rows.value, size, w.bias is not None)
+        bias = ctypes.string_at(w.bias, 4 * w.outputs) if w.bias else b""
+        values = ctypes.string_at(x.value, 4 * rows.value * w.inputs) if x.value else b""
+        given = head + ctypes.string_at(w.data, size) + bias + values
+        process = subprocess.run(self._command, input=given, capture_output=True, check=True)
+        ctypes.memmove(y.value, process.stdout, 4 * rows.value * w.outputs)
+        return 0
+
+
+@pytest.fixture(scope="module")
+def emulated_neon(tmp_path_factory: pytest.TempPathFactory) -> EmulatedArm:
+    if shutil.which("qemu-aarch64") is None:
+        pytest.skip("there is no qemu-aarch64")
+    source, folder = Path(__file__).with_name("run_linear.c"), tmp_path_factory.mktemp("neon")
+    return EmulatedArm(built(folder, "aarch64-linux-gnu-gcc", source, "-static", "-march=armv8.2-a+dotprod"))
+
+
+EMULATED = {
+    "emulated_vnni": "AVX-512 VNNI", "emulated_avx_vnni": "AVX-VNNI", "emulated_neon": "NEON dot product",
+}  # fmt: skip
+
+
+@pytest.fixture(params=["own", "plain", *EMULATED])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Make `linear` use this kernel."""
-    if request.param == "emulated VNNI":
-        code = request.getfixturevalue("emulated")
+    if request.param in EMULATED:
+        code = request.getfixturevalue(request.param)
     else:
         code, reason = loader.compiled("packed" if request.param == "own" else "plain")
         if code is None:
             pytest.skip(reason)
     monkeypatch.setattr(compute, "library", lambda: code)
     name = kernel_name()
-    expected = {"plain": "plain C", "emulated VNNI": "AVX-512 VNNI"}
+    expected = {"plain": "plain C", **EMULATED}
     assert name == expected.get(request.param, name)
     yield name
 

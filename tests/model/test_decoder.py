@@ -170,14 +170,15 @@ def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None
     decoder = make(config)
     rows = ids(3)
     expected = logits(decoder, rows)
-    cache = KVCache(config, 64, torch.device("cpu"), torch.float32)
-    starts, past = [40, 1, 20], [0, 0, 0]  # not in order, some cells unused
+    cache = KVCache(config, 64, torch.device("cpu"), torch.float32, block=6)
+    # Neighbouring blocks, and others; not in order, some unused.
+    tables, past = [[6, 7, 8], [9, 1, 0], [5, 4, 3]], [0, 0, 0]
     worst = 0.0
 
     def step(*new: int) -> None:
         nonlocal worst
         chosen = [row for row, count in enumerate(new) if count]
-        segments = [Segment(starts[row], past[row], new[row]) for row in chosen]
+        segments = [Segment(tables[row], past[row], new[row]) for row in chosen]
         tokens = torch.cat([rows[row, past[row] : past[row] + new[row]] for row in chosen])[None]
         hidden = decoder(decoder.embed(tokens), cache.positions(segments), cache.attend(segments))
         pieces = decoder.logits(hidden)[0].split([new[row] for row in chosen])
@@ -192,8 +193,9 @@ def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None
     step(2, 0, 8)
     step(1, 1, 1)
     assert past == [9, 13, 17]
-    cache.copy(starts[2], 0, 6)  # the beginning of one, now also of another, which goes on differently
-    starts[1], past[1], rows[1, :6] = 0, 6, rows[2, :6]
+    # The beginning of one is now also that of another: a block that both share, and a part that is copied.
+    cache.copy(tables[2][1], 2, 3)
+    tables[1], past[1], rows[1, :9] = [tables[2][0], 2, 10], 9, rows[2, :9]
     expected = logits(decoder, rows)
     step(0, 5, 0)
     step(1, 1, 1)
@@ -202,10 +204,13 @@ def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None
 
 
 def test_what_does_not_fit_in_the_cache_is_refused() -> None:
-    cache = KVCache(BASE, 8, torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match=r"cell 1: 6 \+ 2 tokens do not fit in a cache of 8 cells"):
-        cache.attend([Segment(0, 0, 1), Segment(1, 6, 2)])
-    cache.attend([Segment(1, 5, 2)])
+    cache = KVCache(BASE, 7, torch.device("cpu"), torch.float32, block=4)
+    assert (cache.blocks, cache.capacity) == (2, 8)
+    with pytest.raises(ValueError, match="3 \\+ 2 tokens do not fit in 1 blocks of 4 cells"):
+        cache.attend([Segment([0], 0, 1), Segment([1], 3, 2)])
+    with pytest.raises(ValueError, match=r"\[2\] are not all in a cache of 2 blocks"):
+        cache.attend([Segment([2], 3, 1)])
+    cache.attend([Segment([1, 0], 6, 2)])
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -315,13 +320,12 @@ def test_heads_that_cannot_share_are_refused() -> None:
         dataclasses.replace(BASE, kv_heads=3)
 
 
-@pytest.mark.parametrize(("source", "target"), [(5, 2), (2, 5), (0, 8)])
-def test_the_cache_copies_cells_that_overlap(source: int, target: int) -> None:
-    cache = KVCache(BASE, 16, torch.device("cpu"), torch.float32)
+def test_the_cache_copies_the_beginning_of_a_block() -> None:
+    cache = KVCache(BASE, 16, torch.device("cpu"), torch.float32, block=8)
     for cached in (cache.keys, cache.values):
         cached.copy_(torch.arange(cached.numel()).view_as(cached))
     before = cache.keys.clone(), cache.values.clone()
-    cache.copy(source, target, 8)
+    cache.copy(1, 0, 5)
     for cached, old in zip((cache.keys, cache.values), before, strict=True):
-        old[:, :, target : target + 8] = old[:, :, source : source + 8].clone()
+        old[:, :, :5] = old[:, :, 8:13].clone()
         assert torch.equal(cached, old)

@@ -208,11 +208,12 @@ def test_logits_with_a_cache_equal(pair: Pair) -> None:
     reference = pair.hf_logits(ids, sizes)[0, -4:]
     cache = KVCache(pair.config.decoder, ids.shape[1], torch.device("cpu"), torch.float32)
     length = ids.shape[1] - 3
-    segments = [Segment(0, 0, length)]
+    table = list(range(cache.blocks))
+    segments = [Segment(table, 0, length)]
     prompt = ids[:, :length], pair.image_tokens(sizes)
     steps = [pair.model(*prompt, cache.positions(segments), cache.attend(segments))[:, -1]]
     for past, token in enumerate(ids[0, length:], length):
-        one = [Segment(0, past, 1)]
+        one = [Segment(table, past, 1)]
         steps.append(pair.model(token.view(1, 1), None, cache.positions(one), cache.attend(one))[:, -1])
     assert (pair.model.decoder.logits(torch.cat(steps)) - reference).abs().max() < CLOSE
 

@@ -88,7 +88,7 @@ def test_a_prompt_and_an_answer_get_the_same_numbers(bits: str) -> None:
     for token in range(40):
         x = decoder.embed(torch.tensor([[token]]))
         with torch.no_grad():
-            segments = [Segment(0, token, 1)]
+            segments = [Segment([0], token, 1)]
             hidden = decoder(x, cache.positions(segments), cache.attend(segments))
             steps.append(decoder.logits(hidden)[0].float())
     # An activation that rounds the other way moves more than fp32 does.

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pumice.serve.backend import Backend
 from pumice.serve.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from pumice.assistant import Assistant
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `asking`, which test files import
 
@@ -26,20 +28,12 @@ Serving = Callable[..., AbstractContextManager[str]]
 
 
 @contextlib.contextmanager
-def serving(backend: Callable[[ServerSettings], Backend], slots: int = 4, **settings: Any) -> Iterator[str]:
+def serving(assistant: Assistant, names: tuple[str, ...], settings: ServerSettings) -> Iterator[str]:
     """Serve in a thread and yield the address."""
-    from pumice import __version__
     from pumice.serve import run
-    from pumice.serve.app import build
-    from pumice.serve.guard import Gate
-    from pumice.serve.metrics import Metrics
 
-    checked = ServerSettings(port=0, **settings).check()
-    gate = Gate(slots + checked.queue)
-    app = build(checked, backend(checked), Metrics(__version__, "tiny"), gate)
-    server = run.Server(run.config(app, checked), checked, gate, "tiny")
-    gate.connections = lambda: len(server.server_state.connections)
-    listener = run.bind(checked)
+    server = run.make_server(assistant, names, settings)
+    listener = run.bind(settings)
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
@@ -66,12 +60,10 @@ def local(tiny_folder: Path) -> Callable[..., AbstractContextManager[str]]:
         **settings: Any,
     ) -> Any:
         from pumice.assistant import load
-        from pumice.engine.engine import Engine
-        from pumice.serve.local import LocalBackend
 
-        assistant = load(folder, device="cpu", quantize=None)
-        assistant.engine = Engine(assistant.model, slots=slots, cache_tokens=cache_tokens, chunk=64)
-        return serving(lambda checked: LocalBackend(assistant, names, checked), slots, **settings)
+        sizes = {"slots": slots, "cache_tokens": cache_tokens, "chunk": 64}
+        assistant = load(folder, device="cpu", quantize=None, **sizes)
+        return serving(assistant, names, ServerSettings(port=0, **settings).check())
 
     return serve
 
@@ -140,9 +132,8 @@ def process(tiny_folder: Path) -> Iterator[Callable[..., Process]]:
     processes: list[Process] = []
 
     def start(*arguments: str, env: dict[str, str] | None = None) -> Process:
-        model = [] if "--upstream" in arguments else ["--model", str(tiny_folder), "--name", "tiny"]
         port = [] if "--port" in arguments else ["--port", "0"]
-        processes.append(Process(*model, *port, *arguments, env=env))
+        processes.append(Process("--model", str(tiny_folder), "--name", "tiny", *port, *arguments, env=env))
         return processes[-1]
 
     yield start

@@ -15,6 +15,7 @@ from asking import ask, data_uri, picture, post, user_message
 
 from pumice import InputError
 from pumice.engine.engine import Engine
+from pumice.serve.guard import Gate
 from pumice.serve.settings import ServerSettings
 
 # a bitmap's header that claims 60,000 pixels a side
@@ -46,11 +47,10 @@ FIELD = "messages.0.content.0.image_url"
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 10**6}, "max_tokens", "this server allows 2048"),
+        ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
         ({"max_tokens": True}, "max_tokens", "valid integer"),
-        ({"max_completion_tokens": 10**6}, "max_completion_tokens", "this server allows 2048"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "use repetition_penalty"),
-        ({"tools": []}, "tools", "calls no tools"),
+        ({"tools": [{"type": "function"}]}, "tools", "calls no tools"),
         ({"banana": 1}, "banana", "unknown field 'banana'"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
@@ -64,7 +64,8 @@ FIELD = "messages.0.content.0.image_url"
             "messages.0.role",
             "'system', 'developer', 'user'",
         ),
-        ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing or null; give text"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "is missing or null"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
@@ -74,16 +75,25 @@ FIELD = "messages.0.content.0.image_url"
         (
             {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
             "messages.0.content.0.type",
-            "should be 'text'",
+            "no part 'video' here; give text, or a list of parts whose type is 'text' or 'image_url'",
         ),
         ({"messages": [{"role": "user", "content": " "}]}, "messages", "question is empty"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "where 'user' should speak"),
         (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+            {"messages": [{"role": "user", "content": "a"}], "continue_final_message": True},
             "messages",
-            "takes turns",
+            "the last message must be the assistant's",
         ),
-        ({"messages": [{"role": "user", "content": "long " * 300}]}, "messages", "context is 256"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            None,
+            "continue_final_message and add_generation_prompt exclude each other",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "long " * 300}]},
+            "messages",
+            "maximum context length is 256",
+        ),
         ({"response_format": {"type": "json_schema"}}, "response_format", "belong together"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
@@ -130,16 +140,13 @@ def test_what_the_cache_cannot_hold_names_the_field_to_change(local: Any) -> Non
             ({"prompt": long}, "/v1/completions", "prompt"),
         ):
             error = error_of(post(url, body, path), 400)
-            assert (error["param"], "the engine's cache holds 60" in error["message"]) == (param, True)
-        body = {**ask(max_tokens=60), "max_completion_tokens": 61}
-        error = error_of(post(url, body), 400)
-        assert error["param"] == "max_completion_tokens"
-        assert "do not fit in a cache of 60 tokens" in error["message"]
+            assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+            assert "maximum context length is 60 tokens" in error["message"]
 
 
 @pytest.fixture(scope="module")
 def small(local: Any) -> Any:
-    with local(max_pixels=10_000, max_images=2, max_body=600_000) as url:
+    with local(max_pixels=10_000, max_images=2, max_body="600000") as url:
         yield url
 
 
@@ -160,7 +167,7 @@ ANSWER = {"role": "assistant", "content": "A dog."}
         (
             [user_message("What?", picture()), {**ANSWER, "content": "dog " * 300}],
             "messages",
-            "context is 256",
+            "context length is 256 tokens",
         ),
         ([user_message("What?", picture()[:-200]), ANSWER], FIELD, "truncated or damaged"),
     ],
@@ -249,13 +256,13 @@ def test_strange_host_names(server: str, local: Any) -> None:
     error_of(httpx.get(f"{server}/v1/models", headers={"Host": "evil.example"}), 421)
     for host in ("localhost:1", "127.0.0.1", "[::1]:8000"):
         assert httpx.get(f"{server}/v1/models", headers={"Host": host}).status_code == 200
-    with local(hosts=("chat.example",)) as url:
+    with local(allow_host=("chat.example",)) as url:
         assert httpx.get(f"{url}/v1/models", headers={"Host": "chat.example"}).status_code == 200
 
 
 def test_keys_and_other_origins(local: Any) -> None:
     origin = {"Origin": "https://app.example"}
-    with local(keys=("first-key", "second-key"), cors=("https://app.example",)) as url:
+    with local(api_key=("first-key", "second-key"), cors=("https://app.example",)) as url:
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}):
             response = httpx.get(f"{url}/v1/models", headers={**header, **origin})
             assert error_of(response, 401)["code"] == "invalid_api_key"
@@ -292,6 +299,18 @@ def test_a_full_queue(local: Any) -> None:
         assert error_of(refused, 429)["code"] == "queue_full"
         assert int(refused.headers["retry-after"]) >= 1
         assert post(url, ask()).status_code == 200  # and afterwards there is room again
+
+
+def test_retry_after_follows_from_the_queue() -> None:
+    gate = Gate(slots=16, queue=80, in_flight=96, seconds=13.2)
+    assert (gate.full, gate.retry_after) == (True, 11)  # 80 wait, and 96 / 13.2 end in a second
+    gate = Gate(slots=16, queue=80, in_flight=16, seconds=100.0)
+    assert (gate.full, gate.retry_after) == (False, 1)
+    with pytest.raises(RuntimeError), gate.passing():
+        assert gate.in_flight == 17
+        raise RuntimeError
+    assert gate.in_flight == 16
+    assert 89 < gate.seconds < 91  # a tenth of the way to a request that took no time
 
 
 @pytest.fixture
@@ -362,12 +381,12 @@ def test_too_many_connections(local: Any) -> None:
 def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
     local: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from pumice.serve import local as local_backend
+    from pumice.serve import backend
 
     def fail(*_: Any) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(local_backend, "conversation", fail)
+    monkeypatch.setattr(backend, "conversation", fail)
     with local() as url, caplog.at_level("ERROR", "pumice.serve"):
         response = post(url, ask(), headers={"X-Request-Id": "find-me"})
         error = error_of(response, 500)
@@ -385,9 +404,9 @@ def test_a_fault_of_ours_is_told_with_an_id_and_logged_with_a_trace(
         ({"port": 70000}, "the port is 70000"),
         ({"queue": -1}, "queue is -1"),
         ({"timeout": 0.0}, "timeout is 0.0"),
-        ({"keys": ("short",)}, "too short"),
+        ({"api_key": ("short",)}, "too short"),
         ({"cors": ("app.example",)}, "CORS origin 'app.example'"),
-        ({"default_tokens": 9, "max_tokens": 8}, "default_tokens is 9"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
     ],
 )
 def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:

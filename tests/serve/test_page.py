@@ -196,7 +196,7 @@ def test_what_the_server_refuses_is_told(page: Page, server: str) -> None:
 
 
 def test_a_key_is_asked_for(page: Page, local: Callable[..., Any]) -> None:
-    with local(keys=("sesame-open",)) as url:
+    with local(api_key=("sesame-open",)) as url:
         page.goto(url)
         page.locator("body[data-ready]").wait_for()
         page.locator("#key").wait_for()  # the parameters have opened by themselves

@@ -1,4 +1,4 @@
-"""`pumice serve` as a process: signals, workers, an upstream, wrong options."""
+"""`pumice serve` as a process: signals, wrong options."""
 
 from __future__ import annotations
 
@@ -62,95 +62,6 @@ def test_a_drain_finishes_what_it_began(process: Callable[..., Any]) -> None:
         httpx.get(f"{url}/health")
 
 
-@posix
-def test_workers_share_a_port_and_are_replaced(process: Callable[..., Any]) -> None:
-    if (os.cpu_count() or 1) < 2:
-        pytest.skip("one core")
-    server = process("--workers", "2")
-    first, second = server.wait_for("listening", 2)
-    assert first["url"] == second["url"]
-    url = first["url"]
-
-    def counted(requests: int) -> None:  # that is done when the answer has gone out
-        expected = f'pumice_requests_total{{path="/v1/chat/completions",status="200"}} {requests}.0'
-        end = time.monotonic() + 60
-        while expected not in httpx.get(f"{url}/metrics").text:
-            assert time.monotonic() < end
-
-    assert post(url, ask()).status_code == 200
-    counted(1)  # a worker that is killed before it counts never will
-    os.kill(first["pid"], signal.SIGKILL)
-    assert len(server.wait_for("listening", 3)) == 3
-    assert len({line["pid"] for line in server.lines if line["message"] == "listening"}) == 3
-    assert post(url, ask()).status_code == 200
-    counted(2)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0
-
-
-@posix
-def test_workers_leave_with_their_parent(process: Callable[..., Any]) -> None:
-    if (os.cpu_count() or 1) < 2:
-        pytest.skip("one core")
-    server = process("--workers", "2")
-    pids = {line["pid"] for line in server.wait_for("listening", 2)}
-    server.process.kill()
-    server.process.wait()
-    end = time.monotonic() + 60
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # One that has ended and that nobody has asked about yet is a zombie.
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def test_in_front_of_another_server(process: Callable[..., Any], server: str) -> None:
-    env = {"PUMICE_API_KEY": "front-door-key", "PUMICE_UPSTREAM_KEY": "unused"}
-    front = process("--upstream", f"{server}/v1", "--max-tokens", "20", "--default-tokens", "6", env=env)
-    url, key = front.url, {"Authorization": "Bearer front-door-key"}
-    assert post(url, ask()).status_code == 401
-    assert httpx.get(f"{url}/v1/models", headers=key).json()["data"][0]["id"] == "tiny"
-    direct, passed = post(server, ask("Who?")).json(), post(url, ask("Who?"), headers=key).json()
-    assert passed["choices"] == direct["choices"]
-    unlimited = ask()
-    del unlimited["max_tokens"]
-    assert post(url, unlimited, headers=key).json()["usage"]["completion_tokens"] == 6
-    wrong = post(url, ask(max_tokens=21), headers=key)
-    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "max_tokens")
-    assert post(url, ask(n=2), headers=key).json()["error"]["param"] == "n"
-    assert (
-        post(url, ask(temperature=9), headers=key).json()["error"]["param"] == "temperature"
-    )  # upstream's word
-    explained = post(url, {"messages": [{"role": "user", "content": "?"}]}, "/explain", headers=key)
-    assert (explained.status_code, explained.json()["error"]["code"]) == (404, "not_explained")
-    web = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/cat.jpg"}}
-    body = {"messages": [{"role": "user", "content": [web, {"type": "text", "text": "?"}]}]}
-    assert post(url, body, headers=key).json()["error"]["code"] == "image_urls_not_allowed"
-    with httpx.stream(
-        "POST", f"{url}/v1/chat/completions", json=ask(stream=True), headers=key, timeout=60
-    ) as response:
-        lines = [line for line in response.iter_lines() if line]
-    assert lines[-1] == "data: [DONE]"
-
-
-def test_an_upstream_that_is_away(process: Callable[..., Any]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
-        front = process("--upstream", f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
-        response = post(front.url, ask())
-        assert response.status_code == 502
-        assert response.json()["error"]["code"] == "upstream_away"
-        assert httpx.get(f"{front.url}/health").json()["status"] == "away"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -160,8 +71,6 @@ def test_an_upstream_that_is_away(process: Callable[..., Any]) -> None:
         (["--api-key", "x"], "an API key is too short"),
         (["--api-key", ""], "--api-key is empty"),
         (["--api-key-file", "missing"], "the keys 'missing' cannot be read"),
-        (["--upstream", "localhost"], "the upstream 'localhost' is not an address"),
-        (["--workers", "1000"], "on a machine of"),
         (["--log", "xml"], "--log is 'xml'"),
     ],
 )

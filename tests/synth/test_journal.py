@@ -174,6 +174,12 @@ def test_bad_endpoints(values: dict[str, Any], message: str) -> None:
         Endpoint(**{"url": "http://here/v1", "model": "m", **values}).check()
 
 
+def test_without_the_library_of_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pumice.chat_client.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the openai library; install it: pip install openai"):
+        PLACE.check()
+
+
 def test_pictures_of_rarer_formats_are_shown_as_jpeg(tmp_path: Path) -> None:
     for suffix, kind in (("png", "png"), ("bmp", "jpeg"), ("tiff", "jpeg")):
         path = tmp_path / f"x.{suffix}"

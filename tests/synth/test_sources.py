@@ -174,7 +174,9 @@ def test_some_may_be_spoiled(written: Callable[..., Path]) -> None:
     bad_rows = BadRows(allowed=2)
     assert [c.captions for c in coco(file, None, bad_rows)] == [("A dog.",)]
     assert bad_rows.count == 2
-    with pytest.raises(InputError, match=r"annotation 2: .* with --max-spoiled \(1 before it were allowed\)"):
+    with pytest.raises(
+        InputError, match=r"annotation 2: .* with --set max_spoiled=N \(1 before it were allowed\)"
+    ):
         list(coco(file, None, BadRows(allowed=1)))
 
 

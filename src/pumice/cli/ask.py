@@ -12,12 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pumice.cli import options
+from pumice.cli import options, reading
 from pumice.errors import InputError
 from pumice.files import replacing
-from pumice.progress import StatusLine
+from pumice.progress import ProgressBar
 
 
+@options.expand
 def ask(
     arguments: Annotated[
         list[str] | None,
@@ -40,25 +41,14 @@ def ask(
         typer.Option(help="Where the answers of --batch go.", metavar="OUT.jsonl", show_default=False),
     ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Questions of --batch answered at a time.")] = 8,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    stop: options.Stop = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    quantize: options.Quantize = options.Bits.auto,
-    template: options.Template = None,
-    tower: options.Tower = None,
-    base: options.Base = None,
+    *,
+    sampling: options.Sampling,
+    opening: options.Opening,
 ) -> None:
     """Ask a question about pictures, or without any.
 
     pumice ask dog.jpg "What is the dog doing?"
     """
-    sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-    load_options = options.opening(device, quantize, template, tower, base)
     if batch is not None or out is not None:
         if arguments and batch is not None:
             raise InputError(f"--batch reads its questions from the file; leave out {arguments[-1]!r}")
@@ -66,7 +56,7 @@ def ask(
             raise InputError("--batch needs --out OUT.jsonl, where the answers go")
         if batch is None:
             raise InputError("--out belongs to --batch IN.jsonl; one answer goes to the terminal")
-        _ask_batch(batch, out, model, load_options, slots, as_json, sampling)
+        _ask_batch(batch, out, model, opening, slots, as_json, sampling.given())
         return
     *images, question = arguments or [""]
     _check_question(images, question)
@@ -76,11 +66,11 @@ def ask(
                 f"there is no picture {path!r}; if it belongs to the question, put the question in quotes: "
                 'pumice ask dog.jpg "What is this?"'
             )
-    _ask_one(images, question, model, load_options, as_json, sampling)
+    _ask_one(images, question, model, opening, as_json, sampling.given())
 
 
 def _check_question(images: list[str], question: str) -> None:
-    from pumice.conversation import Conversation, asked
+    from pumice.conversation import Conversation, question_message
 
     if not question.strip():
         raise InputError('there is no question; write for example: pumice ask dog.jpg "What is this?"')
@@ -89,7 +79,10 @@ def _check_question(images: list[str], question: str) -> None:
             f"the last argument must be the question, but {question!r} is a picture; "
             f'write for example: pumice ask {question} "What is this?"'
         )
-    Conversation((asked(question, images),)).check(answered=False)
+    message = question_message(question, images)
+    if not message.text.strip():
+        raise InputError("the question is empty; say what you want to know")
+    Conversation((message,)).check(answered=False)
 
 
 def _is_image_path(text: str) -> bool:
@@ -104,7 +97,7 @@ def _ask_one(
     images: list[str],
     question: str,
     model: str,
-    load_options: dict[str, Any],
+    opening: options.Opening,
     as_json: bool,
     sampling: dict[str, Any],
 ) -> None:
@@ -113,17 +106,16 @@ def _ask_one(
     # Before torch is imported, so that a wrong path fails at once.
     opened = [open_image(path) for path in images]
     options.share_cores()
-    from pumice.assistant import load
-    from pumice.conversation import Conversation, asked
+    from pumice.conversation import Conversation, question_message
 
-    assistant = load(model, **load_options)
-    reply = assistant.stream(Conversation((asked(question, opened),)), **sampling)
+    assistant = opening.load(model)
+    reply = assistant.stream(Conversation((question_message(question, opened),)), **sampling)
     if as_json:
         answer = "".join(reply)
         values = {"model": model, "images": images, "question": question, "answer": answer}
         print(json.dumps({**values, "finish": reply.finish, "tokens": reply.tokens}, ensure_ascii=False))
         return
-    for piece in reply:
+    for piece in reading.pieces(reply):
         print(piece, end="", flush=True)
     print()
 
@@ -142,7 +134,7 @@ def _ask_batch(
     source: Path,
     out: Path,
     model: str,
-    load_options: dict[str, Any],
+    opening: options.Opening,
     slots: int,
     as_json: bool,
     sampling: dict[str, Any],
@@ -167,7 +159,7 @@ def _ask_batch(
     partial = out.with_name(f"{out.name}.partial")
     # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.
     valid_rows = [row for row in rows if not row.error]
-    answers = iter(_answer_rows(valid_rows, partial, model, load_options, slots, sampling))
+    answers = iter(_answer_rows(valid_rows, partial, model, opening, slots, sampling))
     # 3. Write one line for every row, in the order of the input.
     failed = 0
     with replacing(out) as file:
@@ -192,7 +184,7 @@ def _answer_rows(
     rows: list[_Row],
     partial: Path,
     model: str,
-    load_options: dict[str, Any],
+    opening: options.Opening,
     slots: int,
     sampling: dict[str, Any],
 ) -> list[str | InputError]:
@@ -200,22 +192,20 @@ def _answer_rows(
     if not rows:
         return []
     options.share_cores()
-    from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
     from pumice.jsonl import AnswerFile
 
     SamplingParams(**sampling)  # raises before the model is loaded
-    assistant = load(model, **load_options)
+    assistant = opening.load(model)
     sampling = {**assistant.generation, **sampling}  # the file says with what it was asked in full
     questions = [(list(row.images), row.question) for row in rows]
-    line = StatusLine()
-    with AnswerFile(partial, questions, {"model": model, **load_options, **sampling}) as file:
+    asked = {"model": model, **opening.arguments(), **sampling}
+    with AnswerFile(partial, questions, asked) as file, ProgressBar() as bar:
         if done := len(file.answers):
             print(f"pumice: {done} of {len(rows)} answers are in '{partial}' already", file=sys.stderr)
         for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
             file.add(answer)
-            line.show(f"{len(file.answers)} of {len(rows)}")
-    line.end()
+            bar.show(len(file.answers), len(rows))
     return file.answers
 
 

@@ -15,14 +15,15 @@ from urllib.parse import unquote, urlparse
 
 import typer
 
-from pumice.cli import options
-from pumice.conversation import IMAGE_PLACEHOLDER, Message, asked
+from pumice.cli import options, reading
+from pumice.conversation import IMAGE_PLACEHOLDER, Message, question_message
 from pumice.errors import InputError
 from pumice.files import replacing
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
 
+SAMPLING = options.Sampling(max_new_tokens=512)
 HELP = """\
 /image PATH...  show pictures with your next question (or drop files into the terminal)
 /remove         take back the pictures that wait for your next question
@@ -33,37 +34,26 @@ HELP = """\
 Ctrl-C stops an answer and keeps the conversation."""
 
 
+@options.expand
 def chat(
     images: Annotated[
         list[str] | None,
         typer.Argument(help="Pictures to begin with.", metavar="[IMAGE]...", show_default=False),
     ] = None,
     model: options.Model = "pumice-tiny",
-    max_new_tokens: options.MaxNewTokens = 512,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    stop: options.Stop = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    quantize: options.Quantize = options.Bits.auto,
-    template: options.Template = None,
-    tower: options.Tower = None,
-    base: options.Base = None,
+    sampling: options.Sampling = SAMPLING,
+    *,
+    opening: options.Opening,
 ) -> None:
     """Talk about pictures in the terminal. /help lists what else can be typed."""
     image_files = [_read_image(path) for path in images or []]  # before torch: a wrong path fails at once
     options.share_cores(waits_for_people=True)
-    from pumice.assistant import load
     from pumice.engine.sampling import SamplingParams
 
-    sampling = options.sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, seed)
-    SamplingParams(**sampling)
+    SamplingParams(**sampling.given())  # raises before the model is loaded
     if sys.stdin.isatty():
         print(f"Opening {model} ...", flush=True)
-    assistant = load(model, **options.opening(device, quantize, template, tower, base))
-    Chat(assistant, sampling, image_files).run()
+    Chat(opening.load(model), sampling.given(), image_files).run()
 
 
 class Chat:
@@ -135,10 +125,11 @@ class Chat:
 
     def _ask(self, question: str) -> None:
         self.unanswered = question
-        message = asked(question, [data for _, data in self.pending])
+        message = question_message(question, [data for _, data in self.pending])
         text = ""
         try:
-            for piece in self.assistant.stream([*self.messages, message], **self.sampling):
+            reply = self.assistant.stream([*self.messages, message], **self.sampling)
+            for piece in reading.pieces(reply):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pumice.cli import generate, options
-from pumice.progress import StatusLine
+from pumice.progress import ProgressBar
 
 if TYPE_CHECKING:
     from pumice.config import ModelConfig
@@ -192,7 +193,7 @@ def _encode(processor: Processor) -> Encode:
     from pumice.config import LARGEST
     from pumice.processor import Processor
 
-    # Without a limit of the context, rows that are too long are counted as well.
+    # With the largest context that a model may have, rows that are too long are counted as well.
     decoder = dataclasses.replace(processor.config.decoder, context=LARGEST["context"])
     unlimited = Processor(dataclasses.replace(processor.config, decoder=decoder), processor.tokenizer)
 
@@ -257,19 +258,25 @@ def check(
         raise InputError(f"--fix writes one cleaned file, but {len(files)} are checked; check them in turn")
     rows = [Rows(file) for file in files]
     finder = ImageFinder(images or ["."])
-    total, counter = sum(map(len, rows)), _Counter()
-    report = check_rows(
-        rows,
-        finder,
-        decode=decode,
-        budget=budget,
-        encode=None if processor is None else _encode(processor),
-        context=None if processor is None else processor.config.decoder.context,
-        truncate=loaded_recipe is not None and loaded_recipe.truncate,
-        workers=(os.cpu_count() or 1) if workers is None else workers,
-        progress=lambda: counter.add(1, total, "rows"),
-        decoded=lambda more, pictures: counter.add(more, pictures, "pictures"),
-    )
+    total, done = sum(map(len, rows)), Counter[str]()
+    with ProgressBar() as bar:
+
+        def count(more: int, total: int, unit: str) -> None:
+            done[unit] += more
+            bar.show(done[unit], total, unit)
+
+        report = check_rows(
+            rows,
+            finder,
+            decode=decode,
+            budget=budget,
+            encode=None if processor is None else _encode(processor),
+            context=None if processor is None else processor.config.decoder.context,
+            truncate=loaded_recipe is not None and loaded_recipe.truncate,
+            workers=(os.cpu_count() or 1) if workers is None else workers,
+            progress=lambda: count(1, total, "rows"),
+            decoded=lambda more, pictures: count(more, pictures, "pictures"),
+        )
     # 3. Write the cleaned copy and the report.
     values = report.to_dict()
     if fixed is not None:
@@ -288,23 +295,6 @@ def check(
                 _print_sample(source, finder, processor)
     if not report.ok:
         raise typer.Exit(1)
-
-
-class _Counter:
-    """Counts rows, then pictures, on a status line."""
-
-    def __init__(self) -> None:
-        self.unit, self.done, self.line = "", 0, StatusLine()
-
-    def add(self, more: int, total: int, unit: str) -> None:
-        """Count `more` of `total` units. A new unit starts at 0."""
-        if unit != self.unit:
-            self.unit, self.done = unit, 0
-        before, self.done = self.done, self.done + more
-        if before // 50 != self.done // 50 or self.done == total:
-            self.line.show(f"{self.done} of {total} {unit}")
-            if self.done == total:
-                self.line.end()
 
 
 def _print_report(report: DataReport) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pumice import __version__
 from pumice.cli import options
 
 if TYPE_CHECKING:
@@ -22,33 +24,36 @@ _MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("FIX", 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     test: Annotated[bool, typer.Option(help="Run small models, some seconds.")] = True,
-    network: Annotated[
-        bool, typer.Option("--network", help="Also ask the package index and the hub whether they answer.")
-    ] = False,
 ) -> None:
     """Say what is installed, what works, and what to do about what does not. Status 1 on a problem."""
     environ = dict(os.environ)
     options.share_cores()
     from rich.console import Console
 
-    from pumice.cli.checks import DoctorReport, examine
+    from pumice.cli.checks import examine
 
     start = time.perf_counter()
-    report = DoctorReport()
+    sections: dict[str, list[Finding]] = {}
     console = Console(highlight=False, soft_wrap=True)
-    for title, findings in examine(test=test, network=network, environ=environ):
-        report.sections[title] = findings
+    for title, findings in examine(test=test, environ=environ):
+        sections[title] = findings
         if not as_json:
             _print(console, title, findings)
-    report.seconds = time.perf_counter() - start
+    problems = sum(finding.level == "problem" for findings in sections.values() for finding in findings)
     if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
-    elif report.problems:
-        count = len(report.problems)
-        console.print(f"{count} {'problem' if count == 1 else 'problems'}; each has a remedy above.")
+        values = {
+            "pumice": __version__,
+            "ok": not problems,
+            "problems": problems,
+            "seconds": round(time.perf_counter() - start, 1),
+            "sections": {title: [asdict(f) for f in findings] for title, findings in sections.items()},
+        }
+        print(json.dumps(values, ensure_ascii=False))
+    elif problems:
+        console.print(f"{problems} {'problem' if problems == 1 else 'problems'}; each has a remedy above.")
     else:
         console.print("Nothing is wrong.")
-    if report.problems:
+    if problems:
         raise typer.Exit(1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ import typer
 
 from pumice.cli import options
 from pumice.errors import InputError
-from pumice.progress import StatusLine
+from pumice.progress import ProgressBar
 
 if TYPE_CHECKING:
     from pumice.evaluate.result import AnswerSet, QuestionSet
@@ -232,23 +231,11 @@ def _answer(
     if missing:
         print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
     answerer = _answerer(model, model_name, device, slots)
-    started = time.monotonic()
-    first_done: list[int] = []
-    line = StatusLine()
-
-    def progress(done: int, total: int) -> None:
-        first_done[:] = first_done or [done - 1]  # answers of an earlier run took no time
-        seconds_each = (time.monotonic() - started) / max(1, done - first_done[0])
-        line.show(f"{done} of {total}, {seconds_each * (total - done):.0f} s left  ")
-
-    try:
+    with ProgressBar() as bar:
         return run(
             task, asked.questions, answerer, path,
-            allow_missing=allow_missing, progress=progress, max_new_tokens=max_new_tokens,
+            allow_missing=allow_missing, progress=bar.show, max_new_tokens=max_new_tokens,
         )  # fmt: skip
-    finally:
-        if first_done:
-            line.end()
 
 
 def _answerer(model: str, model_name: str | None, device: str | None, slots: int) -> Answerer:
@@ -315,5 +302,5 @@ def _print_list() -> None:
     for name, task in registry().items():
         print(f"{name:<18} {task.title}: {task.headline}; splits {', '.join(task.splits)}")
         print(f"{'':<18} {task.source.version}, {task.source.url}")
-        for line in task.source.layout:
+        for line in task.source.files:
             print(f"{'':<18}   {line}")

@@ -16,6 +16,7 @@ from pumice.files import replacing
 SUFFIXES = (".html", ".png", ".json")
 
 
+@options.expand
 def explain(
     arguments: Annotated[
         list[str] | None,
@@ -46,11 +47,9 @@ def explain(
         typer.Option(help="Also grey so many regions on a side, one by one: slow, but causal; not in a PNG."),
     ] = 0,
     model: options.Model = "pumice-tiny",
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    quantize: options.Quantize = options.Bits.auto,
+    *,
+    sampling: Annotated[options.Sampling, "max_new_tokens", "temperature", "seed"],
+    opening: Annotated[options.Opening, "device", "quantize"],
 ) -> None:
     """Show where each word of an answer looked, and whether the picture mattered.
 
@@ -87,14 +86,13 @@ def explain(
     layer_numbers = _parse_layers(layers)
     opened = [open_image(name) for name in images]  # before torch is imported: a wrong path fails at once
     options.share_cores()
-    from pumice.assistant import load
     from pumice.explain.methods import DEFAULT, get_method
     from pumice.explain.render import strip
 
     get_method(method or DEFAULT)  # raises before the model is loaded
-    explanation = load(model, **options.opening(device, quantize)).explain(
+    explanation = opening.load(model).explain(
         opened, question, answer, method=method or DEFAULT, layers=layer_numbers, occlusion=occlusion,
-        **options.sampling(max_new_tokens, temperature, None, None, None, None, seed),
+        **sampling.given(),
     )  # fmt: skip
     if out is not None:
         with replacing(out) as file:

@@ -11,6 +11,7 @@ import typer
 from pumice.cli import options
 
 
+@options.expand
 def export(
     source: Annotated[
         str, typer.Argument(help="A folder, a built-in model, or a name on the hub.", metavar="SRC")
@@ -30,16 +31,15 @@ def export(
     drop_lora: Annotated[
         bool, typer.Option("--drop-lora", help="Leave LoRA adapters out, do not merge them.")
     ] = False,
-    template: options.Template = None,
-    tower: options.Tower = None,
-    base: options.Base = None,
+    *,
+    opening: Annotated[options.Opening, "template", "tower", "base"],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model for transformers, llama.cpp, PEFT or the original LLaVA code."""
     from pumice.formats.export import export as write
     from pumice.formats.read import read_model
 
-    model = read_model(source, template=template, tower=tower, base=base)
+    model = read_model(source, template=opening.template, tower=opening.tower, base=opening.base)
     written = write(model, to, target, dtype=dtype, kind=kind, drop_lora=drop_lora, tower=tower_name)
     notes = [*model.notes, *written.notes]
     if as_json:

@@ -1,13 +1,87 @@
-"""Command-line options that several commands share."""
+"""Options that several commands share, and how a settings class becomes options."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Sequence
-from enum import Enum
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from types import GenericAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+
+if TYPE_CHECKING:
+    from pumice.assistant import Assistant
+
+
+def expand(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of its parameters that are dataclasses.
+
+    The name, type, default and sentence of such an option stand in the dataclass alone: its fields are
+    annotated with `typer.Option`, and those without it are no options. `Annotated[Sampling, "seed"]` takes
+    only the fields that it names. A default of the parameter replaces those of the class.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Any, list[inspect.Parameter]]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        kind, *only = _split(hints[parameter.name])
+        if is_dataclass(kind):
+            instance = None if parameter.default is parameter.empty else parameter.default
+            options = [p for p in _fields(kind, instance) if not only or p.name in only]
+            groups[parameter.name] = (kind, options)
+            parameters += options
+        else:
+            parameters.append(
+                parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            )
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        for name, (kind, options) in groups.items():
+            values = {option.name: given.pop(option.name) for option in options}
+            given[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        function(**given)
+
+    command.__dict__["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _fields(kind: Any, instance: Any) -> list[inspect.Parameter]:
+    """Return a parameter for each field that is an option. instance: has the defaults, if it is not None."""
+    hints = get_type_hints(kind, include_extras=True)
+    parameters = []
+    for field in fields(kind):
+        base, *details = _split(hints[field.name])
+        if not details:
+            continue
+        default: Any = inspect.Parameter.empty if field.default is MISSING else field.default
+        default = default if instance is None else getattr(instance, field.name)
+        form: Any = Annotated  # whose arguments are known only here
+        if get_origin(base) is tuple:  # typer would read so many words for one option
+            base, default = GenericAlias(list, get_args(base)[:1]), [*default]
+        annotation = form[(base, *details)]
+        parameters.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+        )
+    return parameters
+
+
+def _split(hint: Any) -> tuple[Any, ...]:
+    """Return the type of a hint, and what `Annotated` adds to it."""
+    return (hint.__origin__, *hint.__metadata__) if get_origin(hint) is Annotated else (hint,)
+
+
+def given(context: typer.Context, settings: Any) -> dict[str, Any]:
+    """Return the fields of settings that stand on the command line, where they replace those of a file."""
+    sources = {name: context.get_parameter_source(name) for name in vars(settings)}
+    words = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return {name: getattr(settings, name) for name in words}
 
 
 def share_cores(*, waits_for_people: bool = False) -> None:
@@ -23,54 +97,9 @@ def share_cores(*, waits_for_people: bool = False) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", policy)
 
 
-class Bits(str, Enum):
-    """The number of bits of a decoder weight."""
-
-    auto = "auto"
-    int8 = "int8"
-    int4 = "int4"
-    none = "none"
-
-
-def opening(
-    device: str | None,
-    quantize: Bits,
-    template: str | None = None,
-    tower: str | None = None,
-    base: str | None = None,
-) -> dict[str, Any]:
-    """Return the options that open a model as keyword arguments of `pumice.load`."""
-    bits = None if quantize is Bits.none else quantize.value
-    return {"device": device, "quantize": bits, "template": template, "tower": tower, "base": base}
-
-
-def sampling(
-    max_new_tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
-    stop: Sequence[str] | None,
-    seed: int | None,
-) -> dict[str, Any]:
-    """Return the sampling options as fields of `SamplingParams`; None means as the model's folder says."""
-    drawn = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-    }
-    given = {name: value for name, value in drawn.items() if value is not None}
-    return {"max_new_tokens": max_new_tokens, **given, "stop": tuple(stop or ()), "seed": seed}
-
-
-MODELS = "as the model says"
 Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a folder or a hub name.")]
 Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; the best one here if not given.", show_default=False)
-]
-Quantize = Annotated[
-    Bits, typer.Option(help="Bits of the language model's weights; auto: int8 on a CPU, none elsewhere.")
 ]
 Template = Annotated[
     str | None, typer.Option(help="The chat format, where the model does not say it.", show_default=False)
@@ -82,27 +111,71 @@ Base = Annotated[
     str | None,
     typer.Option(help="What the model, a LoRA or a projector, was trained on.", show_default=False),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(help="0 takes the likeliest word each time; 1 draws freely.", show_default=MODELS),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Draw from the likeliest words of this probability together.", show_default=MODELS),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(help="Draw from this many likeliest words; 0 is all.", show_default=MODELS),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(help="Above 1, words already said become less likely.", show_default=MODELS),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(help="End the answer before this text; repeat as needed.", show_default=False),
-]
-Seed = Annotated[
-    int | None, typer.Option(help="Draw the same answer again (with a temperature).", show_default=False)
-]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model is opened: arguments of `pumice.load`."""
+
+    device: Device = None
+    quantize: Annotated[
+        Literal["auto", "int8", "int4", "none"],
+        typer.Option(help="Bits of the language model's weights; auto: int8 on a CPU, none elsewhere."),
+    ] = "auto"
+    template: Template = None
+    tower: Tower = None
+    base: Base = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {**vars(self), "quantize": None if self.quantize == "none" else self.quantize}
+
+    def load(self, model: str, **sizes: Any) -> Assistant:
+        """Open the model. sizes: those of its engine."""
+        from pumice.assistant import load
+
+        return load(model, **self.arguments(), **sizes)
+
+
+MODELS = "as the model says"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn: fields of `SamplingParams`. None means as the model's folder says."""
+
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 256
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest word each time; 1 draws freely.", show_default=MODELS),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the likeliest words of this probability together.", show_default=MODELS),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Draw from this many likeliest words; 0 is all.", show_default=MODELS),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw from words at least this share as likely as the likeliest; 0 is all.",
+            show_default=MODELS,
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 1, words already said become less likely.", show_default=MODELS),
+    ] = None
+    stop: Annotated[
+        tuple[str, ...],
+        typer.Option(help="End the answer before this text; repeat as needed.", show_default=False),
+    ] = ()
+    seed: Annotated[
+        int | None, typer.Option(help="Draw the same answer again (with a temperature).", show_default=False)
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that do not come from the model's folder."""
+        by_model = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        return {k: v for k, v in vars(self).items() if v is not None or k not in by_model}

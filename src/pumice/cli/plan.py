@@ -8,12 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pumice.errors import InputError
+
 if TYPE_CHECKING:
+    from pumice.train.plan.asking import AskPlan
     from pumice.train.plan.estimate import Plan
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.", metavar="RECIPE.yaml")],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, YAML.", metavar="RECIPE.yaml", show_default=False)
+    ] = None,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            help="Say instead what the answers of this model take here.",
+            metavar="MODEL",
+            show_default=False,
+        ),
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="a100-80g, h100, rtx4090, ...; this machine if not given.", show_default=False),
@@ -31,7 +44,16 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
 ) -> None:
-    """Say what a recipe takes before it runs: memory and time. Status 1 when it does not fit."""
+    """Say what a recipe takes before it runs, or what answers take: memory and time.
+
+    Status 1 when it does not fit.
+    """
+    if (recipe is None) == (ask is None):
+        raise InputError("give a recipe, or --ask MODEL, and not both")
+    if ask is not None:
+        _plan_ask(ask, as_json)
+        return
+    assert recipe is not None
     from pumice.train.plan.estimate import plan as make_plan
     from pumice.train.recipe import load_recipe
 
@@ -46,6 +68,36 @@ def plan(
     print(json.dumps(estimate.to_dict()) if as_json else "\n".join(describe(estimate)))
     if estimate.fits is False:
         raise typer.Exit(1)
+
+
+def _plan_ask(model: str, as_json: bool) -> None:
+    from pumice.train.plan.asking import plan_ask
+
+    estimate = plan_ask(model)
+    print(json.dumps(estimate.to_dict()) if as_json else "\n".join(describe_ask(estimate)))
+    if all(cost.fits is False for cost in estimate.costs):
+        raise typer.Exit(1)
+
+
+def describe_ask(plan: AskPlan) -> list[str]:
+    """Return the costs of answers as lines of text, a column for each kind of weights."""
+    free = "memory unknown" if plan.free is None else f"{plan.free / 1e9:.1f} GB free"
+    threads = f", {plan.kernel}, {plan.threads} threads" if plan.device == "cpu" else ""
+    costs = plan.costs
+    rows = [("--quantize", [cost.quantize for cost in costs])]
+    for part in costs[0].memory:
+        rows.append((part, [f"{cost.memory[part] / 1e9:.2f} GB" for cost in costs]))
+    rows.append(("in all", [f"{cost.total / 1e9:.2f} GB" for cost in costs]))
+    if plan.free is not None:
+        rows.append(("", ["fits" if cost.fits else "does not fit" for cost in costs]))
+    rows.append(("first word", [f"{cost.first_word:.1f} s" for cost in costs]))
+    rows.append(("then", [f"{cost.tokens_per_second:.1f} tokens/s" for cost in costs]))
+    return [
+        f"{plan.model} on {plan.device}{threads}, {free}",
+        f"a question about a new picture: {plan.prompt_tokens} tokens, {plan.image_tokens} of the picture",
+        "",
+        *(f"{name:<20}" + "".join(f"{value:>16}" for value in values) for name, values in rows),
+    ]
 
 
 def describe(plan: Plan) -> list[str]:

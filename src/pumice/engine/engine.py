@@ -9,6 +9,7 @@ Shapes: T new tokens of a step, R requests whose next token is due, D width, V v
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -23,13 +24,13 @@ from pumice.engine.native import NativeDecoder, native_decoder
 from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
-from pumice.errors import InputError, WorkError
+from pumice.engine.sizes import cache_size, has_memory
+from pumice.errors import ContextOverflow, InputError, WorkError
 from pumice.kernels.allocator import keep_freed_memory
-from pumice.model.cache import KVCache, Segment
+from pumice.model.cache import BLOCK, KVCache, Segment
 from pumice.model.finite import finite_rows, why_not_finite
 from pumice.model.llava import Llava
 
-CACHE_BYTES = 1 << 30  # default size of the KV cache; more if one context needs more
 # Freed memory that the process keeps: a long prompt frees some 100 MB in every step.
 KEPT_FREED_BYTES = 256 * 2**20
 
@@ -48,16 +49,25 @@ class EngineStats:
     prompt_tokens: int  # of all requests that have started
     generated_tokens: int
     prefix_hits: int  # of `prompt_tokens`, those found in the prefix cache
-    evictions: int  # finished requests evicted from the prefix cache
+    evictions: int  # blocks evicted from the prefix cache
     steps: int
+
+
+def check_sizes(slots: int, cache_tokens: int | None, chunk: int) -> None:
+    """Raise InputError unless an engine can have these sizes."""
+    for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; give 1 or more")
 
 
 class Engine:
     """Answers up to `slots` prompts at a time, each in its own slot of the KV cache; more wait in order.
 
-    cache_tokens: cells of the KV cache, for running and finished requests together; None gives about a
-    gigabyte, and at least one context. chunk: prompt tokens per step. prefix_cache: keep finished requests,
-    so that a prompt that begins like one of them computes only its remaining tokens.
+    cache_tokens: tokens that the KV cache holds, of running and finished requests together. It is rounded up
+    to whole blocks. memory_share: without `cache_tokens`, the share of the memory left beside the weights
+    that the cache may take, as a server wants it; None gives about a gigabyte, or one context if that is
+    more, within half of that memory. chunk: prompt tokens per step. prefix_cache: keep finished requests, so
+    that a prompt that begins like one of them computes only its remaining tokens.
 
     The model must not change while requests run. After it has changed, call `forget`.
     """
@@ -70,29 +80,33 @@ class Engine:
         cache_tokens: int | None = None,
         chunk: int = 512,
         prefix_cache: bool = True,
+        memory_share: float | None = None,
     ) -> None:
-        for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; give 1 or more")
+        check_sizes(slots, cache_tokens, chunk)
         config = model.config.decoder
-        # 1. Size the cache: at most CACHE_BYTES and what the slots can use, at least one context.
-        if cache_tokens is None:
-            each = KVCache.bytes_per_token(config, model.decoder.cache_dtype)
-            cache_tokens = max(config.context, min(CACHE_BYTES // each, 2 * slots * config.context))
+        # 1. Size the cache by the memory that is free beside the weights.
+        self.cache_tokens = cache_size(model, slots, cache_tokens, memory_share)
         # 2. Every step allocates and frees the same large tensors. Do not return them to the system.
         if model.device.type == "cpu":
             keep_freed_memory(KEPT_FREED_BYTES)
         # 3. Set up the parts that only the thread that steps uses.
         self.model, self.slots = model, slots
         self._not_finite: str | None = None  # why the model computes what is no number, once it did
-        self._cache = KVCache(config, cache_tokens, model.device, model.decoder.cache_dtype)
+        self._cache = KVCache(config, self.cache_tokens, model.device, model.decoder.cache_dtype, BLOCK)
         # The decoder in C, where it can run; None where PyTorch computes every step.
         self._native = native_decoder(model.decoder, self._cache)
-        self._prefix_cache = PrefixCache(cache_tokens, keep_finished=prefix_cache)
-        self._scheduler = Scheduler(slots, chunk, self._prefix_cache, self._cache.copy)
+        self._prefix_cache = PrefixCache(
+            self._cache.blocks,
+            self._cache.block,
+            self._cache.copy,
+            keep_finished=prefix_cache,
+            has_memory=functools.partial(has_memory, model.device),
+        )
+        self._scheduler = Scheduler(slots, chunk, self._prefix_cache)
         self._stops = frozenset(model.config.stop_token_ids)
         self._generated_tokens = self._steps = 0
         self._step_lock = threading.RLock()
+        self._interrupted = False  # whether a step has begun and not ended
         # 4. `_changed` guards `_submitted` and `_closed`, which other threads write; `_step_lock` all else.
         self._submitted: list[Request] = []
         self._changed = threading.Condition()
@@ -111,12 +125,13 @@ class Engine:
         length, context = len(prompt.input_ids), self.model.config.decoder.context
         # The last token of an answer is never fed to the model, so it needs no cell.
         max_cells = min(context, length + prompt.params.max_new_tokens) - 1
-        capacity = self._cache.capacity
+        capacity = self.cache_tokens
         if length > capacity:
-            raise InputError(
+            message = (
                 f"the prompt takes {length} tokens and the engine's cache holds {capacity}; "
                 "shorten the question, show fewer pictures, or give the engine a larger cache"
             )
+            raise ContextOverflow(message, length, capacity)
         if max_cells > capacity:
             raise InputError(
                 f"a prompt of {length} tokens and an answer of up to {max_cells + 1 - length} do not fit in "
@@ -141,27 +156,36 @@ class Engine:
     def step(self) -> bool:
         """Compute the next tokens of the running requests. Return False only if there is no request."""
         with self._step_lock, torch.inference_mode():
-            # 1. Take new requests from the queue.
-            with self._changed:
-                submitted, self._submitted = self._submitted, []
-            self._scheduler.waiting.extend(submitted)
-            # 2. End cancelled requests before they cost anything.
-            for request in [request for request in self._requests() if request.cancelled]:
-                self._finish(request, "cancelled")
-            # 3. Plan: one token per running answer, then prompt chunks until the budget is used.
-            try:
-                plan = self._scheduler.plan()
-            except Exception as error:
-                # Such as no memory for a copy. End all requests, so that none waits for ever.
-                for request in self._requests():
-                    self._finish(request, "error", error)
-                return True
-            if not plan:
-                return False
-            # 4. Compute the planned tokens and deliver the new ones.
-            self._run(plan)
-            self._steps += 1
+            if self._interrupted:  # such as by Ctrl-C
+                self._scheduler.recover()
+            self._interrupted = True
+            worked = self._step()
+            self._interrupted = False
+            return worked
+
+    def _step(self) -> bool:
+        # 1. Take new requests from the queue.
+        with self._changed:
+            submitted, self._submitted = self._submitted, []
+        self._scheduler.waiting.extend(submitted)
+        # 2. End cancelled requests before they cost anything.
+        for request in [request for request in self._requests() if request.cancelled]:
+            self._finish(request, "cancelled")
+        # 3. Plan: one token per running answer, then prompt chunks until the budget is used.
+        try:
+            plan = self._scheduler.plan()
+        except Exception as error:
+            # Such as no memory for a copy. End all requests, so that none waits for ever.
+            for request in self._requests():
+                self._finish(request, "error", error)
+            self._scheduler.recover()
             return True
+        if not plan:
+            return False
+        # 4. Compute the planned tokens and deliver the new ones.
+        self._run(plan)
+        self._steps += 1
+        return True
 
     def start(self) -> None:
         """Step in a background thread from now on. The thread sleeps while there is no request."""
@@ -202,7 +226,7 @@ class Engine:
             waiting=len(scheduler.waiting) + len(self._submitted),
             slots=self.slots,
             cached_tokens=self._prefix_cache.cached_tokens,
-            cache_capacity=self._prefix_cache.capacity,
+            cache_capacity=self.cache_tokens,
             prompt_tokens=scheduler.prompt_tokens,
             generated_tokens=self._generated_tokens,
             prefix_hits=scheduler.prefix_hits,
@@ -290,7 +314,7 @@ class Engine:
             slot = request.slot
             assert slot is not None
             new_ids.append(request.ids[slot.length : slot.length + count])
-            segments.append(Segment(slot.start, slot.length, count))
+            segments.append(Segment(slot.table, slot.length, count))
             rows_before += count
             if slot.length + count == request.length:
                 due_rows.append(rows_before - 1)
@@ -319,27 +343,33 @@ class Engine:
         for request, count in plan:
             slot = request.slot
             assert slot is not None
-            slot.append(request.token_hashes[slot.length : slot.length + count])
+            self._prefix_cache.record(slot, request.token_hashes[: slot.length + count])
         return logits if due_rows else None
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
         """Return the next token of each request, from logits (R, V), or the exception that prevented it."""
-        # Most answers are greedy: one argmax serves all of them. Only the others are sampled one by one.
-        choices: list[int | Exception] = logits.argmax(-1).tolist()
+        # 1. Ask the constraints which tokens they allow. One that fails, such as one that is too complex,
+        #    ends only its own request.
+        failed: dict[int, Exception] = {}
+        allowed: list[Tensor | None] = [None] * len(requests)
         for row, request in enumerate(requests):
-            params, constraint = request.prompt.params, request.constraint
-            if not (params.temperature or params.repetition_penalty != 1 or constraint is not None):
-                continue
-            try:
-                allowed = constraint.allowed() if constraint is not None else None
-                history, generators = [request.ids.tolist()], [request.generator]
-                token = int(sample(logits[row : row + 1], params, history, generators, allowed))
-                if constraint is not None and token not in self._stops:
-                    constraint.accept(token)
-                choices[row] = token
-            except Exception as error:  # such as a constraint that is too complex: end only this request
-                choices[row] = error
-        return choices
+            if request.constraint is not None:
+                try:
+                    allowed[row] = request.constraint.allowed()
+                except Exception as error:
+                    failed[row] = error
+        # 2. Choose all tokens in one call.
+        params = [request.prompt.params for request in requests]
+        histories, generators = [r.ids for r in requests], [r.generator for r in requests]
+        tokens = sample(logits, params, histories, generators, allowed).tolist()
+        # 3. Tell the constraints.
+        for row, request in enumerate(requests):
+            if request.constraint is not None and row not in failed and tokens[row] not in self._stops:
+                try:
+                    request.constraint.accept(tokens[row])
+                except Exception as error:
+                    failed[row] = error
+        return [failed.get(row, token) for row, token in enumerate(tokens)]
 
     def _deliver_next_tokens(self, plan: Plan, logits: Tensor) -> None:
         """Choose the next tokens and deliver them to their requests."""

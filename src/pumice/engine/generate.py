@@ -6,6 +6,7 @@ import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
 from pumice.engine.engine import Engine
@@ -29,10 +30,10 @@ def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
     answer: list[int] = []
     while len(answer) < params.max_new_tokens and len(history) < context:
         hidden = model(torch.tensor([history], device=model.device), image_tokens)[:, -1]
-        allowed = constraint.allowed() if constraint is not None else None
         logits = model.decoder.logits(hidden)
+        allowed = constraint.allowed() if constraint is not None else None
         check_finite(model, logits)
-        token = int(sample(logits, params, [history], [generator], allowed))
+        token = int(sample(logits, [params], [np.array(history)], [generator], [allowed]))
         if token in model.config.stop_token_ids:
             break
         if constraint is not None:

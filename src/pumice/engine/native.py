@@ -10,6 +10,7 @@ Shapes: R rows (one new token each), D width, V vocabulary.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def _structures(linear: type[ctypes.Structure]) -> tuple[Any, Any]:
         ]
 
     class ModelStruct(ctypes.Structure):
-        _sizes = "depth width heads kv_heads head_dim mlp_width vocabulary capacity window"
+        _sizes = "depth width heads kv_heads head_dim mlp_width vocabulary capacity block window"
         _fields_ = [
             *((name, ctypes.c_int64) for name in _sizes.split()),
             ("eps", ctypes.c_float),
@@ -84,7 +85,7 @@ class NativeDecoder:
         inv_freq = rope_inv_freq(config.head_dim, config.rope_theta, config.rope_scaling, cache.keys.device)
         self._model = model_type(
             config.depth, config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_width,
-            config.vocab_size, cache.capacity, cache.window or 0, config.norm_eps,
+            config.vocab_size, cache.capacity, cache.block, cache.window or 0, config.norm_eps,
             self._address(inv_freq), ctypes.addressof(blocks), self._address(decoder.norm.weight),
             self._linear(decoder.embed if decoder.head is None else decoder.head),
             self._address(cache.keys), self._address(cache.values),
@@ -104,11 +105,17 @@ class NativeDecoder:
         # A copy, because decode.c overwrites x with the residual stream.
         x = x.to(torch.float32, copy=True).contiguous()
         positions = [n for _, past, new in segments for n in range(past, past + new)]
-        starts = [start for start, _, new in segments for _ in range(new)]
+        # All tables, one after the other, and for each row where its own begins.
+        blocks = list(itertools.chain.from_iterable(table for table, _, _ in segments))
+        ends = list(itertools.accumulate(len(table) for table, _, _ in segments))
+        tables = [
+            end - len(table) for end, (table, _, new) in zip(ends, segments, strict=True) for _ in range(new)
+        ]
         logits = torch.empty(len(due), self._vocabulary, dtype=torch.float32, device="cpu")
         error = self._decode(
             ctypes.byref(self._model), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()),
-            _int64_array(positions), _int64_array(starts), ctypes.c_int64(len(due)), _int64_array(due),
+            _int64_array(positions), _int64_array(blocks), _int64_array(tables),
+            ctypes.c_int64(len(due)), _int64_array(due),
             ctypes.c_void_p(logits.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
         if error:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pumice.config import IMAGE_TOKEN
 from pumice.engine.cache import CacheSlot
 from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob
-from pumice.errors import InputError
+from pumice.errors import ContextOverflow, InputError
 from pumice.model.llava import Llava
 
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -97,10 +97,11 @@ def check_room(model: Llava, prompt: Prompt) -> None:
     if not length:
         raise InputError("the prompt has 0 tokens; give at least 1")
     if length >= context:
-        raise InputError(
+        message = (
             f"the prompt takes {length} tokens and leaves no room for an answer in a context of {context}; "
             "shorten the question or show fewer pictures"
         )
+        raise ContextOverflow(message, length, context)
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ class Request:
     @property
     def computed(self) -> int:
         """Tokens whose keys and values are in the KV cache."""
-        return self.slot.length if self.slot is not None else 0
+        slot = self.slot  # read once: other threads may ask
+        return slot.length if slot is not None else 0
 
     @property
     def remaining(self) -> int:

@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pumice.errors import InputError
+
+# Tokens that top_p and min_p select first, and by how many times more if these are not enough.
+LIKELIEST, WIDEN = 64, 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class SamplingParams:
     temperature: float = 0.0  # 0 takes the most likely token
     top_p: float = 1.0  # the smallest set of tokens with this probability (arXiv 1904.09751); 1 is off
     top_k: int = 0  # the k most likely tokens; 0 is off
+    min_p: float = 0.0  # tokens at least this share as likely as the likeliest (arXiv 2407.01082); 0 is off
     repetition_penalty: float = 1.0  # for tokens of prompt and answer (arXiv 1909.05858); 1 is off
     stop: tuple[str, ...] = ()  # texts; an answer ends before the first of them
     seed: int | None = None  # None gives another answer each time
@@ -46,6 +51,7 @@ class SamplingParams:
         numbers: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
+            "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
         }
         for name, value in numbers.items():
@@ -54,6 +60,7 @@ class SamplingParams:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
         _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (off) to 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "more than 0")
         if self.seed is not None:
@@ -107,54 +114,121 @@ def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprob:
 
 def sample(
     logits: Tensor,
-    params: SamplingParams,
-    history: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    histories: Sequence[np.ndarray],
     generators: Sequence[torch.Generator],
-    allowed: Tensor | None = None,
+    allowed: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Return the next token of each row (B,); logits: (B, V).
 
-    history: the tokens so far, row by row; negative ones (image placeholders) do not count. generators: one
-    for each row, so that a row's token does not depend on the other rows. allowed: (B, V) or (V,) bool; None
-    allows all tokens.
+    params, histories, generators, allowed: one for each row. A row's token does not depend on the others.
+    history: the token ids so far; negative ones (image placeholders) do not count. allowed: (V,) bool, or
+    None for all tokens.
     """
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed.to(logits.device), float("-inf"))
-    if params.repetition_penalty != 1:
-        logits = penalise(logits, params.repetition_penalty, history)
-    if params.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = nucleus(logits, params).softmax(-1)
-    tokens = [
-        torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)
-    ]
-    return torch.cat(tokens)
+    logits = _restrict(logits, params, histories, allowed or [None] * len(params))
+    tokens = logits.argmax(-1)
+    rows = [row for row, one in enumerate(params) if one.temperature]
+    if rows:
+        drawn = [params[row] for row in rows]
+        probabilities = likelihoods(_take(logits, rows), [one.temperature for one in drawn])
+        tokens[rows] = _draw(probabilities, drawn, [generators[row] for row in rows])
+    return tokens
 
 
-def penalise(logits: Tensor, penalty: float, history: Sequence[Sequence[int]]) -> Tensor:
-    """Return logits with those of earlier tokens lowered: positive ones divided, negative ones multiplied."""
+def _restrict(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    histories: Sequence[np.ndarray],
+    allowed: Sequence[Tensor | None],
+) -> Tensor:
+    """Return a copy of the logits in which forbidden tokens are -inf and repeated ones are penalised."""
+    if all(mask is None for mask in allowed) and all(one.repetition_penalty == 1 for one in params):
+        return logits
     logits = logits.to(torch.float32, copy=True)
-    for row, tokens in enumerate(history):
-        ids = torch.tensor(sorted({n for n in tokens if n >= 0}), device=logits.device, dtype=torch.long)
-        values = logits[row, ids]
-        logits[row, ids] = torch.where(values > 0, values / penalty, values * penalty)
+    for row, (one, history, mask) in enumerate(zip(params, histories, allowed, strict=True)):
+        if mask is not None:
+            logits[row].masked_fill_(~mask.to(logits.device), float("-inf"))
+        if one.repetition_penalty != 1:
+            penalise(logits[row], one.repetition_penalty, history)
     return logits
 
 
-def nucleus(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Apply temperature, top-k and top-p, in this order. Return fp32 logits (B, V); -inf is never sampled."""
+def penalise(logits: Tensor, penalty: float, history: np.ndarray) -> None:
+    """Lower the logits (V,) of earlier tokens in place: divide positive ones, multiply negative ones."""
+    ids = torch.from_numpy(history[history >= 0]).to(logits.device)
+    values = logits[ids]
+    # A token that occurs twice is written twice with the same number.
+    logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def likelihoods(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Return the probabilities (B, V) in fp32 of logits (B, V) at each row's temperature."""
     logits = logits.float()
     # Subtract the maximum, so that a tiny temperature gives no infinity. The softmax stays the same.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, 1e-20)
-    if 0 < params.top_k < logits.shape[-1]:
-        smallest = logits.topk(params.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if params.top_p < 1:
-        ordered, order = logits.sort(-1)
-        drop = ordered.softmax(-1).cumsum(-1) <= 1 - params.top_p
-        drop[:, -1] = False  # the most likely token always stays
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
-    return logits
+    logits = logits - logits.amax(-1, keepdim=True)
+    divisors = torch.tensor([max(t, 1e-20) for t in temperatures], device=logits.device)
+    return logits.div_(divisors[:, None]).softmax(-1)
+
+
+def _draw(
+    probabilities: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Draw a token of each row (B,) from probabilities (B, V)."""
+    # 1. One random number per row, whatever the number of tokens to choose from.
+    device, vocabulary = probabilities.device, probabilities.shape[1]
+    numbers = torch.cat([torch.rand(1, generator=generator, device=device) for generator in generators])
+    tokens = torch.empty(len(params), dtype=torch.long, device=device)
+    # 2. Rows without a limit draw from the whole vocabulary.
+    limited = {row for row, one in enumerate(params) if one.top_k or one.top_p < 1 or one.min_p > 0}
+    if rows := [row for row in range(len(params)) if row not in limited]:
+        tokens[rows] = _pick(_take(probabilities, rows), numbers[rows])
+    # 3. Others select the likeliest tokens first. Few hold most of the probability, and to sort a whole
+    #    vocabulary costs 50 times as much. How many are selected depends on the row alone.
+    counts = {row: min(vocabulary, params[row].top_k or LIKELIEST) for row in sorted(limited)}
+    while counts:
+        count = next(iter(counts.values()))
+        rows = [row for row, other in counts.items() if other == count]
+        best = _take(probabilities, rows).topk(count)
+        kept = keep([params[row] for row in rows], best.values)
+        # 4. If even the last of them belongs to the set, others may: select more.
+        unfinished = kept[:, -1].tolist()
+        for row, is_unfinished in zip(rows, unfinished, strict=True):
+            if is_unfinished and not params[row].top_k and count < vocabulary:
+                counts[row] = min(vocabulary, WIDEN * count)
+            else:
+                del counts[row]
+        done = [index for index, row in enumerate(rows) if row not in counts]
+        chosen = [rows[index] for index in done]
+        picked = _pick((best.values * kept)[done], numbers[chosen])
+        tokens[chosen] = best.indices[done].gather(1, picked[:, None])[:, 0]
+    return tokens
+
+
+def _take(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return some rows, without a copy if they are all rows."""
+    return x if len(rows) == len(x) else x[rows]
+
+
+def _pick(weights: Tensor, numbers: Tensor) -> Tensor:
+    """Return (B,) where the running sum of weights (B, n) passes a share of the whole sum.
+
+    numbers: (B,), these shares.
+    """
+    sums = weights.cumsum(-1)
+    # Never beyond the last weight: a number is at most 1 - 2**-24, so the product is below the whole sum.
+    return torch.searchsorted(sums, (numbers * sums[:, -1])[:, None], right=True)[:, 0]
+
+
+def keep(params: Sequence[SamplingParams], candidates: Tensor) -> Tensor:
+    """Return which candidates (B, n), the likeliest first, belong to each row's set: (B, n) bool."""
+    device = candidates.device
+    top_p = torch.tensor([one.top_p for one in params], device=device)[:, None]
+    min_p = torch.tensor([one.min_p for one in params], device=device)[:, None]
+    # With top_k, top_p counts the probability of those k tokens alone.
+    of_all = torch.tensor([not one.top_k for one in params], device=device)[:, None]
+    sums = candidates.cumsum(-1)
+    before = (sums - candidates) / torch.where(of_all, 1.0, sums[:, -1:])
+    return ((before < top_p) | (top_p == 1)) & (candidates >= min_p * candidates[:, :1])
 
 
 def _require(holds: bool, name: str, value: Any, remedy: str) -> None:

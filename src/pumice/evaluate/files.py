@@ -194,20 +194,44 @@ class ImageFolders:
             return file.read()
 
 
-def read_json(file: DataFile) -> Any:
-    """Read a JSON file. Raises InputError where it is cut off or not JSON."""
+def read_json(file: DataFile, *keys: str) -> Any:
+    """Read a JSON file: an object with all `keys`, if any are given. Raises InputError where it is none."""
     try:
-        return json.loads(file.text())
+        value = json.loads(file.text())
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{file}' is cut off or not JSON ({error}); fetch it again") from error
-
-
-def read_object(file: DataFile) -> dict[str, Any]:
-    """Read a JSON file that holds one object. Raises InputError where it holds anything else."""
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise InputError(f"'{file}' holds no JSON object; is this the official file?")
+    if keys:
+        require_keys(value, keys, f"'{file}'")
     return value
+
+
+def read_rows(
+    file: DataFile, *keys: str, at: str = "", texts: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table, each an object with all `keys`.
+
+    The table is a TSV or parquet file, JSON Lines, a JSON list, the list below the key `at` of a JSON object,
+    or (with `at` "*") the object itself, whose keys become the key "key" of its rows. texts: as in
+    `read_tsv`. Raises InputError that names the row.
+    """
+    rows: Iterable[dict[str, Any]]
+    if file.name.endswith(".tsv"):
+        rows = read_tsv(file, texts)
+    elif file.name.endswith(".parquet"):
+        rows = read_parquet([file.path])
+    elif not at or file.name.endswith(".jsonl"):
+        rows = read_jsonl(file)
+    elif at == "*":
+        value = read_json(file)
+        if not isinstance(value, dict):
+            raise InputError(f"'{file}' holds no JSON object; is this the official file?")
+        rows = ({"key": key, **row} if isinstance(row, dict) else row for key, row in value.items())
+    else:
+        rows = read_json(file, at)[at]
+    for number, row in enumerate(rows, 1):
+        label = row["key"] if at == "*" and isinstance(row, dict) else f"row {number}"
+        require_keys(row, keys, f"'{file}', {label}")
+        yield row
 
 
 def read_lines(file: DataFile) -> tuple[list[dict[str, Any]], list[int]]:

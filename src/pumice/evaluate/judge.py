@@ -121,6 +121,14 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def judge_notes(unparsed: int) -> list[str]:
+    """Return the notes of a judged score. unparsed: replies that hold no grade."""
+    notes = ["judges differ: compare only results of one judge and one prompt version"]
+    if unparsed:
+        notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
+    return notes
+
+
 class JudgedTask(Task):
     """A benchmark that a language model grades; set `judge` before calling `score`."""
 

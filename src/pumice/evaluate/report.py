@@ -11,8 +11,8 @@ from typing import Any
 from pumice.errors import InputError
 from pumice.evaluate.compare import format_points, verdict
 from pumice.evaluate.files import ImageFile
-from pumice.evaluate.published import PUBLISHED, SCALE
-from pumice.evaluate.task import Answered, Task
+from pumice.evaluate.published import PUBLISHED
+from pumice.evaluate.task import Answered, Task, releases
 from pumice.images import open_image
 from pumice.webpage import render, thumbnail
 
@@ -180,7 +180,8 @@ def _radar(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             lines.append("Z" if len(known) == len(values) else f"L{known[0][0]} {known[0][1]}")
         return {"name": name, "path": " ".join(lines), "points": list(known.values()), "values": values}
 
-    scales = [SCALE.get(result["task"], 100.0) for result in scored]
+    sources = [releases().get(result["task"]) for result in scored]
+    scales = [source.scale if source else 100.0 for source in sources]
     headlines = {"this model": [result["headline"]["value"] for result in scored]}
     headlines |= {model: [result["published"].get(model) for result in scored] for model in PUBLISHED}
     shapes = [

@@ -19,7 +19,7 @@ from pumice.errors import InputError, official
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.metrics.bootstrap import interval_of
 from pumice.evaluate.predictions import check, match, read_predictions
-from pumice.evaluate.published import drift, published
+from pumice.evaluate.published import drift
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_statistic
 
 LEVEL = 0.95
@@ -190,8 +190,8 @@ def make_result(
             "digest": questions.digest,
         },
         "comparable": comparable,
-        "published": published(task.name),
-        "drift": drift(task.name, value, reference, comparable=comparable) if reference else {},
+        "published": dict(task.source.published),
+        "drift": drift(task.source, value, reference, comparable=comparable) if reference else {},
         "judge": score.judge,
         "notes": notes,
     }

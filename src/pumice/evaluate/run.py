@@ -6,18 +6,19 @@ each process answers a share of the questions, and the first process joins the s
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from pumice.chat_client import ChatEndpoint, ask_in_order, with_images
 from pumice.errors import InputError
 from pumice.evaluate.task import Question, Task
-from pumice.files import appending, hold_file, replacing, whole_lines
+from pumice.files import replacing, whole_lines
+from pumice.jsonl import ResumableFile, read_values
 
 Progress = Callable[[int, int], None]  # (answered questions, all questions)
 
@@ -177,31 +178,32 @@ def run(
     rank, world = rank_and_world()
     ordered = group_by_images(questions)
     max_tokens = max_new_tokens or task.max_new_tokens
-    custom_limit = None if max_tokens == task.max_new_tokens else max_tokens
+    limit = None if max_tokens == task.max_new_tokens else max_tokens
+    checked = partial(check_line, model=answerer.name, max_tokens=limit)
     if (
         world > 1
         and path.exists()
-        and count_answered(path, ordered, answerer.name, custom_limit) == len(ordered)
+        and len(read_values(path, partial(checked, path, ordered))) == len(ordered)
     ):
         return rank == 0
     parts = [path if world == 1 else path.with_name(f"{path.name}.{r}-of-{world}") for r in range(world)]
     share = shard(ordered, rank, world)
-    _check_folder(path)
-    # 2. Answer what the file lacks; each answer is flushed, so that a kill loses at most one line.
-    with hold_file(parts[rank]):
-        answered = count_answered(parts[rank], share, answerer.name, custom_limit)
-        with appending(parts[rank]) as file:
-            remaining = share[answered:]
-            answers = answerer.answer(remaining, max_tokens)
-            for number, (question, answer) in enumerate(zip(remaining, answers, strict=True), answered + 1):
-                if isinstance(answer, InputError) and not allow_missing:
-                    raise InputError(
-                        f"question {question.id} of {task.name} cannot be asked: {answer}"
-                    ) from answer
-                file.write(prediction_line(question, answer, answerer.name, custom_limit))
-                file.flush()
-                if progress is not None:
-                    progress(number, len(share))
+    if not path.parent.is_dir():
+        raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
+    # 2. Answer what the file lacks.
+    with ResumableFile(parts[rank], partial(checked, parts[rank], share)) as file:
+        answered = len(file.values)
+        remaining = share[answered:]
+        answers = answerer.answer(remaining, max_tokens)
+        for number, (question, answer) in enumerate(zip(remaining, answers, strict=True), answered + 1):
+            failed = isinstance(answer, InputError)
+            if failed and not allow_missing:
+                raise InputError(f"question {question.id} of {task.name} cannot be asked: {answer}")
+            row = {"id": question.id, "prompt": question.prompt, "error" if failed else "answer": str(answer)}
+            row["model"] = answerer.name
+            file.write(row if limit is None else {**row, "max_new_tokens": limit})
+            if progress is not None:
+                progress(number, len(share))
     # 3. The first process joins the parts, so that the result is the same file as of one process.
     if world == 1:
         return True
@@ -211,56 +213,29 @@ def run(
     return True
 
 
-def prediction_line(
-    question: Question, answer: str | InputError, model: str, max_tokens: int | None = None
-) -> str:
-    """Return a line of predictions.jsonl; max_tokens: the limit of an answer where it is not the task's."""
-    outcome = {"error": str(answer)} if isinstance(answer, InputError) else {"answer": answer}
-    row: dict[str, Any] = {"id": question.id, "prompt": question.prompt, **outcome, "model": model}
-    row |= {} if max_tokens is None else {"max_new_tokens": max_tokens}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def check_line(
+    path: Path, questions: Sequence[Question], number: int, row: Any, *, model: str, max_tokens: int | None
+) -> None:
+    """Raise InputError unless line `number` (from 0) answers its question, by this model under this limit.
 
-
-def count_answered(
-    path: Path, questions: Sequence[Question], model: str, max_tokens: int | None = None
-) -> int:
-    """Return how many questions the file answers; a line that was cut off does not count.
-
-    Raises InputError unless its lines are the first of these questions, answered by this model under
-    this limit.
+    max_tokens: the limit of an answer, None for the benchmark's own.
     """
-    lines = whole_lines(path)
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        question = questions[number] if number < len(questions) else None
-        if (
-            not isinstance(row, dict)
-            or question is None
-            or (row.get("id"), row.get("prompt"), row.get("model")) != (question.id, question.prompt, model)
-        ):
-            expected = (
-                "nothing" if question is None else f"the answer of {model!r} to question {question.id!r}"
-            )
-            raise InputError(
-                f"'{path}', line {number + 1}: {expected} belongs here; the file is of another run, "
-                "name another file or remove it"
-            )
-        if row.get("max_new_tokens") != max_tokens:
-            limits = row.get("max_new_tokens"), max_tokens
-            file_limit, run_limit = (limit or "the benchmark's own number of" for limit in limits)
-            raise InputError(
-                f"'{path}', line {number + 1}: its answers have at most {file_limit} tokens, now {run_limit} "
-                "are wanted; name another file, or give the same --max-new-tokens"
-            )
-    return len(lines)
-
-
-def _check_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"the folder '{path.parent}' of '{path.name}' does not exist; make it first")
+    question = questions[number] if number < len(questions) else None
+    values = row if isinstance(row, dict) else {}
+    line = values.get("id"), values.get("prompt"), values.get("model")
+    if question is None or line != (question.id, question.prompt, model):
+        expected = "nothing" if question is None else f"the answer of {model!r} to question {question.id!r}"
+        raise InputError(
+            f"'{path}', line {number + 1}: {expected} belongs here; the file is of another run, "
+            "name another file or remove it"
+        )
+    if values.get("max_new_tokens") != max_tokens:
+        limits = values.get("max_new_tokens"), max_tokens
+        file_limit, run_limit = (limit or "the benchmark's own number of" for limit in limits)
+        raise InputError(
+            f"'{path}', line {number + 1}: its answers have at most {file_limit} tokens, now {run_limit} "
+            "are wanted; name another file, or give the same --max-new-tokens"
+        )
 
 
 def _join_parts(path: Path, parts: Sequence[Path], shares: Sequence[Sequence[Question]]) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFile
+from pumice.evaluate.files import DataFile, ImageFile, locate, read_rows
+from pumice.storage.yaml_file import read_yaml
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -80,25 +82,33 @@ class Score:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Where the official files come from, and the number of questions of each split.
-
-    layout: the files that are expected. sizes: one number per published version of the split.
-    """
+    """A benchmark's official release, and LLaVA's numbers; benchmarks.yaml says what the fields mean."""
 
     url: str
     version: str
     licence: str
-    layout: tuple[str, ...]
-    sizes: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
+    files: Sequence[str]
+    sizes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    published: Mapping[str, float] = field(default_factory=dict)
+    elsewhere: str = ""
+    spread: float = 1.0
+    scale: float = 100.0
 
     @property
     def expected_files(self) -> str:
-        return ", ".join(self.layout)
+        return ", ".join(self.files)
 
     def known_sizes(self, split: str) -> tuple[int, ...]:
         """Return the number of questions of a split in each published version; empty if unknown."""
         size = self.sizes.get(split, ())
-        return (size,) if isinstance(size, int) else size
+        return (size,) if isinstance(size, int) else tuple(size)
+
+
+@cache
+def releases() -> dict[str, DatasetSource]:
+    """Return the official release of each benchmark by its name, the twelve of LLaVA-1.5 first."""
+    table = read_yaml(Path(__file__).parent / "benchmarks.yaml", "table of benchmarks")
+    return {name: DatasetSource(**values) for name, values in table.items()}
 
 
 class Task(ABC):
@@ -106,19 +116,41 @@ class Task(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    headline: ClassVar[str]  # a key of Score.metrics
+    headline: ClassVar[str] = "accuracy"  # a key of Score.metrics
     unit: ClassVar[str] = "%"
     lower_is_better: ClassVar[bool] = False  # of the headline; in Score.values higher is always better
-    source: ClassVar[DatasetSource]
-    splits: ClassVar[tuple[str, ...]] = ("test",)  # first: the published split that has public answers
-    rank: ClassVar[int] = 100  # order in lists, smallest first
+    source: ClassVar[DatasetSource]  # that of benchmarks.yaml if the class has none
     max_new_tokens: ClassVar[int] = 128
     judged: ClassVar[bool] = False  # whether a language model grades the answers
+    splits: ClassVar[tuple[str, ...]]  # first: the published split that has public answers
+
+    def __init_subclass__(cls) -> None:
+        if (name := vars(cls).get("name")) in releases():
+            cls.source = releases()[name]
+        if name and "splits" not in vars(cls):
+            cls.splits = tuple(cls.source.sizes) or ("test",)
 
     def __init__(self, split: str | None = None) -> None:
         if split is not None and split not in self.splits:
             raise InputError(f"{self.name} has no split {split!r}; use one of {', '.join(self.splits)}")
         self.split = split or self.splits[0]
+
+    def locate(self, data: Path, *names: str) -> DataFile:
+        """Return the first official file of `names` in folder `data`. Raises InputError without one."""
+        return locate(data, names, self.source.expected_files)
+
+    def rows(
+        self, data: Path, *names: str, keys: Sequence[str], at: str = "", texts: Collection[str] = ()
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows of an official file (see `read_rows`)."""
+        return read_rows(self.locate(data, *names), *keys, at=at, texts=texts)
+
+    def not_public(self, server: str = "", file: str = "FILE") -> InputError:
+        """Return the error of a split whose answers only the benchmark's server has."""
+        upload = f"write --submission {file} and upload it to {server}, or " if server else ""
+        return InputError(
+            f"the answers of {self.title} {self.split} are not public; {upload}score --split {self.splits[0]}"
+        )
 
     @abstractmethod
     def questions(self, data: Path) -> Iterator[Question]:
@@ -131,6 +163,21 @@ class Task(ABC):
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         """Write the file that the benchmark's server or official script reads. Raises InputError."""
         raise InputError(f"{self.name} has no server to submit to; it is scored here")
+
+
+def mean_score(
+    answered: Sequence[Answered],
+    metrics: Mapping[str, Sequence[float]],
+    categories: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Score:
+    """Return means in percent. metrics: name -> the score of each answer; the first is the headline's.
+
+    categories: title -> the key of Question.meta by which the headline is split.
+    """
+    values = next(iter(metrics.values()))
+    cells = {title: scores_by_category(answered, values, key) for title, key in (categories or {}).items()}
+    return Score({k: mean_percent(v) for k, v in metrics.items()}, cells, list(values), notes=list(notes))
 
 
 def scores_by_category(

@@ -21,6 +21,7 @@ from pumice.formats.pumice.folder import CONFIG, WEIGHTS, check
 from pumice.formats.pumice.quantized import cached
 from pumice.formats.quantize import can_quantize, quantize_state, stored_in_blocks
 from pumice.formats.read import BUILT_IN, read_model
+from pumice.formats.sizes import check_memory
 from pumice.kernels import compute
 from pumice.kernels.packed import LAYOUT, PackedMatrix
 from pumice.model.adapters import merge_lora
@@ -81,6 +82,7 @@ def open_model(
         quantize = (
             "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
         )
+    check_memory(loaded, str(source), quantize, target, dtype)
     if quantize is None:
         return _build(loaded, str(source), target, dtype, merge)
     if target.type == "cpu":
@@ -174,9 +176,14 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
 def _open_quantized(loaded: LoadedParts, label: str, bits: str) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), label)
-    state = quantize_state(loaded.config, loaded.state, bits)
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
-    if source is not None and source.parent == BUILT_IN:  # a built-in model: the same at every start
+    built_in = source is not None and source.parent == BUILT_IN
+    hint = (
+        f"{label} is quantised at every start; `pumice import {label} FOLDER --quantize {bits}` stores it "
+        "quantised, and FOLDER opens at once"
+    )
+    state = quantize_state(loaded.config, loaded.state, bits, "" if built_in else hint)
+    if source is not None and built_in:  # the same at every start
         state = cached(_key(source, loaded.parts, bits), state)
     model = _empty_model(dataclasses.replace(loaded.config, lora=None))
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 
 from pumice.config import DecoderConfig, ModelConfig
 from pumice.formats.peft.read import merge_adapters
 from pumice.kernels.compute import quantize
 from pumice.kernels.packed import GROUP, BlockFormat, PackedMatrix
 from pumice.model.quantized import kind_of
-from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, close_last_file
+from pumice.progress import ProgressBar
+from pumice.storage.tensors import MAPPED_BYTES, Blocks, LazyStateDict, LazyTensor, close_last_file
+
+PATIENCE = 3.0  # seconds of quantising after which its progress is shown
+_LOG = logging.getLogger(__name__)
 
 
 def can_quantize(config: DecoderConfig) -> bool:
@@ -18,17 +24,47 @@ def can_quantize(config: DecoderConfig) -> bool:
     return not any(inputs % GROUP for inputs in (config.width, inner, config.mlp_width))
 
 
-def quantize_state(config: ModelConfig, state: LazyStateDict, bits: str) -> LazyStateDict:
+def quantize_state(config: ModelConfig, state: LazyStateDict, bits: str, hint: str = "") -> LazyStateDict:
     """Return the state with adapters merged and the decoder's matrices quantised to "int8" or "int4".
 
-    A matrix that is stored in blocks of as few bits stays as it is. Raises InputError if the rows of a matrix
-    are not whole groups.
+    A matrix that is stored in blocks of as few bits stays as it is. hint: logged once if quantising takes
+    more than PATIENCE seconds; from then on a terminal shows the progress. Raises InputError if the rows of a
+    matrix are not whole groups.
     """
     _, merged = merge_adapters(config, state)
+    progress = _Progress(bits, hint)
     return {
-        name: _quantized(name, tensor, bits) if is_matrix(name, tensor) else tensor
+        name: _quantized(name, tensor, bits, progress) if is_matrix(name, tensor) else tensor
         for name, tensor in merged.items()
     }
+
+
+class _Progress:
+    """Shows how many matrices have been quantised, if that takes long."""
+
+    def __init__(self, bits: str, hint: str) -> None:
+        self.total = self._done = 0
+        self._bits, self._hint = bits, hint
+        self._bar = ProgressBar()
+        self._start: float | None = None
+
+    def begin(self) -> None:
+        if self._start is None:
+            self._start = time.monotonic()
+
+    def step(self) -> None:
+        self._done += 1
+        if self._start is None or time.monotonic() - self._start < PATIENCE:
+            return
+        if self._hint:
+            _LOG.warning("%s", self._hint)
+            self._hint = ""
+        self._bar.show(self._done, self.total, f"matrices quantised to {self._bits}")
+        if self._done == self.total:
+            self.stop()
+
+    def stop(self) -> None:
+        self._bar.close()
 
 
 def stored_in_blocks(config: ModelConfig, state: LazyStateDict) -> bool:
@@ -41,15 +77,22 @@ def is_matrix(name: str, tensor: LazyTensor) -> bool:
     return name.startswith("decoder.") and len(tensor.shape) == 2
 
 
-def _quantized(name: str, tensor: LazyTensor, bits: str) -> LazyTensor:
+def _quantized(name: str, tensor: LazyTensor, bits: str, progress: _Progress) -> LazyTensor:
     kind = kind_of(bits, name.removeprefix("decoder."), tensor.shape[1])
     # Blocks of as few bits lose nothing when they stay. Quantising them again would.
     if tensor.blocks is not None and (kind is BlockFormat.Q8_0 or tensor.blocks.kind is not BlockFormat.Q8_0):
         return tensor
+    progress.total += 1
 
     def packed() -> PackedMatrix:
-        matrix = quantize(tensor.read(), kind, tensor.origin or name)
-        close_last_file()  # the file's pages would count as memory until it is closed
+        progress.begin()
+        try:
+            matrix = quantize(tensor.read(), kind, tensor.origin or name)
+        except BaseException:
+            progress.stop()
+            raise
+        close_last_file(MAPPED_BYTES)  # the file's pages would count as memory until it is closed
+        progress.step()
         return matrix
 
     return dataclasses.replace(tensor, blocks=Blocks(kind, packed))

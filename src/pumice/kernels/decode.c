@@ -5,8 +5,11 @@
  * operations, which take longer than reading the weights. The sums of a row have a fixed order. They do not depend on
  * the other rows, nor on the number of threads.
  *
+ * The cache is made of blocks of cells, a cell for each token, and a sequence's table names its blocks in order. So
+ * sequences share what they begin with (vLLM, arXiv 2309.06180).
+ *
  * Shapes: R rows (one new token each), D width, H heads, K key/value heads, d head width, M width of the MLP,
- * V vocabulary, P cells of the KV cache.
+ * V vocabulary, C cells of the cache, G = H / K heads that share keys and values.
  */
 #include "vectors.h"
 #ifdef DENSE
@@ -50,13 +53,13 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t depth, width, heads, kv_heads, head_dim, mlp_width, vocabulary, capacity, window; /* window: 0 none */
+    int64_t depth, width, heads, kv_heads, head_dim, mlp_width, vocabulary, capacity, block, window; /* window: 0 none */
     float eps;
     const float *inv_freq; /* (d / 2), radians per position */
     const Block *blocks;
     const float *norm; /* (D) */
     Linear head;
-    cached *keys, *values; /* (depth, K, P, d) */
+    cached *keys, *values; /* (depth, K, C, d) */
 } Model;
 
 /* RMSNorm of one vector of `size` numbers. */
@@ -81,24 +84,134 @@ static void rotate(float *x, int64_t size, const float *angles) {
     }
 }
 
-/* Softmax attention of one query over `count` keys and values. scores: a buffer for `count` numbers. */
-static void attend(const float *q, const cached *keys, const cached *values, int64_t count, int64_t size, float *scores,
-                   float *y) {
-    float max_score = -INFINITY, sum = 0, scale = 1 / sqrtf(size);
-    for (int64_t t = 0; t < count; t++) {
-        vector products = {0};
-        for (int64_t i = 0; i < size; i += LANES) products += load(q + i) * load_cached(keys + t * size + i);
-        scores[t] = total(products) * scale;
-        if (scores[t] > max_score) max_score = scores[t];
+#define PIECE 256 /* tokens whose attention is one thread's work; the results of pieces are joined in their order */
+#define QUERIES 4 /* of a group that are computed together: their sums fill the registers of AVX2 */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* exp(x) for x <= 0, to 2e-7 of it, in a form that compilers turn into vectors (Cephes' expf). */
+static inline float exp_negative(float x) {
+    x = x > -87 ? x : -87;
+    const float shift = 12582912; /* 1.5 * 2^23: adding it rounds to a whole number */
+    float whole = x * 1.44269504f + shift - shift;
+    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    int32_t bits = ((int32_t)whole + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return (sum * rest * rest + rest + 1) * power;
+}
+
+/* Ask memory for `size` numbers that are needed soon: those AHEAD bytes further on. */
+ALWAYS_INLINE void ask_for(const cached *numbers, int64_t size) {
+    for (int64_t i = 0; i < size; i += LINE / sizeof *numbers)
+        __builtin_prefetch((const char *)(numbers + i) + AHEAD);
+}
+
+/* Products of `queries` queries with `count` keys: scores (queries, PIECE). `together` keys at a time: one sum has to
+ * wait for its last addition, several need not wait for each other. */
+ALWAYS_INLINE void score_keys(const int queries, const int together, const float *q, const cached *keys, int64_t size,
+                              float *scores) {
+    vector sums[4][QUERIES];
+    for (int n = 0; n < together; n++)
+        for (int g = 0; g < queries; g++) sums[n][g] = (vector){0};
+    for (int64_t i = 0; i < size; i += LANES)
+        for (int n = 0; n < together; n++) {
+            vector key = load_cached(keys + n * size + i);
+            for (int g = 0; g < queries; g++) sums[n][g] += load(q + g * size + i) * key;
+        }
+    for (int n = 0; n < together; n++)
+        for (int g = 0; g < queries; g++) scores[g * PIECE + n] = total(sums[n][g]);
+}
+
+ALWAYS_INLINE void score(const int queries, const float *q, const cached *keys, int64_t count, int64_t size,
+                         float *scores) {
+    const int together = queries == 1 ? 4 : 2;
+    int64_t t = 0;
+    for (; t + together <= count; t += together) {
+        ask_for(keys + t * size, together * size);
+        score_keys(queries, together, q, keys + t * size, size, scores + t);
     }
-    for (int64_t t = 0; t < count; t++) scores[t] = expf(scores[t] - max_score);
-    for (int64_t t = 0; t < count; t++) sum += scores[t];
+    for (; t < count; t++) score_keys(queries, 1, q, keys + t * size, size, scores + t);
+}
+
+/* Add `together` values to the sums (queries, stride), in their order, each times its weight (queries, PIECE). Several at a
+ * time, because sums are loaded and stored less often then. */
+ALWAYS_INLINE void mix_values(const int queries, const int together, const float *weights, const cached *values,
+                              int64_t size, float *sums, int64_t stride) {
+    vector factors[QUERIES][4];
+    for (int g = 0; g < queries; g++)
+        for (int n = 0; n < together; n++) factors[g][n] = (vector){0} + weights[g * PIECE + n];
     for (int64_t i = 0; i < size; i += LANES) {
-        vector mixed = {0};
-        for (int64_t t = 0; t < count; t++) mixed += scores[t] * load_cached(values + t * size + i);
-        mixed /= sum;
-        memcpy(y + i, &mixed, sizeof mixed);
+        vector value[4];
+        for (int n = 0; n < together; n++) value[n] = load_cached(values + n * size + i);
+        for (int g = 0; g < queries; g++) {
+            vector sum = load(sums + g * stride + i);
+            for (int n = 0; n < together; n++) sum += factors[g][n] * value[n];
+            memcpy(sums + g * stride + i, &sum, sizeof sum);
+        }
     }
+}
+
+ALWAYS_INLINE void mix(const int queries, const float *weights, const cached *values, int64_t count, int64_t size,
+                       float *sums, int64_t stride) {
+    int64_t t = 0;
+    for (; t + 4 <= count; t += 4) {
+        ask_for(values + t * size, 4 * size);
+        mix_values(queries, 4, weights + t, values + t * size, size, sums, stride);
+    }
+    for (; t < count; t++) mix_values(queries, 1, weights + t, values + t * size, size, sums, stride);
+}
+
+/* Softmax attention of a group's queries (G, d) over tokens [first, last) of one sequence, which all lie in one piece.
+ * Keys and values are those of one head and layer (C, d); each is read once for the whole group. table: the sequence's
+ * blocks. scores: room for (G, PIECE). out (G, stride): for each query d sums, their weights' sum, the largest score. */
+static void attend(const float *q, const cached *keys, const cached *values, const int64_t *table, int64_t block,
+                   int64_t first, int64_t last, int64_t group, int64_t size, float *scores, float *out, int64_t stride) {
+    const float scale = 1 / sqrtf(size);
+#define EACH_RUN(CALL)                                                                                                 \
+    for (int64_t t = first, end; t < last; t = end) {                                                                  \
+        end = (t / block + 1) * block < last ? (t / block + 1) * block : last;                                         \
+        const int64_t cell = (table[t / block] * block + t % block) * size;                                            \
+        for (int64_t g = 0; g < group; g += QUERIES) switch (group - g) { /* constants: sums stay in registers */       \
+            case 1: CALL(1); break;                                                                                    \
+            case 2: CALL(2); break;                                                                                    \
+            case 3: CALL(3); break;                                                                                    \
+            default: CALL(QUERIES);                                                                                    \
+            }                                                                                                          \
+    }
+#define SCORE(N) score(N, q + g * size, keys + cell, end - t, size, scores + g * PIECE + t - first)
+#define MIX(N) mix(N, scores + g * PIECE + t - first, values + cell, end - t, size, out + g * stride, stride)
+    EACH_RUN(SCORE)
+    for (int64_t g = 0; g < group; g++) {
+        float *weights = scores + g * PIECE, *sums = out + g * stride, most = -INFINITY, sum = 0;
+        for (int64_t t = 0; t < last - first; t++) most = weights[t] > most ? weights[t] : most;
+#pragma omp simd
+        for (int64_t t = 0; t < last - first; t++) weights[t] = exp_negative((weights[t] - most) * scale);
+        for (int64_t t = 0; t < last - first; t++) sum += weights[t];
+        memset(sums, 0, size * sizeof *sums);
+        sums[size] = sum;
+        sums[size + 1] = most * scale;
+    }
+    EACH_RUN(MIX)
+}
+
+/* Join what `pieces` pieces (pieces, stride) gave for one query: y (d). */
+static void join(const float *parts, int64_t pieces, int64_t stride, int64_t size, float *y) {
+    float most = -INFINITY, sum = 0;
+    for (int64_t p = 0; p < pieces; p++)
+        if (parts[p * stride + size + 1] > most) most = parts[p * stride + size + 1];
+    memset(y, 0, size * sizeof *y);
+    for (int64_t p = 0; p < pieces; p++) {
+        const float *part = parts + p * stride, weight = exp_negative(part[size + 1] - most);
+        sum += weight * part[size];
+        for (int64_t i = 0; i < size; i++) y[i] += weight * part[i];
+    }
+    for (int64_t i = 0; i < size; i++) y[i] /= sum;
 }
 
 /* The tiles [first, last) of a layer that this thread computes. */
@@ -124,21 +237,22 @@ int pumice_threads(void) {
 #endif
 }
 
-/* x (R, D): embedded tokens; overwritten. positions (R): of each token in its sequence. starts (R): the first cell of
- * its sequence in the KV cache. due (due_count): the rows whose logits (due_count, V) are needed. Return 0, or 1 if
- * memory cannot be allocated. */
-int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positions, const int64_t *starts,
-                  int64_t due_count, const int64_t *due, float *logits, int threads) {
+/* x (R, D): embedded tokens; overwritten. positions (R): of each token in its sequence. blocks: the tables of all
+ * sequences, one after the other. tables (R): where that of a row's sequence begins. due (due_count): the rows whose
+ * logits (due_count, V) are needed. Return 0, or 1 if memory cannot be allocated. */
+int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positions, const int64_t *blocks,
+                  const int64_t *tables, int64_t due_count, const int64_t *due, float *logits, int threads) {
     const int64_t D = m->width, H = m->heads, K = m->kv_heads, d = m->head_dim, M = m->mlp_width;
-    const int64_t joined = (H + 2 * K) * d, inner = H * d;
+    const int64_t joined = (H + 2 * K) * d, inner = H * d, G = H / K, stride = d + 2;
 
     /* 1. Allocate buffers that all threads share, and one for each thread (normed rows, scores, a product's input). */
     int64_t longest = 0, widest = D > M ? D : M;
     for (int64_t r = 0; r < rows; r++)
         if (positions[r] >= longest) longest = positions[r] + 1;
     if (inner > widest) widest = inner;
-    const int64_t each = (rows * D + longest) * (int64_t)sizeof(float) + input_bytes(rows, widest) + 64;
-    float *qkv = malloc(rows * (joined + inner + 3 * M + d) * sizeof(float));
+    const int64_t pieces = (longest + PIECE - 1) / PIECE;
+    const int64_t each = (rows * D + G * PIECE) * (int64_t)sizeof(float) + input_bytes(rows, widest) + 64;
+    float *qkv = malloc(rows * (joined + inner + 3 * M + d + H * pieces * stride) * sizeof(float));
     char *own = malloc(threads * each);
     if (!qkv || !own) {
         free(qkv);
@@ -146,7 +260,7 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
         return 1;
     }
     float *mixed = qkv + rows * joined, *mlp = mixed + rows * inner, *gated = mlp + rows * 2 * M;
-    float *angles = gated + rows * M;
+    float *angles = gated + rows * M, *parts = angles + rows * d; /* (R, H, pieces, stride) */
 
     /* 2. Rotary angles are the same in all layers. */
     for (int64_t r = 0; r < rows; r++)
@@ -158,7 +272,7 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
 #pragma omp parallel num_threads(threads)
     {
         float *normed = (float *)(own + omp_get_thread_num() * each), *scores = normed + rows * D;
-        void *memory = scores + longest;
+        void *memory = scores + G * PIECE;
         int64_t first, last;
         (void)memory;
         for (int64_t layer = 0; layer < m->depth; layer++) {
@@ -181,19 +295,31 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
                 if (weight) norm(head, weight, d, m->eps, head);
                 rotate(head, d, angles + r * d);
                 if (h < H) continue;
-                int64_t cell = ((layer * K + h - H) * m->capacity + starts[r] + positions[r]) * d;
-                for (int64_t i = 0; i < d; i++) m->keys[cell + i] = to_cached(head[i]);
-                for (int64_t i = 0; i < d; i++) m->values[cell + i] = to_cached(head[K * d + i]);
+                int64_t block = blocks[tables[r] + positions[r] / m->block];
+                int64_t cell = (layer * K + h - H) * m->capacity + block * m->block + positions[r] % m->block;
+                for (int64_t i = 0; i < d; i++) m->keys[cell * d + i] = to_cached(head[i]);
+                for (int64_t i = 0; i < d; i++) m->values[cell * d + i] = to_cached(head[K * d + i]);
             }
 
-            /* 5. Attend: each row to its own sequence only. A window hides all but its last keys. */
+            /* 5. Each group of heads of each row attends to its own sequence, piece by piece; then the pieces are
+             * joined. Neighbouring items go to different threads: they take equally long. */
+#pragma omp for schedule(static, 1)
+            for (int64_t item = 0; item < rows * pieces * K; item++) {
+                int64_t r = item / (pieces * K), piece = item / K % pieces, h = item % K, first = piece * PIECE;
+                int64_t last = positions[r] + 1 < first + PIECE ? positions[r] + 1 : first + PIECE;
+                if (m->window && positions[r] + 1 - m->window > first) first = positions[r] + 1 - m->window;
+                float *out = parts + (r * H + h * G) * pieces * stride + piece * stride;
+                const cached *keys = m->keys + (layer * K + h) * m->capacity * d;
+                const cached *values = m->values + (layer * K + h) * m->capacity * d;
+                if (first < last)
+                    attend(qkv + r * joined + h * G * d, keys, values, blocks + tables[r], m->block, first, last, G, d,
+                           scores, out, pieces * stride);
+            }
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < rows * H; item++) {
-                int64_t r = item / H, h = item % H, past_window = 0;
-                if (m->window && positions[r] + 1 > m->window) past_window = positions[r] + 1 - m->window;
-                int64_t cell = ((layer * K + h * K / H) * m->capacity + starts[r] + past_window) * d;
-                attend(qkv + r * joined + h * d, m->keys + cell, m->values + cell, positions[r] + 1 - past_window, d, scores,
-                       mixed + r * inner + h * d);
+                int64_t r = item / H, used = positions[r] / PIECE + 1, skipped = 0;
+                if (m->window && positions[r] + 1 > m->window) skipped = (positions[r] + 1 - m->window) / PIECE;
+                join(parts + (item * pieces + skipped) * stride, used - skipped, stride, d, mixed + item * d);
             }
             input = make_input(mixed, inner, rows, memory);
             part(&block->o, rows, input, x, D, 1);

@@ -17,8 +17,15 @@
 #define KERNEL "AVX-512 VNNI"
 #include "product_vnni.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#ifdef __AVXVNNI__
+#define KERNEL "AVX-VNNI"
+#else
 #define KERNEL "AVX2"
+#endif
 #include "product_avx2.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define KERNEL "NEON dot product"
+#include "product_neon.h"
 #else
 #define KERNEL "plain C"
 #include "product_plain.h"

@@ -1,8 +1,9 @@
-/* The integer product with AVX2: bytes multiply in pairs, whose sums have 16 bits.
+/* The integer product with AVX2, and with AVX-VNNI where the processor has that too.
  *
- * Weights of 4 bits: eight pairs sum to at most 8 * 2 * 15 * 127 = 30480, so a whole group fits in 16 bits. Weights of
- * 8 bits: only one pair fits (2 * 128 * 127 = 32512). The instruction takes the first factor without sign, so the
- * sign of a weight is moved to the activation.
+ * AVX2 multiplies bytes in pairs, whose sums have 16 bits. Weights of 4 bits: eight pairs sum to at most
+ * 8 * 2 * 15 * 127 = 30480, so a whole group fits in 16 bits. Weights of 8 bits: only one pair fits
+ * (2 * 128 * 127 = 32512). The instruction takes the first factor without sign, so the sign of a weight is moved to the
+ * activation. AVX-VNNI adds four products to 32 bits. What was added to the weights is subtracted at the end.
  */
 #include <immintrin.h>
 
@@ -13,6 +14,27 @@ INLINE __m256 halves(const uint8_t *from) { return _mm256_cvtph_ps(_mm_loadu_si1
 INLINE __m256 bytes(const uint8_t *from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 }
+
+/* Add products of weights without sign and activations: of 8 bits, with 128 added, and of 4 bits. */
+#ifdef __AVXVNNI__
+#define ADDED_TO_8 128 /* what is still in the sums of 8 bits */
+INLINE __m256i add_8(__m256i sum, __m256i weights, __m256i numbers) {
+    return _mm256_dpbusd_avx_epi32(sum, weights, numbers);
+}
+INLINE __m256i add_4(__m256i sum, __m256i weights, __m256i numbers) { return add_8(sum, weights, numbers); }
+INLINE __m256i group_4(__m256i sum) { return sum; }
+#else
+#define ADDED_TO_8 0
+INLINE __m256i add_8(__m256i sum, __m256i weights, __m256i numbers) {
+    const __m256i signs = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(signs), _mm256_sign_epi8(numbers, signs));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE __m256i add_4(__m256i sum, __m256i weights, __m256i numbers) { /* in 16 bits */
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, numbers));
+}
+INLINE __m256i group_4(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+#endif
 
 /* Scales and offsets of eight rows: the first or second half of a tile. */
 INLINE void tile_scales(const int kind, const uint8_t *from, int64_t groups, int64_t g, const int half, __m256 *scale,
@@ -32,7 +54,7 @@ INLINE void multiply(const int kind, const int rows, const int tiles, const uint
                      const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
     const int64_t groups = inputs / GROUP;
     const uint8_t *from = data + number_bytes(kind, inputs);
-    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8(-128);
+    const __m256i low = _mm256_set1_epi8(15);
     __m256 f[ROWS][2];
     (void)tiles;
     for (int r = 0; r < rows; r++)
@@ -47,19 +69,13 @@ INLINE void multiply(const int kind, const int rows, const int tiles, const uint
         if (kind == Q8_0) {
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++, w += 64) {
-                __m256i weights[2], sizes[2];
-                for (int h = 0; h < 2; h++) {
-                    weights[h] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(w + 32 * h)), flip);
-                    sizes[h] = _mm256_abs_epi8(weights[h]);
-                }
+                __m256i weights[2];
+                for (int h = 0; h < 2; h++) weights[h] = _mm256_loadu_si256((const __m256i *)(w + 32 * h));
                 for (int r = 0; r < rows; r++) {
                     int32_t four;
                     memcpy(&four, a + r * inputs + 4 * j, 4);
                     const __m256i numbers = _mm256_set1_epi32(four);
-                    for (int h = 0; h < 2; h++) {
-                        __m256i pairs = _mm256_maddubs_epi16(sizes[h], _mm256_sign_epi8(numbers, weights[h]));
-                        dots[r][h] = _mm256_add_epi32(dots[r][h], _mm256_madd_epi16(pairs, ones));
-                    }
+                    for (int h = 0; h < 2; h++) dots[r][h] = add_8(dots[r][h], weights[h], numbers);
                 }
             }
         } else {
@@ -76,16 +92,12 @@ INLINE void multiply(const int kind, const int rows, const int tiles, const uint
                     memcpy(&four, a + r * inputs + 4 * j, 4);
                     memcpy(&later, a + r * inputs + 16 + 4 * j, 4);
                     const __m256i numbers = _mm256_set1_epi32(four), others = _mm256_set1_epi32(later);
-                    for (int h = 0; h < 2; h++) {
-                        __m256i pairs = _mm256_maddubs_epi16(lower[h], numbers);
-                        dots[r][h] = _mm256_add_epi16(dots[r][h], pairs);
-                        pairs = _mm256_maddubs_epi16(upper[h], others);
-                        dots[r][h] = _mm256_add_epi16(dots[r][h], pairs);
-                    }
+                    for (int h = 0; h < 2; h++)
+                        dots[r][h] = add_4(add_4(dots[r][h], lower[h], numbers), upper[h], others);
                 }
             }
             for (int r = 0; r < rows; r++)
-                for (int h = 0; h < 2; h++) dots[r][h] = _mm256_madd_epi16(dots[r][h], ones);
+                for (int h = 0; h < 2; h++) dots[r][h] = group_4(dots[r][h]);
         }
         __m256 scale[2], offset[2];
         for (int h = 0; h < 2; h++) tile_scales(kind, from, groups, g, h, &scale[h], &offset[h]);
@@ -94,7 +106,8 @@ INLINE void multiply(const int kind, const int rows, const int tiles, const uint
             const __m256 by = _mm256_set1_ps(x->scales[(row + r) * groups + g]);
             for (int h = 0; h < 2; h++) {
                 __m256i dot = dots[r][h];
-                if (kind == Q4_0) dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(8 * total));
+                const int added = kind == Q8_0 ? ADDED_TO_8 : kind == Q4_0 ? 8 : 0;
+                if (added) dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(added * total));
                 __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale[h]);
                 if (kind == Q4_1 || kind == Q4_K)
                     part = _mm256_fmadd_ps(offset[h], _mm256_set1_ps((float)total), part);

@@ -1,14 +1,21 @@
-/* Vectors of 16 floats (compilers split them for shorter registers), and bfloat16. */
+/* Vectors of floats, as many as a register holds, and bfloat16. */
 #ifndef PUMICE_VECTORS_H
 #define PUMICE_VECTORS_H
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
+/* GCC 12 keeps arrays of longer vectors in memory, which is many times slower. */
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef uint16_t half_vector __attribute__((vector_size(2 * LANES)));
@@ -21,12 +28,15 @@ static inline vector load(const float *from) {
 }
 
 static inline float total(vector numbers) {
-#ifdef __AVX512F__
+#if LANES == 16
     return _mm512_reduce_add_ps((__m512)numbers);
 #else
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += numbers[i];
-    return sum;
+    /* In halves: one after another, the additions would wait for each other. */
+    typedef float quarter __attribute__((vector_size(16)));
+    quarter sums[LANES / 4];
+    memcpy(sums, &numbers, sizeof sums);
+    quarter sum = LANES == 8 ? sums[0] + sums[LANES / 4 - 1] : sums[0];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 #endif
 }
 
@@ -37,11 +47,15 @@ static inline uint16_t to_bf16(float value) { /* to the nearest, ties to even; v
 }
 
 static inline vector load_bf16(const uint16_t *from) {
+#if LANES == 8 && defined(__AVX2__)
+    return (vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
+#else
     half_vector halves;
     memcpy(&halves, from, sizeof halves);
     word_vector bits = __builtin_convertvector(halves, word_vector) << 16;
     vector numbers;
     memcpy(&numbers, &bits, sizeof numbers);
     return numbers;
+#endif
 }
 #endif

@@ -1,15 +1,17 @@
 """The KV cache keeps the keys and values of earlier tokens, so that a new token costs the work of one token.
 
-It is one row of cells, each for one token. A sequence uses neighbouring cells, so that attention reads them
-in place. `pumice.engine.cache` decides which sequence owns which cells. The new tokens of many sequences pass
-the decoder end to end, as one row: some sequences bring one token (decode), others many (prefill).
+It is made of blocks of cells, a cell for each token. A sequence has a table, which names its blocks in order,
+so sequences that begin alike share blocks (vLLM, arXiv 2309.06180). `pumice.engine.cache` decides which
+sequence holds which blocks. The new tokens of many sequences pass the decoder end to end, as one row: some
+sequences bring one token (decode), others many (prefill).
 
 Shapes: L layers, K key/value heads, C cells, d head dimension; B = 1, T new tokens of all sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,27 +20,38 @@ from torch import Tensor
 from pumice.config import DecoderConfig
 from pumice.model.layers import Attend, causal_mask, sdpa
 
+BLOCK = 64  # tokens of a block
+
 
 class Segment(NamedTuple):
-    """One sequence's part of a step: `new` tokens after `past` earlier ones, from cell `start` on."""
+    """One sequence's part of a step: `new` tokens after `past` earlier ones, in the blocks of its table."""
 
-    start: int
+    table: Sequence[int]
     past: int
     new: int
 
 
 class KVCache:
-    """Keys and values (L, K, C, d) of up to `capacity` tokens. Only cells that were written are read."""
+    """Keys and values (L, K, C, d) of up to `capacity` tokens. Only cells that were written are read.
+
+    The capacity is made of whole blocks; `blocks` is their number.
+    """
 
     def __init__(
-        self, config: DecoderConfig, capacity: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: DecoderConfig,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        block: int = BLOCK,
     ) -> None:
-        shape = (config.depth, config.kv_heads, capacity, config.head_dim)
+        self.block, self.blocks = block, -(-capacity // block)
+        self.capacity = self.blocks * block
+        shape = (config.depth, config.kv_heads, self.capacity, config.head_dim)
         # Not set to zero: on a CPU, the system provides memory only when it is first written.
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
-        self.capacity = capacity
         self.window = config.sliding_window
 
     @staticmethod
@@ -47,24 +60,26 @@ class KVCache:
         return 2 * config.depth * config.kv_heads * config.head_dim * dtype.itemsize
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy `tokens` cells that start at `source` to those that start at `target`. They may overlap."""
-        overlap = abs(source - target) < tokens
+        """Copy the first `tokens` cells of block `source` to block `target`."""
+        start, end = source * self.block, target * self.block
         for layer in self._layers:
-            for tensor in layer:  # layer by layer, so that the temporary copy is small
-                block = tensor[:, source : source + tokens]
-                tensor[:, target : target + tokens] = block.clone() if overlap else block
+            for tensor in layer:
+                tensor[:, end : end + tokens] = tensor[:, start : start + tokens]
 
     def positions(self, segments: Sequence[Segment]) -> Tensor:
         """Return the position of each new token in its sequence: (1, T)."""
-        return self._count(segments, [s.past for s in segments])[None]
+        positions = [n for _, past, new in segments for n in range(past, past + new)]
+        return torch.tensor([positions], device=self.keys.device)
 
     def check(self, segments: Sequence[Segment]) -> None:
-        """Raise ValueError unless all tokens of the segments lie within the cache."""
-        for start, past, new in segments:
-            if start < 0 or past < 0 or new < 1 or start + past + new > self.capacity:
+        """Raise ValueError unless the table of each segment has a block of the cache for all its tokens."""
+        for table, past, new in segments:
+            if past < 0 or new < 1 or past + new > len(table) * self.block:
                 raise ValueError(
-                    f"cell {start}: {past} + {new} tokens do not fit in a cache of {self.capacity} cells"
+                    f"{past} + {new} tokens do not fit in {len(table)} blocks of {self.block} cells"
                 )
+            if min(table) < 0 or max(table) >= self.blocks:
+                raise ValueError(f"blocks {list(table)} are not all in a cache of {self.blocks} blocks")
 
     def attend(self, segments: Sequence[Segment]) -> Attend:
         """Return the attention of one step.
@@ -74,7 +89,7 @@ class KVCache:
         """
         self.check(segments)
         # 1. What all layers share is computed once: the cells to write, and what each segment may see.
-        new_cells = self._count(segments, [s.start + s.past for s in segments])
+        new_cells = self._new_cells(segments)
         views = [self._view(segment) for segment in segments]
         new_counts = [segment.new for segment in segments]
 
@@ -85,36 +100,53 @@ class KVCache:
             values.index_copy_(1, new_cells, v[0].to(values.dtype))
             # 3. Attend segment by segment: sequences have different lengths and must not see each other.
             outputs = [
-                sdpa(queries, keys[layer], values[layer], mask, causal=mask is None and new > 1)
-                for queries, new, (keys, values, mask) in zip(
-                    q.split(new_counts, 2), new_counts, views, strict=True
-                )
+                sdpa(queries, *read(layer), mask, causal=mask is None and new > 1)
+                for queries, new, (read, mask) in zip(q.split(new_counts, 2), new_counts, views, strict=True)
             ]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
         return attend
 
-    def _view(self, segment: Segment) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
-        """Return what a segment's tokens see: keys and values of each layer (1, K, S, d), and a mask.
+    def _view(self, segment: Segment) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Tensor | None]:
+        """Return what a segment's tokens see: a function from the layer to keys and values, and a mask.
 
-        The mask is None if plain causal attention is right. The views of all layers are made at once: one by
-        one, they would cost more than the attention itself.
+        Keys and values are (1, K, S, d). The mask is None if plain causal attention is right.
         """
-        start, past, new = segment
-        # Tokens before `first_visible` are outside the sliding window of all new tokens.
-        first_visible = 0 if self.window is None else max(0, past + 1 - self.window)
+        table, past, new = segment
+        # 1. Tokens before `first` are outside the sliding window of all new tokens.
+        first = 0 if self.window is None else max(0, past + 1 - self.window)
         mask = None
         if new > 1 and (past or (self.window is not None and new > self.window)):
-            positions = torch.arange(first_visible, past + new, device=self.keys.device)
-            mask = causal_mask(positions[past - first_visible :], positions, self.window)
-        cells = slice(start + first_visible, start + past + new)
-        return self.keys[:, None, :, cells].unbind(), self.values[:, None, :, cells].unbind(), mask
+            positions = torch.arange(first, past + new, device=self.keys.device)
+            mask = causal_mask(positions[past - first :], positions, self.window)
+        skipped = first // self.block
+        blocks = table[skipped : -(-(past + new) // self.block)]
+        start, end = first - skipped * self.block, past + new - skipped * self.block
+        # 2. Neighbouring blocks are read in place. The views of all layers are made at once: one by one, they
+        #    would cost more than the attention itself.
+        if all(after == before + 1 for before, after in itertools.pairwise(blocks)):
+            cells = slice(blocks[0] * self.block + start, blocks[0] * self.block + end)
+            keys, values = self.keys[:, None, :, cells].unbind(), self.values[:, None, :, cells].unbind()
+            return lambda layer: (keys[layer], values[layer]), mask
+        # 3. Others are gathered.
+        index = torch.tensor(blocks, device=self.keys.device)
 
-    def _count(self, segments: Sequence[Segment], starts: Sequence[int]) -> Tensor:
-        """Count up from each start, one number for each new token of its segment: (T,)."""
-        device = self.keys.device
-        new_counts = [s.new for s in segments]
-        if max(new_counts) == 1:  # the usual case: all sequences decode
-            return torch.tensor(starts, device=device)
-        ranges = [range(start, start + new) for start, new in zip(starts, new_counts, strict=True)]
-        return torch.tensor([number for numbers in ranges for number in numbers], device=device)
+        def gathered(cells: Tensor) -> Tensor:
+            by_block = cells.unflatten(1, (-1, self.block))  # (K, blocks, block, d)
+            return by_block.index_select(1, index).flatten(1, 2)[None, :, start:end]
+
+        def gather(layer: int) -> tuple[Tensor, Tensor]:
+            keys, values = self._layers[layer]
+            return gathered(keys), gathered(values)
+
+        return gather, mask
+
+    def _new_cells(self, segments: Sequence[Segment]) -> Tensor:
+        """Return the cell of each new token: (T,)."""
+        block = self.block
+        cells = [
+            table[position // block] * block + position % block
+            for table, past, new in segments
+            for position in range(past, past + new)
+        ]
+        return torch.tensor(cells, device=self.keys.device)

@@ -1,34 +1,57 @@
-"""Answers in OpenAI's form: one JSON object, or a stream of server-sent events."""
+"""Answers in OpenAI's form, whole or as server-sent events, built from the models of `protocol`."""
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any
 
-AnswerKind = Literal["chat", "text"]
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from pumice.serve.protocol import (
+    AnswerMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChoiceLogprobs,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Finish,
+    LogprobEntry,
+    Usage,
+)
+
 DONE = b"data: [DONE]\n\n"
 
 
-@dataclass(frozen=True)
-class ScoredToken:
-    """One generated token. logprob: natural logarithm. top: (text, logprob) of the likeliest tokens."""
+class ModelResponse(Response):
+    """A model of `protocol` as a JSON response. Fields that were not set do not appear."""
 
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    media_type = "application/json"
+
+    def render(self, content: BaseModel) -> bytes:
+        return content.model_dump_json(exclude_unset=True).encode()
+
+
+def event(content: BaseModel) -> bytes:
+    """Return a model of `protocol` as a server-sent event."""
+    return b"data: " + content.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
 @dataclass(frozen=True)
 class AnswerPiece:
-    """The next part of an answer: text that later tokens cannot change, and its tokens."""
+    """A part of an answer, or all of it: text that later tokens cannot change, and its tokens."""
 
     text: str = ""
-    tokens: tuple[ScoredToken, ...] = ()
-    finish: str | None = None  # "stop" or "length"
+    tokens: tuple[LogprobEntry, ...] = ()
+    finish: Finish | None = None
 
     @property
     def has_content(self) -> bool:
@@ -36,114 +59,103 @@ class AnswerPiece:
         return bool(self.text or self.tokens or self.finish)
 
 
+def join(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
+    """Return the complete answer, whose pieces these are."""
+    tokens = tuple(token for piece in pieces for token in piece.tokens)
+    return AnswerPiece("".join(piece.text for piece in pieces), tokens, pieces[-1].finish)
+
+
 @dataclass
-class AnswerForm:
-    """Writes one answer in the protocol's form.
+class ChatForm:
+    """Writes the answer to a conversation. logprobs, include_usage: whether the request asks for them."""
 
-    logprobs, include_usage: whether the request asks for them. offset: characters of a completion so far.
-    """
-
-    kind: AnswerKind
     model: str
-    logprobs: bool = False
-    include_usage: bool = False
-    offset: int = 0
+    logprobs: bool
+    include_usage: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    random_id: str = field(default_factory=lambda: secrets.token_hex(12))
 
-    def response(self, pieces: Sequence[AnswerPiece], usage: dict[str, Any]) -> dict[str, Any]:
+    def response(self, answer: AnswerPiece, usage: Usage) -> BaseModel:
         """Return the complete answer as one object."""
-        text = "".join(piece.text for piece in pieces)
-        tokens = tuple(token for piece in pieces for token in piece.tokens)
-        finish = pieces[-1].finish
-        choice: dict[str, Any] = {"index": 0}
-        if self.kind == "chat":
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        choice |= {"logprobs": self._logprobs(tokens), "finish_reason": finish}
-        object_name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self._common_fields(object_name), "choices": [choice], "usage": usage}
+        assert answer.finish is not None
+        message = AnswerMessage(role="assistant", content=answer.text, refusal=None)
+        choice = ChatChoice(
+            index=0,
+            message=message,
+            logprobs=self._logprobs(answer.tokens),
+            finish_reason=answer.finish,
+        )
+        return ChatCompletion(**self._head("chat.completion"), choices=[choice], usage=usage)
 
     def first_event(self) -> bytes:
-        """Return the event that names the role; empty for a plain completion."""
-        return self._event({"role": "assistant", "content": ""}, None, None) if self.kind == "chat" else b""
+        """Return the event that names the role."""
+        return self._event(ChatDelta(role="assistant", content=""))
 
     def event(self, piece: AnswerPiece) -> bytes:
-        """Return a piece as one event, or as two when it ends the answer of a chat."""
-        logprobs = self._logprobs(piece.tokens) if piece.tokens or not piece.finish else None
-        if self.kind == "text":
-            return self._event(piece.text, logprobs, piece.finish)
-        if piece.finish is None:
-            return self._event({"content": piece.text}, logprobs, None)
-        # The last event of a chat holds no text, so text at the end gets an event before it.
-        text_event = self._event({"content": piece.text}, logprobs, None) if piece.text or logprobs else b""
-        return text_event + self._event({}, None, piece.finish)
+        """Return a piece as one event, or as two when it ends the answer: the last one holds no text."""
+        events = b""
+        if piece.text or piece.tokens or piece.finish is None:
+            events = self._event(ChatDelta(content=piece.text), self._logprobs(piece.tokens))
+        return events if piece.finish is None else events + self._event(ChatDelta(), finish=piece.finish)
 
-    def usage_event(self, usage: dict[str, Any]) -> bytes:
-        return _sse({**self._common_fields(self._chunk_name), "choices": [], "usage": usage})
+    def usage_event(self, usage: Usage) -> bytes:
+        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], usage=usage))
+
+    def _event(
+        self, delta: ChatDelta, logprobs: ChoiceLogprobs | None = None, finish: Finish | None = None
+    ) -> bytes:
+        choice = ChatChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=finish)
+        usage: dict[str, Any] = {"usage": None} if self.include_usage else {}
+        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[choice], **usage))
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _logprobs(self, tokens: Sequence[LogprobEntry]) -> ChoiceLogprobs | None:
+        return ChoiceLogprobs(content=list(tokens), refusal=None) if self.logprobs else None
+
+
+@dataclass
+class CompletionForm:
+    """Writes the continuation of a text. offset: its characters so far. All else is as in `ChatForm`."""
+
+    model: str
+    logprobs: bool
+    include_usage: bool
+    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    offset: int = 0
+
+    def response(self, answer: AnswerPiece, usage: Usage) -> BaseModel:
+        return self._completion([self._choice(answer, self._logprobs(answer.tokens))], usage=usage)
+
+    def first_event(self) -> bytes:
+        return b""
+
+    def event(self, piece: AnswerPiece) -> bytes:
+        logprobs = self._logprobs(piece.tokens) if piece.tokens or piece.finish is None else None
+        usage: dict[str, Any] = {"usage": None} if self.include_usage else {}
+        return event(self._completion([self._choice(piece, logprobs)], **usage))
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return event(self._completion([], usage=usage))
+
+    def _completion(self, choices: list[CompletionChoice], **usage: Any) -> Completion:
+        head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, **usage}
+        return Completion(object="text_completion", choices=choices, **head)
 
     @staticmethod
-    def error_event(body: dict[str, Any]) -> bytes:
-        return _sse(body)
+    def _choice(piece: AnswerPiece, logprobs: CompletionLogprobs | None) -> CompletionChoice:
+        return CompletionChoice(index=0, text=piece.text, logprobs=logprobs, finish_reason=piece.finish)
 
-    @property
-    def _chunk_name(self) -> str:
-        return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
-
-    def _common_fields(self, object_name: str) -> dict[str, Any]:
-        prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
-        return {
-            "id": f"{prefix}-{self.random_id}",
-            "object": object_name,
-            "created": self.created,
-            "model": self.model,
-        }
-
-    def _event(self, content: Any, logprobs: Any, finish: str | None) -> bytes:
-        key = "delta" if self.kind == "chat" else "text"
-        choice = {"index": 0, key: content, "logprobs": logprobs, "finish_reason": finish}
-        values: dict[str, Any] = {**self._common_fields(self._chunk_name), "choices": [choice]}
-        if self.include_usage:
-            values["usage"] = None
-        return _sse(values)
-
-    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[LogprobEntry]) -> CompletionLogprobs | None:
         if not self.logprobs:
             return None
-        if self.kind == "chat":
-            return {"content": [self._chat_token(token) for token in tokens], "refusal": None}
-        offsets = []
-        for token in tokens:
-            offsets.append(self.offset)
-            self.offset += len(token.text)
-        top_logprobs = [dict(token.top) for token in tokens]
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": top_logprobs if any(top_logprobs) else None,
-            "text_offset": offsets,
-        }
-
-    @staticmethod
-    def _chat_token(token: ScoredToken) -> dict[str, Any]:
-        def entry(text: str, logprob: float) -> dict[str, Any]:
-            # A token that holds a part of a character decodes to U+FFFD, so its bytes are unknown.
-            utf8 = None if "\ufffd" in text else list(text.encode())
-            return {"token": text, "logprob": logprob, "bytes": utf8}
-
-        return {**entry(token.text, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]}
-
-
-def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """Return the `usage` object. All counts are tokens; cached ones are a part of the prompt."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-
-
-def _sse(values: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+        *offsets, self.offset = accumulate((len(token.token) for token in tokens), initial=self.offset)
+        top = [{other.token: other.logprob for other in token.top_logprobs} for token in tokens]
+        return CompletionLogprobs(
+            tokens=[token.token for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
+            top_logprobs=top if any(top) else None,
+            text_offset=offsets,
+        )

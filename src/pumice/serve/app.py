@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -18,85 +17,95 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pumice import __version__
-from pumice.serve.backend import Backend, Call
+from pumice.serve.answers import ModelResponse
+from pumice.serve.backend import Backend
 from pumice.serve.errors import ApiError
 from pumice.serve.guard import Gate, Guard, too_large
-from pumice.serve.metrics import CONTENT_TYPE, Metrics
-from pumice.serve.observe import Observe, request_record
-from pumice.serve.openapi import document
+from pumice.serve.metrics import CONTENT_TYPE
+from pumice.serve.observe import Observe, RequestRecord, request_record
+from pumice.serve.openapi import OPERATIONS, document
 from pumice.serve.page import files, send
+from pumice.serve.protocol import Health, ModelCard, ModelList
 from pumice.serve.settings import ServerSettings
+from pumice.serve.stream import run_while_connected
+
+OTHER_PROTOCOLS = {  # of Ollama, Anthropic, TGI and those who leave out /v1
+    "/api/chat": "/v1/chat/completions",
+    "/api/generate": "/v1/chat/completions",
+    "/api/tags": "/v1/models",
+    "/api/show": "/v1/models",
+    "/v1/messages": "/v1/chat/completions",
+    "/v1/responses": "/v1/chat/completions",
+    "/generate": "/v1/chat/completions",
+    "/chat/completions": "/v1/chat/completions",
+    "/completions": "/v1/completions",
+    "/models": "/v1/models",
+}
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def build(settings: ServerSettings, backend: Backend, metrics: Metrics, gate: Gate) -> Starlette:
-    """Return the ASGI application of one worker."""
+def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
+    """Return the ASGI application."""
     started = int(time.time())
-    metrics.stats = backend.stats
     openapi_document = document(__version__)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        await backend.start(metrics)
-        refresher = asyncio.create_task(_refresh_every_second(metrics)) if metrics.shared else None
+        await backend.start()
         try:
             yield
         finally:
-            if refresher is not None:
-                refresher.cancel()
             await backend.close()
 
-    async def call(request: Request) -> Call:
-        return Call(request, await _body(request, settings))
+    def answering(work: Callable[[RequestRecord, bytes], Any]) -> Endpoint:
+        async def endpoint(request: Request) -> Response:
+            body = await _body(request, settings)
+            return await run_while_connected(request, work(request_record(request), body))
 
-    async def chat(request: Request) -> Response:
-        return await backend.chat(await call(request))
-
-    async def complete(request: Request) -> Response:
-        return await backend.complete(await call(request))
-
-    async def explain(request: Request) -> Response:
-        return await backend.explain(await call(request))
+        return endpoint
 
     async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [card(name) for name in await backend.models()]})
+        return ModelResponse(ModelList(object="list", data=[card(name) for name in backend.names]))
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        names = await backend.models()
-        if name not in names:
+        if not name:  # a slash at the end
+            return await models(request)
+        if name not in backend.names:
             raise ApiError(404, f"there is no model {name!r} here", param="model", code="model_not_found")
-        return JSONResponse(card(name))
+        return ModelResponse(card(name))
 
-    def card(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": started, "owned_by": "pumice"}
+    def card(name: str) -> ModelCard:
+        return ModelCard(id=name, object="model", created=started, owned_by="pumice")
 
     async def health(_: Request) -> Response:
-        ready = not gate.draining and await backend.ready()
-        values = {
-            "status": "draining" if gate.draining else "ok" if ready else "away",
-            "version": __version__,
-        }
-        return JSONResponse(values, 200 if ready else 503, {"Cache-Control": "no-store"})
+        state = Health(status="draining" if gate.draining else "ok", version=__version__)
+        return ModelResponse(state, 503 if gate.draining else 200, {"Cache-Control": "no-store"})
 
     async def prometheus(_: Request) -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
+        return Response(backend.metrics.text(), media_type=CONTENT_TYPE)
 
     async def openapi(_: Request) -> Response:
         return JSONResponse(openapi_document)
 
+    endpoints: dict[str, Endpoint] = {
+        "chat": answering(backend.chat), "complete": answering(backend.complete),
+        "explain": answering(backend.explain), "models": models, "model": model, "health": health,
+        "metrics": prometheus,
+    }  # fmt: skip
     routes = [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", complete, methods=["POST"]),
-        Route("/explain", explain, methods=["POST"]),
-        Route("/v1/models", models, methods=["GET"]),
-        Route("/v1/models/{name:path}", model, methods=["GET"]),
-        Route("/health", health, methods=["GET"]),
-        Route("/metrics", prometheus, methods=["GET"]),
-        Route("/openapi.json", openapi, methods=["GET"]),
-        *(Route(path, send(file), methods=["GET"]) for path, file in files().items()),
+        Route(
+            operation.path.replace("{name}", "{name:path}"),
+            endpoints[operation.name],
+            methods=["POST" if operation.request is not None else "GET"],
+        )
+        for operation in OPERATIONS
     ]
+    routes.append(Route("/openapi.json", openapi, methods=["GET"]))
+    routes += [Route(path, send(file), methods=["GET"]) for path, file in files().items()]
     paths = frozenset(route.path for route in routes)
-    middleware = [Middleware(Observe, metrics=metrics, paths=paths)]
+    middleware = [Middleware(Observe, metrics=backend.metrics, paths=paths)]
     if settings.cors:
         middleware.append(
             Middleware(
@@ -112,21 +121,15 @@ def build(settings: ServerSettings, backend: Backend, metrics: Metrics, gate: Ga
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
 
 
-async def _refresh_every_second(metrics: Metrics) -> None:
-    while True:
-        metrics.refresh()
-        await asyncio.sleep(1)
-
-
 async def _body(request: Request, settings: ServerSettings) -> bytes:
     """Return the body of a request. Raises ApiError when it is too large or arrives too slowly."""
-    data = bytearray()
+    data, limit = bytearray(), settings.body_bytes
     try:
         with anyio.fail_after(settings.body_timeout):
             async for chunk in request.stream():
                 data += chunk
-                if len(data) > settings.max_body:
-                    raise too_large(settings.max_body)
+                if len(data) > limit:
+                    raise too_large(limit)
     except TimeoutError:
         raise ApiError(
             408, f"the request did not arrive within {settings.body_timeout:g} s", code="request_timeout"
@@ -134,21 +137,19 @@ async def _body(request: Request, settings: ServerSettings) -> bytes:
     return bytes(data)
 
 
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+async def _api_error(request: Request, error: ApiError) -> Response:
     request_record(request).add_error(error)
-    return JSONResponse(error.body(), error.status, error.headers)
+    return error.response()
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _http_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 405:
         message = f"{path[:100]} does not accept {request.method}; /openapi.json lists the methods"
+    elif error.status_code == 404 and path in OTHER_PROTOCOLS:
+        message = f"{path} is of another protocol; this server speaks OpenAI's, at {OTHER_PROTOCOLS[path]}"
     elif error.status_code == 404:
         message = f"there is nothing at {path[:100]!r}; /openapi.json lists what is there"
     else:
         message = error.detail
-    api_error = ApiError(error.status_code, message, headers=error.headers)
-    request_record(request).add_error(api_error)
-    return JSONResponse(api_error.body(), api_error.status, api_error.headers)
+    return await _api_error(request, ApiError(error.status_code, message, headers=error.headers))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pydantic import ValidationError
+
+from pumice.errors import ContextOverflow, shorten
+from pumice.serve.answers import ModelResponse
+from pumice.serve.protocol import ErrorBody, ErrorDetail
 
 # Field -> a clearer message than pydantic's.
 REMEDIES = {
@@ -21,6 +24,7 @@ REMEDIES = {
     "functions": "this server calls no functions; leave functions out",
     "audio": "this server neither hears nor speaks; leave audio out",
 }
+CONTENT = "text, or a list of parts whose type is 'text' or 'image_url'"
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -54,10 +58,12 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        error_type = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": self.message, "type": error_type, "param": self.param, "code": self.code}
-        return {"error": error}
+    def body(self) -> ErrorBody:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return ErrorBody(error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code))
+
+    def response(self) -> ModelResponse:
+        return ModelResponse(self.body(), self.status, self.headers)
 
 
 def validation_error(error: ValidationError) -> ApiError:
@@ -67,17 +73,36 @@ def validation_error(error: ValidationError) -> ApiError:
     path = [str(step) for step in problem["loc"] if not str(step).startswith("~")]
     param = ".".join(path) or None
     code, message = problem["type"], problem["msg"]
-    if code == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}", code=code)
     if path and path[0] in REMEDIES and len(path) == 1:
         return ApiError(400, REMEDIES[path[0]], param=param, code="unsupported_value")
     if code == "extra_forbidden":
         return ApiError(400, f"unknown field '{param}'; leave it out", param=param, code="unknown_field")
     if code == "missing":
-        return ApiError(400, f"the field '{param}' is missing", param=param, code="missing_field")
+        hint = f" or null; give {CONTENT}" if path[-1] == "content" else ""
+        return ApiError(400, f"the field '{param}' is missing{hint}", param=param, code="missing_field")
+    if code == "literal_error" and path[-1] == "type" and path[-3:-2] == ["content"]:
+        kind = shorten(problem["input"], 40)
+        message = f"there is no part {kind} here; give {CONTENT}"
+        return ApiError(400, message, param=param, code="invalid_value")
     prefix = f"'{param}': " if param else "the body: "
     message = message.removeprefix("Value error, ")
     return ApiError(400, f"{prefix}{message[:1].lower()}{message[1:]}", param=param, code="invalid_value")
+
+
+def not_json(error: ValueError) -> ApiError:
+    return ApiError(400, f"the body is not JSON: {error}", code="json_invalid")
+
+
+def context_overflow(error: ContextOverflow, param: str) -> ApiError:
+    """Return the error in OpenAI's words, by which client libraries recognise it."""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {error.limit} tokens. However, you requested at least "
+        f"{error.tokens + 1} tokens ({error.tokens} in the {param}, 1 or more in the completion). "
+        f"Please reduce the length of the {param}, or show fewer pictures.",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def unknown_model(model: str, known_models: Sequence[str]) -> ApiError:

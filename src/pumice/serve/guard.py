@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pumice.serve.errors import ApiError
 from pumice.serve.observe import request_record
+from pumice.serve.openapi import OPERATIONS
 from pumice.serve.settings import ServerSettings
 
-ANSWER_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/explain"})
+ANSWER_PATHS = frozenset(operation.path for operation in OPERATIONS if operation.request is not None)
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass
 class Gate:
-    """The number of requests in flight and its limit, and whether the server is draining."""
+    """The number of requests in flight and its limit, and whether the server is draining.
 
-    capacity: int
+    slots: requests answered at a time. queue: those that may wait beyond them. seconds: a running mean of the
+    time from a request to the end of its answer.
+    """
+
+    slots: int
+    queue: int
     in_flight: int = 0
+    seconds: float = 1.0
     draining: bool = False
     connections: Callable[[], int] = lambda: 0  # number of open connections, idle ones included
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Count a request while it is answered, also if the answer fails."""
+        self.in_flight += 1
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self.seconds += 0.1 * (time.perf_counter() - started - self.seconds)
+
+    @property
+    def full(self) -> bool:
+        return self.in_flight >= self.slots + self.queue
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds until those who wait now have slots: `in_flight / seconds` end a second (Little's law)."""
+        waiting = max(0, self.in_flight - self.slots)
+        return max(1, math.ceil(waiting * self.seconds / max(1, self.in_flight)))
 
 
 class Guard:
@@ -36,10 +66,15 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, gate: Gate) -> None:
         self.app, self.settings, self.gate = app, settings, gate
-        self._keys = [_digest(key.encode()) for key in settings.keys]
+        self._keys = [_digest(key.encode()) for key in settings.api_key]
+        self._max_body = settings.body_bytes
         # DNS rebinding: a foreign web page may give its own host name the address of this machine. A
         # server for this machine alone must not answer such a page.
-        self._hosts = _LOCAL | set(settings.hosts) if settings.loopback and not settings.keys else None
+        self._hosts = (
+            _LOCAL | {host.lower() for host in settings.allow_host}
+            if settings.loopback and not settings.api_key
+            else None
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,14 +91,11 @@ class Guard:
                 self._admit(headers)
         except ApiError as error:
             request_record(Request(scope)).add_error(error)
-            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
+            await error.response()(scope, receive, send)
             return
-        # 2. Count the request while it is answered, also if the answer fails.
-        self.gate.in_flight += needs_slot
-        try:
+        # 2. Let it pass.
+        with self.gate.passing() if needs_slot else contextlib.nullcontext():
             await self.app(scope, receive, send)
-        finally:
-            self.gate.in_flight -= needs_slot
 
     def _check_connections(self) -> None:
         limit = self.settings.max_connections
@@ -120,19 +152,19 @@ class Guard:
                 f"the content type is {content_type!r}; send application/json",
                 code="unsupported_media_type",
             )
-        if self.gate.in_flight >= self.gate.capacity:
+        if self.gate.full:
             raise ApiError(
                 429,
                 f"{self.gate.in_flight} requests are being answered or waiting already; ask again soon",
                 code="queue_full",
-                headers={"Retry-After": "1"},
+                headers={"Retry-After": str(self.gate.retry_after)},
             )
         try:
             length = int(headers.get("content-length", "0"))
         except ValueError:
             raise ApiError(400, "the header Content-Length is not a number; send the body's bytes") from None
-        if length > self.settings.max_body:
-            raise too_large(self.settings.max_body)
+        if length > self._max_body:
+            raise too_large(self._max_body)
 
 
 def too_large(limit: int) -> ApiError:

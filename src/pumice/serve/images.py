@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from urllib.parse import unquote_to_bytes
 
@@ -43,9 +43,9 @@ async def read_images(
     ]
 
 
-def find_damaged(params: Sequence[str], files: Sequence[bytes]) -> str | None:
-    """Return the field of the first picture that cannot be decoded, or None."""
-    for param, data in zip(params, files, strict=True):
+def find_damaged(pictures: Mapping[str, bytes]) -> str | None:
+    """Return the field of the first picture that cannot be decoded, or None. pictures: field -> file."""
+    for param, data in pictures.items():
         try:
             open_image(data)
         except InputError:

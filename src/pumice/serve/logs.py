@@ -6,13 +6,15 @@ import json
 import logging
 import sys
 import time
-from typing import Any, Literal
+from typing import Any
 
 LOG = logging.getLogger("pumice.serve")
 
 
-def configure_logging(form: Literal["json", "text"], level: str = "info") -> None:
-    """Write all log records, those of uvicorn included, to stderr in one form."""
+def configure_logging(form: str, level: str = "info") -> None:
+    """Write all log records, those of uvicorn included, to stderr. form: json, text or auto."""
+    if form == "auto":
+        form = "text" if sys.stderr.isatty() else "json"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     root = logging.getLogger()

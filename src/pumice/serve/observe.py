@@ -15,7 +15,6 @@ from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pumice.errors import WorkError
@@ -84,7 +83,7 @@ class Observe:
                 ended = not message.get("more_body", False)
             await send(message)
 
-        self.metrics.add_open(1)
+        self.metrics.open.inc()
         try:
             with contextlib.suppress(ClientDisconnect):  # there is no client left to answer
                 await self.app(scope, receive, send_with_headers)
@@ -93,9 +92,9 @@ class Observe:
             if not status:
                 api_error = internal_error(record)
                 record.add_error(api_error)
-                await JSONResponse(api_error.body(), api_error.status)(scope, receive, send_with_headers)
+                await api_error.response()(scope, receive, send_with_headers)
         finally:
-            self.metrics.add_open(-1)
+            self.metrics.open.dec()
             self._close(scope, record, status, ended)
 
     def _close(self, scope: Scope, record: RequestRecord, status: int, ended: bool) -> None:

@@ -1,8 +1,10 @@
-"""The OpenAPI document of the server, /openapi.json, generated from the classes of `protocol`."""
+"""The operations of the server, and the OpenAPI document of them, /openapi.json."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -31,64 +33,74 @@ _ERRORS = {
     "503": "The server is about to stop; see Retry-After.",
     "504": "The answer took too long.",
 }
-_POST = ("400", "401", "404", "408", "413", "415", "421", "429", "500", "503", "504")
 _GET = ("401", "421", "500")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One address of the server: what it takes and what it gives.
+
+    request: None for a GET. response: None for plain text. event: of an answer that can be streamed.
+    """
+
+    name: str
+    path: str
+    summary: str
+    response: type[BaseModel] | None
+    request: type[BaseModel] | None = None
+    event: type[BaseModel] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the operation as OpenAPI writes it."""
+        described: dict[str, Any] = {"operationId": self.name, "summary": self.summary}
+        if self.request is None:
+            statuses: tuple[str, ...] = (*_GET, "404") if "{" in self.path else _GET
+            answer = _content(self.summary, self.response)
+        else:
+            statuses = tuple(_ERRORS)
+            answer = _content("The answer.", self.response)
+            described["requestBody"] = {"required": True, **_content(None, self.request)}
+        if self.event is not None:
+            answer["description"] = (
+                "The answer; with `stream`, server-sent events that end with `data: [DONE]`."
+            )
+            events = {"schema": {"type": "string"}, "x-event": _SCHEMAS + _published(self.event)}
+            answer["content"]["text/event-stream"] = events
+        errors = {status: _content(_ERRORS[status], protocol.ErrorBody) for status in statuses}
+        return {**described, "responses": {"200": answer, **errors}}
+
+
+OPERATIONS = (
+    Operation(
+        "chat", "/v1/chat/completions", "Answer a conversation about pictures",
+        protocol.ChatCompletion, protocol.ChatRequest, protocol.ChatChunk,
+    ),
+    Operation(
+        "complete", "/v1/completions", "Continue a text",
+        protocol.Completion, protocol.CompletionRequest, protocol.Completion,
+    ),
+    Operation(
+        "explain", "/explain", "Where an answer's words looked",
+        protocol.ExplanationBody, protocol.ExplainRequest,
+    ),
+    Operation("models", "/v1/models", "The models here", protocol.ModelList),
+    Operation("model", "/v1/models/{name}", "One of them", protocol.ModelCard),
+    Operation("health", "/health", "Whether the server answers", protocol.Health),
+    Operation("metrics", "/metrics", "Counts and times for Prometheus", None),
+)  # fmt: skip
 
 
 def document(version: str) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of this version of the server."""
-    request_models: list[type[BaseModel]] = [
-        protocol.ChatRequest,
-        protocol.CompletionRequest,
-        protocol.ExplainRequest,
-    ]
-    response_models: list[type[BaseModel]] = [
-        protocol.ChatCompletion,
-        protocol.ChatChunk,
-        protocol.Completion,
-        protocol.ExplanationBody,
-        protocol.ModelList,
-        protocol.ModelCard,
-        protocol.Health,
-        protocol.ErrorBody,
-    ]
-    models: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in request_models]
-    models += [(model, "serialization") for model in response_models]
-    _, schemas = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
     paths = {
-        "/v1/chat/completions": {
-            "post": _post(
-                "chat", "Answer a conversation about pictures", "ChatRequest", "ChatCompletion", "ChatChunk"
-            )
-        },
-        "/v1/completions": {
-            "post": _post("complete", "Continue a text", "CompletionRequest", "Completion", "Completion")
-        },
-        "/explain": {
-            "post": _post("explain", "Where an answer's words looked", "ExplainRequest", "Explanation")
-        },
-        "/v1/models": {"get": _get("models", "The models here", "ModelList")},
-        "/v1/models/{name}": {
-            "get": _get("model", "One of them", "ModelCard", "404")
-            | {
-                "parameters": [
-                    {
-                        "name": "name",
-                        "in": "path",
-                        "required": True,
-                        "schema": {"type": "string", "minLength": 1},
-                    }
-                ]
-            }
-        },
-        "/health": {"get": _get("health", "Whether the server answers", "Health", security=False)},
-        "/metrics": {
-            "get": _get("metrics", "Counts and times for Prometheus", None),
-        },
+        operation.path: {"get" if operation.request is None else "post": operation.describe()}
+        for operation in OPERATIONS
     }
-    paths["/health"]["get"]["responses"]["503"] = _json(
-        "The server drains or its upstream is away.", "Health"
-    )
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    paths["/v1/models/{name}"]["get"]["parameters"] = [name]
+    health = paths["/health"]["get"]
+    health["security"] = []
+    health["responses"]["503"] = _content("The server drains.", protocol.Health)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -99,59 +111,37 @@ def document(version: str) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            **_components(schemas),
+            "schemas": _schemas(),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"key": []}],
     }
 
 
-def _components(schemas: dict[str, Any]) -> dict[str, Any]:
-    """Return the schemas under their published names: as key, as title and in every $ref."""
-    published = {}
-    for class_name, schema in schemas["$defs"].items():
-        name = PUBLISHED_NAMES.get(class_name, class_name)
-        published[name] = {**_publish_refs(schema), "title": name}
-    return {"schemas": published}
+def _schemas() -> dict[str, Any]:
+    """Return the schemas of all models under their published names: as key, as title and in every $ref."""
+    requests = [operation.request for operation in OPERATIONS if operation.request is not None]
+    responses: list[type[BaseModel]] = [protocol.ErrorBody]
+    responses += [model for o in OPERATIONS for model in (o.response, o.event) if model is not None]
+    models: list[tuple[type[BaseModel], Literal["validation", "serialization"]]]
+    models = [(model, "validation") for model in requests]
+    models += [(model, "serialization") for model in dict.fromkeys(responses)]
+    _, schemas = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
+    text = json.dumps(schemas["$defs"])
+    for class_name, name in PUBLISHED_NAMES.items():
+        text = text.replace(f'"{_SCHEMAS}{class_name}"', f'"{_SCHEMAS}{name}"')
+    names = {class_name: PUBLISHED_NAMES.get(class_name, class_name) for class_name in schemas["$defs"]}
+    return {names[key]: {**schema, "title": names[key]} for key, schema in json.loads(text).items()}
 
 
-def _publish_refs(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_publish_refs(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    renamed = {key: _publish_refs(item) for key, item in value.items()}
-    if isinstance(ref := value.get("$ref"), str):
-        class_name = ref.removeprefix(_SCHEMAS)
-        renamed["$ref"] = _SCHEMAS + PUBLISHED_NAMES.get(class_name, class_name)
-    return renamed
+def _published(model: type[BaseModel]) -> str:
+    return PUBLISHED_NAMES.get(model.__name__, model.__name__)
 
 
-def _post(name: str, summary: str, request: str, response: str, event: str | None = None) -> dict[str, Any]:
-    """Describe a POST operation by its schemas. event: that of an event, if the answer can be streamed."""
-    answer = _json("The answer.", response)
-    if event is not None:
-        answer["description"] = "The answer; with `stream`, server-sent events that end with `data: [DONE]`."
-        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}, "x-event": _SCHEMAS + event}
-    return {
-        "operationId": name,
-        "summary": summary,
-        "requestBody": {"required": True, **_content(request)},
-        "responses": {"200": answer} | {status: _json(_ERRORS[status], "ErrorBody") for status in _POST},
-    }
-
-
-def _get(name: str, summary: str, model: str | None, *statuses: str, security: bool = True) -> dict[str, Any]:
-    plain_text = {"description": summary, "content": {"text/plain": {"schema": {"type": "string"}}}}
-    responses: dict[str, Any] = {"200": _json(summary, model) if model else plain_text}
-    responses |= {status: _json(_ERRORS[status], "ErrorBody") for status in (*_GET, *statuses)}
-    operation: dict[str, Any] = {"operationId": name, "summary": summary, "responses": responses}
-    return operation if security else {**operation, "security": []}
-
-
-def _json(description: str, model: str) -> dict[str, Any]:
-    return {"description": description, **_content(model)}
-
-
-def _content(model: str) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": {"$ref": _SCHEMAS + model}}}}
+def _content(description: str | None, model: type[BaseModel] | None) -> dict[str, Any]:
+    """Return a body as OpenAPI writes it: JSON of this model, or plain text."""
+    if model is None:
+        content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    else:
+        content = {"application/json": {"schema": {"$ref": _SCHEMAS + _published(model)}}}
+    return {"content": content} if description is None else {"description": description, "content": content}

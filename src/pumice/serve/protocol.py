@@ -2,14 +2,17 @@
 
 /openapi.json is generated from these classes; `openapi.PUBLISHED_NAMES` has the names that differ there.
 A request with an unknown field is an error that names the field, so no option is ignored silently.
-Source of the fields: OpenAI's API reference; `top_k` and `repetition_penalty` are those of vLLM.
+Source of the fields: OpenAI's API reference; `top_k`, `min_p` and `repetition_penalty` are those of vLLM.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import from_json
+
+T = TypeVar("T", bound=BaseModel)
 
 MAX_STOPS = 16
 MAX_MESSAGES = 1024
@@ -23,6 +26,44 @@ class RequestModel(BaseModel):
 
 # --- requests ---
 
+# Fields -> values that ask for nothing. They are taken as if the field were absent, as null is.
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "tool_calls": ([],),
+    "chat_template_kwargs": ({},),
+    "reasoning_effort": ("none",),
+    "modalities": ([],),
+    "stop": ([],),
+}
+VERBATIM = ("schema", "parameters")  # JSON schemas, in which null has a meaning
+
+
+def parse(kind: type[T], body: bytes) -> T:
+    """Return the body as a request of this kind, without what is null or asks for nothing.
+
+    Raises ValueError if it is not JSON, and pydantic's ValidationError if it is no such request.
+    """
+    values = _drop_nothing(from_json(body, allow_inf_nan=False))
+    return kind.model_validate(values)
+
+
+def _drop_nothing(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_drop_nothing(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: item for key, item in value.items() if item is not None}
+    if kept.get("tool_choice") == "none":
+        kept.pop("tools", None)
+    return {
+        key: item if key in VERBATIM else _drop_nothing(item)
+        for key, item in kept.items()
+        if item not in ASKS_NOTHING.get(key, ())
+    }
+
 
 class ImageUrl(RequestModel):
     url: str = Field(min_length=1, description="data:image/...;base64,..., or http(s) where that is allowed")
@@ -31,12 +72,16 @@ class ImageUrl(RequestModel):
     )
 
 
-class TextPart(RequestModel):
+class PartModel(RequestModel):
+    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
+
+
+class TextPart(PartModel):
     type: Literal["text"]
     text: str
 
 
-class ImageUrlPart(RequestModel):
+class ImageUrlPart(PartModel):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -74,6 +119,30 @@ class ChatMessage(RequestModel):
     name: str | None = Field(None, description="Taken and not used: templates know roles only.")
 
 
+class PastAnswer(RequestModel):
+    """An answer of before, with the fields that servers and libraries add to one."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    refusal: str | None = Field(None, description="Read as the answer's text where content is empty.")
+    annotations: list[Any] | None = Field(None, description="Taken and not used, as the next three.")
+    reasoning: Any = None
+    reasoning_content: Any = None
+    provider_specific_fields: dict[str, Any] | None = None
+
+
+def _message_tag(value: Any) -> str:
+    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    return "~assistant" if role == "assistant" else "~other"
+
+
+AnyMessage = Annotated[
+    Annotated[PastAnswer, Tag("~assistant")] | Annotated[ChatMessage, Tag("~other")],
+    Discriminator(_message_tag),
+]
+
+
 class StreamOptions(RequestModel):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -97,6 +166,18 @@ class ResponseFormat(RequestModel):
         return self
 
 
+_LIMIT = "The longest answer; -1, and what does not fit, is as long as it fits."
+
+
+def _check_limit(tokens: int) -> int:
+    if tokens == 0:
+        raise ValueError("Input should be greater than or equal to 1, or -1 for as long as it fits")
+    return tokens
+
+
+Limit = Annotated[int, Field(ge=-1), AfterValidator(_check_limit)]
+
+
 class BaseRequest(RequestModel):
     """The field that every request has."""
 
@@ -108,10 +189,11 @@ class GenerationRequest(BaseRequest):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Limit | None = Field(None, description=_LIMIT)
     temperature: float | None = Field(None, ge=0, le=2, description="0, the default, is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31)
+    top_k: int | None = Field(None, ge=-1, le=2**31, description="0 and -1 are off.")
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Texts | None = None
@@ -119,10 +201,13 @@ class GenerationRequest(BaseRequest):
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     presence_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    user: str | None = Field(None, description="Taken and not used, as the next three.")
+    user: str | None = Field(None, description="Taken and not used, as the next six.")
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
@@ -131,9 +216,9 @@ class GenerationRequest(BaseRequest):
         return self
 
     @property
-    def limit(self) -> tuple[str, int | None]:
-        """Return the field that limits the answer's length, and its value in tokens."""
-        return "max_tokens", self.max_tokens
+    def limit(self) -> int | None:
+        """Return the tokens that limit the answer's length; -1 for as many as fit."""
+        return self.max_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -147,7 +232,7 @@ class GenerationRequest(BaseRequest):
 class ConversationRequest(BaseRequest):
     """A request with messages, which may hold pictures."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[AnyMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
 
     @property
     def images(self) -> list[tuple[str, ImageUrl]]:
@@ -155,24 +240,33 @@ class ConversationRequest(BaseRequest):
         return [
             (f"messages.{m}.content.{p}.image_url", part.image_url)
             for m, message in enumerate(self.messages)
-            if not isinstance(message.content, str)
+            if isinstance(message.content, list)
             for p, part in enumerate(message.content)
             if isinstance(part, ImageUrlPart)
         ]
 
 
 class ChatRequest(ConversationRequest, GenerationRequest):
-    max_completion_tokens: int | None = Field(None, ge=1, description="Counts before max_tokens.")
+    max_completion_tokens: Limit | None = Field(None, description="Counts before max_tokens.")
+    continue_final_message: bool | None = Field(
+        None,
+        description="The last message is the answer's beginning; add_generation_prompt is false then.",
+    )
+    add_generation_prompt: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
 
+    @model_validator(mode="after")
+    def _check_continued(self) -> ChatRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        return self
+
     @property
-    def limit(self) -> tuple[str, int | None]:
-        if self.max_completion_tokens is not None:
-            return "max_completion_tokens", self.max_completion_tokens
-        return "max_tokens", self.max_tokens
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class ExplainRequest(ConversationRequest):
@@ -327,7 +421,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "draining", "away"]
+    status: Literal["ok", "draining"]
     version: str
 
 

@@ -1,30 +1,20 @@
-"""Run the application: the listening socket, worker processes, signals and the drain."""
+"""Run the application: the listening socket, signals and the drain."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
 import logging
-import multiprocessing
 import os
-import signal
 import socket
-import tempfile
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.config import Config
 
-from pumice.errors import InputError, WorkError
-from pumice.serve.backend import Backend
+from pumice.errors import InputError
 from pumice.serve.guard import Gate
 from pumice.serve.logs import request_line
 from pumice.serve.settings import ServerSettings
@@ -32,54 +22,25 @@ from pumice.serve.settings import ServerSettings
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from pumice.assistant import Assistant
+
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
 SHUTDOWN_GRACE = 5  # seconds for requests that still run when the time of the drain is over
-EARLY_EXIT = 10.0  # seconds; a worker that ends sooner counts as failed to start
-_LOG = logging.getLogger("pumice.serve")
 
 
-@dataclass(frozen=True)
-class ServerPlan:
-    """How to serve. Every worker calls `backend` and `log` itself, so both must be picklable.
-
-    backend: makes the backend, and says how many requests it answers at a time. log: sets up logging.
-    """
-
-    settings: ServerSettings
-    backend: Callable[[ServerSettings], tuple[Backend, int]]
-    name: str
-    log: Callable[[], None]
-    workers: int = 1
-
-
-def serve(plan: ServerPlan) -> None:
-    """Serve until a signal ends it. Raises InputError for wrong settings or a taken port, or WorkError."""
-    plan.settings.check()
-    listener = bind(plan.settings)
-    with listener:
-        plan.log()
-        if plan.workers == 1:
-            work(plan, listener)
-        else:
-            _supervise(plan, listener)
-
-
-def work(plan: ServerPlan, listener: socket.socket) -> None:
-    """Run one worker: open the model, serve until a signal, and answer the requests in flight."""
+def make_server(assistant: Assistant, names: tuple[str, ...], settings: ServerSettings) -> Server:
+    """Return a server of this assistant's model. names: those of the model, the default one first."""
     from pumice import __version__
     from pumice.serve.app import build
+    from pumice.serve.backend import Backend
     from pumice.serve.metrics import Metrics
 
-    settings = plan.settings
-    backend, slots = plan.backend(settings)
-    gate = Gate(slots + settings.queue)
-    metrics = Metrics(__version__, plan.name)
-    app = build(settings, backend, metrics, gate)
-    server = Server(config(app, settings), settings, gate, plan.name)
+    gate = Gate(assistant.engine.slots, settings.queue)
+    metrics = Metrics(__version__, names[0], assistant.engine.stats)
+    app = build(settings, Backend(assistant, names, settings, metrics), gate)
+    server = Server(config(app, settings), settings, gate, names[0])
     gate.connections = lambda: len(server.server_state.connections)
-    server.run(sockets=[listener])
-    if not server.started:
-        raise WorkError("the server did not start; its log says why")
+    return server
 
 
 def config(app: Starlette, settings: ServerSettings) -> Config:
@@ -187,74 +148,4 @@ def bind(settings: ServerSettings) -> socket.socket:
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another --port"
         ) from error
     listener.setblocking(False)
-    listener.set_inheritable(True)
     return listener
-
-
-def _supervise(plan: ServerPlan, listener: socket.socket) -> None:
-    """Run the workers, each a process that accepts from the same socket, and replace those that end."""
-    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    stopping = False
-
-    def stop(*_: Any) -> None:
-        nonlocal stopping
-        stopping = True
-
-    def start_worker() -> tuple[BaseProcess, float]:
-        process = spawn.Process(target=_worker, args=(plan, listener), daemon=False)
-        process.start()
-        return process, time.monotonic()
-
-    # 1. Prepare a folder for the shared metrics, and signal handlers that end the loop below.
-    with tempfile.TemporaryDirectory(prefix="pumice-metrics-") as folder, contextlib.ExitStack() as cleanup:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        cleanup.callback(os.environ.pop, "PROMETHEUS_MULTIPROC_DIR", None)
-        for sig in (signal.SIGTERM, signal.SIGINT):
-            cleanup.callback(signal.signal, sig, signal.signal(sig, stop))
-        # 2. Replace each worker that ends. Give up after as many failed starts in a row as there are workers.
-        workers = [start_worker() for _ in range(plan.workers)]
-        failures = 0
-        try:
-            while not stopping and failures < plan.workers:
-                for number, (process, started) in enumerate(workers):
-                    process.join(0.2 / plan.workers)
-                    if process.is_alive() or stopping:
-                        continue
-                    early = time.monotonic() - started < EARLY_EXIT
-                    failures = failures + 1 if early else 0
-                    fields = {"pid": process.pid, "exit": process.exitcode}
-                    request_line(logging.ERROR, "worker ended", fields)
-                    if failures < plan.workers:
-                        workers[number] = start_worker()
-        finally:
-            # 3. Let the workers drain, then kill those that take too long.
-            for process, _ in workers:
-                if process.is_alive():
-                    process.terminate()  # SIGTERM: it drains
-            end = time.monotonic() + plan.settings.drain_timeout + SHUTDOWN_GRACE
-            for process, _ in workers:
-                process.join(max(0.1, end - time.monotonic()))
-                if process.is_alive():
-                    process.kill()
-    if not stopping:
-        raise WorkError("the workers end as soon as they start; the log above says why")
-
-
-def _worker(plan: ServerPlan, listener: socket.socket) -> None:
-    # Ctrl-C reaches the whole process group. The parent handles it and sends SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    plan.log()
-    try:
-        work(plan, listener)
-    except (InputError, WorkError) as error:
-        _LOG.error("%s", error)
-        raise SystemExit(1) from None
-
-
-def _exit_with_parent() -> None:
-    """Drain when the parent ends, even if it is killed: nothing else would stop this worker."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)

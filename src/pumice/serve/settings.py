@@ -1,4 +1,4 @@
-"""The settings of a server, checked before anything is loaded; imports the standard library only."""
+"""The settings of a server, which are the options of `pumice serve`, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,60 +6,88 @@ import ipaddress
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
 
 from pumice.errors import InputError
 
-MEBIBYTE = 1 << 20
+KEYS = "PUMICE_API_KEY"  # environment variable: one key, or several separated by commas
+SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Addresses, keys and limits of one server."""
+    """Addresses, keys, limits and log of one server, and the sizes of its engine."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    keys: tuple[str, ...] = ()  # any one opens /v1, /explain and /metrics; () leaves them open
-    cors: tuple[str, ...] = ()  # origins whose pages may send requests, "*" for all
-    hosts: tuple[str, ...] = ()  # further host names that a server on a loopback address accepts
-
-    max_body: int = 20 * MEBIBYTE  # bytes of a request
-    max_images: int = 16  # pictures in a request
-    max_pixels: int = 50_000_000  # of one picture, according to its header
-    max_tokens: int = 2048  # of one answer
-    default_tokens: int = 512  # of an answer whose request sets no limit
-    queue: int = 64  # requests that wait for a slot; further ones get 429
-    max_connections: int = 1024
-
-    timeout: float = 300.0  # seconds from a request's arrival to the end of its answer
-    body_timeout: float = 30.0  # seconds for a request's headers, and again for its body
-    drain_timeout: float = 60.0  # seconds that answers in flight may take after SIGTERM
-
-    allow_image_urls: bool = False  # fetch http(s) pictures, from public addresses only
-    image_timeout: float = 10.0  # seconds for one of them, redirects included
+    host: Annotated[str, Option(help="The address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
+    port: Annotated[int, Option("--port", "-p", help="0 takes a free one.")] = 8000
+    name: Annotated[
+        tuple[str, ...],
+        Option(help="What clients call the model; repeat for further names.", show_default=False),
+    ] = ()
+    slots: Annotated[int, Option(min=1, help="Requests answered at a time.")] = 16
+    queue: Annotated[int, Option(min=0, help="Requests that may wait beyond them.")] = 64
+    cache_tokens: Annotated[
+        int | None,
+        Option(min=1, help="Tokens that the KV cache holds; about 1 GB.", show_default=False),
+    ] = None
+    chunk: Annotated[int, Option(min=1, help="Tokens of prompts in one step.")] = 512
+    api_key: Annotated[
+        tuple[str, ...],
+        Option(help=f"A key that clients must send; repeat for more. Also ${KEYS}.", show_default=False),
+    ] = ()  # any one opens /v1, /explain and /metrics
+    api_key_file: Annotated[Path | None, Option(help="A file with one key per line.", show_default=False)] = (
+        None
+    )
+    cors: Annotated[
+        tuple[str, ...],
+        Option(help="An origin whose pages may ask, https://HOST or '*'; repeat.", show_default=False),
+    ] = ()
+    allow_host: Annotated[
+        tuple[str, ...],
+        Option(help="A further host name that a server on 127.0.0.1 answers to.", show_default=False),
+    ] = ()
+    allow_image_urls: Annotated[
+        bool, Option("--allow-image-urls", help="Fetch http(s) pictures from public addresses.")
+    ] = False
+    max_tokens: Annotated[
+        int | None,
+        Option(help="The longest answer a request gets; all that fits if not given.", show_default=False),
+    ] = None
+    default_tokens: Annotated[int, Option(help="The longest answer of a request that names no limit.")] = 512
+    max_body: Annotated[str, Option(help="Size of a request: bytes, or with K, M, G.")] = "20M"
+    max_images: Annotated[int, Option(help="Pictures in one request.")] = 16
+    max_pixels: Annotated[int, Option(help="Pixels of one picture.")] = 50_000_000  # according to its header
+    max_connections: Annotated[int, Option(help="Open connections.")] = 1024
+    timeout: Annotated[float, Option(help="Seconds from a request to its answer's end.")] = 300.0
+    body_timeout: Annotated[float, Option(help="Seconds for a request to arrive.")] = 30.0
+    image_timeout: Annotated[float, Option(help="Seconds to fetch a picture.")] = 10.0
+    drain_timeout: Annotated[float, Option(help="Seconds that answers in flight may take after SIGTERM.")] = (
+        60.0
+    )
+    log: Annotated[str, Option(help="json, text, or auto: text on a terminal.", metavar="FORM")] = "auto"
+    log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "info"
 
     def check(self) -> ServerSettings:
         """Return the settings. Raises InputError for the first wrong value."""
         if not 0 <= self.port < 65536:
             raise InputError(f"the port is {self.port}; give 1 to 65535, or 0 for a free one")
-        positive_integers = (
-            "max_body",
-            "max_images",
-            "max_pixels",
-            "max_tokens",
-            "default_tokens",
-            "max_connections",
-        )
-        for name in positive_integers:
-            _above_zero(name, getattr(self, name))
-        for name in ("timeout", "body_timeout", "drain_timeout", "image_timeout"):
-            _above_zero(name, getattr(self, name))
+        limits: dict[str, float] = {"max_body": self.body_bytes}
+        if self.max_tokens is not None:
+            limits["max_tokens"] = self.max_tokens
+        for name in (
+            "max_images", "max_pixels", "default_tokens", "max_connections",
+            "timeout", "body_timeout", "drain_timeout", "image_timeout",
+        ):  # fmt: skip
+            limits[name] = getattr(self, name)
+        for name, value in limits.items():
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} is {value}; give more than 0")
         if self.queue < 0:
             raise InputError(f"queue is {self.queue}; give 0 or more")
-        if self.default_tokens > self.max_tokens:
-            raise InputError(
-                f"default_tokens is {self.default_tokens}, above max_tokens, {self.max_tokens}; lower it"
-            )
-        for key in self.keys:
+        for key in self.api_key:
             if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
                 raise InputError(
                     "an API key is too short or holds blanks or characters outside ASCII; "
@@ -68,7 +96,19 @@ class ServerSettings:
         for origin in self.cors:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise InputError(f"the CORS origin {origin!r} is not valid; write https://HOST or '*'")
+        if self.log not in ("auto", "json", "text"):
+            raise InputError(f"--log is {self.log!r}; use json, text or auto")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise InputError(f"--log-level is {self.log_level!r}; use debug, info, warning or error")
         return self
+
+    @property
+    def body_bytes(self) -> int:
+        """The size of a request, `max_body`, in bytes."""
+        match = re.fullmatch(r"(\d+)\s*([kmg]?)i?b?", self.max_body.strip().lower())
+        if match is None:
+            raise InputError(f"the size {self.max_body!r} is not valid; write for example 20M")
+        return int(match[1]) * SIZE_UNITS[match[2]]
 
     @property
     def loopback(self) -> bool:
@@ -79,8 +119,3 @@ class ServerSettings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
-
-
-def _above_zero(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} is {value}; give more than 0")

@@ -25,6 +25,7 @@ from pumice.kernels.packed import BlockFormat, PackedMatrix
 from pumice.storage.json_file import Keys
 
 SHARD_BYTES = 5 * 10**9
+MAPPED_BYTES = 2**28  # of a file whose tensors are read once each: it is closed after so many
 # The types that we write and compute in, with their names in a safetensors header.
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -44,6 +45,7 @@ class Blocks:
 
     kind: BlockFormat
     fetch: Callable[[], PackedMatrix]
+    mapped: bool = False  # whether fetching maps a file, without work or memory
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: Any = None
+        self._bytes_read = 0  # since it was opened
 
     def handle(self) -> Any:
         """Return the open file; open it first if another one was read last."""
@@ -213,13 +216,18 @@ class _File:
             if _File._last is not None:
                 _File._last._handle = None
             self._handle, _File._last = self._open(), self
+            self._bytes_read = 0
         return self._handle
 
     def lazy_tensor(self, name: str) -> LazyTensor:
         shape, stored_dtype = self._shape_and_dtype(name)
-        return LazyTensor(
-            shape, stored_dtype, lambda dtype: self._read(name).to(dtype), f"{name} in {self.path.name}"
-        )
+
+        def load(dtype: torch.dtype) -> Tensor:
+            tensor = self._read(name)
+            self._bytes_read += tensor.nbytes
+            return tensor.to(dtype)
+
+        return LazyTensor(shape, stored_dtype, load, f"{name} in {self.path.name}")
 
     def names(self) -> list[str]:
         raise NotImplementedError
@@ -248,11 +256,14 @@ class _File:
         return InputError(f"{self.path} is {problem or f'damaged or cut short ({reason})'}; fetch it again")
 
 
-def close_last_file() -> None:
-    """Close the file that was read last: its pages count as this process's memory while it is open."""
-    last, _File._last = _File._last, None
-    if last is not None:
-        last._handle = None
+def close_last_file(pages: int = 0) -> None:
+    """Close the file that was read last: its pages count as this process's memory while it is open.
+
+    pages: keep it open until so many bytes of it have been read, because opening a `.bin` takes time.
+    """
+    last = _File._last
+    if last is not None and last._bytes_read >= pages:
+        _File._last = last._handle = None
 
 
 class _Safetensors(_File):
@@ -376,3 +387,5 @@ def write_file(path: Path, state: Mapping[str, LazyTensor]) -> None:
             if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
                 raise ValueError(f"{name} is {value.shape} {value.dtype}, not {tensor.shape} {tensor.dtype}")
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            del value
+            close_last_file(MAPPED_BYTES)

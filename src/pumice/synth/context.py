@@ -6,7 +6,8 @@ Corners are normalised to 0..1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,10 @@ class Context:
         return "\n\n".join(parts)
 
 
+class BadAnnotation(InputError):
+    """One annotation that cannot be used, and that `max_spoiled` may leave out."""
+
+
 class BadRows:
     """Counts what is wrong with annotations, and raises InputError when it is more than allowed."""
 
@@ -65,31 +70,34 @@ class BadRows:
         self.allowed, self.count = allowed, 0
         self.first: list[str] = []  # sentences to show
 
-    def add(self, sentence: str) -> None:
-        self.count += 1
-        if len(self.first) < 20:
-            self.first.append(sentence)
-        if self.count > self.allowed:
-            allowed = f" ({self.count - 1} before it were allowed)" if self.allowed else ""
-            raise InputError(f"{sentence}, or leave such annotations out with --max-spoiled{allowed}")
+    @contextmanager
+    def tolerated(self) -> Iterator[None]:
+        """Count a BadAnnotation raised in this block; whatever the block does behind it is left out."""
+        try:
+            yield
+        except BadAnnotation as error:
+            self.count += 1
+            self.first += [str(error)] if len(self.first) < 20 else []
+            if self.count > self.allowed:
+                allowed = f" ({self.count - 1} before it were allowed)" if self.allowed else ""
+                sentence = f"{error}, or leave such annotations out with --set max_spoiled=N{allowed}"
+                raise InputError(sentence) from error
 
 
 def normalised(
     corners: Iterable[Any], width: float, height: float, where: str
-) -> tuple[float, float, float, float] | str:
-    """Pixels (left, top, right, bottom) as shares of the sides; a sentence when they make no box inside."""
+) -> tuple[float, float, float, float]:
+    """Return pixels (left, top, right, bottom) as shares of the sides, or raise BadAnnotation."""
     values = list(corners)
     if len(values) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-        return f"{where}: the box {values!r} is not four numbers; mend it"
+        raise BadAnnotation(f"{where}: the box {values!r} is not four numbers; mend it")
     if not (width > 0 and height > 0):
-        return f"{where}: the picture is {width:g} x {height:g}; give its real size"
+        raise BadAnnotation(f"{where}: the picture is {width:g} x {height:g}; give its real size")
+    written = f"{where}: the box [{', '.join(f'{v:g}' for v in values)}]"
     left, top, right, bottom = (v / s for v, s in zip(values, (width, height) * 2, strict=True))
     if left < -ROUNDING or top < -ROUNDING or right > 1 + ROUNDING or bottom > 1 + ROUNDING:
-        return (
-            f"{where}: the box [{', '.join(f'{v:g}' for v in values)}] reaches out of the picture of "
-            f"{width:g} x {height:g}; mend it"
-        )
+        raise BadAnnotation(f"{written} reaches out of the picture of {width:g} x {height:g}; mend it")
     left, top, right, bottom = (min(max(v, 0.0), 1.0) for v in (left, top, right, bottom))
     if right <= left or bottom <= top:
-        return f"{where}: the box [{', '.join(f'{v:g}' for v in values)}] has no area; mend it"
+        raise BadAnnotation(f"{written} has no area; mend it")
     return left, top, right, bottom

@@ -37,7 +37,9 @@ class Endpoint(ChatEndpoint):
         if self.prices is not None and not all(math.isfinite(p) and p >= 0 for p in self.prices):
             raise InputError(f"the prices are {self.prices[0]} and {self.prices[1]}; give 0 or more")
         if self.budget_money is not None and self.prices is None:
-            raise InputError("a budget in money needs both prices; give --price-in and --price-out")
+            raise InputError(
+                "a budget in money needs both prices; give --set 'endpoint.prices=[IN, OUT]', for a million"
+            )
         if own := {"messages", "model", "n", "stream"} & self.options.keys():
             raise InputError(f"the option '{sorted(own)[0]}' is not one to set; leave it out")
         for name in ("max_tokens", "max_completion_tokens"):
@@ -80,7 +82,7 @@ def examine_reply(outcome: Outcome, endpoint: Endpoint) -> Outcome:
     # Models that think first can use up every token before a word of the answer: so would the next try.
     reason = (
         f"{endpoint.model} at {endpoint.url} used all its tokens before the answer began; "
-        "allow more: --options '{\"max_tokens\": 4000}'"
+        "allow more: --set options.max_tokens=4000"
     )
     return replace(outcome, what="leave", why="no room", message=reason)
 

@@ -199,6 +199,7 @@ class Journal:
         if self._file is None:
             self._file = self.path.open("ab")
             self._end += self._file.write(b"\n" * self._torn)
+            self._torn = False
             sync(self.path.parent)
         for record in records:
             line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
@@ -210,6 +211,12 @@ class Journal:
     def sync(self) -> None:
         if self._file is not None:
             os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file until it is written to again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def reply(request_id: str, raw: str, cost: Tokens) -> dict[str, Any]:

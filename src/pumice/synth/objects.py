@@ -21,20 +21,13 @@ _DENIAL = re.compile(
     r"\b|n[’']t\b",
     re.I,
 )
-_IRREGULAR = {
-    "people": "people", "men": "man", "women": "woman", "children": "child", "mice": "mouse",
-    "geese": "goose", "knives": "knife", "calves": "calf", "scarves": "scarf", "oxen": "ox",
-    "policemen": "policeman", "fishermen": "fisherman", "gentlemen": "gentleman", "ladies": "lady",
-    "buses": "bus", "skis": "skis", "scissors": "scissors", "sunglasses": "sunglasses", "glasses": "glasses",
-    "cookies": "cookie", "movies": "movie", "oranges": "orange fruit",
-}  # fmt: skip
 
 
 @lru_cache(maxsize=100_000)
 def singular(word: str) -> str:
     """An English noun's singular by rule; a word that is no plural comes back as it is."""
-    if word in _IRREGULAR:
-        return _IRREGULAR[word]
+    if (irregular := _tables().plurals.get(word)) is not None:
+        return irregular
     if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
         return word
     if word.endswith("ies"):
@@ -53,46 +46,32 @@ class _Tables:
     vague: dict[
         str, tuple[frozenset[str], frozenset[str]]
     ]  # word -> what may mean it, and what tells against
-    ignored: tuple[str, ...]  # phrases that name nothing
+    ignored: list[str]  # phrases that name nothing
+    plurals: dict[str, str]  # irregular plural -> singular
 
 
 @cache
 def _tables() -> _Tables:
-    names: dict[str, str] = {}
-    wider: dict[str, frozenset[str]] = {}
-    vague: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
-    ignored: list[str] = []
+    tables = _Tables({}, {}, {}, [], {})
     section = ""
     for line in (Path(__file__).parent / "tables" / "objects.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             section = line.strip("[]")
         elif line and not line.startswith("#"):
-            name, _, other_words = (part.strip() for part in line.partition("|"))
+            name, _, rest = (part.strip() for part in line.partition("|"))
+            words = [word.replace("_", " ") for word in rest.split()]
             if section == "people":
-                also, may, unless = (frozenset(part.split()) for part in other_words.split("|"))
-                wider[name], vague[name] = also, (may, unless)
+                also, may, unless = (frozenset(part.split()) for part in rest.split("|"))
+                tables.wider[name], tables.vague[name] = also, (may, unless)
             elif section == "wider":
-                wider[name] = frozenset(word.replace("_", " ") for word in other_words.split())
+                tables.wider[name] = frozenset(words)
             elif section == "ignore":
-                ignored.append(name)
+                tables.ignored.append(name)
+            elif section == "plurals":
+                tables.plurals[name] = rest
             else:
-                names[name] = name
-                names |= {word: name for word in _phrases(other_words)}
-    return _Tables(names, wider, vague, tuple(ignored))
-
-
-# Other names of two words in the table, which is otherwise split at spaces.
-_PAIRS = (
-    "traffic signal", "shepherd dog", "flying disc", "soccer ball", "tennis ball", "remote control",
-    "mobile phone", "stuffed animal", "hair dryer", "swimming pool",
-)  # fmt: skip
-
-
-def _phrases(text: str) -> list[str]:
-    pairs_in_text = [pair for pair in _PAIRS if pair in text]
-    for pair in pairs_in_text:
-        text = text.replace(pair, " ")
-    return pairs_in_text + text.split()
+                tables.names.update(dict.fromkeys([name, *words], name))
+    return tables
 
 
 class Vocabulary:

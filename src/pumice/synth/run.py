@@ -62,7 +62,7 @@ class Job:
         if not 0 < self.similar <= 1:
             raise InputError(f"the similarity is {self.similar}; give more than 0, at most 1")
         if self.settings.unsupported is not None and self.settings.unsupported < 0:
-            raise InputError(f"--unsupported is {self.settings.unsupported}; give 0 or more")
+            raise InputError(f"unsupported is {self.settings.unsupported}; give 0 or more")
         if self.settings.language is not None:
             check_language(self.settings.language)
 
@@ -183,7 +183,10 @@ def call(job: Job, teacher: Teacher, journal: Journal, progress: Progress) -> st
                 asked.add(request.id)
                 yield request
 
-    return teacher.answer(missing(), journal, progress)
+    try:
+        return teacher.answer(missing(), journal, progress)
+    finally:
+        journal.close()
 
 
 def finish(job: Job, teacher: Teacher, journal: Journal) -> Statistics:

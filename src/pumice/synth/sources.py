@@ -6,31 +6,52 @@ Everything that can be wrong with a file is found here, before the first call.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError, official
-from pumice.synth.context import BadRows, Box, Context, normalised
+from pumice.synth.context import BadAnnotation, BadRows, Box, Context, normalised
 from pumice.synth.files import first_byte, items, json_lines, lines
 
 
 class _Gathered:
     """Captions and boxes of pictures while the files of one source are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, listing: str) -> None:
+        self.listing = listing  # of its pictures, for messages
         self.images: dict[Any, tuple[str, float, float]] = {}  # id -> name, width, height
         self.captions: dict[Any, list[str]] = {}
         self.boxes: dict[Any, list[Box]] = {}
 
+    def check_listed(self, key: Any, where: str) -> None:
+        if key not in self.images:
+            raise BadAnnotation(f"{where}: picture {key} is not in {self.listing}; remove it")
+
+    def add_caption(self, key: Any, text: str, where: str, what: str = "caption") -> None:
+        self.captions.setdefault(key, []).append(_words(text, where, what))
+
+    def add_box(self, key: Any, category: str, box: Sequence[float], where: str) -> None:
+        """Add a box of pixels: left, top, width, height."""
+        _, width, height = self.images[key]
+        left, top, wide, high = box
+        corners = normalised((left, top, left + wide, top + high), width, height, where)
+        self.boxes.setdefault(key, []).append(Box(category, corners))
+
     def contexts(self, source: str, bad_rows: BadRows, file: Path) -> Iterator[Context]:
         for key, (name, _, _) in self.images.items():
             captions, boxes = self.captions.get(key, ()), self.boxes.get(key, ())
-            if captions or boxes:
+            with bad_rows.tolerated():
+                if not captions and not boxes:
+                    raise BadAnnotation(f"'{file}': picture '{name}' (id {key}) has no annotation; remove it")
                 yield Context(f"{source}/{Path(name).stem}", name, tuple(captions), tuple(boxes))
-            else:
-                bad_rows.add(f"'{file}': picture '{name}' (id {key}) has no annotation; remove it")
+
+
+def _words(text: str, where: str, what: str = "caption") -> str:
+    if not text.strip():
+        raise BadAnnotation(f"{where}: the {what} is empty; remove it")
+    return " ".join(text.split())
 
 
 def coco(captions: Path | None, instances: Path | None, bad_rows: BadRows) -> Iterator[Context]:
@@ -39,40 +60,33 @@ def coco(captions: Path | None, instances: Path | None, bad_rows: BadRows) -> It
     A picture that only one of the two files describes is used with what there is.
     """
     files = [file for file in (captions, instances) if file is not None]
-    collected = _Gathered()
+    found = _Gathered("the file's list of pictures")
+    # 1. The pictures of both files, which must agree about their names.
     for file in files:
-        count = len(collected.images)
+        count = len(found.images)
         for image in items(file, "images.item"):
             key, name = _field(image, "id", file), _field(image, "file_name", file)
-            width, height = image.get("width") or 0, image.get("height") or 0
-            known = collected.images.get(key)
-            if known and known[0] != name:
+            known, width, height = found.images.get(key, (name, 0, 0))
+            if known != name:
                 raise InputError(
-                    f"'{file}': picture {key} is '{name}' here and '{known[0]}' in '{files[0]}'; give files "
+                    f"'{file}': picture {key} is '{name}' here and '{known}' in '{files[0]}'; give files "
                     "of one release"
                 )
-            collected.images[key] = (
-                name,
-                width or (known[1] if known else 0),
-                height or (known[2] if known else 0),
-            )
-        if not collected.images or (file is captions and len(collected.images) == count):
+            found.images[key] = (name, image.get("width") or width, image.get("height") or height)
+        if not found.images or (file is captions and len(found.images) == count):
             raise InputError(f"'{file}' lists no pictures under 'images'; give COCO's own file")
-    if captions is not None:
-        for note in items(captions, "annotations.item"):
-            prefix = f"'{captions}', annotation {note.get('id')}"
-            text, key = note.get("caption"), _field(note, "image_id", captions)
-            if key not in collected.images:
-                bad_rows.add(f"{prefix}: picture {key} is not in the file's list of pictures; remove it")
-            elif not isinstance(text, str):
+    # 2. Captions, then boxes.
+    for note in items(captions, "annotations.item") if captions is not None else ():
+        prefix = f"'{captions}', annotation {note.get('id')}"
+        text, key = note.get("caption"), _field(note, "image_id", files[0])
+        with bad_rows.tolerated():
+            found.check_listed(key, prefix)
+            if not isinstance(text, str):
                 raise InputError(f"{prefix} has no 'caption'; give the captions file of COCO, not another")
-            elif not text.strip():
-                bad_rows.add(f"{prefix}: the caption is empty; remove it")
-            else:
-                collected.captions.setdefault(key, []).append(" ".join(text.split()))
+            found.add_caption(key, text, prefix)
     if instances is not None:
-        _coco_boxes(instances, collected, bad_rows)
-    yield from collected.contexts("coco", bad_rows, files[0])
+        _coco_boxes(instances, found, bad_rows)
+    yield from found.contexts("coco", bad_rows, files[0])
 
 
 def _coco_boxes(file: Path, found: _Gathered, bad_rows: BadRows) -> None:
@@ -81,25 +95,16 @@ def _coco_boxes(file: Path, found: _Gathered, bad_rows: BadRows) -> None:
         raise InputError(f"'{file}' lists no 'categories'; give the instances file of COCO")
     for note in items(file, "annotations.item"):
         prefix = f"'{file}', annotation {note.get('id')}"
-        key, box = _field(note, "image_id", file), note.get("bbox")
-        if key not in found.images:
-            bad_rows.add(f"{prefix}: picture {key} is not in the file's list of pictures; remove it")
-            continue
-        if note.get("category_id") not in names:
-            bad_rows.add(
-                f"{prefix}: category {note.get('category_id')} is not among the {len(names)} listed; mend it"
-            )
-            continue
-        _, width, height = found.images[key]
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
-            bad_rows.add(f"{prefix}: 'bbox' is {box!r}; write left, top, width, height")
-            continue
-        left, top, wide, high = box
-        corners = normalised((left, top, left + wide, top + high), width, height, prefix)
-        if isinstance(corners, str):
-            bad_rows.add(corners)
-        else:
-            found.boxes.setdefault(key, []).append(Box(names[note["category_id"]], corners))
+        key, category, box = _field(note, "image_id", file), note.get("category_id"), note.get("bbox")
+        with bad_rows.tolerated():
+            found.check_listed(key, prefix)
+            if category not in names:
+                raise BadAnnotation(
+                    f"{prefix}: category {category} is not among the {len(names)} listed; mend it"
+                )
+            if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
+                raise BadAnnotation(f"{prefix}: 'bbox' is {box!r}; write left, top, width, height")
+            found.add_box(key, names[category], box, prefix)
 
 
 def visual_genome(folder: Path, bad_rows: BadRows) -> Iterator[Context]:
@@ -110,47 +115,39 @@ def visual_genome(folder: Path, bad_rows: BadRows) -> Iterator[Context]:
     sizes, regions, objects = (folder / f"{n}.json" for n in ("image_data", "region_descriptions", "objects"))
     if not regions.exists() and not objects.exists():
         raise InputError(f"'{folder}' holds neither region_descriptions.json nor objects.json; fetch one")
-    collected = _Gathered()
+    found = _Gathered(f"'{sizes.name}'")
     for image in items(sizes, "item"):
         key = image.get("image_id", image.get("id"))
         parts = str(image.get("url") or "").split("/")[-2:]
         name = "/".join(parts) if len(parts) == 2 else f"{key}.jpg"
-        collected.images[key] = (name, image.get("width") or 0, image.get("height") or 0)
-    if not collected.images:
+        found.images[key] = (name, image.get("width") or 0, image.get("height") or 0)
+    if not found.images:
         raise InputError(f"'{sizes}' lists no pictures; give Visual Genome's own file")
-    for file, field in ((regions, "regions"), (objects, "objects")):
+    for file, what in ((regions, "region"), (objects, "object")):
         for entry in items(file, "item") if file.exists() else ():
             key = entry.get("image_id", entry.get("id"))
-            for note in entry.get(field) or ():
-                prefix = f"'{file}', {field[:-1]} {note.get(f'{field[:-1]}_id')} of picture {key}"
-                if key not in collected.images:
-                    bad_rows.add(f"{prefix}: the picture is not in '{sizes.name}'; remove it")
-                elif field == "regions":
-                    phrase = " ".join(str(note.get("phrase") or "").split())
-                    if phrase:
-                        collected.captions.setdefault(key, []).append(phrase)
+            for note in entry.get(f"{what}s") or ():
+                prefix = f"'{file}', {what} {note.get(f'{what}_id')} of picture {key}"
+                with bad_rows.tolerated():
+                    found.check_listed(key, prefix)
+                    if what == "region":
+                        found.add_caption(key, str(note.get("phrase") or ""), prefix, "phrase")
                     else:
-                        bad_rows.add(f"{prefix}: the phrase is empty; remove it")
-                else:
-                    _vg_box(note, collected, key, prefix, bad_rows)
-    yield from collected.contexts("vg", bad_rows, sizes)
+                        _vg_box(note, found, key, prefix)
+    yield from found.contexts("vg", bad_rows, sizes)
 
 
-def _vg_box(note: dict[str, Any], found: _Gathered, key: Any, where: str, bad_rows: BadRows) -> None:
-    names = note.get("names") or [note.get("name")]
-    left, top, wide, high = (note.get(n) for n in ("x", "y", "w", "h"))
+def _vg_box(note: dict[str, Any], found: _Gathered, key: Any, where: str) -> None:
+    names, box = note.get("names") or [note.get("name")], [note.get(n) for n in ("x", "y", "w", "h")]
     if not names[0]:
-        bad_rows.add(f"{where} has no name; mend it")
-    elif not all(isinstance(v, int | float) for v in (left, top, wide, high)):
-        bad_rows.add(f"{where}: x, y, w and h are {left}, {top}, {wide}, {high}; write four numbers")
-    else:
-        _, width, height = found.images[key]
-        assert left is not None and top is not None and wide is not None and high is not None
-        corners = normalised((left, top, left + wide, top + high), width, height, where)
-        if isinstance(corners, str):
-            bad_rows.add(corners)
-        else:
-            found.boxes.setdefault(key, []).append(Box(str(names[0]), corners))
+        raise BadAnnotation(f"{where} has no name; mend it")
+    if not _are_numbers(box):
+        raise BadAnnotation(f"{where}: x, y, w and h are {', '.join(map(str, box))}; write four numbers")
+    found.add_box(key, str(names[0]), box, where)
+
+
+def _are_numbers(values: Sequence[Any]) -> TypeGuard[Sequence[float]]:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def flickr30k(file: Path, bad_rows: BadRows) -> Iterator[Context]:
@@ -158,10 +155,8 @@ def flickr30k(file: Path, bad_rows: BadRows) -> Iterator[Context]:
     captions: dict[str, list[str]] = {}
     for where, name, text in _flickr(file):
         image_captions = captions.setdefault(name, [])
-        if text.strip():
-            image_captions.append(" ".join(text.split()))
-        else:
-            bad_rows.add(f"{where}: the caption is empty; remove it")
+        with bad_rows.tolerated():
+            image_captions.append(_words(text, where))
     for name, texts in captions.items():
         if texts:
             yield Context(f"flickr30k/{Path(name).stem}", name, tuple(texts))
@@ -202,40 +197,44 @@ def plain(file: Path, bad_rows: BadRows) -> Iterator[Context]:
         captions = value.get("captions", [])
         if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
             raise InputError(f"{where}: 'captions' must be a list of texts, found {captions!r}")
-        if any(not c.strip() for c in captions):
-            bad_rows.add(f"{where}: a caption is empty; remove it")
         boxes, sides = [], (value.get("width", 1), value.get("height", 1))
-        if not all(isinstance(s, int | float) for s in sides):
+        with bad_rows.tolerated():
+            if any(not caption.strip() for caption in captions):
+                raise BadAnnotation(f"{where}: a caption is empty; remove it")
+        if not _are_numbers(sides):
             raise InputError(f"{where}: width and height are {sides[0]!r} and {sides[1]!r}; write numbers")
         for entry in value.get("boxes") or ():
-            category = entry.get("category") if isinstance(entry, dict) else None
-            if not isinstance(category, str) or not category.strip():
-                bad_rows.add(f"{where}: the box {entry!r} has no category; write one")
-                continue
-            if not isinstance(box := entry.get("box"), list):
-                bad_rows.add(
-                    f"{where}: the box of '{category}' is {box!r}; write 'box': left, top, right, bottom"
-                )
-                continue
-            corners = normalised(box, *sides, where)
-            if isinstance(corners, str) and sides == (1, 1):
-                corners += "; a box in pixels needs 'width' and 'height' in its line"
-            if isinstance(corners, str):
-                bad_rows.add(corners)
-            else:
-                boxes.append(Box(category.strip(), corners))
-        texts = tuple(" ".join(c.split()) for c in captions if c.strip())
+            with bad_rows.tolerated():
+                boxes.append(_plain_box(entry, sides[0], sides[1], where))
+        texts = [" ".join(caption.split()) for caption in captions if caption.strip()]
         text = str(value.get("text") or "").strip()
-        if texts or boxes or text:
-            yield Context(
-                str(value.get("id") or Path(image).with_suffix("")), image, texts, tuple(boxes), text
-            )
-        else:
-            bad_rows.add(f"{where}: picture '{image}' has neither captions nor boxes nor text; add some")
+        with bad_rows.tolerated():
+            if not texts and not boxes and not text:
+                raise BadAnnotation(
+                    f"{where}: picture '{image}' has neither captions nor boxes nor text; add some"
+                )
+            key = str(value.get("id") or Path(image).with_suffix(""))
+            yield Context(key, image, tuple(texts), tuple(boxes), text)
+
+
+def _plain_box(entry: Any, width: float, height: float, where: str) -> Box:
+    category = entry.get("category") if isinstance(entry, dict) else None
+    if not isinstance(category, str) or not category.strip():
+        raise BadAnnotation(f"{where}: the box {entry!r} has no category; write one")
+    if not isinstance(box := entry.get("box"), list):
+        raise BadAnnotation(
+            f"{where}: the box of '{category}' is {box!r}; write 'box': left, top, right, bottom"
+        )
+    try:
+        return Box(category.strip(), normalised(box, width, height, where))
+    except BadAnnotation as error:
+        if (width, height) != (1, 1):
+            raise
+        raise BadAnnotation(f"{error}; a box in pixels needs 'width' and 'height' in its line") from error
 
 
 def gather(
-    sources: Iterable[Iterator[Context]], finder: ImageFinder | None, bad_rows: BadRows, limit: int | None
+    sources: Iterable[Iterable[Context]], finder: ImageFinder | None, bad_rows: BadRows, limit: int | None
 ) -> list[Context]:
     """The contexts of all sources, up to `limit`, each with its picture in `finder`'s folders.
 
@@ -248,13 +247,13 @@ def gather(
                 break
             if context.id in kept:
                 raise InputError(f"two pictures have the id '{context.id}'; give each its own")
-            if finder is not None:
+            with bad_rows.tolerated():
                 try:
-                    finder.find(context.image)
+                    if finder is not None:
+                        finder.find(context.image)
                 except InputError as error:
-                    bad_rows.add(str(error))
-                    continue
-            kept[context.id] = context
+                    raise BadAnnotation(str(error)) from error
+                kept[context.id] = context
     if not kept:
         raise InputError(
             "no picture with annotations is left; name more sources or look at the picture folder"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from pumice.errors import InputError
-
-GB = 1e9
+from pumice.storage.memory import available_memory
 
 
 class GPU(NamedTuple):
@@ -90,18 +87,3 @@ def total_memory(device: torch.device) -> float | None:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return available_memory()
-
-
-def available_memory() -> float | None:
-    """Return the bytes that a new process could use: the system's free memory, within a container's limit."""
-    # A container sees the memory of its host, but may not use all of it: the lower limit counts.
-    limits = []
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        limits.append(int(lines["MemAvailable"].split()[0]) * 1024.0)
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        limits.append(float(text))
-    return min(limits, default=None)

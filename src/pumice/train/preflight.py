@@ -7,8 +7,9 @@ import shutil
 from pumice.errors import InputError
 from pumice.formats.load import find_device
 from pumice.geometry import image_layout
+from pumice.storage.memory import GB
 from pumice.train.batches import Batches
-from pumice.train.devices import GB, total_memory
+from pumice.train.devices import total_memory
 from pumice.train.recipe import Recipe
 from pumice.train.setup import Setup
 from pumice.train.shapes import read_parts, with_adapters

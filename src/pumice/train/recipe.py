@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
+from pumice.storage.yaml_file import read_yaml, set_key
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
@@ -192,16 +192,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise InputError(f"--set {override}: write key=value")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {override}: the value is not YAML; quote it as in a recipe") from error
-        keys = key.strip().split(".")
-        _set_key(values, keys, parsed, override)
-        origin[tuple(keys)] = f"--set {override}"
+        origin[set_key(values, override)] = f"--set {override}"
     # 3. Validate only the merged values: a recipe that is extended need not be complete by itself.
     try:
         return Recipe.model_validate(values)
@@ -220,7 +211,7 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     if path.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain, path))
         raise InputError(f"{chain[-1]}: extends goes in a circle, {circle}; take one of them out")
-    values = _parse(path)
+    values = read_yaml(path)
     if "extends" not in values:
         _record_origin(values, str(path), origin)
         return values
@@ -266,23 +257,6 @@ def _shipped(name: str, prefix: str) -> Path:
     return path
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f", line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}{line}: this is not YAML ({problem}); correct the line") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no recipe; it must be a mapping of keys to values")
-    return values
-
-
 def _record_origin(
     values: Any, file_name: str, origin: dict[tuple[str, ...], str], keys: tuple[str, ...] = ()
 ) -> None:
@@ -308,26 +282,6 @@ def _merge(base: Any, over: Any) -> Any:
             # There is nothing to remove: null is this field's value, or the key is unknown and an error.
             merged[key] = None
     return merged
-
-
-def _set_key(values: Any, keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        if isinstance(values, list) and key.isdigit() and int(key) < len(values):
-            values = values[int(key)]
-        elif isinstance(values, dict):
-            if values.get(key) is None:  # absent, or null: nothing so far
-                values[key] = {}
-            values = values[key]
-        else:
-            raise InputError(f"--set {override}: there is no {key!r} to set something in")
-    if isinstance(values, list) and keys[-1].isdigit() and int(keys[-1]) < len(values):
-        values[int(keys[-1])] = value
-    elif isinstance(values, dict):
-        values[keys[-1]] = value
-        if value is None:
-            del values[keys[-1]]
-    else:
-        raise InputError(f"--set {override}: there is no {keys[-1]!r} to set")
 
 
 # Every key of a recipe, from its top; in lists stands the number of the first entry.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 import zipfile
 from pathlib import Path
 from random import Random
@@ -126,6 +127,16 @@ def test_mmbench_for_the_server(mmbench: Any, tmp_path: Path) -> None:
     cells = list(openpyxl.load_workbook(tmp_path / "up.xlsx").active.values)
     assert cells[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer")
     assert cells[3][:4] == (2, 'Which, "this"?', "red", "blue")
+
+
+def test_mmbench_without_the_library_of_workbooks(
+    mmbench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xlsxwriter", None)
+    answered = [Answered(q, "A") for q in read_questions(get_task("mmbench"), mmbench.path).questions]
+    with pytest.raises(InputError, match=r"needs XlsxWriter; install it: pip install 'pumice\[eval\]'"):
+        get_task("mmbench").submission(answered, tmp_path / "up.xlsx", mmbench.path)
+    assert not (tmp_path / "up.xlsx").exists()
 
 
 def test_mmbench_cut_off(mmbench: Any, scored: Any) -> None:

@@ -51,7 +51,7 @@ def test_peft_computes_the_same(
     adapter, base = folders
     shown = models.picture(120, 80)
     hf_logits, tokens = formats.transformers(base, shown, adapter)
-    logits, following = formats.ours(model, shown)
+    logits, following = formats.own_answer(model, shown)
     # measured: no difference, of logits up to 10
     assert (hf_logits[:, : logits.shape[1]] - logits).abs().max() < 1e-4
     assert tokens == following

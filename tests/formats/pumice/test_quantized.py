@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,21 @@ import pytest
 import torch
 
 from pumice.assistant import load
-from pumice.errors import InputError, WorkError
+from pumice.errors import InputError
 from pumice.formats import quantize as quantize_module
+from pumice.formats import sizes
 from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.import_ import import_model
 from pumice.formats.load import open_model
 from pumice.formats.pumice import quantized
 from pumice.formats.pumice.folder import open_parts, save
+from pumice.formats.quantize import quantize_state
 from pumice.formats.read import read_model
 from pumice.kernels.packed import BlockFormat, PackedMatrix
 from pumice.model.quantized import PackedLinear
-from pumice.storage.tensors import as_lazy
+from pumice.storage import tensors
+from pumice.storage.tensors import as_lazy, close_last_file, open_file
 
 BITS = pytest.mark.parametrize("bits", ["int8", "int4"])
 
@@ -176,16 +180,88 @@ def test_weights_that_are_not_finite_leave_nothing(tiny_folder: Path, tmp_path: 
         open_model(tmp_path / "bad", quantize="auto")
 
 
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    """Files here may hold 50 kB: writing more fails as it does on a full disk."""
+    pytest.importorskip("resource", reason="this system limits no files")
+    code = (
+        "import resource, sys\n"
+        "from pumice.__main__ import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "sys.argv = ['pumice', 'import', *sys.argv[1:], '--quantize', 'int8']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tiny_folder, tmp_path / "m"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done
+    assert re.search(r"cannot write .*m \(File too large\); nothing was left there", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_mapped_needs_no_memory_of_its_own(
+    tiny_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = [
+        sizes.least_memory(read_model(path), "int8", torch.device("cpu"), torch.float32)
+        for path in (folder, tiny_folder)
+    ]
+    assert needed[0] < needed[1]
+    monkeypatch.setattr(sizes, "available_memory", lambda: sum(needed) / 2)
+    assert open_model(folder, quantize="int8").model is not None
+    with pytest.raises(InputError, match=r"in int8 needs .* GB of memory are free"):
+        open_model(tiny_folder, quantize="int8")
+
+
+def test_long_quantising_shows_progress_and_names_import(
+    tiny_folder: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for name, value in {"TERM": "dumb", "COLUMNS": "100"}.items():  # no codes that move the cursor
+        monkeypatch.setenv(name, value)
+    open_model(tiny_folder, quantize="int4")
+    assert not caplog.records and not capsys.readouterr().err  # it was quick
+    monkeypatch.setattr(quantize_module, "PATIENCE", 0.0)
+    open_model(tiny_folder, quantize="int4")
+    [record] = caplog.records
+    assert record.getMessage().startswith(f"{tiny_folder} is quantised at every start; `pumice import ")
+    assert "--quantize int4" in record.getMessage()
+    shown = capsys.readouterr().err
+    assert "15/15 matrices quantised to int4" in " ".join(shown.split())
+    caplog.clear()
+    open_model(folder, quantize="auto")  # which is stored quantised
+    assert not caplog.records and not capsys.readouterr().err
+
+
+def test_a_bin_is_opened_once_and_its_pages_are_given_back(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    parts = open_parts(tiny_folder)
+    torch.save({name: tensor.read() for name, tensor in parts.state.items()}, tmp_path / "model.bin")
+    state = parts.state | open_file(tmp_path / "model.bin")
+    opened: list[Path] = []
+    plain = tensors._Bin._open
 
-    monkeypatch.setattr(quantized, "write_file", full)
-    with pytest.raises(WorkError, match="No space left on device"):
-        import_model(str(tiny_folder), tmp_path / "m", quantize="int8")
-    assert not (tmp_path / "m").exists()
+    def noted(self: tensors._Bin) -> Any:
+        opened.append(self.path)
+        return plain(self)
+
+    def count() -> int:
+        close_last_file()
+        opened.clear()
+        for name, tensor in quantize_state(parts.config, state, "int8").items():
+            if name.startswith("decoder.") and tensor.blocks is not None:
+                tensor.blocks.fetch()
+        return len(opened)
+
+    monkeypatch.setattr(tensors._Bin, "_open", noted)
+    assert count() == 1
+    monkeypatch.setattr(quantize_module, "MAPPED_BYTES", 1)
+    assert count() == 15  # so that no more than one matrix's pages are in memory
 
 
 def test_a_built_in_model_is_quantised_once(

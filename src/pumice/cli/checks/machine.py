@@ -1,24 +1,16 @@
-"""Checks of the machine: processor, GPUs, threads, memory and disks, within the limits of a container."""
+"""Checks of the machine: processor, GPUs and threads, within the limits of a container."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from pumice.cli.checks.finding import (
-    DISK,
-    MEMORY,
-    Finding,
-    existing_folder,
-    format_count,
-    format_size,
-    lines,
-    words,
-)
+from pumice.cli.checks.finding import Finding, Level, format_count, format_size
+
+GPU_MEMORY = 1.5e9  # bytes; pumice-tiny needs about 1 GB
 
 
 def devices() -> list[Finding]:
@@ -35,7 +27,7 @@ def devices() -> list[Finding]:
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
             says = f"{torch.cuda.get_device_name(number)}, {format_size(free)} of {format_size(total)} free"
-            is_full = free < MEMORY
+            is_full = free < GPU_MEMORY
             remedy = "another process fills it: see nvidia-smi" if is_full else ""
             findings.append(Finding(f"cuda:{number}", says, "problem" if is_full else "ok", remedy, total))
     elif shutil.which("nvidia-smi"):
@@ -72,10 +64,10 @@ def usable_cores(root: Path = Path("/")) -> int:
     """Return the usable cores: the process's affinity, limited by a container's quota (rounded up)."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    quota = words(root / "sys/fs/cgroup/cpu.max")  # cgroup v2: "quota period", or "max period"
+    quota = _read(root / "sys/fs/cgroup/cpu.max").split()  # cgroup v2: "quota period", or "max period"
     if len(quota) != 2:
         cgroup_v1 = root / "sys/fs/cgroup/cpu"
-        quota = words(cgroup_v1 / "cpu.cfs_quota_us") + words(cgroup_v1 / "cpu.cfs_period_us")
+        quota = (_read(cgroup_v1 / "cpu.cfs_quota_us") + _read(cgroup_v1 / "cpu.cfs_period_us")).split()
     if len(quota) == 2 and quota[0].isdecimal() and int(quota[1]):
         cores = min(cores, max(1, -(-int(quota[0]) // int(quota[1]))))
     return cores
@@ -89,112 +81,51 @@ def threads(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> 
     import torch
 
     cores, used = usable_cores(root), torch.get_num_threads()
-    findings = []
+    available = format_count(cores, "core")
+    level: Level = "ok"
+    remedy = ""
     if used > cores:
+        level = "problem"
         remedy = f"run `export OMP_NUM_THREADS={cores}`: threads that wait for a core stop all the others"
-        findings.append(
-            Finding(
-                "torch threads", f"{used} on {format_count(cores, 'core')}", "problem", remedy, value=used
-            )
-        )
-    else:
-        findings.append(Finding("torch threads", f"{used} on {format_count(cores, 'core')}", value=used))
+    findings = [Finding("torch threads", f"{used} on {available}", level, remedy, used)]
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         setting = environ.get(name)
         if setting is None:
             continue
+        level, says, remedy = "ok", setting, ""
         if not setting.isdecimal() or not int(setting):
+            level, says = "problem", f"{setting!r} is not a number of threads"
             remedy = f"run `unset {name}`, or give a number of cores"
-            findings.append(
-                Finding(name, f"{setting!r} is not a number of threads", "problem", remedy, value=setting)
-            )
         elif int(setting) < cores:
+            level, says = "note", f"{setting}, {format_count(cores - int(setting), 'core')} idle"
             remedy = "fine beside other work; otherwise unset it"
-            findings.append(
-                Finding(
-                    name,
-                    f"{setting}, {format_count(cores - int(setting), 'core')} idle",
-                    "note",
-                    remedy,
-                    setting,
-                )
-            )
-        else:
-            findings.append(Finding(name, setting, value=setting))
+        findings.append(Finding(name, says, level, remedy, setting))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    policy = environ.get("OMP_WAIT_POLICY")
-    if policy is None:
-        says = "not set: each command chooses, spinning on an idle machine and sleeping beside other work"
-        findings.append(Finding("OMP_WAIT_POLICY", says))
-    elif policy.upper() == "ACTIVE" and load > 0.75 * cores:
-        remedy = "run `unset OMP_WAIT_POLICY`: threads that spin beside other work slow down both"
-        findings.append(
-            Finding("OMP_WAIT_POLICY", f"ACTIVE on a busy machine, load {load:.1f}", "note", remedy)
-        )
-    else:
-        findings.append(Finding("OMP_WAIT_POLICY", policy, value=policy))
     busy = load > 0.75 * cores
-    says = f"{load:.1f} for {format_count(cores, 'core')}"
+    policy = environ.get("OMP_WAIT_POLICY")
+    level, remedy = "ok", ""
+    says = (
+        policy or "not set: each command chooses, spinning on an idle machine and sleeping beside other work"
+    )
+    if policy is not None and policy.upper() == "ACTIVE" and busy:
+        level, says = "note", f"ACTIVE on a busy machine, load {load:.1f}"
+        remedy = "run `unset OMP_WAIT_POLICY`: threads that spin beside other work slow down both"
+    findings.append(Finding("OMP_WAIT_POLICY", says, level, remedy, policy))
     remedy = "other processes are busy: everything takes longer than it could" if busy else ""
-    findings.append(Finding("load", says, "note" if busy else "ok", remedy, value=load))
-    return findings
+    level = "note" if busy else "ok"
+    return [*findings, Finding("load", f"{load:.1f} for {available}", level, remedy, load)]
 
 
 def _processor() -> str:
-    for line in lines(Path("/proc/cpuinfo")):
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
-def memory(root: Path = Path("/")) -> list[Finding]:
-    """Check the RAM, within a container's limit, and the free space on the disks that Pumice writes to."""
-    total, free = ram(root)
-    is_short = free is not None and free < MEMORY
-    says = (
-        f"{format_size(total)}" if free is None else f"{format_size(free)} of {format_size(total)} available"
-    )
-    remedy = f"pumice-tiny needs {format_size(MEMORY)}: end other programs, or give the container more"
-    findings = [
-        Finding("ram", says, "problem" if is_short else "ok", remedy if is_short else "", free or total)
-    ]
-    from pumice.files import cache_folder
-
-    folders = {"cache": cache_folder(), "working folder": Path(), "temporary": Path(tempfile.gettempdir())}
-    for name, folder in folders.items():
-        nearest = existing_folder(folder)
-        free_bytes = shutil.disk_usage(nearest).free
-        is_full = free_bytes < DISK
-        remedy = "free some space, or choose another folder" + {"cache": " with PUMICE_CACHE"}.get(name, "")
-        says = f"{format_size(free_bytes)} free at {nearest.absolute()}"
-        findings.append(
-            Finding(
-                f"disk, {name}", says, "problem" if is_full else "ok", remedy if is_full else "", free_bytes
-            )
-        )
-    return findings
-
-
-def ram(root: Path = Path("/")) -> tuple[int, int | None]:
-    """Return (total, available) memory in bytes. Available is None where the system does not report it."""
-    sizes = {
-        line.split(":")[0]: int(line.split()[1]) * 1024
-        for line in lines(root / "proc/meminfo")
-        if line.endswith(" kB")
-    }
-    if "MemTotal" not in sizes:
-        if not hasattr(os, "sysconf"):
-            return 0, None
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
-    total, free = sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
-    # A container may use less than the machine has: the files are those of cgroup v2, then of v1.
-    cgroup = root / "sys/fs/cgroup"
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit_words, used_words = words(cgroup / limit), words(cgroup / used)
-        if limit_words and limit_words[0].isdecimal() and int(limit_words[0]) < total:
-            total = int(limit_words[0])
-            free = min(free, total - int(used_words[0]) if used_words else total)
-    return total, max(0, free)
+def _read(path: Path) -> str:
+    """Return the text of a file of the system, or "" if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -7,24 +7,18 @@ import pkgutil
 from functools import cache
 
 from pumice.errors import InputError
-from pumice.evaluate.task import Task
+from pumice.evaluate.task import Task, releases
 
 
 @cache
 def registry() -> dict[str, type[Task]]:
-    """Return all benchmarks by name, the twelve of LLaVA-1.5 first."""
-    tasks: list[type[Task]] = []
+    """Return all benchmarks by name, in the order of benchmarks.yaml and then of names."""
+    tasks: dict[str, type[Task]] = {}
     for module in pkgutil.iter_modules(__path__):
-        contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
-        tasks += [
-            c
-            for c in contents.values()
-            if isinstance(c, type)
-            and issubclass(c, Task)
-            and "name" in vars(c)
-            and c.__module__.endswith(f".{module.name}")
-        ]
-    return {task.name: task for task in sorted(tasks, key=lambda task: (task.rank, task.name))}
+        for found in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(found, type) and issubclass(found, Task) and "name" in vars(found):
+                tasks[found.name] = found
+    return {name: tasks[name] for name in [*releases(), *sorted(tasks.keys() - releases().keys())]}
 
 
 def get_task(name: str, split: str | None = None) -> Task:

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys, write_json
+from pumice.evaluate.files import ImageFolders, read_json, read_rows, write_json
 from pumice.evaluate.metrics.captions import bleu, java_metrics, rouge_l
 from pumice.evaluate.metrics.cider import Cider
-from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
+from pumice.evaluate.task import (
+    Answered,
+    Floats,
+    Question,
+    Score,
+    Task,
+    scores_by_category,
+)
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 SPICE = (
@@ -20,11 +26,8 @@ SPICE = (
 )
 
 
-def caption_score(answered: Sequence[Answered], key: str = "category") -> Score:
-    """Return all caption metrics times 100; the headline is CIDEr-D with document frequencies of this set.
-
-    key: the key of Question.meta by which the score is split.
-    """
+def caption_score(answered: Sequence[Answered]) -> Score:
+    """Return all caption metrics times 100; the headline is CIDEr-D with document frequencies of this set."""
     # 1. Compute the metrics of the corpus.
     captions = [" ".join(text.split()) for _, text in answered]
     truths = [question.meta["answers"] for question, _ in answered]
@@ -35,13 +38,8 @@ def caption_score(answered: Sequence[Answered], key: str = "category") -> Score:
     metrics["ROUGE-L"] = 100 * float(np.mean(rouge))
     java, notes = java_metrics(captions, truths, spice=os.environ.get(SPICE) == "1")
     # 2. Split CIDEr-D by category.
-    parts: dict[str, dict[str, CategoryScore]] = {}
-    names = [question.meta.get(key) for question, _ in answered]
-    for name in dict.fromkeys(name for name in names if name is not None):
-        scores = [value for value, other in zip(cider, names, strict=True) if other == name]
-        parts.setdefault("domain", {})[str(name)] = CategoryScore(
-            100 * sum(scores) / len(scores), len(scores)
-        )
+    domains = scores_by_category(answered, cider, "category")
+    parts = {"domain": domains} if domains else {}
     if len(answered) == 1:
         notes.append("one picture alone always has a CIDEr of 0")
 
@@ -54,31 +52,12 @@ def caption_score(answered: Sequence[Answered], key: str = "category") -> Score:
     return Score(metrics | java, parts, values, statistic, notes)
 
 
-class Karpathy(Task):
-    """Images and captions of one of Karpathy's files; a subclass names the file."""
+class CaptionTask(Task):
+    """A benchmark of captions; their CIDEr is the headline."""
 
     headline = "CIDEr"
     unit = "points"
-    splits = ("test", "val")
     max_new_tokens = 64
-    file: str
-    folders: tuple[str, ...]
-
-    def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, (self.file,), self.source.expected_files)
-        contents = read_json(file)
-        require_keys(contents, ("images",), f"'{file}'")
-        images = ImageFolders(data, *self.folders)
-        for number, row in enumerate(contents["images"], 1):
-            require_keys(row, ("filename", "split", "sentences"), f"'{file}', image {number}")
-            if row["split"] != self.split:
-                continue
-            name = row["filename"]
-            path = f"{row['filepath']}/{name}" if row.get("filepath") else name
-            meta = {"question": PROMPT, "answers": [sentence["raw"] for sentence in row["sentences"]]}
-            key = str(row.get("cocoid", name))
-            llava_id = name if key != name else str(row.get("imgid", ""))
-            yield Question(key, (images.get(path, name),), PROMPT, meta, llava_id)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         return caption_score(answered)
@@ -92,98 +71,64 @@ class Karpathy(Task):
         write_json(path, rows)
 
 
-_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
+class Karpathy(CaptionTask):
+    """Images and captions of one of Karpathy's files; a subclass names the file."""
+
+    file: str
+    folders: tuple[str, ...]
+
+    def questions(self, data: Path) -> Iterator[Question]:
+        images = ImageFolders(data, *self.folders)
+        for row in self.rows(data, self.file, keys=("filename", "split", "sentences"), at="images"):
+            if row["split"] != self.split:
+                continue
+            name = row["filename"]
+            path = f"{row['filepath']}/{name}" if row.get("filepath") else name
+            meta = {"question": PROMPT, "answers": [sentence["raw"] for sentence in row["sentences"]]}
+            key = str(row.get("cocoid", name))
+            llava_id = name if key != name else str(row.get("imgid", ""))
+            yield Question(key, (images.get(path, name),), PROMPT, meta, llava_id)
 
 
 class CocoCaptions(Karpathy):
     name = "coco-caption"
     title = "COCO captions"
-    rank = 30
     file = "dataset_coco.json"
     folders = ("", "images")
-    source = DatasetSource(
-        url=_URL,
-        version="dataset_coco.json",
-        licence="captions CC BY 4.0; pictures under COCO's terms",
-        layout=("dataset_coco.json (in caption_datasets.zip or coco.zip)", "val2014/"),
-        sizes={"test": 5000, "val": 5000},
-    )
 
 
 class Flickr8k(Karpathy):
     name = "flickr8k"
     title = "Flickr8k captions"
-    rank = 31
     file = "dataset_flickr8k.json"
     folders = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")
-    source = DatasetSource(
-        url=_URL,
-        version="dataset_flickr8k.json",
-        licence="for research; pictures under Flickr's terms",
-        layout=("dataset_flickr8k.json", "Flicker8k_Dataset/"),
-        sizes={"test": 1000, "val": 1000},
-    )
 
 
 class Flickr30k(Karpathy):
     name = "flickr30k"
     title = "Flickr30k captions"
-    rank = 32
     file = "dataset_flickr30k.json"
     folders = ("flickr30k-images", "flickr30k_images", "images")
-    source = DatasetSource(
-        url=_URL,
-        version="dataset_flickr30k.json",
-        licence="for research; pictures under Flickr's terms",
-        layout=("dataset_flickr30k.json", "flickr30k-images/"),
-        sizes={"test": 1000, "val": 1014},
-    )
 
 
-class Nocaps(Task):
+class Nocaps(CaptionTask):
     """Captions of objects that COCO's captions never name. Headline: CIDEr; it is also split by domain."""
 
     name = "nocaps"
     title = "nocaps"
-    headline = "CIDEr"
-    unit = "points"
-    rank = 33
-    splits = ("val", "test")
-    max_new_tokens = 64
-    source = DatasetSource(
-        url="https://nocaps.org/download",
-        version="nocaps_val_4500_captions.json",
-        licence="annotations CC BY 2.0; pictures under Open Images' terms",
-        layout=("nocaps_val_4500_captions.json", "images/"),
-        sizes={"val": 4500, "test": 10600},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        names = (
-            ("nocaps_val_4500_captions.json",) if self.split == "val" else ("nocaps_test_image_info.json",)
-        )
-        file = locate(data, names, self.source.expected_files)
-        contents = read_json(file)
-        require_keys(contents, ("images",), f"'{file}'")
+        name = "nocaps_val_4500_captions" if self.split == "val" else "nocaps_test_image_info"
+        file = self.locate(data, f"{name}.json")
         captions: dict[int, list[str]] = {}
-        for row in contents.get("annotations", ()):
+        for row in read_json(file, "images").get("annotations", ()):
             captions.setdefault(row["image_id"], []).append(row["caption"])
         images = ImageFolders(data, "images", self.split)
-        for number, row in enumerate(contents["images"], 1):
-            require_keys(row, ("id", "file_name"), f"'{file}', image {number}")
+        for row in read_rows(file, "id", "file_name", at="images"):
             meta = {"question": PROMPT, "answers": captions.get(row["id"], []), "category": row.get("domain")}
             yield Question(str(row["id"]), (images.get(row["file_name"]),), PROMPT, meta, row["file_name"])
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if self.split == "test":
-            raise InputError(
-                "the captions of nocaps test are not public; write --submission FILE and upload it to "
-                "EvalAI, or score --split val"
-            )
-        return caption_score(answered)
-
-    def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
-        rows = [
-            {"image_id": int(question.id), "caption": " ".join(text.split())} for question, text in answered
-        ]
-        write_json(path, rows)
+            raise self.not_public("EvalAI")
+        return super().score(answered)

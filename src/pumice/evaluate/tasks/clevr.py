@@ -6,19 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, read_object, require_keys
+from pumice.evaluate.files import ImageFolders
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c
-from pumice.evaluate.task import (
-    SHORT,
-    Answered,
-    DatasetSource,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-    scores_by_category,
-)
+from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_score
 
 _KINDS = {
     "count": "count",
@@ -44,51 +34,27 @@ class Clevr(Task):
 
     name = "clevr"
     title = "CLEVR"
-    headline = "accuracy"
-    rank = 34
-    splits = ("val", "test", "train")
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://cs.stanford.edu/people/jcjohns/clevr/",
-        version="1.0",
-        licence="CC BY 4.0",
-        layout=("questions/CLEVR_val_questions.json", "images/val/"),
-        sizes={"val": 149991, "test": 149988, "train": 699989},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, (f"CLEVR_{self.split}_questions.json",), self.source.expected_files)
-        contents = read_object(file)
-        require_keys(contents, ("questions",), f"'{file}'")
         images = ImageFolders(data, f"images/{self.split}", f"CLEVR_v1.0/images/{self.split}", self.split)
-        for number, row in enumerate(contents["questions"], 1):
-            require_keys(row, ("question", "image_filename"), f"'{file}', question {number}")
-            image = row["image_filename"]
+        file, keys = f"CLEVR_{self.split}_questions.json", ("question", "image_filename")
+        for number, row in enumerate(self.rows(data, file, keys=keys, at="questions")):
             meta = {
                 "question": row["question"],
                 "answer": row.get("answer"),
                 "category": kind_of(row.get("program") or ()),
                 "family": row.get("question_family_index"),
             }
-            key = str(row.get("question_index", number - 1))
-            yield Question(key, (images.get(image),), f"{row['question']}\n{SHORT}", meta)
+            image = images.get(row["image_filename"])
+            key = str(row.get("question_index", number))
+            yield Question(key, (image,), f"{row['question']}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if answered and all(question.meta["answer"] is None for question, _ in answered):
-            raise InputError(f"the answers of CLEVR {self.split} are not public; score --split val")
-        values = [
-            float(lower_without_period(text) == str(question.meta["answer"])) for question, text in answered
-        ]
-        loose = [
-            float(normalize_m4c(text) == normalize_m4c(str(question.meta["answer"])))
-            for question, text in answered
-        ]
-        parts = {
-            "kind": scores_by_category(answered, values, "category"),
-            "family": scores_by_category(answered, values, "family"),
-        }
-        return Score(
-            {"accuracy": mean_percent(values), "accuracy_number_words": mean_percent(loose)},
-            parts,
-            list(values),
-        )
+            raise self.not_public()
+        pairs = [(text, str(question.meta["answer"])) for question, text in answered]
+        values = [float(lower_without_period(text) == truth) for text, truth in pairs]
+        loose = [float(normalize_m4c(text) == normalize_m4c(truth)) for text, truth in pairs]
+        metrics = {"accuracy": values, "accuracy_number_words": loose}
+        return mean_score(answered, metrics, {"kind": "category", "family": "family"})

@@ -6,17 +6,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, read_json
+from pumice.evaluate.files import ImageFolders, read_json
 from pumice.evaluate.metrics.vqa import lower_without_period
 from pumice.evaluate.task import (
     SHORT,
     Answered,
-    DatasetSource,
     Question,
     Score,
     Task,
     mean_percent,
-    scores_by_category,
+    mean_score,
 )
 
 ROW = 3  # columns: question, answer, number of the image
@@ -35,20 +34,10 @@ class EasyVQA(Task):
 
     name = "easy-vqa"
     title = "easy-VQA"
-    headline = "accuracy"
-    rank = 40
-    splits = ("test", "train")
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://pypi.org/project/easy-vqa/",
-        version="1.0 (pip download --no-deps easy-vqa==1.0, unzip)",
-        licence="MIT",
-        layout=("easy_vqa/data/test/questions.json", "easy_vqa/data/test/images/"),
-        sizes={"test": 9673, "train": 38575},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, (f"{self.split}/questions.json",), self.source.expected_files)
+        file = self.locate(data, f"{self.split}/questions.json")
         rows = read_json(file)
         if not isinstance(rows, list):
             raise InputError(f"'{file}' holds no list; is this the official file?")
@@ -65,14 +54,12 @@ class EasyVQA(Task):
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(lower_without_period(text) == question.meta["answer"]) for question, text in answered]
+        categories = {"question": "category", "answer": "answer"}
+        score = mean_score(answered, {"accuracy": values}, categories)
         open_ended = [
             value
             for value, (question, _) in zip(values, answered, strict=True)
             if question.meta["answer"] not in ("yes", "no")
         ]
-        metrics = {"accuracy": mean_percent(values), "accuracy_colour_and_shape": mean_percent(open_ended)}
-        parts = {
-            "question": scores_by_category(answered, values, "category"),
-            "answer": scores_by_category(answered, values, "answer"),
-        }
-        return Score(metrics, parts, list(values))
+        score.metrics["accuracy_colour_and_shape"] = mean_percent(open_ended)
+        return score

@@ -6,17 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, read_jsonl, read_object, require_keys, write_json
-from pumice.evaluate.task import (
-    SHORT,
-    Answered,
-    DatasetSource,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-    scores_by_category,
-)
+from pumice.evaluate.files import ImageFolders, read_rows, write_json
+from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_score
 
 
 def prediction(text: str) -> str:
@@ -29,29 +20,16 @@ class GQA(Task):
 
     name = "gqa"
     title = "GQA"
-    headline = "accuracy"
-    rank = 2
-    splits = ("testdev_balanced", "val_balanced")
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://cs.stanford.edu/people/dorarad/gqa/download.html",
-        version="questions 1.2",
-        licence="CC BY 4.0",
-        layout=("testdev_balanced_questions.json (in questions1.2.zip)", "images/"),
-        sizes={"testdev_balanced": 12578, "val_balanced": 132062},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        names = (f"{self.split}_questions.json", f"llava_gqa_{self.split}.jsonl")
-        file = locate(data, names, self.source.expected_files)
+        file = self.locate(data, f"{self.split}_questions.json", f"llava_gqa_{self.split}.jsonl")
         images = ImageFolders(data, "images", "data/images", "allImages/images")
         if file.name.endswith(".jsonl"):  # LLaVA's list has no truths; it serves submissions
-            for number, row in enumerate(read_jsonl(file), 1):
-                require_keys(row, ("question_id", "image", "text"), f"'{file}', row {number}")
+            for row in read_rows(file, "question_id", "image", "text"):
                 yield Question(str(row["question_id"]), (images.get(row["image"]),), row["text"])
             return
-        for key, row in read_object(file).items():
-            require_keys(row, ("imageId", "question", "answer"), f"'{file}', question {key}")
+        for row in read_rows(file, "imageId", "question", "answer", at="*"):
             types = row.get("types") or {}
             structure = types.get("structural")
             meta = {
@@ -62,7 +40,7 @@ class GQA(Task):
                 "semantic": types.get("semantic"),
             }
             image = images.get(f"{row['imageId']}.jpg")
-            yield Question(key, (image,), f"{row['question']}\n{SHORT}", meta)
+            yield Question(row["key"], (image,), f"{row['question']}\n{SHORT}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if any("answer" not in question.meta for question, _ in answered):
@@ -71,15 +49,8 @@ class GQA(Task):
                 "--submission FILE"
             )
         values = [float(prediction(text) == question.meta.get("answer")) for question, text in answered]
-        return Score(
-            {"accuracy": mean_percent(values)},
-            {
-                "answer": scores_by_category(answered, values, "category"),
-                "structure": scores_by_category(answered, values, "structure"),
-                "semantics": scores_by_category(answered, values, "semantic"),
-            },
-            list(values),
-        )
+        categories = {"answer": "category", "structure": "structure", "semantics": "semantic"}
+        return mean_score(answered, {"accuracy": values}, categories)
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         rows = [{"questionId": question.id, "prediction": prediction(text)} for question, text in answered]

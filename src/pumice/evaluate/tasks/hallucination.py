@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys
+from pumice.evaluate.files import ImageFolders, read_json
 from pumice.evaluate.task import (
     Answered,
     CategoryScore,
-    DatasetSource,
     Floats,
     Question,
     Score,
@@ -25,7 +25,6 @@ from pumice.evaluate.task import (
 
 PROMPT = "Describe this image in detail."
 
-Mentions = list[tuple[str, str]]  # (word, object)
 
 _DOUBLE = (
     "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light",
@@ -95,8 +94,8 @@ class ObjectNames:
         forms = (word, singular(word), word.removesuffix("s"))
         return next((form for form in forms if form in self._listed), word)
 
-    def find(self, text: str) -> Mentions:
-        """Return (word, object) for each object that a text names, in order and with repetitions."""
+    def find(self, text: str) -> list[str]:
+        """Return each object that a text names, in order and with repetitions."""
         # 1. Split the text into singular words.
         words = [self._singular(word) for word in _SEPARATORS.sub(r" \g<0> ", text.lower()).split()]
         # 2. Join the pairs that count as one word.
@@ -109,7 +108,7 @@ class ObjectNames:
         # 3. A toilet seat is no chair, as in the original.
         if "toilet" in joined:
             joined = [word for word in joined if word != "seat"]
-        return [(word, self.names[word]) for word in joined if word in self.names]
+        return [self.names[word] for word in joined if word in self.names]
 
 
 class Chair(Task):
@@ -124,29 +123,15 @@ class Chair(Task):
     title = "CHAIR"
     headline = "CHAIRi"
     lower_is_better = True
-    rank = 35
     splits = ("val",)
     max_new_tokens = 512
-    source = DatasetSource(
-        url="https://github.com/LisaAnne/Hallucination (data/synonyms.txt), https://cocodataset.org",
-        version="COCO 2014",
-        licence="annotations CC BY 4.0; pictures under COCO's terms; synonyms.txt BSD-2-Clause",
-        layout=(
-            "synonyms.txt",
-            "instances_val2014.json, captions_val2014.json (in annotations_trainval2014.zip)",
-            "val2014/; a file chair_images.txt with one image id per line chooses pictures",
-        ),
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        lines = locate(data, ("synonyms.txt",), self.source.expected_files).text().splitlines()
-        masks = locate(data, ("instances_val2014.json", "instances_all2014.json"), self.source.expected_files)
-        captions_file = locate(
-            data, ("captions_val2014.json", "captions_all2014.json"), self.source.expected_files
-        )
-        annotations, captions = read_json(masks), read_json(captions_file)
-        require_keys(annotations, ("images", "annotations", "categories"), f"'{masks}'")
-        require_keys(captions, ("annotations",), f"'{captions_file}'")
+        lines = self.locate(data, "synonyms.txt").text().splitlines()
+        masks = self.locate(data, "instances_val2014.json", "instances_all2014.json")
+        captions_file = self.locate(data, "captions_val2014.json", "captions_all2014.json")
+        annotations = read_json(masks, "images", "annotations", "categories")
+        captions = read_json(captions_file, "annotations")
         vocabularies = [ObjectNames(lines), ObjectNames(lines, corrected=True)]
         objects_by_image = [
             _objects_in_images(names, annotations, captions["annotations"]) for names in vocabularies
@@ -179,8 +164,8 @@ class Chair(Task):
     def score(self, answered: Sequence[Answered]) -> Score:
         # 1. Count the objects that each caption names, and those that are not in the image.
         named, wrong = _mentions(answered, corrected=False)
-        named_counts = np.array([len(pairs) for pairs in named], dtype=np.float64)
-        wrong_counts = np.array([len(pairs) for pairs in wrong], dtype=np.float64)
+        named_counts = np.array([len(objects) for objects in named], dtype=np.float64)
+        wrong_counts = np.array([len(objects) for objects in wrong], dtype=np.float64)
 
         def share(weights: Floats) -> float:
             total = float((weights * named_counts).sum())
@@ -188,8 +173,8 @@ class Chair(Task):
 
         # 2. Compute the metrics.
         covered = sum(
-            len({name for _, name in pairs} & set(question.meta["answers"]))
-            for pairs, (question, _) in zip(named, answered, strict=True)
+            len(set(objects) & set(question.meta["answers"]))
+            for objects, (question, _) in zip(named, answered, strict=True)
         )
         present = sum(len(question.meta["answers"]) for question, _ in answered)
         named_corrected, wrong_corrected = _mentions(answered, corrected=True)
@@ -198,17 +183,16 @@ class Chair(Task):
             "CHAIRi": share(np.ones(len(answered))),
             "CHAIRs": 100 * float((wrong_counts > 0).mean()),
             "CHAIRi_corrected": 100 * sum(map(len, wrong_corrected)) / total if total else float("nan"),
-            "CHAIRs_corrected": mean_percent([float(bool(pairs)) for pairs in wrong_corrected]),
+            "CHAIRs_corrected": mean_percent([float(bool(objects)) for objects in wrong_corrected]),
             "recall": 100 * covered / present if present else 0.0,
             "words": float(np.mean([len(text.split()) for _, text in answered])),
         }
         # 3. List the objects that were invented most often.
-        invented: dict[str, int] = {}
-        for pairs in wrong:
-            for _, name in pairs:
-                invented[name] = invented.get(name, 0) + 1
-        parts = {"invented things": _most_frequent(invented, int(wrong_counts.sum()))} if invented else {}
-        values: list[float | None] = [float(not pairs) for pairs in wrong]
+        invented = Counter(name for objects in wrong for name in objects)
+        ordered = sorted(invented.items(), key=lambda item: (-item[1], item[0]))[:20]
+        cells = {name: CategoryScore(100 * n / invented.total(), n) for name, n in ordered}
+        parts = {"invented things": cells} if cells else {}
+        values: list[float | None] = [float(not objects) for objects in wrong]
         notes = [] if named_counts.any() else ["no caption names any of COCO's things"]
         return Score(metrics, parts, values, share, notes)
 
@@ -222,23 +206,16 @@ def _objects_in_images(
     for row in annotations["annotations"]:
         objects.setdefault(row["image_id"], set()).add(names[row["category_id"]])
     for row in captions:
-        named = (name for _, name in vocabulary.find(row["caption"]))
-        objects.setdefault(row["image_id"], set()).update(named)
+        objects.setdefault(row["image_id"], set()).update(vocabulary.find(row["caption"]))
     return objects
 
 
-def _mentions(answered: Sequence[Answered], *, corrected: bool) -> tuple[list[Mentions], list[Mentions]]:
+def _mentions(answered: Sequence[Answered], *, corrected: bool) -> tuple[list[list[str]], list[list[str]]]:
     """Return the objects that each caption names, and those of them that are not in the image."""
     truth_key = "corrected" if corrected else "answers"
     named = [question.meta["vocabularies"][corrected].find(text) for question, text in answered]
     wrong = [
-        [pair for pair in pairs if pair[1] not in question.meta[truth_key]]
-        for pairs, (question, _) in zip(named, answered, strict=True)
+        [name for name in objects if name not in question.meta[truth_key]]
+        for objects, (question, _) in zip(named, answered, strict=True)
     ]
     return named, wrong
-
-
-def _most_frequent(counts: Mapping[str, int], total: int) -> dict[str, CategoryScore]:
-    """Return the share of each object in all invented ones, the most frequent first."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return {name: CategoryScore(100 * count / total, count) for name, count in ordered[:20]}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, ImageFolders, locate, read_jsonl, require_keys
-from pumice.evaluate.judge import JudgedTask
-from pumice.evaluate.task import Answered, CategoryScore, DatasetSource, Floats, Question, Score
+from pumice.evaluate.files import DataFile, ImageFolders, read_rows
+from pumice.evaluate.judge import JudgedTask, judge_notes
+from pumice.evaluate.task import Answered, CategoryScore, Floats, Question, Score
 
 PROMPT_VERSION = "pumice-llava-bench-1"
 PROMPT = """\
@@ -52,30 +51,20 @@ class LlavaBench(JudgedTask):
     name = "llava-bench"
     title = "LLaVA-Bench (in the wild)"
     headline = "relative"
-    rank = 11
-    splits = ("test",)
     max_new_tokens = 1024
     prompt_version = PROMPT_VERSION
-    source = DatasetSource(
-        url="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
-        version="24 pictures, 60 questions",
-        licence="CC BY-NC 4.0",
-        layout=("questions.jsonl, context.jsonl, answers_gpt4.jsonl", "images/"),
-        sizes={"test": 60},
-    )
     question_files: tuple[str, ...] = ("questions.jsonl",)
     context_files: tuple[str, ...] = ("context.jsonl",)
     reference_files: tuple[str, ...] = ("answers_gpt4.jsonl",)
     folders: tuple[str, ...] = ("images",)
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, self.question_files, self.source.expected_files)
-        contexts = self._contexts(locate(data, self.context_files, self.source.expected_files))
-        reference_file = locate(data, self.reference_files, self.source.expected_files)
-        references = {str(row["question_id"]): row["text"] for row in read_jsonl(reference_file)}
+        file = self.locate(data, *self.question_files)
+        contexts = self._contexts(self.locate(data, *self.context_files))
+        answers = self.rows(data, *self.reference_files, keys=("question_id", "text"))
+        references = {str(row["question_id"]): row["text"] for row in answers}
         images = ImageFolders(data, *self.folders)
-        for number, row in enumerate(read_jsonl(file), 1):
-            require_keys(row, ("question_id", "image", "text", "category"), f"'{file}', line {number}")
+        for row in read_rows(file, "question_id", "image", "text", "category"):
             key, image = str(row["question_id"]), row["image"]
             if key not in references or image not in contexts:
                 raise InputError(
@@ -92,8 +81,7 @@ class LlavaBench(JudgedTask):
 
     def _contexts(self, file: DataFile) -> dict[str, str]:
         contexts = {}
-        for number, row in enumerate(read_jsonl(file), 1):
-            require_keys(row, ("image",), f"'{file}', line {number}")
+        for row in read_rows(file, "image"):
             caption = row.get("caption", row.get("captions", ""))
             boxes = [f"{b['category']}: {b['bbox']}" for b in row.get("instances", ())]
             lines = [caption] if isinstance(caption, str) else list(caption)
@@ -102,18 +90,13 @@ class LlavaBench(JudgedTask):
 
     def score(self, answered: Sequence[Answered]) -> Score:
         # 1. Ask the judge, and read both grades from each reply.
-        prompts = [
-            (
-                question.id,
-                PROMPT.format(
-                    context=question.meta["context"],
-                    question=question.meta["question"],
-                    reference=question.meta["answer"],
-                    answer=text,
-                ),
+        prompts = []
+        for question, text in answered:
+            meta = question.meta
+            prompt = PROMPT.format(
+                context=meta["context"], question=meta["question"], reference=meta["answer"], answer=text
             )
-            for question, text in answered
-        ]
+            prompts.append((question.id, prompt))
         replies = self.replies(prompts, temperature=0.0, max_tokens=1024)
         pairs = [parse_scores(reply.text) if reply else None for reply in replies]
         parsed = np.array([pair is not None for pair in pairs], dtype=np.float64)
@@ -139,11 +122,8 @@ class LlavaBench(JudgedTask):
             metrics["grade_reference"] = float((parsed * grades[:, 0]).sum() / total)
         metrics["unparsed"] = float(unparsed)
         values: list[float | None] = [pair[1] / 10 if pair else None for pair in pairs]
-        notes: list[str] = ["judges differ: compare only results of one judge and one prompt version"]
-        if unparsed:
-            notes.append(f"{unparsed} replies of the judge do not parse and are in no mean")
-        judge: dict[str, Any] = self.judge_summary(replies, unparsed, answered)
-        return Score(metrics, {"category": cells}, values, relative, notes, judge)
+        judge = self.judge_summary(replies, unparsed, answered)
+        return Score(metrics, {"category": cells}, values, relative, judge_notes(unparsed), judge)
 
 
 class LlavaBenchCoco(LlavaBench):
@@ -151,14 +131,6 @@ class LlavaBenchCoco(LlavaBench):
 
     name = "llava-bench-coco"
     title = "LLaVA-Bench (COCO)"
-    rank = 20
-    source = DatasetSource(
-        url="https://github.com/haotian-liu/LLaVA, playground/data and llava/eval/table",
-        version="30 pictures, 90 questions",
-        licence="CC BY-NC 4.0; pictures under COCO's terms",
-        layout=("qa90_questions.jsonl, caps_boxes_coco2014_val_80.jsonl, qa90_gpt4_answer.jsonl", "val2014/"),
-        sizes={"test": 90},
-    )
     question_files = ("qa90_questions.jsonl", "coco2014_val_qa_eval/qa90_questions.jsonl")
     context_files = ("caps_boxes_coco2014_val_80.jsonl",)
     reference_files = ("qa90_gpt4_answer.jsonl", "coco2014_val_qa_eval/qa90_gpt4_answer.jsonl")

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import ClassVar
 
 from pumice.errors import InputError
-from pumice.evaluate.files import base64_image, hidden_options, locate, read_tsv
+from pumice.evaluate.files import base64_image, hidden_options, read_rows
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,
-    DatasetSource,
     Question,
     Score,
     Task,
     mean_percent,
+    mean_score,
     mean_statistic,
     options_note,
-    scores_by_category,
 )
 
 OPTIONS = "ABCD"
@@ -37,28 +36,18 @@ class MMBench(Task):
 
     name = "mmbench"
     title = "MMBench"
-    headline = "accuracy"
-    rank = 8
-    splits = ("dev", "test")
     max_new_tokens = 16
     instruction = LETTER
-    source = DatasetSource(
-        url="https://github.com/open-compass/MMBench",
-        version="dev_20230712 or dev_en_20231003",
-        licence="Apache-2.0",
-        layout=("mmbench_dev_20230712.tsv (LLaVA-1.5's), mmbench_dev_en_20231003.tsv or MMBench_DEV_EN.tsv",),
-        sizes={"dev": (4377, 4329), "test": (6718, 6666)},
-    )
     files: ClassVar[dict[str, tuple[str, ...]]] = {
         "dev": ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"),
         "test": ("mmbench_test_20230712.tsv", "mmbench_test_en_20231003.tsv", "MMBench_TEST_EN.tsv"),
     }
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, self.files[self.split], self.source.expected_files)
+        file = self.locate(data, *self.files[self.split])
         # A rotated copy holds no image but the index of the row that does.
         image_data: dict[str, str] = {}
-        for number, row in enumerate(read_tsv(file, ("question", *OPTIONS)), 1):
+        for number, row in enumerate(read_rows(file, texts=("question", *OPTIONS)), 1):
             index, text, image = row.get("index"), row.get("question"), row.get("image")
             if index is None or text is None or image is None or not index.isdecimal():
                 raise InputError(
@@ -94,15 +83,11 @@ class MMBench(Task):
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if answered and all(question.meta["answer"] is None for question, _ in answered):
-            raise InputError(
-                f"the answers of {self.title} {self.split} are not public; write --submission FILE.xlsx and "
-                "upload it to https://mmbench.opencompass.org.cn, or score --split dev"
-            )
+            raise self.not_public("https://mmbench.opencompass.org.cn", "FILE.xlsx")
         options = [infer_option(text, question.meta["choices"]) for question, text in answered]
-        right = [
-            option == question.meta["answer"] for option, (question, _) in zip(options, answered, strict=True)
-        ]
-        groups: dict[str, list[bool]] = {}
+        truths = [question.meta["answer"] for question, _ in answered]
+        right = [float(option == truth) for option, truth in zip(options, truths, strict=True)]
+        groups: dict[str, list[float]] = {}
         for (question, _), hit in zip(answered, right, strict=True):
             groups.setdefault(question.meta["group"], []).append(hit)
         # The first rotation in the file carries the circular score; the others have none.
@@ -116,22 +101,17 @@ class MMBench(Task):
         circular = [b for b in circular_values if b is not None]
         vanilla = [hit for (q, _), hit in zip(answered, right, strict=True) if int(q.id) < ROTATION]
         unread = sum(option is None for option in options)
-        metrics = {
-            "accuracy": mean_percent(circular),
-            "accuracy_every_rotation": mean_percent([float(hit) for hit in right]),
-            "accuracy_first_order": mean_percent([float(hit) for hit in vanilla]),
-            "unread": float(unread),
-        }
-        parts = {
-            "ability (l2)": scores_by_category(first, circular, "category"),
-            "ability": scores_by_category(first, circular, "ability"),
-        }
         notes = [f"{unread} answers name no option by the rules and count as wrong"] if unread else []
         notes += options_note(answered)
         if len(groups) == len(answered):
             notes.append("no question was asked in another rotation: this is not circular evaluation")
-        values: list[float | None] = [float(hit) for hit in right]
-        return Score(metrics, parts, values, statistic=mean_statistic(circular_values), notes=notes)
+        categories = {"ability (l2)": "category", "ability": "ability"}
+        score = mean_score(first, {"accuracy": circular}, categories, notes)
+        score.metrics["accuracy_every_rotation"] = mean_percent(right)
+        score.metrics["accuracy_first_order"] = mean_percent(vanilla)
+        score.metrics["unread"] = float(unread)
+        score.values, score.statistic = list(right), mean_statistic(circular_values)
+        return score
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         """Write the server's workbook: the table without images, and a column of predictions."""
@@ -159,15 +139,7 @@ class MMBenchCN(MMBench):
 
     name = "mmbench-cn"
     title = "MMBench-CN"
-    rank = 9
     instruction = "请直接回答选项字母。"
-    source = DatasetSource(
-        url=MMBench.source.url,
-        version="dev_cn_20231003",
-        licence=MMBench.source.licence,
-        layout=("mmbench_dev_cn_20231003.tsv or MMBench_DEV_CN.tsv",),
-        sizes={"dev": 4329, "test": 6666},
-    )
     files: ClassVar[dict[str, tuple[str, ...]]] = {
         "dev": ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv"),
         "test": ("mmbench_test_cn_20231003.tsv", "MMBench_TEST_CN.tsv"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from pumice.errors import InputError
 from pumice.evaluate.files import ImageFolders
-from pumice.evaluate.task import SHORT, Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
+from pumice.evaluate.task import SHORT, Answered, CategoryScore, Floats, Question, Score, Task
 from pumice.files import replacing
 
 PERCEPTION = (
@@ -34,19 +34,7 @@ class MME(Task):
     title = "MME"
     headline = "perception"
     unit = "points"
-    rank = 7
-    splits = ("test",)
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
-        version="MME_Benchmark_release_version (2,374 questions)",
-        licence="for academic research only; on request from its authors",
-        layout=(
-            "MME_Benchmark_release_version/TASK/ with NAME.jpg and NAME.txt, or images/ and "
-            "questions_answers_YN/ in it",
-        ),
-        sizes={"test": 2374},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         root = next((d for d in (data / "MME_Benchmark_release_version", data) if d.is_dir()), data)

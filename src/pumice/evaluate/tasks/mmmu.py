@@ -11,17 +11,7 @@ from typing import Any
 from pumice.errors import InputError
 from pumice.evaluate.files import bytes_image, read_parquet, require_keys, write_json
 from pumice.evaluate.metrics.choice import mmmu_open_right, mmmu_option, parse_list
-from pumice.evaluate.task import (
-    LETTER,
-    SHORT,
-    Answered,
-    DatasetSource,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-    scores_by_category,
-)
+from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Task, mean_score
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -54,17 +44,6 @@ class MMMU(Task):
 
     name = "mmmu"
     title = "MMMU"
-    headline = "accuracy"
-    rank = 22
-    splits = ("validation", "dev", "test")
-    max_new_tokens = 128
-    source = DatasetSource(
-        url="https://huggingface.co/datasets/MMMU/MMMU",
-        version="900 validation questions",
-        licence="Apache-2.0; pictures under their own terms",
-        layout=("SUBJECT/validation-00000-of-00001.parquet for each of 30 subjects",),
-        sizes={"validation": 900, "dev": 150, "test": 10500},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
         files = sorted(data.glob(f"**/{self.split}-*.parquet")) if data.is_dir() else []
@@ -106,10 +85,7 @@ class MMMU(Task):
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if self.split == "test":
-            raise InputError(
-                "the answers of MMMU test are not public; write --submission FILE and upload it to EvalAI, "
-                "or score --split validation"
-            )
+            raise self.not_public("EvalAI")
         random = Random(SEED)
         order = sorted(
             range(len(answered)), key=lambda n: ORDER.get(answered[n].question.meta["category"], len(ORDER))
@@ -127,18 +103,12 @@ class MMMU(Task):
             unread += letter is None
             strict[number] = float(letter in truths)
             guessed[number] = float((letter or mmmu_option(text, options, random)) in truths)
-        notes = (
-            [f"{unread} answers name no option; a random one is counted, as in the original"]
-            if unread
-            else []
-        )
-        metrics = {"accuracy": mean_percent(guessed), "accuracy_without_guessing": mean_percent(strict)}
-        parts = {
-            "domain": scores_by_category(answered, guessed, "domain"),
-            "subject": scores_by_category(answered, guessed, "category"),
-            "difficulty": scores_by_category(answered, guessed, "difficulty"),
-        }
-        return Score({**metrics, "unread": float(unread)}, parts, list(guessed), notes=notes)
+        note = f"{unread} answers name no option; a random one is counted, as in the original"
+        categories = {"domain": "domain", "subject": "category", "difficulty": "difficulty"}
+        metrics = {"accuracy": guessed, "accuracy_without_guessing": strict}
+        score = mean_score(answered, metrics, categories, [note] if unread else [])
+        score.metrics["unread"] = float(unread)
+        return score
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         answers = {}

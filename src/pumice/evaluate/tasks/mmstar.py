@@ -4,29 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from pumice.evaluate.files import (
-    base64_image,
-    bytes_image,
-    hidden_options,
-    locate,
-    read_parquet,
-    read_tsv,
-    require_keys,
-)
+from pumice.evaluate.files import base64_image, bytes_image, hidden_options
 from pumice.evaluate.metrics.choice import mmstar_right
-from pumice.evaluate.task import (
-    LETTER,
-    Answered,
-    DatasetSource,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-    options_note,
-    scores_by_category,
-)
+from pumice.evaluate.task import LETTER, Answered, Question, Score, Task, mean_score, options_note
 
 
 class MMStar(Task):
@@ -34,28 +15,12 @@ class MMStar(Task):
 
     name = "mmstar"
     title = "MMStar"
-    headline = "accuracy"
-    rank = 21
-    splits = ("val",)
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://huggingface.co/datasets/Lin-Chen/MMStar",
-        version="1,500 questions",
-        licence="of the benchmarks it was chosen from",
-        layout=("mmstar.parquet or MMStar.tsv",),
-        sizes={"val": 1500},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(
-            data, ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv"), self.source.expected_files
-        )
-        rows: Iterator[dict[str, Any]]
-        rows = (
-            read_tsv(file, ("question", *"ABCD")) if file.name.endswith(".tsv") else read_parquet([file.path])
-        )
-        for number, row in enumerate(rows, 1):
-            require_keys(row, ("index", "question", "answer", "image"), f"'{file}', row {number}")
+        names = ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv")
+        keys = ("index", "question", "answer", "image")
+        for row in self.rows(data, *names, keys=keys, texts=("question", *"ABCD")):
             key, image = str(row["index"]), row["image"]
             image_data = image.get("bytes") if isinstance(image, dict) else image
             image_file = (
@@ -79,12 +44,9 @@ class MMStar(Task):
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(mmstar_right(text, question.meta["answer"])) for question, text in answered]
-        parts = {
-            "ability": scores_by_category(answered, values, "category"),
-            "part": scores_by_category(answered, values, "part"),
-        }
         unread = sum(not any(mmstar_right(text, letter) for letter in "ABCD") for _, text in answered)
         notes = [f"{unread} answers begin with no option's letter and count as wrong"] if unread else []
         notes += options_note(answered)
-        metrics = {"accuracy": mean_percent(values), "unread": float(unread)}
-        return Score(metrics, parts, list(values), notes=notes)
+        score = mean_score(answered, {"accuracy": values}, {"ability": "category", "part": "part"}, notes)
+        score.metrics["unread"] = float(unread)
+        return score

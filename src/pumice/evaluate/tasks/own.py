@@ -8,20 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, ImageFile, locate, read_jsonl, require_keys
+from pumice.evaluate.files import DataFile, ImageFile, read_rows
 from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
-from pumice.evaluate.task import (
-    Answered,
-    DatasetSource,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-    scores_by_category,
-)
+from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
 
 # Scripts without spaces between words: Thai to Tibetan, Burmese, Khmer, Chinese and Japanese, with the
 # punctuation of the latter.
@@ -122,44 +114,29 @@ class OwnFile(Task):
     name = "own"
     title = "Your own file"
     headline = "score"
-    rank = 90
     splits = ("all",)
     max_new_tokens = 256
-    source = DatasetSource(
-        url="your own",
-        version="your own",
-        licence="your own",
-        layout=("questions.jsonl, or any .jsonl given to --data", "pictures beside it"),
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = (
-            DataFile(data)
-            if data.is_file()
-            else locate(data, ("questions.jsonl",), self.source.expected_files)
-        )
-        for number, row in enumerate(read_jsonl(file), 1):
+        file = DataFile(data) if data.is_file() else self.locate(data, "questions.jsonl")
+        for number, row in enumerate(read_rows(file, "question"), 1):
             yield _question(row, file, number)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [METRICS[question.meta["metric"]](text, question.meta) for question, text in answered]
-        parts = {
-            "category": scores_by_category(answered, values, "category"),
-            "metric": scores_by_category(answered, values, "metric"),
-        }
-        metrics, notes = {"score": mean_percent(values)}, []
+        score = mean_score(answered, {"score": values}, {"category": "category", "metric": "metric"})
+        score.categories = {title: cells for title, cells in score.categories.items() if cells}
         for name, (is_unread, outcome) in UNREAD.items():
             texts = [(text, question.meta) for question, text in answered if question.meta["metric"] == name]
             if texts:
                 unread = sum(is_unread(text, meta) for text, meta in texts)
-                metrics["unread"] = metrics.get("unread", 0.0) + unread
-                notes += [f"{unread} answers {outcome}"] if unread else []
-        return Score(metrics, {k: v for k, v in parts.items() if v}, list(values), notes=notes)
+                score.metrics["unread"] = score.metrics.get("unread", 0.0) + unread
+                score.notes += [f"{unread} answers {outcome}"] if unread else []
+        return score
 
 
 def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
-    error_prefix = f"'{file}', line {number}"
-    require_keys(row, ("question",), error_prefix)
+    error_prefix = f"'{file}', row {number}"
     # 1. Read the answers and the metric.
     answers = row.get("answers", row.get("answer"))
     answers = [answers] if isinstance(answers, str | int | float) else answers

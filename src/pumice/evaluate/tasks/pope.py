@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, ImageFolders, locate, read_jsonl, require_keys, search
+from pumice.evaluate.files import DataFile, ImageFolders, read_rows, search
 from pumice.evaluate.metrics.presence import means_yes, presence_score
-from pumice.evaluate.task import SHORT, Answered, CategoryScore, DatasetSource, Floats, Question, Score, Task
+from pumice.evaluate.task import SHORT, Answered, CategoryScore, Floats, Question, Score, Task
 
 KINDS = ("adversarial", "popular", "random")
 
@@ -25,42 +25,26 @@ class Pope(Task):
     name = "pope"
     title = "POPE"
     headline = "f1"
-    rank = 6
-    splits = ("test",)
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco",
-        version="e3e3926 (8,910 questions, of which LLaVA-1.5 was asked)",
-        licence="MIT; pictures under COCO's terms",
-        layout=("coco/coco_pope_adversarial.json, _popular.json and _random.json", "val2014/"),
-        sizes={"test": (8910, 9000)},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        files = {
-            kind: locate(data, (f"coco_pope_{kind}.json",), self.source.expected_files) for kind in KINDS
-        }
+        files = {kind: self.locate(data, f"coco_pope_{kind}.json") for kind in KINDS}
         llava_list = search(data, ("llava_pope_test.jsonl",))
         images = ImageFolders(data, "val2014", "images/val2014")
         for kind, file in files.items():
-            rows = read_jsonl(file)
-            llava_ids = _llava_ids(llava_list, kind, rows) if llava_list is not None else None
-            for index, row in enumerate(rows):
-                require_keys(row, ("question_id", "image", "text", "label"), f"'{file}', line {index + 1}")
-                key = str(row["question_id"])
+            rows = list(read_rows(file, "question_id", "image", "text", "label"))
+            ids = [f"{kind}/{row['question_id']}" for row in rows]
+            other_ids = [str(row["question_id"]) for row in rows]
+            if llava_list is not None:
+                ids, other_ids = _llava_ids(llava_list, kind, rows), ids
+            for row, key, other in zip(rows, ids, other_ids, strict=True):
                 meta = {
                     "question": row["text"],
                     "answer": row["label"],
                     "category": kind,
                     "group": row["image"],
                 }
-                if llava_ids is not None:
-                    question_id, other_id = llava_ids[index], f"{kind}/{key}"
-                else:
-                    question_id, other_id = f"{kind}/{key}", key
-                yield Question(
-                    question_id, (images.get(row["image"]),), f"{row['text']}\n{SHORT}", meta, other_id
-                )
+                yield Question(key, (images.get(row["image"]),), f"{row['text']}\n{SHORT}", meta, other)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         # 1. Read every answer as yes or no.
@@ -106,7 +90,7 @@ class Pope(Task):
 
 def _llava_ids(file: DataFile, kind: str, labelled: Sequence[dict[str, Any]]) -> list[str]:
     """Return the ids of LLaVA's list, whose questions have the order of the labels."""
-    rows = [row for row in read_jsonl(file) if row.get("category") == kind]
+    rows = [row for row in read_rows(file, "question_id") if row.get("category") == kind]
     labels_file = f"coco_pope_{kind}.json"
     remedy = "take both from one version, or remove LLaVA's list"
     if len(rows) != len(labelled):

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import ImageFolders, locate, read_object, require_keys, write_json
+from pumice.evaluate.files import ImageFolders, read_json, read_rows, write_json
 from pumice.evaluate.metrics.choice import scienceqa_option
 from pumice.evaluate.task import (
     LETTER,
     Answered,
-    DatasetSource,
     Question,
     Score,
     Task,
     mean_percent,
+    mean_score,
     mean_statistic,
-    scores_by_category,
 )
 
 LETTERS = "ABCDE"
@@ -40,33 +39,22 @@ class ScienceQA(Task):
     name = "scienceqa"
     title = "ScienceQA"
     headline = "image_accuracy"
-    rank = 4
     splits = ("test", "val", "minitest", "minival", "train")
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://github.com/lupantech/ScienceQA, data/scienceqa",
-        version="problems.json with 21,208 problems",
-        licence="CC BY-NC-SA 4.0",
-        layout=("problems.json, pid_splits.json", "images/test/ID/image.png"),
-        sizes={"test": 4241, "val": 4241, "train": 12726},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        splits = locate(data, ("pid_splits.json",), self.source.expected_files)
-        file = locate(data, ("problems.json",), self.source.expected_files)
-        ids_by_split, problems = read_object(splits), read_object(file)
-        require_keys(ids_by_split, (self.split,), f"'{splits}'")
+        splits, file = self.locate(data, "pid_splits.json"), self.locate(data, "problems.json")
+        ids = read_json(splits, self.split)[self.split]
+        problems = {row["key"]: row for row in read_rows(file, "question", "choices", "answer", at="*")}
         folder = {"minitest": "test", "minival": "val"}.get(self.split, self.split)
         images = ImageFolders(data, f"images/{folder}", folder)
-        missing = [key for key in ids_by_split[self.split] if key not in problems]
-        if missing:
+        if missing := [key for key in ids if key not in problems]:
             raise InputError(
-                f"{len(missing)} of {len(ids_by_split[self.split])} problems of '{splits}' are not in "
-                f"'{file}', the first is {missing[0]}; fetch both from one version"
+                f"{len(missing)} of {len(ids)} problems of '{splits}' are not in '{file}', the first is "
+                f"{missing[0]}; fetch both from one version"
             )
-        for key in ids_by_split[self.split]:
+        for key in ids:
             problem = problems[key]
-            require_keys(problem, ("question", "choices", "answer"), f"'{file}', problem {key}")
             question_images = (images.get(f"{key}/{problem['image']}"),) if problem.get("image") else ()
             meta = {
                 "question": problem["question"],
@@ -89,21 +77,13 @@ class ScienceQA(Task):
         ]
         image_values = [value for value in with_image if value is not None]
         unread = sum(option < 0 for option in options)
-        return Score(
-            {
-                "image_accuracy": mean_percent(image_values) if image_values else float("nan"),
-                "accuracy": mean_percent(values),
-                "unread": float(unread),
-            },
-            {
-                "modality": scores_by_category(answered, values, "category"),
-                "subject": scores_by_category(answered, values, "subject"),
-                "grade": scores_by_category(answered, values, "grade"),
-            },
-            list(values),
-            statistic=mean_statistic(with_image),
-            notes=[f"{unread} answers name no option and count as wrong"] if unread else [],
-        )
+        notes = [f"{unread} answers name no option and count as wrong"] if unread else []
+        categories = {"modality": "category", "subject": "subject", "grade": "grade"}
+        score = mean_score(answered, {"accuracy": values}, categories, notes)
+        image_accuracy = mean_percent(image_values) if image_values else float("nan")
+        score.metrics = {"image_accuracy": image_accuracy, **score.metrics, "unread": float(unread)}
+        score.statistic = mean_statistic(with_image)
+        return score
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         """Write the result file of the benchmark's leaderboard."""

@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pumice.evaluate.files import ImageFolders, locate, read_json, require_keys
+from pumice.evaluate.files import ImageFolders, read_json, read_rows
 from pumice.evaluate.task import (
     LETTER,
     Answered,
-    DatasetSource,
     Question,
     Score,
     Task,
     mean_percent,
-    scores_by_category,
+    mean_score,
 )
 from pumice.files import replacing
 
@@ -25,41 +24,17 @@ class SeedBench(Task):
 
     name = "seed"
     title = "SEED-Bench"
-    headline = "accuracy"
-    rank = 10
-    splits = ("test",)
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://huggingface.co/datasets/AILab-CVC/SEED-Bench",
-        version="1 (19,242 questions)",
-        licence="CC BY-NC 4.0",
-        layout=(
-            "SEED-Bench.json",
-            "SEED-Bench-image/",
-            "SEED-Bench-video-image/TASK_QUESTION.png, the middle frame of each video",
-        ),
-        sizes={"test": 19242},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, ("SEED-Bench.json",), self.source.expected_files)
-        contents = read_json(file)
-        require_keys(contents, ("questions",), f"'{file}'")
-        names = {number: name for name, number in contents.get("question_type", {}).items()}
+        file = self.locate(data, "SEED-Bench.json")
+        names = {
+            number: name for name, number in read_json(file, "questions").get("question_type", {}).items()
+        }
         images = ImageFolders(data, "SEED-Bench-image")
         frames = ImageFolders(data, "SEED-Bench-video-image")
-        keys = (
-            "question_id",
-            "question",
-            "choice_a",
-            "choice_b",
-            "choice_c",
-            "choice_d",
-            "answer",
-            "data_type",
-        )
-        for number, row in enumerate(contents["questions"], 1):
-            require_keys(row, keys, f"'{file}', question {number}")
+        keys = ("question_id", "question", *(f"choice_{letter}" for letter in "abcd"), "answer", "data_type")
+        for row in read_rows(file, *keys, at="questions"):
             key, kind = str(row["question_id"]), row.get("question_type_id")
             if row["data_type"] == "image":
                 name = str(row["data_id"])
@@ -80,17 +55,15 @@ class SeedBench(Task):
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(text == question.meta["answer"]) for question, text in answered]
         loose = [float(text.strip()[:1].upper() == question.meta["answer"]) for question, text in answered]
-        kinds = scores_by_category(answered, values, "kind")
-        metrics = {"accuracy": mean_percent(values)}
-        metrics |= {f"accuracy_{name}": cell.value for name, cell in kinds.items()}
-        metrics["accuracy_first_letter"] = mean_percent(loose)
-        parts = {"kind": kinds, "ability": scores_by_category(answered, values, "category")}
         unread = sum(text not in tuple("ABCD") for _, text in answered)
-        metrics["unread"] = float(unread)
-        notes = (
-            [f"{unread} answers are no letter alone and count as wrong, as in the original"] if unread else []
-        )
-        return Score(metrics, parts, list(values), notes=notes)
+        note = f"{unread} answers are no letter alone and count as wrong, as in the original"
+        categories = {"kind": "kind", "ability": "category"}
+        score = mean_score(answered, {"accuracy": values}, categories, [note] if unread else [])
+        kinds = score.categories["kind"].items()
+        score.metrics |= {f"accuracy_{name}": cell.value for name, cell in kinds}
+        score.metrics["accuracy_first_letter"] = mean_percent(loose)
+        score.metrics["unread"] = float(unread)
+        return score
 
     def submission(self, answered: Sequence[Answered], path: Path, data: Path) -> None:
         rows = ({"question_id": question.id, "prediction": text} for question, text in answered)

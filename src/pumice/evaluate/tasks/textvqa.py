@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pumice.evaluate.files import ImageFolders, locate, read_json, read_jsonl, require_keys, search
+from pumice.evaluate.files import ImageFolders, read_json, read_rows, search
 from pumice.evaluate.metrics.vqa import textvqa_accuracy
-from pumice.evaluate.task import SHORT, Answered, DatasetSource, Question, Score, Task, mean_percent
+from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_score
 
 
 class TextVQA(Task):
@@ -19,32 +19,13 @@ class TextVQA(Task):
 
     name = "textvqa"
     title = "TextVQA"
-    headline = "accuracy"
-    rank = 5
-    splits = ("val",)
     max_new_tokens = 16
-    source = DatasetSource(
-        url="https://textvqa.org/dataset/",
-        version="0.5.1",
-        licence="CC BY 4.0",
-        layout=(
-            "TextVQA_0.5.1_val.json",
-            "TextVQA_Rosetta_OCR_v0.2_val.json or LLaVA's llava_textvqa_val_v051_ocr.jsonl",
-            "train_images/",
-        ),
-        sizes={"val": 5000},
-    )
 
     def questions(self, data: Path) -> Iterator[Question]:
-        file = locate(data, ("TextVQA_0.5.1_val.json",), self.source.expected_files)
-        rows = read_json(file)
-        require_keys(rows, ("data",), f"'{file}'")
         words, prompts = self._words(data), self._prompts(data)
         images = ImageFolders(data, "train_images", "train_val_images/train_images")
-        for number, row in enumerate(rows["data"], 1):
-            require_keys(
-                row, ("image_id", "question_id", "question", "answers"), f"'{file}', question {number}"
-            )
+        keys = ("image_id", "question_id", "question", "answers")
+        for row in self.rows(data, "TextVQA_0.5.1_val.json", keys=keys, at="data"):
             image, question = row["image_id"], row["question"]
             prompt = prompts.get((image, question.lower()))
             if prompt is None:
@@ -57,19 +38,20 @@ class TextVQA(Task):
 
     def _words(self, data: Path) -> dict[str, list[str]]:
         file = search(data, ("TextVQA_Rosetta_OCR_v0.2_val.json",))
-        rows = read_json(file)["data"] if file is not None else []
+        rows = read_json(file, "data")["data"] if file is not None else []
         return {row["image_id"]: list(row["ocr_tokens"]) for row in rows}
 
     def _prompts(self, data: Path) -> dict[tuple[str, str], str]:
         file = search(data, ("llava_textvqa_val_v051_ocr.jsonl",))
-        rows = read_jsonl(file) if file is not None else []
+        rows = read_rows(file, "question_id", "text") if file is not None else []
         return {(str(row["question_id"]), row["text"].split("\n")[0].lower()): row["text"] for row in rows}
 
     def score(self, answered: Sequence[Answered]) -> Score:
-        values = [textvqa_accuracy(text, question.meta["answers"]) for question, text in answered]
-        corrected = [
-            textvqa_accuracy(text, question.meta["answers"], corrected=True) for question, text in answered
-        ]
+        pairs = [(text, question.meta["answers"]) for question, text in answered]
+        metrics = {
+            name: [textvqa_accuracy(text, truths, corrected=corrected) for text, truths in pairs]
+            for name, corrected in (("accuracy", False), ("accuracy_corrected", True))
+        }
         without_words = sum(not question.meta["ocr"] for question, _ in answered)
         notes = ["the headline keeps the slips of M4C's answer processor, as published numbers do"]
         if without_words:
@@ -77,5 +59,4 @@ class TextVQA(Task):
                 f"{without_words} prompts are without OCR words, since no OCR file is in the folder; LLaVA's "
                 "numbers are with them (this matters only for answers made with these prompts)"
             )
-        metrics = {"accuracy": mean_percent(values), "accuracy_corrected": mean_percent(corrected)}
-        return Score(metrics, values=list(values), notes=notes)
+        return mean_score(answered, metrics, notes=notes)

@@ -109,7 +109,7 @@ def _stored(name: str, data: LazyTensor, entry: object, index: Path) -> LazyTens
     def restored(dtype: torch.dtype) -> Tensor:
         return packed().restored(dtype)
 
-    return LazyTensor(shape, torch.float32, restored, data.origin, Blocks(kind, packed))
+    return LazyTensor(shape, torch.float32, restored, data.origin, Blocks(kind, packed, mapped=True))
 
 
 def _described(entry: object) -> tuple[BlockFormat | None, tuple[int, int]]:

@@ -1,23 +1,37 @@
-"""The kinds of rows. Each file of this folder that has a KIND is one kind."""
+"""The kinds of rows. Each YAML file of this folder is one kind: prompt, limits, checks, worked examples."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import pkgutil
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pumice.errors import InputError
-from pumice.synth.kinds.base import Kind
+from pumice.storage.yaml_file import read_yaml
+from pumice.synth.kinds import checks
+from pumice.synth.kinds.base import MARKET, SNOW, Example, Kind, pairs, whole
 
 
 @cache
 def builtin() -> dict[str, Kind]:
     """Every kind of this folder, by name."""
-    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
-    kinds = [module.KIND for module in modules if hasattr(module, "KIND")]
+    kinds = [_read(path) for path in sorted(Path(__file__).parent.glob("*.yaml"))]
     return {kind.name: kind for kind in kinds}
+
+
+def _read(path: Path) -> Kind:
+    values: dict[str, Any] = read_yaml(path, "kind")
+    examples, questions = values.pop("examples"), values.pop("questions", None)
+    further = tuple(getattr(checks, name) for name in values.pop("checks", ()))
+    limits: dict[str, Any] = {name: tuple(values.pop(name)) for name in ("turns", "words") if name in values}
+    return Kind(
+        **values,
+        **limits,
+        checks=further,
+        examples=(Example(MARKET, examples["market"]), Example(SNOW, examples["snow"])),
+        parse=whole(questions) if questions else pairs,
+    )
 
 
 def get(name: str) -> Kind:
@@ -35,5 +49,5 @@ def get(name: str) -> Kind:
             raise InputError(f"'{path}' cannot be run ({type(error).__name__}: {error}); mend it") from error
         if isinstance(getattr(module, "KIND", None), Kind):
             return module.KIND
-        raise InputError(f"'{path}' defines no KIND; see the files of pumice/synth/kinds")
+        raise InputError(f"'{path}' defines no KIND; assign it a pumice.synth.kinds.base.Kind")
     raise InputError(f"there is no kind '{name}'; use one of {', '.join(builtin())}, or a Python file")

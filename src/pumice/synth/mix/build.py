@@ -10,16 +10,18 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pumice import __version__
 from pumice.errors import InputError, official
 from pumice.files import replacing, sha256
+from pumice.storage.yaml_file import read_yaml
 from pumice.synth.mix.readers import READERS, Reader, ReaderInput, Unit
 
 
@@ -49,14 +51,7 @@ class Mix(MixModel):
 
 def load(path: Path) -> Mix:
     """Read a recipe. Raises InputError that names the key."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    values = read_yaml(path)
     try:
         mix = Mix.model_validate(values)
     except ValidationError as error:
@@ -146,36 +141,22 @@ def _rows(
     store: sqlite3.Connection, reader: Reader, given: ReaderInput, name: str
 ) -> Iterator[dict[str, Any]]:
     """The rows of one source: units of the same picture and part together, in order of first appearance."""
-    units = _units(reader, given, name)
-    if not reader.merge:
-        for number, unit in enumerate(units):
-            yield _row(unit.image, list(unit.turns), f"{name}/{number}", reader.suffix)
-        return
     firsts: dict[tuple[str | None, int], int] = {}
-    for number, unit in enumerate(units):
-        first = firsts.setdefault((unit.image, unit.part), len(firsts))
+    for number, unit in enumerate(_units(reader, given, name)):
+        first = firsts.setdefault((unit.image, unit.part), len(firsts)) if reader.merge else number
         values = (first, number, unit.image, json.dumps(unit.turns, ensure_ascii=False))
         store.execute("INSERT INTO units VALUES (?, ?, ?, ?)", values)
-    current: int | None = None
-    image, turns = "", list[tuple[str, str]]()
-    for first, _, name_of, text in store.execute("SELECT * FROM units ORDER BY first, number"):
-        if current is not None and first != current:
-            yield _row(image, turns, _row_id(name, image, current), reader.suffix)
-            turns = []
-        current, image = first, name_of
-        turns += json.loads(text)
-    if current is not None:
-        yield _row(image, turns, _row_id(name, image, current), reader.suffix)
+    units = store.execute("SELECT first, image, turns FROM units ORDER BY first, number")
+    for (first, image), group in groupby(units, key=itemgetter(0, 1)):
+        turns = [turn for _, _, text in group for turn in json.loads(text)]
+        row_id = f"{name}/{PurePosixPath(image).stem}-{first}" if reader.merge else f"{name}/{first}"
+        yield _row(image, turns, row_id, reader.suffix)
     store.execute("DELETE FROM units")
 
 
 def _units(reader: Reader, given: ReaderInput, name: str) -> Iterator[Unit]:
     with official(lambda: f"{name}, entry {given.items}"):
         yield from reader.read(given)
-
-
-def _row_id(name: str, image: str, number: int) -> str:
-    return f"{name}/{PurePosixPath(image).stem}-{number}"
 
 
 def _row(image: str | None, turns: list[Any], row_id: str, suffix: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pickle
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -231,34 +231,24 @@ def visual_genome(inputs: ReaderInput) -> Iterator[Unit]:
 
 def sharegpt(inputs: ReaderInput) -> Iterator[Unit]:
     """Text-only chats: [{id, conversations: [{from, value}]}]; those that do not take turns are left out."""
-    names = {
-        "human": "human",
-        "user": "human",
-        "gpt": "gpt",
-        "chatgpt": "gpt",
-        "assistant": "gpt",
-        "bing": "gpt",
-    }
+    names = {"user": "human", "chatgpt": "gpt", "assistant": "gpt", "bing": "gpt"}
     for chat in items(inputs.file("chats"), "item"):
         inputs.items += 1
         messages = [
-            (names.get(str(t.get("from"))), str(t.get("value") or ""))
+            (names.get(str(t.get("from")), str(t.get("from"))), str(t.get("value") or ""))
             for t in chat.get("conversations") or ()
         ]
         while messages and messages[0][0] != "human":
             del messages[0]
-        messages = messages[: len(messages) // 2 * 2]
-        wrong = [who for who, _ in messages] != ["human", "gpt"] * (len(messages) // 2)
-        if (
-            not messages
-            or wrong
-            or any(not text.strip() or IMAGE_PLACEHOLDER in text for _, text in messages)
+        pairs_of_texts = _in_turn(messages[: len(messages) // 2 * 2])
+        if not pairs_of_texts or any(
+            not text.strip() or IMAGE_PLACEHOLDER in text for pair in pairs_of_texts for text in pair
         ):
             inputs.skipped["does not take turns"] += 1
             continue
         turns: list[tuple[str, str]] = []
         length = 0
-        for (_, question), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
+        for question, answer in pairs_of_texts:
             length += len(question) + len(answer)
             if length > inputs.longest:
                 break
@@ -276,18 +266,20 @@ def llava(inputs: ReaderInput) -> Iterator[Unit]:
         for number in range(len(rows)):
             inputs.items += 1
             row = rows[number]
-            conversation = [(speaker, text) for speaker, text in row.turns if speaker != "system"]
-            speakers = [speaker for speaker, _ in conversation]
-            if speakers != ["human", "gpt"] * (len(speakers) // 2) or len(row.image) > 1:
+            turns = _in_turn([(speaker, text) for speaker, text in row.turns if speaker != "system"])
+            if turns is None or len(row.image) > 1:
                 inputs.skipped["does not take turns"] += 1
                 continue
-            turns = zip(conversation[::2], conversation[1::2], strict=True)
             image = inputs.image(row.image[0]) if row.image else None
-            yield Unit(
-                image,
-                tuple((q.replace(IMAGE_PLACEHOLDER, "").strip(), a) for (_, q), (_, a) in turns),
-                part=number,
-            )
+            texts = tuple((q.replace(IMAGE_PLACEHOLDER, "").strip(), a) for q, a in turns)
+            yield Unit(image, texts, part=number)
+
+
+def _in_turn(messages: Sequence[tuple[str, str]]) -> list[tuple[str, str]] | None:
+    """Return (question, answer) of messages that a human and a model write in turn; None of others."""
+    if [speaker for speaker, _ in messages] != ["human", "gpt"] * (len(messages) // 2):
+        return None
+    return [(q, a) for (_, q), (_, a) in zip(messages[::2], messages[1::2], strict=True)]
 
 
 def _region(text: str, place: str, pick: random.Random) -> tuple[str, str]:

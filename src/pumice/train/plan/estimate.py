@@ -19,8 +19,9 @@ from pumice.errors import InputError, WorkError
 from pumice.formats.load import find_device
 from pumice.geometry import image_layout
 from pumice.model.packed import Run
+from pumice.storage.memory import GB
 from pumice.train.batches import Batches
-from pumice.train.devices import GB, GPUS, find_gpu, peak, total_memory
+from pumice.train.devices import GPUS, find_gpu, peak, total_memory
 from pumice.train.parallel import MAX_COPY_SHARE
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe

@@ -1,0 +1,86 @@
+"""Choose the size of the KV cache from the memory that is free."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from pumice.errors import InputError
+from pumice.model.cache import KVCache
+from pumice.model.llava import Llava
+from pumice.storage.memory import GB, available_memory
+
+# Of an engine for one user; more if one context needs more, and at most half of the free memory.
+CACHE_BYTES = 1 << 30
+FREE_SHARE = 0.5
+# A block that was never used gets memory only while this much is free: activations need some, too.
+RESERVE = 256 * 2**20
+_STATUS = Path("/proc/self/status")
+_LOG = logging.getLogger("pumice")
+
+
+def free_memory(model: Llava) -> float | None:
+    """Return the bytes that are free beside the model's weights on its device; None if unknown."""
+    if model.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(model.device)[0])
+    free = available_memory()
+    if free is None:
+        return None
+    # Weights that are mapped from a file are not in memory yet, or count as free there.
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = sum(tensor.nbytes for tensor in tensors if tensor.device.type == model.device.type)
+    return max(0.0, free - max(0.0, weights - _own_memory(weights)))
+
+
+def _own_memory(default: float) -> float:
+    """Return the bytes of this process that no file holds; `default` where the system does not say."""
+    if not _STATUS.exists():
+        return default
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    return int(lines["RssAnon"].split()[0]) * 1024.0 if "RssAnon" in lines else default
+
+
+def cache_size(model: Llava, slots: int, cache_tokens: int | None, memory_share: float | None) -> int:
+    """Return the number of tokens of the KV cache.
+
+    cache_tokens, memory_share: as in `Engine`. Raise InputError if `cache_tokens` need more memory than is
+    free. What is chosen is logged, as a warning if it limits the context.
+    """
+    config = model.config.decoder
+    token_bytes = KVCache.bytes_per_token(config, model.decoder.cache_dtype)
+    free = free_memory(model)
+    if cache_tokens is not None:
+        if free is not None and cache_tokens * token_bytes > free:
+            raise InputError(
+                f"a KV cache of {cache_tokens} tokens takes {cache_tokens * token_bytes / GB:.1f} GB and "
+                f"{free / GB:.1f} GB of memory are free; give at most {int(free // token_bytes)} tokens"
+            )
+        return cache_tokens
+    # 1. What can be used: all slots at their longest, twice if finished requests are to stay beside them.
+    if memory_share is None:
+        tokens = max(config.context, min(CACHE_BYTES // token_bytes, 2 * slots * config.context))
+        memory_share = FREE_SHARE
+    else:
+        tokens = slots * config.context
+    # 2. What there is memory for. A cache holds a token at least; what does not fit is refused later.
+    if free is not None:
+        tokens = max(1, min(tokens, int(memory_share * free // token_bytes)))
+    size = f"the KV cache holds {tokens} tokens in {tokens * token_bytes / GB:.2f} GB"
+    if tokens < config.context and free is not None:
+        _LOG.warning(
+            "%s, fewer than the model's context of %d: %.1f GB of memory are free",
+            size, config.context, free / GB,
+        )  # fmt: skip
+    else:
+        _LOG.info("%s", size)
+    return tokens
+
+
+def has_memory(device: torch.device) -> bool:
+    """Return whether the system can give memory to more of a KV cache. On a GPU it was taken at the start."""
+    if device.type != "cpu":
+        return True
+    free = available_memory()
+    return free is None or free > RESERVE

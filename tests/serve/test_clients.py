@@ -1,0 +1,186 @@
+"""Requests as common clients send them, without a setting changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from asking import ask, data_uri, picture, post
+
+from pumice.assistant import Assistant, load
+from pumice.conversation import Conversation, ImagePart, Message
+from pumice.engine.generate import naive_generate
+
+HI = {"role": "user", "content": "hi"}
+PICTURE = {"type": "image_url", "image_url": {"url": data_uri(picture(1))}}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_folder: Path) -> Assistant:
+    return load(tiny_folder, device="cpu", quantize=None)
+
+
+def answer(**more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "Hello.", **more}
+
+
+def said(url: str, messages: list[Any], **more: Any) -> str:
+    response = post(url, {"messages": messages, "max_tokens": 8, **more})
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def naive(exact: Assistant, *messages: tuple[str, Any], continued: bool = False) -> str:
+    """What the model says without a cache, alone. messages: (role, text or parts)."""
+    turns = tuple(Message(role, (parts,) if isinstance(parts, str) else parts) for role, parts in messages)
+    prompt = exact.prompt(Conversation(turns), continued=continued, max_new_tokens=8)
+    return exact.processor.tokenizer.decode(naive_generate(exact.model, prompt))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"refusal": None},
+        {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": None},
+        {"provider_specific_fields": {"refusal": None}, "tool_calls": [], "reasoning_content": "So I greet."},
+        {"content": None, "refusal": "Hello.", "annotations": [], "reasoning": {"text": "So I greet."}},
+        {"content": [{"type": "text", "text": "Hello."}], "name": "model"},
+    ],
+    ids=["refusal", "model_dump", "LiteLLM", "refused", "parts"],
+)
+def test_answers_come_back_as_history(server: str, exact: Assistant, more: dict[str, Any]) -> None:
+    expected = naive(exact, ("user", "hi"), ("assistant", "Hello."), ("user", "hi"))
+    assert said(server, [HI, answer(**more), HI]) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([HI, HI], [("user", ("hi", "\n\n", "hi"))]),
+        ([{"role": "user", "content": [PICTURE]}, HI], [("user", (ImagePart(picture(1)), "hi"))]),
+        ([{"role": "user", "content": [PICTURE]}], [("user", (ImagePart(picture(1)),))]),
+        ([answer(), HI], [("assistant", "Hello."), ("user", "hi")]),
+        ([SYSTEM, answer(), HI], [("system", "Be brief."), ("assistant", "Hello."), ("user", "hi")]),
+        ([HI, answer(), SYSTEM, HI], [("user", "hi"), ("assistant", "Hello."), ("user", "Be brief.\n\nhi")]),
+        ([HI, SYSTEM], [("user", "hi\n\nBe brief.")]),
+    ],
+    ids=[
+        "two",
+        "picture apart",
+        "picture alone",
+        "greeting",
+        "system, greeting",
+        "late system",
+        "last system",
+    ],
+)
+def test_any_order_of_messages(
+    server: str, exact: Assistant, messages: list[Any], expected: list[tuple[str, Any]]
+) -> None:
+    assert said(server, messages) == naive(exact, *expected)
+
+
+def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
+    """The rest of an answer is what the model would have written after its beginning."""
+    whole = said(server, [HI], max_tokens=8)
+    begun = {"role": "assistant", "content": whole[:4]}
+    rest = said(server, [HI, begun], continue_final_message=True, add_generation_prompt=False, max_tokens=8)
+    assert rest == naive(exact, ("user", "hi"), ("assistant", whole[:4]), continued=True)
+    prompt = exact.prompt(
+        Conversation((Message("user", ("hi",)), Message("assistant", (whole[:4],)))), continued=True
+    )
+    plain = exact.prompt(Conversation((Message("user", ("hi",)),)))
+    ids = plain.input_ids.tolist()
+    assert prompt.input_ids.tolist()[: len(ids)] == ids
+    assert exact.processor.tokenizer.decode(prompt.input_ids.tolist()[len(ids) :]) == whole[:4]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": None, "tool_choice": None},
+        {"tools": [], "tool_choice": "none"},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        {"functions": None, "parallel_tool_calls": None, "reasoning_effort": None, "audio": None},
+        {"verbosity": None, "prediction": None, "temperature": None, "stream": None, "banana": None},
+        {"stop": [], "logit_bias": {}, "modalities": ["text"], "functions": [], "parallel_tool_calls": True},
+        {"prompt_cache_key": "a", "safety_identifier": "b", "top_k": -1, "chat_template_kwargs": {}},
+        {"service_tier": "auto", "metadata": {"a": "b"}, "store": True, "user": "me"},
+        {"response_format": {"type": "text", "json_schema": None}, "stream_options": None},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_asks_for_nothing_changes_nothing(server: str, more: dict[str, Any]) -> None:
+    assert said(server, [HI], **more) == said(server, [HI])
+
+
+def test_null_in_a_schema_stays(server: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [None]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    chosen = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": None}}
+    assert said(server, [HI], response_format=chosen, max_tokens=40) == '{"a":null}'
+
+
+def test_an_answer_is_as_long_as_fits(local: Any, exact: Assistant) -> None:
+    context = exact.model.config.decoder.context
+
+    def usage(url: str, **more: Any) -> tuple[dict[str, Any], str]:
+        body = {"messages": [HI], "logit_bias": None, **more}
+        values = post(url, body).json()
+        return values["usage"], values["choices"][0]["finish_reason"]
+
+    with local() as url:
+        for more in ({"max_tokens": 10**6}, {"max_tokens": -1}, {"max_completion_tokens": context}):
+            counts, finish = usage(url, **more)
+            assert finish in ("length", "stop")
+            assert finish == "stop" or counts["total_tokens"] == context
+    with local(cache_tokens=60, default_tokens=5) as url:
+        counts, finish = usage(url, max_tokens=-1)
+        assert finish == "stop" or counts["total_tokens"] == 61  # the last token needs no cell
+        assert usage(url)[0]["completion_tokens"] <= 5
+    with local(max_tokens=3) as url:
+        assert [usage(url, **more)[0]["completion_tokens"] for more in ({}, {"max_tokens": 9})] == [3, 3]
+
+
+def test_too_long_in_openai_s_words(server: str, exact: Assistant) -> None:
+    context = exact.model.config.decoder.context
+    body = {"messages": [{"role": "user", "content": "word " * 900}]}
+    error = post(server, body).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert error["message"].startswith(f"This model's maximum context length is {context} tokens.")
+    error = post(server, {"prompt": "word " * 900}, "/v1/completions").json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+@pytest.mark.parametrize(
+    ("path", "instead"),
+    [
+        ("/api/chat", "/v1/chat/completions"),
+        ("/v1/messages", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+    ],
+)
+def test_other_protocols_are_told_where_to_ask(server: str, path: str, instead: str) -> None:
+    response = post(server, ask(), path)
+    assert response.status_code == 404
+    assert response.json()["error"]["message"].endswith(f"at {instead}")
+
+
+def test_the_list_of_models_with_a_slash(server: str) -> None:
+    assert httpx.get(f"{server}/v1/models/").json() == httpx.get(f"{server}/v1/models").json()
+
+
+def test_bytes_of_parts_of_a_character(exact: Assistant) -> None:
+    tokenizer = exact.processor.tokenizer
+    for text in ("A dog.", "é", "😀"):
+        ids = [number for number, _ in tokenizer.pieces(text, first=False)]
+        parts = [tokenizer.token_bytes(number) for number in ids]
+        assert b"".join(part or b"" for part in parts) == text.encode()
+        assert None not in parts
