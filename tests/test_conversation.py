@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pumice.conversation import Conversation, ImagePart, Message, question_message, from_llava, user_message
+from pumice.conversation import Conversation, ImagePart, Message, from_llava, question_message, user_message
 from pumice.errors import InputError
 
 A, B = ImagePart("a.jpg"), ImagePart("b.jpg")

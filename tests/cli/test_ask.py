@@ -100,8 +100,6 @@ def test_bits_reach_the_model(run: Any, tiny_folder: Path, word: str, bits: Any)
         (["other.jpeg"], "'other.jpeg' is a picture"),
         (["cat.png", "<image> <image>?"], "2 <image> placeholders for 1 picture;"),
         (["cat.png", "cat.png", "<image>?"], "1 <image> placeholder for 2 pictures;"),
-        (["<image>?"], "1 <image> placeholder for 0 pictures;"),
-        (["<image>"], "1 <image> placeholder for 0 pictures;"),
         (["cat.png", "<image>"], "the question is empty"),
         (["What?", "--temperature", "-1"], "temperature is -1"),
         (["What?", "--top-p", "0"], "top_p is 0"),

@@ -69,9 +69,9 @@ def test_chat_goes_on_after_wrong_input(run: Any, bad_pictures: Path) -> None:
         "/image",
         "/dance",
         "/save talk.json",
-        "<image> and <image>?",
         "/save",
         "/image cat.png",
+        "<image> and <image>?",
         "long " * 300,
         "What?",
         "/save text.jpg",
@@ -82,7 +82,7 @@ def test_chat_goes_on_after_wrong_input(run: Any, bad_pictures: Path) -> None:
     assert result.exit_code == 0
     errors = result.stderr.splitlines()
     parts = ["'missing.jpg' does not exist", "'cut.png' is truncated", "needs a path", "no command '/dance'"]
-    parts += ["nothing to save", "2 <image> placeholders for 0 pictures", "/save needs a file"]
+    parts += ["nothing to save", "/save needs a file", "2 <image> placeholders for 1 picture"]
     parts += ["context is 256", "'text.jpg' exists already", "'no/talk.json' cannot be written"]
     assert len(errors) == len(parts), errors
     assert all(part in error for part, error in zip(parts, errors, strict=True)), errors
@@ -156,20 +156,20 @@ class Terminal:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_at_a_keyboard_nothing_typed_is_lost(tiny_folder: Path, folder: Path) -> None:
     pytest.importorskip("readline")
-    terminal = Terminal("--model", str(tiny_folder), "--device", "cpu", *SHORT)
+    terminal = Terminal("cat.png", "--model", str(tiny_folder), "--device", "cpu", *SHORT)
     try:
-        terminal.expect("[0 pictures] > ")
-        terminal.type("<image>What?\n")
-        terminal.expect("1 <image> placeholder for 0 pictures")
-        terminal.expect("[0 pictures] > <image>What?")
-        terminal.type("\x01" + "\x04" * len("<image>") + "\n")  # to the beginning, delete, send
-        terminal.expect("[0 pictures] > ")
+        terminal.expect("[1 picture] > ")
+        terminal.type("<image><image>What?\n")
+        terminal.expect("2 <image> placeholders for 1 picture")
+        terminal.expect("[1 picture] > <image><image>What?")
+        terminal.type("\x01" + "\x04" * len("<image><image>") + "\n")  # to the beginning, delete, send
+        terminal.expect("[1 picture] > ")
         terminal.type("half a line")
         terminal.expect("half a line")
         time.sleep(0.5)  # readline misses a signal that comes between two keys, as no person's does
         terminal.child.send_signal(signal.SIGINT)
         terminal.expect("/quit or Ctrl-D leaves")
-        terminal.expect("[0 pictures] > ")
+        terminal.expect("[1 picture] > ")
         terminal.type("\x1b[A")
         terminal.expect("half a line")
         terminal.type("\x15/save talk.json\n/quit\n")
@@ -179,4 +179,4 @@ def test_at_a_keyboard_nothing_typed_is_lost(tiny_folder: Path, folder: Path) ->
         terminal.child.kill()
         os.close(terminal.end)
     (talk,) = json.loads((folder / "talk.json").read_text())
-    assert talk["conversations"][0]["value"] == "What?"
+    assert talk["conversations"][0]["value"] == "<image>\nWhat?"

@@ -133,5 +133,7 @@ def test_a_stage_trains_on_a_tiny_model_of_its_kind() -> None:
 def test_yaml_in_the_documentation_is_a_recipe(block: str) -> None:
     values = yaml.safe_load(block)
     if "extends" in values:
-        assert (ROOT / values.pop("extends").removeprefix("path/to/")).is_file()
+        name = values.pop("extends")
+        assert name.startswith("pumice:")
+        assert (ROOT / "recipes" / f"{name.removeprefix('pumice:')}.yaml").is_file()
     Recipe.model_validate(WHOLE | values)
