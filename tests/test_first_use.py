@@ -46,4 +46,4 @@ def test_the_path_of_first_use(tmp_path: Path, stand_in: Path, models: ModuleTyp
     with Image.open(here / "strip.png") as strip:
         assert strip.width > 100
     log = [json.loads(line)["message"] for line in (here / "serve.log").read_text().splitlines()]
-    assert log[0] == "listening" and log[-1] == "stopped"
+    assert "listening" in log and log[-1] == "stopped"

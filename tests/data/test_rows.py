@@ -99,7 +99,7 @@ def test_rows_can_be_pickled_and_stay_small(tmp_path: Path) -> None:
             "(id 'x'): 'conversations' must be a list of turns, found an empty list",
         ),
         ({"id": "x", "conversations": "hi"}, "must be a list of turns, found text"),
-        ({"id": ["x"], "conversations": TURNS}, "'id' must be text or a number, found a list"),
+        ({"id": ["x"], "conversations": TURNS}, "'id' must be text or a whole number, found a list"),
         ({"id": "x", "conversations": [3]}, "(id 'x'): turn 1 must be an object, found a number"),
         (
             {"id": "x", "conversations": [TURNS[0], {"from": "gpt"}]},

@@ -168,10 +168,12 @@ def test_a_second_tower_in_the_folder(original: Callable[..., Path], parts_of: t
 
 def test_a_tower_that_stands_twice_in_one_file(parts_of: tuple[Path, Path], tmp_path: Path) -> None:
     folder = copied(parts_of[0], tmp_path / "tower")
-    first = next(name for name in load_file(folder / "model.safetensors") if name.startswith("vision_model."))
-    bare = first.removeprefix("vision_model.")
-    with_tensors(folder, lambda tensors: tensors.update({bare: tensors[first].clone()}))
-    with pytest.raises(InputError, match=f"unknown {bare}"):
+    # Versions of transformers write the names with "vision_model." before them, or without.
+    first = min(load_file(folder / "model.safetensors"))
+    before = "vision_model."
+    other = first.removeprefix(before) if first.startswith(before) else before + first
+    with_tensors(folder, lambda tensors: tensors.update({other: tensors[first].clone()}))
+    with pytest.raises(InputError, match="unknown "):
         open_tower(folder)
 
 
@@ -247,11 +249,11 @@ def test_a_lora_beside_a_whole_llm_of_the_original_code(
         open_original(folder)
 
 
-def test_a_matrix_in_two_files_of_a_pumice_folder(tmp_path: Path, llava: Llavas) -> None:
+def test_a_matrix_in_two_files_of_a_pumice_folder(tmp_path: Path, tiny_folder: Path) -> None:
     from pumice.formats.import_ import import_model
 
-    import_model(str(llava("llava")), tmp_path / "plain")
-    import_model(str(llava("llava")), tmp_path / "few", quantize="int8")
+    shutil.copytree(tiny_folder, tmp_path / "plain")
+    import_model(str(tiny_folder), tmp_path / "few", quantize="int8")
     for path in (tmp_path / "few").glob("quantized.*"):
         shutil.copy(path, tmp_path / "plain")
     with pytest.raises(InputError, match=r"is in model\.safetensors and in quantized\.safetensors"):

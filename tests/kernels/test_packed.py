@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.kernels import compute
 from pumice.kernels.compute import quantize
 from pumice.kernels.packed import GROUP, BlockFormat, from_blocks, packed_size
@@ -108,7 +108,7 @@ def test_weights_on_the_grid_stay(compiled: bool) -> None:
 def test_a_weight_that_is_not_finite_is_refused(compiled: bool, value: float, dtype: torch.dtype) -> None:
     weight = torch.randn(40, 256)
     weight[33, 7] = weight[39, 0] = value
-    with pytest.raises(InputError, match=r"blocks\.0 holds a weight that is not finite in row 33; get"):
+    with pytest.raises(WorkError, match=r"blocks\.0 holds a weight that is not finite in row 33; get"):
         quantize(weight.to(dtype), BlockFormat.Q4_K, "blocks.0")
 
 

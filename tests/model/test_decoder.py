@@ -16,6 +16,7 @@ from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal, causal_mask, rope_inv_freq
 from pumice.model.packed import PackedAttention, Run
+from pumice.storage.tensors import as_lazy
 
 # head_dim x heads differs from width, so that no reshape can pass by accident
 BASE = DecoderConfig(
@@ -97,9 +98,9 @@ def make_reference(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
 def make_ported(reference: torch.nn.Module, config: DecoderConfig) -> Decoder:
     """Our decoder with the same weights."""
     ported = Decoder(config).eval().requires_grad_(False)
-    ported.load_state_dict(
-        tensor_names.convert(dict(reference.state_dict()), tensor_names.hf_decoder(config))
-    )
+    state = {name: as_lazy(tensor) for name, tensor in reference.state_dict().items()}
+    converted = tensor_names.convert(state, tensor_names.hf_decoder(config))
+    ported.load_state_dict({name: tensor.read() for name, tensor in converted.items()})
     return ported
 
 

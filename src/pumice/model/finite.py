@@ -31,11 +31,9 @@ def why_not_finite(model: nn.Module) -> str:
     ]
     what = "the model computes values that are not finite numbers"
     if not spoiled:
-        dtype = next(model.parameters()).dtype
-        return (
-            f"{what}, although its weights are: {str(dtype).removeprefix('torch.')} is too narrow for it; "
-            "open "
-            "it in float32 or bfloat16"
-        )
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            remedy = "float16 is too narrow for it; open it in float32 or bfloat16"
+            return f"{what}, although its weights are: {remedy}"
+        return f"{what}, although its weights are; get the model again"
     more = f" and {len(spoiled) - _NAMED} more" if len(spoiled) > _NAMED else ""
     return f"{what}, as its weights {', '.join(spoiled[:_NAMED])}{more} hold nan or inf; get the model again"

@@ -86,9 +86,9 @@ class ImageUrlPart(PartModel):
     image_url: ImageUrl
 
 
-def _part_tag(value: Any) -> str | None:
-    kind = value.get("type", "text") if isinstance(value, dict) else getattr(value, "type", "text")
-    return {"image_url": "~image", "text": "~text"}.get(kind) if isinstance(kind, str) else None
+def _part_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "~image" if kind == "image_url" else "~text"
 
 
 def _text_or_list_tag(value: Any) -> str:
@@ -96,12 +96,7 @@ def _text_or_list_tag(value: Any) -> str:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("~text")] | Annotated[ImageUrlPart, Tag("~image")],
-    Discriminator(
-        _part_tag,
-        custom_error_type="part_type",
-        custom_error_message="the type of a part must be 'text' or 'image_url'",
-    ),
+    Annotated[TextPart, Tag("~text")] | Annotated[ImageUrlPart, Tag("~image")], Discriminator(_part_tag)
 ]
 Content = Annotated[
     Annotated[str, Tag("~string")] | Annotated[list[Part], Tag("~list")], Discriminator(_text_or_list_tag)

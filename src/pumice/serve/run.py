@@ -72,6 +72,10 @@ class Server(uvicorn.Server):
             fields = {"model": self._name, "url": f"http://{shown}:{port}", "pid": os.getpid()}
             request_line(logging.INFO, "listening", fields)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        request_line(logging.INFO, "stopped", {"model": self._name, "pid": os.getpid()})
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._gate.draining:  # the second signal: leave at once
             self.should_exit = self.force_exit = True
