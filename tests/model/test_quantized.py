@@ -135,3 +135,5 @@ def test_adapters_that_are_not_merged_are_refused(bits: str) -> None:
         quantize(decoder, bits)
     merge_lora(decoder)
     quantize(decoder, bits)
+    with pytest.raises(InputError, match="to int8 or int4, not 'int3'"):
+        quantize(make(), "int3")
