@@ -15,6 +15,7 @@ import typer
 from pumice.cli import options, reading
 from pumice.errors import InputError
 from pumice.files import replacing
+from pumice.jsonl import json_text, print_json
 from pumice.progress import ProgressBar
 
 
@@ -113,7 +114,7 @@ def _ask_one(
     if as_json:
         answer = "".join(reply)
         values = {"model": model, "images": images, "question": question, "answer": answer}
-        print(json.dumps({**values, "finish": reply.finish, "tokens": reply.tokens}, ensure_ascii=False))
+        print_json({**values, "finish": reply.finish, "tokens": reply.tokens})
         return
     for piece in reading.pieces(reply):
         print(piece, end="", flush=True)
@@ -168,12 +169,10 @@ def _ask_batch(
             is_error = isinstance(answer, InputError)
             failed += is_error
             line = {"id": row.id, "error" if is_error else "answer": str(answer)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_text(line) + "\n")
     partial.unlink(missing_ok=True)
     if as_json:
-        print(
-            json.dumps({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
-        )
+        print_json({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
     elif failed:
         print(f"pumice: {failed} of {len(rows)} rows have an error instead of an answer", file=sys.stderr)
     if failed == len(rows):  # no row has an answer: the work has failed

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pumice.cli import generate, options
+from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def show(
         else:
             _print_row(row.id, ids, labels, text_tokenizer, _counted(ids, config))
     if as_json:
-        print(json.dumps(printed))
+        print_json(printed)
 
 
 def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int | None]:
@@ -285,7 +286,7 @@ def check(
         with replacing(report_to) as file:
             json.dump(values, file, ensure_ascii=False, indent=1)
     if as_json:
-        print(json.dumps(values, ensure_ascii=False))
+        print_json(values)
     else:
         _print_report(report)
         if fixed is not None:

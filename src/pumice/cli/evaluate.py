@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from pumice.cli import options
 from pumice.errors import InputError
+from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _print(values: dict[str, Any], json_file: Path | None, words: str) -> None:
     from pumice.evaluate.files import write_json
 
     if json_file is not None and str(json_file) == "-":
-        print(json.dumps(values, ensure_ascii=False))
+        print_json(values)
         return
     if json_file is not None:
         write_json(json_file, values, indent=2)
