@@ -156,7 +156,7 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
         2: "'no.png' does not exist",
         4: "line 5 is not JSON",
         10: "2 <image>",
-        12: "write 'image'",
+        12: "line 14: the key 'image_path' is not read; did you mean 'image'?",
     }.items():
         assert message in answers[number]["error"]
     alone = load(tiny_folder, device="cpu").ask(None, "Who are\u2028you?", max_new_tokens=8)

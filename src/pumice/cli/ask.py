@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import sys
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from pumice.cli import options, reading
+from pumice.conversation import check_media
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.jsonl import json_text, print_json
@@ -217,10 +217,10 @@ def _read_row(line: str, number: int, folder: Path) -> _Row:
     if not isinstance(values, dict):
         return _Row(number, error=f"line {number} is not an object with 'id' and 'question'")
     row_id = values.get("id", number)
-    if "image" not in values:
-        for key in values:  # a misspelt key must not lead to an answer without its picture
-            if difflib.get_close_matches(key, ("image", "picture", "photo"), n=1):
-                return _Row(row_id, error=f"unknown key {key!r}; write 'image'")
+    try:
+        check_media(values, f"line {number}")
+    except InputError as error:
+        return _Row(row_id, error=str(error))
     image, question = values.get("image"), values.get("question")
     paths = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
