@@ -24,7 +24,7 @@ from pumice.engine.requests import Delta, Prompt, PromptImage, Request, check_ro
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.text import TextStream
 from pumice.errors import InputError
-from pumice.formats.load import find_device, open_model
+from pumice.formats.load import find_device, name_of, open_model
 from pumice.geometry import Layout
 from pumice.images import read_image
 from pumice.model.llava import Llava
@@ -92,6 +92,7 @@ def load(
         cache_tokens=cache_tokens,
         chunk=chunk,
         memory_share=memory_share,
+        name=name_of(name, opened.provenance),
     )
 
 
@@ -196,7 +197,10 @@ class Assistant:
         cache_tokens: int | None = None,
         chunk: int = CHUNK,
         memory_share: float | None = None,
+        name: str = "model",
     ) -> None:
+        """name: what users call the model. slots to memory_share: the sizes of the engine, as in `Engine`."""
+        self.name = name
         self.model = model
         self.processor = processor
         self.provenance = dict(provenance or {})

@@ -16,7 +16,7 @@ from pumice.conversation import check_media
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.jsonl import json_text, print_json
-from pumice.progress import ProgressBar
+from pumice.progress import LOG_SECONDS, ProgressBar
 
 
 @options.expand
@@ -113,7 +113,7 @@ def _ask_one(
     reply = assistant.stream(Conversation((question_message(question, opened),)), **sampling)
     if as_json:
         answer = "".join(reply)
-        values = {"model": model, "images": images, "question": question, "answer": answer}
+        values = {"model": assistant.name, "images": images, "question": question, "answer": answer}
         print_json({**values, "finish": reply.finish, "tokens": reply.tokens})
         return
     for piece in reading.pieces(reply):
@@ -199,12 +199,12 @@ def _answer_rows(
     sampling = {**assistant.generation, **sampling}  # the file says with what it was asked in full
     questions = [(list(row.images), row.question) for row in rows]
     asked = {"model": model, **opening.arguments(), **sampling}
-    with AnswerFile(partial, questions, asked) as file, ProgressBar() as bar:
+    with AnswerFile(partial, questions, asked) as file, ProgressBar(log_seconds=LOG_SECONDS) as bar:
         if done := len(file.answers):
             print(f"pumice: {done} of {len(rows)} answers are in '{partial}' already", file=sys.stderr)
         for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
             file.add(answer)
-            bar.show(len(file.answers), len(rows))
+            bar.show(len(file.answers), len(rows), "answers")
     return file.answers
 
 

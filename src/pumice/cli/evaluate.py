@@ -12,7 +12,7 @@ import typer
 from pumice.cli import options
 from pumice.errors import InputError
 from pumice.jsonl import print_json
-from pumice.progress import ProgressBar
+from pumice.progress import LOG_SECONDS, ProgressBar
 
 if TYPE_CHECKING:
     from pumice.evaluate.result import AnswerSet, QuestionSet
@@ -231,7 +231,7 @@ def _answer(
     if missing:
         print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
     answerer = _answerer(model, model_name, device, slots)
-    with ProgressBar() as bar:
+    with ProgressBar(log_seconds=LOG_SECONDS) as bar:
         return run(
             task, asked.questions, answerer, path,
             allow_missing=allow_missing, progress=bar.show, max_new_tokens=max_new_tokens,

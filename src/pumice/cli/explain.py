@@ -90,7 +90,8 @@ def explain(
     from pumice.explain.render import strip
 
     get_method(method or DEFAULT)  # raises before the model is loaded
-    explanation = opening.load(model).explain(
+    assistant = opening.load(model)
+    explanation = assistant.explain(
         opened, question, answer, method=method or DEFAULT, layers=layer_numbers, occlusion=occlusion,
         **sampling.given(),
     )  # fmt: skip
@@ -103,7 +104,7 @@ def explain(
             else:
                 file.write(json_text(to_json(explanation)) + "\n")
     if as_json:
-        values = {"model": model, "images": images, **to_json(explanation, pictures=False)}
+        values = {"model": assistant.name, "images": images, **to_json(explanation, pictures=False)}
         print_json({**values, "out": None if out is None else str(out)})
         return
     print(explanation.answer)

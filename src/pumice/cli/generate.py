@@ -112,6 +112,8 @@ def generate(
             else "run again to ask for them"
         )
         raise WorkError(f"{missing} of {statistics.total} requests have no reply: {remedy}")
+    if not statistics.accepted:
+        raise WorkError(f"no row of {statistics.total} survived; {out / 'report.html'} says why")
 
 
 def _call(job: Job, teacher: Teacher, journal: Journal, missing: int) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,16 @@ def _fill(
     tensors = {name: tensor.read(dtype_of(name)).to(device) for name, tensor in state.items()}
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False).eval()
+
+
+def name_of(source: str | PathLike[str], provenance: Mapping[str, Any]) -> str:
+    """Return what to call a model: its source or, where that is a run's folder `model`, its last recipe."""
+    stages = provenance.get("stages")
+    if Path(source).resolve().name != "model" or not isinstance(stages, list) or not stages:
+        return str(source)
+    recipe = stages[-1].get("recipe") if isinstance(stages[-1], dict) else None
+    name = recipe.get("name") if isinstance(recipe, dict) else None
+    return name if isinstance(name, str) and name else str(source)
 
 
 def find_device(name: str | None = None) -> torch.device:
