@@ -197,6 +197,8 @@ def test_what_nothing_is_known_of_is_refused() -> None:
         ("rtx3060", "rtx3060"), ("RTX 4090", "rtx4090"), ("rtx-4070-ti", "rtx4070ti"),
         ("T4", "t4"), ("v100-32g", "v100-32g"),
         ("NVIDIA GeForce RTX 3080", "rtx3080"), ("Tesla T4", "t4"), ("A100-80G", "a100-80g"),
+        ("3090", "rtx3090"), ("a100 80GB", "a100-80g"), ("RTX 3060 Ti", "rtx3060ti"), ("A6000", "rtx-a6000"),
+        ("rtx3060-12gb", "rtx3060"), ("RTX 4070 Super", "rtx4070-super"), ("h100-80gb", "h100"),
     ],
 )  # fmt: skip
 def test_gpus_are_known_however_they_are_written(name: str, key: str) -> None:
@@ -206,6 +208,8 @@ def test_gpus_are_known_however_they_are_written(name: str, key: str) -> None:
 def test_a_gpu_that_is_not_known_goes_by_its_memory() -> None:
     with pytest.raises(InputError, match=r"GPU 'rtx3061' .*--gpu-memory, or take one like it: .*rtx3060"):
         find_gpu("rtx3061")
+    with pytest.raises(InputError, match=r"take one like it: a100-80g"):  # a name that can be given
+        find_gpu("a100-81g")
 
 
 def test_no_name_of_a_gpu_hides_behind_a_shorter_one() -> None:
