@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,17 +20,22 @@ from pumice.tokens import Tokenizer
 # No optional blanks: a small model could write them for ever.
 COMPACT = {"whitespace_flexible": False}
 
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+
 
 def quoted(text: str) -> str:
     """Return a text as a grammar writes it."""
     return json.dumps(text)
 
 
-def json_rule(schema: Mapping[str, Any] | None) -> str:
-    """Return the rule of values that follow a JSON Schema; None for any JSON object. $refs begin at `schema`."""
+def json_rule(schema: Mapping[str, Any] | None, *, lenient: bool = False) -> str:
+    """Return the rule of values that follow a JSON Schema, whose root is `schema`; None for any object.
+
+    lenient: leave out what the library cannot hold an answer to, instead of refusing it.
+    """
     schema = {"type": "object"} if schema is None else schema
     try:
-        return f"%json {json.dumps({**schema, 'x-guidance': COMPACT})}"
+        return f"%json {json.dumps({**schema, 'x-guidance': {**COMPACT, 'lenient': lenient}})}"
     except (TypeError, ValueError) as error:
         raise InputError(f"the JSON schema cannot be followed ({error}); simplify it") from error
 
@@ -62,7 +68,8 @@ class Grammar:
         except (TypeError, ValueError) as error:
             message = str(error)
         if message:
-            raise InputError(f"the {what} cannot be followed ({' '.join(message.split())}); simplify it")
+            reason = _PLACE.sub("", message.strip().splitlines()[0])  # the other lines repeat the grammar
+            raise InputError(f"the {what} cannot be followed ({reason}); simplify it")
 
     def __call__(self) -> GrammarAnswer:
         import llguidance
