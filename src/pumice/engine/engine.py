@@ -361,7 +361,8 @@ class Engine:
         # 2. Choose all tokens in one call.
         params = [request.prompt.params for request in requests]
         histories, generators = [r.ids for r in requests], [r.generator for r in requests]
-        tokens = sample(logits, params, histories, generators, allowed).tolist()
+        prompts = [len(request.prompt.input_ids) for request in requests]
+        tokens = sample(logits, params, histories, generators, allowed, prompts).tolist()
         # 3. Tell the constraints.
         for row, request in enumerate(requests):
             if request.constraint is not None and row not in failed and tokens[row] not in self._stops:
