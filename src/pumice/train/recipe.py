@@ -20,6 +20,7 @@ from pumice.errors import InputError
 from pumice.storage.yaml_file import read_yaml, set_key
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
+LONGEST_CHAIN = 50  # recipes that extend each other
 Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -211,6 +212,10 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     if path.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain, path))
         raise InputError(f"{chain[-1]}: extends goes in a circle, {circle}; take one of them out")
+    if len(chain) > LONGEST_CHAIN:
+        raise InputError(
+            f"{chain[0]}: more than {LONGEST_CHAIN} recipes extend each other; join some of them"
+        )
     values = read_yaml(path)
     if "extends" not in values:
         _record_origin(values, str(path), origin)
