@@ -174,7 +174,7 @@ def test_penalties_for_what_the_answer_holds() -> None:
     expected = rows.clone()
     expected[0, 7] -= 2 * 0.5 - 1.5
     expected[0, 8] -= 1 * 0.5 - 1.5
-    assert torch.equal(changed, expected)
+    torch.testing.assert_close(changed, expected, atol=1e-6, rtol=0)
     likeliest = int(logits(1).argmax())
     params = [SamplingParams(presence_penalty=2, frequency_penalty=2)]
     repeated = np.array([0] + [likeliest] * 100)
