@@ -182,8 +182,7 @@ ARCHITECTURES = {
                 norm_offset=1.0,
                 embed_scale=8.0,
                 attention_scale=24**-0.5,
-                attention_softcap=20.0,
-                logit_softcap=30.0,
+                attention_softcap=20.0,  # and no logit_softcap, which transformers' LLaVA leaves out
             ),
             vision=replace(SIGLIP, layer=-1),
             image=ImagePolicy("squash", HALF, HALF, pad_color=(127, 127, 127)),

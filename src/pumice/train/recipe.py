@@ -42,6 +42,13 @@ class NewModel(RecipeSection):
     template: str = Field("chatml", description="the chat format of the finished model")
 
 
+class NewConnector(RecipeSection):
+    """An existing model with a new connector."""
+
+    base: Path = Field(description="a model folder or hub name")
+    connector: dict[str, Any] = Field(description="fields of ConnectorConfig")
+
+
 class Lora(RecipeSection):
     """Low-rank adapters (LoRA, arXiv 2106.09685) on the LLM's projections."""
 
@@ -95,7 +102,9 @@ class Recipe(RecipeSection):
 
     name: str
     output: Path = Field(description="folder of checkpoints, metrics and the finished model")
-    model: Path | NewModel = Field(description="a model folder or hub name, or the parts of a new one")
+    model: Path | NewConnector | NewModel = Field(
+        description="a model folder or hub name, the same with a new connector, or the parts of a new one"
+    )
     stage: Stage
     data: list[RowSource] = Field(min_length=1)
     held_out: list[RowSource] = Field(default=[], description="rows whose loss is measured, never learned")
@@ -288,7 +297,8 @@ def _merge(base: Any, over: Any) -> Any:
 _KNOWN_KEYS = [
     f"{prefix}{name}"
     for prefix, section in (
-        ("", Recipe), ("stage.", Stage), ("stage.lora.", Lora), ("model.", NewModel), ("data.0.", RowSource),
+        ("", Recipe), ("stage.", Stage), ("stage.lora.", Lora), ("data.0.", RowSource),
+        ("model.", NewModel), ("model.", NewConnector),
     )
     for name in section.model_fields
 ]  # fmt: skip
@@ -318,7 +328,7 @@ def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     same_field = [problem for problem in problems if problem["loc"][0] == first]
     problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
     # pydantic adds the names of its union members to the keys; the user never wrote them.
-    loc = [str(part) for part in problem["loc"] if not re.match(r"NewModel$|lax-or-", str(part))]
+    loc = [str(part) for part in problem["loc"] if not re.match(r"New(Model|Connector)$|lax-or-", str(part))]
     known: Sequence[str] = _KNOWN_KEYS
     if loc[-1] == "[key]":  # an unknown part in stage.learn
         loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]

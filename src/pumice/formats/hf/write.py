@@ -201,6 +201,11 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
             "transformers before 5.0 multiplies image tokens as it does embeddings, so its answers about "
             "pictures differ"
         )
+    if model.config.decoder.logit_softcap is not None:
+        notes.append(
+            "transformers' LLaVA leaves out the cap of the logits: the likeliest token is the same, "
+            "probabilities differ"
+        )
     if model.config.connector.kind in _LINEAR:
         notes.append("the linear connector is written as an mlp2x_gelu that computes the same")
     if _kind(model.config.image) == "llava_onevision":
