@@ -136,8 +136,8 @@ def test_a_part_that_no_gradient_reaches_ends_the_run(
 def test_a_reducing_connector_multiplies_what_is_left() -> None:
     """Four features become one: a linear layer of 4 x 8 inputs on one token, and not on four."""
     vision = VisionConfig(
-        kind="siglip", image_size=28, width=8, stride=14, depth=0, heads=2, mlp_width=8, layer=0, select="full",
-        activation="gelu_tanh",
+        kind="siglip", image_size=28, width=8, stride=14, depth=0, heads=2, mlp_width=8, layer=0,
+        select="full", activation="gelu_tanh",
     )  # fmt: skip
     config = ModelConfig(
         DecoderConfig(16, 8, 1, 2, 1, 4, 8), vision, ConnectorConfig("linear", "pixel_shuffle", 2)
@@ -176,8 +176,8 @@ def test_a_gemma_2_learns_with_adapters_and_is_exported(
     """Training's loss falls, the merged model is written for transformers and read back equal."""
     loaded = read_model(tiny_model)
     vision = VisionConfig(
-        kind="siglip", image_size=56, width=16, stride=14, depth=2, heads=2, mlp_width=24, layer=-1, select="full",
-        activation="gelu_tanh",
+        kind="siglip", image_size=56, width=16, stride=14, depth=2, heads=2, mlp_width=24, layer=-1,
+        select="full", activation="gelu_tanh",
     )  # fmt: skip
     config = dataclasses.replace(loaded.config, decoder=GEMMA, vision=vision)
     torch.manual_seed(0)
@@ -185,10 +185,11 @@ def test_a_gemma_2_learns_with_adapters_and_is_exported(
     with torch.no_grad():
         model.decoder.embed.weight.mul_(0.02)
     save(tmp_path / "gemma", config, model.state_dict(), tokenizer=loaded.tokenizer.to_str())
-    stage = {"learn": {"connector": 3e-3, "lora": 1e-2}, "lora": {"rank": 4}}
-    trained = run(make_recipe(model=str(tmp_path / "gemma"), stage=stage))
+    trained = run(make_recipe(model=str(tmp_path / "gemma")))
     curve = losses(tmp_path / "run")
-    assert sum(curve[-4:]) < 0.7 * sum(curve[:4])
+    assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
+    stage = {"learn": {"connector": 3e-3, "lora": 1e-2}, "lora": {"rank": 4}}
+    trained = run(make_recipe("adapters", model=str(trained), stage=stage, epochs=2))
     result = export(read_model(trained), "hf", tmp_path / "hf")
     assert any("leaves out the cap of the logits" in note for note in result.notes)
     again = read_model(tmp_path / "hf")

@@ -70,7 +70,8 @@ def open_model(
     weights then stay in the type they are stored in. quantize: "int8" or "int4" quantises the decoder's
     matrices, with adapters merged. "auto" does so on a CPU with compiled code: to int8, or as they are
     stored. connector: of a new connector, as for `with_connector`. On a CPU, one matrix at a time is read and
-    quantised, and quantised files are mapped. Assumptions are logged. Raises InputError if a part is missing, extra, misshapen or cannot be downloaded.
+    quantised, and quantised files are mapped. Assumptions are logged. Raises InputError if a part is missing,
+    extra, misshapen or cannot be downloaded.
     """
     loaded = read_model(source, template=template, tower=tower, base=base)
     if connector is not None:

@@ -348,8 +348,9 @@ class Trainer:
         if self._unreached and self._watched_steps == WATCHED_STEPS:
             name = min(self._unreached)
             raise InputError(
-                f"{self.setup.part_of(name)} learns, but in {WATCHED_STEPS} steps no gradient reached {name}: the "
-                "loss does not depend on it; use it in the forward pass, or take its part out of stage.learn"
+                f"{self.setup.part_of(name)} learns, but in {WATCHED_STEPS} steps no gradient reached "
+                f"{name}: the loss does not depend on it; use it in the forward pass, or take its part out "
+                "of stage.learn"
             )
 
     @torch.no_grad()
