@@ -213,6 +213,15 @@ class Assistant:
             model, slots=slots, cache_tokens=cache_tokens, chunk=chunk, memory_share=memory_share
         )
 
+    def forget(self) -> None:
+        """Forget everything that was computed: image tokens, and the engine's prefix cache.
+
+        Call it after the model's weights or modules have changed.
+        """
+        with self._lock:
+            self._image_tokens.clear()
+        self.engine.forget()
+
     @property
     def generation(self) -> dict[str, Any]:
         """How this model's answers are sampled by default, as fields of `SamplingParams`."""

@@ -84,7 +84,7 @@ def test_activations_are_those_that_autograd_keeps() -> None:
 
     x = torch.randn(1, WORK.tokens, 64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.decoder(x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs))
+        hidden = model.decoder(x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs, CONFIG.decoder))
     saved = sum(activations.values())
     full_activations = of(FULL).activations
     assert hidden.requires_grad and saved < full_activations < 1.5 * saved, (
@@ -115,7 +115,9 @@ def test_operations_are_those_of_the_whole_depth() -> None:
     counter = FlopCounterMode(display=False)
     with counter:
         x = torch.randn(1, WORK.tokens, 64, requires_grad=True)
-        model.decoder(x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs)).sum().backward()
+        model.decoder(
+            x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs, CONFIG.decoder)
+        ).sum().backward()
     assert of(FULL).flops == pytest.approx(counter.get_total_flops(), rel=0.15)  # and connector, and logits
 
 
@@ -159,7 +161,11 @@ def test_nothing_without_contents_is_left_behind() -> None:
     of(FULL)
     x = torch.randn(1, 5, 64)
     assert (
-        type(Llava(CONFIG).decoder(x, torch.arange(5)[None], PackedAttention([Run(5)])).detach())
+        type(
+            Llava(CONFIG)
+            .decoder(x, torch.arange(5)[None], PackedAttention([Run(5)], CONFIG.decoder))
+            .detach()
+        )
         is torch.Tensor
     )
 
