@@ -5,10 +5,12 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from pumice.config import ModelConfig
 from pumice.errors import InputError
 from pumice.formats.gguf import write as gguf_write
+from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.hf import write as hf_write
 from pumice.formats.import_ import DTYPES
 from pumice.formats.llava import write as llava_write
@@ -23,6 +26,7 @@ from pumice.formats.load import shapes
 from pumice.formats.peft import write as peft_write
 from pumice.formats.peft.read import drop_adapters, merge_adapters
 from pumice.formats.pumice.folder import check, writing
+from pumice.formats.read import read_model
 from pumice.model.adapters import add_lora
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal
@@ -37,6 +41,7 @@ REFUSALS: dict[str, Callable[[ModelConfig], str | None]] = {
     "peft": peft_write.refusal,
 }
 FORMATS = tuple(REFUSALS)
+_COMPARED = ("decoder", "vision", "connector", "image")  # what `_check_written` compares of a whole model
 _PROBE = 32  # the number of tokens on which the merged model is compared
 # The largest change of a logit when adapters are merged, as a share of the largest logit. Merged weights are
 # rounded to the type that they are stored in; nothing else differs. Measured on small models: 3.9e-6, 2.8e-3,
@@ -100,7 +105,33 @@ def export(
             notes = gguf_write.write(fresh, model, kind)
         else:
             peft_write.write(fresh, model)
+        _check_written(to, fresh, model)
     return Exported(target, tuple(notes))
+
+
+def _check_written(to: str, folder: Path, model: LoadedParts) -> None:
+    """Read the written config, and raise InputError if a field comes back as another model's."""
+    expected = model.config if to == "llava" else hf_write.as_mlp(model).config
+    if to == "gguf":
+        decoder = expected.decoder
+        # The window limits the context there; `gguf_write.write` tells so.
+        context = min(decoder.context, decoder.sliding_window or decoder.context)
+        decoder = replace(decoder, context=context, sliding_window=None)
+        [path] = folder.glob("model-*.gguf")
+        pairs: list[tuple[str, Any, Any]] = [("decoder", decoder, open_gguf(path).config)]
+    elif to in ("hf", "llava"):
+        written = read_model(folder, template="plain").config  # any: the original code's files say none
+        pairs = [(part, getattr(expected, part), getattr(written, part)) for part in _COMPARED]
+    else:
+        return  # adapters alone
+    for part, before, after in pairs:
+        for field in dataclasses.fields(before):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if old != new and field.name != "vocab_size":  # which grows by the token <image>
+                raise InputError(
+                    f"{to} does not keep {part}.{field.name}: {old!r} would come back as {new!r}; share the "
+                    "Pumice folder itself"
+                )
 
 
 def refusal(to: str, config: ModelConfig) -> str | None:

@@ -180,6 +180,13 @@ class Recipe(RecipeSection):
     measure_rows: PositiveInt = Field(200, description="held-out pictures measured each time")
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
 
+    @property
+    def base(self) -> Path | None:
+        """The existing model that the run starts from, if its parts are not named one by one."""
+        if isinstance(self.model, NewModel):
+            return None
+        return self.model.base if isinstance(self.model, NewConnector) else self.model
+
     def stage_config(self, config: ModelConfig) -> ModelConfig:
         """Return the model's config with the stage's own image policy, context and template.
 

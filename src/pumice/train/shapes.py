@@ -121,15 +121,19 @@ def with_adapters(recipe: Recipe, config: ModelConfig) -> ModelConfig:
 def _model_config(recipe: Recipe, path: Path | None, notes: list[str]) -> ModelConfig:
     if isinstance(recipe.model, NewModel):
         return _new_model_config(recipe.model, notes)
-    if isinstance(new := recipe.model, NewConnector):
-        base = _model_config(recipe.model_copy(update={"model": new.base}), path, notes)
-        return dataclasses.replace(
-            base, connector=from_dict(ConnectorConfig, new.connector, "model.connector")
-        )
-    name = recipe.model.as_posix()
-    if not recipe.model.exists():
+    assert recipe.base is not None
+    config = _stored_config(recipe.base, path, notes)
+    if isinstance(recipe.model, NewConnector):
+        connector = from_dict(ConnectorConfig, recipe.model.connector, "model.connector")
+        config = dataclasses.replace(config, connector=connector)
+    return config
+
+
+def _stored_config(model: Path, path: Path | None, notes: list[str]) -> ModelConfig:
+    name = model.as_posix()
+    if not model.exists():
         # An earlier stage may still have to write this folder: then its recipe says the shape.
-        if path is not None and (previous_stage := _previous_stage(recipe, path)) is not None:
+        if path is not None and (previous_stage := _previous_stage(model, path)) is not None:
             previous, previous_path = previous_stage
             notes.append(f"{name} does not exist yet: its shape follows from {previous_path.name}")
             return with_adapters(previous, _model_config(previous, previous_path, notes))
@@ -137,14 +141,14 @@ def _model_config(recipe: Recipe, path: Path | None, notes: list[str]) -> ModelC
             notes.append(f"the sizes of {name} are the published ones; its files were not read")
             return LLAVAS[name]()
     # A Pumice folder has its whole config in one file. Other formats have to be recognised first.
-    model_path = find_model(recipe.model)
+    model_path = find_model(model)
     if (model_path / CONFIG).is_file() and "pumice_format" in (values := read_json(model_path / CONFIG)):
         return ModelConfig.from_dict(values)
-    return read_model(recipe.model).config
+    return read_model(model).config
 
 
-def _previous_stage(recipe: Recipe, path: Path) -> tuple[Recipe, Path] | None:
-    """Return the recipe in the same folder whose finished model this one starts from, and its path."""
+def _previous_stage(model: Path, path: Path) -> tuple[Recipe, Path] | None:
+    """Return the recipe in the same folder whose finished model is `model`, and its path."""
     for other in sorted(path.parent.glob("*.y*ml")):
         if other.resolve() == path.resolve():
             continue
@@ -152,7 +156,7 @@ def _previous_stage(recipe: Recipe, path: Path) -> tuple[Recipe, Path] | None:
             candidate = load_recipe(other)
         except InputError:
             continue  # a file beside this recipe need not be a valid recipe
-        if candidate.output / "model" == recipe.model:
+        if candidate.output / "model" == model:
             return candidate, other
     return None
 
@@ -198,9 +202,8 @@ def _decoder(name: str, notes: list[str]) -> DecoderConfig:
 
 def read_parts(recipe: Recipe) -> LoadedParts:
     """Return the parts of the recipe's model. Weights are not read, and torch's generator does not change."""
-    if isinstance(recipe.model, Path):
-        return read_model(recipe.model)
-    new = recipe.model
+    if isinstance(new := recipe.model, Path):
+        return read_model(new)
     # A new connector draws its weights. The run draws them again later, from the same generator state.
     with torch.random.fork_rng(devices=[]):
         if isinstance(new, NewConnector):

@@ -176,10 +176,10 @@ def text_refusal(config: DecoderConfig) -> str | None:
         return "its attention has both biases and query norms, which none of the decoders there has"
     if config.qkv_bias and (inner := config.heads * config.head_dim) != config.width:
         return f"its heads take {inner} values, Qwen2's always {config.width}"
-    if not _is_gemma(config):
+    if not (gemma := _gemma_fields(config)):
         return (_QWEN if config.qkv_bias or config.qk_norm else _LLAMA).unsupported(config)
     if reason := _GEMMA2.unsupported(config):
-        return reason
+        return f"{' and '.join(gemma)} make it a Gemma 2 there, and {reason}"
     if abs(config.embed_scale - config.width**0.5) > 1e-6:
         return f"its embeddings are scaled by {config.embed_scale:g}, Gemma 2's by the root of the width"
     scalar = 0.0 if config.attention_scale is None else config.attention_scale**-2
@@ -188,8 +188,10 @@ def text_refusal(config: DecoderConfig) -> str | None:
     return None
 
 
-def _is_gemma(config: DecoderConfig) -> bool:
-    return config.post_norms or config.norm_offset != 0 or config.activation != "silu"
+def _gemma_fields(config: DecoderConfig) -> list[str]:
+    """Return the names of the fields that no other family has."""
+    values = {"post_norms": False, "norm_offset": 0.0, "activation": "silu"}
+    return [name for name, value in values.items() if getattr(config, name) != value]
 
 
 def write(folder: Path, model: LoadedParts) -> list[str]:
@@ -287,7 +289,7 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
         values |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
         if config.window_pattern > 1:
             values["layer_types"] = layer_types(config.depth, config.window_pattern)
-    elif _is_gemma(config):
+    elif _gemma_fields(config):
         family = "gemma2"
         assert config.attention_scale is not None  # `text_refusal` refuses it
         values |= {
