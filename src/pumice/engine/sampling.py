@@ -126,9 +126,10 @@ def sample(
     None for all tokens.
     """
     logits = _restrict(logits, params, histories, allowed or [None] * len(params))
-    tokens = logits.argmax(-1)
-    rows = [row for row, one in enumerate(params) if one.temperature]
-    if rows:
+    tokens = torch.empty(len(params), dtype=torch.long, device=logits.device)
+    if greedy := [row for row, one in enumerate(params) if not one.temperature]:
+        tokens[greedy] = _take(logits, greedy).argmax(-1)
+    if rows := [row for row, one in enumerate(params) if one.temperature]:
         drawn = [params[row] for row in rows]
         probabilities = likelihoods(_take(logits, rows), [one.temperature for one in drawn])
         tokens[rows] = _draw(probabilities, drawn, [generators[row] for row in rows])

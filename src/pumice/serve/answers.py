@@ -25,6 +25,7 @@ from pumice.serve.protocol import (
     CompletionLogprobs,
     Finish,
     LogprobEntry,
+    PromptProgress,
     Usage,
 )
 
@@ -101,6 +102,9 @@ class ChatForm:
     def usage_event(self, usage: Usage) -> bytes:
         return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], usage=usage))
 
+    def progress_event(self, progress: PromptProgress) -> bytes:
+        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], prompt_progress=progress))
+
     def _event(
         self, delta: ChatDelta, logprobs: ChoiceLogprobs | None = None, finish: Finish | None = None
     ) -> bytes:
@@ -140,8 +144,11 @@ class CompletionForm:
     def usage_event(self, usage: Usage) -> bytes:
         return event(self._completion([], usage=usage))
 
-    def _completion(self, choices: list[CompletionChoice], **usage: Any) -> Completion:
-        head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, **usage}
+    def progress_event(self, progress: PromptProgress) -> bytes:
+        return event(self._completion([], prompt_progress=progress))
+
+    def _completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
+        head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, **more}
         return Completion(object="text_completion", choices=choices, **head)
 
     @staticmethod

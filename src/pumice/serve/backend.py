@@ -24,7 +24,7 @@ from pumice.conversation import Conversation, ImagePart, Message
 from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError
-from pumice.serve.answers import ChatForm, CompletionForm, ModelResponse, join
+from pumice.serve.answers import AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.errors import ApiError, context_overflow, not_json, unknown_model, validation_error
 from pumice.serve.explanation import explanation_json
 from pumice.serve.fetch import Fetcher
@@ -246,14 +246,15 @@ class Backend:
         running = ActiveRequest(engine, tokenizer, prompt, record, self.metrics, self.settings.timeout)
         try:
             # 2. Wait for the first piece. Until then an error can still change the status of the response.
-            pieces = [await running.next()]
+            pieces = running.pieces(bool(request.return_progress))
+            first = await anext(pieces)
             if request.stream:
-                return EventStream(running, form, pieces[0])
+                return EventStream(running, form, first, pieces)
             # 3. Without a stream, collect all pieces and send one object.
-            while pieces[-1].finish is None:
-                pieces.append(await running.next())
+            others = [piece async for piece in pieces]
+            answer = join([piece for piece in (first, *others) if isinstance(piece, AnswerPiece)])
             running.end()
-            return ModelResponse(form.response(join(pieces), running.usage()))
+            return ModelResponse(form.response(answer, running.usage()))
         except BaseException:  # also a cancellation, after the client disconnects
             running.end()
             raise

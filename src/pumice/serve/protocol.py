@@ -184,6 +184,9 @@ class GenerationRequest(BaseRequest):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_progress: bool | None = Field(
+        None, description="Also stream how much of a long prompt is read, as llama.cpp's server does."
+    )
     max_tokens: Limit | None = Field(None, description=_LIMIT)
     temperature: float | None = Field(None, ge=0, le=2, description="0, the default, is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
@@ -208,6 +211,8 @@ class GenerationRequest(BaseRequest):
     def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
+        if self.return_progress and not self.stream:
+            raise ValueError("return_progress needs stream to be true")
         return self
 
     @property
@@ -300,6 +305,13 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptDetails
 
 
+class PromptProgress(BaseModel):
+    """How far a prompt is read, in tokens."""
+
+    total: int
+    processed: int
+
+
 class TopLogprob(BaseModel):
     token: str
     logprob: float
@@ -356,6 +368,7 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_progress: PromptProgress | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -379,6 +392,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    prompt_progress: PromptProgress | None = None
 
 
 class ExplainedWord(BaseModel):

@@ -20,7 +20,7 @@ from pumice.serve.answers import DONE, AnswerPiece, ChatForm, CompletionForm, ev
 from pumice.serve.errors import ApiError
 from pumice.serve.metrics import Metrics
 from pumice.serve.observe import RequestRecord, internal_error
-from pumice.serve.protocol import LogprobEntry, PromptDetails, TopLogprob, Usage
+from pumice.serve.protocol import LogprobEntry, PromptDetails, PromptProgress, TopLogprob, Usage
 
 if TYPE_CHECKING:
     from pumice.engine.engine import Engine
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SEND_GRACE = 10.0  # seconds to send the end of an answer after its time is over
+PROGRESS_INTERVAL = 0.2  # seconds between two looks at how much of a prompt is read
 
 
 class ActiveRequest:
@@ -88,6 +89,27 @@ class ActiveRequest:
             self._metrics.first_token.observe(seconds)
         return AnswerPiece(text, tuple(map(self._entry, delta.logprobs or ())), finish)
 
+    async def pieces(self, return_progress: bool = False) -> AsyncIterator[AnswerPiece | PromptProgress]:
+        """Yield the pieces of the answer, and with `return_progress` before them how far the prompt is read.
+
+        The progress begins only when a part of the prompt is computed: before, an error can still be the
+        status of the response. Raises as `next`.
+        """
+        first, read = asyncio.ensure_future(self.next()), 0
+        try:
+            while return_progress and not (await asyncio.wait({first}, timeout=PROGRESS_INTERVAL))[0]:
+                total, computed = len(self._prompt.input_ids), self._request.computed
+                if read < computed < total:
+                    read = computed
+                    yield PromptProgress(total=total, processed=computed)
+            piece = await first
+        finally:
+            first.cancel()
+        yield piece
+        while piece.finish is None:
+            piece = await self.next()
+            yield piece
+
     def usage(self) -> Usage:
         prompt, completion = len(self._prompt.input_ids), self._text.tokens
         return Usage(
@@ -129,10 +151,18 @@ class ActiveRequest:
 class EventStream(StreamingResponse):
     """The answer as server-sent events. It always ends its request, even if no event is sent."""
 
-    def __init__(self, running: ActiveRequest, form: ChatForm | CompletionForm, first: AnswerPiece) -> None:
+    def __init__(
+        self,
+        running: ActiveRequest,
+        form: ChatForm | CompletionForm,
+        first: AnswerPiece | PromptProgress,
+        others: AsyncIterator[AnswerPiece | PromptProgress],
+    ) -> None:
         self._running = running
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(running, form, first), media_type="text/event-stream", headers=headers)
+        super().__init__(
+            _events(running, form, first, others), media_type="text/event-stream", headers=headers
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -144,14 +174,21 @@ class EventStream(StreamingResponse):
 
 
 async def _events(
-    running: ActiveRequest, form: ChatForm | CompletionForm, piece: AnswerPiece
+    running: ActiveRequest,
+    form: ChatForm | CompletionForm,
+    first: AnswerPiece | PromptProgress,
+    others: AsyncIterator[AnswerPiece | PromptProgress],
 ) -> AsyncIterator[bytes]:
+    def event_of(piece: AnswerPiece | PromptProgress) -> bytes:
+        if isinstance(piece, PromptProgress):
+            return form.progress_event(piece)
+        return form.event(piece) if piece.has_content else b""
+
     try:
-        yield form.first_event() + (form.event(piece) if piece.has_content else b"")
-        while piece.finish is None:
-            piece = await running.next()
-            if piece.has_content:
-                yield form.event(piece)
+        yield form.first_event() + event_of(first)
+        async for piece in others:
+            if data := event_of(piece):
+                yield data
         yield (form.usage_event(running.usage()) if form.include_usage else b"") + DONE
     except ApiError as error:
         running.record.add_error(error)
