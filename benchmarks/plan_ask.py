@@ -3,19 +3,22 @@
     python benchmarks/plan_ask.py MODEL [--quantize none,int8,int4] [--new 64] [--rounds 2]
 
 The plan and each kind of weights run in processes of their own. An answer is about a picture of noise that
-was not asked about before, with stop tokens ignored. Memory is the largest resident set. benchmarks/laptop.py
-with --keep makes models of LLaVA's sizes, of random weights. Needs Linux and a CPU.
+was not asked about before, with stop tokens ignored. Memory is what lies in it at the end.
+benchmarks/laptop.py with --keep makes models of LLaVA's sizes, of random weights. Needs Linux and a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,12 +56,29 @@ def answer(model: str, quantize: str, new: int, rounds: int) -> dict[str, Any]:
         name: sum(tensor.nbytes for tensor in tensors(getattr(assistant.model, part)))
         for part, name in parts.items()
     }
-    memory["in all"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory["in all"] = resident(tensor.data_ptr() for tensor in tensors(assistant.model))
     return {"first": first, "rate": rate, "memory": memory}
 
 
 def tensors(module: Any) -> list[Any]:
     return [*module.parameters(), *module.buffers()]
+
+
+def resident(addresses: Iterable[int]) -> int:
+    """Bytes in memory but those of mapped files of weights that the model, at these addresses, does not use.
+
+    What was read from them to be converted stays in memory until it is needed, and is no need of the model.
+    """
+    used, size, counts = sorted(addresses), 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if region := re.match(r"([0-9a-f]+)-([0-9a-f]+) .{20,} +(.*)$", line):
+            start, end = int(region[1], 16), int(region[2], 16)
+            place = bisect.bisect_left(used, start)
+            counts = place < len(used) and used[place] < end
+            counts |= not region[3].startswith("/") or ".so" in region[3] or "/python" in region[3]
+        elif counts and line.startswith("Rss:"):
+            size += 1024 * int(line.split()[1])
+    return size
 
 
 def run(command: list[str]) -> dict[str, Any]:

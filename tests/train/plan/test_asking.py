@@ -65,7 +65,8 @@ def test_the_engine_answers_what_is_timed(depth: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(asking, "PROBE_SECONDS", 60.0)
     config = DecoderConfig(64, 32, depth, 2, 2, 16, 64, context=2048)
     prefill, token = asking.time_answer(config, "int8", 700, torch.device("cpu"), torch.float32)
-    assert steps == [[16], [1]] + asking.ROUNDS * ([[512], [188]] + (asking.TIMED_TOKENS - 1) * [[1]])
+    prompt = 5 * [[128]] + [[60]]
+    assert steps == [[16], [1]] + asking.ROUNDS * (prompt + (asking.TIMED_TOKENS - 1) * [[1]])
     assert prefill > token > 0
 
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pumice.assistant import CHUNK_SHOWN
 from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
 from pumice.conversation import Conversation, user_message
 from pumice.engine.engine import Engine
@@ -41,7 +42,6 @@ from pumice.storage.parts import LoadedParts
 from pumice.tokens import Tokenizer
 
 ANSWER = 256  # tokens of the longest answer of `pumice ask`
-CHUNK = 512  # prompt tokens of a step
 # Layers are timed until they hold so many bytes: fewer would stay in the processor's cache.
 PROBE_BYTES = 128 << 20
 # An answer of so many tokens is timed up to ROUNDS times, until PROBE_SECONDS are over.
@@ -117,7 +117,7 @@ def _cost(
     # 1. Memory: weights, the cells that the prompt and the longest answer use, and the buffers of a step.
     cells = min(config.context, -(-(prompt_tokens + ANSWER) // BLOCK) * BLOCK)
     token_bytes = KVCache.bytes_per_token(config, cache_dtype(quantize, device, dtype))
-    step_bytes = min(CHUNK, prompt_tokens) * (3 * config.mlp_width + 8 * config.width) * 4
+    step_bytes = min(CHUNK_SHOWN, prompt_tokens) * (3 * config.mlp_width + 8 * config.width) * 4
     memory: dict[str, float] = dict(weight_sizes(loaded, quantize, device, dtype))
     memory["KV cache"] = cells * token_bytes
     memory["program and buffers"] = (PROCESS_BYTES if device.type == "cpu" else 0.0) + step_bytes
@@ -155,7 +155,7 @@ def time_answer(
     All weights of its model are the same number.
     """
     model = _probe(config, quantize, device, dtype)
-    engine = Engine(model, slots=1, cache_tokens=tokens + TIMED_TOKENS, chunk=CHUNK, prefix_cache=False)
+    engine = Engine(model, slots=1, cache_tokens=tokens + TIMED_TOKENS, chunk=CHUNK_SHOWN, prefix_cache=False)
 
     def answer(count: int, new: int) -> list[float]:
         times = [time.perf_counter()]
@@ -165,7 +165,8 @@ def time_answer(
             pass
         return [end - start for start, end in itertools.pairwise(times)]
 
-    # The first answer gets memory and threads ready. Short ones are repeated: other programs may disturb.
+    # The first answer gets memory and threads ready. Of the others the fastest counts: other programs may
+    # disturb some of them.
     answer(min(tokens, 16), 2)
     started = time.perf_counter()
     prefills: list[float] = []
@@ -173,8 +174,8 @@ def time_answer(
     while len(prefills) < ROUNDS and (not prefills or time.perf_counter() - started < PROBE_SECONDS):
         prefill, *others = answer(tokens, TIMED_TOKENS)
         prefills.append(prefill)
-        steps += others
-    return statistics.median(prefills), statistics.median(steps)
+        steps.append(statistics.median(others))
+    return min(prefills), min(steps)
 
 
 def _probe(config: DecoderConfig, quantize: str | None, device: torch.device, dtype: torch.dtype) -> Llava:
@@ -205,21 +206,18 @@ def _measure_image(loaded: LoadedParts, device: torch.device) -> tuple[int, int,
     """Return the tokens of a prompt and of its picture, and the seconds for the picture's tokens."""
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     images = [] if loaded.config.vision.kind == "none" else [Image.new("RGB", (640, 480), (120, 90, 60))]
-    start = time.perf_counter()
     sample = processor.prompt(Conversation((user_message(QUESTION, images),)))
     if not images:
         return len(sample.input_ids), 0, 0.0
     pixels = torch.from_numpy(processor.pixels(sample.images, sample.layouts)).to(device)
-    seconds = time.perf_counter() - start
+    seconds = _seconds(processor.pixels, sample.images, sample.layouts, device=device)
     # A ViT is timed with no block and with two, all others whole.
     vision = loaded.config.vision
     running = vision.layer % (vision.depth + 1) if vision.depth else 0
     encoders = [_encoder(loaded, blocks, device) for blocks in ((0, 2) if running > 2 else (running,))]
     for encoder in encoders:
         encoder.encode(pixels, sample.layouts)
-    times = [
-        _seconds(encoder.encode, pixels, sample.layouts, rounds=2, device=device) for encoder in encoders
-    ]
+    times = [_seconds(encoder.encode, pixels, sample.layouts, device=device) for encoder in encoders]
     seconds += times[0] + (times[-1] - times[0]) / 2 * running
     return len(sample.input_ids), sum(layout.tokens for layout in sample.layouts), seconds
 
@@ -241,13 +239,13 @@ def _encoder(loaded: LoadedParts, blocks: int, device: torch.device) -> Llava:
     return model
 
 
-def _seconds(function: Callable[..., object], *arguments: object, rounds: int, device: torch.device) -> float:
-    """Return the median time of some calls."""
+def _seconds(function: Callable[..., object], *arguments: object, device: torch.device) -> float:
+    """Return the time of the fastest of some calls."""
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         result = function(*arguments)
         if device.type != "cpu" and isinstance(result, Tensor):
             result.flatten()[0].item()  # waits for the device
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
