@@ -41,6 +41,8 @@ _LOG = logging.getLogger(__name__)
 CACHED_IMAGES = 64
 SLOTS = 32  # questions that `ask_many` computes together
 CHUNK = 512  # prompt tokens of one step of the engine
+# The same where one person waits and sees how much of the prompt is read, which costs no time.
+CHUNK_SHOWN = 128
 
 
 def load(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pumice.assistant import Assistant, load
+from pumice.engine import sizes
 from pumice.formats.export import export
 
 SHORT = ["--max-new-tokens", "8"]
@@ -29,6 +30,16 @@ def test_ask_without_a_picture(run: Any) -> None:
     result = run("ask", "What?", *SHORT)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.strip()
+
+
+def test_without_memory_for_the_cache_the_reason_is_one_sentence(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "available_memory", lambda: sizes.RESERVE / 2)
+    result = run("ask", "What?", *SHORT)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("pumice: no memory is left for the KV cache; close other programs")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_model_of_others_takes_its_template(run: Any, folder: Path, models: ModuleType) -> None:

@@ -14,6 +14,7 @@ import pytest
 from asking import ask, data_uri, picture, post, user_message
 
 from pumice import InputError
+from pumice.engine import sizes
 from pumice.engine.engine import Engine
 from pumice.serve.guard import Gate
 from pumice.serve.settings import ServerSettings
@@ -56,7 +57,8 @@ FIELD = "messages.0.content.0.image_url"
         ({"banana": 1}, "banana", "unknown field 'banana'"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
-        ({"stream_options": {"include_usage": True}}, None, "needs stream"),
+        ({"stream_options": {"include_usage": True}}, None, "stream_options needs stream"),
+        ({"return_progress": True}, None, "return_progress needs stream"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"model": "gpt-5"}, "model", "no model 'gpt-5'"),
@@ -144,6 +146,18 @@ def test_what_the_cache_cannot_hold_names_the_field_to_change(local: Any) -> Non
             error = error_of(post(url, body, path), 400)
             assert (error["param"], error["code"]) == (param, "context_length_exceeded")
             assert "maximum context length is 60 tokens" in error["message"]
+
+
+def test_without_memory_for_the_cache_the_client_is_told_why(
+    local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "available_memory", lambda: 10 * sizes.RESERVE)
+    with local() as url:
+        monkeypatch.setattr(sizes, "available_memory", lambda: sizes.RESERVE / 2)  # another process took it
+        error = error_of(post(url, ask()), 500)
+        assert error["message"].startswith("no memory is left for the KV cache; close other programs")
+        monkeypatch.setattr(sizes, "available_memory", lambda: 10 * sizes.RESERVE)
+        assert post(url, ask()).status_code == 200
 
 
 @pytest.fixture(scope="module")

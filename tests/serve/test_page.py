@@ -16,7 +16,7 @@ import httpx
 import pytest
 from asking import picture
 
-from pumice.engine.engine import Engine
+from pumice.engine.engine import Engine, Plan
 from pumice.serve.page import files
 
 if TYPE_CHECKING:
@@ -163,6 +163,26 @@ def test_stopping_keeps_what_was_said(
         page.locator("#max_tokens").evaluate("field => { field.value = 4 }")
         write(page, "Sure?")
         answered(page, 2)
+
+
+def test_a_long_question_shows_how_much_of_it_is_read(
+    page: Page, local: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, steps, go = Engine._run, itertools.count(1), threading.Event()
+
+    def held(engine: Engine, plan: Plan) -> None:
+        if next(steps) == 2:
+            assert go.wait(PATIENT / 1000)
+        run(engine, plan)
+
+    monkeypatch.setattr(Engine, "_run", held)
+    with local() as url:
+        visit(page, url, max_tokens=4)
+        write(page, "What is this? " * 30)
+        page.get_by_text(re.compile(r"^64 of \d+ tokens read$")).wait_for()
+        go.set()
+        [text] = answered(page, 1)
+        assert "tokens read" not in text
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(page: Page, server: str) -> None:

@@ -107,9 +107,10 @@ def _ask_one(
     # Before torch is imported, so that a wrong path fails at once.
     opened = [open_image(path) for path in images]
     options.share_cores()
+    from pumice.assistant import CHUNK_SHOWN
     from pumice.conversation import Conversation, question_message
 
-    assistant = opening.load(model)
+    assistant = opening.load(model, chunk=CHUNK_SHOWN)
     reply = assistant.stream(Conversation((question_message(question, opened),)), **sampling)
     if as_json:
         answer = "".join(reply)

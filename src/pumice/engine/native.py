@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pumice.capability import LLAMA, Capability, fields
 from pumice.config import DecoderConfig, RopeScaling
+from pumice.errors import WorkError
 from pumice.kernels.compute import PackedStruct, packed_struct
 from pumice.kernels.loader import Weights, compiled
 from pumice.model.adapters import LoraLinear
@@ -126,7 +127,7 @@ class NativeDecoder:
         """Run the decoder on embedded tokens x (R, D) of the segments, laid end to end.
 
         due: the rows whose logits are needed. Return logits (len(due), V) in fp32. The new keys and values
-        are written to the cache. Raise MemoryError if the native code cannot allocate its buffers.
+        are written to the cache. Raise WorkError if the native code cannot allocate its buffers.
         """
         self._cache.check(segments)
         if x.shape != (sum(segment.new for segment in segments), self._width):
@@ -150,7 +151,7 @@ class NativeDecoder:
             ctypes.c_void_p(logits.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
         if error:
-            raise MemoryError(
+            raise WorkError(
                 f"no memory is left for a step of {len(x)} tokens; use a smaller `chunk` or fewer slots"
             )
         return logits

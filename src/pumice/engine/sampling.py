@@ -135,9 +135,10 @@ def sample(
     """
     count = len(params)
     logits = _restrict(logits, params, histories, allowed or [None] * count, prompt_lengths or [0] * count)
-    tokens = logits.argmax(-1)
-    rows = [row for row, one in enumerate(params) if one.temperature]
-    if rows:
+    tokens = torch.empty(count, dtype=torch.long, device=logits.device)
+    if greedy := [row for row, one in enumerate(params) if not one.temperature]:
+        tokens[greedy] = _take(logits, greedy).argmax(-1)
+    if rows := [row for row, one in enumerate(params) if one.temperature]:
         drawn = [params[row] for row in rows]
         probabilities = likelihoods(_take(logits, rows), [one.temperature for one in drawn])
         tokens[rows] = _draw(probabilities, drawn, [generators[row] for row in rows])

@@ -72,7 +72,7 @@ def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tenso
 
     On a CPU the product is one of integers: activations are rounded to 8 bits, with a scale for each 32. A
     row of the result depends only on that row of x. On other devices, and if x needs a gradient, the weights
-    are restored first. Raise MemoryError if C cannot allocate its buffers.
+    are restored first. Raise WorkError if C cannot allocate its buffers.
     """
     code = library() if x.device.type == "cpu" and not x.requires_grad else None
     if code is None:
@@ -86,7 +86,7 @@ def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tenso
             ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(y.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
         if error:
-            raise MemoryError(f"no memory is left for {len(rows)} rows of {packed.inputs} activations")
+            raise WorkError(f"no memory is left for {len(rows)} rows of {packed.inputs} activations")
     return y.view(*x.shape[:-1], packed.outputs).to(x.dtype)
 
 

@@ -47,7 +47,9 @@ static inline uint16_t to_bf16(float value) { /* to the nearest, ties to even; v
 }
 
 static inline vector load_bf16(const uint16_t *from) {
-#if LANES == 8 && defined(__AVX2__)
+#if LANES == 16 /* GCC 12 makes two halves of a conversion and joins them */
+    return (vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#elif LANES == 8 && defined(__AVX2__)
     return (vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
 #else
     half_vector halves;

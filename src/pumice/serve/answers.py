@@ -27,6 +27,7 @@ from pumice.serve.protocol import (
     ErrorBody,
     Finish,
     LogprobEntry,
+    PromptProgress,
     ToolCall,
     ToolCallDelta,
     ToolFunction,
@@ -105,6 +106,9 @@ class AnswerForm(Protocol):
     def piece(self, piece: AnswerPiece) -> bytes:
         """Return a piece as it is streamed."""
 
+    def progress(self, progress: PromptProgress) -> bytes:
+        """Return how far the prompt is read, where the protocol can say it."""
+
     def end(self, usage: Usage) -> bytes:
         """Return what a stream ends with."""
 
@@ -174,6 +178,9 @@ class ChatForm:
             finish_reason=answer.finish,
         )
 
+    def progress(self, progress: PromptProgress) -> bytes:
+        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], prompt_progress=progress))
+
     def _event(
         self,
         index: int,
@@ -233,7 +240,10 @@ class CompletionForm:
     def error(self, error: ErrorBody) -> bytes:
         return event(error)
 
-    def _completion(self, choices: list[CompletionChoice], **usage: Any) -> Completion:
+    def progress(self, progress: PromptProgress) -> bytes:
+        return event(self._completion([], prompt_progress=progress))
+
+    def _completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
         return Completion(
             object="text_completion",
             id=self.id,
@@ -241,7 +251,7 @@ class CompletionForm:
             model=self.model,
             system_fingerprint=FINGERPRINT,
             choices=choices,
-            **usage,
+            **more,
         )
 
     @staticmethod

@@ -294,16 +294,17 @@ class Backend:
         )
         try:
             # 2. Wait for the first piece. Until then an error can still change the status of the response.
-            pieces = [await running.next()]
+            pieces = running.pieces(bool(request.return_progress))
+            first = await anext(pieces)
             if request.stream:
-                return EventStream(running, form, pieces[0])
+                return EventStream(running, form, first, pieces)
             # 3. Without a stream, collect all pieces and send one object.
-            while not running.done:
-                pieces.append(await running.next())
-            running.end()
+            others = [piece async for piece in pieces]
             answers: list[list[AnswerPiece]] = [[] for _ in prompts]
-            for piece in pieces:
-                answers[piece.index].append(piece)
+            for piece in (first, *others):
+                if isinstance(piece, AnswerPiece):
+                    answers[piece.index].append(piece)
+            running.end()
             return ModelResponse(form.response([join(answer) for answer in answers], running.usage()))
         except BaseException:  # also a cancellation, after the client disconnects
             running.end()

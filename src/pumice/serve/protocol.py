@@ -115,6 +115,9 @@ class GenerationRequest(BaseRequest):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_progress: bool | None = Field(
+        None, description="Also stream how much of a long prompt is read, as llama.cpp's server does."
+    )
     max_tokens: Limit | None = Field(None, description=_LIMIT)
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -147,6 +150,8 @@ class GenerationRequest(BaseRequest):
     def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
+        if self.return_progress and not self.stream:
+            raise ValueError("return_progress needs stream to be true")
         return self
 
     @property
@@ -268,6 +273,13 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptDetails
 
 
+class PromptProgress(BaseModel):
+    """How far a prompt is read, in tokens."""
+
+    total: int
+    processed: int
+
+
 class TopLogprob(BaseModel):
     token: str
     logprob: float
@@ -348,6 +360,7 @@ class ChatChunk(BaseModel):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_progress: PromptProgress | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -372,6 +385,7 @@ class Completion(BaseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    prompt_progress: PromptProgress | None = None
 
 
 class ExplainedWord(BaseModel):

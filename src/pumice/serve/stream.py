@@ -21,7 +21,7 @@ from pumice.serve.answers import AnswerForm, AnswerPiece
 from pumice.serve.errors import ApiError
 from pumice.serve.metrics import Metrics
 from pumice.serve.observe import RequestRecord, internal_error
-from pumice.serve.protocol import LogprobEntry, PromptDetails, TopLogprob, Usage
+from pumice.serve.protocol import LogprobEntry, PromptDetails, PromptProgress, TopLogprob, Usage
 
 if TYPE_CHECKING:
     from pumice.engine.engine import Engine
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SEND_GRACE = 10.0  # seconds to send the end of an answer after its time is over
+PROGRESS_INTERVAL = 0.2  # seconds between two looks at how much of a prompt is read
 
 
 PieceReader = Callable[[AnswerPiece], AnswerPiece]
@@ -124,6 +125,26 @@ class ActiveRequest:
         piece = AnswerPiece(index, new_text, tokens=entries, finish=text.finish, stop=text.stop)
         return self._readers[index](piece)
 
+    async def pieces(self, return_progress: bool = False) -> AsyncIterator[AnswerPiece | PromptProgress]:
+        """Yield the pieces of all answers, and with `return_progress` before them how far the prompt is read.
+
+        The progress begins only when a part of the prompt is computed: before, an error can still be the
+        status of the response. Raises as `next`.
+        """
+        first, read = asyncio.ensure_future(self.next()), 0
+        try:
+            while return_progress and not (await asyncio.wait({first}, timeout=PROGRESS_INTERVAL))[0]:
+                total, computed = len(self._prompts[0].input_ids), self._requests[0].computed
+                if read < computed < total:
+                    read = computed
+                    yield PromptProgress(total=total, processed=computed)
+            piece = await first
+        finally:
+            first.cancel()
+        yield piece
+        while not self.done:
+            yield await self.next()
+
     def usage(self) -> Usage:
         counts = self._counts()
         return Usage(
@@ -171,10 +192,16 @@ class ActiveRequest:
 class EventStream(StreamingResponse):
     """The answers as a stream. It always ends its request, even if nothing is sent."""
 
-    def __init__(self, running: ActiveRequest, form: AnswerForm, first: AnswerPiece) -> None:
+    def __init__(
+        self,
+        running: ActiveRequest,
+        form: AnswerForm,
+        first: AnswerPiece | PromptProgress,
+        others: AsyncIterator[AnswerPiece | PromptProgress],
+    ) -> None:
         self._running = running
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(running, form, first), media_type=form.media_type, headers=headers)
+        super().__init__(_events(running, form, first, others), media_type=form.media_type, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -185,13 +212,22 @@ class EventStream(StreamingResponse):
             self._running.end()
 
 
-async def _events(running: ActiveRequest, form: AnswerForm, piece: AnswerPiece) -> AsyncIterator[bytes]:
+async def _events(
+    running: ActiveRequest,
+    form: AnswerForm,
+    first: AnswerPiece | PromptProgress,
+    others: AsyncIterator[AnswerPiece | PromptProgress],
+) -> AsyncIterator[bytes]:
+    def data_of(piece: AnswerPiece | PromptProgress) -> bytes:
+        if isinstance(piece, PromptProgress):
+            return form.progress(piece)
+        return form.piece(piece) if piece.has_content else b""
+
     try:
-        yield form.begin() + (form.piece(piece) if piece.has_content else b"")
-        while not running.done:
-            piece = await running.next()
-            if piece.has_content:
-                yield form.piece(piece)
+        yield form.begin() + data_of(first)
+        async for piece in others:
+            if data := data_of(piece):
+                yield data
         yield form.end(running.usage())
     except ApiError as error:
         running.record.add_error(error)
