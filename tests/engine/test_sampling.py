@@ -170,7 +170,7 @@ def test_penalties_for_what_the_answer_holds() -> None:
         SamplingParams(frequency_penalty=0.5, presence_penalty=-1.5),
         SamplingParams(presence_penalty=2),
     ]
-    changed = sampling._restrict(rows, params, [history] * 2, [None] * 2, [3, 3])
+    changed = sampling._restrict(rows, params, [history] * 2, [None] * 2, [3, 6])
     expected = rows.clone()
     expected[0, 7] -= 2 * 0.5 - 1.5
     expected[0, 8] -= 1 * 0.5 - 1.5

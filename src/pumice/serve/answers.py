@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 from starlette.responses import Response
 
 from pumice import __version__
@@ -51,6 +52,18 @@ class ModelResponse(Response):
 def event(content: BaseModel) -> bytes:
     """Return a model of `protocol` as a server-sent event."""
     return b"data: " + content.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+
+
+class AnswerModel(BaseModel):
+    """A part of an answer whose constants, such as its type, are written although nobody sets them."""
+
+    def model_post_init(self, _: Any) -> None:
+        fields = type(self).model_fields.items()
+        self.model_fields_set.update(
+            name
+            for name, field in fields
+            if field.default_factory or field.default not in (None, PydanticUndefined)
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
+from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
 from pumice.serve.errors import ApiError, context_overflow, not_json, unknown_model, validation_error
 from pumice.serve.explanation import explanation_json
 from pumice.serve.fetch import Fetcher
@@ -33,6 +34,13 @@ from pumice.serve.images import find_damaged, read_images
 from pumice.serve.messages import parse
 from pumice.serve.metrics import Metrics
 from pumice.serve.observe import RequestRecord
+from pumice.serve.ollama import (
+    OllamaCard,
+    OllamaChatRequest,
+    OllamaForm,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from pumice.serve.protocol import (
     MAX_ANSWERS,
     BaseRequest,
@@ -43,6 +51,8 @@ from pumice.serve.protocol import (
     ExplanationBody,
     GenerationRequest,
 )
+from pumice.serve.responses import ResponsesRequest
+from pumice.serve.responses_form import ResponsesForm
 from pumice.serve.settings import ServerSettings
 from pumice.serve.stream import ActiveRequest, EventStream, PieceReader, as_text
 from pumice.serve.tools import CallReader, check_tools, functions_to_call, instruction
@@ -69,6 +79,8 @@ class Backend:
         self, assistant: Assistant, names: tuple[str, ...], settings: ServerSettings, metrics: Metrics
     ) -> None:
         self.assistant, self.names, self.settings, self.metrics = assistant, names, settings, metrics
+        parameters = sum(parameter.numel() for parameter in assistant.model.parameters())
+        self.ollama_card = OllamaCard(names, assistant.model.config, parameters)
         self._fetcher: Fetcher | None = None
         self._grammars: OrderedDict[str, Grammar] = OrderedDict()
 
@@ -93,12 +105,41 @@ class Backend:
         )
         return await self._converse(record, request, form)
 
-    async def _converse(
-        self, record: RequestRecord, request: ChatRequest, form: AnswerForm, field: str = "messages"
+    async def respond(self, record: RequestRecord, body: bytes) -> Response:
+        request = await self._parse(ResponsesRequest, body)
+        return await self._converse(
+            record, request.chat(), ResponsesForm(self._model(request), request), "input"
+        )
+
+    async def message(self, record: RequestRecord, body: bytes) -> Response:
+        request = await self._parse(AnthropicRequest, body)
+        form = AnthropicForm(self._model(request), request)
+        return await self._converse(record, request.chat(), form, "messages")
+
+    async def ollama_chat(self, record: RequestRecord, body: bytes) -> Response:
+        return await self._ollama(record, await self._parse(OllamaChatRequest, body), is_chat=True)
+
+    async def ollama_generate(self, record: RequestRecord, body: bytes) -> Response:
+        return await self._ollama(record, await self._parse(OllamaGenerateRequest, body), is_chat=False)
+
+    async def _ollama(
+        self, record: RequestRecord, request: OllamaChatRequest | OllamaGenerateRequest, *, is_chat: bool
     ) -> Response:
-        """Answer a conversation. field: where the request, which may be of another protocol, has it."""
+        form = OllamaForm(request.model, is_chat)
+        if request.loads_only:
+            return ModelResponse(form.loaded())
+        return await self._converse(record, request.chat(), form, "messages" if is_chat else "prompt")
+
+    async def ollama_show(self, _: RequestRecord, body: bytes) -> Response:
+        await self._parse(OllamaShowRequest, body)
+        return ModelResponse(self.ollama_card.show())
+
+    async def _converse(
+        self, record: RequestRecord, request: ChatRequest, form: AnswerForm, field: str | None = None
+    ) -> Response:
+        """Answer a conversation. field: where a request of another protocol has it."""
         # 1. Check what needs no work.
-        check_tools(request)
+        check_tools(request, field)
         functions = functions_to_call(request)
         sampling = self._sampling(request)
         if request.top_logprobs is not None and not request.logprobs:
@@ -115,7 +156,7 @@ class Backend:
             CallReader(functions) if functions else as_text for _ in range(request.n or 1)
         ]
         # 3. Answer.
-        async with self._input_errors(field, pictures):
+        async with self._input_errors(field or "messages", pictures):
             prompt = await self._run_in_pool(self._chat_prompt, request, pictures, told, sampling)
             prompts = _several(replace(prompt, constraint=constraint), request.n or 1)
             return await self._answer(record, request, prompts, readers, form)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pumice.errors import ContextOverflow, shorten
 from pumice.serve.answers import ModelResponse
+from pumice.serve.anthropic import AnthropicError
+from pumice.serve.ollama import OllamaError
 from pumice.serve.protocol import ErrorBody, ErrorDetail
 
 # Field -> a clearer message than pydantic's.
@@ -16,6 +18,8 @@ REMEDIES = {
     "modalities": "this server answers in text only; leave modalities out",
     "suffix": "suffix is not supported; leave it out",
     "functions": "functions are an older form of tools; use tools",
+    "previous_response_id": "this server keeps no responses; send the whole conversation as input",
+    "conversation": "this server keeps no conversations; send the whole conversation as input",
     "audio": "this server neither hears nor speaks; leave audio out",
 }
 CONTENT = "text, or a list of parts whose type is 'text' or 'image_url'"
@@ -56,8 +60,14 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return ErrorBody(error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code))
 
-    def response(self) -> ModelResponse:
-        return ModelResponse(self.body(), self.status, self.headers)
+    def response(self, path: str) -> ModelResponse:
+        """Return the error in the form of the protocol that the path belongs to."""
+        body: BaseModel = self.body()
+        if path.startswith("/api/"):
+            body = OllamaError(error=self.message)
+        elif path.startswith("/v1/messages"):
+            body = AnthropicError(type="error", error=self.body().error)
+        return ModelResponse(body, self.status, self.headers)
 
 
 def validation_error(error: ValidationError) -> ApiError:

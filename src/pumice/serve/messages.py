@@ -80,7 +80,9 @@ def _drop_nothing(value: Any, verbatim: frozenset[str]) -> Any:
 
 def json_kind(value: Any) -> str:
     """Return the tag of a union's member for a text, a list or an object. Tags begin with ~."""
-    return "~list" if isinstance(value, list) else "~object" if isinstance(value, dict) else "~string"
+    if isinstance(value, dict | BaseModel):
+        return "~object"
+    return "~list" if isinstance(value, list) else "~string"
 
 
 # --- messages ---
@@ -152,13 +154,16 @@ def _check_arguments(arguments: str) -> str:
     return arguments or "{}"
 
 
+Arguments = Annotated[
+    str,
+    BeforeValidator(lambda value: json.dumps(value) if isinstance(value, dict) else value),
+    AfterValidator(_check_arguments),
+]
+
+
 class CalledFunction(RequestModel):
     name: str
-    arguments: Annotated[
-        str,
-        BeforeValidator(lambda value: json.dumps(value) if isinstance(value, dict) else value),
-        AfterValidator(_check_arguments),
-    ] = "{}"
+    arguments: Arguments = "{}"
 
 
 class PastCall(RequestModel):

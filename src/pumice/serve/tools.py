@@ -22,8 +22,11 @@ _HEAD = re.compile(r'\{"name":"([^"]*)","arguments":')
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def check_tools(request: ChatRequest) -> None:
-    """Raise ApiError for two tools of one name, and for a tool's message without a call."""
+def check_tools(request: ChatRequest, field: str | None = None) -> None:
+    """Raise ApiError for two tools of one name, and for a tool's message without a call.
+
+    field: where a request of another protocol has the messages.
+    """
     names: set[str] = set()
     for number, tool in enumerate(request.tools or ()):
         name = tool.function.name
@@ -44,7 +47,7 @@ def check_tools(request: ChatRequest) -> None:
                 400,
                 "messages with role 'tool' must be a response to a preceding message with 'tool_calls': "
                 f"there is no call {message.tool_call_id[:100]!r}",
-                param=f"messages.{number}.tool_call_id",
+                param=field or f"messages.{number}.tool_call_id",
                 code="unknown_tool_call",
             )
 
