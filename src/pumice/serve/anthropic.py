@@ -32,7 +32,16 @@ from pumice.serve.messages import (
     ToolMessage,
     json_kind,
 )
-from pumice.serve.protocol import BaseRequest, ChatRequest, ErrorBody, Temperature, TopK, TopP, Usage
+from pumice.serve.protocol import (
+    BaseRequest,
+    ChatRequest,
+    ErrorBody,
+    PromptProgress,
+    Temperature,
+    TopK,
+    TopP,
+    Usage,
+)
 
 # --- requests ---
 
@@ -320,6 +329,9 @@ class AnthropicForm:
                 delta = AnthropicDelta(type="input_json_delta", partial_json=piece.arguments)
             events += self._event("content_block_delta", index=0, delta=delta)
         return events
+
+    def progress(self, progress: PromptProgress) -> bytes:
+        return b""  # the protocol has no event for it
 
     def end(self, usage: Usage) -> bytes:
         events = self._event("content_block_stop", index=0) if self._opened else b""

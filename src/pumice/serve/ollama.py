@@ -39,6 +39,7 @@ from pumice.serve.protocol import (
     JsonSchemaFormat,
     MinP,
     Penalty,
+    PromptProgress,
     RepetitionPenalty,
     ResponseFormat,
     Seed,
@@ -286,6 +287,9 @@ class OllamaForm:
         if piece.name or piece.arguments:
             self._call.append(piece)
         return _line(self._answer(piece.text, done=False)) if piece.text else b""
+
+    def progress(self, progress: PromptProgress) -> bytes:
+        return b""  # the protocol has no event for it
 
     def end(self, usage: Usage) -> bytes:
         return _line(self._end(replace(join(self._call), text="") if self._call else AnswerPiece(), usage))

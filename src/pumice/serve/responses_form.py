@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pumice.serve.answers import EVENTS, AnswerModel, AnswerPiece, join
-from pumice.serve.protocol import ErrorBody, LogprobEntry, Usage
+from pumice.serve.protocol import ErrorBody, LogprobEntry, PromptProgress, Usage
 from pumice.serve.responses import ResponsesRequest, TextFormat, TextSettings
 
 
@@ -145,6 +145,9 @@ class ResponsesForm:
         if piece.text:
             events += self._part("response.output_text.delta", delta=piece.text, logprobs=list(piece.tokens))
         return events
+
+    def progress(self, progress: PromptProgress) -> bytes:
+        return b""  # the protocol has no event for it
 
     def end(self, usage: Usage) -> bytes:
         answer = self._answer(join(self._pieces), usage)
