@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from pumice.config import DecoderConfig
+from pumice.kernels.attention import attend as attend_in_c
+from pumice.kernels.attention import can_attend
 from pumice.model.layers import Attend, causal_mask, sdpa
 
 BLOCK = 64  # tokens of a block
@@ -99,9 +101,14 @@ class KVCache:
             keys.index_copy_(1, new_cells, k[0].to(keys.dtype))  # under autocast, k and v may be bf16
             values.index_copy_(1, new_cells, v[0].to(values.dtype))
             # 3. Attend segment by segment: sequences have different lengths and must not see each other.
+            in_c = can_attend(q, keys)
             outputs = [
-                sdpa(queries, *read(layer), mask, causal=mask is None and new > 1)
-                for queries, new, (read, mask) in zip(q.split(new_counts, 2), new_counts, views, strict=True)
+                attend_in_c(queries, keys, values, table, self.block, past, self.window)
+                if in_c and new > 1
+                else sdpa(queries, *read(layer), mask, causal=mask is None and new > 1)
+                for queries, (table, past, new), (read, mask) in zip(
+                    q.split(new_counts, 2), segments, views, strict=True
+                )
             ]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
