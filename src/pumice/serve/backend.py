@@ -24,6 +24,7 @@ from pumice.conversation import Conversation, ImagePart, Message
 from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError
+from pumice.messages import join_messages
 from pumice.serve.answers import ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.errors import ApiError, context_overflow, not_json, unknown_model, validation_error
 from pumice.serve.explanation import explanation_json
@@ -262,13 +263,11 @@ class Backend:
 def conversation(request: ConversationRequest, pictures: Pictures) -> Conversation:
     """Return the messages of a request as a Conversation. pictures: in order.
 
-    The role "developer" becomes "system". Messages of one role in a row become one. Templates have a place
-    for one system message, the first: a later one goes to the front of the user's message that follows, or
-    else to the end of the last message. `<image>` in a text is plain text, not a placeholder.
+    `join_messages` says what becomes of other roles and orders. `<image>` in a text is plain text, not a
+    placeholder.
     """
     remaining_files = iter(pictures.values())
     messages: list[Message] = []
-    late: tuple[str | ImagePart, ...] = ()  # system messages that wait for the user's next one
     for message in request.messages:
         content: Any = message.content
         if isinstance(message, PastAnswer) and not content:
@@ -281,23 +280,5 @@ def conversation(request: ConversationRequest, pictures: Pictures) -> Conversati
                 for part in content
             )
         )
-        role = "system" if message.role == "developer" else message.role
-        if role == "system" and any(earlier.role != "system" for earlier in messages):
-            late = _joined(late, parts)
-            continue
-        if role == "user":
-            parts, late = _joined(late, parts), ()
-        if messages and messages[-1].role == role:
-            parts = _joined(messages.pop().parts, parts)
-        messages.append(Message(role, parts))
-    if late:
-        messages.append(Message(messages[-1].role, _joined(messages.pop().parts, late)))
-    return Conversation(tuple(messages))
-
-
-def _joined(
-    first: tuple[str | ImagePart, ...], second: tuple[str | ImagePart, ...]
-) -> tuple[str | ImagePart, ...]:
-    """Return the parts of two messages as one, with a blank line between two texts."""
-    both_text = first and second and isinstance(first[-1], str) and isinstance(second[0], str)
-    return (*first, "\n\n", *second) if both_text else (*first, *second)
+        messages.append(Message(message.role, parts))
+    return Conversation(join_messages(messages))

@@ -11,7 +11,6 @@ whose state is in the checkpoint.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import sys
@@ -119,8 +118,10 @@ class Trainer:
         self.optimizer = make_optimizer(recipe, self.trainable, setup.part_of, self.device)
         # 5. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
-        self.digests = content_digests(recipe)
-        self.fixed_fields = json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
+        self.digests = content_digests(recipe, self.batches.mixture.rows)
+        self.fixed_fields = recipe.stored(exclude={*MUTABLE_FIELDS, "shuffle_block"})
+        if (block := self.batches.mixture.shuffle_block) != 1:  # 1 is what older versions did
+            self.fixed_fields["shuffle_block"] = block
         self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
 
     def _wrap_objective(self) -> nn.Module:
@@ -232,6 +233,8 @@ class Trainer:
             return TrainingReport(recipe, [], self.step, self.batches.steps, None, enabled=False)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         lines = self.setup.describe(self.batches.steps)
+        if added := self.batches.added:
+            lines.append(f"  {added} rows name pictures without <image>; it stands before the first question")
         if self.world.size > 1:
             kinds = {"ddp": "a copy of the model each (DDP)", "fsdp": "the model in shards (FSDP)"}
             lines.append(f"  {self.world.size} processes, {kinds[self.world.kind]}")
@@ -397,7 +400,7 @@ class Trainer:
 
     def _summary(self, report: TrainingReport) -> dict[str, Any]:
         return {
-            "recipe": json.loads(self.recipe.model_dump_json()),
+            "recipe": self.recipe.stored(),
             "steps": self.step,
             "tokens": self.tokens,
             "skipped_rows": len(self.batches.skipped.reasons),
