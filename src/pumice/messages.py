@@ -72,29 +72,28 @@ def read_messages(values: Sequence[Any], images: Sequence[Any]) -> tuple[tuple[M
     return join_messages(messages), len(unplaced)
 
 
-def join_messages(messages: Iterable[Message]) -> tuple[Message, ...]:
+def join_messages(messages: Iterable[Message], *, has_system: bool = True) -> tuple[Message, ...]:
     """Return messages as templates have a place for them.
 
     The role "developer" becomes "system". Messages of one role in a row become one. Templates have a place
-    for one system message, the first: a later one goes to the front of the user's message that follows, or
-    else to the end of the last message.
+    for one system message, the first, or (`has_system` False) for none: another goes to the front of the
+    user's message that follows, or else to the end of the last message.
     """
     joined: list[Message] = []
     late: Parts = ()  # system messages that wait for the user's next one
     for message in messages:
-        role, parts = message.role, message.parts
-        if role == "developer":
-            role = "system"
-        if role == "system" and any(earlier.role != "system" for earlier in joined):
-            late = _join(late, parts)
+        role, parts = "system" if message.role == "developer" else message.role, message.parts
+        if role == "system" and not (has_system and all(earlier.role == "system" for earlier in joined)):
+            late = join_parts(late, parts)
             continue
         if role == "user":
-            parts, late = _join(late, parts), ()
+            parts, late = join_parts(late, parts), ()
         if joined and joined[-1].role == role:
-            parts = _join(joined.pop().parts, parts)
+            parts = join_parts(joined.pop().parts, parts)
         joined.append(Message(role, parts))
     if late:
-        joined.append(Message(joined[-1].role, _join(joined.pop().parts, late)))
+        last = joined.pop() if joined else Message("user", ())
+        joined.append(Message(last.role, join_parts(last.parts, late)))
     return tuple(joined)
 
 
@@ -113,7 +112,7 @@ def decode_data_url(url: str) -> bytes:
         raise InputError(f"{shorten(url, 40)} is not base64 ({error}); encode the file again") from error
 
 
-def _join(first: Parts, second: Parts) -> Parts:
+def join_parts(first: Parts, second: Parts) -> Parts:
     """Return the parts of two messages as one, with a blank line between two texts."""
     both_text = first and second and isinstance(first[-1], str) and isinstance(second[0], str)
     return (*first, "\n\n", *second) if both_text else (*first, *second)

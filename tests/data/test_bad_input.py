@@ -174,12 +174,8 @@ def test_two_columns_that_could_both_be_the_picture(tmp_path: Path, other: dict[
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"video": "v.mp4"}, "'video' names other media than pictures, which are not read; remove"),
-        ({"audio_path": "a.wav"}, "'audio_path' names other media"),
-        (
-            {"thumbnail_image": "x.jpg"},
-            "it names a picture under 'thumbnail_image', which is not read; write columns",
-        ),
+        ({"video": "v.mp4"}, "'video' cannot be used, only pictures; remove the row or the key"),
+        ({"audio_path": "a.wav"}, "'audio_path' cannot be used"),
         ({"image": "https://x.org/a.png"}, "is a web address; save it to a file"),
     ],
 )
@@ -196,7 +192,7 @@ def test_media_under_other_keys_are_told_and_never_learned_as_text(
     ("value", "message"),
     [
         ({"chat": [ASKS]}, "this looks like OpenAI messages in JSON; write columns: {messages: chat}"),
-        ({"chat": '[{"from": "a", "value": "b"}]'}, "ShareGPT turns in JSON; write columns: {conversations: chat}"),
+        ({"chat": '[{"from": "a", "value": "b"}]'}, "ShareGPT turns in JSON; write columns: {conv"),
         ({"my": "a.png", "ask": "?", "reply": "!"}, "columns: {image: my, question: ask, answer: reply}"),
         ({"messages": []}, "'messages' must be a list of messages, found an empty list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message is from 'assistant'"),

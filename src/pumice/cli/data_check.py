@@ -14,6 +14,7 @@ import typer
 from pumice.cli import options
 from pumice.cli.data_show import print_row
 from pumice.cli.source import SourceOptions
+from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def check(
         with replacing(report_to) as file:
             json.dump(values, file, ensure_ascii=False, indent=1)
     if as_json:
-        print(json.dumps(values, ensure_ascii=False))
+        print_json(values)
     else:
         _print_report(report)
         if fixed is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from pumice.cli import options
 from pumice.cli.source import Source, SourceOptions
+from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
     from pumice.config import ModelConfig
@@ -84,7 +84,7 @@ def show(
             _draw(row, finder or ImageFinder("."))
         print_row(row.id, ids, labels, text_tokenizer, _counted(ids, config))
     if as_json:
-        print(json.dumps(printed))
+        print_json(printed)
 
 
 def _write_page(rows: Rows, count: int, finder: ImageFinder, page: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, StoredImage
+from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, StoredImage, check_media
 from pumice.data.sources.json_text import kind
 from pumice.data.sources.source import Record
 from pumice.errors import InputError, shorten
@@ -37,10 +37,7 @@ _OTHER_IMAGES = (
     "picture", "pictures", "photo", "image_url", "image_urls",
 )  # fmt: skip
 _IDS = ("id", "question_id", "__key__")
-_OTHER_MEDIA = re.compile(
-    r"(?:.*_)?(video|audio|sound|speech|mp4|webm|avi|mov|wav|mp3|flac)s?(?:_.*)?", re.IGNORECASE
-)
-_MEDIA_NAME = re.compile(r"\S.*\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
+_PICTURE_NAME = re.compile(r"\S.*\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 _QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
@@ -93,14 +90,11 @@ class RowMapping:
         row_id = _id(values, place, fallback_id)
         if row_id != fallback_id or "id" in values:
             place = f"{place} (id {row_id!r})"
-        # 2. A video or a sound would be learned as its words alone.
-        for name, value in values.items():
-            if value and _OTHER_MEDIA.fullmatch(name) and not isinstance(value, int | float):
-                raise InputError(
-                    f"{place}: {name!r} names other media than pictures, which are not read; remove the row"
-                )
-        # 3. Pictures, then words. Both may name pictures: Qwen-VL's rows do it inside the text.
+        # 2. Pictures, then words. Both may name pictures: Qwen-VL's rows do it inside the text.
         images = _images(values, place)
+        read = (*_IMAGES, *_OTHER_IMAGES)
+        unread = {name: value for name, value in values.items() if name not in read and not _is_stored(value)}
+        check_media({**unread, "image": images}, place)
         try:
             return self._words(row_id, values, images, place, form)
         except InputError as error:
@@ -111,16 +105,16 @@ class RowMapping:
         """Return the row by the first form whose columns are there."""
         if "conversations" in values:
             turns = _conversation(_structured(values["conversations"]), place)
-            return _finish(row_id, [*_system(values, turns), *turns], images, values, place)
+            return _finish(row_id, [*_system(values, turns), *turns], images, values)
         if (messages := _messages(values)) is not None:
             read, added = read_messages(messages, images)
             return _from_messages(row_id, read, added, place)
         if "texts" in values and isinstance(exchanges := _structured(values["texts"]), list):
             # The Cauldron: [{"user", "assistant", "source"}]
             turns = [(_SPEAKERS[key], str(e[key])) for e in exchanges for key in ("user", "assistant")]
-            return _finish(row_id, turns, images, values, place)
+            return _finish(row_id, turns, images, values)
         turns = self._exchange(values, form)
-        return _finish(row_id, [*_system(values, turns), *turns], images, values, place)
+        return _finish(row_id, [*_system(values, turns), *turns], images, values)
 
     def _exchange(self, values: Record, form: str) -> Turns:
         """Return the turns of columns with questions and answers, or of one text about a picture."""
@@ -157,7 +151,7 @@ class RowMapping:
         raise InputError(_unknown(values, form))
 
 
-def _finish(row_id: str, turns: Turns, images: list[Image], values: Record, place: str) -> Mapped:
+def _finish(row_id: str, turns: Turns, images: list[Image], values: Record) -> Mapped:
     """Return the row, with `<image>` in front of the first question if the turns place no picture."""
     # Qwen-VL names pictures inside the text.
     named: list[Image] = []
@@ -166,10 +160,6 @@ def _finish(row_id: str, turns: Turns, images: list[Image], values: Record, plac
             named += _QWEN_IMAGE.findall(text)
             turns[number] = speaker, _QWEN_IMAGE.sub(f"{IMAGE_PLACEHOLDER}\n", text)
     images = [*named, *images]
-    if not images and (key := _unread_picture(values)):
-        raise InputError(
-            f"{place}: it names a picture under {key!r}, which is not read; write columns: {{image: {key}}}"
-        )
     added, first = 0, next((n for n, (speaker, _) in enumerate(turns) if speaker == "human"), None)
     if images and first is not None and not any(IMAGE_PLACEHOLDER in text for _, text in turns):
         turns[first] = "human", f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[first][1]
@@ -261,16 +251,6 @@ def _is_stored(value: Any) -> bool:
     return isinstance(value, StoredImage) or (
         isinstance(value, list) and bool(value) and all(isinstance(item, StoredImage) for item in value)
     )
-
-
-def _unread_picture(values: Record) -> str | None:
-    """Return a column that names a picture file and is not read, or None."""
-    for name, value in values.items():
-        if re.search(r"image|img|picture|photo", name, re.IGNORECASE) and name not in _IMAGES:
-            texts = value if isinstance(value, list) else [value]
-            if any(isinstance(text, str) and _MEDIA_NAME.fullmatch(text) for text in texts):
-                return name
-    return None
 
 
 def _conversation(turns: Any, place: str) -> Turns:
@@ -376,7 +356,7 @@ def _unknown(values: Record, form: str) -> str:
             if {"from", "value"} <= items[0].keys():
                 return f"this looks like ShareGPT turns in {form}; write columns: {{conversations: {name}}}"
     texts = [name for name, value in words.items() if isinstance(value, str)]
-    pictures = [name for name in texts if _MEDIA_NAME.fullmatch(words[name])]
+    pictures = [name for name in texts if _PICTURE_NAME.fullmatch(words[name])]
     # The columns that are left, the last as the answer: tables have the question before it.
     texts = [name for name in texts if name not in pictures]
     roles = {"image": pictures[:1], "question": texts[-2:-1], "answer": texts[-1:]}

@@ -12,16 +12,10 @@ from pumice.serve.protocol import ErrorBody, ErrorDetail
 
 # Field -> a clearer message than pydantic's.
 REMEDIES = {
-    "n": "this server gives one answer per request; leave n out or set it to 1",
-    "best_of": "this server gives one answer per request; leave best_of out or set it to 1",
-    "frequency_penalty": "frequency_penalty is not supported; leave it out, or use repetition_penalty",
-    "presence_penalty": "presence_penalty is not supported; leave it out, or use repetition_penalty",
     "logit_bias": "logit_bias is not supported; leave it out",
     "modalities": "this server answers in text only; leave modalities out",
-    "echo": "echo is not supported; leave it out",
     "suffix": "suffix is not supported; leave it out",
-    "tools": "this server calls no tools; leave tools out",
-    "functions": "this server calls no functions; leave functions out",
+    "functions": "functions are an older form of tools; use tools",
     "audio": "this server neither hears nor speaks; leave audio out",
 }
 CONTENT = "text, or a list of parts whose type is 'text' or 'image_url'"

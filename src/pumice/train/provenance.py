@@ -11,7 +11,7 @@ from pumice.data.rows import Rows
 from pumice.files import sha256
 from pumice.formats.read import find_model
 from pumice.storage.download import WHEELS, locate, weight_files
-from pumice.train.recipe import Recipe
+from pumice.train.recipe import NewConnector, Recipe
 
 PACKAGES = ("pumice", "torch", "numpy", "pillow", "tokenizers", "safetensors")
 
@@ -30,10 +30,11 @@ def versions() -> dict[str, str]:
 def content_digests(recipe: Recipe, rows: Sequence[Rows]) -> dict[str, str]:
     """Return digests of the rows and of the weights that a run starts from: SHA-256 of single files."""
     paths = []
-    if isinstance(recipe.model, Path):
-        paths += weight_files(find_model(recipe.model))
+    model = recipe.model.base if isinstance(recipe.model, NewConnector) else recipe.model
+    if isinstance(model, Path):
+        paths += weight_files(find_model(model))
     else:
-        names = (recipe.model.tower, recipe.model.decoder)
+        names = (model.tower, model.decoder)
         paths += [file for name in names if name not in WHEELS for file in weight_files(locate(name))]
     return {f"contents of {source.label}": source.digest() for source in rows} | {
         f"contents of {path}": sha256(path) for path in paths

@@ -42,7 +42,7 @@ from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
 from pumice.storage.tensors import LazyTensor, close_last_file
-from pumice.train.recipe import NewModel, Recipe
+from pumice.train.recipe import NewConnector, NewModel, Recipe
 
 
 @dataclass
@@ -188,7 +188,10 @@ def prepare(recipe: Recipe, device_name: str | None = None) -> Setup:
             template=new.template, device=load_device, dtype=dtype,
         )  # fmt: skip
     else:
-        opened = open_model(recipe.model, device=load_device, dtype=dtype, merge=False)
+        base, connector = recipe.model, None
+        if isinstance(base, NewConnector):
+            base, connector = base.base, base.connector
+        opened = open_model(base, device=load_device, dtype=dtype, merge=False, connector=connector)
     model = opened.model
     # 2. Add adapters before quantising, because they wrap the layers that are quantised next.
     if recipe.stage.lora is not None:

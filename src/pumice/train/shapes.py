@@ -26,7 +26,7 @@ from pumice.errors import InputError
 from pumice.formats.components import describe_tower
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.hf.config import decoder_config, default_policy, padding
-from pumice.formats.load import new_parts
+from pumice.formats.load import new_parts, with_connector
 from pumice.formats.pumice.folder import CONFIG
 from pumice.formats.read import find_model, read_model
 from pumice.processor import Processor
@@ -34,7 +34,7 @@ from pumice.storage.download import from_hub
 from pumice.storage.json_file import Keys, read_json
 from pumice.storage.parts import LoadedParts
 from pumice.tokens import Tokenizer
-from pumice.train.recipe import NewModel, Recipe, load_recipe
+from pumice.train.recipe import NewConnector, NewModel, Recipe, load_recipe
 
 
 def _llama(vocab: int, width: int, depth: int, heads: int, mlp: int, context: int) -> DecoderConfig:
@@ -121,6 +121,11 @@ def with_adapters(recipe: Recipe, config: ModelConfig) -> ModelConfig:
 def _model_config(recipe: Recipe, path: Path | None, notes: list[str]) -> ModelConfig:
     if isinstance(recipe.model, NewModel):
         return _new_model_config(recipe.model, notes)
+    if isinstance(new := recipe.model, NewConnector):
+        base = _model_config(recipe.model_copy(update={"model": new.base}), path, notes)
+        return dataclasses.replace(
+            base, connector=from_dict(ConnectorConfig, new.connector, "model.connector")
+        )
     name = recipe.model.as_posix()
     if not recipe.model.exists():
         # An earlier stage may still have to write this folder: then its recipe says the shape.
@@ -193,11 +198,13 @@ def _decoder(name: str, notes: list[str]) -> DecoderConfig:
 
 def read_parts(recipe: Recipe) -> LoadedParts:
     """Return the parts of the recipe's model. Weights are not read, and torch's generator does not change."""
-    if not isinstance(recipe.model, NewModel):
+    if isinstance(recipe.model, Path):
         return read_model(recipe.model)
     new = recipe.model
     # A new connector draws its weights. The run draws them again later, from the same generator state.
     with torch.random.fork_rng(devices=[]):
+        if isinstance(new, NewConnector):
+            return with_connector(read_model(new.base), new.connector)
         return new_parts(
             new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
             template=new.template,

@@ -17,6 +17,8 @@ from pumice.errors import InputError
 
 _PICTURES = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|heic)", re.IGNORECASE)
 _TEXTS = {"txt": "text", "text": "text", "caption": "caption", "cls": "label"}
+_OTHER_MEDIA = dict.fromkeys(("mp4", "webm", "avi", "mov", "mkv"), "video")  # told, and never learned as text
+_OTHER_MEDIA |= dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a"), "audio")
 _CUT = "!cut"  # the ending of a sample in which its archive is cut off
 
 
@@ -60,7 +62,7 @@ class TarRows(Source):
             elif ending == "json" or ending in _TEXTS:
                 self._add(record, index, ending, self._contents.read(shard, start, size))
             else:
-                record.setdefault(ending, f"{key}.{ending}")  # told if it names a video or a sound
+                record.setdefault(_OTHER_MEDIA.get(ending, ending), f"{key}.{ending}")
         if images:
             # Names inside the .json are of files that became members of the archive.
             for column in ("images", "image"):
