@@ -16,6 +16,7 @@ LANES = 16  # head widths must be multiples of it, as in vectors.h
 class _TaskStruct(ctypes.Structure):
     """`Task` of attend.c."""
 
+    _sizes = "block capacity past tokens window heads kv_heads size"
     _fields_ = [
         ("q", ctypes.c_void_p),
         ("q_head", ctypes.c_int64),
@@ -23,7 +24,10 @@ class _TaskStruct(ctypes.Structure):
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in "block capacity past tokens window heads kv_heads size".split()),
+        *(
+            (name, ctypes.c_int64)
+            for name in ["block", "capacity", "past", "tokens", "window", "heads", "kv_heads", "size"]
+        ),
         ("y", ctypes.c_void_p),
     ]
 

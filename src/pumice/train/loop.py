@@ -77,6 +77,12 @@ def train(recipe: Recipe) -> Path:
         world.leave()
 
 
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a recipe that a resumed run must have in common, as JSON values."""
+    fields: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={*MUTABLE_FIELDS, "shuffle_block"}))
+    return fields
+
+
 @dataclass(frozen=True)
 class PreparedStep:
     """The input of one step: this process's packs, and totals over all processes."""
@@ -124,8 +130,10 @@ class Trainer:
         self._watched_steps = 0
         # 6. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
-        self.digests = content_digests(recipe)
-        self.fixed_fields = json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
+        self.digests = content_digests(recipe, self.batches.mixture.rows)
+        self.fixed_fields = _fixed(recipe)
+        if (block := self.batches.mixture.shuffle_block) != 1:  # 1 is what older versions did
+            self.fixed_fields["shuffle_block"] = block
         self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
 
     def _wrap_objective(self) -> nn.Module:
@@ -199,7 +207,7 @@ class Trainer:
             recipe = Recipe.model_validate(current | own)
         except ValidationError:  # such as a field that is gone: the comparison names it
             return stored
-        return stored | json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
+        return stored | _fixed(recipe)
 
     def _train(self, folder: Path) -> Path:
         """Run the steps that remain, with their measurements and checkpoints, and save the model."""
@@ -247,6 +255,8 @@ class Trainer:
             return TrainingReport(recipe, [], self.step, self.batches.steps, None, enabled=False)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         lines = self.setup.describe(self.batches.steps)
+        if added := self.batches.added:
+            lines.append(f"  {added} rows name pictures without <image>; it stands before the first question")
         if self.world.size > 1:
             kinds = {"ddp": "a copy of the model each (DDP)", "fsdp": "the model in shards (FSDP)"}
             lines.append(f"  {self.world.size} processes, {kinds[self.world.kind]}")
