@@ -20,7 +20,7 @@ from pumice.errors import InputError
 from pumice.formats.pumice.folder import open_parts
 from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.templates import TEMPLATES, Span, Template, get_template
-from pumice.tokens import IGNORE, Tokenizer, encode
+from pumice.tokens import IGNORE, Tokenizer, encode, parse_tokenizer
 
 N = 3
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
@@ -366,3 +366,72 @@ def test_malformed_limits_are_refused_in_one_sentence(tmp_path: Path, key: str, 
     message = r"/tokenizer\.json is not a tokenizer\.json: (?!Cannot)[^\n]+; copy the file [^\n]+ again$"
     with pytest.raises(InputError, match=message):
         read_tokenizer(path)
+
+
+def changed(**values: Any) -> str:
+    """Return a tokenizer.json with some of its parts replaced."""
+    return json.dumps(json.loads(train(None).to_str()) | values)
+
+
+def split_by(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+EXPONENTIAL = [
+    r"(a+)+$", r"(a|a)*", r"(?:a*)*b", r"((a+)b)+", r"(a{1,9}){1,9}", r"([a-z]+){2,}", r"(?i:x+y?)*",
+    r"(\p{L}+\s?)+", r"(?:a?){30}", r"(x+x+)+y", r"(?<n>a+)+", r"[(](a+)+", r"[]](a+)+", r"\\(a+)+",
+]  # fmt: skip
+# Those of GPT-2, GPT-4, o200k, BLOOM, CLIP, DeepSeek and of digits in threes.
+REAL = [
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*",
+    r" ?[^(\s|[.,!?…。\uff0c、।\u06d4،])]+",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*",
+    r"\d{1,3}(?=(?:\d{3})*\b)",
+]
+
+
+@pytest.mark.parametrize("pattern", EXPONENTIAL)
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer", "decoder"])
+def test_a_pattern_of_exponential_time_is_refused(pattern: str, part: str) -> None:
+    replace = {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
+    value = split_by(pattern) if part == "pre_tokenizer" else replace
+    sequence = {"pre_tokenizer": "pretokenizers", "normalizer": "normalizers", "decoder": "decoders"}[part]
+    for wrapped in (value, {"type": "Sequence", sequence: [value]}):
+        with pytest.raises(InputError, match=r"x\.json cuts text with .*, which may take forever"):
+            parse_tokenizer(changed(**{part: wrapped}), "x.json")
+
+
+@pytest.mark.parametrize("pattern", REAL)
+def test_patterns_of_real_tokenizers_are_taken(pattern: str) -> None:
+    parse_tokenizer(changed(pre_tokenizer=split_by(pattern)), "x.json")
+
+
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", r"continuing\u005fsubword_prefix"])
+def test_a_prefix_that_would_end_the_process_is_refused(key: str) -> None:
+    text = changed().replace('"continuing_subword_prefix": null', f'"{key}": "▁▁▁"')
+    assert key in text
+    with pytest.raises(
+        InputError, match=r"x\.json is not a tokenizer\.json: continuing_subword_prefix is set"
+    ):
+        parse_tokenizer(text, "x.json")
+
+
+def test_ids_with_gaps_need_an_embedding_for_the_largest(tmp_path: Path) -> None:
+    state = json.loads(changed())
+    state["model"]["vocab"]["zebra"] = 5000
+    tokenizer = Tokenizer(parse_tokenizer(json.dumps(state), "x.json"))
+    tokenizer.check_rows(5001)
+    with pytest.raises(InputError, match="the tokenizer has a token 5000, the embedding only 5000 rows"):
+        tokenizer.check_rows(5000)
+    with pytest.raises(InputError, match=r"x: the tokenizer has \d+ tokens, the embedding only 100 rows"):
+        tokenizer.check_rows(100, "x: ")
+
+
+def test_a_text_that_the_tokenizer_cannot_write() -> None:
+    model = models.Unigram([("a", -1.0), ("b", -2.0)])
+    tokenizer = Tokenizer(parse_tokenizer(tokenizers.Tokenizer(model).to_str(), "x.json"))
+    with pytest.raises(InputError, match=r"the model's tokenizer cannot write this text: .*unknown token"):
+        tokenizer.pieces("c")

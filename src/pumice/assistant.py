@@ -24,7 +24,7 @@ from pumice.engine.requests import Delta, Prompt, PromptImage, Request, check_ro
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.text import TextStream
 from pumice.errors import InputError
-from pumice.formats.load import find_device, open_model
+from pumice.formats.load import find_device, name_of, open_model
 from pumice.geometry import Layout
 from pumice.images import read_image
 from pumice.model.llava import Llava
@@ -94,6 +94,7 @@ def load(
         cache_tokens=cache_tokens,
         chunk=chunk,
         memory_share=memory_share,
+        name=name_of(name, opened.provenance),
     )
 
 
@@ -198,7 +199,10 @@ class Assistant:
         cache_tokens: int | None = None,
         chunk: int = CHUNK,
         memory_share: float | None = None,
+        name: str = "model",
     ) -> None:
+        """name: what users call the model. slots to memory_share: the sizes of the engine, as in `Engine`."""
+        self.name = name
         self.model = model
         self.processor = processor
         self.provenance = dict(provenance or {})
@@ -210,6 +214,15 @@ class Assistant:
         self.engine = Engine(
             model, slots=slots, cache_tokens=cache_tokens, chunk=chunk, memory_share=memory_share
         )
+
+    def forget(self) -> None:
+        """Forget everything that was computed: image tokens, and the engine's prefix cache.
+
+        Call it after the model's weights or modules have changed.
+        """
+        with self._lock:
+            self._image_tokens.clear()
+        self.engine.forget()
 
     @property
     def generation(self) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""JSON Lines files with one line per row, so that an interrupted run can continue."""
+"""JSON in one line: printed for programs, and as files with one line per row, so that a run can continue."""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,23 +18,60 @@ from pumice.files import appending, hold_file, whole_lines
 T = TypeVar("T")
 
 
+def json_text(values: Any, encoding: str | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """Return values as one line of JSON that a stream of this encoding leaves as they are.
+
+    encoding: None is UTF-8, the encoding of JSON. In another one, whatever is not ASCII is escaped, and so
+    are halves of surrogate pairs, which no encoding has. default: as for `json.dumps`.
+    """
+    if codecs.lookup(encoding or "utf-8").name == "utf-8":
+        text = json.dumps(values, ensure_ascii=False, default=default)
+        with contextlib.suppress(UnicodeEncodeError):
+            text.encode()
+            return text
+    return json.dumps(values, default=default)
+
+
+def print_json(values: Any) -> None:
+    """Print values as one line of JSON, the same whatever the code page of the terminal is."""
+    print(json_text(values, sys.stdout.encoding))
+
+
+def is_cut_off(line: str) -> bool:
+    """Return whether a last line without an end may be part of an object, which a crash cut off."""
+    return line.startswith("{") or not line.strip("\0")  # a power cut may leave zeros
+
+
 def read_values(path: Path, read: Callable[[int, Any], T]) -> list[T]:
-    """Return read(number from 0, value) of each complete line of a file; a value of None is no JSON."""
-    values = []
-    for number, line in enumerate(whole_lines(path)):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        values.append(read(number, value))
-    return values
+    """Return read(number from 0, value) of each complete line of a file; a value of None is no JSON.
+
+    A last line without an end counts if it is an object or a list. Raises InputError if it is no part of one.
+    """
+    lines = whole_lines(path)
+    last = path.read_bytes().decode("utf-8", errors="replace").rpartition("\n")[2]
+    if isinstance(_parse(last), dict | list):
+        lines.append(last)
+    elif last and not is_cut_off(last):
+        raise InputError(
+            f"'{path}', line {len(lines) + 1} is no object, so the file is another one; name another file or "
+            "remove it"
+        )
+    return [read(number, _parse(line)) for number, line in enumerate(lines)]
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 class ResumableFile(Generic[T]):
     """A file to which a run appends a line per row. values: what `read` made of the lines of earlier runs.
 
-    read: see `read_values`; it raises InputError where another line belongs. An incomplete last line is
-    removed. Raises InputError when the file cannot be written or another process holds it.
+    read: see `read_values`; it raises InputError where another line belongs. A last line that a crash cut
+    off is removed; if only its end is missing, it is added. Raises InputError when the file cannot be written
+    or another process holds it.
     """
 
     def __init__(self, path: str | PathLike[str], read: Callable[[int, Any], T]) -> None:
@@ -42,6 +82,9 @@ class ResumableFile(Generic[T]):
             raise InputError(f"'{path}' cannot be written: {error.strerror}; name another file") from error
         try:
             self.values = read_values(self.path, read)
+            if len(self.values) > len(whole_lines(self.path)):
+                with self.path.open("ab") as file:
+                    file.write(b"\n")
             self._file = appending(self.path)
         except BaseException:
             self._lock.release()
@@ -49,7 +92,7 @@ class ResumableFile(Generic[T]):
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a line. It is handed to the system at once, so that a kill loses at most one."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(json_text(row) + "\n")
         self._file.flush()
 
     def __enter__(self) -> ResumableFile[T]:

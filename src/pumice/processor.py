@@ -66,9 +66,7 @@ class Processor:
         self.truncate = truncate
         self.tokenizer = tokenizer
         self.template = get_template(config.template, config.chat)
-        if len(tokenizer) > config.decoder.vocab_size:
-            rows = config.decoder.vocab_size
-            raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows")
+        tokenizer.check_rows(config.decoder.vocab_size)
         bos = () if config.bos_token_id is None else (config.bos_token_id,)
         for number in (*config.stop_token_ids, *bos):
             if not 0 <= number < config.decoder.vocab_size:

@@ -18,7 +18,7 @@ import tokenizers
 
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import ImagePart
-from pumice.errors import InputError
+from pumice.errors import InputError, shorten
 from pumice.templates import Plain, Span, Spans, Template
 
 IGNORE = -100  # a label that is not supervised
@@ -75,6 +75,19 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
+
+    @property
+    def rows(self) -> int:
+        """The rows that an embedding needs to have one for every id. The ids of a file may have gaps."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def check_rows(self, rows: int, label: str = "") -> None:
+        """Raise InputError, which begins with `label`, unless an embedding of `rows` has every token."""
+        if len(self) > rows:
+            raise InputError(f"{label}the tokenizer has {len(self)} tokens, the embedding only {rows} rows")
+        if self.rows > rows:
+            largest = self.rows - 1
+            raise InputError(f"{label}the tokenizer has a token {largest}, the embedding only {rows} rows")
 
     def id_of(self, token: str) -> int:
         number = self.backend.token_to_id(token)
@@ -134,6 +147,8 @@ class Tokenizer:
                 self.backend.pre_tokenizer.prepend_scheme = "never"
             try:
                 encoding = self.backend.encode(text, add_special_tokens=False)
+            except Exception as error:  # such as a character that it has no token for
+                raise InputError(f"the model's tokenizer cannot write this text: {error}") from error
             finally:
                 self.backend.encode_special_tokens = False
                 if no_prefix:
@@ -173,13 +188,22 @@ class Tokenizer:
         return tokens
 
 
+_ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
+_SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+
+
 def parse_tokenizer(text: bytes | str, label: str | Path) -> tokenizers.Tokenizer:
     """Return the tokenizer in a tokenizer.json. label: its name in an InputError.
 
     `truncation` and `padding`, which trainers leave in the file, are switched off: prompts keep their length.
     """
+    data = text if isinstance(text, bytes) else text.encode()
     try:
-        backend = tokenizers.Tokenizer.from_buffer(text if isinstance(text, bytes) else text.encode())
+        if _ESCAPED_LETTER.search(data):  # no program writes one, and a key could hide behind it
+            data = json.dumps(json.loads(data)).encode()
+        if _SUBWORD_PREFIX.search(data):  # with merges that lack it, the library ends the process
+            raise InputError("continuing_subword_prefix is set, as for no decoder")
+        backend = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises nothing narrower
         reason = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
         raise InputError(
@@ -187,7 +211,68 @@ def parse_tokenizer(text: bytes | str, label: str | Path) -> tokenizers.Tokenize
         ) from error
     backend.no_truncation()
     backend.no_padding()
+    check_patterns(backend, label)
     return backend
+
+
+def check_patterns(backend: tokenizers.Tokenizer, label: str | Path) -> None:
+    """Raise InputError if a tokenizer has a pattern that may take exponential time. label: its name in it."""
+    states = [_state(part) for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder)]
+    for state in states:
+        if isinstance(state, list):
+            states += state
+        elif isinstance(state, dict):
+            states += state.values()
+            pattern = state.get("Regex")
+            if isinstance(pattern, str) and repeats_twice(pattern):
+                raise InputError(
+                    f"{label} cuts text with {shorten(pattern)}, which may take forever: it repeats what "
+                    "repeats or has alternatives; take the tokenizer from another source"
+                )
+
+
+_ESCAPE = re.compile(r"\\[pPx]\{[^}]*\}|\\.", re.DOTALL)
+_QUANTIFIER = re.compile(r"([*+?]|\{\d*(?P<range>,?)\d*\})[+?]?")
+
+
+def repeats_twice(pattern: str) -> bool:
+    """Return whether a regular expression repeats a group in which something repeats or has alternatives.
+
+    Such an expression may try exponentially many ways. Those of real tokenizers repeat single characters and
+    classes.
+    """
+    groups = [False]  # the open ones: whether something in them repeats or has alternatives
+    brackets = 0  # open classes
+    after = False  # the same of the group that ends here
+    place = 0
+    while place < len(pattern):
+        character, quantifier = pattern[place], _QUANTIFIER.match(pattern, place)
+        if escape := _ESCAPE.match(pattern, place):
+            place, after = escape.end(), False
+            continue
+        place += 1
+        if character == "[":
+            brackets += 1
+            place += pattern.startswith("^", place)
+            place += pattern.startswith("]", place)  # as the first of a class it is one of its characters
+        elif brackets:
+            brackets -= character == "]"
+        elif character == "(":
+            groups.append(False)
+            place += pattern.startswith("?", place)
+        elif character == ")" and len(groups) > 1:
+            after = groups.pop()
+            groups[-1] |= after
+            continue
+        elif character == "|":
+            groups[-1] = True
+        elif quantifier:
+            if after and character != "?":
+                return True
+            groups[-1] |= character != "{" or bool(quantifier["range"])  # {3} matches in one way
+            place = quantifier.end()
+        after = False
+    return False
 
 
 def encode(

@@ -78,6 +78,29 @@ def test_data_show_wrong_input(
     refused(run("data", "show", *named, "--json", model=False), message)
 
 
+def test_errors_of_many_rows_are_folded(run: Any, folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    rows: list[dict[str, Any]] = [
+        {"id": f"r{n}", "image": f"no{n}.jpg", "conversations": turns} for n in range(40)
+    ]
+    rows += [{"id": f"q{n}", "images": ["cat.png"], "conversations": turns} for n in range(20)]
+    rows += [{"id": "last"}]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    result = run("data", "check", "rows.json", model=False)
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:7]] == [
+        "row 1 (r0)", "row 2 (r1)", "row 3 (r2)", *["malformed row"] * 4,
+    ]  # fmt: skip
+    assert "'conversations' is missing" in lines[6]  # another reason is not folded with them
+    assert lines[7:] == [
+        "... and 54 more like these; --json or --report lists all",
+        "     40 x picture missing", "     21 x malformed row", "0 of 61 rows can be used",
+    ]  # fmt: skip
+    report = json.loads(run("data", "check", "rows.json", "--json", model=False).stdout)
+    assert len(report["problems"]) == 61
+
+
 def test_data_check(run: Any, refused: Any, folder: Path) -> None:
     rows = [dict(ROWS[0], image="cat.png"), ROWS[1]]
     (folder / "rows.json").write_text(json.dumps(rows))

@@ -88,6 +88,32 @@ def test_rows_can_be_pickled_and_stay_small(tmp_path: Path) -> None:
     assert list(pickle.loads(data)) == list(rows)
 
 
+TEXT = [{"from": "human", "value": "What is it?"}, TURNS[1]]
+
+
+@pytest.mark.parametrize(
+    "key", ["images", "image_path", "Image", "imgs", "img_path", "picture", "photo_files", "imgae", "image1"]
+)
+def test_pictures_under_another_key_are_told(tmp_path: Path, key: str) -> None:
+    with pytest.raises(InputError, match=rf"the key '{key}' is not read; did you mean 'image'\?"):
+        write(tmp_path / "a.json", [{"id": 1, key: ["a.jpg"], "conversations": TEXT}])[0]
+    # An empty one names nothing; beside `image` it is a note of its own.
+    for values in ({key: None}, {key: []}, {key: ""}, {key: "a", "image": "0.jpg"}):
+        write(tmp_path / "a.json", [{"id": 1, "conversations": TEXT, **values}])[0]
+
+
+@pytest.mark.parametrize("key", ["video", "videos", "video_path", "audio", "audios", "sound"])
+@pytest.mark.parametrize("image", [{}, {"image": "0.jpg"}])
+def test_what_is_no_picture_is_told(tmp_path: Path, key: str, image: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=f"'{key}' cannot be used, only pictures"):
+        write(tmp_path / "a.json", [{"id": 1, key: "a.mp4", "conversations": TEXT, **image}])[0]
+
+
+def test_other_keys_are_left_alone(tmp_path: Path) -> None:
+    more = {"image_id": 17, "source": "x", "usage": 1, "page": 2, "message": "m", "height": 5}
+    assert write(tmp_path / "a.json", [{"id": 1, "conversations": TEXT, **more}])[0].image == ()
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [

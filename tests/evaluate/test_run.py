@@ -98,6 +98,28 @@ def test_a_run_that_was_stopped_ends_with_the_same_file(tmp_path: Path) -> None:
     assert row == {"id": "q0", "prompt": "Question 0?", "answer": "answer to Question 0?", "model": "counts"}
 
 
+@pytest.mark.parametrize("lines", [1, 4])
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path, lines: int) -> None:
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
+    run(TASK, QUESTIONS, Counts(), whole)
+    path.write_bytes(b"".join(whole.read_bytes().splitlines(True)[:lines]).rstrip(b"\n"))
+    again = Counts()
+    assert run(TASK, QUESTIONS, again, path)
+    assert len(again.asked) == len(QUESTIONS) - lines
+    assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["my notes", "12", '[{"id": "q0", "answer": "x"}]', '{"id": "q0", "answer": "x"}', '"x']
+)
+def test_another_file_of_one_line_without_end_loses_nothing(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"a\.jsonl', line 1.* name another"):
+        run(TASK, QUESTIONS, Counts(), path)
+    assert path.read_text() == text
+
+
 def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     run(TASK, QUESTIONS, Counts(), path)

@@ -43,15 +43,17 @@ FIELD = "messages.0.content.0.image_url"
 @pytest.mark.parametrize(
     ("more", "param", "message"),
     [
-        ({"n": 2}, "n", "one answer per request"),
+        ({"n": 1000}, "n", "less than or equal to 128"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
         ({"max_tokens": True}, "max_tokens", "valid integer"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "use repetition_penalty"),
-        ({"tools": [{"type": "function"}]}, "tools", "calls no tools"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"presence_penalty": -3}, "presence_penalty", "greater than or equal to -2"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "is missing"),
         ({"banana": 1}, "banana", "unknown field 'banana'"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
@@ -62,7 +64,7 @@ FIELD = "messages.0.content.0.image_url"
         ({"model": "gpt-5"}, "model", "no model 'gpt-5'"),
         ({"messages": []}, "messages", "at least 1 item"),
         (
-            {"messages": [{"role": "tool", "content": "x"}]},
+            {"messages": [{"role": "robot", "content": "x"}]},
             "messages.0.role",
             "'system', 'developer', 'user'",
         ),
@@ -243,11 +245,11 @@ def test_a_body_must_be_json_by_its_type(server: str) -> None:
 
 def test_what_was_refused_is_logged(server: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pumice.serve")
-    error_of(post(server, ask(n=2), headers={"X-Request-Id": "wrong-n"}), 400)
+    error_of(post(server, ask(n=0), headers={"X-Request-Id": "wrong-n"}), 400)
     _until(lambda: bool(caplog.records))
     fields = caplog.records[-1].__dict__["fields"]
     assert (fields["request_id"], fields["status"], fields["param"]) == ("wrong-n", 400, "n")
-    assert "one answer per request" in fields["error"]
+    assert "greater than or equal to 1" in fields["error"]
 
 
 def test_addresses_and_methods(server: str) -> None:

@@ -49,6 +49,27 @@ def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
     assert path.read_bytes().count(b'"event": "prompt"') == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]", "1", "null", '{"event": "sent", "id": "r2"}', '{"event": "other", "id": "r2", "cost": [1, 2]}',
+        '{"event": "reply", "id": "r2", "cost": [1, 2]}', '{"event": "reply", "id": ["r2"], "cost": "x"}',
+        '{"event": "sent", "id": "r2", "reserved": [1], "bytes": 2}',
+        '{"event": "failed", "id": 1, "cost": 3}',
+        '{"event": "reply", "id": "r2", "raw": "x", "cost": [1e999, 2]}', "[" * 100_000,
+        '{"event": "failed", "id": "r2", "why": {}, "cost": [{}, 0]}', "1" * 5000,
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_counted_and_passed_over(tmp_path: Path, line: str) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append([*journal.sent(ASKED, (50, 100), "m"), reply("r1", "raw", (40, 7))])
+    with (tmp_path / "j").open("a") as file:
+        file.write(line + "\n")
+    again = Journal(tmp_path / "j")
+    assert (again.tally.damaged, again.tally.replies, again.tally.tokens_in) == (1, 1, 40)
+    assert (again.reply("r1"), again.reply("r2"), again.why) == ("raw", None, {})
+
+
 def test_a_call_without_an_outcome_counts_as_spent(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     journal.append(journal.sent(ASKED, (50, 100), "m"))

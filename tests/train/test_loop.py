@@ -185,6 +185,48 @@ def test_cached_features_and_mirrored_pictures(make_recipe: MakeRecipe, rows: Pa
     assert same(cached, again)
 
 
+class Stopping(Trainer):
+    """A run that stops after its first checkpoint."""
+
+    def _save(self, folder: Path) -> None:
+        super()._save(folder)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_picture_that_changed_gets_its_own_features(
+    make_recipe: MakeRecipe, rows: Path, tmp_path: Path, stopped: bool
+) -> None:
+    """Between two runs with one cache, and between a run's stop and its resumption."""
+    folder, cache = tmp_path / "rows", tmp_path / "cache"
+    shutil.copytree(rows, folder)
+    options = {
+        "data": [{"rows": str(folder / "rows.jsonl")}], "pictures": [str(folder)], "epochs": 2,
+        "stage": {"learn": {"connector": 1e-3}},
+    }  # fmt: skip
+    names = ("without", "cached") if stopped else ("first",)
+    for name in names:
+        with_cache = {} if name == "without" else {"feature_cache": str(cache)}
+        make_recipe(name, **options, **with_cache)
+        if stopped:
+            recipe = load_recipe(tmp_path / f"{name}.yaml")
+            torch.manual_seed(recipe.seed)
+            with pytest.raises(KeyboardInterrupt):
+                Stopping(recipe, prepare(recipe)).run()
+        else:
+            run(tmp_path / f"{name}.yaml")
+    for path in folder.glob("*.png"):  # the same colours, in other places
+        with Image.open(path) as picture:
+            picture.transpose(Image.Transpose.ROTATE_90).save(path)
+    if not stopped:
+        make_recipe("without", **options)
+        make_recipe("cached", **options, feature_cache=str(cache))
+    for name in ("without", "cached"):
+        run(tmp_path / f"{name}.yaml")
+    # bfloat16 features: 8 bits of mantissa
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "without"), rel=1e-2)
+
+
 def test_a_changed_recipe_does_not_go_on_from_old_checkpoints(make_recipe: MakeRecipe) -> None:
     run(make_recipe(max_steps=3))
     with pytest.raises(InputError, match=r"stage.*another output folder"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pumice.cli import generate, options
+from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ app = typer.Typer(help="Make training rows, and look at them before they are lea
 app.command("generate")(generate.generate)
 app.command("mix")(generate.mix)
 
-MAX_PRINTED = 50  # problems in the terminal
+EXAMPLES, MAX_PRINTED = 3, 50  # problems in the terminal: of one reason, and in all
 
 File = Annotated[Path, typer.Argument(help="LLaVA rows, .json or .jsonl.", metavar="FILE")]
 
@@ -86,7 +88,7 @@ def show(
         else:
             _print_row(row.id, ids, labels, text_tokenizer, _counted(ids, config))
     if as_json:
-        print(json.dumps(printed))
+        print_json(printed)
 
 
 def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int | None]:
@@ -285,7 +287,7 @@ def check(
         with replacing(report_to) as file:
             json.dump(values, file, ensure_ascii=False, indent=1)
     if as_json:
-        print(json.dumps(values, ensure_ascii=False))
+        print_json(values)
     else:
         _print_report(report)
         if fixed is not None:
@@ -298,13 +300,20 @@ def check(
 
 
 def _print_report(report: DataReport) -> None:
-    for problem in report.problems[:MAX_PRINTED]:
+    # Rows with one reason are folded: it is the same apart from names and numbers.
+    printed, reasons = 0, Counter[tuple[str, str, str]]()
+    for problem in report.problems:
+        reason = (problem.source, problem.kind, re.sub(r"'[^']*'|\d+", "", problem.reason))
+        reasons[reason] += 1
+        if reasons[reason] > EXAMPLES or printed == MAX_PRINTED:
+            continue
         # A malformed row has no id, and its reason names the row.
         source = f"{problem.source}, " if len(report.sources) > 1 else ""
         prefix = f"{source}row {problem.row} ({problem.id}): " if problem.id else ""
         print(f"{prefix}{problem.kind}: {problem.reason}")
-    if len(report.problems) > MAX_PRINTED:
-        print(f"... and {len(report.problems) - MAX_PRINTED} more; --json or --report lists all")
+        printed += 1
+    if more := len(report.problems) - printed:
+        print(f"... and {more} more like these; --json or --report lists all")
     for name, summary in report.sources.items():
         if len(report.sources) > 1:
             print(f"\n{name}: {summary.usable} of {summary.rows} rows can be used")

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from pumice.conversation import Conversation, from_llava
+from pumice.conversation import Conversation, check_media, from_llava
 from pumice.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -139,6 +139,7 @@ def _row(values: Any, prefix: str, fallback_id: str, source: str) -> Row:
         found = json.dumps(row_id) if isinstance(row_id, float) else _kind(row_id)
         raise InputError(f"{prefix}: 'id' must be text or a whole number, found {found}")
     prefix = f"{prefix} (id {str(row_id)!r})"
+    check_media(values, prefix)
     image = values.get("image")
     images = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):

@@ -9,14 +9,14 @@ import io
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pumice.errors import InputError, install
+from pumice.errors import InputError
+from pumice.evaluate.archives import members, read_bounded, read_member, read_table
 from pumice.files import replacing
 
 DEPTH = 4  # levels of folders below --data that are searched
@@ -58,28 +58,22 @@ class DataFile:
     def name(self) -> str:
         return Path(self.member or self.path).name
 
-    def open(self) -> IO[bytes]:
-        """Open the file for reading. Raises InputError when that fails."""
+    def read(self) -> bytes:
+        """Return the whole file. Raises InputError where it cannot be read or is too large."""
+        if self.member:
+            return read_member(self.path, self.member)
         try:
-            return _archive(self.path).open(self.member) if self.member else self.path.open("rb")
+            with self.path.open("rb") as file:
+                return read_bounded(file, str(self))
         except OSError as error:
             raise InputError(f"'{self}' cannot be read: {error.strerror or error}; check the file") from error
 
     def text(self) -> str:
         """Return the whole file. Raises InputError unless it is UTF-8 (a byte order mark is dropped)."""
-        with self.open() as file:
-            try:
-                return file.read().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise InputError(f"'{self}' is not UTF-8 text; fetch it again") from error
-
-
-@lru_cache(maxsize=8)
-def _archive(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"'{path}' is not a whole zip file ({error}); fetch it again") from error
+        try:
+            return self.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"'{self}' is not UTF-8 text; fetch it again") from error
 
 
 def locate(data: Path, names: Sequence[str], layout: str = "") -> DataFile:
@@ -103,6 +97,8 @@ def search(data: Path, names: Sequence[str]) -> DataFile | None:
         if data.suffix == ".zip":
             return next((f for name in names if (f := _in_zip(data, name))), None)
         return DataFile(data) if data.name in names else None
+    if not data.is_dir():  # to open a pipe would wait for its writer
+        raise InputError(f"the data '{data}' is neither a folder nor a file; check the path")
     # Look directly in the folder first, then below it, then in zips: the listing of a large folder is slow.
     for name in names:
         if (data / name).is_file():
@@ -110,10 +106,10 @@ def search(data: Path, names: Sequence[str]) -> DataFile | None:
     paths = _paths_below(data)
     for name in names:
         ending = "/" + name
-        matches = [path for path in paths if ("/" + path).endswith(ending)]
+        matches = [path for path in paths if ("/" + path).endswith(ending) and (data / path).is_file()]
         if matches:
             return DataFile(data / min(matches, key=lambda path: (path.count("/"), path)))
-    for archive in sorted(data.glob("*.zip")):
+    for archive in sorted(path for path in data.glob("*.zip") if path.is_file()):
         for name in names:
             if member := _in_zip(archive, name):
                 return member
@@ -121,16 +117,16 @@ def search(data: Path, names: Sequence[str]) -> DataFile | None:
 
 
 def _in_zip(archive: Path, name: str) -> DataFile | None:
-    candidates = _members(archive).get(name.rpartition("/")[2], ())
-    members = [member for member in candidates if ("/" + member).endswith("/" + name)]
-    return DataFile(archive, min(members, key=len)) if members else None
+    candidates = _by_name(archive).get(name.rpartition("/")[2], ())
+    matches = [member for member in candidates if ("/" + member).endswith("/" + name)]
+    return DataFile(archive, min(matches, key=len)) if matches else None
 
 
 @lru_cache(maxsize=8)
-def _members(archive: Path) -> dict[str, list[str]]:
+def _by_name(archive: Path) -> dict[str, list[str]]:
     """Index a zip's members by the last part of their name; a zip may hold 100,000 images."""
     by_name: dict[str, list[str]] = {}
-    for member in _archive(archive).namelist():
+    for member in members(archive):
         by_name.setdefault(member.rpartition("/")[2], []).append(member)
     return by_name
 
@@ -190,8 +186,7 @@ class ImageFolders:
             raise InputError(self._problem(names))
         if isinstance(location, Path):
             return location
-        with location.open() as file:
-            return file.read()
+        return location.read()
 
 
 def read_json(file: DataFile, *keys: str) -> Any:
@@ -218,7 +213,9 @@ def read_rows(
     if file.name.endswith(".tsv"):
         rows = read_tsv(file, texts)
     elif file.name.endswith(".parquet"):
-        rows = read_parquet([file.path])
+        if file.member:
+            raise InputError(f"'{file}' cannot be read inside a zip; unpack it")
+        rows = read_table(file.path)
     elif not at or file.name.endswith(".jsonl"):
         rows = read_jsonl(file)
     elif at == "*":
@@ -275,40 +272,25 @@ def read_tsv(file: DataFile, texts: Collection[str] = ()) -> Iterator[dict[str, 
     InputError where the table is empty or damaged.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with io.TextIOWrapper(file.open(), encoding="utf-8-sig", newline="") as text:
-        rows = csv.reader(text, delimiter="\t")
-        try:
-            header = next(rows, None)
-            if not header:
-                raise InputError(f"'{file}' is empty; fetch it again")
-            for number, row in enumerate(rows, 2):
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise InputError(
-                        f"'{file}', row {number}: {len(row)} columns where the header has {len(header)}; "
-                        "the file is cut off or damaged, fetch it again"
-                    )
-                yield {
-                    column: None if cell == "" or (cell in _NO_VALUE and column not in texts) else cell
-                    for column, cell in zip(header, row, strict=True)
-                }
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"'{file}' is damaged ({error}); fetch it again") from error
-
-
-def read_parquet(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of parquet files. Raises InputError without pyarrow, or where a file is damaged."""
+    rows = csv.reader(io.StringIO(file.text(), newline=""), delimiter="\t")
     try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise InputError(f"parquet files need pyarrow: {install('eval')}") from error
-    for path in files:
-        try:
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-        except (ArrowException, OSError) as error:
-            raise InputError(f"'{path}' is damaged ({error}); fetch it again") from error
+        header = next(rows, None)
+        if not header:
+            raise InputError(f"'{file}' is empty; fetch it again")
+        for number, row in enumerate(rows, 2):
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise InputError(
+                    f"'{file}', row {number}: {len(row)} columns where the header has {len(header)}; "
+                    "the file is cut off or damaged, fetch it again"
+                )
+            yield {
+                column: None if cell == "" or (cell in _NO_VALUE and column not in texts) else cell
+                for column, cell in zip(header, row, strict=True)
+            }
+    except csv.Error as error:
+        raise InputError(f"'{file}' is damaged ({error}); fetch it again") from error
 
 
 def hidden_options(row: Mapping[str, str | None], letters: str) -> int:

@@ -17,6 +17,7 @@ from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, read_json, read_lines
 from pumice.evaluate.task import Answered, Task
 from pumice.files import appending
+from pumice.jsonl import is_cut_off
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class Judge:
         file_text = DataFile(path).text()
         # 1. A crash can cut off the last line. Drop it, so that its question is asked again.
         if rows and not file_text.endswith("\n"):
-            cut_off = broken[-1:] == [file_text.count("\n") + 1]
+            last = file_text.rpartition("\n")[2]
+            cut_off = broken[-1:] == [file_text.count("\n") + 1] and is_cut_off(last)
             broken = broken[:-1] if cut_off else broken
-            if self.endpoint is not None:
+            if self.endpoint is not None and not broken:
                 with appending(path) if cut_off else path.open("a", encoding="utf-8") as file:
                     file.write("" if cut_off else "\n")
         # 2. MM-Vet's grades are one JSON object over several lines.

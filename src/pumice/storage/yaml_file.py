@@ -7,13 +7,25 @@ from typing import Any
 
 import yaml
 
-from pumice.errors import InputError
+from pumice.errors import InputError, shorten
+
+# Bounds far above what people write. Within them every file is read in a few seconds.
+LARGEST_FILE = 1 << 18  # bytes
+DEEPEST = 50  # mappings and lists inside each other
+MOST_VALUES = 100_000  # with those of an alias counted each time
+LARGEST_NUMBER = 1 << 64
 
 
 def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     """Return the mapping that a YAML file holds. Raises InputError, which calls the file a `what`."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
+            raise InputError(
+                f"the {what} {path} has more than {LARGEST_FILE >> 10} kB; is it the right file?"
+            )
+        values = _load(data.decode())
     except OSError as error:
         raise InputError(f"cannot read the {what} {path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
@@ -28,13 +40,77 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, whose every error is a YAMLError that names the line."""
+
+    levels = 0  # mappings and lists around what is read
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.levels > DEEPEST:  # PyYAML needs some of Python's stack for each
+            raise _error(f"more than {DEEPEST} levels of nesting", parent)
+        self.levels += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # of Python's own types: a 30th of February, an int of 5,000 digits
+            value = node.value if isinstance(node, yaml.ScalarNode) else node.tag
+            raise _error(f"{shorten(value, 40)} cannot be read: {error}", node) from error
+        if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+            raise _error("the number is too large", node)
+        return value
+
+
+def _error(problem: str, node: yaml.Node | None) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark if node else None)
+
+
+def _load(text: str) -> Any:
+    """Return the value of a YAML text. Raises YAMLError, also where it exceeds a bound."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {})  # before what aliases stand for is built
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _measure(node: yaml.Node, measured: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Return how many values a node stands for, and how many levels. measured: by id; None: not complete."""
+    if id(node) in measured:
+        size = measured[id(node)]
+        if size is None:
+            raise _error("an alias stands for what it is a part of", node)
+        return size
+    measured[id(node)] = None
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    sizes = [_measure(child, measured) for child in children]
+    values, levels = 1 + sum(size for size, _ in sizes), 1 + max((level for _, level in sizes), default=0)
+    if values > MOST_VALUES or levels > DEEPEST + 1:
+        raise _error(f"more than {MOST_VALUES} values or {DEEPEST} levels, aliases included", node)
+    measured[id(node)] = values, levels
+    return values, levels
+
+
 def set_key(values: dict[str, Any], override: str) -> tuple[str, ...]:
     """Apply an override "key.inner=value", whose value is YAML; null removes the key. Return its keys."""
     dotted, separator, text = override.partition("=")
     if not separator:
         raise InputError(f"--set {override}: write key=value")
     try:
-        value = yaml.safe_load(text)
+        value = _load(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: the value is not YAML; quote it as in a file") from error
     *outer, last = keys = dotted.strip().split(".")

@@ -67,6 +67,9 @@ def digest(*values: Any) -> str:
     return hashlib.blake2b(json.dumps(values, ensure_ascii=False).encode(), digest_size=16).hexdigest()
 
 
+EVENTS = ("prompt", "sent", "reply", "failed")
+
+
 @dataclass
 class Tally:
     """What the journal adds up to."""
@@ -117,10 +120,16 @@ class Journal:
                     self._end += len(line)
 
     def _take(self, line: bytes) -> None:
+        """Count a record. A line that is none counts as damaged."""
         try:
             record = json.loads(line)
-            event, key = record["event"], record["id"]
-        except (ValueError, KeyError, TypeError):
+            event, key, why = record["event"], str(record["id"]), str(record.get("why"))
+            numbers = (0, 0) if event == "prompt" else record["reserved" if event == "sent" else "cost"]
+            first, second = map(int, numbers)
+            sent_bytes = int(record["bytes"]) if event == "sent" else 0
+            if event not in EVENTS or (event == "reply" and "raw" not in record):
+                raise ValueError(f"no record of {event!r}")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             self.tally.damaged += bool(line.strip())
             return
         tally = self.tally
@@ -129,23 +138,22 @@ class Journal:
             return
         if event == "sent":
             self._close(key)
-            self._open[key] = (tuple(record["reserved"]), record["bytes"])
+            self._open[key] = ((first, second), sent_bytes)
             tally.sent += 1
             return
         _, size = self._open.pop(key, ((0, 0), 0))
-        spent_in, spent_out = record["cost"]
-        tally.tokens_in += spent_in
-        tally.tokens_out += spent_out
+        tally.tokens_in += first
+        tally.tokens_out += second
         if event == "reply":
             tally.replies += 1
             tally.prompt_bytes += size
-            tally.replied_in += spent_in
-            tally.replied_out += spent_out
+            tally.replied_in += first
+            tally.replied_out += second
             self._replies[key] = (self._end, len(line))
             self.why.pop(key, None)
         else:
-            tally.failures[record["why"]] += 1
-            self.why[key] = record["why"]
+            tally.failures[why] += 1
+            self.why[key] = why
 
     def _close(self, key: str) -> None:
         if key in self._open:

@@ -13,13 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 from pumice.storage.yaml_file import read_yaml, set_key
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
+LONGEST_CHAIN = 50  # recipes that extend each other
 Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -40,6 +50,28 @@ class NewModel(RecipeSection):
     connector: dict[str, Any] = Field(default={}, description="fields of ConnectorConfig")
     image: dict[str, Any] = Field(default={}, description="fields of ImagePolicy; else the tower's own")
     template: str = Field("chatml", description="the chat format of the finished model")
+
+
+class NewConnector(RecipeSection):
+    """An existing model with a new connector."""
+
+    base: Path = Field(description="a model folder or hub name")
+    connector: dict[str, Any] = Field(description="fields of ConnectorConfig")
+
+
+def _model_kind(value: Any) -> str:
+    if isinstance(value, NewConnector) or (isinstance(value, dict) and "base" in value):
+        return "NewConnector"
+    return "NewModel" if isinstance(value, NewModel | dict) else "Path"
+
+
+# Which of the three is meant shows in the value, so that an error names the keys of that one.
+ModelSource = Annotated[
+    Annotated[Path, Tag("Path")]
+    | Annotated[NewConnector, Tag("NewConnector")]
+    | Annotated[NewModel, Tag("NewModel")],
+    Discriminator(_model_kind),
+]
 
 
 class Lora(RecipeSection):
@@ -95,7 +127,9 @@ class Recipe(RecipeSection):
 
     name: str
     output: Path = Field(description="folder of checkpoints, metrics and the finished model")
-    model: Path | NewModel = Field(description="a model folder or hub name, or the parts of a new one")
+    model: ModelSource = Field(
+        description="a model folder or hub name, the same with a new connector, or the parts of a new one"
+    )
     stage: Stage
     data: list[RowSource] = Field(min_length=1)
     held_out: list[RowSource] = Field(default=[], description="rows whose loss is measured, never learned")
@@ -145,6 +179,13 @@ class Recipe(RecipeSection):
     )
     measure_rows: PositiveInt = Field(200, description="held-out pictures measured each time")
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
+
+    @property
+    def base(self) -> Path | None:
+        """The existing model that the run starts from, if its parts are not named one by one."""
+        if isinstance(self.model, NewModel):
+            return None
+        return self.model.base if isinstance(self.model, NewConnector) else self.model
 
     def stage_config(self, config: ModelConfig) -> ModelConfig:
         """Return the model's config with the stage's own image policy, context and template.
@@ -211,6 +252,10 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     if path.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain, path))
         raise InputError(f"{chain[-1]}: extends goes in a circle, {circle}; take one of them out")
+    if len(chain) > LONGEST_CHAIN:
+        raise InputError(
+            f"{chain[0]}: more than {LONGEST_CHAIN} recipes extend each other; join some of them"
+        )
     values = read_yaml(path)
     if "extends" not in values:
         _record_origin(values, str(path), origin)
@@ -288,7 +333,8 @@ def _merge(base: Any, over: Any) -> Any:
 _KNOWN_KEYS = [
     f"{prefix}{name}"
     for prefix, section in (
-        ("", Recipe), ("stage.", Stage), ("stage.lora.", Lora), ("model.", NewModel), ("data.0.", RowSource),
+        ("", Recipe), ("stage.", Stage), ("stage.lora.", Lora), ("data.0.", RowSource),
+        ("model.", NewModel), ("model.", NewConnector),
     )
     for name in section.model_fields
 ]  # fmt: skip
@@ -318,7 +364,11 @@ def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     same_field = [problem for problem in problems if problem["loc"][0] == first]
     problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
     # pydantic adds the names of its union members to the keys; the user never wrote them.
-    loc = [str(part) for part in problem["loc"] if not re.match(r"NewModel$|lax-or-", str(part))]
+    loc = [
+        str(part)
+        for part in problem["loc"]
+        if not re.match(r"New(Model|Connector)$|Path$|lax-or-", str(part))
+    ]
     known: Sequence[str] = _KNOWN_KEYS
     if loc[-1] == "[key]":  # an unknown part in stage.learn
         loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]

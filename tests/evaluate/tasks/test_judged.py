@@ -83,6 +83,11 @@ def test_a_judge_is_needed_and_so_are_all_replies(bench: Any, scored: Any, tmp_p
     reviews.write_text('{"question_id": 0, "content": "8 6"}\n{"quest\n')
     with pytest.raises(InputError, match="1 lines are cut off"):
         Judge(reviews)
+    # A last line that no crash can have cut off is somebody's, and stays.
+    reviews.write_text('{"question_id": 0, "content": "8 6"}\nmy notes')
+    with pytest.raises(InputError, match="1 lines are cut off"):
+        Judge(reviews, ChatEndpoint("http://127.0.0.1:9/v1", "judge"))
+    assert reviews.read_text().endswith("my notes")
 
 
 @pytest.fixture

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from pumice.errors import InputError
-from pumice.evaluate.files import bytes_image, read_parquet, require_keys, write_json
+from pumice.evaluate.archives import read_table
+from pumice.evaluate.files import bytes_image, require_keys, write_json
 from pumice.evaluate.metrics.choice import mmmu_open_right, mmmu_option, parse_list
 from pumice.evaluate.task import LETTER, SHORT, Answered, Question, Score, Task, mean_score
 
@@ -51,7 +53,7 @@ class MMMU(Task):
             raise InputError(
                 f"no {self.split}-*.parquet is in '{data}'; expected {self.source.expected_files}"
             )
-        for number, row in enumerate(read_parquet(files), 1):
+        for number, row in enumerate(chain.from_iterable(map(read_table, files)), 1):
             require_keys(
                 row, ("id", "question", "options", "question_type"), f"MMMU in '{data}', row {number}"
             )

@@ -20,6 +20,7 @@ from pumice.formats.text.files import TokenizerFiles
 from pumice.kernels.packed import BlockFormat, PackedMatrix, from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor
+from pumice.tokens import Tokenizer
 
 ARCHITECTURES = tuple(name for name, family in FAMILIES.items() if family.gguf)
 # The divisors of the rotary frequencies, which only Llama 3 has.
@@ -43,7 +44,7 @@ def open_gguf(path: str | PathLike[str]) -> GgufModel:
     file = GgufFile(path)
     config = decoder_config(file)
     text = tokenizer_files(file)
-    if (tokens := text.backend.get_vocab_size()) > config.vocab_size:
+    if (tokens := Tokenizer(text.backend).rows) > config.vocab_size:
         raise InputError(f"{path} has {tokens} tokens, but embeddings of {config.vocab_size} only")
     return GgufModel(config, _state(file, config), text)
 

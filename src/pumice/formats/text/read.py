@@ -47,12 +47,8 @@ class TextSide:
         """
         name, chat, writes_bos, note = self._format(template, label, usual, fallback)
         # Embeddings often have more rows than the tokenizer has tokens, but never fewer.
-        rows = parts["decoder"].vocab_size
         tokens = Tokenizer(self.tokenizer)
-        if len(tokens) > rows:
-            raise InputError(
-                f"{label}: the tokenizer has {len(tokens)} tokens, the embedding only {rows} rows"
-            )
+        tokens.check_rows(parts["decoder"].vocab_size, f"{label}: ")
         bos = self.files.bos_id
         if bos is None and writes_bos and self.files.bos is not None:
             bos = self.tokenizer.token_to_id(self.files.bos)
