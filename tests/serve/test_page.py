@@ -208,11 +208,12 @@ def test_an_example_and_a_wrong_file(page: Page, server: str, tmp_path: Path) ->
     assert page.locator(".user img").get_attribute("alt") == "Horses in a meadow.jpg"
 
 
-def test_what_the_server_refuses_is_told(page: Page, server: str) -> None:
-    visit(page, server, max_tokens=100_000)
-    write(page, "What?")
-    page.get_by_text("this server allows 2048", exact=False).wait_for()
-    page.get_by_role("button", name="Try again").wait_for()
+def test_what_the_server_refuses_is_told(page: Page, local: Callable[..., Any]) -> None:
+    with local(cache_tokens=60) as url:
+        visit(page, url)
+        write(page, "What is this? " * 30)
+        page.get_by_text("maximum context length is 60 tokens", exact=False).wait_for()
+        page.get_by_role("button", name="Try again").wait_for()
 
 
 def test_a_key_is_asked_for(page: Page, local: Callable[..., Any]) -> None:
