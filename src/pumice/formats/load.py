@@ -24,6 +24,7 @@ from pumice.formats.quantize import can_quantize, quantize_state, stored_in_bloc
 from pumice.formats.read import BUILT_IN, read_model
 from pumice.formats.sizes import check_memory
 from pumice.kernels import compute
+from pumice.kernels.allocator import return_freed_memory
 from pumice.kernels.packed import LAYOUT, PackedMatrix
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector
@@ -189,6 +190,7 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
     _fill(model, loaded.state, device, dtype, as_stored=merge)
     if merge:
         merge_lora(model.decoder)
+        return_freed_memory()  # the weights before merging
     return Opened(
         model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece
     )

@@ -1,4 +1,4 @@
-"""Keep memory that PyTorch frees on a CPU for the next step, by settings of glibc (`mallopt`)."""
+"""Keep memory that PyTorch frees on a CPU for the next step, or give it back, by functions of glibc."""
 
 from __future__ import annotations
 
@@ -40,3 +40,12 @@ def keep_freed_memory(limit: int | None = None) -> bool:
         return False
     _limits.append(keep_bytes)
     return True
+
+
+def return_freed_memory() -> None:
+    """Give back what is free between tensors that stay, such as after weights were replaced one by one.
+
+    Works with glibc only.
+    """
+    if sys.platform.startswith("linux") and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(ctypes.c_size_t(0))
