@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pumice.assistant import load
+from pumice.config import ModelConfig
 from pumice.conversation import from_llava
 from pumice.processor import Processor
 
@@ -76,6 +78,24 @@ def test_data_show_wrong_input(
     (folder / "rows.json").write_text(json.dumps(ROWS))
     named = [str(tiny_folder) if a == "TOKENIZER" else a for a in arguments]
     refused(run("data", "show", *named, "--json", model=False), message)
+
+
+def test_the_two_counts_of_a_row_are_told_apart(run: Any, folder: Path, tiny_folder: Path) -> None:
+    """`data show` counts a picture as one token, `data check` its image tokens; each says which."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    (folder / "rows.json").write_text(json.dumps([{"id": "r1", "image": "cat.png", "conversations": turns}]))
+    recipe = {
+        "name": "n", "output": "o", "model": str(tiny_folder), "stage": {"learn": {"connector": 1e-3}},
+        "data": [{"rows": "rows.json"}], "pictures": ["."], "precision": "fp32",
+    }  # fmt: skip
+    (folder / "r.yaml").write_text(json.dumps(recipe))  # which is YAML, too
+    shown = run("data", "show", "rows.json", "--model", str(tiny_folder), model=False).stdout
+    counts = re.search(r"(\d+) tokens \(a picture counts as one; (\d+) with its image tokens, as", shown)
+    checked = run("data", "check", "--recipe", "r.yaml", "--no-sample", model=False).stdout
+    longest = re.search(r"^tokens of a row, with its pictures' image tokens: .*, longest (\d+);", checked)
+    assert counts is not None and longest is not None
+    image_tokens = ModelConfig.from_dict(json.loads((tiny_folder / "config.json").read_text())).image_tokens
+    assert int(counts[2]) == int(longest[1]) == int(counts[1]) + image_tokens - 1
 
 
 def test_errors_of_many_rows_are_folded(run: Any, folder: Path) -> None:

@@ -73,7 +73,7 @@ def test_contents_tell_the_format_not_the_name(tmp_path: Path) -> None:
 
 
 def test_optional_fields(tmp_path: Path) -> None:
-    values = [row(0, id=17), row(1, image=["a.png", "b.png"]), row(2, image=None), row(3)]
+    values = [row(0, id=17.0), row(1, image=["a.png", "b.png"]), row(2, image=None), row(3)]
     del values[3]["image"], values[3]["id"]
     rows = Rows(write(tmp_path / "a.jsonl", values).path, source="mine")
     assert [r.id for r in rows] == ["17", "r1", "r2", "4"]
@@ -124,6 +124,8 @@ def test_other_keys_are_left_alone(tmp_path: Path) -> None:
         ),
         ({"id": "x", "conversations": "hi"}, "must be a list of turns, found text"),
         ({"id": ["x"], "conversations": TURNS}, "'id' must be text or a whole number, found a list"),
+        ({"id": 1.5, "conversations": TURNS}, "'id' must be text or a whole number, found 1.5"),
+        ({"id": True, "conversations": TURNS}, "'id' must be text or a whole number, found true or false"),
         ({"id": "x", "conversations": [3]}, "(id 'x'): turn 1 must be an object, found a number"),
         (
             {"id": "x", "conversations": [TURNS[0], {"from": "gpt"}]},

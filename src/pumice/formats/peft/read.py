@@ -130,8 +130,7 @@ def _pairs(
         if copy and (stored := table.get(copy[1])):
             raise InputError(
                 f"{keys.label}: {name} ({tensor.origin}) was trained outside the adapter: it differs from "
-                "the "
-                f"base's {base.state[stored].origin or stored}, and only adapters can be read"
+                f"the base's {base.state[stored].origin or stored}, and only adapters can be read"
             )
         if match is None or param_name is None or param_name == "decoder.embed.weight":
             raise InputError(
@@ -145,8 +144,7 @@ def _pairs(
         if isinstance(modules, list) and not any(f".{match[1]}".endswith(f".{module}") for module in modules):
             raise InputError(
                 f"{keys.label}: target_modules is {', '.join(map(str, modules))}, but {name} "
-                f"({tensor.origin}) adapts "
-                "another layer; PEFT would leave it out: correct the list"
+                f"({tensor.origin}) adapts another layer; PEFT would leave it out: correct the list"
             )
         pair[match[2]] = tensor
     if not pairs:
