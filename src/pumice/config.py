@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop", "squash", "anyres")
 SEVERAL = ("tiles", "square")
 RESAMPLINGS = ("bicubic", "bilinear")
+PENALTIES = (0.01, 1e6)  # the range of a repetition_penalty: one near 0 makes logits infinite
 IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
 # Fields that have another name in config.json, so that models written by earlier versions stay readable.
 STORED_NAMES = {"head_dim": "head_width", "rope_theta": "rope_base"}
@@ -228,11 +229,17 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
+        low, high = PENALTIES
+        if (
+            self.temperature < 0
+            or not 0 < self.top_p <= 1
+            or self.top_k < 0
+            or not (low <= self.repetition_penalty <= high)
+        ):
             raise InputError(
-                f"temperature {self.temperature} and top_k {self.top_k} must be 0 or more, "
+                f"temperature {self.temperature} and top_k {shorten(self.top_k)} must be 0 or more, "
                 f"top_p {self.top_p} above 0 and at most 1, "
-                f"repetition_penalty {self.repetition_penalty} above 0"
+                f"repetition_penalty {self.repetition_penalty} from {low} to {high}"
             )
 
 

@@ -5,13 +5,14 @@ The library llguidance (of the extra `serve`) does the work.
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pumice.engine.schema_check import SchemaCheck, compile_schema, refused, schema_text
 from pumice.errors import InputError, install
 from pumice.tokens import Tokenizer
 
@@ -20,42 +21,43 @@ class JsonSchema:
     """A compiled schema for any number of answers. Call it to start one; it is a `Prompt.constraint`.
 
     schema: a JSON Schema, or None for any JSON object. vocabulary: rows of the model's embedding. stops: the
-    tokens that may end an answer. Raises InputError if the schema cannot be compiled.
+    tokens that may end an answer. checked: a `SchemaCheck` of the schema has passed; else one runs now.
+    Raises InputError if the schema cannot be compiled.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, schema: Mapping[str, Any] | None, vocabulary: int, stops: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        schema: Mapping[str, Any] | None,
+        vocabulary: int,
+        stops: Sequence[int],
+        *,
+        checked: bool = False,
     ) -> None:
-        try:
-            import llguidance
-        except ImportError as error:
-            raise InputError(
-                f"answers of a JSON schema need the package llguidance: {install('serve')}"
-            ) from error
         if not stops:
             raise InputError(
                 "this model ends its answers with text, not with a token; it cannot be held to JSON"
             )
         self.vocabulary, self.stops = vocabulary, tuple(stops)
-        schema = {"type": "object"} if schema is None else schema
-        try:
-            # No optional blanks: a small model could write them for ever.
-            self._grammar = llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides={"whitespace_flexible": False}
-            )
-            self._tokenizer = llguidance.LLTokenizer(
-                tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=list(stops)
-            )
-            message = llguidance.LLMatcher.validate_grammar(self._grammar, self._tokenizer)
-        except (TypeError, ValueError) as error:
-            message = str(error)
-        if message:
-            raise InputError(f"the JSON schema cannot be followed ({' '.join(message.split())}); simplify it")
+        shared = _shared_tokenizer(tokenizer, vocabulary, self.stops)
+        text = schema_text({"type": "object"} if schema is None else schema)
+        if not checked:
+            SchemaCheck(text).run()
+        self._matcher = compile_schema(text, shared)
 
     def __call__(self) -> JsonAnswer:
-        import llguidance
+        return JsonAnswer(self._matcher.deep_copy(), self.vocabulary, self.stops)
 
-        return JsonAnswer(llguidance.LLMatcher(self._tokenizer, self._grammar), self.vocabulary, self.stops)
+
+@functools.lru_cache(maxsize=1)  # it takes a second and 30 MB, for any number of schemas
+def _shared_tokenizer(tokenizer: Tokenizer, vocabulary: int, stops: tuple[int, ...]) -> Any:
+    try:
+        from llguidance import LLTokenizer
+    except ImportError as error:
+        raise InputError(
+            f"answers of a JSON schema need the package llguidance: {install('serve')}"
+        ) from error
+    return LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=list(stops))
 
 
 class JsonAnswer:
@@ -65,17 +67,26 @@ class JsonAnswer:
         self._matcher, self._vocabulary, self._stops = matcher, vocabulary, list(stops)
 
     def allowed(self) -> Tensor:
-        """Return which tokens may come next: (V,) bool."""
-        if self._matcher.is_stopped():
+        """Return which tokens may come next: (V,) bool. Raise InputError if the schema is too complex."""
+        if self._matcher.is_stopped() and self._matcher.is_accepting():
             allowed = torch.zeros(self._vocabulary, dtype=torch.bool)
             allowed[self._stops] = True
             return allowed
-        # The matcher gives one bit per token.
+        # The matcher gives one bit per token. If it finds an error now, it would allow the end.
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        self._check()
         bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        return bits.flatten()[: self._vocabulary].bool()
+        allowed = bits.flatten()[: self._vocabulary].bool()
+        if not allowed.any():
+            raise refused("nothing can follow in this answer")
+        return allowed
 
     def accept(self, token: int) -> None:
-        """Record the chosen token. Raise RuntimeError if it is not allowed."""
+        """Record the chosen token. Raise InputError if it is not allowed, or if the schema is too complex."""
         if not self._matcher.consume_token(token):
-            raise RuntimeError(f"token {token} cannot follow in this JSON: {self._matcher.get_error()}")
+            self._check()
+            raise refused(f"token {token} cannot follow in this answer")
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise refused(self._matcher.get_error())

@@ -189,7 +189,7 @@ class GenerationRequest(BaseRequest):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Texts | None = None
     n: int | None = Field(None, ge=1, le=1)
