@@ -57,7 +57,7 @@ def pumice(bits: str | None, threads: int) -> Measure:
             start = time.perf_counter()
             x = decoder.embed(torch.tensor([ids]))
             positions = torch.arange(len(ids))[None]
-            decoder.logits(decoder(x, positions, Causal())[:, -1]).argmax(-1)
+            decoder.logits(decoder(x, positions, Causal(decoder.config))[:, -1]).argmax(-1)
             prefill = time.perf_counter() - start
         text = decoding(ids[: len(ids) // 3])
         reply = assistant.stream([{"role": "user", "content": text}], max_new_tokens=new)

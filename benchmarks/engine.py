@@ -21,10 +21,12 @@ import torch
 
 from pumice.config import DecoderConfig
 from pumice.engine.cache import PrefixCache
+from pumice.engine.engine import KEPT_FREED_BYTES
 from pumice.engine.native import NativeDecoder, native_decoder
 from pumice.engine.requests import Prompt, Request
 from pumice.engine.sampling import SamplingParams, sample
 from pumice.engine.scheduler import Scheduler
+from pumice.kernels.allocator import keep_freed_memory
 from pumice.kernels.packed import BlockFormat, PackedMatrix, packed_size
 from pumice.model.cache import BLOCK, KVCache, Segment
 from pumice.model.decoder import Decoder
@@ -234,6 +236,7 @@ def main() -> None:
     if arguments.processor_time:
         CLOCK.append(time.process_time)
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory(KEPT_FREED_BYTES)  # as the engine does
     random.seed(0)
     for name in arguments.only.split(","):
         PARTS[name]()

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from pumice.assistant import Assistant
 from pumice.config import (
+    ChatFormat,
     ConnectorConfig,
     DecoderConfig,
     ImagePolicy,
@@ -29,6 +30,7 @@ from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy
+from pumice.templates import OWN
 from pumice.tokens import Tokenizer as OurTokenizer
 
 TEXT = ["user assistant system human What is in the picture? A dog runs over the green field."] * 4
@@ -166,6 +168,36 @@ ARCHITECTURES = {
             image=ImagePolicy("pad", HALF, HALF, pad_color=(127, 127, 127)),
         ),
         lambda: byte_level("smollm", CHATML),
+    ),
+    "SigLIP + Gemma 2, squash": Architecture(
+        _chatml(
+            replace(
+                DECODER,
+                tied_head=True,
+                norm_eps=1e-6,
+                sliding_window=48,
+                window_pattern=2,
+                post_norms=True,
+                activation="gelu_tanh",
+                norm_offset=1.0,
+                embed_scale=8.0,
+                attention_scale=24**-0.5,
+                attention_softcap=20.0,  # and no logit_softcap, which transformers' LLaVA leaves out
+            ),
+            vision=replace(SIGLIP, layer=-1),
+            image=ImagePolicy("squash", HALF, HALF, pad_color=(127, 127, 127)),
+            template=OWN,
+            chat=ChatFormat(
+                user=("<start_of_turn>user\n", "<end_of_turn>\n"),
+                assistant="<start_of_turn>model\n",
+                stop="<end_of_turn>",
+                between="\n",
+                specials=("<start_of_turn>", "<end_of_turn>"),
+                trim=("user", "assistant"),
+            ),
+            bos_token_id=0,
+        ),
+        lambda: byte_level("smollm", ["<bos>", "<start_of_turn>", "<end_of_turn>"]),
     ),
     "CLIP + Llama, LoRA": Architecture(
         _vicuna(lora=LoraConfig(rank=4, alpha=8.0, targets=("q", "v", "down"))), sentencepiece

@@ -501,3 +501,19 @@ def test_a_model_s_folder_says_how_answers_are_drawn(exact: Assistant, penalisin
     assert model.ask(None, "What?", **SHORT) == answer
     assert model.ask_many([(None, "What?")], **SHORT) == [answer]
     assert model.ask(None, "What?", **SHORT, repetition_penalty=1.0) == exact.ask(None, "What?", **SHORT)
+
+
+def test_after_an_edit_everything_is_forgotten(tiny_folder: Path, pictures: list[Path]) -> None:
+    """Image tokens as well, which the tower and the connector gave before."""
+    assistant = load(tiny_folder, device="cpu", quantize=None)
+    before = assistant.logits(pictures[0], "What?")
+    with torch.no_grad():
+        for parameter in assistant.model.connector.parameters():
+            parameter.neg_()
+    assert torch.equal(assistant.logits(pictures[0], "What?"), before)  # remembered
+    assistant.forget()
+    changed = assistant.logits(pictures[0], "What?")
+    assert not torch.allclose(changed, before)
+    fresh = Assistant(assistant.model, assistant.processor)
+    assert torch.equal(fresh.logits(pictures[0], "What?"), changed)
+    assert assistant.ask(pictures[0], "What?", **SHORT) == fresh.ask(pictures[0], "What?", **SHORT)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pumice.config import (
     FORMAT_VERSION,
+    REDUCTIONS,
     ConnectorConfig,
     DecoderConfig,
     GenerationConfig,
@@ -53,7 +54,7 @@ models = st.builds(
     ModelConfig,
     decoder=decoders,
     vision=st.builds(VisionConfig, image_size=st.integers(1, 40).map(lambda n: 14 * n), stride=st.just(14)),
-    connector=st.builds(ConnectorConfig, kind=st.text(), reduce=st.text()),
+    connector=st.builds(ConnectorConfig, kind=st.text(), reduce=st.sampled_from(["none", *REDUCTIONS])),
     image=st.builds(
         ImagePolicy, mean=st.tuples(*[st.floats(0, 1)] * 3), pad_color=st.tuples(*[st.integers(0, 255)] * 3)
     ),

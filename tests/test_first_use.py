@@ -45,5 +45,6 @@ def test_the_path_of_first_use(tmp_path: Path, stand_in: Path, models: ModuleTyp
     assert len(list((here / "gguf").glob("*.gguf"))) == 2
     with Image.open(here / "strip.png") as strip:
         assert strip.width > 100
-    log = [json.loads(line)["message"] for line in (here / "serve.log").read_text().splitlines()]
-    assert "listening" in log and log[-1] == "stopped"
+    log = [json.loads(line) for line in (here / "serve.log").read_text().splitlines()]
+    assert [line["model"] for line in log if line["message"] == "listening"] == ["four albums"]
+    assert log[-1]["message"] == "stopped"

@@ -19,8 +19,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "pumice"
 # A part is a file or folder of src/pumice. It may import parts of the lines above its own, and itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "moved"),
-    ("config", "conversation", "files"),
-    ("geometry", "jsonl", "png", "kernels"),
+    ("config", "capability", "conversation", "files"),
+    ("geometry", "jsonl", "messages", "png", "kernels"),
     ("templates", "images", "model", "webpage", "progress", "storage"),
     ("tokens", "chat_client"),
     ("processor",),
@@ -48,17 +48,19 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("export",),
 )
 # Parts that may import less than the lines above allow.
-ONLY = {"model": {"config", "errors", "geometry", "kernels"}}
+ONLY = {"model": {"capability", "config", "errors", "geometry", "kernels"}}
 
 # Third-party libraries: parts that may use these alone, and libraries that no part may use.
 LIBRARIES: dict[str, set[str]] = {
     "errors": set(),
     "moved": set(),
     "config": set(),
+    "capability": set(),
     "conversation": set(),
     "files": set(),
     "geometry": set(),
     "jsonl": set(),
+    "messages": set(),
     "kernels": {"torch"},
     "model": {"torch"},
 }

@@ -24,9 +24,10 @@ from pumice.engine.requests import Delta, Prompt, PromptImage, Request, check_ro
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.text import TextStream
 from pumice.errors import InputError
-from pumice.formats.load import find_device, open_model
+from pumice.formats.load import find_device, name_of, open_model
 from pumice.geometry import Layout
 from pumice.images import read_image
+from pumice.messages import join_messages, read_message
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
@@ -41,6 +42,8 @@ _LOG = logging.getLogger(__name__)
 CACHED_IMAGES = 64
 SLOTS = 32  # questions that `ask_many` computes together
 CHUNK = 512  # prompt tokens of one step of the engine
+# The same where one person waits and sees how much of the prompt is read, which costs no time.
+CHUNK_SHOWN = 128
 
 
 def load(
@@ -92,6 +95,7 @@ def load(
         cache_tokens=cache_tokens,
         chunk=chunk,
         memory_share=memory_share,
+        name=name_of(name, opened.provenance),
     )
 
 
@@ -196,7 +200,10 @@ class Assistant:
         cache_tokens: int | None = None,
         chunk: int = CHUNK,
         memory_share: float | None = None,
+        name: str = "model",
     ) -> None:
+        """name: what users call the model. slots to memory_share: the sizes of the engine, as in `Engine`."""
+        self.name = name
         self.model = model
         self.processor = processor
         self.provenance = dict(provenance or {})
@@ -208,6 +215,15 @@ class Assistant:
         self.engine = Engine(
             model, slots=slots, cache_tokens=cache_tokens, chunk=chunk, memory_share=memory_share
         )
+
+    def forget(self) -> None:
+        """Forget everything that was computed: image tokens, and the engine's prefix cache.
+
+        Call it after the model's weights or modules have changed.
+        """
+        with self._lock:
+            self._image_tokens.clear()
+        self.engine.forget()
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -493,29 +509,5 @@ def conversation_of(messages: Conversation | Sequence[Message | Mapping[str, Any
         return messages
     if isinstance(messages, str | Mapping) or not all(isinstance(m, Message | Mapping) for m in messages):
         raise InputError("messages must be a list of {'role': ..., 'content': ...}, or a Conversation")
-    return Conversation(tuple(_message(m, number) for number, m in enumerate(messages, 1)))
-
-
-def _message(value: Message | Mapping[str, Any], number: int) -> Message:
-    if isinstance(value, Message):
-        return value
-    role, content = value.get("role"), value.get("content")
-    if not isinstance(role, str):
-        raise InputError(f"message {number} has no 'role'; write 'user', 'assistant' or 'system'")
-    if isinstance(content, str):
-        return question_message(content) if role == "user" else Message(role, (content,))
-    if not isinstance(content, list | tuple):
-        raise InputError(f"message {number} has no 'content'; write text or a list of parts")
-    parts: list[str | ImagePart] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif kind == "image" and part.get("image") is not None:
-            parts.append(ImagePart(part["image"]))
-        else:
-            raise InputError(
-                f"message {number}: unknown part {part!r}; write {{'type': 'text', 'text': ...}} "
-                "or {'type': 'image', 'image': ...}"
-            )
-    return Message(role, tuple(parts))
+    read = (m if isinstance(m, Message) else read_message(m, number) for number, m in enumerate(messages, 1))
+    return Conversation(join_messages(read))

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,24 @@ IMAGE_MODES = ("pad", "crop", "squash", "anyres")
 SEVERAL = ("tiles", "square")
 RESAMPLINGS = ("bicubic", "bilinear")
 PENALTIES = (0.01, 1e6)  # the range of a repetition_penalty: one near 0 makes logits infinite
+DECODER_ACTIVATIONS = ("silu", "gelu_tanh")
+# How a connector reduces the features of a tile -> their number after it, from the features on a side and the
+# config's factor. `model/connector.py` computes them.
+REDUCTIONS: dict[str, Callable[[int, int], int]] = {
+    "average": lambda grid, factor: (grid // factor) ** 2,
+    "pixel_shuffle": lambda grid, factor: (grid // factor) ** 2,
+}
 IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
 # Fields that have another name in config.json, so that models written by earlier versions stay readable.
 STORED_NAMES = {"head_dim": "head_width", "rope_theta": "rope_base"}
+
+
+def later(default: Any, **options: Any) -> Any:
+    """Return a field that earlier versions lack: config.json leaves it out where it is the default.
+
+    So earlier versions, which refuse unknown keys, open every folder that they can compute.
+    """
+    return field(default=default, metadata={"later": True}, **options)
 
 
 @contextlib.contextmanager
@@ -64,7 +79,7 @@ class VisionConfig:
     variant: str = "lite2"  # widths and depths of its blocks
     # Finer features (8 or 16 pixels each) that stand beside each feature; 0: none. It has no place in repr(),
     # from which feature caches take their fingerprint: `width` differs with it.
-    also_stride: int = field(default=0, repr=False)
+    also_stride: int = later(0, repr=False)
     # A ViT only (clip, siglip):
     depth: int = 0
     heads: int = 0
@@ -115,7 +130,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A pre-norm decoder with rotary positions: Llama, Mistral, Qwen2 and Qwen3 are settings of it."""
+    """A decoder with rotary positions: Llama, Mistral, Qwen2, Qwen3 and Gemma 2 are settings of it."""
 
     vocab_size: int
     width: int
@@ -132,8 +147,32 @@ class DecoderConfig:
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
     sliding_window: int | None = None  # Mistral: a token sees this many positions, itself included
+    # Gemma 2 only:
+    window_pattern: int = later(1)  # n > 1: every n-th layer has no sliding window
+    activation: str = later("silu")  # silu | gelu_tanh, of the gate of the MLP
+    post_norms: bool = later(False)  # the outputs of attention and MLP are normalised as well
+    norm_offset: float = later(0.0)  # added to the weight of every norm
+    embed_scale: float = later(1.0)  # multiplies the embeddings of text
+    attention_scale: float | None = later(None)  # multiplies scores; None: head_dim ** -0.5
+    attention_softcap: float | None = later(None)  # scores become softcap * tanh(scores / softcap)
+    logit_softcap: float | None = later(None)  # the same of the logits
+
+    def window(self, layer: int) -> int | None:
+        """Return how many positions a token sees in this layer, itself included; None: all."""
+        return (
+            None
+            if (layer + 1) % self.window_pattern == 0 and self.window_pattern > 1
+            else self.sliding_window
+        )
 
     def __post_init__(self) -> None:
+        if self.activation not in DECODER_ACTIVATIONS:
+            allowed = " or ".join(DECODER_ACTIVATIONS)
+            raise InputError(f"the decoder's activation {self.activation!r} is unknown; use {allowed}")
+        for name in ("embed_scale", "attention_scale", "attention_softcap", "logit_softcap"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise InputError(f"{name} must be more than 0, not {value}")
+        _at_least(1, window_pattern=self.window_pattern)
         _at_least(0, vocab_size=self.vocab_size, depth=self.depth)
         _at_least(1, width=self.width, heads=self.heads, kv_heads=self.kv_heads)
         _at_least(1, mlp_width=self.mlp_width, context=self.context, head_dim=self.head_dim)
@@ -155,6 +194,13 @@ class ConnectorConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, factor=self.factor)
+        if self.reduce not in ("none", *REDUCTIONS):
+            raise InputError(f"unknown reduction {self.reduce!r}; use one of none, {', '.join(REDUCTIONS)}")
+        if self.reduce == "none" and self.factor != 1:
+            raise InputError(
+                f"a connector with factor {self.factor} must say how it joins {self.factor} x {self.factor} "
+                "features; set reduce to average or pixel_shuffle"
+            )
 
 
 @dataclass(frozen=True)
@@ -243,6 +289,9 @@ class GenerationConfig:
             )
 
 
+_GREEDY = GenerationConfig()
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """The fixed texts of a chat format; between them stands what people and the model say."""
@@ -274,7 +323,7 @@ class ModelConfig:
     stop_token_ids: tuple[int, ...] = ()  # any of these ends an answer
     bos_token_id: int | None = None  # stands once, before everything
     image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    generation: GenerationConfig = field(default=_GREEDY, metadata={"later": True})
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
     trained_pictures: int | None = None  # the most pictures in one training conversation; None: not known
 
@@ -307,20 +356,11 @@ class ModelConfig:
         grid, factor = self.vision.grid, self.connector.factor
         if grid % factor:
             raise InputError(f"a grid of {grid} x {grid} features cannot be reduced by {factor}")
-        return (grid // factor) ** 2
+        return REDUCTIONS[self.connector.reduce](grid, factor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON values of config.json.
-
-        `vision.also_stride` and `generation` are left out where they are the defaults, so that earlier
-        versions, which refuse unknown keys, open the folder too.
-        """
-        values = {"pumice_format": FORMAT_VERSION, **as_stored(self)}
-        if not self.vision.also_stride:
-            del values["vision"]["also_stride"]
-        if self.generation == GenerationConfig():
-            del values["generation"]
-        return values
+        """Return the JSON values of config.json."""
+        return {"pumice_format": FORMAT_VERSION, **as_stored(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], location: str = "config.json") -> ModelConfig:
@@ -334,11 +374,13 @@ class ModelConfig:
 
 def as_stored(config: Any) -> dict[str, Any]:
     """Return a config dataclass as JSON values, recursively, under the names of config.json."""
-
-    def rename(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {STORED_NAMES.get(name, name): value for name, value in items}
-
-    return dataclasses.asdict(config, dict_factory=rename)
+    values = {}
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if not (spec.metadata.get("later") and value == spec.default):
+            stored = as_stored(value) if dataclasses.is_dataclass(value) else value
+            values[STORED_NAMES.get(spec.name, spec.name)] = stored
+    return values
 
 
 def from_dict(cls: type, values: Any, location: str) -> Any:

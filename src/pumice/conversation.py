@@ -1,12 +1,15 @@
 """Conversations: messages of text and pictures, and the checks that they must pass.
 
-A picture stays what the caller passed (a path, bytes, or a PIL image). Only `pumice.images` opens it.
+A picture stays what the caller passed (a path, bytes, a PIL image, or a picture inside a larger file). Only
+`pumice.images` opens it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import difflib
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -14,11 +17,29 @@ from pumice.errors import InputError
 
 IMAGE_PLACEHOLDER = "<image>"
 ROLES = ("system", "user", "assistant")
+_FILES = r"(_?(path|file|name|url)s?)?"
+# How other programs name the key `image` of a row, and keys of what cannot be shown to a model here.
+_PICTURES = re.compile(rf"(image|img|picture|pic|photo)s?{_FILES}", re.IGNORECASE)
+_NO_PICTURES = re.compile(rf"(video|audio|sound)s?{_FILES}", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A picture that is stored inside a larger file, such as a table or an archive, and read where it lies.
+
+    key: equal keys mean equal pictures. name: for messages. load: return the bytes of the picture's own file.
+    size: (width, height) as it is shown, if that is known already.
+    """
+
+    key: Hashable
+    name: str = field(compare=False)
+    load: Callable[[], bytes] = field(compare=False, repr=False)
+    size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """One picture in a message: a path, raw file bytes, or a PIL image."""
+    """One picture in a message: a path, raw file bytes, a PIL image, or a StoredImage."""
 
     source: str | PathLike[str] | bytes | Any
 
@@ -29,6 +50,8 @@ class ImagePart:
             return f"picture of {len(self.source)} bytes"
         if isinstance(self.source, str | PathLike):
             return str(self.source)
+        if isinstance(self.source, StoredImage):
+            return self.source.name
         return type(self.source).__name__
 
 
@@ -191,6 +214,21 @@ def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[A
         messages.append(Message("user", _with_images(text, unused_images[:count], f"row {row_id!r}")))
         unused_images = unused_images[count:]
     return Conversation(tuple(messages), id=row_id)
+
+
+def check_media(row: Mapping[str, Any], label: str) -> None:
+    """Raise InputError if a row names its pictures under another key than `image`, or a video or a sound.
+
+    Such a row would be answered or learned as text alone. label: names the row. Keys without a value count
+    as absent.
+    """
+    given = [key for key, value in row.items() if value is not None and value not in ("", [], {})]
+    for key in given:
+        if _NO_PICTURES.fullmatch(key):
+            raise InputError(f"{label}: {key!r} cannot be used, only pictures; remove the row or the key")
+        other = _PICTURES.fullmatch(key) or difflib.get_close_matches(key.lower(), ("image",), cutoff=0.8)
+        if other and "image" not in given:
+            raise InputError(f"{label}: the key {key!r} is not read; did you mean 'image'?")
 
 
 def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[str | ImagePart, ...]:

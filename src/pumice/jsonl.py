@@ -1,8 +1,11 @@
-"""JSON Lines files with one line per row, so that an interrupted run can continue."""
+"""JSON in one line: printed for programs, and as files with one line per row, so that a run can continue."""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,6 +16,25 @@ from pumice.errors import InputError
 from pumice.files import appending, hold_file, whole_lines
 
 T = TypeVar("T")
+
+
+def json_text(values: Any, encoding: str | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """Return values as one line of JSON that a stream of this encoding leaves as they are.
+
+    encoding: None is UTF-8, the encoding of JSON. In another one, whatever is not ASCII is escaped, and so
+    are halves of surrogate pairs, which no encoding has. default: as for `json.dumps`.
+    """
+    if codecs.lookup(encoding or "utf-8").name == "utf-8":
+        text = json.dumps(values, ensure_ascii=False, default=default)
+        with contextlib.suppress(UnicodeEncodeError):
+            text.encode()
+            return text
+    return json.dumps(values, default=default)
+
+
+def print_json(values: Any) -> None:
+    """Print values as one line of JSON, the same whatever the code page of the terminal is."""
+    print(json_text(values, sys.stdout.encoding))
 
 
 def is_cut_off(line: str) -> bool:
@@ -70,7 +92,7 @@ class ResumableFile(Generic[T]):
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a line. It is handed to the system at once, so that a kill loses at most one."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(json_text(row) + "\n")
         self._file.flush()
 
     def __enter__(self) -> ResumableFile[T]:

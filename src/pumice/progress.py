@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+LOG_SECONDS = 10.0  # between two lines in a file, for work that a person waits for
+
+
 class ProgressBar:
     """A bar with counts and the time that is left. Close it, as a `with` statement does.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from pumice.assistant import Assistant, load
+from pumice.engine import sizes
 from pumice.formats.export import export
 
 SHORT = ["--max-new-tokens", "8"]
@@ -28,6 +30,16 @@ def test_ask_without_a_picture(run: Any) -> None:
     result = run("ask", "What?", *SHORT)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.strip()
+
+
+def test_without_memory_for_the_cache_the_reason_is_one_sentence(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "available_memory", lambda: sizes.RESERVE / 2)
+    result = run("ask", "What?", *SHORT)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("pumice: no memory is left for the KV cache; close other programs")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_model_of_others_takes_its_template(run: Any, folder: Path, models: ModuleType) -> None:
@@ -54,6 +66,29 @@ def test_json_is_one_object(run: Any, folder: Path, tiny_folder: Path) -> None:
         "tokens": 8,
     }
     assert result.stderr == ""
+
+
+def test_a_trained_model_is_called_by_its_recipe(
+    run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = folder / "run" / "model"
+    shutil.copytree(tiny_folder, trained)
+
+    def called(name: str, stages: Any) -> str:
+        (trained / "provenance.json").write_text(json.dumps({"stages": stages}))
+        result = run("ask", "What?", "--json", *SHORT, "--model", name, model=False)
+        return str(json.loads(result.stdout)["model"])
+
+    stages = [{"recipe": {"name": "first"}}, {"recipe": {"name": "four albums"}}]
+    assert called("run/model", stages) == "four albums"
+    for odd in ([], [3], [{}], {"recipe": 1}, [{"recipe": {"name": ["x"]}}]):
+        assert called("run/model", odd) == "run/model"
+    trained.rename(folder / "run" / "rex")  # a name of the user's own
+    trained = folder / "run" / "rex"
+    assert called("run/rex", stages) == "run/rex"
+    monkeypatch.chdir(trained.rename(folder / "run" / "model"))
+    trained = Path()
+    assert called(".", stages) == "four albums"
 
 
 def test_sampling_options_reach_the_model(run: Any) -> None:
@@ -145,7 +180,9 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
     write_rows(inside / "in.jsonl", rows)
     result = run("ask", "--batch", "inside/in.jsonl", "--out", "out.jsonl", "--slots", "2", *SHORT)
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == "pumice: 8 of 13 rows have an error instead of an answer\n"
+    first, *_, last, end = result.stderr.splitlines()  # off a terminal: a line every some seconds
+    assert (first, last) == ("1 of 8 answers", "8 of 8 answers")
+    assert end == "pumice: 8 of 13 rows have an error instead of an answer"
     answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     ids = ["beside", "here", "missing", 7, 5, 7, "text", "silent", "odd", "empty", "placeholders", 13, "typo"]
     assert [a["id"] for a in answers] == ids
@@ -156,7 +193,7 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
         2: "'no.png' does not exist",
         4: "line 5 is not JSON",
         10: "2 <image>",
-        12: "write 'image'",
+        12: "line 14: the key 'image_path' is not read; did you mean 'image'?",
     }.items():
         assert message in answers[number]["error"]
     alone = load(tiny_folder, device="cpu").ask(None, "Who are\u2028you?", max_new_tokens=8)
@@ -175,7 +212,7 @@ def test_batch_with_json(run: Any, folder: Path) -> None:
     result = run("ask", "--batch", "in.jsonl", "--out", "out.jsonl", "--json", *SHORT)
     counts = json.loads(result.stdout)
     assert (counts["rows"], counts["answered"], counts["errors"], counts["out"]) == (2, 1, 1, "out.jsonl")
-    assert result.stderr == ""
+    assert result.stderr == "1 of 1 answers\n"
 
 
 @pytest.mark.parametrize(

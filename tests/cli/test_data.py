@@ -78,6 +78,29 @@ def test_data_show_wrong_input(
     refused(run("data", "show", *named, "--json", model=False), message)
 
 
+def test_errors_of_many_rows_are_folded(run: Any, folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    rows: list[dict[str, Any]] = [
+        {"id": f"r{n}", "image": f"no{n}.jpg", "conversations": turns} for n in range(40)
+    ]
+    rows += [{"id": f"q{n}", "pics": ["cat.png"], "conversations": turns} for n in range(20)]
+    rows += [{"id": "last"}]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    result = run("data", "check", "rows.json", model=False)
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(
+        "40 rows (1, 2, 3, 4, 5, ...): picture missing, the first: picture 'no0.jpg' is"
+    )
+    assert lines[1].startswith(
+        "20 rows (41, 42, 43, 44, 45, ...): malformed row, the first: 'rows.json', row 41"
+    )
+    assert "'conversations' is missing" in lines[2]  # another reason is not folded with them
+    assert lines[3:] == ["     40 x picture missing", "     21 x malformed row", "0 of 61 rows can be used"]
+    report = json.loads(run("data", "check", "rows.json", "--json", model=False).stdout)
+    assert len(report["problems"]) == 61
+
+
 def test_data_check(run: Any, refused: Any, folder: Path) -> None:
     rows = [dict(ROWS[0], image="cat.png"), ROWS[1]]
     (folder / "rows.json").write_text(json.dumps(rows))

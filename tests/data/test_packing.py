@@ -73,7 +73,7 @@ def packed_loss(model: Llava, packed: Pack, leaves: dict[str, Tensor]) -> Tensor
         from_numpy(packed.input_ids)[None],
         image_tokens(packed.images, leaves),
         positions=from_numpy(packed.positions)[None],
-        attend=PackedAttention(packed.runs),
+        attend=PackedAttention(packed.runs, model.config.decoder),
         rows=from_numpy(packed.sources),
     )
     head = model.decoder.head_weight
@@ -202,8 +202,8 @@ def test_runs_see_what_the_tree_says(texts: list[str]) -> None:
 
 def test_plain_samples_cost_no_mask() -> None:
     long = prefix_tree([sample("a" * 3000 + "B")])
-    packed = PackedAttention(Pack((long, long)).runs)
-    assert packed.lengths == [3001, 3001] and packed.masks == [None, None]
+    packed = PackedAttention(Pack((long, long)).runs, MODEL.config.decoder)
+    assert packed.lengths == [3001, 3001] and packed.masks(0) == [None, None]
 
 
 def test_the_second_picture_after_different_text_is_looked_at_again() -> None:

@@ -88,6 +88,30 @@ def test_rows_can_be_pickled_and_stay_small(tmp_path: Path) -> None:
     assert list(pickle.loads(data)) == list(rows)
 
 
+TEXT = [{"from": "human", "value": "What is it?"}, TURNS[1]]
+
+
+@pytest.mark.parametrize("key", ["Image", "imgs", "photo_files", "imgae", "image1", "image_name"])
+def test_pictures_under_another_key_are_told(tmp_path: Path, key: str) -> None:
+    with pytest.raises(InputError, match=rf"the key '{key}' is not read; did you mean 'image'\?"):
+        write(tmp_path / "a.json", [{"id": 1, key: ["a.jpg"], "conversations": TEXT}])[0]
+    # An empty one names nothing; beside `image` it is a note of its own.
+    for values in ({key: None}, {key: []}, {key: ""}, {key: "a", "image": "0.jpg"}):
+        write(tmp_path / "a.json", [{"id": 1, "conversations": TEXT, **values}])[0]
+
+
+@pytest.mark.parametrize("key", ["video", "videos", "video_path", "audio", "audios", "sound"])
+@pytest.mark.parametrize("image", [{}, {"image": "0.jpg"}])
+def test_what_is_no_picture_is_told(tmp_path: Path, key: str, image: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=f"'{key}' cannot be used, only pictures"):
+        write(tmp_path / "a.json", [{"id": 1, key: "a.mp4", "conversations": TEXT, **image}])[0]
+
+
+def test_other_keys_are_left_alone(tmp_path: Path) -> None:
+    more = {"image_id": 17, "source": "x", "usage": 1, "page": 2, "message": "m", "height": 5}
+    assert write(tmp_path / "a.json", [{"id": 1, "conversations": TEXT, **more}])[0].image == ()
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -155,12 +179,12 @@ def test_malformed_files_are_named(tmp_path: Path, text: str, reason: str) -> No
 def test_unreadable_files_and_lines_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing\.json' cannot be read: No such file"):
         Rows(tmp_path / "missing.json")
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+    with pytest.raises(InputError, match=r"the folder '.*' holds no rows that can be read: nothing; name a"):
         Rows(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(json.dumps(row(1)).encode() + b'\n{"id": \n{"id": "\xff"}\n')
     rows = Rows(tmp_path / "a.jsonl")
-    for index in (1, 2):
-        with pytest.raises(InputError, match=rf"a\.jsonl', row {index + 1}: this is not JSON"):
+    for index, what in ((1, "JSON"), (2, "UTF-8")):
+        with pytest.raises(InputError, match=rf"a\.jsonl', row {index + 1}: this is not {what}"):
             rows[index]
 
 
@@ -173,9 +197,7 @@ def test_row_becomes_a_checked_conversation(tmp_path: Path) -> None:
     assert good.messages[0].text == "What is it?"
     bad = {
         "turn 1 is from 'gpt' where 'human'": row(1, conversations=[TURNS[1]], image=None),
-        "0 <image> placeholders for 1 picture": row(
-            1, conversations=[{"from": "human", "value": "?"}, TURNS[1]]
-        ),
+        "1 <image> placeholder for 2 pictures": row(1, image=["1.jpg", "1.jpg"]),
         "1 <image> placeholder for 0 pictures": row(1, image=None),
         "is an empty answer": row(1, conversations=[TURNS[0], {"from": "gpt", "value": " "}]),
         "the last question has no answer": row(1, conversations=[*TURNS, {"from": "human", "value": "?"}]),

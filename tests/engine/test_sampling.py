@@ -172,9 +172,38 @@ def test_the_penalty_ignores_image_placeholders_and_counts_a_token_once() -> Non
         ("temperature", float("nan")), ("temperature", "warm"), ("top_p", 0), ("top_p", 1.1), ("top_k", -1),
         ("min_p", -0.1), ("min_p", 2),
         ("repetition_penalty", 0),
-        ("repetition_penalty", 1e-45), ("repetition_penalty", 1e300), ("seed", -1), ("stop", ("",)), ("stop", (3,)),
+        ("repetition_penalty", 1e-45), ("repetition_penalty", 1e300), ("seed", -1),
+        ("stop", ("",)), ("stop", (3,)),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(field: str, value: object) -> None:
     with pytest.raises(InputError, match=field):
         SamplingParams(**{field: value})
+
+
+def test_penalties_for_what_the_answer_holds() -> None:
+    """As OpenAI's reference defines them: logit - count * frequency - (count > 0) * presence."""
+    rows = logits(2)
+    history = np.array([3, 3, 7, 8, 7, 7])  # the first three are the prompt
+    params = [
+        SamplingParams(frequency_penalty=0.5, presence_penalty=-1.5),
+        SamplingParams(presence_penalty=2),
+    ]
+    changed = sampling._restrict(rows, params, [history] * 2, [None] * 2, [3, 6])
+    expected = rows.clone()
+    expected[0, 7] -= 2 * 0.5 - 1.5
+    expected[0, 8] -= 1 * 0.5 - 1.5
+    torch.testing.assert_close(changed, expected, atol=1e-6, rtol=0)
+    likeliest = int(logits(1).argmax())
+    params = [SamplingParams(presence_penalty=2, frequency_penalty=2)]
+    repeated = np.array([0] + [likeliest] * 100)
+    chosen = sample(logits(1), params, [repeated], generators(1), prompt_lengths=[1])
+    assert int(chosen) != likeliest
+    assert int(sample(logits(1), params, [repeated], generators(1), prompt_lengths=[101])) == likeliest
+
+
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
+def test_penalties_out_of_range(name: str) -> None:
+    for value in (-2.1, 3, float("nan"), "1"):
+        with pytest.raises(InputError, match=name):
+            SamplingParams(**{name: value})

@@ -20,6 +20,7 @@ from pumice.engine.cache import PrefixCache
 from pumice.engine.requests import Prompt, Request
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.scheduler import Scheduler
+from pumice.errors import WorkError
 
 
 @dataclass
@@ -211,5 +212,5 @@ def test_without_memory_a_request_ends_with_the_reason() -> None:
     cache = PrefixCache(4, 3, lambda source, target, tokens: None, has_memory=lambda: False)
     scheduler.prefix_cache = cache
     scheduler.waiting.append(request_of(1))
-    with pytest.raises(MemoryError, match="no memory is left for the KV cache; close other programs"):
+    with pytest.raises(WorkError, match="no memory is left for the KV cache; close other programs"):
         scheduler.plan()

@@ -77,7 +77,7 @@ def original(llava: Llavas, parts_of: tuple[Path, Path], tmp_path: Path) -> Call
 
     def make(kind: str = "llava", **values: Any) -> Path:
         loaded = open_hf(llava(kind))
-        projector = tensor_names.original_connector("mlp2x_gelu")
+        projector = tensor_names.ORIGINAL_CONNECTORS["mlp2x_gelu"]
         table = tensor_names.llava(loaded.config, tensor_names.ORIGINAL, projector, "vision_model.")
         names = tensor_names.inverse(table)
         folder = tmp_path / "original"

@@ -112,6 +112,20 @@ def test_a_weight_that_is_not_finite_is_refused(compiled: bool, value: float, dt
         quantize(weight.to(dtype), BlockFormat.Q4_K, "blocks.0")
 
 
+@QUANTIZED_KINDS
+@COMPILED
+@pytest.mark.usefixtures("implementation")
+def test_a_weight_that_no_scale_can_hold_is_refused(kind: BlockFormat, compiled: bool) -> None:
+    weight = torch.randn(40, 256)
+    weight[20, 3] = -65504  # the largest
+    quantize(weight, kind, "blocks.0")
+    weight[33, 7] = 1e37
+    with pytest.raises(
+        WorkError, match=r"blocks\.0 holds a weight beyond 65504 in row 33, .*--quantize none"
+    ):
+        quantize(weight, kind, "blocks.0")
+
+
 def test_rows_that_are_no_whole_blocks_are_refused() -> None:
     with pytest.raises(InputError, match=re.escape("x has rows of 40 weights, not whole groups of 32")):
         quantize(torch.randn(4, 40), BlockFormat.Q8_0, "x")

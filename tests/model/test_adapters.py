@@ -30,7 +30,7 @@ def make(**more: bool) -> Decoder:
 def logits(decoder: Decoder) -> Tensor:
     tokens = torch.arange(14).view(2, 7)
     positions = torch.arange(7).expand(2, 7)
-    return decoder.logits(decoder(decoder.embed(tokens), positions, Causal()))
+    return decoder.logits(decoder(decoder.embed(tokens), positions, Causal(decoder.config)))
 
 
 def learn(decoder: Decoder) -> None:

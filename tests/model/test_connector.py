@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.config import REDUCTIONS, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.geometry import Layout
-from pumice.model.connector import Connector, arrange, average, pixel_shuffle
+from pumice.model.connector import REDUCE, Connector, Reduction, arrange, average, pixel_shuffle
+from pumice.model.llava import Llava
 
 
 def grid_of_four() -> torch.Tensor:
@@ -103,6 +104,7 @@ def test_unknown_reductions_are_refused_by_name() -> None:
 def test_tokens_are_as_many_as_the_config_counts(
     kind: str, reduce: str, factor: int, side: int, pictures: int
 ) -> None:
+    factor = 1 if reduce == "none" else factor
     grid = side * factor
     config = ModelConfig(
         decoder=DecoderConfig(8, 6, 1, 1, 1, 6, 8),
@@ -158,3 +160,37 @@ def test_a_large_map_is_shrunk() -> None:
     layout = Layout(4, columns=2, rows=2, height=2, width=2)
     tokens = torch.arange(5.0).view(5, 1, 1).expand(5, 4, 3)
     assert arrange(tokens, layout, None)[4:, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_a_factor_without_a_reduction_is_refused() -> None:
+    """It would be ignored: 64 tokens, where 16 were meant."""
+    with pytest.raises(
+        InputError, match="factor 2 must say how it joins 2 x 2 features; set reduce to average"
+    ):
+        ConnectorConfig("mlp2x_gelu", factor=2)
+
+
+def test_a_reduction_that_is_counted_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by somebody who adds one: before anything runs, not as a ValueError in the first step."""
+    first = Reduction(lambda features, factor: features[:, :factor], widens=False)
+    monkeypatch.setitem(REDUCE, "first", first)
+    with pytest.raises(
+        InputError, match="unknown reduction 'first'; use one of none, average, pixel_shuffle"
+    ):
+        ConnectorConfig("linear", "first", 2)
+    monkeypatch.setitem(REDUCTIONS, "first", lambda grid, factor: factor**2)
+    config = ModelConfig(
+        decoder=DecoderConfig(8, 6, 1, 1, 1, 6, 8),
+        vision=VisionConfig(image_size=64, width=1280, variant="lite0"),
+        connector=ConnectorConfig("linear", "first", 2),
+    )
+    with (
+        torch.device("meta"),
+        pytest.raises(
+            InputError, match=r"gives 2 image tokens of a tile, config\.REDUCTIONS counts 4 for 'first'"
+        ),
+    ):
+        Llava(config)
+    monkeypatch.setitem(REDUCTIONS, "first", lambda grid, factor: factor)
+    with torch.device("meta"):
+        assert Llava(config).config.image_tokens == 2

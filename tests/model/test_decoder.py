@@ -36,6 +36,22 @@ FAMILIES: dict[str, tuple[str, DecoderConfig]] = {
     "mistral window": ("MistralForCausalLM", dataclasses.replace(BASE, sliding_window=5)),
     "qwen2": ("Qwen2ForCausalLM", dataclasses.replace(BASE, head_dim=8, qkv_bias=True, norm_eps=1e-6)),
     "qwen3": ("Qwen3ForCausalLM", dataclasses.replace(BASE, qk_norm=True, norm_eps=1e-6, tied_head=True)),
+    "gemma 2": (
+        "Gemma2ForCausalLM",
+        dataclasses.replace(
+            BASE,
+            tied_head=True,
+            sliding_window=5,
+            window_pattern=2,
+            activation="gelu_tanh",
+            post_norms=True,
+            norm_offset=1.0,
+            embed_scale=32**0.5,
+            attention_scale=20**-0.5,
+            attention_softcap=2.0,
+            logit_softcap=9.0,
+        ),
+    ),
 }
 TOKENS = 19  # longer than the sliding window
 
@@ -73,6 +89,14 @@ def make_reference(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_context,
         }
+    own = {}
+    if config.post_norms:
+        assert config.attention_scale is not None
+        own = {
+            "query_pre_attn_scalar": round(config.attention_scale**-2),
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.logit_softcap,
+        }
     reference = model_class(
         model_class.config_class(
             vocab_size=config.vocab_size,
@@ -88,6 +112,7 @@ def make_reference(family: str) -> tuple[torch.nn.Module, DecoderConfig]:
             sliding_window=config.sliding_window,
             tie_word_embeddings=config.tied_head,
             attn_implementation="eager",
+            **own,
         )
     )
     reference = reference.eval().requires_grad_(False)
@@ -107,7 +132,7 @@ def make_ported(reference: torch.nn.Module, config: DecoderConfig) -> Decoder:
 def logits(decoder: Decoder, tokens: Tensor) -> Tensor:
     """The whole sequence at once, without a cache: the reference of the other tests."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden = decoder(decoder.embed(tokens), positions, Causal(decoder.config.sliding_window))
+    hidden = decoder(decoder.embed(tokens), positions, Causal(decoder.config))
     return decoder.logits(hidden)
 
 
@@ -122,7 +147,7 @@ def test_logits_equal_those_of_transformers(family: str) -> None:
     assert difference < 1e-4  # measured worst: 1.1e-5
 
 
-@pytest.mark.parametrize("family", ["llama 3", "mistral window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama 3", "mistral window", "qwen2", "qwen3", "gemma 2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_logits_equal_those_of_transformers(family: str, side: str) -> None:
     reference, config = make_reference(family)
@@ -132,7 +157,7 @@ def test_padded_logits_equal_those_of_transformers(family: str, side: str) -> No
         real[row, slice(TOKENS - length, TOKENS) if side == "left" else slice(0, length)] = True
     positions = (real.cumsum(1) - 1).clamp_min(0)
     expected = reference(tokens, attention_mask=real.long(), position_ids=positions).logits
-    hidden = ported(ported.embed(tokens), positions, Causal(config.sliding_window, real))
+    hidden = ported(ported.embed(tokens), positions, Causal(config, real))
     difference = (ported.logits(hidden) - expected)[real].abs().max().item()
     print(f"{family}, {side}: {difference:.1e}")
     assert difference < 1e-4  # measured worst: 1.1e-5
@@ -223,7 +248,7 @@ def test_padding_on_either_side_changes_nothing(side: str, window: int | None) -
     for row, length in enumerate(lengths):
         real[row, slice(10 - length, 10) if side == "left" else slice(0, length)] = True
     positions = (real.cumsum(1) - 1).clamp_min(0)
-    hidden = decoder(decoder.embed(rows), positions, Causal(window, real))
+    hidden = decoder(decoder.embed(rows), positions, Causal(decoder.config, real))
     assert hidden.isfinite().all()
     for row in range(3):
         alone = logits(decoder, rows[row, real[row]][None])[0]
@@ -237,7 +262,7 @@ def test_packed_rows_do_not_see_each_other() -> None:
     lengths = (9, 5)
     together = torch.cat((rows[0], rows[1, :5]))[None]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    attend = PackedAttention([Run(n) for n in lengths])
+    attend = PackedAttention([Run(n) for n in lengths], BASE)
     actual = decoder.logits(decoder(decoder.embed(together), positions, attend))[0]
     for row, part in enumerate(actual.split(lengths)):
         alone = logits(decoder, rows[row : row + 1, : lengths[row]])[0]
@@ -246,15 +271,15 @@ def test_packed_rows_do_not_see_each_other() -> None:
 
 def test_packed_branches_heed_the_sliding_window() -> None:
     """Depth in the tree counts, not the number of nodes: two branches of a trunk, each as if alone."""
-    decoder = make(BASE)
+    decoder = make(dataclasses.replace(BASE, sliding_window=3))
     trunk, first, second = ids(1, 4)[0], ids(1, 3)[0], ids(1, 3)[0].flip(0)
     runs = [Run(7), Run(3, ((0, 4),))]  # the second branch goes on where the trunk ends
     tree = torch.cat((trunk, first, second))[None]
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]])
-    actual = decoder.logits(decoder(decoder.embed(tree), positions, PackedAttention(runs, window=3)))[0]
+    actual = decoder.logits(decoder(decoder.embed(tree), positions, PackedAttention(runs, decoder.config)))[0]
     for branch, rows in ((first, [*range(7)]), (second, [*range(4), 7, 8, 9])):
         alone = torch.cat((trunk, branch))[None]
-        hidden = decoder(decoder.embed(alone), torch.arange(7)[None], Causal(window=3))
+        hidden = decoder(decoder.embed(alone), torch.arange(7)[None], Causal(decoder.config))
         torch.testing.assert_close(actual[rows], decoder.logits(hidden)[0], atol=1e-4, rtol=0)
 
 
@@ -296,8 +321,8 @@ def test_named_intermediates_are_the_residual_stream() -> None:
     decoder = make(BASE)
     tokens = ids(2, 6)
     out: dict[str, Tensor] = {}
-    hidden = decoder(decoder.embed(tokens), torch.arange(6).expand(2, 6), Causal(), out)
-    assert list(out) == [f"decoder.blocks.{i}" for i in range(BASE.depth)]
+    hidden = decoder(decoder.embed(tokens), torch.arange(6).expand(2, 6), Causal(BASE), out)
+    assert list(out) == ["embeddings", *(f"decoder.blocks.{i}" for i in range(BASE.depth))]
     assert all(value.shape == (2, 6, BASE.width) for value in out.values())
     torch.testing.assert_close(decoder.norm(out["decoder.blocks.2"]), hidden)
 
@@ -310,7 +335,7 @@ def test_wanted_rows_are_those_of_the_whole(row_ids: list[int]) -> None:
     decoder.blocks[-1].mlp.register_forward_pre_hook(
         lambda _, inputs: token_counts.append(inputs[0].shape[1])
     )
-    inputs = decoder.embed(tokens), torch.arange(6).expand(2, 6), Causal()
+    inputs = decoder.embed(tokens), torch.arange(6).expand(2, 6), Causal(BASE)
     # a product of fewer rows rounds otherwise: measured worst case 4e-7
     torch.testing.assert_close(decoder(*inputs, rows=rows), decoder(*inputs)[:, rows], rtol=1e-5, atol=1e-5)
     assert token_counts == [len(row_ids), 6]

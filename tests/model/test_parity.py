@@ -193,7 +193,7 @@ def test_logits_of_a_padded_batch_equal(pair: Pair, side: str) -> None:
     positions = (real.cumsum(1) - 1).clamp_min(0)
     sizes = [size for row in rows for size in row]
     reference = pair.hf_logits(ids, sizes, attention_mask=real.long(), position_ids=positions)
-    hidden = pair.model(ids, pair.image_tokens(sizes), positions, Causal(padding=real))
+    hidden = pair.model(ids, pair.image_tokens(sizes), positions, Causal(pair.model.config.decoder, real))
     actual = pair.model.decoder.logits(hidden)
     assert (actual - reference)[real].abs().max() < CLOSE
     for number, row in enumerate(rows):  # and a row alone has the logits that it has in the batch

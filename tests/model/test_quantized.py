@@ -37,7 +37,7 @@ def make(dtype: torch.dtype = torch.float32, **more: bool) -> Decoder:
 def logits(decoder: Decoder, rows: int = 2, tokens: int = 7) -> Tensor:
     ids = torch.arange(rows * tokens).view(rows, tokens)
     positions = torch.arange(tokens).expand(rows, tokens)
-    return decoder.logits(decoder(decoder.embed(ids), positions, Causal())).float()
+    return decoder.logits(decoder(decoder.embed(ids), positions, Causal(decoder.config))).float()
 
 
 def difference(x: Tensor, expected: Tensor) -> float:

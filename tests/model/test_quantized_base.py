@@ -31,7 +31,7 @@ def decoder(**changes: bool) -> Decoder:
 def gradients(model: Decoder) -> list[torch.Tensor]:
     x, positions = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(1)), torch.arange(9)[None]
     x.requires_grad_()
-    model(x, positions, Causal()).square().sum().backward()
+    model(x, positions, Causal(model.config)).square().sum().backward()
     assert x.grad is not None
     return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 

@@ -105,7 +105,7 @@ def smollm2() -> tuple[Decoder, Tensor]:
 @torch.no_grad()
 def logits(decoder: Decoder, ids: Tensor) -> Tensor:
     positions = torch.arange(len(ids))[None]
-    return decoder.logits(decoder(decoder.embed(ids[None]), positions, Causal()))[0].float()
+    return decoder.logits(decoder(decoder.embed(ids[None]), positions, Causal(decoder.config)))[0].float()
 
 
 def error(computed: Tensor, expected: Tensor) -> float:

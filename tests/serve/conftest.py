@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -72,6 +73,18 @@ def local(tiny_folder: Path) -> Callable[..., AbstractContextManager[str]]:
 def server(local: Serving) -> Iterator[str]:
     """One server for all tests that need no special settings."""
     with local() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def roomy(local: Serving, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the tiny model with a context that holds the descriptions of tools."""
+    folder = tmp_path_factory.mktemp("roomy") / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["decoder"]["context"] = 4096
+    (folder / "config.json").write_text(json.dumps(config))
+    with local(folder=folder, cache_tokens=8192) as url:
         yield url
 
 

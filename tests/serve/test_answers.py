@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from asking import ask, data_uri, picture, post, user_message
 
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, ImagePart, Message
+from pumice.engine.engine import Engine, Plan
 from pumice.engine.generate import naive_generate
+from pumice.serve import stream
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def test_the_official_client(client: openai.OpenAI, exact: Assistant) -> None:
     # All of the prompt but its last token was computed for the first request.
     assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1
     with pytest.raises(openai.BadRequestError) as raised:
-        client.chat.completions.create(model="tiny", messages=messages, n=2)
+        client.chat.completions.create(model="tiny", messages=messages, n=1000)
     assert raised.value.param == "n"
     with pytest.raises(openai.NotFoundError, match="no model 'gpt' here"):
         client.chat.completions.create(model="gpt", messages=messages)
@@ -98,6 +102,37 @@ def test_a_second_turn(client: openai.OpenAI, exact: Assistant) -> None:
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
     assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= 10
+
+
+def test_a_stream_tells_how_much_of_a_long_prompt_is_read(
+    local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, steps = Engine._run, itertools.count(1)
+    go = [threading.Event(), threading.Event()]
+    monkeypatch.setattr(stream, "PROGRESS_INTERVAL", 0.01)
+
+    def held(engine: Engine, plan: Plan) -> None:
+        """The second and third part of the prompt wait until the client knows of those before."""
+        if (step := next(steps)) in (2, 3):
+            assert go[step - 2].wait(60)
+        run(engine, plan)
+
+    monkeypatch.setattr(Engine, "_run", held)
+    progress, text, long = [], "", "What is this? " * 30
+    with local() as url:
+        body = ask(long, stream=True, return_progress=True)
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                event = json.loads(line[6:]) if line.startswith("data: {") else {"choices": []}
+                text += "".join(choice["delta"].get("content", "") for choice in event["choices"])
+                if "prompt_progress" in event:
+                    progress.append(event["prompt_progress"])
+                    go[min(len(progress), 2) - 1].set()
+        whole = post(url, ask(long)).json()
+    total = whole["usage"]["prompt_tokens"]
+    assert progress[:2] == [{"total": total, "processed": count} for count in (64, 128)]
+    assert all(128 < later["processed"] < total for later in progress[2:])
+    assert text == whole["choices"][0]["message"]["content"]
 
 
 def test_plain_completion(client: openai.OpenAI, exact: Assistant) -> None:

@@ -162,15 +162,16 @@ def test_too_long_in_openai_s_words(server: str, exact: Assistant) -> None:
 @pytest.mark.parametrize(
     ("path", "instead"),
     [
-        ("/api/chat", "/v1/chat/completions"),
-        ("/v1/messages", "/v1/chat/completions"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/messages", "/v1/messages"),
         ("/models", "/v1/models"),
+        ("/generate", "/v1/chat/completions"),
     ],
 )
-def test_other_protocols_are_told_where_to_ask(server: str, path: str, instead: str) -> None:
+def test_wrong_addresses_name_the_right_one(server: str, path: str, instead: str) -> None:
     response = post(server, ask(), path)
     assert response.status_code == 404
-    assert response.json()["error"]["message"].endswith(f"at {instead}")
+    assert response.json()["error"]["message"].endswith(f"ask at {instead}")
 
 
 def test_the_list_of_models_with_a_slash(server: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from asking import ask, data_uri, picture, post, user_message
 
 from pumice import InputError
+from pumice.engine import sizes
 from pumice.engine.engine import Engine
 from pumice.serve.guard import Gate
 from pumice.serve.settings import ServerSettings
@@ -42,25 +43,28 @@ FIELD = "messages.0.content.0.image_url"
 @pytest.mark.parametrize(
     ("more", "param", "message"),
     [
-        ({"n": 2}, "n", "one answer per request"),
+        ({"n": 1000}, "n", "less than or equal to 128"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
         ({"max_tokens": True}, "max_tokens", "valid integer"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "use repetition_penalty"),
-        ({"tools": [{"type": "function"}]}, "tools", "calls no tools"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"presence_penalty": -3}, "presence_penalty", "greater than or equal to -2"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "is missing"),
         ({"banana": 1}, "banana", "unknown field 'banana'"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
-        ({"stream_options": {"include_usage": True}}, None, "needs stream"),
+        ({"stream_options": {"include_usage": True}}, None, "stream_options needs stream"),
+        ({"return_progress": True}, None, "return_progress needs stream"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"model": "gpt-5"}, "model", "no model 'gpt-5'"),
         ({"messages": []}, "messages", "at least 1 item"),
         (
-            {"messages": [{"role": "tool", "content": "x"}]},
+            {"messages": [{"role": "robot", "content": "x"}]},
             "messages.0.role",
             "'system', 'developer', 'user'",
         ),
@@ -142,6 +146,18 @@ def test_what_the_cache_cannot_hold_names_the_field_to_change(local: Any) -> Non
             error = error_of(post(url, body, path), 400)
             assert (error["param"], error["code"]) == (param, "context_length_exceeded")
             assert "maximum context length is 60 tokens" in error["message"]
+
+
+def test_without_memory_for_the_cache_the_client_is_told_why(
+    local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "available_memory", lambda: 10 * sizes.RESERVE)
+    with local() as url:
+        monkeypatch.setattr(sizes, "available_memory", lambda: sizes.RESERVE / 2)  # another process took it
+        error = error_of(post(url, ask()), 500)
+        assert error["message"].startswith("no memory is left for the KV cache; close other programs")
+        monkeypatch.setattr(sizes, "available_memory", lambda: 10 * sizes.RESERVE)
+        assert post(url, ask()).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -229,11 +245,11 @@ def test_a_body_must_be_json_by_its_type(server: str) -> None:
 
 def test_what_was_refused_is_logged(server: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pumice.serve")
-    error_of(post(server, ask(n=2), headers={"X-Request-Id": "wrong-n"}), 400)
+    error_of(post(server, ask(n=0), headers={"X-Request-Id": "wrong-n"}), 400)
     _until(lambda: bool(caplog.records))
     fields = caplog.records[-1].__dict__["fields"]
     assert (fields["request_id"], fields["status"], fields["param"]) == ("wrong-n", 400, "n")
-    assert "one answer per request" in fields["error"]
+    assert "greater than or equal to 1" in fields["error"]
 
 
 def test_addresses_and_methods(server: str) -> None:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from asking import picture
 
-from pumice.engine.engine import Engine
+from pumice.engine.engine import Engine, Plan
 from pumice.serve.page import files
 
 if TYPE_CHECKING:
@@ -165,6 +165,26 @@ def test_stopping_keeps_what_was_said(
         answered(page, 2)
 
 
+def test_a_long_question_shows_how_much_of_it_is_read(
+    page: Page, local: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, steps, go = Engine._run, itertools.count(1), threading.Event()
+
+    def held(engine: Engine, plan: Plan) -> None:
+        if next(steps) == 2:
+            assert go.wait(PATIENT / 1000)
+        run(engine, plan)
+
+    monkeypatch.setattr(Engine, "_run", held)
+    with local() as url:
+        visit(page, url, max_tokens=4)
+        write(page, "What is this? " * 30)
+        page.get_by_text(re.compile(r"^64 of \d+ tokens read$")).wait_for()
+        go.set()
+        [text] = answered(page, 1)
+        assert "tokens read" not in text
+
+
 def test_an_answer_that_breaks_off_is_asked_for_again(page: Page, server: str) -> None:
     visit(page, server, max_tokens=6)
     piece = {"choices": [{"index": 0, "delta": {"content": "half of an ans"}, "finish_reason": None}]}
@@ -188,11 +208,12 @@ def test_an_example_and_a_wrong_file(page: Page, server: str, tmp_path: Path) ->
     assert page.locator(".user img").get_attribute("alt") == "Horses in a meadow.jpg"
 
 
-def test_what_the_server_refuses_is_told(page: Page, server: str) -> None:
-    visit(page, server, max_tokens=100_000)
-    write(page, "What?")
-    page.get_by_text("this server allows 2048", exact=False).wait_for()
-    page.get_by_role("button", name="Try again").wait_for()
+def test_what_the_server_refuses_is_told(page: Page, local: Callable[..., Any]) -> None:
+    with local(cache_tokens=60) as url:
+        visit(page, url)
+        write(page, "What is this? " * 30)
+        page.get_by_text("maximum context length is 60 tokens", exact=False).wait_for()
+        page.get_by_role("button", name="Try again").wait_for()
 
 
 def test_a_key_is_asked_for(page: Page, local: Callable[..., Any]) -> None:

@@ -84,6 +84,19 @@ def test_a_failing_endpoint(endpoint: Any, many_pictures: Path, tmp_path: Path) 
     assert len(files(tmp_path / "out")[0].splitlines()) == 60
 
 
+def test_no_row_that_survives_is_failed_work(
+    endpoint: Any, pictures: Callable[[int], Path], tmp_path: Path
+) -> None:
+    endpoint.reply = lambda system, user: "Hm."
+    few = pictures(2)
+    result = run(tmp_path / "out", endpoint.url, few, *KINDS)
+    assert result.exit_code == 1
+    assert result.stdout.startswith("0 of 6 rows survived")
+    last = result.stderr.splitlines()[-1]
+    assert last == f"pumice: no row of 6 survived; {tmp_path / 'out' / 'report.html'} says why"
+    assert run(tmp_path / "out", endpoint.url, few, *KINDS, "--offline").exit_code == 1
+
+
 def test_running_again_costs_no_call(endpoint: Any, many_pictures: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "out", endpoint.url, many_pictures).exit_code in (0, 1)
     before, calls = files(tmp_path / "out"), endpoint.total

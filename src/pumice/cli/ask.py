@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import sys
 from dataclasses import dataclass
@@ -13,9 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from pumice.cli import options, reading
+from pumice.conversation import check_media
 from pumice.errors import InputError
 from pumice.files import replacing
-from pumice.progress import ProgressBar
+from pumice.jsonl import json_text, print_json
+from pumice.progress import LOG_SECONDS, ProgressBar
 
 
 @options.expand
@@ -106,14 +107,15 @@ def _ask_one(
     # Before torch is imported, so that a wrong path fails at once.
     opened = [open_image(path) for path in images]
     options.share_cores()
+    from pumice.assistant import CHUNK_SHOWN
     from pumice.conversation import Conversation, question_message
 
-    assistant = opening.load(model)
+    assistant = opening.load(model, chunk=CHUNK_SHOWN)
     reply = assistant.stream(Conversation((question_message(question, opened),)), **sampling)
     if as_json:
         answer = "".join(reply)
-        values = {"model": model, "images": images, "question": question, "answer": answer}
-        print(json.dumps({**values, "finish": reply.finish, "tokens": reply.tokens}, ensure_ascii=False))
+        values = {"model": assistant.name, "images": images, "question": question, "answer": answer}
+        print_json({**values, "finish": reply.finish, "tokens": reply.tokens})
         return
     for piece in reading.pieces(reply):
         print(piece, end="", flush=True)
@@ -168,12 +170,10 @@ def _ask_batch(
             is_error = isinstance(answer, InputError)
             failed += is_error
             line = {"id": row.id, "error" if is_error else "answer": str(answer)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_text(line) + "\n")
     partial.unlink(missing_ok=True)
     if as_json:
-        print(
-            json.dumps({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
-        )
+        print_json({"rows": len(rows), "answered": len(rows) - failed, "errors": failed, "out": str(out)})
     elif failed:
         print(f"pumice: {failed} of {len(rows)} rows have an error instead of an answer", file=sys.stderr)
     if failed == len(rows):  # no row has an answer: the work has failed
@@ -200,12 +200,12 @@ def _answer_rows(
     sampling = {**assistant.generation, **sampling}  # the file says with what it was asked in full
     questions = [(list(row.images), row.question) for row in rows]
     asked = {"model": model, **opening.arguments(), **sampling}
-    with AnswerFile(partial, questions, asked) as file, ProgressBar() as bar:
+    with AnswerFile(partial, questions, asked) as file, ProgressBar(log_seconds=LOG_SECONDS) as bar:
         if done := len(file.answers):
             print(f"pumice: {done} of {len(rows)} answers are in '{partial}' already", file=sys.stderr)
         for answer in assistant.ask_each(questions[done:], slots=slots, **sampling):
             file.add(answer)
-            bar.show(len(file.answers), len(rows))
+            bar.show(len(file.answers), len(rows), "answers")
     return file.answers
 
 
@@ -218,10 +218,10 @@ def _read_row(line: str, number: int, folder: Path) -> _Row:
     if not isinstance(values, dict):
         return _Row(number, error=f"line {number} is not an object with 'id' and 'question'")
     row_id = values.get("id", number)
-    if "image" not in values:
-        for key in values:  # a misspelt key must not lead to an answer without its picture
-            if difflib.get_close_matches(key, ("image", "picture", "photo"), n=1):
-                return _Row(row_id, error=f"unknown key {key!r}; write 'image'")
+    try:
+        check_media(values, f"line {number}")
+    except InputError as error:
+        return _Row(row_id, error=str(error))
     image, question = values.get("image"), values.get("question")
     paths = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):

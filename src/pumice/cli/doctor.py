@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict
@@ -12,6 +11,7 @@ import typer
 
 from pumice import __version__
 from pumice.cli import options
+from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,7 @@ def doctor(
             "seconds": round(time.perf_counter() - start, 1),
             "sections": {title: [asdict(f) for f in findings] for title, findings in sections.items()},
         }
-        print(json.dumps(values, ensure_ascii=False))
+        print_json(values)
     elif problems:
         console.print(f"{problems} {'problem' if problems == 1 else 'problems'}; each has a remedy above.")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ import typer
 
 from pumice.cli import options
 from pumice.errors import InputError
-from pumice.progress import ProgressBar
+from pumice.jsonl import print_json
+from pumice.progress import LOG_SECONDS, ProgressBar
 
 if TYPE_CHECKING:
     from pumice.evaluate.result import AnswerSet, QuestionSet
@@ -171,7 +171,7 @@ def _print(values: dict[str, Any], json_file: Path | None, words: str) -> None:
     from pumice.evaluate.files import write_json
 
     if json_file is not None and str(json_file) == "-":
-        print(json.dumps(values, ensure_ascii=False))
+        print_json(values)
         return
     if json_file is not None:
         write_json(json_file, values, indent=2)
@@ -231,7 +231,7 @@ def _answer(
     if missing:
         print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
     answerer = _answerer(model, model_name, device, slots)
-    with ProgressBar() as bar:
+    with ProgressBar(log_seconds=LOG_SECONDS) as bar:
         return run(
             task, asked.questions, answerer, path,
             allow_missing=allow_missing, progress=bar.show, max_new_tokens=max_new_tokens,

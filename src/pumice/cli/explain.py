@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import typer
 from pumice.cli import options
 from pumice.errors import InputError
 from pumice.files import replacing
+from pumice.jsonl import json_text, print_json
 
 SUFFIXES = (".html", ".png", ".json")
 
@@ -90,7 +90,8 @@ def explain(
     from pumice.explain.render import strip
 
     get_method(method or DEFAULT)  # raises before the model is loaded
-    explanation = opening.load(model).explain(
+    assistant = opening.load(model)
+    explanation = assistant.explain(
         opened, question, answer, method=method or DEFAULT, layers=layer_numbers, occlusion=occlusion,
         **sampling.given(),
     )  # fmt: skip
@@ -101,10 +102,10 @@ def explain(
             elif suffix == ".html":
                 file.write(page(explanation))
             else:
-                file.write(json.dumps(to_json(explanation), ensure_ascii=False) + "\n")
+                file.write(json_text(to_json(explanation)) + "\n")
     if as_json:
-        values = {"model": model, "images": images, **to_json(explanation, pictures=False)}
-        print(json.dumps({**values, "out": None if out is None else str(out)}, ensure_ascii=False))
+        values = {"model": assistant.name, "images": images, **to_json(explanation, pictures=False)}
+        print_json({**values, "out": None if out is None else str(out)})
         return
     print(explanation.answer)
     print(explanation.reliance.verdict(), file=sys.stderr)

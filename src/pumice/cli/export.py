@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pumice.cli import options
+from pumice.jsonl import print_json
 
 
 @options.expand
@@ -44,7 +44,7 @@ def export(
     notes = [*model.notes, *written.notes]
     if as_json:
         files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-        print(json.dumps({"folder": str(target), "files": files, "notes": notes}))
+        print_json({"folder": str(target), "files": files, "notes": notes})
         return
     print(f"The model is in {target}")
     for note in notes:

@@ -12,6 +12,7 @@ import typer
 
 from pumice.cli.options import expand, given
 from pumice.errors import InputError, WorkError, install
+from pumice.jsonl import print_json
 from pumice.progress import ProgressBar
 from pumice.synth.settings import GenerateSettings, read_settings
 
@@ -89,7 +90,7 @@ def generate(
         runs.note(f"{len(contexts)} pictures: {estimate.sentence()}")
         if estimate_only:
             if as_json:
-                print(json.dumps(vars(estimate)))
+                print_json(vars(estimate))
             return
         stopped = ""
         if not offline and estimate.answered < estimate.requests:
@@ -100,7 +101,7 @@ def generate(
             file.write(json.dumps(values, indent=1) + "\n")
         report.write(out / "report.html", statistics, f"Instruction data by {teacher.model}", finder)
     if as_json:
-        print(json.dumps(values))
+        print_json(values)
     else:
         print(f"{statistics.accepted} of {statistics.total} rows survived; see {out / 'report.html'}")
     missing = sum(counts["no reply"] for counts in statistics.reasons.values())
@@ -111,6 +112,8 @@ def generate(
             else "run again to ask for them"
         )
         raise WorkError(f"{missing} of {statistics.total} requests have no reply: {remedy}")
+    if not statistics.accepted:
+        raise WorkError(f"no row of {statistics.total} survived; {out / 'report.html'} says why")
 
 
 def _call(job: Job, teacher: Teacher, journal: Journal, missing: int) -> str:
@@ -180,7 +183,7 @@ def mix(
     _check_libraries()
     manifest = build(load(recipe), out, seed)
     if as_json:
-        print(json.dumps(manifest))
+        print_json(manifest)
     else:
         for source in manifest["sources"]:
             reference = source["reference"]

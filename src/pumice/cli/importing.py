@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from pumice.cli import options
+from pumice.jsonl import print_json
 
 
 def import_(
@@ -46,7 +46,7 @@ def import_(
     )
     summary = report.summary()
     if as_json:
-        print(json.dumps({"folder": str(target), **summary}, ensure_ascii=False))
+        print_json({"folder": str(target), **summary})
         return
     print(f"{source} is {summary['source']}")
     for key in ("decoder", "tower", "connector", "pictures", "template", "lora"):

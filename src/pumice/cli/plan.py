@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pumice.errors import InputError
+from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
     from pumice.train.plan.asking import AskPlan
@@ -65,7 +65,10 @@ def plan(
         processes=processes,
         rows=rows,
     )
-    print(json.dumps(estimate.to_dict()) if as_json else "\n".join(describe(estimate)))
+    if as_json:
+        print_json(estimate.to_dict())
+    else:
+        print("\n".join(describe(estimate)))
     if estimate.fits is False:
         raise typer.Exit(1)
 
@@ -74,7 +77,10 @@ def _plan_ask(model: str, as_json: bool) -> None:
     from pumice.train.plan.asking import plan_ask
 
     estimate = plan_ask(model)
-    print(json.dumps(estimate.to_dict()) if as_json else "\n".join(describe_ask(estimate)))
+    if as_json:
+        print_json(estimate.to_dict())
+    else:
+        print("\n".join(describe_ask(estimate)))
     if all(cost.fits is False for cost in estimate.costs):
         raise typer.Exit(1)
 

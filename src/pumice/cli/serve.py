@@ -36,7 +36,6 @@ def serve(
     with bind(settings) as listener:  # a taken port fails before the model is loaded
         configure_logging(settings.log, settings.log_level)
         options.share_cores(waits_for_people=True)
-        names = settings.name or (Path(model).name or model,)
         assistant = opening.load(
             model,
             slots=settings.slots,
@@ -44,7 +43,8 @@ def serve(
             chunk=settings.chunk,
             memory_share=0.5,  # of what is free beside the weights: the rest is for requests and pictures
         )
-        server = make_server(assistant, names, settings)
+        name = assistant.name if assistant.name != model else Path(model).resolve().name
+        server = make_server(assistant, settings.name or (name,), settings)
         server.run(sockets=[listener])
     if not server.started:
         raise WorkError("the server did not start; its log says why")

@@ -31,6 +31,7 @@ from pumice.model.cache import BLOCK, KVCache, Segment
 from pumice.model.finite import finite_rows, why_not_finite
 from pumice.model.llava import Llava
 
+_LOG = logging.getLogger(__name__)
 # Freed memory that the process keeps: a long prompt frees some 100 MB in every step.
 KEPT_FREED_BYTES = 256 * 2**20
 
@@ -69,7 +70,8 @@ class Engine:
     more, within half of that memory. chunk: prompt tokens per step. prefix_cache: keep finished requests, so
     that a prompt that begins like one of them computes only its remaining tokens.
 
-    The model must not change while requests run. After it has changed, call `forget`.
+    The model must not change while requests run. After weights were edited in place, call `forget`. Replaced
+    modules and hooks are noticed when the next request is taken.
     """
 
     def __init__(
@@ -168,6 +170,8 @@ class Engine:
         with self._changed:
             submitted, self._submitted = self._submitted, []
         self._scheduler.waiting.extend(submitted)
+        if submitted and not self._is_current():
+            self.forget()
         # 2. End cancelled requests before they cost anything.
         for request in [request for request in self._requests() if request.cancelled]:
             self._finish(request, "cancelled")
@@ -211,8 +215,12 @@ class Engine:
             for request in (*self._requests(), *submitted):
                 self._finish(request, "cancelled")
 
+    def _is_current(self) -> bool:
+        """Return whether the decoder is still the one that was prepared for native code."""
+        return self._native is None or self._native.is_current()
+
     def forget(self) -> None:
-        """Clear the prefix cache. Call it after the model's weights have changed."""
+        """Clear the prefix cache. Call it after the model's weights have changed; see `Assistant.forget`."""
         with self._step_lock:
             self._prefix_cache.clear()
             self._native = native_decoder(self.model.decoder, self._cache)
@@ -328,16 +336,27 @@ class Engine:
                 x[torch.from_numpy(offsets + rows_before).to(x.device)] = image_tokens.to(x)
                 request.step_images = None
             rows_before += count
+
         # 3. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix.
-        logits: Tensor | None = None
-        if native := self._native_for(plan):
-            logits = native.logits(x, segments, due_rows)
-        else:
+        def run_pytorch() -> Tensor:
             rows = torch.tensor(due_rows, dtype=torch.long, device=x.device)
             positions, attend = self._cache.positions(segments), self._cache.attend(segments)
             hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
-            if due_rows:
-                logits = model.decoder.logits(hidden)
+            return model.decoder.logits(hidden)
+
+        if native := self._native_for(plan):
+            # The first time, PyTorch computes the step as well; what native code writes to the cache stays.
+            reference = run_pytorch() if due_rows and not native.compared else None
+            logits = native.logits(x, segments, due_rows)
+            if reference is not None and not native.agrees(logits, reference):
+                _LOG.warning(
+                    "compiled code does not give the logits of the decoder's modules, so PyTorch computes "
+                    "all answers, more slowly"
+                )
+                self._native = None
+                logits = run_pytorch()
+        else:
+            logits = run_pytorch()
         # 4. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
         #    again.
         for request, count in plan:
@@ -361,7 +380,8 @@ class Engine:
         # 2. Choose all tokens in one call.
         params = [request.prompt.params for request in requests]
         histories, generators = [r.ids for r in requests], [r.generator for r in requests]
-        tokens = sample(logits, params, histories, generators, allowed).tolist()
+        prompts = [len(request.prompt.input_ids) for request in requests]
+        tokens = sample(logits, params, histories, generators, allowed, prompts).tolist()
         # 3. Tell the constraints.
         for row, request in enumerate(requests):
             if request.constraint is not None and row not in failed and tokens[row] not in self._stops:

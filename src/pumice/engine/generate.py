@@ -33,7 +33,8 @@ def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
         logits = model.decoder.logits(hidden)
         allowed = constraint.allowed() if constraint is not None else None
         check_finite(model, logits)
-        token = int(sample(logits, [params], [np.array(history)], [generator], [allowed]))
+        prompt_lengths = [len(prompt.input_ids)]
+        token = int(sample(logits, [params], [np.array(history)], [generator], [allowed], prompt_lengths))
         if token in model.config.stop_token_ids:
             break
         if constraint is not None:

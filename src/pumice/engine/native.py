@@ -1,8 +1,9 @@
 """Run a decoder on a few new tokens of several sequences in one call of compiled code, `kernels/decode.c`.
 
-It runs decoders of packed or fp32 weights on a CPU. The code is compiled once per machine, when an engine
-with such weights is first created, and kept in the cache folder. Without a compiler, for other weights and
-devices, and with PUMICE_NATIVE=off, the engine uses PyTorch, which is slower.
+It runs decoders of packed or fp32 weights on a CPU, if their modules are Pumice's own. The code is compiled
+once per machine, when an engine with such weights is first created, and kept in the cache folder. Without a
+compiler, for other weights, modules and devices, and with PUMICE_NATIVE=off, the engine uses PyTorch, which
+is slower.
 
 Shapes: R rows (one new token each), D width, V vocabulary.
 """
@@ -11,25 +12,50 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import logging
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pumice.capability import LLAMA, Capability, fields
+from pumice.config import DecoderConfig, RopeScaling
+from pumice.errors import WorkError
 from pumice.kernels.compute import PackedStruct, packed_struct
 from pumice.kernels.loader import Weights, compiled
+from pumice.model.adapters import LoraLinear
 from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
-from pumice.model.layers import RMSNorm, rope_inv_freq
+from pumice.model.layers import MLP, Attention, Block, RMSNorm, rope_inv_freq
 from pumice.model.quantized import PackedEmbedding, PackedLinear
 
+_LOG = logging.getLogger(__name__)
+_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 # As in vectors.h and dense.h. Head widths, and all inputs in fp32, must be multiples of LANES. Outputs in
 # fp32 must be multiples of TILE.
 LANES, TILE = 16, 4
 # Prompt tokens per step up to which compiled code is faster. With more, PyTorch is faster in fp32
 # (docs/speed.md). Packed prompts always use PyTorch, whose linear layers call kernels made for many rows.
 MAX_PROMPT_ROWS = {"packed": 0, "fp32": 48}
+CAPABILITY = Capability(
+    "compiled code",
+    {
+        DecoderConfig: fields(LLAMA),
+        RopeScaling: fields("kind factor low_freq_factor high_freq_factor original_context"),
+    },
+)
+# The modules that decode.c computes. A subclass may compute something else.
+_MODULES = (
+    Decoder, Block, Attention, MLP, RMSNorm, nn.ModuleList, nn.Identity,
+    nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding,
+)  # fmt: skip
+# The largest difference from PyTorch's logits at the first step, as a share of the largest logit. Packed
+# products round activations to 8 bits, and a value on the edge may fall on either side (measured: 5e-2).
+# A wrong activation function differs by more than half.
+_MAX_DIFFERENCE = {"packed": 0.25, "fp32": 1e-3}
 
 
 class _Dense(ctypes.Structure):
@@ -70,11 +96,17 @@ _STRUCTURES = {"packed": _structures(PackedStruct), "fp32": _structures(_Dense)}
 class NativeDecoder:
     """A decoder and its KV cache, prepared for decode.c, which reads their memory in place.
 
-    max_prompt_rows: prompt tokens per step up to which this is faster than PyTorch.
+    max_prompt_rows: prompt tokens per step up to which this is faster than PyTorch. compared: whether
+    `agrees` was called.
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache, library: ctypes.CDLL, weights: Weights) -> None:
         self.max_prompt_rows = MAX_PROMPT_ROWS[weights]
+        self._max_difference, self.compared = _MAX_DIFFERENCE[weights], False
+        self._modules = [
+            (module, list(module._modules.values()), list(module._parameters.values()))
+            for module in decoder.modules()
+        ]
         config = decoder.config
         self._decode = library.pumice_decode
         self._referenced: list[Any] = []  # C has their addresses: they must stay alive
@@ -85,7 +117,7 @@ class NativeDecoder:
         inv_freq = rope_inv_freq(config.head_dim, config.rope_theta, config.rope_scaling, cache.keys.device)
         self._model = model_type(
             config.depth, config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_width,
-            config.vocab_size, cache.capacity, cache.block, cache.window or 0, config.norm_eps,
+            config.vocab_size, cache.capacity, cache.block, config.sliding_window or 0, config.norm_eps,
             self._address(inv_freq), ctypes.addressof(blocks), self._address(decoder.norm.weight),
             self._linear(decoder.embed if decoder.head is None else decoder.head),
             self._address(cache.keys), self._address(cache.values),
@@ -95,7 +127,7 @@ class NativeDecoder:
         """Run the decoder on embedded tokens x (R, D) of the segments, laid end to end.
 
         due: the rows whose logits are needed. Return logits (len(due), V) in fp32. The new keys and values
-        are written to the cache. Raise MemoryError if the native code cannot allocate its buffers.
+        are written to the cache. Raise WorkError if the native code cannot allocate its buffers.
         """
         self._cache.check(segments)
         if x.shape != (sum(segment.new for segment in segments), self._width):
@@ -119,10 +151,29 @@ class NativeDecoder:
             ctypes.c_void_p(logits.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
         if error:
-            raise MemoryError(
+            raise WorkError(
                 f"no memory is left for a step of {len(x)} tokens; use a smaller `chunk` or fewer slots"
             )
         return logits
+
+    def is_current(self) -> bool:
+        """Return whether the decoder still has the modules and weights that were prepared, and no hooks."""
+        return all(
+            not _edited(module)
+            and all(map(operator.is_, module._modules.values(), children))
+            and all(map(operator.is_, module._parameters.values(), parameters))
+            for module, children, parameters in self._modules
+        )
+
+    def agrees(self, logits: Tensor, reference: Tensor) -> bool:
+        """Return whether the logits of the first step are PyTorch's, but for rounding.
+
+        So a forward function that was replaced in a class is noticed as well.
+        """
+        self.compared = True
+        if not reference.isfinite().all():  # a fault of the model, which the engine reports
+            return True
+        return bool((logits - reference).abs().max() <= self._max_difference * reference.abs().max())
 
     def _address(self, tensor: Tensor) -> int:
         tensor = tensor.detach().contiguous()
@@ -154,7 +205,10 @@ def _int64_array(numbers: Sequence[int]) -> Any:
 
 
 def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
-    """Return the decoder prepared for native code, or None if native code cannot run it."""
+    """Return the decoder prepared for native code, or None if native code cannot run it.
+
+    If the decoder was changed by hand, this is logged, because answers are slower then.
+    """
     weights = _supported_weights(decoder, cache)
     if weights is None:
         return None
@@ -165,10 +219,25 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
     return NativeDecoder(decoder, cache, library, weights)
 
 
+def _edited(module: nn.Module) -> bool:
+    """Return whether a module computes anything else than its class in `_MODULES`."""
+    if isinstance(module, MLP) and module.activation is not F.silu:
+        return True
+    is_known = type(module) in _MODULES or isinstance(module, LoraLinear)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, *_GLOBAL_HOOKS)
+    return not is_known or any(hooks) or "forward" in module.__dict__
+
+
 def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
     """Return what weights the decoder has, or None if decode.c cannot run them or their sizes."""
     config = decoder.config
-    if config.head_dim % LANES or config.width % LANES:
+    if config.head_dim % LANES or config.width % LANES or CAPABILITY.unsupported(config):
+        return None
+    if changed := next((name for name, module in decoder.named_modules() if _edited(module)), None):
+        _LOG.warning(
+            "the decoder's %s was replaced or has hooks, so PyTorch computes all answers, more slowly",
+            changed or "root module",
+        )
         return None
     # 1. All matrices are packed, or all are plain: not adapters, and not a mixture.
     leaves = [module for module in decoder.modules() if not list(module.children())]

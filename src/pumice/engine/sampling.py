@@ -34,6 +34,9 @@ class SamplingParams:
     top_k: int = 0  # the k most likely tokens; 0 is off
     min_p: float = 0.0  # tokens at least this share as likely as the likeliest (arXiv 2407.01082); 0 is off
     repetition_penalty: float = 1.0  # for tokens of prompt and answer (arXiv 1909.05858); 1 is off
+    # Taken from the logits of the answer's earlier tokens (OpenAI's API reference); 0 is off.
+    frequency_penalty: float = 0.0  # for each time that a token occurs
+    presence_penalty: float = 0.0  # once, if it occurs
     stop: tuple[str, ...] = ()  # texts; an answer ends before the first of them
     seed: int | None = None  # None gives another answer each time
     logprobs: int | None = None  # return log-probabilities of each token and of this many most likely ones
@@ -54,6 +57,8 @@ class SamplingParams:
             "top_p": self.top_p,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
         }
         for name, value in numbers.items():
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
@@ -70,6 +75,8 @@ class SamplingParams:
             self.repetition_penalty,
             f"{low} to {high}",
         )
+        for name in ("frequency_penalty", "presence_penalty"):
+            _require(-2 <= numbers[name] <= 2, name, numbers[name], "-2 to 2")
         if self.seed is not None:
             _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         if self.logprobs is not None:
@@ -125,17 +132,20 @@ def sample(
     histories: Sequence[np.ndarray],
     generators: Sequence[torch.Generator],
     allowed: Sequence[Tensor | None] | None = None,
+    prompt_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the next token of each row (B,); logits: (B, V).
 
     params, histories, generators, allowed: one for each row. A row's token does not depend on the others.
     history: the token ids so far; negative ones (image placeholders) do not count. allowed: (V,) bool, or
-    None for all tokens.
+    None for all tokens. prompt_lengths: how many tokens of each history come before the answer; None for 0.
     """
-    logits = _restrict(logits, params, histories, allowed or [None] * len(params))
-    tokens = logits.argmax(-1)
-    rows = [row for row, one in enumerate(params) if one.temperature]
-    if rows:
+    count = len(params)
+    logits = _restrict(logits, params, histories, allowed or [None] * count, prompt_lengths or [0] * count)
+    tokens = torch.empty(count, dtype=torch.long, device=logits.device)
+    if greedy := [row for row, one in enumerate(params) if not one.temperature]:
+        tokens[greedy] = _take(logits, greedy).argmax(-1)
+    if rows := [row for row, one in enumerate(params) if one.temperature]:
         drawn = [params[row] for row in rows]
         probabilities = likelihoods(_take(logits, rows), [one.temperature for one in drawn])
         tokens[rows] = _draw(probabilities, drawn, [generators[row] for row in rows])
@@ -147,17 +157,29 @@ def _restrict(
     params: Sequence[SamplingParams],
     histories: Sequence[np.ndarray],
     allowed: Sequence[Tensor | None],
+    prompt_lengths: Sequence[int],
 ) -> Tensor:
     """Return a copy of the logits in which forbidden tokens are -inf and repeated ones are penalised."""
-    if all(mask is None for mask in allowed) and all(one.repetition_penalty == 1 for one in params):
+    if not any(map(_changes, params, allowed)):
         return logits
     logits = logits.to(torch.float32, copy=True)
-    for row, (one, history, mask) in enumerate(zip(params, histories, allowed, strict=True)):
+    rows = zip(params, histories, allowed, prompt_lengths, strict=True)
+    for row, (one, history, mask, prompt_length) in enumerate(rows):
         if mask is not None:
             logits[row].masked_fill_(~mask.to(logits.device), float("-inf"))
         if one.repetition_penalty != 1:
             penalise(logits[row], one.repetition_penalty, history)
+        if one.frequency_penalty or one.presence_penalty:
+            ids, counts = np.unique(history[prompt_length:], return_counts=True)
+            lower = one.presence_penalty + one.frequency_penalty * torch.from_numpy(counts)
+            logits[row, torch.from_numpy(ids).to(logits.device)] -= lower.to(logits)
     return logits
+
+
+def _changes(params: SamplingParams, mask: Tensor | None) -> bool:
+    """Return whether a row's logits are changed before a token is chosen."""
+    penalties = params.repetition_penalty - 1, params.frequency_penalty, params.presence_penalty
+    return mask is not None or any(penalties)
 
 
 def penalise(logits: Tensor, penalty: float, history: np.ndarray) -> None:

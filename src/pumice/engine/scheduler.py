@@ -11,6 +11,7 @@ from collections import deque
 
 from pumice.engine.cache import Match, PrefixCache, common_prefix
 from pumice.engine.requests import Request
+from pumice.errors import WorkError
 
 SLOT_GROWTH = 128  # tokens that an answer's slot grows by when it is full
 MIN_SHARED_PREFIX = 16  # tokens; a prompt waits for a shared prefix only if it is this long
@@ -32,7 +33,7 @@ class Scheduler:
     def plan(self) -> list[tuple[Request, int]]:
         """Return requests, and how many tokens of each the next step computes. Empty if there is no request.
 
-        Raise RuntimeError if requests wait and none of them can be started, or MemoryError if that is for
+        Raise RuntimeError if requests wait and none of them can be started, or WorkError if that is for
         want of memory.
         """
         # 1. Admit requests until slots or cells run out.
@@ -56,7 +57,7 @@ class Scheduler:
                 plan.append((request, count))
         if self.waiting and not plan:
             if not self.prefix_cache.has_memory():
-                raise MemoryError(
+                raise WorkError(
                     "no memory is left for the KV cache; close other programs or ask for a shorter answer"
                 )
             raise RuntimeError(f"{len(self.waiting)} requests wait, and none of them can be started")

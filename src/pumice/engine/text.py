@@ -14,13 +14,14 @@ class Detokenizer:
 
     A character of several byte tokens is returned with its last token. Text that may be the beginning of a
     stop string is held back until that is clear. stopped: a stop string was found. The one that is complete
-    first counts, however the text is cut into tokens.
+    first counts, however the text is cut into tokens. found: that stop string.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self.decode = decode
         self.stop = tuple(stop)
         self.stopped = False
+        self.found: str | None = None
         self._ids: list[int] = []
         # ids[context_start:decoded] gave the last piece. They are decoded again with the ids that follow,
         # because some decoders treat the beginning of a text differently (SentencePiece drops its space).
@@ -47,10 +48,13 @@ class Detokenizer:
         self._held += decoded[len(self.decode(self._ids[self._context_start : self._decoded])) :]
         self._context_start, self._decoded = self._decoded, len(self._ids)
         # 2. End before the stop string that is complete first.
-        matches = [(start + len(text), start) for text in self.stop if (start := self._held.find(text)) >= 0]
+        matches = [
+            (start + len(text), start, text) for text in self.stop if (start := self._held.find(text)) >= 0
+        ]
         if matches:
             self.stopped = True
-            text, self._held = self._held[: min(matches)[1]], ""
+            _, start, self.found = min(matches)
+            text, self._held = self._held[:start], ""
             return text
         # 3. Hold back an end that may become a stop string.
         overlap = max((_overlap(self._held, text) for text in self.stop), default=0)
@@ -71,7 +75,7 @@ class TextStream:
     finish: None while the answer grows, then how it ended. It is "stop" as soon as a stop string is found:
     the caller should then cancel the request, and later deltas are ignored. error: the exception behind
     "error". tokens: number of answer tokens so far. cached_tokens: prompt tokens that came from the prefix
-    cache.
+    cache. stop: the stop string that was found.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
@@ -79,6 +83,10 @@ class TextStream:
         self.error: Exception | None = None
         self.tokens = self.cached_tokens = 0
         self._text = Detokenizer(decode, stop)
+
+    @property
+    def stop(self) -> str | None:
+        return self._text.found
 
     def add(self, delta: Delta) -> str:
         """Add a delta. Return the text that is now certain; often ""."""

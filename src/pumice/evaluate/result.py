@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pumice import __version__
 from pumice.errors import InputError, official
 from pumice.evaluate.files import ImageFile
@@ -155,7 +157,13 @@ def make_result(
         )
     comparable = not reasons and same is True
     # 3. Resample images, because the questions about one image are not independent.
-    low, high = _interval(task, answered, score)
+    low, high = _interval(answered, score, value)
+    several = len({question.group for question, _ in answered}) > 1
+    if low is None and several and math.isfinite(value):
+        notes.append(
+            f"no interval: {task.headline} is not the mean of the answers' scores, and the benchmark gives "
+            "no `statistic` that computes it"
+        )
     return {
         "format": FORMAT,
         "pumice": __version__,
@@ -197,10 +205,16 @@ def make_result(
     }
 
 
-def _interval(task: Task, answered: Sequence[Answered], score: Score) -> tuple[float | None, float | None]:
+def _interval(
+    answered: Sequence[Answered], score: Score, headline: float
+) -> tuple[float | None, float | None]:
+    """Return the interval of the headline, or None where its statistic is unknown."""
     statistic = score.statistic or mean_statistic(score.values)
     groups = [question.group for question, _ in answered]
     if len(set(groups)) < 2:
+        return None, None
+    # With every question drawn once, the statistic must give the headline: else it is another number's.
+    if not math.isclose(statistic(np.ones(len(groups))), headline, rel_tol=1e-6, abs_tol=1e-6):
         return None, None
     # Each sample sums over all questions, so a split of 100,000 questions gets fewer samples.
     samples = 1000 if len(answered) <= 20_000 else 200

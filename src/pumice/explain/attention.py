@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumice.config import IMAGE_TOKEN
+from pumice.config import IMAGE_TOKEN, DecoderConfig
 from pumice.model.finite import check_finite
-from pumice.model.layers import causal_mask, rotary, sdpa
+from pumice.model.layers import Causal, causal_mask, rotary, soft_cap
 from pumice.model.llava import Llava
 
 HEADS_LIMIT = 512 * 2**20  # bytes; if attention by head takes more, only the mean over heads is recorded
@@ -75,8 +75,9 @@ class Recorder:
         if rollout:
             self.flow = (torch.arange(len(passage.input_ids))[:, None] == self.columns).float()
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, causal: Causal) -> Tensor:
         """Attend and record: q (1, H, T, d), k and v (1, K, T, d) of one passage -> (1, H, T, d)."""
+        config = causal.config
         if self.keep_kv:
             self.keys.append(k[0])
             self.values.append(v[0])
@@ -85,7 +86,7 @@ class Recorder:
         outputs = []
         # 1. Rows before the answer are not recorded: compute them with the fast kernel.
         if self.flow is None:
-            prompt_output = _causal(q[:, :, :start], k[:, :, :start], v[:, :, :start], window)
+            prompt_output = causal(layer, q[:, :, :start], k[:, :, :start], v[:, :, :start])
         else:  # rollout needs all rows; take one key/value head at a time, because (T, T) is large
             start, step = 0, 1
             prompt_output = q[:, :, :0]
@@ -94,7 +95,8 @@ class Recorder:
         # 2. Compute the recorded rows explicitly, some heads at a time.
         for first in range(0, kv_heads, step):
             head_range = slice(first * heads // kv_heads, (first + step) * heads // kv_heads)
-            rows = probabilities(q[0, head_range, start:], k[0, first : first + step], start, window)
+            scores = _scores(q[0, head_range, start:], k[0, first : first + step])
+            rows = _softmax(scores, start, config, layer)
             outputs.append(_mix(rows, v[0, first : first + step]))
             if self.flow is not None:
                 reached += rows.sum(0) @ flow
@@ -112,17 +114,17 @@ class Recorder:
 class Passages:
     """Causal attention of passages laid end to end in one row; the first one is recorded."""
 
-    def __init__(self, lengths: Sequence[int], window: int | None, recorder: Recorder | None) -> None:
-        self.lengths, self.window, self.recorder = list(lengths), window, recorder
+    def __init__(self, lengths: Sequence[int], config: DecoderConfig, recorder: Recorder | None) -> None:
+        self.lengths, self.causal, self.recorder = list(lengths), Causal(config), recorder
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mixed = []
         parts = zip(*(x.split(self.lengths, 2) for x in (q, k, v)), strict=True)
         for number, (own_q, own_k, own_v) in enumerate(parts):
             if number == 0 and self.recorder is not None:
-                mixed.append(self.recorder.attend(layer, own_q, own_k, own_v, self.window))
+                mixed.append(self.recorder.attend(layer, own_q, own_k, own_v, self.causal))
             else:
-                mixed.append(_causal(own_q, own_k, own_v, self.window))
+                mixed.append(self.causal(layer, own_q, own_k, own_v))
         return torch.cat(mixed, 2)
 
 
@@ -164,7 +166,7 @@ def _run(
         torch.cat([p.input_ids for p in passages]).to(device)[None],
         torch.cat(tokens) if tokens else None,
         torch.cat([torch.arange(length) for length in lengths]).to(device)[None],
-        Passages(lengths, model.config.decoder.sliding_window, recorder),
+        Passages(lengths, model.config.decoder, recorder),
         out,
     )
     answers = torch.cat([p.answer for p in passages]).to(device)
@@ -209,7 +211,7 @@ def gradients(
         # 2. Carry it back block by block, and take each block's gradient of attention on the way.
         for layer in range(config.depth - 1, lowest - 1, -1):
             below = stream["embeddings" if layer == 0 else f"decoder.blocks.{layer - 1}"].requires_grad_()
-            attend = _OwnPosition(recorder.keys[layer], recorder.values[layer], config.sliding_window)
+            attend = _OwnPosition(recorder.keys[layer], recorder.values[layer], config)
             output = model.decoder.blocks[layer](below, cos, sin, attend)
             # As the gradient of a sum: with `grad_outputs`, PyTorch imports its symbolic algebra, which takes
             # a second.
@@ -222,8 +224,8 @@ def gradients(
 class _OwnPosition:
     """Attention of the answer to recorded keys and values; only each position's own ones carry gradients."""
 
-    def __init__(self, keys: Tensor, values: Tensor, window: int | None) -> None:
-        self.keys, self.values, self.window = keys, values, window
+    def __init__(self, keys: Tensor, values: Tensor, config: DecoderConfig) -> None:
+        self.keys, self.values, self.config = keys, values, config
         self.rows = keys
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -237,7 +239,7 @@ class _OwnPosition:
             (torch.arange(heads, device=q.device)[:, None], index, start + index),
             (q[0].float() * own_k).sum(-1) / math.sqrt(q.shape[-1]),
         )
-        self.rows = _softmax(scores, start, self.window)
+        self.rows = _softmax(scores, start, self.config, layer)
         own = self.rows[:, index, start + index][..., None]
         return (_mix(self.rows, self.values) + own * (own_v - own_v.detach()))[None].to(v.dtype)
 
@@ -262,30 +264,19 @@ def _rows(passages: Sequence[Passage]) -> Tensor:
     return torch.cat(rows)
 
 
-def probabilities(q: Tensor, k: Tensor, start: int, window: int | None) -> Tensor:
-    """Return attention (H, n, T) in fp32 of q (H, n, d), at positions from `start` on, to k (K, T, d)."""
-    return _softmax(_scores(q, k), start, window)
-
-
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     grouped = q.float().unflatten(0, (k.shape[0], -1))  # (K, G, n, d)
     return (grouped @ k.float()[:, None].transpose(-1, -2)).flatten(0, 1) / math.sqrt(q.shape[-1])
 
 
-def _softmax(scores: Tensor, start: int, window: int | None) -> Tensor:
+def _softmax(scores: Tensor, start: int, config: DecoderConfig, layer: int) -> Tensor:
+    """Return a layer's attention (H, n, T) from scores of the tokens from position `start` on."""
     order = torch.arange(scores.shape[-1], device=scores.device)
-    mask = causal_mask(order[start : start + scores.shape[-2]], order, window)
+    mask = causal_mask(order[start : start + scores.shape[-2]], order, config.window(layer))
+    scores = soft_cap(scores, config.attention_softcap)
     return scores.masked_fill(~mask, float("-inf")).softmax(-1)
 
 
 def _mix(rows: Tensor, values: Tensor) -> Tensor:
     """Average values (K, T, d) with attention (H, n, T): (H, n, d) in fp32."""
     return (rows.unflatten(0, (values.shape[0], -1)) @ values.float()[:, None]).flatten(0, 1)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    tokens = q.shape[2]
-    if window is None or tokens <= window:
-        return sdpa(q, k, v, causal=True)
-    order = torch.arange(tokens, device=q.device)
-    return sdpa(q, k, v, causal_mask(order, order, window))

@@ -5,18 +5,20 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pumice.config import ModelConfig
 from pumice.errors import InputError
 from pumice.formats.gguf import write as gguf_write
+from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.hf import write as hf_write
 from pumice.formats.import_ import DTYPES
 from pumice.formats.llava import write as llava_write
@@ -24,8 +26,10 @@ from pumice.formats.load import shapes
 from pumice.formats.peft import write as peft_write
 from pumice.formats.peft.read import drop_adapters, merge_adapters
 from pumice.formats.pumice.folder import check, writing
+from pumice.formats.read import read_model
 from pumice.model.adapters import add_lora
-from pumice.model.layers import Block, Causal, RMSNorm, rotary
+from pumice.model.decoder import Decoder
+from pumice.model.layers import Causal
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict
 
@@ -37,6 +41,7 @@ REFUSALS: dict[str, Callable[[ModelConfig], str | None]] = {
     "peft": peft_write.refusal,
 }
 FORMATS = tuple(REFUSALS)
+_COMPARED = ("decoder", "vision", "connector", "image")  # what `_check_written` compares of a whole model
 _PROBE = 32  # the number of tokens on which the merged model is compared
 # The largest change of a logit when adapters are merged, as a share of the largest logit. Merged weights are
 # rounded to the type that they are stored in; nothing else differs. Measured on small models: 3.9e-6, 2.8e-3,
@@ -100,7 +105,33 @@ def export(
             notes = gguf_write.write(fresh, model, kind)
         else:
             peft_write.write(fresh, model)
+        _check_written(to, fresh, model)
     return Exported(target, tuple(notes))
+
+
+def _check_written(to: str, folder: Path, model: LoadedParts) -> None:
+    """Read the written config, and raise InputError if a field comes back as another model's."""
+    expected = model.config if to == "llava" else hf_write.as_mlp(model).config
+    if to == "gguf":
+        decoder = expected.decoder
+        # The window limits the context there; `gguf_write.write` tells so.
+        context = min(decoder.context, decoder.sliding_window or decoder.context)
+        decoder = replace(decoder, context=context, sliding_window=None)
+        [path] = folder.glob("model-*.gguf")
+        pairs: list[tuple[str, Any, Any]] = [("decoder", decoder, open_gguf(path).config)]
+    elif to in ("hf", "llava"):
+        written = read_model(folder, template="plain").config  # any: the original code's files say none
+        pairs = [(part, getattr(expected, part), getattr(written, part)) for part in _COMPARED]
+    else:
+        return  # adapters alone
+    for part, before, after in pairs:
+        for field in dataclasses.fields(before):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            if old != new and field.name != "vocab_size":  # which grows by the token <image>
+                raise InputError(
+                    f"{to} does not keep {part}.{field.name}: {old!r} would come back as {new!r}; share the "
+                    "Pumice folder itself"
+                )
 
 
 def refusal(to: str, config: ModelConfig) -> str | None:
@@ -132,23 +163,29 @@ def merge_and_compare(config: ModelConfig, state: LazyStateDict) -> tuple[ModelC
 @torch.inference_mode()
 def probe(config: ModelConfig, state: LazyStateDict) -> Tensor:
     """Return the decoder's logits (T, V) in fp32 on fixed random ids, with one block in memory."""
-    decoder = config.decoder
-    ids = torch.randint(decoder.vocab_size, (1, _PROBE), generator=torch.Generator().manual_seed(0))
-    x = F.embedding(ids, state["decoder.embed.weight"].read().float())
-    cos, sin = rotary(torch.arange(_PROBE)[None], decoder)
-    attend = Causal(decoder.sliding_window)
-    for number in range(decoder.depth):
-        # Build the block without values: they are read from the files next, and freed with the block.
-        with torch.device("meta"):
-            block = Block(decoder, number)
-            if config.lora is not None:
-                add_lora(block, config.lora)
-        prefix = f"decoder.blocks.{number}."
-        tensors = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        block.eval()  # without the adapters' dropout, which is for training
-        block.load_state_dict({name: t.read(torch.float32) for name, t in tensors.items()}, assign=True)
-        x = block(x, cos, sin, attend)
-    norm = RMSNorm(decoder.width, decoder.norm_eps)
-    norm.weight.copy_(state["decoder.norm.weight"].read())
-    head = state["decoder.embed.weight" if decoder.tied_head else "decoder.head.weight"]
-    return F.linear(norm(x[0]), head.read(torch.float32))
+    # 1. The modules without values. A block's are read when it runs, and freed after it.
+    with torch.device("meta"):
+        decoder = Decoder(config.decoder)
+        if config.lora is not None:
+            add_lora(decoder, config.lora)
+    decoder.eval()  # without the adapters' dropout, which is for training
+    for number, block in enumerate(decoder.blocks):
+        block.register_forward_pre_hook(
+            lambda block, _, n=number: _read(block, f"decoder.blocks.{n}.", state)
+        )
+        block.register_forward_hook(lambda block, *_: _drop(block))
+    for name in ("embed", "norm") if config.decoder.tied_head else ("embed", "norm", "head"):
+        _read(getattr(decoder, name), f"decoder.{name}.", state)
+    # 2. One forward pass.
+    ids = torch.randint(config.decoder.vocab_size, (1, _PROBE), generator=torch.Generator().manual_seed(0))
+    hidden = decoder(decoder.embed(ids), torch.arange(_PROBE)[None], Causal(config.decoder))
+    return decoder.logits(hidden[0])
+
+
+def _read(module: nn.Module, prefix: str, state: LazyStateDict) -> None:
+    tensors = {name: state[prefix + name].read(torch.float32) for name in module.state_dict()}
+    module.load_state_dict(tensors, assign=True)
+
+
+def _drop(module: nn.Module) -> None:
+    module.to("meta")

@@ -12,14 +12,14 @@ class Family:
     """A family of language models.
 
     defaults: the values that transformers gives to absent keys of config.json. class_name: the class in
-    transformers. template: the chat format of a LLaVA of transformers that has no chat template. original:
-    the name in the classes of the original LLaVA, None if it has no such class. gguf: whether it can be read
-    from GGUF, under the same name.
+    transformers. template: the chat format of a LLaVA of transformers that has no chat template; None: the
+    user must name it. original: the name in the classes of the original LLaVA, None if it has no such class.
+    gguf: whether it can be read from GGUF, under the same name.
     """
 
     defaults: dict[str, Any]
     class_name: str
-    template: str
+    template: str | None
     original: str | None
     gguf: bool = True
 
@@ -45,12 +45,19 @@ _QWEN2 = _LLAMA | {
     "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
     "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
 }  # fmt: skip
+_GEMMA2: dict[str, Any] = {
+    "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6, "sliding_window": 4096, "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
 FAMILIES = {
     "llama": Family(_LLAMA, "LlamaForCausalLM", "v1", "Llama"),
     # In GGUF files a Mistral has the architecture llama.
     "mistral": Family(_MISTRAL, "MistralForCausalLM", "mistral_instruct", "Mistral", gguf=False),
     "qwen2": Family(_QWEN2, "Qwen2ForCausalLM", "chatml", "Qwen"),
     "qwen3": Family(_QWEN2 | {"head_dim": 128}, "Qwen3ForCausalLM", "chatml", None),
+    "gemma2": Family(_GEMMA2, "Gemma2ForCausalLM", None, None, gguf=False),
 }
 
 _CLIP: dict[str, Any] = {

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def open_model(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    connector: Mapping[str, Any] | None = None,
 ) -> Opened:
     """Open a model in evaluation mode; no parameter requires a gradient.
 
@@ -68,10 +70,13 @@ def open_model(
     connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
     weights then stay in the type they are stored in. quantize: "int8" or "int4" quantises the decoder's
     matrices, with adapters merged. "auto" does so on a CPU with compiled code: to int8, or as they are
-    stored. On a CPU, one matrix at a time is read and quantised, and quantised files are mapped. Assumptions
-    are logged. Raises InputError if a part is missing, extra, misshapen or cannot be downloaded.
+    stored. connector: of a new connector, as for `with_connector`. On a CPU, one matrix at a time is read and
+    quantised, and quantised files are mapped. Assumptions are logged. Raises InputError if a part is missing,
+    extra, misshapen or cannot be downloaded.
     """
     loaded = read_model(source, template=template, tower=tower, base=base)
+    if connector is not None:
+        loaded = with_connector(loaded, connector)
     for note in loaded.notes:
         _LOG.warning("%s: %s", source, note)
     target = torch.device(device)
@@ -141,8 +146,7 @@ def new_parts(
     # 3. One state dict. Only the connector and the newline are new; the order of drawing decides their
     # values.
     state = {f"tower.{name}": tensor for name, tensor in vision_tower.state.items()}
-    new_connector = Connector(config.connector, config.vision.width, config.decoder.width)
-    state |= {f"connector.{name}": as_lazy(tensor) for name, tensor in new_connector.state_dict().items()}
+    state |= _drawn(config)
     state |= {f"decoder.{name}": tensor for name, tensor in language.state.items()}
     if config.has_newline:
         state["image_newline"] = as_lazy(torch.randn(config.decoder.width) * config.decoder.width**-0.5)
@@ -159,6 +163,23 @@ def new_parts(
         sources,
         sentencepiece=language.text.files.sentencepiece,
     )
+
+
+def with_connector(loaded: LoadedParts, fields: Mapping[str, Any]) -> LoadedParts:
+    """Return the model with a new connector, drawn from torch's random generator.
+
+    fields: of ConnectorConfig. Raises InputError if it does not fit the tower.
+    """
+    connector = from_dict(ConnectorConfig, dict(fields), "connector")
+    config = dataclasses.replace(loaded.config, connector=connector)
+    state = {name: tensor for name, tensor in loaded.state.items() if not name.startswith("connector.")}
+    return dataclasses.replace(loaded, config=config, state=state | _drawn(config))
+
+
+def _drawn(config: ModelConfig) -> LazyStateDict:
+    """Return the tensors of a new, untrained connector."""
+    new = Connector(config.connector, config.vision.width, config.decoder.width)
+    return {f"connector.{name}": as_lazy(tensor) for name, tensor in new.state_dict().items()}
 
 
 def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
@@ -248,6 +269,16 @@ def _fill(
     tensors = {name: tensor.read(dtype_of(name)).to(device) for name, tensor in state.items()}
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False).eval()
+
+
+def name_of(source: str | PathLike[str], provenance: Mapping[str, Any]) -> str:
+    """Return what to call a model: its source or, where that is a run's folder `model`, its last recipe."""
+    stages = provenance.get("stages")
+    if Path(source).resolve().name != "model" or not isinstance(stages, list) or not stages:
+        return str(source)
+    recipe = stages[-1].get("recipe") if isinstance(stages[-1], dict) else None
+    name = recipe.get("name") if isinstance(recipe, dict) else None
+    return name if isinstance(name, str) and name else str(source)
 
 
 def find_device(name: str | None = None) -> torch.device:

@@ -31,6 +31,12 @@ _HF_BLOCK = {
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
 }
+# With four norms a block (Gemma 2), the same name stands for another one.
+_HF_POST_NORMS = {
+    "post_attention_layernorm": "attention_post_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}
 # The same in llama.cpp's GGUF files.
 _GGUF_ENDS = {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight"}
 _GGUF_BLOCK = {
@@ -81,8 +87,9 @@ _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def hf_decoder(config: DecoderConfig) -> Table:
-    """Return the table of Hugging Face's names for a Llama, Mistral, Qwen2 or Qwen3 of this shape."""
-    table = _decoder(config, _HF_ENDS, "model.layers.{i}.", _HF_BLOCK, "lm_head.weight")
+    """Return the table of Hugging Face's names for a decoder of one of `FAMILIES` of this shape."""
+    block = _HF_BLOCK | (_HF_POST_NORMS if config.post_norms else {})
+    table = _decoder(config, _HF_ENDS, "model.layers.{i}.", block, "lm_head.weight")
     # Old Llama checkpoints store the rotary frequencies, which follow from the config.
     return table | expand({"model.layers.{i}.self_attn.rotary_emb.inv_freq": None}, config.depth)
 
@@ -124,16 +131,18 @@ def hf_connector(biases: bool) -> Table:
     }
 
 
-def original_connector(kind: str) -> Table:
-    """Return the table of a projector of this kind in the original LLaVA, our names without `connector.`."""
-    if kind == "identity":
-        return {}
-    if kind == "linear":
-        return {part: f"layers.0.{part}" for part in ("weight", "bias")}
-    depth = int(kind.removeprefix("mlp").removesuffix("x_gelu"))
+def _mlp(depth: int) -> Table:
     # A GELU stands between two linear layers, so the linear layers have the even numbers.
     names = [f"{2 * i}.{part}" for i in range(depth) for part in ("weight", "bias")]
     return {name: f"layers.{name}" for name in names}
+
+
+# The projectors of the original LLaVA: kind -> its table, our names without `connector.`.
+ORIGINAL_CONNECTORS: dict[str, Table] = {
+    "identity": {},
+    "linear": {part: f"layers.0.{part}" for part in ("weight", "bias")},
+    **{f"mlp{depth}x_gelu": _mlp(depth) for depth in range(1, 10)},
+}
 
 
 def llava(config: ModelConfig, nesting: Nesting, connector: Table, tower_prefix: str | None) -> Table:
@@ -157,7 +166,7 @@ def adapted(config: ModelConfig) -> Table:
     table: Table = {}
     for nesting in (*HF_NESTINGS, ORIGINAL):
         projector = (
-            hf_connector(False) if nesting in HF_NESTINGS else original_connector(config.connector.kind)
+            hf_connector(False) if nesting in HF_NESTINGS else ORIGINAL_CONNECTORS[config.connector.kind]
         )
         for prefix in TOWER_PREFIXES if config.vision.kind in ("clip", "siglip") else ():
             table |= with_prefixes(tower(config.vision), {"": nesting.tower + prefix}, "tower.")
@@ -238,6 +247,7 @@ def check_family(names: Container[str], block: str, config: DecoderConfig, label
     for tensor, expected, family in (
         ("self_attn.q_proj.bias", config.qkv_bias, "qwen2"),
         ("self_attn.q_norm.weight", config.qk_norm, "qwen3"),
+        ("pre_feedforward_layernorm.weight", config.post_norms, "gemma2"),
     ):
         if (f"{block}{tensor}" in names) != expected:
             stored = "do not hold" if expected else "hold"

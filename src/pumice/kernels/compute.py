@@ -25,6 +25,7 @@ from pumice.kernels.packed import (
 )
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in quantize.c
+LARGEST = torch.finfo(torch.float16).max  # scales have 16 bits; quantize.c has the same bound
 _CHUNK = 1 << 21  # weights that PyTorch quantises at a time
 # A group's range is divided into 15 + n steps, for each n of these. The n with the smallest error wins.
 _EXTRA_STEPS = (0.0, 0.4, -0.4, 0.8, -0.8)
@@ -72,7 +73,7 @@ def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tenso
 
     On a CPU the product is one of integers: activations are rounded to 8 bits, with a scale for each 32. A
     row of the result depends only on that row of x. On other devices, and if x needs a gradient, the weights
-    are restored first. Raise MemoryError if C cannot allocate its buffers.
+    are restored first. Raise WorkError if C cannot allocate its buffers.
     """
     code = library() if x.device.type == "cpu" and not x.requires_grad else None
     if code is None:
@@ -86,7 +87,7 @@ def linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tenso
             ctypes.c_void_p(rows.data_ptr()), ctypes.c_void_p(y.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
         if error:
-            raise MemoryError(f"no memory is left for {len(rows)} rows of {packed.inputs} activations")
+            raise WorkError(f"no memory is left for {len(rows)} rows of {packed.inputs} activations")
     return y.view(*x.shape[:-1], packed.outputs).to(x.dtype)
 
 
@@ -94,7 +95,7 @@ def quantize(weight: Tensor, kind: BlockFormat, name: str = "a matrix") -> Packe
     """Quantise weights (N, K) to Q8_0, Q4_1 or Q4_K.
 
     name: of the matrix, for messages. Raise InputError if K is not a multiple of the block, WorkError if a
-    weight is not finite.
+    weight is not finite, or larger than a scale can be.
     """
     outputs, inputs = weight.shape
     check_rows(name, inputs, kind)
@@ -108,7 +109,7 @@ def quantize(weight: Tensor, kind: BlockFormat, name: str = "a matrix") -> Packe
         ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(data.data_ptr()), torch.get_num_threads(),
     )  # fmt: skip
     if bad_row >= 0:
-        raise _not_finite(name, bad_row)
+        raise _bad_weight(name, bad_row, weight)
     return PackedMatrix(kind, outputs, inputs, data)
 
 
@@ -121,7 +122,12 @@ def check_rows(name: str, inputs: int, kind: BlockFormat) -> None:
         )
 
 
-def _not_finite(name: str, row: int) -> WorkError:
+def _bad_weight(name: str, row: int, weight: Tensor) -> WorkError:
+    if weight[row].isfinite().all():
+        return WorkError(
+            f"{name} holds a weight beyond {LARGEST:.0f} in row {row}, too large for scales of 16 bits; use "
+            "--quantize none"
+        )
     return WorkError(f"{name} holds a weight that is not finite in row {row}; get the model again")
 
 
@@ -137,8 +143,8 @@ def _quantize_in_pytorch(weight: Tensor, kind: BlockFormat, name: str) -> Packed
     chunk_rows = max(1, _CHUNK // weight.shape[1])
     for first in range(0, len(weight), chunk_rows):
         rows = weight[first : first + chunk_rows].float()
-        if not (finite := rows.isfinite().all(1)).all():
-            raise _not_finite(name, first + int((~finite).nonzero()[0]))
+        if not (sound := (rows.abs() <= LARGEST).all(1)).all():  # nan is not
+            raise _bad_weight(name, first + int((~sound).nonzero()[0]), weight)
         chunks.append(to_parts(rows.view(len(rows), -1, GROUP)))
     return pack(kind, concatenate(chunks))
 

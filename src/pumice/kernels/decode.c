@@ -85,98 +85,114 @@ static void rotate(float *x, int64_t size, const float *angles) {
 }
 
 #define PIECE 256 /* tokens whose attention is one thread's work; the results of pieces are joined in their order */
-#define QUERIES 4 /* of a group that are computed together: their sums fill the registers of AVX2 */
+#define QUERIES 4 /* of a group that are computed together */
+#define KEYS 4    /* that are multiplied together */
+#define SCORES (PIECE + KEYS - 1) /* room for the scores of a query: keys come KEYS at a time */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* exp(x) for x <= 0, to 2e-7 of it, in a form that compilers turn into vectors (Cephes' expf). */
-static inline float exp_negative(float x) {
-    x = x > -87 ? x : -87;
-    const float shift = 12582912; /* 1.5 * 2^23: adding it rounds to a whole number */
-    float whole = x * 1.44269504f + shift - shift;
-    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    float sum = 1.9875691500e-4f;
-    sum = sum * rest + 1.3981999507e-3f;
-    sum = sum * rest + 8.3334519073e-3f;
-    sum = sum * rest + 4.1665795894e-2f;
-    sum = sum * rest + 1.6666665459e-1f;
-    sum = sum * rest + 5.0000001201e-1f;
-    int32_t bits = ((int32_t)whole + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return (sum * rest * rest + rest + 1) * power;
+/* What one item of attention reads: tokens [first, last) of a sequence, which all lie in one piece. keys and values are
+ * those of one head and layer (C, d). table: the sequence's blocks. */
+typedef struct {
+    const cached *keys, *values;
+    const int64_t *table;
+    int64_t first, last;
+} Span;
+
+static inline int64_t cell_of(const int64_t *table, int64_t block, int64_t t) {
+    return table[t / block] * block + t % block;
 }
 
-/* Ask memory for `size` numbers that are needed soon: those AHEAD bytes further on. */
+/* The key of token t; behind the end, the first: asking for it again costs nothing. */
+static inline const cached *keys_at(const Span *span, int64_t t, int64_t block, int64_t size) {
+    return span->keys + cell_of(span->table, block, t < span->last ? t : span->first) * size;
+}
+
+/* Ask memory for `size` numbers that are needed soon. They are placed in the second level: too many for the first. */
 ALWAYS_INLINE void ask_for(const cached *numbers, int64_t size) {
-    for (int64_t i = 0; i < size; i += LINE / sizeof *numbers)
-        __builtin_prefetch((const char *)(numbers + i) + AHEAD);
+    for (int64_t i = 0; i < size; i += LINE / sizeof *numbers) __builtin_prefetch(numbers + i, 0, 2);
 }
 
-/* Products of `queries` queries with `count` keys: scores (queries, PIECE). `together` keys at a time: one sum has to
- * wait for its last addition, several need not wait for each other. */
-ALWAYS_INLINE void score_keys(const int queries, const int together, const float *q, const cached *keys, int64_t size,
-                              float *scores) {
-    vector sums[4][QUERIES];
-    for (int n = 0; n < together; n++)
-        for (int g = 0; g < queries; g++) sums[n][g] = (vector){0};
-    for (int64_t i = 0; i < size; i += LANES)
-        for (int n = 0; n < together; n++) {
-            vector key = load_cached(keys + n * size + i);
-            for (int g = 0; g < queries; g++) sums[n][g] += load(q + g * size + i) * key;
-        }
-    for (int n = 0; n < together; n++)
-        for (int g = 0; g < queries; g++) scores[g * PIECE + n] = total(sums[n][g]);
+/* The totals of KEYS vectors, in a third of the steps that they take one by one. */
+ALWAYS_INLINE void totals(const vector *sums, float *to) {
+#if LANES == 16
+    __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
+    __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    __m512d cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+    __m512d all = (__m512d)((__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd));
+    __m256 half = (__m256)_mm512_castpd512_pd256(all) + (__m256)_mm512_extractf64x4_pd(all, 1);
+    _mm_storeu_ps(to, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#elif LANES == 8
+    __m256 ab = _mm256_hadd_ps((__m256)sums[0], (__m256)sums[1]), cd = _mm256_hadd_ps((__m256)sums[2], (__m256)sums[3]);
+    __m256 all = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(to, _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1));
+#else
+    for (int n = 0; n < KEYS; n++) to[n] = total(sums[n]);
+#endif
 }
 
+/* Products of `queries` queries with `count` neighbouring keys: scores (queries, SCORES), of which up to KEYS - 1 behind
+ * the last are overwritten. soon: numbers, as many as the keys', that are needed soon. */
 ALWAYS_INLINE void score(const int queries, const float *q, const cached *keys, int64_t count, int64_t size,
-                         float *scores) {
-    const int together = queries == 1 ? 4 : 2;
-    int64_t t = 0;
-    for (; t + together <= count; t += together) {
-        ask_for(keys + t * size, together * size);
-        score_keys(queries, together, q, keys + t * size, size, scores + t);
+                         float *scores, const cached *soon) {
+    for (int64_t t = 0; t < count; t += KEYS) {
+        const cached *key[KEYS];
+        vector sums[QUERIES][KEYS];
+        ask_for(soon + t * size, KEYS * size);
+        for (int n = 0; n < KEYS; n++) {
+            key[n] = keys + (t + n < count ? t + n : count - 1) * size;
+            for (int g = 0; g < queries; g++) sums[g][n] = (vector){0};
+        }
+        for (int64_t i = 0; i < size; i += LANES)
+            for (int n = 0; n < KEYS; n++) {
+                vector numbers = load_cached(key[n] + i);
+                for (int g = 0; g < queries; g++) sums[g][n] += load(q + g * size + i) * numbers;
+            }
+        for (int g = 0; g < queries; g++) totals(sums[g], scores + g * SCORES + t);
     }
-    for (; t < count; t++) score_keys(queries, 1, q, keys + t * size, size, scores + t);
 }
 
-/* Add `together` values to the sums (queries, stride), in their order, each times its weight (queries, PIECE). Several at a
- * time, because sums are loaded and stored less often then. */
-ALWAYS_INLINE void mix_values(const int queries, const int together, const float *weights, const cached *values,
-                              int64_t size, float *sums, int64_t stride) {
-    vector factors[QUERIES][4];
+/* Add `count` neighbouring values, each times its weight (queries, SCORES), to `columns` vectors of the sums
+ * (queries, stride), which stay in registers. */
+ALWAYS_INLINE void mix_columns(const int queries, const int columns, const float *weights, const cached *values,
+                               int64_t count, int64_t size, float *sums, int64_t stride, const cached *soon) {
+    vector sum[QUERIES][8];
     for (int g = 0; g < queries; g++)
-        for (int n = 0; n < together; n++) factors[g][n] = (vector){0} + weights[g * PIECE + n];
-    for (int64_t i = 0; i < size; i += LANES) {
-        vector value[4];
-        for (int n = 0; n < together; n++) value[n] = load_cached(values + n * size + i);
-        for (int g = 0; g < queries; g++) {
-            vector sum = load(sums + g * stride + i);
-            for (int n = 0; n < together; n++) sum += factors[g][n] * value[n];
-            memcpy(sums + g * stride + i, &sum, sizeof sum);
+        for (int c = 0; c < columns; c++) sum[g][c] = load(sums + g * stride + c * LANES);
+    for (int64_t t = 0; t < count; t++) {
+        ask_for(soon + t * size, columns * LANES);
+        for (int c = 0; c < columns; c++) {
+            vector value = load_cached(values + t * size + c * LANES);
+            for (int g = 0; g < queries; g++) sum[g][c] += weights[g * SCORES + t] * value;
         }
     }
+    for (int g = 0; g < queries; g++)
+        for (int c = 0; c < columns; c++) memcpy(sums + g * stride + c * LANES, &sum[g][c], sizeof(vector));
 }
 
 ALWAYS_INLINE void mix(const int queries, const float *weights, const cached *values, int64_t count, int64_t size,
-                       float *sums, int64_t stride) {
-    int64_t t = 0;
-    for (; t + 4 <= count; t += 4) {
-        ask_for(values + t * size, 4 * size);
-        mix_values(queries, 4, weights + t, values + t * size, size, sums, stride);
-    }
-    for (; t < count; t++) mix_values(queries, 1, weights + t, values + t * size, size, sums, stride);
+                       float *sums, int64_t stride, const cached *soon) {
+#define MIX_COLUMNS(COLUMNS)                                                                                           \
+    for (; i + COLUMNS * LANES <= size; i += COLUMNS * LANES)                                                          \
+        mix_columns(queries, COLUMNS, weights, values + i, count, size, sums + i, stride, soon + i);
+    int64_t i = 0;
+    if (queries <= 2) MIX_COLUMNS(8)
+    MIX_COLUMNS(4)
+    MIX_COLUMNS(1)
 }
 
-/* Softmax attention of a group's queries (G, d) over tokens [first, last) of one sequence, which all lie in one piece.
- * Keys and values are those of one head and layer (C, d); each is read once for the whole group. table: the sequence's
- * blocks. scores: room for (G, PIECE). out (G, stride): for each query d sums, their weights' sum, the largest score. */
-static void attend(const float *q, const cached *keys, const cached *values, const int64_t *table, int64_t block,
-                   int64_t first, int64_t last, int64_t group, int64_t size, float *scores, float *out, int64_t stride) {
+/* Softmax attention of a group's queries (G, d) over a span; each key and value is read once for the whole group. block:
+ * tokens of a block. next: what this thread reads after it. scores: room for (G, SCORES). out (G, stride): for each query
+ * d sums, their weights' sum, the largest score. While keys are read, memory is asked for the values; and while values
+ * are read, for the next keys: blocks lie anywhere, so the processor cannot guess what comes next. */
+static void attend(const float *q, const Span *span, const Span *next, int64_t block, int64_t group, int64_t size,
+                   float *scores, float *out, int64_t stride) {
     const float scale = 1 / sqrtf(size);
-#define EACH_RUN(CALL)                                                                                                 \
+    const int64_t first = span->first, last = span->last;
+#define EACH_RUN(CALL, SOON)                                                                                           \
     for (int64_t t = first, end; t < last; t = end) {                                                                  \
         end = (t / block + 1) * block < last ? (t / block + 1) * block : last;                                         \
-        const int64_t cell = (table[t / block] * block + t % block) * size;                                            \
+        const int64_t cell = cell_of(span->table, block, t) * size;                                                    \
+        const cached *soon = SOON;                                                                                     \
         for (int64_t g = 0; g < group; g += QUERIES) switch (group - g) { /* constants: sums stay in registers */       \
             case 1: CALL(1); break;                                                                                    \
             case 2: CALL(2); break;                                                                                    \
@@ -184,20 +200,24 @@ static void attend(const float *q, const cached *keys, const cached *values, con
             default: CALL(QUERIES);                                                                                    \
             }                                                                                                          \
     }
-#define SCORE(N) score(N, q + g * size, keys + cell, end - t, size, scores + g * PIECE + t - first)
-#define MIX(N) mix(N, scores + g * PIECE + t - first, values + cell, end - t, size, out + g * stride, stride)
-    EACH_RUN(SCORE)
+#define SCORE(N) score(N, q + g * size, span->keys + cell, end - t, size, scores + g * SCORES + t - first, soon)
+#define MIX(N)                                                                                                         \
+    mix(N, scores + g * SCORES + t - first, span->values + cell, end - t, size, out + g * stride, stride, soon)
+    EACH_RUN(SCORE, span->values + cell)
     for (int64_t g = 0; g < group; g++) {
-        float *weights = scores + g * PIECE, *sums = out + g * stride, most = -INFINITY, sum = 0;
+        float *weights = scores + g * SCORES, *sums = out + g * stride, most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
         for (int64_t t = 0; t < last - first; t++) most = weights[t] > most ? weights[t] : most;
-#pragma omp simd
-        for (int64_t t = 0; t < last - first; t++) weights[t] = exp_negative((weights[t] - most) * scale);
-        for (int64_t t = 0; t < last - first; t++) sum += weights[t];
+#pragma omp simd reduction(+ : sum)
+        for (int64_t t = 0; t < last - first; t++) {
+            weights[t] = exp_negative((weights[t] - most) * scale);
+            sum += weights[t];
+        }
         memset(sums, 0, size * sizeof *sums);
         sums[size] = sum;
         sums[size + 1] = most * scale;
     }
-    EACH_RUN(MIX)
+    EACH_RUN(MIX, keys_at(next, next->first + t - first, block, size))
 }
 
 /* Join what `pieces` pieces (pieces, stride) gave for one query: y (d). */
@@ -212,6 +232,18 @@ static void join(const float *parts, int64_t pieces, int64_t stride, int64_t siz
         for (int64_t i = 0; i < size; i++) y[i] += weight * part[i];
     }
     for (int64_t i = 0; i < size; i++) y[i] /= sum;
+}
+
+/* What item `item` of a layer's attention reads; items are (rows, pieces, K). The span is empty where a sequence is shorter
+ * than the longest, or its window begins later. */
+static Span span_of(const Model *m, int64_t layer, int64_t item, int64_t pieces, const int64_t *positions,
+                    const int64_t *blocks, const int64_t *tables) {
+    const int64_t K = m->kv_heads, r = item / (pieces * K), length = positions[r] + 1;
+    const int64_t head = (layer * K + item % K) * m->capacity * m->head_dim;
+    int64_t first = item / K % pieces * PIECE, last = length < first + PIECE ? length : first + PIECE;
+    if (m->window && length - m->window > first) first = length - m->window;
+    if (first >= last) first = last = 0; /* a table need not reach so far */
+    return (Span){m->keys + head, m->values + head, blocks + tables[r], first, last};
 }
 
 /* The tiles [first, last) of a layer that this thread computes. */
@@ -251,7 +283,7 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
         if (positions[r] >= longest) longest = positions[r] + 1;
     if (inner > widest) widest = inner;
     const int64_t pieces = (longest + PIECE - 1) / PIECE;
-    const int64_t each = (rows * D + G * PIECE) * (int64_t)sizeof(float) + input_bytes(rows, widest) + 64;
+    const int64_t each = (rows * D + G * SCORES) * (int64_t)sizeof(float) + input_bytes(rows, widest) + 64;
     float *qkv = malloc(rows * (joined + inner + 3 * M + d + H * pieces * stride) * sizeof(float));
     char *own = malloc(threads * each);
     if (!qkv || !own) {
@@ -272,7 +304,7 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
 #pragma omp parallel num_threads(threads)
     {
         float *normed = (float *)(own + omp_get_thread_num() * each), *scores = normed + rows * D;
-        void *memory = scores + G * PIECE;
+        void *memory = scores + G * SCORES;
         int64_t first, last;
         (void)memory;
         for (int64_t layer = 0; layer < m->depth; layer++) {
@@ -303,17 +335,16 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
 
             /* 5. Each group of heads of each row attends to its own sequence, piece by piece; then the pieces are
              * joined. Neighbouring items go to different threads: they take equally long. */
+            const int64_t items = rows * pieces * K;
 #pragma omp for schedule(static, 1)
-            for (int64_t item = 0; item < rows * pieces * K; item++) {
-                int64_t r = item / (pieces * K), piece = item / K % pieces, h = item % K, first = piece * PIECE;
-                int64_t last = positions[r] + 1 < first + PIECE ? positions[r] + 1 : first + PIECE;
-                if (m->window && positions[r] + 1 - m->window > first) first = positions[r] + 1 - m->window;
+            for (int64_t item = 0; item < items; item++) {
+                const int64_t r = item / (pieces * K), piece = item / K % pieces, h = item % K;
+                const Span span = span_of(m, layer, item, pieces, positions, blocks, tables);
+                const int64_t after = item + omp_get_num_threads() < items ? item + omp_get_num_threads() : item;
+                const Span next = span_of(m, layer, after, pieces, positions, blocks, tables);
                 float *out = parts + (r * H + h * G) * pieces * stride + piece * stride;
-                const cached *keys = m->keys + (layer * K + h) * m->capacity * d;
-                const cached *values = m->values + (layer * K + h) * m->capacity * d;
-                if (first < last)
-                    attend(qkv + r * joined + h * G * d, keys, values, blocks + tables[r], m->block, first, last, G, d,
-                           scores, out, pieces * stride);
+                if (span.first < span.last)
+                    attend(qkv + r * joined + h * G * d, &span, &next, m->block, G, d, scores, out, pieces * stride);
             }
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < rows * H; item++) {

@@ -31,7 +31,8 @@ static inline float from_bf16(uint16_t half) {
     return value;
 }
 
-/* Read groups of one row, from the weight `from` on, as floats. Return whether all are finite. */
+/* Read groups of one row, from the weight `from` on, as floats. Return whether all are finite and no larger than a
+ * scale, which has 16 bits, can be. */
 static int read_row(int type, const void *weights, int64_t from, int row, int groups, Group *to) {
     float x[SUPER * GROUP];
     const int count = groups * GROUP;
@@ -51,7 +52,7 @@ static int read_row(int type, const void *weights, int64_t from, int row, int gr
     float *column = &to[0][0][row];
 #pragma GCC unroll 8
     for (int i = 0; i < count; i++) column[i * TILE] = x[i];
-    return most < 0x7f800000;
+    return most <= 0x477fe000; /* 65504 */
 }
 
 static inline float at_most(float value, float most) { return value > most ? most : value; }

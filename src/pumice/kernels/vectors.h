@@ -47,7 +47,9 @@ static inline uint16_t to_bf16(float value) { /* to the nearest, ties to even; v
 }
 
 static inline vector load_bf16(const uint16_t *from) {
-#if LANES == 8 && defined(__AVX2__)
+#if LANES == 16 /* GCC 12 makes two halves of a conversion and joins them */
+    return (vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#elif LANES == 8 && defined(__AVX2__)
     return (vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
 #else
     half_vector halves;
@@ -57,5 +59,23 @@ static inline vector load_bf16(const uint16_t *from) {
     memcpy(&numbers, &bits, sizeof numbers);
     return numbers;
 #endif
+}
+
+/* exp(x) for x <= 0, to 2e-7 of it, in a form that compilers turn into vectors (Cephes' expf). */
+static inline float exp_negative(float x) {
+    x = x > -87 ? x : -87;
+    const float shift = 12582912; /* 1.5 * 2^23: adding it rounds to a whole number */
+    float whole = x * 1.44269504f + shift - shift;
+    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    int32_t bits = ((int32_t)whole + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return (sum * rest * rest + rest + 1) * power;
 }
 #endif

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from pumice.config import DecoderConfig
+from pumice.kernels.attention import attend as attend_in_c
+from pumice.kernels.attention import can_attend
 from pumice.model.layers import Attend, causal_mask, sdpa
 
 BLOCK = 64  # tokens of a block
@@ -52,7 +54,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
-        self.window = config.sliding_window
+        self.config = config
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -90,8 +92,10 @@ class KVCache:
         self.check(segments)
         # 1. What all layers share is computed once: the cells to write, and what each segment may see.
         new_cells = self._new_cells(segments)
-        views = [self._view(segment) for segment in segments]
+        windows = {self.config.window(layer) for layer in range(self.config.depth)}
+        views = {window: [self._view(segment, window) for segment in segments] for window in windows}
         new_counts = [segment.new for segment in segments]
+        softcap = self.config.attention_softcap
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # 2. Write first: a new token also sees itself and the new tokens before it.
@@ -99,26 +103,32 @@ class KVCache:
             keys.index_copy_(1, new_cells, k[0].to(keys.dtype))  # under autocast, k and v may be bf16
             values.index_copy_(1, new_cells, v[0].to(values.dtype))
             # 3. Attend segment by segment: sequences have different lengths and must not see each other.
+            window, in_c = self.config.window(layer), softcap is None and can_attend(q, keys)
+            parts = zip(q.split(new_counts, 2), segments, views[window], strict=True)
             outputs = [
-                sdpa(queries, *read(layer), mask, causal=mask is None and new > 1)
-                for queries, new, (read, mask) in zip(q.split(new_counts, 2), new_counts, views, strict=True)
+                attend_in_c(queries, keys, values, table, self.block, past, window)
+                if in_c and new > 1
+                else sdpa(queries, *read(layer), mask, mask is None and new > 1, softcap)
+                for queries, (table, past, new), (read, mask) in parts
             ]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
         return attend
 
-    def _view(self, segment: Segment) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Tensor | None]:
+    def _view(
+        self, segment: Segment, window: int | None
+    ) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Tensor | None]:
         """Return what a segment's tokens see: a function from the layer to keys and values, and a mask.
 
         Keys and values are (1, K, S, d). The mask is None if plain causal attention is right.
         """
         table, past, new = segment
         # 1. Tokens before `first` are outside the sliding window of all new tokens.
-        first = 0 if self.window is None else max(0, past + 1 - self.window)
+        first = 0 if window is None else max(0, past + 1 - window)
         mask = None
-        if new > 1 and (past or (self.window is not None and new > self.window)):
+        if new > 1 and (past or (window is not None and new > window)):
             positions = torch.arange(first, past + new, device=self.keys.device)
-            mask = causal_mask(positions[past - first :], positions, self.window)
+            mask = causal_mask(positions[past - first :], positions, window)
         skipped = first // self.block
         blocks = table[skipped : -(-(past + new) // self.block)]
         start, end = first - skipped * self.block, past + new - skipped * self.block

@@ -5,12 +5,15 @@ Shapes: B tiles, G patches on a side, C tower width, N image tokens of a tile, D
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pumice.capability import Capability, fields
 from pumice.config import ConnectorConfig
 from pumice.errors import InputError
 from pumice.geometry import Layout
@@ -33,12 +36,22 @@ def average(features: Tensor, factor: int) -> Tensor:
     return pooled.flatten(2).transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """A way to reduce the features of a tile. Their number after it is in `config.REDUCTIONS`.
+
+    apply: features (B, G*G, C) and the factor -> (B, N, C * factor ** 2 if `widens` else C).
+    """
+
+    apply: Callable[[Tensor, int], Tensor]
+    widens: bool
+
+
 REDUCE = {
-    "none": lambda features, factor: features,
-    "average": average,
-    "pixel_shuffle": pixel_shuffle,
+    "none": Reduction(lambda features, factor: features, widens=False),
+    "average": Reduction(average, widens=False),
+    "pixel_shuffle": Reduction(pixel_shuffle, widens=True),
 }
-WIDENS = {"none": False, "average": False, "pixel_shuffle": True}
 
 
 def arrange(tokens: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
@@ -76,30 +89,38 @@ def _mlp(depth: int, in_width: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def _identity(in_width: int, width: int) -> nn.Sequential:
+    if in_width != width:
+        raise InputError(f"identity connector: the tower gives width {in_width}, the LLM has {width}")
+    return nn.Sequential()
+
+
+# The kinds of connectors: from the width of reduced features and the decoder's width to the layers.
+KINDS: dict[str, Callable[[int, int], nn.Sequential]] = {
+    "identity": _identity,
+    "linear": partial(_mlp, 1),  # LLaVA 1.0's
+    **{f"mlp{depth}x_gelu": partial(_mlp, depth) for depth in range(1, 10)},  # LLaVA 1.5's has two layers
+}
+CAPABILITY = Capability("the connector", {ConnectorConfig: fields("kind reduce factor")})
+
+
 class Connector(nn.Module):
-    """LLaVA's `linear` (v1.0) or `mlpNx_gelu` (v1.5), after an optional reduction of the number of tokens.
+    """The layers of one of KINDS, after an optional reduction of the number of tokens.
 
     in_width: of the tower's features. width: of the decoder.
     """
 
     def __init__(self, config: ConnectorConfig, in_width: int, width: int) -> None:
         super().__init__()
+        CAPABILITY.check(config)
+        if config.kind not in KINDS:
+            raise InputError(f"unknown connector {config.kind!r}; use linear, mlpNx_gelu or identity")
         if config.reduce not in REDUCE:
             raise InputError(f"unknown reduction {config.reduce!r}; use one of {', '.join(REDUCE)}")
         self.config = config
         self.reduce = REDUCE[config.reduce]
-        in_width *= config.factor**2 if WIDENS[config.reduce] else 1
-        if config.kind == "identity":
-            if in_width != width:
-                raise InputError(f"identity connector: the tower gives width {in_width}, the LLM has {width}")
-            self.layers = nn.Sequential()
-        elif config.kind == "linear":
-            self.layers = _mlp(1, in_width, width)
-        elif match := re.fullmatch(r"mlp([1-9])x_gelu", config.kind):
-            self.layers = _mlp(int(match[1]), in_width, width)
-        else:
-            raise InputError(f"unknown connector {config.kind!r}; use linear, mlpNx_gelu or identity")
+        self.layers = KINDS[config.kind](in_width * (config.factor**2 if self.reduce.widens else 1), width)
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn features (B, G*G, C) into image tokens (B, N, D)."""
-        return self.layers(self.reduce(features, self.config.factor))
+        return self.layers(self.reduce.apply(features, self.config.factor))

@@ -1,6 +1,6 @@
 """The decoder is the language model: token embedding, blocks, final norm and vocabulary projection.
 
-Llama, Mistral, Qwen2 and Qwen3 are settings of `DecoderConfig`.
+Llama, Mistral, Qwen2, Qwen3 and Gemma 2 are settings of `DecoderConfig`.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -11,25 +11,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pumice.config import DecoderConfig
-from pumice.model.layers import Attend, Block, RMSNorm, rotary
+from pumice.capability import LLAMA, Capability, fields
+from pumice.config import DecoderConfig, RopeScaling
+from pumice.model.layers import Attend, Block, RMSNorm, rotary, soft_cap
 from pumice.model.quantized import PackedEmbedding, PackedLinear
+
+CAPABILITY = Capability(
+    "the decoder",
+    {
+        DecoderConfig: fields(
+            f"{LLAMA} window_pattern activation post_norms norm_offset embed_scale attention_scale "
+            "attention_softcap logit_softcap"
+        ),
+        RopeScaling: fields("kind factor low_freq_factor high_freq_factor original_context"),
+    },
+)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding whose rows are multiplied by a constant (Gemma). Its weight stays that of a tied head."""
+
+    def __init__(self, weight: Tensor, scale: float) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return rows * torch.tensor(self.scale, dtype=rows.dtype)  # rounded like the weights, as Gemma does
 
 
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        CAPABILITY.check(config)
         self.config = config
         # nn.Embedding draws random values, even on meta, where this only imports torch's compiler. So pass it
         # a weight, and draw here if there is something to draw.
         vocabulary = torch.empty(config.vocab_size, config.width)
         if not vocabulary.is_meta:  # where drawing nothing would import all of torch's compiler
             nn.init.normal_(vocabulary)
-        self.embed: nn.Embedding | PackedEmbedding = nn.Embedding(
-            config.vocab_size, config.width, _weight=vocabulary
+        self.embed: nn.Embedding | PackedEmbedding = (
+            nn.Embedding(config.vocab_size, config.width, _weight=vocabulary)
+            if config.embed_scale == 1.0
+            else ScaledEmbedding(vocabulary, config.embed_scale)
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = RMSNorm(config.width, config.norm_eps, config.norm_offset)
         self.head: nn.Linear | PackedLinear | None = None
         if not config.tied_head:
             self.head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -45,10 +72,13 @@ class Decoder(nn.Module):
         """Run embedded tokens x (B, T, D) at positions (B, T). Return hidden states (B, T, D) after the norm.
 
         rows: (R,), return only these hidden states (B, R, D); for all other rows, the last block computes
-        only keys and values. out: receives the residual stream after each block as `decoder.blocks.{i}`.
+        only keys and values. out: receives the residual stream before the first block as `embeddings`, and
+        after each block as `decoder.blocks.{i}`.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # the residual stream adds up small updates, which bf16 would round away
+        if out is not None:
+            out["embeddings"] = x
         cos, sin = rotary(positions, self.config)
         for number, block in enumerate(self.blocks):
             # Only the last block may skip rows: all earlier ones feed the keys and values above.
@@ -88,4 +118,5 @@ class Decoder(nn.Module):
             logits = self.head(rows)
         else:
             logits = F.linear(rows, self.head_weight.to(rows.dtype))
+        logits = soft_cap(logits, self.config.logit_softcap)
         return logits.view(*hidden.shape[:-1], self.config.vocab_size)

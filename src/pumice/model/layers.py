@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D width, H heads, K key/value heads, d head dimension
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol
 
@@ -27,13 +28,23 @@ class Attend(Protocol):
         ...
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+) -> Tensor:
     """Compute scaled dot-product attention; query heads may share key/value heads.
 
-    q (B, H, T, d), k and v (B, K, S, d). mask: bool, broadcastable to (B, H, T, S), True = may see.
+    q (B, H, T, d), k and v (B, K, S, d). mask: bool, broadcastable to (B, H, T, S), True = may see. softcap:
+    as in `soft_cap`, of the scores.
     """
     if k.dtype != q.dtype:  # of a cache that keeps them in fewer bits
         k, v = k.to(q.dtype), v.to(q.dtype)
+    if softcap is not None:
+        return _capped_attention(q, k, v, mask, causal, softcap)
     if (
         q.shape[2] == 1
         and q.shape[1] != k.shape[1]
@@ -51,6 +62,26 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
         )
         return mixed.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Bound values smoothly to -cap .. cap (Gemma 2, arXiv 2408.00118). None leaves them as they are."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def _capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, softcap: float
+) -> Tensor:
+    # In plain operations, because no fused kernel caps scores.
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = soft_cap(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), softcap)
+    if causal:
+        queries, keys = (torch.arange(n, device=q.device) for n in (q.shape[2], k.shape[2]))
+        mask = causal_mask(queries, keys)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.float().softmax(-1).to(v.dtype) @ v
 
 
 def causal_mask(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
@@ -72,33 +103,36 @@ class Causal:
     sees itself, so that no row of the softmax is empty.
     """
 
-    def __init__(self, window: int | None = None, padding: Tensor | None = None) -> None:
-        self.window = window
+    def __init__(self, config: DecoderConfig, padding: Tensor | None = None) -> None:
+        self.config = config
         self.padding = padding
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tokens = q.shape[2]
+        tokens, window, softcap = q.shape[2], self.config.window(layer), self.config.attention_softcap
         # Without a mask, PyTorch uses its fastest kernel.
-        if self.padding is None and (self.window is None or tokens <= self.window):
-            return sdpa(q, k, v, causal=True)
+        if self.padding is None and (window is None or tokens <= window):
+            return sdpa(q, k, v, causal=True, softcap=softcap)
         positions = torch.arange(tokens, device=q.device)
-        mask = causal_mask(positions, positions, self.window)[None]
+        mask = causal_mask(positions, positions, window)[None]
         if self.padding is not None:
             itself = torch.eye(tokens, dtype=torch.bool, device=q.device)
             mask = (mask & self.padding[:, None, :]) | itself
-        return sdpa(q, k, v, mask[:, None])
+        return sdpa(q, k, v, mask[:, None], softcap=softcap)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 (arXiv 1910.07467), returned in the dtype of the weight."""
+    """x / rms(x) * (weight + offset), computed in fp32 (arXiv 1910.07467), in the dtype of the weight."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
+        if self.offset:  # in fp32: the sum has more digits than a 16-bit weight
+            x, weight = x.float(), self.weight.float() + self.offset
+        else:
+            weight = self.weight.to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
@@ -151,11 +185,13 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.width, shared, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, shared, bias=config.qkv_bias)
         self.o = nn.Linear(inner, config.width, bias=False)
-        if config.qk_norm:
-            self.q_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm: nn.Module = RMSNorm(config.head_dim, config.norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.norm_eps, config.norm_offset) if config.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
+        # Every `Attend` divides scores by the root of head_dim; q carries what another scale differs by.
+        scale = config.attention_scale
+        self.q_factor = None if scale is None else scale * math.sqrt(config.head_dim)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
@@ -166,6 +202,8 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), cos, sin)
         v = self.v(x).view(heads).transpose(1, 2)
+        if self.q_factor is not None:
+            q = q * self.q_factor
         mixed = attend(self.layer, q, k, v).transpose(1, 2)
         # Select before the output projection, which then only multiplies the needed rows.
         if rows is not None:
@@ -173,31 +211,44 @@ class Attention(nn.Module):
         return self.o(mixed.flatten(2))
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Compute the tanh approximation of GELU, which SigLIP and Gemma were trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": gelu_tanh}
+
+
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU, or GeGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
         self.gate = nn.Linear(config.width, config.mlp_width, bias=False)
         self.up = nn.Linear(config.width, config.mlp_width, bias=False)
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = MLP(config)
+
+        def norm(present: bool = True) -> nn.Module:
+            return RMSNorm(config.width, config.norm_eps, config.norm_offset) if present else nn.Identity()
+
+        self.attention_norm, self.attention = norm(), Attention(config, layer)
+        self.attention_post_norm = norm(config.post_norms)
+        self.mlp_norm, self.mlp = norm(), MLP(config)
+        self.mlp_post_norm = norm(config.post_norms)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). rows: (R,), return only these positions (B, R, D)."""
-        mixed = self.attention(self.attention_norm(x), cos, sin, attend, rows)
+        mixed = self.attention_post_norm(self.attention(self.attention_norm(x), cos, sin, attend, rows))
         x = mixed + (x if rows is None else x.index_select(1, rows))
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))

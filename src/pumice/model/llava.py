@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pumice.capability import Capability, fields
 from pumice.config import IMAGE_TOKEN, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.geometry import Layout
@@ -25,19 +26,25 @@ from pumice.model.efficientnet import EfficientNetLite
 from pumice.model.layers import Attend, Causal
 from pumice.model.vision import ViT
 
-TOWERS: dict[str, Callable[[VisionConfig], nn.Module]] = {
-    "efficientnet_lite": EfficientNetLite,
-    "clip": ViT,
-    "siglip": ViT,
-    "none": lambda config: nn.Identity(),  # a language model alone; `Processor` refuses pictures
+# The kinds of towers: the fields that each implements, and its module.
+_SIZES = "kind image_size width stride"
+_VIT = f"{_SIZES} depth heads mlp_width activation norm_eps layer select"
+TOWERS: dict[str, tuple[str, Callable[[VisionConfig], nn.Module]]] = {
+    "efficientnet_lite": (f"{_SIZES} variant also_stride", EfficientNetLite),
+    "clip": (_VIT, ViT),
+    "siglip": (_VIT, ViT),
+    # A language model alone; `Processor` refuses pictures.
+    "none": (_VIT, lambda config: nn.Identity()),
 }
 
 
 def make_tower(config: VisionConfig) -> nn.Module:
-    """Build the vision tower. Raise InputError if its kind is unknown."""
+    """Build the vision tower. Raise InputError on an unknown kind, or a field that this kind lacks."""
     if config.kind not in TOWERS:
         raise InputError(f"unknown vision tower {config.kind!r}; use one of {', '.join(TOWERS)}")
-    return TOWERS[config.kind](config)
+    implemented, module = TOWERS[config.kind]
+    Capability(f"a tower of kind {config.kind}", {VisionConfig: fields(implemented)}).check(config)
+    return module(config)
 
 
 class Llava(nn.Module):
@@ -53,9 +60,26 @@ class Llava(nn.Module):
             if not newline.is_meta:
                 nn.init.normal_(newline, std=config.decoder.width**-0.5)
             self.image_newline = nn.Parameter(newline)
+        self._check_image_tokens()
         # Last: adapters replace layers that have to exist.
         if config.lora is not None:
             add_lora(self.decoder, config.lora)
+
+    def _check_image_tokens(self) -> None:
+        """Raise InputError unless the connector gives as many image tokens as the config counts."""
+        weight = next(self.connector.parameters(), None)
+        vision = self.config.vision
+        if vision.kind == "none" or weight is None or not weight.is_meta:  # on meta, this computes nothing
+            return
+        with torch.no_grad():
+            features = torch.empty(1, vision.features, vision.width, device="meta")
+            tokens = self.connector(features).shape[1]
+        if tokens != self.config.image_tokens:
+            reduce = self.config.connector.reduce
+            raise InputError(
+                f"the connector gives {tokens} image tokens of a tile, config.REDUCTIONS counts "
+                f"{self.config.image_tokens} for {reduce!r}; correct the count"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -125,11 +149,9 @@ class Llava(nn.Module):
         """Run input_ids (B, T) and image tokens (M, N, D) or (total, D). Return hidden states (B, T, D).
 
         positions: (B, T), 0 to T - 1 by default. attend: causal attention by default. out, rows: as in
-        `Decoder`. out also receives "embeddings".
+        `Decoder`.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         x = self.merge(input_ids, image_tokens)
-        if out is not None:
-            out["embeddings"] = x
-        return self.decoder(x, positions, attend or Causal(self.config.decoder.sliding_window), out, rows)
+        return self.decoder(x, positions, attend or Causal(self.config.decoder), out, rows)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pumice.config import DecoderConfig
 from pumice.model.layers import causal_mask, sdpa
 
 
@@ -30,33 +31,33 @@ class PackedAttention:
     """An `Attend` for one row (B = 1) of runs whose lengths add up to T."""
 
     def __init__(
-        self, runs: Sequence[Run], window: int | None = None, device: torch.device | None = None
+        self, runs: Sequence[Run], config: DecoderConfig, device: torch.device | None = None
     ) -> None:
-        """window: as in `causal_mask`. device: of the masks, which are made once for all layers."""
-        self.runs = runs
+        """config: of the decoder. device: of the masks, which are made once for all layers."""
+        self.runs, self.config = runs, config
         self.lengths = [run.length for run in runs]
-        self.masks: list[Tensor | None] = []
-        for run in runs:
-            past = sum(count for _, count in run.before)
-            keys = torch.arange(past + run.length, device=device)
-            # Plain causal attention needs no mask and is faster.
-            plain = not past and (window is None or run.length <= window)
-            self.masks.append(None if plain else causal_mask(keys[past:], keys, window))
-        self.plain = all(mask is None for mask in self.masks)
+        windows = {config.window(layer) for layer in range(config.depth)}
+        self._masks = {window: [_mask(run, window, device) for run in runs] for window in windows}
+
+    def masks(self, layer: int) -> list[Tensor | None]:
+        """Return the mask of each run in this layer; None where causal attention needs none."""
+        return self._masks[self.config.window(layer)]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # On a GPU, one kernel for all runs is faster than one call per run. It takes no masks.
-        if self.plain and len(self.runs) > 1 and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        masks, softcap = self.masks(layer), self.config.attention_softcap
+        # On a GPU, one kernel for all runs is faster than one call per run. It takes no masks and no cap.
+        plain = softcap is None and all(mask is None for mask in masks)
+        if plain and len(self.runs) > 1 and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
             return self._one_kernel(q, k, v)
         queries, keys, values = (x.split(self.lengths, 2) for x in (q, k, v))
         outputs = []
-        for number, (run, mask) in enumerate(zip(self.runs, self.masks, strict=True)):
+        for number, (run, mask) in enumerate(zip(self.runs, masks, strict=True)):
             # A run sees the parts of earlier runs that lead to it, then itself.
             run_keys, run_values = keys[number], values[number]
             if run.before:
                 run_keys = torch.cat([*(keys[n][:, :, :count] for n, count in run.before), run_keys], 2)
                 run_values = torch.cat([*(values[n][:, :, :count] for n, count in run.before), run_values], 2)
-            mixed = sdpa(queries[number], run_keys, run_values, mask, causal=mask is None)
+            mixed = sdpa(queries[number], run_keys, run_values, mask, mask is None, softcap)
             # As (1, r, H, d), so that the heads of a token are adjacent in memory, as the next layer needs
             # them.
             outputs.append(mixed.transpose(1, 2))
@@ -79,3 +80,12 @@ class PackedAttention:
         )  # fmt: skip
         assert isinstance(mixed, Tensor)
         return mixed.transpose(0, 1)[None]
+
+
+def _mask(run: Run, window: int | None, device: torch.device | None) -> Tensor | None:
+    past = sum(count for _, count in run.before)
+    # Plain causal attention needs no mask and is faster.
+    if not past and (window is None or run.length <= window):
+        return None
+    keys = torch.arange(past + run.length, device=device)
+    return causal_mask(keys[past:], keys, window)

@@ -47,8 +47,10 @@ class PackedEmbedding(nn.Module):
 
     data: Tensor
 
-    def __init__(self, packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, packed: PackedMatrix, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:
+        """scale: multiplies the rows."""
         super().__init__()
+        self.scale = scale
         self.kind, self.num_embeddings, self.embedding_dim = packed.kind, packed.outputs, packed.inputs
         self.dtype = dtype
         self.register_buffer("data", packed.data, persistent=False)
@@ -58,7 +60,8 @@ class PackedEmbedding(nn.Module):
         return PackedMatrix(self.kind, self.num_embeddings, self.embedding_dim, self.data)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.packed.rows(ids).to(self.dtype)
+        rows = self.packed.rows(ids).to(self.dtype)
+        return rows if self.scale == 1.0 else rows * self.scale
 
 
 def kind_of(bits: str, name: str, inputs: int) -> BlockFormat:
@@ -107,7 +110,8 @@ def swap(
                 bias = None if child.bias is None else child.bias.detach()
                 setattr(parent, name, PackedLinear(packed(weight_name, child.weight), bias))
             elif isinstance(child, nn.Embedding):
-                setattr(parent, name, PackedEmbedding(packed(weight_name, child.weight), dtype))
+                scale = getattr(child, "scale", 1.0)
+                setattr(parent, name, PackedEmbedding(packed(weight_name, child.weight), dtype, scale))
     if decoder.head is None:
         decoder.head = PackedLinear(decoder.embed.packed)
     decoder.to(dtype)  # changes floats only: packed matrices are integers

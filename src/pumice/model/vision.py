@@ -17,17 +17,12 @@ from torch import Tensor, nn
 
 from pumice.config import VisionConfig
 from pumice.errors import InputError
-from pumice.model.layers import sdpa
+from pumice.model.layers import gelu_tanh, sdpa
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """Compute OpenAI's approximation of GELU, which CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """Compute the tanh approximation of GELU, which SigLIP was trained with."""
-    return F.gelu(x, approximate="tanh")
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

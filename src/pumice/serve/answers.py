@@ -1,17 +1,19 @@
-"""Answers in OpenAI's form, whole or as server-sent events, built from the models of `protocol`."""
+"""Answers in the forms of OpenAI's chat and completions, built from the models of `protocol`."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 from starlette.responses import Response
 
+from pumice import __version__
 from pumice.serve.protocol import (
     AnswerMessage,
     ChatChoice,
@@ -23,12 +25,19 @@ from pumice.serve.protocol import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    ErrorBody,
     Finish,
     LogprobEntry,
+    PromptProgress,
+    ToolCall,
+    ToolCallDelta,
+    ToolFunction,
     Usage,
 )
 
 DONE = b"data: [DONE]\n\n"
+EVENTS = "text/event-stream"
+FINGERPRINT = f"pumice-{__version__}"
 
 
 class ModelResponse(Response):
@@ -45,71 +54,165 @@ def event(content: BaseModel) -> bytes:
     return b"data: " + content.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
+class AnswerModel(BaseModel):
+    """A part of an answer whose constants, such as its type, are written although nobody sets them."""
+
+    def model_post_init(self, _: Any) -> None:
+        fields = type(self).model_fields.items()
+        self.model_fields_set.update(
+            name
+            for name, field in fields
+            if field.default_factory or field.default not in (None, PydanticUndefined)
+        )
+
+
 @dataclass(frozen=True)
 class AnswerPiece:
-    """A part of an answer, or all of it: text that later tokens cannot change, and its tokens."""
+    """A part of an answer, or all of it: text that later tokens cannot change, and its tokens.
 
+    index: which of the request's answers. call_id, name: of a function that is called; name only in the first
+    piece of the call. arguments: a part of their JSON. stop: the request's stop text that ended the answer.
+    """
+
+    index: int = 0
     text: str = ""
+    call_id: str = ""
+    name: str = ""
+    arguments: str = ""
     tokens: tuple[LogprobEntry, ...] = ()
     finish: Finish | None = None
+    stop: str | None = None
 
     @property
     def has_content(self) -> bool:
         """Whether there is something to send. A token that ends inside a character has no text yet."""
-        return bool(self.text or self.tokens or self.finish)
+        return bool(self.text or self.name or self.arguments or self.tokens or self.finish)
 
 
 def join(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
     """Return the complete answer, whose pieces these are."""
-    tokens = tuple(token for piece in pieces for token in piece.tokens)
-    return AnswerPiece("".join(piece.text for piece in pieces), tokens, pieces[-1].finish)
+    return AnswerPiece(
+        pieces[-1].index,
+        "".join(piece.text for piece in pieces),
+        pieces[-1].call_id,
+        "".join(piece.name for piece in pieces),
+        "".join(piece.arguments for piece in pieces),
+        tuple(token for piece in pieces for token in piece.tokens),
+        pieces[-1].finish,
+        pieces[-1].stop,
+    )
+
+
+class AnswerForm(Protocol):
+    """Writes the answers to one request in the form of a protocol, whole or as a stream of pieces."""
+
+    @property
+    def media_type(self) -> str:
+        """The content type of a stream."""
+
+    def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> BaseModel:
+        """Return the complete answers as one object."""
+
+    def begin(self) -> bytes:
+        """Return what a stream begins with."""
+
+    def piece(self, piece: AnswerPiece) -> bytes:
+        """Return a piece as it is streamed."""
+
+    def progress(self, progress: PromptProgress) -> bytes:
+        """Return how far the prompt is read, where the protocol can say it."""
+
+    def end(self, usage: Usage) -> bytes:
+        """Return what a stream ends with."""
+
+    def error(self, error: ErrorBody) -> bytes:
+        """Return an error that ends a stream."""
 
 
 @dataclass
 class ChatForm:
-    """Writes the answer to a conversation. logprobs, include_usage: whether the request asks for them."""
+    """Writes answers to a conversation. logprobs, include_usage: whether the request asks for them.
+
+    count: of the answers.
+    """
 
     model: str
     logprobs: bool
     include_usage: bool
+    count: int = 1
+    media_type: str = EVENTS
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def response(self, answer: AnswerPiece, usage: Usage) -> BaseModel:
-        """Return the complete answer as one object."""
+    def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> BaseModel:
+        choices = [self._choice(answer) for answer in answers]
+        return ChatCompletion(**self._head("chat.completion"), choices=choices, usage=usage)
+
+    def begin(self) -> bytes:
+        """Return the events that name the role."""
+        deltas = [ChatDelta(role="assistant", content="") for _ in range(self.count)]
+        return b"".join(self._event(index, delta) for index, delta in enumerate(deltas))
+
+    def piece(self, piece: AnswerPiece) -> bytes:
+        """Return a piece as one event, or as two when it ends the answer: the last one holds no text."""
+        events, index = b"", piece.index
+        if piece.name or piece.arguments:
+            function = ToolFunction(arguments=piece.arguments)
+            call = ToolCallDelta(index=0, function=function)
+            if piece.name:
+                function = ToolFunction(name=piece.name, arguments=piece.arguments)
+                call = ToolCallDelta(index=0, id=piece.call_id, type="function", function=function)
+            events = self._event(index, ChatDelta(tool_calls=[call]), self._logprobs(piece.tokens))
+        elif piece.text or piece.tokens or piece.finish is None:
+            events = self._event(index, ChatDelta(content=piece.text), self._logprobs(piece.tokens))
+        return (
+            events if piece.finish is None else events + self._event(index, ChatDelta(), None, piece.finish)
+        )
+
+    def end(self, usage: Usage) -> bytes:
+        if not self.include_usage:
+            return DONE
+        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], usage=usage)) + DONE
+
+    def error(self, error: ErrorBody) -> bytes:
+        return event(error)
+
+    def _choice(self, answer: AnswerPiece) -> ChatChoice:
         assert answer.finish is not None
         message = AnswerMessage(role="assistant", content=answer.text, refusal=None)
-        choice = ChatChoice(
-            index=0,
+        if answer.name:
+            function = ToolFunction(name=answer.name, arguments=answer.arguments)
+            call = ToolCall(id=answer.call_id, type="function", function=function)
+            message = AnswerMessage(role="assistant", content=None, refusal=None, tool_calls=[call])
+        return ChatChoice(
+            index=answer.index,
             message=message,
             logprobs=self._logprobs(answer.tokens),
             finish_reason=answer.finish,
         )
-        return ChatCompletion(**self._head("chat.completion"), choices=[choice], usage=usage)
 
-    def first_event(self) -> bytes:
-        """Return the event that names the role."""
-        return self._event(ChatDelta(role="assistant", content=""))
-
-    def event(self, piece: AnswerPiece) -> bytes:
-        """Return a piece as one event, or as two when it ends the answer: the last one holds no text."""
-        events = b""
-        if piece.text or piece.tokens or piece.finish is None:
-            events = self._event(ChatDelta(content=piece.text), self._logprobs(piece.tokens))
-        return events if piece.finish is None else events + self._event(ChatDelta(), finish=piece.finish)
-
-    def usage_event(self, usage: Usage) -> bytes:
-        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], usage=usage))
+    def progress(self, progress: PromptProgress) -> bytes:
+        return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], prompt_progress=progress))
 
     def _event(
-        self, delta: ChatDelta, logprobs: ChoiceLogprobs | None = None, finish: Finish | None = None
+        self,
+        index: int,
+        delta: ChatDelta,
+        logprobs: ChoiceLogprobs | None = None,
+        finish: Finish | None = None,
     ) -> bytes:
-        choice = ChatChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=finish)
+        choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
         usage: dict[str, Any] = {"usage": None} if self.include_usage else {}
         return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[choice], **usage))
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+        }
 
     def _logprobs(self, tokens: Sequence[LogprobEntry]) -> ChoiceLogprobs | None:
         return ChoiceLogprobs(content=list(tokens), refusal=None) if self.logprobs else None
@@ -117,41 +220,67 @@ class ChatForm:
 
 @dataclass
 class CompletionForm:
-    """Writes the continuation of a text. offset: its characters so far. All else is as in `ChatForm`."""
+    """Writes continuations of texts. echo: what each answer begins with. All else is as in `ChatForm`."""
 
     model: str
     logprobs: bool
     include_usage: bool
+    echo: Sequence[str] = ()
+    media_type: str = EVENTS
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    offset: int = 0
+    _offsets: dict[int, int] = field(default_factory=dict)  # index -> characters so far
 
-    def response(self, answer: AnswerPiece, usage: Usage) -> BaseModel:
-        return self._completion([self._choice(answer, self._logprobs(answer.tokens))], usage=usage)
+    def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> BaseModel:
+        texts = self.echo or [""] * len(answers)
+        choices = [
+            self._choice(replace(answer, text=text + answer.text), self._logprobs(answer))
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        return self._completion(choices, usage=usage)
 
-    def first_event(self) -> bytes:
-        return b""
+    def begin(self) -> bytes:
+        return b"".join(self.piece(AnswerPiece(index, text)) for index, text in enumerate(self.echo))
 
-    def event(self, piece: AnswerPiece) -> bytes:
-        logprobs = self._logprobs(piece.tokens) if piece.tokens or piece.finish is None else None
+    def piece(self, piece: AnswerPiece) -> bytes:
+        logprobs = self._logprobs(piece) if piece.tokens or piece.finish is None else None
         usage: dict[str, Any] = {"usage": None} if self.include_usage else {}
         return event(self._completion([self._choice(piece, logprobs)], **usage))
 
-    def usage_event(self, usage: Usage) -> bytes:
-        return event(self._completion([], usage=usage))
+    def end(self, usage: Usage) -> bytes:
+        return (event(self._completion([], usage=usage)) if self.include_usage else b"") + DONE
 
-    def _completion(self, choices: list[CompletionChoice], **usage: Any) -> Completion:
-        head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, **usage}
-        return Completion(object="text_completion", choices=choices, **head)
+    def error(self, error: ErrorBody) -> bytes:
+        return event(error)
+
+    def progress(self, progress: PromptProgress) -> bytes:
+        return event(self._completion([], prompt_progress=progress))
+
+    def _completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
+        return Completion(
+            object="text_completion",
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            system_fingerprint=FINGERPRINT,
+            choices=choices,
+            **more,
+        )
 
     @staticmethod
     def _choice(piece: AnswerPiece, logprobs: CompletionLogprobs | None) -> CompletionChoice:
-        return CompletionChoice(index=0, text=piece.text, logprobs=logprobs, finish_reason=piece.finish)
+        return CompletionChoice(
+            index=piece.index, text=piece.text, logprobs=logprobs, finish_reason=piece.finish
+        )
 
-    def _logprobs(self, tokens: Sequence[LogprobEntry]) -> CompletionLogprobs | None:
+    def _logprobs(self, piece: AnswerPiece) -> CompletionLogprobs | None:
         if not self.logprobs:
             return None
-        *offsets, self.offset = accumulate((len(token.token) for token in tokens), initial=self.offset)
+        tokens = piece.tokens
+        start = self._offsets.get(piece.index, 0)
+        *offsets, self._offsets[piece.index] = accumulate(
+            (len(token.token) for token in tokens), initial=start
+        )
         top = [{other.token: other.logprob for other in token.top_logprobs} for token in tokens]
         return CompletionLogprobs(
             tokens=[token.token for token in tokens],

@@ -23,23 +23,26 @@ from pumice.serve.errors import ApiError
 from pumice.serve.guard import Gate, Guard, too_large
 from pumice.serve.metrics import CONTENT_TYPE
 from pumice.serve.observe import Observe, RequestRecord, request_record
+from pumice.serve.ollama import OllamaVersion
 from pumice.serve.openapi import OPERATIONS, document
 from pumice.serve.page import files, send
 from pumice.serve.protocol import Health, ModelCard, ModelList
 from pumice.serve.settings import ServerSettings
 from pumice.serve.stream import run_while_connected
 
-OTHER_PROTOCOLS = {  # of Ollama, Anthropic, TGI and those who leave out /v1
-    "/api/chat": "/v1/chat/completions",
-    "/api/generate": "/v1/chat/completions",
-    "/api/tags": "/v1/models",
-    "/api/show": "/v1/models",
-    "/v1/messages": "/v1/chat/completions",
-    "/v1/responses": "/v1/chat/completions",
-    "/generate": "/v1/chat/completions",
+ELSEWHERE = {  # what clients ask for that is somewhere else: with /v1 left out or doubled, of TGI, of Ollama
     "/chat/completions": "/v1/chat/completions",
     "/completions": "/v1/completions",
+    "/responses": "/v1/responses",
+    "/messages": "/v1/messages",
     "/models": "/v1/models",
+    "/v1": "/v1/models",
+    "/v1/v1/chat/completions": "/v1/chat/completions",
+    "/v1/v1/messages": "/v1/messages",
+    "/v1/api/chat": "/api/chat",
+    "/generate": "/v1/chat/completions",
+    "/generate_stream": "/v1/chat/completions",
+    "/completion": "/v1/completions",
 }
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -89,8 +92,18 @@ def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
     async def openapi(_: Request) -> Response:
         return JSONResponse(openapi_document)
 
+    async def ollama_models(_: Request) -> Response:
+        return ModelResponse(backend.ollama_card.models())
+
+    async def ollama_version(_: Request) -> Response:
+        return ModelResponse(OllamaVersion(version=__version__))
+
     endpoints: dict[str, Endpoint] = {
         "chat": answering(backend.chat), "complete": answering(backend.complete),
+        "respond": answering(backend.respond), "message": answering(backend.message),
+        "ollamaChat": answering(backend.ollama_chat), "ollamaGenerate": answering(backend.ollama_generate),
+        "ollamaShow": answering(backend.ollama_show), "ollamaModels": ollama_models,
+        "ollamaVersion": ollama_version,
         "explain": answering(backend.explain), "models": models, "model": model, "health": health,
         "metrics": prometheus,
     }  # fmt: skip
@@ -139,15 +152,15 @@ async def _body(request: Request, settings: ServerSettings) -> bytes:
 
 async def _api_error(request: Request, error: ApiError) -> Response:
     request_record(request).add_error(error)
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path
     if error.status_code == 405:
         message = f"{path[:100]} does not accept {request.method}; /openapi.json lists the methods"
-    elif error.status_code == 404 and path in OTHER_PROTOCOLS:
-        message = f"{path} is of another protocol; this server speaks OpenAI's, at {OTHER_PROTOCOLS[path]}"
+    elif error.status_code == 404 and path in ELSEWHERE:
+        message = f"there is nothing at {path}; ask at {ELSEWHERE[path]}"
     elif error.status_code == 404:
         message = f"there is nothing at {path[:100]!r}; /openapi.json lists what is there"
     else:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,18 +19,30 @@ import torch
 from pydantic import ValidationError
 from starlette.responses import Response
 
-from pumice.conversation import Conversation, ImagePart, Message
+from pumice.conversation import Conversation
 from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError
-from pumice.serve.answers import ChatForm, CompletionForm, ModelResponse, join
+from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
+from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
 from pumice.serve.errors import ApiError, context_overflow, not_json, unknown_model, validation_error
 from pumice.serve.explanation import explanation_json
 from pumice.serve.fetch import Fetcher
+from pumice.serve.grammars import HeldTo, held_to, tool_schemas
+from pumice.serve.history import conversation
 from pumice.serve.images import find_damaged, read_images
+from pumice.serve.messages import parse
 from pumice.serve.metrics import Metrics
 from pumice.serve.observe import RequestRecord
+from pumice.serve.ollama import (
+    OllamaCard,
+    OllamaChatRequest,
+    OllamaForm,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from pumice.serve.protocol import (
+    MAX_ANSWERS,
     BaseRequest,
     ChatRequest,
     CompletionRequest,
@@ -39,23 +50,22 @@ from pumice.serve.protocol import (
     ExplainRequest,
     ExplanationBody,
     GenerationRequest,
-    PastAnswer,
-    ResponseFormat,
-    TextPart,
-    parse,
 )
+from pumice.serve.responses import ResponsesRequest
+from pumice.serve.responses_form import ResponsesForm
 from pumice.serve.settings import ServerSettings
-from pumice.serve.stream import ActiveRequest, EventStream
+from pumice.serve.stream import ActiveRequest, EventStream, PieceReader, as_text
+from pumice.serve.tools import CallReader, check_tools, functions_to_call, instruction
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
-    from pumice.engine.constraint import JsonSchema
+    from pumice.engine.constraint import Grammar
 
 T = TypeVar("T", bound=BaseRequest)
 Pictures = dict[str, bytes]  # field name -> file
 
 LONG_BODY = 1 << 15  # bytes; parsing a longer body would block the event loop for too long
-MAX_SCHEMAS = 32  # compiled JSON schemas in the cache
+MAX_GRAMMARS = 256  # compiled ones in the cache
 PROMPT_THREADS = 2  # threads that prepare prompts; each may hold a decoded picture
 
 
@@ -69,8 +79,10 @@ class Backend:
         self, assistant: Assistant, names: tuple[str, ...], settings: ServerSettings, metrics: Metrics
     ) -> None:
         self.assistant, self.names, self.settings, self.metrics = assistant, names, settings, metrics
+        parameters = sum(parameter.numel() for parameter in assistant.model.parameters())
+        self.ollama_card = OllamaCard(names, assistant.model.config, parameters)
         self._fetcher: Fetcher | None = None
-        self._schemas: OrderedDict[str, JsonSchema] = OrderedDict()
+        self._grammars: OrderedDict[str, Grammar] = OrderedDict()
 
     async def start(self) -> None:
         self._pool = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="pumice-prompts")
@@ -88,28 +100,95 @@ class Backend:
 
     async def chat(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ChatRequest, body)
+        form = ChatForm(
+            self._model(request), bool(request.logprobs), request.include_usage_in_stream, request.n or 1
+        )
+        return await self._converse(record, request, form)
+
+    async def respond(self, record: RequestRecord, body: bytes) -> Response:
+        request = await self._parse(ResponsesRequest, body)
+        return await self._converse(
+            record, request.chat(), ResponsesForm(self._model(request), request), "input"
+        )
+
+    async def message(self, record: RequestRecord, body: bytes) -> Response:
+        request = await self._parse(AnthropicRequest, body)
+        form = AnthropicForm(self._model(request), request)
+        return await self._converse(record, request.chat(), form, "messages")
+
+    async def ollama_chat(self, record: RequestRecord, body: bytes) -> Response:
+        return await self._ollama(record, await self._parse(OllamaChatRequest, body), is_chat=True)
+
+    async def ollama_generate(self, record: RequestRecord, body: bytes) -> Response:
+        return await self._ollama(record, await self._parse(OllamaGenerateRequest, body), is_chat=False)
+
+    async def _ollama(
+        self, record: RequestRecord, request: OllamaChatRequest | OllamaGenerateRequest, *, is_chat: bool
+    ) -> Response:
+        form = OllamaForm(request.model, is_chat)
+        if request.loads_only:
+            return ModelResponse(form.loaded())
+        return await self._converse(record, request.chat(), form, "messages" if is_chat else "prompt")
+
+    async def ollama_show(self, _: RequestRecord, body: bytes) -> Response:
+        await self._parse(OllamaShowRequest, body)
+        return ModelResponse(self.ollama_card.show())
+
+    async def _converse(
+        self, record: RequestRecord, request: ChatRequest, form: AnswerForm, field: str | None = None
+    ) -> Response:
+        """Answer a conversation. field: where a request of another protocol has it."""
+        # 1. Check what needs no work.
+        check_tools(request, field)
+        functions = functions_to_call(request)
         sampling = self._sampling(request)
         if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         if request.logprobs:
             sampling["logprobs"] = request.top_logprobs or 0
-        constraint = await self._compile_schema(request.response_format)
+        # 2. Compile what the answer is held to, and read the pictures.
+        for schema in tool_schemas(request, functions):
+            await self._compile(schema)
+        constraint = await self._compile(held_to(request, functions))
         pictures = await self._read_images(record, request)
-        form = ChatForm(self._model(request), bool(request.logprobs), request.include_usage_in_stream)
-        async with self._input_errors("messages", pictures):
-            prompt = await self._run_in_pool(self._chat_prompt, request, pictures, sampling, constraint)
-            return await self._answer(record, request, prompt, form)
+        told = instruction(functions) if functions else ""
+        readers: list[PieceReader] = [
+            CallReader(functions) if functions else as_text for _ in range(request.n or 1)
+        ]
+        # 3. Answer.
+        async with self._input_errors(field or "messages", pictures):
+            prompt = await self._run_in_pool(self._chat_prompt, request, pictures, told, sampling)
+            prompts = _several(replace(prompt, constraint=constraint), request.n or 1)
+            return await self._answer(record, request, prompts, readers, form)
 
     async def complete(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(CompletionRequest, body)
+        count = request.n or 1
+        if len(request.prompts) * count > MAX_ANSWERS:
+            message = f"{len(request.prompts)} prompts with {count} answers each are more than {MAX_ANSWERS}"
+            raise ApiError(400, f"{message}; ask for fewer at once", param="n", code="too_many_answers")
         sampling = self._sampling(request)
         if request.logprobs is not None:
             sampling["logprobs"] = request.logprobs
+        constraint = await self._compile(held_to(request))
         logprobs = request.logprobs is not None
-        form = CompletionForm(self._model(request), logprobs, request.include_usage_in_stream)
         async with self._input_errors("prompt"):
-            prompt = await self._run_in_pool(self._text_prompt, request.text, sampling)
-            return await self._answer(record, request, prompt, form)
+            single = [
+                await self._run_in_pool(self._text_prompt, prompt, request.add_special_tokens, sampling)
+                for prompt in request.prompts
+            ]
+            prompts = [
+                one for prompt in single for one in _several(replace(prompt, constraint=constraint), count)
+            ]
+            decode = self.assistant.processor.tokenizer.decode
+            echoes = [text if isinstance(text, str) else decode(text) for text in request.prompts]
+            form = CompletionForm(
+                self._model(request),
+                logprobs,
+                request.include_usage_in_stream,
+                [text for text in echoes for _ in range(count)] if request.echo else (),
+            )
+            return await self._answer(record, request, prompts, [as_text] * len(prompts), form)
 
     async def explain(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ExplainRequest, body)
@@ -126,7 +205,7 @@ class Backend:
             raise ApiError(504, message, code="timeout") from None
 
     def _explanation(self, request: ExplainRequest, pictures: Pictures) -> Response:
-        *context, answer = conversation(request, pictures).messages
+        *context, answer = conversation(request, pictures, self.assistant.processor.template).messages
         if answer.role != "assistant":
             raise InputError("the last message must be the assistant's, the answer to explain")
         values = explanation_json(self.assistant, Conversation(tuple(context)), answer.text)
@@ -172,43 +251,52 @@ class Backend:
             "top_k": None if request.top_k is None else max(0, request.top_k),
             "min_p": request.min_p,
             "repetition_penalty": request.repetition_penalty,
+            "frequency_penalty": request.frequency_penalty,
+            "presence_penalty": request.presence_penalty,
             "seed": None if request.seed is None else request.seed % 2**63,
             "stop": request.stops,
         }
         return {key: value for key, value in values.items() if value is not None}
 
     def _chat_prompt(
-        self,
-        request: ChatRequest,
-        pictures: Pictures,
-        sampling: dict[str, Any],
-        constraint: JsonSchema | None,
+        self, request: ChatRequest, pictures: Pictures, told: str, sampling: dict[str, Any]
     ) -> Prompt:
-        continued = bool(request.continue_final_message)
-        prompt = self.assistant.prompt(conversation(request, pictures), continued=continued, **sampling)
-        return prompt if constraint is None else replace(prompt, constraint=constraint)
+        messages = conversation(request, pictures, self.assistant.processor.template, told)
+        return self.assistant.prompt(messages, continued=bool(request.continue_final_message), **sampling)
 
-    async def _compile_schema(self, response_format: ResponseFormat | None) -> JsonSchema | None:
-        """Return the constraint that a response_format asks for. The last ones used stay in a cache."""
-        if response_format is None or response_format.type == "text":
+    async def _compile(self, held: HeldTo | None) -> Grammar | None:
+        """Return the constraint of answers that are held to something. The last ones used stay in a cache."""
+        if held is None:
             return None
-        schema = None if response_format.json_schema is None else response_format.json_schema.schema_
-        key = json.dumps(schema, sort_keys=True)
-        if key not in self._schemas:
-            async with self._input_errors("response_format", code="invalid_json_schema"):
-                constraint = await self._run_in_pool(self.assistant.json, schema)
-            while len(self._schemas) >= MAX_SCHEMAS:
-                self._schemas.popitem(last=False)
-            self._schemas[key] = constraint
-        self._schemas.move_to_end(key)
-        return self._schemas[key]
+        if held.grammar not in self._grammars:
+            async with self._input_errors(held.field, code=held.code):
+                grammar = await self._run_in_pool(self._grammar, held)
+            while len(self._grammars) >= MAX_GRAMMARS:
+                self._grammars.popitem(last=False)
+            self._grammars[held.grammar] = grammar
+        self._grammars.move_to_end(held.grammar)
+        return self._grammars[held.grammar]
 
-    def _text_prompt(self, text: str, sampling: dict[str, Any]) -> Prompt:
+    def _grammar(self, held: HeldTo) -> Grammar:
+        from pumice.engine.constraint import Grammar
+
+        config = self.assistant.model.config
+        tokenizer, stops = self.assistant.processor.tokenizer, config.stop_token_ids
+        return Grammar(tokenizer, held.grammar, config.decoder.vocab_size, stops, held.what)
+
+    def _text_prompt(self, text: str | list[int], special: bool | None, sampling: dict[str, Any]) -> Prompt:
+        """Return the prompt of a text, which begins with BOS unless `special` is False, or of token ids."""
         bos = self.assistant.processor.config.bos_token_id
-        ids = [] if bos is None else [bos]
-        ids += [token_id for token_id, _ in self.assistant.processor.tokenizer.pieces(text)]
+        if isinstance(text, str):
+            ids = [] if bos is None or special is False else [bos]
+            ids += [token_id for token_id, _ in self.assistant.processor.tokenizer.pieces(text)]
+        else:
+            ids = text
         if not ids:
             raise InputError("the prompt is empty; give some text to continue")
+        size = self.assistant.model.config.decoder.vocab_size
+        if max(ids) >= size:
+            raise InputError(f"the prompt has the token {max(ids)}, the model only {size}; give others")
         params = SamplingParams(**{**self.assistant.generation, **sampling})
         prompt = Prompt(torch.tensor(ids, dtype=torch.int64), params=params)
         check_room(self.assistant.model, prompt)
@@ -233,71 +321,47 @@ class Backend:
         self,
         record: RequestRecord,
         request: GenerationRequest,
-        prompt: Prompt,
-        form: ChatForm | CompletionForm,
+        prompts: Sequence[Prompt],
+        readers: Sequence[PieceReader],
+        form: AnswerForm,
     ) -> Response:
-        # 1. Give the prompt to the engine. An answer that would not fit is cut to what fits.
+        # 1. Give the prompts to the engine. An answer that would not fit is cut to what fits.
         engine = self.assistant.engine
         cells = min(engine.model.config.decoder.context, engine.stats().cache_capacity + 1)
-        room = max(1, cells - len(prompt.input_ids))
-        params = replace(prompt.params, max_new_tokens=min(room, prompt.params.max_new_tokens))
-        prompt = replace(prompt, params=params)
+        prompts = [_cut(prompt, cells) for prompt in prompts]
         tokenizer = self.assistant.processor.tokenizer
-        running = ActiveRequest(engine, tokenizer, prompt, record, self.metrics, self.settings.timeout)
+        running = ActiveRequest(
+            engine, tokenizer, prompts, readers, record, self.metrics, self.settings.timeout
+        )
         try:
             # 2. Wait for the first piece. Until then an error can still change the status of the response.
-            pieces = [await running.next()]
+            pieces = running.pieces(bool(request.return_progress))
+            first = await anext(pieces)
             if request.stream:
-                return EventStream(running, form, pieces[0])
+                return EventStream(running, form, first, pieces)
             # 3. Without a stream, collect all pieces and send one object.
-            while pieces[-1].finish is None:
-                pieces.append(await running.next())
+            others = [piece async for piece in pieces]
+            answers: list[list[AnswerPiece]] = [[] for _ in prompts]
+            for piece in (first, *others):
+                if isinstance(piece, AnswerPiece):
+                    answers[piece.index].append(piece)
             running.end()
-            return ModelResponse(form.response(join(pieces), running.usage()))
+            return ModelResponse(form.response([join(answer) for answer in answers], running.usage()))
         except BaseException:  # also a cancellation, after the client disconnects
             running.end()
             raise
 
 
-def conversation(request: ConversationRequest, pictures: Pictures) -> Conversation:
-    """Return the messages of a request as a Conversation. pictures: in order.
-
-    The role "developer" becomes "system". Messages of one role in a row become one. Templates have a place
-    for one system message, the first: a later one goes to the front of the user's message that follows, or
-    else to the end of the last message. `<image>` in a text is plain text, not a placeholder.
-    """
-    remaining_files = iter(pictures.values())
-    messages: list[Message] = []
-    late: tuple[str | ImagePart, ...] = ()  # system messages that wait for the user's next one
-    for message in request.messages:
-        content: Any = message.content
-        if isinstance(message, PastAnswer) and not content:
-            content = message.refusal or ""
-        parts: tuple[str | ImagePart, ...] = (
-            (content,)
-            if isinstance(content, str)
-            else tuple(
-                part.text if isinstance(part, TextPart) else ImagePart(next(remaining_files))
-                for part in content
-            )
-        )
-        role = "system" if message.role == "developer" else message.role
-        if role == "system" and any(earlier.role != "system" for earlier in messages):
-            late = _joined(late, parts)
-            continue
-        if role == "user":
-            parts, late = _joined(late, parts), ()
-        if messages and messages[-1].role == role:
-            parts = _joined(messages.pop().parts, parts)
-        messages.append(Message(role, parts))
-    if late:
-        messages.append(Message(messages[-1].role, _joined(messages.pop().parts, late)))
-    return Conversation(tuple(messages))
+def _several(prompt: Prompt, count: int) -> list[Prompt]:
+    """Return the prompts of several answers. The engine computes them once, and each has its own seed."""
+    seed = prompt.params.seed
+    return [
+        replace(prompt, params=replace(prompt.params, seed=None if seed is None else (seed + number) % 2**63))
+        for number in range(count)
+    ]
 
 
-def _joined(
-    first: tuple[str | ImagePart, ...], second: tuple[str | ImagePart, ...]
-) -> tuple[str | ImagePart, ...]:
-    """Return the parts of two messages as one, with a blank line between two texts."""
-    both_text = first and second and isinstance(first[-1], str) and isinstance(second[0], str)
-    return (*first, "\n\n", *second) if both_text else (*first, *second)
+def _cut(prompt: Prompt, cells: int) -> Prompt:
+    """Return the prompt with an answer that fits in so many cells."""
+    longest = min(max(1, cells - len(prompt.input_ids)), prompt.params.max_new_tokens)
+    return replace(prompt, params=replace(prompt.params, max_new_tokens=longest))

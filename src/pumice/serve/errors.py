@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pumice.errors import ContextOverflow, shorten
 from pumice.serve.answers import ModelResponse
+from pumice.serve.anthropic import AnthropicError
+from pumice.serve.ollama import OllamaError
 from pumice.serve.protocol import ErrorBody, ErrorDetail
 
 # Field -> a clearer message than pydantic's.
 REMEDIES = {
-    "n": "this server gives one answer per request; leave n out or set it to 1",
-    "best_of": "this server gives one answer per request; leave best_of out or set it to 1",
-    "frequency_penalty": "frequency_penalty is not supported; leave it out, or use repetition_penalty",
-    "presence_penalty": "presence_penalty is not supported; leave it out, or use repetition_penalty",
     "logit_bias": "logit_bias is not supported; leave it out",
     "modalities": "this server answers in text only; leave modalities out",
-    "echo": "echo is not supported; leave it out",
     "suffix": "suffix is not supported; leave it out",
-    "tools": "this server calls no tools; leave tools out",
-    "functions": "this server calls no functions; leave functions out",
+    "functions": "functions are an older form of tools; use tools",
+    "previous_response_id": "this server keeps no responses; send the whole conversation as input",
+    "conversation": "this server keeps no conversations; send the whole conversation as input",
     "audio": "this server neither hears nor speaks; leave audio out",
 }
 CONTENT = "text, or a list of parts whose type is 'text' or 'image_url'"
@@ -62,8 +60,14 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return ErrorBody(error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code))
 
-    def response(self) -> ModelResponse:
-        return ModelResponse(self.body(), self.status, self.headers)
+    def response(self, path: str) -> ModelResponse:
+        """Return the error in the form of the protocol that the path belongs to."""
+        body: BaseModel = self.body()
+        if path.startswith("/api/"):
+            body = OllamaError(error=self.message)
+        elif path.startswith("/v1/messages"):
+            body = AnthropicError(type="error", error=self.body().error)
+        return ModelResponse(body, self.status, self.headers)
 
 
 def validation_error(error: ValidationError) -> ApiError:

@@ -91,7 +91,7 @@ class Guard:
                 self._admit(headers)
         except ApiError as error:
             request_record(Request(scope)).add_error(error)
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         # 2. Let it pass.
         with self.gate.passing() if needs_slot else contextlib.nullcontext():
@@ -120,9 +120,11 @@ class Guard:
         )
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._keys or not (path.startswith("/v1/") or path in ("/explain", "/metrics")):
+        if not self._keys or not (path.startswith(("/v1/", "/api/")) or path in ("/explain", "/metrics")):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        if not scheme:  # as Anthropic's clients send it
+            scheme, key = "bearer", headers.get("x-api-key", "")
         digest = _digest(key.strip().encode("latin-1", "replace"))
         # Compare with every key, each in constant time, so that the duration reveals nothing about a key.
         matches = [hmac.compare_digest(digest, known) for known in self._keys]

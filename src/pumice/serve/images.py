@@ -14,7 +14,7 @@ from pumice.errors import InputError
 from pumice.images import EnormousImage, image_size, open_image
 from pumice.serve.errors import ApiError
 from pumice.serve.fetch import Fetcher
-from pumice.serve.protocol import ImageUrl
+from pumice.serve.messages import ImageUrl
 from pumice.serve.settings import ServerSettings
 
 _DATA = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[\w.+-]*)*)(;base64)?,", re.IGNORECASE)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 from typing import Any
+
+from pumice.jsonl import json_text
 
 LOG = logging.getLogger("pumice.serve")
 
@@ -48,7 +49,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json_text(line, sys.stderr.encoding, default=str)
 
 
 class TextFormatter(logging.Formatter):

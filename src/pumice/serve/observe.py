@@ -92,7 +92,7 @@ class Observe:
             if not status:
                 api_error = internal_error(record)
                 record.add_error(api_error)
-                await api_error.response()(scope, receive, send_with_headers)
+                await api_error.response(scope["path"])(scope, receive, send_with_headers)
         finally:
             self.metrics.open.dec()
             self._close(scope, record, status, ended)

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from pumice.serve import protocol
+from pumice.serve import anthropic, ollama, protocol
+from pumice.serve.responses import ResponsesRequest
+from pumice.serve.responses_form import ResponsesAnswer, ResponsesEvent
 
 _SCHEMAS = "#/components/schemas/"
 # Class in `protocol` -> name in the document. Clients generate code from the document, so its names stay.
@@ -40,7 +42,8 @@ _GET = ("401", "421", "500")
 class Operation:
     """One address of the server: what it takes and what it gives.
 
-    request: None for a GET. response: None for plain text. event: of an answer that can be streamed.
+    request: None for a GET. response: None for plain text. event: of an answer that can be streamed, as
+    server-sent events or, if `lines`, as lines of JSON.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Operation:
     response: type[BaseModel] | None
     request: type[BaseModel] | None = None
     event: type[BaseModel] | None = None
+    error: type[BaseModel] = protocol.ErrorBody
+    lines: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return the operation as OpenAPI writes it."""
@@ -61,12 +66,11 @@ class Operation:
             answer = _content("The answer.", self.response)
             described["requestBody"] = {"required": True, **_content(None, self.request)}
         if self.event is not None:
-            answer["description"] = (
-                "The answer; with `stream`, server-sent events that end with `data: [DONE]`."
-            )
+            form = "lines of JSON" if self.lines else "server-sent events"
+            answer["description"] = f"The answer; with `stream`, {form}."
             events = {"schema": {"type": "string"}, "x-event": _SCHEMAS + _published(self.event)}
-            answer["content"]["text/event-stream"] = events
-        errors = {status: _content(_ERRORS[status], protocol.ErrorBody) for status in statuses}
+            answer["content"]["application/x-ndjson" if self.lines else "text/event-stream"] = events
+        errors = {status: _content(_ERRORS[status], self.error) for status in statuses}
         return {**described, "responses": {"200": answer, **errors}}
 
 
@@ -78,6 +82,36 @@ OPERATIONS = (
     Operation(
         "complete", "/v1/completions", "Continue a text",
         protocol.Completion, protocol.CompletionRequest, protocol.Completion,
+    ),
+    Operation(
+        "respond", "/v1/responses", "Answer a conversation, in OpenAI's newer form",
+        ResponsesAnswer, ResponsesRequest, ResponsesEvent,
+    ),
+    Operation(
+        "message", "/v1/messages", "Answer a conversation, in Anthropic's form",
+        anthropic.AnthropicAnswer, anthropic.AnthropicRequest, anthropic.AnthropicEvent,
+        anthropic.AnthropicError,
+    ),
+    Operation(
+        "ollamaChat", "/api/chat", "Answer a conversation, in Ollama's form",
+        ollama.OllamaAnswer, ollama.OllamaChatRequest, ollama.OllamaAnswer, ollama.OllamaError, lines=True,
+    ),
+    Operation(
+        "ollamaGenerate", "/api/generate", "Answer a question, in Ollama's form",
+        ollama.OllamaAnswer, ollama.OllamaGenerateRequest, ollama.OllamaAnswer, ollama.OllamaError,
+        lines=True,
+    ),
+    Operation(
+        "ollamaShow", "/api/show", "The model, in Ollama's form",
+        ollama.OllamaShow, ollama.OllamaShowRequest, error=ollama.OllamaError,
+    ),
+    Operation(
+        "ollamaModels", "/api/tags", "The models here, in Ollama's form",
+        ollama.OllamaModels, error=ollama.OllamaError,
+    ),
+    Operation(
+        "ollamaVersion", "/api/version", "The server's version", ollama.OllamaVersion,
+        error=ollama.OllamaError,
     ),
     Operation(
         "explain", "/explain", "Where an answer's words looked",
@@ -106,7 +140,7 @@ def document(version: str) -> dict[str, Any]:
         "info": {
             "title": "Pumice",
             "version": version,
-            "description": "Questions about pictures, in OpenAI's protocol.",
+            "description": "Questions about pictures, in the protocols of OpenAI, Anthropic and Ollama.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
@@ -121,7 +155,7 @@ def document(version: str) -> dict[str, Any]:
 def _schemas() -> dict[str, Any]:
     """Return the schemas of all models under their published names: as key, as title and in every $ref."""
     requests = [operation.request for operation in OPERATIONS if operation.request is not None]
-    responses: list[type[BaseModel]] = [protocol.ErrorBody]
+    responses: list[type[BaseModel]] = [operation.error for operation in OPERATIONS]
     responses += [model for o in OPERATIONS for model in (o.response, o.event) if model is not None]
     models: list[tuple[type[BaseModel], Literal["validation", "serialization"]]]
     models = [(model, "validation") for model in requests]

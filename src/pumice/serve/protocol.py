@@ -2,139 +2,37 @@
 
 /openapi.json is generated from these classes; `openapi.PUBLISHED_NAMES` has the names that differ there.
 A request with an unknown field is an error that names the field, so no option is ignored silently.
-Source of the fields: OpenAI's API reference; `top_k`, `min_p` and `repetition_penalty` are those of vLLM.
+Source of the fields: OpenAI's API reference; `top_k`, `min_p`, `repetition_penalty`, `structured_outputs` and
+`guided_json` are those of vLLM, `response_format.value` is TGI's, `response_format.schema` llama.cpp's.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import from_json
 
-T = TypeVar("T", bound=BaseModel)
+from pumice.serve.messages import (
+    AnyMessage,
+    ImageUrl,
+    ImageUrlPart,
+    RequestModel,
+    ToolChoice,
+    ToolDescription,
+    json_kind,
+)
 
 MAX_STOPS = 16
 MAX_MESSAGES = 1024
-
-
-class RequestModel(BaseModel):
-    """A part of a request: exact types, no unknown fields, no infinite numbers."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+MAX_ANSWERS = 128  # of one request, as OpenAI allows: prompts times `n`
 
 
 # --- requests ---
 
-# Fields -> values that ask for nothing. They are taken as if the field were absent, as null is.
-ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "tool_calls": ([],),
-    "chat_template_kwargs": ({},),
-    "reasoning_effort": ("none",),
-    "modalities": ([],),
-    "stop": ([],),
-}
-VERBATIM = ("schema", "parameters")  # JSON schemas, in which null has a meaning
-
-
-def parse(kind: type[T], body: bytes) -> T:
-    """Return the body as a request of this kind, without what is null or asks for nothing.
-
-    Raises ValueError if it is not JSON, and pydantic's ValidationError if it is no such request.
-    """
-    values = _drop_nothing(from_json(body, allow_inf_nan=False))
-    return kind.model_validate(values)
-
-
-def _drop_nothing(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_drop_nothing(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kept = {key: item for key, item in value.items() if item is not None}
-    if kept.get("tool_choice") == "none":
-        kept.pop("tools", None)
-    return {
-        key: item if key in VERBATIM else _drop_nothing(item)
-        for key, item in kept.items()
-        if item not in ASKS_NOTHING.get(key, ())
-    }
-
-
-class ImageUrl(RequestModel):
-    url: str = Field(min_length=1, description="data:image/...;base64,..., or http(s) where that is allowed")
-    detail: Literal["auto", "low", "high"] | None = Field(
-        None, description="Taken and not used: the model's own image policy decides."
-    )
-
-
-class PartModel(RequestModel):
-    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
-
-
-class TextPart(PartModel):
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrlPart(PartModel):
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-def _part_tag(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "~image" if kind == "image_url" else "~text"
-
-
-def _text_or_list_tag(value: Any) -> str:
-    return "~list" if isinstance(value, list) else "~string"
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag("~text")] | Annotated[ImageUrlPart, Tag("~image")], Discriminator(_part_tag)
-]
-Content = Annotated[
-    Annotated[str, Tag("~string")] | Annotated[list[Part], Tag("~list")], Discriminator(_text_or_list_tag)
-]
 Texts = Annotated[
     Annotated[str, Tag("~string")]
     | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), Tag("~list")],
-    Discriminator(_text_or_list_tag),
-]
-
-
-class ChatMessage(RequestModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: str | None = Field(None, description="Taken and not used: templates know roles only.")
-
-
-class PastAnswer(RequestModel):
-    """An answer of before, with the fields that servers and libraries add to one."""
-
-    role: Literal["assistant"]
-    content: Content | None = None
-    name: str | None = None
-    refusal: str | None = Field(None, description="Read as the answer's text where content is empty.")
-    annotations: list[Any] | None = Field(None, description="Taken and not used, as the next three.")
-    reasoning: Any = None
-    reasoning_content: Any = None
-    provider_specific_fields: dict[str, Any] | None = None
-
-
-def _message_tag(value: Any) -> str:
-    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    return "~assistant" if role == "assistant" else "~other"
-
-
-AnyMessage = Annotated[
-    Annotated[PastAnswer, Tag("~assistant")] | Annotated[ChatMessage, Tag("~other")],
-    Discriminator(_message_tag),
+    Discriminator(json_kind),
 ]
 
 
@@ -144,21 +42,47 @@ class StreamOptions(RequestModel):
 
 
 class JsonSchemaFormat(RequestModel):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="Answers are always held to the schema.")
 
 
 class ResponseFormat(RequestModel):
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "json", "regex"]
     json_schema: JsonSchemaFormat | None = None
+    value: Any = Field(None, description='TGI\'s: the schema, {"schema": ...}, or a regular expression.')
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama.cpp's, of json_object.")
 
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
+        if self.type == "json_schema" and self.json_schema is None and not isinstance(self.value, dict):
             raise ValueError("json_schema and the type 'json_schema' belong together")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError("json_schema and the type 'json_schema' belong together")
+        if self.type == "regex" and not isinstance(self.value, str):
+            raise ValueError("the type 'regex' needs a regular expression as value")
+        if self.type == "json" and not isinstance(self.value, dict):
+            raise ValueError("the type 'json' needs a schema as value")
         return self
+
+    @property
+    def schema_or_none(self) -> dict[str, Any] | None:
+        """Return the JSON Schema, or None for any object."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        value = self.value if isinstance(self.value, dict) else self.schema_
+        inner = value.get("schema") if value and not {"type", "properties"} & set(value) else None
+        return inner if isinstance(inner, dict) else value
+
+
+class StructuredOutputs(RequestModel):
+    """vLLM's: what the answer is held to. One of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
 
 
 _LIMIT = "The longest answer; -1, and what does not fit, is as long as it fits."
@@ -171,6 +95,13 @@ def _check_limit(tokens: int) -> int:
 
 
 Limit = Annotated[int, Field(ge=-1), AfterValidator(_check_limit)]
+Temperature = Annotated[float, Field(ge=0, le=2, description="0, the default, is greedy.")]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, le=2**31, description="0 and -1 are off.")]
+MinP = Annotated[float, Field(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=10)]
+Penalty = Annotated[float, Field(ge=-2, le=2, description="Of tokens that the answer holds already.")]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class BaseRequest(RequestModel):
@@ -184,30 +115,43 @@ class GenerationRequest(BaseRequest):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_progress: bool | None = Field(
+        None, description="Also stream how much of a long prompt is read, as llama.cpp's server does."
+    )
     max_tokens: Limit | None = Field(None, description=_LIMIT)
-    temperature: float | None = Field(None, ge=0, le=2, description="0, the default, is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31, description="0 and -1 are off.")
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: Seed | None = None
     stop: Texts | None = None
-    n: int | None = Field(None, ge=1, le=1)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    user: str | None = Field(None, description="Taken and not used, as the next six.")
+    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, min_length=1)
+    user: str | None = Field(None, description="Taken and not used, as the next fields.")
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    prediction: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
+        if self.return_progress and not self.stream:
+            raise ValueError("return_progress needs stream to be true")
         return self
 
     @property
@@ -233,7 +177,7 @@ class ConversationRequest(BaseRequest):
     def images(self) -> list[tuple[str, ImageUrl]]:
         """Return (field name, picture) for each picture, in the order of the request."""
         return [
-            (f"messages.{m}.content.{p}.image_url", part.image_url)
+            (part.field or f"messages.{m}.content.{p}.image_url", part.image_url)
             for m, message in enumerate(self.messages)
             if isinstance(message.content, list)
             for p, part in enumerate(message.content)
@@ -250,7 +194,8 @@ class ChatRequest(ConversationRequest, GenerationRequest):
     add_generation_prompt: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
+    tools: list[ToolDescription] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = None
     modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
@@ -268,25 +213,53 @@ class ExplainRequest(ConversationRequest):
     """Its last message is the assistant's: the answer to explain."""
 
 
+TokenId = Annotated[int, Field(ge=0)]
+
+
+def _prompt_kind(value: Any) -> str:
+    """Return the tag of a prompt: a text, texts, token ids, or several of these."""
+    if not isinstance(value, list):
+        return "~string"
+    first = value[0] if value else ""
+    return "~texts" if isinstance(first, str) else "~lists" if isinstance(first, list) else "~ids"
+
+
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         Annotated[str, Tag("~string")]
-        | Annotated[list[str], Field(min_length=1, max_length=1), Tag("~list")],
-        Discriminator(_text_or_list_tag),
-    ] = Field(description="Text as it is, without the model's template; or a list of one.")
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_ANSWERS), Tag("~texts")]
+        | Annotated[list[TokenId], Field(min_length=1), Tag("~ids")]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]], Field(max_length=MAX_ANSWERS), Tag("~lists")
+        ],
+        Discriminator(_prompt_kind),
+    ] = Field(description="Text as it is, without the model's template; or token ids; or a list of either.")
     logprobs: int | None = Field(None, ge=0, le=5)
-    echo: Literal[False] | None = None
+    echo: bool | None = Field(None, description="Whether the answer begins with the prompt.")
     suffix: Literal[""] | None = None
-    best_of: int | None = Field(None, ge=1, le=1)
+    best_of: int | None = None
+    add_special_tokens: bool | None = Field(None, description="Whether a text begins with the model's BOS.")
 
     @property
-    def text(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts: texts, or token ids."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of should be n: every answer is returned; leave it out")
+        if self.echo and self.logprobs is not None:
+            raise ValueError(
+                "echo has no logprobs: those of a prompt are not computed; leave one of them out"
+            )
+        return self
 
 
 # --- responses ---
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class PromptDetails(BaseModel):
@@ -298,6 +271,13 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+
+
+class PromptProgress(BaseModel):
+    """How far a prompt is read, in tokens."""
+
+    total: int
+    processed: int
 
 
 class TopLogprob(BaseModel):
@@ -315,10 +295,31 @@ class ChoiceLogprobs(BaseModel):
     refusal: None = None
 
 
+class ToolFunction(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ToolCallDelta(BaseModel):
+    """A part of a call. The first one has the id and the name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: ToolFunction
+
+
 class AnswerMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -333,6 +334,7 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -340,6 +342,7 @@ class ChatCompletion(BaseModel):
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -354,8 +357,10 @@ class ChatChunk(BaseModel):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_progress: PromptProgress | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -377,8 +382,10 @@ class Completion(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    prompt_progress: PromptProgress | None = None
 
 
 class ExplainedWord(BaseModel):

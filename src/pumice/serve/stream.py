@@ -1,4 +1,4 @@
-"""One request that the engine is answering, and the response that streams it.
+"""A request that the engine is answering, once or several times, and the response that streams it.
 
 The engine's thread puts tokens into a queue of the request, and the event loop reads them.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -16,51 +17,74 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pumice.engine.text import TextStream
-from pumice.serve.answers import DONE, AnswerPiece, ChatForm, CompletionForm, event
+from pumice.serve.answers import AnswerForm, AnswerPiece
 from pumice.serve.errors import ApiError
 from pumice.serve.metrics import Metrics
 from pumice.serve.observe import RequestRecord, internal_error
-from pumice.serve.protocol import LogprobEntry, PromptDetails, TopLogprob, Usage
+from pumice.serve.protocol import LogprobEntry, PromptDetails, PromptProgress, TopLogprob, Usage
 
 if TYPE_CHECKING:
     from pumice.engine.engine import Engine
     from pumice.engine.requests import Delta, Prompt
+    from pumice.engine.requests import Request as EngineRequest
     from pumice.engine.sampling import TokenLogprob
     from pumice.tokens import Tokenizer
 
 T = TypeVar("T")
 
 SEND_GRACE = 10.0  # seconds to send the end of an answer after its time is over
+PROGRESS_INTERVAL = 0.2  # seconds between two looks at how much of a prompt is read
+
+
+PieceReader = Callable[[AnswerPiece], AnswerPiece]
+
+
+def as_text(piece: AnswerPiece) -> AnswerPiece:
+    """Return the piece: an answer that is text."""
+    return piece
 
 
 class ActiveRequest:
-    """A request in the engine. `next` returns the next piece of its answer.
+    """A request in the engine. `next` returns the next piece of one of its answers.
 
-    timeout: seconds from the arrival of the request to the end of its answer.
+    prompts: one for each answer; equal ones are computed once. readers: what each answer's pieces go through.
+    timeout: seconds from the arrival of the request to the end of its answers.
     """
 
     def __init__(
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        prompt: Prompt,
+        prompts: Sequence[Prompt],
+        readers: Sequence[PieceReader],
         record: RequestRecord,
         metrics: Metrics,
         timeout: float,
     ) -> None:
         self.record, self._timeout = record, timeout
-        self._engine, self._tokenizer, self._prompt, self._metrics = engine, tokenizer, prompt, metrics
-        self._text = TextStream(tokenizer.decode, prompt.params.stop)
+        self._engine, self._tokenizer, self._prompts, self._metrics = engine, tokenizer, prompts, metrics
+        self._readers = readers
+        self._texts = [TextStream(tokenizer.decode, prompt.params.stop) for prompt in prompts]
         self._open = True
-        self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+        self._deltas: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
+        self._requests: list[EngineRequest] = []
         loop = asyncio.get_running_loop()
 
-        def deliver(delta: Delta) -> None:
+        def deliver(index: int, delta: Delta) -> None:
             with contextlib.suppress(RuntimeError):  # the event loop may end before the engine
-                loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
+                loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
 
-        self._request = engine.submit(prompt, deliver)
         self._timer = loop.call_later(self.seconds_left, self._deltas.put_nowait, None)
+        try:
+            for index, prompt in enumerate(prompts):
+                self._requests.append(engine.submit(prompt, functools.partial(deliver, index)))
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def done(self) -> bool:
+        return all(text.finish is not None for text in self._texts)
 
     @property
     def seconds_left(self) -> float:
@@ -68,54 +92,93 @@ class ActiveRequest:
         return max(0.0, self._timeout - self.record.seconds)
 
     async def next(self) -> AnswerPiece:
-        """Return the next piece. The last one has `finish`. Raises ApiError, or the error of the engine."""
-        delta = await self._deltas.get()
-        if delta is None:
-            message = f"the answer took longer than {self._timeout:g} s; ask for a shorter one"
-            raise ApiError(504, message, code="timeout")
-        first = not self._text.tokens
-        text = self._text.add(delta)
-        finish = self._text.finish
-        if self._text.error is not None:
-            raise self._text.error
+        """Return the next piece of an answer; the last one of each has `finish`.
+
+        Raises ApiError, or the error of the engine.
+        """
+        # 1. Wait for tokens of an answer that goes on.
+        while True:
+            item = await self._deltas.get()
+            if item is None:
+                message = f"the answer took longer than {self._timeout:g} s; ask for a shorter one"
+                raise ApiError(504, message, code="timeout")
+            index, delta = item
+            text = self._texts[index]
+            if text.finish is None:
+                break
+        # 2. Turn them into text.
+        first = not any(text.tokens for text in self._texts)
+        new_text = text.add(delta)
+        if text.error is not None:
+            raise text.error
         # The engine is closing. (A request that `end` cancels never gets here.)
-        if finish == "cancelled":
+        if text.finish == "cancelled":
             raise ApiError(503, "the server is about to stop; ask again soon", code="draining")
-        assert finish != "error"  # which comes with its exception
-        if first and self._text.tokens:
+        assert text.finish != "error"  # which comes with its exception
+        if text.finish is not None and delta.finish is None:  # a stop string: the engine need not go on
+            self._engine.cancel(self._requests[index])
+        if first and text.tokens:
             seconds = self.record.seconds
             self.record.fields["first_token_seconds"] = round(seconds, 4)
             self._metrics.first_token.observe(seconds)
-        return AnswerPiece(text, tuple(map(self._entry, delta.logprobs or ())), finish)
+        entries = tuple(map(self._entry, delta.logprobs or ()))
+        piece = AnswerPiece(index, new_text, tokens=entries, finish=text.finish, stop=text.stop)
+        return self._readers[index](piece)
+
+    async def pieces(self, return_progress: bool = False) -> AsyncIterator[AnswerPiece | PromptProgress]:
+        """Yield the pieces of all answers, and with `return_progress` before them how far the prompt is read.
+
+        The progress begins only when a part of the prompt is computed: before, an error can still be the
+        status of the response. Raises as `next`.
+        """
+        first, read = asyncio.ensure_future(self.next()), 0
+        try:
+            while return_progress and not (await asyncio.wait({first}, timeout=PROGRESS_INTERVAL))[0]:
+                total, computed = len(self._prompts[0].input_ids), self._requests[0].computed
+                if read < computed < total:
+                    read = computed
+                    yield PromptProgress(total=total, processed=computed)
+            piece = await first
+        finally:
+            first.cancel()
+        yield piece
+        while not self.done:
+            yield await self.next()
 
     def usage(self) -> Usage:
-        prompt, completion = len(self._prompt.input_ids), self._text.tokens
+        counts = self._counts()
         return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptDetails(cached_tokens=self._text.cached_tokens),
+            prompt_tokens=counts["prompt_tokens"],
+            completion_tokens=counts["completion_tokens"],
+            total_tokens=counts["prompt_tokens"] + counts["completion_tokens"],
+            prompt_tokens_details=PromptDetails(cached_tokens=counts["cached_tokens"]),
         )
 
     def end(self) -> None:
-        """Free the request's slot in the engine and count its tokens. A second call does nothing."""
+        """Free the request's slots in the engine and count its tokens. A second call does nothing."""
         if not self._open:
             return
         self._open = False
         self._timer.cancel()
-        if self._request.finish is None:
-            self._engine.cancel(self._request)
-            if self._text.finish is None:
-                self._metrics.cancelled.inc()
-        counts = {
-            "prompt_tokens": len(self._prompt.input_ids),
-            "cached_tokens": self._text.cached_tokens,
-            "completion_tokens": self._text.tokens,
-        }
+        for request, text in zip(self._requests, self._texts, strict=False):
+            if request.finish is None:
+                self._engine.cancel(request)
+                if text.finish is None:
+                    self._metrics.cancelled.inc()
+        counts = self._counts()
         self.record.fields |= counts
         counters = (self._metrics.prompt, self._metrics.cached, self._metrics.generated)
         for counter, count in zip(counters, counts.values(), strict=True):
             counter.inc(count)
+
+    def _counts(self) -> dict[str, int]:
+        """Return the numbers of tokens. A prompt that several answers share counts once."""
+        firsts = {id(prompt.input_ids): number for number, prompt in reversed(list(enumerate(self._prompts)))}
+        return {
+            "prompt_tokens": sum(len(self._prompts[number].input_ids) for number in firsts.values()),
+            "cached_tokens": sum(self._texts[number].cached_tokens for number in firsts.values()),
+            "completion_tokens": sum(text.tokens for text in self._texts),
+        }
 
     def _entry(self, token: TokenLogprob) -> LogprobEntry:
         top = [TopLogprob(**self._scored(token_id, logprob)) for token_id, logprob in token.top]
@@ -127,12 +190,18 @@ class ActiveRequest:
 
 
 class EventStream(StreamingResponse):
-    """The answer as server-sent events. It always ends its request, even if no event is sent."""
+    """The answers as a stream. It always ends its request, even if nothing is sent."""
 
-    def __init__(self, running: ActiveRequest, form: ChatForm | CompletionForm, first: AnswerPiece) -> None:
+    def __init__(
+        self,
+        running: ActiveRequest,
+        form: AnswerForm,
+        first: AnswerPiece | PromptProgress,
+        others: AsyncIterator[AnswerPiece | PromptProgress],
+    ) -> None:
         self._running = running
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(running, form, first), media_type="text/event-stream", headers=headers)
+        super().__init__(_events(running, form, first, others), media_type=form.media_type, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -144,21 +213,28 @@ class EventStream(StreamingResponse):
 
 
 async def _events(
-    running: ActiveRequest, form: ChatForm | CompletionForm, piece: AnswerPiece
+    running: ActiveRequest,
+    form: AnswerForm,
+    first: AnswerPiece | PromptProgress,
+    others: AsyncIterator[AnswerPiece | PromptProgress],
 ) -> AsyncIterator[bytes]:
+    def data_of(piece: AnswerPiece | PromptProgress) -> bytes:
+        if isinstance(piece, PromptProgress):
+            return form.progress(piece)
+        return form.piece(piece) if piece.has_content else b""
+
     try:
-        yield form.first_event() + (form.event(piece) if piece.has_content else b"")
-        while piece.finish is None:
-            piece = await running.next()
-            if piece.has_content:
-                yield form.event(piece)
-        yield (form.usage_event(running.usage()) if form.include_usage else b"") + DONE
+        yield form.begin() + data_of(first)
+        async for piece in others:
+            if data := data_of(piece):
+                yield data
+        yield form.end(running.usage())
     except ApiError as error:
         running.record.add_error(error)
-        yield event(error.body())
+        yield form.error(error.body())
     except Exception as error:  # too late for a status: send an event, and log the trace
         running.record.error = error
-        yield event(internal_error(running.record).body())
+        yield form.error(internal_error(running.record).body())
 
 
 async def run_while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,12 @@ def latest(
     trainable: Mapping[str, Tensor],
     device: torch.device,
     world: World | None = None,
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Checkpoint | None:
     """Read the newest checkpoint of `folder`; None if there is none. Every process must call it.
 
-    recipe: the fields that must be the same. trainable: the tensors to read, sharded as the caller has them.
+    recipe: the fields that must be the same. complete: adds the fields to a stored recipe that the version
+    which wrote it did not have. trainable: the tensors to read, sharded as the caller has them.
     Raises InputError when the checkpoint belongs to another recipe or is damaged. `rng` is empty if another
     number of processes wrote it.
     """
@@ -175,7 +177,7 @@ def latest(
         # 2. Verify files before the recipe: a damaged state.json could blame the recipe.
         _verify(path, world)
         state = json.loads((path / _STATE).read_text())
-        if differences := _list_differences(state["recipe"], recipe):
+        if differences := _list_differences(complete(state["recipe"]), recipe):
             raise _RecipeDiffers(*differences[0])
         # 3. Read tensors and this process's random state.
         tensors = _read(path / _TENSORS, trainable, device, world)

@@ -29,12 +29,16 @@ GPUS = {
     "b200": GPU("B200", 180, 2250), "l4": GPU("L4", 24, 121), "l40s": GPU("L40S", 48, 362),
     "a30": GPU("A30", 24, 165), "a40": GPU("A40", 48, 150), "l40": GPU("L40", 48, 181),
     "t4": GPU("T4", 16, 65), "v100-16g": GPU("V100", 16, 125), "v100-32g": GPU("V100", 32, 125),
-    "rtx2080ti": GPU("RTX 2080 Ti", 11, 54), "rtx3060": GPU("RTX 3060", 12, 25),
-    "rtx3070": GPU("RTX 3070", 8, 41), "rtx3080": GPU("RTX 3080", 10, 60),
+    "rtx2080ti": GPU("RTX 2080 Ti", 11, 54), "rtx3060ti": GPU("RTX 3060 Ti", 8, 32),
+    "rtx3060": GPU("RTX 3060", 12, 25), "rtx3070ti": GPU("RTX 3070 Ti", 8, 43),
+    "rtx3070": GPU("RTX 3070", 8, 41), "rtx3080ti": GPU("RTX 3080 Ti", 12, 68),
+    "rtx3080": GPU("RTX 3080", 10, 60), "rtx3090ti": GPU("RTX 3090 Ti", 24, 80),
     "rtx3090": GPU("RTX 3090", 24, 71), "rtx4060ti": GPU("RTX 4060 Ti", 16, 44),
-    "rtx4060": GPU("RTX 4060", 8, 30), "rtx4070ti": GPU("RTX 4070 Ti", 12, 80),
-    "rtx4070": GPU("RTX 4070", 12, 58), "rtx4080": GPU("RTX 4080", 16, 97),
-    "rtx4090": GPU("RTX 4090", 24, 165), "rtx5060ti": GPU("RTX 5060 Ti", 16, 47),
+    "rtx4060": GPU("RTX 4060", 8, 30), "rtx4070ti-super": GPU("RTX 4070 Ti SUPER", 16, 88),
+    "rtx4070ti": GPU("RTX 4070 Ti", 12, 80), "rtx4070-super": GPU("RTX 4070 SUPER", 12, 71),
+    "rtx4070": GPU("RTX 4070", 12, 58), "rtx4080-super": GPU("RTX 4080 SUPER", 16, 104),
+    "rtx4080": GPU("RTX 4080", 16, 97), "rtx4090": GPU("RTX 4090", 24, 165),
+    "rtx5060ti": GPU("RTX 5060 Ti", 16, 47),
     "rtx5070ti": GPU("RTX 5070 Ti", 16, 88), "rtx5070": GPU("RTX 5070", 12, 62),
     "rtx5080": GPU("RTX 5080", 16, 113), "rtx5090": GPU("RTX 5090", 32, 209),
     "rtx-a4000": GPU("RTX A4000", 16, 77), "rtx-a5000": GPU("RTX A5000", 24, 111),
@@ -46,19 +50,21 @@ def find_gpu(name: str) -> str:
     """Return the key in GPUS of a name, however it is written. Raises InputError if it is unknown."""
     wanted = _letters(name)
     for key, gpu in GPUS.items():
-        if wanted in (_letters(key), _letters(gpu.device_name)):
+        named = _letters(gpu.device_name)
+        if wanted in (_letters(key), named, f"{named}{gpu.memory}g"):
             return key
-    near = difflib.get_close_matches(wanted, {_letters(key): key for key in GPUS}, n=3)
-    named = ", ".join(near) or "a100-80g, rtx4090, t4"
+    keys = {_letters(key): key for key in GPUS}
+    near = [keys[letters] for letters in difflib.get_close_matches(wanted, keys, n=3, cutoff=0.7)]
     raise InputError(
         f"the figures of the GPU {name!r} are not known here; say its memory in GB with --gpu-memory, or "
-        "take one "
-        f"like it: {named}"
+        f"take one like it: {', '.join(near) or 'a100-80g, rtx4090, t4'}"
     )
 
 
 def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9]|nvidia|geforce|tesla", "", name.lower())
+    """Return what tells a GPU from others, however its name is written: letters and digits."""
+    bare = re.sub(r"[^a-z0-9]|nvidia|geforce|tesla|rtx", "", name.lower())
+    return re.sub(r"(\d)gb$", r"\1g", bare)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from pumice.data.packing import Pack, Tree
@@ -52,6 +53,7 @@ from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_t
 from pumice.train.trackers import check_installed
 
 ANSWER_TOKENS = 40  # longest sample answer while training
+WATCHED_STEPS = 3  # in which a gradient must reach every parameter that learns
 
 # Recipe fields that may differ when a run is resumed: they do not change its result.
 MUTABLE_FIELDS = {
@@ -73,6 +75,12 @@ def train(recipe: Recipe) -> Path:
         return Trainer(recipe, prepare(recipe, device), world).run()
     finally:
         world.leave()
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a recipe that a resumed run must have in common, as JSON values."""
+    fields: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={*MUTABLE_FIELDS, "shuffle_block"}))
+    return fields
 
 
 @dataclass(frozen=True)
@@ -117,10 +125,15 @@ class Trainer:
         parameters = self.model.named_parameters()
         self.trainable = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self.optimizer = make_optimizer(recipe, self.trainable, setup.part_of, self.device)
-        # 5. The state that checkpoints save: counters, and what a resumed run must have in common.
+        # 5. The parameters that no gradient has reached in the first steps of this run.
+        self._unreached = set() if self.world.kind == "fsdp" else set(self.trainable)
+        self._watched_steps = 0
+        # 6. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
-        self.digests = content_digests(recipe)
-        self.fixed_fields = json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
+        self.digests = content_digests(recipe, self.batches.mixture.rows)
+        self.fixed_fields = _fixed(recipe)
+        if (block := self.batches.mixture.shuffle_block) != 1:  # 1 is what older versions did
+            self.fixed_fields["shuffle_block"] = block
         self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
 
     def _wrap_objective(self) -> nn.Module:
@@ -168,7 +181,7 @@ class Trainer:
                 stack.enter_context(hold(self.recipe.output, "output folder"))
             # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
             checkpoint = checkpoints.latest(
-                folder, self.fixed_fields, self.trainable, self.device, self.world
+                folder, self.fixed_fields, self.trainable, self.device, self.world, self._complete
             )
             if checkpoint is not None:
                 self._restore(checkpoint)
@@ -185,6 +198,16 @@ class Trainer:
                 self.setup.save_and_compare(state)
             del state
             return self._train(folder)
+
+    def _complete(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """Return a stored recipe with the defaults of fields that were added since, in lists as well."""
+        own = {name: value for name, value in stored.items() if name in Recipe.model_fields}
+        current = self.recipe.model_dump(include=MUTABLE_FIELDS)
+        try:
+            recipe = Recipe.model_validate(current | own)
+        except ValidationError:  # such as a field that is gone: the comparison names it
+            return stored
+        return stored | _fixed(recipe)
 
     def _train(self, folder: Path) -> Path:
         """Run the steps that remain, with their measurements and checkpoints, and save the model."""
@@ -232,6 +255,8 @@ class Trainer:
             return TrainingReport(recipe, [], self.step, self.batches.steps, None, enabled=False)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         lines = self.setup.describe(self.batches.steps)
+        if added := self.batches.added:
+            lines.append(f"  {added} rows name pictures without <image>; it stands before the first question")
         if self.world.size > 1:
             kinds = {"ddp": "a copy of the model each (DDP)", "fsdp": "the model in shards (FSDP)"}
             lines.append(f"  {self.world.size} processes, {kinds[self.world.kind]}")
@@ -309,12 +334,34 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {total}, its gradient's norm {norm}; "
                 "start again with a lower learning rate in another output folder"
             )
+        self._check_reached(any(pack.images for pack in prepared.packs))
         # 5. Clip by the norm over all parts, then update.
         clip(self.optimizer, norm, self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         parts = {f"gradient_norm/{part}": value for part, value in norms.items()} if len(norms) > 1 else {}
         return {"loss": total, "gradient_norm": norm, **parts, "rate": rate, "supervised": supervised}
+
+    def _check_reached(self, has_images: bool) -> None:
+        """Raise InputError if no gradient reaches a parameter in the first WATCHED_STEPS steps with images.
+
+        Such a parameter would be saved as it was, after hours, without a word.
+        """
+        if not self._unreached or self._watched_steps == WATCHED_STEPS:
+            return
+        self._watched_steps += has_images or self.batches.mixture.max_images == 0
+        self._unreached = {
+            name
+            for name in self._unreached
+            if (gradient := self.trainable[name].grad) is None or not gradient.any()
+        }
+        if self._unreached and self._watched_steps == WATCHED_STEPS:
+            name = min(self._unreached)
+            raise InputError(
+                f"{self.setup.part_of(name)} learns, but in {WATCHED_STEPS} steps no gradient reached "
+                f"{name}: the loss does not depend on it; use it in the forward pass, or take its part out "
+                "of stage.learn"
+            )
 
     @torch.no_grad()
     def _measure(self, report: TrainingReport) -> None:
@@ -378,7 +425,11 @@ class Trainer:
             rng=rng,
             recipe=self.fixed_fields,
             # A copy: the thread that prepares the next step may add a bad row while this is written.
-            progress={"tokens": self.tokens, "skipped": dict(self.batches.skipped.reasons)},
+            progress={
+                "tokens": self.tokens,
+                "skipped": dict(self.batches.skipped.reasons),
+                "threads": torch.get_num_threads(),
+            },
         )
         checkpoints.save(folder, checkpoint, self.recipe.keep_last, self.world)
 
@@ -394,6 +445,14 @@ class Trainer:
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.device)
         self.step, self.tokens = checkpoint.step, checkpoint.progress["tokens"]
         self.batches.skipped.reasons.update(checkpoint.progress["skipped"])
+        threads, stored = torch.get_num_threads(), checkpoint.progress.get("threads")
+        if self.world.main and self.device.type == "cpu" and stored not in (None, threads):
+            print(
+                f"This run had {stored} threads and has {threads} now: sums round in another order, so its "
+                "weights may differ in the last digits. "
+                f"OMP_NUM_THREADS={stored} continues it bit for bit.",
+                file=sys.stderr,
+            )
 
     def _summary(self, report: TrainingReport) -> dict[str, Any]:
         return {

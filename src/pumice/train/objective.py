@@ -87,7 +87,8 @@ class Objective(nn.Module):
             if last:
                 return self.model.decoder.logits(hidden[0])
             # 3. Sum the cross-entropies. `zero` ties the unused parts to the loss and adds nothing to it.
-            loss = supervised_loss(hidden[0], self.model.decoder.head_weight, targets, weights)
+            head, softcap = self.model.decoder.head_weight, self.model.config.decoder.logit_softcap
+            loss = supervised_loss(hidden[0], head, targets, weights, softcap)
             return loss if zero is None else loss + zero
 
     def _hidden(self, pack: PackTensors, rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -103,7 +104,7 @@ class Objective(nn.Module):
             pack.input_ids.to(device, non_blocking=True)[None],
             image_tokens,
             positions=pack.positions.to(device, non_blocking=True)[None],
-            attend=PackedAttention(pack.runs, self.model.config.decoder.sliding_window, device),
+            attend=PackedAttention(pack.runs, self.model.config.decoder, device),
             rows=rows,
         )
         return hidden, zero

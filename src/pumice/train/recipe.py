@@ -10,10 +10,21 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
@@ -41,6 +52,28 @@ class NewModel(RecipeSection):
     connector: dict[str, Any] = Field(default={}, description="fields of ConnectorConfig")
     image: dict[str, Any] = Field(default={}, description="fields of ImagePolicy; else the tower's own")
     template: str = Field("chatml", description="the chat format of the finished model")
+
+
+class NewConnector(RecipeSection):
+    """An existing model with a new connector."""
+
+    base: Path = Field(description="a model folder or hub name")
+    connector: dict[str, Any] = Field(description="fields of ConnectorConfig")
+
+
+def _model_kind(value: Any) -> str:
+    if isinstance(value, NewConnector) or (isinstance(value, dict) and "base" in value):
+        return "NewConnector"
+    return "NewModel" if isinstance(value, NewModel | dict) else "Path"
+
+
+# Which of the three is meant shows in the value, so that an error names the keys of that one.
+ModelSource = Annotated[
+    Annotated[Path, Tag("Path")]
+    | Annotated[NewConnector, Tag("NewConnector")]
+    | Annotated[NewModel, Tag("NewModel")],
+    Discriminator(_model_kind),
+]
 
 
 class Lora(RecipeSection):
@@ -83,12 +116,28 @@ class Stage(RecipeSection):
         return self
 
 
-class RowSource(RecipeSection):
-    """One file of rows, and how often an epoch shows them."""
+def _as_path(value: Any) -> Any:
+    """Write a path as `Path` does, but leave the name of a set on the hub as it is."""
+    is_path = isinstance(value, str | PathLike) and not str(value).startswith("hf://")
+    return str(Path(value)) if is_path else value
 
-    rows: Path = Field(description="LLaVA rows, .json or .jsonl")
+
+class RowSource(RecipeSection):
+    """One source of rows, and how often an epoch shows them."""
+
+    rows: Annotated[str, BeforeValidator(_as_path)] = Field(
+        min_length=1,
+        description="rows in any format that docs/data.md lists: a file, a folder, a glob, hf://owner/name",
+    )
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each row; 0.5 is a random half")
     mirror: bool = Field(False, description="pictures may be mirrored, as no row speaks of left and right")
+    columns: dict[str, str] = Field(
+        default={}, description="role (image, question, answer, ...) -> the column that has it"
+    )
+    question: str | None = Field(None, description="what is asked about a caption, a text or a label")
+    split: str | None = Field(None, description="of a set with several, by the names of files or the card")
+    config: str | None = Field(None, description="of a set with several: the folder, or the card's name")
+    revision: str | None = Field(None, description="of a set on the hub: a branch, a tag or a commit")
 
 
 class Recipe(RecipeSection):
@@ -96,7 +145,9 @@ class Recipe(RecipeSection):
 
     name: str
     output: Path = Field(description="folder of checkpoints, metrics and the finished model")
-    model: Path | NewModel = Field(description="a model folder or hub name, or the parts of a new one")
+    model: ModelSource = Field(
+        description="a model folder or hub name, the same with a new connector, or the parts of a new one"
+    )
     stage: Stage
     data: list[RowSource] = Field(min_length=1)
     held_out: list[RowSource] = Field(default=[], description="rows whose loss is measured, never learned")
@@ -122,6 +173,9 @@ class Recipe(RecipeSection):
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
 
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8-bit states need bitsandbytes")
+    shuffle_block: PositiveInt | None = Field(
+        None, description="rows that stay together in the order; when absent 1 for plain files, else 1,000"
+    )
     order: Literal["pack", "length_grouped"] = Field(
         "pack", description="rows of a step at random, or of like length and kind, as LLaVA's own sampler"
     )
@@ -146,6 +200,13 @@ class Recipe(RecipeSection):
     )
     measure_rows: PositiveInt = Field(200, description="held-out pictures measured each time")
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
+
+    @property
+    def base(self) -> Path | None:
+        """The existing model that the run starts from, if its parts are not named one by one."""
+        if isinstance(self.model, NewModel):
+            return None
+        return self.model.base if isinstance(self.model, NewConnector) else self.model
 
     def stage_config(self, config: ModelConfig) -> ModelConfig:
         """Return the model's config with the stage's own image policy, context and template.
@@ -293,7 +354,8 @@ def _merge(base: Any, over: Any) -> Any:
 _KNOWN_KEYS = [
     f"{prefix}{name}"
     for prefix, section in (
-        ("", Recipe), ("stage.", Stage), ("stage.lora.", Lora), ("model.", NewModel), ("data.0.", RowSource),
+        ("", Recipe), ("stage.", Stage), ("stage.lora.", Lora), ("data.0.", RowSource),
+        ("model.", NewModel), ("model.", NewConnector),
     )
     for name in section.model_fields
 ]  # fmt: skip
@@ -323,7 +385,11 @@ def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     same_field = [problem for problem in problems if problem["loc"][0] == first]
     problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
     # pydantic adds the names of its union members to the keys; the user never wrote them.
-    loc = [str(part) for part in problem["loc"] if not re.match(r"NewModel$|lax-or-", str(part))]
+    loc = [
+        str(part)
+        for part in problem["loc"]
+        if not re.match(r"New(Model|Connector)$|Path$|lax-or-", str(part))
+    ]
     known: Sequence[str] = _KNOWN_KEYS
     if loc[-1] == "[key]":  # an unknown part in stage.learn
         loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]

@@ -42,7 +42,7 @@ from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
 from pumice.storage.tensors import LazyTensor, close_last_file
-from pumice.train.recipe import NewModel, Recipe
+from pumice.train.recipe import NewConnector, NewModel, Recipe
 
 
 @dataclass
@@ -181,14 +181,14 @@ def prepare(recipe: Recipe, device_name: str | None = None) -> Setup:
     quantised = recipe.stage.base != "none"
     load_device = torch.device("cpu") if quantised else device
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    if isinstance(recipe.model, NewModel):
-        new = recipe.model
+    if isinstance(new := recipe.model, NewModel):
         opened = new_model(
             new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
             template=new.template, device=load_device, dtype=dtype,
         )  # fmt: skip
     else:
-        opened = open_model(recipe.model, device=load_device, dtype=dtype, merge=False)
+        source, connector = (new.base, new.connector) if isinstance(new, NewConnector) else (new, None)
+        opened = open_model(source, device=load_device, dtype=dtype, merge=False, connector=connector)
     model = opened.model
     # 2. Add adapters before quantising, because they wrap the layers that are quantised next.
     if recipe.stage.lora is not None:

@@ -26,7 +26,7 @@ from pumice.errors import InputError
 from pumice.formats.components import describe_tower
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.hf.config import decoder_config, default_policy, padding
-from pumice.formats.load import new_parts
+from pumice.formats.load import new_parts, with_connector
 from pumice.formats.pumice.folder import CONFIG
 from pumice.formats.read import find_model, read_model
 from pumice.processor import Processor
@@ -34,7 +34,7 @@ from pumice.storage.download import from_hub
 from pumice.storage.json_file import Keys, read_json
 from pumice.storage.parts import LoadedParts
 from pumice.tokens import Tokenizer
-from pumice.train.recipe import NewModel, Recipe, load_recipe
+from pumice.train.recipe import NewConnector, NewModel, Recipe, load_recipe
 
 
 def _llama(vocab: int, width: int, depth: int, heads: int, mlp: int, context: int) -> DecoderConfig:
@@ -121,10 +121,19 @@ def with_adapters(recipe: Recipe, config: ModelConfig) -> ModelConfig:
 def _model_config(recipe: Recipe, path: Path | None, notes: list[str]) -> ModelConfig:
     if isinstance(recipe.model, NewModel):
         return _new_model_config(recipe.model, notes)
-    name = recipe.model.as_posix()
-    if not recipe.model.exists():
+    assert recipe.base is not None
+    config = _stored_config(recipe.base, path, notes)
+    if isinstance(recipe.model, NewConnector):
+        connector = from_dict(ConnectorConfig, recipe.model.connector, "model.connector")
+        config = dataclasses.replace(config, connector=connector)
+    return config
+
+
+def _stored_config(model: Path, path: Path | None, notes: list[str]) -> ModelConfig:
+    name = model.as_posix()
+    if not model.exists():
         # An earlier stage may still have to write this folder: then its recipe says the shape.
-        if path is not None and (previous_stage := _previous_stage(recipe, path)) is not None:
+        if path is not None and (previous_stage := _previous_stage(model, path)) is not None:
             previous, previous_path = previous_stage
             notes.append(f"{name} does not exist yet: its shape follows from {previous_path.name}")
             return with_adapters(previous, _model_config(previous, previous_path, notes))
@@ -132,14 +141,14 @@ def _model_config(recipe: Recipe, path: Path | None, notes: list[str]) -> ModelC
             notes.append(f"the sizes of {name} are the published ones; its files were not read")
             return LLAVAS[name]()
     # A Pumice folder has its whole config in one file. Other formats have to be recognised first.
-    model_path = find_model(recipe.model)
+    model_path = find_model(model)
     if (model_path / CONFIG).is_file() and "pumice_format" in (values := read_json(model_path / CONFIG)):
         return ModelConfig.from_dict(values)
-    return read_model(recipe.model).config
+    return read_model(model).config
 
 
-def _previous_stage(recipe: Recipe, path: Path) -> tuple[Recipe, Path] | None:
-    """Return the recipe in the same folder whose finished model this one starts from, and its path."""
+def _previous_stage(model: Path, path: Path) -> tuple[Recipe, Path] | None:
+    """Return the recipe in the same folder whose finished model is `model`, and its path."""
     for other in sorted(path.parent.glob("*.y*ml")):
         if other.resolve() == path.resolve():
             continue
@@ -147,7 +156,7 @@ def _previous_stage(recipe: Recipe, path: Path) -> tuple[Recipe, Path] | None:
             candidate = load_recipe(other)
         except InputError:
             continue  # a file beside this recipe need not be a valid recipe
-        if candidate.output / "model" == recipe.model:
+        if candidate.output / "model" == model:
             return candidate, other
     return None
 
@@ -193,11 +202,12 @@ def _decoder(name: str, notes: list[str]) -> DecoderConfig:
 
 def read_parts(recipe: Recipe) -> LoadedParts:
     """Return the parts of the recipe's model. Weights are not read, and torch's generator does not change."""
-    if not isinstance(recipe.model, NewModel):
-        return read_model(recipe.model)
-    new = recipe.model
+    if isinstance(new := recipe.model, Path):
+        return read_model(new)
     # A new connector draws its weights. The run draws them again later, from the same generator state.
     with torch.random.fork_rng(devices=[]):
+        if isinstance(new, NewConnector):
+            return with_connector(read_model(new.base), new.connector)
         return new_parts(
             new.tower, new.decoder, vision=new.vision, connector=new.connector, image=new.image,
             template=new.template,

@@ -66,4 +66,6 @@ def flops_per_tile(model: Llava) -> float:
     tower = [p for p in model.tower.parameters() if p.dim() == 2 and p.shape[0] != config.grid**2]
     flops_per_weight = 6 if any(p.requires_grad for p in tower) else 2
     connector = sum(p.numel() * 6 for p in model.connector.parameters() if p.dim() == 2)
-    return float(config.grid**2 * (sum(p.numel() for p in tower) * flops_per_weight + connector))
+    # The connector multiplies the features that are left after its reduction.
+    tower_flops = config.grid**2 * sum(p.numel() for p in tower) * flops_per_weight
+    return float(tower_flops + model.config.image_tokens * connector)

@@ -260,7 +260,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Path) -> None:
     decoder.load_state_dict({name: tensor.read() for name, tensor in model.state.items()}, assign=True)
     ids = torch.tensor([model.text.backend.encode("The capital of France is").ids])
     with torch.no_grad():
-        hidden = decoder(decoder.embed(ids), torch.arange(ids.shape[1])[None], Causal())
+        hidden = decoder(decoder.embed(ids), torch.arange(ids.shape[1])[None], Causal(decoder.config))
         assert model.text.backend.decode([int(decoder.logits(hidden[0, -1]).argmax())]) == " Paris"
 
 

@@ -97,7 +97,7 @@ def test_sliding_windows(values: dict[str, Any], window: int | None) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "gemma"}, "model_type is 'gemma'; llama, mistral, qwen2, qwen3 can be read"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'; llama, mistral, qwen2, qwen3, gemma2 can be read"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; only "silu" or "swish" can be read'),
         ({"attention_bias": True}, r"attention_bias is true; only false can be read \(the output proj"),
         ({"mlp_bias": True}, "mlp_bias is true; only false"),
@@ -118,7 +118,7 @@ def test_sliding_windows(values: dict[str, Any], window: int | None) -> None:
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings should be true or false"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 30},
-            "max_window_layers gives a sliding_window to 2 of 32 layers; only all or none",
+            "max_window_layers gives a sliding_window to 2 of 32 layers; only all, none, or all but",
         ),
         ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantised by gptq"),
     ],

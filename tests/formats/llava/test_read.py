@@ -21,7 +21,7 @@ from pumice.formats.pumice.folder import check
 from pumice.storage.parts import LoadedParts
 
 Parts = tuple[Path, Path]
-MLP = tensor_names.original_connector("mlp2x_gelu")
+MLP = tensor_names.ORIGINAL_CONNECTORS["mlp2x_gelu"]
 TEXT: dict[str, Any] = {
     "vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,

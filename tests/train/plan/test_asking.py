@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 from pumice.cli import app
 from pumice.cli.plan import describe_ask
 from pumice.config import DecoderConfig
+from pumice.engine.engine import Engine, Plan
 from pumice.formats.read import read_model
 from pumice.formats.sizes import weight_sizes
 from pumice.train.plan import asking
@@ -37,15 +37,37 @@ def test_a_model_is_planned_with_weights_of_each_kind(tiny_folder: Path) -> None
     assert json.loads(json.dumps(plan.to_dict()))["costs"][1]["total"] == plan.costs[1].total
 
 
-def test_times_are_multiplied_by_the_layers_that_were_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock gives a second to each call, so that what is counted shows."""
-    monkeypatch.setattr(asking, "_seconds", lambda *_, **__: 1.0)
-    monkeypatch.setattr(asking, "PROBE_BYTES", 1)
+def test_layers_that_are_not_timed_count_too_and_what_comes_once_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def time_answer(config: DecoderConfig, *_: object) -> tuple[float, float]:
+        return 5.0 + 2 * config.depth, 0.5 + config.depth
+
     config = DecoderConfig(64, 32, 6, 2, 2, 16, 64, context=2048)
-    prefill, token = measure_decoder(config, None, 1024, torch.device("cpu"), torch.float32)
-    assert (prefill, token) == (6 * 2 + 1, 6 + 1)  # six layers, two chunks, and the vocabulary once
-    prefill, token = measure_decoder(replace(config, depth=1), None, 100, torch.device("cpu"), torch.float32)
-    assert (prefill, token) == (2, 2)
+    layer_bytes = 4 * 32 * (4 * 32 + 3 * 64)
+    monkeypatch.setattr(asking, "time_answer", time_answer)
+    for probe_bytes in (1, 2 * layer_bytes, 1 << 30):
+        monkeypatch.setattr(asking, "PROBE_BYTES", probe_bytes)
+        assert measure_decoder(config, None, 1024, torch.device("cpu"), torch.float32) == (17, 6.5)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_the_engine_answers_what_is_timed(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round computes the whole prompt, a step each token, and no answer ends early."""
+    steps: list[list[int]] = []
+
+    class CountingEngine(Engine):
+        def _run(self, plan: Plan) -> None:
+            steps.append([count for _, count in plan])
+            super()._run(plan)
+
+    monkeypatch.setattr(asking, "Engine", CountingEngine)
+    monkeypatch.setattr(asking, "PROBE_SECONDS", 60.0)
+    config = DecoderConfig(64, 32, depth, 2, 2, 16, 64, context=2048)
+    prefill, token = asking.time_answer(config, "int8", 700, torch.device("cpu"), torch.float32)
+    prompt = 5 * [[128]] + [[60]]
+    assert steps == [[16], [1]] + asking.ROUNDS * (prompt + (asking.TIMED_TOKENS - 1) * [[1]])
+    assert prefill > token > 0
 
 
 def test_the_command(tiny_folder: Path) -> None:

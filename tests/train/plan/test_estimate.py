@@ -84,7 +84,7 @@ def test_activations_are_those_that_autograd_keeps() -> None:
 
     x = torch.randn(1, WORK.tokens, 64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.decoder(x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs))
+        hidden = model.decoder(x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs, CONFIG.decoder))
     saved = sum(activations.values())
     full_activations = of(FULL).activations
     assert hidden.requires_grad and saved < full_activations < 1.5 * saved, (
@@ -115,7 +115,9 @@ def test_operations_are_those_of_the_whole_depth() -> None:
     counter = FlopCounterMode(display=False)
     with counter:
         x = torch.randn(1, WORK.tokens, 64, requires_grad=True)
-        model.decoder(x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs)).sum().backward()
+        model.decoder(
+            x, torch.arange(WORK.tokens)[None], PackedAttention(WORK.runs, CONFIG.decoder)
+        ).sum().backward()
     assert of(FULL).flops == pytest.approx(counter.get_total_flops(), rel=0.15)  # and connector, and logits
 
 
@@ -159,7 +161,11 @@ def test_nothing_without_contents_is_left_behind() -> None:
     of(FULL)
     x = torch.randn(1, 5, 64)
     assert (
-        type(Llava(CONFIG).decoder(x, torch.arange(5)[None], PackedAttention([Run(5)])).detach())
+        type(
+            Llava(CONFIG)
+            .decoder(x, torch.arange(5)[None], PackedAttention([Run(5)], CONFIG.decoder))
+            .detach()
+        )
         is torch.Tensor
     )
 
@@ -197,6 +203,8 @@ def test_what_nothing_is_known_of_is_refused() -> None:
         ("rtx3060", "rtx3060"), ("RTX 4090", "rtx4090"), ("rtx-4070-ti", "rtx4070ti"),
         ("T4", "t4"), ("v100-32g", "v100-32g"),
         ("NVIDIA GeForce RTX 3080", "rtx3080"), ("Tesla T4", "t4"), ("A100-80G", "a100-80g"),
+        ("3090", "rtx3090"), ("a100 80GB", "a100-80g"), ("RTX 3060 Ti", "rtx3060ti"), ("A6000", "rtx-a6000"),
+        ("rtx3060-12gb", "rtx3060"), ("RTX 4070 Super", "rtx4070-super"), ("h100-80gb", "h100"),
     ],
 )  # fmt: skip
 def test_gpus_are_known_however_they_are_written(name: str, key: str) -> None:
@@ -206,6 +214,8 @@ def test_gpus_are_known_however_they_are_written(name: str, key: str) -> None:
 def test_a_gpu_that_is_not_known_goes_by_its_memory() -> None:
     with pytest.raises(InputError, match=r"GPU 'rtx3061' .*--gpu-memory, or take one like it: .*rtx3060"):
         find_gpu("rtx3061")
+    with pytest.raises(InputError, match=r"take one like it: a100-80g"):  # a name that can be given
+        find_gpu("a100-81g")
 
 
 def test_no_name_of_a_gpu_hides_behind_a_shorter_one() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pumice.conversation import check_media
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, ImageFile, read_rows
 from pumice.evaluate.metrics.captions import rouge_l
@@ -157,6 +158,7 @@ def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
             f"{error_prefix}: 'answers' of '{metric}' are of {', '.join(possible)}, found {answers!r}"
         )
     # 2. Read the images and the prompt.
+    check_media(row, error_prefix)
     names = row.get("image", [])
     names = [names] if isinstance(names, str) else names or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -18,7 +18,18 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pumice.config import ModelConfig
+from pumice.capability import CHAT, LLAMA, LORA, ROPE_SCALING, Capability, fields
+from pumice.config import (
+    ChatFormat,
+    ConnectorConfig,
+    DecoderConfig,
+    GenerationConfig,
+    ImagePolicy,
+    LoraConfig,
+    ModelConfig,
+    RopeScaling,
+    VisionConfig,
+)
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.gguf.vocab import write_vocabulary
@@ -30,6 +41,26 @@ from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, as_lazy
 from pumice.templates import get_template
 
+CAPABILITY = Capability(
+    "the GGUF writer",
+    {
+        ModelConfig: fields(
+            "decoder vision connector image template chat stop_token_ids bos_token_id image_wrap generation "
+            "lora trained_pictures"
+        ),
+        DecoderConfig: fields(LLAMA),
+        RopeScaling: fields(ROPE_SCALING),
+        VisionConfig: fields(
+            "image_size width stride depth heads mlp_width norm_eps layer select activation",
+            kind=("clip", "siglip", "none"),
+        ),
+        ConnectorConfig: fields("kind reduce factor"),
+        ImagePolicy: fields("mode mean std resample pad_color several"),
+        GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
+        ChatFormat: fields(CHAT),
+        LoraConfig: fields(LORA),
+    },
+)
 # llama.cpp's numbers of file types; "keep" may be of several, and is called the usual one of four bits
 TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "keep": 15}
 _BLOCK = 32  # values that q8_0 quantises together
@@ -57,7 +88,9 @@ def refusal(config: ModelConfig) -> str | None:
         return "its attention has both biases and query norms, which no architecture of llama.cpp has"
     if decoder.rope_scaling and decoder.rope_scaling.kind == "llama3" and arch != "llama":
         return f"its {arch} decoder slows rotary positions as only a llama's are slowed there"
-    return None if config.vision.kind == "none" else tower_refusal(config) or _image_refusal(config)
+    if config.vision.kind != "none" and (reason := tower_refusal(config) or _image_refusal(config)):
+        return reason
+    return CAPABILITY.unsupported(config)
 
 
 def _image_refusal(config: ModelConfig) -> str | None:

@@ -6,7 +6,7 @@ transformers gives it. A value that our model cannot compute is an InputError wh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from pumice.config import DecoderConfig, ImagePolicy, RopeScaling, VisionConfig, naming
 from pumice.errors import InputError
@@ -14,10 +14,16 @@ from pumice.formats.families import FAMILIES, TOWERS
 from pumice.formats.recognise import check_classes
 from pumice.storage.json_file import Keys
 
-# transformers' name of an activation -> ours.
+_Number = TypeVar("_Number", int, float)
+# transformers' name of a tower's activation -> ours.
 ACTIVATIONS = {
     "quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"
 }  # fmt: skip
+
+# The activations of a decoder's MLP, transformers' name -> ours.
+_SWIGLU = {"silu": "silu", "swish": "silu"}
+_GEGLU = {"gelu_pytorch_tanh": "gelu_tanh"}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Pillow's number of a filter -> our name.
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
@@ -41,7 +47,10 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
     check_classes(keys, kind)
     check_unquantised(keys)
     # 2. Refuse what our decoder does not compute; a model without it would answer nonsense and raise nothing.
-    keys.only("hidden_act", ("silu", "swish"), "silu")
+    # Gemma 2 computes with hidden_activation, whatever hidden_act says.
+    key, allowed = ("hidden_activation", _GEGLU) if kind == "gemma2" else ("hidden_act", _SWIGLU)
+    activation = keys.only(key, allowed, next(iter(allowed)))
+    keys.only("use_bidirectional_attention", (False,), False, "a token would see later ones")
     keys.only("attention_bias", (False,), False, "the output projection would have a bias as well")
     keys.only("mlp_bias", (False,), False)
     keys.only("partial_rotary_factor", (1.0,), 1.0, "every value of a head must rotate")
@@ -53,7 +62,20 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
             raise InputError(f"{keys.label}: hidden_size {width} is no multiple of {heads} heads")
         head_dim = width // heads
     kv_heads = _nullable(keys, "num_key_value_heads")
+    default_tied = bool(keys.defaults.get("tie_word_embeddings", False))
     rope_theta, rope_scaling = _rope(keys, context)
+    # 4. What only a Gemma 2 has.
+    gemma: dict[str, Any] = {}
+    if kind == "gemma2":
+        gemma = {
+            "post_norms": True,
+            "norm_offset": 1.0,
+            "embed_scale": width**0.5,
+            "attention_scale": keys.get("query_pre_attn_scalar", float) ** -0.5,
+            "attention_softcap": _nullable(keys, "attn_logit_softcapping", float),
+            "logit_softcap": _nullable(keys, "final_logit_softcapping", float),
+        }
+    window, pattern = _window(keys, kind, depth, context)
     with naming(keys.label):
         return DecoderConfig(
             vocab_size=keys.get("vocab_size", int),
@@ -67,10 +89,13 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             norm_eps=keys.get("rms_norm_eps", float),
-            tied_head=keys.get("tie_word_embeddings", bool, False) if tied is None else tied,
+            tied_head=keys.get("tie_word_embeddings", bool, default_tied) if tied is None else tied,
             qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
-            sliding_window=_window(keys, kind, depth, context),
+            sliding_window=window,
+            window_pattern=pattern,
+            activation=activation,
+            **gemma,
         )
 
 
@@ -170,11 +195,11 @@ def check_unquantised(keys: Keys) -> None:
         )
 
 
-def _nullable(keys: Keys, key: str) -> int | None:
+def _nullable(keys: Keys, key: str, kind: type[_Number] = int) -> _Number | None:
     """Read a key for which null is a value: None, not the family's default as for an absent key."""
     if key in keys.values and keys.values[key] is None:
         return None
-    return keys.get(key, int, keys.defaults.get(key))
+    return keys.get(key, kind, keys.defaults.get(key))
 
 
 def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
@@ -196,28 +221,43 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
     return rope_theta, RopeScaling("llama3", factor, low, high, original)
 
 
-def _window(keys: Keys, kind: str, depth: int, context: int) -> int | None:
-    """Return the sliding window of all layers, in tokens. Raises InputError if only some layers have one."""
-    if kind == "llama" or (kind != "mistral" and not keys.get("use_sliding_window", bool, False)):
-        return None
+def _window(keys: Keys, kind: str, depth: int, context: int) -> tuple[int | None, int]:
+    """Return the sliding window in tokens, and the pattern of layers without one (1: all layers have it).
+
+    Raises InputError if the layers without one have no such pattern.
+    """
+    always = kind in ("mistral", "gemma2")
+    if kind == "llama" or not (always or keys.get("use_sliding_window", bool, False)):
+        return None, 1
     # A window as long as the context hides nothing, so it counts as none.
     window = _nullable(keys, "sliding_window")
     if window is None or window >= context:
-        return None
+        return None, 1
     if kind == "mistral":  # which has the window in every layer
-        return window
-    # In configs older than layer_types, the first max_window_layers layers have full attention.
+        return window, 1
+    # In configs older than layer_types, every second layer of a Gemma 2 has full attention, and the first
+    # max_window_layers layers of the others.
     layers = keys.get("layer_types", list, None)
-    if layers is None:
+    if layers is None and kind == "gemma2":
+        layers = [_LAYER_TYPES[(layer + 1) % 2] for layer in range(depth)]
+    elif layers is None:
         full_layers = min(keys.get("max_window_layers", int), depth)
-        layers = ["full_attention"] * full_layers + ["sliding_attention"] * (depth - full_layers)
-    if len(set(layers)) > 1:
-        name = "layer_types" if "layer_types" in keys else "max_window_layers"
-        raise InputError(
-            f"{keys.label}: {name} gives a sliding_window to {layers.count('sliding_attention')} of {depth} "
-            "layers; only all or none can be read"
-        )
-    return window if layers[0] == "sliding_attention" else None
+        layers = [_LAYER_TYPES[layer >= full_layers] for layer in range(depth)]
+    if layers == [_LAYER_TYPES[False]] * depth:
+        return None, 1
+    for pattern in range(1, depth + 1):
+        if layers == layer_types(depth, pattern):
+            return window, pattern
+    name = "layer_types" if "layer_types" in keys else "max_window_layers"
+    raise InputError(
+        f"{keys.label}: {name} gives a sliding_window to {layers.count('sliding_attention')} of {depth} "
+        "layers; only all, none, or all but every n-th can be read"
+    )
+
+
+def layer_types(depth: int, pattern: int) -> list[str]:
+    """Return `layer_types` of transformers: every `pattern`-th layer lacks the sliding window (1: none)."""
+    return [_LAYER_TYPES[pattern == 1 or bool((layer + 1) % pattern)] for layer in range(depth)]
 
 
 def _three(keys: Keys, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:

@@ -20,10 +20,21 @@ import torch
 from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor
 
-from pumice.config import DecoderConfig, GenerationConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
+from pumice.capability import CHAT, LLAMA, LORA, ROPE_SCALING, Capability, fields
+from pumice.config import (
+    ChatFormat,
+    ConnectorConfig,
+    DecoderConfig,
+    GenerationConfig,
+    ImagePolicy,
+    LoraConfig,
+    ModelConfig,
+    RopeScaling,
+    VisionConfig,
+)
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
-from pumice.formats.hf.config import RESAMPLE, padding
+from pumice.formats.hf.config import RESAMPLE, layer_types, padding
 from pumice.formats.text.chat_template import to_jinja
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
@@ -39,6 +50,54 @@ _TOWER_KEYS: dict[str, dict[str, Any]] = {"clip": {}, "siglip": {"vision_use_hea
 # model_type -> how the names of transformers' classes begin.
 _CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
 _LINEAR = ("linear", "mlp1x_gelu")  # the connectors that are one linear layer
+_GEMMA2 = Capability(
+    "Gemma 2 in transformers",
+    {
+        DecoderConfig: fields(
+            "vocab_size width depth heads kv_heads head_dim mlp_width context rope_theta norm_eps tied_head "
+            "sliding_window window_pattern embed_scale attention_scale attention_softcap logit_softcap",
+            activation=("gelu_tanh",),
+            post_norms=(True,),
+            norm_offset=(1.0,),
+        )
+    },
+)
+_QWEN = Capability(
+    "Qwen in transformers",
+    {DecoderConfig: fields(f"{LLAMA} window_pattern"), RopeScaling: fields(ROPE_SCALING)},
+)
+_LLAMA = Capability(
+    "Llama in transformers", {DecoderConfig: fields(LLAMA), RopeScaling: fields(ROPE_SCALING)}
+)
+_DECODERS = (_LLAMA, _QWEN, _GEMMA2)
+
+
+def capability(consumer: str) -> Capability:
+    """Return what a LLaVA is written with; `text_refusal` sees to the decoder."""
+    return Capability(
+        consumer,
+        {
+            ModelConfig: fields(
+                "decoder vision connector image template chat stop_token_ids bos_token_id image_wrap "
+                "generation lora trained_pictures"
+            ),
+            DecoderConfig: {name: None for decoder in _DECODERS for name in decoder.fields[DecoderConfig]},
+            RopeScaling: fields(ROPE_SCALING),
+            VisionConfig: fields(
+                "image_size width stride depth heads mlp_width norm_eps layer select",
+                kind=("clip", "siglip"),
+                activation=tuple(_ACTIVATIONS),
+            ),
+            ConnectorConfig: fields("kind reduce factor"),
+            ImagePolicy: fields("mode mean std resample pad_color pinpoints unpad max_tiles several"),
+            GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
+            ChatFormat: fields(CHAT),
+            LoraConfig: fields(LORA),
+        },
+    )
+
+
+CAPABILITY = capability("transformers' LLaVA")
 _RESAMPLE = {name: number for number, name in RESAMPLE.items()}
 
 
@@ -51,7 +110,7 @@ def refusal(config: ModelConfig) -> str | None:
         return "the rows of its tiles do not end with image_newline, there they always do"
     if image.mode == "pad" and image.pad_color != padding(image.mean):
         return f"it pads with {image.pad_color}, there the colour is that of the mean, {padding(image.mean)}"
-    return text_refusal(config.decoder)
+    return text_refusal(config.decoder) or CAPABILITY.unsupported(config)
 
 
 def tower_refusal(config: ModelConfig) -> str | None:
@@ -117,13 +176,38 @@ def text_refusal(config: DecoderConfig) -> str | None:
         return "its attention has both biases and query norms, which none of the decoders there has"
     if config.qkv_bias and (inner := config.heads * config.head_dim) != config.width:
         return f"its heads take {inner} values, Qwen2's always {config.width}"
+    if not (gemma := _gemma_fields(config)):
+        return (_QWEN if config.qkv_bias or config.qk_norm else _LLAMA).unsupported(config)
+    if reason := _GEMMA2.unsupported(config):
+        return f"{' and '.join(gemma)} make it a Gemma 2 there, and {reason}"
+    if abs(config.embed_scale - config.width**0.5) > 1e-6:
+        return f"its embeddings are scaled by {config.embed_scale:g}, Gemma 2's by the root of the width"
+    scalar = 0.0 if config.attention_scale is None else config.attention_scale**-2
+    if scalar < 1 or abs(scalar - round(scalar)) > 1e-6 * scalar:
+        return f"its attention_scale is {config.attention_scale}, Gemma 2's is a whole number's ** -0.5"
     return None
+
+
+def _gemma_fields(config: DecoderConfig) -> list[str]:
+    """Return the names of the fields that no other family has."""
+    values = {"post_norms": False, "norm_offset": 0.0, "activation": "silu"}
+    return [name for name, value in values.items() if getattr(config, name) != value]
 
 
 def write(folder: Path, model: LoadedParts) -> list[str]:
     """Write the folder of a model without adapters. Returns notes for the user."""
     # 1. Tell the user what another program will do differently.
     notes = []
+    if model.config.decoder.embed_scale != 1.0:
+        notes.append(
+            "transformers before 5.0 multiplies image tokens as it does embeddings, so its answers about "
+            "pictures differ"
+        )
+    if model.config.decoder.logit_softcap is not None:
+        notes.append(
+            "transformers' LLaVA leaves out the cap of the logits: the likeliest token is the same, "
+            "probabilities differ"
+        )
     if model.config.connector.kind in _LINEAR:
         notes.append("the linear connector is written as an mlp2x_gelu that computes the same")
     if _kind(model.config.image) == "llava_onevision":
@@ -203,6 +287,19 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
         family = "qwen3" if config.qk_norm else "qwen2"
         window = config.sliding_window
         values |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+        if config.window_pattern > 1:
+            values["layer_types"] = layer_types(config.depth, config.window_pattern)
+    elif _gemma_fields(config):
+        family = "gemma2"
+        assert config.attention_scale is not None  # `text_refusal` refuses it
+        values |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": round(config.attention_scale**-2),
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.logit_softcap,
+            "sliding_window": config.sliding_window,
+            "layer_types": layer_types(config.depth, config.window_pattern),
+        }
     elif config.sliding_window is not None:
         family = "mistral"
         values["sliding_window"] = config.sliding_window

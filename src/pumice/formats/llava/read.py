@@ -84,7 +84,7 @@ def open_original(
     )  # fmt: skip
     # 4. Rename the tensors, and apply the adapter last: it changes weights of the complete model.
     prefix = tensor_names.tower_prefix(tensors, tensor_names.ORIGINAL.tower)
-    projector = tensor_names.original_connector(connector.kind)
+    projector = tensor_names.ORIGINAL_CONNECTORS[connector.kind]
     table = tensor_names.llava(config, tensor_names.ORIGINAL, projector, prefix)
     state |= tensor_names.convert(tensors, table, str(folder))
     if tensor_names.ORIGINAL.newline in tensors and not config.has_newline:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pumice.config import ImagePolicy, ModelConfig, VisionConfig
+from pumice.capability import LLAMA, ROPE_SCALING, Capability, fields
+from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, VisionConfig
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import padding
 from pumice.formats.hf.write import (
     anyres_max,
+    capability,
     generation_config,
     image_processor,
     square_notes,
@@ -31,6 +33,8 @@ from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, write_weights
 
 TOWER = "vision_tower"  # the folder beside the weights
+CAPABILITY = capability("the original code")
+DECODER = Capability("the original code", {DecoderConfig: fields(LLAMA), RopeScaling: fields(ROPE_SCALING)})
 # (kind, width, depth, patch size, image size) -> the published tower that the original code can build.
 _PUBLISHED = {
     ("clip", 1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
@@ -46,6 +50,8 @@ def refusal(config: ModelConfig) -> str | None:
         return reason
     if connector.reduce != "none":
         return f"its connector reduces by {connector.reduce}, which that code cannot"
+    if connector.kind not in tensor_names.ORIGINAL_CONNECTORS:
+        return f"its connector is {connector.kind}, which that code does not have"
     if config.image_wrap not in (None, IMAGE_WRAP):
         wrap, original_wrap = (" and ".join(pair or ()) for pair in (config.image_wrap, IMAGE_WRAP))
         return f"it puts {wrap} around each picture, that code only {original_wrap}"
@@ -55,7 +61,9 @@ def refusal(config: ModelConfig) -> str | None:
         return f"it pads with {image.pad_color}, that code with the mean's colour, {padding(image.mean)}"
     if config.decoder.qk_norm:
         return "its decoder is a Qwen3, which that code does not have"
-    return text_refusal(config.decoder)
+    return (
+        DECODER.unsupported(config.decoder) or text_refusal(config.decoder) or CAPABILITY.unsupported(config)
+    )
 
 
 def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[str]:
@@ -67,7 +75,7 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     # 1. The tensors under the original's names, its configs, and the tokenizer.
     config, state = model.config, model.state
     tower = tower or tower_name(config.vision)
-    connector = tensor_names.original_connector(config.connector.kind)
+    connector = tensor_names.ORIGINAL_CONNECTORS[config.connector.kind]
     names = tensor_names.inverse(
         tensor_names.llava(config, tensor_names.ORIGINAL, connector, "vision_model.")
     )

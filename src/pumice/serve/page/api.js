@@ -38,14 +38,17 @@ export async function explanation(body, key) {
   return response.json();
 }
 
-/** Send a request and call `onText` with each piece of text. Resolves to {finish, usage} at the end. */
-export async function answer(body, { key, signal, onText }) {
+/**
+ * Send a request and call `onText` with each piece of text, and before, of a long question, `onProgress` with
+ * {processed, total}, its tokens. Resolves to {finish, usage} at the end.
+ */
+export async function answer(body, { key, signal, onText, onProgress }) {
   let response;
   try {
     response = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: headers(key),
-      body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+      body: JSON.stringify({ ...body, stream: true, return_progress: true, stream_options: { include_usage: true } }),
       signal,
     });
   } catch (error) {
@@ -60,6 +63,7 @@ export async function answer(body, { key, signal, onText }) {
       if (data === "[DONE]") { done = true; break; }
       const event = JSON.parse(data);
       if (event.error) throw new Refused(event.error.message, 500);
+      if (event.prompt_progress) onProgress(event.prompt_progress);
       const [choice] = event.choices;
       if (choice?.delta?.content) onText(choice.delta.content);
       result.finish = choice?.finish_reason ?? result.finish;

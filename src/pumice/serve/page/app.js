@@ -106,12 +106,17 @@ function reply(message, number) {
   return node;
 }
 
-function showText(node, message) {
+/** Show an answer, or that one is on its way; `progress`: how much of the question is read. */
+function showText(node, message, progress = null) {
   const textNode = node.querySelector(".said");
   if (message.text) render(textNode, message.text);
   else if (message.finish === null && !message.error) {
     textNode.replaceChildren(element("span", { class: "waiting", role: "img", "aria-label": "An answer is on its way" },
       element("i"), element("i"), element("i")));
+    if (progress) {
+      const [processed, total] = [progress.processed, progress.total].map((count) => count.toLocaleString());
+      textNode.append(element("small", {}, `${processed} of ${total} tokens read`));
+    }
   } else textNode.replaceChildren();
 }
 
@@ -211,12 +216,12 @@ async function respond() {
 async function stream(body, answerMessage, signal) {
   const started = performance.now();
   let isFirst = true, paintPending = false;
-  const paint = () => {
+  const paint = (progress) => {
     paintPending = false;
     const node = $("messages").lastElementChild;
     if (!node || state.messages.at(-1) !== answerMessage || answerMessage.finish !== null) return;
     const follow = atEnd();
-    showText(node, answerMessage);
+    showText(node, answerMessage, progress);
     if (follow) toEnd();
   };
   const result = await answer(body, {
@@ -225,8 +230,9 @@ async function stream(body, answerMessage, signal) {
     onText: (text) => {
       if (isFirst) { answerMessage.text = ""; isFirst = false; showAway(null); } // drop text from before the connection was lost
       answerMessage.text += text;
-      if (!paintPending) { paintPending = true; requestAnimationFrame(paint); }
+      if (!paintPending) { paintPending = true; requestAnimationFrame(() => paint()); }
     },
+    onProgress: (progress) => { if (isFirst && !answerMessage.text) paint(progress); },
   });
   if (isFirst) answerMessage.text = "";
   answerMessage.usage = result.usage;

@@ -1,13 +1,14 @@
 """Estimate what one answer costs on this machine: memory by part, seconds to the first word, tokens a second.
 
-A few layers of the model's shapes, with numbers that mean nothing, are timed through the code that answers.
+A few layers of the model's shapes, with numbers that mean nothing, are timed through the engine that answers.
 The rest is counted: all layers of a decoder take equally long.
 
-Shapes: T tokens of the prompt, D width, V vocabulary.
+Shapes: T tokens of the prompt.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -19,19 +20,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pumice.config import DecoderConfig, ModelConfig
+from pumice.assistant import CHUNK_SHOWN
+from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
 from pumice.conversation import Conversation, user_message
-from pumice.engine.native import native_decoder
+from pumice.engine.engine import Engine
+from pumice.engine.requests import Prompt
+from pumice.engine.sampling import SamplingParams
 from pumice.formats.load import find_device
 from pumice.formats.quantize import can_quantize
 from pumice.formats.read import read_model
 from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, weight_sizes
 from pumice.kernels.compute import kernel_name
 from pumice.kernels.packed import PackedMatrix, packed_size
-from pumice.model.cache import BLOCK, KVCache, Segment
-from pumice.model.decoder import Decoder
+from pumice.model.cache import BLOCK, KVCache
 from pumice.model.llava import Llava
-from pumice.model.quantized import KINDS, PackedLinear, kind_of, swap
+from pumice.model.quantized import KINDS, kind_of, swap
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.memory import available_memory
@@ -39,9 +42,10 @@ from pumice.storage.parts import LoadedParts
 from pumice.tokens import Tokenizer
 
 ANSWER = 256  # tokens of the longest answer of `pumice ask`
-CHUNK = 512  # prompt tokens of a step
 # Layers are timed until they hold so many bytes: fewer would stay in the processor's cache.
 PROBE_BYTES = 128 << 20
+# An answer of so many tokens is timed up to ROUNDS times, until PROBE_SECONDS are over.
+TIMED_TOKENS, ROUNDS, PROBE_SECONDS = 16, 3, 1.0
 QUESTION = "What is in this picture?"
 
 
@@ -113,7 +117,7 @@ def _cost(
     # 1. Memory: weights, the cells that the prompt and the longest answer use, and the buffers of a step.
     cells = min(config.context, -(-(prompt_tokens + ANSWER) // BLOCK) * BLOCK)
     token_bytes = KVCache.bytes_per_token(config, cache_dtype(quantize, device, dtype))
-    step_bytes = min(CHUNK, prompt_tokens) * (3 * config.mlp_width + 8 * config.width) * 4
+    step_bytes = min(CHUNK_SHOWN, prompt_tokens) * (3 * config.mlp_width + 8 * config.width) * 4
     memory: dict[str, float] = dict(weight_sizes(loaded, quantize, device, dtype))
     memory["KV cache"] = cells * token_bytes
     memory["program and buffers"] = (PROCESS_BYTES if device.type == "cpu" else 0.0) + step_bytes
@@ -132,50 +136,64 @@ def measure_decoder(
     inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer_weights = config.width * (2 * inner + 2 * shared + 3 * config.mlp_width)
     depth = min(config.depth, math.ceil(PROBE_BYTES / (layer_weights * weight_bytes)))
-    decoder = _probe(replace(config, depth=depth, vocab_size=64), quantize, device, dtype)
-    # 2. The prompt in chunks, through PyTorch. The first pass gets memory and threads ready.
-    chunk = min(tokens, CHUNK)
-    cache = KVCache(decoder.config, chunk + BLOCK, device, cache_dtype(quantize, device, dtype))
-    cache.keys.zero_()
-    cache.values.zero_()
-    table, last = list(range(cache.blocks)), torch.tensor([0], device=device)
-
-    def forward(past: int, count: int) -> object:
-        segments = [Segment(table, past, count)]
-        x = torch.ones(1, count, config.width, device=device, dtype=dtype)
-        positions, attend = cache.positions(segments), cache.attend(segments)
-        return decoder.logits(decoder(x, positions, attend, rows=last))
-
-    forward(0, min(16, chunk))
-    prefill = _seconds(forward, 0, chunk, rounds=1, device=device)
-    # 3. A token, through compiled code where there is some.
-    native = native_decoder(decoder, cache)
-    if native is None:
-        token = _seconds(forward, chunk, 1, rounds=7, device=device)
-    else:
-        row = torch.ones(1, config.width)
-        token = _seconds(native.logits, row, [Segment(table, chunk, 1)], [0], rounds=7, device=device)
-    # 4. The vocabulary projection comes once, whatever the depth.
-    head = _layer(config.vocab_size, config.width, "int8" if quantize else None, device, dtype)
-    row = torch.ones(1, config.width, device=device, dtype=dtype)
-    head_seconds = _seconds(head, row, rounds=5, device=device)
-    scale = config.depth / depth
-    return prefill * scale * tokens / chunk + head_seconds, token * scale + head_seconds
+    times = time_answer(replace(config, depth=depth), quantize, tokens, device, dtype)
+    if depth == config.depth:
+        return times
+    # 2. Without layers, an answer takes what comes once in each step: Python, sampling, the vocabulary.
+    once = time_answer(replace(config, depth=0), quantize, tokens, device, dtype)
+    prefill, token = (
+        fixed + (measured - fixed) * config.depth / depth for fixed, measured in zip(once, times, strict=True)
+    )
+    return prefill, token
 
 
-def _probe(config: DecoderConfig, quantize: str | None, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """Return a decoder whose weights are all the same number."""
+def time_answer(
+    config: DecoderConfig, quantize: str | None, tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return the seconds that an engine takes for a prompt of T tokens and for each token of its answer.
+
+    All weights of its model are the same number.
+    """
+    model = _probe(config, quantize, device, dtype)
+    engine = Engine(model, slots=1, cache_tokens=tokens + TIMED_TOKENS, chunk=CHUNK_SHOWN, prefix_cache=False)
+
+    def answer(count: int, new: int) -> list[float]:
+        times = [time.perf_counter()]
+        prompt = Prompt(torch.ones(count, dtype=torch.long), params=SamplingParams(max_new_tokens=new))
+        engine.submit(prompt, lambda delta: times.append(time.perf_counter()))
+        while engine.step():
+            pass
+        return [end - start for start, end in itertools.pairwise(times)]
+
+    # The first answer gets memory and threads ready. Of the others the fastest counts: other programs may
+    # disturb some of them.
+    answer(min(tokens, 16), 2)
+    started = time.perf_counter()
+    prefills: list[float] = []
+    steps: list[float] = []
+    while len(prefills) < ROUNDS and (not prefills or time.perf_counter() - started < PROBE_SECONDS):
+        prefill, *others = answer(tokens, TIMED_TOKENS)
+        prefills.append(prefill)
+        steps.append(statistics.median(others))
+    return min(prefills), min(steps)
+
+
+def _probe(config: DecoderConfig, quantize: str | None, device: torch.device, dtype: torch.dtype) -> Llava:
+    """Return a language model whose weights are all the same number."""
+    # The embedding is only looked up, so that the vocabulary's matrix may stand for both.
+    decoder_config = replace(config, tied_head=True)
+    vision = VisionConfig(kind="none", width=config.width)
     with torch.device("meta"):
-        decoder = Decoder(config)
+        model = Llava(ModelConfig(decoder_config, vision, ConnectorConfig("identity")))
     if quantize is not None:
-        swap(decoder, lambda name, weight: _constant(name, tuple(weight.shape), quantize), dtype)
-    for module in decoder.modules():
+        swap(model.decoder, lambda name, weight: _constant(name, tuple(weight.shape), quantize), dtype)
+    for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 # Written, not only reserved: memory that was never written is not read from memory.
                 values = torch.full(parameter.shape, 0.01, device=device, dtype=dtype)
                 setattr(module, name, nn.Parameter(values, requires_grad=False))
-    return decoder.to(device).eval()
+    return model.to(device).eval()
 
 
 def _constant(name: str, shape: tuple[int, ...], quantize: str) -> PackedMatrix:
@@ -184,34 +202,22 @@ def _constant(name: str, shape: tuple[int, ...], quantize: str) -> PackedMatrix:
     return PackedMatrix(kind, shape[0], shape[1], data)
 
 
-def _layer(
-    outputs: int, inputs: int, quantize: str | None, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    if quantize is not None:
-        return PackedLinear(_constant("head.weight", (outputs, inputs), quantize)).to(device)
-    layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
-    return layer.requires_grad_(False)
-
-
 def _measure_image(loaded: LoadedParts, device: torch.device) -> tuple[int, int, float]:
     """Return the tokens of a prompt and of its picture, and the seconds for the picture's tokens."""
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     images = [] if loaded.config.vision.kind == "none" else [Image.new("RGB", (640, 480), (120, 90, 60))]
-    start = time.perf_counter()
     sample = processor.prompt(Conversation((user_message(QUESTION, images),)))
     if not images:
         return len(sample.input_ids), 0, 0.0
     pixels = torch.from_numpy(processor.pixels(sample.images, sample.layouts)).to(device)
-    seconds = time.perf_counter() - start
+    seconds = _seconds(processor.pixels, sample.images, sample.layouts, device=device)
     # A ViT is timed with no block and with two, all others whole.
     vision = loaded.config.vision
     running = vision.layer % (vision.depth + 1) if vision.depth else 0
     encoders = [_encoder(loaded, blocks, device) for blocks in ((0, 2) if running > 2 else (running,))]
     for encoder in encoders:
         encoder.encode(pixels, sample.layouts)
-    times = [
-        _seconds(encoder.encode, pixels, sample.layouts, rounds=2, device=device) for encoder in encoders
-    ]
+    times = [_seconds(encoder.encode, pixels, sample.layouts, device=device) for encoder in encoders]
     seconds += times[0] + (times[-1] - times[0]) / 2 * running
     return len(sample.input_ids), sum(layout.tokens for layout in sample.layouts), seconds
 
@@ -233,13 +239,13 @@ def _encoder(loaded: LoadedParts, blocks: int, device: torch.device) -> Llava:
     return model
 
 
-def _seconds(function: Callable[..., object], *arguments: object, rounds: int, device: torch.device) -> float:
-    """Return the median time of some calls."""
+def _seconds(function: Callable[..., object], *arguments: object, device: torch.device) -> float:
+    """Return the time of the fastest of some calls."""
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         result = function(*arguments)
         if device.type != "cpu" and isinstance(result, Tensor):
             result.flatten()[0].item()  # waits for the device
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pumice.config import ModelConfig
+from pumice.data.sources.recognise import is_missing
 from pumice.errors import InputError, WorkError
 from pumice.formats.load import find_device
 from pumice.geometry import image_layout
@@ -206,7 +207,7 @@ def _packs(
     recipe: Recipe, config: ModelConfig, rows: int | None, notes: list[str]
 ) -> tuple[list[PackShape], int | None, int | None, float]:
     """Return (packs to plan for, steps, steps per epoch, tokens of a step); steps are None where unknown."""
-    missing = [s.rows for s in recipe.data if not s.rows.exists()]
+    missing = [Path(s.rows) for s in recipe.data if is_missing(s.rows)]
     missing += [folder for folder in recipe.pictures if not folder.exists()]
     if not missing:
         try:

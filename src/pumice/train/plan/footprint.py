@@ -196,10 +196,11 @@ def _step(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) ->
         x = model.decoder.embed(ids)
         if image_tokens is not None:
             x = x.masked_scatter(is_image, image_tokens.to(x.dtype))
-        attend = PackedAttention(pack.runs, config.decoder.sliding_window, x.device)
+        attend = PackedAttention(pack.runs, config.decoder, x.device)
         rows = torch.zeros(pack.supervised, dtype=torch.int64)
         hidden = model.decoder(x, torch.zeros(1, tokens, dtype=torch.int64), attend, rows=rows)
-        loss = supervised_loss(hidden[0], model.decoder.head_weight, rows, torch.ones(pack.supervised))
+        head, softcap = model.decoder.head_weight, config.decoder.logit_softcap
+        loss = supervised_loss(hidden[0], head, rows, torch.ones(pack.supervised), softcap)
     # A stage in which nothing before the loss learns has no graph to go back through.
     if loss.requires_grad:
         loss.backward()

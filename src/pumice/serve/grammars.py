@@ -1,0 +1,91 @@
+"""What a request holds its answer to: a JSON Schema, a regular expression, choices, or a function's call."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pumice.engine.constraint import json_rule, quoted
+from pumice.errors import InputError
+from pumice.serve.errors import ApiError
+from pumice.serve.messages import FunctionDescription
+from pumice.serve.protocol import ChatRequest, GenerationRequest
+from pumice.serve.tools import call_rules
+
+_SLASH = re.compile(r"\\.|/|\n", re.DOTALL)  # or whatever is escaped already
+
+
+@dataclass(frozen=True)
+class HeldTo:
+    """A grammar, and what errors call it: the request's field, its name and a code."""
+
+    grammar: str
+    field: str
+    what: str
+    code: str
+
+
+def held_to(request: GenerationRequest, functions: Sequence[FunctionDescription] = ()) -> HeldTo | None:
+    """Return what the answer is held to; None if it is free. functions: one of them has to be called.
+
+    Raises ApiError if the request asks for two things at once, or for what is no schema.
+    """
+    if functions:
+        return _calls(call_rules(functions))
+    outputs, form = request.structured_outputs, request.response_format
+    asked: dict[str, tuple[str, Any]] = {}  # field -> kind and value
+    if form is not None and form.type != "text":
+        regex = form.type == "regex"
+        asked["response_format"] = ("regex", form.value) if regex else ("json", form.schema_or_none)
+    if outputs is not None:
+        for kind in ("json", "regex", "choice"):
+            value = getattr(outputs, "json_" if kind == "json" else kind)
+            if value is not None:
+                asked[f"structured_outputs.{kind}"] = (kind, value)
+        if outputs.json_object:
+            asked["structured_outputs.json_object"] = ("json", None)
+    for kind in ("json", "regex", "choice"):
+        value = getattr(request, f"guided_{kind}")
+        if value is not None:
+            asked[f"guided_{kind}"] = (kind, value)
+    if len(asked) > 1:
+        fields = " and ".join(asked)
+        raise ApiError(400, f"{fields} exclude each other; give one", param=[*asked][1], code="invalid_value")
+    return next((_rule(field, *item) for field, item in asked.items()), None)
+
+
+def tool_schemas(request: ChatRequest, functions: Sequence[FunctionDescription]) -> list[HeldTo]:
+    """Return the schema of each tool, to compile it alone: an error then names the tool.
+
+    functions: those that may be called. Of others only what is no schema at all is wrong.
+    """
+    return [
+        _calls(
+            call_rules([tool.function], lenient=tool.function not in functions),
+            f"tools.{number}.function.parameters",
+        )
+        for number, tool in enumerate(request.tools or ())
+    ]
+
+
+def _calls(grammar: str, field: str = "tools") -> HeldTo:
+    return HeldTo(grammar, field, "schema", "invalid_function_parameters")
+
+
+def _rule(field: str, kind: str, value: Any) -> HeldTo:
+    if kind == "choice":
+        choices = " | ".join(map(quoted, value))
+        return HeldTo(f"start: {choices}", field, "choice", "invalid_choice")
+    if kind == "regex":
+        # A slash ends the pattern in a grammar, and a line its rule.
+        pattern = _SLASH.sub(lambda match: {"/": "\\/", "\n": "\\n"}.get(match[0], match[0]), value)
+        return HeldTo(f"start: /{pattern}/", field, "regular expression", "invalid_regex")
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        return HeldTo(f"start: {json_rule(schema)}", field, "JSON schema", "invalid_json_schema")
+    except (ValueError, TypeError, RecursionError) as error:
+        message = str(error) if isinstance(error, InputError) else f"{field} is no JSON Schema ({error})"
+        raise ApiError(400, message, param=field, code="invalid_json_schema") from error

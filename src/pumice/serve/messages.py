@@ -1,0 +1,243 @@
+"""What requests are made of: messages, pictures and tools; and what is dropped before they are checked.
+
+Sources of the fields: OpenAI's API reference; vLLM's, llama.cpp's and TGI's documentation for theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+)
+from pydantic_core import from_json
+
+T = TypeVar("T", bound="RequestModel")
+
+
+class RequestModel(BaseModel):
+    """A part of a request: exact types, no unknown fields, no infinite numbers."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    # Fields whose values are the user's own JSON, such as a schema, in which null has a meaning.
+    VERBATIM: ClassVar[frozenset[str]] = frozenset(
+        {"schema", "parameters", "arguments", "guided_json", "json"}
+    )
+
+
+# Fields -> values that ask for nothing. They are taken as if the field were absent, as null is.
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "tool_calls": ([],),
+    "chat_template_kwargs": ({},),
+    "modalities": ([],),
+    "stop": ([],),
+    "logit_bias": ({},),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_special_tokens": (True,),
+    "min_tokens": (0,),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
+}
+
+
+def parse(kind: type[T], body: bytes) -> T:
+    """Return the body as a request of this kind, without what is null or asks for nothing.
+
+    Raises ValueError if it is not JSON, and pydantic's ValidationError if it is no such request.
+    """
+    return kind.model_validate(_drop_nothing(from_json(body, allow_inf_nan=False), kind.VERBATIM))
+
+
+def _drop_nothing(value: Any, verbatim: frozenset[str]) -> Any:
+    if isinstance(value, list):
+        return [_drop_nothing(item, verbatim) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: item for key, item in value.items() if item is not None}
+    if kept.get("tool_choice") == "none":
+        kept.pop("tools", None)
+    return {
+        key: item if key in verbatim else _drop_nothing(item, verbatim)
+        for key, item in kept.items()
+        if not any(item == nothing and type(item) is type(nothing) for nothing in ASKS_NOTHING.get(key, ()))
+    }
+
+
+def json_kind(value: Any) -> str:
+    """Return the tag of a union's member for a text, a list or an object. Tags begin with ~."""
+    if isinstance(value, dict | BaseModel):
+        return "~object"
+    return "~list" if isinstance(value, list) else "~string"
+
+
+# --- messages ---
+
+
+def _as_object(value: Any) -> Any:
+    """Accept a bare address, as some clients write it."""
+    return {"url": value} if isinstance(value, str) else value
+
+
+class ImageUrl(RequestModel):
+    url: str = Field(min_length=1, description="data:image/...;base64,..., or http(s) where that is allowed")
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
+        None, description="Taken and not used: the model's own image policy decides."
+    )
+
+
+class PartModel(RequestModel):
+    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
+
+
+class TextPart(PartModel):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrlPart(PartModel):
+    type: Literal["image_url"]
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_object)]
+    _field: str | None = PrivateAttr(None)  # its name in a request of another protocol
+
+    def named(self, field: str) -> ImageUrlPart:
+        """Return the part. An error about it names this field of the request."""
+        self._field = field
+        return self
+
+    @property
+    def field(self) -> str | None:
+        return self._field
+
+
+def part_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "~image" if kind == "image_url" else "~text"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("~text")] | Annotated[ImageUrlPart, Tag("~image")], Discriminator(part_tag)
+]
+Content = Annotated[
+    Annotated[str, Tag("~string")] | Annotated[list[Part], Tag("~list")], Discriminator(json_kind)
+]
+
+
+class ChatMessage(RequestModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content
+    name: str | None = Field(None, description="Taken and not used: templates know roles only.")
+
+
+def _check_arguments(arguments: str) -> str:
+    """Return the arguments of a call as JSON; "" is no arguments."""
+    try:
+        values = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError("Input should be a JSON object, written as text")
+    return arguments or "{}"
+
+
+Arguments = Annotated[
+    str,
+    BeforeValidator(lambda value: json.dumps(value) if isinstance(value, dict) else value),
+    AfterValidator(_check_arguments),
+]
+
+
+class CalledFunction(RequestModel):
+    name: str
+    arguments: Arguments = "{}"
+
+
+class PastCall(RequestModel):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    index: int | None = Field(None, description="Taken and not used, as the next one.")
+    provider_specific_fields: dict[str, Any] | None = None
+    function: CalledFunction
+
+
+class PastAnswer(RequestModel):
+    """An answer of before, with the fields that servers and libraries add to one."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    tool_calls: list[PastCall] | None = None
+    name: str | None = None
+    refusal: str | None = Field(None, description="Read as the answer's text where content is empty.")
+    annotations: list[Any] | None = Field(None, description="Taken and not used, as the next three.")
+    reasoning: Any = None
+    reasoning_content: Any = None
+    provider_specific_fields: dict[str, Any] | None = None
+
+
+class ToolMessage(RequestModel):
+    """What a tool gave for a call of an earlier answer."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+    name: str | None = Field(None, description="Taken and not used: the call has it.")
+
+
+def _message_tag(value: Any) -> str:
+    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    return f"~{role}" if role in ("assistant", "tool") else "~other"
+
+
+AnyMessage = Annotated[
+    Annotated[PastAnswer, Tag("~assistant")]
+    | Annotated[ToolMessage, Tag("~tool")]
+    | Annotated[ChatMessage, Tag("~other")],
+    Discriminator(_message_tag),
+]
+
+
+# --- tools ---
+
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class FunctionDescription(RequestModel):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON Schema of an object.")
+    strict: bool | None = Field(None, description="Calls are always held to the schema.")
+
+
+class ToolDescription(RequestModel):
+    type: Literal["function"]
+    function: FunctionDescription
+    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
+
+
+class FunctionName(RequestModel):
+    name: str
+
+
+class NamedFunction(RequestModel):
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("~string")] | Annotated[NamedFunction, Tag("~object")],
+    Discriminator(json_kind),
+]

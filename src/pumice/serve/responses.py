@@ -1,0 +1,257 @@
+"""Requests of OpenAI's newer protocol, /v1/responses, as a translation to the chat's.
+
+Nothing is kept: a request holds the whole conversation. Source: OpenAI's API reference, "Responses".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from pumice.serve.messages import (
+    Arguments,
+    CalledFunction,
+    ChatMessage,
+    FunctionDescription,
+    FunctionName,
+    ImageUrl,
+    ImageUrlPart,
+    Name,
+    NamedFunction,
+    PartModel,
+    PastAnswer,
+    PastCall,
+    RequestModel,
+    TextPart,
+    ToolDescription,
+    ToolMessage,
+    json_kind,
+)
+from pumice.serve.protocol import (
+    BaseRequest,
+    ChatRequest,
+    JsonSchemaFormat,
+    Limit,
+    ResponseFormat,
+    StreamOptions,
+    Temperature,
+    TopP,
+)
+
+
+class ItemText(PartModel):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] | None = Field(None, description="Taken and not used, as the next one.")
+    logprobs: list[Any] | None = None
+
+
+class ItemImage(PartModel):
+    type: Literal["input_image"]
+    image_url: str = Field(min_length=1)
+    detail: Literal["auto", "low", "high", "original"] | None = Field(None, description="Taken and not used.")
+
+
+class ItemRefusal(RequestModel):
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _part_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"~{kind}" if kind in ("input_image", "refusal") else "~text"
+
+
+ItemPart = Annotated[
+    Annotated[ItemText, Tag("~text")]
+    | Annotated[ItemImage, Tag("~input_image")]
+    | Annotated[ItemRefusal, Tag("~refusal")],
+    Discriminator(_part_tag),
+]
+ItemContent = Annotated[
+    Annotated[str, Tag("~string")] | Annotated[list[ItemPart], Tag("~list")], Discriminator(json_kind)
+]
+
+
+class ItemModel(RequestModel):
+    id: str | None = Field(None, description="Taken and not used, as the next one.")
+    status: str | None = None
+
+
+class MessageItem(ItemModel):
+    type: Literal["message"] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: ItemContent
+    phase: str | None = Field(None, description="Taken and not used.")
+
+
+class CallItem(ItemModel):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: Arguments
+
+
+class CallOutputItem(ItemModel):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: ItemContent
+
+
+class ReasoningItem(BaseModel):
+    """Taken and not used: this server's models do not reason apart."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["reasoning"]
+
+
+def _item_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"~{kind}" if kind in ("function_call", "function_call_output", "reasoning") else "~message"
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("~message")]
+    | Annotated[CallItem, Tag("~function_call")]
+    | Annotated[CallOutputItem, Tag("~function_call_output")]
+    | Annotated[ReasoningItem, Tag("~reasoning")],
+    Discriminator(_item_tag),
+]
+
+
+class ResponsesTool(RequestModel):
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponsesNamedTool(RequestModel):
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(RequestModel):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextSettings(RequestModel):
+    format: TextFormat | None = None
+    verbosity: str | None = Field(None, description="Taken and not used.")
+
+
+class ResponsesRequest(BaseRequest):
+    input: Annotated[
+        Annotated[str, Tag("~string")] | Annotated[list[InputItem], Field(min_length=1), Tag("~list")],
+        Discriminator(json_kind),
+    ]
+    instructions: str | None = Field(None, description="The system message.")
+    max_output_tokens: Limit | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    text: TextSettings | None = None
+    tools: list[ResponsesTool] | None = Field(None, max_length=128)
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag("~string")]
+            | Annotated[ResponsesNamedTool, Tag("~object")],
+            Discriminator(json_kind),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    include: list[str] | None = Field(None, description="Of these, message.output_text.logprobs is known.")
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    background: Literal[False] | None = None
+    truncation: Literal["disabled"] | None = None
+    metadata: dict[str, str] | None = Field(None, description="Given back. The next fields are not used.")
+    reasoning: dict[str, Any] | None = None
+    store: bool | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: int | None = None
+
+    def chat(self) -> ChatRequest:
+        """Return the request as one for a chat."""
+        messages: list[Any] = []
+        if self.instructions:
+            messages.append(ChatMessage(role="system", content=self.instructions))
+        items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        messages += [m for number, item in enumerate(items) if (m := _message(number, item)) is not None]
+        logprobs = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
+        return ChatRequest(
+            model=self.model,
+            messages=messages or [ChatMessage(role="user", content="")],
+            stream=self.stream,
+            max_completion_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            logprobs=logprobs,
+            top_logprobs=self.top_logprobs if logprobs else None,
+            response_format=_response_format(self.text.format if self.text else None),
+            tools=[
+                ToolDescription(
+                    type="function",
+                    function=FunctionDescription(**tool.model_dump(exclude={"type"})),
+                )
+                for tool in self.tools or ()
+            ],
+            tool_choice=(
+                NamedFunction(type="function", function=FunctionName(name=self.tool_choice.name))
+                if isinstance(self.tool_choice, ResponsesNamedTool)
+                else self.tool_choice
+            ),
+        )
+
+
+def _message(
+    number: int, item: MessageItem | CallItem | CallOutputItem | ReasoningItem
+) -> ChatMessage | PastAnswer | ToolMessage | None:
+    """Return an item of the input as a message of a chat."""
+    if isinstance(item, ReasoningItem):
+        return None
+    if isinstance(item, CallItem):
+        function = CalledFunction(name=item.name, arguments=item.arguments)
+        return PastAnswer(role="assistant", tool_calls=[PastCall(id=item.call_id, function=function)])
+    if isinstance(item, CallOutputItem):
+        content = _content(f"input.{number}.output", item.output)
+        return ToolMessage(role="tool", content=content, tool_call_id=item.call_id)
+    content = _content(f"input.{number}.content", item.content)
+    if item.role == "assistant":
+        return PastAnswer(role="assistant", content=content)
+    return ChatMessage(role=item.role, content=content)
+
+
+def _content(
+    field: str, content: str | list[ItemText | ItemImage | ItemRefusal]
+) -> str | list[TextPart | ImageUrlPart]:
+    if isinstance(content, str):
+        return content
+    parts: list[TextPart | ImageUrlPart] = []
+    for number, part in enumerate(content):
+        if isinstance(part, ItemImage):
+            image = ImageUrlPart(type="image_url", image_url=ImageUrl(url=part.image_url))
+            parts.append(image.named(f"{field}.{number}.image_url"))
+        else:
+            text = part.refusal if isinstance(part, ItemRefusal) else part.text
+            parts.append(TextPart(type="text", text=text))
+    return parts
+
+
+def _response_format(asked: TextFormat | None) -> ResponseFormat | None:
+    if asked is None:
+        return None
+    schema = None if asked.schema_ is None else JsonSchemaFormat(schema=asked.schema_)
+    return ResponseFormat(type=asked.type, json_schema=schema)

@@ -1,0 +1,174 @@
+"""Compiled code runs only the modules that it was written after; edited ones are computed by PyTorch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.engine import native
+from pumice.engine.engine import Engine
+from pumice.engine.generate import generate, naive_generate
+from pumice.engine.native import native_decoder
+from pumice.engine.requests import Delta, Prompt
+from pumice.engine.sampling import SamplingParams
+from pumice.model.cache import KVCache
+from pumice.model.layers import MLP
+from pumice.model.llava import Llava
+
+PROMPT = Prompt(torch.arange(9), None, SamplingParams(max_new_tokens=8))
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    code, reason = native.compiled("fp32")
+    if code is None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def model() -> Llava:
+    config = ModelConfig(
+        DecoderConfig(52, 64, 3, 4, 2, 16, 160, context=128),
+        VisionConfig(image_size=64, variant="lite0"),
+        ConnectorConfig("linear"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        llava = Llava(config).eval().requires_grad_(False)
+        for parameter in llava.decoder.parameters():
+            if parameter.dim() == 2:
+                parameter.data.normal_(0, 0.3)
+    return llava
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    with caplog.at_level(logging.WARNING, "pumice"):
+        yield lambda: [record.getMessage() for record in caplog.records]
+
+
+def ask(engine: Engine) -> list[int]:
+    tokens: list[int] = []
+
+    def deliver(delta: Delta) -> None:
+        assert delta.error is None
+        tokens.extend(delta.tokens)
+
+    engine.submit(PROMPT, deliver)
+    while engine.step():
+        pass
+    return tokens
+
+
+def cap(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.clamp(max=0.5)
+
+
+class Doubled(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def replace(model: Llava) -> None:
+    mlp = Doubled(model.config.decoder).requires_grad_(False)
+    mlp.load_state_dict(model.decoder.blocks[1].mlp.state_dict())
+    model.decoder.blocks[1].mlp = mlp
+
+
+def hook_every_block(model: Llava) -> None:
+    for block in model.decoder.blocks:
+        block.mlp.register_forward_hook(cap)
+
+
+def hook_before(model: Llava) -> None:
+    model.decoder.blocks[0].attention.o.register_forward_pre_hook(lambda _, inputs: (-inputs[0],))
+
+
+def replace_forward(model: Llava) -> None:
+    mlp = model.decoder.blocks[2].mlp
+    mlp.forward = lambda x: mlp.up(x)[..., :64]  # type: ignore[method-assign]
+
+
+def replace_activation(model: Llava) -> None:
+    for block in model.decoder.blocks:
+        block.mlp.activation = torch.relu
+
+
+EDITS = {
+    "a module of another class": (replace, "the decoder's blocks.1.mlp was replaced or has hooks"),
+    "hooks": (hook_every_block, "the decoder's blocks.0.mlp was replaced or has hooks"),
+    "hooks before": (hook_before, "the decoder's blocks.0.attention.o was replaced or has hooks"),
+    "another forward": (replace_forward, "the decoder's blocks.2.mlp was replaced or has hooks"),
+    "another activation": (replace_activation, "the decoder's blocks.0.mlp was replaced or has hooks"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("when", ["before the engine", "after an answer"])
+def test_edited_modules_are_computed(
+    model: Llava, name: str, when: str, told: Callable[[], list[str]]
+) -> None:
+    edit, message = EDITS[name]
+    plain = naive_generate(model, PROMPT)
+    if when == "after an answer":
+        engine = Engine(model)
+        assert ask(engine) == plain and engine._native is not None
+        edit(model)
+    else:
+        edit(model)
+        engine = Engine(model)
+    expected = naive_generate(model, PROMPT)
+    assert expected != plain, "the edit changes nothing, so it would not be missed"
+    assert ask(engine) == ask(engine) == expected
+    assert [text.partition(",")[0] for text in told()] == [message]
+
+
+def test_weights_that_are_other_tensors_are_used(model: Llava, told: Callable[[], list[str]]) -> None:
+    engine = Engine(model)
+    before = ask(engine)
+    gate = model.decoder.blocks[0].mlp.gate
+    gate.weight = nn.Parameter(-gate.weight, requires_grad=False)
+    expected = naive_generate(model, PROMPT)
+    assert expected != before
+    assert ask(engine) == expected
+    assert engine._native is not None and not told()  # compiled code, on the new tensor
+
+
+def test_a_class_that_computes_otherwise_is_noticed(
+    model: Llava, monkeypatch: pytest.MonkeyPatch, told: Callable[[], list[str]]
+) -> None:
+    """No module shows it; the first step through both does."""
+    monkeypatch.setattr(MLP, "forward", lambda self, x: self.down(torch.relu(self.gate(x)) * self.up(x)))
+    engine = Engine(model)
+    assert ask(engine) == naive_generate(model, PROMPT)
+    assert engine._native is None
+    assert told() == [
+        "compiled code does not give the logits of the decoder's modules, so PyTorch computes all answers, "
+        "more slowly"
+    ]
+
+
+def test_hooks_that_are_gone_leave_compiled_code(model: Llava) -> None:
+    handle = model.decoder.blocks[0].mlp.register_forward_hook(cap)
+    engine = Engine(model)
+    assert engine._native is None
+    handle.remove()
+    engine.forget()
+    assert engine._native is not None
+    assert ask(engine) == naive_generate(model, PROMPT)
+
+
+def test_a_decoder_that_compiled_code_does_not_implement_is_left_to_pytorch() -> None:
+    config = DecoderConfig(52, 64, 2, 4, 2, 16, 160, logit_softcap=5.0)
+    assert native.CAPABILITY.unsupported(config) == "compiled code does not implement logit_softcap = 5.0"
+    model = Llava(ModelConfig(config, VisionConfig(image_size=64, variant="lite0"))).eval()
+    cache = KVCache(config, 64, torch.device("cpu"), torch.float32)
+    assert native_decoder(model.decoder, cache) is None
+    tokens = [token for _, token in generate(model, [PROMPT]) if token is not None]
+    assert tokens == naive_generate(model, PROMPT)

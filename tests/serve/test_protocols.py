@@ -1,0 +1,344 @@
+"""OpenAI's newer protocol, Anthropic's and Ollama's: their own clients get what the chat's protocol gives."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Any
+
+import anthropic
+import httpx
+import ollama
+import openai
+import pydantic
+import pytest
+from asking import data_uri, picture, post, user_message
+
+WORD = {
+    "type": "object",
+    "properties": {"word": {"enum": ["yes", "no"]}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
+IMAGE = picture(3)
+BASE64 = base64.b64encode(IMAGE).decode()
+WORDS = ({"word": "yes"}, {"word": "no"})
+
+
+class Word(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    word: str
+
+
+@pytest.fixture(scope="module")
+def openai_client(roomy: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{roomy}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def anthropic_client(roomy: str) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=roomy, api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def ollama_client(roomy: str) -> ollama.Client:
+    return ollama.Client(roomy)
+
+
+def said(url: str, *messages: dict[str, Any], **more: Any) -> str:
+    """Return what the chat's protocol answers."""
+    response = post(url, {"messages": messages, "max_tokens": 9, **more})
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+HI = {"role": "user", "content": "hi"}
+SEEN = user_message("What?", IMAGE)
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"id": "a", "type": "function", "function": {"name": "say", "arguments": '{"word":"yes"}'}}
+AFTER_CALL = [
+    HI,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a", "content": "said"},
+    HI,
+]
+
+
+# --- /v1/responses ---
+
+
+def test_responses(openai_client: openai.OpenAI, roomy: str) -> None:
+    create: Any = openai_client.responses.create
+    assert create(model="tiny", input="hi", max_output_tokens=9).output_text == said(roomy, HI)
+    content = [{"type": "input_image", "image_url": data_uri(IMAGE)}, {"type": "input_text", "text": "What?"}]
+    asked = {"model": "tiny", "max_output_tokens": 9, "instructions": "Be brief."}
+    seen = create(input=[{"role": "user", "content": content}], **asked)
+    assert seen.output_text == said(roomy, SYSTEM, SEEN)
+    assert (seen.status, seen.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert seen.usage.output_tokens == 9
+    assert seen.usage.total_tokens == seen.usage.input_tokens + 9
+    # Its own output comes back as history, as do calls and what they gave.
+    turns = [
+        {"role": "user", "content": "hi"},
+        *seen.model_dump()["output"],
+        {"role": "user", "content": "hi"},
+    ]
+    second = create(model="tiny", input=turns, max_output_tokens=9)
+    assert second.output_text == said(roomy, HI, {"role": "assistant", "content": seen.output_text}, HI)
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": None},
+        {"type": "function_call", "call_id": "a", "name": "say", "arguments": '{"word": "yes"}'},
+        {"type": "function_call_output", "call_id": "a", "output": "said"},
+        {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+    ]
+    assert create(model="tiny", input=items, max_output_tokens=9).output_text == said(roomy, *AFTER_CALL)
+
+
+def test_responses_as_events(openai_client: openai.OpenAI) -> None:
+    """The official client joins the events, and checks their order."""
+    whole: Any = openai_client.responses.create(model="tiny", input="hi", max_output_tokens=2000)
+    with openai_client.responses.stream(model="tiny", input="hi", max_output_tokens=2000) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert final.output_text == whole.output_text
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:4]] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert (events[-1].type, whole.status) == ("response.completed", "completed")
+    assert final.usage is not None
+    assert final.usage.total_tokens == whole.usage.total_tokens
+
+
+def test_responses_with_schemas_and_tools(openai_client: openai.OpenAI) -> None:
+    parsed = openai_client.responses.parse(model="tiny", input="hi", text_format=Word, max_output_tokens=2000)
+    assert parsed.status == "incomplete" or isinstance(parsed.output_parsed, Word)
+    form: Any = {"format": {"type": "json_schema", "name": "word", "schema": WORD, "strict": True}}
+    held = openai_client.responses.create(model="tiny", input="hi", text=form)
+    assert json.loads(held.output_text) in WORDS
+    tools: Any = [{"type": "function", "name": "say", "parameters": WORD, "strict": True}]
+    choices: list[Any] = ["required", {"type": "function", "name": "say"}]
+    for choice in choices:
+        asked: dict[str, Any] = {"model": "tiny", "input": "hi", "tools": tools, "tool_choice": choice}
+        [call] = openai_client.responses.create(**asked).output
+        assert call.type == "function_call"
+        assert (call.name, json.loads(call.arguments) in WORDS) == ("say", True)
+        with openai_client.responses.stream(**asked) as stream:
+            events = list(stream)
+            [same] = stream.get_final_response().output
+        assert same.type == "function_call"
+        assert same.arguments == call.arguments
+        deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+        assert "".join(deltas) == call.arguments
+    text = openai_client.responses.create(model="tiny", input="hi", tools=tools, max_output_tokens=5)
+    assert text.output[0].type == "message"
+
+
+def test_responses_give_log_probabilities(openai_client: openai.OpenAI) -> None:
+    include: Any = ["message.output_text.logprobs"]
+    answer: Any = openai_client.responses.create(
+        model="tiny", input="hi", include=include, top_logprobs=2, max_output_tokens=3
+    )
+    logprobs = answer.output[0].content[0].logprobs
+    assert [len(token.top_logprobs) for token in logprobs] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "message"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps no responses; send the whole"),
+        ({"conversation": "conv_1"}, "conversation", "keeps no conversations"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
+        ({"background": True}, "background", "False"),
+        ({"input": []}, "input", "at least 1 item"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type", "should be 'message'"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]},
+            "input",
+            "must be a response to a preceding message",
+        ),
+        (
+            {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}]},
+            "input.0.arguments",
+            "should be a JSON object",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "cat.jpg"}]}]},
+            "input.0.content.0.image_url",
+            "give a picture as data:",
+        ),
+        ({"input": "word " * 9000}, "input", "maximum context length is 4096"),
+    ],
+)
+def test_wrong_responses(roomy: str, more: dict[str, Any], param: str, message: str) -> None:
+    response = post(roomy, {"input": "hi", **more}, "/v1/responses")
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+# --- /v1/messages ---
+
+
+def test_anthropic(anthropic_client: anthropic.Anthropic, roomy: str) -> None:
+    create: Any = anthropic_client.messages.create
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}}
+    content = [image, {"type": "text", "text": "What?", "cache_control": {"type": "ephemeral"}}]
+    asked = {"model": "tiny", "max_tokens": 9}
+    seen = create(system="Be brief.", messages=[{"role": "user", "content": content}], **asked)
+    assert seen.content[0].text == said(roomy, SYSTEM, SEEN)
+    assert (seen.stop_reason, seen.usage.output_tokens) == ("max_tokens", 9)
+    full = said(roomy, HI)
+    stop = full[3:5]
+    cut = create(messages=[HI], stop_sequences=[stop], **asked)
+    assert (cut.content[0].text, cut.stop_reason) == (full[: full.index(stop)], "stop_sequence")
+    assert cut.stop_sequence == stop
+    system = [{"type": "text", "text": "Be brief."}]
+    assert create(system=system, messages=[HI], **asked).content[0].text == said(roomy, SYSTEM, HI)
+    # A last answer is continued; an answer comes back as history, as do calls and what they gave.
+    begun = {"role": "assistant", "content": full[:4]}
+    continued = create(messages=[HI, begun], **asked).content[0].text
+    assert continued == said(roomy, HI, begun, continue_final_message=True)
+    turns = [HI, {"role": "assistant", "content": seen.content}, HI]
+    answer = {"role": "assistant", "content": seen.content[0].text}
+    assert create(messages=turns, **asked).content[0].text == said(roomy, HI, answer, HI)
+    use = {"type": "tool_use", "id": "a", "name": "say", "input": {"word": "yes"}}
+    for given in ("said", [{"type": "text", "text": "said"}]):
+        result = {"type": "tool_result", "tool_use_id": "a", "content": given}
+        turns = [
+            HI,
+            {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [result, {"type": "text", "text": "hi"}]},
+        ]
+        assert create(messages=turns, **asked).content[0].text == said(roomy, *AFTER_CALL)
+
+
+def test_anthropic_as_events(anthropic_client: anthropic.Anthropic) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 20, "messages": [HI]}
+    whole: Any = anthropic_client.messages.create(**asked)
+    with anthropic_client.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == whole.content[0].text
+        final: Any = stream.get_final_message()
+    assert final.content[0].text == whole.content[0].text
+    assert (final.stop_reason, final.usage.output_tokens) == (whole.stop_reason, whole.usage.output_tokens)
+
+
+def test_anthropic_with_tools(anthropic_client: anthropic.Anthropic) -> None:
+    tools: Any = [{"name": "say", "description": "Say a word.", "input_schema": WORD}]
+    choices: list[Any] = [{"type": "any"}, {"type": "tool", "name": "say"}]
+    for choice in choices:
+        asked: dict[str, Any] = {"model": "tiny", "max_tokens": 90, "messages": [HI], "tools": tools}
+        whole: Any = anthropic_client.messages.create(**asked, tool_choice=choice)
+        [call] = whole.content
+        assert (call.type, call.name, call.input in WORDS, whole.stop_reason) == (
+            "tool_use", "say", True, "tool_use",
+        )  # fmt: skip
+        with anthropic_client.messages.stream(**asked, tool_choice=choice) as stream:
+            final: Any = stream.get_final_message()
+        assert (final.content[0].name, final.content[0].input) == ("say", call.input)
+    for more in ({"tool_choice": {"type": "none"}}, {"tool_choice": {"type": "auto"}}, {}):
+        text: Any = anthropic_client.messages.create(
+            model="tiny", max_tokens=5, messages=[HI], tools=tools, **more
+        )
+        assert text.content[0].type == "text"
+
+
+def test_anthropic_errors(anthropic_client: anthropic.Anthropic, roomy: str, local: Any) -> None:
+    with pytest.raises(anthropic.BadRequestError, match="at least 1 item") as raised:
+        anthropic_client.messages.create(model="tiny", max_tokens=5, messages=[])
+    body: Any = raised.value.body
+    assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
+    with pytest.raises(anthropic.NotFoundError, match="no model"):
+        anthropic_client.messages.create(
+            model="claude", max_tokens=5, messages=[{"role": "user", "content": "a"}]
+        )
+    bad = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "$$"}}
+    body = {"max_tokens": 5, "messages": [{"role": "user", "content": [bad]}]}
+    error = post(roomy, body, "/v1/messages").json()["error"]
+    assert error["param"] == "messages.0.content.0.source"
+    with local(api_key=("secret-key",)) as url:
+        client = anthropic.Anthropic(base_url=url, api_key="secret-key", max_retries=0)
+        assert client.messages.create(model="tiny", max_tokens=2, messages=[{"role": "user", "content": "a"}])
+        with pytest.raises(anthropic.AuthenticationError):
+            anthropic.Anthropic(base_url=url, api_key="other-key", max_retries=0).messages.create(
+                model="tiny", max_tokens=2, messages=[{"role": "user", "content": "a"}]
+            )
+
+
+# --- /api ---
+
+
+def test_ollama(ollama_client: ollama.Client, roomy: str) -> None:
+    options = {"num_predict": 9, "num_ctx": 2048, "seed": 1}
+    seen = ollama_client.chat(
+        "tiny",
+        [SYSTEM, {"role": "user", "content": "What?", "images": [IMAGE]}],
+        options=options,
+    )
+    assert seen.message.content == said(roomy, SYSTEM, SEEN)
+    assert (seen.done, seen.done_reason, seen.eval_count) == (True, "length", 9)
+    generated = ollama_client.generate("tiny", "What?", images=[IMAGE], system="Be brief.", options=options)
+    assert generated.response == seen.message.content
+    pieces = list(ollama_client.chat("tiny:latest", [HI], options=options, stream=True))
+    assert "".join(piece.message.content or "" for piece in pieces) == said(roomy, HI)
+    assert [piece.done for piece in pieces][-2:] == [False, True]
+    assert pieces[-1].prompt_eval_count
+    lines = list(ollama_client.generate("tiny", "hi", options=options, stream=True))
+    assert "".join(line.response for line in lines) == said(roomy, HI)
+    turns: Any = [HI, seen.message, HI]
+    answer = {"role": "assistant", "content": seen.message.content}
+    assert ollama_client.chat("tiny", turns, options=options).message.content == said(roomy, HI, answer, HI)
+
+
+def test_ollama_with_schemas_and_tools(ollama_client: ollama.Client, roomy: str) -> None:
+    held = ollama_client.chat("tiny", [HI], format=WORD)
+    assert json.loads(held.message.content or "") in WORDS
+    assert json.loads(ollama_client.generate("tiny", "hi", format=WORD).response) in WORDS
+    tools: Any = [{"type": "function", "function": {"name": "say", "parameters": WORD}}]
+    assert ollama_client.chat("tiny", [HI], tools=tools, options={"num_predict": 9}).message.content
+    call: Any = {"function": {"name": "say", "arguments": {"word": "yes"}}}
+    turns: Any = [
+        HI,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "said", "tool_name": "say"},
+        HI,
+    ]
+    answer = ollama_client.chat("tiny", turns, options={"num_predict": 9})
+    assert answer.message.content == said(roomy, *AFTER_CALL)
+
+
+def test_ollama_s_models(ollama_client: ollama.Client, roomy: str) -> None:
+    [model] = ollama_client.list().models
+    assert model.model == "tiny"
+    shown = ollama_client.show("tiny")
+    assert {"completion", "vision", "tools"} == set(shown.capabilities or ())
+    assert (shown.modelinfo or {})["llava.context_length"] == 4096
+    assert httpx.get(f"{roomy}/api/version").json()["version"]
+    loaded = ollama_client.generate("tiny")
+    assert (loaded.done, loaded.done_reason) == (True, "load")
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda client: client.chat("other", [HI]), "there is no model 'other' here"),
+        (lambda client: client.show("other"), "there is no model 'other' here"),
+        (lambda client: client.chat("tiny", [HI], think=True), "think"),
+        (lambda client: client.generate("tiny", "a", suffix="b"), "suffix"),
+        (lambda client: client.chat("tiny", [HI], options={"temperature": 9}), "'options.temperature'"),
+        (lambda client: client.chat("tiny", [{"role": "tool", "content": "x"}]), "must be a response to"),
+        (lambda client: client.chat("tiny", [HI], format={"type": "nonsense"}), "cannot be followed"),
+        (lambda client: client.generate("tiny", "a", images=[b"no picture"]), "not a picture"),
+    ],
+)
+def test_ollama_errors(ollama_client: ollama.Client, ask: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(ollama.ResponseError, match=message):
+        ask(ollama_client)

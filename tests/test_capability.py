@@ -1,0 +1,245 @@
+"""Every field of every config is implemented by a consumer, and refused by name by all that do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from pumice.capability import Capability, fields
+from pumice.config import (
+    ChatFormat,
+    ConnectorConfig,
+    DecoderConfig,
+    GenerationConfig,
+    ImagePolicy,
+    LoraConfig,
+    ModelConfig,
+    RopeScaling,
+    VisionConfig,
+)
+from pumice.engine import native
+from pumice.engine.generate import generate, naive_generate
+from pumice.engine.requests import Prompt
+from pumice.engine.sampling import SamplingParams
+from pumice.errors import InputError
+from pumice.formats.export import REFUSALS, export
+from pumice.formats.gguf import write as gguf_write
+from pumice.formats.hf import write as hf_write
+from pumice.formats.llava import write as llava_write
+from pumice.formats.read import read_model
+from pumice.model import connector, decoder
+from pumice.model.llava import TOWERS, Llava
+from pumice.model.quantized import quantize
+
+CLASSES = (
+    DecoderConfig, RopeScaling, VisionConfig, ConnectorConfig, ImagePolicy, GenerationConfig, LoraConfig,
+    ChatFormat, ModelConfig,
+)  # fmt: skip
+CONSUMERS: dict[str, Capability] = {
+    "decoder": decoder.CAPABILITY,
+    "connector": connector.CAPABILITY,
+    "native": native.CAPABILITY,
+    "hf": hf_write.CAPABILITY,
+    "llava": llava_write.CAPABILITY,
+    "gguf": gguf_write.CAPABILITY,
+    **{
+        f"tower {kind}": Capability(kind, {VisionConfig: fields(implemented)})
+        for kind, (implemented, _) in TOWERS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("config_class", CLASSES)
+def test_every_field_is_listed_somewhere(config_class: type) -> None:
+    """A field that is added, and listed nowhere, would be ignored everywhere."""
+    listed = {name for consumer in CONSUMERS.values() for name in consumer.fields.get(config_class, ())}
+    assert {field.name for field in dataclasses.fields(config_class)} == listed
+
+
+def test_a_field_that_is_not_listed_is_refused_by_name() -> None:
+    @dataclass(frozen=True)
+    class Inner:
+        depth: int = 1
+
+    @dataclass(frozen=True)
+    class Config:
+        width: int
+        inner: Inner = Inner()
+        sizes: tuple[int, ...] = ()
+        kind: str = "plain"
+
+    whole = Capability("it", {Config: fields("width inner sizes kind"), Inner: fields("depth")})
+    assert whole.unsupported(Config(3, Inner(2), (1,), "other")) is None
+    part = Capability("the printer", {Config: fields("width inner", kind=("plain", "round"))})
+    assert part.unsupported(Config(3)) is part.unsupported(Config(3, kind="round")) is None
+    for config, words in (
+        (Config(3, sizes=(1, 2)), "the printer does not implement sizes = (1, 2)"),
+        (Config(3, Inner(2)), "the printer does not implement inner.depth = 2"),
+        (Config(3, kind="flat"), "the printer does not implement kind = 'flat', only 'plain' or 'round'"),
+    ):
+        assert part.unsupported(config) == words
+        with pytest.raises(InputError) as refusal:
+            part.check(config, "print it by hand")
+        assert str(refusal.value) == f"{words}; print it by hand"
+    # A field without a default is always set.
+    assert (
+        Capability("a", {Config: fields("inner")}).unsupported(Config(0)) == "a does not implement width = 0"
+    )
+
+
+# A value that differs from the default, of every field that is no size of all decoders.
+DECODER_FIELDS: dict[str, dict[str, Any]] = {
+    "rope_theta": {"rope_theta": 5000.0},
+    "rope_scaling": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "norm_eps": {"norm_eps": 1e-3},
+    "tied_head": {"tied_head": True},
+    "qkv_bias": {"qkv_bias": True},
+    "qk_norm": {"qk_norm": True},
+    "sliding_window": {"sliding_window": 7},
+    "window_pattern": {"sliding_window": 7, "window_pattern": 2},
+    "activation": {"activation": "gelu_tanh"},
+    "post_norms": {"post_norms": True},
+    "norm_offset": {"norm_offset": 1.0},
+    "embed_scale": {"embed_scale": 3.0},
+    "attention_scale": {"attention_scale": 0.1},
+    "attention_softcap": {"attention_softcap": 1.0},
+    "logit_softcap": {"logit_softcap": 2.0},
+}
+SIZES = {"vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_width", "context"}
+SIGLIP = VisionConfig(
+    kind="siglip", image_size=28, width=32, stride=14, depth=2, heads=2, mlp_width=64, activation="gelu_tanh",
+    layer=-1, select="full",
+)  # fmt: skip
+
+
+def small(**changes: Any) -> Llava:
+    config = ModelConfig(
+        replace(DecoderConfig(52, 64, 3, 4, 2, 16, 96, context=64), **changes), SIGLIP, ConnectorConfig()
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Llava(config).eval().requires_grad_(False)
+        for parameter in model.decoder.parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(noise * 0.15 if parameter.dim() == 2 else 1 + 0.5 * noise)
+    return model
+
+
+def test_a_value_of_every_decoder_field_is_tried() -> None:
+    assert SIZES | DECODER_FIELDS.keys() == {field.name for field in dataclasses.fields(DecoderConfig)}
+
+
+@pytest.mark.parametrize("name", DECODER_FIELDS)
+def test_a_field_of_the_decoder_changes_what_every_engine_computes(name: str) -> None:
+    """Compiled code computes it or leaves it to PyTorch; int8 modules compute it as well."""
+    ids = torch.arange(24) % 52
+    without = {field: value for field, value in DECODER_FIELDS[name].items() if field != name}
+    plain, changed = small(**without), small(**DECODER_FIELDS[name])
+    logits = [model.decoder.logits(model(ids[None])) for model in (plain, changed)]
+    assert not torch.allclose(*logits, atol=1e-3), "the field changes nothing"
+    prompt = Prompt(ids, None, SamplingParams(max_new_tokens=12))
+    tokens = [token for _, token in generate(changed, [prompt]) if token is not None]
+    assert tokens == naive_generate(changed, prompt)
+    quantize(changed.decoder, "int8")
+    error = (changed.decoder.logits(changed(ids[None])) - logits[1]).norm() / logits[1].norm()
+    print(f"{name}: {error:.3f}")
+    assert error < 0.1
+
+
+@pytest.mark.parametrize("to", ["hf", "llava", "gguf"])
+@pytest.mark.parametrize("name", DECODER_FIELDS)
+def test_a_field_of_the_decoder_is_written_or_refused_by_name(
+    name: str, to: str, models: ModuleType, tmp_path: Path
+) -> None:
+    source = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
+    config = replace(source.config, decoder=replace(source.config.decoder, **DECODER_FIELDS[name]))
+    reason = REFUSALS[to](config)
+    if reason is None:
+        state = {n: t for n, t in source.state.items() if n != "decoder.head.weight" or name != "tied_head"}
+        state |= _further_tensors(config, state)
+        export(replace(source, config=config, state=state), to, tmp_path / "out")  # reads it back
+    else:
+        assert name in reason or name in ("qk_norm", "post_norms"), reason
+
+
+def _further_tensors(config: ModelConfig, state: dict[str, Any]) -> dict[str, Any]:
+    from pumice.formats.load import shapes
+    from pumice.storage.tensors import as_lazy
+
+    wanted = shapes(config)
+    return {name: as_lazy(torch.ones(shape)) for name, shape in wanted.items() if name not in state}
+
+
+def _vision(**changes: Any) -> Callable[[ModelConfig], ModelConfig]:
+    return lambda config: replace(config, vision=replace(config.vision, **changes))
+
+
+def _image(**changes: Any) -> Callable[[ModelConfig], ModelConfig]:
+    return lambda config: replace(config, image=replace(config.image, **changes))
+
+
+OTHER_FIELDS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
+    "vision.norm_eps": _vision(norm_eps=1e-3),
+    "vision.layer": _vision(layer=-1),
+    "vision.select": _vision(select="cls_patch"),
+    "vision.activation": _vision(activation="gelu"),
+    "image.mode": _image(mode="crop"),
+    "image.mean": _image(mean=(0.5, 0.5, 0.5), pad_color=(127, 127, 127)),
+    "image.std": _image(std=(0.5, 0.5, 0.5)),
+    "image.resample": _image(resample="bilinear"),
+    "image.pad_color": _image(pad_color=(1, 2, 3)),
+    "image.pinpoints": _image(mode="anyres", pinpoints=((112, 56), (56, 112))),
+    "image.unpad": _image(mode="anyres", pinpoints=((112, 56), (56, 112)), unpad=False),
+    "image.max_tiles": _image(mode="anyres", pinpoints=((112, 56), (56, 112)), max_tiles=4),
+    "connector.kind": lambda config: replace(config, connector=ConnectorConfig("linear")),
+    "connector.reduce": lambda config: replace(config, connector=ConnectorConfig(reduce="average", factor=2)),
+}
+
+
+@pytest.mark.parametrize("to", ["hf", "llava", "gguf"])
+@pytest.mark.parametrize("name", OTHER_FIELDS)
+def test_a_field_of_tower_pictures_and_connector_is_written_or_refused(
+    name: str, to: str, models: ModuleType, tmp_path: Path
+) -> None:
+    """hf and llava are read back whole, so a field that is lost cannot pass."""
+    source = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
+    config = OTHER_FIELDS[name](source.config)
+    if REFUSALS[to](config) is not None:
+        return
+    state = dict(source.state)
+    if name.startswith("connector"):
+        state = {n: t for n, t in state.items() if not n.startswith("connector.layers.2")}
+    state |= _further_tensors(config, state)
+    export(replace(source, config=config, state=state), to, tmp_path / "out")
+    if to == "hf" and not name.startswith("connector"):
+        written = read_model(tmp_path / "out").config
+        assert (written.vision, written.image) == (config.vision, config.image)
+
+
+def test_what_a_format_loses_is_refused_before_it_appears(
+    models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a writer would that has forgotten a field: its file says another number."""
+    text_config = hf_write.text_config
+    monkeypatch.setattr(hf_write, "text_config", lambda config: text_config(config) | {"rms_norm_eps": 0.5})
+    source = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
+    with pytest.raises(InputError, match=r"does not keep decoder\.norm_eps: 1e-05 would .* as 0\.5"):
+        export(source, "hf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tower_refuses_fields_of_another_kind() -> None:
+    for config, words in (
+        (replace(SIGLIP, variant="lite0"), "a tower of kind siglip does not implement variant = 'lite0'"),
+        (VisionConfig(depth=2), "a tower of kind efficientnet_lite does not implement depth = 2"),
+    ):
+        with pytest.raises(InputError) as refusal:
+            Llava(ModelConfig(DecoderConfig(52, 64, 1, 4, 2, 16, 96), config))
+        assert str(refusal.value) == words

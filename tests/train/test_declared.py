@@ -1,0 +1,196 @@
+"""What a researcher changes is computed or refused: new connectors, added fields, parts without gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.errors import InputError
+from pumice.files import sha256
+from pumice.formats.export import export
+from pumice.formats.pumice.folder import save
+from pumice.formats.read import read_model
+from pumice.model.connector import Connector
+from pumice.model.llava import Llava
+from pumice.train import run
+from pumice.train.loss import supervised_loss
+from pumice.train.recipe import load_recipe
+from pumice.train.report import read_metrics
+from pumice.train.shapes import shape
+from pumice.train.speed import flops_per_tile
+
+MakeRecipe = Callable[..., Path]
+CONNECTOR = {"learn": {"connector": 3e-3}}
+
+
+def weights(model: Path) -> dict[str, Tensor]:
+    return load_file(model / "model.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    return [event["loss"] for event in read_metrics(output / "metrics.jsonl") if "loss" in event]
+
+
+def test_an_existing_model_gets_a_new_connector(
+    make_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Drawn anew, in the place of the old one: one image token instead of four."""
+    new = {"base": str(tiny_model), "connector": {"kind": "linear", "reduce": "average", "factor": 2}}
+    recipe = make_recipe(model=new, stage=CONNECTOR)
+    config, _ = shape(load_recipe(recipe), recipe)
+    assert (config.connector, config.image_tokens) == (ConnectorConfig("linear", "average", 2), 1)
+    model = run(recipe)
+    loaded = read_model(model)
+    assert loaded.config.connector == config.connector
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    old = read_model(tiny_model).state
+    names = {name for name in old if not name.startswith("connector.")}
+    assert all(torch.equal(loaded.state[name].read(), old[name].read()) for name in names)
+    # The same seed draws the same connector; another stage continues it without naming it again.
+    assert weights(run(make_recipe("again", model=new, stage=CONNECTOR))).keys() == weights(model).keys()
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+    run(make_recipe("second", model=str(model), max_steps=1))
+
+
+def test_a_wrong_key_of_a_new_connector_is_named(make_recipe: MakeRecipe, tiny_model: Path) -> None:
+    for model, message in (
+        ({"base": str(tiny_model), "conector": {"kind": "linear"}}, r"unknown key 'model\.conector'"),
+        ({"base": str(tiny_model)}, r"model\.\w+ is missing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_recipe(make_recipe(model=model))
+    with pytest.raises(InputError, match="unknown connector 'mlp2'; use linear, mlpNx_gelu or identity"):
+        run(make_recipe(model={"base": str(tiny_model), "connector": {"kind": "mlp2"}}, stage=CONNECTOR))
+
+
+def test_a_field_that_was_added_since_does_not_stop_a_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A checkpoint of an older version lacks it, which means its default."""
+    whole = run(make_recipe("whole", max_steps=6))
+    recipe = make_recipe(max_steps=6)
+    run(recipe)
+    # As an older version left it after three steps: no `loss_average`, and rows without `mirror`.
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-000006").rename(tmp_path / "later")
+    state = folder / "step-000003" / "state.json"
+    values = json.loads(state.read_text())
+    del values["recipe"]["loss_average"], values["recipe"]["data"][0]["mirror"]
+    state.write_text(json.dumps(values))
+    manifest = folder / "step-000003" / "manifest.json"
+    entries = json.loads(manifest.read_text())
+    entries["state.json"] = {"size": state.stat().st_size, "sha256": sha256(state)}
+    manifest.write_text(json.dumps(entries))
+    for key, value, stored in (("loss_average", "micro_batch", "tokens"), ("data", None, "mirror.: False")):
+        changes = {key: value} if value else {"data": [{**values["recipe"]["data"][0], "mirror": True}]}
+        with pytest.raises(InputError, match=f"made with {key}.*{stored}"):
+            run(make_recipe(max_steps=6, **changes))
+    again = weights(run(make_recipe(max_steps=6)))
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights(whole).items())
+
+
+def test_another_number_of_threads_is_told(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(make_recipe(max_steps=6))
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-000006").rename(tmp_path / "later")
+    capsys.readouterr()
+    run(make_recipe(max_steps=6))
+    assert "threads" not in capsys.readouterr().err
+    (folder / "step-000006").rename(tmp_path / "later still")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        run(make_recipe(max_steps=6))
+    finally:
+        torch.set_num_threads(before)
+    told = capsys.readouterr().err
+    assert f"This run had {before} threads and has {before + 1} now" in told
+    assert f"OMP_NUM_THREADS={before} continues it bit for bit" in told
+
+
+def test_a_part_that_no_gradient_reaches_ends_the_run(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a layer that the forward pass leaves out: it would be saved as it was drawn."""
+    forward = Connector.forward
+
+    def detached(self: Connector, features: Tensor) -> Tensor:
+        return forward(self, features).detach()
+
+    monkeypatch.setattr(Connector, "forward", detached)
+    message = (
+        r"connector learns, but in 3 steps no gradient reached connector\.layers\.0\.bias: the loss does"
+    )
+    with pytest.raises(InputError, match=message):
+        run(make_recipe())
+
+
+def test_a_reducing_connector_multiplies_what_is_left() -> None:
+    """Four features become one: a linear layer of 4 x 8 inputs on one token, and not on four."""
+    vision = VisionConfig(
+        kind="siglip", image_size=28, width=8, stride=14, depth=0, heads=2, mlp_width=8, layer=0,
+        select="full", activation="gelu_tanh",
+    )  # fmt: skip
+    config = ModelConfig(
+        DecoderConfig(16, 8, 1, 2, 1, 4, 8), vision, ConnectorConfig("linear", "pixel_shuffle", 2)
+    )
+    model = Llava(config).requires_grad_(False)
+    tower = sum(p.numel() for p in model.tower.parameters() if p.dim() == 2 and p.shape[0] != 4)
+    assert flops_per_tile(model) == 4 * tower * 2 + 1 * (4 * 8 * 8) * 6
+
+
+GEMMA = DecoderConfig(
+    258, 48, 2, 4, 2, 12, 96, context=256, tied_head=True, sliding_window=40, window_pattern=2,
+    activation="gelu_tanh", post_norms=True, norm_offset=1.0, embed_scale=48**0.5, attention_scale=16**-0.5,
+    attention_softcap=20.0, logit_softcap=10.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_loss_of_capped_logits_has_the_gradients_of_autograd(softcap: float | None) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(300, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+    targets, counts = torch.randint(32, (300,)), torch.rand(300)
+    supervised_loss(hidden, head, targets, counts, softcap).backward()
+    actual = [hidden.grad, head.grad]
+    logits = hidden @ head.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    expected = torch.autograd.grad((losses * counts).sum(), (hidden, head))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # measured worst: 4e-6
+
+
+def test_a_gemma_2_learns_with_adapters_and_is_exported(
+    make_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Training's loss falls, the merged model is written for transformers and read back equal."""
+    loaded = read_model(tiny_model)
+    vision = VisionConfig(
+        kind="siglip", image_size=56, width=16, stride=14, depth=2, heads=2, mlp_width=24, layer=-1,
+        select="full", activation="gelu_tanh",
+    )  # fmt: skip
+    config = dataclasses.replace(loaded.config, decoder=GEMMA, vision=vision)
+    torch.manual_seed(0)
+    model = Llava(config)
+    with torch.no_grad():
+        model.decoder.embed.weight.mul_(0.02)
+    save(tmp_path / "gemma", config, model.state_dict(), tokenizer=loaded.tokenizer.to_str())
+    trained = run(make_recipe(model=str(tmp_path / "gemma")))
+    curve = losses(tmp_path / "run")
+    assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
+    stage = {"learn": {"connector": 3e-3, "lora": 1e-2}, "lora": {"rank": 4}}
+    trained = run(make_recipe("adapters", model=str(trained), stage=stage, epochs=2))
+    result = export(read_model(trained), "hf", tmp_path / "hf")
+    assert any("leaves out the cap of the logits" in note for note in result.notes)
+    again = read_model(tmp_path / "hf")
+    assert dataclasses.replace(again.config.decoder, vocab_size=258) == GEMMA
