@@ -93,9 +93,11 @@ def _lora(keys: Keys) -> LoraConfig:
     # What our adapters do not have is refused, so that no part of an adapter is lost in silence.
     keys.only("peft_type", ("LORA",), "LORA")
     keys.only("bias", ("none",), "none", "biases would be trained outside the adapter")
-    for key in ("use_dora", "fan_in_fan_out", "use_qalora"):
+    for key in ("use_dora", "fan_in_fan_out", "use_qalora", "lora_bias"):
         keys.only(key, (False,), False)
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters"):
+    # The last two apply the adapter to some tokens only, or mix several.
+    names = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters")
+    for key in (*names, "alora_invocation_tokens", "arrow_config"):
         if keys.values.get(key):
             raise InputError(
                 f"{keys.label}: {key} is {keys.values[key]!r}, which cannot be read; it must be empty"
