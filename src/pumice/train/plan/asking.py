@@ -135,14 +135,16 @@ def measure_decoder(
     weight_bytes = 1.0 if quantize == "int8" else 0.6 if quantize else float(dtype.itemsize)
     inner, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer_weights = config.width * (2 * inner + 2 * shared + 3 * config.mlp_width)
-    depth = min(config.depth, math.ceil(PROBE_BYTES / (layer_weights * weight_bytes)))
+    depth = min(config.depth, max(2, math.ceil(PROBE_BYTES / (layer_weights * weight_bytes))))
     times = time_answer(replace(config, depth=depth), quantize, tokens, device, dtype)
     if depth == config.depth:
         return times
-    # 2. Without layers, an answer takes what comes once in each step: Python, sampling, the vocabulary.
-    once = time_answer(replace(config, depth=0), quantize, tokens, device, dtype)
+    # 2. What comes once in each step does not grow with the depth: Python, sampling, the vocabulary. One
+    #    layer shows it.
+    single = time_answer(replace(config, depth=1), quantize, tokens, device, dtype)
     prefill, token = (
-        fixed + (measured - fixed) * config.depth / depth for fixed, measured in zip(once, times, strict=True)
+        one + (several - one) / (depth - 1) * (config.depth - 1)
+        for one, several in zip(single, times, strict=True)
     )
     return prefill, token
 
