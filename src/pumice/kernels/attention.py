@@ -23,7 +23,10 @@ class _TaskStruct(ctypes.Structure):
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in "block capacity past tokens window heads kv_heads size".split()),
+        *(
+            (name, ctypes.c_int64)
+            for name in ["block", "capacity", "past", "tokens", "window", "heads", "kv_heads", "size"]
+        ),
         ("y", ctypes.c_void_p),
     ]
 
