@@ -134,3 +134,48 @@ def test_data_check(run: Any, refused: Any, folder: Path) -> None:
     result = run("data", "check", "rows.json", "--images", ".", "--json", "--budget", "0.5", model=False)
     assert (result.exit_code, json.loads(result.stdout)["usable"]) == (0, 1)
     refused(run("data", "check", "rows.json", "--images", "no", model=False), "'no' does not exist")
+
+
+def test_data_show_draws_pictures_and_writes_a_page(run: Any, folder: Path, tiny_folder: Path) -> None:
+    rows = [dict(ROWS[0], image="cat.png"), ROWS[0], {"id": "<b>"}]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    arguments = ["rows.json", "--template", "chatml", "--tokenizer", str(tiny_folder), "--images", "."]
+    result = run("data", "show", *arguments, "--pictures", "--rows", "1", model=False)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("▀" * 40) > 5 and "[+A dog." in result.stdout
+    result = run("data", "show", "rows.json", "--html", "page.html", model=False)
+    assert (result.exit_code, result.stdout) == (0, "page.html: 3 of 3 rows (JSON)\n")
+    page = (folder / "page.html").read_text("utf-8")
+    assert page.count('<img src="data:image/jpeg;base64,') == 1 and page.count("A dog.") == 2
+    assert "gone.jpg" in page and "&lt;b&gt;" in page and "<b>'" not in page
+
+
+def test_data_convert(run: Any, refused: Any, folder: Path) -> None:
+    (folder / "table.csv").write_text("photo,ask,reply\ncat.png,What?,A dog.\n")
+    columns = ["--columns", "image=photo", "--columns", "question=ask", "--columns", "answer=reply"]
+    result = run("data", "convert", "table.csv", "out", *columns, model=False)
+    assert (result.exit_code, result.stdout) == (0, "out: 1 rows written, 0 rows left out\n"), result.output
+    written = json.loads((folder / "out" / "rows.jsonl").read_text())
+    assert written["image"] == "images/cat.png" and (folder / "out" / "images" / "cat.png").is_file()
+    result = run("data", "check", "out/rows.jsonl", "--images", "out", model=False)
+    assert (result.exit_code, result.stdout) == (0, "1 of 1 rows can be used\n")
+    refused(run("data", "convert", "table.csv", "new", model=False), "columns: {image: photo, question: ask")
+    refused(
+        run("data", "convert", "table.csv", "new", "--columns", "image", model=False), "write ROLE=COLUMN"
+    )
+
+
+def test_a_fixed_copy_of_another_form_is_llavas(run: Any, folder: Path) -> None:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    (folder / "rows.jsonl").write_text(
+        json.dumps({"id": "a", "images": ["cat.png"], "messages": turns}) + "\n"
+    )
+    result = run("data", "check", "rows.jsonl", "--fix", "fixed.json", model=False)
+    assert result.exit_code == 0 and "<image> added: 1 picture without <image>" in result.stdout
+    assert "1 rows given <image>" in result.stdout
+    [row] = json.loads((folder / "fixed.json").read_text())
+    assert row == {
+        "id": "a", "image": "cat.png",
+        "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A dog."}],
+    }  # fmt: skip
+    assert "<image> added" not in run("data", "check", "fixed.json", model=False).stdout

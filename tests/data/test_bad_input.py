@@ -200,6 +200,7 @@ def test_media_under_other_keys_are_told_and_never_learned_as_text(
         ({"images": ["a", "b"], "messages": [ASKS, ANSWERS]}, "1 <image> placeholder for 2 pictures"),
         ({"messages": [{**ANSWERS, "weight": 0}]}, "message 1 has weight 0, and every answer is learned"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "message 1: unknown part"),
+        ({"text": "A cat."}, "'text' stands without a picture and without a question"),
         ({"question": "What?", "answers": []}, "the list of answers is empty"),
         ({"question": "What?", "answer": {"a": 1}}, "expected a text, found an object"),
     ],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from samples import Example, Examples, jsonl, llava
 
 from pumice.data.mapping import RowMapping
 from pumice.data.rows import ImageFinder, Rows
+from pumice.data.sources import columns
 from pumice.data.sources.recognise import Part
 
 Written = Path | tuple[Path, RowMapping]
@@ -394,3 +397,72 @@ def test_splits_are_chosen_by_name(examples: Examples, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Rows(tmp_path / "set", part=part)
+
+
+@pytest.mark.parametrize("group", [3, 7, 24])
+def test_rows_of_any_row_group_are_read_once_a_block(
+    group: int, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of blocks of two, in any order: small row groups are read for each block, large ones once."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_pylist([r | {"day": date(2026, 1, 1)} for r in nested(examples)])
+    parquet.write_table(table, tmp_path / "r.parquet", row_group_size=group)
+    monkeypatch.setattr(columns, "BLOCK", 2)
+    reads: list[tuple[int, int, int]] = []
+    batches = columns._batches
+    monkeypatch.setattr(columns, "_batches", lambda path, *a: reads.append(a) or batches(path, *a))
+    rows = Rows(tmp_path / "r.parquet")
+    for index in [*range(23, -1, -1), *range(24)]:
+        row = rows[index]
+        assert (row.id, row.image[0].load()) == (f"r{index}", examples.bytes_of(examples.rows[index]))
+    assert rows.opened.record(0)["day"] == "2026-01-01"
+    large = group > 2 * columns._LARGE
+    assert len(reads) == (1 if large else len({(a // 2, a // group) for a in range(24)}))
+    assert [row.id for row in pickle.loads(pickle.dumps(rows))] == [f"r{n}" for n in range(24)]
+
+
+def on_hub(root: Path, card: str | None) -> Path:
+    """The snapshot of a set in the hub client's cache, as a download leaves it."""
+    repository = root / "datasets--owner--name"
+    snapshot = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    if card is not None:
+        (snapshot / "README.md").write_text(card)
+    return snapshot
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/first*
+  - split: test
+    path: [data/second*]
+---
+"""
+
+
+@pytest.mark.parametrize("card", [CARD, None])
+def test_a_set_on_the_hub(
+    card: str | None, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = on_hub(tmp_path / "hub", card)
+    names = ("first", "second") if card else ("train-0", "test-0")
+    (snapshot / "data").mkdir()
+    for name, rows in zip(names, (examples.rows[:5], examples.rows[5:8]), strict=True):
+        llava(rows, snapshot / "data" / f"{name}.json")
+    train, test = (Rows("hf://owner/name", part=Part(split=split)) for split in ("train", "test"))
+    assert [row.id for row in train] == [f"r{n}" for n in range(5)]
+    assert [row.id for row in test] == ["r5", "r6", "r7"]
+    assert (train.label, train.source) == ("hf://owner/name", "name")
+    with pytest.raises(
+        ValueError, match="'hf://owner/name' has the splits test, train; say which, for example"
+    ):
+        Rows("hf://owner/name")
+    with pytest.raises(ValueError, match="owner/other is not in the hub's cache and cannot be fetched"):
+        Rows("hf://owner/other")

@@ -113,10 +113,10 @@ class RowMapping:
             # The Cauldron: [{"user", "assistant", "source"}]
             turns = [(_SPEAKERS[key], str(e[key])) for e in exchanges for key in ("user", "assistant")]
             return _finish(row_id, turns, images, values)
-        turns = self._exchange(values, form)
+        turns = self._exchange(values, bool(images), form)
         return _finish(row_id, [*_system(values, turns), *turns], images, values)
 
-    def _exchange(self, values: Record, form: str) -> Turns:
+    def _exchange(self, values: Record, has_images: bool, form: str) -> Turns:
         """Return the turns of columns with questions and answers, or of one text about a picture."""
         question = next((name for name in _QUESTIONS if name in values), None)
         answer = next((name for name in _ANSWERS if name in values), None)
@@ -140,6 +140,10 @@ class RowMapping:
                 return turns + [turn for q, a in pairs for turn in (("human", _text(q)), ("gpt", _text(a)))]
             return [*turns, ("human", _text(questions)), ("gpt", _most_given(answers))]
         caption = next((name for name in _CAPTIONS if name in values), None)
+        if caption is not None and not has_images:
+            raise InputError(
+                f"{caption!r} stands without a picture and without a question; add one or the other"
+            )
         if caption is not None:
             asked = self.question or _DEFAULT_QUESTIONS.get(caption, _DESCRIBE)
             asked = _text(values[question]) if question is not None else asked

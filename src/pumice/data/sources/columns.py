@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import marshal
 import tempfile
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ from pumice.files import cache_folder
 BLOCK = 1000  # rows that are read together
 _BATCH = 50  # rows that are in memory at once while a block is read
 _KEPT_BLOCKS = 16
+_LARGE = 4  # blocks
 
 
 def arrow() -> Any:
@@ -37,26 +39,49 @@ def arrow() -> Any:
     return pyarrow
 
 
-@dataclass(frozen=True)
 class _Block:
-    """Some rows in memory: their texts, and where the pictures of each column lie in a file on the disk."""
+    """Some rows, with their pictures, in a file on the disk that vanishes with the block."""
 
-    texts: list[Record]
-    pictures: list[dict[str, Any]]  # of each row: column -> None, (start, size, path), or a list of them
-    file: IO[bytes]
-    lock: threading.Lock
+    def __init__(self) -> None:
+        self._file, self._lock = _temporary_file(), threading.Lock()
+        self._ends = array("q", [0])  # of the rows, each behind its pictures
+        self._starts = array("q")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def add(self, record: Record, pictures: Record) -> None:
+        """Append a row. pictures: column -> the value with the bytes of a picture, or a list of them."""
+        places = {column: _store(value, self._file) for column, value in pictures.items()}
+        self._starts.append(self._file.tell())
+        try:
+            data = marshal.dumps((record, places))
+        except ValueError:  # dates and the like
+            data = marshal.dumps(({name: _plain(value) for name, value in record.items()}, places))
+        self._file.write(data)
+        self._ends.append(self._file.tell())
+
+    def row(self, number: int) -> tuple[Record, dict[str, Any]]:
+        """Return what a row holds, and of each column with pictures their places: see `_store`."""
+        start = self._starts[number]
+        record, places = marshal.loads(self.read(start, self._ends[number + 1] - start))
+        return record, places
 
     def read(self, start: int, size: int) -> bytes:
-        with self.lock:
-            self.file.seek(start)
-            return self.file.read(size)
+        with self._lock:
+            self._file.seek(start)
+            return self._file.read(size)
+
+    def __del__(self) -> None:
+        self._file.close()  # which removes it; a thread that still reads from it holds the block
 
 
 class ColumnRows(Source):
     """The rows of parquet or Arrow files, one after the other.
 
-    A block of rows is read at once. Its texts stay in memory, its pictures go to a temporary file in the
-    cache folder, so that rows of the block can be asked for in any order and memory stays small.
+    A block of rows is read at once and goes to a temporary file in the cache folder, so that its rows can be
+    asked for in any order and memory stays small. A row group of more than `_LARGE` blocks, which cannot be
+    read in parts, is unpacked as a whole, once.
     """
 
     shuffle_block = BLOCK
@@ -77,10 +102,11 @@ class ColumnRows(Source):
     def _setup(self) -> None:
         self._lock = threading.Lock()
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._unpacked: dict[int, _Block] = {}  # of large row groups
         self._kept_blocks = _KEPT_BLOCKS
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_blocks")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_blocks", "_unpacked")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -98,9 +124,8 @@ class ColumnRows(Source):
 
     def record(self, index: int) -> Record:
         number, row = divmod(index, BLOCK)
-        block = self._block(number)
-        record = dict(block.texts[row])
-        for column, pictures in block.pictures[row].items():
+        record, places = self._block(number).row(row)
+        for column, pictures in places.items():
             several = isinstance(pictures, list)
             images = [
                 place if place is None or isinstance(place, str) else self._image(index, column, n, place)
@@ -108,13 +133,6 @@ class ColumnRows(Source):
             ]
             record[column] = images if several else images[0]
         return record
-
-    def records(self) -> Iterator[Record | InputError]:
-        for index in range(len(self)):
-            try:
-                yield self.record(index)
-            except InputError as error:
-                yield error
 
     def _image(self, index: int, column: str, number: int, place: tuple[int, int, str]) -> StoredImage:
         name = f"{self.place(index)[1:].replace(chr(39), '')}, {place[2] or column}"
@@ -125,24 +143,39 @@ class ColumnRows(Source):
     def _picture(self, index: int, column: str, number: int) -> bytes:
         """Return the bytes of a picture. Its block may have been read anew since the row was."""
         block = self._block(index // BLOCK)
-        places = block.pictures[index % BLOCK][column]
+        places = block.row(index % BLOCK)[1][column]
         start, size, _ = places[number] if isinstance(places, list) else places
         return block.read(start, size)
 
     def _block(self, number: int) -> _Block:
         with self._lock:
+            if number in self._unpacked:
+                return self._unpacked[number]
             if number not in self._blocks:
-                self._blocks[number] = self._read_block(number * BLOCK, min(len(self), (number + 1) * BLOCK))
+                first, last = self._together(number)
+                blocks = dict(enumerate(self._read(first * BLOCK, min(len(self), last * BLOCK)), first))
+                if len(blocks) > 1:
+                    self._unpacked |= blocks
+                    return blocks[number]
+                self._blocks |= blocks
                 while len(self._blocks) > self._kept_blocks:
                     self._blocks.popitem(last=False)
             self._blocks.move_to_end(number)
             return self._blocks[number]
 
-    def _read_block(self, start: int, end: int) -> _Block:
-        """Read rows start to end, and write their pictures to a file that vanishes with the block."""
-        file = _temporary_file()
-        texts: list[Record] = []
-        pictures: list[dict[str, Any]] = []
+    def _together(self, number: int) -> tuple[int, int]:
+        """Return the first and the last block, exclusive, that are read together with a block."""
+        start, end = number * BLOCK, min(len(self), (number + 1) * BLOCK)
+        first_group, last_group = np.searchsorted(self._ends, [start, end - 1], "right").tolist()
+        for group in range(first_group, last_group + 1):
+            rows, group_end = int(self._groups[group, 2]), int(self._ends[group])
+            if rows > _LARGE * BLOCK:
+                start, end = min(start, group_end - rows), max(end, group_end)
+        return start // BLOCK, -(-end // BLOCK)
+
+    def _read(self, start: int, end: int) -> Iterator[_Block]:
+        """Yield rows start to end in blocks."""
+        block = _Block()
         group = int(np.searchsorted(self._ends, start, "right"))
         while start < end:
             first = int(self._ends[group] - self._groups[group, 2])
@@ -150,10 +183,13 @@ class ColumnRows(Source):
             number, own_group, _ = self._groups[group].tolist()
             with self._told(self.files[number]):
                 for batch in _batches(self.files[number], own_group, start - first, stop - first):
-                    _split(batch, texts, pictures, file)
+                    for record, pictures in _split(batch):
+                        if len(block) == BLOCK:
+                            yield block
+                            block = _Block()
+                        block.add(record, pictures)
             start, group = stop, group + 1
-        file.flush()
-        return _Block(texts, pictures, file, threading.Lock())
+        yield block
 
     def _index(self) -> dict[str, np.ndarray]:
         groups: list[tuple[int, int, int]] = []
@@ -228,24 +264,25 @@ def _batches(path: Path, group: int, start: int, end: int) -> Iterator[Any]:
             return
 
 
-def _split(batch: Any, texts: list[Record], pictures: list[dict[str, Any]], file: IO[bytes]) -> None:
-    """Append a batch's rows: what is text to `texts`, the places of pictures in `file` to `pictures`."""
+def _split(batch: Any) -> Iterator[tuple[Record, Record]]:
+    """Yield the rows of a batch: the columns without pictures, and those with them."""
     names = _class_names(batch.schema)
     picture_columns = [field.name for field in batch.schema if _holds_pictures(field.type)]
-    first = len(texts)
-    texts += batch.drop_columns(picture_columns).to_pylist() if picture_columns else batch.to_pylist()
-    if len(texts) == first:  # nothing but pictures
-        texts += [{} for _ in range(batch.num_rows)]
-    for record in texts[first:]:
+    for record in batch.to_pylist():
+        pictures = {column: record.pop(column) for column in picture_columns}
         for column, classes in names.items():
             if isinstance(number := record.get(column), int) and 0 <= number < len(classes):
                 record[column] = classes[number]
-    rows: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
-    for column in picture_columns:
-        values = batch.column(column)
-        for row, value in zip(rows, values, strict=True):
-            row[column] = _store(value.as_py(), file)
-    pictures += rows
+        yield record, pictures
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as the types of JSON and bytes; others, such as dates, as text."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if value is None or isinstance(value, str | int | float | bytes) else str(value)
 
 
 def _holds_pictures(kind: Any) -> bool:

@@ -93,8 +93,8 @@ def is_missing(path: str) -> bool:
     return not (path.startswith(HUB) or glob.has_magic(path) or Path(path).expanduser().exists())
 
 
-def _kind(path: Path) -> str:
-    """Return the format of a file by its contents: a key of `_OPENERS`, or "other"."""
+def format_of(path: Path) -> str:
+    """Return the format of a file by its contents: parquet, tar, arrow, lists, json, table or other."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -146,7 +146,7 @@ def _open_files(paths: Sequence[Path], label: str, *, strict: bool = True) -> So
     """
     kinds: dict[str, list[Path]] = {}
     for path in paths:
-        kinds.setdefault(_kind(path), []).append(path)
+        kinds.setdefault(format_of(path), []).append(path)
     for path in kinds.get("other", ()) if strict else ():
         raise InputError(f"'{path}' is no text file; give rows as JSON or JSON Lines")
     for kind, opener in _OPENERS.items():
