@@ -94,7 +94,10 @@ def make_processor(folder: Path) -> Any:
         vision=VisionConfig(
             kind="clip", image_size=SIDE, stride=14, width=48, depth=1, heads=4, mlp_width=96
         ),
-        image=ImagePolicy(mode="crop", resample="bicubic"),
+        image=ImagePolicy(
+            mode="crop", resample="bicubic", mean=(0.48145466, 0.4578275, 0.40821073),
+            std=(0.26862954, 0.26130258, 0.27577711),
+        ),
         template="chatml",
     )  # fmt: skip
     return Processor(config, tokens.Tokenizer(backend))

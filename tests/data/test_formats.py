@@ -397,6 +397,9 @@ def test_splits_are_chosen_by_name(examples: Examples, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Rows(tmp_path / "set", part=part)
+    # Beside a test split, files without a name of a split are for training.
+    (tmp_path / "set" / "train").rename(tmp_path / "set" / "mine")
+    assert len(Rows(tmp_path / "set", part=Part(split="train"))) == 5
 
 
 @pytest.mark.parametrize("group", [3, 7, 24])

@@ -62,7 +62,7 @@ def _save(file: IO[bytes], arrays: Arrays) -> None:
 def _load(path: Path, stamp: np.ndarray) -> Arrays | None:
     """Return the arrays of a file, None if it is missing, damaged, or of files in another state."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             if not np.array_equal(stored["stamp"], stamp):
                 return None
             return {name: stored[name] for name in stored.files if name != "stamp"}

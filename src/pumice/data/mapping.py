@@ -100,6 +100,12 @@ class RowMapping:
         except InputError as error:
             text = str(error)
             raise (error if text.startswith(place) else InputError(f"{place}: {text}")) from error
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            # Lists and objects where others belong, at any depth: a row must not end a check or a run.
+            detail = f"{type(error).__name__}, {error}"
+            raise InputError(
+                f"{place}: its values are not of its form ({detail}); fix or remove it"
+            ) from error
 
     def _words(self, row_id: str, values: Record, images: list[Image], place: str, form: str) -> Mapped:
         """Return the row by the first form whose columns are there."""

@@ -208,6 +208,8 @@ def _of_part(paths: Sequence[Path], folder: Path, part: Part, label: str) -> lis
     for path in chosen:
         match = _SPLIT.search(names[path])
         splits.setdefault(_SPLITS[match[1].lower()] if match else "", []).append(path)
+    if len(splits) > 1 and (unnamed := splits.pop("", None)):
+        splits["train"] = [*splits.get("train", ()), *unnamed]
     if part.split is None and len(splits) == 1:
         return chosen
     return splits[_choose(list(splits), part, label)]
