@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from pumice.conversation import Conversation, ImagePart, Message
-from pumice.serve.messages import ChatMessage, PastAnswer, TextPart, ToolMessage
+from pumice.serve.messages import ChatMessage, FunctionMessage, ImageUrlPart, PastAnswer, ToolMessage
 from pumice.serve.protocol import ConversationRequest
 from pumice.serve.tools import call_text
 from pumice.templates import Plain, Template
@@ -59,7 +59,7 @@ def conversation(
 
 
 def _turn(
-    message: ChatMessage | PastAnswer | ToolMessage, remaining_files: Iterator[bytes]
+    message: ChatMessage | PastAnswer | ToolMessage | FunctionMessage, remaining_files: Iterator[bytes]
 ) -> tuple[str, Parts]:
     """Return the role of a message for the template, and its texts and pictures."""
     content = message.content
@@ -69,14 +69,16 @@ def _turn(
         (content,)
         if isinstance(content, str)
         else tuple(
-            part.text if isinstance(part, TextPart) else ImagePart(next(remaining_files))
+            ImagePart(next(remaining_files)) if isinstance(part, ImageUrlPart) else part.text
             for part in content or ()
         )
     )
-    if isinstance(message, PastAnswer) and message.tool_calls:
-        calls = "\n".join(map(call_text, message.tool_calls))
-        parts = _joined(parts if any(parts) else (), (calls,))
-    if isinstance(message, ToolMessage):
+    if isinstance(message, PastAnswer):
+        called = [call.function for call in message.tool_calls or ()]
+        called += [message.function_call] if message.function_call else []
+        if called:
+            parts = _joined(parts if any(parts) else (), ("\n".join(map(call_text, called)),))
+    if isinstance(message, ToolMessage | FunctionMessage):
         return "user", ("<tool_response>\n", *parts, "\n</tool_response>")
     return "system" if message.role == "developer" else message.role, parts
 
