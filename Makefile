@@ -4,6 +4,7 @@
 #   make test    all the tests
 #   make test-busy   the same beside two busy loops, without a terminal, with SIGINT ignored
 #   make check   lint, formatting, types, layers
+#   make clients   ask a server with sixteen real clients (needs node and npm for two of them)
 #   make docs    the documentation as a site, in build/site
 #   make notebooks   run the notebooks and keep their outputs
 #   make fmt     rewrite the code as `make check` wants it
@@ -11,7 +12,7 @@
 #
 # Variables: PYTHON (which Python makes .venv), TORCH_INDEX (where the CPU build of PyTorch is
 # looked for on Linux when the default index does not have it), ARGS (more arguments for pytest, or for
-# notebooks/run.py).
+# notebooks/run.py, or names of scripts in examples/clients).
 
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -21,7 +22,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TOO_OLD := Pumice needs Python >= 3.10; name a newer one: make PYTHON=python3.12
 
-.PHONY: demo test test-busy check docs notebooks fmt clean
+.PHONY: demo test test-busy check clients docs notebooks fmt clean
 
 demo: .venv/.runtime
 	@$(BIN)/python examples/demo.py
@@ -38,6 +39,22 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+clients: .venv/.dev build/clients/.done build/clients-js/.done
+	$(BIN)/python examples/clients/run.py $(ARGS)
+
+build/clients/.done: examples/clients/requirements.txt | $(BIN)/python
+	@mkdir -p build
+	$(BIN)/python -m venv build/clients
+	build/clients/bin/python -m pip --disable-pip-version-check install -q -r examples/clients/requirements.txt
+	build/clients/bin/python -m pip --disable-pip-version-check install -q --no-deps -r examples/clients/no-deps.txt
+	@touch $@
+
+build/clients-js/.done: examples/clients/package.json
+	@mkdir -p build/clients-js
+	@cp examples/clients/package.json build/clients-js/
+	cd build/clients-js && npm install --no-audit --no-fund --silent
+	@touch $@
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -11,6 +11,9 @@ import pytest
 from asking import picture, post, user_message
 
 from pumice import __version__
+from pumice.serve.answers import AnswerPiece, join
+from pumice.serve.messages import FunctionDescription
+from pumice.serve.tools import CallReader
 
 HI = {"role": "user", "content": "hi"}
 WORD = {
@@ -306,3 +309,35 @@ def test_every_answer_names_the_server(roomy: str) -> None:
         post(roomy, {"messages": [HI], "max_tokens": 1}).json()["system_fingerprint"]
         == f"pumice-{__version__}"
     )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_call_is_read_alike_however_it_is_cut(several: bool) -> None:
+    """Every cut into two pieces, and letter by letter; whole, cut off, and cut off where it is whole."""
+    functions = [FunctionDescription(name="say"), FunctionDescription(name="count")][: 1 + several]
+    arguments = '{"word":"}\\"{","more":{"a":[1]}}'
+    text = f'{{"name":"say","arguments":{arguments}}}' if several else arguments
+    cut_off = text[: text.index("more")]
+    for whole, finish, expected in (
+        (text, "stop", ("say", arguments, "tool_calls")),
+        (text, "length", ("say", arguments, "tool_calls")),
+        (cut_off, "length", ("say", arguments[: arguments.index("more")], "length")),
+        (cut_off, "stop", ("say", arguments[: arguments.index("more")], "stop")),  # by a stop text
+    ):
+        cuts = [[whole[:n], whole[n:]] for n in range(len(whole) + 1)]
+        for parts in [*cuts, list(whole), [*whole, ""]]:
+            reader = CallReader(functions)
+            finishes: list[Any] = [*[None] * (len(parts) - 1), finish]
+            read = [
+                reader(AnswerPiece(text=part, finish=end)) for part, end in zip(parts, finishes, strict=True)
+            ]
+            answer = join(read)
+            assert (answer.name, answer.arguments, answer.finish) == expected
+            assert not answer.text
+            assert [piece.name for piece in read if piece.name] == ["say"]
+
+
+def test_a_call_that_ends_before_its_name() -> None:
+    functions = [FunctionDescription(name="say"), FunctionDescription(name="count")]
+    answer = join([CallReader(functions)(AnswerPiece(text='{"na', finish="length"))])
+    assert (answer.name, answer.text, answer.finish) == ("", "", "length")

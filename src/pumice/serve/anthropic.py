@@ -22,6 +22,7 @@ from pumice.serve.messages import (
     ImageUrlPart,
     Name,
     NamedFunction,
+    PartList,
     PartModel,
     PastAnswer,
     PastCall,
@@ -212,11 +213,11 @@ def _messages(field: str, turn: AnthropicTurn) -> list[ChatMessage | PastAnswer 
     return [PastAnswer(role="assistant", content=content, tool_calls=calls)]
 
 
-def _parts(field: str, content: str | list[Any]) -> str | list[TextPart | ImageUrlPart]:
+def _parts(field: str, content: str | list[Any]) -> str | PartList:
     """Return the texts and pictures of a content."""
     if isinstance(content, str):
         return content
-    parts: list[TextPart | ImageUrlPart] = []
+    parts: PartList = []
     for number, block in enumerate(content):
         if isinstance(block, TextBlock):
             parts.append(TextPart(type="text", text=block.text))

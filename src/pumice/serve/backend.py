@@ -125,7 +125,7 @@ class Backend:
     async def _ollama(
         self, record: RequestRecord, request: OllamaChatRequest | OllamaGenerateRequest, *, is_chat: bool
     ) -> Response:
-        form = OllamaForm(request.model, is_chat)
+        form = OllamaForm(self._model(request), is_chat)
         if request.loads_only:
             return ModelResponse(form.loaded())
         return await self._converse(record, request.chat(), form, "messages" if is_chat else "prompt")
@@ -233,12 +233,14 @@ class Backend:
             raise validation_error(error) from None
         except ValueError as error:
             raise not_json(error) from None
-        if request.model is not None and request.model not in self.names:
+        if request.model is not None and self._model(request) not in self.names:
             raise unknown_model(request.model, self.names)
         return request
 
     def _model(self, request: BaseRequest) -> str:
-        return request.model or self.names[0]
+        """Return the model's name. Ollama's clients may add the tag of the newest version."""
+        name = request.model or self.names[0]
+        return name if name in self.names else name.removesuffix(":latest")
 
     def _sampling(self, request: GenerationRequest) -> dict[str, Any]:
         """Return the fields of SamplingParams that the request sets."""
@@ -262,7 +264,12 @@ class Backend:
         self, request: ChatRequest, pictures: Pictures, told: str, sampling: dict[str, Any]
     ) -> Prompt:
         messages = conversation(request, pictures, self.assistant.processor.template, told)
-        return self.assistant.prompt(messages, continued=bool(request.continue_final_message), **sampling)
+        if request.messages[-1].role == "assistant" and not request.continues:
+            raise InputError(
+                "the last message is the assistant's; add a question, or set continue_final_message to have "
+                "the answer continued"
+            )
+        return self.assistant.prompt(messages, continued=request.continues, **sampling)
 
     async def _compile(self, held: HeldTo | None) -> Grammar | None:
         """Return the constraint of answers that are held to something. The last ones used stay in a cache."""

@@ -88,6 +88,8 @@ def validation_error(error: ValidationError) -> ApiError:
         kind = shorten(problem["input"], 40)
         message = f"there is no part {kind} here; give {CONTENT}"
         return ApiError(400, message, param=param, code="invalid_value")
+    if code == "model_type":
+        message = "input should be an object"
     prefix = f"'{param}': " if param else "the body: "
     message = message.removeprefix("Value error, ")
     return ApiError(400, f"{prefix}{message[:1].lower()}{message[1:]}", param=param, code="invalid_value")

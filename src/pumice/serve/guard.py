@@ -29,7 +29,7 @@ class Gate:
     """The number of requests in flight and its limit, and whether the server is draining.
 
     slots: requests answered at a time. queue: those that may wait beyond them. seconds: a running mean of the
-    time from a request to the end of its answer.
+    time from a request to the end of its answer, of those that were answered.
     """
 
     slots: int
@@ -40,7 +40,7 @@ class Gate:
     connections: Callable[[], int] = lambda: 0  # number of open connections, idle ones included
 
     @contextlib.contextmanager
-    def passing(self) -> Iterator[None]:
+    def passing(self, was_answered: Callable[[], bool]) -> Iterator[None]:
         """Count a request while it is answered, also if the answer fails."""
         self.in_flight += 1
         started = time.perf_counter()
@@ -48,7 +48,8 @@ class Gate:
             yield
         finally:
             self.in_flight -= 1
-            self.seconds += 0.1 * (time.perf_counter() - started - self.seconds)
+            if was_answered():  # wrong ones, which take no time, say nothing about the others
+                self.seconds += 0.1 * (time.perf_counter() - started - self.seconds)
 
     @property
     def full(self) -> bool:
@@ -94,7 +95,11 @@ class Guard:
             await error.response(scope["path"])(scope, receive, send)
             return
         # 2. Let it pass.
-        with self.gate.passing() if needs_slot else contextlib.nullcontext():
+        if not needs_slot:
+            await self.app(scope, receive, send)
+            return
+        fields = request_record(Request(scope)).fields
+        with self.gate.passing(lambda: "completion_tokens" in fields):
             await self.app(scope, receive, send)
 
     def _check_connections(self) -> None:
@@ -146,9 +151,10 @@ class Guard:
                 code="draining",
                 headers={"Retry-After": "5"},
             )
-        # Browsers send text/plain to other origins without a CORS preflight, but not JSON.
+        # Browsers send other types than JSON to other origins without a CORS preflight, but they send Origin.
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
+        no_type = not content_type and "origin" not in headers  # as LiteLLM asks Ollama
+        if content_type != "application/json" and not no_type:
             raise ApiError(
                 415,
                 f"the content type is {content_type!r}; send application/json",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.messages import Parts, join_messages, join_parts
-from pumice.serve.messages import ChatMessage, PastAnswer, TextPart, ToolMessage
+from pumice.serve.messages import ChatMessage, FunctionMessage, ImageUrlPart, PastAnswer, ToolMessage
 from pumice.serve.protocol import ConversationRequest
 from pumice.serve.tools import call_text
 from pumice.templates import Plain, Template
@@ -40,7 +40,9 @@ def conversation(
     return Conversation(join_messages(messages, has_system=has_system))
 
 
-def _turn(message: ChatMessage | PastAnswer | ToolMessage, remaining_files: Iterator[bytes]) -> Message:
+def _turn(
+    message: ChatMessage | PastAnswer | ToolMessage | FunctionMessage, remaining_files: Iterator[bytes]
+) -> Message:
     """Return a message with the role that it has for the template."""
     content = message.content
     if isinstance(message, PastAnswer) and not content:
@@ -49,13 +51,15 @@ def _turn(message: ChatMessage | PastAnswer | ToolMessage, remaining_files: Iter
         (content,)
         if isinstance(content, str)
         else tuple(
-            part.text if isinstance(part, TextPart) else ImagePart(next(remaining_files))
+            ImagePart(next(remaining_files)) if isinstance(part, ImageUrlPart) else part.text
             for part in content or ()
         )
     )
-    if isinstance(message, PastAnswer) and message.tool_calls:
-        calls = "\n".join(map(call_text, message.tool_calls))
-        parts = join_parts(parts if any(parts) else (), (calls,))
-    if isinstance(message, ToolMessage):
+    if isinstance(message, PastAnswer):
+        called = [call.function for call in message.tool_calls or ()]
+        called += [message.function_call] if message.function_call else []
+        if called:
+            parts = join_parts(parts if any(parts) else (), ("\n".join(map(call_text, called)),))
+    if isinstance(message, ToolMessage | FunctionMessage):
         return Message("user", ("<tool_response>\n", *parts, "\n</tool_response>"))
     return Message("system" if message.role == "developer" else message.role, parts)

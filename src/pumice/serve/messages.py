@@ -33,26 +33,41 @@ class RequestModel(BaseModel):
     )
 
 
-# Fields -> values that ask for nothing. They are taken as if the field were absent, as null is.
+# Fields -> values that ask for nothing. They are taken as if the field were absent, as null and [] are.
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "cache_prompt": (True, False),
+    "dry_multiplier": (0,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "enable_thinking": (False,),
     "function_call": ("none", "auto"),
-    "tool_calls": ([],),
-    "chat_template_kwargs": ({},),
-    "modalities": ([],),
-    "stop": ([],),
-    "logit_bias": ({},),
+    "id_slot": (-1,),
     "ignore_eos": (False,),
+    "include_reasoning": (True, False),
     "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "priority": (0,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "safe_prompt": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "add_special_tokens": (True,),
-    "min_tokens": (0,),
-    "length_penalty": (1, 1.0),
+    "tfs_z": (1,),
+    "timings_per_token": (False,),
+    "tool_choice": ("none", "auto"),
+    "top_a": (0,),
+    "top_logprobs": (0,),
+    "typical_p": (1,),
     "use_beam_search": (False,),
+    "xtc_probability": (0,),
 }
+NEVER_EMPTY = frozenset(
+    {"messages", "content", "prompt", "input", "output"}
+)  # an empty one is wrong, not absent
 
 
 def parse(kind: type[T], body: bytes) -> T:
@@ -68,14 +83,24 @@ def _drop_nothing(value: Any, verbatim: frozenset[str]) -> Any:
         return [_drop_nothing(item, verbatim) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: item for key, item in value.items() if item is not None}
-    if kept.get("tool_choice") == "none":
-        kept.pop("tools", None)
-    return {
+    dropped = ("tools",) if value.get("tool_choice") == "none" else ()
+    kept = {
         key: item if key in verbatim else _drop_nothing(item, verbatim)
-        for key, item in kept.items()
-        if not any(item == nothing and type(item) is type(nothing) for nothing in ASKS_NOTHING.get(key, ()))
+        for key, item in value.items()
+        if key not in dropped
     }
+    return {key: item for key, item in kept.items() if not _asks_nothing(key, item, key in verbatim)}
+
+
+def _asks_nothing(key: str, value: Any, is_verbatim: bool) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, list | dict):
+        return not (value or is_verbatim or key in NEVER_EMPTY)
+    nothings = ASKS_NOTHING.get(key, ())
+    return any(
+        value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in nothings
+    )
 
 
 def json_kind(value: Any) -> str:
@@ -109,6 +134,15 @@ class TextPart(PartModel):
     text: str
 
 
+class RefusalPart(RequestModel):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class ImageUrlPart(PartModel):
     type: Literal["image_url"]
     image_url: Annotated[ImageUrl, BeforeValidator(_as_object)]
@@ -124,17 +158,23 @@ class ImageUrlPart(PartModel):
         return self._field
 
 
-def part_tag(value: Any) -> str:
+def _part_tag(value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "~image" if kind == "image_url" else "~text"
+    return "~image" if kind == "image_url" else "~refusal" if kind == "refusal" else "~text"
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("~text")] | Annotated[ImageUrlPart, Tag("~image")], Discriminator(part_tag)
+    Annotated[TextPart, Tag("~text")]
+    | Annotated[ImageUrlPart, Tag("~image")]
+    | Annotated[RefusalPart, Tag("~refusal")],
+    Discriminator(_part_tag),
 ]
 Content = Annotated[
     Annotated[str, Tag("~string")] | Annotated[list[Part], Tag("~list")], Discriminator(json_kind)
 ]
+
+
+PartList = list[TextPart | ImageUrlPart | RefusalPart]
 
 
 class ChatMessage(RequestModel):
@@ -180,11 +220,15 @@ class PastAnswer(RequestModel):
     role: Literal["assistant"]
     content: Content | None = None
     tool_calls: list[PastCall] | None = None
+    function_call: CalledFunction | None = Field(None, description="The older form of tool_calls.")
     name: str | None = None
     refusal: str | None = Field(None, description="Read as the answer's text where content is empty.")
-    annotations: list[Any] | None = Field(None, description="Taken and not used, as the next three.")
+    prefix: bool | None = Field(None, description="As continue_final_message, of a last answer.")
+    annotations: list[Any] | None = Field(None, description="Taken and not used, as the next fields.")
     reasoning: Any = None
     reasoning_content: Any = None
+    reasoning_details: Any = None
+    thinking_blocks: Any = None
     provider_specific_fields: dict[str, Any] | None = None
 
 
@@ -197,14 +241,23 @@ class ToolMessage(RequestModel):
     name: str | None = Field(None, description="Taken and not used: the call has it.")
 
 
+class FunctionMessage(RequestModel):
+    """The older form of a tool's message."""
+
+    role: Literal["function"]
+    content: Content
+    name: str
+
+
 def _message_tag(value: Any) -> str:
     role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    return f"~{role}" if role in ("assistant", "tool") else "~other"
+    return f"~{role}" if role in ("assistant", "tool", "function") else "~other"
 
 
 AnyMessage = Annotated[
     Annotated[PastAnswer, Tag("~assistant")]
     | Annotated[ToolMessage, Tag("~tool")]
+    | Annotated[FunctionMessage, Tag("~function")]
     | Annotated[ChatMessage, Tag("~other")],
     Discriminator(_message_tag),
 ]

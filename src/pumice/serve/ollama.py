@@ -10,20 +10,20 @@ import json
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
+from pydantic import AliasChoices, BaseModel, Discriminator, Field, Tag
 
 from pumice.config import ModelConfig
-from pumice.serve.answers import AnswerModel, AnswerPiece, join
+from pumice.serve.answers import AnswerModel, AnswerPiece
 from pumice.serve.messages import (
     Arguments,
     CalledFunction,
     ChatMessage,
     ImageUrl,
     ImageUrlPart,
+    PartList,
     PastAnswer,
     PastCall,
     RequestModel,
@@ -86,16 +86,12 @@ Form = Annotated[
 ]
 
 
-# Ollama's clients may add the tag of the newest version.
-ModelName = Annotated[str, AfterValidator(lambda model: model.removesuffix(":latest"))]
-
-
 class OllamaRequest(BaseRequest):
     """The fields that chat and generate share."""
 
     VERBATIM: ClassVar[frozenset[str]] = RequestModel.VERBATIM | {"format"}
 
-    model: ModelName
+    model: str
     stream: bool | None = Field(None, description="True when left out.")
     format: Form | None = Field(None, description="json, or a JSON Schema.")
     options: OllamaOptions | None = None
@@ -154,6 +150,7 @@ class OllamaMessage(RequestModel):
 
 class OllamaChatRequest(OllamaRequest):
     messages: list[OllamaMessage] = Field(default_factory=list)
+    # Ollama's protocol has no way to require a call, so the answer is text.
     tools: list[ToolDescription] | None = Field(None, max_length=128)
 
     def chat(self) -> ChatRequest:
@@ -206,11 +203,11 @@ class OllamaGenerateRequest(OllamaRequest):
         return not self.prompt and not self.images
 
 
-def _content(text: str, images: Sequence[str] | None, field: str) -> str | list[TextPart | ImageUrlPart]:
+def _content(text: str, images: Sequence[str] | None, field: str) -> str | PartList:
     """Return a message's content, pictures first."""
     if not images:
         return text
-    parts: list[TextPart | ImageUrlPart] = []
+    parts: PartList = []
     for number, image in enumerate(images):
         url = image if image.startswith("data:") else f"data:image/png;base64,{image}"
         part = ImageUrlPart(type="image_url", image_url=ImageUrl(url=url))
@@ -219,27 +216,17 @@ def _content(text: str, images: Sequence[str] | None, field: str) -> str | list[
 
 
 class OllamaShowRequest(BaseRequest):
-    model: ModelName | None = None
-    name: ModelName | None = Field(None, description="The older name of `model`.")
+    # `name` is the older name of the field.
+    model: str | None = Field(None, validation_alias=AliasChoices("model", "name"))
     verbose: bool | None = Field(None, description="Taken and not used.")
 
 
 # --- answers ---
 
 
-class OllamaCalled(AnswerModel):
-    name: str
-    arguments: dict[str, Any]
-
-
-class OllamaCall(AnswerModel):
-    function: OllamaCalled
-
-
 class OllamaAnswerMessage(AnswerModel):
     role: Literal["assistant"] = "assistant"
     content: str
-    tool_calls: list[OllamaCall] | None = None
 
 
 class OllamaAnswer(AnswerModel):
@@ -271,28 +258,25 @@ class OllamaForm:
     def __init__(self, model: str, is_chat: bool) -> None:
         self._model, self._is_chat = model, is_chat
         self._started = self._first = time.perf_counter()
-        self._call: list[AnswerPiece] = []  # told at the end: Ollama's clients get a call at once
-        self._last = AnswerPiece()
+        self._is_cut = False
 
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> OllamaAnswer:
-        self._last = answers[0]
-        return self._end(answers[0], usage)
+        self._is_cut = answers[0].finish == "length"
+        return self._end(answers[0].text, usage)
 
     def begin(self) -> bytes:
         self._first = time.perf_counter()
         return b""
 
     def piece(self, piece: AnswerPiece) -> bytes:
-        self._last = piece
-        if piece.name or piece.arguments:
-            self._call.append(piece)
+        self._is_cut = piece.finish == "length"
         return _line(self._answer(piece.text, done=False)) if piece.text else b""
 
     def progress(self, progress: PromptProgress) -> bytes:
         return b""  # the protocol has no event for it
 
     def end(self, usage: Usage) -> bytes:
-        return _line(self._end(replace(join(self._call), text="") if self._call else AnswerPiece(), usage))
+        return _line(self._end("", usage))
 
     def loaded(self) -> OllamaAnswer:
         """Return the answer to a request that asks nothing."""
@@ -301,13 +285,12 @@ class OllamaForm:
     def error(self, error: ErrorBody) -> bytes:
         return _line(OllamaError(error=error.error.message))
 
-    def _end(self, answer: AnswerPiece, usage: Usage) -> OllamaAnswer:
+    def _end(self, text: str, usage: Usage) -> OllamaAnswer:
         now = time.perf_counter()
         return self._answer(
-            answer.text,
-            answer if self._last.finish == "tool_calls" else None,
+            text,
             done=True,
-            done_reason="length" if self._last.finish == "length" else "stop",
+            done_reason="length" if self._is_cut else "stop",
             total_duration=_nanoseconds(now - self._started),
             load_duration=0,
             prompt_eval_count=usage.prompt_tokens,
@@ -316,15 +299,9 @@ class OllamaForm:
             eval_duration=_nanoseconds(now - self._first),
         )
 
-    def _answer(self, text: str, call: AnswerPiece | None = None, **more: Any) -> OllamaAnswer:
-        fields: dict[str, Any] = {"response": text}
-        if self._is_chat:
-            message = OllamaAnswerMessage(content=text)
-            if call is not None:
-                called = OllamaCalled(name=call.name, arguments=json.loads(call.arguments))
-                message = OllamaAnswerMessage(content=text, tool_calls=[OllamaCall(function=called)])
-            fields = {"message": message}
-        return OllamaAnswer(model=self._model, created_at=_now(), **fields, **more)
+    def _answer(self, text: str, **more: Any) -> OllamaAnswer:
+        said = {"message": OllamaAnswerMessage(content=text)} if self._is_chat else {"response": text}
+        return OllamaAnswer(model=self._model, created_at=_now(), **said, **more)
 
 
 def _line(answer: BaseModel) -> bytes:
@@ -414,6 +391,6 @@ class OllamaCard:
                 "general.parameter_count": self._parameters,
                 "llava.context_length": self._config.decoder.context,
             },
-            capabilities=["completion", "tools", *(["vision"] if sees else [])],
+            capabilities=["completion", *(["vision"] if sees else [])],
             modified_at=self._opened,
         )

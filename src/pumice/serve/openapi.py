@@ -68,7 +68,9 @@ class Operation:
         if self.event is not None:
             form = "lines of JSON" if self.lines else "server-sent events"
             answer["description"] = f"The answer; with `stream`, {form}."
-            events = {"schema": {"type": "string"}, "x-event": _SCHEMAS + _published(self.event)}
+            fields = {"event": {"type": "string"}, "data": {"type": "string"}}
+            each = {"type": "string"} if self.lines else {"type": "object", "properties": fields}
+            events = {"schema": each, "x-event": _SCHEMAS + _published(self.event)}
             answer["content"]["application/x-ndjson" if self.lines else "text/event-stream"] = events
         errors = {status: _content(_ERRORS[status], self.error) for status in statuses}
         return {**described, "responses": {"200": answer, **errors}}

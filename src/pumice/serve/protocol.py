@@ -16,6 +16,7 @@ from pumice.serve.messages import (
     AnyMessage,
     ImageUrl,
     ImageUrlPart,
+    PastAnswer,
     RequestModel,
     ToolChoice,
     ToolDescription,
@@ -72,8 +73,12 @@ class ResponseFormat(RequestModel):
         if self.json_schema is not None:
             return self.json_schema.schema_
         value = self.value if isinstance(self.value, dict) else self.schema_
-        inner = value.get("schema") if value and not {"type", "properties"} & set(value) else None
-        return inner if isinstance(inner, dict) else value
+        if value is None:
+            return None
+        inner = value.get("schema")
+        if isinstance(inner, dict) and not {"type", "properties"} & set(value):
+            value = inner
+        return {"type": "object", **value} if "properties" in value else value
 
 
 class StructuredOutputs(RequestModel):
@@ -203,6 +208,12 @@ class ChatRequest(ConversationRequest, GenerationRequest):
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
         return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the last message is the beginning of the answer."""
+        last = self.messages[-1]
+        return bool(self.continue_final_message or (isinstance(last, PastAnswer) and last.prefix))
 
     @property
     def limit(self) -> int | None:

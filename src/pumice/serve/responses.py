@@ -19,6 +19,7 @@ from pumice.serve.messages import (
     ImageUrlPart,
     Name,
     NamedFunction,
+    PartList,
     PartModel,
     PastAnswer,
     PastCall,
@@ -234,12 +235,10 @@ def _message(
     return ChatMessage(role=item.role, content=content)
 
 
-def _content(
-    field: str, content: str | list[ItemText | ItemImage | ItemRefusal]
-) -> str | list[TextPart | ImageUrlPart]:
+def _content(field: str, content: str | list[ItemText | ItemImage | ItemRefusal]) -> str | PartList:
     if isinstance(content, str):
         return content
-    parts: list[TextPart | ImageUrlPart] = []
+    parts: PartList = []
     for number, part in enumerate(content):
         if isinstance(part, ItemImage):
             image = ImageUrlPart(type="image_url", image_url=ImageUrl(url=part.image_url))

@@ -79,7 +79,9 @@ class ActiveRequest:
             for index, prompt in enumerate(prompts):
                 self._requests.append(engine.submit(prompt, functools.partial(deliver, index)))
         except BaseException:
-            self.end()
+            self._timer.cancel()
+            for request in self._requests:
+                engine.cancel(request)
             raise
 
     @property

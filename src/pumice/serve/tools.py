@@ -15,7 +15,7 @@ from dataclasses import replace
 from pumice.engine.constraint import json_rule, quoted
 from pumice.serve.answers import AnswerPiece
 from pumice.serve.errors import ApiError
-from pumice.serve.messages import FunctionDescription, PastAnswer, PastCall, ToolMessage
+from pumice.serve.messages import CalledFunction, FunctionDescription, PastAnswer, ToolMessage
 from pumice.serve.protocol import ChatRequest
 
 _HEAD = re.compile(r'\{"name":"([^"]*)","arguments":')
@@ -106,10 +106,10 @@ def instruction(functions: Sequence[FunctionDescription]) -> str:
     return "\n".join([request, *lines])
 
 
-def call_text(call: PastCall) -> str:
+def call_text(call: CalledFunction) -> str:
     """Return a call of before as the model wrote it."""
-    arguments = json.dumps(json.loads(call.function.arguments), separators=(",", ":"), ensure_ascii=False)
-    return f'{{"name":{json.dumps(call.function.name)},"arguments":{arguments}}}'
+    arguments = json.dumps(json.loads(call.arguments), separators=(",", ":"), ensure_ascii=False)
+    return f'{{"name":{json.dumps(call.name)},"arguments":{arguments}}}'
 
 
 class CallReader:

@@ -169,6 +169,32 @@ def test_transformers_answers_the_same_from_a_raw_picture(
     assert cell.greedy
 
 
+@pytest.mark.parametrize("name", [PAD, ANYRES])
+def test_one_begin_of_text_token(models: ModuleType, formats: ModuleType, tmp_path: Path, name: str) -> None:
+    """In two steps and in one as in Pumice; without special tokens, as in vLLM's chat endpoint, none."""
+    model: LoadedParts = models.tiny(models.ARCHITECTURES[name])
+    bos = model.config.bos_token_id
+    assert bos is not None
+    export(model, "hf", tmp_path / "out")
+    processor = formats._processor(tmp_path / "out")
+    shown = models.picture(56, 56)
+    messages = _talk([shown], 0)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    two_steps = processor(images=[shown], text=[text])["input_ids"][0]
+    one_step = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"][0]
+    without = processor(images=[shown], text=[text], add_special_tokens=False)["input_ids"][0]
+    prompt = load(tmp_path / "out", device="cpu", quantize=None).prompt(conversation_of(messages))
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    ids = [image if number == IMAGE_TOKEN else number for number in prompt.input_ids.tolist()]
+    assert list(two_steps) == list(one_step) == [bos, *without] == ids
+    assert bos not in without
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"begins with `{processor.tokenizer.bos_token}`, once" in card
+    assert '"add_special_tokens": true' in card
+
+
 SIZES = [(200, 120), (56, 56), (90, 301)]
 # Of logits up to 11; measured worst of all ten cases, on one thread: 2e-5.
 SEVERAL_TOLERANCE = 1e-4

@@ -34,6 +34,7 @@ from pumice.config import (
 )
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
+from pumice.formats.hf.card import model_card
 from pumice.formats.hf.config import RESAMPLE, layer_types, padding
 from pumice.formats.text.chat_template import to_jinja
 from pumice.storage.json_file import write_json
@@ -225,6 +226,8 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
     _write_config(folder, config, state, tokenizer)
     write_tokenizer(folder, config, tokenizer, chat)
     _write_processor(folder, config, chat)
+    bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
+    (folder / "README.md").write_text(model_card(bos), encoding="utf-8", newline="")
     return notes
 
 
