@@ -278,5 +278,5 @@ def test_fields_that_came_later_are_written_only_where_they_say_something() -> N
     "fields", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"repetition_penalty": 0.0}]
 )
 def test_how_answers_are_drawn_is_checked_as_it_is_read(fields: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"must be 0 or more, top_p .* repetition_penalty .* above 0"):
+    with pytest.raises(InputError, match=r"must be 0 or more, top_p .* repetition_penalty .* from 0.01"):
         GenerationConfig(**fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from pumice.cli.chat import _read_image
 from pumice.config import ImagePolicy
@@ -524,6 +525,12 @@ def test_a_damaged_png_with_a_long_text_is_still_damaged() -> None:
     data = with_chunks(b"zTXt", b"workflow\0\0" + LONG)
     with pytest.raises(InputError, match="truncated or damaged"):
         open_image(data[: data.index(b"IDAT") + 6])
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_without_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert open_image(encoded(photograph(40, 30), "AVIF")).size == (40, 30)
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIF"])

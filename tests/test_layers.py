@@ -20,7 +20,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "pumice"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "moved"),
     ("config", "capability", "conversation", "files"),
-    ("geometry", "jsonl", "png", "kernels"),
+    ("geometry", "jsonl", "messages", "png", "kernels"),
     ("templates", "images", "model", "webpage", "progress", "storage"),
     ("tokens", "chat_client"),
     ("processor",),
@@ -60,6 +60,7 @@ LIBRARIES: dict[str, set[str]] = {
     "files": set(),
     "geometry": set(),
     "jsonl": set(),
+    "messages": set(),
     "kernels": {"torch"},
     "model": {"torch"},
 }

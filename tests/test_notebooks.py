@@ -36,6 +36,14 @@ def test_what_is_kept(path: Path, runner: ModuleType) -> None:
     assert path.stat().st_size < runner.LARGEST
 
 
+def test_the_fine_tuned_model_knows_its_rows() -> None:
+    """`make notebooks` trains pumice-tiny itself, and fails unless all answers are right."""
+    path = next(path for path in NOTEBOOKS if path.stem == "2-fine-tune")
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "assert all(right)" in cell.source]
+    assert [output.text for output in cell.outputs] == ["13 of 13 answers are right\n"]
+
+
 def test_an_error_is_an_error(tmp_path: Path, runner: ModuleType) -> None:
     """Also that of a command in a shell."""
     cell = nbformat.v4.new_code_cell("%%bash\nfalse")

@@ -409,6 +409,15 @@ def test_patterns_of_real_tokenizers_are_taken(pattern: str) -> None:
     parse_tokenizer(changed(pre_tokenizer=split_by(pattern)), "x.json")
 
 
+def test_dropout_of_merges_is_switched_off() -> None:
+    text = "What is in the picture? A dog runs. " * 20
+    state = json.loads(changed())
+    expected = Tokenizer(parse_tokenizer(json.dumps(state), "x.json")).pieces(text)
+    state["model"]["dropout"] = 0.5
+    tokenizer = Tokenizer(parse_tokenizer(json.dumps(state), "x.json"))
+    assert [tokenizer.pieces(text) for _ in range(3)] == [expected] * 3
+
+
 @pytest.mark.parametrize("key", ["continuing_subword_prefix", r"continuing\u005fsubword_prefix"])
 def test_a_prefix_that_would_end_the_process_is_refused(key: str) -> None:
     text = changed().replace('"continuing_subword_prefix": null', f'"{key}": "▁▁▁"')

@@ -27,6 +27,7 @@ from pumice.errors import InputError
 from pumice.formats.load import find_device, name_of, open_model
 from pumice.geometry import Layout
 from pumice.images import read_image
+from pumice.messages import join_messages, read_message
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 
@@ -508,29 +509,5 @@ def conversation_of(messages: Conversation | Sequence[Message | Mapping[str, Any
         return messages
     if isinstance(messages, str | Mapping) or not all(isinstance(m, Message | Mapping) for m in messages):
         raise InputError("messages must be a list of {'role': ..., 'content': ...}, or a Conversation")
-    return Conversation(tuple(_message(m, number) for number, m in enumerate(messages, 1)))
-
-
-def _message(value: Message | Mapping[str, Any], number: int) -> Message:
-    if isinstance(value, Message):
-        return value
-    role, content = value.get("role"), value.get("content")
-    if not isinstance(role, str):
-        raise InputError(f"message {number} has no 'role'; write 'user', 'assistant' or 'system'")
-    if isinstance(content, str):
-        return question_message(content) if role == "user" else Message(role, (content,))
-    if not isinstance(content, list | tuple):
-        raise InputError(f"message {number} has no 'content'; write text or a list of parts")
-    parts: list[str | ImagePart] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif kind == "image" and part.get("image") is not None:
-            parts.append(ImagePart(part["image"]))
-        else:
-            raise InputError(
-                f"message {number}: unknown part {part!r}; write {{'type': 'text', 'text': ...}} "
-                "or {'type': 'image', 'image': ...}"
-            )
-    return Message(role, tuple(parts))
+    read = (m if isinstance(m, Message) else read_message(m, number) for number, m in enumerate(messages, 1))
+    return Conversation(join_messages(read))

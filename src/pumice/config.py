@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop", "squash", "anyres")
 SEVERAL = ("tiles", "square")
 RESAMPLINGS = ("bicubic", "bilinear")
+PENALTIES = (0.01, 1e6)  # the range of a repetition_penalty: one near 0 makes logits infinite
 DECODER_ACTIVATIONS = ("silu", "gelu_tanh")
 # How a connector reduces the features of a tile -> their number after it, from the features on a side and the
 # config's factor. `model/connector.py` computes them.
@@ -274,11 +275,17 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
+        low, high = PENALTIES
+        if (
+            self.temperature < 0
+            or not 0 < self.top_p <= 1
+            or self.top_k < 0
+            or not (low <= self.repetition_penalty <= high)
+        ):
             raise InputError(
-                f"temperature {self.temperature} and top_k {self.top_k} must be 0 or more, "
+                f"temperature {self.temperature} and top_k {shorten(self.top_k)} must be 0 or more, "
                 f"top_p {self.top_p} above 0 and at most 1, "
-                f"repetition_penalty {self.repetition_penalty} above 0"
+                f"repetition_penalty {self.repetition_penalty} from {low} to {high}"
             )
 
 

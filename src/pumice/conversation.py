@@ -1,14 +1,15 @@
 """Conversations: messages of text and pictures, and the checks that they must pass.
 
-A picture stays what the caller passed (a path, bytes, or a PIL image). Only `pumice.images` opens it.
+A picture stays what the caller passed (a path, bytes, a PIL image, or a picture inside a larger file). Only
+`pumice.images` opens it.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -23,8 +24,22 @@ _NO_PICTURES = re.compile(rf"(video|audio|sound)s?{_FILES}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
+class StoredImage:
+    """A picture that is stored inside a larger file, such as a table or an archive, and read where it lies.
+
+    key: equal keys mean equal pictures. name: for messages. load: return the bytes of the picture's own file.
+    size: (width, height) as it is shown, if that is known already.
+    """
+
+    key: Hashable
+    name: str = field(compare=False)
+    load: Callable[[], bytes] = field(compare=False, repr=False)
+    size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
 class ImagePart:
-    """One picture in a message: a path, raw file bytes, or a PIL image."""
+    """One picture in a message: a path, raw file bytes, a PIL image, or a StoredImage."""
 
     source: str | PathLike[str] | bytes | Any
 
@@ -35,6 +50,8 @@ class ImagePart:
             return f"picture of {len(self.source)} bytes"
         if isinstance(self.source, str | PathLike):
             return str(self.source)
+        if isinstance(self.source, StoredImage):
+            return self.source.name
         return type(self.source).__name__
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pumice.config import ImagePolicy
-from pumice.conversation import ImagePart
+from pumice.conversation import ImagePart, StoredImage
 from pumice.errors import InputError, install
 from pumice.geometry import best_resolution, letterbox
 from pumice.png import SIGNATURE, without_long_texts
@@ -34,7 +34,7 @@ class ImageBytes(bytes):
     name: str
 
 
-Source = str | PathLike[str] | bytes | Image.Image
+Source = str | PathLike[str] | bytes | StoredImage | Image.Image
 
 MAX_PIXELS = 100_000_000  # of one image, by its header; a larger one is refused before it is decoded
 LONGEST_PADDED = 4096  # pixels; a longer picture is shortened before it is padded to a square
@@ -67,7 +67,7 @@ _SIDEWAYS = {_UPRIGHT[number] for number in (5, 6, 7, 8)}
 
 
 @overload
-def read_image(source: str | PathLike[str] | bytes) -> bytes: ...
+def read_image(source: str | PathLike[str] | bytes | StoredImage) -> bytes: ...
 @overload
 def read_image(source: Image.Image) -> Image.Image: ...
 def read_image(source: Source) -> bytes | Image.Image:
@@ -87,7 +87,7 @@ def read_image(source: Source) -> bytes | Image.Image:
     if isinstance(source, bytes):
         return source
     picture = ImageBytes(data)
-    picture.name = str(source)
+    picture.name = ImagePart(source).name
     return picture
 
 
@@ -107,6 +107,8 @@ def image_size(source: Source) -> tuple[int, int]:
 
     Raises InputError as `open_image` does, but may not notice damage behind the header.
     """
+    if isinstance(source, StoredImage) and source.size is not None:
+        return source.size
     with _opened(source) as image:
         if image.format == "TIFF":  # Pillow turns these by itself, one version before, another after decoding
             return _decode(image, _name(source)).size
@@ -237,13 +239,16 @@ def _name(source: Any) -> str:
     if isinstance(source, ImageBytes):
         return f"picture {source.name!r}"
     name = ImagePart(source).name
-    return f"picture {name!r}" if isinstance(source, str | PathLike) else f"the {name}"
+    return f"picture {name!r}" if isinstance(source, str | PathLike | StoredImage) else f"the {name}"
 
 
 def _open_file(source: Any, name: str) -> BinaryIO:
+    if isinstance(source, StoredImage):
+        label, source = name, source.load()
+    else:
+        label = name if isinstance(source, ImageBytes) else "the picture"
     if isinstance(source, bytes):
         if not source:
-            label = name if isinstance(source, ImageBytes) else "the picture"
             raise InputError(f"{label} is empty (0 bytes); give the whole file")
         return io.BytesIO(source)
     if not isinstance(source, str | PathLike):

@@ -195,7 +195,8 @@ _SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 def parse_tokenizer(text: bytes | str, label: str | Path) -> tokenizers.Tokenizer:
     """Return the tokenizer in a tokenizer.json. label: its name in an InputError.
 
-    `truncation` and `padding`, which trainers leave in the file, are switched off: prompts keep their length.
+    What trainers leave in the file is switched off: `truncation` and `padding`, which change the length of
+    prompts, and `dropout`, which makes other tokens of a text each time. Raises InputError.
     """
     data = text if isinstance(text, bytes) else text.encode()
     try:
@@ -211,6 +212,8 @@ def parse_tokenizer(text: bytes | str, label: str | Path) -> tokenizers.Tokenize
         ) from error
     backend.no_truncation()
     backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
     check_patterns(backend, label)
     return backend
 

@@ -42,6 +42,16 @@ def test_without_memory_for_the_cache_the_reason_is_one_sentence(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("pictures", [[], ["cat.png"]])
+def test_the_word_image_is_asked_about(
+    run: Any, folder: Path, tiny_folder: Path, pictures: list[str]
+) -> None:
+    question = "What does <image> mean?"
+    result = run("ask", *pictures, question, *SHORT)
+    expected = load(tiny_folder, device="cpu").ask(pictures, question, max_new_tokens=8)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, expected + "\n", "")
+
+
 def test_a_model_of_others_takes_its_template(run: Any, folder: Path, models: ModuleType) -> None:
     export(models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"]), "llava", folder / "llava")
     asked = ["ask", "cat.png", "What?", *SHORT, "--model", str(folder / "llava"), "--device", "cpu"]

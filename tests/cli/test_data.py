@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pumice.assistant import load
+from pumice.config import ModelConfig
 from pumice.conversation import from_llava
 from pumice.processor import Processor
 
@@ -78,25 +80,43 @@ def test_data_show_wrong_input(
     refused(run("data", "show", *named, "--json", model=False), message)
 
 
+def test_the_two_counts_of_a_row_are_told_apart(run: Any, folder: Path, tiny_folder: Path) -> None:
+    """`data show` counts a picture as one token, `data check` its image tokens; each says which."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    (folder / "rows.json").write_text(json.dumps([{"id": "r1", "image": "cat.png", "conversations": turns}]))
+    recipe = {
+        "name": "n", "output": "o", "model": str(tiny_folder), "stage": {"learn": {"connector": 1e-3}},
+        "data": [{"rows": "rows.json"}], "pictures": ["."], "precision": "fp32",
+    }  # fmt: skip
+    (folder / "r.yaml").write_text(json.dumps(recipe))  # which is YAML, too
+    shown = run("data", "show", "rows.json", "--model", str(tiny_folder), model=False).stdout
+    counts = re.search(r"(\d+) tokens \(a picture counts as one; (\d+) with its image tokens, as", shown)
+    checked = run("data", "check", "--recipe", "r.yaml", "--no-sample", model=False).stdout
+    longest = re.search(r"^tokens of a row, with its pictures' image tokens: .*, longest (\d+);", checked)
+    assert counts is not None and longest is not None
+    image_tokens = ModelConfig.from_dict(json.loads((tiny_folder / "config.json").read_text())).image_tokens
+    assert int(counts[2]) == int(longest[1]) == int(counts[1]) + image_tokens - 1
+
+
 def test_errors_of_many_rows_are_folded(run: Any, folder: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
     rows: list[dict[str, Any]] = [
         {"id": f"r{n}", "image": f"no{n}.jpg", "conversations": turns} for n in range(40)
     ]
-    rows += [{"id": f"q{n}", "images": ["cat.png"], "conversations": turns} for n in range(20)]
+    rows += [{"id": f"q{n}", "pics": ["cat.png"], "conversations": turns} for n in range(20)]
     rows += [{"id": "last"}]
     (folder / "rows.json").write_text(json.dumps(rows))
     result = run("data", "check", "rows.json", model=False)
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines[:7]] == [
-        "row 1 (r0)", "row 2 (r1)", "row 3 (r2)", *["malformed row"] * 4,
-    ]  # fmt: skip
-    assert "'conversations' is missing" in lines[6]  # another reason is not folded with them
-    assert lines[7:] == [
-        "... and 54 more like these; --json or --report lists all",
-        "     40 x picture missing", "     21 x malformed row", "0 of 61 rows can be used",
-    ]  # fmt: skip
+    assert lines[0].startswith(
+        "40 rows (1, 2, 3, 4, 5, ...): picture missing, the first: picture 'no0.jpg' is"
+    )
+    assert lines[1].startswith(
+        "20 rows (41, 42, 43, 44, 45, ...): malformed row, the first: 'rows.json', row 41"
+    )
+    assert "'conversations' is missing" in lines[2]  # another reason is not folded with them
+    assert lines[3:] == ["     40 x picture missing", "     21 x malformed row", "0 of 61 rows can be used"]
     report = json.loads(run("data", "check", "rows.json", "--json", model=False).stdout)
     assert len(report["problems"]) == 61
 
@@ -114,3 +134,48 @@ def test_data_check(run: Any, refused: Any, folder: Path) -> None:
     result = run("data", "check", "rows.json", "--images", ".", "--json", "--budget", "0.5", model=False)
     assert (result.exit_code, json.loads(result.stdout)["usable"]) == (0, 1)
     refused(run("data", "check", "rows.json", "--images", "no", model=False), "'no' does not exist")
+
+
+def test_data_show_draws_pictures_and_writes_a_page(run: Any, folder: Path, tiny_folder: Path) -> None:
+    rows = [dict(ROWS[0], image="cat.png"), ROWS[0], {"id": "<b>"}]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    arguments = ["rows.json", "--template", "chatml", "--tokenizer", str(tiny_folder), "--images", "."]
+    result = run("data", "show", *arguments, "--pictures", "--rows", "1", model=False)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("▀" * 40) > 5 and "[+A dog." in result.stdout
+    result = run("data", "show", "rows.json", "--html", "page.html", model=False)
+    assert (result.exit_code, result.stdout) == (0, "page.html: 3 of 3 rows (JSON)\n")
+    page = (folder / "page.html").read_text("utf-8")
+    assert page.count('<img src="data:image/jpeg;base64,') == 1 and page.count("A dog.") == 2
+    assert "gone.jpg" in page and "&lt;b&gt;" in page and "<b>'" not in page
+
+
+def test_data_convert(run: Any, refused: Any, folder: Path) -> None:
+    (folder / "table.csv").write_text("photo,ask,reply\ncat.png,What?,A dog.\n")
+    columns = ["--columns", "image=photo", "--columns", "question=ask", "--columns", "answer=reply"]
+    result = run("data", "convert", "table.csv", "out", *columns, model=False)
+    assert (result.exit_code, result.stdout) == (0, "out: 1 rows written, 0 rows left out\n"), result.output
+    written = json.loads((folder / "out" / "rows.jsonl").read_text())
+    assert written["image"] == "images/cat.png" and (folder / "out" / "images" / "cat.png").is_file()
+    result = run("data", "check", "out/rows.jsonl", "--images", "out", model=False)
+    assert (result.exit_code, result.stdout) == (0, "1 of 1 rows can be used\n")
+    refused(run("data", "convert", "table.csv", "new", model=False), "columns: {image: photo, question: ask")
+    refused(
+        run("data", "convert", "table.csv", "new", "--columns", "image", model=False), "write ROLE=COLUMN"
+    )
+
+
+def test_a_fixed_copy_of_another_form_is_llavas(run: Any, folder: Path) -> None:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    (folder / "rows.jsonl").write_text(
+        json.dumps({"id": "a", "images": ["cat.png"], "messages": turns}) + "\n"
+    )
+    result = run("data", "check", "rows.jsonl", "--fix", "fixed.json", model=False)
+    assert result.exit_code == 0 and "<image> added: 1 picture without <image>" in result.stdout
+    assert "1 rows given <image>" in result.stdout
+    [row] = json.loads((folder / "fixed.json").read_text())
+    assert row == {
+        "id": "a", "image": "cat.png",
+        "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A dog."}],
+    }  # fmt: skip
+    assert "<image> added" not in run("data", "check", "fixed.json", model=False).stdout

@@ -67,7 +67,7 @@ def test_every_problem_is_located(tmp_path: Path, images: ImageFinder) -> None:
         (4, "suffix", "wrong extension"),
         (5, "roles", "roles out of order"),
         (6, "silent", "empty answer"),
-        (7, "holes", "placeholder count"),
+        (7, "holes", "<image> added"),
         (8, "fine", "duplicate id"),
         (9, "", "malformed row"),
         (10, "two", "picture missing"),
@@ -79,7 +79,7 @@ def test_every_problem_is_located(tmp_path: Path, images: ImageFinder) -> None:
     assert "cut.png" in reasons["cut", "picture unreadable"]
     assert "row 1 has the same id" in reasons["fine", "duplicate id"]
     assert "'broken'" in reasons["", "malformed row"]
-    assert report.rows == len(ticks) == 12 and report.usable == 4 and not report.ok
+    assert report.rows == len(ticks) == 12 and report.usable == 5 and not report.ok
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     assert report.to_dict()["sources"]["mixed"]["problems"]["picture missing"] == 2
 
@@ -206,6 +206,7 @@ def test_a_fixed_copy_can_be_used_and_the_original_stays(tmp_path: Path, images:
         "rows written": 3,
         "rows left out": 1,
         "pictures named as they are stored": 3,
+        "rows given <image>": 0,
         "repeated rows left out": 1,
         "ids made different": 1,
     }

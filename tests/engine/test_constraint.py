@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 from pumice import InputError
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, user_message
+from pumice.engine.constraint import _compiled, json_rule
 from pumice.engine.generate import naive_generate
+from pumice.engine.grammar_check import GrammarCheck
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 
@@ -58,7 +61,74 @@ def test_it_equals_the_naive_answer_beside_others(assistant: Assistant) -> None:
     assert free == "".join(assistant.stream(ASKED, max_new_tokens=9))
 
 
-@pytest.mark.parametrize("schema", [{"type": "objec"}, {"type": object}, {"$ref": "http://a.example/b"}])
-def test_a_schema_that_cannot_be_followed(assistant: Assistant, schema: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="JSON schema cannot be followed"):
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+PATTERNS = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrst"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "objec"}, ""),
+        ({"type": object}, "type is not JSON serializable"),
+        ({"$ref": "http://a.example/b"}, ""),
+        ({"$ref": "#"}, ""),
+        ({"type": "number", "multipleOf": 982451653}, "fuel exhausted"),
+        ({"enum": []}, "Unsatisfiable schema"),
+        ({"type": "string", "minLength": 5, "maxLength": 4}, ""),
+        ({"allOf": PATTERNS[:6]}, "Unable to determine"),
+        ({"allOf": PATTERNS}, "it takes more than 2 s or 2048 MB to compile"),  # a minute
+        ({"type": "object", "x-guidance": {"whitespace_flexible": True}}, "x-guidance is not allowed"),
+        ({"properties": {"a": {"items": [{"x-guidance": {}}]}}}, "x-guidance is not allowed"),
+        ({"description": "x" * 70_000}, "it has 70019 bytes, more than 65536"),
+        (nested(40), "it has more than 32 levels"),
+        ({"type": "integer", "minimum": 10**400}, ""),
+    ],
+)
+def test_a_schema_that_cannot_be_followed(assistant: Assistant, schema: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=f"JSON schema cannot be followed .{reason}") as caught:
         assistant.stream(ASKED, schema=schema)
+    assert len(str(caught.value)) < 300
+
+
+def test_what_is_found_while_the_answer_is_written_ends_only_that_answer(assistant: Assistant) -> None:
+    schema = {"type": "array", "minItems": 10**9, "items": {"type": "null"}}  # too many to look ahead at once
+    held = assistant.stream(ASKED, schema=schema, max_new_tokens=40).begin()
+    free = assistant.stream(ASKED, max_new_tokens=9).begin()
+    with pytest.raises(InputError, match=r"JSON schema cannot be followed \(parser error: Too many items"):
+        "".join(held)
+    assert "".join(free) == "".join(assistant.stream(ASKED, max_new_tokens=9))
+
+
+def test_schemas_share_what_they_need_of_the_tokenizer(assistant: Assistant) -> None:
+    first, second = assistant.json(SCHEMA), assistant.json({"type": "string"})
+    _compiled.cache_clear()
+    assert _compiled.cache_info().misses == 0
+    for _ in range(3):
+        assistant.json({"type": "integer"})
+    assert _compiled.cache_info().misses == 1
+    assert first() is not second()
+
+
+def test_a_check_that_is_stopped_ends_its_process() -> None:
+    check = GrammarCheck([f"start: {json_rule({'allOf': PATTERNS})}"])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(check.run)
+        while check._process is None and not running.done():
+            pass
+        check.stop()
+        assert running.result(60) != [""]
+    assert check._process is not None
+    assert check._process.returncode == -9
+    assert check.run() == ["the check was stopped"]  # as before it has begun
+
+
+def test_several_grammars_are_checked_at_once() -> None:
+    good, bad = "start: /[ab]+/", "start: /[ab+/"
+    reasons = GrammarCheck([good, bad, good]).run()
+    assert [bool(reason) for reason in reasons] == [False, True, False]

@@ -76,6 +76,23 @@ def test_the_set_of_tokens_equals_transformers(
     assert ((found > 0) | (expected * draws < 30)).all()
 
 
+def test_extreme_settings_give_a_token_and_leave_the_other_rows_alone() -> None:
+    """Every value at the ends of its range; the other rows stay what they are alone."""
+    usual = SamplingParams(temperature=1.0, top_p=0.9, seed=3)
+    history = np.arange(VOCABULARY)
+    for name, value in (
+        ("top_p", 5e-324), ("top_p", 1e-30), ("min_p", 1.0), ("temperature", 5e-324), ("temperature", 1e308),
+        ("repetition_penalty", 0.01), ("repetition_penalty", 1e6), ("top_k", 2**62),
+    ):  # fmt: skip
+        params = [SamplingParams(**{"temperature": 1.0, name: value}), usual]
+        rows = logits(2)
+        tokens = sample(rows, params, [history] * 2, generators(2))
+        assert 0 <= tokens[0] < VOCABULARY, (name, value)
+        if name in ("top_p", "min_p") or value == 5e-324:
+            assert tokens[0] == rows[0].argmax(), (name, value)
+        assert tokens[1] == draw(rows[1:], usual, history)[0], (name, value)
+
+
 def test_the_number_of_selected_tokens_changes_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(temperature=6, top_p=0.95)
     rows = logits(40)
@@ -154,7 +171,9 @@ def test_the_penalty_ignores_image_placeholders_and_counts_a_token_once() -> Non
         ("max_new_tokens", 0), ("max_new_tokens", 1.5), ("max_new_tokens", True), ("temperature", -0.1),
         ("temperature", float("nan")), ("temperature", "warm"), ("top_p", 0), ("top_p", 1.1), ("top_k", -1),
         ("min_p", -0.1), ("min_p", 2),
-        ("repetition_penalty", 0), ("seed", -1), ("stop", ("",)), ("stop", (3,)),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-45), ("repetition_penalty", 1e300), ("seed", -1),
+        ("stop", ("",)), ("stop", (3,)),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(field: str, value: object) -> None:

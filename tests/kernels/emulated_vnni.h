@@ -6,6 +6,7 @@
 #define __AVX512VNNI__ 1
 #define __AVX512BW__ 1
 #define __AVX512VL__ 1
+#define IN_REGISTER(value)
 
 typedef struct { float v[16]; } floats;
 typedef struct { uint8_t v[64]; } integers;
@@ -14,6 +15,7 @@ typedef struct { uint8_t v[16]; } small;
 static inline floats e_load_floats(const void *from) { floats x; memcpy(&x, from, 64); return x; }
 static inline integers e_load_integers(const void *from) { integers x; memcpy(&x, from, 64); return x; }
 static inline small e_load_small(const void *from) { small x; memcpy(&x, from, 16); return x; }
+static inline void e_store_integers(void *to, integers x) { memcpy(to, &x, 64); }
 static inline void e_store_floats(void *to, floats x) { memcpy(to, &x, 64); }
 static inline floats e_all_floats(float value) { floats x; for (int i = 0; i < 16; i++) x.v[i] = value; return x; }
 static inline integers e_all_integers(int32_t value) {
@@ -75,6 +77,7 @@ static inline integers e_dot(integers sum, integers a, integers b) {
 #define _mm512_cvtepi32_ps e_to_floats
 #define _mm512_loadu_ps e_load_floats
 #define _mm512_storeu_ps e_store_floats
+#define _mm512_storeu_si512 e_store_integers
 #define _mm512_loadu_si512 e_load_integers
 #define _mm512_setzero_ps() e_all_floats(0)
 #define _mm512_set1_ps e_all_floats

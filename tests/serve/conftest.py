@@ -122,6 +122,11 @@ class Process:
             assert time.monotonic() < end, self.other
             time.sleep(0.02)
 
+    def log(self) -> list[dict[str, Any]]:
+        """All lines of a process that has ended."""
+        self._thread.join(60)
+        return self.lines
+
     @property
     def url(self) -> str:
         return str(self.wait_for("listening")[0]["url"])

@@ -58,6 +58,7 @@ def test_a_drain_finishes_what_it_began(process: Callable[..., Any]) -> None:
     assert any(answer is not None for answer in answers)
     assert all(text and ended for text, ended in filter(None, answers))
     assert server.process.wait(60) == 0
+    assert server.log()[-1]["message"] == "stopped"
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
 

@@ -48,7 +48,7 @@ def test_length_grouped_steps_show_pictures_in_all_rows_or_none(make_recipe: Mak
     assert sorted(map(len, kinds[:3])) == [1, 1, 1]
     every = [row for group in batches._groups(0) for row in group]
     assert sorted(every) == [(0, index) for index in range(13)]
-    assert batches._groups(0) == Batches(recipe, batches.processor)._groups(0)
+    assert list(batches._groups(0)) == list(Batches(recipe, batches.processor)._groups(0))
 
 
 def test_steps_are_prepared_ahead_and_come_in_order() -> None:

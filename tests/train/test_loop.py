@@ -276,6 +276,44 @@ def test_a_run_tells_how_it_goes(make_recipe: MakeRecipe, rows: Path, tmp_path: 
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
 
 
+def test_the_loss_picture_can_be_drawn_later(
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without matplotlib a run says so before its first step; the same command draws when it is there."""
+    pytest.importorskip("matplotlib")
+    recipe, picture = make_recipe(epochs=1), tmp_path / "run" / "loss.png"
+    with monkeypatch.context() as missing:
+        missing.setattr("pumice.train.report.find_spec", lambda name: None)
+        missing.setitem(sys.modules, "matplotlib", None)
+        missing.setitem(sys.modules, "matplotlib.figure", None)
+        run(recipe)
+        said = " ".join(capsys.readouterr().err.split())
+    assert (
+        0
+        <= said.index("no loss.png at the end, as it needs matplotlib (pip install ")
+        < said.index("step 1/")
+    )
+    assert not picture.exists()
+    run(recipe)
+    assert "already finished" in capsys.readouterr().err
+    assert picture.stat().st_size > 5000
+    drawn = picture.read_bytes()
+    run(recipe)
+    assert picture.read_bytes() == drawn
+
+
+def test_held_out_rows_are_measured_also_in_short_runs(
+    make_recipe: MakeRecipe, rows: Path, tmp_path: Path
+) -> None:
+    data = [{"rows": str(rows / "rows.jsonl")}]
+    run(make_recipe(data=data, held_out=data, max_steps=4, measure_every=None))
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [event["step"] for event in events if "held_out_loss" in event] == [0, 1, 2, 3, 4]
+
+
 def test_packs_without_pictures_teach_a_connector_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     text = {"id": "t", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "red"}]}
     (tmp_path / "text.jsonl").write_text(json.dumps(text) + "\n")

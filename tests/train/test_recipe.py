@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +225,25 @@ def test_a_copy_of_the_example_works_from_any_folder(tmp_path: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "finetune.yaml"
     (tmp_path / "copy.yaml").write_bytes(example.read_bytes())
     assert load_recipe(tmp_path / "copy.yaml") == load_recipe(example)
+
+
+def test_a_wheel_brings_the_recipes(tmp_path: Path) -> None:
+    """An installed package has no clone around it: its recipes are inside, where pyproject.toml puts them."""
+    root = Path(__file__).parents[2]
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    (source, target), *more = re.findall(
+        r'^"(.+)" = "(pumice/.+)"',
+        text.split("[tool.hatch.build.targets.wheel.force-include]")[1],
+        re.MULTILINE,
+    )
+    assert (source, more) == ("recipes", [])
+    shutil.copytree(
+        root / "src" / "pumice", tmp_path / "pumice", ignore=shutil.ignore_patterns("models", "*.pyc")
+    )
+    shutil.copytree(root / source, tmp_path / target)
+    code = "import pumice.train.recipe as r; print(r.load_recipe('pumice:finetune').name, r.__file__)"
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"fine-tuning {tmp_path}")

@@ -119,7 +119,7 @@ def describe(plan: Plan) -> list[str]:
     lines += [
         f"  {'learning':<14}{plan.learning / 1e6:10.1f} M",
         "",
-        f"memory at packs of {plan.pack_tokens} tokens",
+        f"memory at packs of {plan.planned_pack} tokens{_pack_hint(plan)}",
     ]
     lines += [f"  {kind:<14}{size / 1e9:10.2f} GB" for kind, size in plan.memory.items() if size]
     lines.append(f"  {'in all':<14}{plan.total / 1e9:10.2f} GB  {_verdict(plan)}")
@@ -133,6 +133,12 @@ def describe(plan: Plan) -> list[str]:
         speed += "; --rows N tells steps and hours"
     lines.append(speed)
     return lines + [f"note: {note}" for note in plan.notes]
+
+
+def _pack_hint(plan: Plan) -> str:
+    if plan.planned_pack == plan.pack_tokens:
+        return ""
+    return f", the largest of these rows (pack_tokens is {plan.pack_tokens})"
 
 
 def _verdict(plan: Plan) -> str:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, from_llava
-from pumice.data.images import DecodedImage, decode_all
-from pumice.data.rows import ImageFinder, Row, Rows
+from pumice.data.images import DecodedImage, Looks, decode_all
+from pumice.data.lookalikes import Lookalikes
+from pumice.data.rows import ImageFinder, Rows
+from pumice.data.scan import CheckedRow, Encode, Finding, Scan
 from pumice.errors import InputError
 
-Encode = Callable[[Conversation], tuple[int, int]]  # to (tokens, supervised tokens)
-Finding = tuple[str, str]  # kind of problem, reason
-
-NOTES = ("wrong extension", "duplicate id")  # reported, but the row is usable
+# Reported, but the row is usable.
+NOTES = ("wrong extension", "duplicate id", "<image> added", "also learned")
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def check(
     encode: Encode | None = None,
     context: int | None = None,
     truncate: bool = False,
+    held_out: Sequence[Rows] = (),
     workers: int = 0,
     progress: Callable[[], None] | None = None,
     decoded: Callable[[int, int], None] | None = None,
@@ -119,45 +120,54 @@ def check(
 
     decode: decode every image once, in `workers` processes; 0 decodes in this one. budget: share of rows that
     may be unusable. encode: count a row's tokens; a row that is longer than `context` (unless `truncate`) or
-    has no supervised tokens is unusable. progress: called after each row. decoded: called with the number of
-    images just decoded and the number of all. Raises InputError on a wrong budget or two sources of one name.
+    has no supervised tokens is unusable. With more than 0 workers and many rows it must be able to be
+    pickled. held_out: rows whose pictures are compared with those of `rows`; what both have is noted.
+    progress: called after each row. decoded: called with the number of images just decoded and the number of
+    all. Raises InputError on a wrong budget or two sources of one name.
     """
     if not 0 <= budget <= 1:
         raise InputError(f"the budget is {budget}; give the share of rows that may be unusable, 0 to 1")
-    # 1. Decode each image once, however many rows show it.
+    # 1. Decode each file of an image once, however many rows show it.
     report = DataReport(budget)
     rows = list(rows)
     opened: dict[Path, DecodedImage] = {}
     if decode:
-        paths = _paths(rows, finder)
+        paths = _paths([*rows, *held_out], finder)
         on_decoded = None if decoded is None else lambda count: decoded(count, len(paths))
-        opened = decode_all(paths, workers, on_decoded)
-    for source in rows:
+        opened = decode_all(paths, workers, on_decoded, compare=bool(held_out))
+    scan = Scan([*rows, *held_out], finder, encode, decode, bool(held_out), workers)
+    lookalikes = Lookalikes()
+    for number, source in enumerate(rows):
         if source.source in report.sources:
             raise InputError(f"two sources are called '{source.source}'; give each its own name")
         counts = report.sources[source.source] = SourceReport(len(source))
         first_row: dict[str, int] = {}
-        for number in range(1, len(source) + 1):
+        for row in scan.rows(number):
             # 2. Collect a row's problems. A malformed row has no id and no further checks.
-            row_id = ""
-            try:
-                row = source[number - 1]
-            except InputError as error:
-                findings = [("malformed row", str(error))]
-            else:
-                row_id = row.id
-                findings = _check_images(row, finder, opened, decode) + _check_turns(row)
-                if (first := first_row.setdefault(row_id, number)) != number:
-                    findings.append(("duplicate id", f"row {first} has the same id"))
-                # 3. Count tokens of rows that are usable so far: others cannot be encoded.
-                if encode is not None and _usable(findings):
-                    findings += _check_lengths(row.conversation(finder), encode, context, truncate, counts)
+            findings = _image_findings(row, opened, decode) + row.findings
+            if not row.malformed and (first := first_row.setdefault(row.id, row.number)) != row.number:
+                findings.append(("duplicate id", f"row {first} has the same id"))
+            # 3. Count tokens of rows that are usable so far: others cannot be encoded.
+            if encode is not None and _usable(findings):
+                findings += _length_findings(row, context, truncate, counts)
             # 4. Add the row to the counts and its problems to the report.
+            for looks in _looks(row, opened) if held_out else ():
+                lookalikes.add(looks, f"row {row.number} of '{source.source}'")
             counts.usable += _usable(findings)
             counts.problems.update(kind for kind, _ in findings)
-            report.problems += [Problem(kind, source.source, number, row_id, why) for kind, why in findings]
+            report.problems += [
+                Problem(kind, source.source, row.number, row.id, why) for kind, why in findings
+            ]
             if progress is not None:
                 progress()
+    # 5. A held-out picture that is also learned makes the held-out loss too good.
+    for number, source in enumerate(held_out, len(rows)):
+        for row in scan.rows(number):
+            for looks in _looks(row, opened):
+                how, name = lookalikes.find(looks)
+                if how:
+                    reason = f"its picture {how} that of {name}; keep it in one of them"
+                    report.problems.append(Problem("also learned", source.source, row.number, row.id, reason))
     return report
 
 
@@ -166,78 +176,48 @@ def _usable(findings: list[Finding]) -> bool:
 
 
 def _paths(rows: list[Rows], finder: ImageFinder) -> list[Path]:
-    """Return the existing images that rows name, each once, in order."""
+    """Return the existing image files that rows name, each once, in order."""
     paths: dict[Path, None] = {}
-    names: set[str] = set()
     for source in rows:
-        for index in range(len(source)):
+        for name in filter(None, source.contents.names()):
             try:
-                new = [name for name in source[index].image if name not in names]
+                paths[finder.find(name, source.opened.folder)] = None
             except InputError:
-                continue  # the malformed row is reported when it is checked
-            for name in new:
-                names.add(name)
-                try:
-                    paths[finder.find(name)] = None
-                except InputError:
-                    continue  # the missing image is reported with each row that names it
+                continue  # the missing image is reported with each row that names it
     return list(paths)
 
 
-def _check_images(
-    row: Row, finder: ImageFinder, opened: dict[Path, DecodedImage], decode: bool
-) -> list[Finding]:
+def _image_findings(row: CheckedRow, opened: dict[Path, DecodedImage], decode: bool) -> list[Finding]:
     findings = []
-    for name in row.image:
-        try:
-            path = finder.find(name)
-        except InputError as error:
-            findings.append(("picture missing", str(error)))
+    for image in row.images:
+        if image.missing:
+            findings.append(("picture missing", image.missing))
             continue
-        if path.name != Path(name).name:
-            findings.append(("wrong extension", f"picture {name!r} is stored as {path.name!r}"))
-        if decode and opened[path].unreadable:
-            findings.append(("picture unreadable", opened[path].unreadable))
-        elif decode and opened[path].kind:
-            findings.append(("wrong extension", f"picture {name!r} holds {opened[path].kind}"))
+        if image.path is not None and image.path.name != Path(image.name).name:
+            findings.append(("wrong extension", f"picture {image.name!r} is stored as {image.path.name!r}"))
+        result = opened.get(image.path) if image.path is not None else image.decoded
+        if result is None or not decode:
+            continue
+        if result.unreadable:
+            findings.append(("picture unreadable", result.unreadable))
+        elif result.kind:
+            findings.append(("wrong extension", f"picture {image.name!r} holds {result.kind}"))
     return findings
 
 
-def _check_turns(row: Row) -> list[Finding]:
-    try:
-        from_llava(row.id, row.turns, row.image).check(answered=True)
-    except InputError as error:
-        return [(_turns_problem_kind(row), str(error))]
-    return []
+def _looks(row: CheckedRow, opened: dict[Path, DecodedImage]) -> Iterable[Looks]:
+    for image in row.images:
+        result = opened.get(image.path) if image.path is not None else image.decoded
+        if result is not None and result.looks is not None:
+            yield result.looks
 
 
-def _turns_problem_kind(row: Row) -> str:
-    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for speaker, text in row.turns if speaker == "human")
-    if placeholders != len(row.image):
-        return "placeholder count"
-    speakers = [speaker for speaker, _ in row.turns]
-    if set(speakers) - {"human", "gpt", "system"}:
-        return "unknown speaker"
-    if any("\ud800" <= letter <= "\udfff" for _, text in row.turns for letter in text):
-        return "broken text"
-    if speakers[0] == "system":
-        del speakers[0]
-    if speakers != ["human", "gpt"] * (len(speakers) // 2):
-        return "roles out of order"
-    return "empty answer"
-
-
-def _check_lengths(
-    conversation: Conversation,
-    encode: Encode,
-    context: int | None,
-    truncate: bool,
-    counts: SourceReport,
+def _length_findings(
+    row: CheckedRow, context: int | None, truncate: bool, counts: SourceReport
 ) -> list[Finding]:
-    try:
-        tokens, supervised = encode(conversation)
-    except InputError as error:
-        return [("not encoded", str(error))]
+    if row.not_encoded or row.tokens is None:
+        return [("not encoded", row.not_encoded)]
+    tokens, supervised = row.tokens
     counts.tokens.append(tokens)
     if not supervised:
         return [("nothing supervised", f"none of the {tokens} tokens is learnt from")]
@@ -248,3 +228,13 @@ def _check_lengths(
     counts.supervised += supervised
     counts.usable_tokens += tokens
     return []
+
+
+def fold(problems: Iterable[Problem]) -> list[list[Problem]]:
+    """Return problems in groups that differ in nothing but rows, numbers and names, in order of the first."""
+    groups: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        # The place of a malformed row stands in its reason.
+        same = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", problem.reason.rpartition(": ")[2])
+        groups.setdefault((problem.source, problem.kind, same), []).append(problem)
+    return list(groups.values())

@@ -1,4 +1,4 @@
-"""Write a cleaned copy of a file of rows: fix what can be fixed and leave out unusable rows."""
+"""Write a cleaned copy of rows: fix what can be fixed and leave out unusable rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice.data.check import NOTES, DataReport
-from pumice.data.rows import ImageFinder, Rows
+from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.errors import InputError
 from pumice.files import replacing
 
@@ -16,15 +16,20 @@ from pumice.files import replacing
 def fix(rows: Rows, finder: ImageFinder, report: DataReport, out: Path) -> Counter[str]:
     """Write the usable rows to `out` and return counts of what was done; the original is not changed.
 
-    `out` is a JSON list if it ends in .json, else JSON Lines. An image that is stored with another suffix
-    gets its real name. A row with an earlier row's id is left out if it says the same, and gets a new id if
-    not. Keys that Pumice does not know stay. Raises InputError when `out` is the file of the rows itself.
+    `out` is a JSON list if it ends in .json, else JSON Lines, in LLaVA's form. An image that is stored with
+    another suffix gets its real name, and one without `<image>` gets it. A row with an earlier row's id is
+    left out if it says the same, and gets a new id if not. Keys that Pumice does not know stay. Raises
+    InputError when `out` is the file of the rows itself, or the pictures are inside the source.
     """
     # 1. Refuse to overwrite the original, and gather the kinds of problems of each row.
-    if out.exists() and out.samefile(rows.path):
+    if out.exists() and any(out.samefile(file) for file in rows.opened.files):
         raise InputError(f"--fix {out} is the file that is checked; name a new one, the original stays")
     if not out.parent.is_dir():
         raise InputError(f"--fix {out}: there is no folder '{out.parent}'; make it first")
+    if rows.contents.has_stored:
+        raise InputError(
+            f"--fix: the pictures of '{rows.label}' are inside it; use pumice data convert first"
+        )
     kinds: dict[int, set[str]] = {}
     for problem in report.problems:
         if problem.source == rows.source:
@@ -40,11 +45,13 @@ def fix(rows: Rows, finder: ImageFinder, report: DataReport, out: Path) -> Count
             if problem_kinds - set(NOTES):
                 counts["rows left out"] += 1
                 continue
-            values = json.loads(rows.raw(number - 1))
+            row = rows[number - 1]
+            values = _values(rows.opened.record(number - 1), row)
             if "wrong extension" in problem_kinds:
-                old_names, values["image"] = values["image"], _stored_names(values["image"], finder)
+                old_names, values["image"] = values["image"], _stored_names(values["image"], row, finder)
                 counts["pictures named as they are stored"] += old_names != values["image"]
-            if not _make_id_unique(values, rows[number - 1].id, ids, counts):
+            counts["rows given <image>"] += "<image> added" in problem_kinds
+            if not _make_id_unique(values, row.id, ids, counts):
                 continue
             comma = ",\n" if is_list and counts["rows written"] else ""
             file.write(comma + json.dumps(values, ensure_ascii=False) + ("" if is_list else "\n"))
@@ -53,9 +60,18 @@ def fix(rows: Rows, finder: ImageFinder, report: DataReport, out: Path) -> Count
     return counts
 
 
-def _stored_names(image: Any, finder: ImageFinder) -> Any:
+def _values(record: dict[str, Any], row: Row) -> dict[str, Any]:
+    """Return a row in LLaVA's form: as it is written, if it has this form and needs no `<image>`."""
+    if "conversations" in record and not row.added and list(row.image) in (
+        [], record.get("image"), [record.get("image")],
+    ):  # fmt: skip
+        return dict(record)
+    return {**(record if "conversations" in record else {}), **to_llava(row)}
+
+
+def _stored_names(image: Any, row: Row, finder: ImageFinder) -> Any:
     names = [image] if isinstance(image, str) else image
-    stored = [str(Path(name).with_name(finder.find(name).name).as_posix()) for name in names]
+    stored = [str(Path(name).with_name(finder.find(name, row.folder).name).as_posix()) for name in names]
     return stored[0] if isinstance(image, str) else stored
 
 

@@ -1,7 +1,8 @@
-"""Decode many images in several processes, to find those that cannot be read or that crash a decoder."""
+"""Decode many images, to find those that cannot be read, that crash a decoder, or that look alike."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from pumice.conversation import StoredImage
 from pumice.errors import InputError
 from pumice.images import open_image, read_image
 
@@ -21,71 +23,105 @@ _ALIKE = {"JPEG", "MPO"}  # cameras write several images into one .jpg
 IMAGES_PER_TASK = 32  # images that a process gets at once
 
 
+class Looks(NamedTuple):
+    """What an image is compared by: a hash of its file, a perceptual hash of 64 bits, and its shape.
+
+    hash: None where the library of perceptual hashes is not installed.
+    """
+
+    contents: bytes
+    hash: int | None
+    aspect: float  # width / height
+
+
 class DecodedImage(NamedTuple):
     """The result of decoding an image."""
 
     unreadable: str = ""  # why it cannot be decoded completely; "" if it can
     kind: str = ""  # its format, if the suffix of its name says another; else ""
+    looks: Looks | None = None  # if asked for
 
 
-def decode_image(path: Path) -> DecodedImage:
-    """Decode an image and compare its format with its name."""
+def decode_image(source: Path | StoredImage, compare: bool = False) -> DecodedImage:
+    """Decode an image and compare its format with its name. compare: also return what it looks like."""
     try:
-        data = read_image(path)
-        open_image(data)
+        data = read_image(source)
+        image = open_image(data)
     except InputError as error:
         return DecodedImage(str(error))
+    looks = _looks(data, image) if compare else None
+    if isinstance(source, StoredImage):
+        return DecodedImage(looks=looks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image has checked the size
         with Image.open(io.BytesIO(data)) as picture:
             kind = picture.format or ""
     Image.init()
-    named = Image.EXTENSION.get(path.suffix.lower(), kind)
-    return DecodedImage(kind="" if {named, kind} <= _ALIKE or named == kind else kind)
+    named = Image.EXTENSION.get(source.suffix.lower(), kind)
+    return DecodedImage("", "" if {named, kind} <= _ALIKE or named == kind else kind, looks)
+
+
+def _looks(data: bytes, image: Image.Image) -> Looks:
+    contents = hashlib.blake2b(data, digest_size=16).digest()
+    try:
+        import imagehash
+    except ImportError:
+        return Looks(contents, None, image.width / image.height)
+    # The discrete cosine transform of 32 x 32 pixels (pHash), which survives scaling and JPEG.
+    return Looks(contents, int(str(imagehash.phash(image)), 16), image.width / image.height)
 
 
 def decode_all(
-    paths: Sequence[Path], workers: int = 0, progress: Callable[[int], None] | None = None
+    paths: Sequence[Path],
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+    *,
+    compare: bool = False,
 ) -> dict[Path, DecodedImage]:
     """Decode images and return the result of each.
 
     workers: number of processes; 0 decodes in this one. progress: called with the number of images just done.
+    compare: as in `decode_image`.
     """
     decoded: dict[Path, DecodedImage] = {}
-    for batch, results in _decode_all(paths, workers):
+    for batch, results in _decode_all(paths, workers, compare):
         decoded.update(zip(batch, results, strict=True))
         if progress is not None:
             progress(len(batch))
     return decoded
 
 
-def _decode_all(paths: Sequence[Path], workers: int) -> Iterator[tuple[Sequence[Path], list[DecodedImage]]]:
+def _decode_all(
+    paths: Sequence[Path], workers: int, compare: bool
+) -> Iterator[tuple[Sequence[Path], list[DecodedImage]]]:
     if not workers or len(paths) <= MIN_FOR_PROCESSES:
         for path in paths:
-            yield [path], [decode_image(path)]
+            yield [path], [decode_image(path, compare)]
         return
     parts = [paths[start : start + IMAGES_PER_TASK] for start in range(0, len(paths), IMAGES_PER_TASK)]
     decoded_count = 0
     try:
         # Spawned, not forked: a fork would copy other libraries' threads while they hold locks.
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            for part, results in zip(parts, pool.map(_decode_images, parts), strict=True):
+            for part, results in zip(
+                parts, pool.map(_decode_images, parts, [compare] * len(parts)), strict=True
+            ):
                 yield part, results
                 decoded_count += 1
     except BrokenProcessPool:
         # An image crashed its process. Decode the rest one by one to find out which.
         for part in parts[decoded_count:]:
-            yield part, [_decode_in_own_process(path) for path in part]
+            yield part, [_decode_in_own_process(path, compare) for path in part]
 
 
-def _decode_images(paths: Sequence[Path]) -> list[DecodedImage]:
-    return [decode_image(path) for path in paths]
+def _decode_images(paths: Sequence[Path], compare: bool) -> list[DecodedImage]:
+    return [decode_image(path, compare) for path in paths]
 
 
-def _decode_in_own_process(path: Path) -> DecodedImage:
+def _decode_in_own_process(path: Path, compare: bool) -> DecodedImage:
     """Decode one image in a new process, which it may crash."""
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(decode_image, path).result()
+            return pool.submit(decode_image, path, compare).result()
     except BrokenProcessPool:
         return DecodedImage(f"'{path}' crashes the library that decodes it; remove it")

@@ -183,13 +183,45 @@ class Pack:
 
 def pack(trees: Iterable[Tree], budget: int) -> list[Pack]:
     """Fill packs of at most `budget` tokens, longest tree first. A longer tree gets its own pack."""
+    in_order = sorted(trees, key=len, reverse=True)
     packs: list[list[Tree]] = []
-    for tree in sorted(trees, key=len, reverse=True):
+    room = _Room(len(in_order))
+    for tree in in_order:
         # First fit: small trees fill what the large ones leave.
-        for filled in packs:
-            if sum(map(len, filled)) + len(tree) <= budget:
-                filled.append(tree)
-                break
-        else:
-            packs.append([tree])
+        number = room.first(len(tree))
+        if number is None:
+            number = len(packs)
+            packs.append([])
+            room.set(number, budget)
+        packs[number].append(tree)
+        room.set(number, max(0, room.get(number) - len(tree)))
     return [Pack(tuple(filled)) for filled in packs]
+
+
+class _Room:
+    """The room in each of up to `count` packs, as a tree of maxima: the first that fits is found in log n.
+
+    Node n has the children 2n and 2n + 1; the packs are the leaves.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._leaves = 1 << max(0, count - 1).bit_length()
+        self._most = [-1] * (2 * self._leaves)
+
+    def get(self, number: int) -> int:
+        return self._most[self._leaves + number]
+
+    def set(self, number: int, room: int) -> None:
+        node = self._leaves + number
+        self._most[node] = room
+        while node := node // 2:
+            self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
+
+    def first(self, size: int) -> int | None:
+        """Return the first pack with room for `size` tokens."""
+        if self._most[1] < size:
+            return None
+        node = 1
+        while node < self._leaves:
+            node = 2 * node + (self._most[2 * node] < size)
+        return node - self._leaves

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pumice.engine.grammar_check import GrammarCheck, compile_grammar, refused
 from pumice.errors import InputError, install
 from pumice.tokens import Tokenizer
 
 # No optional blanks: a small model could write them for ever.
 COMPACT = {"whitespace_flexible": False}
-
-_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+LARGEST_SCHEMA = 1 << 16  # bytes
+DEEPEST_SCHEMA = 32  # levels of nesting
+# llguidance's extension, by which a schema would change the grammar that is made of it.
+EXTENSION = "x-guidance"
 
 
 def quoted(text: str) -> str:
@@ -31,51 +33,68 @@ def quoted(text: str) -> str:
 def json_rule(schema: Mapping[str, Any] | None, *, lenient: bool = False) -> str:
     """Return the rule of values that follow a JSON Schema, whose root is `schema`; None for any object.
 
-    lenient: leave out what the library cannot hold an answer to, instead of refusing it.
+    lenient: leave out what the library cannot hold an answer to, instead of refusing it. Raises InputError if
+    the schema is none, too large or too deep.
     """
     schema = {"type": "object"} if schema is None else schema
+    # 1. Level by level, because `json` needs stack for each.
+    level, count = [schema], 0
+    for _ in range(DEEPEST_SCHEMA):
+        if any(isinstance(value, Mapping) and EXTENSION in value for value in level):
+            raise refused(f"{EXTENSION} is not allowed", "JSON schema")
+        level = [
+            child
+            for value in level
+            if isinstance(value, Mapping | list | tuple)
+            for child in (value.values() if isinstance(value, Mapping) else value)
+        ]
+        count += len(level)
+        if count > LARGEST_SCHEMA:
+            raise refused(f"it has more than {LARGEST_SCHEMA} values", "JSON schema")
+    if level:
+        raise refused(f"it has more than {DEEPEST_SCHEMA} levels", "JSON schema")
+    # 2. Write it, with our own settings in its root.
     try:
-        return f"%json {json.dumps({**schema, 'x-guidance': {**COMPACT, 'lenient': lenient}})}"
+        text = json.dumps({**schema, EXTENSION: {**COMPACT, "lenient": lenient}})
     except (TypeError, ValueError) as error:
-        raise InputError(f"the JSON schema cannot be followed ({error}); simplify it") from error
+        raise refused(str(error), "JSON schema") from error
+    if len(text) > LARGEST_SCHEMA:
+        raise refused(f"it has {len(text)} bytes, more than {LARGEST_SCHEMA}", "JSON schema")
+    return f"%json {text}"
 
 
 class Grammar:
     """A compiled grammar for any number of answers. Call it to start one; it is a `Prompt.constraint`.
 
     grammar: in Lark. vocabulary: rows of the model's embedding. stops: the tokens that may end an answer.
-    what: its name in an InputError, which is raised if the grammar cannot be compiled.
+    what: its name in an InputError, which is raised if the grammar cannot be compiled. checked: a
+    `GrammarCheck` of it has passed; else one runs now.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, grammar: str, vocabulary: int, stops: Sequence[int], what: str = "grammar"
+        self,
+        tokenizer: Tokenizer,
+        grammar: str,
+        vocabulary: int,
+        stops: Sequence[int],
+        what: str = "grammar",
+        *,
+        checked: bool = False,
     ) -> None:
-        try:
-            import llguidance
-        except ImportError as error:
-            raise InputError(
-                f"answers of a JSON schema need the package llguidance: {install('serve')}"
-            ) from error
         if not stops:
             raise InputError(
-                "this model ends its answers with text, not with a token; it cannot be held to JSON"
+                f"this model ends its answers with text, not with a token; it cannot be held to a {what}"
             )
-        self.vocabulary, self.stops = vocabulary, tuple(stops)
-        self._tokenizer = _compiled(tokenizer, vocabulary, self.stops)
-        try:
-            self._grammar = llguidance.LLMatcher.grammar_from_lark(grammar)
-            message = llguidance.LLMatcher.validate_grammar(self._grammar, self._tokenizer)
-        except (TypeError, ValueError) as error:
-            message = str(error)
-        if message:
-            reason = _PLACE.sub("", message.strip().splitlines()[0])  # the other lines repeat the grammar
-            raise InputError(f"the {what} cannot be followed ({reason}); simplify it")
+        self.vocabulary, self.stops, self.what = vocabulary, tuple(stops), what
+        shared = _compiled(tokenizer, vocabulary, self.stops)
+        reason = "" if checked else GrammarCheck([grammar]).run()[0]
+        if not reason:
+            self._matcher, reason = compile_grammar(grammar, shared)
+        if reason:
+            raise refused(reason, what)
 
     def __call__(self) -> GrammarAnswer:
-        import llguidance
-
-        matcher = llguidance.LLMatcher(self._tokenizer, self._grammar)
-        return GrammarAnswer(matcher, self.vocabulary, self.stops)
+        return GrammarAnswer(self._matcher.deep_copy(), self.vocabulary, self.stops, self.what)
 
 
 class JsonSchema(Grammar):
@@ -90,29 +109,40 @@ class JsonSchema(Grammar):
 class GrammarAnswer:
     """The state of one answer: a `pumice.engine.sampling.Constraint`."""
 
-    def __init__(self, matcher: Any, vocabulary: int, stops: tuple[int, ...]) -> None:
-        self._matcher, self._vocabulary, self._stops = matcher, vocabulary, list(stops)
+    def __init__(self, matcher: Any, vocabulary: int, stops: tuple[int, ...], what: str) -> None:
+        self._matcher, self._vocabulary, self._stops, self._what = matcher, vocabulary, list(stops), what
 
     def allowed(self) -> Tensor:
-        """Return which tokens may come next: (V,) bool."""
-        if self._matcher.is_stopped():
+        """Return which tokens may come next: (V,) bool. Raise InputError if the grammar is too complex."""
+        if self._matcher.is_stopped() and self._matcher.is_accepting():
             allowed = torch.zeros(self._vocabulary, dtype=torch.bool)
             allowed[self._stops] = True
             return allowed
-        # The matcher gives one bit per token.
+        # The matcher gives one bit per token. If it finds an error now, it would allow the end.
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        self._check()
         bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        return bits.flatten()[: self._vocabulary].bool()
+        allowed = bits.flatten()[: self._vocabulary].bool()
+        if not allowed.any():
+            raise refused("nothing can follow in this answer", self._what)
+        return allowed
 
     def accept(self, token: int) -> None:
-        """Record the chosen token. Raise RuntimeError if it is not allowed."""
+        """Record the chosen token. Raise InputError if it is not allowed, or the grammar is too complex."""
         if not self._matcher.consume_token(token):
-            raise RuntimeError(f"token {token} cannot follow in this grammar: {self._matcher.get_error()}")
+            self._check()
+            raise refused(f"token {token} cannot follow in this answer", self._what)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise refused(self._matcher.get_error(), self._what)
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(1)
 def _compiled(tokenizer: Tokenizer, vocabulary: int, stops: tuple[int, ...]) -> Any:
-    """Return the tokenizer in the library's form. It is kept: this takes longer than most schemas."""
-    import llguidance
-
-    return llguidance.LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=list(stops))
+    """Return the tokenizer in the library's form. It is kept: it takes a second and 30 MB."""
+    try:
+        from llguidance import LLTokenizer
+    except ImportError as error:
+        raise InputError(f"answers of a grammar need the package llguidance: {install('serve')}") from error
+    return LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=list(stops))

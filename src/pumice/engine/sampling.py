@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pumice.config import PENALTIES
 from pumice.errors import InputError
 
 # Tokens that top_p and min_p select first, and by how many times more if these are not enough.
@@ -67,7 +68,13 @@ class SamplingParams:
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (off) to 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "more than 0")
+        low, high = PENALTIES
+        _require(
+            low <= self.repetition_penalty <= high,
+            "repetition_penalty",
+            self.repetition_penalty,
+            f"{low} to {high}",
+        )
         for name in ("frequency_penalty", "presence_penalty"):
             _require(-2 <= numbers[name] <= 2, name, numbers[name], "-2 to 2")
         if self.seed is not None:
@@ -244,7 +251,8 @@ def _pick(weights: Tensor, numbers: Tensor) -> Tensor:
 def keep(params: Sequence[SamplingParams], candidates: Tensor) -> Tensor:
     """Return which candidates (B, n), the likeliest first, belong to each row's set: (B, n) bool."""
     device = candidates.device
-    top_p = torch.tensor([one.top_p for one in params], device=device)[:, None]
+    # Not 0, as tiny ones would be in fp32: the likeliest token always belongs to the set.
+    top_p = torch.tensor([max(one.top_p, 1e-20) for one in params], device=device)[:, None]
     min_p = torch.tensor([one.min_p for one in params], device=device)[:, None]
     # With top_k, top_p counts the probability of those k tokens alone.
     of_all = torch.tensor([not one.top_k for one in params], device=device)[:, None]

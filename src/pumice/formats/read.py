@@ -96,8 +96,7 @@ def _adapted(path: Path, template: str | None, base: str | None) -> LoadedParts:
     if weights := find_weights(path):
         raise InputError(
             f"{path} holds a whole model ({weights[0].name}) and a LoRA ({ADAPTER_CONFIG}); nothing says "
-            "whether "
-            "the LoRA is in the weights already: move one of them to a folder of its own"
+            "whether the LoRA is in the weights already: move one of them to a folder of its own"
         )
     base_source = base or base_name(path)
     if not base_source:

@@ -90,24 +90,6 @@ static void rotate(float *x, int64_t size, const float *angles) {
 #define SCORES (PIECE + KEYS - 1) /* room for the scores of a query: keys come KEYS at a time */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* exp(x) for x <= 0, to 2e-7 of it, in a form that compilers turn into vectors (Cephes' expf). */
-static inline float exp_negative(float x) {
-    x = x > -87 ? x : -87;
-    const float shift = 12582912; /* 1.5 * 2^23: adding it rounds to a whole number */
-    float whole = x * 1.44269504f + shift - shift;
-    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    float sum = 1.9875691500e-4f;
-    sum = sum * rest + 1.3981999507e-3f;
-    sum = sum * rest + 8.3334519073e-3f;
-    sum = sum * rest + 4.1665795894e-2f;
-    sum = sum * rest + 1.6666665459e-1f;
-    sum = sum * rest + 5.0000001201e-1f;
-    int32_t bits = ((int32_t)whole + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return (sum * rest * rest + rest + 1) * power;
-}
-
 /* What one item of attention reads: tokens [first, last) of a sequence, which all lie in one piece. keys and values are
  * those of one head and layer (C, d). table: the sequence's blocks. */
 typedef struct {

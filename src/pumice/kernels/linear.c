@@ -1,7 +1,7 @@
 /* A linear layer with a packed matrix, for many rows, as a prompt has them. */
 #include "product.h"
 
-#define CHUNK (4 * WIDE) /* tiles that a thread takes at a time: one that loses its core takes fewer */
+#define CHUNK 4 /* tiles that a thread takes at a time: one that loses its core takes fewer */
 
 /* y (rows, outputs) = x (rows, inputs) times the matrix, plus its bias. Return 0, or 1 if memory cannot be allocated. */
 int pumice_linear(const Packed *w, int64_t rows, const float *x, float *y, int threads) {

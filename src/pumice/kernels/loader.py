@@ -22,8 +22,8 @@ Weights = Literal["packed", "fp32"]
 
 # C files and their preprocessor definitions. "plain" is the reference for the kernels of each processor.
 _LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "packed": (("decode.c", "linear.c", "quantize.c"), ()),
-    "plain": (("decode.c", "linear.c", "quantize.c"), ("-DPUMICE_PLAIN",)),
+    "packed": (("attend.c", "decode.c", "linear.c", "quantize.c"), ()),
+    "plain": (("attend.c", "decode.c", "linear.c", "quantize.c"), ("-DPUMICE_PLAIN",)),
     "fp32": (("decode.c",), ("-DDENSE",)),
 }
 # Functions that return something else than an int.

@@ -9,6 +9,7 @@
 
 #define AHEAD 4096 /* bytes: with one row, prefetch weights so far ahead, earlier than the processor's own guess */
 #define LINE 64    /* bytes of a cache line */
+#define SPAN 128   /* groups to multiply before the next rows, so that the tiles' bytes stay in the CPU's cache */
 
 #if defined(PUMICE_PLAIN)
 #define KERNEL "plain C"
@@ -31,18 +32,24 @@
 #include "product_plain.h"
 #endif
 
-#define SPAN 128 /* groups to multiply before the next rows, so that the tiles' bytes stay in the CPU's cache */
+#ifndef UNPACK_ROWS /* a kernel that reads packed weights, whatever the number of rows */
+typedef void Unpacked;
+#define UNPACK_ROWS INT64_MAX
+#define unpack(kind, data, inputs, first, last) ((void)(data), (void *)0)
+#endif
 
 /* Rows [row, row + rows) times tiles [tile, tile + tiles): y (rows, stride) = or += the product, and the bias. */
-INLINE void block(const int kind, const int rows, const int tiles, const Packed *w, int64_t tile, const Activations *x,
-                  int64_t row, int64_t first, int64_t last, float *y, int64_t stride, int add) {
+INLINE void block(const int kind, const int rows, const int tiles, const Packed *w, int64_t tile,
+                  const Unpacked *unpacked, const Activations *x, int64_t row, int64_t first, int64_t last, float *y,
+                  int64_t stride, int add) {
     float sums[ROWS * WIDE * TILE];
     const int64_t column = tile * TILE, left = w->outputs - column;
     const int64_t count = left < tiles * TILE ? left : tiles * TILE;
     for (int r = 0; r < rows; r++)
         for (int64_t c = 0; c < tiles * TILE; c++)
             sums[r * tiles * TILE + c] = (first || add) && c < count ? y[(row + r) * stride + column + c] : 0;
-    multiply(kind, rows, tiles, w->data + tile * tile_bytes(kind, w->inputs), w->inputs, x, row, first, last, sums);
+    const uint8_t *data = w->data + tile * tile_bytes(kind, w->inputs);
+    multiply(kind, rows, tiles, data, unpacked, w->inputs, x, row, first, last, sums);
     const float *bias = last * GROUP == w->inputs ? w->bias : 0;
     for (int r = 0; r < rows; r++)
         for (int64_t c = 0; c < count; c++)
@@ -56,9 +63,15 @@ INLINE void panel(const int kind, const int tiles, const Packed *w, int64_t tile
     for (int64_t first = 0; first < groups; first += SPAN) {
         const int64_t last = first + SPAN < groups ? first + SPAN : groups;
         int64_t row = 0;
+        if (tiles == WIDE && rows >= UNPACK_ROWS) {
+            const uint8_t *data = w->data + tile * tile_bytes(kind, w->inputs);
+            const Unpacked *unpacked = unpack(kind, data, w->inputs, first, last);
+            for (; row + ROWS <= rows; row += ROWS)
+                block(kind, ROWS, tiles, w, tile, unpacked, x, row, first, last, y, stride, add);
+        }
         for (; row + ROWS <= rows; row += ROWS)
-            block(kind, ROWS, tiles, w, tile, x, row, first, last, y, stride, add);
-        for (; row < rows; row++) block(kind, 1, tiles, w, tile, x, row, first, last, y, stride, add);
+            block(kind, ROWS, tiles, w, tile, 0, x, row, first, last, y, stride, add);
+        for (; row < rows; row++) block(kind, 1, tiles, w, tile, 0, x, row, first, last, y, stride, add);
     }
 }
 

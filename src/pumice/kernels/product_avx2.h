@@ -50,13 +50,13 @@ INLINE void tile_scales(const int kind, const uint8_t *from, int64_t groups, int
     }
 }
 
-INLINE void multiply(const int kind, const int rows, const int tiles, const uint8_t *data, int64_t inputs,
-                     const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
+INLINE void multiply(const int kind, const int rows, const int tiles, const uint8_t *data, const void *unpacked,
+                     int64_t inputs, const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
     const int64_t groups = inputs / GROUP;
     const uint8_t *from = data + number_bytes(kind, inputs);
     const __m256i low = _mm256_set1_epi8(15);
     __m256 f[ROWS][2];
-    (void)tiles;
+    (void)tiles, (void)unpacked;
     for (int r = 0; r < rows; r++)
         for (int h = 0; h < 2; h++) f[r][h] = _mm256_loadu_ps(sums + r * TILE + 8 * h);
     for (int64_t g = first; g < last; g++) {

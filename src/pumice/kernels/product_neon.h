@@ -31,13 +31,13 @@ INLINE void tile_scales(const int kind, const uint8_t *from, int64_t groups, int
     }
 }
 
-INLINE void multiply(const int kind, const int rows, const int tiles, const uint8_t *data, int64_t inputs,
-                     const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
+INLINE void multiply(const int kind, const int rows, const int tiles, const uint8_t *data, const void *unpacked,
+                     int64_t inputs, const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
     const int64_t groups = inputs / GROUP;
     const uint8_t *from = data + number_bytes(kind, inputs);
     const uint8x16_t low = vdupq_n_u8(15), flip = vdupq_n_u8(128);
     float32x4_t f[ROWS][QUARTERS];
-    (void)tiles;
+    (void)tiles, (void)unpacked;
     for (int r = 0; r < rows; r++)
         for (int q = 0; q < QUARTERS; q++) f[r][q] = vld1q_f32(sums + r * TILE + 4 * q);
     for (int64_t g = first; g < last; g++) {

@@ -23,10 +23,10 @@ INLINE void tile_scales(const int kind, const uint8_t *from, int64_t groups, int
     }
 }
 
-INLINE void multiply(const int kind, const int rows, const int tiles, const uint8_t *data, int64_t inputs,
-                     const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
+INLINE void multiply(const int kind, const int rows, const int tiles, const uint8_t *data, const void *unpacked,
+                     int64_t inputs, const Activations *x, int64_t row, int64_t first, int64_t last, float *sums) {
     const int64_t groups = inputs / GROUP;
-    (void)tiles;
+    (void)tiles, (void)unpacked;
     for (int64_t g = first; g < last; g++) {
         float scale[TILE], offset[TILE];
         tile_scales(kind, data + number_bytes(kind, inputs), groups, g, scale, offset);

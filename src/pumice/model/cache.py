@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from pumice.config import DecoderConfig
+from pumice.kernels.attention import attend as attend_in_c
+from pumice.kernels.attention import can_attend
 from pumice.model.layers import Attend, causal_mask, sdpa
 
 BLOCK = 64  # tokens of a block
@@ -101,10 +103,13 @@ class KVCache:
             keys.index_copy_(1, new_cells, k[0].to(keys.dtype))  # under autocast, k and v may be bf16
             values.index_copy_(1, new_cells, v[0].to(values.dtype))
             # 3. Attend segment by segment: sequences have different lengths and must not see each other.
-            parts = zip(q.split(new_counts, 2), new_counts, views[self.config.window(layer)], strict=True)
+            window, in_c = self.config.window(layer), softcap is None and can_attend(q, keys)
+            parts = zip(q.split(new_counts, 2), segments, views[window], strict=True)
             outputs = [
-                sdpa(queries, *read(layer), mask, mask is None and new > 1, softcap)
-                for queries, new, (read, mask) in parts
+                attend_in_c(queries, keys, values, table, self.block, past, window)
+                if in_c and new > 1
+                else sdpa(queries, *read(layer), mask, mask is None and new > 1, softcap)
+                for queries, (table, past, new), (read, mask) in parts
             ]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 

@@ -10,6 +10,7 @@ Shapes: B tiles, S pixels on a side, G patches on a side, F features, C width, H
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,27 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 SELECTS = {"clip": ("patch", "cls_patch"), "siglip": ("full",)}  # only CLIP has a class token
 
 
+@lru_cache(maxsize=1)
+def multiplies_bf16() -> bool:
+    """Return whether this processor has instructions for products of bfloat16: AVX-512 BF16 or AMX."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
 class WideningLinear(nn.Linear):
     """A linear layer that converts its weights to the dtype of its input.
 
-    So fp16 or bf16 weights take half the memory, and the result is that of fp32 weights.
+    So fp16 or bf16 weights take half the memory, and the result is that of fp32 weights. For fp32 inputs,
+    where the processor multiplies bfloat16, both factors of the product become bfloat16, which is twice as
+    fast; sums, the bias and the result stay fp32, but for one rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        narrow = x.device.type == "cpu" and x.dtype == torch.float32 and self.weight.dtype != torch.float32
+        if narrow and not torch.is_grad_enabled() and multiplies_bf16():
+            y = F.linear(x.bfloat16(), self.weight.bfloat16()).float()
+            return y if bias is None else y.add_(bias)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from pumice.serve.errors import ApiError
 from pumice.serve.messages import FunctionDescription
 from pumice.serve.protocol import ChatRequest, GenerationRequest
 from pumice.serve.tools import call_rules
+
+_SLASH = re.compile(r"\\.|/|\n", re.DOTALL)  # or whatever is escaped already
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def _rule(field: str, kind: str, value: Any) -> HeldTo:
         choices = " | ".join(map(quoted, value))
         return HeldTo(f"start: {choices}", field, "choice", "invalid_choice")
     if kind == "regex":
-        pattern = value.replace("/", "\\/")
+        # A slash ends the pattern in a grammar, and a line its rule.
+        pattern = _SLASH.sub(lambda match: {"/": "\\/", "\n": "\\n"}.get(match[0], match[0]), value)
         return HeldTo(f"start: /{pattern}/", field, "regular expression", "invalid_regex")
     try:
         schema = json.loads(value) if isinstance(value, str) else value

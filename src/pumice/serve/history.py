@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from pumice.conversation import Conversation, ImagePart, Message
+from pumice.messages import Parts, join_messages, join_parts
 from pumice.serve.messages import ChatMessage, PastAnswer, TextPart, ToolMessage
 from pumice.serve.protocol import ConversationRequest
 from pumice.serve.tools import call_text
 from pumice.templates import Plain, Template
-
-Parts = tuple[str | ImagePart, ...]
 
 
 def conversation(
@@ -23,45 +23,25 @@ def conversation(
 
     pictures: field name -> file, in order. instruction: follows the system message, or the template's own.
 
-    The role "developer" becomes "system". Messages of one role in a row become one. Templates have a place
-    for one system message, the first, or for none: another goes to the front of the user's message that
-    follows, or else to the end of the last message. What a tool gave becomes a message of the user's.
-    `<image>` in a text is plain text, not a placeholder.
+    `join_messages` says what becomes of roles and orders that templates have no place for. What a tool gave
+    becomes a message of the user's. `<image>` in a text is plain text, not a placeholder.
     """
-    # 1. The system messages that come first become one.
     chat = None if isinstance(template, Plain) else template.chat
     has_system = chat is not None and chat.system is not None
     remaining_files = iter(pictures.values())
-    turns = [_turn(message, remaining_files) for message in request.messages]
-    system: Parts = ()
-    while turns and turns[0][0] == "system":
-        system = _joined(system, turns.pop(0)[1])
+    messages = [_turn(message, remaining_files) for message in request.messages]
+    first = next((n for n, message in enumerate(messages) if message.role != "system"), len(messages))
     if instruction:
-        usual = chat.default_system if chat is not None and has_system else None
-        system = _joined(system or ((usual,) if usual else ()), (instruction,))
-    if not turns:  # a question, wherever it was written
-        return Conversation((Message("user", system),))
-    # 2. Each other message joins the one before it, or begins a new one.
-    messages = [Message("system", system)] if system and has_system else []
-    late = () if has_system else system  # system messages that wait for the user's next one
-    for role, parts in turns:
-        if role == "system":
-            late = _joined(late, parts)
-            continue
-        if role == "user":
-            parts, late = _joined(late, parts), ()
-        if messages and messages[-1].role == role:
-            parts = _joined(messages.pop().parts, parts)
-        messages.append(Message(role, parts))
-    if late:
-        messages.append(Message(messages[-1].role, _joined(messages.pop().parts, late)))
-    return Conversation(tuple(messages))
+        usual = chat.default_system if chat is not None and has_system and not first else None
+        parts = join_parts((usual,) if usual else (), (instruction,))
+        messages.insert(first, Message("system", parts))
+    if first == len(request.messages):  # a question, wherever it was written
+        messages = [replace(message, role="user") for message in messages]
+    return Conversation(join_messages(messages, has_system=has_system))
 
 
-def _turn(
-    message: ChatMessage | PastAnswer | ToolMessage, remaining_files: Iterator[bytes]
-) -> tuple[str, Parts]:
-    """Return the role of a message for the template, and its texts and pictures."""
+def _turn(message: ChatMessage | PastAnswer | ToolMessage, remaining_files: Iterator[bytes]) -> Message:
+    """Return a message with the role that it has for the template."""
     content = message.content
     if isinstance(message, PastAnswer) and not content:
         content = message.refusal or ""
@@ -75,13 +55,7 @@ def _turn(
     )
     if isinstance(message, PastAnswer) and message.tool_calls:
         calls = "\n".join(map(call_text, message.tool_calls))
-        parts = _joined(parts if any(parts) else (), (calls,))
+        parts = join_parts(parts if any(parts) else (), (calls,))
     if isinstance(message, ToolMessage):
-        return "user", ("<tool_response>\n", *parts, "\n</tool_response>")
-    return "system" if message.role == "developer" else message.role, parts
-
-
-def _joined(first: Parts, second: Parts) -> Parts:
-    """Return the parts of two messages as one, with a blank line between two texts."""
-    both_text = first and second and isinstance(first[-1], str) and isinstance(second[0], str)
-    return (*first, "\n\n", *second) if both_text else (*first, *second)
+        return Message("user", ("<tool_response>\n", *parts, "\n</tool_response>"))
+    return Message("system" if message.role == "developer" else message.role, parts)

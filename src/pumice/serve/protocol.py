@@ -99,7 +99,7 @@ Temperature = Annotated[float, Field(ge=0, le=2, description="0, the default, is
 TopP = Annotated[float, Field(gt=0, le=1)]
 TopK = Annotated[int, Field(ge=-1, le=2**31, description="0 and -1 are off.")]
 MinP = Annotated[float, Field(ge=0, le=1)]
-RepetitionPenalty = Annotated[float, Field(gt=0, le=10)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=10)]
 Penalty = Annotated[float, Field(ge=-2, le=2, description="Of tokens that the answer holds already.")]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 

@@ -123,11 +123,13 @@ def from_hub(
     revision: str | None = None,
     offline: bool = False,
     unwanted: Sequence[str] | None = None,
+    kind: str = "model",
 ) -> Path:
     """Return the local snapshot folder of a hub repository, in the hub client's own cache.
 
-    patterns: globs of the files to fetch, None for all; `unwanted`: globs of those to leave out. offline (or
-    HF_HUB_OFFLINE=1): use only what is in the cache. Raises InputError if the files cannot be had.
+    patterns: globs of the files to fetch, None for all; `unwanted`: globs of those to leave out. kind:
+    "model" or "dataset". offline (or HF_HUB_OFFLINE=1): use only what is in the cache. Raises InputError if
+    the files cannot be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -145,11 +147,12 @@ def from_hub(
                 allow_patterns=list(patterns) if patterns is not None else None,
                 ignore_patterns=list(unwanted) if unwanted is not None else None,
                 local_files_only=offline,
+                repo_type=kind,
             )
         )
     except HFValidationError as error:
         raise InputError(
-            f"{name!r} is neither a folder here nor a name on the hub like 'owner/model'"
+            f"{name!r} is neither a folder here nor a name on the hub like 'owner/{kind}'"
         ) from error
     # Before RepositoryNotFoundError, which it is a subclass of.
     except GatedRepoError as error:
@@ -162,7 +165,7 @@ def from_hub(
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"the hub has no model {name!r} that you may read; check the name, or run `hf auth login`"
+            f"the hub has no {kind} {name!r} that you may read; check the name, or run `hf auth login`"
         ) from error
     except Exception as error:  # network errors depend on the HTTP library that the client uses
         raise InputError(

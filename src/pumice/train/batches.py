@@ -6,6 +6,7 @@ There is no state but caches: a resumed run asks for the next step and gets what
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,14 +17,15 @@ import numpy as np
 
 from pumice.conversation import Conversation, Message
 from pumice.data.check import NOTES, check
-from pumice.data.mixture import Mixture
+from pumice.data.mapping import RowMapping
+from pumice.data.mixture import Groups, Mixture
 from pumice.data.packing import Pack, Tree, fitting_trees, pack
 from pumice.data.rows import ImageFinder, Rows
+from pumice.data.sources.recognise import Part
 from pumice.errors import InputError
 from pumice.processor import Processor, Sample
 from pumice.train.recipe import Recipe, RowSource
 
-Groups = list[list[tuple[int, int]]]  # rows, as (source, index), that share their images
 T = TypeVar("T")
 
 
@@ -64,9 +66,10 @@ class Batches:
         self.recipe, self.processor, self.processes = recipe, processor, processes
         self.finder = ImageFinder(recipe.pictures or ["."])
         self.skipped = Skipped(recipe.max_bad_rows)
-        self.mixture = _mixture(recipe.data, recipe.seed)
+        self.mixture = _mixture(recipe.data, recipe.seed, recipe.shuffle_block)
         self.may_mirror = [source.mirror for source in recipe.data]
-        self._cached_epoch: tuple[int, Groups] = (-1, [])
+        self._cached_epoch: tuple[int, Sequence[list[tuple[int, int]]]] = (-1, [])
+        self._epoch_lock = threading.Lock()
         self.epoch_starts = [0]  # first step of each epoch, and the end of the last one
         for epoch in range(math.ceil(recipe.epochs)):
             share = min(1.0, recipe.epochs - epoch)
@@ -94,6 +97,11 @@ class Batches:
 
     def check(self) -> None:
         """Check every row before the first step. Raises InputError when too many rows are bad."""
+        if (
+            sum(int(rows.bad_rows(self.finder).sum()) for rows in self.mixture.rows)
+            <= self.recipe.max_bad_rows
+        ):
+            return
         report = check(self.mixture.rows, self.finder, decode=False)
         bad_rows = [problem for problem in report.problems if problem.kind not in NOTES]
         if (count := report.rows - report.usable) > self.recipe.max_bad_rows:
@@ -101,6 +109,11 @@ class Batches:
                 f"{count} bad rows, max_bad_rows allows {self.recipe.max_bad_rows}; "
                 f"the first: {bad_rows[0].source}, row {bad_rows[0].row}: {bad_rows[0].reason}"
             )
+
+    @property
+    def added(self) -> int:
+        """The rows that name pictures without `<image>`, which is put before the first question."""
+        return sum(rows.contents.added for rows in self.mixture.rows)
 
     def try_rows(self, count: int) -> None:
         """Prepare up to `count` rows of the first epoch. Raises InputError if none has supervised tokens."""
@@ -119,9 +132,13 @@ class Batches:
         )
 
     @cached_property
+    def _held_out_mixture(self) -> Mixture:
+        return _mixture(self.recipe.held_out, 0, self.recipe.shuffle_block)
+
+    @cached_property
     def held_out(self) -> Batch:
         """The held-out rows as one batch, the same at every measurement."""
-        mixture = _mixture(self.recipe.held_out, seed=0)
+        mixture = self._held_out_mixture
         groups = mixture.groups(0)[: self.recipe.measure_rows]
         trees = [tree for group in groups for tree in self._trees(mixture, group)]
         if not trees:
@@ -130,7 +147,7 @@ class Batches:
 
     def questions(self, count: int) -> list[tuple[Sample, str, str]]:
         """Return held-out questions, from each source in turn, as (prompt, question, reference answer)."""
-        rows = [Rows(source.rows) for source in self.recipe.held_out]
+        rows = self._held_out_mixture.rows
         questions = []
         for number in range(count):
             source = rows[number % len(rows)]
@@ -143,13 +160,14 @@ class Batches:
             questions.append((prompt, question, messages[turn].text))
         return questions
 
-    def _groups(self, epoch: int) -> Groups:
+    def _groups(self, epoch: int) -> Sequence[list[tuple[int, int]]]:
         """Return the groups of an epoch in order. The last epoch asked for stays in memory."""
-        if self._cached_epoch[0] != epoch:
-            grouped = self.recipe.order == "length_grouped"
-            order = self._length_grouped(epoch) if grouped else self.mixture.groups(epoch)
-            self._cached_epoch = (epoch, order)
-        return self._cached_epoch[1]
+        with self._epoch_lock:  # threads that prepare steps ask at once when an epoch begins
+            if self._cached_epoch[0] != epoch:
+                grouped = self.recipe.order == "length_grouped"
+                order = self._length_grouped(epoch) if grouped else self.mixture.groups(epoch)
+                self._cached_epoch = (epoch, order)
+            return self._cached_epoch[1]
 
     def _length_grouped(self, epoch: int) -> Groups:
         """Return an epoch's rows, each alone, in steps whose rows all have images or all have none.
@@ -159,16 +177,20 @@ class Batches:
         steps. LLaVA also sorts by length within a step, but that only decides which process gets which row;
         packing does that here.
         """
-        order = self.mixture.order(epoch)
-        with_image = np.array([self.mixture.has_image(source, index) for source, index in order.tolist()])
+        random = np.random.default_rng([self.recipe.seed, epoch, 2])
         size = self.recipe.batch
-        steps, leftover = [], []
-        for rows in (order[with_image].tolist(), order[~with_image].tolist()):
-            full = len(rows) // size * size
-            steps += [rows[i : i + size] for i in range(0, full, size)]
-            leftover += rows[full:]
-        picked = np.random.default_rng([self.recipe.seed, epoch, 2]).permutation(len(steps))
-        return [[tuple(row)] for i in picked for row in steps[i]] + [[tuple(row)] for row in leftover]
+        ordered: list[np.ndarray] = []
+        leftover = [np.zeros((0, 2), np.int64)] * 2  # with images, and without
+        # Sources that are read in blocks are shuffled window by window. What is left goes on in the next.
+        for window in self.mixture.windows(epoch):
+            with_image = self.mixture.with_images(window)
+            kinds = zip(leftover, (window[with_image], window[~with_image]), strict=True)
+            both = [np.concatenate(rows) for rows in kinds]
+            steps = np.concatenate([rows[: len(rows) // size * size].reshape(-1, size, 2) for rows in both])
+            leftover = [rows[len(rows) // size * size :] for rows in both]
+            ordered.append(steps[random.permutation(len(steps))].reshape(-1, 2))
+        rows = np.concatenate([*ordered, *leftover])
+        return Groups(rows, np.ones(len(rows), np.int64))
 
     def _pack_budget(self, trees: Sequence[Tree]) -> int:
         """Return the most tokens of a pack; smaller packs if full ones would leave a process without any."""
@@ -186,12 +208,18 @@ class Batches:
                 row = rows[index]
                 samples.append(self.processor.training_sample(row.conversation(self.finder)))
             except InputError as error:
-                self.skipped.add(f"{rows.path}:{index + 1}", error)
+                self.skipped.add(f"{rows.label}:{index + 1}", error)
         return fitting_trees(samples, self.recipe.pack_tokens)
 
 
-def _mixture(sources: Sequence[RowSource], seed: int) -> Mixture:
-    return Mixture([(Rows(s.rows), s.weight) for s in sources], seed)
+def open_rows(source: RowSource) -> Rows:
+    """Return the rows of a recipe's source."""
+    part = Part(source.split, source.config, source.revision)
+    return Rows(source.rows, mapping=RowMapping(source.columns, source.question), part=part)
+
+
+def _mixture(sources: Sequence[RowSource], seed: int, shuffle_block: int | None) -> Mixture:
+    return Mixture([(open_rows(source), source.weight) for source in sources], seed, shuffle_block)
 
 
 def prefetch(prepare: Callable[[int], T], first: int, end: int, workers: int) -> Generator[T, None, None]:

@@ -63,8 +63,11 @@ MUTABLE_FIELDS = {
 }  # fmt: skip
 
 
-def train(recipe: Recipe) -> Path:
-    """Train what a recipe describes and return the folder of the finished model."""
+def train(recipe: Recipe, trainer: type[Trainer] | None = None) -> Path:
+    """Train what a recipe describes and return the folder of the finished model.
+
+    trainer: a subclass of Trainer, for another objective or schedule.
+    """
     torch.manual_seed(recipe.seed)
     world = World.join(recipe)
     try:
@@ -72,9 +75,15 @@ def train(recipe: Recipe) -> Path:
         check_memory(recipe, world.size)
         # FSDP cuts the model into shards from the CPU, so that no GPU has to hold it all.
         device = "cpu" if world.kind == "fsdp" else world.device(recipe)
-        return Trainer(recipe, prepare(recipe, device), world).run()
+        return (trainer or Trainer)(recipe, prepare(recipe, device), world).run()
     finally:
         world.leave()
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a recipe that a resumed run must have in common, as JSON values."""
+    fields: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={*MUTABLE_FIELDS, "shuffle_block"}))
+    return fields
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,13 @@ class PreparedStep:
 
 
 class Trainer:
-    """One run: its model, batches, optimiser and checkpoints."""
+    """One run: its model, batches, optimiser and checkpoints.
+
+    A subclass may name another objective, or other learning rates. It must not change between runs that
+    resume each other: only the recipe is compared.
+    """
+
+    objective_class: type[Objective] = Objective
 
     def __init__(self, recipe: Recipe, setup: Setup, world: World | None = None) -> None:
         # 1. The device: keep freed memory on a CPU, allow TF32 products where the recipe asks for them.
@@ -107,7 +122,7 @@ class Trainer:
             cache = cache / f"process-{self.world.rank}"
         self.features = TowerFeatures(self.model, setup.processor, cache, "tower" in recipe.stage.learn)
         # 4. The objective, wrapped for one process or many, and the optimiser of the trainable parameters.
-        self.objective = Objective(
+        self.objective = self.objective_class(
             self.model, self.features, recipe.precision == "bf16", use_all_parts=self.world.size > 1
         )
         self._flop_costs = (
@@ -124,8 +139,10 @@ class Trainer:
         self._watched_steps = 0
         # 6. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
-        self.digests = content_digests(recipe)
-        self.fixed_fields = json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
+        self.digests = content_digests(recipe, self.batches.mixture.rows)
+        self.fixed_fields = _fixed(recipe)
+        if (block := self.batches.mixture.shuffle_block) != 1:  # 1 is what older versions did
+            self.fixed_fields["shuffle_block"] = block
         self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
 
     def _wrap_objective(self) -> nn.Module:
@@ -199,7 +216,7 @@ class Trainer:
             recipe = Recipe.model_validate(current | own)
         except ValidationError:  # such as a field that is gone: the comparison names it
             return stored
-        return stored | json.loads(recipe.model_dump_json(exclude=MUTABLE_FIELDS))
+        return stored | _fixed(recipe)
 
     def _train(self, folder: Path) -> Path:
         """Run the steps that remain, with their measurements and checkpoints, and save the model."""
@@ -247,6 +264,8 @@ class Trainer:
             return TrainingReport(recipe, [], self.step, self.batches.steps, None, enabled=False)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         lines = self.setup.describe(self.batches.steps)
+        if added := self.batches.added:
+            lines.append(f"  {added} rows name pictures without <image>; it stands before the first question")
         if self.world.size > 1:
             kinds = {"ddp": "a copy of the model each (DDP)", "fsdp": "the model in shards (FSDP)"}
             lines.append(f"  {self.world.size} processes, {kinds[self.world.kind]}")
@@ -295,9 +314,9 @@ class Trainer:
     def _train_step(self, prepared: PreparedStep) -> dict[str, Any]:
         """Run one optimiser step and return its numbers. Raises WorkError when the loss is not finite."""
         # 1. Set this step's learning rates: the share `rate` of each part's highest one, `peak`.
-        rate = schedule(self.step, self.batches.steps, self.recipe.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+            group["lr"] = group["peak"] * self.rate(group["part"])
+        rate = schedule(self.step, self.batches.steps, self.recipe.warmup)
         self.model.train()
         world = self.world
         # 2. Count the supervised tokens of the whole step first: each must weigh the same, in any pack.
@@ -331,6 +350,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts = {f"gradient_norm/{part}": value for part, value in norms.items()} if len(norms) > 1 else {}
         return {"loss": total, "gradient_norm": norm, **parts, "rate": rate, "supervised": supervised}
+
+    def rate(self, part: str) -> float:
+        """Return the share of a part's peak learning rate in this step. Override it for another schedule."""
+        return schedule(self.step, self.batches.steps, self.recipe.warmup)
 
     def _check_reached(self, has_images: bool) -> None:
         """Raise InputError if no gradient reaches a parameter in the first WATCHED_STEPS steps with images.

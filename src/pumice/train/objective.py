@@ -87,9 +87,17 @@ class Objective(nn.Module):
             if last:
                 return self.model.decoder.logits(hidden[0])
             # 3. Sum the cross-entropies. `zero` ties the unused parts to the loss and adds nothing to it.
-            head, softcap = self.model.decoder.head_weight, self.model.config.decoder.logit_softcap
-            loss = supervised_loss(hidden[0], head, targets, weights, softcap)
+            loss = self.loss(hidden[0], targets, weights)
             return loss if zero is None else loss + zero
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Return the summed loss of hidden states (S, D) that predict targets (S,); weights (S,).
+
+        A subclass may add terms. Each is a sum over supervised tokens, which the caller divides by their
+        number in the whole step.
+        """
+        head, softcap = self.model.decoder.head_weight, self.model.config.decoder.logit_softcap
+        return supervised_loss(hidden, head, targets, weights, softcap)
 
     def _hidden(self, pack: PackTensors, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the decoder's hidden states at `rows`, and a zero through the connector if one is needed."""

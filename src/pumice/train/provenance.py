@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 
+from pumice.data.rows import Rows
 from pumice.files import sha256
 from pumice.formats.read import find_model
 from pumice.storage.download import WHEELS, locate, weight_files
@@ -24,12 +26,14 @@ def versions() -> dict[str, str]:
     return packages
 
 
-def content_digests(recipe: Recipe) -> dict[str, str]:
-    """Return SHA-256 digests of the rows and of the weights that a run starts from."""
-    paths = [source.rows for source in recipe.data]
+def content_digests(recipe: Recipe, rows: Sequence[Rows]) -> dict[str, str]:
+    """Return digests of the rows and of the weights that a run starts from: SHA-256 of single files."""
+    paths = []
     if isinstance(recipe.model, NewModel):
         names = (recipe.model.tower, recipe.model.decoder)
         paths += [file for name in names if name not in WHEELS for file in weight_files(locate(name))]
     elif recipe.base is not None:
         paths += weight_files(find_model(recipe.base))
-    return {f"contents of {path}": sha256(path) for path in paths}
+    return {f"contents of {source.label}": source.digest() for source in rows} | {
+        f"contents of {path}": sha256(path) for path in paths
+    }

@@ -10,11 +10,13 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -114,12 +116,28 @@ class Stage(RecipeSection):
         return self
 
 
-class RowSource(RecipeSection):
-    """One file of rows, and how often an epoch shows them."""
+def _as_path(value: Any) -> Any:
+    """Write a path as `Path` does, but leave the name of a set on the hub as it is."""
+    is_path = isinstance(value, str | PathLike) and not str(value).startswith("hf://")
+    return str(Path(value)) if is_path else value
 
-    rows: Path = Field(description="LLaVA rows, .json or .jsonl")
+
+class RowSource(RecipeSection):
+    """One source of rows, and how often an epoch shows them."""
+
+    rows: Annotated[str, BeforeValidator(_as_path)] = Field(
+        min_length=1,
+        description="rows in any format that docs/data.md lists: a file, a folder, a glob, hf://owner/name",
+    )
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each row; 0.5 is a random half")
     mirror: bool = Field(False, description="pictures may be mirrored, as no row speaks of left and right")
+    columns: dict[str, str] = Field(
+        default={}, description="role (image, question, answer, ...) -> the column that has it"
+    )
+    question: str | None = Field(None, description="what is asked about a caption, a text or a label")
+    split: str | None = Field(None, description="of a set with several, by the names of files or the card")
+    config: str | None = Field(None, description="of a set with several: the folder, or the card's name")
+    revision: str | None = Field(None, description="of a set on the hub: a branch, a tag or a commit")
 
 
 class Recipe(RecipeSection):
@@ -155,6 +173,9 @@ class Recipe(RecipeSection):
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
 
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8-bit states need bitsandbytes")
+    shuffle_block: PositiveInt | None = Field(
+        None, description="rows that stay together in the order; when absent 1 for plain files, else 1,000"
+    )
     order: Literal["pack", "length_grouped"] = Field(
         "pack", description="rows of a step at random, or of like length and kind, as LLaVA's own sampler"
     )

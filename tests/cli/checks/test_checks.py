@@ -148,3 +148,13 @@ def test_the_self_test_can_fail(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_broken_torch_ends_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "_torch", lambda: Finding("torch", "broken", "problem", "again"))
     assert [title for title, _ in checks.examine()] == ["versions", "caches"]
+
+
+def test_what_only_developers_need_is_not_told() -> None:
+    extras = {
+        finding.name.removeprefix("extra ")
+        for finding in libraries.versions()
+        if finding.name.startswith("extra ")
+    }
+    assert {"serve", "plot", "heif"} <= extras
+    assert not extras & {"dev", "docs"}

@@ -134,7 +134,7 @@ def test_mmbench_without_the_library_of_workbooks(
 ) -> None:
     monkeypatch.setitem(sys.modules, "xlsxwriter", None)
     answered = [Answered(q, "A") for q in read_questions(get_task("mmbench"), mmbench.path).questions]
-    with pytest.raises(InputError, match=r"needs XlsxWriter; install it: pip install 'pumice\[eval\]'"):
+    with pytest.raises(InputError, match=r"needs XlsxWriter: pip install .*\[eval\]'"):
         get_task("mmbench").submission(answered, tmp_path / "up.xlsx", mmbench.path)
     assert not (tmp_path / "up.xlsx").exists()
 

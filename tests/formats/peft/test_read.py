@@ -103,6 +103,8 @@ def test_adapters_do_not_stand_on_adapters(adapter: Callable[..., Any]) -> None:
     [
         ({"peft_type": "IA3"}, 'peft_type is "IA3"; only "LORA"'),
         ({"use_dora": True}, "use_dora is true; only false"),
+        ({"lora_bias": True}, "lora_bias is true; only false"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens is \[1, 2\], which cannot be read"),
         ({"bias": "all"}, 'bias is "all"; only "none"'),
         ({"rank_pattern": {"q_proj": 4}}, r"rank_pattern is \{'q_proj': 4\}, which cannot be read"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is"),

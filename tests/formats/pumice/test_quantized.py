@@ -158,6 +158,10 @@ def test_bad_files_are_refused(folder: Path) -> None:
         with pytest.raises(InputError, match=re.escape(message)):
             open_parts(folder)
         index.write_text(text)
+    index.unlink()
+    with pytest.raises(InputError, match=re.escape(f"{index} is missing, which describes")):
+        open_parts(folder)
+    index.write_text(text)
     weights.write_bytes(data[:-100])
     with pytest.raises(InputError, match="damaged or cut short"):
         open_parts(folder)

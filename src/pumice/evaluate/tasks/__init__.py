@@ -21,6 +21,11 @@ def registry() -> dict[str, type[Task]]:
     return {name: tasks[name] for name in [*releases(), *sorted(tasks.keys() - releases().keys())]}
 
 
+def register(task: type[Task]) -> None:
+    """Add a benchmark that lies outside this folder, for this process."""
+    registry()[task.name] = task
+
+
 def get_task(name: str, split: str | None = None) -> Task:
     """Return the benchmark of that name. Raises InputError that lists the names."""
     if name not in registry():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from pumice.errors import InputError
+from pumice.errors import InputError, install
 from pumice.evaluate.files import base64_image, hidden_options, read_rows
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.task import (
@@ -123,7 +123,7 @@ class MMBench(Task):
         try:
             from xlsxwriter import Workbook
         except ImportError as error:
-            raise InputError("a workbook needs XlsxWriter; install it: pip install 'pumice[eval]'") from error
+            raise InputError(f"a workbook needs XlsxWriter: {install('eval')}") from error
         with Workbook(path, {"strings_to_formulas": False, "strings_to_urls": False}) as book:
             sheet = book.add_worksheet("Sheet1")
             sheet.write_row(0, 0, columns)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from pumice.conversation import check_media
+from pumice.conversation import IMAGE_PLACEHOLDER, StoredImage, check_media
+from pumice.data.rows import Rows
+from pumice.data.sources.recognise import HUB, format_of
 from pumice.errors import InputError
-from pumice.evaluate.files import DataFile, ImageFile, read_rows
+from pumice.evaluate.files import DataFile, ImageFile, read_rows, search
 from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
@@ -110,7 +114,10 @@ METRICS: dict[str, Callable[[str, Any], float]] = {
 
 
 class OwnFile(Task):
-    """Rows {"id", "image", "question", "answers", "metric"}; "category", "choices", "prompt" if any."""
+    """Rows {"id", "image", "question", "answers", "metric"}; "category", "choices", "prompt" if any.
+
+    Rows in another format that can be learned from ask their first question; its answer is the right one.
+    """
 
     name = "own"
     title = "Your own file"
@@ -119,9 +126,13 @@ class OwnFile(Task):
     max_new_tokens = 256
 
     def questions(self, data: Path) -> Iterator[Question]:
+        if (rows := _rows_to_learn(data)) is not None:
+            for number, row in enumerate(_values(rows), 1):
+                yield _question(row, rows.label, rows.opened.folder or data.parent, number)
+            return
         file = DataFile(data) if data.is_file() else self.locate(data, "questions.jsonl")
         for number, row in enumerate(read_rows(file, "question"), 1):
-            yield _question(row, file, number)
+            yield _question(row, str(file), file.path.parent, number)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [METRICS[question.meta["metric"]](text, question.meta) for question, text in answered]
@@ -136,8 +147,37 @@ class OwnFile(Task):
         return score
 
 
-def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
-    error_prefix = f"'{file}', row {number}"
+def _rows_to_learn(data: Path) -> Rows | None:
+    """Return the rows of a source in a format that is not this task's own, else None."""
+    text = str(data)
+    if text.startswith("hf:/"):  # a path has lost one of the slashes
+        return Rows(text.replace("hf:/", HUB, 1))
+    if not data.exists():
+        return Rows(data) if has_magic(text) else None
+    if data.is_dir():
+        return Rows(data) if search(data, ["questions.jsonl"]) is None else None
+    if format_of(data) not in ("json", "table"):
+        return Rows(data)
+    with contextlib.suppress(InputError):  # what is wrong with it is told by the own format
+        rows = Rows(data)
+        if {"conversations", "messages"} & rows.opened.record(0).keys():
+            return rows
+    return None
+
+
+def _values(rows: Rows) -> Iterator[dict[str, Any]]:
+    """Yield rows as this task writes them; columns that only it has are kept."""
+    for index, row in enumerate(rows):
+        record = rows.opened.record(index)
+        texts = [text for speaker, text in row.turns if speaker != "system"]
+        own = {name: record[name] for name in ("metric", "category", "choices", "prompt") if record.get(name)}
+        answers = record.get("answers") or texts[1:2]
+        question = texts[0].replace(IMAGE_PLACEHOLDER, "").strip() if texts else ""
+        yield {"id": row.id, "image": list(row.image), "question": question, "answers": answers, **own}
+
+
+def _question(row: dict[str, Any], label: str, folder: Path, number: int) -> Question:
+    error_prefix = f"'{label}', row {number}"
     # 1. Read the answers and the metric.
     answers = row.get("answers", row.get("answer"))
     answers = [answers] if isinstance(answers, str | int | float) else answers
@@ -161,7 +201,7 @@ def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
     check_media(row, error_prefix)
     names = row.get("image", [])
     names = [names] if isinstance(names, str) else names or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str | StoredImage) for name in names):
         raise InputError(f"{error_prefix}: 'image' must be a path or a list of paths, found {names!r}")
     prompt = row.get("prompt", row["question"])
     if choices and "prompt" not in row:
@@ -173,11 +213,13 @@ def _question(row: dict[str, Any], file: DataFile, number: int) -> Question:
         "metric": metric,
         "category": row.get("category"),
     }
-    images = tuple(_image(file.path.parent, name) for name in names)
+    images = tuple(_image(folder, name) for name in names)
     return Question(str(row.get("id", number)), images, prompt, meta)
 
 
-def _image(folder: Path, name: str) -> ImageFile:
+def _image(folder: Path, name: str | StoredImage) -> ImageFile:
+    if isinstance(name, StoredImage):
+        return ImageFile(name.name, name.load)
     path = folder / name
 
     def problem() -> str:

@@ -98,8 +98,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     if kind == "llava" and nesting.newline in tensors:
         raise InputError(
             f"{folder}: model_type is 'llava', but the tensors hold {nesting.newline}, which only llava_next "
-            "and "
-            "llava_onevision have; correct the model_type"
+            "and llava_onevision have; correct the model_type"
         )
     table = tensor_names.llava(config, nesting, tensor_names.hf_connector(biases), prefix)
     state = tensor_names.convert(tensors, table, str(folder))

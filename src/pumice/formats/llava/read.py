@@ -119,9 +119,8 @@ def _family(folder: Path, keys: Keys) -> tuple[str, list[str]]:
         )
     if by_type and by_class and by_type != by_class:
         raise InputError(
-            f"{keys.label}: model_type is {kind!r}, of a {by_type}, but architectures is {', '.join(names)}, "
-            "of a "
-            f"{by_class}; correct the wrong one"
+            f"{keys.label}: model_type is {kind!r}, of a {by_type}, but architectures is "
+            f"{', '.join(names)}, of a {by_class}; correct the wrong one"
         )
     if by_class:
         differs = kind == _ANY and by_class != "llama"

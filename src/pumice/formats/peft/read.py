@@ -93,9 +93,11 @@ def _lora(keys: Keys) -> LoraConfig:
     # What our adapters do not have is refused, so that no part of an adapter is lost in silence.
     keys.only("peft_type", ("LORA",), "LORA")
     keys.only("bias", ("none",), "none", "biases would be trained outside the adapter")
-    for key in ("use_dora", "fan_in_fan_out", "use_qalora"):
+    for key in ("use_dora", "fan_in_fan_out", "use_qalora", "lora_bias"):
         keys.only(key, (False,), False)
-    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters"):
+    # The last two apply the adapter to some tokens only, or mix several.
+    names = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters")
+    for key in (*names, "alora_invocation_tokens", "arrow_config"):
         if keys.values.get(key):
             raise InputError(
                 f"{keys.label}: {key} is {keys.values[key]!r}, which cannot be read; it must be empty"
@@ -130,8 +132,7 @@ def _pairs(
         if copy and (stored := table.get(copy[1])):
             raise InputError(
                 f"{keys.label}: {name} ({tensor.origin}) was trained outside the adapter: it differs from "
-                "the "
-                f"base's {base.state[stored].origin or stored}, and only adapters can be read"
+                f"the base's {base.state[stored].origin or stored}, and only adapters can be read"
             )
         if match is None or param_name is None or param_name == "decoder.embed.weight":
             raise InputError(
@@ -145,8 +146,7 @@ def _pairs(
         if isinstance(modules, list) and not any(f".{match[1]}".endswith(f".{module}") for module in modules):
             raise InputError(
                 f"{keys.label}: target_modules is {', '.join(map(str, modules))}, but {name} "
-                f"({tensor.origin}) adapts "
-                "another layer; PEFT would leave it out: correct the list"
+                f"({tensor.origin}) adapts another layer; PEFT would leave it out: correct the list"
             )
         pair[match[2]] = tensor
     if not pairs:

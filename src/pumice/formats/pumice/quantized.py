@@ -49,6 +49,10 @@ def open_quantized(folder: Path) -> LazyStateDict:
     """Return the folder's quantised matrices, {} if it has none. Raises InputError if the files disagree."""
     index = folder / INDEX
     if not index.exists():
+        if (folder / FILE).exists():
+            raise InputError(
+                f"{index} is missing, which describes {FILE}; copy it, or import the model again"
+            )
         return {}
     described = read_json(index, "its matrices cannot be read")
     if (layout := described.get("layout")) != LAYOUT:

@@ -131,8 +131,7 @@ class TextSide:
             if other is None or (other.template, other.chat) != (described.template, described.chat):
                 return (
                     "the folder's files hold chat templates that write different formats; the newest was "
-                    "read "
-                    "(chat_template.jinja, then chat_template.json, processor_config.json, "
+                    "read (chat_template.jinja, then chat_template.json, processor_config.json, "
                     "tokenizer_config.json)"
                 )
         return ""

@@ -267,10 +267,11 @@ def llava(inputs: ReaderInput) -> Iterator[Unit]:
             inputs.items += 1
             row = rows[number]
             turns = _in_turn([(speaker, text) for speaker, text in row.turns if speaker != "system"])
-            if turns is None or len(row.image) > 1:
+            names = [image for image in row.image if isinstance(image, str)]
+            if turns is None or len(row.image) > 1 or len(names) != len(row.image):
                 inputs.skipped["does not take turns"] += 1
                 continue
-            image = inputs.image(row.image[0]) if row.image else None
+            image = inputs.image(names[0]) if names else None
             texts = tuple((q.replace(IMAGE_PLACEHOLDER, "").strip(), a) for q, a in turns)
             yield Unit(image, texts, part=number)
 

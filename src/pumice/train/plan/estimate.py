@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pumice.config import ModelConfig
+from pumice.data.sources.recognise import is_missing
 from pumice.errors import InputError, WorkError
 from pumice.formats.load import find_device
 from pumice.geometry import image_layout
@@ -60,6 +61,7 @@ class Plan:
     memory: dict[str, float]  # kind -> bytes
     total: float
     pack_tokens: int  # as the recipe says
+    planned_pack: int  # tokens of the largest pack of the rows, for which memory is planned
     largest_pack: int | None  # tokens that fit; None where memory is unknown, 0 when nothing does
     checkpoint: float  # bytes on disk of one checkpoint
     disk: float  # bytes on disk of checkpoints and model
@@ -121,6 +123,8 @@ def plan(
         fitting_tokens = min(fitting_tokens, 16 * largest.tokens)
         # A pack that cannot hold one sample is no use.
         fitting_tokens = fitting_tokens // 64 * 64 if fitting_tokens >= largest.runs[0].length else 0
+        if total <= device.memory:
+            fitting_tokens = max(fitting_tokens, largest.tokens)
     # 4. Speed. A frozen tower runs outside the measured step, and with a feature cache only once per image.
     flops_per_token = footprint.flops / largest.tokens
     tiles_per_token = sum(pack.tiles for pack in packs) / sum(pack.tokens for pack in packs)
@@ -130,7 +134,8 @@ def plan(
     return Plan(
         recipe=recipe.name, device=device, processes=processes, sharded=sharded,
         parameters=stage_sizes.parameters, learning=stage_sizes.learning, memory=memory, total=total,
-        pack_tokens=recipe.pack_tokens, largest_pack=fitting_tokens, checkpoint=stage_sizes.checkpoint,
+        pack_tokens=recipe.pack_tokens, planned_pack=largest.tokens, largest_pack=fitting_tokens,
+        checkpoint=stage_sizes.checkpoint,
         disk=stage_sizes.disk(recipe.keep_last), tokens_per_second=speed,
         steps=steps, steps_per_epoch=per_epoch,
         seconds=None if steps is None else steps * step_tokens / speed, notes=notes,
@@ -206,7 +211,7 @@ def _packs(
     recipe: Recipe, config: ModelConfig, rows: int | None, notes: list[str]
 ) -> tuple[list[PackShape], int | None, int | None, float]:
     """Return (packs to plan for, steps, steps per epoch, tokens of a step); steps are None where unknown."""
-    missing = [s.rows for s in recipe.data if not s.rows.exists()]
+    missing = [Path(s.rows) for s in recipe.data if is_missing(s.rows)]
     missing += [folder for folder in recipe.pictures if not folder.exists()]
     if not missing:
         try:

@@ -1,0 +1,34 @@
+"""Another loss: cross-entropy and z-loss, which keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311).
+
+python examples/extend/loss.py RECIPE
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pumice.train.loop import Trainer, train
+from pumice.train.objective import Objective
+from pumice.train.recipe import load_recipe
+
+WEIGHT = 1e-4
+
+
+class WithZLoss(Objective):
+    """Adds WEIGHT * log(Z)^2 for each supervised token."""
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.model.decoder.head_weight.to(hidden.dtype)).float()
+        log_z = logits.logsumexp(-1)
+        return super().loss(hidden, targets, weights) + WEIGHT * (weights * log_z**2).sum()
+
+
+class ZLossTrainer(Trainer):
+    objective_class = WithZLoss
+
+
+if __name__ == "__main__":
+    train(load_recipe(sys.argv[1], sys.argv[2:]), ZLossTrainer)

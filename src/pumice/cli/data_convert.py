@@ -1,0 +1,53 @@
+"""`pumice data convert`: rows of any format as LLaVA JSON Lines, parquet or WebDataset."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pumice.cli import options
+from pumice.cli.source import Source, SourceOptions
+from pumice.progress import ProgressBar
+
+
+class Form(str, Enum):
+    """What rows are written as."""
+
+    llava = "llava"
+    parquet = "parquet"
+    webdataset = "webdataset"
+
+
+@options.expand
+def convert(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="A new folder.", metavar="DST")],
+    reading: SourceOptions,
+    to: Annotated[
+        Form, typer.Option(help="LLaVA JSON Lines with a folder of pictures, or shards.")
+    ] = Form.llava,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="A folder of the pictures; repeat for several.")
+    ] = None,
+    rows_per_file: Annotated[int, typer.Option(min=1, help="Rows of a shard.")] = 1000,
+    max_bad_rows: Annotated[int, typer.Option(min=0, help="Rows to leave out before it is refused.")] = 0,
+) -> None:
+    """Write rows in another format. The source stays; the same command continues where it was interrupted."""
+    from pumice.data.convert import convert as convert_rows
+    from pumice.data.rows import ImageFinder
+
+    rows = reading.open(source)
+    with ProgressBar(log_seconds=30) as bar:
+        counts = convert_rows(
+            rows,
+            out,
+            to.value,
+            ImageFinder(images or ["."]),
+            rows_per_file=rows_per_file,
+            max_bad_rows=max_bad_rows,
+            progress=lambda done: bar.show(done, len(rows), "rows"),
+        )
+    print(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -1,0 +1,217 @@
+"""`pumice data show`: rows as the model sees them, and their pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pumice.cli import options
+from pumice.cli.source import Source, SourceOptions
+from pumice.jsonl import print_json
+
+if TYPE_CHECKING:
+    from pumice.config import ModelConfig
+    from pumice.data.rows import ImageFinder, Row, Rows
+    from pumice.processor import Processor
+    from pumice.templates import Plain, Template
+    from pumice.tokens import Tokenizer
+
+PAGE_ROWS = 100  # rows of a page, unless --rows says otherwise
+
+
+@options.expand
+def show(
+    source: Source,
+    reading: SourceOptions,
+    model: options.Model = "pumice-tiny",
+    template: Annotated[
+        str | None,
+        typer.Option(help="Another chat format than the model's: v1, plain, ...", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Not a model's but this tokenizer.json, SentencePiece tokenizer.model, folder or GGUF file.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Look the pictures up here; without it none is needed.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Show only so many rows.", show_default=False)
+    ] = None,
+    pictures: Annotated[bool, typer.Option("--pictures", help="Draw the pictures in the terminal.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write rows and pictures to this page instead.", show_default=False),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a list of {id, input_ids, labels}; a picture is -200.")
+    ] = False,
+) -> None:
+    """Print rows as the model sees them: what it learns to write is green and in [+ +]."""
+    from pumice.data.rows import ImageFinder
+    from pumice.templates import OWN
+    from pumice.tokens import encode
+
+    finder = ImageFinder(images) if images is not None else None
+    if page is not None:
+        _write_page(reading.open(source), rows or PAGE_ROWS, finder or ImageFinder("."), page)
+        return
+    if tokenizer is not None:
+        chat_format, text_tokenizer, bos = _format(template or OWN, tokenizer)
+    else:
+        processor = _processor(model, template)
+        chat_format, text_tokenizer = processor.template, processor.tokenizer
+        bos = processor.config.bos_token_id
+    printed = []
+    config = None if tokenizer is not None else processor.config
+    opened = reading.open(source)
+    for row in (opened[index] for index in range(min(len(opened), rows or len(opened)))):
+        conversation = row.conversation(finder)
+        ids, labels = encode(
+            chat_format.render(conversation), text_tokenizer, [1] * len(conversation.images), bos
+        )
+        if as_json:
+            printed.append({"id": row.id, "input_ids": ids, "labels": labels})
+            continue
+        if pictures:
+            _draw(row, finder or ImageFinder("."))
+        print_row(row.id, ids, labels, text_tokenizer, _counted(ids, config))
+    if as_json:
+        print_json(printed)
+
+
+def _write_page(rows: Rows, count: int, finder: ImageFinder, page: Path) -> None:
+    from pumice.data.preview import write_page
+    from pumice.errors import InputError
+
+    def read(index: int) -> Row | InputError:
+        try:
+            return rows[index]
+        except InputError as error:
+            return error
+
+    shown = min(count, len(rows))
+    write_page(((index + 1, read(index)) for index in range(shown)), finder, page, rows.label)
+    print(f"{page}: {shown} of {len(rows)} rows ({rows.opened.form})")
+
+
+def _draw(row: Row, finder: ImageFinder) -> None:
+    """Draw the pictures of a row; say why one cannot be opened."""
+    from rich.console import Console
+
+    from pumice.data.preview import blocks
+    from pumice.errors import InputError
+    from pumice.images import open_image
+
+    console = Console(highlight=False)
+    for image in row.image:
+        try:
+            console.print(blocks(open_image(row.find(image, finder))))
+        except InputError as error:
+            console.print(str(error), markup=False)
+
+
+def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int | None]:
+    """Return the template, the tokenizer and the id of the token that begins a row, if there is one."""
+    from pumice.config import ModelConfig
+    from pumice.errors import InputError
+    from pumice.formats.gguf.tokenizer import read_gguf_tokenizer
+    from pumice.formats.text.isolated import describe
+    from pumice.formats.text.tokenizer import read_tokenizer
+    from pumice.storage.json_file import read_json
+    from pumice.templates import OWN, get_template
+    from pumice.tokens import Tokenizer
+
+    files = read_tokenizer(path, read_gguf_tokenizer)
+    text_tokenizer, bos = Tokenizer(files.backend), files.bos_id
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "pumice_format" in config:  # a Pumice model folder
+        model = ModelConfig.from_dict(config)
+        chat_format = get_template(model.template if template == OWN else template, model.chat)
+        bos = model.bos_token_id
+    elif template != OWN:
+        chat_format = get_template(template)
+    elif files.chat_template is None:
+        raise InputError(f"{path} describes no chat format; name one with --template")
+    else:
+        description = describe(
+            files.chat_template,
+            bos=files.bos,
+            eos=files.eos,
+            specials=text_tokenizer.special,
+            label=str(path),
+        )
+        chat_format = get_template(description.template, description.chat)
+        if description.writes_bos and files.bos is not None:
+            bos = text_tokenizer.id_of(files.bos)
+    # Raises InputError if the tokenizer lacks special tokens of the template.
+    text_tokenizer.stops(chat_format)
+    return chat_format, text_tokenizer, bos
+
+
+def _counted(ids: list[int], config: ModelConfig | None) -> str:
+    """Say how many tokens a row has in the model, where `ids` holds one placeholder for each picture."""
+    from pumice.config import IMAGE_TOKEN
+
+    if not (pictures := ids.count(IMAGE_TOKEN)):
+        return ""
+    if config is None:
+        return " (a picture counts as one; `data check` counts its image tokens)"
+    tiles = config.image.uses_tiles(pictures)  # whose number depends on the picture
+    whole = len(ids) + pictures * (config.image_tokens - 1)
+    return (
+        f" (a picture counts as one; {'at least ' * tiles}{whole} with its image tokens, as in `data check`)"
+    )
+
+
+def print_row(
+    row_id: str, ids: list[int], labels: list[int], tokenizer: Tokenizer, counted: str = ""
+) -> None:
+    """Print the tokens of a row as text: supervised ones green, pictures magenta, the others dim.
+
+    counted: how the pictures are counted.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from pumice.config import IMAGE_TOKEN
+    from pumice.tokens import IGNORE
+
+    def decode(token_ids: list[int]) -> str:
+        return tokenizer.backend.decode(token_ids, skip_special_tokens=False)
+
+    supervised = sum(label != IGNORE for label in labels)
+    text = Text(f"{row_id}: {len(ids)} tokens{counted}, {supervised} supervised\n", "bold")
+    start = 0
+    while start < len(ids):
+        # A span is a run of tokens with the same colour.
+        kind = (ids[start] == IMAGE_TOKEN, labels[start] != IGNORE)
+        end = start + 1
+        while end < len(ids) and (ids[end] == IMAGE_TOKEN, labels[end] != IGNORE) == kind:
+            end += 1
+        if kind[0]:
+            text.append("[image]" if end == start + 1 else f"[image x {end - start}]", "magenta")
+        elif kind[1]:
+            text.append(f"[+{decode(ids[start:end])}+]", "green")
+        else:
+            text.append(decode(ids[start:end]), "dim")
+        start = end
+    Console(highlight=False, soft_wrap=True).print(text, end="\n\n")
+
+
+def _processor(model: str, template: str | None) -> Processor:
+    """Return the processor of a model without reading its weights."""
+    from pumice.formats.read import read_model
+    from pumice.processor import Processor
+    from pumice.tokens import Tokenizer
+
+    loaded = read_model(model)
+    config = dataclasses.replace(loaded.config, template=template or loaded.config.template)
+    return Processor(config, Tokenizer(loaded.tokenizer))

@@ -1,0 +1,188 @@
+"""Write the rows of any source as LLaVA JSON Lines with pictures, as parquet, or as WebDataset shards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from PIL import Image
+
+from pumice.conversation import StoredImage
+from pumice.data.rows import ImageFinder, Row, Rows, to_llava
+from pumice.data.sources.columns import arrow
+from pumice.errors import InputError
+from pumice.files import replacing
+from pumice.images import read_image
+
+MANIFEST = "convert.json"
+_GROUP = 100  # rows of a row group: with their pictures some tens of megabytes
+
+
+Shard = Iterator[tuple[int, Row, list[bytes]]]  # a row's number in the source, the row, its pictures' files
+
+
+def convert(
+    rows: Rows,
+    out: Path,
+    form: str,
+    finder: ImageFinder,
+    *,
+    rows_per_file: int = 1000,
+    max_bad_rows: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Counter[str]:
+    """Write rows into the folder `out`, and return counts of what was done.
+
+    form: a key of `WRITERS`. Files are written completely or not at all, `rows_per_file` rows each, so that
+    the same call continues where an earlier one was interrupted. The source does not change. Rows that cannot
+    be used are left out. progress: called with the number of rows that are done. Raises InputError when there
+    are more than `max_bad_rows` of these, or `out` holds anything else.
+    """
+    if form not in WRITERS:
+        raise InputError(f"there is no form {form!r}; use one of {', '.join(WRITERS)}")
+    # 1. Refuse what cannot be done before anything is written.
+    if form == "parquet":
+        arrow()
+    bad = rows.bad_rows(finder)
+    if (count := int(bad.sum())) > max_bad_rows:
+        first = int(bad.argmax())
+        raise InputError(
+            f"{count} rows cannot be used, {max_bad_rows} may be left out; "
+            f"the first: {_why(rows, first, finder)}"
+        )
+    manifest = {"rows": len(rows), "digest": rows.contents.digest, "to": form, "rows_per_file": rows_per_file}
+    _claim(out, manifest, rows)
+    # 2. Write the files that are not there yet.
+    suffix, write = WRITERS[form]
+    names = []
+    for number, start in enumerate(range(0, len(rows), rows_per_file)):
+        end = min(start + rows_per_file, len(rows))
+        path = out / f"rows-{number:05}{suffix}"
+        names.append(path)
+        if not path.exists():
+            shard = [(n, rows[n]) for n in range(start, end) if not bad[n]]
+            with replacing(path) as file:
+                write(_with_pictures(shard, finder), file.buffer, out)
+        if progress is not None:
+            progress(end)
+    # 3. LLaVA's readers want one file.
+    if form == "llava":
+        with replacing(out / "rows.jsonl") as file:
+            for path in names:
+                file.write(path.read_text("utf-8"))
+        for path in names:
+            path.unlink()
+    return Counter({"rows written": len(rows) - count, "rows left out": count})
+
+
+def _why(rows: Rows, index: int, finder: ImageFinder) -> str:
+    try:
+        rows[index].conversation(finder)
+    except InputError as error:
+        return str(error)
+    return f"row {index + 1}"
+
+
+def _claim(out: Path, manifest: dict[str, Any], rows: Rows) -> None:
+    """Make the folder, or accept one in which the same conversion was interrupted."""
+    known = out / MANIFEST
+    if known.is_file():
+        if json.loads(known.read_text("utf-8")) != manifest:
+            raise InputError(
+                f"{out} holds another conversion, or '{rows.label}' has changed; name a new folder"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty; name a new folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(known) as file:
+            json.dump(manifest, file)
+    for left in out.glob(".rows-*"):  # of a run that was killed
+        left.unlink()
+
+
+def _with_pictures(shard: Sequence[tuple[int, Row]], finder: ImageFinder) -> Shard:
+    for number, row in shard:
+        yield number, row, [read_image(row.find(image, finder)) for image in row.image]
+
+
+def _write_llava(shard: Shard, file: IO[bytes], out: Path) -> None:
+    for _, row, pictures in shard:
+        names = [_name(image, data) for image, data in zip(row.image, pictures, strict=True)]
+        for name, data in zip(names, pictures, strict=True):
+            path = out / name
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as picture:
+                    picture.buffer.write(data)
+        file.write(json.dumps(to_llava(row, names), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+
+def _write_parquet(shard: Shard, file: IO[bytes], out: Path) -> None:
+    pa = arrow()
+    turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    fields = [("id", pa.string()), ("images", pa.list_(picture)), ("conversations", pa.list_(turn))]
+    schema = pa.schema(fields)
+    with pa.parquet.ParquetWriter(file, schema) as writer:
+        group: list[dict[str, Any]] = []
+        for _, row, pictures in shard:
+            named = zip(row.image, pictures, strict=True)
+            images = [{"bytes": data, "path": _name(image, data)} for image, data in named]
+            group.append({"id": row.id, "images": images, "conversations": to_llava(row)["conversations"]})
+            if len(group) == _GROUP:
+                writer.write_table(pa.Table.from_pylist(group, schema))
+                group = []
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+def _write_tar(shard: Shard, file: IO[bytes], out: Path) -> None:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+
+        def add(name: str, data: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+        for number, row, pictures in shard:
+            values = {key: value for key, value in to_llava(row).items() if key != "image"}
+            add(f"{number:09}.json", json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
+            for n, data in enumerate(pictures):
+                which = f"{n}." if len(pictures) > 1 else ""
+                add(f"{number:09}.{which}{_ending(data)}", data)
+
+
+# Form -> the ending of its files, and what writes one.
+WRITERS: dict[str, tuple[str, Callable[[Shard, IO[bytes], Path], None]]] = {
+    "llava": (".jsonl", _write_llava),
+    "parquet": (".parquet", _write_parquet),
+    "webdataset": (".tar", _write_tar),
+}
+
+
+def _name(image: str | StoredImage, data: bytes) -> str:
+    """Return the name of a picture in the copy: its own below `images`, or one from its contents."""
+    if isinstance(image, str):
+        pure = PurePosixPath(image.replace(os.sep, "/"))
+        if not pure.is_absolute() and ".." not in pure.parts and ":" not in image:
+            return f"images/{pure}"
+    name = hashlib.blake2b(data, digest_size=8).hexdigest()
+    return f"images/{name[:2]}/{name}.{_ending(data)}"
+
+
+def _ending(data: bytes) -> str:
+    """Return the ending of a picture's file by its contents."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind = (image.format or "").lower()
+    except Exception:  # decoders raise anything; what it is told when the picture is opened
+        kind = ""
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif", "": "jpg"}.get(kind, kind)

@@ -1,0 +1,390 @@
+"""Map a record, whatever its columns are called, onto a row: pictures, and turns of question and answer."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, StoredImage, check_media
+from pumice.data.sources.json_text import kind
+from pumice.data.sources.source import Record
+from pumice.errors import InputError, shorten
+from pumice.messages import decode_data_url, read_messages
+
+Image = str | StoredImage  # the name of a file, or a picture inside the source
+Turns = list[tuple[str, str]]
+
+# What a column can be for. `columns` of a recipe names one of these and the column that has it.
+ROLES = (
+    "id", "image", "conversations", "messages", "question", "answer", "caption", "text", "label", "system",
+    "history",
+)  # fmt: skip
+
+_QUESTIONS = ("question", "questions", "query", "instruction")
+_ANSWERS = ("answer", "answers", "response", "output")
+_CAPTIONS = ("caption", "captions", "text", "label", "objects")
+_IMAGES = ("image", "images")
+_OTHER_IMAGES = (
+    "image_path", "image_paths", "image_file", "file_name", "file_names", "filename", "img", "img_path",
+    "picture", "pictures", "photo", "image_url", "image_urls",
+)  # fmt: skip
+_IDS = ("id", "question_id", "__key__")
+_PICTURE_NAME = re.compile(r"\S.*\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
+
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+_QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
+
+_DEFAULT_QUESTIONS = {
+    "label": "What is shown in this picture?",
+    "objects": "List the objects in this picture, each with its box in shares of the picture's sides.",
+}
+_DESCRIBE = "Describe the picture."
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A record as a row says it. added: pictures for which the turns had no `<image>`."""
+
+    id: str
+    images: tuple[Image, ...]
+    turns: tuple[tuple[str, str], ...]
+    messages: tuple[Message, ...] = ()  # of a row in that form, with the pictures in their places
+    added: int = 0
+
+
+@dataclass(frozen=True)
+class RowMapping:
+    """How the columns of a source become rows.
+
+    columns: role -> the column that has it, for columns whose names do not say it. question: what is asked
+    where a row has only a caption, a text or a label.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    question: str | None = None
+
+    def __post_init__(self) -> None:
+        for role in self.columns:
+            if role not in ROLES:
+                raise InputError(f"columns: there is no role {role!r}; use one of {', '.join(ROLES)}")
+
+    def read(self, record: Record, place: str, fallback_id: str, form: str = "JSON") -> Mapped:
+        """Return the row of a record. place, form: of the record, for messages. Raises InputError."""
+        # 1. Name the columns by their roles. A column without a value counts as absent.
+        values = {name: value for name, value in record.items() if value is not None}
+        for role, column in self.columns.items():
+            if column not in record:
+                raise InputError(
+                    f"{place}: columns names {column!r} as {role}, but there are only {_listed(record)}"
+                )
+            if column in values:
+                values[role] = values.pop(column)
+        row_id = _id(values, place, fallback_id)
+        if row_id != fallback_id or "id" in values:
+            place = f"{place} (id {row_id!r})"
+        # 2. Pictures, then words. Both may name pictures: Qwen-VL's rows do it inside the text.
+        images = _images(values, place)
+        read = (*_IMAGES, *_OTHER_IMAGES)
+        unread = {name: value for name, value in values.items() if name not in read and not _is_stored(value)}
+        check_media({**unread, "image": images}, place)
+        try:
+            return self._words(row_id, values, images, place, form)
+        except InputError as error:
+            text = str(error)
+            raise (error if text.startswith(place) else InputError(f"{place}: {text}")) from error
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            # Lists and objects where others belong, at any depth: a row must not end a check or a run.
+            detail = f"{type(error).__name__}, {error}"
+            raise InputError(
+                f"{place}: its values are not of its form ({detail}); fix or remove it"
+            ) from error
+
+    def _words(self, row_id: str, values: Record, images: list[Image], place: str, form: str) -> Mapped:
+        """Return the row by the first form whose columns are there."""
+        if "conversations" in values:
+            turns = _conversation(_structured(values["conversations"]), place)
+            return _finish(row_id, [*_system(values, turns), *turns], images, values)
+        if (messages := _messages(values)) is not None:
+            read, added = read_messages(messages, images)
+            return _from_messages(row_id, read, added, place)
+        if "texts" in values and isinstance(exchanges := _structured(values["texts"]), list):
+            # The Cauldron: [{"user", "assistant", "source"}]
+            turns = [(_SPEAKERS[key], str(e[key])) for e in exchanges for key in ("user", "assistant")]
+            return _finish(row_id, turns, images, values)
+        turns = self._exchange(values, bool(images), form)
+        return _finish(row_id, [*_system(values, turns), *turns], images, values)
+
+    def _exchange(self, values: Record, has_images: bool, form: str) -> Turns:
+        """Return the turns of columns with questions and answers, or of one text about a picture."""
+        question = next((name for name in _QUESTIONS if name in values), None)
+        answer = next((name for name in _ANSWERS if name in values), None)
+        if question is not None and answer is not None:
+            questions, answers = _many(values, question), _many(values, answer)
+            if question == "instruction" and values.get("input"):  # Alpaca's form, as LLaMA-Factory has it
+                questions = f"{questions}\n{values['input']}"
+            turns = [
+                (speaker, str(text))
+                for exchange in _structured(values.get("history")) or ()
+                for speaker, text in zip(("human", "gpt"), exchange, strict=True)
+            ]
+            if isinstance(questions, list):
+                answers = answers if isinstance(answers, list) else [answers]
+                if len(questions) != len(answers):
+                    raise InputError(
+                        f"{len(questions)} in {question!r} and {len(answers)} in {answer!r}; give each "
+                        "question one answer"
+                    )
+                pairs = zip(questions, answers, strict=True)
+                return turns + [turn for q, a in pairs for turn in (("human", _text(q)), ("gpt", _text(a)))]
+            return [*turns, ("human", _text(questions)), ("gpt", _most_given(answers))]
+        caption = next((name for name in _CAPTIONS if name in values), None)
+        if caption is not None and not has_images:
+            raise InputError(
+                f"{caption!r} stands without a picture and without a question; add one or the other"
+            )
+        if caption is not None:
+            asked = self.question or _DEFAULT_QUESTIONS.get(caption, _DESCRIBE)
+            asked = _text(values[question]) if question is not None else asked
+            given = _many(values, caption)
+            return [
+                ("human", asked),
+                ("gpt", _text(given[0] if isinstance(given, list) and given else given)),
+            ]
+        raise InputError(_unknown(values, form))
+
+
+def _finish(row_id: str, turns: Turns, images: list[Image], values: Record) -> Mapped:
+    """Return the row, with `<image>` in front of the first question if the turns place no picture."""
+    # Qwen-VL names pictures inside the text.
+    named: list[Image] = []
+    for number, (speaker, text) in enumerate(turns):
+        if speaker == "human" and "<img>" in text:
+            named += _QWEN_IMAGE.findall(text)
+            turns[number] = speaker, _QWEN_IMAGE.sub(f"{IMAGE_PLACEHOLDER}\n", text)
+    images = [*named, *images]
+    added, first = 0, next((n for n, (speaker, _) in enumerate(turns) if speaker == "human"), None)
+    if images and first is not None and not any(IMAGE_PLACEHOLDER in text for _, text in turns):
+        turns[first] = "human", f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[first][1]
+        # A table of questions has no use for `<image>`, so nothing is missing there.
+        added = len(images) if {"conversations", "query", "instruction"} & values.keys() else 0
+    return Mapped(row_id, tuple(images), tuple(turns), added=added)
+
+
+def _from_messages(row_id: str, messages: tuple[Message, ...], added: int, place: str) -> Mapped:
+    """Return the row of messages. Its turns say the same, with `<image>` in the places of pictures."""
+    images: list[Image] = []
+    turns: Turns = []
+    placed = []
+    for message in messages:
+        parts: list[str | ImagePart] = []
+        for part in message.parts:
+            if isinstance(part, str):
+                parts.append(part)
+                continue
+            images.append(_image(part.source, place))
+            parts.append(ImagePart(images[-1]))
+        text = "".join(part if isinstance(part, str) else IMAGE_PLACEHOLDER for part in parts)
+        turns.append((_SPEAKERS.get(message.role, message.role), text))
+        placed.append(Message(message.role, tuple(parts)))
+    if not any(message.role == "assistant" for message in messages):
+        raise InputError("no message is from 'assistant', so there is nothing to learn")
+    return Mapped(row_id, tuple(images), tuple(turns), tuple(placed), added)
+
+
+def _id(values: Record, place: str, fallback: str) -> str:
+    known = "conversations" in values  # LLaVA's rows have `id`, or their number
+    names = [name for name in _IDS if name in values and not (known and name == "question_id")]
+    row_id = values[names[0]] if names else fallback
+    if isinstance(row_id, float) and row_id.is_integer():  # pandas writes whole numbers so
+        row_id = int(row_id)
+    if not isinstance(row_id, str | int) or isinstance(row_id, bool):
+        found = json.dumps(row_id) if isinstance(row_id, float) else kind(row_id)
+        raise InputError(f"{place}: 'id' must be text or a whole number, found {found}")
+    return str(row_id)
+
+
+def _images(values: Record, place: str) -> list[Image]:
+    """Return the pictures that the columns name. Raises InputError where two columns could be the picture."""
+    found = [name for name in _IMAGES if name in values and values[name] != []]
+    if not found:
+        found = [name for name in _OTHER_IMAGES if values.get(name)]
+        found += [name for name, value in values.items() if name not in found and _is_stored(value)]
+    if len(found) > 1:
+        raise InputError(
+            f"{place}: {found[0]!r} and {found[1]!r} could both be the picture; say which in the recipe, for "
+            f"example columns: {{image: {found[0]}}}"
+        )
+    if not found:
+        return []
+    value = _structured(values[found[0]])
+    images = value if isinstance(value, list) else [value]
+    try:
+        return [_image(image, place) for image in images]
+    except TypeError as error:
+        raise InputError(
+            f"{place}: {found[0]!r} must be a path or a list of paths, found {_shorten_json(value)}"
+        ) from error
+
+
+def _image(value: Any, place: str) -> Image:
+    """Return a picture in any of its forms. Raises TypeError if it is none."""
+    if isinstance(value, Mapping):
+        value = next(
+            (value[key] for key in ("bytes", "url", "path", "image", "file_name") if value.get(key)), None
+        )
+    if isinstance(value, str) and value:
+        if value[:5].lower() == "data:":
+            value = decode_data_url(value)
+        elif value.startswith(("/9j/", "iVBORw0KGgo")) and len(value) > 255:  # JPEG or PNG as base64
+            try:
+                value = base64.b64decode(value, validate=True)
+            except binascii.Error as error:
+                raise InputError(f"{place}: the picture is not base64 ({error}); encode it again") from error
+        else:
+            return value.removeprefix("file://")
+    if isinstance(value, bytes):
+        return StoredImage(value, f"{place.replace(chr(39), '')}, picture inside", partial(bytes, value))
+    if isinstance(value, StoredImage):
+        return value
+    raise TypeError
+
+
+def _is_stored(value: Any) -> bool:
+    return isinstance(value, StoredImage) or (
+        isinstance(value, list) and bool(value) and all(isinstance(item, StoredImage) for item in value)
+    )
+
+
+def _conversation(turns: Any, place: str) -> Turns:
+    """Return the turns of LLaVA's and ShareGPT's `conversations`, speakers named as LLaVA does."""
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"{place}: 'conversations' must be a list of turns, found {kind(turns)}")
+    pairs: Turns = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise InputError(f"{place}: turn {number} must be an object, found {kind(turn)}")
+        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if not isinstance(speaker, str) or not isinstance(text, str):
+            raise InputError(f"{place}: turn {number} must have the texts 'from' and 'value'")
+        pairs.append((_SPEAKERS.get(speaker.lower(), speaker), text))
+    if not any(speaker == "gpt" for speaker, _ in pairs):
+        speakers = ", ".join(repr(name) for name in dict.fromkeys(speaker for speaker, _ in pairs))
+        known = {speaker for speaker, _ in pairs} <= {"human", "system"}
+        raise InputError(
+            f"{place}: no turn is from 'gpt' (they are from {speakers}), so there is nothing to learn; "
+            + ("add an answer or remove the row" if known else "speakers are written 'human' and 'gpt'")
+        )
+    return pairs
+
+
+def _messages(values: Record) -> list[Any] | None:
+    """Return the messages of a row, also where TRL's form has them in `prompt` and `completion`."""
+    if "messages" in values:
+        messages = _structured(values["messages"])
+    elif "prompt" in values and "completion" in values:
+        both = [_structured(values[name]) for name in ("prompt", "completion")]
+        roles = ("user", "assistant")
+        lists = [
+            [{"role": r, "content": b}] if isinstance(b, str) else b for r, b in zip(roles, both, strict=True)
+        ]
+        messages = [*lists[0], *lists[1]]
+    else:
+        return None
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"'messages' must be a list of messages, found {kind(messages)}")
+    # Arrow writes every key that any message of the file has, without a value where one has it not.
+    return [_without_nulls(message) for message in messages]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _system(values: Record, turns: Turns) -> Turns:
+    text = values.get("system")
+    return [("system", text)] if isinstance(text, str) and text and turns[0][0] != "system" else []
+
+
+def _structured(value: Any) -> Any:
+    """Return a list or an object that a table holds as text, written as JSON or, by pandas, as Python."""
+    if not isinstance(value, str) or value[:1] + value[-1:] not in ("[]", "{}"):
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return value
+
+
+def _many(values: Record, name: str) -> Any:
+    """Return a column's value; a list that a table holds as text only where the name is a plural."""
+    value = values[name]
+    return _structured(value) if name.endswith("s") else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return str(value)
+    raise InputError(f"expected a text, found {kind(value)}")
+
+
+def _most_given(answers: Any) -> str:
+    """Return an answer; of several, as VQA sets have them, the one that most people gave."""
+    if not isinstance(answers, list):
+        return _text(answers)
+    texts = [_text(a.get("answer") if isinstance(a, dict) else a) for a in answers]
+    if not texts:
+        raise InputError("the list of answers is empty; give one")
+    return Counter(texts).most_common(1)[0][0]
+
+
+def _unknown(values: Record, form: str) -> str:
+    """Say which columns there are, and how a recipe would name them."""
+    words = {name: value for name, value in values.items() if name not in ("id", *_IMAGES)}
+    if not words:
+        return "'conversations' is missing; write at least a question and its answer"
+    for name, value in words.items():
+        items = _structured(value)
+        if isinstance(items, list) and items and isinstance(items[0], dict):
+            if {"role", "content"} <= items[0].keys():
+                return f"this looks like OpenAI messages in {form}; write columns: {{messages: {name}}}"
+            if {"from", "value"} <= items[0].keys():
+                return f"this looks like ShareGPT turns in {form}; write columns: {{conversations: {name}}}"
+    texts = [name for name, value in words.items() if isinstance(value, str)]
+    pictures = [name for name in texts if _PICTURE_NAME.fullmatch(words[name])]
+    # The columns that are left, the last as the answer: tables have the question before it.
+    texts = [name for name in texts if name not in pictures]
+    roles = {"image": pictures[:1], "question": texts[-2:-1], "answer": texts[-1:]}
+    example = ", ".join(f"{role}: {names[0]}" for role, names in roles.items() if names)
+    return (
+        f"'conversations' is missing, and no known form has the columns {_listed(values)}; say what they are "
+        f"in the recipe, for example columns: {{{example or 'question: ..., answer: ...'}}}"
+    )
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    names: Sequence[str] = [repr(name) for name in values]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _shorten_json(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except TypeError:
+        return shorten(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"

@@ -1,0 +1,210 @@
+"""Rows as JSON: a list, or one object per line. Only byte offsets stay in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pumice.data.arrays import kept
+from pumice.data.sources.source import OpenFiles, Record, Source, unreadable
+from pumice.errors import InputError
+
+BOM = b"\xef\xbb\xbf"
+_BLOCK = 1 << 22  # bytes read at once
+_NEAR_END = 16  # characters: a number or `false` that the end of a block cuts is shorter
+
+
+class JsonReader:
+    """Parse the values of a JSON file one after the other, without the whole file in memory.
+
+    Latin-1 makes one character of each byte, so positions are byte offsets. This is safe: the structure of
+    JSON is ASCII, and a row's text is decoded as UTF-8 when the row is read.
+    """
+
+    def __init__(self, file: BinaryIO, start: int = 0) -> None:
+        file.seek(start)
+        self._file, self._text, self._start, self._at = file, "", start, 0
+        self._parse = json.JSONDecoder().raw_decode
+
+    @property
+    def offset(self) -> int:
+        return self._start + self._at
+
+    def peek(self) -> str:
+        """Return the next character that is not blank, "" at the end of the file."""
+        while True:
+            while self._text[self._at : self._at + 1] in (" ", "\t", "\r", "\n"):
+                self._at += 1
+            if self._at < len(self._text) or not self._more(_BLOCK):
+                return self._text[self._at : self._at + 1]
+
+    def skip(self) -> None:
+        """Move behind the character that `peek` returned."""
+        self._at += 1
+
+    def value(self) -> Any:
+        """Return the value that begins here, and move behind it. Raises ValueError where there is none."""
+        block = _BLOCK
+        while True:
+            try:
+                value, end = self._parse(self._text, self._at)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - _NEAR_END
+                if not (cut and self._more(block)):
+                    self._at = error.pos
+                    raise
+            else:
+                # A number at the very end of a block may go on in the next one.
+                if end < len(self._text) or not self._more(block):
+                    self._at = end
+                    return value
+            block *= 2  # so that a value of many blocks is not parsed once for each
+
+    def items(self, name: str) -> Iterator[tuple[int, int, Any]]:
+        """Yield (start, end, value) of each item of the list that begins here, and move behind the list.
+
+        name: of the file. Raises InputError where the list is malformed or cut off.
+        """
+        self.peek()
+        self.skip()
+        number = 0
+        closed = self.peek() == "]"
+        while not closed:
+            start = self.offset
+            try:
+                value = self.value()
+            except (ValueError, RecursionError) as error:
+                raise _broken_list(name, number + 1, self.offset) from error
+            number += 1
+            yield start, self.offset, value
+            following = self.peek()
+            closed = following == "]"
+            if not closed:
+                if following != ",":
+                    raise _broken_list(name, number, self.offset)
+                self.skip()
+                self.peek()
+        self.skip()
+
+    def sections(self, name: str) -> Iterator[tuple[str, Any]]:
+        """Yield (key, value) of the object that begins here. A list's value is an iterator of `items`.
+
+        The caller must exhaust it before the next key. Raises InputError where the object is malformed.
+        """
+        try:
+            self.peek()
+            self.skip()
+            while self.peek() not in ("}", ""):
+                key = self.value()
+                if not isinstance(key, str) or self.peek() != ":":
+                    raise ValueError("a key is missing")
+                self.skip()
+                if self.peek() == "[":
+                    yield key, self.items(f"{name}, {key}")
+                else:
+                    yield key, self.value()
+                if self.peek() == ",":
+                    self.skip()
+            if self.peek() != "}":
+                raise ValueError("the end is missing")
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"'{name}': the JSON object is malformed or cut off near byte {self.offset}; fix the file"
+            ) from error
+
+    def _more(self, size: int) -> bool:
+        block = self._file.read(size)
+        if block:
+            self._text = self._text[self._at :] + block.decode("latin-1")
+            self._start, self._at = self._start + self._at, 0
+        return bool(block)
+
+
+class JsonRows(Source):
+    """The rows of one file, a JSON list or JSON Lines; the contents decide which."""
+
+    form = "JSON"
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError when the file cannot be read, or is a list that is malformed."""
+        self.path, self.label, self.files = path, str(path), [path]
+        try:
+            self._spans = kept(self.files, "spans", lambda: {"spans": _index(path)})["spans"]
+        except OSError as error:
+            raise unreadable(path, error) from error
+        self._file = OpenFiles([path])
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def raw(self, index: int) -> bytes:
+        """Return row `index` as it is written."""
+        start, end = self._spans[index].tolist()
+        return self._file.read(0, start, end - start)
+
+    def record(self, index: int) -> Record:
+        try:
+            values = json.loads(self.raw(index))
+        except (ValueError, RecursionError) as error:
+            what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+            remedy = "save the file as UTF-8" if what == "UTF-8" else "fix or remove the row"
+            raise InputError(f"{self.place(index)}: this is not {what} ({error}); {remedy}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{self.place(index)}: expected an object, found {kind(values)}")
+        return values
+
+
+def kind(value: Any) -> str:
+    """Return what a JSON value is, for messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, list | dict) and not value:
+        return "an empty list" if isinstance(value, list) else "an empty object"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def read_values(reader: OpenFiles, number: int, spans: np.ndarray) -> Any:
+    """Return the JSON value at (start, end) of file `number`."""
+    start, end = spans.tolist()
+    return json.loads(reader.read(number, start, end - start))
+
+
+def _index(path: Path) -> np.ndarray:
+    """Return where each row begins and ends: (rows, 2) int64 byte offsets."""
+    with path.open("rb") as file:
+        start = len(BOM) if file.read(len(BOM)) == BOM else 0
+        reader = JsonReader(file, start)
+        spans = np.array(
+            list(_list_spans(reader, str(path)) if reader.peek() == "[" else _line_spans(file, start)),
+            np.int64,
+        )
+    return spans.reshape(-1, 2)
+
+
+def _line_spans(file: BinaryIO, offset: int) -> Iterator[tuple[int, int]]:
+    file.seek(offset)
+    for line in file:
+        if line.strip():
+            yield offset, offset + len(line)
+        offset += len(line)
+
+
+def _list_spans(reader: JsonReader, name: str) -> Iterator[tuple[int, int]]:
+    for start, end, _ in reader.items(name):
+        yield start, end
+    end = reader.offset
+    if reader.peek():
+        raise InputError(f"'{name}': more follows the end of the list, at byte {end}; fix the file")
+
+
+def _broken_list(name: str, number: int, byte: int) -> InputError:
+    return InputError(
+        f"'{name}', row {number}: the JSON list is malformed or cut off near byte {byte}; fix the file"
+    )

@@ -1,0 +1,141 @@
+"""Rows as WebDataset shards: tar archives whose files of one sample have one name and several endings."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pumice.data.arrays import kept
+from pumice.data.sources.source import OpenFiles, Record, Source, unreadable
+from pumice.errors import InputError
+
+_PICTURES = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|heic)", re.IGNORECASE)
+_TEXTS = {"txt": "text", "text": "text", "caption": "caption", "cls": "label"}
+_OTHER_MEDIA = dict.fromkeys(("mp4", "webm", "avi", "mov", "mkv"), "video")  # told, and never learned as text
+_OTHER_MEDIA |= dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a"), "audio")
+_CUT = "!cut"  # the ending of a sample in which its archive is cut off
+
+
+class TarRows(Source):
+    """The samples of WebDataset shards. A sample's `.json` gives columns, `.txt` a text, `.cls` a label."""
+
+    form = "WebDataset"
+    shuffle_block = 1000
+
+    def __init__(self, paths: Sequence[Path], label: str) -> None:
+        """Raises InputError when a file cannot be read or is no archive."""
+        self.files, self.label = list(paths), label
+        arrays = kept(self.files, "members", self._index)
+        # Of each member: its shard, where its contents begin, and their size. Names are "key\nending".
+        self._members, self._names = arrays["members"], arrays["names"]
+        self._name_ends, self._first = arrays["name_ends"], arrays["first"]
+        shards = self._members[self._first[:-1], 0]
+        self._first_of_shard = np.searchsorted(shards, np.arange(len(self.files)))
+        self._contents = OpenFiles(self.files)
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def place(self, index: int) -> str:
+        shard = int(self._members[self._first[index], 0])
+        key = self._name(int(self._first[index]))[0]
+        return f"'{self.files[shard]}', row {index - int(self._first_of_shard[shard]) + 1} (sample {key!r})"
+
+    def record(self, index: int) -> Record:
+        record: Record = {}
+        images: list[Any] = []
+        for member in range(int(self._first[index]), int(self._first[index + 1])):
+            shard, start, size = self._members[member].tolist()
+            key, ending = self._name(member)
+            if ending == _CUT:
+                raise InputError(f"{self.place(index)}: the archive is cut off here; fetch it again")
+            record.setdefault("__key__", key)
+            if _PICTURES.fullmatch(ending):
+                name = f"{self.files[shard]}, {key}.{ending}"
+                images.append(self._contents.stored_image(shard, start, size, name))
+            elif ending == "json" or ending in _TEXTS:
+                self._add(record, index, ending, self._contents.read(shard, start, size))
+            else:
+                record.setdefault(_OTHER_MEDIA.get(ending, ending), f"{key}.{ending}")
+        if images:
+            # Names inside the .json are of files that became members of the archive.
+            for column in ("images", "image"):
+                record.pop(column, None)
+            record["images" if len(images) > 1 else "image"] = images if len(images) > 1 else images[0]
+        return record
+
+    def _add(self, record: Record, index: int, ending: str, data: bytes) -> None:
+        try:
+            if ending != "json":
+                record[_TEXTS[ending]] = data.decode().strip()
+                return
+            values = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            what = "JSON" if ending == "json" else "UTF-8"
+            raise InputError(f"{self.place(index)}: its .{ending} is not {what} ({error}); fix it") from error
+        if isinstance(values, dict):
+            record |= values
+        else:
+            record["messages" if isinstance(values, list) else "text"] = values
+
+    def _name(self, member: int) -> tuple[str, str]:
+        start = int(self._name_ends[member - 1]) if member else 0
+        text = self._names[start : int(self._name_ends[member])].tobytes().decode("utf-8", "replace")
+        key, _, ending = text.partition("\n")
+        return key, ending
+
+    def _index(self) -> dict[str, np.ndarray]:
+        members: list[tuple[int, int, int]] = []
+        names: list[bytes] = []
+        first: list[int] = []
+        for shard, path in enumerate(self.files):
+            key = None
+            for name, start, size in _read_members(path):
+                own_key, _, ending = name.rpartition("/")[2].partition(".")
+                own_key = name[: len(name) - len(ending) - bool(ending)] if ending else name
+                if own_key != key:
+                    first.append(len(members))
+                    key = own_key
+                members.append((shard, start, size))
+                names.append(f"{own_key}\n{ending if ending == _CUT else ending.lower()}".encode())
+        return {
+            "members": np.array(members, np.int64).reshape(-1, 3),
+            "names": np.frombuffer(b"".join(names), np.uint8),
+            "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+            "first": np.array([*first, len(members)], np.int64),
+        }
+
+
+def _read_members(path: Path) -> list[tuple[str, int, int]]:
+    """Return (name, where its contents begin, their size) of each file in an archive.
+
+    If the archive is cut off, the last file is followed by one of its name with the ending `_CUT`.
+    """
+    found: list[tuple[str, int, int]] = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            whole = True
+            try:
+                while (member := archive.next()) is not None:
+                    if member.isfile() and not member.name.rpartition("/")[2].startswith("."):
+                        found.append((member.name, member.offset_data, member.size))
+            except tarfile.ReadError:
+                whole = False
+            # An archive ends with blocks of zeros. One that does not was cut off, if only between two files.
+            with path.open("rb") as file:
+                file.seek(archive.offset)
+                whole = whole and file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            if found and not whole:
+                folder, slash, name = found[-1][0].rpartition("/")
+                found.append((f"{folder}{slash}{name.partition('.')[0]}.{_CUT}", 0, 0))
+    except tarfile.TarError as error:
+        raise InputError(f"'{path}' is cut off or no tar archive ({error}); fetch it again") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return found

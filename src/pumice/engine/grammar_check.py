@@ -1,0 +1,121 @@
+"""Compile grammars in a process of their own: some take minutes or all memory, and cannot be stopped.
+
+    python -m pumice.engine.grammar_check
+
+reads a JSON list of grammars from standard input, and writes for each why it cannot be followed, or "".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from pumice.errors import InputError
+
+LARGEST = 1 << 17  # bytes of a grammar
+CPU_SECONDS = 2  # real ones take some milliseconds; Linux and macOS keep to it
+WALL_SECONDS = 30  # on a busy machine; the only bound of time on Windows
+MEMORY = 2 << 30  # bytes of address space; Linux keeps to it
+# Of llguidance: states of one answer's lexer, of 1 to 2 kB each. Its other limits bound a step to some
+# milliseconds.
+LEXER_STATES = 25_000
+
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+
+
+def refused(reason: str, what: str) -> InputError:
+    """Return the error about a grammar. Further lines of the library's reason repeat the grammar."""
+    first = (reason.strip().splitlines() or ["without a reason"])[0].partition("<state>")[0]
+    return InputError(f"the {what} cannot be followed ({_PLACE.sub('', first).strip()[:200]}); simplify it")
+
+
+class GrammarCheck:
+    """The process that compiles grammars, to see that it can be done. `stop`, from any thread, ends it."""
+
+    def __init__(self, grammars: Sequence[str]) -> None:
+        self._grammars = grammars
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def run(self) -> list[str]:
+        """Wait for the end of the process. Return for each grammar why it cannot be followed, or ""."""
+        size = sum(map(len, self._grammars))
+        if size > LARGEST:
+            return [f"{size} characters, more than {LARGEST}"] * len(self._grammars)
+        command = [sys.executable, "-m", __name__]
+        with self._lock:
+            if self._stopped:
+                return ["the check was stopped"] * len(self._grammars)
+            self._process = process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+        answer = b""
+        try:
+            answer, _ = process.communicate(json.dumps(self._grammars).encode(), timeout=WALL_SECONDS)
+        except subprocess.TimeoutExpired:
+            answer = b""
+        finally:
+            process.kill()
+            process.communicate()
+        if process.returncode:
+            reason = f"it takes more than {CPU_SECONDS} s or {MEMORY >> 20} MB to compile"
+            return [reason] * len(self._grammars)
+        reasons: list[str] = json.loads(answer)
+        return reasons
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
+
+
+def compile_grammar(grammar: str, tokenizer: Any) -> tuple[Any, str]:
+    """Return llguidance's matcher of a grammar at its beginning, and why no answer can follow it, or "".
+
+    grammar: in its dialect of Lark. tokenizer: an LLTokenizer.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(max_lexer_states=LEXER_STATES)
+    try:
+        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits)
+    except ValueError as error:
+        return None, str(error)
+    # Compute the first tokens with a copy. Some grammars are found to be impossible only then.
+    first = matcher.deep_copy()
+    mask = b"" if first.is_error() else first.compute_bitmask()
+    if first.is_error():
+        return None, first.get_error() or "it is too complex"
+    for end in tokenizer.eos_tokens:
+        mask = mask[: end // 8] + bytes([mask[end // 8] & ~(1 << end % 8)]) + mask[end // 8 + 1 :]
+    return matcher, "" if any(mask) else "no answer satisfies it"
+
+
+def _limit() -> None:
+    """Bound this process's CPU time and memory, where the system can, and let others go first."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    os.nice(10)
+    for kind, limit in ((resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, MEMORY)):
+        hard = resource.getrlimit(kind)[1]
+        with contextlib.suppress(ValueError):  # as for memory on macOS
+            resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+if __name__ == "__main__":
+    _limit()
+    from llguidance import LLTokenizer
+
+    by_bytes = LLTokenizer("byte")
+    json.dump([compile_grammar(grammar, by_bytes)[1] for grammar in json.load(sys.stdin)], sys.stdout)

@@ -1,0 +1,62 @@
+"""Attention of prompts over a KV cache in bfloat16, in compiled code."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pumice.kernels.compute import library
+
+LANES = 16  # head widths must be multiples of it, as in vectors.h
+
+
+class _TaskStruct(ctypes.Structure):
+    """`Task` of attend.c."""
+
+    _sizes = "block capacity past tokens window heads kv_heads size"
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("q_head", ctypes.c_int64),
+        ("q_token", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in ["block", "capacity", "past", "tokens", "window", "heads", "kv_heads", "size"]
+        ),
+        ("y", ctypes.c_void_p),
+    ]
+
+
+def can_attend(q: Tensor, keys: Tensor) -> bool:
+    """Return whether `attend` takes these queries and this cache."""
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.float32 and keys.dtype == torch.bfloat16
+    fits = q.shape[-1] % LANES == 0 and q.stride(-1) == 1 and not q.requires_grad
+    return on_cpu and fits and library() is not None
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, table: Sequence[int], block: int, past: int, window: int | None
+) -> Tensor:
+    """Attend with rotated queries of one sequence's new tokens, whose keys and values are in the cache.
+
+    q: (1, H, T, d) fp32. keys, values: (K, C, d) bf16, contiguous. table: the sequence's blocks of `block`
+    cells. past: its earlier tokens. window: a token sees so many, itself included. Return (1, H, T, d). Raise
+    MemoryError if C cannot allocate its buffers.
+    """
+    code = library()
+    assert code is not None
+    _, heads, tokens, size = q.shape
+    y = torch.empty(1, tokens, heads, size)
+    blocks = (ctypes.c_int64 * len(table))(*table)
+    task = _TaskStruct(
+        q.data_ptr(), q.stride(1), q.stride(2), keys.data_ptr(), values.data_ptr(), ctypes.addressof(blocks),
+        block, keys.shape[1], past, tokens, window or 0, heads, len(keys), size, y.data_ptr(),
+    )  # fmt: skip
+    if code.pumice_attend(ctypes.byref(task), torch.get_num_threads()):
+        raise MemoryError(f"no memory is left for the attention of {tokens} tokens")
+    return y.transpose(1, 2)

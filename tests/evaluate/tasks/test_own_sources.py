@@ -1,0 +1,62 @@
+"""Your own questions in any format of rows: the first question of each, and its answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pumice.errors import InputError
+from pumice.evaluate.tasks import get_task
+
+ROWS = [
+    {"id": "a", "image": "a.png", "question": "What is it?", "answer": "dog"},
+    {"id": "b", "image": "b.png", "question": "And this?", "answer": "cat"},
+]
+
+
+def asked(data: Path) -> list[tuple[str, str, list[str], list[bytes | Path]]]:
+    questions = get_task("own").questions(data)
+    return [(q.id, q.prompt, q.meta["answers"], [image.source() for image in q.images]) for q in questions]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"picture " + name.encode())
+    return tmp_path
+
+
+def test_messages_and_turns(pictures: Path) -> None:
+    lines = []
+    for r in ROWS:
+        texts = {"user": f"<image>{r['question']}", "assistant": r["answer"]}
+        messages = [{"role": role, "content": text} for role, text in texts.items()]
+        lines.append(json.dumps({"id": r["id"], "images": [r["image"]], "messages": messages}) + "\n")
+    (pictures / "rows.jsonl").write_text("".join(lines))
+    expected = [(r["id"], r["question"], [r["answer"]], [pictures / r["image"]]) for r in ROWS]
+    assert asked(pictures / "rows.jsonl") == asked(pictures / "r*.jsonl") == expected
+
+
+def test_tables_with_pictures_inside(pictures: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    table = pandas.DataFrame(ROWS)
+    table["image"] = [(pictures / name).read_bytes() for name in table["image"]]
+    table["answers"] = [["dog", "a dog"], ["cat"]]
+    table["metric"] = ["contains", None]
+    (pictures / "set").mkdir()
+    table.to_parquet(pictures / "set" / "test-0.parquet")
+    assert asked(pictures / "set") == [
+        ("a", "What is it?", ["dog", "a dog"], [b"picture a"]),
+        ("b", "And this?", ["cat"], [b"picture b"]),
+    ]
+    metrics = [question.meta["metric"] for question in get_task("own").questions(pictures / "set")]
+    assert metrics == ["contains", "exact"]
+
+
+def test_the_own_format_keeps_its_messages(pictures: Path) -> None:
+    (pictures / "own.jsonl").write_text(json.dumps({"id": "a", "question": "?", "answers": {}}) + "\n")
+    with pytest.raises(InputError, match="'answers' must be a text or a list of texts"):
+        asked(pictures / "own.jsonl")
