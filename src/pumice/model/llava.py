@@ -66,19 +66,18 @@ class Llava(nn.Module):
             add_lora(self.decoder, config.lora)
 
     def _check_image_tokens(self) -> None:
-        """Raise InputError unless the connector gives as many image tokens as the config counts."""
-        weight = next(self.connector.parameters(), None)
-        vision = self.config.vision
-        if vision.kind == "none" or weight is None or not weight.is_meta:  # on meta, this computes nothing
+        """Raise InputError unless the connector's reduction leaves as many tokens as the config counts."""
+        config = self.config
+        if config.vision.kind == "none":
             return
-        with torch.no_grad():
-            features = torch.empty(1, vision.features, vision.width, device="meta")
-            tokens = self.connector(features).shape[1]
-        if tokens != self.config.image_tokens:
-            reduce = self.config.connector.reduce
+        # One channel on the CPU is enough to count, and costs nothing.
+        features = torch.zeros(1, config.vision.features, 1, device="cpu")
+        tokens = self.connector.reduce.apply(features, config.connector.factor).shape[1]
+        if tokens != config.image_tokens:
+            reduce = config.connector.reduce
             raise InputError(
                 f"the connector gives {tokens} image tokens of a tile, config.REDUCTIONS counts "
-                f"{self.config.image_tokens} for {reduce!r}; correct the count"
+                f"{config.image_tokens} for {reduce!r}; correct the count"
             )
 
     @property
