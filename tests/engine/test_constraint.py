@@ -85,13 +85,13 @@ PATTERNS = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdef
         ({"allOf": PATTERNS}, "it takes more than 2 s or 2048 MB to compile"),  # a minute
         ({"type": "object", "x-guidance": {"whitespace_flexible": True}}, "x-guidance is not allowed"),
         ({"properties": {"a": {"items": [{"x-guidance": {}}]}}}, "x-guidance is not allowed"),
-        ({"description": "x" * 70_000}, "it has 70019 bytes, more than 65536"),
+        ({"description": "x" * 70_000}, "it has 7\\d+ bytes, more than 65536"),
         (nested(40), "it has more than 32 levels"),
         ({"type": "integer", "minimum": 10**400}, ""),
     ],
 )
 def test_a_schema_that_cannot_be_followed(assistant: Assistant, schema: dict[str, Any], reason: str) -> None:
-    with pytest.raises(InputError, match=f"JSON schema cannot be followed .{reason}") as caught:
+    with pytest.raises(InputError, match=f"JSON schema cannot be followed .*{reason}") as caught:
         assistant.stream(ASKED, schema=schema)
     assert len(str(caught.value)) < 300
 

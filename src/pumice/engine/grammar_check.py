@@ -1,4 +1,4 @@
-"""Compile grammars in a process of their own: some take minutes or all memory, and cannot be stopped.
+"""Compile grammars in a process of their own: some take minutes, or all memory, and no library stops.
 
     python -m pumice.engine.grammar_check
 
@@ -37,7 +37,7 @@ def refused(reason: str, what: str) -> InputError:
 
 
 class GrammarCheck:
-    """The process that compiles grammars, to see that it can be done. `stop`, from any thread, ends it."""
+    """The process that compiles grammars once, to see that it works. `stop`, from any thread, ends it."""
 
     def __init__(self, grammars: Sequence[str]) -> None:
         self._grammars = grammars

@@ -42,7 +42,7 @@ class Checkpoint:
     weights: dict[str, Tensor]  # trainable parameters by name
     moments: dict[str, Tensor]  # the optimiser's tensors, "exp_avg.NAME"
     plain: dict[str, Any]  # the optimiser's plain values, "step.NAME"
-    rng: dict[str, Tensor]  # device -> state of this process's generator
+    rng: dict[str, Tensor]  # device -> state of this process's generator, and the number of its threads
     recipe: dict[str, Any]  # the fields that decide the run: a resumed run must have the same
     progress: dict[str, Any]  # counters: rows skipped, tokens computed
 

@@ -425,7 +425,7 @@ class Trainer:
 
     def _save(self, folder: Path) -> None:
         """Write a checkpoint: everything that the next step depends on."""
-        rng = {"cpu": torch.get_rng_state()}
+        rng = {"cpu": torch.get_rng_state(), "threads": torch.tensor(torch.get_num_threads())}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         # Of the optimiser, tensors (`moments`) and numbers (`plain`) are stored apart.
@@ -438,11 +438,7 @@ class Trainer:
             rng=rng,
             recipe=self.fixed_fields,
             # A copy: the thread that prepares the next step may add a bad row while this is written.
-            progress={
-                "tokens": self.tokens,
-                "skipped": dict(self.batches.skipped.reasons),
-                "threads": torch.get_num_threads(),
-            },
+            progress={"tokens": self.tokens, "skipped": dict(self.batches.skipped.reasons)},
         )
         checkpoints.save(folder, checkpoint, self.recipe.keep_last, self.world)
 
@@ -458,8 +454,9 @@ class Trainer:
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.device)
         self.step, self.tokens = checkpoint.step, checkpoint.progress["tokens"]
         self.batches.skipped.reasons.update(checkpoint.progress["skipped"])
-        threads, stored = torch.get_num_threads(), checkpoint.progress.get("threads")
-        if self.world.main and self.device.type == "cpu" and stored not in (None, threads):
+        threads = torch.get_num_threads()
+        stored = int(checkpoint.rng.get("threads", threads))
+        if self.world.main and self.device.type == "cpu" and stored != threads:
             print(
                 f"This run had {stored} threads and has {threads} now: sums round in another order, so its "
                 "weights may differ in the last digits. "
