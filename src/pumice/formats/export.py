@@ -125,8 +125,10 @@ def _check_written(to: str, folder: Path, model: LoadedParts) -> None:
     else:
         return  # adapters alone
     for part, before, after in pairs:
-        if part == "image":  # `square_notes` tells how several pictures are shown otherwise
-            before = replace(before, several=after.several)
+        if part == "image":
+            # Only a model that pads needs its colour, which `refusal` compares. `square_notes` tells what
+            # several pictures become.
+            before = replace(before, several=after.several, pad_color=after.pad_color)
         if part == "image" and after.several == "square" and before.max_tiles is None:
             # There, squares need a limit; `anyres_max` writes one that no picture reaches.
             before = replace(before, max_tiles=after.max_tiles)

@@ -11,7 +11,6 @@ whose state is in the checkpoint.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import sys
@@ -61,6 +60,7 @@ MUTABLE_FIELDS = {
     "save_every", "keep_last", "measure_every", "measure_rows", "sample_answers",
     "checkpointing", "parallel", "workers", "compile", "trackers",
 }  # fmt: skip
+FIXED_APART = {*MUTABLE_FIELDS, "shuffle_block"}  # not compared as the recipe has them
 
 
 def train(recipe: Recipe, trainer: type[Trainer] | None = None) -> Path:
@@ -78,12 +78,6 @@ def train(recipe: Recipe, trainer: type[Trainer] | None = None) -> Path:
         return (trainer or Trainer)(recipe, prepare(recipe, device), world).run()
     finally:
         world.leave()
-
-
-def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """Return the fields of a recipe that a resumed run must have in common, as JSON values."""
-    fields: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={*MUTABLE_FIELDS, "shuffle_block"}))
-    return fields
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ class Trainer:
         # 6. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
         self.digests = content_digests(recipe, self.batches.mixture.rows)
-        self.fixed_fields = _fixed(recipe)
+        self.fixed_fields = recipe.stored(exclude=FIXED_APART)
         if (block := self.batches.mixture.shuffle_block) != 1:  # 1 is what older versions did
             self.fixed_fields["shuffle_block"] = block
         self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
@@ -216,7 +210,7 @@ class Trainer:
             recipe = Recipe.model_validate(current | own)
         except ValidationError:  # such as a field that is gone: the comparison names it
             return stored
-        return stored | _fixed(recipe)
+        return stored | recipe.stored(exclude=FIXED_APART)
 
     def _train(self, folder: Path) -> Path:
         """Run the steps that remain, with their measurements and checkpoints, and save the model."""
@@ -466,7 +460,7 @@ class Trainer:
 
     def _summary(self, report: TrainingReport) -> dict[str, Any]:
         return {
-            "recipe": json.loads(self.recipe.model_dump_json()),
+            "recipe": self.recipe.stored(),
             "steps": self.step,
             "tokens": self.tokens,
             "skipped_rows": len(self.batches.skipped.reasons),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -200,6 +201,20 @@ class Recipe(RecipeSection):
     )
     measure_rows: PositiveInt = Field(200, description="held-out pictures measured each time")
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
+
+    def stored(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Return the recipe as JSON values, without some fields.
+
+        Fields that came later are left out at their defaults, so that runs of older versions resume.
+        """
+        fields: dict[str, Any] = json.loads(self.model_dump_json(exclude=set(exclude)))
+        if fields.get("shuffle_block", self) is None:
+            del fields["shuffle_block"]
+        for source in (*fields.get("data", ()), *fields.get("held_out", ())):
+            for name in ("columns", "question", "split", "config", "revision"):
+                if not source[name]:
+                    del source[name]
+        return fields
 
     @property
     def base(self) -> Path | None:
