@@ -4,7 +4,7 @@
 #   make test    all the tests
 #   make test-busy   the same beside two busy loops, without a terminal, with SIGINT ignored
 #   make check   lint, formatting, types, layers
-#   make clients   ask a server with sixteen real clients (needs node and npm for two of them)
+#   make clients   ask a server with fourteen real clients (needs node and npm for two of them)
 #   make docs    the documentation as a site, in build/site
 #   make notebooks   run the notebooks and keep their outputs
 #   make fmt     rewrite the code as `make check` wants it
