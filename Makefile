@@ -7,6 +7,7 @@
 #   make clients   ask a server with fourteen real clients (needs node and npm for two of them)
 #   make docs    the documentation as a site, in build/site
 #   make notebooks   run the notebooks and keep their outputs
+#   make tutorial   train the tutorial's example and ask for every row that it learned (minutes)
 #   make fmt     rewrite the code as `make check` wants it
 #   make clean   remove .venv, build and caches
 #
@@ -22,7 +23,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TOO_OLD := Pumice needs Python >= 3.10; name a newer one: make PYTHON=python3.12
 
-.PHONY: demo test test-busy check clients docs notebooks fmt clean
+.PHONY: demo test test-busy check clients docs notebooks tutorial fmt clean
 
 demo: .venv/.runtime
 	@$(BIN)/python examples/demo.py
@@ -62,6 +63,9 @@ docs: .venv/.docs
 
 notebooks: .venv/.dev
 	$(BIN)/python notebooks/run.py $(ARGS)
+
+tutorial: .venv/.dev
+	$(BIN)/python .ci/finetune.py
 
 fmt: .venv/.dev
 	$(BIN)/ruff check --fix .
