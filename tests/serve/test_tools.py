@@ -148,6 +148,12 @@ BAD_CALL = {"id": "a", "type": "function", "function": {"name": "say", "argument
             "schema cannot be followed (Invalid type: nonsense)",
         ),
         (
+            {"tools": [tool("say", {"type": "object", "x-guidance": {"lenient": True}})]},
+            "tools.0.function.parameters",
+            "invalid_function_parameters",
+            "x-guidance is not allowed",
+        ),
+        (
             {"tools": [tool("say", {"type": "nonsense"})]},
             "tools.0.function.parameters",
             "invalid_function_parameters",

@@ -34,7 +34,7 @@ def held_to(request: GenerationRequest, functions: Sequence[FunctionDescription]
     Raises ApiError if the request asks for two things at once, or for what is no schema.
     """
     if functions:
-        return _calls(call_rules(functions))
+        return _calls(functions)
     outputs, form = request.structured_outputs, request.response_format
     asked: dict[str, tuple[str, Any]] = {}  # field -> kind and value
     if form is not None and form.type != "text":
@@ -64,15 +64,22 @@ def tool_schemas(request: ChatRequest, functions: Sequence[FunctionDescription])
     """
     return [
         _calls(
-            call_rules([tool.function], lenient=tool.function not in functions),
+            [tool.function],
             f"tools.{number}.function.parameters",
+            lenient=tool.function not in functions,
         )
         for number, tool in enumerate(request.tools or ())
     ]
 
 
-def _calls(grammar: str, field: str = "tools") -> HeldTo:
-    return HeldTo(grammar, field, "schema", "invalid_function_parameters")
+def _calls(
+    functions: Sequence[FunctionDescription], field: str = "tools", *, lenient: bool = False
+) -> HeldTo:
+    code = "invalid_function_parameters"
+    try:
+        return HeldTo(call_rules(functions, lenient=lenient), field, "schema", code)
+    except InputError as error:  # too large, too deep, or with settings of the library's
+        raise ApiError(400, str(error), param=field, code=code) from error
 
 
 def _rule(field: str, kind: str, value: Any) -> HeldTo:
