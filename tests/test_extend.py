@@ -41,9 +41,10 @@ def example() -> Iterator[Callable[[str], ModuleType]]:
         return module
 
     yield imported
-    for table, before in ((KINDS, kinds), (registry(), tasks)):
-        table.clear()
-        table.update(before)  # type: ignore[arg-type]
+    for kind in KINDS.keys() - kinds.keys():
+        del KINDS[kind]
+    for task in registry().keys() - tasks.keys():
+        del registry()[task]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ Shapes: L layers, K key/value heads, C cells, d head dimension; B = 1, T new tok
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -92,8 +93,7 @@ class KVCache:
         self.check(segments)
         # 1. What all layers share is computed once: the cells to write, and what each segment may see.
         new_cells = self._new_cells(segments)
-        windows = {self.config.window(layer) for layer in range(self.config.depth)}
-        views = {window: [self._view(segment, window) for segment in segments] for window in windows}
+        view = functools.cache(lambda number, window: self._view(segments[number], window))
         new_counts = [segment.new for segment in segments]
         softcap = self.config.attention_softcap
 
@@ -104,13 +104,14 @@ class KVCache:
             values.index_copy_(1, new_cells, v[0].to(values.dtype))
             # 3. Attend segment by segment: sequences have different lengths and must not see each other.
             window, in_c = self.config.window(layer), softcap is None and can_attend(q, keys)
-            parts = zip(q.split(new_counts, 2), segments, views[window], strict=True)
-            outputs = [
-                attend_in_c(queries, keys, values, table, self.block, past, window)
-                if in_c and new > 1
-                else sdpa(queries, *read(layer), mask, mask is None and new > 1, softcap)
-                for queries, (table, past, new), (read, mask) in parts
-            ]
+            outputs = []
+            for number, queries in enumerate(q.split(new_counts, 2)):
+                table, past, new = segments[number]
+                if in_c and new > 1:
+                    outputs.append(attend_in_c(queries, keys, values, table, self.block, past, window))
+                else:  # views and masks are made here, because compiled code needs none
+                    read, mask = view(number, window)
+                    outputs.append(sdpa(queries, *read(layer), mask, mask is None and new > 1, softcap))
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
         return attend
