@@ -212,8 +212,8 @@ def _draw(
     limited = {row for row, one in enumerate(params) if one.top_k or one.top_p < 1 or one.min_p > 0}
     if rows := [row for row in range(len(params)) if row not in limited]:
         tokens[rows] = _pick(_take(probabilities, rows), numbers[rows])
-    # 3. Others select the likeliest tokens first: few hold most of the probability. How many are selected depends
-    #    on the row alone.
+    # 3. Others select the likeliest tokens first: few hold most of the probability. How many are selected
+    #    depends on the row alone.
     wide = []
     counts = {row: min(vocabulary, params[row].top_k or LIKELIEST) for row in sorted(limited)}
     for count in sorted(set(counts.values())):
@@ -223,9 +223,10 @@ def _draw(
         picked = _pick(best * kept, numbers[rows])
         tokens[rows] = ids.gather(1, picked[:, None])[:, 0]
         # 4. If even the last of them belongs to the set, others may too.
-        ends = kept[:, -1].tolist()
-        wide += [row for row, last in zip(rows, ends, strict=True) if last and not params[row].top_k]
-    if wide and count < vocabulary:
+        if count < vocabulary:
+            ends = kept[:, -1].tolist()
+            wide += [row for row, last in zip(rows, ends, strict=True) if last and not params[row].top_k]
+    if wide:
         chosen = [params[row] for row in wide]
         tokens[wide] = _draw_wide(_take(probabilities, wide), chosen, [generators[row] for row in wide])
     return tokens
@@ -234,7 +235,7 @@ def _draw(
 def likeliest(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest of each row and their tokens, the largest first: twice (B, count).
 
-    probabilities: (B, V). They lie in the `count` blocks whose largest are the largest: those alone are sorted.
+    probabilities: (B, V). Only the blocks that hold the largest are sorted: at most `count`.
     """
     rows, vocabulary = probabilities.shape
     blocks = vocabulary // BLOCK
@@ -254,8 +255,8 @@ def _draw_wide(
 ) -> Tensor:
     """Draw a token of each row (B,) where sets are so wide that to sort them would take long.
 
-    Draw from all tokens (B, V), again where the token does not belong to the set (rejection sampling). A token
-    belongs to it if the likelier ones have less than top_p, which takes no sorting.
+    Draw from all tokens (B, V), again where the token does not belong to the set (rejection sampling). A
+    token belongs to it if the likelier ones have less than top_p, which takes no sorting.
     """
     device = probabilities.device
     tokens = torch.empty(len(params), dtype=torch.long, device=device)
