@@ -378,7 +378,7 @@ class Assistant:
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         """Return the caller's options, else the model's, with the template's stop text if it has one."""
-        params = SamplingParams(**{**self.generation, **sampling})
+        params = SamplingParams.of({**self.generation, **sampling})
         template = self.processor.template
         if self.processor.tokenizer.stops(template):
             return params

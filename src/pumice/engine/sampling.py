@@ -6,8 +6,8 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pumice.config import PENALTIES
-from pumice.errors import InputError
+from pumice.errors import InputError, instead_of
 
 LIKELIEST = 64  # tokens that top_p and min_p select first
 TRIES = 16  # draws from all tokens for one that top_p and min_p allow, before they are sorted
@@ -84,6 +84,15 @@ class SamplingParams:
             _require(self.logprobs >= 0, "logprobs", self.logprobs, "0 or more")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> SamplingParams:
+        """Return the parameters that these options give. Raises InputError on an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise InputError(f"there is no sampling option {name!r}{instead_of(name, known)}")
+        return cls(**options)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return the random generator of one answer. It does not depend on other answers."""
