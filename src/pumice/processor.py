@@ -122,6 +122,9 @@ class Processor:
             raise InputError("this model is a language model without a vision tower; ask it without pictures")
         layouts = self.layouts(images)
         counts = [layout.tokens for layout in layouts]
+        if generate or not self.truncate:
+            texts = [span.text for span in spans if not isinstance(span, ImagePart)]
+            self.tokenizer.check_length(texts, self.config.decoder.context, "the conversation")
         input_ids, labels = encode(self._wrap(spans), self.tokenizer, counts, self.config.bos_token_id)
         limit = self.config.decoder.context
         if len(input_ids) > limit and (generate or not self.truncate):
