@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
 # After the time of the drain. The sum is less than the 5 s in which the process has to end.
-SEND_SECONDS = 2.0  # for clients to take the error that ends their request
-ARRIVE_SECONDS = 0.3  # for requests of connections that were just made
+SEND_SECONDS = 1.5  # for clients to take the error that ends their request
+ACCEPT_SECONDS = 0.3  # for connections that the system has made and the server has not seen yet
+ARRIVE_SECONDS = 1.0  # for the first requests of new connections
 EXIT_SECONDS = 4.5  # then the process ends, whatever runs
 
 
@@ -83,7 +84,10 @@ class Server(uvicorn.Server):
         self._gate.end()
         begun = time.monotonic()
         await self._wait(lambda: self._gate.in_flight == 0, SEND_SECONDS)
-        await self._wait(lambda: False, begun + ARRIVE_SECONDS - time.monotonic())
+        await self._wait(lambda: False, begun + ACCEPT_SECONDS - time.monotonic())
+        for server in self.servers:
+            server.close()
+        await self._wait(lambda: not self._expects_requests(), ARRIVE_SECONDS)
         # 2. Cut off clients that do not read what is sent.
         for connection in list(self.server_state.connections):
             if isinstance(connection, LimitedProtocol):
@@ -91,6 +95,11 @@ class Server(uvicorn.Server):
         # 3. Close the other connections, then the engine.
         await super().shutdown(sockets)
         self._log_stopped()
+
+    def _expects_requests(self) -> bool:
+        """Return whether a connection was made that has not brought its first request."""
+        connections = self.server_state.connections
+        return any(isinstance(one, LimitedProtocol) and one.cycle is None for one in connections)
 
     @staticmethod
     async def _wait(until: Callable[[], bool], seconds: float) -> None:
