@@ -30,6 +30,7 @@ from pumice.images import read_image
 from pumice.messages import join_messages, read_message
 from pumice.model.llava import Llava
 from pumice.processor import Processor
+from pumice.stopping import check_stopped
 
 if TYPE_CHECKING:
     from pumice.engine.constraint import JsonSchema
@@ -383,7 +384,7 @@ class Assistant:
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         """Return the caller's options, else the model's, with the template's stop text if it has one."""
-        params = SamplingParams(**{**self.generation, **sampling})
+        params = SamplingParams.of({**self.generation, **sampling})
         template = self.processor.template
         if self.processor.tokenizer.stops(template):
             return params
@@ -413,6 +414,7 @@ class Assistant:
 
     def _prompt_image(self, image: ImagePart, layout: Layout) -> PromptImage:
         """Read an image now, so that a wrong one raises now. The tower runs only if the engine needs it."""
+        check_stopped()
         key = self.processor.key(image, layout)
         with self._lock:
             tokens = self._image_tokens.get(key)

@@ -26,6 +26,11 @@ from pumice.tokens import Tokenizer
 ARCHITECTURES = tuple(name for name, family in FAMILIES.items() if family.gguf)
 # The divisors of the rotary frequencies, which only Llama 3 has.
 _FACTORS = "rope_freqs.weight"
+# Metadata with which other decoders scale or cap a part of their computation, or choose between experts.
+_OF_OTHER_DECODERS = (
+    "embedding_scale", "residual_scale", "logit_scale", "attention.scale", "attn_logit_softcapping",
+    "final_logit_softcapping", "expert_count",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,11 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
 
     if "token_embd.weight" not in file.infos:
         raise InputError(f"{file.path} has no tensor token_embd.weight, so it is not a language model")
+    for key in _OF_OTHER_DECODERS:
+        if metadata.get(f"{kind}.{key}"):
+            raise InputError(
+                f"{file.path}: {kind}.{key} is {metadata[f'{kind}.{key}']}, which Pumice does not compute"
+            )
     # 2. Rotary positions: refuse what our decoder does not compute.
     width, heads = value("embedding_length"), value("attention.head_count")
     head_dim = value("attention.key_length", width // heads)
