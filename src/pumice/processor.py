@@ -119,7 +119,10 @@ class Processor:
         spans = self.template.render(conversation, generate=generate)
         images = tuple(span for span in spans if isinstance(span, ImagePart))
         if images and self.config.vision.kind == "none":
-            raise InputError("this model is a language model without a vision tower; ask it without pictures")
+            raise InputError(
+                "this model is a language model without a vision tower; ask it without pictures, or give the "
+                "mmproj file of a LLaVA in GGUF with --mmproj"
+            )
         layouts = self.layouts(images)
         counts = [layout.tokens for layout in layouts]
         if generate or not self.truncate:
