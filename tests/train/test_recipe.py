@@ -254,3 +254,19 @@ def test_a_wheel_brings_the_recipes(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith(f"fine-tuning {tmp_path}")
+
+
+def test_a_field_that_came_later_is_stored_only_where_it_is_set(tmp_path: Path) -> None:
+    """So that the folder of a run looks to an earlier version as its own."""
+    plain = load_recipe(write(tmp_path))
+    assert set(plain.stored()["data"][0]) == {"rows", "weight", "mirror"}
+    assert "shuffle_block" not in plain.stored() and plain.stored()["seed"] == 0
+    overrides = ["shuffle_block=5", "data.0.split=train", "data.0.columns={image: photo}"]
+    changed = load_recipe(write(tmp_path), overrides)
+    assert changed.stored()["shuffle_block"] == 5
+    assert changed.stored()["data"][0] == plain.stored()["data"][0] | {
+        "split": "train",
+        "columns": {"image": "photo"},
+    }
+    for recipe in (plain, changed):
+        assert Recipe.model_validate(recipe.stored()) == recipe
