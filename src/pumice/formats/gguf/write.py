@@ -34,7 +34,7 @@ from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
-from pumice.formats.text.chat_template import quoted, to_jinja
+from pumice.formats.text.chat_template_write import quoted, to_jinja
 from pumice.kernels.packed import from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts

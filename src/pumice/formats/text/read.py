@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pumice.formats.text.files import TokenizerFiles
 from pumice.formats.text.isolated import describe, image_wrap
 from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.storage.json_file import Keys
-from pumice.templates import OWN, TEMPLATES, get_template
+from pumice.templates import OWN, TEMPLATES, Template, get_template
 from pumice.tokens import Tokenizer
 
 
@@ -113,7 +113,9 @@ class TextSide:
             return (
                 f"{usual} was assumed; the tokenizer's chat template, which is no such format, was left out"
             )
-        if described.template == usual:
+        own, known = described.chat, TEMPLATES[usual]
+        without_tools = None if own is None else replace(own, tools=None)
+        if described.template == usual or (isinstance(known, Template) and without_tools == known.chat):
             return ""
         name = f"{described.template}, " if described.template != OWN else ""
         return (
