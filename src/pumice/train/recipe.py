@@ -280,13 +280,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
+    set_keys = []
     for override in overrides:
-        origin[set_key(values, override)] = f"--set {override}"
+        set_keys.append(set_key(values, override))
+        origin[set_keys[-1]] = f"--set {override}"
+        if set_keys[-1] == ("extends",):
+            raise InputError(f"--set {override}: extends can be set in the recipe's file only")
     # 3. Validate only the merged values: a recipe that is extended need not be complete by itself.
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        loc, message = _main_problem(error)
+        loc, message = _main_problem(error, set_keys)
         # A missing key has no origin. Then name the file that sets the mapping around it.
         origins = [origin[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origin]
         raise InputError(f"{next(iter(origins), path)}: {message}") from error
@@ -316,8 +320,8 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = _nearest_shipped(base_name.removesuffix(".yaml"))
-        hint = f"; one that Pumice brings is named {SHIPPED}{shipped}" if shipped else ""
+        shipped = _near_shipped(base_name.removesuffix(".yaml"))
+        hint = f"; one that Pumice brings is named {SHIPPED}{shipped[0]}" if shipped else ""
         raise InputError(f"{path}: extends {base_name}, but there is no {base_path}{hint}")
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
@@ -332,11 +336,17 @@ def _shipped_folder() -> Path:
     return inside if inside.is_dir() else package.parent.parent / "recipes"
 
 
-def _nearest_shipped(name: str) -> str | None:
+def _shipped_names() -> list[str]:
     folder = _shipped_folder()
-    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
-    by_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
-    return next(iter(by_end or difflib.get_close_matches(name, names, n=1, cutoff=0.4)), None)
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+
+
+def _near_shipped(name: str) -> list[str]:
+    """Return up to three names of shipped recipes that are like a wrong one: first by their last part."""
+    names = _shipped_names()
+    same_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
+    longer = [known for known in names if len(name) > 2 and name.lower() in known]
+    return (same_end or longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4))[:3]
 
 
 def _shipped(name: str, prefix: str) -> Path:
@@ -344,9 +354,9 @@ def _shipped(name: str, prefix: str) -> Path:
     own_name = name.removeprefix(SHIPPED)
     path = _shipped_folder() / f"{own_name}.yaml"
     if not path.is_file():
-        near = _nearest_shipped(own_name)
-        hint = f"; did you mean {SHIPPED}{near}?" if near else ""
-        raise InputError(f"{prefix}{name}: Pumice brings no such recipe{hint}")
+        near = " or ".join(f"{SHIPPED}{known}" for known in _near_shipped(own_name.removesuffix(".yaml")))
+        hint = f"did you mean {near}?" if near else f"it brings {', '.join(_shipped_names())}"
+        raise InputError(f"{prefix}{name}: Pumice brings no such recipe; {hint}")
     return path
 
 
@@ -388,8 +398,18 @@ _KNOWN_KEYS = [
 ]  # fmt: skip
 
 
+# What transformers' arguments and LLaVA's scripts call a key, where its spelling is no hint.
+_ELSEWHERE = {
+    "lr": "stage.learn", "learning_rate": "stage.learn", "num_train_epochs": "epochs", "bf16": "precision",
+    "per_device_train_batch_size": "batch", "model_name_or_path": "model", "data_path": "data.0.rows",
+    "image_folder": "pictures",
+}  # fmt: skip
+
+
 def _nearest(dotted: str, known: Sequence[str]) -> str | None:
     """Return the known key that an unknown one may mean: spelt alike, at best in the same place."""
+    if dotted in _ELSEWHERE:
+        return _ELSEWHERE[dotted]
     place, _, key = dotted.rpartition(".")
     leaves = {name.rpartition(".")[2] for name in known}
     near = difflib.get_close_matches(key, leaves, n=1)
@@ -401,8 +421,8 @@ def _nearest(dotted: str, known: Sequence[str]) -> str | None:
     return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
 
 
-def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
-    """Return (keys, message) of the one problem that helps the user most."""
+def _main_problem(error: ValidationError, set_keys: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], str]:
+    """Return (keys, message) of the one problem that helps the user most. set_keys: of the overrides."""
     problems = error.errors()
     # A misspelt key comes before the key that is missing because of it.
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
@@ -422,12 +442,17 @@ def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
         loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]
     dotted = ".".join(loc)
     if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
-        near = _nearest(dotted, known)
-        hint = NEWER if near is None else f"; did you mean {near!r}?"
-        return tuple(loc), f"unknown key {dotted!r}{hint}"
+        # An override may have made the unknown mapping: then its whole key is what the user wrote.
+        whole = next((list(keys) for keys in set_keys if list(keys[: len(loc)]) == loc), loc)
+        near = _nearest(".".join(whole), known) or _nearest(dotted, known)
+        hint = f"; did you mean {near!r}?" if near else NEWER
+        if not near and known is not _KNOWN_KEYS:
+            hint = f"; the parts are {', '.join(get_args(Part))}"
+        return tuple(whole), f"unknown key {'.'.join(whole)!r}{hint}"
     plain = {
         "missing": "is missing",
         "path_type": "must be a path or a mapping",
+        "model_type": "must be a mapping of keys to values",
         "too_short": "is empty; give one",
     }
     if problem["type"] in plain:
