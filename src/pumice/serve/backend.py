@@ -53,8 +53,9 @@ from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesForm
 from pumice.serve.settings import ServerSettings
 from pumice.serve.stream import ActiveRequest, EventStream, PieceReader, as_text
-from pumice.serve.tools import CallReader, check_tools, functions_to_call, instruction
+from pumice.serve.tools import CLOSE, ToolUse, check_tools, tool_use
 from pumice.serve.work import Kind, Workers, kind_of
+from pumice.templates import Plain
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
@@ -69,6 +70,7 @@ TOKEN_BYTES = 24  # of each token of a prompt, in each of its answers
 MAX_GRAMMARS = 256  # compiled ones in the cache
 MAX_EXPLAINED = 512  # tokens of an answer to explain
 CLOSE_SECONDS = 1.0  # for the engine's last step; its thread ends with the process
+LEAST_TOP_P = 1e-9  # leaves the likeliest token
 
 
 class Backend:
@@ -145,25 +147,23 @@ class Backend:
         """Answer a conversation. field: where a request of another protocol has it."""
         # 1. Check what needs no work.
         check_tools(request, field)
-        functions = functions_to_call(request)
+        template = self.assistant.processor.template
+        tools = tool_use(request, None if isinstance(template, Plain) else template.chat.tools)
         sampling = self._sampling(request)
-        if request.top_logprobs is not None and not request.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        if tools and tools.around is not None:
+            sampling["stop"] = (*request.stops, CLOSE)
         if request.logprobs:
             sampling["logprobs"] = request.top_logprobs or 0
         # 2. Compile what the answer is held to, and read the pictures.
-        schemas = await self._workers.run("parse", tool_schemas, request, functions)
-        held = await self._workers.run("parse", held_to, request, functions)
+        schemas = await self._workers.run("parse", tool_schemas, request, tools)
+        held = await self._workers.run("parse", held_to, request, tools)
         constraint = await self._compile(held, schemas)
         pictures, pixels = await self._read_images(record, request)
-        told = instruction(functions) if functions else ""
-        kind = kind_of(characters_of(request) + len(told), pixels)
-        readers: list[PieceReader] = [
-            CallReader(functions) if functions else as_text for _ in range(request.n or 1)
-        ]
+        kind = kind_of(characters_of(request) + len(tools.told()), pixels)
+        readers: list[PieceReader] = [tools.reader() if tools else as_text for _ in range(request.n or 1)]
         # 3. Answer.
         async with self._input_errors(field or "messages", pictures, kind=kind):
-            prompt = await self._workers.run(kind, self._chat_prompt, request, pictures, told, sampling)
+            prompt = await self._workers.run(kind, self._chat_prompt, request, pictures, tools, sampling)
             pictures.clear()
             prompts = _several(replace(prompt, constraint=constraint), request.n or 1)
             return await self._answer(record, request, prompts, readers, form)
@@ -286,7 +286,7 @@ class Backend:
         values = {
             "max_new_tokens": most if asked == -1 else min(asked, most),
             "temperature": request.temperature,
-            "top_p": request.top_p,
+            "top_p": None if request.top_p is None else max(request.top_p, LEAST_TOP_P),
             "top_k": None if request.top_k is None else max(0, request.top_k),
             "min_p": request.min_p,
             "repetition_penalty": request.repetition_penalty,
@@ -298,9 +298,9 @@ class Backend:
         return {key: value for key, value in values.items() if value is not None}
 
     def _chat_prompt(
-        self, request: ChatRequest, pictures: Pictures, told: str, sampling: dict[str, Any]
+        self, request: ChatRequest, pictures: Pictures, tools: ToolUse, sampling: dict[str, Any]
     ) -> Prompt:
-        messages = conversation(request, pictures, self.assistant.processor.template, told)
+        messages = conversation(request, pictures, self.assistant.processor.template, tools.told())
         if request.messages[-1].role == "assistant" and not request.continues:
             raise InputError(
                 "the last message is the assistant's; add a question, or set continue_final_message to have "

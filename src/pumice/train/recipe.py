@@ -22,13 +22,15 @@ from pydantic import (
     Discriminator,
     Field,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
-from pumice.errors import InputError
+from pumice.errors import NEWER, InputError
 from pumice.storage.yaml_file import read_yaml, set_key
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
@@ -38,10 +40,31 @@ Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_new
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+_LATER: dict[str, Any] = {"later": True}
+
+
+def later(default: Any, description: str) -> Any:
+    """Return a field that earlier versions lack: it is written only where it is not the default.
+
+    So runs that they began resume, and they can resume runs that do without it.
+    """
+    return Field(default, description=description, json_schema_extra=_LATER)
+
+
 class RecipeSection(BaseModel):
     """A mapping inside a recipe; a key that is not a field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the fields that came later, where they have their default."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if not self._is_later(name)}
+
+    def _is_later(self, name: str) -> bool:
+        field = type(self).model_fields[name]
+        return field.json_schema_extra == _LATER and getattr(self, name) == field.default
 
 
 class NewModel(RecipeSection):
@@ -132,13 +155,11 @@ class RowSource(RecipeSection):
     )
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each row; 0.5 is a random half")
     mirror: bool = Field(False, description="pictures may be mirrored, as no row speaks of left and right")
-    columns: dict[str, str] = Field(
-        default={}, description="role (image, question, answer, ...) -> the column that has it"
-    )
-    question: str | None = Field(None, description="what is asked about a caption, a text or a label")
-    split: str | None = Field(None, description="of a set with several, by the names of files or the card")
-    config: str | None = Field(None, description="of a set with several: the folder, or the card's name")
-    revision: str | None = Field(None, description="of a set on the hub: a branch, a tag or a commit")
+    columns: dict[str, str] = later({}, "role (image, question, answer, ...) -> the column that has it")
+    question: str | None = later(None, "what is asked about a caption, a text or a label")
+    split: str | None = later(None, "of a set with several, by the names of files or the card")
+    config: str | None = later(None, "of a set with several: the folder, or the card's name")
+    revision: str | None = later(None, "of a set on the hub: a branch, a tag or a commit")
 
 
 class Recipe(RecipeSection):
@@ -174,8 +195,8 @@ class Recipe(RecipeSection):
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
 
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8-bit states need bitsandbytes")
-    shuffle_block: PositiveInt | None = Field(
-        None, description="rows that stay together in the order; when absent 1 for plain files, else 1,000"
+    shuffle_block: PositiveInt | None = later(
+        None, "rows that stay together in the order; when absent 1 for plain files, else 1,000"
     )
     order: Literal["pack", "length_grouped"] = Field(
         "pack", description="rows of a step at random, or of like length and kind, as LLaVA's own sampler"
@@ -203,17 +224,8 @@ class Recipe(RecipeSection):
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
 
     def stored(self, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """Return the recipe as JSON values, without some fields.
-
-        Fields that came later are left out at their defaults, so that runs of older versions resume.
-        """
+        """Return the recipe as JSON values, without some fields."""
         fields: dict[str, Any] = json.loads(self.model_dump_json(exclude=set(exclude)))
-        if fields.get("shuffle_block", self) is None:
-            del fields["shuffle_block"]
-        for source in (*fields.get("data", ()), *fields.get("held_out", ())):
-            for name in ("columns", "question", "split", "config", "revision"):
-                if not source[name]:
-                    del source[name]
         return fields
 
     @property
@@ -411,7 +423,8 @@ def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     dotted = ".".join(loc)
     if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
         near = _nearest(dotted, known)
-        return tuple(loc), f"unknown key {dotted!r}" + (f"; did you mean {near!r}?" if near else "")
+        hint = NEWER if near is None else f"; did you mean {near!r}?"
+        return tuple(loc), f"unknown key {dotted!r}{hint}"
     plain = {
         "missing": "is missing",
         "path_type": "must be a path or a mapping",
