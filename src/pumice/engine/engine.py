@@ -336,15 +336,7 @@ class Engine:
                 x[torch.from_numpy(offsets + rows_before).to(x.device)] = image_tokens.to(x)
                 request.step_images = None
             rows_before += count
-
-        # 3. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix. The first
-        #    time, compare compiled code with PyTorch.
-        def run_pytorch() -> Tensor:
-            rows = torch.tensor(due_rows, dtype=torch.long, device=x.device)
-            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
-            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
-            return model.decoder.logits(hidden)
-
+        # 3. Choose compiled code or PyTorch. The first time, compare both.
         native = self._native_for(plan)
         if native and not native.compared and not native.agrees(x[:TRIAL_ROWS]):
             _LOG.warning(
@@ -352,8 +344,15 @@ class Engine:
                 "answers, more slowly"
             )
             self._native = native = None
-        logits = native.logits(x, segments, due_rows) if native else run_pytorch()
-        # 4. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
+        # 4. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix.
+        if native:
+            logits = native.logits(x, segments, due_rows)
+        else:
+            rows = torch.tensor(due_rows, dtype=torch.long, device=x.device)
+            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
+            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
+            logits = model.decoder.logits(hidden)
+        # 5. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
         #    again.
         for request, count in plan:
             slot = request.slot
