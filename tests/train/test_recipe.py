@@ -46,6 +46,13 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"epoch": 2}, r"unknown key 'epoch'; did you mean 'epochs'\?"),
+        ({"zzz": 2}, r"unknown key 'zzz'; remove it, or update Pumice if a newer version wrote it"),
+        (
+            {"stage": {"learn": {"connector": 1e-3}, "zzz": 1}},
+            r"unknown key 'stage\.zzz'; remove it, or update",
+        ),
+        ({"data": [{"rows": "r", "zzz": 1}]}, r"unknown key 'data\.0\.zzz'; remove it, or update"),
+        ({"model": {"base": "m", "connector": {}, "zzz": 1}}, r"unknown key 'model\.zzz'; remove it, or"),
         ({"stage": {"learn": {}}}, r"stage: learn names no part"),
         ({"stage": {"learn": {"connector": 0.0}}}, r"the rate 0\.0"),
         ({"stage": {"learn": {"projector": 1e-3}}}, r"unknown key 'stage\.learn\.projector'; .*"),

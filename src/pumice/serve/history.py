@@ -7,7 +7,14 @@ from dataclasses import replace
 
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.messages import Parts, join_messages, join_parts
-from pumice.serve.messages import ChatMessage, FunctionMessage, ImageUrlPart, PastAnswer, ToolMessage
+from pumice.serve.messages import (
+    AnyMessage,
+    ChatMessage,
+    FunctionMessage,
+    ImageUrlPart,
+    PastAnswer,
+    ToolMessage,
+)
 from pumice.serve.protocol import ConversationRequest
 from pumice.serve.tools import past_call
 from pumice.templates import RESULT, Plain, Template
@@ -59,6 +66,25 @@ def conversation(
     if only_system:  # a question, wherever it was written
         messages = [replace(message, role="user") for message in messages]
     return Conversation(join_messages(messages, has_system=has_system))
+
+
+def texts_of(message: AnyMessage) -> list[str]:
+    """Return the texts of a message."""
+    content = message.content
+    if isinstance(content, str):
+        return [content]
+    return [part.text for part in content or () if not isinstance(part, ImageUrlPart)]
+
+
+def characters_of(request: ConversationRequest) -> int:
+    """Return how much text a request holds, its calls included."""
+    calls = (
+        call.function.arguments
+        for message in request.messages
+        if isinstance(message, PastAnswer)
+        for call in message.tool_calls or ()
+    )
+    return sum(map(len, (*calls, *(text for message in request.messages for text in texts_of(message)))))
 
 
 def _turn(

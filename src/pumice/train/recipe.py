@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
-from pumice.errors import InputError
+from pumice.errors import NEWER, InputError
 from pumice.storage.yaml_file import read_yaml, set_key
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
@@ -411,7 +411,8 @@ def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     dotted = ".".join(loc)
     if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
         near = _nearest(dotted, known)
-        return tuple(loc), f"unknown key {dotted!r}" + (f"; did you mean {near!r}?" if near else "")
+        hint = NEWER if near is None else f"; did you mean {near!r}?"
+        return tuple(loc), f"unknown key {dotted!r}{hint}"
     plain = {
         "missing": "is missing",
         "path_type": "must be a path or a mapping",
