@@ -223,6 +223,11 @@ class CompletionRequest(GenerationRequest):
     ] = Field(description="Text as it is, without the model's template; or token ids; or a list of either.")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = Field(None, description="Whether the answer begins with the prompt.")
+    max_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None,
+        description=f"{_LIMIT} 0 with echo gives the prompt alone.",
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+    )
     suffix: Literal[""] | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = Field(None, description="Whether a text begins with the model's BOS.")
@@ -237,8 +242,8 @@ class CompletionRequest(GenerationRequest):
     def _check_choices(self) -> CompletionRequest:
         if self.best_of not in (None, self.n or 1):
             raise field_error("best_of", "should be n: every answer is returned; leave it out")
-        if self.echo and self.logprobs is not None:
-            raise field_error("echo", "has no logprobs: those of a prompt are not computed; leave it out")
+        if self.max_tokens == 0 and not self.echo:
+            raise field_error("max_tokens", "should be 1 or more, or -1 for as long as it fits")
         return self
 
 
@@ -350,8 +355,8 @@ class ChatChunk(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None] = Field(description="null for the first token of a prompt.")
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
