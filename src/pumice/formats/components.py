@@ -12,6 +12,7 @@ from pumice.config import DecoderConfig, ImagePolicy, VisionConfig, as_stored, f
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
+from pumice.formats.families import TOWERS
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.gguf.read import language_file
 from pumice.formats.hf.config import decoder_config, default_policy, image_policy, vision_config
@@ -118,6 +119,11 @@ def describe_tower(path: Path) -> tuple[VisionConfig, ImagePolicy]:
     model_type = keys.get("model_type", str)
     check_classes(keys, model_type)
     config = vision_config(keys.object("vision_config") if "vision_config" in keys else keys, model_type)
+    if (outer := TOWERS[model_type].kind) != config.kind:
+        raise InputError(
+            f"{keys.label}: model_type is {model_type!r}, of a {outer}, but vision_config describes a "
+            f"{config.kind}; correct the wrong one"
+        )
     preprocessor = path / "preprocessor_config.json"
     if preprocessor.is_file():
         return config, image_policy(Keys.of(preprocessor), config)

@@ -34,6 +34,8 @@ from pumice.serve.messages import (
     json_kind,
 )
 from pumice.serve.protocol import (
+    MAX_STOP,
+    MAX_STOPS,
     BaseRequest,
     ChatRequest,
     ErrorBody,
@@ -140,7 +142,9 @@ class AnthropicRequest(BaseRequest):
     max_tokens: int = Field(ge=1)
     messages: list[AnthropicTurn] = Field(min_length=1, description="A last answer is continued.")
     system: BlockContent | None = None
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=16)
+    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]] | None = Field(
+        None, max_length=MAX_STOPS
+    )
     stream: bool | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None

@@ -36,6 +36,7 @@ from pumice.serve.messages import (
 )
 
 MAX_STOPS = 16
+MAX_STOP = 1000  # characters: every new piece of an answer is compared with all of them
 MAX_MESSAGES = 1024
 MAX_ANSWERS = 128  # of one request, as OpenAI allows: prompts times `n`
 
@@ -43,8 +44,12 @@ MAX_ANSWERS = 128  # of one request, as OpenAI allows: prompts times `n`
 # --- requests ---
 
 Texts = Annotated[
-    Annotated[str, Tag("~string")]
-    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), Tag("~list")],
+    Annotated[str, Field(max_length=MAX_STOP), Tag("~string")]
+    | Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]],
+        Field(max_length=MAX_STOPS),
+        Tag("~list"),
+    ],
     Discriminator(json_kind),
 ]
 

@@ -22,8 +22,10 @@ from pydantic import (
     Discriminator,
     Field,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -38,10 +40,31 @@ Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_new
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+_LATER: dict[str, Any] = {"later": True}
+
+
+def later(default: Any, description: str) -> Any:
+    """Return a field that earlier versions lack: it is written only where it is not the default.
+
+    So runs that they began resume, and they can resume runs that do without it.
+    """
+    return Field(default, description=description, json_schema_extra=_LATER)
+
+
 class RecipeSection(BaseModel):
     """A mapping inside a recipe; a key that is not a field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the fields that came later, where they have their default."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if not self._is_later(name)}
+
+    def _is_later(self, name: str) -> bool:
+        field = type(self).model_fields[name]
+        return field.json_schema_extra == _LATER and getattr(self, name) == field.default
 
 
 class NewModel(RecipeSection):
@@ -132,13 +155,11 @@ class RowSource(RecipeSection):
     )
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each row; 0.5 is a random half")
     mirror: bool = Field(False, description="pictures may be mirrored, as no row speaks of left and right")
-    columns: dict[str, str] = Field(
-        default={}, description="role (image, question, answer, ...) -> the column that has it"
-    )
-    question: str | None = Field(None, description="what is asked about a caption, a text or a label")
-    split: str | None = Field(None, description="of a set with several, by the names of files or the card")
-    config: str | None = Field(None, description="of a set with several: the folder, or the card's name")
-    revision: str | None = Field(None, description="of a set on the hub: a branch, a tag or a commit")
+    columns: dict[str, str] = later({}, "role (image, question, answer, ...) -> the column that has it")
+    question: str | None = later(None, "what is asked about a caption, a text or a label")
+    split: str | None = later(None, "of a set with several, by the names of files or the card")
+    config: str | None = later(None, "of a set with several: the folder, or the card's name")
+    revision: str | None = later(None, "of a set on the hub: a branch, a tag or a commit")
 
 
 class Recipe(RecipeSection):
@@ -174,8 +195,8 @@ class Recipe(RecipeSection):
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
 
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8-bit states need bitsandbytes")
-    shuffle_block: PositiveInt | None = Field(
-        None, description="rows that stay together in the order; when absent 1 for plain files, else 1,000"
+    shuffle_block: PositiveInt | None = later(
+        None, "rows that stay together in the order; when absent 1 for plain files, else 1,000"
     )
     order: Literal["pack", "length_grouped"] = Field(
         "pack", description="rows of a step at random, or of like length and kind, as LLaVA's own sampler"
@@ -203,17 +224,8 @@ class Recipe(RecipeSection):
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
 
     def stored(self, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """Return the recipe as JSON values, without some fields.
-
-        Fields that came later are left out at their defaults, so that runs of older versions resume.
-        """
+        """Return the recipe as JSON values, without some fields."""
         fields: dict[str, Any] = json.loads(self.model_dump_json(exclude=set(exclude)))
-        if fields.get("shuffle_block", self) is None:
-            del fields["shuffle_block"]
-        for source in (*fields.get("data", ()), *fields.get("held_out", ())):
-            for name in ("columns", "question", "split", "config", "revision"):
-                if not source[name]:
-                    del source[name]
         return fields
 
     @property
@@ -268,13 +280,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
+    set_keys = []
     for override in overrides:
-        origin[set_key(values, override)] = f"--set {override}"
+        set_keys.append(set_key(values, override))
+        origin[set_keys[-1]] = f"--set {override}"
+        if set_keys[-1] == ("extends",):
+            raise InputError(f"--set {override}: extends can be set in the recipe's file only")
     # 3. Validate only the merged values: a recipe that is extended need not be complete by itself.
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        loc, message = _main_problem(error)
+        loc, message = _main_problem(error, set_keys)
         # A missing key has no origin. Then name the file that sets the mapping around it.
         origins = [origin[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origin]
         raise InputError(f"{next(iter(origins), path)}: {message}") from error
@@ -304,8 +320,8 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = _nearest_shipped(base_name.removesuffix(".yaml"))
-        hint = f"; one that Pumice brings is named {SHIPPED}{shipped}" if shipped else ""
+        shipped = _near_shipped(base_name.removesuffix(".yaml"))
+        hint = f"; one that Pumice brings is named {SHIPPED}{shipped[0]}" if shipped else ""
         raise InputError(f"{path}: extends {base_name}, but there is no {base_path}{hint}")
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
@@ -320,11 +336,17 @@ def _shipped_folder() -> Path:
     return inside if inside.is_dir() else package.parent.parent / "recipes"
 
 
-def _nearest_shipped(name: str) -> str | None:
+def _shipped_names() -> list[str]:
     folder = _shipped_folder()
-    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
-    by_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
-    return next(iter(by_end or difflib.get_close_matches(name, names, n=1, cutoff=0.4)), None)
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+
+
+def _near_shipped(name: str) -> list[str]:
+    """Return up to three names of shipped recipes that are like a wrong one: first by their last part."""
+    names = _shipped_names()
+    same_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
+    longer = [known for known in names if len(name) > 2 and name.lower() in known]
+    return (same_end or longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4))[:3]
 
 
 def _shipped(name: str, prefix: str) -> Path:
@@ -332,9 +354,9 @@ def _shipped(name: str, prefix: str) -> Path:
     own_name = name.removeprefix(SHIPPED)
     path = _shipped_folder() / f"{own_name}.yaml"
     if not path.is_file():
-        near = _nearest_shipped(own_name)
-        hint = f"; did you mean {SHIPPED}{near}?" if near else ""
-        raise InputError(f"{prefix}{name}: Pumice brings no such recipe{hint}")
+        near = " or ".join(f"{SHIPPED}{known}" for known in _near_shipped(own_name.removesuffix(".yaml")))
+        hint = f"did you mean {near}?" if near else f"it brings {', '.join(_shipped_names())}"
+        raise InputError(f"{prefix}{name}: Pumice brings no such recipe; {hint}")
     return path
 
 
@@ -376,8 +398,18 @@ _KNOWN_KEYS = [
 ]  # fmt: skip
 
 
+# What transformers' arguments and LLaVA's scripts call a key, where its spelling is no hint.
+_ELSEWHERE = {
+    "lr": "stage.learn", "learning_rate": "stage.learn", "num_train_epochs": "epochs", "bf16": "precision",
+    "per_device_train_batch_size": "batch", "model_name_or_path": "model", "data_path": "data.0.rows",
+    "image_folder": "pictures",
+}  # fmt: skip
+
+
 def _nearest(dotted: str, known: Sequence[str]) -> str | None:
     """Return the known key that an unknown one may mean: spelt alike, at best in the same place."""
+    if dotted in _ELSEWHERE:
+        return _ELSEWHERE[dotted]
     place, _, key = dotted.rpartition(".")
     leaves = {name.rpartition(".")[2] for name in known}
     near = difflib.get_close_matches(key, leaves, n=1)
@@ -389,8 +421,8 @@ def _nearest(dotted: str, known: Sequence[str]) -> str | None:
     return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
 
 
-def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
-    """Return (keys, message) of the one problem that helps the user most."""
+def _main_problem(error: ValidationError, set_keys: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], str]:
+    """Return (keys, message) of the one problem that helps the user most. set_keys: of the overrides."""
     problems = error.errors()
     # A misspelt key comes before the key that is missing because of it.
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
@@ -410,12 +442,17 @@ def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
         loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]
     dotted = ".".join(loc)
     if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
-        near = _nearest(dotted, known)
-        hint = NEWER if near is None else f"; did you mean {near!r}?"
-        return tuple(loc), f"unknown key {dotted!r}{hint}"
+        # An override may have made the unknown mapping: then its whole key is what the user wrote.
+        whole = next((list(keys) for keys in set_keys if list(keys[: len(loc)]) == loc), loc)
+        near = _nearest(".".join(whole), known) or _nearest(dotted, known)
+        hint = f"; did you mean {near!r}?" if near else NEWER
+        if not near and known is not _KNOWN_KEYS:
+            hint = f"; the parts are {', '.join(get_args(Part))}"
+        return tuple(whole), f"unknown key {'.'.join(whole)!r}{hint}"
     plain = {
         "missing": "is missing",
         "path_type": "must be a path or a mapping",
+        "model_type": "must be a mapping of keys to values",
         "too_short": "is empty; give one",
     }
     if problem["type"] in plain:
