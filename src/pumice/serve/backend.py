@@ -53,7 +53,7 @@ from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesForm
 from pumice.serve.settings import ServerSettings
 from pumice.serve.stream import ActiveRequest, Echo, EventStream, PieceReader, as_text
-from pumice.serve.tools import CLOSE, ToolUse, check_tools, tool_use
+from pumice.serve.tools import CLOSE, check_tools, tool_use
 from pumice.serve.work import Kind, Workers, kind_of
 from pumice.templates import Plain
 
@@ -160,11 +160,12 @@ class Backend:
         held = await self._workers.run("parse", held_to, request, tools)
         constraint = await self._compile(held, schemas)
         pictures, pixels = await self._read_images(record, request)
-        kind = kind_of(characters_of(request) + len(tools.told()), pixels)
+        told = await self._workers.run("parse", tools.told)
+        kind = kind_of(characters_of(request) + len(told), pixels)
         readers: list[PieceReader] = [tools.reader() if tools else as_text for _ in range(request.n or 1)]
         # 3. Answer.
         async with self._input_errors(field or "messages", pictures, kind=kind):
-            prompt = await self._workers.run(kind, self._chat_prompt, request, pictures, tools, sampling)
+            prompt = await self._workers.run(kind, self._chat_prompt, request, pictures, told, sampling)
             pictures.clear()
             prompts = _several(replace(prompt, constraint=constraint), request.n or 1)
             return await self._answer(record, request, prompts, readers, form)
@@ -301,9 +302,9 @@ class Backend:
         return {key: value for key, value in values.items() if value is not None}
 
     def _chat_prompt(
-        self, request: ChatRequest, pictures: Pictures, tools: ToolUse, sampling: dict[str, Any]
+        self, request: ChatRequest, pictures: Pictures, told: str, sampling: dict[str, Any]
     ) -> Prompt:
-        messages = conversation(request, pictures, self.assistant.processor.template, tools.told())
+        messages = conversation(request, pictures, self.assistant.processor.template, told)
         if request.messages[-1].role == "assistant" and not request.continues:
             raise InputError(
                 "the last message is the assistant's; add a question, or set continue_final_message to have "
