@@ -128,7 +128,7 @@ def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, mess
         ("cat.jpg", "give a picture as data:"),
         ("file:///etc/passwd", "give a picture as data:"),
         ("http://example.org/a.jpg", "fetches no pictures"),
-        ("data:image/png", "no data URI"),
+        ("data:image/png", "no data URL"),
         ("data:image/png;base64,$$$$", "not base64"),
         ("data:image/png;base64,", "is empty"),
         ("data:text/plain,hello", "not a picture"),
