@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,13 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pumice.assistant import load
-from pumice.config import VisionConfig
+from pumice.config import REDUCTIONS, VisionConfig
 from pumice.errors import InputError
 from pumice.evaluate.tasks import registry
 from pumice.formats.export import export
 from pumice.formats.pumice.folder import save
 from pumice.formats.read import read_model
-from pumice.model.connector import KINDS
+from pumice.model.connector import KINDS, REDUCE
 from pumice.model.llava import TOWERS, Llava
 from pumice.storage.parts import LoadedParts
 from pumice.train.loop import train
@@ -109,6 +110,21 @@ def test_a_connector(example: Callable[[str], ModuleType], recipe: Path, tmp_pat
     assistant = load(tmp_path / "run" / "model", device="cpu", quantize=None)
     assert isinstance(assistant.model.connector.layers[1], torch.nn.SiLU)
     assert assistant.ask(tmp_path / "0.png", "What?", max_new_tokens=3)
+
+
+def test_the_reduction_of_the_page(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in (REDUCTIONS, REDUCE):
+        monkeypatch.setitem(table, "strongest", None)  # so that it is gone after the test
+    text = (EXAMPLES.parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    exec(compile(code, "extending.md", "exec"), {})
+    values = yaml.safe_load(recipe.read_text())
+    connector = {"kind": "mlp2x_gelu", "reduce": "strongest", "factor": 2}
+    values["model"] = {"base": values["model"], "connector": connector}
+    recipe.write_text(yaml.safe_dump(values))
+    train(load_recipe(recipe, ["max_steps=1"]))
+    trained = read_model(tmp_path / "run" / "model").config
+    assert (trained.connector.reduce, trained.image_tokens) == ("strongest", 1)
 
 
 def test_a_tower(
