@@ -67,14 +67,13 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(ATTACKS), help="names of attacks, separated by commas")
     options = parser.parse_args()
     names = options.only.split(",")
-    results = {}
-    for name in names:
-        results[name] = run(name, options.seed, options.first, options.minutes * 60 / len(names))
-    problems = [problem for _, wrong in results.values() for problem in wrong]
+    problems: list[str] = []
     print(f"seed {options.seed}, {options.minutes:g} minutes\n")
-    print("| attack | tried | right | wrong |\n|---|---|---|---|")
-    for name, (tries, wrong) in results.items():
-        print(f"| {name} | {tries} | {tries - len(wrong)} | {len(wrong)} |")
+    print("| attack | tried | right | wrong |\n|---|---|---|---|", flush=True)
+    for name in names:
+        tries, wrong = run(name, options.seed, options.first, options.minutes * 60 / len(names))
+        print(f"| {name} | {tries} | {tries - len(wrong)} | {len(wrong)} |", flush=True)
+        problems += wrong
     for problem in problems[:50]:
         print(problem)
     if problems:
