@@ -47,14 +47,20 @@ check: .venv/.dev
 	$(BIN)/mypy src
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-clients: .venv/.dev build/clients/.done build/clients-js/.done
+clients: .venv/.dev build/clients/.done build/clients-inspect/.done build/clients-js/.done
 	$(BIN)/python examples/clients/run.py $(ARGS)
 
-build/clients/.done: examples/clients/requirements.txt | $(BIN)/python
+build/clients/.done: examples/clients/requirements.txt examples/clients/no-deps.txt | $(BIN)/python
 	@mkdir -p build
 	$(BIN)/python -m venv build/clients
 	build/clients/bin/python -m pip --disable-pip-version-check install -q -r examples/clients/requirements.txt
 	build/clients/bin/python -m pip --disable-pip-version-check install -q --no-deps -r examples/clients/no-deps.txt
+	@touch $@
+
+build/clients-inspect/.done: examples/clients/requirements-inspect.txt | $(BIN)/python
+	@mkdir -p build
+	$(BIN)/python -m venv build/clients-inspect
+	build/clients-inspect/bin/python -m pip --disable-pip-version-check install -q -r $<
 	@touch $@
 
 build/clients-js/.done: examples/clients/package.json

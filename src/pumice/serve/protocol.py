@@ -27,6 +27,8 @@ from pumice.serve.messages import (
     ImageUrlPart,
     PastAnswer,
     RequestModel,
+    ResponseFormat,
+    StructuredOutputs,
     ToolChoice,
     ToolDescription,
     field_error,
@@ -55,56 +57,6 @@ Texts = Annotated[
 class StreamOptions(RequestModel):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-
-
-class JsonSchemaFormat(RequestModel):
-    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = Field(None, description="Answers are always held to the schema.")
-
-
-class ResponseFormat(RequestModel):
-    type: Literal["text", "json_object", "json_schema", "json", "regex"]
-    json_schema: JsonSchemaFormat | None = None
-    value: Any = Field(None, description='TGI\'s: the schema, {"schema": ...}, or a regular expression.')
-    schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama.cpp's, of json_object.")
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> ResponseFormat:
-        if self.type == "json_schema" and self.json_schema is None and not isinstance(self.value, dict):
-            raise field_error("json_schema", "the type 'json_schema' needs a schema")
-        if self.type != "json_schema" and self.json_schema is not None:
-            raise field_error("json_schema", "belongs to the type 'json_schema'")
-        if self.type == "regex" and not isinstance(self.value, str):
-            raise field_error("value", "the type 'regex' needs a regular expression")
-        if self.type == "json" and not isinstance(self.value, dict):
-            raise field_error("value", "the type 'json' needs a schema")
-        return self
-
-    @property
-    def schema_or_none(self) -> dict[str, Any] | None:
-        """Return the JSON Schema, or None for any object."""
-        if self.json_schema is not None:
-            return self.json_schema.schema_
-        value = self.value if isinstance(self.value, dict) else self.schema_
-        if value is None:
-            return None
-        inner = value.get("schema")
-        if isinstance(inner, dict) and not {"type", "properties"} & set(value):
-            value = inner
-        return {"type": "object", **value} if "properties" in value else value
-
-
-class StructuredOutputs(RequestModel):
-    """vLLM's: what the answer is held to. One of them."""
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    json_object: bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1)
-    disable_any_whitespace: bool | None = Field(None, description="Taken and not used, as the next one.")
-    disable_fallback: bool | None = None
 
 
 _LIMIT = "The longest answer; -1, and what does not fit, is as long as it fits."
@@ -276,6 +228,11 @@ class CompletionRequest(GenerationRequest):
     ] = Field(description="Text as it is, without the model's template; or token ids; or a list of either.")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = Field(None, description="Whether the answer begins with the prompt.")
+    max_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None,
+        description=f"{_LIMIT} 0 with echo gives the prompt alone.",
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+    )
     suffix: Literal[""] | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = Field(None, description="Whether a text begins with the model's BOS.")
@@ -290,8 +247,8 @@ class CompletionRequest(GenerationRequest):
     def _check_choices(self) -> CompletionRequest:
         if self.best_of not in (None, self.n or 1):
             raise field_error("best_of", "should be n: every answer is returned; leave it out")
-        if self.echo and self.logprobs is not None:
-            raise field_error("echo", "has no logprobs: those of a prompt are not computed; leave it out")
+        if self.max_tokens == 0 and not self.echo:
+            raise field_error("max_tokens", "should be 1 or more, or -1 for as long as it fits")
         return self
 
 
@@ -403,8 +360,8 @@ class ChatChunk(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None] = Field(description="null for the first token of a prompt.")
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
