@@ -349,9 +349,3 @@ def test_every_client_that_has_a_script_has_a_row() -> None:
     scripts = {path.name for path in (ROOT / "examples" / "clients").glob("with_*")}
     page = (ROOT / "docs" / "serving.md").read_text()
     assert scripts == set(re.findall(r"^\| \[.*?\]\(\.\./examples/clients/(.*?)\)", page, re.MULTILINE))
-
-
-def test_every_client_that_has_a_script_has_a_row() -> None:
-    scripts = {path.name for path in (ROOT / "examples" / "clients").glob("with_*")}
-    page = (ROOT / "docs" / "serving.md").read_text()
-    assert scripts == set(re.findall(r"^\| \[.*?\]\(\.\./examples/clients/(.*?)\)", page, re.MULTILINE))
