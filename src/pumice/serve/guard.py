@@ -32,7 +32,7 @@ class Gate:
     """The number of requests in flight and its limit, and whether the server is draining.
 
     slots: requests answered at a time. queue: those that may wait beyond them. interval: a running mean of
-    the seconds from one answer's end to the next, of requests that were answered: the time of each, shared by all
+    the seconds from one answer's end to the next: the time of each request that was answered, shared by all
     that were in flight when it came.
     """
 
