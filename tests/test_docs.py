@@ -238,6 +238,15 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in headings(target_path.read_text(encoding="utf-8")), f"{page} links to {target}"
 
 
+def test_the_map_of_contributing_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## To add something")[2].partition("## Tests")[0]
+    named = [name for name in re.findall(r"`([\w./]+)`", table) if "/" in name]
+    places = (ROOT, ROOT / "src" / "pumice")
+    assert len(named) > 15
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
 # ------------------------------------------------------------------------------------------------ run
 
 

@@ -15,7 +15,8 @@ import yaml
 
 from pumice.config import DecoderConfig, ImagePolicy, ModelConfig
 from pumice.errors import InputError
-from pumice.train.recipe import Recipe, load_recipe
+from pumice.train.recipe import Recipe, load_recipe, recipe_path
+from pumice.train.shapes import shape
 
 VALUES: dict[str, Any] = {
     "name": "a",
@@ -282,3 +283,11 @@ def test_a_field_that_came_later_is_stored_only_where_it_is_set(tmp_path: Path) 
     }
     for recipe in (plain, changed):
         assert Recipe.model_validate(recipe.stored()) == recipe
+
+
+def test_a_stage_of_pumice_is_found_with_the_stage_before_it() -> None:
+    """From anywhere: the model that the first stage writes does not exist."""
+    name = "pumice:llava-1.5/2-lora-7b"
+    config, notes = shape(load_recipe(name), recipe_path(name))
+    assert config.decoder.depth == 32
+    assert any("does not exist yet: its shape follows from 1-align-7b.yaml" in note for note in notes)

@@ -346,15 +346,7 @@ class Engine:
                 x[torch.from_numpy(offsets + rows_before).to(x.device)] = image_tokens.to(x)
                 request.step_images = None
             rows_before += count
-
-        # 3. Run the decoder. Only the wanted rows need logits: the vocabulary is the largest matrix. The
-        #    first time, compare compiled code with PyTorch.
-        def run_pytorch() -> Tensor:
-            rows = torch.tensor(wanted, dtype=torch.long, device=x.device)
-            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
-            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
-            return model.decoder.logits(hidden)
-
+        # 3. Choose compiled code or PyTorch. The first time, compare both.
         native = self._native_for(plan)
         if native and not native.compared and not native.agrees(x[:TRIAL_ROWS]):
             _LOG.warning(
@@ -362,10 +354,17 @@ class Engine:
                 "answers, more slowly"
             )
             self._native = native = None
-        logits = native.logits(x, segments, wanted) if native else run_pytorch()
+        # 4. Run the decoder. Only the wanted rows need logits: the vocabulary is the largest matrix.
+        if native:
+            logits = native.logits(x, segments, wanted)
+        else:
+            rows = torch.tensor(wanted, dtype=torch.long, device=x.device)
+            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
+            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
+            logits = model.decoder.logits(hidden)
         for request, own in scored:
             request.score(logits[own])
-        # 4. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
+        # 5. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
         #    again.
         for request, count in plan:
             slot = request.slot

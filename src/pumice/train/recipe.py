@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
 from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
@@ -30,8 +29,9 @@ from pydantic import (
 )
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
-from pumice.errors import NEWER, InputError
+from pumice.errors import InputError
 from pumice.storage.yaml_file import read_yaml, set_key
+from pumice.train.recipe_errors import main_problem
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 LONGEST_CHAIN = 50  # recipes that extend each other
@@ -265,6 +265,11 @@ class Recipe(RecipeSection):
         return staged
 
 
+def recipe_path(path: str | Path) -> Path:
+    """Return the path of a recipe's file, also where it is named pumice:NAME. Raises InputError."""
+    return _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe with the recipes that it extends, and apply "key=value" overrides.
 
@@ -277,7 +282,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     # 1. Merge the files. `origin` remembers which file sets which key, so that an error can name it.
     origin: dict[tuple[str, ...], str] = {}
-    path = _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+    path = recipe_path(path)
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
     set_keys = []
@@ -290,7 +295,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        loc, message = _main_problem(error, set_keys)
+        loc, message = main_problem(error, _KNOWN_KEYS, get_args(Part), set_keys)
         # A missing key has no origin. Then name the file that sets the mapping around it.
         origins = [origin[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origin]
         raise InputError(f"{next(iter(origins), path)}: {message}") from error
@@ -396,65 +401,3 @@ _KNOWN_KEYS = [
     )
     for name in section.model_fields
 ]  # fmt: skip
-
-
-# What transformers' arguments and LLaVA's scripts call a key, where its spelling is no hint.
-_ELSEWHERE = {
-    "lr": "stage.learn", "learning_rate": "stage.learn", "num_train_epochs": "epochs", "bf16": "precision",
-    "per_device_train_batch_size": "batch", "model_name_or_path": "model", "data_path": "data.0.rows",
-    "image_folder": "pictures",
-}  # fmt: skip
-
-
-def _nearest(dotted: str, known: Sequence[str]) -> str | None:
-    """Return the known key that an unknown one may mean: spelt alike, at best in the same place."""
-    if dotted in _ELSEWHERE:
-        return _ELSEWHERE[dotted]
-    place, _, key = dotted.rpartition(".")
-    leaves = {name.rpartition(".")[2] for name in known}
-    near = difflib.get_close_matches(key, leaves, n=1)
-    if not near:
-        return None
-    candidates = [name for name in known if name.rpartition(".")[2] == near[0]]
-    # A list's entries have the same keys, whatever their number.
-    same_place = [name for name in candidates if name.rpartition(".")[0] == re.sub(r"\d+", "0", place)]
-    return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
-
-
-def _main_problem(error: ValidationError, set_keys: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], str]:
-    """Return (keys, message) of the one problem that helps the user most. set_keys: of the overrides."""
-    problems = error.errors()
-    # A misspelt key comes before the key that is missing because of it.
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    first = (unknown or problems)[0]["loc"][0]
-    # `model` is a path or a mapping. A problem inside the mapping has more keys than "not a path", and says
-    # more.
-    same_field = [problem for problem in problems if problem["loc"][0] == first]
-    problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
-    # pydantic adds the names of its union members to the keys; the user never wrote them.
-    loc = [
-        str(part)
-        for part in problem["loc"]
-        if not re.match(r"New(Model|Connector)$|Path$|lax-or-", str(part))
-    ]
-    known: Sequence[str] = _KNOWN_KEYS
-    if loc[-1] == "[key]":  # an unknown part in stage.learn
-        loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]
-    dotted = ".".join(loc)
-    if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
-        # An override may have made the unknown mapping: then its whole key is what the user wrote.
-        whole = next((list(keys) for keys in set_keys if list(keys[: len(loc)]) == loc), loc)
-        near = _nearest(".".join(whole), known) or _nearest(dotted, known)
-        hint = f"; did you mean {near!r}?" if near else NEWER
-        if not near and known is not _KNOWN_KEYS:
-            hint = f"; the parts are {', '.join(get_args(Part))}"
-        return tuple(whole), f"unknown key {'.'.join(whole)!r}{hint}"
-    plain = {
-        "missing": "is missing",
-        "path_type": "must be a path or a mapping",
-        "model_type": "must be a mapping of keys to values",
-        "too_short": "is empty; give one",
-    }
-    if problem["type"] in plain:
-        return tuple(loc), f"{dotted} {plain[problem['type']]}"
-    return tuple(loc), f"{dotted}: {problem['msg'].removeprefix('Value error, ')}"
