@@ -352,3 +352,9 @@ def test_the_site(site_check: ModuleType, tmp_path: Path) -> None:
     assert list(site_check.check(tmp_path)) == []
     commands_page = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
     assert "pumice data check" in commands_page
+
+
+def test_every_client_that_has_a_script_has_a_row() -> None:
+    scripts = {path.name for path in (ROOT / "examples" / "clients").glob("with_*")}
+    page = (ROOT / "docs" / "serving.md").read_text()
+    assert scripts == set(re.findall(r"^\| \[.*?\]\(\.\./examples/clients/(.*?)\)", page, re.MULTILINE))

@@ -156,6 +156,12 @@ BAD_CALL = {"id": "a", "type": "function", "function": {"name": "say", "argument
             "schema cannot be followed (Invalid type: nonsense)",
         ),
         (
+            {"tools": [tool("say", {"type": "nonsense", "title": "alone"})], "tool_choice": "required"},
+            "tools.0.function.parameters",
+            "invalid_function_parameters",
+            "schema cannot be followed",
+        ),
+        (
             {"tools": [tool("say", {"type": "object", "x-guidance": {"lenient": True}})]},
             "tools.0.function.parameters",
             "invalid_function_parameters",

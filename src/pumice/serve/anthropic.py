@@ -176,7 +176,6 @@ class AnthropicRequest(BaseRequest):
             continue_final_message=self.messages[-1].role == "assistant",
             tools=[
                 ToolDescription(
-                    type="function",
                     function=FunctionDescription(
                         name=tool.name, description=tool.description, parameters=tool.input_schema
                     ),
@@ -189,7 +188,7 @@ class AnthropicRequest(BaseRequest):
 
 def _tool_choice(choice: AnthropicChoice) -> ToolChoice | None:
     if choice.type == "tool":
-        return NamedFunction(type="function", function=FunctionName(name=choice.name or ""))
+        return NamedFunction(function=FunctionName(name=choice.name or ""))
     return "required" if choice.type == "any" else None
 
 

@@ -318,7 +318,9 @@ class Backend:
         schemas: what has to be right beside it, so that an error names its field.
         """
         wanted = [*schemas, *([] if held is None else [held])]
-        new = list({one.grammar: one for one in wanted if one.grammar not in self._grammars}.values())
+        # Of equal ones, the first has the field that an error names.
+        first = {one.grammar: one for one in reversed(wanted)}
+        new = [one for one in wanted if one is first[one.grammar] and one.grammar not in self._grammars]
         if new:
             # 1. A process compiles them first. It ends when nobody waits for it any more.
             check = GrammarCheck([one.grammar for one in new])

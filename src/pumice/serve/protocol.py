@@ -84,7 +84,22 @@ class BaseRequest(RequestModel):
     model: str | None = Field(None, description="One of /v1/models; the first of them when left out.")
 
 
-class GenerationRequest(BaseRequest):
+class HintedRequest(BaseRequest):
+    """Fields of OpenAI's that change nothing here."""
+
+    metadata: dict[str, str] | None = Field(
+        None, description="Taken and not used, as the next ones; /v1/responses gives it back."
+    )
+    user: str | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class GenerationRequest(HintedRequest):
     """The fields that chat and plain completion share."""
 
     stream: bool | None = None
@@ -113,15 +128,7 @@ class GenerationRequest(BaseRequest):
     json_schema: dict[str, Any] | None = Field(None, description="llama.cpp's.")
     guided_regex: str | None = None
     guided_choice: list[str] | None = Field(None, min_length=1)
-    user: str | None = Field(None, description="Taken and not used, as the next fields.")
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: str | None = Field(None, description="Taken and not used, as the next fields.")
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None
     guided_decoding_backend: str | None = None
