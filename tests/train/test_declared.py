@@ -12,19 +12,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.config import REDUCTIONS, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.files import sha256
 from pumice.formats.export import export
 from pumice.formats.pumice.folder import save
 from pumice.formats.read import read_model
-from pumice.model.connector import Connector
+from pumice.model.connector import REDUCE, Connector, Reduction
 from pumice.model.llava import Llava
 from pumice.train import run
 from pumice.train.loss import supervised_loss
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
-from pumice.train.shapes import shape
+from pumice.train.shapes import processor_of, shape
+from pumice.train.sizes import sizes
 from pumice.train.speed import flops_per_tile
 
 MakeRecipe = Callable[..., Path]
@@ -58,6 +59,25 @@ def test_an_existing_model_gets_a_new_connector(
     assert weights(run(make_recipe("again", model=new, stage=CONNECTOR))).keys() == weights(model).keys()
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
     run(make_recipe("second", model=str(model), max_steps=1))
+
+
+def test_a_wrong_count_of_image_tokens_is_refused_by_plan_check_and_train(
+    make_recipe: MakeRecipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Reduction(lambda features, factor: features[:, :factor], widens=False)
+    monkeypatch.setitem(REDUCE, "first", first)
+    monkeypatch.setitem(REDUCTIONS, "first", lambda grid, factor: factor**2)
+    new = {"base": str(tiny_model), "connector": {"kind": "linear", "reduce": "first", "factor": 2}}
+    path = make_recipe(model=new, stage=CONNECTOR)
+    recipe = load_recipe(path)
+    uses: tuple[Callable[[], object], ...] = (
+        lambda: processor_of(recipe),  # what `data check` and `data show` count with
+        lambda: sizes(recipe, shape(recipe, path)[0], "cpu"),  # what `plan` adds up
+        lambda: run(path),
+    )
+    for use in uses:
+        with pytest.raises(InputError, match=r"2 image tokens of a tile, config\.REDUCTIONS counts 4"):
+            use()
 
 
 def test_a_wrong_key_of_a_new_connector_is_named(make_recipe: MakeRecipe, tiny_model: Path) -> None:

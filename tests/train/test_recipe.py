@@ -15,7 +15,8 @@ import yaml
 
 from pumice.config import DecoderConfig, ImagePolicy, ModelConfig
 from pumice.errors import InputError
-from pumice.train.recipe import Recipe, load_recipe
+from pumice.train.recipe import Recipe, load_recipe, recipe_path
+from pumice.train.shapes import shape
 
 VALUES: dict[str, Any] = {
     "name": "a",
@@ -95,7 +96,14 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, changes: dict[str, An
         ("seed.deep=1", "seed: .*valid integer"),
         ("name.deep=1", "no 'deep' to set"),
         ("sead=1", "did you mean 'seed'"),
-        ("lora.rank=4", r"unknown key 'lora'; did you mean 'stage\.lora'\?"),
+        ("lora.rank=4", r"^--set lora\.rank=4: unknown key 'lora\.rank'; did you mean 'stage\.lora\.rank'\?"),
+        ("lora.r=4", r"^--set lora\.r=4: unknown key 'lora\.r'; did you mean 'stage\.lora'\?"),
+        ("save.every=4", r"^--set save\.every=4: unknown key 'save\.every'; did you mean 'save_every'\?"),
+        ("lr=1e-4", r"unknown key 'lr'; did you mean 'stage\.learn'\?"),
+        ("stage.learn.vision=1", r"unknown key 'stage\.learn\.vision'; the parts are .*tower.*lora"),
+        ("stage.lora=4", r"stage\.lora must be a mapping of keys to values"),
+        ("data.rows=x", r"data is a list of 1; say which, as data\.0"),
+        ("extends=pumice:finetune", "extends can be set in the recipe's file only"),
         ("stage.rank=4", r"unknown key 'stage\.rank'; did you mean 'stage\.lora\.rank'\?"),
         ("data.0.rwos=x", r"unknown key 'data\.0\.rwos'; did you mean 'data\.0\.rows'\?"),
         ("stage.learn.conector=1", r"did you mean 'stage\.learn\.connector'\?"),
@@ -219,9 +227,14 @@ def test_a_shipped_recipe_is_extended_by_its_name(tmp_path: Path, monkeypatch: p
     recipe = load_recipe(extend(tmp_path, "mine.yaml", extends="pumice:finetune", model="m", epochs=2))
     assert (recipe.name, recipe.model, recipe.epochs) == ("fine-tuning", Path("m"), 2)
     assert load_recipe("pumice:llava-1.5/2-lora-7b").stage.lora is not None
-    for name, near in (("finetun", "finetune"), ("2-lora-7b", "llava-1.5/2-lora-7b"), ("llava1.5/x", None)):
-        hint = rf"; did you mean pumice:{near}\?" if near else ""
-        message = rf"mine\.yaml: extends pumice:{name}: Pumice brings no such recipe{hint}"
+    for name, hint in (
+        ("finetun", r"did you mean pumice:finetune\?"),
+        ("finetune.yaml", r"did you mean pumice:finetune\?"),
+        ("2-lora-7b", r"did you mean pumice:llava-1\.5/2-lora-7b\?"),
+        ("qlora", r"did you mean pumice:llava-1\.5/2-qlora-13b or pumice:llava-1\.5/2-qlora-7b\?"),
+        ("nothing", r"it brings finetune, llava-1\.0/1-align-13b, .*small/2-instruct$"),
+    ):
+        message = rf"mine\.yaml: extends pumice:{name}: Pumice brings no such recipe; {hint}"
         with pytest.raises(InputError, match=message):
             load_recipe(extend(tmp_path, "mine.yaml", extends=f"pumice:{name}"))
     with pytest.raises(InputError, match=r"there is no .*; one that Pumice brings is named pumice:finetune"):
@@ -270,3 +283,11 @@ def test_a_field_that_came_later_is_stored_only_where_it_is_set(tmp_path: Path) 
     }
     for recipe in (plain, changed):
         assert Recipe.model_validate(recipe.stored()) == recipe
+
+
+def test_a_stage_of_pumice_is_found_with_the_stage_before_it() -> None:
+    """From anywhere: the model that the first stage writes does not exist."""
+    name = "pumice:llava-1.5/2-lora-7b"
+    config, notes = shape(load_recipe(name), recipe_path(name))
+    assert config.decoder.depth == 32
+    assert any("does not exist yet: its shape follows from 1-align-7b.yaml" in note for note in notes)

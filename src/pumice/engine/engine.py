@@ -326,16 +326,26 @@ class Engine:
     def _forward(self, plan: Plan) -> Tensor | None:
         """Return logits (R, V) for the requests whose next token is due, or None if there are none."""
         model = self.model
-        # 1. Lay the new tokens of all requests end to end, and note the rows after which a token is due.
-        segments, due_rows, new_ids, rows_before = [], [], [], 0
+        # 1. Lay the new tokens of all requests end to end, and note the rows whose logits are wanted: those
+        #    after which a token is due, and those that predict a token of a prompt that is scored.
+        segments, new_ids, rows_before = [], [], 0
+        wanted: list[int] = []
+        due: list[int] = []  # among the wanted rows
+        scored: list[tuple[Request, slice]] = []  # among them, too
         for request, count in plan:
             slot = request.slot
             assert slot is not None
             new_ids.append(request.ids[slot.length : slot.length + count])
             segments.append(Segment(slot.table, slot.length, count))
+            if request.scores_prompt:
+                first = len(wanted)
+                predicting = min(count, len(request.prompt.input_ids) - 1 - slot.length)
+                wanted += range(rows_before, rows_before + predicting)
+                scored.append((request, slice(first, len(wanted))))
             rows_before += count
             if slot.length + count == request.length:
-                due_rows.append(rows_before - 1)
+                due.append(len(wanted))
+                wanted.append(rows_before - 1)
         # 2. Embed them. Placeholders have a negative id: embed any token, then overwrite it.
         ids = to_device(torch.from_numpy(np.concatenate(new_ids)), model.device)
         x = model.decoder.embed(ids.clamp(min=0))  # (T, D)
@@ -346,15 +356,7 @@ class Engine:
                 x[to_device(torch.from_numpy(offsets + rows_before), x.device)] = image_tokens.to(x)
                 request.step_images = None
             rows_before += count
-
-        # 3. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix. The first
-        #    time, compare compiled code with PyTorch.
-        def run_pytorch() -> Tensor:
-            rows = numbers_on(x.device, due_rows)
-            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
-            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
-            return model.decoder.logits(hidden)
-
+        # 3. Choose compiled code or PyTorch. The first time, compare both.
         native = self._native_for(plan)
         if native and not native.compared and not native.agrees(x[:TRIAL_ROWS]):
             _LOG.warning(
@@ -362,14 +364,25 @@ class Engine:
                 "answers, more slowly"
             )
             self._native = native = None
-        logits = native.logits(x, segments, due_rows) if native else run_pytorch()
-        # 4. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
+        # 4. Run the decoder. Only the wanted rows need logits: the vocabulary is the largest matrix.
+        if native:
+            logits = native.logits(x, segments, wanted)
+        else:
+            rows = numbers_on(x.device, wanted)
+            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
+            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
+            logits = model.decoder.logits(hidden)
+        for request, own in scored:
+            request.score(logits[own])
+        # 5. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
         #    again.
         for request, count in plan:
             slot = request.slot
             assert slot is not None
             self._prefix_cache.record(slot, request.token_hashes[: slot.length + count])
-        return logits if due_rows else None
+        if not due:
+            return None
+        return logits if len(due) == len(logits) else logits.index_select(0, numbers_on(x.device, due))
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
         """Return the next token of each request, from logits (R, V), or the exception that prevented it."""

@@ -42,6 +42,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # texts; an answer ends before the first of them
     seed: int | None = None  # None gives another answer each time
     logprobs: int | None = None  # return log-probabilities of each token and of this many most likely ones
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, all of which are computed then
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -50,6 +51,7 @@ class SamplingParams:
             "top_k": self.top_k,
             "seed": self.seed,
             "logprobs": self.logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
         }
         for name, value in integers.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -81,8 +83,9 @@ class SamplingParams:
             _require(-2 <= numbers[name] <= 2, name, numbers[name], "-2 to 2")
         if self.seed is not None:
             _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
-        if self.logprobs is not None:
-            _require(self.logprobs >= 0, "logprobs", self.logprobs, "0 or more")
+        for name in ("logprobs", "prompt_logprobs"):
+            if integers[name] is not None:
+                _require(integers[name] >= 0, name, integers[name], "0 or more")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
 

@@ -28,7 +28,7 @@ from pumice.kernels import compute
 from pumice.kernels.allocator import return_freed_memory
 from pumice.kernels.packed import LAYOUT, PackedMatrix
 from pumice.model.adapters import merge_lora
-from pumice.model.connector import Connector
+from pumice.model.connector import Connector, check_image_tokens
 from pumice.model.llava import Llava
 from pumice.model.quantized import quantize as quantize_decoder
 from pumice.model.quantized import swap
@@ -186,6 +186,7 @@ def with_connector(loaded: LoadedParts, fields: Mapping[str, Any]) -> LoadedPart
 def _drawn(config: ModelConfig) -> LazyStateDict:
     """Return the tensors of a new, untrained connector."""
     new = Connector(config.connector, config.vision.width, config.decoder.width)
+    check_image_tokens(config)
     return {f"connector.{name}": as_lazy(tensor) for name, tensor in new.state_dict().items()}
 
 

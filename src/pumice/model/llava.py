@@ -20,7 +20,7 @@ from pumice.config import IMAGE_TOKEN, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.geometry import Layout
 from pumice.model.adapters import add_lora
-from pumice.model.connector import Connector, arrange
+from pumice.model.connector import Connector, arrange, check_image_tokens
 from pumice.model.decoder import Decoder
 from pumice.model.efficientnet import EfficientNetLite
 from pumice.model.layers import Attend, Causal
@@ -61,25 +61,10 @@ class Llava(nn.Module):
             if not newline.is_meta:
                 nn.init.normal_(newline, std=config.decoder.width**-0.5)
             self.image_newline = nn.Parameter(newline)
-        self._check_image_tokens()
+        check_image_tokens(config)
         # Last: adapters replace layers that have to exist.
         if config.lora is not None:
             add_lora(self.decoder, config.lora)
-
-    def _check_image_tokens(self) -> None:
-        """Raise InputError unless the connector's reduction leaves as many tokens as the config counts."""
-        config = self.config
-        if config.vision.kind == "none":
-            return
-        # One channel on the CPU is enough to count, and costs nothing.
-        features = torch.zeros(1, config.vision.features, 1, device="cpu")
-        tokens = self.connector.reduce.apply(features, config.connector.factor).shape[1]
-        if tokens != config.image_tokens:
-            reduce = config.connector.reduce
-            raise InputError(
-                f"the connector gives {tokens} image tokens of a tile, config.REDUCTIONS counts "
-                f"{config.image_tokens} for {reduce!r}; correct the count"
-            )
 
     @property
     def device(self) -> torch.device:

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -37,6 +34,7 @@ from pumice.train.answers import answer
 from pumice.train.batches import Batch, Batches, prefetch
 from pumice.train.devices import for_device, numerics, peak
 from pumice.train.features import ImageInput, TowerFeatures
+from pumice.train.gradients import GradientWatch
 from pumice.train.memory import checkpoint_blocks
 from pumice.train.objective import Objective, PackTensors
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
@@ -46,10 +44,10 @@ from pumice.train.provenance import content_digests, versions
 from pumice.train.recipe import Recipe
 from pumice.train.report import PLOT, TrainingReport, draw_loss
 from pumice.train.setup import Setup, prepare
+from pumice.train.signals import stop_requested
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import check_installed
 
-WATCHED_STEPS = 3  # in which a gradient must reach every parameter that learns
 
 # Recipe fields that may differ when a run is resumed: they do not change its result.
 MUTABLE_FIELDS = {
@@ -126,9 +124,8 @@ class Trainer:
         parameters = self.model.named_parameters()
         self.trainable = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self.optimizer = make_optimizer(recipe, self.trainable, setup.part_of, self.device)
-        # 5. The parameters that no gradient has reached in the first steps of this run.
-        self._unreached = set() if self.world.kind == "fsdp" else set(self.trainable)
-        self._watched_steps = 0
+        # 5. Shards of gradients say nothing of whole parameters, so FSDP is not watched.
+        self._watch = GradientWatch({} if self.world.kind == "fsdp" else self.trainable, setup.part_of)
         # 6. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
         self.digests = content_digests(recipe, self.batches.mixture.rows)
@@ -221,7 +218,7 @@ class Trainer:
         last = self.batches.steps
         measure_every = self.recipe.measure_every or min(100, max(1, last // 10))
         report = self._open_report()
-        with report, _stop_requested() as signals:
+        with report, stop_requested() as signals:
             # 1. Measure the untrained model, so that the report can compare before and after.
             if self.step == 0:
                 self._measure(report)
@@ -336,7 +333,7 @@ class Trainer:
         if not images:
             self._forget_zeros()
         # 4. Check loss and gradients before the update, so that a diverged step leaves the weights intact.
-        [total] = world.sum(float(torch.stack(losses).sum()))
+        [total] = world.sum(sum(torch.stack(losses).tolist()))
         norms = gradient_norms(self.optimizer, world)
         norm = math.sqrt(sum(part**2 for part in norms.values()))
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -344,7 +341,8 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {total}, its gradient's norm {norm}; "
                 "start again with a lower learning rate in another output folder"
             )
-        self._check_reached(any(pack.images for pack in prepared.packs))
+        if any(pack.images for pack in prepared.packs) or self.batches.mixture.max_images == 0:
+            self._watch.check()
         # 5. Clip by the norm over all parts, then update.
         clip(self.optimizer, norm, self.recipe.clip)
         self.optimizer.step()
@@ -365,27 +363,6 @@ class Trainer:
     def rate(self, part: str) -> float:
         """Return the share of a part's peak learning rate in this step. Override it for another schedule."""
         return schedule(self.step, self.batches.steps, self.recipe.warmup)
-
-    def _check_reached(self, has_images: bool) -> None:
-        """Raise InputError if no gradient reaches a parameter in the first WATCHED_STEPS steps with images.
-
-        Such a parameter would be saved as it was, after hours, without a word.
-        """
-        if not self._unreached or self._watched_steps == WATCHED_STEPS:
-            return
-        self._watched_steps += has_images or self.batches.mixture.max_images == 0
-        gradients = {name: self.trainable[name].grad for name in sorted(self._unreached)}
-        reached = {name: gradient.any() for name, gradient in gradients.items() if gradient is not None}
-        if reached:  # one wait for all
-            any_reached = zip(reached, torch.stack([*reached.values()]).tolist(), strict=True)
-            self._unreached -= {name for name, is_reached in any_reached if is_reached}
-        if self._unreached and self._watched_steps == WATCHED_STEPS:
-            name = min(self._unreached)
-            raise InputError(
-                f"{self.setup.part_of(name)} learns, but in {WATCHED_STEPS} steps no gradient reached "
-                f"{name}: the loss does not depend on it; use it in the forward pass, or take its part out "
-                "of stage.learn"
-            )
 
     @torch.no_grad()
     def _measure(self, report: TrainingReport) -> None:
@@ -460,25 +437,3 @@ class Trainer:
             "versions": versions(),
             "answers": report.answers(),
         }
-
-
-@contextlib.contextmanager
-def _stop_requested() -> Iterator[list[int]]:
-    """Yield a list to which SIGINT and SIGTERM are added, so that the current step can finish first."""
-    received: list[int] = []
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt  # second signal: stop at once; the last checkpoint stays
-        received.append(number)
-
-    try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread may handle signals; in another one the caller stops the run
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
 from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
@@ -30,8 +29,9 @@ from pydantic import (
 )
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
-from pumice.errors import NEWER, InputError
+from pumice.errors import InputError
 from pumice.storage.yaml_file import read_yaml, set_key
+from pumice.train.recipe_errors import main_problem
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 LONGEST_CHAIN = 50  # recipes that extend each other
@@ -270,6 +270,11 @@ class Recipe(RecipeSection):
         return staged
 
 
+def recipe_path(path: str | Path) -> Path:
+    """Return the path of a recipe's file, also where it is named pumice:NAME. Raises InputError."""
+    return _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe with the recipes that it extends, and apply "key=value" overrides.
 
@@ -282,16 +287,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     # 1. Merge the files. `origin` remembers which file sets which key, so that an error can name it.
     origin: dict[tuple[str, ...], str] = {}
-    path = _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+    path = recipe_path(path)
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
+    set_keys = []
     for override in overrides:
-        origin[set_key(values, override)] = f"--set {override}"
+        set_keys.append(set_key(values, override))
+        origin[set_keys[-1]] = f"--set {override}"
+        if set_keys[-1] == ("extends",):
+            raise InputError(f"--set {override}: extends can be set in the recipe's file only")
     # 3. Validate only the merged values: a recipe that is extended need not be complete by itself.
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        loc, message = _main_problem(error)
+        loc, message = main_problem(error, _KNOWN_KEYS, get_args(Part), set_keys)
         # A missing key has no origin. Then name the file that sets the mapping around it.
         origins = [origin[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origin]
         raise InputError(f"{next(iter(origins), path)}: {message}") from error
@@ -321,8 +330,8 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = _nearest_shipped(base_name.removesuffix(".yaml"))
-        hint = f"; one that Pumice brings is named {SHIPPED}{shipped}" if shipped else ""
+        shipped = _near_shipped(base_name.removesuffix(".yaml"))
+        hint = f"; one that Pumice brings is named {SHIPPED}{shipped[0]}" if shipped else ""
         raise InputError(f"{path}: extends {base_name}, but there is no {base_path}{hint}")
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
@@ -337,11 +346,17 @@ def _shipped_folder() -> Path:
     return inside if inside.is_dir() else package.parent.parent / "recipes"
 
 
-def _nearest_shipped(name: str) -> str | None:
+def _shipped_names() -> list[str]:
     folder = _shipped_folder()
-    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
-    by_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
-    return next(iter(by_end or difflib.get_close_matches(name, names, n=1, cutoff=0.4)), None)
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+
+
+def _near_shipped(name: str) -> list[str]:
+    """Return up to three names of shipped recipes that are like a wrong one: first by their last part."""
+    names = _shipped_names()
+    same_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
+    longer = [known for known in names if len(name) > 2 and name.lower() in known]
+    return (same_end or longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4))[:3]
 
 
 def _shipped(name: str, prefix: str) -> Path:
@@ -349,9 +364,9 @@ def _shipped(name: str, prefix: str) -> Path:
     own_name = name.removeprefix(SHIPPED)
     path = _shipped_folder() / f"{own_name}.yaml"
     if not path.is_file():
-        near = _nearest_shipped(own_name)
-        hint = f"; did you mean {SHIPPED}{near}?" if near else ""
-        raise InputError(f"{prefix}{name}: Pumice brings no such recipe{hint}")
+        near = " or ".join(f"{SHIPPED}{known}" for known in _near_shipped(own_name.removesuffix(".yaml")))
+        hint = f"did you mean {near}?" if near else f"it brings {', '.join(_shipped_names())}"
+        raise InputError(f"{prefix}{name}: Pumice brings no such recipe; {hint}")
     return path
 
 
@@ -391,50 +406,3 @@ _KNOWN_KEYS = [
     )
     for name in section.model_fields
 ]  # fmt: skip
-
-
-def _nearest(dotted: str, known: Sequence[str]) -> str | None:
-    """Return the known key that an unknown one may mean: spelt alike, at best in the same place."""
-    place, _, key = dotted.rpartition(".")
-    leaves = {name.rpartition(".")[2] for name in known}
-    near = difflib.get_close_matches(key, leaves, n=1)
-    if not near:
-        return None
-    candidates = [name for name in known if name.rpartition(".")[2] == near[0]]
-    # A list's entries have the same keys, whatever their number.
-    same_place = [name for name in candidates if name.rpartition(".")[0] == re.sub(r"\d+", "0", place)]
-    return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
-
-
-def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
-    """Return (keys, message) of the one problem that helps the user most."""
-    problems = error.errors()
-    # A misspelt key comes before the key that is missing because of it.
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    first = (unknown or problems)[0]["loc"][0]
-    # `model` is a path or a mapping. A problem inside the mapping has more keys than "not a path", and says
-    # more.
-    same_field = [problem for problem in problems if problem["loc"][0] == first]
-    problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
-    # pydantic adds the names of its union members to the keys; the user never wrote them.
-    loc = [
-        str(part)
-        for part in problem["loc"]
-        if not re.match(r"New(Model|Connector)$|Path$|lax-or-", str(part))
-    ]
-    known: Sequence[str] = _KNOWN_KEYS
-    if loc[-1] == "[key]":  # an unknown part in stage.learn
-        loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]
-    dotted = ".".join(loc)
-    if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
-        near = _nearest(dotted, known)
-        hint = NEWER if near is None else f"; did you mean {near!r}?"
-        return tuple(loc), f"unknown key {dotted!r}{hint}"
-    plain = {
-        "missing": "is missing",
-        "path_type": "must be a path or a mapping",
-        "too_short": "is empty; give one",
-    }
-    if problem["type"] in plain:
-        return tuple(loc), f"{dotted} {plain[problem['type']]}"
-    return tuple(loc), f"{dotted}: {problem['msg'].removeprefix('Value error, ')}"
