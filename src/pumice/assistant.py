@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pumice.config import ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message, question_message
-from pumice.engine.engine import Engine, check_sizes
+from pumice.engine.engine import Engine
 from pumice.engine.reply import Reply, is_done, outcome
 from pumice.engine.requests import Prompt, PromptImage, check_room
 from pumice.engine.sampling import SamplingParams
+from pumice.engine.sizes import check_sizes
 from pumice.errors import InputError
 from pumice.formats.load import check_bf16, find_device, name_of, open_model, usual_dtype
 from pumice.geometry import Layout

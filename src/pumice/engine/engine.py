@@ -24,7 +24,7 @@ from pumice.engine.native import TRIAL_ROWS, NativeDecoder, native_decoder
 from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
-from pumice.engine.sizes import cache_size, chunk_size, has_memory
+from pumice.engine.sizes import cache_size, check_sizes, chunk_size, has_memory
 from pumice.errors import ContextOverflow, InputError, WorkError
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import BLOCK, KVCache, Segment
@@ -54,13 +54,6 @@ class EngineStats:
     prefix_hits: int  # of `prompt_tokens`, those found in the prefix cache
     evictions: int  # blocks evicted from the prefix cache
     steps: int
-
-
-def check_sizes(slots: int, cache_tokens: int | None, chunk: int | None) -> None:
-    """Raise InputError unless an engine can have these sizes."""
-    for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; give 1 or more")
 
 
 class Engine:

@@ -24,6 +24,13 @@ _STATUS = Path("/proc/self/status")
 _LOG = logging.getLogger("pumice")
 
 
+def check_sizes(slots: int, cache_tokens: int | None, chunk: int | None) -> None:
+    """Raise InputError unless an engine can have these sizes."""
+    for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; give 1 or more")
+
+
 def chunk_size(device: torch.device) -> int:
     """Return how many prompt tokens one step computes on a device."""
     return CHUNK.get(device.type, CHUNK["cpu"])

@@ -48,7 +48,6 @@ from pumice.train.signals import stop_requested
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import check_installed
 
-
 # Recipe fields that may differ when a run is resumed: they do not change its result.
 MUTABLE_FIELDS = {
     "name", "output", "pictures", "device", "feature_cache", "max_bad_rows", "held_out",
