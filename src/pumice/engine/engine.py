@@ -66,8 +66,7 @@ class Engine:
     per step; None chooses by device. prefix_cache: keep finished requests, so
     that a prompt that begins like one of them computes only its remaining tokens.
 
-    one_call: on CUDA, attend with one kernel for all requests. It is off until benchmarks/gpu.py has passed
-    on a card.
+    one_call: on CUDA, attend with one kernel for all requests; off until benchmarks/gpu.py passed on a card.
 
     The model must not change while requests run. After weights were edited in place, call `forget`. Replaced
     modules and hooks are noticed when the next request is taken.
@@ -95,9 +94,8 @@ class Engine:
         # 3. Set up the parts that only the thread that steps uses.
         self.model, self.slots = model, slots
         self._not_finite: str | None = None  # why the model computes what is no number, once it did
-        self._cache = KVCache(
-            config, self.cache_tokens, model.device, model.decoder.cache_dtype, BLOCK, one_call
-        )
+        dtype = model.decoder.cache_dtype
+        self._cache = KVCache(config, self.cache_tokens, model.device, dtype, BLOCK, one_call)
         # The decoder in C, where it can run; None where PyTorch computes every step.
         self._native = native_decoder(model.decoder, self._cache)
         self._prefix_cache = PrefixCache(
