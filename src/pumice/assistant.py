@@ -18,12 +18,13 @@ from torch import Tensor
 
 from pumice.config import ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message, question_message
-from pumice.engine.engine import Engine, check_sizes
+from pumice.engine.engine import Engine
 from pumice.engine.reply import Reply, is_done, outcome
 from pumice.engine.requests import Prompt, PromptImage, check_room
 from pumice.engine.sampling import SamplingParams
+from pumice.engine.sizes import check_sizes
 from pumice.errors import InputError
-from pumice.formats.load import find_device, name_of, open_model
+from pumice.formats.load import check_bf16, find_device, name_of, open_model, usual_dtype
 from pumice.geometry import Layout
 from pumice.images import read_image
 from pumice.messages import join_messages, read_message
@@ -41,7 +42,6 @@ _LOG = logging.getLogger(__name__)
 # tiles count for more, so that the memory stays the same.
 CACHED_IMAGES = 64
 SLOTS = 32  # questions that `ask_many` computes together
-CHUNK = 512  # prompt tokens of one step of the engine
 # The same where one person waits and sees how much of the prompt is read, which costs no time.
 CHUNK_SHOWN = 128
 
@@ -59,15 +59,15 @@ def load(
     cache_limit: float | None = None,
     slots: int = SLOTS,
     cache_tokens: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     memory_share: float | None = None,
 ) -> Assistant:
     """Open a model to answer questions: a built-in one, a folder, a GGUF file or a name on the hub.
 
     device: None chooses the best one of this machine. quantize: "int8" or "int4" stores the decoder's weights
     in 8 or 4 bits, None as they are; "auto" chooses 8 bits on a CPU that has a kernel for them. dtype: of the
-    decoder; None gives bf16 on CUDA and with quantized weights, fp16 on MPS, and fp32 otherwise. template,
-    tower, base, mmproj: what a model from elsewhere does not state or contain, as in
+    decoder; None gives bf16 on CUDA (fp16 before Ampere) and with quantized weights, fp16 on MPS, and fp32
+    otherwise. template, tower, base, mmproj: what a model from elsewhere does not state or contain, as in
     `pumice.formats.read.read_model`. cache_limit: the GB that converted GGUF files may take in the cache;
     None: as $PUMICE_CACHE_LIMIT says. slots, cache_tokens, chunk, memory_share: the sizes of its
     engine, as in `Engine`. Raises InputError.
@@ -79,8 +79,9 @@ def load(
     check_sizes(slots, cache_tokens, chunk)
     torch_device = find_device(device)
     if dtype is None:
-        usual = {"cuda": torch.bfloat16, "mps": torch.float16}
-        dtype = usual.get(torch_device.type, torch.float32)  # which most CPUs compute faster than bf16
+        dtype = usual_dtype(torch_device)
+    elif dtype == torch.bfloat16:
+        check_bf16(torch_device, "leave dtype out, or use torch.float16")
     opened = open_model(
         str(name),
         device=torch_device,
@@ -115,7 +116,7 @@ class Assistant:
         *,
         slots: int = SLOTS,
         cache_tokens: int | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         memory_share: float | None = None,
         name: str = "model",
     ) -> None:

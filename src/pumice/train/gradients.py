@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from pumice.errors import InputError
@@ -28,11 +29,11 @@ class GradientWatch:
         if not self._unreached or self._steps == WATCHED_STEPS:
             return
         self._steps += 1
-        self._unreached = {
-            name
-            for name in self._unreached
-            if (gradient := self._trainable[name].grad) is None or not gradient.any()
-        }
+        gradients = {name: self._trainable[name].grad for name in self._unreached}
+        reached = {name: gradient.any() for name, gradient in gradients.items() if gradient is not None}
+        if reached:  # one wait for all of them, if they are on a GPU
+            any_reached = torch.stack([*reached.values()]).tolist()
+            self._unreached -= {name for name, one in zip(reached, any_reached, strict=True) if one}
         if self._unreached and self._steps == WATCHED_STEPS:
             name = min(self._unreached)
             raise InputError(

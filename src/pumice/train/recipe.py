@@ -206,7 +206,9 @@ class Recipe(RecipeSection):
     epochs: float = Field(1.0, gt=0)
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps")
     batch: PositiveInt = Field(32, description="pictures (with all their rows) per optimiser step")
-    pack_tokens: PositiveInt = Field(1024, description="tokens per pack; one pack is in memory at a time")
+    pack_tokens: PositiveInt = Field(
+        1024, description="tokens per pack; one pack is in memory at a time; on CUDA 8,192 when absent"
+    )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising rate")
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -214,6 +216,9 @@ class Recipe(RecipeSection):
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     device: str | None = Field(None, description="cuda, mps or cpu; the best one of this machine when absent")
     seed: int = Field(0, ge=0)
+    deterministic: bool = later(
+        False, "the same bits from every run on CUDA, at some speed; a CPU gives them anyway"
+    )
     mirror_chance: float = Field(0.5, ge=0, le=1, description="share of mirrored groups, where allowed")
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
 

@@ -16,7 +16,7 @@ F features of a tile, C tower width, S side of a tile in pixels):
     images          frozen tower: one call of 8 tiles without a graph, then F C in fp32 per tile until the
                     backward pass. A tower that learns keeps the activations of all the pack's tiles at once
     workers         for each, the pixels of one step: 12 S S per tile (features instead, once cached)
-    the trial save  one tensor; under FSDP the first process holds the whole model once more
+    the trial save  one tensor; under FSDP the first process gathers the whole model in host memory
 """
 
 from __future__ import annotations
@@ -180,16 +180,17 @@ def trainable_parameters(model: Llava, learn: Collection[str]) -> dict[str, nn.P
     return {name: p for name, p in named if part_of(name, learn) in learn and id(p) not in idle}
 
 
-def prepare(recipe: Recipe, device_name: str | None = None) -> Setup:
+def prepare(recipe: Recipe, device_name: str | None = None, load_on: str | None = None) -> Setup:
     """Return a recipe's model on its device: the stage's parts learn in fp32, all others are frozen.
 
-    device_name: replaces the recipe's device: one of several GPUs, or the CPU before FSDP makes shards.
+    device_name: replaces the recipe's device, as one of several GPUs. load_on: where the model is built and
+    stays, in the types of the device: "cpu" before FSDP makes shards, or "meta", without values.
     Raises InputError where the stage's adapters do not fit the model's.
     """
     # 1. Open or build the model. A QLoRA base starts on the CPU: unquantised it need not fit the GPU.
     device = find_device(device_name or recipe.device)
     quantised = recipe.stage.base != "none"
-    load_device = torch.device("cpu") if quantised else device
+    load_device = torch.device(load_on or ("cpu" if quantised else device))
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if isinstance(new := recipe.model, NewModel):
         opened = new_model(
@@ -207,13 +208,14 @@ def prepare(recipe: Recipe, device_name: str | None = None) -> Setup:
         lora = LoraConfig(**recipe.stage.lora.model_dump())
         add_lora(model.decoder, lora)
         model.config = dataclasses.replace(model.config, lora=lora)
-    # 3. Quantise the LLM where it is, then move the small result. A GPU runs the other parts in `dtype` too.
+    # 3. Quantise the LLM on the device, layer by layer. A GPU runs the other parts in `dtype` too.
     if quantised:
-        quantize_base(model.decoder, recipe.stage.base)
+        quantize_base(model.decoder, recipe.stage.base, device if load_on is None else load_device)
+    if load_on is None:
         model.to(device)
-        if device.type != "cpu":
-            model.tower.to(dtype)
-            model.connector.to(dtype)
+    if load_device != device and device.type != "cpu":
+        model.tower.to(dtype)
+        model.connector.to(dtype)
     # 4. Freeze everything, then let the named parts learn.
     learn = recipe.stage.learn
     if "lora" in learn and model.config.lora is None:
