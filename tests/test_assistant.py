@@ -217,6 +217,10 @@ def test_replies_come_from_an_engine_that_runs_by_itself(exact: Assistant, pictu
 def test_wrong_python_values(exact: Assistant) -> None:
     with pytest.raises(InputError, match="slots is 0"):
         list(exact.ask_each([(None, "What?")], slots=0))
+    with pytest.raises(InputError, match=r"no sampling option 'temprature'; did you mean 'temperature'\?"):
+        exact.ask(None, "What?", temprature=1.0)
+    with pytest.raises(InputError, match=r"no sampling option 'zzz'; remove it, or update Pumice"):
+        exact.stream([{"role": "user", "content": "What?"}], zzz=1.0)
     bare: Any = ["a.jpg"]
     assert "row 1 is 'a.jpg'; give (pictures, question)" in str(next(exact.ask_each(bare)))
     wrong: Any

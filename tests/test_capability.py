@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from pumice import processor
 from pumice.capability import Capability, fields
 from pumice.config import (
     ChatFormat,
@@ -29,38 +30,81 @@ from pumice.engine.generate import generate, naive_generate
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError
+from pumice.explain import maps
+from pumice.explain.attention import Passage, read
 from pumice.formats.export import REFUSALS, export
 from pumice.formats.gguf import write as gguf_write
 from pumice.formats.hf import write as hf_write
 from pumice.formats.llava import write as llava_write
 from pumice.formats.read import read_model
-from pumice.model import connector, decoder
+from pumice.geometry import single_tile_layout
+from pumice.kernels import compute
+from pumice.model import adapters, connector, decoder
 from pumice.model.llava import TOWERS, Llava
-from pumice.model.quantized import quantize
+from pumice.model.quantized import KINDS, PackedEmbedding, PackedLinear, quantize
+from pumice.processor import Processor
+from pumice.tokens import Tokenizer
 
 CLASSES = (
     DecoderConfig, RopeScaling, VisionConfig, ConnectorConfig, ImagePolicy, GenerationConfig, LoraConfig,
     ChatFormat, ModelConfig,
 )  # fmt: skip
-CONSUMERS: dict[str, Capability] = {
+# What computes an answer: it lists every field. The others may refuse some.
+COMPUTING: dict[str, Capability] = {
     "decoder": decoder.CAPABILITY,
     "connector": connector.CAPABILITY,
-    "native": native.CAPABILITY,
-    "hf": hf_write.CAPABILITY,
-    "llava": llava_write.CAPABILITY,
-    "gguf": gguf_write.CAPABILITY,
+    "adapters": adapters.CAPABILITY,
+    "processor": processor.CAPABILITY,
     **{
         f"tower {kind}": Capability(kind, {VisionConfig: fields(implemented)})
         for kind, (implemented, _) in TOWERS.items()
     },
+}
+CONSUMERS: dict[str, Capability] = COMPUTING | {
+    "maps": maps.CAPABILITY,
+    "native": native.CAPABILITY,
+    "hf": hf_write.CAPABILITY,
+    "llava": llava_write.CAPABILITY,
+    "gguf": gguf_write.CAPABILITY,
 }
 
 
 @pytest.mark.parametrize("config_class", CLASSES)
 def test_every_field_is_listed_somewhere(config_class: type) -> None:
     """A field that is added, and listed nowhere, would be ignored everywhere."""
-    listed = {name for consumer in CONSUMERS.values() for name in consumer.fields.get(config_class, ())}
+    # How answers are drawn belongs to the engine, and a model as a whole to its parts.
+    consumers = CONSUMERS if config_class in (GenerationConfig, ModelConfig) else COMPUTING
+    listed = {name for consumer in consumers.values() for name in consumer.fields.get(config_class, ())}
     assert {field.name for field in dataclasses.fields(config_class)} == listed
+
+
+def test_sampling_has_every_field_of_generation() -> None:
+    values = dataclasses.asdict(GenerationConfig(0.5, 0.9, 3, 1.1))
+    assert values.items() <= dataclasses.asdict(SamplingParams.of(values)).items()
+
+
+def test_every_consumer_of_pictures_and_adapters_refuses_a_field_that_it_does_not_list(
+    models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a version that has one field more, which nobody listed."""
+    source = models.tiny(models.ARCHITECTURES["CLIP + Llama, LoRA"])
+    image = replace(source.config.image, resample="bilinear")
+    lora = replace(source.config.lora, dropout=0.5)
+    config = replace(source.config, image=image, lora=lora)
+    layout = single_tile_layout(config)
+    consumers: tuple[tuple[Any, type, str, Callable[[], object]], ...] = (
+        (processor, ImagePolicy, "resample", lambda: Processor(config, Tokenizer(source.tokenizer))),
+        (maps, ImagePolicy, "resample", lambda: maps.token_boxes(config, (60, 40), layout)),
+        (adapters, LoraConfig, "dropout", lambda: Llava(config)),
+    )
+    for module, config_class, name, use in consumers:
+        use()
+        listed = module.CAPABILITY
+        fewer = {field: values for field, values in listed.fields[config_class].items() if field != name}
+        part = replace(listed, fields={**listed.fields, config_class: fewer})
+        monkeypatch.setattr(module, "CAPABILITY", part)
+        with pytest.raises(InputError, match=f"{listed.consumer} does not implement {name} = "):
+            use()
 
 
 def test_a_field_that_is_not_listed_is_refused_by_name() -> None:
@@ -137,8 +181,10 @@ def test_a_value_of_every_decoder_field_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", DECODER_FIELDS)
-def test_a_field_of_the_decoder_changes_what_every_engine_computes(name: str) -> None:
-    """Compiled code computes it or leaves it to PyTorch; int8 modules compute it as well."""
+def test_a_field_of_the_decoder_changes_what_every_engine_computes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code computes it or leaves it to PyTorch; explanations, int8 and int4 compute it as well."""
     ids = torch.arange(24) % 52
     without = {field: value for field, value in DECODER_FIELDS[name].items() if field != name}
     plain, changed = small(**without), small(**DECODER_FIELDS[name])
@@ -147,10 +193,23 @@ def test_a_field_of_the_decoder_changes_what_every_engine_computes(name: str) ->
     prompt = Prompt(ids, None, SamplingParams(max_new_tokens=12))
     tokens = [token for _, token in generate(changed, [prompt]) if token is not None]
     assert tokens == naive_generate(changed, prompt)
-    quantize(changed.decoder, "int8")
-    error = (changed.decoder.logits(changed(ids[None])) - logits[1]).norm() / logits[1].norm()
-    print(f"{name}: {error:.3f}")
-    assert error < 0.1
+    # An explanation computes attention itself, in three ways.
+    expected = logits[1][0, -5:-1].log_softmax(-1).gather(-1, ids[-4:, None])[:, 0]
+    passage = Passage.of(ids[:-4], None, ids[-4:].tolist())
+    for options in ({}, {"rollout": True}, {"gradient_from": 0}):
+        [read_out], _ = read(changed, [passage], **options)
+        torch.testing.assert_close(read_out, expected, atol=1e-4, rtol=1e-4)
+    # Packed modules do what plain ones do with the same weights; only compiled products round activations.
+    monkeypatch.setattr(compute, "library", lambda: None)
+    for kind in KINDS:
+        packed, rounded = small(**DECODER_FIELDS[name]), small(**DECODER_FIELDS[name])
+        quantize(packed.decoder, kind)
+        weights = dict(rounded.decoder.named_parameters())
+        for path, module in packed.decoder.named_modules():
+            if isinstance(module, PackedLinear | PackedEmbedding) and f"{path}.weight" in weights:
+                weights[f"{path}.weight"].copy_(module.packed.restored())
+        expected, actual = (model.decoder.logits(model(ids[None])) for model in (rounded, packed))
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("to", ["hf", "llava", "gguf"])

@@ -23,7 +23,7 @@ from pumice.config import (
     as_stored,
     from_dict,
 )
-from pumice.errors import InputError
+from pumice.errors import NEWER, InputError
 
 DECODER = DecoderConfig(vocab_size=100, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
 
@@ -86,7 +86,11 @@ def test_left_out_keys_take_their_defaults() -> None:
     [
         (("decoder", "widht"), 3, "config.json: decoder: unknown key 'widht'; did you mean 'width'?"),
         (("tempalte",), "x", "config.json: unknown key 'tempalte'; did you mean 'template'?"),
-        (("zzz",), 1, "config.json: unknown key 'zzz'"),
+        (("zzz",), 1, f"config.json: unknown key 'zzz'{NEWER}"),
+        *(
+            ((section, "zzz"), 1, f"config.json: {section}: unknown key 'zzz'{NEWER}")
+            for section in ("decoder", "vision", "connector", "image", "lora")
+        ),
         (("decoder", "depth"), "2", "config.json: decoder: depth: expected int, found '2'"),
         (("decoder", "depth"), 2.0, "config.json: decoder: depth: expected int, found 2.0"),
         (("decoder", "depth"), True, "config.json: decoder: depth: expected int, found True"),
@@ -155,7 +159,22 @@ def test_left_out_keys_take_their_defaults() -> None:
             "each must be more than 0",
         ),
         (("lora", "rank"), 0, "config.json: lora: rank must be 1 or more, not 0"),
-        (("pumice_format",), 7, f"config.json has pumice_format 7, this version reads {FORMAT_VERSION}"),
+        (
+            ("generation",),
+            {"temperature": 1.0, "zzz": 1},
+            f"config.json: generation: unknown key 'zzz'{NEWER}",
+        ),
+        (
+            ("chat",),
+            {"user": ["", ""], "assistant": "", "stop": "x", "zzz": 1},
+            f"config.json: chat: unknown key 'zzz'{NEWER}",
+        ),
+        (
+            ("pumice_format",),
+            7,
+            f"config.json has pumice_format 7, this version reads {FORMAT_VERSION}; update Pumice, or write "
+            "the folder anew with a version that reads it",
+        ),
     ],
 )
 def test_wrong_values_are_named_with_their_place(path: tuple[str, ...], value: Any, message: str) -> None:

@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "pumice"
 # A part is a file or folder of src/pumice. It may import parts of the lines above its own, and itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "moved"),
-    ("config", "capability", "conversation", "files"),
+    ("config", "capability", "conversation", "files", "stopping"),
     ("geometry", "jsonl", "messages", "png", "kernels"),
     ("templates", "images", "model", "webpage", "progress", "storage"),
     ("tokens", "chat_client"),
@@ -58,6 +58,7 @@ LIBRARIES: dict[str, set[str]] = {
     "capability": set(),
     "conversation": set(),
     "files": set(),
+    "stopping": set(),
     "geometry": set(),
     "jsonl": set(),
     "messages": set(),

@@ -30,6 +30,7 @@ from pumice.images import read_image
 from pumice.messages import join_messages, read_message
 from pumice.model.llava import Llava
 from pumice.processor import Processor
+from pumice.stopping import check_stopped
 
 if TYPE_CHECKING:
     from pumice.engine.constraint import JsonSchema
@@ -55,6 +56,8 @@ def load(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    mmproj: str | PathLike[str] | None = None,
+    cache_limit: float | None = None,
     slots: int = SLOTS,
     cache_tokens: int | None = None,
     chunk: int = CHUNK,
@@ -65,8 +68,9 @@ def load(
     device: None chooses the best one of this machine. quantize: "int8" or "int4" stores the decoder's weights
     in 8 or 4 bits, None as they are; "auto" chooses 8 bits on a CPU that has a kernel for them. dtype: of the
     decoder; None gives bf16 on CUDA and with quantized weights, fp16 on MPS, and fp32 otherwise. template,
-    tower, base: what a model from elsewhere does not state or contain, as in
-    `pumice.formats.read.read_model`. slots, cache_tokens, chunk, memory_share: the sizes of its
+    tower, base, mmproj: what a model from elsewhere does not state or contain, as in
+    `pumice.formats.read.read_model`. cache_limit: the GB that converted GGUF files may take in the cache;
+    None: as $PUMICE_CACHE_LIMIT says. slots, cache_tokens, chunk, memory_share: the sizes of its
     engine, as in `Engine`. Raises InputError.
     """
     if quantize not in ("auto", "int8", "int4", None):
@@ -86,6 +90,8 @@ def load(
         template=template,
         tower=tower,
         base=base,
+        mmproj=mmproj,
+        cache_limit=cache_limit,
     )
     return Assistant(
         opened.model,
@@ -378,7 +384,7 @@ class Assistant:
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         """Return the caller's options, else the model's, with the template's stop text if it has one."""
-        params = SamplingParams(**{**self.generation, **sampling})
+        params = SamplingParams.of({**self.generation, **sampling})
         template = self.processor.template
         if self.processor.tokenizer.stops(template):
             return params
@@ -408,6 +414,7 @@ class Assistant:
 
     def _prompt_image(self, image: ImagePart, layout: Layout) -> PromptImage:
         """Read an image now, so that a wrong one raises now. The tower runs only if the engine needs it."""
+        check_stopped()
         key = self.processor.key(image, layout)
         with self._lock:
             tokens = self._image_tokens.get(key)

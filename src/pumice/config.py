@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pumice.errors import InputError, finite, shorten
+from pumice.errors import InputError, finite, instead_of, shorten
 
 FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop", "squash", "anyres")
@@ -308,6 +307,9 @@ class ChatFormat:
     trim: tuple[str, ...] = ()  # roles whose text loses the blanks around it
     opening: str = ""  # after `assistant` before the newest answer only (Qwen3's empty thought)
     stop_once: bool = False  # only the newest answer ends with `stop` (LLaVA-1.5 in transformers)
+    # Before and after the descriptions of functions, one a line, which follow the system message. Calls are
+    # in Hermes's form, as those of Qwen2.5 and Qwen3. None: the format has no place for them.
+    tools: tuple[str, str] | None = later(None)
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,10 @@ class ModelConfig:
         values = dict(values)
         version = values.pop("pumice_format", None)
         if version != FORMAT_VERSION:
-            raise InputError(f"{location} has pumice_format {version}, this version reads {FORMAT_VERSION}")
+            raise InputError(
+                f"{location} has pumice_format {version}, this version reads {FORMAT_VERSION}; "
+                "update Pumice, or write the folder anew with a version that reads it"
+            )
         return typing.cast(ModelConfig, from_dict(cls, values, location))
 
 
@@ -394,9 +399,7 @@ def from_dict(cls: type, values: Any, location: str) -> Any:
     fields = {STORED_NAMES.get(f.name, f.name): f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{location}: unknown key {key!r}{hint}")
+            raise InputError(f"{location}: unknown key {key!r}{instead_of(key, fields)}")
     arguments = {}
     for name, spec in fields.items():
         if name in values:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import unquote, urlparse
+
+NEWER = "; remove it, or update Pumice if a newer version wrote it"  # the remedy for an unknown name
 
 
 class InputError(ValueError):
@@ -42,6 +45,13 @@ def shorten(value: object, characters: int = 200) -> str:
     except ValueError:  # a whole number of thousands of digits
         return "a number of too many digits"
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
+def instead_of(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the known one that it may mean, or NEWER."""
+    if near := difflib.get_close_matches(name, list(known), n=1):
+        return f"; did you mean {near[0]!r}?"
+    return NEWER
 
 
 def finite(value: float, label: str) -> float:

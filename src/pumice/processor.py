@@ -10,13 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pumice.config import IMAGE_TOKEN, ModelConfig
+from pumice.capability import CHAT, Capability, fields
+from pumice.config import IMAGE_TOKEN, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import ContextOverflow, InputError
 from pumice.geometry import Layout, single_tile_layout, tile_layout
 from pumice.images import image_key, image_size, open_image, read_image, to_tiles
 from pumice.templates import Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
+
+CAPABILITY = Capability(
+    "the processor",
+    {
+        ImagePolicy: fields("mode mean std resample pad_color pinpoints unpad max_tiles several"),
+        ChatFormat: fields(CHAT),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,9 @@ class Processor:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, *, truncate: bool = False) -> None:
         """truncate: cut training samples that exceed the context instead of refusing them."""
+        CAPABILITY.check(config.image)
+        if config.chat is not None:
+            CAPABILITY.check(config.chat)
         self.config = config
         self.truncate = truncate
         self.tokenizer = tokenizer
@@ -107,9 +119,15 @@ class Processor:
         spans = self.template.render(conversation, generate=generate)
         images = tuple(span for span in spans if isinstance(span, ImagePart))
         if images and self.config.vision.kind == "none":
-            raise InputError("this model is a language model without a vision tower; ask it without pictures")
+            raise InputError(
+                "this model is a language model without a vision tower; ask it without pictures, or give the "
+                "mmproj file of a LLaVA in GGUF with --mmproj"
+            )
         layouts = self.layouts(images)
         counts = [layout.tokens for layout in layouts]
+        if generate or not self.truncate:
+            texts = [span.text for span in spans if not isinstance(span, ImagePart)]
+            self.tokenizer.check_length(texts, self.config.decoder.context, "the conversation")
         input_ids, labels = encode(self._wrap(spans), self.tokenizer, counts, self.config.bos_token_id)
         limit = self.config.decoder.context
         if len(input_ids) > limit and (generate or not self.truncate):

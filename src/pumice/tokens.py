@@ -6,7 +6,10 @@ The loss mask is built together with the ids, never recovered afterwards.
 from __future__ import annotations
 
 import codecs
+import contextlib
+import functools
 import json
+import os
 import re
 import threading
 from bisect import bisect_right
@@ -18,12 +21,17 @@ import tokenizers
 
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import ImagePart
-from pumice.errors import InputError, shorten
+from pumice.errors import ContextOverflow, InputError, shorten
+from pumice.stopping import check_stopped
 from pumice.templates import Plain, Span, Spans, Template
 
 IGNORE = -100  # a label that is not supervised
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a SentencePiece token of one byte
 _BAD_BYTES = "pumice.tokens"
+PIECE = 1 << 15  # characters; of a longer text the tokens are counted piece by piece first
+COMPOSED = 4  # characters of which Unicode composition makes one, at most
+# One text is tokenized at a time. The library's threads gain nothing, and a fork after them would warn.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _byte_letters() -> dict[str, int]:
@@ -61,7 +69,9 @@ class Tokenizer:
         self._has_bytes, self._strips = "ByteFallback" in steps, "Strip" in steps
         # SentencePiece's newer behaviour: only what stands at the very beginning gets a space before it.
         self._prefix_first = _state(backend.pre_tokenizer).get("prepend_scheme") == "first"
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the next line and of the backend's switches
+        self._encoding = 0  # texts that are tokenized now
+        self._prefix_lock = threading.Lock()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -141,19 +151,63 @@ class Tokenizer:
         first: the text stands at the very beginning, which some tokenizers write in their own way.
         """
         no_prefix = self._prefix_first and not first
-        with self._lock:  # the switches belong to the shared backend
-            self.backend.encode_special_tokens = True
+        # The switch belongs to the shared backend. Without it, a short text waits for no long one.
+        with self._prefix_lock if self._prefix_first else contextlib.nullcontext():
             if no_prefix:
                 self.backend.pre_tokenizer.prepend_scheme = "never"
             try:
-                encoding = self.backend.encode(text, add_special_tokens=False)
-            except Exception as error:  # such as a character that it has no token for
-                raise InputError(f"the model's tokenizer cannot write this text: {error}") from error
+                encoding = self._encode(text)
             finally:
-                self.backend.encode_special_tokens = False
                 if no_prefix:
                     self.backend.pre_tokenizer.prepend_scheme = "first"
         return [(number, start) for number, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        """Return a text's tokens. Other threads run meanwhile: `encode` would hold Python's lock."""
+        # 1. What looks like a special token is text. The first to come and the last to go turn the switch.
+        with self._lock:
+            if not self._encoding:
+                self.backend.encode_special_tokens = True
+            self._encoding += 1
+        # 2. Tokenize.
+        try:
+            return self.backend.encode_batch([text], add_special_tokens=False)[0]
+        except Exception as error:  # such as a character that it has no token for
+            raise InputError(f"the model's tokenizer cannot write this text: {error}") from error
+        finally:
+            with self._lock:
+                self._encoding -= 1
+                if not self._encoding:
+                    self.backend.encode_special_tokens = False
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """The characters of the longest token."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+
+    def check_length(self, texts: Sequence[str], limit: int, name: str = "the text") -> None:
+        """Raise ContextOverflow if texts take more than `limit` tokens by far; do not tokenize all of them.
+
+        name: of the texts in the message. What passes may still be too long by some tokens for each piece.
+        """
+
+        def check(tokens: int) -> None:
+            if tokens > limit:
+                message = f"{name} takes {tokens} tokens or more, the limit is {limit}; shorten it"
+                raise ContextOverflow(message, tokens, limit)
+
+        # 1. No token has more characters than the longest one.
+        characters = sum(map(len, texts))
+        check(characters // (COMPOSED * self._longest))
+        if characters <= PIECE:
+            return
+        # 2. Count piece by piece. A token that a cut divides becomes as many as it has characters, at most.
+        tokens = 0
+        for text in texts:
+            for start in range(0, len(text), PIECE):
+                check_stopped()
+                tokens += max(0, len(self._encode(text[start : start + PIECE])) - self._longest)
+                check(tokens)
 
     def encode(self, spans: Sequence[Span], *, first: bool = True) -> list[tuple[int, bool]]:
         """Tokenise the spans of one chunk (all text between two pictures): a list of (id, supervised).

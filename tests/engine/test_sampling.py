@@ -8,7 +8,7 @@ import torch
 
 from pumice import InputError
 from pumice.engine import sampling
-from pumice.engine.sampling import SamplingParams, _pick, penalise, sample
+from pumice.engine.sampling import SamplingParams, _pick, likeliest, penalise, sample
 
 VOCABULARY = 200
 
@@ -93,15 +93,40 @@ def test_extreme_settings_give_a_token_and_leave_the_other_rows_alone() -> None:
         assert tokens[1] == draw(rows[1:], usual, history)[0], (name, value)
 
 
-def test_the_number_of_selected_tokens_changes_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = SamplingParams(temperature=6, top_p=0.95)
-    rows = logits(40)
-    expected = draw(rows, params)
-    monkeypatch.setattr(sampling, "LIKELIEST", VOCABULARY)
-    assert torch.equal(draw(rows, params), expected)
-    monkeypatch.setattr(sampling, "LIKELIEST", 1)
-    monkeypatch.setattr(sampling, "WIDEN", 2)
-    assert torch.equal(draw(rows, params), expected)
+@pytest.mark.parametrize("tries", [0, 1, 16])
+@pytest.mark.parametrize(("top_p", "min_p"), [(0.8, 0), (1, 0.3), (0.9, 0.2)])
+def test_draws_from_a_wide_set_follow_its_probabilities(
+    monkeypatch: pytest.MonkeyPatch, tries: int, top_p: float, min_p: float
+) -> None:
+    monkeypatch.setattr(sampling, "LIKELIEST", 4)
+    monkeypatch.setattr(sampling, "TRIES", tries)
+    row = torch.linspace(0, 2, 40)
+    count = 20_000
+    params = SamplingParams(temperature=1, top_p=top_p, min_p=min_p)
+    one_each = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    drawn = sample(row.expand(count, -1), [params] * count, [np.array([], np.int64)] * count, one_each)
+
+    probabilities = row.softmax(-1)
+    likelier = probabilities.flip(0).cumsum(0).flip(0) - probabilities
+    expected = probabilities * (likelier < top_p) * (probabilities >= min_p * probabilities.max())
+    expected /= expected.sum()
+    shares = torch.bincount(drawn, minlength=40) / count
+    assert torch.all(shares[expected == 0] == 0)
+    # Five standard deviations of a share.
+    assert torch.all((shares - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-9)
+
+
+@pytest.mark.parametrize(("vocabulary", "count"), [(200, 64), (4_096, 1), (9_999, 64), (9_999, 5_000)])
+@pytest.mark.parametrize("descending", [False, True])
+def test_the_likeliest_equal_those_of_a_sort(vocabulary: int, count: int, descending: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.stack([torch.randperm(vocabulary, generator=random) for _ in range(5)]).float()
+    if descending:  # the likeliest are all neighbours
+        rows = rows.sort(-1, descending=True).values
+    values, ids = likeliest(rows, count)
+    expected = rows.sort(-1, descending=True)
+    assert torch.equal(values, expected.values[:, :count])
+    assert torch.equal(ids, expected.indices[:, :count])
 
 
 def test_greedy_is_the_argmax_whatever_else_is_set() -> None:

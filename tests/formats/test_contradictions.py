@@ -6,7 +6,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from torch import Tensor
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.components import open_llm, open_tower
+from pumice.formats.export import export
+from pumice.formats.families import FAMILIES
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.hf.read import open_hf
@@ -537,3 +541,42 @@ def test_the_place_of_an_error_is_named_once(hf: Callable[[str], Path]) -> None:
     with pytest.raises(InputError, match="layer_types gives a sliding_window") as caught:
         open_hf(folder)
     assert str(caught.value).count("config.json") == 1
+
+
+# A row of FAMILIES, and a checkpoint of another family
+LANGUAGE_MODELS = {
+    "llama": "CLIP + Llama, pad (LLaVA 1.5)",
+    "qwen2": "SigLIP + Qwen2, squash",
+    "qwen3": "CLIP + Qwen3, crop",
+    "gemma2": "SigLIP + Gemma 2, squash",
+}
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_a_checkpoint_of_another_family_than_its_config_says(
+    models: ModuleType, family: str, tmp_path: Path
+) -> None:
+    """The class agrees with the wrong model_type, so that only the tensors tell."""
+    export(models.tiny(models.ARCHITECTURES[LANGUAGE_MODELS[family]]), "hf", tmp_path / "out")
+    for other in LANGUAGE_MODELS.keys() - {family}:
+        change(
+            tmp_path / "out" / "config.json",
+            text_config__model_type=other,
+            text_config__architectures=[FAMILIES[other].class_name],
+        )
+        with pytest.raises(InputError, match=r"by its config the language model is .*; correct"):
+            read_model(tmp_path / "out")
+
+
+def test_a_row_for_a_family_that_computes_more(
+    models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Granite's tensors are a Llama's; only keys of its config say that it computes something else."""
+    monkeypatch.setitem(FAMILIES, "granite", replace(FAMILIES["llama"], class_name="GraniteForCausalLM"))
+    export(models.tiny(models.ARCHITECTURES[LANGUAGE_MODELS["llama"]]), "hf", tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    change(path, text_config__model_type="granite", text_config__architectures=None)
+    read_model(tmp_path / "out")
+    change(path, text_config__residual_multiplier=0.22)
+    with pytest.raises(InputError, match=r"residual_multiplier is 0\.22, which Pumice does not compute"):
+        read_model(tmp_path / "out")

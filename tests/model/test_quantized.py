@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal
 from pumice.model.quantized import PackedEmbedding, PackedLinear, kind_of, quantize
+from pumice.model.quantized_base import quantize_base
 
 BITS = pytest.mark.parametrize("bits", ["int8", "int4"])
 FAMILIES = pytest.mark.parametrize("more", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"tied_head": True}])
@@ -55,6 +57,31 @@ def restore(decoder: Decoder) -> Decoder:
             state[f"{name}.weight"] = layer.packed.restored()
     plain.load_state_dict(state)
     return plain
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda decoder: quantize(decoder, "int8"),
+        lambda decoder: quantize_base(decoder, "int8"),
+        lambda decoder: add_lora(decoder, LoraConfig(targets=("gate",))),
+    ],
+)
+def test_a_layer_that_was_edited_is_not_replaced(replace: Callable[[Decoder], None]) -> None:
+    """Its successor would take the weight over, and nothing else."""
+    decoder = make()
+    decoder.blocks[1].mlp.gate = Doubled(64, 160, bias=False)
+    with pytest.raises(InputError, match=r"gate is a Doubled, which would be lost where layers are replaced"):
+        replace(decoder)
+    decoder = make()
+    decoder.blocks[0].mlp.gate.register_forward_hook(lambda _, inputs, output: -output)
+    with pytest.raises(InputError, match=r"gate has hooks, which would be lost"):
+        replace(decoder)
 
 
 @BITS

@@ -47,7 +47,11 @@ FIELD = "messages.0.content.0.image_url"
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "valid number"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+        ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
+        ({"n": 1000}, "n", "less than or equal to 128"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"dry_multiplier": 0.8}, "dry_multiplier", "unknown field"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
         ({"max_tokens": True}, "max_tokens", "valid integer"),
@@ -57,8 +61,8 @@ FIELD = "messages.0.content.0.image_url"
         ({"banana": 1}, "banana", "unknown field 'banana'"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
-        ({"stream_options": {"include_usage": True}}, None, "stream_options needs stream"),
-        ({"return_progress": True}, None, "return_progress needs stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
+        ({"return_progress": True}, "return_progress", "needs stream"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"model": "gpt-5"}, "model", "no model 'gpt-5'"),
@@ -70,7 +74,9 @@ FIELD = "messages.0.content.0.image_url"
         ),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing or null; give text"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "is missing or null"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "or a list of parts"),
+        ({"messages": [{"role": "user", "content": {}}]}, "messages.0.content", "or a list of parts"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.0.content.0", "or a list of parts"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
             "messages.0.content.0.text",
@@ -90,15 +96,16 @@ FIELD = "messages.0.content.0.image_url"
         ),
         (
             {"continue_final_message": True, "add_generation_prompt": True},
-            None,
-            "continue_final_message and add_generation_prompt exclude each other",
+            "add_generation_prompt",
+            "is false where continue_final_message is true",
         ),
         (
             {"messages": [{"role": "user", "content": "long " * 300}]},
             "messages",
             "maximum context length is 256",
         ),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "belong together"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "needs a schema"),
+        ({"response_format": {"type": "regex"}}, "response_format.value", "needs a regular expression"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             "response_format.json_schema.schema",
@@ -110,6 +117,7 @@ def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, mess
     body = {"messages": [{"role": "user", "content": "What?"}], **more}
     error = error_of(post(server, body), 404 if "model" in more else 400)
     assert error["param"] == param
+    assert error["code"]
     assert message in error["message"]
 
 

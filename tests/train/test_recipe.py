@@ -46,6 +46,13 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"epoch": 2}, r"unknown key 'epoch'; did you mean 'epochs'\?"),
+        ({"zzz": 2}, r"unknown key 'zzz'; remove it, or update Pumice if a newer version wrote it"),
+        (
+            {"stage": {"learn": {"connector": 1e-3}, "zzz": 1}},
+            r"unknown key 'stage\.zzz'; remove it, or update",
+        ),
+        ({"data": [{"rows": "r", "zzz": 1}]}, r"unknown key 'data\.0\.zzz'; remove it, or update"),
+        ({"model": {"base": "m", "connector": {}, "zzz": 1}}, r"unknown key 'model\.zzz'; remove it, or"),
         ({"stage": {"learn": {}}}, r"stage: learn names no part"),
         ({"stage": {"learn": {"connector": 0.0}}}, r"the rate 0\.0"),
         ({"stage": {"learn": {"projector": 1e-3}}}, r"unknown key 'stage\.learn\.projector'; .*"),
@@ -259,3 +266,19 @@ def test_a_wheel_brings_the_recipes(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith(f"fine-tuning {tmp_path}")
+
+
+def test_a_field_that_came_later_is_stored_only_where_it_is_set(tmp_path: Path) -> None:
+    """So that the folder of a run looks to an earlier version as its own."""
+    plain = load_recipe(write(tmp_path))
+    assert set(plain.stored()["data"][0]) == {"rows", "weight", "mirror"}
+    assert "shuffle_block" not in plain.stored() and plain.stored()["seed"] == 0
+    overrides = ["shuffle_block=5", "data.0.split=train", "data.0.columns={image: photo}"]
+    changed = load_recipe(write(tmp_path), overrides)
+    assert changed.stored()["shuffle_block"] == 5
+    assert changed.stored()["data"][0] == plain.stored()["data"][0] | {
+        "split": "train",
+        "columns": {"image": "photo"},
+    }
+    for recipe in (plain, changed):
+        assert Recipe.model_validate(recipe.stored()) == recipe

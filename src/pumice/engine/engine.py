@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pumice.engine.cache import PrefixCache
-from pumice.engine.native import NativeDecoder, native_decoder
+from pumice.engine.native import TRIAL_ROWS, NativeDecoder, native_decoder
 from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
@@ -337,26 +337,22 @@ class Engine:
                 request.step_images = None
             rows_before += count
 
-        # 3. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix.
+        # 3. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix. The first
+        #    time, compare compiled code with PyTorch.
         def run_pytorch() -> Tensor:
             rows = torch.tensor(due_rows, dtype=torch.long, device=x.device)
             positions, attend = self._cache.positions(segments), self._cache.attend(segments)
             hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
             return model.decoder.logits(hidden)
 
-        if native := self._native_for(plan):
-            # The first time, PyTorch computes the step as well; what native code writes to the cache stays.
-            reference = run_pytorch() if due_rows and not native.compared else None
-            logits = native.logits(x, segments, due_rows)
-            if reference is not None and not native.agrees(logits, reference):
-                _LOG.warning(
-                    "compiled code does not give the logits of the decoder's modules, so PyTorch computes "
-                    "all answers, more slowly"
-                )
-                self._native = None
-                logits = run_pytorch()
-        else:
-            logits = run_pytorch()
+        native = self._native_for(plan)
+        if native and not native.compared and not native.agrees(x[:TRIAL_ROWS]):
+            _LOG.warning(
+                "compiled code does not give the logits of the decoder's modules, so PyTorch computes all "
+                "answers, more slowly"
+            )
+            self._native = native = None
+        logits = native.logits(x, segments, due_rows) if native else run_pytorch()
         # 4. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
         #    again.
         for request, count in plan:

@@ -1,4 +1,4 @@
-"""Run a decoder on a few new tokens of several sequences in one call of compiled code, `kernels/decode.c`.
+"""Run a decoder on the new tokens of several sequences in one call of compiled code, `kernels/decode.c`.
 
 It runs decoders of packed or fp32 weights on a CPU, if their modules are Pumice's own. The code is compiled
 once per machine, when an engine with such weights is first created, and kept in the cache folder. Without a
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -38,8 +39,9 @@ _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._glo
 # fp32 must be multiples of TILE.
 LANES, TILE = 16, 4
 # Prompt tokens per step up to which compiled code is faster. With more, PyTorch is faster in fp32
-# (docs/speed.md). Packed prompts always use PyTorch, whose linear layers call kernels made for many rows.
-MAX_PROMPT_ROWS = {"packed": 0, "fp32": 48}
+# (docs/speed.md).
+MAX_PROMPT_ROWS = {"packed": math.inf, "fp32": 48}
+TRIAL_ROWS = 4  # tokens of the first step that PyTorch computes as well
 CAPABILITY = Capability(
     "compiled code",
     {
@@ -102,7 +104,8 @@ class NativeDecoder:
 
     def __init__(self, decoder: Decoder, cache: KVCache, library: ctypes.CDLL, weights: Weights) -> None:
         self.max_prompt_rows = MAX_PROMPT_ROWS[weights]
-        self._max_difference, self.compared = _MAX_DIFFERENCE[weights], False
+        self.compared = False
+        self._source = decoder, library, weights
         self._modules = [
             (module, list(module._modules.values()), list(module._parameters.values()))
             for module in decoder.modules()
@@ -143,10 +146,19 @@ class NativeDecoder:
         tables = [
             end - len(table) for end, (table, _, new) in zip(ends, segments, strict=True) for _ in range(new)
         ]
+        # Sequences that bring many tokens attend as runs (first row, rows), if the code can. Others attend
+        # row by row.
+        firsts = itertools.accumulate((segment.new for segment in segments), initial=0)
+        spans = [(first, segment.new) for first, segment in zip(firsts, segments, strict=False)]
+        runs = [span for span in spans if span[1] > 1 and self._source[2] == "packed"]
+        in_runs = {row for first, count in runs for row in range(first, first + count)}
+        single = [row for row in range(len(x)) if row not in in_runs]
         logits = torch.empty(len(due), self._vocabulary, dtype=torch.float32, device="cpu")
         error = self._decode(
             ctypes.byref(self._model), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()),
             _int64_array(positions), _int64_array(blocks), _int64_array(tables),
+            ctypes.c_int64(len(runs)), _int64_array([*itertools.chain(*runs)]),
+            ctypes.c_int64(len(single)), _int64_array(single),
             ctypes.c_int64(len(due)), _int64_array(due),
             ctypes.c_void_p(logits.data_ptr()), torch.get_num_threads(),
         )  # fmt: skip
@@ -165,15 +177,22 @@ class NativeDecoder:
             for module, children, parameters in self._modules
         )
 
-    def agrees(self, logits: Tensor, reference: Tensor) -> bool:
-        """Return whether the logits of the first step are PyTorch's, but for rounding.
+    def agrees(self, x: Tensor) -> bool:
+        """Return whether the logits after x are PyTorch's, but for rounding.
 
-        So a forward function that was replaced in a class is noticed as well.
+        x: (R, D), taken as a sequence of its own. So a forward function that was replaced in a class is
+        noticed as well. The cache is left alone.
         """
         self.compared = True
+        decoder, library, weights = self._source
+        cache = KVCache(decoder.config, len(x), self._cache.keys.device, self._cache.keys.dtype)
+        segments = [Segment(range(cache.blocks), 0, len(x))]
+        hidden = decoder(x[None], cache.positions(segments), cache.attend(segments))
+        reference = decoder.logits(hidden[0, -1:])
         if not reference.isfinite().all():  # a fault of the model, which the engine reports
             return True
-        return bool((logits - reference).abs().max() <= self._max_difference * reference.abs().max())
+        logits = NativeDecoder(decoder, cache, library, weights).logits(x, segments, [len(x) - 1])
+        return bool((logits - reference).abs().max() <= _MAX_DIFFERENCE[weights] * reference.abs().max())
 
     def _address(self, tensor: Tensor) -> int:
         tensor = tensor.detach().contiguous()

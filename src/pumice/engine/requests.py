@@ -149,8 +149,9 @@ class Request:
         prompt_ids = self.prompt.input_ids.numpy()
         max_answer = self.max_cells + 1 - len(prompt_ids)
         self.length = len(prompt_ids)  # tokens of the prompt and, so far, of the answer
-        self._ids = np.concatenate((prompt_ids, np.empty(max_answer, np.int64)))
-        self._token_hashes = np.concatenate((prompt_ids, np.empty(max_answer, np.int64)))
+        # Copy the prompt only: pages that are not written take no memory, and many answers end early.
+        self._ids, self._token_hashes = (np.empty(self.length + max_answer, np.int64) for _ in range(2))
+        self._ids[: self.length] = self._token_hashes[: self.length] = prompt_ids
         self.placeholders = np.flatnonzero(prompt_ids == IMAGE_TOKEN)
         # Text tokens are their own hashes. Placeholders all have the same id, so their hashes name the image.
         image_hashes = [image_token_hashes(image.key, image.count) for image in self.prompt.images]

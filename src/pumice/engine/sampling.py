@@ -6,8 +6,8 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from pumice.config import PENALTIES
-from pumice.errors import InputError
+from pumice.errors import InputError, instead_of
 
-# Tokens that top_p and min_p select first, and by how many times more if these are not enough.
-LIKELIEST, WIDEN = 64, 16
+LIKELIEST = 64  # tokens that top_p and min_p select first
+TRIES = 16  # draws from all tokens for one that top_p and min_p allow, before they are sorted
+BLOCK = 64  # tokens of the vocabulary that are searched for likely ones together
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,15 @@ class SamplingParams:
             _require(self.logprobs >= 0, "logprobs", self.logprobs, "0 or more")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> SamplingParams:
+        """Return the parameters that these options give. Raises InputError on an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise InputError(f"there is no sampling option {name!r}{instead_of(name, known)}")
+        return cls(**options)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return the random generator of one answer. It does not depend on other answers."""
@@ -211,25 +221,75 @@ def _draw(
     limited = {row for row, one in enumerate(params) if one.top_k or one.top_p < 1 or one.min_p > 0}
     if rows := [row for row in range(len(params)) if row not in limited]:
         tokens[rows] = _pick(_take(probabilities, rows), numbers[rows])
-    # 3. Others select the likeliest tokens first. Few hold most of the probability, and to sort a whole
-    #    vocabulary costs 50 times as much. How many are selected depends on the row alone.
+    # 3. Others select the likeliest tokens first: few hold most of the probability. How many are selected
+    #    depends on the row alone.
+    wide = []
     counts = {row: min(vocabulary, params[row].top_k or LIKELIEST) for row in sorted(limited)}
-    while counts:
-        count = next(iter(counts.values()))
-        rows = [row for row, other in counts.items() if other == count]
-        best = _take(probabilities, rows).topk(count)
-        kept = keep([params[row] for row in rows], best.values)
-        # 4. If even the last of them belongs to the set, others may: select more.
-        unfinished = kept[:, -1].tolist()
-        for row, is_unfinished in zip(rows, unfinished, strict=True):
-            if is_unfinished and not params[row].top_k and count < vocabulary:
-                counts[row] = min(vocabulary, WIDEN * count)
-            else:
-                del counts[row]
-        done = [index for index, row in enumerate(rows) if row not in counts]
-        chosen = [rows[index] for index in done]
-        picked = _pick((best.values * kept)[done], numbers[chosen])
-        tokens[chosen] = best.indices[done].gather(1, picked[:, None])[:, 0]
+    for count in sorted(set(counts.values())):
+        rows = [row for row in counts if counts[row] == count]
+        best, ids = likeliest(_take(probabilities, rows), count)
+        kept = keep([params[row] for row in rows], best)
+        picked = _pick(best * kept, numbers[rows])
+        tokens[rows] = ids.gather(1, picked[:, None])[:, 0]
+        # 4. If even the last of them belongs to the set, others may too.
+        if count < vocabulary:
+            ends = kept[:, -1].tolist()
+            wide += [row for row, last in zip(rows, ends, strict=True) if last and not params[row].top_k]
+    if wide:
+        chosen = [params[row] for row in wide]
+        tokens[wide] = _draw_wide(_take(probabilities, wide), chosen, [generators[row] for row in wide])
+    return tokens
+
+
+def likeliest(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest of each row and their tokens, the largest first: twice (B, count).
+
+    probabilities: (B, V). Only the blocks that hold the largest are sorted: at most `count`.
+    """
+    rows, vocabulary = probabilities.shape
+    blocks = vocabulary // BLOCK
+    if 2 * count > blocks:
+        return probabilities.topk(count)
+    largest = probabilities[:, : blocks * BLOCK].view(rows, blocks, BLOCK).amax(-1)
+    first = largest.topk(count).indices * BLOCK
+    ids = (first[..., None] + torch.arange(BLOCK, device=first.device)).flatten(1)
+    rest = torch.arange(blocks * BLOCK, vocabulary, device=first.device).expand(rows, -1)
+    ids = torch.cat([ids, rest], 1)
+    best = probabilities.gather(1, ids).topk(count)
+    return best.values, ids.gather(1, best.indices)
+
+
+def _draw_wide(
+    probabilities: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Draw a token of each row (B,) where sets are so wide that to sort them would take long.
+
+    Draw from all tokens (B, V), again where the token does not belong to the set (rejection sampling). A
+    token belongs to it if the likelier ones have less than top_p, which takes no sorting.
+    """
+    device = probabilities.device
+    tokens = torch.empty(len(params), dtype=torch.long, device=device)
+    least = torch.tensor([one.min_p for one in params], device=device) * probabilities.amax(-1)
+    top_p = torch.tensor([one.top_p for one in params], dtype=torch.float64, device=device)
+    sums = probabilities.cumsum(-1)
+    rows = list(range(len(params)))
+    for _ in range(TRIES):
+        numbers = torch.cat([torch.rand(1, generator=generators[row], device=device) for row in rows])
+        drawn = _search(_take(sums, rows), numbers)
+        weights = _take(probabilities, rows)
+        own = weights.gather(1, drawn[:, None])
+        before = weights.masked_fill(weights <= own, 0).sum(-1, dtype=torch.float64)
+        belongs = (before < top_p[rows]) | (top_p[rows] == 1)
+        tokens[rows] = drawn
+        accepted = (belongs & (own[:, 0] >= least[rows])).tolist()
+        rows = [row for row, one in zip(rows, accepted, strict=True) if not one]
+        if not rows:
+            return tokens
+    # The set holds little of the probability: sort.
+    weights, ids = probabilities[rows].sort(-1, descending=True)
+    numbers = torch.cat([torch.rand(1, generator=generators[row], device=device) for row in rows])
+    picked = _pick(weights * keep([params[row] for row in rows], weights), numbers)
+    tokens[rows] = ids.gather(1, picked[:, None])[:, 0]
     return tokens
 
 
@@ -243,8 +303,12 @@ def _pick(weights: Tensor, numbers: Tensor) -> Tensor:
 
     numbers: (B,), these shares.
     """
-    sums = weights.cumsum(-1)
-    # Never beyond the last weight: a number is at most 1 - 2**-24, so the product is below the whole sum.
+    return _search(weights.cumsum(-1), numbers)
+
+
+def _search(sums: Tensor, numbers: Tensor) -> Tensor:
+    """Return (B,) where running sums (B, n) pass a share of the last; numbers: (B,), these shares."""
+    # Never beyond the last: a number is at most 1 - 2**-24, so the product is below the whole sum.
     return torch.searchsorted(sums, (numbers * sums[:, -1])[:, None], right=True)[:, 0]
 
 

@@ -22,7 +22,9 @@ from pumice.config import IMAGE_TOKEN, DecoderConfig
 from pumice.model.finite import check_finite
 from pumice.model.layers import Causal, causal_mask, rotary, soft_cap
 from pumice.model.llava import Llava
+from pumice.stopping import check_stopped
 
+LOGIT_ROWS = 128  # whose logits, of the complete vocabulary, are computed at a time
 HEADS_LIMIT = 512 * 2**20  # bytes; if attention by head takes more, only the mean over heads is recorded
 
 
@@ -118,6 +120,7 @@ class Passages:
         self.lengths, self.causal, self.recorder = list(lengths), Causal(config), recorder
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        check_stopped()
         mixed = []
         parts = zip(*(x.split(self.lengths, 2) for x in (q, k, v)), strict=True)
         for number, (own_q, own_k, own_v) in enumerate(parts):
@@ -169,8 +172,9 @@ def _run(
         Passages(lengths, model.config.decoder, recorder),
         out,
     )
-    answers = torch.cat([p.answer for p in passages]).to(device)
-    logprobs = log_probabilities(model, hidden[0, _rows(passages)], answers)
+    answers = torch.cat([p.answer for p in passages]).to(device).split(LOGIT_ROWS)
+    rows = hidden[0, _rows(passages)].split(LOGIT_ROWS)
+    logprobs = torch.cat([log_probabilities(model, *part) for part in zip(rows, answers, strict=True)])
     return list(logprobs.cpu().split([len(p.answer) for p in passages]))
 
 
@@ -210,6 +214,7 @@ def gradients(
         (above,) = torch.autograd.grad(logprob_sum, x)
         # 2. Carry it back block by block, and take each block's gradient of attention on the way.
         for layer in range(config.depth - 1, lowest - 1, -1):
+            check_stopped()
             below = stream["embeddings" if layer == 0 else f"decoder.blocks.{layer - 1}"].requires_grad_()
             attend = _OwnPosition(recorder.keys[layer], recorder.values[layer], config)
             output = model.decoder.blocks[layer](below, cos, sin, attend)

@@ -14,9 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pumice.config import ModelConfig
+from pumice.capability import Capability, fields
+from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig
 from pumice.geometry import Layout, Size, best_resolution, letterbox
 from pumice.images import LONGEST_CROPPED, LONGEST_PADDED
+
+# What decides where a token lies in the picture, besides how its pixels are normalised.
+CAPABILITY = Capability(
+    "the map of a picture's tokens",
+    {
+        ImagePolicy: fields("mode mean std resample pad_color pinpoints unpad max_tiles several"),
+        ConnectorConfig: fields("kind reduce factor"),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class TokenBoxes:
 
 def token_boxes(config: ModelConfig, size: Size, layout: Layout) -> TokenBoxes:
     """Return the boxes of one image's tokens, in order. size: (width, height) of the upright image."""
+    CAPABILITY.check(config.image)
+    CAPABILITY.check(config.connector)
     # 1. The tokens of the first tile, which shows the whole image.
     single_tile = config.image.mode == "anyres" and layout.tiles == 1  # one of several images, padded
     axes = _POLICIES["pad" if single_tile else config.image.mode](config, size)

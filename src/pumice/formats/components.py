@@ -14,8 +14,9 @@ from pumice.formats import names as tensor_names
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
 from pumice.formats.families import TOWERS
 from pumice.formats.gguf.llm import open_gguf
+from pumice.formats.gguf.read import language_file
 from pumice.formats.hf.config import decoder_config, default_policy, image_policy, vision_config
-from pumice.formats.recognise import FormatKind, check_classes, gguf_file, recognise
+from pumice.formats.recognise import FormatKind, check_classes, recognise
 from pumice.formats.text.read import TextSide, read_text_side
 from pumice.model.vision import resize_positions
 from pumice.storage.download import WHEELS, locate
@@ -57,8 +58,9 @@ def open_llm(source: Source) -> LanguageModel:
     path = locate(source)
     kind = recognise(path)
     if kind is FormatKind.GGUF:
-        model = open_gguf(gguf_file(path))
-        return LanguageModel(model.config, model.state, TextSide(model.text), path, _wheel(source))
+        model = open_gguf(language_file(path))
+        text = TextSide(model.text, model.stop_ids)
+        return LanguageModel(model.config, model.state, text, path, _wheel(source))
     if kind is not FormatKind.LLM:
         raise InputError(f"{path} is {kind.value}, not a language model")
     keys = Keys.of(path / "config.json")

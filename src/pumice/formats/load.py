@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ from pumice.formats.pumice.folder import CONFIG, WEIGHTS, check
 from pumice.formats.pumice.quantized import cached
 from pumice.formats.quantize import can_quantize, quantize_state, stored_in_blocks
 from pumice.formats.read import BUILT_IN, read_model
+from pumice.formats.recognise import FormatKind, recognise
 from pumice.formats.sizes import check_memory
 from pumice.kernels import compute
 from pumice.kernels.allocator import return_freed_memory
@@ -33,7 +34,7 @@ from pumice.model.quantized import quantize as quantize_decoder
 from pumice.model.quantized import swap
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
-from pumice.storage.download import wheel
+from pumice.storage.download import weight_files, wheel
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, as_lazy
 from pumice.tokens import Tokenizer
@@ -63,19 +64,22 @@ def open_model(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    mmproj: str | PathLike[str] | None = None,
+    cache_limit: float | None = None,
     connector: Mapping[str, Any] | None = None,
 ) -> Opened:
     """Open a model in evaluation mode; no parameter requires a gradient.
 
-    source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
-    connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
+    source, template, tower, base, mmproj: as `read_model` takes them. dtype: of the decoder; the tower and
+    the connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
     weights then stay in the type they are stored in. quantize: "int8" or "int4" quantises the decoder's
     matrices, with adapters merged. "auto" does so on a CPU with compiled code: to int8, or as they are
-    stored. connector: of a new connector, as for `with_connector`. On a CPU, one matrix at a time is read and
+    stored. cache_limit: the GB that converted GGUF files may take in the cache, $PUMICE_CACHE_LIMIT if None.
+    connector: of a new connector, as for `with_connector`. On a CPU, one matrix at a time is read and
     quantised, and quantised files are mapped. Assumptions are logged. Raises InputError if a part is missing,
     extra, misshapen or cannot be downloaded.
     """
-    loaded = read_model(source, template=template, tower=tower, base=base)
+    loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
     if connector is not None:
         loaded = with_connector(loaded, connector)
     for note in loaded.notes:
@@ -88,11 +92,12 @@ def open_model(
         quantize = (
             "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
         )
-    check_memory(loaded, str(source), quantize, target, dtype)
+    if quantize is None or target.type != "cpu":
+        check_memory(loaded, str(source), quantize, target, dtype)
     if quantize is None:
         return _build(loaded, str(source), target, dtype, merge)
     if target.type == "cpu":
-        return _open_quantized(loaded, str(source), quantize)
+        return _open_quantized(loaded, str(source), quantize, cache_limit)
     opened = _build(loaded, str(source), target, dtype, merge=True)
     quantize_decoder(opened.model.decoder, quantize)
     return opened
@@ -196,18 +201,24 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
     )
 
 
-def _open_quantized(loaded: LoadedParts, label: str, bits: str) -> Opened:
+def _open_quantized(loaded: LoadedParts, label: str, bits: str, cache_limit: float | None) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), label)
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
     built_in = source is not None and source.parent == BUILT_IN
+    in_gguf = source is not None and not built_in and recognise(source) is FormatKind.GGUF
     hint = (
         f"{label} is quantised at every start; `pumice import {label} FOLDER --quantize {bits}` stores it "
         "quantised, and FOLDER opens at once"
     )
-    state = quantize_state(loaded.config, loaded.state, bits, "" if built_in else hint)
-    if source is not None and built_in:  # the same at every start
-        state = cached(_key(source, loaded.parts, bits), state)
+    state = quantize_state(loaded.config, loaded.state, bits, "" if built_in or in_gguf else hint)
+    if source is not None and (built_in or in_gguf):  # the same at every start
+        key = _key(source, loaded.parts, bits) if built_in else gguf_key(weight_files(source), bits)
+        limit = None if cache_limit is None else cache_limit * 1e9
+        state = cached(key, state, limit, "" if built_in else label)
+    # Weights that are mapped now need no memory of their own.
+    merged = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, lora=None), state=state)
+    check_memory(merged, label, bits, torch.device("cpu"), torch.float32)
     model = _empty_model(dataclasses.replace(loaded.config, lora=None))
 
     def packed(name: str, _: torch.Tensor) -> PackedMatrix:
@@ -230,6 +241,23 @@ def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:
         digest.update((source / name).read_bytes())
     for name in parts.values():
         digest.update(wheel(name).sha256.encode())
+    return digest.hexdigest()[:16]
+
+
+def gguf_key(files: Sequence[Path], bits: str) -> str:
+    """Return a hash of what determines the quantised matrices of GGUF files; most bytes are not read.
+
+    A file is known by its size, its time of change, and pieces of its contents.
+    """
+    digest = hashlib.sha256(f"{__version__} {LAYOUT} {bits} {compute.kernel_name()}".encode())
+    for path in files:
+        status = path.stat()
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            for place in range(0, status.st_size, max(1, status.st_size // 64)):
+                file.seek(place)
+                digest.update(file.read(1 << 12))
     return digest.hexdigest()[:16]
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from pumice.config import ConnectorConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.formats.components import open_llm
+from pumice.formats.gguf.read import open_pair
 from pumice.formats.hf.read import open_hf
 from pumice.formats.llava.read import open_original
 from pumice.formats.peft.read import adapt, base_name
 from pumice.formats.pumice import folder
 from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
-from pumice.storage.download import locate
+from pumice.storage.download import gguf_from_hub, is_gguf_name, is_hub_name, locate
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import find_weights
 
@@ -27,7 +28,7 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     Raises InputError if there is none.
     """
     # 1. What exists on disk comes first, then the models that Pumice itself brings.
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if (path / folder.CONFIG).is_file() or path.is_file():
         return path
     built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
@@ -39,7 +40,9 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     if path.is_dir() and str(source):
         return path  # the error on opening it says what is missing
     name = path.as_posix()
-    if "/" in name.partition("@")[0]:
+    if is_gguf_name(name):
+        return gguf_from_hub(name)[0]
+    if is_hub_name(str(source)):
         return locate(name)
     raise InputError(
         f"there is no model {name!r}; give a model folder, a name on the hub like 'owner/model', "
@@ -53,12 +56,13 @@ def read_model(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
 ) -> LoadedParts:
-    """Read a Pumice folder, a transformers or original LLaVA, a LoRA on one of them, or an LLM alone.
+    """Read a Pumice folder, a transformers or original LLaVA, a LoRA on one of them, GGUF, or an LLM alone.
 
     template: the chat format, to override the source's or if it has none. tower: the vision tower of an
     original LLaVA. base: what a LoRA or a projector was trained on. Both override the names in the source's
-    config. Raises InputError.
+    config. mmproj: the half of a LLaVA in GGUF that sees. Raises InputError.
     """
     # An option that the format does not use is an error: it would be ignored in silence.
     path = find_model(source)
@@ -69,7 +73,15 @@ def read_model(
         raise InputError(f"{path} is {kind.value}, which needs no base; leave --base out")
     if kind is FormatKind.OWN and template is not None:
         raise InputError(f"{path} is {kind.value}, whose config.json says its template; leave --template out")
-    loaded = _read(path, kind, template, tower, base)
+    if kind is not FormatKind.GGUF and mmproj is not None:
+        raise InputError(f"{path} is {kind.value}, which takes no mmproj; leave --mmproj out")
+    if kind is FormatKind.GGUF:
+        seeing = None if mmproj is None else locate(mmproj)
+        if seeing is None and not Path(source).exists() and is_gguf_name(str(source)):
+            seeing = gguf_from_hub(str(source))[1]
+        loaded = open_pair(path, seeing, template)
+    else:
+        loaded = _read(path, kind, template, tower, base)
     return dataclasses.replace(loaded, sources={"model": (str(source), path)} | loaded.sources)
 
 

@@ -20,7 +20,7 @@ class FormatKind(Enum):
     ORIGINAL = "a LLaVA of the original code"
     ADAPTER = "a LoRA of PEFT"
     LLM = "a bare language model"
-    GGUF = "a bare language model in GGUF"
+    GGUF = "a model in GGUF"
     TOWER = "a bare vision tower"
 
 
@@ -38,18 +38,9 @@ def recognise(path: Path) -> FormatKind:
         return _by_config(Keys.of(config), adapter=(path / ADAPTER_CONFIG).is_file())
     if (path / ADAPTER_CONFIG).is_file():
         return FormatKind.ADAPTER
-    gguf_names = sorted(p.name for p in path.glob("*.gguf"))
-    if len(gguf_names) == 1:
+    if any(path.glob("*.gguf")):
         return FormatKind.GGUF
-    if gguf_names:
-        listed = ", ".join(gguf_names)
-        raise InputError(f"{path} holds {len(gguf_names)} GGUF files; name one of them: {listed}")
     raise InputError(f"{path / 'config.json'} is missing; the folder is not a whole model")
-
-
-def gguf_file(path: Path) -> Path:
-    """Return the GGUF file at a path that `recognise` calls GGUF: the path, or the file in it."""
-    return path if path.is_file() else next(path.glob("*.gguf"))
 
 
 def classes(keys: Keys) -> list[str]:

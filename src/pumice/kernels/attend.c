@@ -6,10 +6,13 @@
  *
  * Shapes: T new tokens, H heads, K key/value heads, G = H / K, C cells, d head width, S keys.
  */
+#include "attend.h"
 #include "vectors.h"
 #include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#define omp_get_thread_num() 0
 #endif
 
 #define ROWS 6
@@ -17,15 +20,6 @@
 #define PANEL (WIDE * LANES)
 #define CHUNK 256 /* queries that are one thread's work */
 #define INLINE static inline __attribute__((always_inline))
-
-typedef struct {
-    const float *q; /* (H, T, d) with these distances */
-    int64_t q_head, q_token;
-    const uint16_t *keys, *values; /* (K, C, d), bfloat16 */
-    const int64_t *table;          /* the sequence's blocks */
-    int64_t block, capacity, past, tokens, window, heads, kv_heads, size;
-    float *y; /* (T, H, d) */
-} Task;
 
 static int64_t cell(const Task *task, int64_t token) {
     return task->table[token / task->block] * task->block + token % task->block;
@@ -117,33 +111,42 @@ INLINE void attend_tile(const int rows, const Task *task, int64_t head, int64_t 
     for (; from < task->size; from += LANES) mix(rows, 1, task, values, scores, stride, first, last, from, totals, y);
 }
 
-/* Keys and values of the new tokens are in the cache already. d: a multiple of LANES. window: 0 none. Return 0, or 1 if
- * memory cannot be allocated. */
-int pumice_attend(const Task *task, int threads) {
+static int64_t longest_of(const Task *task) {
+    return (task->past + task->tokens + PANEL - 1) / PANEL * PANEL + PANEL;
+}
+
+int64_t pumice_attend_bytes(const Task *task) {
+    return (task->size + ROWS) * longest_of(task) * (int64_t)sizeof(float);
+}
+
+void pumice_attend_part(const Task *task, float *memory) {
     const int64_t chunks = (task->tokens + CHUNK - 1) / CHUNK, items = chunks * task->kv_heads;
-    const int64_t longest = (task->past + task->tokens + PANEL - 1) / PANEL * PANEL + PANEL;
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-        float *panels = malloc((task->size + ROWS) * longest * sizeof(float)), *scores = panels + task->size * longest;
-        if (!panels) failed = 1;
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < items; item++) {
-            if (!panels) continue;
-            /* Later queries see more keys, so they are begun first. */
-            const int64_t query = (chunks - 1 - item / task->kv_heads) * CHUNK, kv_head = item % task->kv_heads;
-            const int64_t end = query + CHUNK < task->tokens ? query + CHUNK : task->tokens;
-            const int64_t group = task->heads / task->kv_heads, oldest = task->past + query + 1 - task->window;
-            const int64_t start = task->window && oldest > 0 ? oldest : 0;
-            transpose_keys(task, task->keys + kv_head * task->capacity * task->size, start, task->past + end, panels);
-            for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-                int64_t row = query;
-                for (; row + ROWS <= end; row += ROWS)
-                    attend_tile(ROWS, task, head, row, start, panels, scores, longest);
-                for (; row < end; row++) attend_tile(1, task, head, row, start, panels, scores, longest);
-            }
+    const int64_t longest = longest_of(task);
+    float *panels = memory, *scores = memory + task->size * longest;
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t item = 0; item < items; item++) {
+        /* Later queries see more keys, so they are begun first. */
+        const int64_t query = (chunks - 1 - item / task->kv_heads) * CHUNK, kv_head = item % task->kv_heads;
+        const int64_t end = query + CHUNK < task->tokens ? query + CHUNK : task->tokens;
+        const int64_t group = task->heads / task->kv_heads, oldest = task->past + query + 1 - task->window;
+        const int64_t start = task->window && oldest > 0 ? oldest : 0;
+        transpose_keys(task, task->keys + kv_head * task->capacity * task->size, start, task->past + end, panels);
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+            int64_t row = query;
+            for (; row + ROWS <= end; row += ROWS)
+                attend_tile(ROWS, task, head, row, start, panels, scores, longest);
+            for (; row < end; row++) attend_tile(1, task, head, row, start, panels, scores, longest);
         }
-        free(panels);
     }
-    return failed;
+}
+
+/* Return 0, or 1 if memory cannot be allocated. */
+int pumice_attend(const Task *task, int threads) {
+    const int64_t each = pumice_attend_bytes(task);
+    char *memory = malloc(threads * each);
+    if (!memory) return 1;
+#pragma omp parallel num_threads(threads)
+    pumice_attend_part(task, (float *)(memory + omp_get_thread_num() * each));
+    free(memory);
+    return 0;
 }

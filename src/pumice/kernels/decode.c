@@ -1,4 +1,4 @@
-/* Run a decoder on a few new tokens of several sequences, on a CPU, in one call.
+/* Run a decoder on the new tokens of several sequences, on a CPU, in one call.
  *
  * It computes what `Decoder.forward` and `Decoder.logits` do, with activations in fp32. Matrices are packed and the KV
  * cache is bfloat16; if DENSE is defined, both are fp32. One call, because a step in PyTorch is some 1,500 small
@@ -26,11 +26,13 @@ typedef float cached;
 typedef const float *Input; /* of a product */
 #define load_cached load
 #define to_cached(value) (value)
-#define input_bytes(rows, inputs) 0
-#define make_input(x, inputs, rows, memory) (x)
+#define input_bytes(rows, inputs) ((rows) * (inputs) * (int64_t)sizeof(float))
+#define input_in(memory, rows, inputs) ((float *)(memory))
+#define set_input(x, inputs, r, to) memcpy((float *)(to) + (r) * (inputs), x, (inputs) * sizeof(float))
 #define product(layer, tile, last, x, rows, y, stride, add) dense_product(layer, tile, last, x, rows, y, stride, add)
 static inline int64_t tiles_of(const Dense *layer) { return layer->outputs / TILE; }
 #else
+#include "attend.h"
 #include "product.h"
 typedef Packed Linear;
 typedef uint16_t cached; /* bfloat16 */
@@ -38,11 +40,8 @@ typedef Activations Input;
 #define load_cached load_bf16
 #define to_cached to_bf16
 #define input_bytes activation_bytes
-static inline Input make_input(const float *x, int64_t inputs, int64_t rows, void *memory) {
-    Activations activations = activations_in(memory, rows, inputs);
-    for (int64_t r = 0; r < rows; r++) quantize_row(x + r * inputs, inputs, r, &activations);
-    return activations;
-}
+#define input_in activations_in
+#define set_input(x, inputs, r, to) quantize_row(x, inputs, r, &(to))
 #define product(layer, tile, last, x, rows, y, stride, add) product(layer, tile, last, &(x), rows, y, stride, add)
 #endif
 
@@ -70,8 +69,12 @@ static void norm(const float *x, const float *weight, int64_t size, float eps, f
     for (int64_t i = 0; i < size; i++) y[i] = x[i] * factor * weight[i];
 }
 
-static void norm_rows(const float *x, const float *weight, int64_t rows, int64_t size, float eps, float *y) {
-    for (int64_t r = 0; r < rows; r++) norm(x + r * size, weight, size, eps, y + r * size);
+/* SwiGLU: SiLU of the gate times the other half. */
+static void gate(const float *gates, const float *values, int64_t count, float *y) {
+    for (int64_t i = 0; i < count; i++) {
+        const float size = fabsf(gates[i]), e = exp_negative(-size), sigmoid = (gates[i] < 0 ? e : 1) / (1 + e);
+        y[i] = gates[i] * sigmoid * values[i];
+    }
 }
 
 /* Apply rotary position embedding to the vector of a head. angles: size / 2 cosines, then as many sines. */
@@ -234,11 +237,11 @@ static void join(const float *parts, int64_t pieces, int64_t stride, int64_t siz
     for (int64_t i = 0; i < size; i++) y[i] /= sum;
 }
 
-/* What item `item` of a layer's attention reads; items are (rows, pieces, K). The span is empty where a sequence is shorter
- * than the longest, or its window begins later. */
-static Span span_of(const Model *m, int64_t layer, int64_t item, int64_t pieces, const int64_t *positions,
-                    const int64_t *blocks, const int64_t *tables) {
-    const int64_t K = m->kv_heads, r = item / (pieces * K), length = positions[r] + 1;
+/* What item `item` of a layer's attention reads; items are (rows of `ids`, pieces, K). The span is empty where a sequence is
+ * shorter than the longest, or its window begins later. */
+static Span span_of(const Model *m, int64_t layer, int64_t item, int64_t pieces, const int64_t *ids,
+                    const int64_t *positions, const int64_t *blocks, const int64_t *tables) {
+    const int64_t K = m->kv_heads, r = ids[item / (pieces * K)], length = positions[r] + 1;
     const int64_t head = (layer * K + item % K) * m->capacity * m->head_dim;
     int64_t first = item / K % pieces * PIECE, last = length < first + PIECE ? length : first + PIECE;
     if (m->window && length - m->window > first) first = length - m->window;
@@ -246,7 +249,10 @@ static Span span_of(const Model *m, int64_t layer, int64_t item, int64_t pieces,
     return (Span){m->keys + head, m->values + head, blocks + tables[r], first, last};
 }
 
-/* The tiles [first, last) of a layer that this thread computes. */
+#define FEW 8   /* rows whose product's input each thread makes for itself, which is cheaper than a barrier */
+#define CHUNK 4 /* tiles that a thread takes at a time if rows are many: one that loses its core takes fewer */
+
+/* The tiles [first, last) of a layer that this thread computes if rows are few. */
 static void share(const Linear *layer, int64_t *first, int64_t *last) {
     int64_t tiles = tiles_of(layer), thread = omp_get_thread_num(), threads = omp_get_num_threads();
     *first = tiles * thread / threads;
@@ -256,9 +262,51 @@ static void share(const Linear *layer, int64_t *first, int64_t *last) {
 /* This thread's share of a product. */
 static void part(const Linear *layer, int64_t rows, Input x, float *y, int64_t stride, int add) {
     int64_t first, last;
-    share(layer, &first, &last);
-    product(layer, first, last, x, rows, y, stride, add);
+    if (rows <= FEW) {
+        share(layer, &first, &last);
+        product(layer, first, last, x, rows, y, stride, add);
+        return;
+    }
+    const int64_t tiles = tiles_of(layer);
+#pragma omp for schedule(dynamic) nowait
+    for (first = 0; first < tiles; first += CHUNK) {
+        last = first + CHUNK < tiles ? first + CHUNK : tiles;
+        product(layer, first, last, x, rows, y, stride, add);
+    }
 }
+
+/* What a row of a product's input is made of: x, normed if there are weights, or gated if there are two halves. */
+typedef struct {
+    const float *x, *weight; /* (rows, stride) */
+    int64_t stride, size;    /* of a row, and of the input */
+    int gated;
+    float eps;
+} Source;
+
+static __attribute__((noinline)) void make_row(const Source *from, int64_t r, float *row, Input to) {
+    const float *x = from->x + r * from->stride;
+    if (from->weight) norm(x, from->weight, from->size, from->eps, row);
+    else if (from->gated) gate(x, x + from->size, from->size, row);
+    set_input(from->weight || from->gated ? row : x, from->size, r, to);
+}
+
+/* Make the input of a product. own, row: memory of this thread; shared: of all, used if rows are many. */
+static Input make_input(Source from, int64_t rows, void *own, void *shared, float *row) {
+    if (rows <= FEW) {
+        Input input = input_in(own, rows, from.size);
+        for (int64_t r = 0; r < rows; r++) make_row(&from, r, row, input);
+        return input;
+    }
+    Input input = input_in(shared, rows, from.size);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) make_row(&from, r, row, input);
+    return input;
+}
+
+/* New tokens of one sequence that attend together, as a prompt's: rows [first, first + count). */
+typedef struct {
+    int64_t first, count;
+} Run;
 
 /* Return whether the code can use more than one thread. */
 int pumice_threads(void) {
@@ -270,29 +318,41 @@ int pumice_threads(void) {
 }
 
 /* x (R, D): embedded tokens; overwritten. positions (R): of each token in its sequence. blocks: the tables of all
- * sequences, one after the other. tables (R): where that of a row's sequence begins. due (due_count): the rows whose
- * logits (due_count, V) are needed. Return 0, or 1 if memory cannot be allocated. */
+ * sequences, one after the other. tables (R): where that of a row's sequence begins. runs: of packed decoders only. single
+ * (single_count): the other rows. due (due_count): the rows whose logits (due_count, V) are needed, in order. Return 0, or
+ * 1 if memory cannot be allocated. */
 int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positions, const int64_t *blocks,
-                  const int64_t *tables, int64_t due_count, const int64_t *due, float *logits, int threads) {
+                  const int64_t *tables, int64_t run_count, const Run *runs, int64_t single_count,
+                  const int64_t *single, int64_t due_count, const int64_t *due, float *logits, int threads) {
     const int64_t D = m->width, H = m->heads, K = m->kv_heads, d = m->head_dim, M = m->mlp_width;
     const int64_t joined = (H + 2 * K) * d, inner = H * d, G = H / K, stride = d + 2;
 
-    /* 1. Allocate buffers that all threads share, and one for each thread (normed rows, scores, a product's input). */
+    /* 1. Allocate buffers that all threads share, and one for each thread (a row, scores, a product's input). */
     int64_t longest = 0, widest = D > M ? D : M;
     for (int64_t r = 0; r < rows; r++)
         if (positions[r] >= longest) longest = positions[r] + 1;
     if (inner > widest) widest = inner;
-    const int64_t pieces = (longest + PIECE - 1) / PIECE;
-    const int64_t each = (rows * D + G * SCORES) * (int64_t)sizeof(float) + input_bytes(rows, widest) + 64;
-    float *qkv = malloc(rows * (joined + inner + 3 * M + d + H * pieces * stride) * sizeof(float));
+    const int64_t pieces = (longest + PIECE - 1) / PIECE, apart = single_count > due_count ? single_count : due_count;
+    int64_t attend_bytes = G * SCORES * (int64_t)sizeof(float);
+#ifndef DENSE
+    for (int64_t n = 0; n < run_count; n++) {
+        const Task task = {.past = positions[runs[n].first], .tokens = runs[n].count, .size = d};
+        if (pumice_attend_bytes(&task) > attend_bytes) attend_bytes = pumice_attend_bytes(&task);
+    }
+#endif
+    const int64_t few = rows < FEW ? rows : FEW;
+    const int64_t each = widest * (int64_t)sizeof(float) + attend_bytes + input_bytes(few, widest) + 64;
+    const int64_t floats = rows * (joined + inner + 2 * M + d) + apart * H * pieces * stride;
+    float *qkv = malloc(floats * sizeof(float) + (rows > FEW ? input_bytes(rows, widest) : 0));
     char *own = malloc(threads * each);
     if (!qkv || !own) {
         free(qkv);
         free(own);
         return 1;
     }
-    float *mixed = qkv + rows * joined, *mlp = mixed + rows * inner, *gated = mlp + rows * 2 * M;
-    float *angles = gated + rows * M, *parts = angles + rows * d; /* (R, H, pieces, stride) */
+    float *mixed = qkv + rows * joined, *mlp = mixed + rows * inner, *angles = mlp + rows * 2 * M;
+    float *parts = angles + rows * d; /* (apart, H, pieces, stride) */
+    void *shared = qkv + floats;
 
     /* 2. Rotary angles are the same in all layers. */
     for (int64_t r = 0; r < rows; r++)
@@ -303,16 +363,15 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
 
 #pragma omp parallel num_threads(threads)
     {
-        float *normed = (float *)(own + omp_get_thread_num() * each), *scores = normed + rows * D;
-        void *memory = scores + G * SCORES;
-        int64_t first, last;
-        (void)memory;
+        float *row = (float *)(own + omp_get_thread_num() * each), *scores = row + widest;
+        void *memory = (char *)scores + attend_bytes;
+        int64_t computed = rows; /* rows of x: in the end, only the due ones */
         for (int64_t layer = 0; layer < m->depth; layer++) {
             const Block *block = m->blocks + layer;
+            const int is_last = layer + 1 == m->depth;
 
-            /* 3. Queries, keys and values. Every thread norms and rounds all rows, which is cheaper than a barrier. */
-            norm_rows(x, block->attention_norm, rows, D, m->eps, normed);
-            Input input = make_input(normed, D, rows, memory);
+            /* 3. Queries, keys and values. */
+            Input input = make_input((Source){x, block->attention_norm, D, D, 0, m->eps}, rows, memory, shared, row);
             part(&block->q, rows, input, qkv, joined, 0);
             part(&block->k, rows, input, qkv + inner, joined, 0);
             part(&block->v, rows, input, qkv + inner + K * d, joined, 0);
@@ -333,49 +392,63 @@ int pumice_decode(const Model *m, int64_t rows, float *x, const int64_t *positio
                 for (int64_t i = 0; i < d; i++) m->values[cell * d + i] = to_cached(head[K * d + i]);
             }
 
-            /* 5. Each group of heads of each row attends to its own sequence, piece by piece; then the pieces are
+            /* 5. Runs attend as prompts do. In the last layer, only the due rows do, as answers: other rows were needed
+             * for their keys and values alone. From there on, x holds the due rows. */
+            int64_t count = single_count;
+            const int64_t *ids = single;
+            if (is_last) {
+                count = computed = due_count;
+                ids = due;
+#pragma omp single
+                for (int64_t n = 0; n < due_count; n++) memmove(x + n * D, x + due[n] * D, D * sizeof *x);
+            }
+#ifndef DENSE
+            for (int64_t n = 0; n < run_count && !is_last; n++) {
+                const int64_t r = runs[n].first, head = layer * K * m->capacity * d;
+                const Task task = {qkv + r * joined, d, joined, m->keys + head, m->values + head, blocks + tables[r],
+                                   m->block, m->capacity, positions[r], runs[n].count, m->window, H, K, d,
+                                   mixed + r * inner};
+                pumice_attend_part(&task, scores);
+            }
+#endif
+            /* Each group of heads of each other row attends to its own sequence, piece by piece; then the pieces are
              * joined. Neighbouring items go to different threads: they take equally long. */
-            const int64_t items = rows * pieces * K;
+            const int64_t items = count * pieces * K;
 #pragma omp for schedule(static, 1)
             for (int64_t item = 0; item < items; item++) {
-                const int64_t r = item / (pieces * K), piece = item / K % pieces, h = item % K;
-                const Span span = span_of(m, layer, item, pieces, positions, blocks, tables);
+                const int64_t n = item / (pieces * K), piece = item / K % pieces, h = item % K;
+                const Span span = span_of(m, layer, item, pieces, ids, positions, blocks, tables);
                 const int64_t after = item + omp_get_num_threads() < items ? item + omp_get_num_threads() : item;
-                const Span next = span_of(m, layer, after, pieces, positions, blocks, tables);
-                float *out = parts + (r * H + h * G) * pieces * stride + piece * stride;
+                const Span next = span_of(m, layer, after, pieces, ids, positions, blocks, tables);
+                float *out = parts + (n * H + h * G) * pieces * stride + piece * stride;
                 if (span.first < span.last)
-                    attend(qkv + r * joined + h * G * d, &span, &next, m->block, G, d, scores, out, pieces * stride);
+                    attend(qkv + ids[n] * joined + h * G * d, &span, &next, m->block, G, d, scores, out,
+                           pieces * stride);
             }
 #pragma omp for schedule(static)
-            for (int64_t item = 0; item < rows * H; item++) {
-                int64_t r = item / H, used = positions[r] / PIECE + 1, skipped = 0;
+            for (int64_t item = 0; item < count * H; item++) {
+                const int64_t n = item / H, r = ids[n], used = positions[r] / PIECE + 1;
+                int64_t skipped = 0;
                 if (m->window && positions[r] + 1 > m->window) skipped = (positions[r] + 1 - m->window) / PIECE;
-                join(parts + (item * pieces + skipped) * stride, used - skipped, stride, d, mixed + item * d);
+                join(parts + (item * pieces + skipped) * stride, used - skipped, stride, d,
+                     mixed + (is_last ? n : r) * inner + item % H * d);
             }
-            input = make_input(mixed, inner, rows, memory);
-            part(&block->o, rows, input, x, D, 1);
+            input = make_input((Source){.x = mixed, .stride = inner, .size = inner}, computed, memory, shared, row);
+            part(&block->o, computed, input, x, D, 1);
 #pragma omp barrier
 
-            /* 6. MLP. Each thread gates the outputs that it computed itself, so no barrier is needed before. */
-            norm_rows(x, block->mlp_norm, rows, D, m->eps, normed);
-            input = make_input(normed, D, rows, memory);
-            part(&block->gate, rows, input, mlp, 2 * M, 0);
-            part(&block->up, rows, input, mlp + M, 2 * M, 0);
-            share(&block->gate, &first, &last);
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t i = first * TILE; i < last * TILE && i < M; i++) {
-                    float gate = mlp[r * 2 * M + i];
-                    gated[r * M + i] = gate / (1 + expf(-gate)) * mlp[r * 2 * M + M + i];
-                }
+            /* 6. MLP. */
+            input = make_input((Source){x, block->mlp_norm, D, D, 0, m->eps}, computed, memory, shared, row);
+            part(&block->gate, computed, input, mlp, 2 * M, 0);
+            part(&block->up, computed, input, mlp + M, 2 * M, 0);
 #pragma omp barrier
-            input = make_input(gated, M, rows, memory);
-            part(&block->down, rows, input, x, D, 1);
+            input = make_input((Source){.x = mlp, .stride = 2 * M, .size = M, .gated = 1}, computed, memory, shared, row);
+            part(&block->down, computed, input, x, D, 1);
 #pragma omp barrier
         }
 
         /* 7. Logits, only for the due rows: the vocabulary is the largest matrix. */
-        for (int64_t r = 0; r < due_count; r++) norm(x + due[r] * D, m->norm, D, m->eps, normed + r * D);
-        Input input = make_input(normed, D, due_count, memory);
+        Input input = make_input((Source){x, m->norm, D, D, 0, m->eps}, due_count, memory, shared, row);
         part(&m->head, due_count, input, logits, m->vocabulary, 0);
     }
     free(qkv);

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pumice.capability import LORA, Capability, fields
 from pumice.config import LoraConfig
 from pumice.errors import InputError
+from pumice.model.layers import check_unedited
+
+CAPABILITY = Capability("adapters", {LoraConfig: fields(LORA)})
 
 
 class LoraLinear(nn.Linear):
@@ -57,8 +61,10 @@ def add_lora(decoder: nn.Module, config: LoraConfig) -> None:
 
     Raise InputError if the decoder has no linear layer of one of these names.
     """
+    CAPABILITY.check(config)
     replaced = set()
     for parent, name, child in _linear_layers(decoder, config.targets):
+        check_unedited(name, child, nn.Linear)
         setattr(parent, name, LoraLinear(child, config))
         replaced.add(name)
     if missing := set(config.targets) - replaced:

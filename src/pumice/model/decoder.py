@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pumice.capability import LLAMA, Capability, fields
 from pumice.config import DecoderConfig, RopeScaling
-from pumice.model.layers import Attend, Block, RMSNorm, rotary, soft_cap
+from pumice.model.layers import Attend, Block, RMSNorm, ScaledEmbedding, rotary, soft_cap
 from pumice.model.quantized import PackedEmbedding, PackedLinear
 
 CAPABILITY = Capability(
@@ -26,18 +26,6 @@ CAPABILITY = Capability(
         RopeScaling: fields("kind factor low_freq_factor high_freq_factor original_context"),
     },
 )
-
-
-class ScaledEmbedding(nn.Embedding):
-    """An embedding whose rows are multiplied by a constant (Gemma). Its weight stays that of a tied head."""
-
-    def __init__(self, weight: Tensor, scale: float) -> None:
-        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
-        self.scale = scale
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = super().forward(ids)
-        return rows * torch.tensor(self.scale, dtype=rows.dtype)  # rounded like the weights, as Gemma does
 
 
 class Decoder(nn.Module):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.config import DecoderConfig, RopeScaling
+from pumice.errors import InputError
 
 
 class Attend(Protocol):
@@ -118,6 +119,31 @@ class Causal:
             itself = torch.eye(tokens, dtype=torch.bool, device=q.device)
             mask = (mask & self.padding[:, None, :]) | itself
         return sdpa(q, k, v, mask[:, None], softcap=softcap)
+
+
+def check_unedited(name: str, layer: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Raise InputError if a layer that will be replaced is of none of these classes, or has hooks.
+
+    What replaces it takes over its weight alone: whatever else it computes would be lost.
+    """
+    if type(layer) not in kinds or layer._forward_hooks or layer._forward_pre_hooks:
+        what = "has hooks" if type(layer) in kinds else f"is a {type(layer).__name__}"
+        raise InputError(
+            f"the decoder's {name} {what}, which would be lost where layers are replaced; edit the decoder "
+            "afterwards"
+        )
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding whose rows are multiplied by a constant (Gemma). Its weight stays that of a tied head."""
+
+    def __init__(self, weight: Tensor, scale: float) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return rows * torch.tensor(self.scale, dtype=rows.dtype)  # rounded like the weights, as Gemma does
 
 
 class RMSNorm(nn.Module):

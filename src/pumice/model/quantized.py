@@ -19,6 +19,7 @@ from pumice.kernels.compute import check_rows, linear
 from pumice.kernels.compute import quantize as quantize_weight
 from pumice.kernels.packed import BlockFormat, PackedMatrix
 from pumice.model.adapters import LoraLinear
+from pumice.model.layers import ScaledEmbedding, check_unedited
 
 KINDS = ("int8", "int4")
 
@@ -105,11 +106,14 @@ def swap(
     """
     for path, parent in list(decoder.named_modules()):
         for name, child in list(parent.named_children()):
-            weight_name = f"{path}.{name}.weight" if path else f"{name}.weight"
+            layer_name = f"{path}.{name}" if path else name
+            weight_name = f"{layer_name}.weight"
             if isinstance(child, nn.Linear):
+                check_unedited(layer_name, child, nn.Linear)
                 bias = None if child.bias is None else child.bias.detach()
                 setattr(parent, name, PackedLinear(packed(weight_name, child.weight), bias))
             elif isinstance(child, nn.Embedding):
+                check_unedited(layer_name, child, nn.Embedding, ScaledEmbedding)
                 scale = getattr(child, "scale", 1.0)
                 setattr(parent, name, PackedEmbedding(packed(weight_name, child.weight), dtype, scale))
     if decoder.head is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pumice.errors import InputError, install
 from pumice.model.adapters import LoraLinear
+from pumice.model.layers import check_unedited
 
 BLOCK = 64  # nf4: weights that share a scale
 
@@ -107,9 +108,10 @@ def quantize_base(decoder: nn.Module, kind: str) -> None:
     kind: "int8" or "nf4". Layers are replaced one by one, so that each one's floats are freed before the
     next. Raise InputError if nf4's library is not installed.
     """
-    for parent in list(decoder.get_submodule("blocks").modules()):
+    for path, parent in list(decoder.get_submodule("blocks").named_modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
+                check_unedited(f"blocks.{path}.{name}", child, nn.Linear, LoraLinear)
                 setattr(parent, name, QuantizedLinear(child, kind))
 
 

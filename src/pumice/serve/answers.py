@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -103,34 +104,38 @@ def join(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
     )
 
 
-class AnswerForm(Protocol):
+class AnswerForm(ABC):
     """Writes the answers to one request in the form of a protocol, whole or as a stream of pieces."""
 
-    @property
-    def media_type(self) -> str:
-        """The content type of a stream."""
+    media_type = EVENTS  # of a stream
 
+    @abstractmethod
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> BaseModel:
         """Return the complete answers as one object."""
 
-    def begin(self) -> bytes:
-        """Return what a stream begins with."""
-
+    @abstractmethod
     def piece(self, piece: AnswerPiece) -> bytes:
         """Return a piece as it is streamed."""
 
-    def progress(self, progress: PromptProgress) -> bytes:
-        """Return how far the prompt is read, where the protocol can say it."""
-
+    @abstractmethod
     def end(self, usage: Usage) -> bytes:
         """Return what a stream ends with."""
 
+    def begin(self) -> bytes:
+        """Return what a stream begins with."""
+        return b""
+
+    def progress(self, progress: PromptProgress) -> bytes:
+        """Return how far the prompt is read, where the protocol can say it."""
+        return b""
+
     def error(self, error: ErrorBody) -> bytes:
         """Return an error that ends a stream."""
+        return event(error)
 
 
 @dataclass
-class ChatForm:
+class ChatForm(AnswerForm):
     """Writes answers to a conversation. logprobs, include_usage: whether the request asks for them.
 
     count: of the answers.
@@ -140,7 +145,6 @@ class ChatForm:
     logprobs: bool
     include_usage: bool
     count: int = 1
-    media_type: str = EVENTS
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -156,15 +160,18 @@ class ChatForm:
     def piece(self, piece: AnswerPiece) -> bytes:
         """Return a piece as one event, or as two when it ends the answer: the last one holds no text."""
         events, index = b"", piece.index
-        if piece.name or piece.arguments:
+        called = piece.name or piece.arguments
+        logprobs = self._logprobs(piece.tokens)
+        if piece.text or not (called or (piece.finish and not piece.tokens)):
+            events = self._event(index, ChatDelta(content=piece.text), logprobs)
+            logprobs = self._logprobs(())
+        if called:
             function = ToolFunction(arguments=piece.arguments)
             call = ToolCallDelta(index=0, function=function)
             if piece.name:
                 function = ToolFunction(name=piece.name, arguments=piece.arguments)
                 call = ToolCallDelta(index=0, id=piece.call_id, type="function", function=function)
-            events = self._event(index, ChatDelta(tool_calls=[call]), self._logprobs(piece.tokens))
-        elif piece.text or piece.tokens or piece.finish is None:
-            events = self._event(index, ChatDelta(content=piece.text), self._logprobs(piece.tokens))
+            events += self._event(index, ChatDelta(tool_calls=[call]), logprobs)
         return (
             events if piece.finish is None else events + self._event(index, ChatDelta(), None, piece.finish)
         )
@@ -174,16 +181,14 @@ class ChatForm:
             return DONE
         return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], usage=usage)) + DONE
 
-    def error(self, error: ErrorBody) -> bytes:
-        return event(error)
-
     def _choice(self, answer: AnswerPiece) -> ChatChoice:
         assert answer.finish is not None
         message = AnswerMessage(role="assistant", content=answer.text, refusal=None)
         if answer.name:
             function = ToolFunction(name=answer.name, arguments=answer.arguments)
             call = ToolCall(id=answer.call_id, type="function", function=function)
-            message = AnswerMessage(role="assistant", content=None, refusal=None, tool_calls=[call])
+            text = answer.text or None
+            message = AnswerMessage(role="assistant", content=text, refusal=None, tool_calls=[call])
         return ChatChoice(
             index=answer.index,
             message=message,
@@ -219,14 +224,13 @@ class ChatForm:
 
 
 @dataclass
-class CompletionForm:
+class CompletionForm(AnswerForm):
     """Writes continuations of texts. echo: what each answer begins with. All else is as in `ChatForm`."""
 
     model: str
     logprobs: bool
     include_usage: bool
     echo: Sequence[str] = ()
-    media_type: str = EVENTS
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)  # index -> characters so far
@@ -249,9 +253,6 @@ class CompletionForm:
 
     def end(self, usage: Usage) -> bytes:
         return (event(self._completion([], usage=usage)) if self.include_usage else b"") + DONE
-
-    def error(self, error: ErrorBody) -> bytes:
-        return event(error)
 
     def progress(self, progress: PromptProgress) -> bytes:
         return event(self._completion([], prompt_progress=progress))

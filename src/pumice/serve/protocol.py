@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from pumice.serve.messages import (
     AnyMessage,
@@ -20,6 +29,7 @@ from pumice.serve.messages import (
     RequestModel,
     ToolChoice,
     ToolDescription,
+    field_error,
     json_kind,
 )
 
@@ -58,13 +68,13 @@ class ResponseFormat(RequestModel):
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and self.json_schema is None and not isinstance(self.value, dict):
-            raise ValueError("json_schema and the type 'json_schema' belong together")
+            raise field_error("json_schema", "the type 'json_schema' needs a schema")
         if self.type != "json_schema" and self.json_schema is not None:
-            raise ValueError("json_schema and the type 'json_schema' belong together")
+            raise field_error("json_schema", "belongs to the type 'json_schema'")
         if self.type == "regex" and not isinstance(self.value, str):
-            raise ValueError("the type 'regex' needs a regular expression as value")
+            raise field_error("value", "the type 'regex' needs a regular expression")
         if self.type == "json" and not isinstance(self.value, dict):
-            raise ValueError("the type 'json' needs a schema as value")
+            raise field_error("value", "the type 'json' needs a schema")
         return self
 
     @property
@@ -88,6 +98,8 @@ class StructuredOutputs(RequestModel):
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = Field(None, min_length=1)
+    disable_any_whitespace: bool | None = Field(None, description="Taken and not used, as the next one.")
+    disable_fallback: bool | None = None
 
 
 _LIMIT = "The longest answer; -1, and what does not fit, is as long as it fits."
@@ -101,7 +113,7 @@ def _check_limit(tokens: int) -> int:
 
 Limit = Annotated[int, Field(ge=-1), AfterValidator(_check_limit)]
 Temperature = Annotated[float, Field(ge=0, le=2, description="0, the default, is greedy.")]
-TopP = Annotated[float, Field(gt=0, le=1)]
+TopP = Annotated[float, Field(ge=0, le=1, description="0 leaves the likeliest token.")]
 TopK = Annotated[int, Field(ge=-1, le=2**31, description="0 and -1 are off.")]
 MinP = Annotated[float, Field(ge=0, le=1)]
 RepetitionPenalty = Annotated[float, Field(ge=0.01, le=10)]
@@ -123,12 +135,16 @@ class GenerationRequest(BaseRequest):
     return_progress: bool | None = Field(
         None, description="Also stream how much of a long prompt is read, as llama.cpp's server does."
     )
-    max_tokens: Limit | None = Field(None, description=_LIMIT)
+    max_tokens: Limit | None = Field(
+        None, description=_LIMIT, validation_alias=AliasChoices("max_tokens", "n_predict")
+    )
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
     min_p: MinP | None = None
-    repetition_penalty: RepetitionPenalty | None = None
+    repetition_penalty: RepetitionPenalty | None = Field(
+        None, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
+    )
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     seed: Seed | None = None
@@ -137,6 +153,7 @@ class GenerationRequest(BaseRequest):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
+    json_schema: dict[str, Any] | None = Field(None, description="llama.cpp's.")
     guided_regex: str | None = None
     guided_choice: list[str] | None = Field(None, min_length=1)
     user: str | None = Field(None, description="Taken and not used, as the next fields.")
@@ -150,13 +167,15 @@ class GenerationRequest(BaseRequest):
     reasoning_effort: str | None = None
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None
+    guided_decoding_backend: str | None = None
+    reasoning_format: str | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream to be true")
+        if self.include_usage_in_stream and not self.stream:
+            raise field_error("stream_options", "needs stream to be true")
         if self.return_progress and not self.stream:
-            raise ValueError("return_progress needs stream to be true")
+            raise field_error("return_progress", "needs stream to be true")
         return self
 
     @property
@@ -202,11 +221,16 @@ class ChatRequest(ConversationRequest, GenerationRequest):
     tools: list[ToolDescription] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     modalities: list[Literal["text"]] | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Taken and not used: a prompt begins with the model's BOS, once."
+    )
 
     @model_validator(mode="after")
-    def _check_continued(self) -> ChatRequest:
+    def _check_fields(self) -> ChatRequest:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise field_error("add_generation_prompt", "is false where continue_final_message is true")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise field_error("top_logprobs", "needs logprobs to be true")
         return self
 
     @property
@@ -260,11 +284,9 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_choices(self) -> CompletionRequest:
         if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of should be n: every answer is returned; leave it out")
+            raise field_error("best_of", "should be n: every answer is returned; leave it out")
         if self.echo and self.logprobs is not None:
-            raise ValueError(
-                "echo has no logprobs: those of a prompt are not computed; leave one of them out"
-            )
+            raise field_error("echo", "has no logprobs: those of a prompt are not computed; leave it out")
         return self
 
 

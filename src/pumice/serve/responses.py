@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from pumice.serve.messages import (
+    AllowedFunctions,
+    AllowedTools,
     Arguments,
     CalledFunction,
     ChatMessage,
@@ -27,6 +29,7 @@ from pumice.serve.messages import (
     TextPart,
     ToolDescription,
     ToolMessage,
+    choice_tag,
     json_kind,
 )
 from pumice.serve.protocol import (
@@ -134,6 +137,19 @@ class ResponsesNamedTool(RequestModel):
     type: Literal["function"]
     name: str
 
+    def chat(self) -> NamedFunction:
+        return NamedFunction(function=FunctionName(name=self.name))
+
+
+class ResponsesAllowedTools(RequestModel):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[ResponsesNamedTool] = Field(min_length=1, max_length=128)
+
+    def chat(self) -> AllowedTools:
+        named = [tool.chat() for tool in self.tools]
+        return AllowedTools(type="allowed_tools", allowed_tools=AllowedFunctions(mode=self.mode, tools=named))
+
 
 class TextFormat(RequestModel):
     type: Literal["text", "json_object", "json_schema"]
@@ -162,8 +178,9 @@ class ResponsesRequest(BaseRequest):
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag("~string")]
-            | Annotated[ResponsesNamedTool, Tag("~object")],
-            Discriminator(json_kind),
+            | Annotated[ResponsesNamedTool, Tag("~object")]
+            | Annotated[ResponsesAllowedTools, Tag("~allowed")],
+            Discriminator(choice_tag),
         ]
         | None
     ) = None
@@ -172,7 +189,7 @@ class ResponsesRequest(BaseRequest):
     include: list[str] | None = Field(None, description="Of these, message.output_text.logprobs is known.")
     top_logprobs: int | None = Field(None, ge=0, le=20)
     background: Literal[False] | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["disabled", "auto"] | None = Field(None, description="Nothing is ever left out.")
     metadata: dict[str, str] | None = Field(None, description="Given back. The next fields are not used.")
     reasoning: dict[str, Any] | None = None
     store: bool | None = None
@@ -210,9 +227,7 @@ class ResponsesRequest(BaseRequest):
                 for tool in self.tools or ()
             ],
             tool_choice=(
-                NamedFunction(type="function", function=FunctionName(name=self.tool_choice.name))
-                if isinstance(self.tool_choice, ResponsesNamedTool)
-                else self.tool_choice
+                self.tool_choice.chat() if isinstance(self.tool_choice, BaseModel) else self.tool_choice
             ),
         )
 

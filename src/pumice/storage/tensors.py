@@ -53,7 +53,8 @@ class LazyTensor:
     """A tensor that is read only when it is needed.
 
     loader: reads it in the type that it is given. origin: key and file, for messages. blocks: only of a
-    matrix that is stored in few bits, or will be; an operation that changes its values drops them.
+    matrix that is stored in few bits, or will be; an operation that changes its values drops them. stored_as:
+    ggml's name of the type, of a tensor in a GGUF file.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +62,7 @@ class LazyTensor:
     loader: Callable[[torch.dtype], Tensor]
     origin: str = ""
     blocks: Blocks | None = None
+    stored_as: str = ""
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the tensor in `dtype`, or in the type that it is stored in."""

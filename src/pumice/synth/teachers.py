@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pumice.chat_client import ChatClient, Outcome
@@ -194,11 +194,7 @@ class LocalTeacher:
         """Raise InputError on options that sampling does not have; the model is opened when it is asked."""
         from pumice.engine.sampling import SamplingParams
 
-        try:
-            SamplingParams(**self.options)
-        except TypeError as error:
-            known = ", ".join(field.name for field in fields(SamplingParams))
-            raise InputError(f"a local teacher's options are {known}, not all of {self.options}") from error
+        SamplingParams.of(self.options)
 
     def answer(self, requests: Iterable[TeacherRequest], journal: Journal, progress: Progress) -> str:
         from pumice.assistant import load

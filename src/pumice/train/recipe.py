@@ -22,26 +22,49 @@ from pydantic import (
     Discriminator,
     Field,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
-from pumice.errors import InputError
+from pumice.errors import NEWER, InputError
 from pumice.storage.yaml_file import read_yaml, set_key
+from pumice.train.shipped import SHIPPED, near_shipped, shipped_recipe
 
-SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 LONGEST_CHAIN = 50  # recipes that extend each other
 Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+_LATER: dict[str, Any] = {"later": True}
+
+
+def later(default: Any, description: str) -> Any:
+    """Return a field that earlier versions lack: it is written only where it is not the default.
+
+    So runs that they began resume, and they can resume runs that do without it.
+    """
+    return Field(default, description=description, json_schema_extra=_LATER)
+
+
 class RecipeSection(BaseModel):
     """A mapping inside a recipe; a key that is not a field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the fields that came later, where they have their default."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if not self._is_later(name)}
+
+    def _is_later(self, name: str) -> bool:
+        field = type(self).model_fields[name]
+        return field.json_schema_extra == _LATER and getattr(self, name) == field.default
 
 
 class NewModel(RecipeSection):
@@ -132,13 +155,11 @@ class RowSource(RecipeSection):
     )
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each row; 0.5 is a random half")
     mirror: bool = Field(False, description="pictures may be mirrored, as no row speaks of left and right")
-    columns: dict[str, str] = Field(
-        default={}, description="role (image, question, answer, ...) -> the column that has it"
-    )
-    question: str | None = Field(None, description="what is asked about a caption, a text or a label")
-    split: str | None = Field(None, description="of a set with several, by the names of files or the card")
-    config: str | None = Field(None, description="of a set with several: the folder, or the card's name")
-    revision: str | None = Field(None, description="of a set on the hub: a branch, a tag or a commit")
+    columns: dict[str, str] = later({}, "role (image, question, answer, ...) -> the column that has it")
+    question: str | None = later(None, "what is asked about a caption, a text or a label")
+    split: str | None = later(None, "of a set with several, by the names of files or the card")
+    config: str | None = later(None, "of a set with several: the folder, or the card's name")
+    revision: str | None = later(None, "of a set on the hub: a branch, a tag or a commit")
 
 
 class Recipe(RecipeSection):
@@ -174,8 +195,8 @@ class Recipe(RecipeSection):
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
 
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8-bit states need bitsandbytes")
-    shuffle_block: PositiveInt | None = Field(
-        None, description="rows that stay together in the order; when absent 1 for plain files, else 1,000"
+    shuffle_block: PositiveInt | None = later(
+        None, "rows that stay together in the order; when absent 1 for plain files, else 1,000"
     )
     order: Literal["pack", "length_grouped"] = Field(
         "pack", description="rows of a step at random, or of like length and kind, as LLaVA's own sampler"
@@ -203,17 +224,8 @@ class Recipe(RecipeSection):
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
 
     def stored(self, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """Return the recipe as JSON values, without some fields.
-
-        Fields that came later are left out at their defaults, so that runs of older versions resume.
-        """
+        """Return the recipe as JSON values, without some fields."""
         fields: dict[str, Any] = json.loads(self.model_dump_json(exclude=set(exclude)))
-        if fields.get("shuffle_block", self) is None:
-            del fields["shuffle_block"]
-        for source in (*fields.get("data", ()), *fields.get("held_out", ())):
-            for name in ("columns", "question", "split", "config", "revision"):
-                if not source[name]:
-                    del source[name]
         return fields
 
     @property
@@ -265,7 +277,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     # 1. Merge the files. `origin` remembers which file sets which key, so that an error can name it.
     origin: dict[tuple[str, ...], str] = {}
-    path = _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+    path = shipped_recipe(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
     set_keys = []
@@ -304,48 +316,17 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     if not isinstance(base_name, str) or not base_name:
         raise InputError(f"{path}: extends must be the path of one recipe, not {base_name!r}")
     if base_name.startswith(SHIPPED):
-        base_path = _shipped(base_name, f"{path}: extends ")
+        base_path = shipped_recipe(base_name, f"{path}: extends ")
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = _near_shipped(base_name.removesuffix(".yaml"))
+        shipped = near_shipped(base_name.removesuffix(".yaml"))
         hint = f"; one that Pumice brings is named {SHIPPED}{shipped[0]}" if shipped else ""
         raise InputError(f"{path}: extends {base_name}, but there is no {base_path}{hint}")
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
     _record_origin(values, str(path), origin)
     return _merge(base, values)
-
-
-def _shipped_folder() -> Path:
-    """Return the folder of the recipes that Pumice brings: in the package, or beside it in a clone."""
-    package = Path(__file__).parent.parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent.parent / "recipes"
-
-
-def _shipped_names() -> list[str]:
-    folder = _shipped_folder()
-    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
-
-
-def _near_shipped(name: str) -> list[str]:
-    """Return up to three names of shipped recipes that are like a wrong one: first by their last part."""
-    names = _shipped_names()
-    same_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
-    longer = [known for known in names if len(name) > 2 and name.lower() in known]
-    return (same_end or longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4))[:3]
-
-
-def _shipped(name: str, prefix: str) -> Path:
-    """Return the path of a recipe named pumice:NAME. prefix: of the error where there is none."""
-    own_name = name.removeprefix(SHIPPED)
-    path = _shipped_folder() / f"{own_name}.yaml"
-    if not path.is_file():
-        near = " or ".join(f"{SHIPPED}{known}" for known in _near_shipped(own_name.removesuffix(".yaml")))
-        hint = f"did you mean {near}?" if near else f"it brings {', '.join(_shipped_names())}"
-        raise InputError(f"{prefix}{name}: Pumice brings no such recipe; {hint}")
-    return path
 
 
 def _record_origin(
@@ -433,7 +414,7 @@ def _main_problem(error: ValidationError, set_keys: Sequence[tuple[str, ...]]) -
         # An override may have made the unknown mapping: then its whole key is what the user wrote.
         whole = next((list(keys) for keys in set_keys if list(keys[: len(loc)]) == loc), loc)
         near = _nearest(".".join(whole), known) or _nearest(dotted, known)
-        hint = f"; did you mean {near!r}?" if near else ""
+        hint = f"; did you mean {near!r}?" if near else NEWER
         if not near and known is not _KNOWN_KEYS:
             hint = f"; the parts are {', '.join(get_args(Part))}"
         return tuple(whole), f"unknown key {'.'.join(whole)!r}{hint}"

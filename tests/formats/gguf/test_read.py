@@ -170,6 +170,7 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"llama__logit_scale": 0.5}, r"llama\.logit_scale is 0\.5, which Pumice does not compute"),
         ({"kind": "mamba"}, "architecture 'mamba'; llama, qwen2, qwen3 can be read"),
         ({"pre": "tekken"}, "splits words as 'tekken'"),
         ({"llama__rope__scaling__type": "yarn"}, "scales its rotary positions"),

@@ -112,6 +112,12 @@ def test_sliding_windows(values: dict[str, Any], window: int | None) -> None:
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling lacks the key 'factor'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs between layers"),
         ({"rope_theta": "1e4"}, "rope_theta should be a number, not '1e4'"),
+        (
+            {"logits_scaling": 8.0},
+            "config.json: logits_scaling is 8.0, which Pumice does not compute; set",
+        ),
+        ({"residual_multiplier": 0.22}, "residual_multiplier is 0.22, which Pumice"),
+        ({"clip_qkv": 8}, "clip_qkv is 8, which Pumice"),
         ({"hidden_size": 100}, "hidden_size 100 is no multiple of 32 heads"),
         ({"num_key_value_heads": 3}, "32 heads cannot share 3"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers should be a whole number, not 2.0"),

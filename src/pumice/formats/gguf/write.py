@@ -32,9 +32,10 @@ from pumice.config import (
 )
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
+from pumice.formats.gguf.mmproj import OWN_KEY, own_values
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
-from pumice.formats.text.chat_template import quoted, to_jinja
+from pumice.formats.text.chat_template_write import quoted, to_jinja
 from pumice.kernels.packed import from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts
@@ -228,6 +229,7 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:
     writer.add_array("clip.vision.feature_layer", [_state_number(config)])
     writer.add_array("clip.vision.image_mean", list(config.image.mean))
     writer.add_array("clip.vision.image_std", list(config.image.std))
+    writer.add_string(OWN_KEY, own_values(vision, config.image, config.image_wrap, "first"))
 
 
 def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from pumice.config import DecoderConfig, ImagePolicy, RopeScaling, VisionConfig, naming
-from pumice.errors import InputError
+from pumice.errors import InputError, shorten
 from pumice.formats.families import FAMILIES, TOWERS
 from pumice.formats.recognise import check_classes
 from pumice.storage.json_file import Keys
@@ -23,6 +23,14 @@ ACTIVATIONS = {
 # The activations of a decoder's MLP, transformers' name -> ours.
 _SWIGLU = {"silu": "silu", "swish": "silu"}
 _GEGLU = {"gelu_pytorch_tanh": "gelu_tanh"}
+# Keys with which other decoders scale, cap or skip a part of their computation, and their values that mean
+# nothing. A row of FAMILIES for such a model would read all its weights, and answer nonsense.
+_OF_OTHER_DECODERS: dict[str, tuple[Any, ...]] = {
+    "embedding_multiplier": (1.0,), "attention_multiplier": (), "residual_multiplier": (1.0,),
+    "logits_scaling": (1.0,), "logit_scale": (1.0,), "scale_emb": (1.0,), "scale_depth": (), "clip_qkv": (),
+    "no_rope_layers": (), "rope_local_base_freq": (), "use_qk_norm": (False,),
+    "use_parallel_residual": (False,),
+}  # fmt: skip
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Pillow's number of a filter -> our name.
@@ -54,6 +62,12 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
     keys.only("attention_bias", (False,), False, "the output projection would have a bias as well")
     keys.only("mlp_bias", (False,), False)
     keys.only("partial_rotary_factor", (1.0,), 1.0, "every value of a head must rotate")
+    for key, neutral in _OF_OTHER_DECODERS.items():
+        if key in keys and keys.values[key] not in neutral:
+            raise InputError(
+                f"{keys.label}: {key} is {shorten(keys.values[key])}, which Pumice does not compute; set it "
+                "to null if the model was trained without it"
+            )
     # 3. Sizes. Some configs leave head_dim out, or set it to null, when the heads divide the width.
     width, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
     depth, context = keys.get("num_hidden_layers", int), keys.get("max_position_embeddings", int)

@@ -36,7 +36,7 @@ from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
 from pumice.formats.hf.card import model_card
 from pumice.formats.hf.config import RESAMPLE, layer_types, padding
-from pumice.formats.text.chat_template import to_jinja
+from pumice.formats.text.chat_template_write import to_jinja
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, write_weights

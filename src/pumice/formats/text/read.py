@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pumice.formats.text.files import TokenizerFiles
 from pumice.formats.text.isolated import describe, image_wrap
 from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.storage.json_file import Keys
-from pumice.templates import OWN, TEMPLATES, get_template
+from pumice.templates import OWN, TEMPLATES, Template, get_template
 from pumice.tokens import Tokenizer
 
 _MARKER = re.compile(r"<[^\s<>]+>")  # how tokens that end an answer are written
@@ -134,7 +134,9 @@ class TextSide:
             return (
                 f"{usual} was assumed; the tokenizer's chat template, which is no such format, was left out"
             )
-        if described.template == usual:
+        own, known = described.chat, TEMPLATES[usual]
+        without_tools = None if own is None else replace(own, tools=None)
+        if described.template == usual or (isinstance(known, Template) and without_tools == known.chat):
             return ""
         name = f"{described.template}, " if described.template != OWN else ""
         return (
