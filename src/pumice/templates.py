@@ -17,7 +17,7 @@ from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError
 
 OWN = "own"
-# Around a call of a function and what it gave, as Hermes, Qwen2.5 and Qwen3 have them.
+# Around a call of a function and what it gave, as Qwen2.5 and Qwen3 write them.
 CALL = ("<tool_call>\n", "\n</tool_call>")
 RESULT = ("<tool_response>\n", "\n</tool_response>")
 

@@ -116,8 +116,13 @@ def calling(local: Serving, calling_folder: Path) -> Iterator[str]:
 class Process:
     """`pumice serve` as a process, with its log lines."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "pumice", "serve", "--log", "json", *arguments]
+    def __init__(
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        program: tuple[str, ...] = ("-m", "pumice"),
+    ) -> None:
+        command = [sys.executable, *program, "serve", "--log", "json", *arguments]
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
@@ -174,9 +179,9 @@ def process(tiny_folder: Path) -> Iterator[Callable[..., Process]]:
     """`process(*options)`: `pumice serve` of the tiny model on a free port."""
     processes: list[Process] = []
 
-    def start(*arguments: str, env: dict[str, str] | None = None) -> Process:
+    def start(*arguments: str, **more: Any) -> Process:
         port = [] if "--port" in arguments else ["--port", "0"]
-        processes.append(Process("--model", str(tiny_folder), "--name", "tiny", *port, *arguments, env=env))
+        processes.append(Process("--model", str(tiny_folder), "--name", "tiny", *port, *arguments, **more))
         return processes[-1]
 
     yield start

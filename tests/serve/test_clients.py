@@ -127,6 +127,8 @@ def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
             "structured_outputs": {"disable_fallback": True},
             "chat_template_kwargs": {"enable_thinking": False},
         },
+        {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
+        {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
     ],
     ids=lambda more: next(iter(more)),
 )

@@ -128,7 +128,7 @@ def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, mess
         ("cat.jpg", "give a picture as data:"),
         ("file:///etc/passwd", "give a picture as data:"),
         ("http://example.org/a.jpg", "fetches no pictures"),
-        ("data:image/png", "no data URI"),
+        ("data:image/png", "no data URL"),
         ("data:image/png;base64,$$$$", "not base64"),
         ("data:image/png;base64,", "is empty"),
         ("data:text/plain,hello", "not a picture"),
@@ -328,18 +328,32 @@ def test_a_full_queue(local: Any) -> None:
 
 
 def test_retry_after_follows_from_the_queue() -> None:
-    gate = Gate(slots=16, queue=80, in_flight=96, seconds=13.2)
-    assert (gate.full, gate.retry_after) == (True, 11)  # 80 wait, and 96 / 13.2 end in a second
-    gate = Gate(slots=16, queue=80, in_flight=16, seconds=100.0)
+    gate = Gate(slots=16, queue=80, in_flight=96, interval=0.1375)
+    assert (gate.full, gate.retry_after) == (True, 11)  # 80 wait, and an answer ends every 0.1375 s
+    gate = Gate(slots=16, queue=80, in_flight=15, interval=100.0)
     assert (gate.full, gate.retry_after) == (False, 1)
-    answered = iter((False, True))
-    for _ in range(2):
-        assert gate.seconds == 100
-        with pytest.raises(RuntimeError), gate.passing(lambda: next(answered)):
-            assert gate.in_flight == 17
-            raise RuntimeError
+    with pytest.raises(RuntimeError), gate.passing(lambda: False):  # a wrong request, which takes no time
         assert gate.in_flight == 16
-    assert 89 < gate.seconds < 91  # a tenth of the way to an answer that took no time
+        raise RuntimeError
+    assert (gate.in_flight, gate.interval) == (15, 100)
+    with gate.passing(lambda: True):
+        pass
+    assert 89 < gate.interval < 91  # a tenth of the way to an answer that took no time
+
+
+def test_the_interval_of_answers_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 at a time that take 4 s each end every quarter of a second; so do 80 of which each takes 20 s."""
+    now = 0.0
+    monkeypatch.setattr("pumice.serve.guard.time.perf_counter", lambda: now)
+    for in_flight, seconds in ((16, 4.0), (80, 20.0)):
+        gate = Gate(slots=16, queue=64)
+        for _ in range(200):
+            gate.in_flight = in_flight - 1
+            with gate.passing(lambda: True):
+                now += seconds
+        assert gate.interval == pytest.approx(0.25)
+        gate.in_flight = 80
+        assert gate.retry_after == 16
 
 
 @pytest.fixture

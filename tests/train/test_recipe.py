@@ -15,7 +15,8 @@ import yaml
 
 from pumice.config import DecoderConfig, ImagePolicy, ModelConfig
 from pumice.errors import InputError
-from pumice.train.recipe import Recipe, load_recipe
+from pumice.train.recipe import Recipe, load_recipe, recipe_path
+from pumice.train.shapes import shape
 
 VALUES: dict[str, Any] = {
     "name": "a",
@@ -56,6 +57,11 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         ({"stage": {"learn": {}}}, r"stage: learn names no part"),
         ({"stage": {"learn": {"connector": 0.0}}}, r"the rate 0\.0"),
         ({"stage": {"learn": {"projector": 1e-3}}}, r"unknown key 'stage\.learn\.projector'; .*"),
+        ({"stage": {"learn": {"decoder.3-1": 1e-3}}}, r"decoder\.3-1: the first block comes after the last"),
+        (
+            {"stage": {"learn": {"lora": 1e-3, "decoder.0-1": 1e-3}, "base": "int8"}},
+            r"base: int8 freezes the LLM; take decoder",
+        ),
         ({"batch": 0}, r"batch: .*greater than 0"),
         ({"data": []}, r"data is empty; give one"),
         ({"precision": "fp8"}, r"precision: .*'fp32', 'tf32' or 'bf16'"),
@@ -282,3 +288,11 @@ def test_a_field_that_came_later_is_stored_only_where_it_is_set(tmp_path: Path) 
     }
     for recipe in (plain, changed):
         assert Recipe.model_validate(recipe.stored()) == recipe
+
+
+def test_a_stage_of_pumice_is_found_with_the_stage_before_it() -> None:
+    """From anywhere: the model that the first stage writes does not exist."""
+    name = "pumice:llava-1.5/2-lora-7b"
+    config, notes = shape(load_recipe(name), recipe_path(name))
+    assert config.decoder.depth == 32
+    assert any("does not exist yet: its shape follows from 1-align-7b.yaml" in note for note in notes)

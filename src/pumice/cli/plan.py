@@ -56,11 +56,11 @@ def plan(
         return
     assert recipe is not None
     from pumice.train.plan.estimate import plan as make_plan
-    from pumice.train.recipe import load_recipe
+    from pumice.train.recipe import load_recipe, recipe_path
 
     estimate = make_plan(
         load_recipe(recipe, overrides or []),
-        recipe,
+        recipe_path(recipe),
         gpu=gpu,
         gpu_memory=gpu_memory,
         processes=processes,

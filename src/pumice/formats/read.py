@@ -50,6 +50,17 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     )
 
 
+def find_pair(
+    source: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None
+) -> tuple[Path, Path | None]:
+    """Return the path of a model in GGUF, and that of its mmproj where it is given or on the hub."""
+    path = find_model(source)
+    if mmproj is not None:
+        return path, locate(mmproj)
+    in_hub = not Path(source).exists() and is_gguf_name(str(source))
+    return path, gguf_from_hub(str(source))[1] if in_hub else None
+
+
 def read_model(
     source: str | os.PathLike[str],
     *,
@@ -76,10 +87,7 @@ def read_model(
     if kind is not FormatKind.GGUF and mmproj is not None:
         raise InputError(f"{path} is {kind.value}, which takes no mmproj; leave --mmproj out")
     if kind is FormatKind.GGUF:
-        seeing = None if mmproj is None else locate(mmproj)
-        if seeing is None and not Path(source).exists() and is_gguf_name(str(source)):
-            seeing = gguf_from_hub(str(source))[1]
-        loaded = open_pair(path, seeing, template)
+        loaded = open_pair(*find_pair(source, mmproj), template)
     else:
         loaded = _read(path, kind, template, tower, base)
     return dataclasses.replace(loaded, sources={"model": (str(source), path)} | loaded.sources)

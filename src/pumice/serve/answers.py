@@ -6,7 +6,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -72,7 +72,8 @@ class AnswerPiece:
     """A part of an answer, or all of it: text that later tokens cannot change, and its tokens.
 
     index: which of the request's answers. call_id, name: of a function that is called; name only in the first
-    piece of the call. arguments: a part of their JSON. stop: the request's stop text that ended the answer.
+    piece of the call. arguments: a part of their JSON. first: of a text that begins with the prompt, whose
+    tokens are scored, the first one, which nothing predicts. stop: the stop text that ended the answer.
     """
 
     index: int = 0
@@ -80,6 +81,7 @@ class AnswerPiece:
     call_id: str = ""
     name: str = ""
     arguments: str = ""
+    first: str | None = None
     tokens: tuple[LogprobEntry, ...] = ()
     finish: Finish | None = None
     stop: str | None = None
@@ -98,6 +100,7 @@ def join(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
         pieces[-1].call_id,
         "".join(piece.name for piece in pieces),
         "".join(piece.arguments for piece in pieces),
+        pieces[0].first,
         tuple(token for piece in pieces for token in piece.tokens),
         pieces[-1].finish,
         pieces[-1].stop,
@@ -225,26 +228,19 @@ class ChatForm(AnswerForm):
 
 @dataclass
 class CompletionForm(AnswerForm):
-    """Writes continuations of texts. echo: what each answer begins with. All else is as in `ChatForm`."""
+    """Writes continuations of texts. only_prompts: nothing continues them. All else is as in `ChatForm`."""
 
     model: str
     logprobs: bool
     include_usage: bool
-    echo: Sequence[str] = ()
+    only_prompts: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)  # index -> characters so far
 
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> BaseModel:
-        texts = self.echo or [""] * len(answers)
-        choices = [
-            self._choice(replace(answer, text=text + answer.text), self._logprobs(answer))
-            for text, answer in zip(texts, answers, strict=True)
-        ]
-        return self._completion(choices, usage=usage)
-
-    def begin(self) -> bytes:
-        return b"".join(self.piece(AnswerPiece(index, text)) for index, text in enumerate(self.echo))
+        choices = [self._choice(answer, self._logprobs(answer)) for answer in answers]
+        return self._completion(choices, usage=self._usage(usage))
 
     def piece(self, piece: AnswerPiece) -> bytes:
         logprobs = self._logprobs(piece) if piece.tokens or piece.finish is None else None
@@ -252,10 +248,15 @@ class CompletionForm(AnswerForm):
         return event(self._completion([self._choice(piece, logprobs)], **usage))
 
     def end(self, usage: Usage) -> bytes:
-        return (event(self._completion([], usage=usage)) if self.include_usage else b"") + DONE
+        return (event(self._completion([], usage=self._usage(usage))) if self.include_usage else b"") + DONE
 
     def progress(self, progress: PromptProgress) -> bytes:
         return event(self._completion([], prompt_progress=progress))
+
+    def _usage(self, usage: Usage) -> Usage:
+        if not self.only_prompts:  # else the token that the engine computes is left out
+            return usage
+        return usage.model_copy(update={"completion_tokens": 0, "total_tokens": usage.prompt_tokens})
 
     def _completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
         return Completion(
@@ -277,15 +278,15 @@ class CompletionForm(AnswerForm):
     def _logprobs(self, piece: AnswerPiece) -> CompletionLogprobs | None:
         if not self.logprobs:
             return None
-        tokens = piece.tokens
+        scored = piece.tokens
+        first = [] if piece.first is None else [piece.first]
+        tokens = [*first, *(token.token for token in scored)]
         start = self._offsets.get(piece.index, 0)
-        *offsets, self._offsets[piece.index] = accumulate(
-            (len(token.token) for token in tokens), initial=start
-        )
-        top = [{other.token: other.logprob for other in token.top_logprobs} for token in tokens]
+        *offsets, self._offsets[piece.index] = accumulate(map(len, tokens), initial=start)
+        top = [{other.token: other.logprob for other in token.top_logprobs} for token in scored]
         return CompletionLogprobs(
-            tokens=[token.token for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=top if any(top) else None,
+            tokens=tokens,
+            token_logprobs=[*(None for _ in first), *(token.logprob for token in scored)],
+            top_logprobs=[*(None for _ in first), *top] if any(top) else None,
             text_offset=offsets,
         )

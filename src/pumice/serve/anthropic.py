@@ -34,6 +34,8 @@ from pumice.serve.messages import (
     json_kind,
 )
 from pumice.serve.protocol import (
+    MAX_STOP,
+    MAX_STOPS,
     BaseRequest,
     ChatRequest,
     ErrorBody,
@@ -140,7 +142,9 @@ class AnthropicRequest(BaseRequest):
     max_tokens: int = Field(ge=1)
     messages: list[AnthropicTurn] = Field(min_length=1, description="A last answer is continued.")
     system: BlockContent | None = None
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=16)
+    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]] | None = Field(
+        None, max_length=MAX_STOPS
+    )
     stream: bool | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -172,7 +176,6 @@ class AnthropicRequest(BaseRequest):
             continue_final_message=self.messages[-1].role == "assistant",
             tools=[
                 ToolDescription(
-                    type="function",
                     function=FunctionDescription(
                         name=tool.name, description=tool.description, parameters=tool.input_schema
                     ),
@@ -185,7 +188,7 @@ class AnthropicRequest(BaseRequest):
 
 def _tool_choice(choice: AnthropicChoice) -> ToolChoice | None:
     if choice.type == "tool":
-        return NamedFunction(type="function", function=FunctionName(name=choice.name or ""))
+        return NamedFunction(function=FunctionName(name=choice.name or ""))
     return "required" if choice.type == "any" else None
 
 

@@ -52,8 +52,8 @@ from pumice.serve.protocol import (
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesForm
 from pumice.serve.settings import ServerSettings
-from pumice.serve.stream import ActiveRequest, EventStream, PieceReader, as_text
-from pumice.serve.tools import CLOSE, ToolUse, check_tools, tool_use
+from pumice.serve.stream import ActiveRequest, Echo, EventStream, PieceReader, as_text
+from pumice.serve.tools import CLOSE, check_tools, tool_use
 from pumice.serve.work import Kind, Workers, kind_of
 from pumice.templates import Plain
 
@@ -66,11 +66,12 @@ Pictures = dict[str, bytes]  # field name -> file
 
 LONG_BODY = 1 << 15  # bytes; parsing a longer body would block the event loop for too long
 MAX_VALUES = 1 << 17  # JSON values in a body, at least; a model with a long context gets more
+SCORED_BYTES = 1 << 13  # of each token whose log-probability is told, with the most likely ones beside it
 TOKEN_BYTES = 24  # of each token of a prompt, in each of its answers
 MAX_GRAMMARS = 256  # compiled ones in the cache
+LEAST_TOP_P = 1e-9  # leaves the likeliest token
 MAX_EXPLAINED = 512  # tokens of an answer to explain
 CLOSE_SECONDS = 1.0  # for the engine's last step; its thread ends with the process
-LEAST_TOP_P = 1e-9  # leaves the likeliest token
 
 
 class Backend:
@@ -159,11 +160,12 @@ class Backend:
         held = await self._workers.run("parse", held_to, request, tools)
         constraint = await self._compile(held, schemas)
         pictures, pixels = await self._read_images(record, request)
-        kind = kind_of(characters_of(request) + len(tools.told()), pixels)
+        told = await self._workers.run("parse", tools.told)
+        kind = kind_of(characters_of(request) + len(told), pixels)
         readers: list[PieceReader] = [tools.reader() if tools else as_text for _ in range(request.n or 1)]
         # 3. Answer.
         async with self._input_errors(field or "messages", pictures, kind=kind):
-            prompt = await self._workers.run(kind, self._chat_prompt, request, pictures, tools, sampling)
+            prompt = await self._workers.run(kind, self._chat_prompt, request, pictures, told, sampling)
             pictures.clear()
             prompts = _several(replace(prompt, constraint=constraint), request.n or 1)
             return await self._answer(record, request, prompts, readers, form)
@@ -177,6 +179,7 @@ class Backend:
         sampling = self._sampling(request)
         if request.logprobs is not None:
             sampling["logprobs"] = request.logprobs
+            sampling["prompt_logprobs"] = request.logprobs if request.echo else None
         constraint = await self._compile(await self._workers.run("parse", held_to, request))
         logprobs = request.logprobs is not None
         async with self._input_errors("prompt"):
@@ -194,13 +197,14 @@ class Backend:
                 text if isinstance(text, str) else await self._workers.run("long", decode, text)
                 for text in (request.prompts if request.echo else ())
             ]
-            form = CompletionForm(
-                self._model(request),
-                logprobs,
-                request.include_usage_in_stream,
-                [text for text in echoes for _ in range(count)],
-            )
-            return await self._answer(record, request, prompts, [as_text] * len(prompts), form)
+            alone = request.max_tokens == 0
+            form = CompletionForm(self._model(request), logprobs, request.include_usage_in_stream, alone)
+            readers: list[PieceReader] = [as_text] * len(prompts)
+            if request.echo:
+                texts = [text for text in echoes for _ in range(count)]
+                sizes = [len(prompt.input_ids) for prompt in prompts]
+                readers = [Echo(text, size, alone) for text, size in zip(texts, sizes, strict=True)]
+            return await self._answer(record, request, prompts, readers, form)
 
     async def explain(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ExplainRequest, body)
@@ -284,7 +288,7 @@ class Backend:
         most = self.settings.max_tokens or self.assistant.model.config.decoder.context
         asked = self.settings.default_tokens if request.limit is None else request.limit
         values = {
-            "max_new_tokens": most if asked == -1 else min(asked, most),
+            "max_new_tokens": most if asked == -1 else min(max(asked, 1), most),
             "temperature": request.temperature,
             "top_p": None if request.top_p is None else max(request.top_p, LEAST_TOP_P),
             "top_k": None if request.top_k is None else max(0, request.top_k),
@@ -298,9 +302,9 @@ class Backend:
         return {key: value for key, value in values.items() if value is not None}
 
     def _chat_prompt(
-        self, request: ChatRequest, pictures: Pictures, tools: ToolUse, sampling: dict[str, Any]
+        self, request: ChatRequest, pictures: Pictures, told: str, sampling: dict[str, Any]
     ) -> Prompt:
-        messages = conversation(request, pictures, self.assistant.processor.template, tools.told())
+        messages = conversation(request, pictures, self.assistant.processor.template, told)
         if request.messages[-1].role == "assistant" and not request.continues:
             raise InputError(
                 "the last message is the assistant's; add a question, or set continue_final_message to have "
@@ -314,7 +318,9 @@ class Backend:
         schemas: what has to be right beside it, so that an error names its field.
         """
         wanted = [*schemas, *([] if held is None else [held])]
-        new = list({one.grammar: one for one in wanted if one.grammar not in self._grammars}.values())
+        # Of equal ones, the first has the field that an error names.
+        first = {one.grammar: one for one in reversed(wanted)}
+        new = [one for one in wanted if one is first[one.grammar] and one.grammar not in self._grammars]
         if new:
             # 1. A process compiles them first. It ends when nobody waits for it any more.
             check = GrammarCheck([one.grammar for one in new])
@@ -390,7 +396,13 @@ class Backend:
         cells = min(engine.model.config.decoder.context, engine.stats().cache_capacity + 1)
         prompts = [_cut(prompt, cells) for prompt in prompts]
         tokenizer = self.assistant.processor.tokenizer
-        record.memory.take(TOKEN_BYTES * sum(len(prompt.input_ids) for prompt in prompts))
+        record.memory.take(
+            sum(
+                len(prompt.input_ids)
+                * (TOKEN_BYTES if prompt.params.prompt_logprobs is None else SCORED_BYTES)
+                for prompt in prompts
+            )
+        )
         running = ActiveRequest(
             engine, tokenizer, prompts, readers, record, self.metrics, self.settings.timeout
         )

@@ -10,7 +10,7 @@ from typing import Any
 from pumice.serve.errors import ApiError
 from pumice.serve.logs import request_line
 
-MAX_HEADERS = 1 << 16  # bytes of a request without its body
+MAX_HEADERS = 1 << 16  # bytes of a request without its body; up to FED more pass
 FED = 1 << 14  # bytes that the parser gets at a time
 MAX_PIPELINED = 16  # requests that a client may send before it has read the answers
 

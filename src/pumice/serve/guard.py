@@ -31,14 +31,15 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 class Gate:
     """The number of requests in flight and its limit, and whether the server is draining.
 
-    slots: requests answered at a time. queue: those that may wait beyond them. seconds: a running mean of the
-    time from a request to the end of its answer, of those that were answered.
+    slots: requests answered at a time. queue: those that may wait beyond them. interval: a running mean of
+    the seconds from one answer's end to the next: the time of each request that was answered, shared by all
+    that were in flight when it came.
     """
 
     slots: int
     queue: int
     in_flight: int = 0
-    seconds: float = 1.0
+    interval: float = 0.1
     draining: bool = False
     connections: Callable[[], int] = lambda: 0  # number of open connections, idle ones included
     ended: bool = False  # whether the time of the drain is over
@@ -65,13 +66,13 @@ class Gate:
     def passing(self, was_answered: Callable[[], bool]) -> Iterator[None]:
         """Count a request while it is answered, also if the answer fails."""
         self.in_flight += 1
-        started = time.perf_counter()
+        started, sharing = time.perf_counter(), self.in_flight
         try:
             yield
         finally:
             self.in_flight -= 1
             if was_answered():  # wrong ones, which take no time, say nothing about the others
-                self.seconds += 0.1 * (time.perf_counter() - started - self.seconds)
+                self.interval += 0.1 * ((time.perf_counter() - started) / sharing - self.interval)
 
     @property
     def full(self) -> bool:
@@ -79,9 +80,8 @@ class Gate:
 
     @property
     def retry_after(self) -> int:
-        """Seconds until those who wait now have slots: `in_flight / seconds` end a second (Little's law)."""
-        waiting = max(0, self.in_flight - self.slots)
-        return max(1, math.ceil(waiting * self.seconds / max(1, self.in_flight)))
+        """Seconds until those who wait now have slots."""
+        return max(1, math.ceil(max(0, self.in_flight - self.slots) * self.interval))
 
 
 class Guard:

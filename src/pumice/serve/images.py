@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import unquote_to_bytes
 
 from pumice.errors import InputError
 from pumice.images import EnormousImage, image_size, open_image
+from pumice.messages import decode_data_url
 from pumice.serve.errors import ApiError
 from pumice.serve.fetch import Fetcher
 from pumice.serve.messages import ImageUrl
@@ -19,9 +16,7 @@ from pumice.serve.settings import ServerSettings
 from pumice.serve.work import Account, Kind, Workers
 from pumice.stopping import check_stopped
 
-LONGEST_HEAD = 1000  # characters of a data URI before its data
 _TIFF = (b"II", b"MM")  # how such a file begins
-_DATA = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[\w.+-]*)*)(;base64)?,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -116,26 +111,7 @@ def _check(param: str, data: bytes, settings: ServerSettings) -> tuple[int, int]
 
 
 def _decode(param: str, url: str) -> bytes:
-    """Decode a data URI (RFC 2397)."""
-    head = _DATA.match(url, 0, LONGEST_HEAD)
-    if head is None:
-        raise ApiError(
-            400,
-            f"'{param}.url' is no data URI; write data:image/jpeg;base64,...",
-            param=param,
-            code="invalid_image_url",
-        )
-    payload = url[head.end() :]
-    if not head[3]:
-        return unquote_to_bytes(payload)
     try:
-        # Clients often send line breaks and URL-safe letters. Anything else means that the data is damaged.
-        letters = payload.translate({ord("-"): "+", ord("_"): "/", ord("\n"): None, ord("\r"): None})
-        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(
-            400,
-            f"'{param}.url' is not base64 ({error}); encode the file again",
-            param=param,
-            code="invalid_image_url",
-        ) from error
+        return decode_data_url(url)
+    except InputError as error:
+        raise ApiError(400, f"'{param}.url': {error}", param=param, code="invalid_image_url") from error

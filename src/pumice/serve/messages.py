@@ -1,4 +1,4 @@
-"""What requests are made of: messages, pictures and tools; and what is dropped before they are checked.
+"""What requests are made of: messages, pictures, tools and schemas; and what is dropped before checks.
 
 Sources of the fields: OpenAI's API reference; vLLM's, llama.cpp's and TGI's documentation for theirs.
 """
@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError, from_json
 
@@ -49,7 +50,10 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "echo": (False,),
     "enable_thinking": (False,),
-    "function_call": ("none", "auto"),
+    "function_call": ("none", "auto", ""),
+    "grammar": ("",),
+    "guided_grammar": ("",),
+    "guided_regex": ("",),
     "id_slot": (-1,),
     "ignore_eos": (False,),
     "include_reasoning": (True, False),
@@ -58,14 +62,16 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "mirostat": (0,),
     "priority": (0,),
+    "response_format": ("",),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "safe_prompt": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "stop": ("",),
     "tfs_z": (1,),
     "timings_per_token": (False,),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("none", "auto", ""),
     "typ_p": (1,),
     "top_a": (0,),
     "top_logprobs": (0,),
@@ -342,3 +348,56 @@ ToolChoice = Annotated[
     | Annotated[AllowedTools, Tag("~allowed")],
     Discriminator(choice_tag),
 ]
+
+
+# --- what an answer is held to ---
+
+
+class JsonSchemaFormat(RequestModel):
+    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="Answers are always held to the schema.")
+
+
+class ResponseFormat(RequestModel):
+    type: Literal["text", "json_object", "json_schema", "json", "regex"]
+    json_schema: JsonSchemaFormat | None = None
+    value: Any = Field(None, description='TGI\'s: the schema, {"schema": ...}, or a regular expression.')
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama.cpp's, of json_object.")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None and not isinstance(self.value, dict):
+            raise field_error("json_schema", "the type 'json_schema' needs a schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise field_error("json_schema", "belongs to the type 'json_schema'")
+        if self.type == "regex" and not isinstance(self.value, str):
+            raise field_error("value", "the type 'regex' needs a regular expression")
+        if self.type == "json" and not isinstance(self.value, dict):
+            raise field_error("value", "the type 'json' needs a schema")
+        return self
+
+    @property
+    def schema_or_none(self) -> dict[str, Any] | None:
+        """Return the JSON Schema, or None for any object."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        value = self.value if isinstance(self.value, dict) else self.schema_
+        if value is None:
+            return None
+        inner = value.get("schema")
+        if isinstance(inner, dict) and not {"type", "properties"} & set(value):
+            value = inner
+        return {"type": "object", **value} if "properties" in value else value
+
+
+class StructuredOutputs(RequestModel):
+    """vLLM's: what the answer is held to. One of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
+    disable_any_whitespace: bool | None = Field(None, description="Taken and not used, as the next one.")
+    disable_fallback: bool | None = None

@@ -19,6 +19,7 @@ from pumice.serve.messages import (
     FunctionName,
     ImageUrl,
     ImageUrlPart,
+    JsonSchemaFormat,
     Name,
     NamedFunction,
     PartList,
@@ -26,6 +27,7 @@ from pumice.serve.messages import (
     PastAnswer,
     PastCall,
     RequestModel,
+    ResponseFormat,
     TextPart,
     ToolDescription,
     ToolMessage,
@@ -33,11 +35,9 @@ from pumice.serve.messages import (
     json_kind,
 )
 from pumice.serve.protocol import (
-    BaseRequest,
     ChatRequest,
-    JsonSchemaFormat,
+    HintedRequest,
     Limit,
-    ResponseFormat,
     StreamOptions,
     Temperature,
     TopP,
@@ -164,7 +164,7 @@ class TextSettings(RequestModel):
     verbosity: str | None = Field(None, description="Taken and not used.")
 
 
-class ResponsesRequest(BaseRequest):
+class ResponsesRequest(HintedRequest):
     input: Annotated[
         Annotated[str, Tag("~string")] | Annotated[list[InputItem], Field(min_length=1), Tag("~list")],
         Discriminator(json_kind),
@@ -190,15 +190,7 @@ class ResponsesRequest(BaseRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     background: Literal[False] | None = None
     truncation: Literal["disabled", "auto"] | None = Field(None, description="Nothing is ever left out.")
-    metadata: dict[str, str] | None = Field(None, description="Given back. The next fields are not used.")
-    reasoning: dict[str, Any] | None = None
-    store: bool | None = None
-    user: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    parallel_tool_calls: bool | None = None
+    reasoning: dict[str, Any] | None = Field(None, description="Taken and not used, as the next one.")
     max_tool_calls: int | None = None
 
     def chat(self) -> ChatRequest:
@@ -221,7 +213,6 @@ class ResponsesRequest(BaseRequest):
             response_format=_response_format(self.text.format if self.text else None),
             tools=[
                 ToolDescription(
-                    type="function",
                     function=FunctionDescription(**tool.model_dump(exclude={"type"})),
                 )
                 for tool in self.tools or ()

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -42,6 +43,24 @@ PieceReader = Callable[[AnswerPiece], AnswerPiece]
 def as_text(piece: AnswerPiece) -> AnswerPiece:
     """Return the piece: an answer that is text."""
     return piece
+
+
+@dataclass
+class Echo:
+    """Puts the prompt before an answer. alone: the answer itself is left out, of whose tokens there is one.
+
+    text: the prompt. tokens: their number.
+    """
+
+    text: str
+    tokens: int
+    alone: bool
+
+    def __call__(self, piece: AnswerPiece) -> AnswerPiece:
+        text, self.text = self.text, ""
+        if self.alone:
+            return replace(piece, text=text, tokens=piece.tokens[: self.tokens - 1], finish="length")
+        return replace(piece, text=text + piece.text)
 
 
 class ActiveRequest:
@@ -109,6 +128,7 @@ class ActiveRequest:
                 break
         # 2. Turn them into text.
         first = not any(text.tokens for text in self._texts)
+        begins = not text.tokens
         new_text = text.add(delta)
         if text.error is not None:
             raise text.error
@@ -124,6 +144,12 @@ class ActiveRequest:
             self._metrics.first_token.observe(seconds)
         entries = tuple(map(self._entry, delta.logprobs or ()))
         piece = AnswerPiece(index, new_text, tokens=entries, finish=text.finish, stop=text.stop)
+        # 3. The tokens of a prompt come before those of its answer.
+        prompt = self._prompts[index]
+        if begins and prompt.params.prompt_logprobs is not None:
+            scored = tuple(map(self._entry, self._requests[index].prompt_logprobs))
+            first_token = self._tokenizer.decode(prompt.input_ids[:1].tolist())
+            piece = replace(piece, first=first_token, tokens=scored + entries)
         return self._readers[index](piece)
 
     def stop(self) -> None:

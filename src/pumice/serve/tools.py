@@ -92,10 +92,6 @@ class ToolUse:
             request = f"Call one of these functions. Answer only with JSON: {call}"
         return "\n".join([request, *map(json.dumps, described)])
 
-    def rules(self) -> str:
-        """Return the grammar of an answer that calls one of them."""
-        return call_rules(self.functions, with_marks=self.around is not None)
-
     def reader(self) -> CallReader | TextOrCall:
         """Return what reads such an answer."""
         if self.around is None:

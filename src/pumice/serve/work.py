@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from pumice.kernels.allocator import return_freed_memory
 from pumice.serve.errors import ApiError, is_stopping
 from pumice.stopping import Stopped, stoppable
 
@@ -24,6 +25,7 @@ T = TypeVar("T")
 Kind = Literal["parse", "short", "long", "schemas", "explain"]
 THREADS: dict[Kind, int] = {"parse": 2, "short": 2, "long": 2, "schemas": 4, "explain": 1}
 
+LARGE = 16 << 20  # bytes of a request, after which freed memory goes back to the system
 REQUEST_MEMORY = 1 << 30  # bytes, for all requests in flight together
 BODY_COPIES = 3  # of a body, at most: as bytes, as text, and as the pictures in it
 
@@ -50,7 +52,7 @@ class Workers:
         """Return what `work` returns. If this is cancelled, work that has not begun never does."""
         stop = threading.Event()
         self._stops.add(stop)
-        call = functools.partial(_call, stop, work, *arguments)
+        call = functools.partial(_call, kind, stop, work, *arguments)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pools[kind], call)
         except Stopped:
@@ -67,9 +69,13 @@ class Workers:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _call(stop: threading.Event, work: Callable[..., T], *arguments: object) -> T:
-    with stoppable(stop):
-        return work(*arguments)
+def _call(kind: Kind, stop: threading.Event, work: Callable[..., T], *arguments: object) -> T:
+    try:
+        with stoppable(stop):
+            return work(*arguments)
+    finally:
+        if kind in ("long", "explain"):
+            return_freed_memory()  # the C library would keep some 100 MB for each thread
 
 
 @dataclass
@@ -103,4 +109,6 @@ class Account:
     def close(self) -> None:
         """Give everything back."""
         self.memory.taken -= self.taken
+        if self.taken > LARGE:
+            threading.Thread(target=return_freed_memory, name="pumice-freed", daemon=True).start()
         self.taken = 0

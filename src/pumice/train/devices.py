@@ -1,16 +1,20 @@
-"""Memory and peak speed of devices, measured here or as published for known GPUs."""
+"""Memory, peak speed and numerics of devices, measured here or as published for known GPUs."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import re
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from pumice.errors import InputError
 from pumice.storage.memory import available_memory
+from pumice.train.recipe import Recipe
 
 
 class GPU(NamedTuple):
@@ -49,6 +53,42 @@ GPUS = {
 }  # fmt: skip
 
 
+TIMED_SIZE = {"cpu": 1024, "cuda": 4096}  # a GPU needs larger matrices to reach its peak
+PACK_TOKENS = 8192  # of a pack on a GPU, where a recipe names no number
+
+
+def for_device(recipe: Recipe, device_type: str) -> Recipe:
+    """Return the recipe with the defaults of the device ("cpu", "cuda") in the fields that it leaves out."""
+    if device_type != "cuda" or "pack_tokens" in recipe.model_fields_set:
+        return recipe
+    return recipe.model_copy(update={"pack_tokens": PACK_TOKENS})
+
+
+@contextlib.contextmanager
+def numerics(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Compute on a CUDA device as the recipe says: in fp32 or TF32, the same bits each time or not."""
+    if device.type != "cuda":
+        yield
+        return
+    before = (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    tf32 = recipe.precision == "tf32"
+    try:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32  # without this, cuDNN rounds fp32 to TF32
+        if recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.use_deterministic_algorithms(before[2])
+
+
 def find_gpu(name: str) -> str:
     """Return the key in GPUS of a name, however it is written. Raises InputError if it is unknown."""
     wanted = _letters(name)
@@ -84,10 +124,10 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
         gpu = gpu_of_driver(torch.cuda.get_device_name(device))
         if gpu is not None:
             return gpu.rate * 1e12
-    # Another device is timed. A GPU needs larger matrices than a CPU to reach its peak.
-    size = 4096 if device.type == "cuda" else 1024
-    with torch.random.fork_rng(devices=[]):  # the run's random state must not change
-        matrix = torch.nn.init.normal_(torch.empty(size, size, device=device, dtype=dtype))
+    # Another device is timed, with numbers from a generator of its own: the run's must not change.
+    size = TIMED_SIZE.get(device.type, TIMED_SIZE["cpu"])
+    generator = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(size, size, generator=generator, device=device).to(dtype)
     # Take the best of several: the first runs are slow, and other programs may use the device.
     best = float("inf")
     for _ in range(8):

@@ -13,9 +13,10 @@ import re
 from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,14 +29,30 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
-from pumice.errors import NEWER, InputError
+from pumice.errors import InputError
 from pumice.storage.yaml_file import read_yaml, set_key
-from pumice.train.shipped import SHIPPED, near_shipped, shipped_recipe
+from pumice.train.recipe_errors import main_problem
 
+SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 LONGEST_CHAIN = 50  # recipes that extend each other
-Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
+PARTS = ("tower", "connector", "decoder", "lora", "embeddings", "image_newline")
+# Some blocks of a part, the last one included, counted from 0: decoder.28-31.
+BLOCKS = re.compile(r"(decoder|tower)\.(\d{1,4})-(\d{1,4})")
+
+
+def _known_part(name: str) -> str:
+    blocks = BLOCKS.fullmatch(name)
+    if name not in PARTS and blocks is None:
+        raise PydanticCustomError("unknown_part", "unknown part")
+    if blocks is not None and int(blocks[2]) > int(blocks[3]):
+        raise ValueError(f"{name}: the first block comes after the last")
+    return name
+
+
+Part = Annotated[str, AfterValidator(_known_part)]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -114,7 +131,9 @@ class Lora(RecipeSection):
 class Stage(RecipeSection):
     """The parts that learn, each at its own rate. A part that is not named is frozen."""
 
-    learn: dict[Part, float] = Field(description="part -> peak learning rate")
+    learn: dict[Part, float] = Field(
+        description="part -> peak learning rate; blocks of a part are decoder.28-31 or tower.20-22"
+    )
     template: str | None = Field(None, description="the stage's own template; the model's when absent")
     image: dict[str, Any] = Field(
         default={}, description="fields of ImagePolicy for this stage alone; the model keeps its own"
@@ -123,6 +142,10 @@ class Stage(RecipeSection):
     base: Literal["none", "int8", "nf4"] = Field(
         "none", description="how the LLM's frozen weights are stored under the adapters (QLoRA)"
     )
+
+    def learns(self, part: str) -> bool:
+        """Return whether a part learns, or some of its blocks."""
+        return part in self.learn or any(name.startswith(f"{part}.") for name in self.learn)
 
     @model_validator(mode="after")
     def _something_learns(self) -> Stage:
@@ -135,7 +158,7 @@ class Stage(RecipeSection):
             raise ValueError("lora describes adapters, but learn gives them no rate; add lora to learn")
         if self.base != "none" and "lora" not in self.learn:
             raise ValueError(f"base: {self.base} is for adapters to learn on; add lora to learn")
-        if self.base != "none" and {"decoder", "embeddings"} & set(self.learn):
+        if self.base != "none" and (self.learns("decoder") or "embeddings" in self.learn):
             raise ValueError(f"base: {self.base} freezes the LLM; take decoder and embeddings out of learn")
         return self
 
@@ -183,7 +206,9 @@ class Recipe(RecipeSection):
     epochs: float = Field(1.0, gt=0)
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps")
     batch: PositiveInt = Field(32, description="pictures (with all their rows) per optimiser step")
-    pack_tokens: PositiveInt = Field(1024, description="tokens per pack; one pack is in memory at a time")
+    pack_tokens: PositiveInt = Field(
+        1024, description="tokens per pack; one pack is in memory at a time; on CUDA 8,192 when absent"
+    )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising rate")
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -191,6 +216,9 @@ class Recipe(RecipeSection):
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     device: str | None = Field(None, description="cuda, mps or cpu; the best one of this machine when absent")
     seed: int = Field(0, ge=0)
+    deterministic: bool = later(
+        False, "the same bits from every run on CUDA, at some speed; a CPU gives them anyway"
+    )
     mirror_chance: float = Field(0.5, ge=0, le=1, description="share of mirrored groups, where allowed")
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
 
@@ -246,6 +274,13 @@ class Recipe(RecipeSection):
         if self.stage.image:
             values = as_stored(config.image) | self.stage.image
             image = from_dict(ImagePolicy, values, "stage.image")
+        # Blocks have to be there.
+        depths = {"decoder": config.decoder.depth, "tower": config.vision.depth}
+        for name in self.stage.learn:
+            if (blocks := BLOCKS.fullmatch(name)) and int(blocks[3]) >= (depth := depths[blocks[1]]):
+                raise InputError(
+                    f"stage.learn names {name}, but the {blocks[1]} has {depth} blocks, counted from 0"
+                )
         # A stage may shorten the context to save memory, but the LLM has no positions beyond its own.
         decoder = config.decoder
         if self.context is not None:
@@ -265,6 +300,11 @@ class Recipe(RecipeSection):
         return staged
 
 
+def recipe_path(path: str | Path) -> Path:
+    """Return the path of a recipe's file, also where it is named pumice:NAME. Raises InputError."""
+    return _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe with the recipes that it extends, and apply "key=value" overrides.
 
@@ -277,7 +317,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     # 1. Merge the files. `origin` remembers which file sets which key, so that an error can name it.
     origin: dict[tuple[str, ...], str] = {}
-    path = shipped_recipe(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+    path = recipe_path(path)
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
     set_keys = []
@@ -290,7 +330,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        loc, message = _main_problem(error, set_keys)
+        loc, message = main_problem(error, _KNOWN_KEYS, PARTS, set_keys)
         # A missing key has no origin. Then name the file that sets the mapping around it.
         origins = [origin[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origin]
         raise InputError(f"{next(iter(origins), path)}: {message}") from error
@@ -316,17 +356,48 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     if not isinstance(base_name, str) or not base_name:
         raise InputError(f"{path}: extends must be the path of one recipe, not {base_name!r}")
     if base_name.startswith(SHIPPED):
-        base_path = shipped_recipe(base_name, f"{path}: extends ")
+        base_path = _shipped(base_name, f"{path}: extends ")
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = near_shipped(base_name.removesuffix(".yaml"))
+        shipped = _near_shipped(base_name.removesuffix(".yaml"))
         hint = f"; one that Pumice brings is named {SHIPPED}{shipped[0]}" if shipped else ""
         raise InputError(f"{path}: extends {base_name}, but there is no {base_path}{hint}")
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
     _record_origin(values, str(path), origin)
     return _merge(base, values)
+
+
+def _shipped_folder() -> Path:
+    """Return the folder of the recipes that Pumice brings: in the package, or beside it in a clone."""
+    package = Path(__file__).parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent.parent / "recipes"
+
+
+def _shipped_names() -> list[str]:
+    folder = _shipped_folder()
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+
+
+def _near_shipped(name: str) -> list[str]:
+    """Return up to three names of shipped recipes that are like a wrong one: first by their last part."""
+    names = _shipped_names()
+    same_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
+    longer = [known for known in names if len(name) > 2 and name.lower() in known]
+    return (same_end or longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4))[:3]
+
+
+def _shipped(name: str, prefix: str) -> Path:
+    """Return the path of a recipe named pumice:NAME. prefix: of the error where there is none."""
+    own_name = name.removeprefix(SHIPPED)
+    path = _shipped_folder() / f"{own_name}.yaml"
+    if not path.is_file():
+        near = " or ".join(f"{SHIPPED}{known}" for known in _near_shipped(own_name.removesuffix(".yaml")))
+        hint = f"did you mean {near}?" if near else f"it brings {', '.join(_shipped_names())}"
+        raise InputError(f"{prefix}{name}: Pumice brings no such recipe; {hint}")
+    return path
 
 
 def _record_origin(
@@ -365,65 +436,3 @@ _KNOWN_KEYS = [
     )
     for name in section.model_fields
 ]  # fmt: skip
-
-
-# What transformers' arguments and LLaVA's scripts call a key, where its spelling is no hint.
-_ELSEWHERE = {
-    "lr": "stage.learn", "learning_rate": "stage.learn", "num_train_epochs": "epochs", "bf16": "precision",
-    "per_device_train_batch_size": "batch", "model_name_or_path": "model", "data_path": "data.0.rows",
-    "image_folder": "pictures",
-}  # fmt: skip
-
-
-def _nearest(dotted: str, known: Sequence[str]) -> str | None:
-    """Return the known key that an unknown one may mean: spelt alike, at best in the same place."""
-    if dotted in _ELSEWHERE:
-        return _ELSEWHERE[dotted]
-    place, _, key = dotted.rpartition(".")
-    leaves = {name.rpartition(".")[2] for name in known}
-    near = difflib.get_close_matches(key, leaves, n=1)
-    if not near:
-        return None
-    candidates = [name for name in known if name.rpartition(".")[2] == near[0]]
-    # A list's entries have the same keys, whatever their number.
-    same_place = [name for name in candidates if name.rpartition(".")[0] == re.sub(r"\d+", "0", place)]
-    return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
-
-
-def _main_problem(error: ValidationError, set_keys: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], str]:
-    """Return (keys, message) of the one problem that helps the user most. set_keys: of the overrides."""
-    problems = error.errors()
-    # A misspelt key comes before the key that is missing because of it.
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    first = (unknown or problems)[0]["loc"][0]
-    # `model` is a path or a mapping. A problem inside the mapping has more keys than "not a path", and says
-    # more.
-    same_field = [problem for problem in problems if problem["loc"][0] == first]
-    problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
-    # pydantic adds the names of its union members to the keys; the user never wrote them.
-    loc = [
-        str(part)
-        for part in problem["loc"]
-        if not re.match(r"New(Model|Connector)$|Path$|lax-or-", str(part))
-    ]
-    known: Sequence[str] = _KNOWN_KEYS
-    if loc[-1] == "[key]":  # an unknown part in stage.learn
-        loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]
-    dotted = ".".join(loc)
-    if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
-        # An override may have made the unknown mapping: then its whole key is what the user wrote.
-        whole = next((list(keys) for keys in set_keys if list(keys[: len(loc)]) == loc), loc)
-        near = _nearest(".".join(whole), known) or _nearest(dotted, known)
-        hint = f"; did you mean {near!r}?" if near else NEWER
-        if not near and known is not _KNOWN_KEYS:
-            hint = f"; the parts are {', '.join(get_args(Part))}"
-        return tuple(whole), f"unknown key {'.'.join(whole)!r}{hint}"
-    plain = {
-        "missing": "is missing",
-        "path_type": "must be a path or a mapping",
-        "model_type": "must be a mapping of keys to values",
-        "too_short": "is empty; give one",
-    }
-    if problem["type"] in plain:
-        return tuple(loc), f"{dotted} {plain[problem['type']]}"
-    return tuple(loc), f"{dotted}: {problem['msg'].removeprefix('Value error, ')}"

@@ -17,7 +17,7 @@ from pumice.storage.parts import LoadedParts
 
 def language_file(path: Path) -> GgufFile:
     """Return the language model at `path`, a GGUF file or a folder with some. Raises InputError."""
-    return _files(path, None)[0]
+    return gguf_files(path, None)[0]
 
 
 def open_pair(path: Path, mmproj: Path | None = None, template: str | None = None) -> LoadedParts:
@@ -27,7 +27,7 @@ def open_pair(path: Path, mmproj: Path | None = None, template: str | None = Non
     format instead of the one that the file describes. Raises InputError if the files do not belong together.
     """
     # 1. The language model, and the half that sees.
-    llm_file, seeing_file = _files(path, mmproj)
+    llm_file, seeing_file = gguf_files(path, mmproj)
     llm = open_gguf(llm_file)
     seeing = None if seeing_file is None else read_mmproj(seeing_file)
     if seeing is not None and seeing.width != llm.config.width:
@@ -55,8 +55,11 @@ def open_pair(path: Path, mmproj: Path | None = None, template: str | None = Non
     return LoadedParts(config, state, text.tokenizer, {}, notes=(*assumed, *notes), sources=sources)
 
 
-def _files(path: Path, mmproj: Path | None) -> tuple[GgufFile, GgufFile | None]:
-    """Return the language model and its mmproj, told apart by what they hold."""
+def gguf_files(path: Path, mmproj: Path | None) -> tuple[GgufFile, GgufFile | None]:
+    """Return the language model and its mmproj, told apart by what they hold.
+
+    path: a file, or a folder with both. mmproj: a file that lies elsewhere. Raises InputError.
+    """
     files = [GgufFile(file) for file in ([path] if path.is_file() else sorted(path.glob("*.gguf")))]
     models = [file for file in files if not _sees(file)]
     seeing = [file for file in files if _sees(file)]

@@ -34,7 +34,8 @@ from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.gguf.mmproj import OWN_KEY, own_values
 from pumice.formats.gguf.vocab import write_vocabulary
-from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
+from pumice.formats.hf.refusal import connector_refusal, tower_refusal
+from pumice.formats.hf.write import as_mlp
 from pumice.formats.text.chat_template_write import quoted, to_jinja
 from pumice.kernels.packed import from_blocks
 from pumice.model.layers import rope_inv_freq
