@@ -15,7 +15,7 @@ from pumice.formats.llava.read import open_original
 from pumice.formats.peft.read import adapt, base_name
 from pumice.formats.pumice import folder
 from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
-from pumice.storage.download import gguf_from_hub, is_gguf_name, locate
+from pumice.storage.download import gguf_from_hub, is_gguf_name, is_hub_name, locate
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import find_weights
 
@@ -28,7 +28,7 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     Raises InputError if there is none.
     """
     # 1. What exists on disk comes first, then the models that Pumice itself brings.
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if (path / folder.CONFIG).is_file() or path.is_file():
         return path
     built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
@@ -42,7 +42,7 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     name = path.as_posix()
     if is_gguf_name(name):
         return gguf_from_hub(name)[0]
-    if "/" in name.partition("@")[0]:
+    if is_hub_name(str(source)):
         return locate(name)
     raise InputError(
         f"there is no model {name!r}; give a model folder, a name on the hub like 'owner/model', "
