@@ -307,6 +307,9 @@ class ChatFormat:
     trim: tuple[str, ...] = ()  # roles whose text loses the blanks around it
     opening: str = ""  # after `assistant` before the newest answer only (Qwen3's empty thought)
     stop_once: bool = False  # only the newest answer ends with `stop` (LLaVA-1.5 in transformers)
+    # Before and after the descriptions of functions, one a line, which follow the system message. Calls are
+    # in the form of Qwen2.5 and Qwen3. None: the format has no place for them.
+    tools: tuple[str, str] | None = later(None)
 
 
 @dataclass(frozen=True)

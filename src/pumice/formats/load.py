@@ -28,15 +28,16 @@ from pumice.kernels import compute
 from pumice.kernels.allocator import return_freed_memory
 from pumice.kernels.packed import LAYOUT, PackedMatrix
 from pumice.model.adapters import merge_lora
-from pumice.model.connector import Connector
+from pumice.model.connector import Connector, check_image_tokens
 from pumice.model.llava import Llava
 from pumice.model.quantized import quantize as quantize_decoder
 from pumice.model.quantized import swap
+from pumice.model.varlen import OLDEST_CAPABILITY, is_recent
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
 from pumice.storage.download import weight_files, wheel
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, as_lazy
+from pumice.storage.tensors import LazyStateDict, LazyTensor, as_lazy
 from pumice.tokens import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -185,10 +186,14 @@ def with_connector(loaded: LoadedParts, fields: Mapping[str, Any]) -> LoadedPart
 def _drawn(config: ModelConfig) -> LazyStateDict:
     """Return the tensors of a new, untrained connector."""
     new = Connector(config.connector, config.vision.width, config.decoder.width)
+    check_image_tokens(config)
     return {f"connector.{name}": as_lazy(tensor) for name, tensor in new.state_dict().items()}
 
 
 def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+    if device.type == "cuda" and dtype == torch.float32:
+        # cuDNN rounds fp32 to TF32 unless told not to, matrix products only when asked: it follows them.
+        torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     model = _empty_model(loaded.config)
     check(loaded.state, _shapes(model), label)
@@ -284,8 +289,9 @@ def _fill(
     as_stored: keep 16-bit weights of layers that widen them when they compute (`WideningLinear`). Tensors are
     read one at a time: besides the model, only the pages of one file are in memory.
     """
-    # On a CPU the tower and the connector compute in fp32; half precision is slow there and less exact.
-    tower_dtype = torch.float32 if device.type == "cpu" else dtype
+    # On a CPU the tower and the connector compute in fp32; half precision is slow there and less exact. On
+    # meta they are as on the CPU that will fill them.
+    tower_dtype = torch.float32 if device.type in ("cpu", "meta") else dtype
     widened = [name for name, part in model.named_modules() if isinstance(part, WideningLinear)]
     narrow = {f"{name}.weight" for name in widened if as_stored and tower_dtype == torch.float32}
 
@@ -296,7 +302,12 @@ def _fill(
             return torch.float32  # adapters are merged or trained further, and both need full precision
         return dtype if name.startswith("decoder.") else tower_dtype
 
-    tensors = {name: tensor.read(dtype_of(name)).to(device) for name, tensor in state.items()}
+    def read(name: str, tensor: LazyTensor) -> torch.Tensor:
+        if device.type == "meta":  # of a process that gets its values from another one
+            return torch.empty(tensor.shape, dtype=dtype_of(name), device=device)
+        return tensor.read(dtype_of(name)).to(device)
+
+    tensors = {name: read(name, tensor) for name, tensor in state.items()}
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False).eval()
 
@@ -309,6 +320,25 @@ def name_of(source: str | PathLike[str], provenance: Mapping[str, Any]) -> str:
     recipe = stages[-1].get("recipe") if isinstance(stages[-1], dict) else None
     name = recipe.get("name") if isinstance(recipe, dict) else None
     return name if isinstance(name, str) and name else str(source)
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """Return the type in which a decoder answers on a device, unless the caller names another."""
+    if device.type == "cuda":
+        return torch.bfloat16 if is_recent(device) else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32  # most CPUs compute it faster than bf16
+
+
+def check_bf16(device: torch.device, remedy: str) -> None:
+    """Raise InputError if the device is a GPU too old for bfloat16; `remedy` ends the sentence."""
+    if device.type == "cuda" and not is_recent(device):
+        found, needed = (
+            ".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(device), OLDEST_CAPABILITY)
+        )
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {found}, bfloat16 needs {needed}; "
+            f"{remedy}"
+        )
 
 
 def find_device(name: str | None = None) -> torch.device:

@@ -60,20 +60,16 @@ def check_classes(keys: Keys, kind: str) -> tuple[str, ...]:
     Raises InputError if they contradict each other.
     """
     names = classes(keys)
-    types = {model_type(name) for name in names}
-    # A tower alone and a tower in a whole CLIP have two names for one thing.
-    if (
-        not names
-        or kind in types
-        or {kind.removesuffix("_vision_model")}
-        & {known.removesuffix("_vision_model") for known in types if known is not None}
-    ):
+    known = {name: known_type for name in names if (known_type := model_type(name)) is not None}
+    for name, known_type in known.items():
+        # A tower alone and a tower in a whole CLIP have two names for one thing.
+        if known_type.removesuffix("_vision_model") != kind.removesuffix("_vision_model"):
+            raise InputError(
+                f"{keys.label}: model_type is {kind!r}, but architectures is {name!r}, whose model_type is "
+                f"{known_type!r}; correct the wrong one"
+            )
+    if known or not names:
         return ()
-    if known := [name for name in names if model_type(name) is not None]:
-        raise InputError(
-            f"{keys.label}: model_type is {kind!r}, but architectures is {known[0]!r}, whose model_type is "
-            f"{model_type(known[0])!r}; correct the wrong one"
-        )
     return (f"architectures is {', '.join(names)}, which is unknown here; model_type {kind!r} was believed",)
 
 
