@@ -40,7 +40,10 @@ def recognise(path: Path) -> FormatKind:
         return FormatKind.ADAPTER
     if any(path.glob("*.gguf")):
         return FormatKind.GGUF
-    raise InputError(f"{path / 'config.json'} is missing; the folder is not a whole model")
+    raise InputError(
+        f"{path / 'config.json'} is missing; the folder is not a whole model (of a "
+        "hub repository of GGUF files, name the type: owner/model:Q4_K_M)"
+    )
 
 
 def classes(keys: Keys) -> list[str]:
