@@ -18,6 +18,7 @@ import pytest
 from asking import ask, picture, post
 from test_run import posix
 
+from pumice.engine import grammar_check
 from pumice.engine.engine import Engine
 from pumice.engine.grammar_check import GrammarCheck
 from pumice.explain.attention import Passages
@@ -223,6 +224,7 @@ def test_a_hard_schema_ends_when_its_client_leaves(server: str, monkeypatch: pyt
         checks.append(check)
 
     monkeypatch.setattr(GrammarCheck, "__init__", note)
+    monkeypatch.setattr(grammar_check, "WALL_SECONDS", 1000)  # on a busy machine it would kill, too
     connection = send(server, ask(response_format=hard_schema(99)))
     while not checks or checks[0]._process is None:
         pass

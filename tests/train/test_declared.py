@@ -24,9 +24,10 @@ from pumice.train import run
 from pumice.train.loss import supervised_loss
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
+from pumice.train.setup import prepare
 from pumice.train.shapes import processor_of, shape
 from pumice.train.sizes import sizes
-from pumice.train.speed import flops_per_tile
+from pumice.train.speed import flops_per_tile, flops_per_token
 
 MakeRecipe = Callable[..., Path]
 CONNECTOR = {"learn": {"connector": 3e-3}}
@@ -214,3 +215,28 @@ def test_a_gemma_2_learns_with_adapters_and_is_exported(
     assert any("leaves out the cap of the logits" in note for note in result.notes)
     again = read_model(tmp_path / "hf")
     assert dataclasses.replace(again.config.decoder, vocab_size=258) == GEMMA
+
+
+def test_some_blocks_of_a_part_learn(make_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path) -> None:
+    """One function names the part of a parameter, from its name and its depth; all others follow it."""
+    stage = {"learn": {"decoder.1-1": 1e-3}}
+    path = make_recipe(stage=stage, max_steps=2)
+    trained, before = read_model(run(path)).state, read_model(tiny_model).state
+    moved = {name for name in before if not torch.equal(trained[name].read(), before[name].read())}
+    assert moved and all(name.startswith("decoder.blocks.1.") for name in moved)
+    recipe = load_recipe(path)
+    assert sizes(recipe, shape(recipe, path)[0], "cpu").learning == sum(
+        before[name].read().numel() for name in before if name.startswith("decoder.blocks.1.")
+    )
+    # Backward ends at the first block that learns: the one below it runs forward alone.
+    setup = prepare(recipe)
+    blocks = setup.model.decoder.blocks
+    matrices = [sum(p.numel() for p in block.parameters() if p.dim() == 2) for block in blocks]
+    named = [(n, p.numel()) for n, p in blocks[1].named_parameters() if p.dim() == 2]
+    end = sum(numel for n, numel in named if n.startswith(("attention.o.", "mlp.")))
+    assert flops_per_token(setup.model, setup.part_of) == 2 * matrices[0] + 6 * (matrices[1] - end)
+    with pytest.raises(InputError, match=r"names decoder\.1-2, but the decoder has 2 blocks, counted from 0"):
+        run(make_recipe("beyond", stage={"learn": {"decoder.1-2": 1e-3}}))
+    # A resumed run has the same blocks.
+    with pytest.raises(InputError, match=r"made with stage\.learn\.decoder"):
+        run(make_recipe(stage={"learn": {"decoder.0-1": 1e-3}}, max_steps=2))

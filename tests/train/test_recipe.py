@@ -57,6 +57,11 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         ({"stage": {"learn": {}}}, r"stage: learn names no part"),
         ({"stage": {"learn": {"connector": 0.0}}}, r"the rate 0\.0"),
         ({"stage": {"learn": {"projector": 1e-3}}}, r"unknown key 'stage\.learn\.projector'; .*"),
+        ({"stage": {"learn": {"decoder.3-1": 1e-3}}}, r"decoder\.3-1: the first block comes after the last"),
+        (
+            {"stage": {"learn": {"lora": 1e-3, "decoder.0-1": 1e-3}, "base": "int8"}},
+            r"base: int8 freezes the LLM; take decoder",
+        ),
         ({"batch": 0}, r"batch: .*greater than 0"),
         ({"data": []}, r"data is empty; give one"),
         ({"precision": "fp8"}, r"precision: .*'fp32', 'tf32' or 'bf16'"),

@@ -109,7 +109,7 @@ class Trainer:
         cache = recipe.feature_cache
         if cache is not None and self.world.size > 1:
             cache = cache / f"process-{self.world.rank}"
-        self.features = TowerFeatures(self.model, setup.processor, cache, "tower" in recipe.stage.learn)
+        self.features = TowerFeatures(self.model, setup.processor, cache, recipe.stage.learns("tower"))
         # 4. The objective, wrapped for one process or many, and the optimiser of the trainable parameters.
         self.objective = self.objective_class(
             self.model, self.features, recipe.precision == "bf16", use_all_parts=self.world.size > 1

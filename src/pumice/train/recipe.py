@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,6 +29,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
@@ -35,7 +38,21 @@ from pumice.train.recipe_errors import main_problem
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 LONGEST_CHAIN = 50  # recipes that extend each other
-Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
+PARTS = ("tower", "connector", "decoder", "lora", "embeddings", "image_newline")
+# Some blocks of a part, the last one included, counted from 0: decoder.28-31.
+BLOCKS = re.compile(r"(decoder|tower)\.(\d{1,4})-(\d{1,4})")
+
+
+def _known_part(name: str) -> str:
+    blocks = BLOCKS.fullmatch(name)
+    if name not in PARTS and blocks is None:
+        raise PydanticCustomError("unknown_part", "unknown part")
+    if blocks is not None and int(blocks[2]) > int(blocks[3]):
+        raise ValueError(f"{name}: the first block comes after the last")
+    return name
+
+
+Part = Annotated[str, AfterValidator(_known_part)]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -114,7 +131,9 @@ class Lora(RecipeSection):
 class Stage(RecipeSection):
     """The parts that learn, each at its own rate. A part that is not named is frozen."""
 
-    learn: dict[Part, float] = Field(description="part -> peak learning rate")
+    learn: dict[Part, float] = Field(
+        description="part -> peak learning rate; blocks of a part are decoder.28-31 or tower.20-22"
+    )
     template: str | None = Field(None, description="the stage's own template; the model's when absent")
     image: dict[str, Any] = Field(
         default={}, description="fields of ImagePolicy for this stage alone; the model keeps its own"
@@ -123,6 +142,10 @@ class Stage(RecipeSection):
     base: Literal["none", "int8", "nf4"] = Field(
         "none", description="how the LLM's frozen weights are stored under the adapters (QLoRA)"
     )
+
+    def learns(self, part: str) -> bool:
+        """Return whether a part learns, or some of its blocks."""
+        return part in self.learn or any(name.startswith(f"{part}.") for name in self.learn)
 
     @model_validator(mode="after")
     def _something_learns(self) -> Stage:
@@ -135,7 +158,7 @@ class Stage(RecipeSection):
             raise ValueError("lora describes adapters, but learn gives them no rate; add lora to learn")
         if self.base != "none" and "lora" not in self.learn:
             raise ValueError(f"base: {self.base} is for adapters to learn on; add lora to learn")
-        if self.base != "none" and {"decoder", "embeddings"} & set(self.learn):
+        if self.base != "none" and (self.learns("decoder") or "embeddings" in self.learn):
             raise ValueError(f"base: {self.base} freezes the LLM; take decoder and embeddings out of learn")
         return self
 
@@ -251,6 +274,13 @@ class Recipe(RecipeSection):
         if self.stage.image:
             values = as_stored(config.image) | self.stage.image
             image = from_dict(ImagePolicy, values, "stage.image")
+        # Blocks have to be there.
+        depths = {"decoder": config.decoder.depth, "tower": config.vision.depth}
+        for name in self.stage.learn:
+            if (blocks := BLOCKS.fullmatch(name)) and int(blocks[3]) >= (depth := depths[blocks[1]]):
+                raise InputError(
+                    f"stage.learn names {name}, but the {blocks[1]} has {depth} blocks, counted from 0"
+                )
         # A stage may shorten the context to save memory, but the LLM has no positions beyond its own.
         decoder = config.decoder
         if self.context is not None:
@@ -300,7 +330,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        loc, message = main_problem(error, _KNOWN_KEYS, get_args(Part), set_keys)
+        loc, message = main_problem(error, _KNOWN_KEYS, PARTS, set_keys)
         # A missing key has no origin. Then name the file that sets the mapping around it.
         origins = [origin[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origin]
         raise InputError(f"{next(iter(origins), path)}: {message}") from error

@@ -62,7 +62,7 @@ def main_problem(
     if loc[-1] == "[key]":  # an unknown part in stage.learn
         loc, known = loc[:-1], [f"stage.learn.{part}" for part in parts]
     dotted = ".".join(loc)
-    if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
+    if problem["type"] in ("extra_forbidden", "unknown_part"):
         # An override may have made the unknown mapping: then its whole key is what the user wrote.
         whole = next((list(keys) for keys in set_keys if list(keys[: len(loc)]) == loc), loc)
         near = _nearest(".".join(whole), known) or _nearest(dotted, known)

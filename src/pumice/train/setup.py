@@ -22,8 +22,9 @@ F features of a tile, C tower width, S side of a tile in pixels):
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
-from collections.abc import Container
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
 from pumice.storage.tensors import LazyTensor, close_last_file
-from pumice.train.recipe import NewConnector, NewModel, Recipe
+from pumice.train.recipe import BLOCKS, NewConnector, NewModel, Recipe
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Setup:
         for module in self.model.decoder.modules():
             if isinstance(module, QuantizedLinear):
                 sizes["decoder"] += module.in_features * module.out_features
-        learn = {str(part): rate for part, rate in self.recipe.stage.learn.items()}
+        learn = self.recipe.stage.learn
         lines = [f"{self.recipe.name}: {steps} steps of {self.recipe.batch} pictures on {self.device}"]
         for part, size in sizes.items():
             status = f"learns at {learn[part]:g}" if part in learn else "frozen"
@@ -94,7 +95,7 @@ class Setup:
         process has only shards of them.
         """
         # A part that learned no longer equals its source, so the folder must not name that source for it.
-        learn = {PARENT_PART.get(part, str(part)) for part in self.recipe.stage.learn}
+        learn = {PARENT_PART.get(part, part.partition(".")[0]) for part in self.recipe.stage.learn}
         parts = {part: source for part, source in self.opened.parts.items() if part not in learn}
         history = [*self.opened.provenance.get("stages", []), summary]
         state = state or self.model.state_dict()
@@ -142,23 +143,32 @@ class Setup:
 
 
 # Parts inside another part. They learn with it, unless the recipe names them with a rate of their own.
+_BLOCK = re.compile(r"(decoder|tower)\.blocks\.(\d+)\.")
 PARENT_PART = {"image_newline": "connector", "embeddings": "decoder"}
 
 
-def part_of(name: str, learn: Container[str]) -> str:
+def part_of(name: str, learn: Iterable[str]) -> str:
     """Return the part of the model that a parameter belongs to; `learn` holds the parts that the stage names.
 
-    `embeddings` are the decoder's token embeddings and its vocabulary projection.
+    `embeddings` are the decoder's token embeddings and its vocabulary projection. A parameter of a block
+    belongs to the blocks that the stage names (decoder.28-31), if they include it.
     """
+    learn = set(learn)
     inner = "image_newline" if name == "image_newline" else None
     if name.startswith(("decoder.embed.", "decoder.head.")):
         inner = "embeddings"
     if inner is not None:
         return inner if inner in learn else PARENT_PART[inner]
-    return "lora" if name.endswith((".lora_a", ".lora_b")) else name.partition(".")[0]
+    if name.endswith((".lora_a", ".lora_b")):
+        return "lora"
+    if block := _BLOCK.match(name):
+        for named in filter(None, map(BLOCKS.fullmatch, learn)):
+            if named[1] == block[1] and int(named[2]) <= int(block[2]) <= int(named[3]):
+                return named[0]
+    return name.partition(".")[0]
 
 
-def trainable_parameters(model: Llava, learn: Container[str]) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: Llava, learn: Collection[str]) -> dict[str, nn.Parameter]:
     """Return the parameters that learn, by name: all of the named parts that the forward pass uses."""
     # The tower's blocks after the chosen hidden state never run. They stay in the model, but
     # no gradient ever reaches them.

@@ -99,6 +99,8 @@ def plan(
     """
     # 1. Find the model's shape, the device, and the packs that the run would compute.
     config, notes = shape(recipe, path)
+    if any("." in part for part in recipe.stage.learn):
+        notes.append("activations and time are counted as if all blocks of the part learned")
     device = describe_device(recipe, gpu, gpu_memory)
     recipe = for_device(recipe, device.kind)
     packs, steps, per_epoch, step_tokens = _packs(recipe, config, rows, notes, processes)
@@ -129,7 +131,7 @@ def plan(
     # 4. Speed. A frozen tower runs outside the measured step, and with a feature cache only once per image.
     flops_per_token = footprint.flops / largest.tokens
     tiles_per_token = sum(pack.tiles for pack in packs) / sum(pack.tokens for pack in packs)
-    if recipe.feature_cache is None and "tower" not in recipe.stage.learn:
+    if recipe.feature_cache is None and not recipe.stage.learns("tower"):
         flops_per_token += footprint.tower_flops * tiles_per_token
     speed = device.rate / flops_per_token * processes
     return Plan(
@@ -189,7 +191,7 @@ def _memory(
         "optimiser": stage_sizes.optimizer / shards,
         "activations": max(0.0, footprint.activations - footprint.logits) * slack,
         "logits": footprint.logits * slack,
-        "picture": 0.0 if "tower" in recipe.stage.learn else footprint.tower_pass,
+        "picture": 0.0 if recipe.stage.learns("tower") else footprint.tower_pass,
         "framework": FRAMEWORK[kind],
         # On a CPU, pages of the weights' files stay in memory when the model is saved from them.
         "files": stage_sizes.files if kind == "cpu" else 0.0,

@@ -201,7 +201,8 @@ def fake_model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
     """Return the model as `prepare` sets it up for the stage, with fake weights."""
     with torch.device("meta"):
         model = Llava(config)
-    learn = recipe.stage.learn
+    # Blocks are counted as if all of their part learned: the decoders that run have other blocks.
+    learn = {part.partition(".")[0] for part in recipe.stage.learn}
     learning = trainable_parameters(model, learn)
     state = {
         name: torch.empty(
@@ -229,7 +230,7 @@ def loss_of(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) 
     tokens = pack.tokens
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     is_image = torch.zeros(1, tokens, 1, dtype=torch.bool)
-    learns = "tower" in recipe.stage.learn
+    learns = recipe.stage.learns("tower")
     bf16 = recipe.precision == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         image_tokens = None
