@@ -61,7 +61,8 @@ def describe(source: str, *, bos: str | None, eos: str | None, specials: Collect
                 return Described(name, None, writes_bos)
         # 2. A format of fixed texts that are cut out of what the template writes.
         reasons = []
-        for chat in _candidates(jinja, special_tokens, eos):
+        for fixed in _candidates(jinja, special_tokens, eos):
+            chat = _with_pictures(jinja, fixed)
             if not (reason := _difference(Template(OWN, chat), jinja)):
                 return Described(OWN, chat, writes_bos)
             reasons.append(reason)
@@ -113,6 +114,8 @@ def to_jinja(template: Template | Plain, wrap: tuple[str, str] | None = None) ->
         "default": chat.default_system,
         "inside": chat.system_in_user,
         "trim": chat.trim,
+        "text_first": chat.text_first,
+        "line": "\n" if chat.image_line else "",
     }
     sets = "".join("{% set " + name + " = " + quoted(value) + " %}" for name, value in fields.items())
     return sets + macro + _TURNS
@@ -124,11 +127,11 @@ _SAID = (
     "{% macro said(content, trim) %}{% if content is string %}"
     "{{ content.strip() if trim else content }}{% else %}{% set at = namespace(front=true) %}"
     "{% for part in content %}{% if part['type'] == 'image' %}{{ '<image>' }}"
-    "{% if at.front and not loop.last %}{{ '\\n' }}{% endif %}"
+    "{% if at.front and not loop.last %}{{ line }}{% endif %}"
     "{% else %}{% set text = part['text'] %}"
     "{% if trim and loop.first %}{% set text = text.lstrip() %}{% endif %}"
     "{% if trim and loop.last %}{% set text = text.rstrip() %}{% endif %}"
-    "{{ text.lstrip('\\n') if at.front and not loop.first else text }}{% set at.front = false %}"
+    "{{ text.lstrip(line) if at.front and not loop.first and line else text }}{% set at.front = false %}"
     "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
 )
 # The turns of a conversation, as in `templates.Template.render`.
@@ -141,6 +144,8 @@ _TURNS = (
     "{% if not inside %}{{ head }}{% endif %}"
     "{% for message in turns %}{% if message['role'] == 'user' %}"
     "{{ user[0] }}{% if inside and loop.first %}{{ head }}{% endif %}"
+    "{% if message['content'] is string or message['content'][0]['type'] == 'text' %}"
+    "{{ text_first }}{% endif %}"
     "{{ said(message['content'], 'user' in trim) + user[1] }}"
     "{% else %}{% set opens = assistant + (opening if loop.last else '') + answer[0] %}"
     "{% set text = said(message['content'], 'assistant' in trim) %}"
@@ -253,6 +258,17 @@ class _Jinja:
         """Return what the template writes after the begin-of-text token."""
         return self.raw(turns, generate=generate, image=image).removeprefix(self.bos)
 
+    def pictured(self, text: str) -> str:
+        """Return what it writes for a question with a picture before its text; "" if it takes no picture."""
+        try:
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            written = self._render([{"role": "user", "content": content}])
+        except _Unsupported:
+            return ""
+        if self.wrap is not None:
+            written = written.replace(IMAGE_PLACEHOLDER.join(self.wrap), IMAGE_PLACEHOLDER)
+        return written.removeprefix(self.bos)
+
     def gaps(self, *turns: _Turn, generate: bool = False) -> list[str]:
         """Return what the template writes before, between and after the texts of the turns."""
         remaining, gaps = self.write(turns, generate=generate), []
@@ -333,6 +349,23 @@ def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator
         yield complete(question, system=around, system_in_user=inside, default_system=default)
     if before_later.endswith(before_first):
         yield complete(before_first)
+
+
+def _with_pictures(jinja: _Jinja, chat: ChatFormat) -> ChatFormat:
+    """Return the format with what a template writes where a question begins with a picture."""
+    text = _QUESTIONS[0]
+    opening = jinja.gaps(text)[0]
+    before, _, after = jinja.pictured(text[1]).partition(IMAGE_PLACEHOLDER)
+    if (
+        text[1] not in after
+        or not opening.startswith(before)
+        or not chat.user[0].endswith(opening[len(before) :])
+    ):
+        return chat  # `_difference` tells how they differ
+    text_first = opening[len(before) :]
+    question = chat.user[0][: len(chat.user[0]) - len(text_first)]
+    line = not after.startswith(text[1])
+    return replace(chat, user=(question, chat.user[1]), text_first=text_first, image_line=line)
 
 
 def _common(*texts: str) -> str:
