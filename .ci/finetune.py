@@ -2,11 +2,14 @@
 
     python .ci/finetune.py
 
-It ends with an error unless each answer of each row is given word by word.
+It ends with an error unless each answer of each row is given word by word. What it trained, and how many
+answers were right, is kept in finetune.json beside it: a test compares that with the files as they are now.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -18,26 +21,36 @@ from pumice.data.rows import ImageFinder, Rows
 from pumice.train import run
 
 ROOT = Path(__file__).parent.parent
+KEPT = Path(__file__).with_suffix(".json")
+FILES = ("examples/finetune.yaml", "examples/finetune.jsonl", "recipes/finetune.yaml")
 
 
-def wrong_answers(model: Path, rows: Rows, pictures: ImageFinder) -> list[str]:
-    """Return what the model says instead of each answer that it should have learned."""
+def digests() -> dict[str, str]:
+    """Return the SHA-256 of each file that decides what is trained."""
+    return {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in FILES}
+
+
+def wrong_answers(model: Path, rows: Rows, pictures: ImageFinder) -> tuple[int, list[str]]:
+    """Return how many answers there are, and what the model says instead of each that it has not learned."""
     assistant = pumice.load(model)
-    wrong = []
+    count, wrong = 0, []
     for row in rows:
         messages = row.conversation(pictures).messages
         for number, message in enumerate(messages):
             if message.role == "assistant":
+                count += 1
                 said = "".join(assistant.stream(Conversation(messages[:number]), max_new_tokens=64))
                 wrong += [f"{row.id}: {said!r}, not {message.text!r}"] if said != message.text else []
-    return wrong
+    return count, wrong
 
 
 def main() -> int:
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         model = run(Path("examples/finetune.yaml"), [f"output={folder}/run"])
-        wrong = wrong_answers(model, Rows("examples/finetune.jsonl"), ImageFinder("examples"))
+        count, wrong = wrong_answers(model, Rows("examples/finetune.jsonl"), ImageFinder("examples"))
+    kept = {"files": digests(), "answers": count, "right": count - len(wrong)}
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     print("\n".join(wrong) or "every answer of examples/finetune.jsonl is right")
     return 1 if wrong else 0
 

@@ -10,6 +10,7 @@ packs than processes. `spread` prints the largest difference of a loss, relative
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import random
@@ -29,10 +30,16 @@ import yaml
 from safetensors.torch import load_file
 from train import make_model, make_rows
 
+from pumice.train import parallel
 from pumice.train import run as train
 from pumice.train.report import read_metrics
 
 STEPS = 6
+# Frozen embeddings and weights in few bits, where a process may have no picture.
+ADAPTERS: dict[str, Any] = {
+    "stage": {"learn": {"connector": 1e-3, "lora": 1e-3}, "lora": {"rank": 4}, "base": "int8"},
+    "max_steps": 20, "epochs": 7, "save_every": 100, "measure_every": 20,
+}  # fmt: skip
 # name: processes, how the model is spread, and the run that it goes on from after half of the steps
 RUNS: dict[str, tuple[int, str, str | None]] = {
     "one": (1, "auto", None),
@@ -101,6 +108,7 @@ def _member(path: Path, rank: int, processes: int, port: int) -> None:
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
+    parallel.WAIT = datetime.timedelta(minutes=3)  # a process that waits in vain must not wait for hours
     train(path)
 
 
@@ -113,14 +121,19 @@ def held_out(output: Path) -> list[float]:
     return [event["held_out_loss"] for event in events if "held_out_loss" in event]
 
 
-def spread(folder: Path, names: list[str], start: Callable[[Path, int], None] = run) -> dict[str, float]:
-    """Largest relative difference of a loss, held-out losses included, from those of one process."""
+def spread(
+    folder: Path, names: list[str], start: Callable[[Path, int], None] = run, **changes: Any
+) -> dict[str, float]:
+    """Largest relative difference of a loss, held-out losses included, from those of one process.
+
+    changes: fields of every recipe.
+    """
     differences: dict[str, float] = {}
     expected: list[float] = []
     for name in names:
         print(name, file=sys.stderr, flush=True)
         processes, parallel, before = RUNS[name]
-        path = recipe(folder, name, parallel=parallel)
+        path = recipe(folder, name, parallel=parallel, **changes)
         if before is not None:
             continue_from(folder / before, folder / name)
         start(path, processes)

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pumice.assistant import SLOTS, Assistant, Reply, conversation_of, load
+from pumice.assistant import SLOTS, Assistant, conversation_of, load
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
+from pumice.engine.reply import Reply
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.run import LocalAnswerer
 from pumice.evaluate.task import SHORT, Question

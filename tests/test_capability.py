@@ -35,6 +35,7 @@ from pumice.explain.attention import Passage, read
 from pumice.formats.export import REFUSALS, export
 from pumice.formats.gguf import write as gguf_write
 from pumice.formats.hf import idefics3
+from pumice.formats.hf import refusal as hf_refusal
 from pumice.formats.hf import write as hf_write
 from pumice.formats.llava import write as llava_write
 from pumice.formats.read import read_model
@@ -65,7 +66,7 @@ COMPUTING: dict[str, Capability] = {
 CONSUMERS: dict[str, Capability] = COMPUTING | {
     "maps": maps.CAPABILITY,
     "native": native.CAPABILITY,
-    "hf": hf_write.CAPABILITY,
+    "hf": hf_refusal.CAPABILITY,
     "idefics3": idefics3.CAPABILITY,
     "llava": llava_write.CAPABILITY,
     "gguf": gguf_write.CAPABILITY,

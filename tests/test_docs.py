@@ -22,10 +22,12 @@ from types import ModuleType
 import click
 import pytest
 import typer.main
+import yaml
 from typer.testing import CliRunner
 
 from pumice.cli import app
 from pumice.formats.export import export
+from pumice.train.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "recipes/README.md"]
@@ -135,6 +137,52 @@ def test_a_wrong_command_is_found(line: str) -> None:
     assert problem(words)
 
 
+# A cell of a table that holds one figure of speed, time or memory, or several.
+MEASURED = re.compile(r"\|\s*[-+]?[\d.,]+ ?(GB|MB|ms|s|nats|tokens/s|rows/s|GOP/s|times)\b[^|]*(?=\|)")
+
+
+def instructions() -> list[Path]:
+    """The pages that say how to do something."""
+    return sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", [page.name for page in instructions()])
+def test_instructions_and_measurements_stand_on_pages_of_their_own(page: str) -> None:
+    rows = MEASURED.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    # What `pumice plan --ask` prints for a model is no measurement of ours.
+    assert not rows or page == "llava-7b.md", rows
+
+
+def test_measurements_are_found_where_they_belong() -> None:
+    pages = sorted((ROOT / "docs" / "measurements").glob("*.md"))
+    assert all(re.search(r"^\|.*\d", page.read_text(encoding="utf-8"), re.M) for page in pages)
+    assert sum(len(MEASURED.findall(page.read_text(encoding="utf-8"))) for page in pages) > 20
+
+
+def test_the_first_page_leads_to_every_other() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = [*instructions(), *(ROOT / "docs" / "measurements").glob("*.md")]
+    names = {page.relative_to(ROOT / "docs").as_posix() for page in pages} - {"index.md"}
+    assert names - set(re.findall(r"\]\(([\w/.-]+\.md)", text)) == set()
+
+
+def test_what_people_ask_first_has_a_page() -> None:
+    """Windows and a machine without make; what a model forgets, with rows to mix in; opening notebooks."""
+    setup, forgetting, notebooks = (
+        (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for name in ("setup", "forgetting", "notebooks")
+    )
+    for language in ("sh", "powershell"):
+        code = "".join(code for kind, code in blocks(setup) if kind == language)
+        assert "-m venv .venv" in code and "pip install -c constraints.txt -e ." in code
+        assert not re.search(r"^make\b", code, re.M)
+    (recipe,) = [yaml.safe_load(code) for kind, code in blocks(forgetting) if kind == "yaml"]
+    assert len(Recipe.model_validate(recipe).data) == 2  # one's own rows, and those that are mixed in
+    assert {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} <= set(
+        re.findall(r"notebooks/([\w.-]+\.ipynb)", notebooks)
+    )
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page: str) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
@@ -188,6 +236,15 @@ def test_links_lead_somewhere(page: str) -> None:
         assert target_path.exists(), f"{page} links to {target}"
         if anchor:
             assert anchor in headings(target_path.read_text(encoding="utf-8")), f"{page} links to {target}"
+
+
+def test_the_map_of_contributing_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## To add something")[2].partition("## Tests")[0]
+    named = [name for name in re.findall(r"`([\w./]+)`", table) if "/" in name]
+    places = (ROOT, ROOT / "src" / "pumice")
+    assert len(named) > 15
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
 
 
 # ------------------------------------------------------------------------------------------------ run
@@ -295,3 +352,9 @@ def test_the_site(site_check: ModuleType, tmp_path: Path) -> None:
     assert list(site_check.check(tmp_path)) == []
     commands_page = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
     assert "pumice data check" in commands_page
+
+
+def test_every_client_that_has_a_script_has_a_row() -> None:
+    scripts = {path.name for path in (ROOT / "examples" / "clients").glob("with_*")}
+    page = (ROOT / "docs" / "serving.md").read_text()
+    assert scripts == set(re.findall(r"^\| \[.*?\]\(\.\./examples/clients/(.*?)\)", page, re.MULTILINE))

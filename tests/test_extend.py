@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,12 +15,17 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pumice.assistant import load
+from pumice.config import REDUCTIONS, VisionConfig
+from pumice.errors import InputError
 from pumice.evaluate.tasks import registry
+from pumice.formats.export import export
 from pumice.formats.pumice.folder import save
 from pumice.formats.read import read_model
-from pumice.model.connector import KINDS
+from pumice.model.connector import KINDS, REDUCE
+from pumice.model.llava import TOWERS, Llava
 from pumice.storage.parts import LoadedParts
 from pumice.train.loop import train
 from pumice.train.recipe import load_recipe
@@ -30,7 +37,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "extend"
 @pytest.fixture
 def example() -> Iterator[Callable[[str], ModuleType]]:
     """Import one of the examples; what it registers is gone after the test."""
-    kinds, tasks = dict(KINDS), dict(registry())
+    kinds, towers, tasks = dict(KINDS), dict(TOWERS), dict(registry())
 
     def imported(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"extend_{name}", EXAMPLES / f"{name}.py")
@@ -43,6 +50,8 @@ def example() -> Iterator[Callable[[str], ModuleType]]:
     yield imported
     for kind in KINDS.keys() - kinds.keys():
         del KINDS[kind]
+    for kind in TOWERS.keys() - towers.keys():
+        del TOWERS[kind]
     for task in registry().keys() - tasks.keys():
         del registry()[task]
 
@@ -101,6 +110,51 @@ def test_a_connector(example: Callable[[str], ModuleType], recipe: Path, tmp_pat
     assistant = load(tmp_path / "run" / "model", device="cpu", quantize=None)
     assert isinstance(assistant.model.connector.layers[1], torch.nn.SiLU)
     assert assistant.ask(tmp_path / "0.png", "What?", max_new_tokens=3)
+
+
+def test_the_reduction_of_the_page(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in (REDUCTIONS, REDUCE):
+        monkeypatch.setitem(table, "strongest", None)  # so that it is gone after the test
+    text = (EXAMPLES.parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    exec(compile(code, "extending.md", "exec"), {})
+    values = yaml.safe_load(recipe.read_text())
+    connector = {"kind": "mlp2x_gelu", "reduce": "strongest", "factor": 2}
+    values["model"] = {"base": values["model"], "connector": connector}
+    recipe.write_text(yaml.safe_dump(values))
+    train(load_recipe(recipe, ["max_steps=1"]))
+    trained = read_model(tmp_path / "run" / "model").config
+    assert (trained.connector.reduce, trained.image_tokens) == ("strongest", 1)
+
+
+def test_a_tower(
+    example: Callable[[str], ModuleType], recipe: Path, models: ModuleType, tmp_path: Path
+) -> None:
+    module = example("tower")
+    export(models.tiny(models.ARCHITECTURES["SigLIP + SmolLM2, pad"]), "gguf", tmp_path / "llm", kind="f32")
+    weights = tmp_path / "tower.safetensors"
+    vision = {"kind": "patches", "image_size": 64, "stride": 16, "width": 32}
+    save_file(module.Patches(VisionConfig(**vision)).state_dict(), weights)
+    values = yaml.safe_load(recipe.read_text())
+    values["model"] = {
+        "tower": str(weights), "decoder": str(tmp_path / "llm" / "model-f32.gguf"), "vision": vision,
+        "connector": {"kind": "mlp2x_gelu"}, "template": "chatml",
+    }  # fmt: skip
+    values["stage"]["learn"] = {"connector": 1e-3, "tower": 1e-3}
+    recipe.write_text(yaml.safe_dump(values))
+    pumice(module, "train", str(recipe), "--set", "max_steps=4")
+    trained = read_model(tmp_path / "run" / "model")
+    assert (trained.config.vision.kind, trained.config.image_tokens) == ("patches", 16)
+    assert not torch.equal(trained.state["tower.project.weight"].read(), load_file(weights)["project.weight"])
+    assistant = load(tmp_path / "run" / "model", device="cpu", quantize=None)
+    assert assistant.ask(tmp_path / "0.png", "What?", max_new_tokens=3)
+    # A field that the class does not use, and weights of another shape, are refused by name.
+    with pytest.raises(InputError, match="a tower of kind patches does not implement depth = 3"):
+        Llava(replace(trained.config, vision=replace(trained.config.vision, depth=3)))
+    values["model"]["vision"] = vision | {"width": 48}
+    recipe.write_text(yaml.safe_dump(values | {"output": str(tmp_path / "other")}))
+    with pytest.raises(InputError, match=r"tower\.project\.(weight|bias)"):
+        train(load_recipe(recipe))
 
 
 def test_a_loss(example: Callable[[str], ModuleType], recipe: Path, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_pictures_beside_messages_go_to_their_places() -> None:
 def test_data_urls() -> None:
     assert decode_data_url(URL) == decode_data_url(URL.rstrip("=")) == PNG
     assert decode_data_url("data:text/plain,a%20b") == b"a b"
+    assert decode_data_url("data:;base64,-_%2B\r\n/") == decode_data_url("data:;base64,+/+/")
     for url, message in (("data:image/png;base64,a*b", "is not base64"), ("image.png", "is no data URL")):
         with pytest.raises(InputError, match=message):
             decode_data_url(url)

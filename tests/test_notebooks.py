@@ -1,8 +1,10 @@
-"""What is kept of the notebooks. `make notebooks ARGS=--check`, which .ci/run calls, runs them all."""
+"""What is kept of the notebooks' runs (`make notebooks`) and of the tutorial's (`make tutorial`)."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,6 +44,17 @@ def test_the_fine_tuned_model_knows_its_rows() -> None:
     notebook = nbformat.read(path, as_version=4)
     (cell,) = [cell for cell in notebook.cells if "assert all(right)" in cell.source]
     assert [output.text for output in cell.outputs] == ["13 of 13 answers are right\n"]
+
+
+def test_the_tutorials_example_knows_its_rows() -> None:
+    """`make tutorial` trained pumice-tiny itself with these files, and every answer was right."""
+    root = Path(__file__).parent.parent
+    kept = json.loads((root / ".ci" / "finetune.json").read_text(encoding="utf-8"))
+    assert set(kept["files"]) >= {"examples/finetune.yaml", "examples/finetune.jsonl"}
+    for name, digest in kept["files"].items():
+        now = hashlib.sha256((root / name).read_bytes()).hexdigest()
+        assert now == digest, f"{name} has changed: run `make tutorial`"
+    assert kept["right"] == kept["answers"] > 0
 
 
 def test_an_error_is_an_error(tmp_path: Path, runner: ModuleType) -> None:

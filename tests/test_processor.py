@@ -266,3 +266,21 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer: Tokenizer) 
 def test_an_unknown_template_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="unknown template 'chatm'; did you mean 'chatml'"):
         Processor(dataclasses.replace(CONFIG, template="chatm"), tokenizer)
+
+
+def test_a_text_that_cannot_fit_is_not_tokenized(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized: list[int] = []
+    pieces = Tokenizer.pieces
+
+    def counted(tokenizer: Tokenizer, text: str, **more: bool) -> list[tuple[int, int]]:
+        tokenized.append(len(text))
+        return pieces(tokenizer, text, **more)
+
+    monkeypatch.setattr(Tokenizer, "pieces", counted)
+    for text, seen in (("What? " * 60, True), ("What? " * 1_000_000, False)):
+        with pytest.raises(InputError, match=r"context is 128|the limit is 128"):
+            processor.prompt(Conversation((user_message(text),)))
+        assert (sum(tokenized) > 0) is seen
+        tokenized.clear()

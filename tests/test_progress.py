@@ -28,6 +28,18 @@ def test_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     ]
 
 
+def test_on_a_terminal_that_cannot_redraw(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    for transient, lines in ((False, ["1 of 3 rows", "3 of 3 rows"]), (True, [])):
+        with ProgressBar(transient=transient) as bar:
+            for done in (1, 2, 3):
+                bar.show(done, 3, "rows")
+        assert capsys.readouterr().err.splitlines() == lines
+
+
 FIRST, SECOND, LAST = "1 of 2,000", "2 of 2,000 rows", "3 of 2,000 rows, all well"
 
 

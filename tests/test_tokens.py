@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import threading
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, ImagePart, Message, user_message
-from pumice.errors import InputError
+from pumice.errors import ContextOverflow, InputError
 from pumice.formats.pumice.folder import open_parts
 from pumice.formats.text.tokenizer import read_tokenizer
+from pumice.stopping import Stopped, stoppable
 from pumice.templates import TEMPLATES, Span, Template, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode, parse_tokenizer
 
@@ -444,3 +447,49 @@ def test_a_text_that_the_tokenizer_cannot_write() -> None:
     tokenizer = Tokenizer(parse_tokenizer(tokenizers.Tokenizer(model).to_str(), "x.json"))
     with pytest.raises(InputError, match=r"the model's tokenizer cannot write this text: .*unknown token"):
         tokenizer.pieces("c")
+
+
+def test_long_texts_leave_the_interpreter_and_others_alone() -> None:
+    """While one is tokenized, other threads run, and a short text is tokenized first."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def long() -> None:
+        begun.set()
+        TOKENIZER.pieces("a short word " * 100_000)
+        ended.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # a thread runs until it gives Python's lock away by itself
+    try:
+        thread = threading.Thread(target=long)
+        thread.start()
+        assert begun.wait(60)
+        assert TOKENIZER.pieces("A dog. <|endoftext|>")
+        assert not ended.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+    thread.join()
+    assert ended.is_set()
+    assert not TOKENIZER.backend.encode_special_tokens  # as it was before
+
+
+def test_the_length_of_a_text_is_checked_before_it_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, counted = Tokenizer(BACKENDS["gpt2"]), list[str]()
+    encode = tokenizer._encode
+    monkeypatch.setattr(tokenizer, "_encode", lambda text: (counted.append(text), encode(text))[1])
+    text = "A dog runs over the grass. " * 40_000
+    tokens = len(tokenizer.pieces(text))
+    counted.clear()
+    tokenizer.check_length([text], tokens)  # what fits passes
+    assert sum(map(len, counted)) == len(text)
+    counted.clear()
+    for limit, most in ((2, 0), (tokens // 4, len(text) // 2)):
+        with pytest.raises(ContextOverflow) as caught:
+            tokenizer.check_length(["Hi.", text], limit, "the question")
+        assert limit < caught.value.tokens <= tokens
+        assert sum(map(len, counted)) <= most
+        assert str(caught.value).startswith(f"the question takes {caught.value.tokens} tokens or more")
+    stop = threading.Event()
+    stop.set()
+    with stoppable(stop), pytest.raises(Stopped):
+        tokenizer.check_length([text], tokens)

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "projects/pumice-tiny/README.md": ("pumice-tiny.md", "How it works", "How pumice-tiny is made"),
     "examples/README.md": ("examples.md", "Project", "Example photographs"),
     "CONTRIBUTING.md": ("contributing.md", "Project", "Contributing"),
+    "SECURITY.md": ("reporting.md", "Project", "Report a fault"),
     "CHANGELOG.md": ("changelog.md", "Project", "Changes"),
 }
 # A module's page of the reference; the fields of recipes have one of their own.

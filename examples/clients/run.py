@@ -13,7 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build"
-PYTHON = BUILD / "clients" / "bin" / "python"
+# Scripts whose packages do not fit beside the others -> their environment.
+ENVIRONMENTS = {"with_inspect.py": "clients-inspect"}
 SECONDS = 300  # the longest time of one script
 # Nothing is sent elsewhere: no traces, no statistics, no check for newer versions.
 QUIET = {
@@ -45,7 +46,8 @@ def main(names: list[str]) -> int:
 def run(script: Path, host: str) -> bool:
     """Run one script and print what it says. Return whether it worked."""
     env = {**os.environ, **QUIET, "PUMICE_HOST": host, "PUMICE_DOG": str(HERE.parent / "dog.jpg")}
-    command = [str(PYTHON), str(script)]
+    python = BUILD / ENVIRONMENTS.get(script.name, "clients") / "bin" / "python"
+    command = [str(python), str(script)]
     if script.suffix == ".mjs":  # node looks for packages beside the script
         copies = BUILD / "clients-js"
         for module in HERE.glob("*.mjs"):

@@ -106,8 +106,12 @@ class Naming:
         inputs: list[ImageInput] = []
         for image, mirror in zip(images, mirrored, strict=True):
             inputs += self.tower.fetch([image], self.processor.layouts([image]), mirror)
-        tokens = self.model.connect(self.tower.encode(inputs)).float()  # (B, N, D)
-        scores = torch.logsumexp(tokens @ self.embeddings.T, 1) - math.log(tokens.shape[1]) + self.bias
+        features = self.tower.encode(inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            tokens = self.model.connect(features)  # (B, N, D)
+            similar = tokens @ self.embeddings.T
+        tokens, similar = tokens.float(), similar.float()
+        scores = torch.logsumexp(similar, 1) - math.log(tokens.shape[1]) + self.bias
         loss_value = -(table * scores.log_softmax(-1)).sum(-1).mean()
         return loss_value, (tokens.square().mean(-1).sqrt() / self.size - 1).square().mean()
 

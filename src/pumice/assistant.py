@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import queue
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,12 +18,13 @@ from torch import Tensor
 
 from pumice.config import ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message, question_message
-from pumice.engine.engine import Engine, check_sizes
-from pumice.engine.requests import Delta, Prompt, PromptImage, Request, check_room
+from pumice.engine.engine import Engine
+from pumice.engine.reply import Reply, is_done, outcome
+from pumice.engine.requests import Prompt, PromptImage, check_room
 from pumice.engine.sampling import SamplingParams
-from pumice.engine.text import TextStream
+from pumice.engine.sizes import check_sizes
 from pumice.errors import InputError
-from pumice.formats.load import find_device, name_of, open_model
+from pumice.formats.load import check_bf16, find_device, name_of, open_model, usual_dtype
 from pumice.geometry import Layout
 from pumice.images import read_image
 from pumice.messages import join_messages, read_message
@@ -42,7 +42,6 @@ _LOG = logging.getLogger(__name__)
 # tiles count for more, so that the memory stays the same.
 CACHED_IMAGES = 64
 SLOTS = 32  # questions that `ask_many` computes together
-CHUNK = 512  # prompt tokens of one step of the engine
 # The same where one person waits and sees how much of the prompt is read, which costs no time.
 CHUNK_SHOWN = 128
 
@@ -56,18 +55,21 @@ def load(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    mmproj: str | PathLike[str] | None = None,
+    cache_limit: float | None = None,
     slots: int = SLOTS,
     cache_tokens: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     memory_share: float | None = None,
 ) -> Assistant:
     """Open a model to answer questions: a built-in one, a folder, a GGUF file or a name on the hub.
 
     device: None chooses the best one of this machine. quantize: "int8" or "int4" stores the decoder's weights
     in 8 or 4 bits, None as they are; "auto" chooses 8 bits on a CPU that has a kernel for them. dtype: of the
-    decoder; None gives bf16 on CUDA and with quantized weights, fp16 on MPS, and fp32 otherwise. template,
-    tower, base: what a model from elsewhere does not state or contain, as in
-    `pumice.formats.read.read_model`. slots, cache_tokens, chunk, memory_share: the sizes of its
+    decoder; None gives bf16 on CUDA (fp16 before Ampere) and with quantized weights, fp16 on MPS, and fp32
+    otherwise. template, tower, base, mmproj: what a model from elsewhere does not state or contain, as in
+    `pumice.formats.read.read_model`. cache_limit: the GB that converted GGUF files may take in the cache;
+    None: as $PUMICE_CACHE_LIMIT says. slots, cache_tokens, chunk, memory_share: the sizes of its
     engine, as in `Engine`. Raises InputError.
     """
     if quantize not in ("auto", "int8", "int4", None):
@@ -77,8 +79,9 @@ def load(
     check_sizes(slots, cache_tokens, chunk)
     torch_device = find_device(device)
     if dtype is None:
-        usual = {"cuda": torch.bfloat16, "mps": torch.float16}
-        dtype = usual.get(torch_device.type, torch.float32)  # which most CPUs compute faster than bf16
+        dtype = usual_dtype(torch_device)
+    elif dtype == torch.bfloat16:
+        check_bf16(torch_device, "leave dtype out, or use torch.float16")
     opened = open_model(
         str(name),
         device=torch_device,
@@ -87,6 +90,8 @@ def load(
         template=template,
         tower=tower,
         base=base,
+        mmproj=mmproj,
+        cache_limit=cache_limit,
     )
     return Assistant(
         opened.model,
@@ -100,94 +105,6 @@ def load(
     )
 
 
-class Reply(Iterator[str]):
-    """An answer that is being written: iterate over it to get its pieces of text.
-
-    finish: None until the answer is complete; then "stop" or "length", or "cancelled" if it was closed.
-    tokens: number of answer tokens so far. cached_tokens: prompt tokens that were computed for earlier
-    questions. on_prompt: called with (tokens of the prompt that are computed, all of them) while it is read,
-    unless the engine has a thread of its own.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        decode: Callable[[Sequence[int]], str],
-        prompt: Prompt,
-        on_end: Callable[[], object] | None = None,
-    ) -> None:
-        self._engine, self._prompt, self._on_end = engine, prompt, on_end
-        self._text = TextStream(decode, prompt.params.stop)
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None comes last
-        self._requests: list[Request] = []  # empty before `begin`, then one
-        self.on_prompt: Callable[[int, int], object] | None = None
-
-    @property
-    def finish(self) -> str | None:
-        return self._text.finish
-
-    @property
-    def tokens(self) -> int:
-        return self._text.tokens
-
-    @property
-    def cached_tokens(self) -> int:
-        return self._text.cached_tokens
-
-    @property
-    def prompt_progress(self) -> tuple[int, int]:
-        """How many tokens of the prompt are computed, and how many it has."""
-        total = len(self._prompt.input_ids)
-        return min(total, sum(request.computed for request in self._requests)), total
-
-    def begin(self) -> Reply:
-        """Submit the prompt to the engine. Asking for the first piece does this too."""
-        if not self._requests:
-            # `deliver` holds no reference to the reply, so that a reply nobody uses is closed by `__del__`.
-            engine, text, pieces, requests, on_end = (
-                self._engine, self._text, self._pieces, self._requests, self._on_end,
-            )  # fmt: skip
-
-            def deliver(delta: Delta) -> None:
-                if text.finish is not None:
-                    return
-                if piece := text.add(delta):
-                    pieces.put(piece)
-                if text.finish is not None:
-                    for request in requests:
-                        engine.cancel(request)
-                    pieces.put(None)
-                    if on_end is not None:
-                        on_end()
-
-            requests.append(engine.submit(self._prompt, deliver))
-            if text.finish is not None:  # it ended before `requests` had it
-                engine.cancel(requests[0])
-        return self
-
-    def close(self) -> None:
-        """Stop writing the answer."""
-        for request in self._requests:
-            self._engine.cancel(request)
-
-    def __next__(self) -> str:
-        self.begin()
-        while not self._engine.started and self._pieces.empty():
-            if self.on_prompt is not None and not self.tokens:
-                self.on_prompt(*self.prompt_progress)
-            self._engine.step()
-        piece = self._pieces.get()
-        if piece is not None:
-            return piece
-        self._pieces.put(None)
-        if self._text.error is not None:
-            raise self._text.error
-        raise StopIteration
-
-    def __del__(self) -> None:
-        self.close()
-
-
 class Assistant:
     """Answers questions about pictures: one with `ask`, many with `ask_many`."""
 
@@ -199,7 +116,7 @@ class Assistant:
         *,
         slots: int = SLOTS,
         cache_tokens: int | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         memory_share: float | None = None,
         name: str = "model",
     ) -> None:
@@ -324,10 +241,10 @@ class Assistant:
                     while not free_slots.acquire(blocking=self.engine.started):
                         self.engine.step()
                     replies.append(self._reply(prompt, free_slots.release).begin())
-                while replies and _is_done(replies[0]):
-                    yield _outcome(replies.popleft())
+                while replies and is_done(replies[0]):
+                    yield outcome(replies.popleft())
             while replies:
-                yield _outcome(replies.popleft())
+                yield outcome(replies.popleft())
         finally:
             for reply in replies:
                 if isinstance(reply, Reply):
@@ -478,19 +395,6 @@ def too_many_images(config: ModelConfig, count: int) -> str | None:
     return (
         f"the conversation has {count} pictures, and {limit}: answers may be poor; ask about fewer at a time"
     )
-
-
-def _is_done(reply: Reply | InputError) -> bool:
-    return isinstance(reply, InputError) or reply.finish is not None
-
-
-def _outcome(reply: Reply | InputError) -> str | InputError:
-    if isinstance(reply, InputError):
-        return reply
-    try:
-        return "".join(reply)
-    except InputError as error:
-        return error
 
 
 def _question(images: Any, question: str) -> Conversation:

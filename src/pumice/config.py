@@ -95,8 +95,7 @@ class VisionConfig:
     norm_eps: float = 1e-5
     layer: int = -2  # which hidden state is the feature: 0 the embeddings, 1 the first block's, -1 the last's
     select: str = "patch"  # patch (drops the class token) | cls_patch | full (siglip, which has none)
-    # SigLIP only (Idefics3, nanoVLM); as `also_stride`, not in repr():
-    final_norm: bool = later(False, repr=False)  # the features are normalised as after the last block
+    final_norm: bool = later(False, repr=False)  # SigLIP only: features after the last norm (Idefics3)
     fractional: bool = later(False, repr=False)  # positions by fractional coordinates, as in transformers
 
     @property
@@ -231,8 +230,7 @@ class ImagePolicy:
     # max_tiles is given, else "tiles". Feature caches take their fingerprint from repr(). This field is not
     # in it, because a cache has different keys for an image's tiles and for its square.
     several: str | None = field(default=None, repr=False)
-    # split (Idefics3) and grid (nanoVLM) only: pixels of the longer side before an image becomes whole tiles.
-    longest_edge: int = later(0, repr=False)
+    longest_edge: int = later(0, repr=False)  # split, grid: of the longer side before it becomes whole tiles
     enlarge: bool = later(True, repr=False)  # grid only: smaller images grow to longest_edge
 
     def __post_init__(self) -> None:
@@ -324,6 +322,8 @@ class ChatFormat:
     stop_once: bool = False  # only the newest answer ends with `stop` (LLaVA-1.5 in transformers)
     text_first: str = later("")  # after user[0] of a question that begins with text, not with a picture
     image_line: bool = later(True)  # each picture at the front of a question has a line of its own
+    # Around the descriptions of functions, one a line, after the system message; calls are Qwen's. None: no place.
+    tools: tuple[str, str] | None = later(None)
 
 
 @dataclass(frozen=True)

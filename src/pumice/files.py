@@ -26,6 +26,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pumice"
 
 
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files in a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def make_readable(path: Path) -> None:
     """Give a file the mode that a plain `open` would have given it; temporary files are private."""
     mask = os.umask(0)

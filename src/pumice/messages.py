@@ -10,13 +10,15 @@ import binascii
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, question_message, user_message
 from pumice.errors import InputError, shorten
 
 Parts = tuple[str | ImagePart, ...]
 
+LONGEST_HEAD = 1000  # characters of a data URL before its data
+_BASE64 = str.maketrans("-_", "+/", " \t\r\n")
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]*)*(;base64)?,", re.IGNORECASE)
 
 
@@ -99,15 +101,16 @@ def join_messages(messages: Iterable[Message], *, has_system: bool = True) -> tu
 
 def decode_data_url(url: str) -> bytes:
     """Return the bytes of a data URL (RFC 2397). Raises InputError if it is none."""
-    match = _DATA_URL.match(url)
+    match = _DATA_URL.match(url, 0, LONGEST_HEAD)
     if match is None:
         raise InputError(f"{shorten(url, 40)} is no data URL; write data:image/jpeg;base64,...")
-    data = unquote_to_bytes(url[match.end() :])
+    data = url[match.end() :]
     if not match[1]:
-        return data
+        return unquote_to_bytes(data)
     try:
-        letters = b"".join(data.split())
-        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
+        # Blanks and the letters for addresses are common. Anything else means that the data is damaged.
+        letters = (unquote(data) if "%" in data else data).translate(_BASE64)
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{shorten(url, 40)} is not base64 ({error}); encode the file again") from error
 

@@ -129,11 +129,24 @@ class Processor:
             raise InputError(f"the template {self.template.name!r} sees pictures only; show one")
         return sample
 
+    def pieces(self, conversation: Conversation) -> list[str | ImagePart]:
+        """Return the text of a prompt as the template writes it, cut where its pictures stand."""
+        pieces: list[str | ImagePart] = [""]
+        for span in self._wrap(self.template.render(conversation.check(answered=False), generate=True)):
+            if isinstance(span, ImagePart):
+                pieces += [span, ""]
+            else:
+                pieces[-1] = f"{pieces[-1]}{span.text}"
+        return pieces
+
     def _sample(self, conversation: Conversation, *, generate: bool) -> Sample:
         spans = self.template.render(conversation, generate=generate)
         images = tuple(span for span in spans if isinstance(span, ImagePart))
         if images and self.config.vision.kind == "none":
-            raise InputError("this model is a language model without a vision tower; ask it without pictures")
+            raise InputError(
+                "this model is a language model without a vision tower; ask it without pictures, or give the "
+                "mmproj file of a LLaVA in GGUF with --mmproj"
+            )
         layouts = self.layouts(images)
         spans, counts = self._marked(spans, layouts)
         if generate or not self.truncate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -13,15 +14,22 @@ if TYPE_CHECKING:
 LOG_SECONDS = 10.0  # between two lines in a file, for work that a person waits for
 
 
+def can_redraw() -> bool:
+    """Return whether stderr is a terminal that can draw a line anew, as a bar needs it."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 class ProgressBar:
     """A bar with counts and the time that is left. Close it, as a `with` statement does.
 
-    log_seconds: where stderr is no terminal, the time between two lines, and there is a last line at the
+    log_seconds: where a bar cannot be drawn, the time between two lines, and there is a last line at the
     end; None writes nothing there. transient: remove the bar when it is closed.
     """
 
     def __init__(self, *, log_seconds: float | None = None, transient: bool = False) -> None:
         self._transient = transient
+        if log_seconds is None and not transient and sys.stderr.isatty() and not can_redraw():
+            log_seconds = LOG_SECONDS  # a person looks on
         self._log_seconds, self._logged, self._line = log_seconds, float("-inf"), ""
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -42,7 +50,7 @@ class ProgressBar:
 
     def show(self, done: int, total: int, unit: str = "", text: str = "") -> None:
         """Show that `done` of `total` units are done. A new unit gets its own bar. text: what else to say."""
-        if sys.stderr.isatty():
+        if can_redraw():
             self._draw(done, total, unit, text)
             return
         self._line = f"{done:,} of {total:,} {unit}".rstrip() + (f", {text}" if text else "")

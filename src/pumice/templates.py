@@ -7,13 +7,19 @@ format in the config's `chat` field.
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pumice.config import ChatFormat
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError
 
 OWN = "own"
+# Around a call of a function and what it gave, as Qwen2.5 and Qwen3 write them.
+CALL = ("<tool_call>\n", "\n</tool_call>")
+RESULT = ("<tool_response>\n", "\n</tool_response>")
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,22 @@ def _content(message: Message, trim: bool, image_line: bool) -> Spans:
             spans.append(Span(part.lstrip("\n") if leading and number else part))
             leading = False
     return spans
+
+
+def tools_text(around: tuple[str, str], tools: Sequence[Mapping[str, Any]]) -> str:
+    """Return what tells the model of functions. around: `ChatFormat.tools`."""
+    return around[0] + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools) + around[1]
+
+
+def call_text(name: str, arguments: Mapping[str, Any]) -> str:
+    """Return a call of a function as a model writes it."""
+    called = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return CALL[0] + called + CALL[1]
+
+
+def result_text(text: str) -> str:
+    """Return what a function gave as a model reads it, in a question."""
+    return RESULT[0] + text + RESULT[1]
 
 
 def _vicuna(speaker: str) -> ChatFormat:

@@ -186,7 +186,7 @@ class Tokenizer:
         return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
 
     def check_length(self, texts: Sequence[str], limit: int, name: str = "the text") -> None:
-        """Raise ContextOverflow if texts take more than `limit` tokens by far, without tokenizing all of them.
+        """Raise ContextOverflow if texts take more than `limit` tokens by far; do not tokenize all of them.
 
         name: of the texts in the message. What passes may still be too long by some tokens for each piece.
         """

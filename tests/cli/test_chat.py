@@ -143,14 +143,20 @@ class Terminal:
 
     def expect(self, text: str) -> None:
         """Read up to and including `text`."""
+        assert self.shows(text, 180), f"expected {text!r}, the terminal shows {self.unread!r}"
+
+    def shows(self, text: str, seconds: float) -> bool:
+        """Read up to and including `text`; return False if it does not come."""
         import select
 
-        last = time.monotonic() + 60
+        last = time.monotonic() + seconds
         while text.encode() not in self.unread:
             ready, _, _ = select.select([self.end], [], [], max(0.0, last - time.monotonic()))
-            assert ready, f"expected {text!r}, the terminal shows {self.unread!r}"
+            if not ready:
+                return False
             self.unread += os.read(self.end, 4096)
         _, _, self.unread = self.unread.partition(text.encode())
+        return True
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
@@ -166,15 +172,19 @@ def test_at_a_keyboard_nothing_typed_is_lost(tiny_folder: Path, folder: Path) ->
         terminal.expect("[1 picture] > ")
         terminal.type("half a line")
         terminal.expect("half a line")
-        time.sleep(0.5)  # readline misses a signal that comes between two keys, as no person's does
-        terminal.child.send_signal(signal.SIGINT)
-        terminal.expect("/quit or Ctrl-D leaves")
+        # readline misses a signal that comes between two keys, as no person's does.
+        for _ in range(30):
+            terminal.child.send_signal(signal.SIGINT)
+            if terminal.shows("/quit or Ctrl-D leaves", 2):
+                break
+        else:
+            pytest.fail(f"the terminal shows {terminal.unread!r}")
         terminal.expect("[1 picture] > ")
         terminal.type("\x1b[A")
         terminal.expect("half a line")
         terminal.type("\x15/save talk.json\n/quit\n")
         terminal.expect("Saved to talk.json")
-        assert terminal.child.wait(timeout=30) == 0
+        assert terminal.child.wait(timeout=180) == 0
     finally:
         terminal.child.kill()
         os.close(terminal.end)

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from pumice.assistant import load
-from pumice.config import ModelConfig
+from pumice.config import IMAGE_TOKEN, ModelConfig
 from pumice.conversation import from_llava
+from pumice.data.rows import ImageFinder, Rows
 from pumice.processor import Processor
+from pumice.train.recipe import load_recipe
+from pumice.train.shapes import processor_of
 
 ROWS = [
     {"id": "one", "image": "gone.jpg", "conversations": [
@@ -96,6 +99,35 @@ def test_the_two_counts_of_a_row_are_told_apart(run: Any, folder: Path, tiny_fol
     assert counts is not None and longest is not None
     image_tokens = ModelConfig.from_dict(json.loads((tiny_folder / "config.json").read_text())).image_tokens
     assert int(counts[2]) == int(longest[1]) == int(counts[1]) + image_tokens - 1
+
+
+def test_data_show_shows_a_recipe_as_it_is_learned(
+    run: Any, refused: Any, folder: Path, tiny_folder: Path
+) -> None:
+    """The same ids as in training: image tokens, the stage's template, and rows that are too long refused."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    long = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog. " * 99}]
+    rows = [{"id": "r1", "image": "cat.png", "conversations": turns}, {"id": "r2", "conversations": long}]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    values: dict[str, Any] = {
+        "name": "n", "output": "o", "model": str(tiny_folder),
+        "stage": {"learn": {"connector": 1e-3}, "template": "plain"},
+        "data": [{"rows": "rows.json"}], "pictures": ["."], "precision": "fp32", "context": 100,
+    }  # fmt: skip
+    (folder / "r.yaml").write_text(json.dumps(values))
+    result = run("data", "show", "--recipe", "r.yaml", "--rows", "1", "--json", model=False)
+    [shown] = json.loads(result.stdout)
+    recipe = load_recipe(folder / "r.yaml")
+    sample = processor_of(recipe).training_sample(Rows("rows.json")[0].conversation(ImageFinder(".")))
+    image_tokens = ModelConfig.from_dict(json.loads((tiny_folder / "config.json").read_text())).image_tokens
+    assert shown["input_ids"] == sample.input_ids.tolist() and shown["labels"] == sample.labels.tolist()
+    assert shown["input_ids"].count(IMAGE_TOKEN) == image_tokens > 1
+    words = run("data", "show", "--recipe", "r.yaml", model=False).stdout
+    assert f"r1: {len(sample.input_ids)} tokens, " in words and f"[image x {image_tokens}]" in words
+    assert re.search(r"^r2: not learned: .* takes \d+ tokens, the model's context is 100", words, re.M), words
+    refused(run("data", "show", model=False), "there is nothing to show: give a file of rows, or --recipe")
+    both = ["--recipe", "r.yaml", "--template", "v1"]
+    refused(run("data", "show", *both, model=False), "--recipe names the model and the template; leave")
 
 
 def test_errors_of_many_rows_are_folded(run: Any, folder: Path) -> None:

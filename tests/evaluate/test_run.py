@@ -212,7 +212,7 @@ def test_a_model_behind_an_address_answers_in_order(tmp_path: Path, chat_server:
         text = content if isinstance(content, str) else content[-1]["text"]
         # The first question goes alone; the second one is answered after the third.
         if text == "Question 3?":
-            assert third.wait(20)
+            assert third.wait(180)
         elif text == "Question 6?":
             third.set()
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("big", 0.0, TASK.max_new_tokens)

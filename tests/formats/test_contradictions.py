@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,11 @@ from pumice.formats.recognise import FormatKind, recognise
 from pumice.storage.tensors import open_weights
 
 Llavas = Callable[[str], Path]
+CHAT = (  # as the LLaVAs of these tests have it
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 HEAD, EMBED = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
@@ -300,6 +306,7 @@ def test_without_a_class_the_tensors_say_the_llm(original: Callable[..., Path]) 
 @pytest.mark.parametrize(
     ("model_type", "architecture", "message"),
     [
+        ("llava", "LlavaQwenForCausalLM LlavaLlamaForCausalLM", "of a qwen2 and of a llama; correct"),
         ("llava_mistral", "LlavaQwenForCausalLM", "'llava_mistral', of a mistral, but .* of a qwen2"),
         ("llava", "LlavaQwenForCausalLM", r"it is a qwen2, but its tensors do not hold .*q_proj\.bias"),
         ("phi", "LlavaPhiForCausalLM", r"model_type is 'phi' \(architectures is LlavaPhiForCausalLM\)"),
@@ -309,12 +316,17 @@ def test_what_contradicts_in_the_original_code(
     original: Callable[..., Path], model_type: str, architecture: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message.replace("it is a qwen2", "the language model is a qwen2")):
-        open_original(original(model_type=model_type, architectures=[architecture]))
+        open_original(original(model_type=model_type, architectures=architecture.split()))
 
 
-def test_an_unknown_class_is_told(original: Callable[..., Path], hf: Callable[[str], Path]) -> None:
+def test_an_unknown_class_is_told(
+    original: Callable[..., Path], hf: Callable[[str], Path], tmp_path: Path
+) -> None:
     loaded = open_original(original(architectures=["LlavaMineForCausalLM"]))
     assert any("LlavaMineForCausalLM, which is unknown here" in note for note in loaded.notes)
+    change(tmp_path / "original" / "config.json", architectures=["LlavaForConditionalGeneration"])
+    loaded = open_original(tmp_path / "original")
+    assert any("Generation, which the original code does not write" in note for note in loaded.notes)
     folder = hf("llava")
     change(folder / "config.json", architectures=["MyModel"])
     assert any("MyModel, which is unknown here" in note for note in open_hf(folder).notes)
@@ -324,6 +336,11 @@ def test_an_unknown_class_is_told(original: Callable[..., Path], hf: Callable[[s
     ("kind", "values", "message"),
     [
         ("llava", {"architectures": ["LlavaNextForConditionalGeneration"]}, "'llava', but architectures is"),
+        (
+            "llava",
+            {"architectures": ["LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"]},
+            "is 'llava', but architectures is 'LlavaNextForConditionalGeneration'",
+        ),
         ("llava", {"text_config__architectures": ["Qwen2ForCausalLM"]}, "text_config: model_type is 'llama'"),
         ("llava", {"vision_config__architectures": ["SiglipVisionModel"]}, "vision_config: model_type is"),
         ("siglip", {"text_config__model_type": "llama"}, r"is no qwen3, but its tensors hold .*q_norm"),
@@ -369,6 +386,20 @@ def test_a_clip_that_says_siglip(parts_of: tuple[Path, Path], tmp_path: Path) ->
         open_tower(folder)
 
 
+def test_a_tower_that_contradicts_what_is_around_it(
+    original: Callable[..., Path], parts_of: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = copied(parts_of[0], tmp_path / "tower")
+    own = json.loads((folder / "config.json").read_text())
+    change(folder / "config.json", model_type="siglip", architectures=None, vision_config=own)
+    with pytest.raises(InputError, match="'siglip', of a siglip, but vision_config describes a clip"):
+        open_tower(folder)
+    folder = original()
+    change(folder / "eye" / "config.json", model_type="siglip_vision_model")
+    with pytest.raises(InputError, match=r"of kind siglip, but its tensors hold .*class_embedding"):
+        open_original(folder)
+
+
 def test_a_bare_llm_of_another_class(parts_of: tuple[Path, Path], tmp_path: Path) -> None:
     folder = copied(parts_of[1], tmp_path / "llm")
     change(folder / "config.json", architectures=["MyLlamaForCausalLM"])
@@ -398,6 +429,70 @@ def test_two_ties_that_differ_are_told(hf: Callable[[str], Path]) -> None:
     loaded = open_hf(folder)
     assert loaded.config.decoder.tied_head
     assert any("tie_word_embeddings is false in config.json and true" in note for note in loaded.notes)
+
+
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "values", "message"),
+    [
+        (
+            "llava",
+            PREPROCESSOR,
+            {"image_processor_type": "LlavaNextImageProcessorFast"},
+            "model_type is 'llava'",
+        ),
+        ("next", PREPROCESSOR, {"image_processor_type": "LlavaOnevisionImageProcessor"}, "is 'llava_next'"),
+        ("onevision", PROCESSOR, {"vision_aspect_ratio": "anyres_max_9"}, "but 'anyres_max_4' in .*config"),
+        ("llava", PROCESSOR, {"image_token": "<pad>"}, "'<pad>', whose id is 4, but image_token_index is 3"),
+        ("llava", "tokenizer_config.json", {"image_token": "<picture>"}, "which the tokenizer lacks, but"),
+    ],
+)
+def test_a_processor_of_another_model(
+    hf: Callable[[str], Path], kind: str, file: str, values: dict[str, Any], message: str
+) -> None:
+    folder = hf(kind)
+    change(folder / file, **values)
+    with pytest.raises(InputError, match=message):
+        open_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "note"),
+    [
+        (PROCESSOR, {"processor_class": "LlavaNextProcessor"}, "LlavaNextProcessor in processor_config.json"),
+        (
+            "tokenizer_config.json",
+            {"processor_class": "LlavaOnevisionProcessor"},
+            "OnevisionProcessor in token",
+        ),
+        (
+            PROCESSOR,
+            {"num_additional_image_tokens": 0},
+            "tokens is 0 in processor_config.json, but a clip has 1",
+        ),
+        ("config.json", {"vision_aspect_ratio": "anyres_max_9"}, "which model_type 'llava' does not use"),
+        ("config.json", {"image_grid_pinpoints": [[16, 32]]}, "config.json has image_grid_pinpoints, which"),
+        (PROCESSOR, {"image_processor": {"do_pad": True, "size": 16}}, "another size than processor_config"),
+        ("tokenizer_config.json", {"bos_token": "<nope>"}, "name '<nope>' as its bos token, but"),
+        ("tokenizer_config.json", {"eos_token": "<nope>"}, "name '<nope>' as its eos token, but"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": CHAT.replace("<|im_end|>", "<|eot|>")},
+            r"ends answers with '<\|eot\|>', which is no token",
+        ),
+    ],
+)
+def test_what_the_other_files_contradict_is_told(
+    hf: Callable[[str], Path], file: str, values: dict[str, Any], note: str
+) -> None:
+    folder = hf("llava")
+    change(folder / PREPROCESSOR, do_pad=True)
+    assert open_hf(folder).notes == ()
+    change(folder / file, **values)
+    (told,) = open_hf(folder).notes
+    assert re.search(note, told)
 
 
 @pytest.mark.parametrize(("name", "value"), [("patch_size", 14), ("vision_feature_select_strategy", "full")])

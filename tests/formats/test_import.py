@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pumice.assistant import load
 from pumice.cli import app
 from pumice.errors import InputError, WorkError
+from pumice.formats.export import export
 from pumice.formats.import_ import import_model
 from pumice.formats.load import new_model, open_model
 from pumice.formats.pumice import folder
 from pumice.formats.pumice.folder import open_parts
+from pumice.formats.read import read_model
 from pumice.storage import tensors
 
 Llavas = Callable[[str], Path]
@@ -184,6 +186,22 @@ def test_nothing_is_written_of_a_bad_source(llava: Llavas, tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"model\.safetensors is damaged or cut short"):
         import_model(str(source), tmp_path / "deep" / "m")
     assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("target", ["pumice", "hf"])
+def test_spoiled_weights_are_not_written(llava: Llavas, tmp_path: Path, target: str) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llava("llava"), source)
+    tensors = load_file(source / "model.safetensors")
+    name = max(tensors)
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(WorkError, match=r"in model\.safetensors holds nan or inf; get the model again"):
+        if target == "hf":
+            export(read_model(source), target, tmp_path / "m")
+        else:
+            import_model(str(source), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_the_command(llava: Llavas, tmp_path: Path) -> None:

@@ -75,4 +75,4 @@ def test_without_a_spoiled_weight_the_type_is_too_narrow(tiny_folder: Path) -> N
 
 def test_which_rows_are_finite() -> None:
     rows = torch.tensor([[1.0, 2], [1, torch.nan], [torch.inf, -torch.inf], [3, torch.inf], [0, 0]])
-    assert finite_rows(rows) == [True, False, False, False, True]
+    assert finite_rows(rows).tolist() == [True, False, False, False, True]

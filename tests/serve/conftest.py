@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pumice.formats.text.chat_template import describe
 from pumice.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -76,23 +78,51 @@ def server(local: Serving) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
-def roomy(local: Serving, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the tiny model with a context that holds the descriptions of tools."""
-    folder = tmp_path_factory.mktemp("roomy") / "model"
+def roomy_folder(tiny_folder: Path, folder: Path, **changes: Any) -> Path:
+    """Copy the tiny model with a context that holds the descriptions of tools, and a changed config."""
     shutil.copytree(tiny_folder, folder)
     config = json.loads((folder / "config.json").read_text())
     config["decoder"]["context"] = 4096
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def roomy(local: Serving, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the tiny model with room for tools."""
+    folder = roomy_folder(tiny_folder, tmp_path_factory.mktemp("roomy") / "model")
     with local(folder=folder, cache_tokens=8192) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def calling_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a chat template that knows functions."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    source = (Path(__file__).parents[1] / "chat_templates" / "qwen2.5.jinja").read_text()
+    described = describe(source, bos=None, eos="<|im_end|>", specials=specials)
+    assert described.chat is not None
+    chat = dataclasses.asdict(described.chat)
+    return roomy_folder(tiny_folder, tmp_path_factory.mktemp("calling") / "model", template="own", chat=chat)
+
+
+@pytest.fixture(scope="session")
+def calling(local: Serving, calling_folder: Path) -> Iterator[str]:
+    """A server of a model whose chat template knows functions."""
+    with local(folder=calling_folder, cache_tokens=8192) as url:
         yield url
 
 
 class Process:
     """`pumice serve` as a process, with its log lines."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "pumice", "serve", "--log", "json", *arguments]
+    def __init__(
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        program: tuple[str, ...] = ("-m", "pumice"),
+    ) -> None:
+        command = [sys.executable, *program, "serve", "--log", "json", *arguments]
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
@@ -149,9 +179,9 @@ def process(tiny_folder: Path) -> Iterator[Callable[..., Process]]:
     """`process(*options)`: `pumice serve` of the tiny model on a free port."""
     processes: list[Process] = []
 
-    def start(*arguments: str, env: dict[str, str] | None = None) -> Process:
+    def start(*arguments: str, **more: Any) -> Process:
         port = [] if "--port" in arguments else ["--port", "0"]
-        processes.append(Process("--model", str(tiny_folder), "--name", "tiny", *port, *arguments, env=env))
+        processes.append(Process("--model", str(tiny_folder), "--name", "tiny", *port, *arguments, **more))
         return processes[-1]
 
     yield start

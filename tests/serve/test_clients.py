@@ -16,6 +16,9 @@ from pumice.engine.generate import naive_generate
 HI = {"role": "user", "content": "hi"}
 PICTURE = {"type": "image_url", "image_url": {"url": data_uri(picture(1))}}
 SYSTEM = {"role": "system", "content": "Be brief."}
+TEXT = {"type": "text", "text": "Hello."}
+SHOWN = ImagePart(picture(1))
+GREETED = [("user", "hi"), ("assistant", "Hello.")]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +51,9 @@ def naive(exact: Assistant, *messages: tuple[str, Any], continued: bool = False)
         {"provider_specific_fields": {"refusal": None}, "tool_calls": [], "reasoning_content": "So I greet."},
         {"content": None, "refusal": "Hello.", "annotations": [], "reasoning": {"text": "So I greet."}},
         {"content": [{"type": "text", "text": "Hello."}], "name": "model"},
+        {"parsed": {"greeting": "Hello."}, "cache_control": {"type": "ephemeral"}},
     ],
-    ids=["refusal", "model_dump", "LiteLLM", "refused", "parts"],
+    ids=["refusal", "model_dump", "LiteLLM", "refused", "parts", "parsed"],
 )
 def test_answers_come_back_as_history(server: str, exact: Assistant, more: dict[str, Any]) -> None:
     expected = naive(exact, ("user", "hi"), ("assistant", "Hello."), ("user", "hi"))
@@ -66,6 +70,8 @@ def test_answers_come_back_as_history(server: str, exact: Assistant, more: dict[
         ([SYSTEM, answer(), HI], [("system", "Be brief."), ("assistant", "Hello."), ("user", "hi")]),
         ([HI, answer(), SYSTEM, HI], [("user", "hi"), ("assistant", "Hello."), ("user", "Be brief.\n\nhi")]),
         ([HI, SYSTEM], [("user", "hi\n\nBe brief.")]),
+        ([HI, answer(content=[PICTURE, TEXT]), HI], [*GREETED, ("user", (SHOWN, "hi"))]),
+        ([{"role": "system", "content": [PICTURE]}, HI], [("user", (SHOWN, "hi"))]),
     ],
     ids=[
         "two",
@@ -75,6 +81,8 @@ def test_answers_come_back_as_history(server: str, exact: Assistant, more: dict[
         "system, greeting",
         "late system",
         "last system",
+        "picture in an answer",
+        "picture in a system message",
     ],
 )
 def test_any_order_of_messages(
@@ -110,11 +118,70 @@ def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
         {"prompt_cache_key": "a", "safety_identifier": "b", "top_k": -1, "chat_template_kwargs": {}},
         {"service_tier": "auto", "metadata": {"a": "b"}, "store": True, "user": "me"},
         {"response_format": {"type": "text", "json_schema": None}, "stream_options": None},
+        {"stream": False, "stream_options": {"include_usage": False}},
+        {"add_special_tokens": False, "skip_special_tokens": True, "guided_decoding_backend": "auto"},
+        {"reasoning_format": "auto", "typ_p": 1, "dynatemp_range": 0, "dynatemp_exponent": 1},
+        {"dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "xtc_threshold": 0.1},
+        {"repeat_penalty": 1, "backend_sampling": False, "top_p": 0, "n_predict": None},
+        {
+            "structured_outputs": {"disable_fallback": True},
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+        {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
+        {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
     ],
     ids=lambda more: next(iter(more)),
 )
 def test_what_asks_for_nothing_changes_nothing(server: str, more: dict[str, Any]) -> None:
     assert said(server, [HI], **more) == said(server, [HI])
+
+
+def test_fields_of_parts_that_change_nothing(server: str) -> None:
+    def show(**more: Any) -> str:
+        image = {
+            "type": "image_url",
+            "image_url": {"url": PICTURE["image_url"]["url"], **more.pop("url", {})},
+        }
+        return said(server, [{"role": "user", "content": [{**image, **more}, TEXT], "name": "me"}])
+
+    plain = show()
+    assert show(uuid="a", cache_control={"type": "ephemeral"}) == plain
+    assert show(url={"detail": "low", "format": "image/png"}) == plain
+    messages = [{"role": "user", "content": "hi", "cache_control": {"type": "ephemeral"}}]
+    assert said(server, messages) == said(server, [HI])
+
+
+def test_names_that_others_give_a_field(server: str) -> None:
+    whole = post(server, {"messages": [HI], "max_tokens": 3}).json()
+    assert post(server, {"messages": [HI], "n_predict": 3}).json()["choices"] == whole["choices"]
+    penalty = said(server, [HI], repetition_penalty=5, max_tokens=30)
+    assert said(server, [HI], repeat_penalty=5, max_tokens=30) == penalty
+    assert penalty != said(server, [HI], max_tokens=30)
+    greedy = said(server, [HI])
+    assert said(server, [HI], temperature=2, top_p=0, seed=1) == greedy
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (
+            "/v1/responses",
+            {"input": [{"role": "user", "content": [{"type": "input_file"}]}]},
+            "'input_image'",
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 3, "messages": [{"role": "user", "content": [{"type": "document"}]}]},
+            "'image'",
+        ),
+    ],
+)
+def test_unknown_parts_name_those_of_the_protocol(
+    server: str, path: str, body: dict[str, Any], words: str
+) -> None:
+    response = post(server, body, path)
+    assert response.status_code == 400
+    assert words in response.json()["error"]["message"]
 
 
 def test_null_in_a_schema_stays(server: str) -> None:

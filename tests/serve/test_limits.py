@@ -47,7 +47,11 @@ FIELD = "messages.0.content.0.image_url"
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "valid number"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+        ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
+        ({"n": 1000}, "n", "less than or equal to 128"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"dry_multiplier": 0.8}, "dry_multiplier", "unknown field"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
         ({"max_tokens": True}, "max_tokens", "valid integer"),
@@ -57,8 +61,8 @@ FIELD = "messages.0.content.0.image_url"
         ({"banana": 1}, "banana", "unknown field 'banana'"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
-        ({"stream_options": {"include_usage": True}}, None, "stream_options needs stream"),
-        ({"return_progress": True}, None, "return_progress needs stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
+        ({"return_progress": True}, "return_progress", "needs stream"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"model": "gpt-5"}, "model", "no model 'gpt-5'"),
@@ -70,7 +74,9 @@ FIELD = "messages.0.content.0.image_url"
         ),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing or null; give text"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "is missing or null"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "or a list of parts"),
+        ({"messages": [{"role": "user", "content": {}}]}, "messages.0.content", "or a list of parts"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.0.content.0", "or a list of parts"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
             "messages.0.content.0.text",
@@ -90,15 +96,16 @@ FIELD = "messages.0.content.0.image_url"
         ),
         (
             {"continue_final_message": True, "add_generation_prompt": True},
-            None,
-            "continue_final_message and add_generation_prompt exclude each other",
+            "add_generation_prompt",
+            "is false where continue_final_message is true",
         ),
         (
             {"messages": [{"role": "user", "content": "long " * 300}]},
             "messages",
             "maximum context length is 256",
         ),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "belong together"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "needs a schema"),
+        ({"response_format": {"type": "regex"}}, "response_format.value", "needs a regular expression"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             "response_format.json_schema.schema",
@@ -110,6 +117,7 @@ def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, mess
     body = {"messages": [{"role": "user", "content": "What?"}], **more}
     error = error_of(post(server, body), 404 if "model" in more else 400)
     assert error["param"] == param
+    assert error["code"]
     assert message in error["message"]
 
 
@@ -120,7 +128,7 @@ def test_wrong_fields(server: str, more: dict[str, Any], param: str | None, mess
         ("cat.jpg", "give a picture as data:"),
         ("file:///etc/passwd", "give a picture as data:"),
         ("http://example.org/a.jpg", "fetches no pictures"),
-        ("data:image/png", "no data URI"),
+        ("data:image/png", "no data URL"),
         ("data:image/png;base64,$$$$", "not base64"),
         ("data:image/png;base64,", "is empty"),
         ("data:text/plain,hello", "not a picture"),
@@ -320,18 +328,32 @@ def test_a_full_queue(local: Any) -> None:
 
 
 def test_retry_after_follows_from_the_queue() -> None:
-    gate = Gate(slots=16, queue=80, in_flight=96, seconds=13.2)
-    assert (gate.full, gate.retry_after) == (True, 11)  # 80 wait, and 96 / 13.2 end in a second
-    gate = Gate(slots=16, queue=80, in_flight=16, seconds=100.0)
+    gate = Gate(slots=16, queue=80, in_flight=96, interval=0.1375)
+    assert (gate.full, gate.retry_after) == (True, 11)  # 80 wait, and an answer ends every 0.1375 s
+    gate = Gate(slots=16, queue=80, in_flight=15, interval=100.0)
     assert (gate.full, gate.retry_after) == (False, 1)
-    answered = iter((False, True))
-    for _ in range(2):
-        assert gate.seconds == 100
-        with pytest.raises(RuntimeError), gate.passing(lambda: next(answered)):
-            assert gate.in_flight == 17
-            raise RuntimeError
+    with pytest.raises(RuntimeError), gate.passing(lambda: False):  # a wrong request, which takes no time
         assert gate.in_flight == 16
-    assert 89 < gate.seconds < 91  # a tenth of the way to an answer that took no time
+        raise RuntimeError
+    assert (gate.in_flight, gate.interval) == (15, 100)
+    with gate.passing(lambda: True):
+        pass
+    assert 89 < gate.interval < 91  # a tenth of the way to an answer that took no time
+
+
+def test_the_interval_of_answers_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 at a time that take 4 s each end every quarter of a second; so do 80 of which each takes 20 s."""
+    now = 0.0
+    monkeypatch.setattr("pumice.serve.guard.time.perf_counter", lambda: now)
+    for in_flight, seconds in ((16, 4.0), (80, 20.0)):
+        gate = Gate(slots=16, queue=64)
+        for _ in range(200):
+            gate.in_flight = in_flight - 1
+            with gate.passing(lambda: True):
+                now += seconds
+        assert gate.interval == pytest.approx(0.25)
+        gate.in_flight = 80
+        assert gate.retry_after == 16
 
 
 @pytest.fixture
@@ -359,11 +381,11 @@ def test_a_body_that_never_arrives(local: Any) -> None:
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
-            connection.settimeout(10)
+            connection.settimeout(60)
             assert b" 408 " in connection.recv(4096)
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(head)  # and no end of the headers
-            connection.settimeout(10)
+            connection.settimeout(60)
             assert connection.recv(4096) == b""
 
 
@@ -445,7 +467,7 @@ def _settled(url: str) -> bool:
     return True
 
 
-def _until(holds: Any, seconds: float = 30) -> None:
+def _until(holds: Any, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end

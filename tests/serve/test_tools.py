@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
 from asking import picture, post, user_message
 
 from pumice import __version__
+from pumice.assistant import Assistant, load
 from pumice.serve.answers import AnswerPiece, join
 from pumice.serve.messages import FunctionDescription
 from pumice.serve.tools import CallReader
@@ -50,6 +53,11 @@ def is_right(name: str, arguments: str) -> bool:
 @pytest.fixture(scope="module")
 def client(roomy: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{roomy}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_folder: Path) -> Assistant:
+    return load(tiny_folder, device="cpu", quantize=None)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +154,12 @@ BAD_CALL = {"id": "a", "type": "function", "function": {"name": "say", "argument
             "tools.1.function.parameters",
             "invalid_function_parameters",
             "schema cannot be followed (Invalid type: nonsense)",
+        ),
+        (
+            {"tools": [tool("say", {"type": "nonsense", "title": "alone"})], "tool_choice": "required"},
+            "tools.0.function.parameters",
+            "invalid_function_parameters",
+            "schema cannot be followed",
         ),
         (
             {"tools": [tool("say", {"type": "object", "x-guidance": {"lenient": True}})]},
@@ -303,11 +317,50 @@ def test_lists_of_prompts(client: openai.OpenAI, roomy: str) -> None:
         ({"prompt": [10**6]}, "prompt"),
         ({"prompt": [-1]}, "prompt.0"),
         ({"prompt": [[1], "a"]}, "prompt.1"),
-        ({"prompt": "a", "echo": True, "logprobs": 1}, None),
-        ({"prompt": "a", "best_of": 3}, None),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "best_of": 3}, "best_of"),
     ):
         response = post(roomy, body, "/v1/completions")
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_log_probabilities_of_a_prompt(client: openai.OpenAI, exact: Assistant) -> None:
+    """As lm-eval asks: each token's is what the whole model gives, however the prompt is cut and cached."""
+    ids = torch.randint(3, 300, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.inference_mode():
+        hidden = exact.model(torch.tensor([ids]))
+        expected = exact.model.decoder.logits(hidden)[0].float().log_softmax(-1)
+    asked: dict[str, Any] = {"model": "tiny", "echo": True, "logprobs": 2, "temperature": 0}
+    client.completions.create(model="tiny", prompt=ids, max_tokens=1)  # it is in the cache now
+    for more in ({"max_tokens": 1}, {"max_tokens": 0}, {"max_tokens": 2, "n": 2}):
+        answer = client.completions.create(prompt=[ids, ids[:2]], **asked, **more)
+        for choice, prompt in zip(answer.choices[:: more.get("n", 1)], (ids, ids[:2]), strict=True):
+            logprobs = choice.logprobs
+            assert logprobs is not None
+            assert logprobs.token_logprobs is not None
+            assert logprobs.top_logprobs is not None
+            assert len(logprobs.token_logprobs) == len(prompt) + more["max_tokens"]
+            first, *given = logprobs.token_logprobs[: len(prompt)]
+            assert first is None
+            chosen = expected[range(len(prompt) - 1), prompt[1:]]
+            assert given == pytest.approx(chosen.tolist(), abs=1e-3)  # measured: 2e-5
+            best = expected[: len(prompt) - 1].max(-1).values.tolist()
+            for highest, top in zip(best, logprobs.top_logprobs[1 : len(prompt)], strict=True):
+                if len(top or {}) == 2:  # else both tokens have one text, such as a part of a character
+                    assert max((top or {}).values()) == pytest.approx(highest, abs=1e-3)
+            assert choice.text.startswith(exact.processor.tokenizer.decode(prompt))
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 2 * more["max_tokens"] * more.get("n", 1)
+    chunks = list(client.completions.create(prompt=ids, **asked, max_tokens=2, stream=True))
+    streamed = [
+        value
+        for chunk in chunks
+        if (logprobs := chunk.choices[0].logprobs) is not None
+        for value in logprobs.token_logprobs or []
+    ]
+    assert streamed[1 : len(ids)] == pytest.approx(expected[range(149), ids[1:]].tolist(), abs=1e-3)
+    text = client.completions.create(prompt="A dog.", **asked, max_tokens=0).choices[0]
+    assert (text.text, text.finish_reason) == ("A dog.", "length")
 
 
 def test_every_answer_names_the_server(roomy: str) -> None:
@@ -346,4 +399,4 @@ def test_a_call_is_read_alike_however_it_is_cut(several: bool) -> None:
 def test_a_call_that_ends_before_its_name() -> None:
     functions = [FunctionDescription(name="say"), FunctionDescription(name="count")]
     answer = join([CallReader(functions)(AnswerPiece(text='{"na', finish="length"))])
-    assert (answer.name, answer.text, answer.finish) == ("", "", "length")
+    assert (answer.name, answer.text, answer.finish) == ("", '{"na', "length")

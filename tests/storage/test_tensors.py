@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.storage.tensors import (
     LazyTensor,
     as_lazy,
@@ -156,3 +156,14 @@ def test_other_types_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot write n: torch\.int64 is none of F32, F16, BF16"):
         write_file(tmp_path / "x.safetensors", stocks({"n": torch.arange(3)}))
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    largest = torch.full((8,), torch.finfo(torch.float32).max)  # its sum is infinite, its values are not
+    write_file(tmp_path / "x.safetensors", stocks({"a": largest}))
+    for value in (torch.nan, -torch.inf):
+        with pytest.raises(WorkError, match="b holds nan or inf; get the model again"):
+            write_file(tmp_path / "x.safetensors", stocks({"a": largest, "b": torch.tensor([1.0, value])}))
+    narrow = as_lazy(torch.tensor([1e5]), "c in model.bin").cast(torch.float16)
+    with pytest.raises(InputError, match=r"c in model\.bin has values beyond the 65504 of F16; choose"):
+        write_file(tmp_path / "x.safetensors", {"c": narrow})

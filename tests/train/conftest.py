@@ -42,9 +42,8 @@ def calibrate(tower: torch.nn.Module) -> None:
         norm.eval()
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random model of two layers, byte-level tokens and four image tokens."""
+def tiny_config() -> tuple[Tokenizer, ModelConfig]:
+    """A model of two layers, byte-level tokens and four image tokens."""
     tokenizer = make_tokenizer()
     config = ModelConfig(
         decoder=DecoderConfig(
@@ -57,6 +56,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         template="chatml",
         stop_token_ids=(tokenizer.token_to_id("<|im_end|>"),),
     )  # fmt: skip
+    return tokenizer, config
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random model of `tiny_config`."""
+    tokenizer, config = tiny_config()
     torch.manual_seed(1)
     model = Llava(config)
     with torch.no_grad():
@@ -67,10 +73,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight rows about four two-coloured pictures, in a folder with the pictures."""
-    path = tmp_path_factory.mktemp("rows")
+def write_rows(path: Path) -> None:
+    """Write eight rows about four two-coloured pictures into a folder, with the pictures."""
     lines = []
     names = list(COLOURS)
     for number, left in enumerate(names):
@@ -86,6 +90,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
             lines.append({"id": f"{number}-{side}", "image": f"{number}.png", "conversations": turns})
     (path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `write_rows`."""
+    path = tmp_path_factory.mktemp("rows")
+    write_rows(path)
     return path
 
 

@@ -12,20 +12,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.config import REDUCTIONS, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.files import sha256
 from pumice.formats.export import export
 from pumice.formats.pumice.folder import save
 from pumice.formats.read import read_model
-from pumice.model.connector import Connector
+from pumice.model.connector import REDUCE, Connector, Reduction
 from pumice.model.llava import Llava
 from pumice.train import run
 from pumice.train.loss import supervised_loss
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
-from pumice.train.shapes import shape
-from pumice.train.speed import flops_per_tile
+from pumice.train.setup import prepare
+from pumice.train.shapes import processor_of, shape
+from pumice.train.sizes import sizes
+from pumice.train.speed import flops_per_tile, flops_per_token
 
 MakeRecipe = Callable[..., Path]
 CONNECTOR = {"learn": {"connector": 3e-3}}
@@ -58,6 +60,25 @@ def test_an_existing_model_gets_a_new_connector(
     assert weights(run(make_recipe("again", model=new, stage=CONNECTOR))).keys() == weights(model).keys()
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
     run(make_recipe("second", model=str(model), max_steps=1))
+
+
+def test_a_wrong_count_of_image_tokens_is_refused_by_plan_check_and_train(
+    make_recipe: MakeRecipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Reduction(lambda features, factor: features[:, :factor], widens=False)
+    monkeypatch.setitem(REDUCE, "first", first)
+    monkeypatch.setitem(REDUCTIONS, "first", lambda grid, factor: factor**2)
+    new = {"base": str(tiny_model), "connector": {"kind": "linear", "reduce": "first", "factor": 2}}
+    path = make_recipe(model=new, stage=CONNECTOR)
+    recipe = load_recipe(path)
+    uses: tuple[Callable[[], object], ...] = (
+        lambda: processor_of(recipe),  # what `data check` and `data show` count with
+        lambda: sizes(recipe, shape(recipe, path)[0], "cpu"),  # what `plan` adds up
+        lambda: run(path),
+    )
+    for use in uses:
+        with pytest.raises(InputError, match=r"2 image tokens of a tile, config\.REDUCTIONS counts 4"):
+            use()
 
 
 def test_a_wrong_key_of_a_new_connector_is_named(make_recipe: MakeRecipe, tiny_model: Path) -> None:
@@ -194,3 +215,28 @@ def test_a_gemma_2_learns_with_adapters_and_is_exported(
     assert any("leaves out the cap of the logits" in note for note in result.notes)
     again = read_model(tmp_path / "hf")
     assert dataclasses.replace(again.config.decoder, vocab_size=258) == GEMMA
+
+
+def test_some_blocks_of_a_part_learn(make_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path) -> None:
+    """One function names the part of a parameter, from its name and its depth; all others follow it."""
+    stage = {"learn": {"decoder.1-1": 1e-3}}
+    path = make_recipe(stage=stage, max_steps=2)
+    trained, before = read_model(run(path)).state, read_model(tiny_model).state
+    moved = {name for name in before if not torch.equal(trained[name].read(), before[name].read())}
+    assert moved and all(name.startswith("decoder.blocks.1.") for name in moved)
+    recipe = load_recipe(path)
+    assert sizes(recipe, shape(recipe, path)[0], "cpu").learning == sum(
+        before[name].read().numel() for name in before if name.startswith("decoder.blocks.1.")
+    )
+    # Backward ends at the first block that learns: the one below it runs forward alone.
+    setup = prepare(recipe)
+    blocks = setup.model.decoder.blocks
+    matrices = [sum(p.numel() for p in block.parameters() if p.dim() == 2) for block in blocks]
+    named = [(n, p.numel()) for n, p in blocks[1].named_parameters() if p.dim() == 2]
+    end = sum(numel for n, numel in named if n.startswith(("attention.o.", "mlp.")))
+    assert flops_per_token(setup.model, setup.part_of) == 2 * matrices[0] + 6 * (matrices[1] - end)
+    with pytest.raises(InputError, match=r"names decoder\.1-2, but the decoder has 2 blocks, counted from 0"):
+        run(make_recipe("beyond", stage={"learn": {"decoder.1-2": 1e-3}}))
+    # A resumed run has the same blocks.
+    with pytest.raises(InputError, match=r"made with stage\.learn\.decoder"):
+        run(make_recipe(stage={"learn": {"decoder.0-1": 1e-3}}, max_steps=2))

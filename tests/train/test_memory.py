@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,20 @@ def test_checkpointing_changes_memory_and_no_number(make_recipe: MakeRecipe) -> 
             run.objective(pack)
         sizes.append(saved.bytes)
     assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_compiled_parts_give_the_same_loss_and_gradients(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated by the compiler, without the minutes that its code generator takes."""
+    lora = {"learn": {"connector": 1e-3, "lora": 1e-3}, "lora": {"rank": 2}}
+    loss, plain = gradients(make_trainer(make_recipe("plain", stage=lora)))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    run = make_trainer(make_recipe("compiled", stage=lora, compile=True))
+    compiled_loss, compiled = gradients(run)
+    assert compiled_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 class Products(TorchDispatchMode):

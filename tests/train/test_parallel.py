@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+from pumice.errors import InputError
+from pumice.train.parallel import World
+from pumice.train.recipe import Recipe
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no gloo"),
@@ -25,3 +30,51 @@ def test_copies_and_shards_have_the_losses_of_one_process(
     results = processes.spread(tmp_path, names, processes.run_forked)
     # measured worst case of all runs of benchmarks/processes.py: 6.4e-8
     assert all(apart < 1e-6 for apart in results.values()), results
+
+
+def test_four_processes_learn_adapters_on_int8_with_packs_without_pictures(
+    processes: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps. A gradient must pass the same blocks in every process, or the run hangs."""
+    monkeypatch.syspath_prepend(Path(processes.__file__).parent)
+    processes.prepare(tmp_path)
+    results = processes.spread(tmp_path, ["one", "fsdp 4"], processes.run_forked, **processes.ADAPTERS)
+    assert results["fsdp 4"] < 1e-6, results
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": {"learn": {"lora": 1e-3}, "lora": {}, "base": "nf4"}}, "base: nf4 cannot be sharded"),
+        ({"optimizer": "adamw8bit"}, "adamw8bit keeps its states whole"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(changes: dict[str, Any], message: str) -> None:
+    values = {
+        "name": "a",
+        "output": "o",
+        "model": "m",
+        "data": [{"rows": "r"}],
+        "stage": {"learn": {"decoder": 1e-3}},
+    }
+    world = World(0, 2, 0, "fsdp")
+    with pytest.raises(InputError, match=message):
+        world.choose_kind(Recipe.model_validate(values | changes), 1e9, torch.device("cpu"))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "name": "a",
+            "output": "o",
+            "model": "m",
+            "data": [{"rows": "r"}],
+            "stage": {"learn": {"decoder": 1e-3}},
+        }
+    )
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"4 processes on this machine and 2 GPUs; .* --nproc-per-node 2"):
+        World.join(recipe)

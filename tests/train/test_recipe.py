@@ -15,7 +15,8 @@ import yaml
 
 from pumice.config import DecoderConfig, ImagePolicy, ModelConfig
 from pumice.errors import InputError
-from pumice.train.recipe import Recipe, load_recipe
+from pumice.train.recipe import Recipe, load_recipe, recipe_path
+from pumice.train.shapes import shape
 
 VALUES: dict[str, Any] = {
     "name": "a",
@@ -56,6 +57,11 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
         ({"stage": {"learn": {}}}, r"stage: learn names no part"),
         ({"stage": {"learn": {"connector": 0.0}}}, r"the rate 0\.0"),
         ({"stage": {"learn": {"projector": 1e-3}}}, r"unknown key 'stage\.learn\.projector'; .*"),
+        ({"stage": {"learn": {"decoder.3-1": 1e-3}}}, r"decoder\.3-1: the first block comes after the last"),
+        (
+            {"stage": {"learn": {"lora": 1e-3, "decoder.0-1": 1e-3}, "base": "int8"}},
+            r"base: int8 freezes the LLM; take decoder",
+        ),
         ({"batch": 0}, r"batch: .*greater than 0"),
         ({"data": []}, r"data is empty; give one"),
         ({"precision": "fp8"}, r"precision: .*'fp32', 'tf32' or 'bf16'"),
@@ -95,7 +101,14 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, changes: dict[str, An
         ("seed.deep=1", "seed: .*valid integer"),
         ("name.deep=1", "no 'deep' to set"),
         ("sead=1", "did you mean 'seed'"),
-        ("lora.rank=4", r"unknown key 'lora'; did you mean 'stage\.lora'\?"),
+        ("lora.rank=4", r"^--set lora\.rank=4: unknown key 'lora\.rank'; did you mean 'stage\.lora\.rank'\?"),
+        ("lora.r=4", r"^--set lora\.r=4: unknown key 'lora\.r'; did you mean 'stage\.lora'\?"),
+        ("save.every=4", r"^--set save\.every=4: unknown key 'save\.every'; did you mean 'save_every'\?"),
+        ("lr=1e-4", r"unknown key 'lr'; did you mean 'stage\.learn'\?"),
+        ("stage.learn.vision=1", r"unknown key 'stage\.learn\.vision'; the parts are .*tower.*lora"),
+        ("stage.lora=4", r"stage\.lora must be a mapping of keys to values"),
+        ("data.rows=x", r"data is a list of 1; say which, as data\.0"),
+        ("extends=pumice:finetune", "extends can be set in the recipe's file only"),
         ("stage.rank=4", r"unknown key 'stage\.rank'; did you mean 'stage\.lora\.rank'\?"),
         ("data.0.rwos=x", r"unknown key 'data\.0\.rwos'; did you mean 'data\.0\.rows'\?"),
         ("stage.learn.conector=1", r"did you mean 'stage\.learn\.connector'\?"),
@@ -219,9 +232,14 @@ def test_a_shipped_recipe_is_extended_by_its_name(tmp_path: Path, monkeypatch: p
     recipe = load_recipe(extend(tmp_path, "mine.yaml", extends="pumice:finetune", model="m", epochs=2))
     assert (recipe.name, recipe.model, recipe.epochs) == ("fine-tuning", Path("m"), 2)
     assert load_recipe("pumice:llava-1.5/2-lora-7b").stage.lora is not None
-    for name, near in (("finetun", "finetune"), ("2-lora-7b", "llava-1.5/2-lora-7b"), ("llava1.5/x", None)):
-        hint = rf"; did you mean pumice:{near}\?" if near else ""
-        message = rf"mine\.yaml: extends pumice:{name}: Pumice brings no such recipe{hint}"
+    for name, hint in (
+        ("finetun", r"did you mean pumice:finetune\?"),
+        ("finetune.yaml", r"did you mean pumice:finetune\?"),
+        ("2-lora-7b", r"did you mean pumice:llava-1\.5/2-lora-7b\?"),
+        ("qlora", r"did you mean pumice:llava-1\.5/2-qlora-13b or pumice:llava-1\.5/2-qlora-7b\?"),
+        ("nothing", r"it brings finetune, llava-1\.0/1-align-13b, .*small/2-instruct$"),
+    ):
+        message = rf"mine\.yaml: extends pumice:{name}: Pumice brings no such recipe; {hint}"
         with pytest.raises(InputError, match=message):
             load_recipe(extend(tmp_path, "mine.yaml", extends=f"pumice:{name}"))
     with pytest.raises(InputError, match=r"there is no .*; one that Pumice brings is named pumice:finetune"):
@@ -254,3 +272,27 @@ def test_a_wheel_brings_the_recipes(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith(f"fine-tuning {tmp_path}")
+
+
+def test_a_field_that_came_later_is_stored_only_where_it_is_set(tmp_path: Path) -> None:
+    """So that the folder of a run looks to an earlier version as its own."""
+    plain = load_recipe(write(tmp_path))
+    assert set(plain.stored()["data"][0]) == {"rows", "weight", "mirror"}
+    assert "shuffle_block" not in plain.stored() and plain.stored()["seed"] == 0
+    overrides = ["shuffle_block=5", "data.0.split=train", "data.0.columns={image: photo}"]
+    changed = load_recipe(write(tmp_path), overrides)
+    assert changed.stored()["shuffle_block"] == 5
+    assert changed.stored()["data"][0] == plain.stored()["data"][0] | {
+        "split": "train",
+        "columns": {"image": "photo"},
+    }
+    for recipe in (plain, changed):
+        assert Recipe.model_validate(recipe.stored()) == recipe
+
+
+def test_a_stage_of_pumice_is_found_with_the_stage_before_it() -> None:
+    """From anywhere: the model that the first stage writes does not exist."""
+    name = "pumice:llava-1.5/2-lora-7b"
+    config, notes = shape(load_recipe(name), recipe_path(name))
+    assert config.decoder.depth == 32
+    assert any("does not exist yet: its shape follows from 1-align-7b.yaml" in note for note in notes)

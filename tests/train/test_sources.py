@@ -156,6 +156,21 @@ def test_rows_of_a_folder_that_changed_do_not_go_on(
         run(make_recipe(data=data, max_steps=3))
 
 
+# A run that kills itself after another checkpoint, a number of looks at the folder later. Both happen in one
+# process, so that a busy machine slows both.
+KILLED = """
+import os, pathlib, signal, sys, threading
+from pumice.train import run
+def kill(folder, seen, looks):
+    while looks > 0:
+        looks -= any(int(path.name[5:]) > seen for path in folder.glob("step-*"))
+    os.kill(os.getpid(), signal.SIGKILL)
+arguments = pathlib.Path(sys.argv[2]), int(sys.argv[3]), 1 + int(sys.argv[4])
+threading.Thread(target=kill, args=arguments, daemon=True).start()
+run(sys.argv[1])
+"""
+
+
 def test_a_streamed_run_that_is_killed_ends_as_if_it_were_not(
     make_recipe: MakeRecipe, sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -167,28 +182,16 @@ def test_a_streamed_run_that_is_killed_ends_as_if_it_were_not(
     weights = load_file(run(whole) / "model.safetensors")
     steps = len([e for e in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss" in e])
     assert steps > 12
-    command = [sys.executable, "-c", f"from pumice.train import run; run({str(killed)!r})"]
-    kills, choose = 0, random.Random(3)
-    folder = tmp_path / "killed" / "checkpoints"
-    seen = 0
-    while kills < 10:
-        process = subprocess.Popen(
-            command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    choose, folder, seen = random.Random(3), tmp_path / "killed" / "checkpoints", 0
+    for _ in range(10):
+        arguments = [str(killed), str(folder), str(seen), str(choose.randrange(2000))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, *arguments], capture_output=True, env=environment, check=False
         )
-        # After another checkpoint, at a moment that is a random number of looks later.
-        looks = choose.randrange(2000)
-        while process.poll() is None:
-            newest = (
-                max((int(p.name[5:]) for p in folder.glob("step-*")), default=0) if folder.is_dir() else 0
-            )
-            looks -= newest > seen
-            if newest > seen and looks <= 0:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.wait()
+        assert done.returncode == -signal.SIGKILL, done.stderr
         seen = max(int(p.name[5:]) for p in folder.glob("step-*"))
         assert seen < steps, "the run ended before it was killed ten times"
-        kills += 1
     run(killed)
     resumed = load_file(tmp_path / "killed" / "model" / "model.safetensors")
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)

@@ -15,7 +15,20 @@ import typer
 from typer.core import TyperGroup
 
 from pumice import __version__
-from pumice.cli import ask, chat, data, doctor, evaluate, explain, export, importing, plan, serve, train
+from pumice.cli import (
+    ask,
+    chat,
+    check,
+    data,
+    doctor,
+    evaluate,
+    explain,
+    export,
+    importing,
+    plan,
+    serve,
+    train,
+)
 from pumice.errors import InputError, WorkError
 
 
@@ -75,6 +88,7 @@ app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("import")(importing.import_)
 app.command("export")(export.export)
+app.command("check")(check.check)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
 app.command("explain")(explain.explain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -186,8 +187,9 @@ def _print_report(report: DataReport) -> None:
                 f"{tokens['too_long_share']:.1%} of the rows exceed the context"
             )
             max_count = max(tokens["histogram"].values())
+            bar = max(5, min(40, shutil.get_terminal_size().columns - 24))  # characters of the longest bar
             for bin_name, count in tokens["histogram"].items():
-                print(f"  {bin_name:>12}  {'#' * round(40 * count / max_count):<40} {count}")
+                print(f"  {bin_name:>12}  {'#' * round(bar * count / max_count):<{bar}} {count}")
     print(f"{report.usable} of {report.rows} rows can be used")
 
 

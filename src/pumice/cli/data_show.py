@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pumice.cli import options
-from pumice.cli.source import Source, SourceOptions
+from pumice.cli.source import SourceOptions
 from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
     from pumice.config import ModelConfig
+    from pumice.conversation import Conversation
     from pumice.data.rows import ImageFinder, Row, Rows
     from pumice.processor import Processor
     from pumice.templates import Plain, Template
     from pumice.tokens import Tokenizer
+    from pumice.train.recipe import Recipe
 
 PAGE_ROWS = 100  # rows of a page, unless --rows says otherwise
 
 
 @options.expand
 def show(
-    source: Source,
     reading: SourceOptions,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="Rows in any format: a file, a folder, a glob, hf://owner/name; the recipe's if not given.",
+            metavar="SOURCE",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="As this recipe's stage learns them: its model, template, image tokens and context.",
+            show_default=False,
+        ),
+    ] = None,
     model: options.Model = "pumice-tiny",
     template: Annotated[
         str | None,
@@ -43,7 +59,7 @@ def show(
         Path | None, typer.Option(help="Look the pictures up here; without it none is needed.")
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Show only so many rows.", show_default=False)
+        int | None, typer.Option(min=1, help="Show only so many rows of a source.", show_default=False)
     ] = None,
     pictures: Annotated[bool, typer.Option("--pictures", help="Draw the pictures in the terminal.")] = False,
     page: Annotated[
@@ -56,35 +72,95 @@ def show(
 ) -> None:
     """Print rows as the model sees them: what it learns to write is green and in [+ +]."""
     from pumice.data.rows import ImageFinder
-    from pumice.templates import OWN
-    from pumice.tokens import encode
+    from pumice.errors import InputError
 
-    finder = ImageFinder(images) if images is not None else None
+    # 1. The rows, where their pictures are, and how they become tokens: by the recipe, if there is one.
+    sources = [] if source is None else [reading.open(source)]
+    folders = [] if images is None else [images]
+    if recipe is not None:
+        if template is not None or tokenizer is not None or model != "pumice-tiny":
+            raise InputError(
+                "--recipe names the model and the template; leave --model, --template and --tokenizer out"
+            )
+        from pumice.train.batches import open_rows
+        from pumice.train.recipe import load_recipe
+
+        loaded = load_recipe(recipe)
+        sources = sources or [open_rows(one) for one in loaded.data]
+        folders = folders or loaded.pictures or [Path(".")]
+        encoding = _learned(loaded)
+    elif page is None:
+        encoding = _seen(model, template, tokenizer)
+    if not sources:
+        raise InputError("there is nothing to show: give a file of rows, or --recipe")
+    finder = ImageFinder(folders) if folders else None
+    # 2. A page shows rows as they are.
     if page is not None:
-        _write_page(reading.open(source), rows or PAGE_ROWS, finder or ImageFinder("."), page)
+        if len(sources) > 1:
+            raise InputError(f"--html writes a page of one source, the recipe has {len(sources)}; name one")
+        _write_page(sources[0], rows or PAGE_ROWS, finder or ImageFinder("."), page)
         return
-    if tokenizer is not None:
-        chat_format, text_tokenizer, bos = _format(template or OWN, tokenizer)
-    else:
-        processor = _processor(model, template)
-        chat_format, text_tokenizer = processor.template, processor.tokenizer
-        bos = processor.config.bos_token_id
+    # 3. Print tokens. A row that a recipe cannot use says why; without a recipe it ends the command.
     printed = []
-    config = None if tokenizer is not None else processor.config
-    opened = reading.open(source)
-    for row in (opened[index] for index in range(min(len(opened), rows or len(opened)))):
-        conversation = row.conversation(finder)
-        ids, labels = encode(
-            chat_format.render(conversation), text_tokenizer, [1] * len(conversation.images), bos
-        )
-        if as_json:
-            printed.append({"id": row.id, "input_ids": ids, "labels": labels})
-            continue
-        if pictures:
-            _draw(row, finder or ImageFinder("."))
-        print_row(row.id, ids, labels, text_tokenizer, _counted(ids, config))
+    for opened in sources:
+        for row in (opened[index] for index in range(min(len(opened), rows or len(opened)))):
+            try:
+                ids, labels = encoding.encode(row.conversation(finder))
+            except InputError as error:
+                if recipe is None or as_json:
+                    raise
+                print(f"{row.id}: not learned: {error}\n")
+                continue
+            if as_json:
+                printed.append({"id": row.id, "input_ids": ids, "labels": labels})
+                continue
+            if pictures:
+                _draw(row, finder or ImageFinder("."))
+            print_row(row.id, ids, labels, encoding.tokenizer, encoding.count(ids))
     if as_json:
         print_json(printed)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowEncoding:
+    """How a row becomes (input_ids, labels). count: says in words how pictures count in input_ids."""
+
+    tokenizer: Tokenizer
+    encode: Callable[[Conversation], tuple[list[int], list[int]]]
+    count: Callable[[list[int]], str]
+
+
+def _learned(recipe: Recipe) -> RowEncoding:
+    """Return the encoding of a recipe's stage: with image tokens, and cut or refused at its context."""
+    from pumice.train.shapes import processor_of
+
+    processor = processor_of(recipe)
+
+    def encode(conversation: Conversation) -> tuple[list[int], list[int]]:
+        sample = processor.training_sample(conversation)
+        return sample.input_ids.tolist(), sample.labels.tolist()
+
+    return RowEncoding(processor.tokenizer, encode, lambda ids: "")
+
+
+def _seen(model: str, template: str | None, path: Path | None) -> RowEncoding:
+    """Return the encoding of a model, or of the tokenizer at `path`, with one token for each picture."""
+    from pumice.templates import OWN
+    from pumice.tokens import encode as encode_spans
+
+    config = None
+    if path is not None:
+        chat_format, tokenizer, bos = _format(template or OWN, path)
+    else:
+        processor = _processor(model, template)
+        chat_format, tokenizer, config = processor.template, processor.tokenizer, processor.config
+        bos = config.bos_token_id
+
+    def encode(conversation: Conversation) -> tuple[list[int], list[int]]:
+        ones = [1] * len(conversation.images)
+        return encode_spans(chat_format.render(conversation), tokenizer, ones, bos)
+
+    return RowEncoding(tokenizer, encode, lambda ids: _counted(ids, config))
 
 
 def _write_page(rows: Rows, count: int, finder: ImageFinder, page: Path) -> None:

@@ -49,7 +49,7 @@ def explain(
     model: options.Model = "pumice-tiny",
     *,
     sampling: Annotated[options.Sampling, "max_new_tokens", "temperature", "seed"],
-    opening: Annotated[options.Opening, "device", "quantize"],
+    opening: Annotated[options.Opening, "device", "quantize", "mmproj", "cache_limit"],
 ) -> None:
     """Show where each word of an answer looked, and whether the picture mattered.
 

@@ -32,14 +32,20 @@ def export(
         bool, typer.Option("--drop-lora", help="Leave LoRA adapters out, do not merge them.")
     ] = False,
     *,
-    opening: Annotated[options.Opening, "template", "tower", "base"],
+    opening: Annotated[options.Opening, "template", "tower", "base", "mmproj"],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model for transformers, llama.cpp, PEFT or the original LLaVA code."""
     from pumice.formats.export import export as write
     from pumice.formats.read import read_model
 
-    model = read_model(source, template=opening.template, tower=opening.tower, base=opening.base)
+    model = read_model(
+        source,
+        template=opening.template,
+        tower=opening.tower,
+        base=opening.base,
+        mmproj=opening.mmproj,
+    )
     written = write(model, to, target, dtype=dtype, kind=kind, drop_lora=drop_lora, tower=tower_name)
     notes = [*model.notes, *written.notes]
     if as_json:

@@ -25,6 +25,7 @@ def import_(
         ),
     ] = None,
     base: options.Base = None,
+    mmproj: options.Mmproj = None,
     dtype: Annotated[
         str, typer.Option(help="Store weights as fp16, bf16 or fp32; keep: as they are.")
     ] = "keep",
@@ -42,7 +43,14 @@ def import_(
 
     bits = None if quantize == "none" else quantize
     report = import_model(
-        source, target, dtype=dtype, template=template, tower=tower, base=base, quantize=bits
+        source,
+        target,
+        dtype=dtype,
+        template=template,
+        tower=tower,
+        base=base,
+        mmproj=mmproj,
+        quantize=bits,
     )
     summary = report.summary()
     if as_json:

@@ -111,6 +111,10 @@ Base = Annotated[
     str | None,
     typer.Option(help="What the model, a LoRA or a projector, was trained on.", show_default=False),
 ]
+Mmproj = Annotated[
+    str | None,
+    typer.Option(help="The half of a LLaVA in GGUF that sees, where it lies elsewhere.", show_default=False),
+]
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,15 @@ class Opening:
     template: Template = None
     tower: Tower = None
     base: Base = None
+    mmproj: Mmproj = None
+    cache_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="GB that converted GGUF files may take in the cache; 0 keeps none.",
+            show_default="$PUMICE_CACHE_LIMIT, else 20",
+        ),
+    ] = None
 
     def arguments(self) -> dict[str, Any]:
         return {**vars(self), "quantize": None if self.quantize == "none" else self.quantize}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,11 +56,11 @@ def plan(
         return
     assert recipe is not None
     from pumice.train.plan.estimate import plan as make_plan
-    from pumice.train.recipe import load_recipe
+    from pumice.train.recipe import load_recipe, recipe_path
 
     estimate = make_plan(
         load_recipe(recipe, overrides or []),
-        recipe,
+        recipe_path(recipe),
         gpu=gpu,
         gpu_memory=gpu_memory,
         processes=processes,
@@ -80,13 +81,16 @@ def _plan_ask(model: str, as_json: bool) -> None:
     if as_json:
         print_json(estimate.to_dict())
     else:
-        print("\n".join(describe_ask(estimate)))
+        print("\n".join(describe_ask(estimate, shutil.get_terminal_size().columns)))
     if all(cost.fits is False for cost in estimate.costs):
         raise typer.Exit(1)
 
 
-def describe_ask(plan: AskPlan) -> list[str]:
-    """Return the costs of answers as lines of text, a column for each kind of weights."""
+def describe_ask(plan: AskPlan, columns: int = 80) -> list[str]:
+    """Return the costs of answers as lines of text: a column for each kind of weights, or a paragraph.
+
+    columns: of the terminal; what does not fit there side by side stands one below the other.
+    """
     free = "memory unknown" if plan.free is None else f"{plan.free / 1e9:.1f} GB free"
     threads = f", {plan.kernel}, {plan.threads} threads" if plan.device == "cpu" else ""
     costs = plan.costs
@@ -98,9 +102,16 @@ def describe_ask(plan: AskPlan) -> list[str]:
         rows.append(("", ["fits" if cost.fits else "does not fit" for cost in costs]))
     rows.append(("first word", [f"{cost.first_word:.1f} s" for cost in costs]))
     rows.append(("then", [f"{cost.tokens_per_second:.1f} tokens/s" for cost in costs]))
-    return [
+    lines = [
         f"{plan.model} on {plan.device}{threads}, {free}",
         f"a question about a new picture: {plan.prompt_tokens} tokens, {plan.image_tokens} of the picture",
+    ]
+    if 20 + 16 * len(costs) > columns:
+        for number in range(len(costs)):
+            lines += ["", *(f"{name:<20}{values[number]:>16}" for name, values in rows)]
+        return lines
+    return [
+        *lines,
         "",
         *(f"{name:<20}" + "".join(f"{value:>16}" for value in values) for name, values in rows),
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pumice.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from pumice.assistant import Reply
+    from pumice.engine.reply import Reply
 
 LONG_PROMPT = 256  # tokens; a shorter one is read before anybody waits
 

@@ -18,7 +18,7 @@ def serve(
     model: options.Model = "pumice-tiny",
     *,
     settings: ServerSettings,
-    opening: Annotated[options.Opening, "device", "quantize"],
+    opening: Annotated[options.Opening, "device", "quantize", "mmproj", "cache_limit"],
 ) -> None:
     """Serve a model over HTTP: OpenAI's protocol at /v1, a page to chat on at /.
 

@@ -10,6 +10,8 @@ Shapes: T tokens of a pack, n tokens of one tree, s supervised tokens of one tre
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -196,6 +198,31 @@ def pack(trees: Iterable[Tree], budget: int) -> list[Pack]:
         packs[number].append(tree)
         room.set(number, max(0, room.get(number) - len(tree)))
     return [Pack(tuple(filled)) for filled in packs]
+
+
+def pack_evenly(trees: Iterable[Tree], budget: int, processes: int) -> list[Pack]:
+    """Fill packs that are nearly equal in tokens, as many for each process, so that none waits for another.
+
+    A pack has at most `budget` tokens, or one longer tree. The largest packs come first: packs that processes
+    compute at the same time are alike. There are fewer than processes only if there are fewer trees.
+    """
+    in_order = sorted(trees, key=len, reverse=True)
+    if not in_order:
+        return []
+    limit = max(budget, len(in_order[0]))
+    count = processes * math.ceil(sum(map(len, in_order)) / (processes * budget))
+    while True:
+        # The longest tree first, each into the emptiest pack (LPT scheduling, Graham 1969).
+        heap = [(0, number) for number in range(count)]
+        packs: list[list[Tree]] = [[] for _ in heap]
+        for tree in in_order:
+            tokens, number = heapq.heappop(heap)
+            packs[number].append(tree)
+            heapq.heappush(heap, (tokens + len(tree), number))
+        if max(heap)[0] <= limit:
+            filled = [Pack(tuple(trees)) for trees in packs if trees]
+            return sorted(filled, key=len, reverse=True)
+        count += processes
 
 
 class _Room:

@@ -24,15 +24,17 @@ from pumice.engine.native import TRIAL_ROWS, NativeDecoder, native_decoder
 from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
-from pumice.engine.sizes import cache_size, has_memory
+from pumice.engine.sizes import cache_size, check_sizes, chunk_size, has_memory
 from pumice.errors import ContextOverflow, InputError, WorkError
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import BLOCK, KVCache, Segment
 from pumice.model.finite import finite_rows, why_not_finite
 from pumice.model.llava import Llava
+from pumice.model.transfer import numbers_on, to_device
 
 _LOG = logging.getLogger(__name__)
 # Freed memory that the process keeps: a long prompt frees some 100 MB in every step.
+NOT_FINITE = -1  # in place of a token, where its logits are no numbers
 KEPT_FREED_BYTES = 256 * 2**20
 
 Plan = list[tuple[Request, int]]  # requests, and how many tokens of each a step computes
@@ -54,21 +56,17 @@ class EngineStats:
     steps: int
 
 
-def check_sizes(slots: int, cache_tokens: int | None, chunk: int) -> None:
-    """Raise InputError unless an engine can have these sizes."""
-    for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; give 1 or more")
-
-
 class Engine:
     """Answers up to `slots` prompts at a time, each in its own slot of the KV cache; more wait in order.
 
     cache_tokens: tokens that the KV cache holds, of running and finished requests together. It is rounded up
     to whole blocks. memory_share: without `cache_tokens`, the share of the memory left beside the weights
     that the cache may take, as a server wants it; None gives about a gigabyte, or one context if that is
-    more, within half of that memory. chunk: prompt tokens per step. prefix_cache: keep finished requests, so
+    more, within half of that memory; on CUDA, all slots at their longest, within half. chunk: prompt tokens
+    per step; None chooses by device. prefix_cache: keep finished requests, so
     that a prompt that begins like one of them computes only its remaining tokens.
+
+    one_call: on CUDA, attend with one kernel for all requests; off until benchmarks/gpu.py passed on a card.
 
     The model must not change while requests run. After weights were edited in place, call `forget`. Replaced
     modules and hooks are noticed when the next request is taken.
@@ -80,10 +78,12 @@ class Engine:
         *,
         slots: int = 16,
         cache_tokens: int | None = None,
-        chunk: int = 512,
+        chunk: int | None = None,
         prefix_cache: bool = True,
         memory_share: float | None = None,
+        one_call: bool = False,
     ) -> None:
+        chunk = chunk_size(model.device) if chunk is None else chunk
         check_sizes(slots, cache_tokens, chunk)
         config = model.config.decoder
         # 1. Size the cache by the memory that is free beside the weights.
@@ -94,7 +94,8 @@ class Engine:
         # 3. Set up the parts that only the thread that steps uses.
         self.model, self.slots = model, slots
         self._not_finite: str | None = None  # why the model computes what is no number, once it did
-        self._cache = KVCache(config, self.cache_tokens, model.device, model.decoder.cache_dtype, BLOCK)
+        dtype = model.decoder.cache_dtype
+        self._cache = KVCache(config, self.cache_tokens, model.device, dtype, BLOCK, one_call)
         # The decoder in C, where it can run; None where PyTorch computes every step.
         self._native = native_decoder(model.decoder, self._cache)
         self._prefix_cache = PrefixCache(
@@ -141,7 +142,7 @@ class Engine:
                 "or for a larger cache"
             )
         # 2. Queue it, and wake the thread that steps.
-        request = Request(prompt, deliver, prompt.params.generator(self.model.device), max_cells)
+        request = Request(prompt, deliver, prompt.params.generator(), max_cells)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
@@ -316,35 +317,37 @@ class Engine:
     def _forward(self, plan: Plan) -> Tensor | None:
         """Return logits (R, V) for the requests whose next token is due, or None if there are none."""
         model = self.model
-        # 1. Lay the new tokens of all requests end to end, and note the rows after which a token is due.
-        segments, due_rows, new_ids, rows_before = [], [], [], 0
+        # 1. Lay the new tokens of all requests end to end, and note the rows whose logits are wanted: those
+        #    after which a token is due, and those that predict a token of a prompt that is scored.
+        segments, new_ids, rows_before = [], [], 0
+        wanted: list[int] = []
+        due: list[int] = []  # among the wanted rows
+        scored: list[tuple[Request, slice]] = []  # among them, too
         for request, count in plan:
             slot = request.slot
             assert slot is not None
             new_ids.append(request.ids[slot.length : slot.length + count])
             segments.append(Segment(slot.table, slot.length, count))
+            if request.scores_prompt:
+                first = len(wanted)
+                predicting = min(count, len(request.prompt.input_ids) - 1 - slot.length)
+                wanted += range(rows_before, rows_before + predicting)
+                scored.append((request, slice(first, len(wanted))))
             rows_before += count
             if slot.length + count == request.length:
-                due_rows.append(rows_before - 1)
+                due.append(len(wanted))
+                wanted.append(rows_before - 1)
         # 2. Embed them. Placeholders have a negative id: embed any token, then overwrite it.
-        ids = torch.from_numpy(np.concatenate(new_ids)).to(model.device)
+        ids = to_device(torch.from_numpy(np.concatenate(new_ids)), model.device)
         x = model.decoder.embed(ids.clamp(min=0))  # (T, D)
         rows_before = 0
         for request, count in plan:
             if request.step_images is not None:
                 offsets, image_tokens = request.step_images
-                x[torch.from_numpy(offsets + rows_before).to(x.device)] = image_tokens.to(x)
+                x[to_device(torch.from_numpy(offsets + rows_before), x.device)] = image_tokens.to(x)
                 request.step_images = None
             rows_before += count
-
-        # 3. Run the decoder. Only the due rows need logits: the vocabulary is the largest matrix. The first
-        #    time, compare compiled code with PyTorch.
-        def run_pytorch() -> Tensor:
-            rows = torch.tensor(due_rows, dtype=torch.long, device=x.device)
-            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
-            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
-            return model.decoder.logits(hidden)
-
+        # 3. Choose compiled code or PyTorch. The first time, compare both.
         native = self._native_for(plan)
         if native and not native.compared and not native.agrees(x[:TRIAL_ROWS]):
             _LOG.warning(
@@ -352,14 +355,25 @@ class Engine:
                 "answers, more slowly"
             )
             self._native = native = None
-        logits = native.logits(x, segments, due_rows) if native else run_pytorch()
-        # 4. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
+        # 4. Run the decoder. Only the wanted rows need logits: the vocabulary is the largest matrix.
+        if native:
+            logits = native.logits(x, segments, wanted)
+        else:
+            rows = numbers_on(x.device, wanted)
+            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
+            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
+            logits = model.decoder.logits(hidden)
+        for request, own in scored:
+            request.score(logits[own])
+        # 5. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
         #    again.
         for request, count in plan:
             slot = request.slot
             assert slot is not None
             self._prefix_cache.record(slot, request.token_hashes[: slot.length + count])
-        return logits if due_rows else None
+        if not due:
+            return None
+        return logits if len(due) == len(logits) else logits.index_select(0, numbers_on(x.device, due))
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
         """Return the next token of each request, from logits (R, V), or the exception that prevented it."""
@@ -377,10 +391,14 @@ class Engine:
         params = [request.prompt.params for request in requests]
         histories, generators = [r.ids for r in requests], [r.generator for r in requests]
         prompts = [len(request.prompt.input_ids) for request in requests]
-        tokens = sample(logits, params, histories, generators, allowed, prompts).tolist()
+        chosen = sample(logits, params, histories, generators, allowed, prompts)
+        # One wait for the device. A row that is not finite has no token.
+        tokens = torch.where(finite_rows(logits), chosen, NOT_FINITE).tolist()
         # 3. Tell the constraints.
         for row, request in enumerate(requests):
-            if request.constraint is not None and row not in failed and tokens[row] not in self._stops:
+            if tokens[row] == NOT_FINITE:
+                failed[row] = WorkError(self._why_not_finite())
+            elif request.constraint is not None and row not in failed and tokens[row] not in self._stops:
                 try:
                     request.constraint.accept(tokens[row])
                 except Exception as error:
@@ -390,11 +408,7 @@ class Engine:
     def _deliver_next_tokens(self, plan: Plan, logits: Tensor) -> None:
         """Choose the next tokens and deliver them to their requests."""
         due = [request for request, _ in plan if request.remaining == 0]
-        finite = finite_rows(logits)
         for row, (request, token) in enumerate(zip(due, self._choose(due, logits), strict=True)):
-            if not finite[row]:
-                self._finish(request, "error", WorkError(self._why_not_finite()))
-                continue
             if isinstance(token, Exception):
                 self._finish(request, "error", token)
                 continue

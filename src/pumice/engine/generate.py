@@ -24,7 +24,7 @@ def _append(events: deque[tuple[int, Delta]], number: int, delta: Delta) -> None
 def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
     """Generate one answer without a cache: run the whole sequence again for every token."""
     params, context = prompt.params, model.config.decoder.context
-    generator, image_tokens = params.generator(model.device), prompt.encode_images()
+    generator, image_tokens = params.generator(), prompt.encode_images()
     constraint = prompt.constraint() if prompt.constraint is not None else None
     history = prompt.input_ids.tolist()
     answer: list[int] = []
@@ -44,14 +44,16 @@ def naive_generate(model: Llava, prompt: Prompt) -> list[int]:
     return answer
 
 
-def generate(model: Llava, prompts: Iterable[Prompt], *, slots: int = 1) -> Iterator[tuple[int, int | None]]:
+def generate(
+    model: Llava, prompts: Iterable[Prompt], *, slots: int = 1, cache_tokens: int | None = None
+) -> Iterator[tuple[int, int | None]]:
     """Answer prompts, at most `slots` at a time. Yield (index of the prompt, its next token, or None at its
     end).
 
-    The next prompt is taken from the iterable when a slot is free. Raise InputError if a prompt leaves no
-    room for an answer, and the exceptions of an image's `encode`.
+    The next prompt is taken from the iterable when a slot is free. cache_tokens: as in `Engine`. Raise
+    InputError if a prompt leaves no room for an answer, and the exceptions of an image's `encode`.
     """
-    engine = Engine(model, slots=slots)
+    engine = Engine(model, slots=slots, cache_tokens=cache_tokens)
     events: deque[tuple[int, Delta]] = deque()
     upcoming, open_requests = enumerate(prompts), 0
     exhausted = False

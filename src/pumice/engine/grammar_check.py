@@ -2,7 +2,8 @@
 
     python -m pumice.engine.grammar_check
 
-reads a JSON list of grammars from standard input, and writes for each why it cannot be followed, or "".
+reads a JSON list of grammars from standard input, and writes a line of JSON for each: why it cannot be
+followed, or "".
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from pumice.errors import InputError
 
 LARGEST = 1 << 17  # bytes of a grammar
+ALL = 4 * LARGEST  # of those that are checked together
 CPU_SECONDS = 2  # real ones take some milliseconds; Linux and macOS keep to it
 WALL_SECONDS = 30  # on a busy machine; the only bound of time on Windows
 MEMORY = 2 << 30  # bytes of address space; Linux keeps to it
@@ -47,9 +49,11 @@ class GrammarCheck:
 
     def run(self) -> list[str]:
         """Wait for the end of the process. Return for each grammar why it cannot be followed, or ""."""
-        size = sum(map(len, self._grammars))
+        size = max(map(len, self._grammars), default=0)
         if size > LARGEST:
             return [f"{size} characters, more than {LARGEST}"] * len(self._grammars)
+        if (size := sum(map(len, self._grammars))) > ALL:
+            return [f"{size} characters together, more than {ALL}"] * len(self._grammars)
         command = [sys.executable, "-m", __name__]
         with self._lock:
             if self._stopped:
@@ -57,19 +61,19 @@ class GrammarCheck:
             self._process = process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
-        answer = b""
         try:
             answer, _ = process.communicate(json.dumps(self._grammars).encode(), timeout=WALL_SECONDS)
         except subprocess.TimeoutExpired:
-            answer = b""
+            process.kill()
+            answer, _ = process.communicate()
         finally:
             process.kill()
-            process.communicate()
-        if process.returncode:
-            reason = f"it takes more than {CPU_SECONDS} s or {MEMORY >> 20} MB to compile"
-            return [reason] * len(self._grammars)
-        reasons: list[str] = json.loads(answer)
-        return reasons
+            process.wait()
+        lines = [line for line in answer.splitlines(keepends=True) if line.endswith(b"\n")]
+        reasons: list[str] = list(map(json.loads, lines))
+        # Where it was stopped: the one that was being compiled, and those that were not tried.
+        reason = f"it takes more than {CPU_SECONDS} s or {MEMORY >> 20} MB to compile"
+        return reasons + [reason] * (len(self._grammars) - len(reasons))
 
     def stop(self) -> None:
         with self._lock:
@@ -118,4 +122,5 @@ if __name__ == "__main__":
     from llguidance import LLTokenizer
 
     by_bytes = LLTokenizer("byte")
-    json.dump([compile_grammar(grammar, by_bytes)[1] for grammar in json.load(sys.stdin)], sys.stdout)
+    for grammar in json.load(sys.stdin):
+        print(json.dumps(compile_grammar(grammar, by_bytes)[1]), flush=True)

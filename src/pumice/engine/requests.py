@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pumice.config import IMAGE_TOKEN
 from pumice.engine.cache import CacheSlot
-from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob
+from pumice.engine.sampling import Constraint, SamplingParams, TokenLogprob, token_logprobs
 from pumice.errors import ContextOverflow, InputError
 from pumice.model.llava import Llava
 
@@ -125,7 +125,7 @@ class Delta:
 class Request:
     """One prompt in the engine, and how far it is computed.
 
-    Any thread may read `tokens` and `finish`. Only the engine reads and writes the other fields.
+    Any thread may read `tokens`, `prompt_logprobs` and `finish`. Only the engine reads and writes the others.
     """
 
     prompt: Prompt
@@ -133,6 +133,8 @@ class Request:
     generator: torch.Generator
     max_cells: int  # prompt and longest answer, without its last token, which is never fed back
     tokens: list[int] = field(default_factory=list)
+    # Of the prompt's tokens but the first, if its params ask for them; complete with the first token.
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: Finish | None = None
     cancelled: bool = False
     cached_tokens: int = 0
@@ -178,6 +180,20 @@ class Request:
     def remaining(self) -> int:
         """Tokens to compute before the next token can be chosen; 1 during decoding."""
         return self.length - self.computed
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed."""
+        wanted = len(self.prompt.input_ids) - 1
+        return self.prompt.params.prompt_logprobs is not None and len(self.prompt_logprobs) < wanted
+
+    def score(self, logits: Tensor) -> None:
+        """Keep the log-probabilities of the next tokens of the prompt, which these logits (n, V) predict."""
+        start, top = self.computed, self.prompt.params.prompt_logprobs or 0
+        tokens = self.ids[start + 1 : start + 1 + len(logits)].tolist()
+        self.prompt_logprobs[start:] = [
+            token_logprobs(row, token, top) for row, token in zip(logits, tokens, strict=True)
+        ]
 
     def encode(self, image: PromptImage) -> Tensor:
         """Return the image's tokens (N, D). They are computed once, even if several chunks need them."""

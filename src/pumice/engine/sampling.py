@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pumice.config import PENALTIES
 from pumice.errors import InputError, instead_of
+from pumice.model.transfer import numbers_on, to_device
 
 LIKELIEST = 64  # tokens that top_p and min_p select first
 TRIES = 16  # draws from all tokens for one that top_p and min_p allow, before they are sorted
@@ -41,6 +42,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # texts; an answer ends before the first of them
     seed: int | None = None  # None gives another answer each time
     logprobs: int | None = None  # return log-probabilities of each token and of this many most likely ones
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, all of which are computed then
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -49,6 +51,7 @@ class SamplingParams:
             "top_k": self.top_k,
             "seed": self.seed,
             "logprobs": self.logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
         }
         for name, value in integers.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -80,8 +83,9 @@ class SamplingParams:
             _require(-2 <= numbers[name] <= 2, name, numbers[name], "-2 to 2")
         if self.seed is not None:
             _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
-        if self.logprobs is not None:
-            _require(self.logprobs >= 0, "logprobs", self.logprobs, "0 or more")
+        for name in ("logprobs", "prompt_logprobs"):
+            if integers[name] is not None:
+                _require(integers[name] >= 0, name, integers[name], "0 or more")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop is {list(self.stop)!r}; give texts that are not empty")
 
@@ -94,9 +98,9 @@ class SamplingParams:
                 raise InputError(f"there is no sampling option {name!r}{instead_of(name, known)}")
         return cls(**options)
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """Return the random generator of one answer. It does not depend on other answers."""
-        generator = torch.Generator(device)
+    def generator(self) -> torch.Generator:
+        """Return the random generator of one answer. It depends on no other answer, and on no device."""
+        generator = torch.Generator()
         if self.seed is None:
             generator.seed()
         else:
@@ -152,14 +156,15 @@ def sample(
     """
     count = len(params)
     logits = _restrict(logits, params, histories, allowed or [None] * count, prompt_lengths or [0] * count)
-    tokens = torch.empty(count, dtype=torch.long, device=logits.device)
-    if greedy := [row for row, one in enumerate(params) if not one.temperature]:
-        tokens[greedy] = _take(logits, greedy).argmax(-1)
-    if rows := [row for row, one in enumerate(params) if one.temperature]:
-        drawn = [params[row] for row in rows]
-        probabilities = likelihoods(_take(logits, rows), [one.temperature for one in drawn])
-        tokens[rows] = _draw(probabilities, drawn, [generators[row] for row in rows])
-    return tokens
+    drawn = [row for row, one in enumerate(params) if one.temperature]
+    if not drawn:
+        return logits.argmax(-1)
+    temperatures = [params[row].temperature for row in drawn]
+    probabilities = likelihoods(_take(logits, drawn), temperatures)
+    tokens = _draw(probabilities, [params[row] for row in drawn], [generators[row] for row in drawn])
+    if len(drawn) == count:
+        return tokens
+    return logits.argmax(-1).index_copy_(0, numbers_on(logits.device, drawn), tokens)
 
 
 def _restrict(
@@ -205,7 +210,7 @@ def likelihoods(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     logits = logits.float()
     # Subtract the maximum, so that a tiny temperature gives no infinity. The softmax stays the same.
     logits = logits - logits.amax(-1, keepdim=True)
-    divisors = torch.tensor([max(t, 1e-20) for t in temperatures], device=logits.device)
+    divisors = numbers_on(logits.device, [max(t, 1e-20) for t in temperatures], logits.dtype)
     return logits.div_(divisors[:, None]).softmax(-1)
 
 
@@ -215,7 +220,9 @@ def _draw(
     """Draw a token of each row (B,) from probabilities (B, V)."""
     # 1. One random number per row, whatever the number of tokens to choose from.
     device, vocabulary = probabilities.device, probabilities.shape[1]
-    numbers = torch.cat([torch.rand(1, generator=generator, device=device) for generator in generators])
+    numbers = to_device(torch.cat([torch.rand(1, generator=generator) for generator in generators]), device)
+    if device.type != "cpu":
+        return _draw_sorted(probabilities, params, numbers)
     tokens = torch.empty(len(params), dtype=torch.long, device=device)
     # 2. Rows without a limit draw from the whole vocabulary.
     limited = {row for row, one in enumerate(params) if one.top_k or one.top_p < 1 or one.min_p > 0}
@@ -293,9 +300,22 @@ def _draw_wide(
     return tokens
 
 
+def _draw_sorted(probabilities: Tensor, params: Sequence[SamplingParams], numbers: Tensor) -> Tensor:
+    """As `_draw`, in one call for all rows: a GPU sorts faster than it tells the host what it found."""
+    if not any(one.top_k or one.top_p < 1 or one.min_p > 0 for one in params):
+        return _pick(probabilities, numbers)
+    best = probabilities.sort(dim=-1, descending=True)
+    count = probabilities.shape[1]
+    places = torch.arange(count, device=probabilities.device)
+    limits = numbers_on(probabilities.device, [one.top_k or count for one in params])
+    values = best.values * (places < limits[:, None])
+    picked = _pick(values * keep(params, values), numbers)
+    return best.indices.gather(1, picked[:, None])[:, 0]
+
+
 def _take(x: Tensor, rows: Sequence[int]) -> Tensor:
     """Return some rows, without a copy if they are all rows."""
-    return x if len(rows) == len(x) else x[rows]
+    return x if len(rows) == len(x) else x.index_select(0, numbers_on(x.device, rows))
 
 
 def _pick(weights: Tensor, numbers: Tensor) -> Tensor:
@@ -316,10 +336,10 @@ def keep(params: Sequence[SamplingParams], candidates: Tensor) -> Tensor:
     """Return which candidates (B, n), the likeliest first, belong to each row's set: (B, n) bool."""
     device = candidates.device
     # Not 0, as tiny ones would be in fp32: the likeliest token always belongs to the set.
-    top_p = torch.tensor([max(one.top_p, 1e-20) for one in params], device=device)[:, None]
-    min_p = torch.tensor([one.min_p for one in params], device=device)[:, None]
+    top_p = numbers_on(device, [max(one.top_p, 1e-20) for one in params], torch.float32)[:, None]
+    min_p = numbers_on(device, [one.min_p for one in params], torch.float32)[:, None]
     # With top_k, top_p counts the probability of those k tokens alone.
-    of_all = torch.tensor([not one.top_k for one in params], device=device)[:, None]
+    of_all = numbers_on(device, [not one.top_k for one in params], torch.bool)[:, None]
     sums = candidates.cumsum(-1)
     before = (sums - candidates) / torch.where(of_all, 1.0, sums[:, -1:])
     return ((before < top_p) | (top_p == 1)) & (candidates >= min_p * candidates[:, :1])

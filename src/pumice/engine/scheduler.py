@@ -14,6 +14,7 @@ from pumice.engine.requests import Request
 from pumice.errors import WorkError
 
 SLOT_GROWTH = 128  # tokens that an answer's slot grows by when it is full
+SCORED = 64  # tokens of a prompt whose log-probabilities one step computes: each takes the whole vocabulary
 MIN_SHARED_PREFIX = 16  # tokens; a prompt waits for a shared prefix only if it is this long
 
 
@@ -52,7 +53,7 @@ class Scheduler:
         plan = [(request, 1) for request in self.running if request.remaining == 1]
         for request in self.running:
             if request.remaining > 1 and budget:
-                count = min(budget, request.remaining)
+                count = min(budget, request.remaining, SCORED if request.scores_prompt else budget)
                 budget -= count
                 plan.append((request, count))
         if self.waiting and not plan:
@@ -82,8 +83,10 @@ class Scheduler:
             if len(self.running) >= self.slots:
                 return
             # The last token is always computed: its hidden state gives the first token of the answer.
-            match = self.prefix_cache.match(request.token_hashes[:-1])
-            if self._should_wait(request, match.length):
+            # What is in the cache has no logits: a prompt whose tokens are scored is computed from its first.
+            found = 0 if request.scores_prompt else request.length - 1
+            match = self.prefix_cache.match(request.token_hashes[:found])
+            if found and self._should_wait(request, match.length):
                 continue
             if not self._start(request, match):
                 return
@@ -102,6 +105,8 @@ class Scheduler:
 
     def _start(self, request: Request, match: Match) -> bool:
         """Give a request a slot that begins with the matching tokens. Return False if there is no room."""
+        if request.scores_prompt:  # it was preempted, and begins again
+            request.prompt_logprobs.clear()
         capacity = min(request.max_cells, request.length + SLOT_GROWTH)
         request.slot = self.prefix_cache.open(request.token_hashes, match, capacity)
         if request.slot is None and not self.running:  # such as without memory for more

@@ -17,8 +17,23 @@ CACHE_BYTES = 1 << 30
 FREE_SHARE = 0.5
 # A block that was never used gets memory only while this much is free: activations need some, too.
 RESERVE = 256 * 2**20
+# Prompt tokens of a step. A GPU needs more rows to be busy, and has no one waiting for a shorter step.
+LEAST_TOKENS = 256  # of a GPU's cache: a short question and its answer
+CHUNK = {"cpu": 512, "cuda": 2048}
 _STATUS = Path("/proc/self/status")
 _LOG = logging.getLogger("pumice")
+
+
+def check_sizes(slots: int, cache_tokens: int | None, chunk: int | None) -> None:
+    """Raise InputError unless an engine can have these sizes."""
+    for name, value in (("slots", slots), ("chunk", chunk), ("cache_tokens", cache_tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; give 1 or more")
+
+
+def chunk_size(device: torch.device) -> int:
+    """Return how many prompt tokens one step computes on a device."""
+    return CHUNK.get(device.type, CHUNK["cpu"])
 
 
 def free_memory(model: Llava) -> float | None:
@@ -60,13 +75,23 @@ def cache_size(model: Llava, slots: int, cache_tokens: int | None, memory_share:
         return cache_tokens
     # 1. What can be used: all slots at their longest, twice if finished requests are to stay beside them.
     if memory_share is None:
-        tokens = max(config.context, min(CACHE_BYTES // token_bytes, 2 * slots * config.context))
+        tokens = 2 * slots * config.context
+        # A CPU's memory is shared with other programs; a GPU's is there for the model.
+        if model.device.type != "cuda":
+            tokens = max(config.context, min(CACHE_BYTES // token_bytes, tokens))
         memory_share = FREE_SHARE
     else:
         tokens = slots * config.context
-    # 2. What there is memory for. A cache holds a token at least; what does not fit is refused later.
+    # 2. What there is memory for. A cache holds a token at least; what does not fit is refused later. A GPU
+    #    gives the memory now, so that a cache too small for any question is refused now.
     if free is not None:
         tokens = max(1, min(tokens, int(memory_share * free // token_bytes)))
+        if model.device.type == "cuda" and tokens < min(LEAST_TOKENS, config.context):
+            raise InputError(
+                f"{free / GB:.2f} GB of {model.device} are free beside the weights, which is a KV cache of "
+                f"{tokens} tokens, fewer than {min(LEAST_TOKENS, config.context)}; close other programs, or "
+                "quantise the model"
+            )
     size = f"the KV cache holds {tokens} tokens in {tokens * token_bytes / GB:.2f} GB"
     if tokens < config.context and free is not None:
         _LOG.warning(

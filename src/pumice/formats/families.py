@@ -91,9 +91,9 @@ _STEMS = {
     for family in FAMILIES.values()
     if family.original is not None
 }  # fmt: skip
-_ENDING = re.compile(r"(For[A-Z]\w*|Model(WithProjection)?)$")
+_ENDING = re.compile(r"(For[A-Z]\w*|Model(WithProjection)?|(Image)?Processor(Fast|Pil)?|FeatureExtractor)$")
 
 
 def model_type(class_name: str) -> str | None:
-    """Return the model_type that a class in `architectures` stands for; None if the class is unknown."""
+    """Return the model_type that a class of a model or its processor stands for; None if it is unknown."""
     return _STEMS.get(_ENDING.sub("", class_name))

@@ -13,7 +13,7 @@ from pumice import __version__
 from pumice.errors import InputError
 from pumice.formats.load import new_parts, shapes
 from pumice.formats.pumice.folder import CONFIG, check, save
-from pumice.formats.pumice.quantized import as_bytes
+from pumice.formats.pumice.quantized import as_bytes, rounded
 from pumice.formats.quantize import quantize_state
 from pumice.formats.read import find_model, read_model
 from pumice.formats.recognise import FormatKind, recognise
@@ -64,14 +64,15 @@ def import_model(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    mmproj: str | None = None,
     quantize: str | None = None,
 ) -> Imported:
     """Write `source` as the folder `target`, one tensor at a time.
 
-    dtype: of DTYPES. template, tower, base: as for `read_model`; a tower given to a bare language model is
-    joined to it by a new, untrained connector. quantize: "int8" or "int4" stores the decoder's matrices in
-    few bits, with adapters merged, so that opening the folder on a CPU costs nothing. Raises InputError, and
-    WorkError if the disk is full; nothing is left behind then.
+    dtype: of DTYPES. template, tower, base, mmproj: as for `read_model`; a tower given to a bare
+    language model is joined to it by a new, untrained connector. quantize: "int8" or "int4" stores the
+    decoder's matrices in few bits, with adapters merged, so that opening the folder on a CPU costs
+    nothing. Raises InputError, and WorkError if the disk is full; nothing is left behind then.
     """
     # 1. Look at the target first: reading may download gigabytes.
     if dtype not in DTYPES:
@@ -84,7 +85,7 @@ def import_model(
         loaded = new_parts(tower, source, template=template)
         loaded = dataclasses.replace(loaded, notes=(*loaded.notes, "the connector is fresh: train it first"))
     else:
-        loaded = read_model(source, template=template, tower=tower, base=base)
+        loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
     # 3. Check that tokenizer, config and tensors fit each other, by building what a loaded model needs.
     Processor(loaded.config, Tokenizer(loaded.tokenizer))
     expected = shapes(loaded.config)
@@ -116,7 +117,8 @@ def _quantize(loaded: LoadedParts, state: LazyStateDict, bits: str) -> tuple[Loa
     state = quantize_state(loaded.config, state, bits)
     parts = {part: source for part, source in loaded.parts.items() if part != "decoder"}
     config = dataclasses.replace(loaded.config, lora=None)
-    return dataclasses.replace(loaded, config=config, parts=parts), state
+    notes = (*loaded.notes, *filter(None, [rounded(state)]))
+    return dataclasses.replace(loaded, config=config, parts=parts, notes=notes), state
 
 
 def _check_target(source: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -22,20 +22,22 @@ from pumice.formats.pumice.folder import CONFIG, WEIGHTS, check
 from pumice.formats.pumice.quantized import cached
 from pumice.formats.quantize import can_quantize, quantize_state, stored_in_blocks
 from pumice.formats.read import BUILT_IN, read_model
+from pumice.formats.recognise import FormatKind, recognise
 from pumice.formats.sizes import check_memory
 from pumice.kernels import compute
 from pumice.kernels.allocator import return_freed_memory
 from pumice.kernels.packed import LAYOUT, PackedMatrix
 from pumice.model.adapters import merge_lora
-from pumice.model.connector import Connector
+from pumice.model.connector import Connector, check_image_tokens
 from pumice.model.llava import Llava
 from pumice.model.quantized import quantize as quantize_decoder
 from pumice.model.quantized import swap
+from pumice.model.varlen import OLDEST_CAPABILITY, is_recent
 from pumice.model.vision import WideningLinear
 from pumice.processor import Processor
-from pumice.storage.download import wheel
+from pumice.storage.download import weight_files, wheel
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, as_lazy
+from pumice.storage.tensors import LazyStateDict, LazyTensor, as_lazy
 from pumice.tokens import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -63,19 +65,22 @@ def open_model(
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    mmproj: str | PathLike[str] | None = None,
+    cache_limit: float | None = None,
     connector: Mapping[str, Any] | None = None,
 ) -> Opened:
     """Open a model in evaluation mode; no parameter requires a gradient.
 
-    source, template, tower, base: as `read_model` takes them. dtype: of the decoder; the tower and the
-    connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
+    source, template, tower, base, mmproj: as `read_model` takes them. dtype: of the decoder; the tower and
+    the connector compute in fp32 on a CPU. merge: fold LoRA into the weights, as answering wants it; a ViT's
     weights then stay in the type they are stored in. quantize: "int8" or "int4" quantises the decoder's
     matrices, with adapters merged. "auto" does so on a CPU with compiled code: to int8, or as they are
-    stored. connector: of a new connector, as for `with_connector`. On a CPU, one matrix at a time is read and
+    stored. cache_limit: the GB that converted GGUF files may take in the cache, $PUMICE_CACHE_LIMIT if None.
+    connector: of a new connector, as for `with_connector`. On a CPU, one matrix at a time is read and
     quantised, and quantised files are mapped. Assumptions are logged. Raises InputError if a part is missing,
     extra, misshapen or cannot be downloaded.
     """
-    loaded = read_model(source, template=template, tower=tower, base=base)
+    loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
     if connector is not None:
         loaded = with_connector(loaded, connector)
     for note in loaded.notes:
@@ -88,11 +93,12 @@ def open_model(
         quantize = (
             "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
         )
-    check_memory(loaded, str(source), quantize, target, dtype)
+    if quantize is None or target.type != "cpu":
+        check_memory(loaded, str(source), quantize, target, dtype)
     if quantize is None:
         return _build(loaded, str(source), target, dtype, merge)
     if target.type == "cpu":
-        return _open_quantized(loaded, str(source), quantize)
+        return _open_quantized(loaded, str(source), quantize, cache_limit)
     opened = _build(loaded, str(source), target, dtype, merge=True)
     quantize_decoder(opened.model.decoder, quantize)
     return opened
@@ -180,10 +186,14 @@ def with_connector(loaded: LoadedParts, fields: Mapping[str, Any]) -> LoadedPart
 def _drawn(config: ModelConfig) -> LazyStateDict:
     """Return the tensors of a new, untrained connector."""
     new = Connector(config.connector, config.vision.width, config.decoder.width)
+    check_image_tokens(config)
     return {f"connector.{name}": as_lazy(tensor) for name, tensor in new.state_dict().items()}
 
 
 def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
+    if device.type == "cuda" and dtype == torch.float32:
+        # cuDNN rounds fp32 to TF32 unless told not to, matrix products only when asked: it follows them.
+        torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     model = _empty_model(loaded.config)
     check(loaded.state, _shapes(model), label)
@@ -196,18 +206,24 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
     )
 
 
-def _open_quantized(loaded: LoadedParts, label: str, bits: str) -> Opened:
+def _open_quantized(loaded: LoadedParts, label: str, bits: str, cache_limit: float | None) -> Opened:
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), label)
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
     built_in = source is not None and source.parent == BUILT_IN
+    in_gguf = source is not None and not built_in and recognise(source) is FormatKind.GGUF
     hint = (
         f"{label} is quantised at every start; `pumice import {label} FOLDER --quantize {bits}` stores it "
         "quantised, and FOLDER opens at once"
     )
-    state = quantize_state(loaded.config, loaded.state, bits, "" if built_in else hint)
-    if source is not None and built_in:  # the same at every start
-        state = cached(_key(source, loaded.parts, bits), state)
+    state = quantize_state(loaded.config, loaded.state, bits, "" if built_in or in_gguf else hint)
+    if source is not None and (built_in or in_gguf):  # the same at every start
+        key = _key(source, loaded.parts, bits) if built_in else gguf_key(weight_files(source), bits)
+        limit = None if cache_limit is None else cache_limit * 1e9
+        state = cached(key, state, limit, "" if built_in else label)
+    # Weights that are mapped now need no memory of their own.
+    merged = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, lora=None), state=state)
+    check_memory(merged, label, bits, torch.device("cpu"), torch.float32)
     model = _empty_model(dataclasses.replace(loaded.config, lora=None))
 
     def packed(name: str, _: torch.Tensor) -> PackedMatrix:
@@ -230,6 +246,23 @@ def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:
         digest.update((source / name).read_bytes())
     for name in parts.values():
         digest.update(wheel(name).sha256.encode())
+    return digest.hexdigest()[:16]
+
+
+def gguf_key(files: Sequence[Path], bits: str) -> str:
+    """Return a hash of what determines the quantised matrices of GGUF files; most bytes are not read.
+
+    A file is known by its size, its time of change, and pieces of its contents.
+    """
+    digest = hashlib.sha256(f"{__version__} {LAYOUT} {bits} {compute.kernel_name()}".encode())
+    for path in files:
+        status = path.stat()
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            for place in range(0, status.st_size, max(1, status.st_size // 64)):
+                file.seek(place)
+                digest.update(file.read(1 << 12))
     return digest.hexdigest()[:16]
 
 
@@ -256,8 +289,9 @@ def _fill(
     as_stored: keep 16-bit weights of layers that widen them when they compute (`WideningLinear`). Tensors are
     read one at a time: besides the model, only the pages of one file are in memory.
     """
-    # On a CPU the tower and the connector compute in fp32; half precision is slow there and less exact.
-    tower_dtype = torch.float32 if device.type == "cpu" else dtype
+    # On a CPU the tower and the connector compute in fp32; half precision is slow there and less exact. On
+    # meta they are as on the CPU that will fill them.
+    tower_dtype = torch.float32 if device.type in ("cpu", "meta") else dtype
     widened = [name for name, part in model.named_modules() if isinstance(part, WideningLinear)]
     narrow = {f"{name}.weight" for name in widened if as_stored and tower_dtype == torch.float32}
 
@@ -268,7 +302,12 @@ def _fill(
             return torch.float32  # adapters are merged or trained further, and both need full precision
         return dtype if name.startswith("decoder.") else tower_dtype
 
-    tensors = {name: tensor.read(dtype_of(name)).to(device) for name, tensor in state.items()}
+    def read(name: str, tensor: LazyTensor) -> torch.Tensor:
+        if device.type == "meta":  # of a process that gets its values from another one
+            return torch.empty(tensor.shape, dtype=dtype_of(name), device=device)
+        return tensor.read(dtype_of(name)).to(device)
+
+    tensors = {name: read(name, tensor) for name, tensor in state.items()}
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False).eval()
 
@@ -281,6 +320,25 @@ def name_of(source: str | PathLike[str], provenance: Mapping[str, Any]) -> str:
     recipe = stages[-1].get("recipe") if isinstance(stages[-1], dict) else None
     name = recipe.get("name") if isinstance(recipe, dict) else None
     return name if isinstance(name, str) and name else str(source)
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """Return the type in which a decoder answers on a device, unless the caller names another."""
+    if device.type == "cuda":
+        return torch.bfloat16 if is_recent(device) else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32  # most CPUs compute it faster than bf16
+
+
+def check_bf16(device: torch.device, remedy: str) -> None:
+    """Raise InputError if the device is a GPU too old for bfloat16; `remedy` ends the sentence."""
+    if device.type == "cuda" and not is_recent(device):
+        found, needed = (
+            ".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(device), OLDEST_CAPABILITY)
+        )
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {found}, bfloat16 needs {needed}; "
+            f"{remedy}"
+        )
 
 
 def find_device(name: str | None = None) -> torch.device:

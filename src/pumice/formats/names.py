@@ -383,15 +383,20 @@ _GGUF_TOWER_BLOCK = {
 }
 
 
-def gguf_tower(config: VisionConfig) -> Table:
-    """Return the table of LLaVA 1.5's mmproj files: the connector, and the tower without its final norm."""
+def gguf_tower(config: VisionConfig, *, swapped: bool = False) -> Table:
+    """Return the table of LLaVA's mmproj files: a two-layer connector, and the tower without its final norm.
+
+    swapped: whether the halves of the MLPs have each other's names, as in files of 2023 and 2024.
+    """
     # A CLIP has a class token and a norm before its blocks; a SigLIP has a bias in its patch embedding
     # instead.
     absent = "tower.patch.bias" if config.kind == "clip" else "tower.class_token"
     patterns = {name: param for name, param in _GGUF_TOWER_ENDS.items() if param != absent}
     if config.kind == "siglip":
         patterns = {name: param for name, param in patterns.items() if not name.startswith("v.pre_ln")}
+    swap = {"mlp.up": "mlp.down", "mlp.down": "mlp.up"} if swapped else {}
     for source_layer, layer in _GGUF_TOWER_BLOCK.items():
+        layer = swap.get(layer, layer)
         for part in ("weight", "bias"):
             patterns[f"v.blk.{{i}}.{source_layer}.{part}"] = f"tower.blocks.{{i}}.{layer}.{part}"
     return expand(patterns, config.depth)

@@ -9,13 +9,14 @@ from pathlib import Path
 from pumice.config import ConnectorConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.formats.components import open_llm
+from pumice.formats.gguf.read import open_pair
 from pumice.formats.hf.read import open_hf
 from pumice.formats.llava.read import open_original
 from pumice.formats.nanovlm import open_nanovlm
 from pumice.formats.peft.read import adapt, base_name
 from pumice.formats.pumice import folder
 from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
-from pumice.storage.download import locate
+from pumice.storage.download import gguf_from_hub, is_gguf_name, locate
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import find_weights
 
@@ -40,6 +41,8 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     if path.is_dir() and str(source):
         return path  # the error on opening it says what is missing
     name = path.as_posix()
+    if is_gguf_name(name):
+        return gguf_from_hub(name)[0]
     if "/" in name.partition("@")[0]:
         return locate(name)
     raise InputError(
@@ -48,18 +51,30 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     )
 
 
+def find_pair(
+    source: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None
+) -> tuple[Path, Path | None]:
+    """Return the path of a model in GGUF, and that of its mmproj where it is given or on the hub."""
+    path = find_model(source)
+    if mmproj is not None:
+        return path, locate(mmproj)
+    in_hub = not Path(source).exists() and is_gguf_name(str(source))
+    return path, gguf_from_hub(str(source))[1] if in_hub else None
+
+
 def read_model(
     source: str | os.PathLike[str],
     *,
     template: str | None = None,
     tower: str | None = None,
     base: str | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
 ) -> LoadedParts:
-    """Read a Pumice folder, a transformers or original LLaVA, a nanoVLM, a LoRA, or an LLM alone.
+    """Read a Pumice folder, a LLaVA, an Idefics3, a nanoVLM, a LoRA on one of them, GGUF, or an LLM alone.
 
     template: the chat format, to override the source's or if it has none. tower: the vision tower of an
     original LLaVA. base: what a LoRA or a projector was trained on. Both override the names in the source's
-    config. Raises InputError.
+    config. mmproj: the half of a LLaVA in GGUF that sees. Raises InputError.
     """
     # An option that the format does not use is an error: it would be ignored in silence.
     path = find_model(source)
@@ -70,7 +85,12 @@ def read_model(
         raise InputError(f"{path} is {kind.value}, which needs no base; leave --base out")
     if kind is FormatKind.OWN and template is not None:
         raise InputError(f"{path} is {kind.value}, whose config.json says its template; leave --template out")
-    loaded = _read(path, kind, template, tower, base)
+    if kind is not FormatKind.GGUF and mmproj is not None:
+        raise InputError(f"{path} is {kind.value}, which takes no mmproj; leave --mmproj out")
+    if kind is FormatKind.GGUF:
+        loaded = open_pair(*find_pair(source, mmproj), template)
+    else:
+        loaded = _read(path, kind, template, tower, base)
     return dataclasses.replace(loaded, sources={"model": (str(source), path)} | loaded.sources)
 
 

@@ -21,7 +21,7 @@ class FormatKind(Enum):
     NANOVLM = "a nanoVLM"
     ADAPTER = "a LoRA of PEFT"
     LLM = "a bare language model"
-    GGUF = "a bare language model in GGUF"
+    GGUF = "a model in GGUF"
     TOWER = "a bare vision tower"
 
 
@@ -39,18 +39,9 @@ def recognise(path: Path) -> FormatKind:
         return _by_config(Keys.of(config), adapter=(path / ADAPTER_CONFIG).is_file())
     if (path / ADAPTER_CONFIG).is_file():
         return FormatKind.ADAPTER
-    gguf_names = sorted(p.name for p in path.glob("*.gguf"))
-    if len(gguf_names) == 1:
+    if any(path.glob("*.gguf")):
         return FormatKind.GGUF
-    if gguf_names:
-        listed = ", ".join(gguf_names)
-        raise InputError(f"{path} holds {len(gguf_names)} GGUF files; name one of them: {listed}")
     raise InputError(f"{path / 'config.json'} is missing; the folder is not a whole model")
-
-
-def gguf_file(path: Path) -> Path:
-    """Return the GGUF file at a path that `recognise` calls GGUF: the path, or the file in it."""
-    return path if path.is_file() else next(path.glob("*.gguf"))
 
 
 def classes(keys: Keys) -> list[str]:
@@ -67,20 +58,16 @@ def check_classes(keys: Keys, kind: str) -> tuple[str, ...]:
     Raises InputError if they contradict each other.
     """
     names = classes(keys)
-    types = {model_type(name) for name in names}
-    # A tower alone and a tower in a whole CLIP have two names for one thing.
-    if (
-        not names
-        or kind in types
-        or {kind.removesuffix("_vision_model")}
-        & {known.removesuffix("_vision_model") for known in types if known is not None}
-    ):
+    known = {name: known_type for name in names if (known_type := model_type(name)) is not None}
+    for name, known_type in known.items():
+        # A tower alone and a tower in a whole CLIP have two names for one thing.
+        if known_type.removesuffix("_vision_model") != kind.removesuffix("_vision_model"):
+            raise InputError(
+                f"{keys.label}: model_type is {kind!r}, but architectures is {name!r}, whose model_type is "
+                f"{known_type!r}; correct the wrong one"
+            )
+    if known or not names:
         return ()
-    if known := [name for name in names if model_type(name) is not None]:
-        raise InputError(
-            f"{keys.label}: model_type is {kind!r}, but architectures is {known[0]!r}, whose model_type is "
-            f"{model_type(known[0])!r}; correct the wrong one"
-        )
     return (f"architectures is {', '.join(names)}, which is unknown here; model_type {kind!r} was believed",)
 
 

@@ -25,10 +25,12 @@ class LoraLinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
         device = base.weight.device
-        self.lora_a = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
+        # Drawn on the CPU, so that a run starts from the same numbers on every device.
+        a = torch.empty(config.rank, base.in_features, device="meta" if device.type == "meta" else "cpu")
+        nn.init.kaiming_uniform_(a, a=5**0.5)
+        self.lora_a = nn.Parameter(a.to(device))
         # B starts at zero, so that training starts from the unchanged model.
-        nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
         self.train(base.training)  # so that an answering model has no dropout
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ Shapes: L layers, K key/value heads, C cells, d head dimension; B = 1, T new tok
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,9 +23,13 @@ from torch import Tensor
 from pumice.config import DecoderConfig
 from pumice.kernels.attention import attend as attend_in_c
 from pumice.kernels.attention import can_attend
+from pumice.model import varlen
 from pumice.model.layers import Attend, causal_mask, sdpa
+from pumice.model.transfer import numbers_on
 
 BLOCK = 64  # tokens of a block
+_LOG = logging.getLogger("pumice")
+AGREEMENT = 2e-2  # of values of about 1, in 16 bits, between one call for all sequences and one for each
 
 
 class Segment(NamedTuple):
@@ -47,7 +53,12 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
         block: int = BLOCK,
+        one_call: bool = False,
     ) -> None:
+        """one_call: attend with one call of FlashAttention's kernel for all sequences, where it can."""
+        self.one_call = one_call and can_use_one_call(config, device, dtype)
+        if self.one_call:
+            block = -(-block // varlen.PAGE) * varlen.PAGE
         self.block, self.blocks = block, -(-capacity // block)
         self.capacity = self.blocks * block
         shape = (config.depth, config.kv_heads, self.capacity, config.head_dim)
@@ -72,7 +83,7 @@ class KVCache:
     def positions(self, segments: Sequence[Segment]) -> Tensor:
         """Return the position of each new token in its sequence: (1, T)."""
         positions = [n for _, past, new in segments for n in range(past, past + new)]
-        return torch.tensor([positions], device=self.keys.device)
+        return numbers_on(self.keys.device, [positions])
 
     def check(self, segments: Sequence[Segment]) -> None:
         """Raise ValueError unless the table of each segment has a block of the cache for all its tokens."""
@@ -91,6 +102,8 @@ class KVCache:
         itself.
         """
         self.check(segments)
+        if self.one_call:
+            return self._attend_at_once(segments)
         # 1. What all layers share is computed once: the cells to write, and what each segment may see.
         new_cells = self._new_cells(segments)
         view = functools.cache(lambda number, window: self._view(segments[number], window))
@@ -113,6 +126,34 @@ class KVCache:
                     read, mask = view(number, window)
                     outputs.append(sdpa(queries, *read(layer), mask, mask is None and new > 1, softcap))
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+        return attend
+
+    def _attend_at_once(self, segments: Sequence[Segment]) -> Attend:
+        """As `attend`, in one call for all segments: keys are read where they lie, through the tables."""
+        device, blocks = self.keys.device, max(len(segment.table) for segment in segments)
+        new_cells = self._new_cells(segments)
+        starts = [0, *itertools.accumulate(segment.new for segment in segments)]
+        lengths = [segment.past + segment.new for segment in segments]
+        tables = [[*segment.table, *[0] * (blocks - len(segment.table))] for segment in segments]
+        key_starts = [0, *itertools.accumulate(lengths)]
+        query_starts, key_ends, used, block_table = (
+            numbers_on(device, numbers, torch.int32) for numbers in (starts, key_starts, lengths, tables)
+        )
+        longest, longest_keys = max(segment.new for segment in segments), max(lengths)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self._layers[layer]
+            keys.index_copy_(1, new_cells, k[0].to(keys.dtype))
+            values.index_copy_(1, new_cells, v[0].to(values.dtype))
+            # (K, C, d) as (blocks, block, K, d)
+            key_pages, value_pages = (
+                x.unflatten(1, (-1, self.block)).permute(1, 2, 0, 3) for x in (keys, values)
+            )
+            return varlen.attend(
+                q.to(keys.dtype), key_pages, value_pages, query_starts, key_ends, longest, longest_keys,
+                self.config.window(layer), seqused_k=used, block_table=block_table,
+            ).to(q.dtype)  # fmt: skip
 
         return attend
 
@@ -140,7 +181,7 @@ class KVCache:
             keys, values = self.keys[:, None, :, cells].unbind(), self.values[:, None, :, cells].unbind()
             return lambda layer: (keys[layer], values[layer]), mask
         # 3. Others are gathered.
-        index = torch.tensor(blocks, device=self.keys.device)
+        index = numbers_on(self.keys.device, blocks)
 
         def gathered(cells: Tensor) -> Tensor:
             by_block = cells.unflatten(1, (-1, self.block))  # (K, blocks, block, d)
@@ -160,4 +201,43 @@ class KVCache:
             for table, past, new in segments
             for position in range(past, past + new)
         ]
-        return torch.tensor(cells, device=self.keys.device)
+        return numbers_on(self.keys.device, cells)
+
+
+def can_use_one_call(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether one call for all sequences is possible here and gives what one call for each gives.
+
+    It is tried with sequences that begin, go on, and decode, in blocks that are no neighbours.
+    """
+    if config.attention_softcap is not None or not varlen.can_attend(
+        device, dtype, config.head_dim, paged=True
+    ):
+        return False
+    single = dataclasses.replace(config, depth=1)
+    page = varlen.PAGE
+    segments = [Segment((2, 0), page + 3, 1), Segment((3,), 0, 9), Segment((1,), 5, 7), Segment((4,), 40, 1)]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def noise(heads: int, tokens: int) -> Tensor:
+        shape = (1, heads, tokens, config.head_dim)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    tokens = sum(segment.new for segment in segments)
+    q, k, v = noise(config.heads, tokens), noise(config.kv_heads, tokens), noise(config.kv_heads, tokens)
+    plain = KVCache(single, 5 * page, device, dtype, page)
+    for tensor in (plain.keys, plain.values):
+        tensor.copy_(noise(config.kv_heads, plain.capacity))
+    with torch.inference_mode():
+        expected = plain.attend(segments)(0, q, k, v)
+        try:
+            found = plain._attend_at_once(segments)(0, q, k, v)
+        except RuntimeError as error:  # the kernel of another PyTorch may ask for more
+            _LOG.warning(
+                "attention in one call is not possible here (%s); sequences attend one by one", error
+            )
+            return False
+    apart = float((found.float() - expected.float()).abs().max())
+    if not apart <= AGREEMENT:
+        _LOG.warning("attention in one call differs by %.1e; sequences attend one by one", apart)
+        return False
+    return True

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.capability import Capability, fields
-from pumice.config import ConnectorConfig
+from pumice.config import ConnectorConfig, ModelConfig
 from pumice.errors import InputError
 from pumice.geometry import Layout
 
@@ -132,3 +132,18 @@ class Connector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Turn features (B, G*G, C) into image tokens (B, N, D)."""
         return self.layers(self.reduce.apply(features, self.config.factor))
+
+
+def check_image_tokens(config: ModelConfig) -> None:
+    """Raise InputError unless the reduction leaves as many tokens of a tile as the config counts."""
+    if config.vision.kind == "none":
+        return
+    # One channel on the CPU is enough to count, and costs nothing.
+    features = torch.zeros(1, config.vision.features, 1, device="cpu")
+    reduce, factor = config.connector.reduce, config.connector.factor
+    tokens = REDUCE[reduce].apply(features, factor).shape[1]
+    if tokens != config.image_tokens:
+        raise InputError(
+            f"the connector gives {tokens} image tokens of a tile, config.REDUCTIONS counts "
+            f"{config.image_tokens} for {reduce!r}; correct the count"
+        )

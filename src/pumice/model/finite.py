@@ -16,10 +16,10 @@ def check_finite(model: nn.Module, values: Tensor) -> None:
         raise WorkError(why_not_finite(model))
 
 
-def finite_rows(values: Tensor) -> list[bool]:
-    """Return for each row of (R, V) whether all its values are finite."""
+def finite_rows(values: Tensor) -> Tensor:
+    """Return for each row of (R, V) whether all its values are finite: (R,) bool."""
     # A sum is finite only if all its terms are, and costs a fraction of a comparison of each.
-    return values.sum(-1, dtype=torch.float32).isfinite().tolist()
+    return values.sum(-1, dtype=torch.float32).isfinite()
 
 
 def why_not_finite(model: nn.Module) -> str:

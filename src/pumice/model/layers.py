@@ -223,6 +223,14 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). rows: as in `Block`."""
+        mixed = attend(self.layer, *self.project(x, cos, sin)).transpose(1, 2)
+        # Select before the output projection, which then only multiplies the needed rows.
+        if rows is not None:
+            mixed = mixed.index_select(1, rows)
+        return self.o(mixed.flatten(2))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated q (B, H, T, d) and k, and v (both B, K, T, d)."""
         batch, tokens, _ = x.shape
         heads = (batch, tokens, -1, self.head_dim)
         q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), cos, sin)
@@ -230,11 +238,8 @@ class Attention(nn.Module):
         v = self.v(x).view(heads).transpose(1, 2)
         if self.q_factor is not None:
             q = q * self.q_factor
-        mixed = attend(self.layer, q, k, v).transpose(1, 2)
-        # Select before the output projection, which then only multiplies the needed rows.
-        if rows is not None:
-            mixed = mixed.index_select(1, rows)
-        return self.o(mixed.flatten(2))
+        # Under autocast a norm of q and k gives fp32: attention's kernels want one type.
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -276,5 +281,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). rows: (R,), return only these positions (B, R, D)."""
         mixed = self.attention_post_norm(self.attention(self.attention_norm(x), cos, sin, attend, rows))
-        x = mixed + (x if rows is None else x.index_select(1, rows))
+        return self.feed_forward(x if rows is None else x.index_select(1, rows), mixed)
+
+    def feed_forward(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Add what attention gave to the residual stream x, and then what the MLP gives; all (B, T, D)."""
+        x = mixed + x
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))

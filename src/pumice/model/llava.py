@@ -20,10 +20,11 @@ from pumice.config import IMAGE_TOKEN, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.geometry import Layout
 from pumice.model.adapters import add_lora
-from pumice.model.connector import Connector, arrange
+from pumice.model.connector import Connector, arrange, check_image_tokens
 from pumice.model.decoder import Decoder
 from pumice.model.efficientnet import EfficientNetLite
 from pumice.model.layers import Attend, Causal
+from pumice.model.transfer import to_device
 from pumice.model.vision import ViT
 
 # The kinds of towers: the fields that each implements, and its module.
@@ -60,25 +61,10 @@ class Llava(nn.Module):
             if not newline.is_meta:
                 nn.init.normal_(newline, std=config.decoder.width**-0.5)
             self.image_newline = nn.Parameter(newline)
-        self._check_image_tokens()
+        check_image_tokens(config)
         # Last: adapters replace layers that have to exist.
         if config.lora is not None:
             add_lora(self.decoder, config.lora)
-
-    def _check_image_tokens(self) -> None:
-        """Raise InputError unless the connector's reduction leaves as many tokens as the config counts."""
-        config = self.config
-        if config.vision.kind == "none":
-            return
-        # One channel on the CPU is enough to count, and costs nothing.
-        features = torch.zeros(1, config.vision.features, 1, device="cpu")
-        tokens = self.connector.reduce.apply(features, config.connector.factor).shape[1]
-        if tokens != config.image_tokens:
-            reduce = config.connector.reduce
-            raise InputError(
-                f"the connector gives {tokens} image tokens of a tile, config.REDUCTIONS counts "
-                f"{config.image_tokens} for {reduce!r}; correct the count"
-            )
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +78,8 @@ class Llava(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """Turn pixels (P, 3, S, S) into the tower's features (P, F, C), in the tower's dtype."""
         weight = next(self.tower.parameters())
-        return self.tower(pixels.to(weight.device, weight.dtype))
+        # Copy, then convert: a conversion on the way to the device would stop the host.
+        return self.tower(to_device(pixels, weight.device).to(weight.dtype))
 
     def encode(self, pixels: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
         """Turn pixels (P, 3, S, S) into image tokens, shaped as in `connect`."""
@@ -121,17 +108,19 @@ class Llava(nn.Module):
         """Embed input_ids (B, T) and replace the placeholders by image tokens, in order: (B, T, D).
 
         image_tokens: (M, N, D), or (total, D) if images differ in size. Raise ValueError unless the
-        placeholders are as many.
+        placeholders are as many. The ids may lie in host memory: then they are counted there, and nothing
+        waits for the device.
         """
-        is_placeholder = input_ids == IMAGE_TOKEN
-        # Placeholders have no embedding: look up token 0, which is overwritten below.
-        embedded = self.decoder.embed(input_ids.masked_fill(is_placeholder, 0))
-        placeholders = int(is_placeholder.sum())
+        placeholders = int((input_ids == IMAGE_TOKEN).sum())
         count = 0 if image_tokens is None else image_tokens.shape[:-1].numel()
         if placeholders != count:
             raise ValueError(
                 f"input_ids hold {placeholders} image placeholders, the pictures give {count} tokens"
             )
+        ids = to_device(input_ids, self.device)
+        is_placeholder = ids == IMAGE_TOKEN
+        # Placeholders have no embedding: look up token 0, which is overwritten below.
+        embedded = self.decoder.embed(ids.masked_fill(is_placeholder, 0))
         if image_tokens is None or not count:
             return embedded
         return embedded.masked_scatter(is_placeholder[..., None], image_tokens.to(embedded.dtype))
@@ -151,6 +140,6 @@ class Llava(nn.Module):
         `Decoder`.
         """
         if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            positions = torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)
         x = self.merge(input_ids, image_tokens)
         return self.decoder(x, positions, attend or Causal(self.config.decoder), out, rows)

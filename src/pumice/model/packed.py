@@ -10,6 +10,8 @@ Shapes: T tokens of the row, r tokens of a run, S keys it sees, H heads, K key/v
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from pumice.config import DecoderConfig
 from pumice.model.layers import causal_mask, sdpa
+from pumice.model.transfer import numbers_on
+from pumice.model.varlen import attend, can_attend
 
 
 class Run(NamedTuple):
@@ -27,6 +31,16 @@ class Run(NamedTuple):
     before: tuple[tuple[int, int], ...] = ()
 
 
+class _Rows(NamedTuple):
+    """Where runs begin among the queries and the keys, on the device, for one call over all runs."""
+
+    starts: Tensor  # (runs + 1,) int32
+    key_starts: Tensor  # (runs + 1,) int32
+    keys: Tensor | None  # which rows are the keys of each run in turn; None: a run's keys are its own rows
+    longest: int
+    longest_keys: int
+
+
 class PackedAttention:
     """An `Attend` for one row (B = 1) of runs whose lengths add up to T."""
 
@@ -34,24 +48,26 @@ class PackedAttention:
         self, runs: Sequence[Run], config: DecoderConfig, device: torch.device | None = None
     ) -> None:
         """config: of the decoder. device: of the masks, which are made once for all layers."""
-        self.runs, self.config = runs, config
+        self.runs, self.config, self.device = runs, config, device or torch.device("cpu")
         self.lengths = [run.length for run in runs]
-        windows = {config.window(layer) for layer in range(config.depth)}
-        self._masks = {window: [_mask(run, window, device) for run in runs] for window in windows}
+
+    @functools.cached_property
+    def _masks(self) -> dict[int | None, list[Tensor | None]]:
+        windows = {self.config.window(layer) for layer in range(self.config.depth)}
+        return {window: [_mask(run, window, self.device) for run in self.runs] for window in windows}
 
     def masks(self, layer: int) -> list[Tensor | None]:
         """Return the mask of each run in this layer; None where causal attention needs none."""
         return self._masks[self.config.window(layer)]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        masks, softcap = self.masks(layer), self.config.attention_softcap
-        # On a GPU, one kernel for all runs is faster than one call per run. It takes no masks and no cap.
-        plain = softcap is None and all(mask is None for mask in masks)
-        if plain and len(self.runs) > 1 and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            return self._one_kernel(q, k, v)
+        window, softcap = self.config.window(layer), self.config.attention_softcap
+        # On a GPU, one kernel for all runs is faster than one call per run.
+        if softcap is None and k.dtype == v.dtype == q.dtype and can_attend(q.device, q.dtype, q.shape[3]):
+            return self._one_call(q, k, v, window)
         queries, keys, values = (x.split(self.lengths, 2) for x in (q, k, v))
         outputs = []
-        for number, (run, mask) in enumerate(zip(self.runs, masks, strict=True)):
+        for number, (run, mask) in enumerate(zip(self.runs, self.masks(layer), strict=True)):
             # A run sees the parts of earlier runs that lead to it, then itself.
             run_keys, run_values = keys[number], values[number]
             if run.before:
@@ -63,23 +79,33 @@ class PackedAttention:
             outputs.append(mixed.transpose(1, 2))
         return torch.cat(outputs, 1).transpose(1, 2)
 
-    def _one_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend in one call of FlashAttention's variable-length kernel, if this PyTorch has it."""
-        try:
-            from torch.nn.attention.varlen import varlen_attn
-        except ImportError:  # before PyTorch 2.10: one call per run gives the same, more slowly
-            queries, keys, values = (x.split(self.lengths, 2) for x in (q, k, v))
-            runs = zip(queries, keys, values, strict=True)
-            return torch.cat([sdpa(a, b, c, causal=True) for a, b, c in runs], 2)
-        ends = torch.tensor([0, *self.lengths], device=q.device).cumsum(0, dtype=torch.int32)
-        longest = max(self.lengths)
-        packed_q, packed_k, packed_v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, d)
-        mixed = varlen_attn(
-            packed_q, packed_k, packed_v, ends, ends, longest, longest,
-            window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        assert isinstance(mixed, Tensor)
-        return mixed.transpose(0, 1)[None]
+    def _one_call(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        rows = self._rows
+        k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)  # (T, K, d)
+        if rows.keys is not None:
+            k, v = k.index_select(0, rows.keys), v.index_select(0, rows.keys)
+        return attend(q, k, v, rows.starts, rows.key_starts, rows.longest, rows.longest_keys, window)
+
+    @functools.cached_property
+    def _rows(self) -> _Rows:
+        """What all layers share: computed once, because each copy to the device would stop the host."""
+        starts = [0, *itertools.accumulate(self.lengths)]
+        index: list[int] = []
+        key_starts = [0]
+        for number, run in enumerate(self.runs):
+            for before, count in run.before:
+                index += range(starts[before], starts[before] + count)
+            index += range(starts[number], starts[number + 1])
+            key_starts.append(len(index))
+        on_device = numbers_on(self.device, [starts, key_starts], torch.int32)
+        branches = any(run.before for run in self.runs)
+        return _Rows(
+            starts=on_device[0],
+            key_starts=on_device[1],
+            keys=numbers_on(self.device, index) if branches else None,
+            longest=max(self.lengths),
+            longest_keys=max(end - start for start, end in itertools.pairwise(key_starts)),
+        )
 
 
 def _mask(run: Run, window: int | None, device: torch.device | None) -> Tensor | None:

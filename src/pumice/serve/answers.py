@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -71,7 +72,8 @@ class AnswerPiece:
     """A part of an answer, or all of it: text that later tokens cannot change, and its tokens.
 
     index: which of the request's answers. call_id, name: of a function that is called; name only in the first
-    piece of the call. arguments: a part of their JSON. stop: the request's stop text that ended the answer.
+    piece of the call. arguments: a part of their JSON. first: of a text that begins with the prompt, whose
+    tokens are scored, the first one, which nothing predicts. stop: the stop text that ended the answer.
     """
 
     index: int = 0
@@ -79,6 +81,7 @@ class AnswerPiece:
     call_id: str = ""
     name: str = ""
     arguments: str = ""
+    first: str | None = None
     tokens: tuple[LogprobEntry, ...] = ()
     finish: Finish | None = None
     stop: str | None = None
@@ -97,40 +100,45 @@ def join(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
         pieces[-1].call_id,
         "".join(piece.name for piece in pieces),
         "".join(piece.arguments for piece in pieces),
+        pieces[0].first,
         tuple(token for piece in pieces for token in piece.tokens),
         pieces[-1].finish,
         pieces[-1].stop,
     )
 
 
-class AnswerForm(Protocol):
+class AnswerForm(ABC):
     """Writes the answers to one request in the form of a protocol, whole or as a stream of pieces."""
 
-    @property
-    def media_type(self) -> str:
-        """The content type of a stream."""
+    media_type = EVENTS  # of a stream
 
+    @abstractmethod
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> BaseModel:
         """Return the complete answers as one object."""
 
-    def begin(self) -> bytes:
-        """Return what a stream begins with."""
-
+    @abstractmethod
     def piece(self, piece: AnswerPiece) -> bytes:
         """Return a piece as it is streamed."""
 
-    def progress(self, progress: PromptProgress) -> bytes:
-        """Return how far the prompt is read, where the protocol can say it."""
-
+    @abstractmethod
     def end(self, usage: Usage) -> bytes:
         """Return what a stream ends with."""
 
+    def begin(self) -> bytes:
+        """Return what a stream begins with."""
+        return b""
+
+    def progress(self, progress: PromptProgress) -> bytes:
+        """Return how far the prompt is read, where the protocol can say it."""
+        return b""
+
     def error(self, error: ErrorBody) -> bytes:
         """Return an error that ends a stream."""
+        return event(error)
 
 
 @dataclass
-class ChatForm:
+class ChatForm(AnswerForm):
     """Writes answers to a conversation. logprobs, include_usage: whether the request asks for them.
 
     count: of the answers.
@@ -140,7 +148,6 @@ class ChatForm:
     logprobs: bool
     include_usage: bool
     count: int = 1
-    media_type: str = EVENTS
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -156,15 +163,18 @@ class ChatForm:
     def piece(self, piece: AnswerPiece) -> bytes:
         """Return a piece as one event, or as two when it ends the answer: the last one holds no text."""
         events, index = b"", piece.index
-        if piece.name or piece.arguments:
+        called = piece.name or piece.arguments
+        logprobs = self._logprobs(piece.tokens)
+        if piece.text or not (called or (piece.finish and not piece.tokens)):
+            events = self._event(index, ChatDelta(content=piece.text), logprobs)
+            logprobs = self._logprobs(())
+        if called:
             function = ToolFunction(arguments=piece.arguments)
             call = ToolCallDelta(index=0, function=function)
             if piece.name:
                 function = ToolFunction(name=piece.name, arguments=piece.arguments)
                 call = ToolCallDelta(index=0, id=piece.call_id, type="function", function=function)
-            events = self._event(index, ChatDelta(tool_calls=[call]), self._logprobs(piece.tokens))
-        elif piece.text or piece.tokens or piece.finish is None:
-            events = self._event(index, ChatDelta(content=piece.text), self._logprobs(piece.tokens))
+            events += self._event(index, ChatDelta(tool_calls=[call]), logprobs)
         return (
             events if piece.finish is None else events + self._event(index, ChatDelta(), None, piece.finish)
         )
@@ -174,16 +184,14 @@ class ChatForm:
             return DONE
         return event(ChatChunk(**self._head("chat.completion.chunk"), choices=[], usage=usage)) + DONE
 
-    def error(self, error: ErrorBody) -> bytes:
-        return event(error)
-
     def _choice(self, answer: AnswerPiece) -> ChatChoice:
         assert answer.finish is not None
         message = AnswerMessage(role="assistant", content=answer.text, refusal=None)
         if answer.name:
             function = ToolFunction(name=answer.name, arguments=answer.arguments)
             call = ToolCall(id=answer.call_id, type="function", function=function)
-            message = AnswerMessage(role="assistant", content=None, refusal=None, tool_calls=[call])
+            text = answer.text or None
+            message = AnswerMessage(role="assistant", content=text, refusal=None, tool_calls=[call])
         return ChatChoice(
             index=answer.index,
             message=message,
@@ -219,28 +227,20 @@ class ChatForm:
 
 
 @dataclass
-class CompletionForm:
-    """Writes continuations of texts. echo: what each answer begins with. All else is as in `ChatForm`."""
+class CompletionForm(AnswerForm):
+    """Writes continuations of texts. only_prompts: nothing continues them. All else is as in `ChatForm`."""
 
     model: str
     logprobs: bool
     include_usage: bool
-    echo: Sequence[str] = ()
-    media_type: str = EVENTS
+    only_prompts: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)  # index -> characters so far
 
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> BaseModel:
-        texts = self.echo or [""] * len(answers)
-        choices = [
-            self._choice(replace(answer, text=text + answer.text), self._logprobs(answer))
-            for text, answer in zip(texts, answers, strict=True)
-        ]
-        return self._completion(choices, usage=usage)
-
-    def begin(self) -> bytes:
-        return b"".join(self.piece(AnswerPiece(index, text)) for index, text in enumerate(self.echo))
+        choices = [self._choice(answer, self._logprobs(answer)) for answer in answers]
+        return self._completion(choices, usage=self._usage(usage))
 
     def piece(self, piece: AnswerPiece) -> bytes:
         logprobs = self._logprobs(piece) if piece.tokens or piece.finish is None else None
@@ -248,13 +248,15 @@ class CompletionForm:
         return event(self._completion([self._choice(piece, logprobs)], **usage))
 
     def end(self, usage: Usage) -> bytes:
-        return (event(self._completion([], usage=usage)) if self.include_usage else b"") + DONE
-
-    def error(self, error: ErrorBody) -> bytes:
-        return event(error)
+        return (event(self._completion([], usage=self._usage(usage))) if self.include_usage else b"") + DONE
 
     def progress(self, progress: PromptProgress) -> bytes:
         return event(self._completion([], prompt_progress=progress))
+
+    def _usage(self, usage: Usage) -> Usage:
+        if not self.only_prompts:  # else the token that the engine computes is left out
+            return usage
+        return usage.model_copy(update={"completion_tokens": 0, "total_tokens": usage.prompt_tokens})
 
     def _completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
         return Completion(
@@ -276,15 +278,15 @@ class CompletionForm:
     def _logprobs(self, piece: AnswerPiece) -> CompletionLogprobs | None:
         if not self.logprobs:
             return None
-        tokens = piece.tokens
+        scored = piece.tokens
+        first = [] if piece.first is None else [piece.first]
+        tokens = [*first, *(token.token for token in scored)]
         start = self._offsets.get(piece.index, 0)
-        *offsets, self._offsets[piece.index] = accumulate(
-            (len(token.token) for token in tokens), initial=start
-        )
-        top = [{other.token: other.logprob for other in token.top_logprobs} for token in tokens]
+        *offsets, self._offsets[piece.index] = accumulate(map(len, tokens), initial=start)
+        top = [{other.token: other.logprob for other in token.top_logprobs} for token in scored]
         return CompletionLogprobs(
-            tokens=[token.token for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=top if any(top) else None,
+            tokens=tokens,
+            token_logprobs=[*(None for _ in first), *(token.logprob for token in scored)],
+            top_logprobs=[*(None for _ in first), *top] if any(top) else None,
             text_offset=offsets,
         )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from pumice.serve.answers import EVENTS, AnswerModel, AnswerPiece
+from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece
 from pumice.serve.messages import (
     CalledFunction,
     ChatMessage,
@@ -34,10 +34,11 @@ from pumice.serve.messages import (
     json_kind,
 )
 from pumice.serve.protocol import (
+    MAX_STOP,
+    MAX_STOPS,
     BaseRequest,
     ChatRequest,
     ErrorBody,
-    PromptProgress,
     Temperature,
     TopK,
     TopP,
@@ -141,7 +142,9 @@ class AnthropicRequest(BaseRequest):
     max_tokens: int = Field(ge=1)
     messages: list[AnthropicTurn] = Field(min_length=1, description="A last answer is continued.")
     system: BlockContent | None = None
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=16)
+    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]] | None = Field(
+        None, max_length=MAX_STOPS
+    )
     stream: bool | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -173,7 +176,6 @@ class AnthropicRequest(BaseRequest):
             continue_final_message=self.messages[-1].role == "assistant",
             tools=[
                 ToolDescription(
-                    type="function",
                     function=FunctionDescription(
                         name=tool.name, description=tool.description, parameters=tool.input_schema
                     ),
@@ -186,7 +188,7 @@ class AnthropicRequest(BaseRequest):
 
 def _tool_choice(choice: AnthropicChoice) -> ToolChoice | None:
     if choice.type == "tool":
-        return NamedFunction(type="function", function=FunctionName(name=choice.name or ""))
+        return NamedFunction(function=FunctionName(name=choice.name or ""))
     return "required" if choice.type == "any" else None
 
 
@@ -288,16 +290,14 @@ class AnthropicError(ErrorBody):
     type: Literal["error"] = "error"
 
 
-class AnthropicForm:
-    """Writes the answer to a request, whole or as events."""
-
-    media_type = EVENTS
+class AnthropicForm(AnswerForm):
+    """Writes the answer to a request, whole or as events: a text, a call, or both, each in a block."""
 
     def __init__(self, model: str, request: AnthropicRequest) -> None:
         self._model, self._stops = model, request.stop_sequences or ()
         self._id = f"msg_{secrets.token_hex(12)}"
         self._last = AnswerPiece()
-        self._opened = False  # whether the block of the answer has begun
+        self._blocks = 0  # that have begun
 
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> AnthropicAnswer:
         self._last = answer = answers[0]
@@ -317,25 +317,19 @@ class AnthropicForm:
 
     def piece(self, piece: AnswerPiece) -> bytes:
         self._last = piece
-        events, block = b"", AnthropicText(text="")
-        if piece.text or piece.name or piece.arguments:
-            if not self._opened:
-                self._opened = True
-                call = AnthropicCall(id=piece.call_id, name=piece.name, input={})
-                events += self._event(
-                    "content_block_start", index=0, content_block=call if piece.name else block
-                )
-            delta = AnthropicDelta(type="text_delta", text=piece.text)
-            if not piece.text:
-                delta = AnthropicDelta(type="input_json_delta", partial_json=piece.arguments)
-            events += self._event("content_block_delta", index=0, delta=delta)
+        events = b""
+        if piece.text:
+            if not self._blocks:
+                events += self._open(AnthropicText(text=""))
+            events += self._grow(AnthropicDelta(type="text_delta", text=piece.text))
+        if piece.name:
+            events += self._close() + self._open(AnthropicCall(id=piece.call_id, name=piece.name, input={}))
+        if piece.name or piece.arguments:
+            events += self._grow(AnthropicDelta(type="input_json_delta", partial_json=piece.arguments))
         return events
 
-    def progress(self, progress: PromptProgress) -> bytes:
-        return b""  # the protocol has no event for it
-
     def end(self, usage: Usage) -> bytes:
-        events = self._event("content_block_stop", index=0) if self._opened else b""
+        events = self._close()
         reason, stop = self._reason()
         delta = AnthropicDelta(stop_reason=reason, stop_sequence=stop)
         events += self._event("message_delta", delta=delta, usage=_usage(usage))
@@ -343,6 +337,17 @@ class AnthropicForm:
 
     def error(self, error: ErrorBody) -> bytes:
         return f"event: error\ndata: {AnthropicError(error=error.error).model_dump_json()}\n\n".encode()
+
+    def _open(self, block: AnthropicText | AnthropicCall) -> bytes:
+        self._blocks += 1
+        return self._event("content_block_start", index=self._blocks - 1, content_block=block)
+
+    def _grow(self, delta: AnthropicDelta) -> bytes:
+        return self._event("content_block_delta", index=self._blocks - 1, delta=delta)
+
+    def _close(self) -> bytes:
+        """End the last block, if there is one."""
+        return self._event("content_block_stop", index=self._blocks - 1) if self._blocks else b""
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         values = AnthropicEvent(type=kind, **fields).model_dump_json(exclude_unset=True)

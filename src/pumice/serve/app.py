@@ -19,7 +19,7 @@ from starlette.routing import Route
 from pumice import __version__
 from pumice.serve.answers import ModelResponse
 from pumice.serve.backend import Backend
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import ApiError, unknown_model
 from pumice.serve.guard import Gate, Guard, too_large
 from pumice.serve.metrics import CONTENT_TYPE
 from pumice.serve.observe import Observe, RequestRecord, request_record
@@ -29,6 +29,7 @@ from pumice.serve.page import files, send
 from pumice.serve.protocol import Health, ModelCard, ModelList
 from pumice.serve.settings import ServerSettings
 from pumice.serve.stream import run_while_connected
+from pumice.serve.work import BODY_COPIES
 
 ELSEWHERE = {  # what clients ask for that is somewhere else: with /v1 left out or doubled, of TGI, of Ollama
     "/chat/completions": "/v1/chat/completions",
@@ -63,8 +64,10 @@ def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
 
     def answering(work: Callable[[RequestRecord, bytes], Any]) -> Endpoint:
         async def endpoint(request: Request) -> Response:
-            body = await _body(request, settings)
-            return await run_while_connected(request, work(request_record(request), body))
+            record = request_record(request)
+            return await run_while_connected(
+                request, work(record, await _body(request, settings)), settings.timeout
+            )
 
         return endpoint
 
@@ -76,7 +79,7 @@ def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
         if not name:  # a slash at the end
             return await models(request)
         if name not in backend.names:
-            raise ApiError(404, f"there is no model {name!r} here", param="model", code="model_not_found")
+            raise unknown_model(name, backend.names)
         return ModelResponse(card(name))
 
     def card(name: str) -> ModelCard:
@@ -136,13 +139,14 @@ def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
 
 async def _body(request: Request, settings: ServerSettings) -> bytes:
     """Return the body of a request. Raises ApiError when it is too large or arrives too slowly."""
-    data, limit = bytearray(), settings.body_bytes
+    data, limit, memory = bytearray(), settings.body_bytes, request_record(request).memory
     try:
         with anyio.fail_after(settings.body_timeout):
             async for chunk in request.stream():
                 data += chunk
                 if len(data) > limit:
                     raise too_large(limit)
+                memory.take(BODY_COPIES * len(chunk))
     except TimeoutError:
         raise ApiError(
             408, f"the request did not arrive within {settings.body_timeout:g} s", code="request_timeout"

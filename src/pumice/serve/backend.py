@@ -1,35 +1,33 @@
-"""Answers requests with the engine of this process.
-
-A pool of threads decodes pictures and long texts, so that the event loop stays free.
-"""
+"""Answers requests with the engine of this process. Whatever takes long runs in threads of `work`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
+import threading
+import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
 import torch
 from pydantic import ValidationError
 from starlette.responses import Response
 
 from pumice.conversation import Conversation
+from pumice.engine.grammar_check import GrammarCheck, refused
 from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError
+from pumice.geometry import tile_layout
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
 from pumice.serve.errors import ApiError, context_overflow, not_json, unknown_model, validation_error
 from pumice.serve.explanation import explanation_json
 from pumice.serve.fetch import Fetcher
 from pumice.serve.grammars import HeldTo, held_to, tool_schemas
-from pumice.serve.history import conversation
+from pumice.serve.history import characters_of, conversation, texts_of
 from pumice.serve.images import find_damaged, read_images
 from pumice.serve.messages import parse
 from pumice.serve.metrics import Metrics
@@ -54,8 +52,10 @@ from pumice.serve.protocol import (
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesForm
 from pumice.serve.settings import ServerSettings
-from pumice.serve.stream import ActiveRequest, EventStream, PieceReader, as_text
-from pumice.serve.tools import CallReader, check_tools, functions_to_call, instruction
+from pumice.serve.stream import ActiveRequest, Echo, EventStream, PieceReader, as_text
+from pumice.serve.tools import CLOSE, check_tools, tool_use
+from pumice.serve.work import Kind, Workers, kind_of
+from pumice.templates import Plain
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
@@ -65,8 +65,13 @@ T = TypeVar("T", bound=BaseRequest)
 Pictures = dict[str, bytes]  # field name -> file
 
 LONG_BODY = 1 << 15  # bytes; parsing a longer body would block the event loop for too long
+MAX_VALUES = 1 << 17  # JSON values in a body, at least; a model with a long context gets more
+SCORED_BYTES = 1 << 13  # of each token whose log-probability is told, with the most likely ones beside it
+TOKEN_BYTES = 24  # of each token of a prompt, in each of its answers
 MAX_GRAMMARS = 256  # compiled ones in the cache
-PROMPT_THREADS = 2  # threads that prepare prompts; each may hold a decoded picture
+LEAST_TOP_P = 1e-9  # leaves the likeliest token
+MAX_EXPLAINED = 512  # tokens of an answer to explain
+CLOSE_SECONDS = 1.0  # for the engine's last step; its thread ends with the process
 
 
 class Backend:
@@ -85,21 +90,24 @@ class Backend:
         self._grammars: OrderedDict[str, Grammar] = OrderedDict()
 
     async def start(self) -> None:
-        self._pool = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="pumice-prompts")
-        self._explain_pool = ThreadPoolExecutor(1, thread_name_prefix="pumice-explain")
+        self._workers = Workers()
         if self.settings.allow_image_urls:
             self._fetcher = Fetcher(size=self.settings.body_bytes, seconds=self.settings.image_timeout)
         self.assistant.engine.start()
 
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self.assistant.engine.close)
-        for pool in (self._pool, self._explain_pool):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
+        closing = threading.Thread(target=self.assistant.engine.close, daemon=True)
+        closing.start()
+        end = time.monotonic() + CLOSE_SECONDS
+        while closing.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
         if self._fetcher is not None:
             await self._fetcher.close()
 
     async def chat(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ChatRequest, body)
+        del body
         form = ChatForm(
             self._model(request), bool(request.logprobs), request.include_usage_in_stream, request.n or 1
         )
@@ -140,24 +148,25 @@ class Backend:
         """Answer a conversation. field: where a request of another protocol has it."""
         # 1. Check what needs no work.
         check_tools(request, field)
-        functions = functions_to_call(request)
+        template = self.assistant.processor.template
+        tools = tool_use(request, None if isinstance(template, Plain) else template.chat.tools)
         sampling = self._sampling(request)
-        if request.top_logprobs is not None and not request.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        if tools and tools.around is not None:
+            sampling["stop"] = (*request.stops, CLOSE)
         if request.logprobs:
             sampling["logprobs"] = request.top_logprobs or 0
         # 2. Compile what the answer is held to, and read the pictures.
-        for schema in tool_schemas(request, functions):
-            await self._compile(schema)
-        constraint = await self._compile(held_to(request, functions))
-        pictures = await self._read_images(record, request)
-        told = instruction(functions) if functions else ""
-        readers: list[PieceReader] = [
-            CallReader(functions) if functions else as_text for _ in range(request.n or 1)
-        ]
+        schemas = await self._workers.run("parse", tool_schemas, request, tools)
+        held = await self._workers.run("parse", held_to, request, tools)
+        constraint = await self._compile(held, schemas)
+        pictures, pixels = await self._read_images(record, request)
+        told = await self._workers.run("parse", tools.told)
+        kind = kind_of(characters_of(request) + len(told), pixels)
+        readers: list[PieceReader] = [tools.reader() if tools else as_text for _ in range(request.n or 1)]
         # 3. Answer.
-        async with self._input_errors(field or "messages", pictures):
-            prompt = await self._run_in_pool(self._chat_prompt, request, pictures, told, sampling)
+        async with self._input_errors(field or "messages", pictures, kind=kind):
+            prompt = await self._workers.run(kind, self._chat_prompt, request, pictures, told, sampling)
+            pictures.clear()
             prompts = _several(replace(prompt, constraint=constraint), request.n or 1)
             return await self._answer(record, request, prompts, readers, form)
 
@@ -170,39 +179,59 @@ class Backend:
         sampling = self._sampling(request)
         if request.logprobs is not None:
             sampling["logprobs"] = request.logprobs
-        constraint = await self._compile(held_to(request))
+            sampling["prompt_logprobs"] = request.logprobs if request.echo else None
+        constraint = await self._compile(await self._workers.run("parse", held_to, request))
         logprobs = request.logprobs is not None
         async with self._input_errors("prompt"):
             single = [
-                await self._run_in_pool(self._text_prompt, prompt, request.add_special_tokens, sampling)
+                await self._workers.run(
+                    kind_of(len(prompt)), self._text_prompt, prompt, request.add_special_tokens, sampling
+                )
                 for prompt in request.prompts
             ]
             prompts = [
                 one for prompt in single for one in _several(replace(prompt, constraint=constraint), count)
             ]
             decode = self.assistant.processor.tokenizer.decode
-            echoes = [text if isinstance(text, str) else decode(text) for text in request.prompts]
-            form = CompletionForm(
-                self._model(request),
-                logprobs,
-                request.include_usage_in_stream,
-                [text for text in echoes for _ in range(count)] if request.echo else (),
-            )
-            return await self._answer(record, request, prompts, [as_text] * len(prompts), form)
+            echoes = [
+                text if isinstance(text, str) else await self._workers.run("long", decode, text)
+                for text in (request.prompts if request.echo else ())
+            ]
+            alone = request.max_tokens == 0
+            form = CompletionForm(self._model(request), logprobs, request.include_usage_in_stream, alone)
+            readers: list[PieceReader] = [as_text] * len(prompts)
+            if request.echo:
+                texts = [text for text in echoes for _ in range(count)]
+                sizes = [len(prompt.input_ids) for prompt in prompts]
+                readers = [Echo(text, size, alone) for text, size in zip(texts, sizes, strict=True)]
+            return await self._answer(record, request, prompts, readers, form)
 
     async def explain(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ExplainRequest, body)
-        pictures = await self._read_images(record, request)
-        limit, loop = self.settings.timeout, asyncio.get_running_loop()
-        try:
-            async with self._input_errors("messages", pictures):
-                with anyio.fail_after(max(0.0, limit - record.seconds)):
-                    return await loop.run_in_executor(
-                        self._explain_pool, self._explanation, request, pictures
-                    )
-        except TimeoutError:
-            message = f"the explanation took longer than {limit:g} s; ask about a shorter one"
-            raise ApiError(504, message, code="timeout") from None
+        pictures, pixels = await self._read_images(record, request)
+        if pixels > self.settings.max_pixels:
+            raise ApiError(
+                400,
+                f"the pictures have {pixels / 1e6:.1f} megapixels together, an explanation may show "
+                f"{self.settings.max_pixels / 1e6:g}; send smaller copies",
+                param="messages",
+                code="image_too_large",
+            )
+        async with self._input_errors("messages", pictures, kind=kind_of(0, pixels)):
+            # Not in the thread of explanations: there is only one.
+            await self._workers.run(kind_of(characters_of(request)), self._check_explained, request)
+            return await self._workers.run("explain", self._explanation, request, pictures)
+
+    def _check_explained(self, request: ExplainRequest) -> None:
+        """Raise InputError if the answer has too many tokens to explain."""
+        tokenizer = self.assistant.processor.tokenizer
+        texts = texts_of(request.messages[-1])
+        tokenizer.check_length(texts, MAX_EXPLAINED, "the answer to explain")
+        tokens = sum(len(tokenizer.pieces(text)) for text in texts)
+        if tokens > MAX_EXPLAINED:
+            raise InputError(
+                f"the answer has {tokens} tokens, at most {MAX_EXPLAINED} can be explained; send a part of it"
+            )
 
     def _explanation(self, request: ExplainRequest, pictures: Pictures) -> Response:
         *context, answer = conversation(request, pictures, self.assistant.processor.template).messages
@@ -211,23 +240,26 @@ class Backend:
         values = explanation_json(self.assistant, Conversation(tuple(context)), answer.text)
         return ModelResponse(ExplanationBody(**values))
 
-    async def _read_images(self, record: RequestRecord, request: ConversationRequest) -> Pictures:
-        """Return the pictures of a conversation, in order."""
-        files = await read_images(request.images, self.settings, self._fetcher, self._pool)
+    async def _read_images(self, record: RequestRecord, request: ConversationRequest) -> tuple[Pictures, int]:
+        """Return the pictures of a conversation, in order, and their pixels together."""
+        files = await read_images(request.images, self.settings, self._fetcher, self._workers, record.memory)
         record.fields["pictures"] = len(files)
         self.metrics.images.inc(len(files))
-        return {param: data for (param, _), data in zip(request.images, files, strict=True)}
-
-    async def _run_in_pool(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, functools.partial(work, *arguments)
-        )
+        # What the tower will see of them stays in memory until it is computed.
+        config = self.assistant.model.config
+        tiled = config.image.uses_tiles(len(files))
+        tiles = sum(tile_layout(config, file.size).tiles if tiled else 1 for file in files)
+        record.memory.take(tiles * 3 * config.vision.image_size**2 * 4)
+        pictures = {param: file.data for (param, _), file in zip(request.images, files, strict=True)}
+        return pictures, sum(width * height for width, height in (file.size for file in files))
 
     async def _parse(self, kind: type[T], body: bytes) -> T:
         """Return the body as a request of this kind. Raises ApiError that names the wrong field."""
         try:
             request = (
-                parse(kind, body) if len(body) < LONG_BODY else await self._run_in_pool(parse, kind, body)
+                parse(kind, body)
+                if len(body) < LONG_BODY
+                else await self._workers.run("parse", self._parse_long, kind, body)
             )
         except ValidationError as error:
             raise validation_error(error) from None
@@ -236,6 +268,15 @@ class Backend:
         if request.model is not None and self._model(request) not in self.names:
             raise unknown_model(request.model, self.names)
         return request
+
+    def _parse_long(self, kind: type[T], body: bytes) -> T:
+        """Parse a body. Raises ApiError if it would take much more memory as Python's values."""
+        limit = max(MAX_VALUES, 4 * self.assistant.model.config.decoder.context)
+        values = len(body) - len(body.translate(None, b",:[{"))
+        if values > limit:
+            message = f"the body has about {values} values, at most {limit} are taken; send less at once"
+            raise ApiError(400, message, code="too_many_values")
+        return parse(kind, body)
 
     def _model(self, request: BaseRequest) -> str:
         """Return the model's name. Ollama's clients may add the tag of the newest version."""
@@ -247,9 +288,9 @@ class Backend:
         most = self.settings.max_tokens or self.assistant.model.config.decoder.context
         asked = self.settings.default_tokens if request.limit is None else request.limit
         values = {
-            "max_new_tokens": most if asked == -1 else min(asked, most),
+            "max_new_tokens": most if asked == -1 else min(max(asked, 1), most),
             "temperature": request.temperature,
-            "top_p": request.top_p,
+            "top_p": None if request.top_p is None else max(request.top_p, LEAST_TOP_P),
             "top_k": None if request.top_k is None else max(0, request.top_k),
             "min_p": request.min_p,
             "repetition_penalty": request.repetition_penalty,
@@ -271,30 +312,48 @@ class Backend:
             )
         return self.assistant.prompt(messages, continued=request.continues, **sampling)
 
-    async def _compile(self, held: HeldTo | None) -> Grammar | None:
-        """Return the constraint of answers that are held to something. The last ones used stay in a cache."""
-        if held is None:
-            return None
-        if held.grammar not in self._grammars:
-            async with self._input_errors(held.field, code=held.code):
-                grammar = await self._run_in_pool(self._grammar, held)
-            while len(self._grammars) >= MAX_GRAMMARS:
-                self._grammars.popitem(last=False)
-            self._grammars[held.grammar] = grammar
-        self._grammars.move_to_end(held.grammar)
-        return self._grammars[held.grammar]
+    async def _compile(self, held: HeldTo | None, schemas: Sequence[HeldTo] = ()) -> Grammar | None:
+        """Return the constraint of answers that are held to something. The last ones used stay in a cache.
+
+        schemas: what has to be right beside it, so that an error names its field.
+        """
+        wanted = [*schemas, *([] if held is None else [held])]
+        # Of equal ones, the first has the field that an error names.
+        first = {one.grammar: one for one in reversed(wanted)}
+        new = [one for one in wanted if one is first[one.grammar] and one.grammar not in self._grammars]
+        if new:
+            # 1. A process compiles them first. It ends when nobody waits for it any more.
+            check = GrammarCheck([one.grammar for one in new])
+            try:
+                reasons = await self._workers.run("schemas", check.run)
+            finally:
+                check.stop()
+            # 2. What it could compile, this process can.
+            for one, reason in zip(new, reasons, strict=True):
+                async with self._input_errors(one.field, code=one.code):
+                    if reason:
+                        raise refused(reason, one.what)
+                    self._grammars[one.grammar] = await self._workers.run("schemas", self._grammar, one)
+        constraint = None if held is None else self._grammars[held.grammar]
+        for one in wanted:
+            self._grammars.move_to_end(one.grammar)
+        while len(self._grammars) > MAX_GRAMMARS:
+            self._grammars.popitem(last=False)
+        return constraint
 
     def _grammar(self, held: HeldTo) -> Grammar:
         from pumice.engine.constraint import Grammar
 
         config = self.assistant.model.config
         tokenizer, stops = self.assistant.processor.tokenizer, config.stop_token_ids
-        return Grammar(tokenizer, held.grammar, config.decoder.vocab_size, stops, held.what)
+        return Grammar(tokenizer, held.grammar, config.decoder.vocab_size, stops, held.what, checked=True)
 
     def _text_prompt(self, text: str | list[int], special: bool | None, sampling: dict[str, Any]) -> Prompt:
         """Return the prompt of a text, which begins with BOS unless `special` is False, or of token ids."""
         bos = self.assistant.processor.config.bos_token_id
         if isinstance(text, str):
+            context = self.assistant.model.config.decoder.context
+            self.assistant.processor.tokenizer.check_length([text], context, "the prompt")
             ids = [] if bos is None or special is False else [bos]
             ids += [token_id for token_id, _ in self.assistant.processor.tokenizer.pieces(text)]
         else:
@@ -311,7 +370,7 @@ class Backend:
 
     @contextlib.asynccontextmanager
     async def _input_errors(
-        self, param: str, pictures: Pictures | None = None, code: str | None = None
+        self, param: str, pictures: Pictures | None = None, code: str | None = None, kind: Kind = "long"
     ) -> AsyncIterator[None]:
         """Turn an InputError into an ApiError about `param`, or about the picture that is damaged."""
         try:
@@ -319,7 +378,7 @@ class Backend:
         except ContextOverflow as error:
             raise context_overflow(error, param) from error
         except InputError as error:
-            damaged = await self._run_in_pool(find_damaged, pictures) if pictures else None
+            damaged = await self._workers.run(kind, find_damaged, pictures) if pictures else None
             if damaged is not None:
                 param, code = damaged, "invalid_image"
             raise ApiError(400, str(error), param=param, code=code) from error
@@ -337,6 +396,13 @@ class Backend:
         cells = min(engine.model.config.decoder.context, engine.stats().cache_capacity + 1)
         prompts = [_cut(prompt, cells) for prompt in prompts]
         tokenizer = self.assistant.processor.tokenizer
+        record.memory.take(
+            sum(
+                len(prompt.input_ids)
+                * (TOKEN_BYTES if prompt.params.prompt_logprobs is None else SCORED_BYTES)
+                for prompt in prompts
+            )
+        )
         running = ActiveRequest(
             engine, tokenizer, prompts, readers, record, self.metrics, self.settings.timeout
         )

@@ -22,7 +22,12 @@ REMEDIES = {
     "conversation": "this server keeps no conversations; send the whole conversation as input",
     "audio": "this server neither hears nor speaks; leave audio out",
 }
-CONTENT = "text, or a list of parts whose type is 'text' or 'image_url'"
+# Class of a request -> the kinds of parts that a content may have there.
+TEXT_OR_IMAGE = "'text' or 'image_url'"
+PARTS = {
+    "ResponsesRequest": "'input_text', 'input_image' or 'output_text'",
+    "AnthropicRequest": "'text', 'image', 'tool_use' or 'tool_result'",
+}
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -37,8 +42,15 @@ TYPES = {
 }
 
 
+LONGEST_VALUE = 200  # characters of what a client sent that come back to it, and go to the log
+LONGEST_MESSAGE = 1000  # characters of an error, several such values included
+
+
 class ApiError(Exception):
-    """An error response. param: the field, such as "messages.0.content". code: the reason, for programs."""
+    """An error response. param: the field, such as "messages.0.content". code: the reason, for programs.
+
+    Both are shortened: a client's own words may be in them.
+    """
 
     def __init__(
         self,
@@ -49,11 +61,11 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
+        self.message = cut(message, LONGEST_MESSAGE)
+        self.param = None if param is None else cut(param)
+        super().__init__(self.message)
+        self.code = "invalid_value" if code is None and status == 400 else code
         self.headers = dict(headers or {})
 
     def body(self) -> ErrorBody:
@@ -70,25 +82,48 @@ class ApiError(Exception):
         return ModelResponse(body, self.status, self.headers)
 
 
+def cut(text: str, characters: int = LONGEST_VALUE) -> str:
+    """Return a text that a client may have sent as it comes back to it: shortened."""
+    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
+def is_stopping() -> ApiError:
+    return ApiError(
+        503,
+        "the server is about to stop; ask again soon",
+        code="draining",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )
+
+
+def timed_out(seconds: float) -> ApiError:
+    return ApiError(504, f"the answer took longer than {seconds:g} s; ask for a shorter one", code="timeout")
+
+
 def validation_error(error: ValidationError) -> ApiError:
     """Return the first problem that pydantic reports of a body as an ApiError."""
-    problem = error.errors(include_url=False, include_context=False)[0]
+    problem = error.errors(include_url=False)[0]
     # Steps that begin with ~ are the tags of unions in `protocol`, not fields.
-    path = [str(step) for step in problem["loc"] if not str(step).startswith("~")]
-    param = ".".join(path) or None
+    path = [cut(str(step)) for step in problem["loc"] if not str(step).startswith("~")]
     code, message = problem["type"], problem["msg"]
+    content = f"text, or a list of parts whose type is {PARTS.get(error.title, TEXT_OR_IMAGE)}"
+    if "field" in problem.get("ctx", {}):  # of `field_error`
+        path.append(problem["ctx"]["field"])
+    param = cut(".".join(path)) or None
     if path and path[0] in REMEDIES and len(path) == 1:
         return ApiError(400, REMEDIES[path[0]], param=param, code="unsupported_value")
     if code == "extra_forbidden":
         return ApiError(400, f"unknown field '{param}'; leave it out", param=param, code="unknown_field")
     if code == "missing":
-        hint = f" or null; give {CONTENT}" if path[-1] == "content" else ""
+        hint = f" or null; give {content}" if path[-1] == "content" else ""
         return ApiError(400, f"the field '{param}' is missing{hint}", param=param, code="missing_field")
     if code == "literal_error" and path[-1] == "type" and path[-3:-2] == ["content"]:
         kind = shorten(problem["input"], 40)
-        message = f"there is no part {kind} here; give {CONTENT}"
+        message = f"there is no part {kind} here; give {content}"
         return ApiError(400, message, param=param, code="invalid_value")
-    if code == "model_type":
+    if "content" in path[-2:] and code in ("model_type", "string_type", "union_tag_invalid"):
+        message = f"give {content}"
+    elif code == "model_type":
         message = "input should be an object"
     prefix = f"'{param}': " if param else "the body: "
     message = message.removeprefix("Value error, ")
@@ -96,7 +131,7 @@ def validation_error(error: ValidationError) -> ApiError:
 
 
 def not_json(error: ValueError) -> ApiError:
-    return ApiError(400, f"the body is not JSON: {error}", code="json_invalid")
+    return ApiError(400, f"the body is not JSON: {cut(str(error))}", code="json_invalid")
 
 
 def context_overflow(error: ContextOverflow, param: str) -> ApiError:
@@ -114,5 +149,5 @@ def context_overflow(error: ContextOverflow, param: str) -> ApiError:
 def unknown_model(model: str, known_models: Sequence[str]) -> ApiError:
     names = ", ".join(map(repr, known_models))
     return ApiError(
-        404, f"there is no model {model!r} here; use {names}", param="model", code="model_not_found"
+        404, f"there is no model {shorten(model)} here; use {names}", param="model", code="model_not_found"
     )

@@ -73,21 +73,26 @@ class Fetcher:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def get(self, url: str, param: str) -> bytes:
-        """Return the bytes behind a URL. Raises ApiError, 400, that names the field `param`."""
+    async def get(self, url: str, param: str, take: Callable[[int], None] = lambda _: None) -> bytes:
+        """Return the bytes behind a URL. Raises ApiError, 400, that names the field `param`.
+
+        take: is told how many bytes arrive, before they are kept.
+        """
 
         def url_error(reason: str) -> ApiError:
             return ApiError(400, f"the picture {_short(url)} {reason}", param=param, code="invalid_image_url")
 
         try:
             with anyio.fail_after(self._seconds):
-                return await self._follow(url, url_error)
+                return await self._follow(url, url_error, take)
         except TimeoutError:
             raise url_error(f"did not arrive within {self._seconds:g} s; send it as a data URI") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             raise url_error(f"cannot be fetched ({type(error).__name__}); send it as a data URI") from error
 
-    async def _follow(self, url: str, url_error: Callable[[str], ApiError]) -> bytes:
+    async def _follow(
+        self, url: str, url_error: Callable[[str], ApiError], take: Callable[[int], None]
+    ) -> bytes:
         target = httpx.URL(url)
         for _ in range(MAX_REDIRECTS + 1):
             if target.scheme not in ("http", "https") or not target.host:
@@ -113,6 +118,7 @@ class Fetcher:
                     raise url_error(f"answered with status {response.status_code}; send it as a data URI")
                 data = bytearray()
                 async for chunk in response.aiter_raw():  # raw: nothing is decompressed
+                    take(len(chunk))
                     data += chunk
                     if len(data) > self._size:
                         raise url_error(f"is larger than {self._size} bytes; send a smaller one")

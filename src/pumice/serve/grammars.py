@@ -13,7 +13,7 @@ from pumice.errors import InputError
 from pumice.serve.errors import ApiError
 from pumice.serve.messages import FunctionDescription
 from pumice.serve.protocol import ChatRequest, GenerationRequest
-from pumice.serve.tools import call_rules
+from pumice.serve.tools import ToolUse, call_rules
 
 _SLASH = re.compile(r"\\.|/|\n", re.DOTALL)  # or whatever is escaped already
 
@@ -28,13 +28,13 @@ class HeldTo:
     code: str
 
 
-def held_to(request: GenerationRequest, functions: Sequence[FunctionDescription] = ()) -> HeldTo | None:
-    """Return what the answer is held to; None if it is free. functions: one of them has to be called.
+def held_to(request: GenerationRequest, tools: ToolUse | None = None) -> HeldTo | None:
+    """Return what the answer is held to; None if it is free.
 
     Raises ApiError if the request asks for two things at once, or for what is no schema.
     """
-    if functions:
-        return _calls(functions)
+    if tools is not None and tools.required:
+        return _calls(tools.functions, with_marks=tools.around is not None)
     outputs, form = request.structured_outputs, request.response_format
     asked: dict[str, tuple[str, Any]] = {}  # field -> kind and value
     if form is not None and form.type != "text":
@@ -47,6 +47,8 @@ def held_to(request: GenerationRequest, functions: Sequence[FunctionDescription]
                 asked[f"structured_outputs.{kind}"] = (kind, value)
         if outputs.json_object:
             asked["structured_outputs.json_object"] = ("json", None)
+    if request.json_schema is not None:
+        asked["json_schema"] = ("json", request.json_schema)
     for kind in ("json", "regex", "choice"):
         value = getattr(request, f"guided_{kind}")
         if value is not None:
@@ -57,27 +59,25 @@ def held_to(request: GenerationRequest, functions: Sequence[FunctionDescription]
     return next((_rule(field, *item) for field, item in asked.items()), None)
 
 
-def tool_schemas(request: ChatRequest, functions: Sequence[FunctionDescription]) -> list[HeldTo]:
+def tool_schemas(request: ChatRequest, tools: ToolUse) -> list[HeldTo]:
     """Return the schema of each tool, to compile it alone: an error then names the tool.
 
-    functions: those that may be called. Of others only what is no schema at all is wrong.
+    Of a function that need not be called only what is no schema at all is wrong.
     """
     return [
         _calls(
             [tool.function],
             f"tools.{number}.function.parameters",
-            lenient=tool.function not in functions,
+            lenient=not (tools.required and tool.function in tools.functions),
         )
         for number, tool in enumerate(request.tools or ())
     ]
 
 
-def _calls(
-    functions: Sequence[FunctionDescription], field: str = "tools", *, lenient: bool = False
-) -> HeldTo:
+def _calls(functions: Sequence[FunctionDescription], field: str = "tools", **form: bool) -> HeldTo:
     code = "invalid_function_parameters"
     try:
-        return HeldTo(call_rules(functions, lenient=lenient), field, "schema", code)
+        return HeldTo(call_rules(functions, **form), field, "schema", code)
     except InputError as error:  # too large, too deep, or with settings of the library's
         raise ApiError(400, str(error), param=field, code=code) from error
 

@@ -9,16 +9,19 @@ import ipaddress
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import anyio
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pumice.serve.errors import ApiError
+from pumice.errors import shorten
+from pumice.serve.errors import ApiError, is_stopping
 from pumice.serve.observe import request_record
 from pumice.serve.openapi import OPERATIONS
 from pumice.serve.settings import ServerSettings
+from pumice.serve.work import BODY_COPIES, REQUEST_MEMORY, Account, Memory
 
 ANSWER_PATHS = frozenset(operation.path for operation in OPERATIONS if operation.request is not None)
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -28,28 +31,48 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 class Gate:
     """The number of requests in flight and its limit, and whether the server is draining.
 
-    slots: requests answered at a time. queue: those that may wait beyond them. seconds: a running mean of the
-    time from a request to the end of its answer, of those that were answered.
+    slots: requests answered at a time. queue: those that may wait beyond them. interval: a running mean of
+    the seconds from one answer's end to the next: the time of each request that was answered, shared by all
+    that were in flight when it came.
     """
 
     slots: int
     queue: int
     in_flight: int = 0
-    seconds: float = 1.0
+    interval: float = 0.1
     draining: bool = False
     connections: Callable[[], int] = lambda: 0  # number of open connections, idle ones included
+    ended: bool = False  # whether the time of the drain is over
+    _endings: set[Callable[[], None]] = field(default_factory=set)
+
+    def end(self) -> None:
+        """End the requests in flight, because the server stops."""
+        self.draining = self.ended = True
+        for ending in tuple(self._endings):
+            ending()
+
+    @contextlib.contextmanager
+    def ending(self, act: Callable[[], None]) -> Iterator[None]:
+        """Within the context, `end` calls `act`."""
+        self._endings.add(act)
+        try:
+            if self.ended:
+                act()
+            yield
+        finally:
+            self._endings.discard(act)
 
     @contextlib.contextmanager
     def passing(self, was_answered: Callable[[], bool]) -> Iterator[None]:
         """Count a request while it is answered, also if the answer fails."""
         self.in_flight += 1
-        started = time.perf_counter()
+        started, sharing = time.perf_counter(), self.in_flight
         try:
             yield
         finally:
             self.in_flight -= 1
             if was_answered():  # wrong ones, which take no time, say nothing about the others
-                self.seconds += 0.1 * (time.perf_counter() - started - self.seconds)
+                self.interval += 0.1 * ((time.perf_counter() - started) / sharing - self.interval)
 
     @property
     def full(self) -> bool:
@@ -57,9 +80,8 @@ class Gate:
 
     @property
     def retry_after(self) -> int:
-        """Seconds until those who wait now have slots: `in_flight / seconds` end a second (Little's law)."""
-        waiting = max(0, self.in_flight - self.slots)
-        return max(1, math.ceil(waiting * self.seconds / max(1, self.in_flight)))
+        """Seconds until those who wait now have slots."""
+        return max(1, math.ceil(max(0, self.in_flight - self.slots) * self.interval))
 
 
 class Guard:
@@ -67,6 +89,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, gate: Gate) -> None:
         self.app, self.settings, self.gate = app, settings, gate
+        limit = max(REQUEST_MEMORY, 2 * BODY_COPIES * settings.body_bytes)
+        self._memory = Memory(limit, retry_after=lambda: gate.retry_after)
         self._keys = [_digest(key.encode()) for key in settings.api_key]
         self._max_body = settings.body_bytes
         # DNS rebinding: a foreign web page may give its own host name the address of this machine. A
@@ -98,9 +122,21 @@ class Guard:
         if not needs_slot:
             await self.app(scope, receive, send)
             return
-        fields = request_record(Request(scope)).fields
-        with self.gate.passing(lambda: "completion_tokens" in fields):
-            await self.app(scope, receive, send)
+        record = request_record(Request(scope))
+        record.memory = Account(self._memory)
+        with (
+            contextlib.closing(record.memory),
+            self.gate.passing(lambda: "completion_tokens" in record.fields),
+            anyio.CancelScope() as work,
+        ):
+            record.stop = work.cancel  # a stream that has begun ends in its own way
+            with self.gate.ending(record.end):
+                await self.app(scope, receive, send)
+        # 3. It was cancelled, because the server stops.
+        if work.cancelled_caught:
+            stopping = is_stopping()
+            record.add_error(stopping)
+            await stopping.response(scope["path"])(scope, receive, send)
 
     def _check_connections(self) -> None:
         limit = self.settings.max_connections
@@ -145,19 +181,14 @@ class Guard:
     def _admit(self, headers: Headers) -> None:
         """Raise ApiError unless there is room for this request and its headers are right."""
         if self.gate.draining:
-            raise ApiError(
-                503,
-                "the server is about to stop; ask again soon",
-                code="draining",
-                headers={"Retry-After": "5"},
-            )
+            raise is_stopping()
         # Browsers send other types than JSON to other origins without a CORS preflight, but they send Origin.
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         no_type = not content_type and "origin" not in headers  # as LiteLLM asks Ollama
         if content_type != "application/json" and not no_type:
             raise ApiError(
                 415,
-                f"the content type is {content_type!r}; send application/json",
+                f"the content type is {shorten(content_type)}; send application/json",
                 code="unsupported_media_type",
             )
         if self.gate.full:

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from urllib.parse import unquote_to_bytes
+from dataclasses import dataclass
 
 from pumice.errors import InputError
 from pumice.images import EnormousImage, image_size, open_image
+from pumice.messages import decode_data_url
 from pumice.serve.errors import ApiError
 from pumice.serve.fetch import Fetcher
 from pumice.serve.messages import ImageUrl
 from pumice.serve.settings import ServerSettings
+from pumice.serve.work import Account, Kind, Workers
+from pumice.stopping import check_stopped
 
-_DATA = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[\w.+-]*)*)(;base64)?,", re.IGNORECASE)
+_TIFF = (b"II", b"MM")  # how such a file begins
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """The bytes of a picture's file, and its width and height in pixels."""
+
+    data: bytes
+    size: tuple[int, int]
 
 
 async def read_images(
-    images: Sequence[tuple[str, ImageUrl]], settings: ServerSettings, fetcher: Fetcher | None, pool: Executor
-) -> list[bytes]:
-    """Return the bytes of each picture's file, in order.
+    images: Sequence[tuple[str, ImageUrl]],
+    settings: ServerSettings,
+    fetcher: Fetcher | None,
+    workers: Workers,
+    memory: Account,
+) -> list[PictureFile]:
+    """Return each picture's file, in order.
 
-    images: (field name, picture). Only headers are decoded here, in `pool`. Raises ApiError, 400, that names
-    the field when there are too many pictures, or when one cannot be read or has too many pixels.
+    images: (field name, picture). Only headers are decoded here. memory: of the request; what is fetched
+    counts. Raises ApiError, 400, that names the field when there are too many pictures, or when one cannot be
+    read or has too many pixels.
     """
     if len(images) > settings.max_images:
         raise ApiError(
@@ -35,17 +47,20 @@ async def read_images(
             param=images[settings.max_images][0],
             code="too_many_images",
         )
-    fetched = await asyncio.gather(*(_fetch(param, image.url, fetcher) for param, image in images))
-    loop = asyncio.get_running_loop()
-    return [
-        await loop.run_in_executor(pool, _check, param, image.url if data is None else data, settings)
-        for (param, image), data in zip(images, fetched, strict=True)
-    ]
+    fetched = await asyncio.gather(*(_fetch(param, image.url, fetcher, memory) for param, image in images))
+    files = []
+    for (param, image), data in zip(images, fetched, strict=True):
+        if data is None:
+            data = await workers.run("parse", _decode, param, image.url)
+        kind: Kind = "long" if data[:2] in _TIFF else "short"  # whose size is known when it is decoded
+        files.append(PictureFile(data, await workers.run(kind, _check, param, data, settings)))
+    return files
 
 
 def find_damaged(pictures: Mapping[str, bytes]) -> str | None:
     """Return the field of the first picture that cannot be decoded, or None. pictures: field -> file."""
     for param, data in pictures.items():
+        check_stopped()
         try:
             open_image(data)
         except InputError:
@@ -53,7 +68,7 @@ def find_damaged(pictures: Mapping[str, bytes]) -> str | None:
     return None
 
 
-async def _fetch(param: str, url: str, fetcher: Fetcher | None) -> bytes | None:
+async def _fetch(param: str, url: str, fetcher: Fetcher | None, memory: Account) -> bytes | None:
     """Return the bytes behind a web address, or None for a data URI."""
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
@@ -72,12 +87,11 @@ async def _fetch(param: str, url: str, fetcher: Fetcher | None) -> bytes | None:
             param=param,
             code="image_urls_not_allowed",
         )
-    return await fetcher.get(url, param)
+    return await fetcher.get(url, param, memory.take)
 
 
-def _check(param: str, source: str | bytes, settings: ServerSettings) -> bytes:
-    """Return the bytes of a data URI or of a fetched file once its size in pixels is checked."""
-    data = _decode(param, source) if isinstance(source, str) else source
+def _check(param: str, data: bytes, settings: ServerSettings) -> tuple[int, int]:
+    """Return the size of a picture in pixels, once it is checked."""
     try:
         width, height = image_size(data)
     except EnormousImage:
@@ -86,7 +100,7 @@ def _check(param: str, source: str | bytes, settings: ServerSettings) -> bytes:
         raise ApiError(400, str(error), param=param, code="invalid_image") from error
     else:
         if width * height <= settings.max_pixels:
-            return data
+            return width, height
         excess = f"is {width} x {height},"
     raise ApiError(
         400,
@@ -97,26 +111,7 @@ def _check(param: str, source: str | bytes, settings: ServerSettings) -> bytes:
 
 
 def _decode(param: str, url: str) -> bytes:
-    """Decode a data URI (RFC 2397)."""
-    head = _DATA.match(url)
-    if head is None:
-        raise ApiError(
-            400,
-            f"'{param}.url' is no data URI; write data:image/jpeg;base64,...",
-            param=param,
-            code="invalid_image_url",
-        )
-    payload = url[head.end() :]
-    if not head[3]:
-        return unquote_to_bytes(payload)
     try:
-        # Clients often send line breaks and URL-safe letters. Anything else means that the data is damaged.
-        letters = payload.translate({ord("-"): "+", ord("_"): "/", ord("\n"): None, ord("\r"): None})
-        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(
-            400,
-            f"'{param}.url' is not base64 ({error}); encode the file again",
-            param=param,
-            code="invalid_image_url",
-        ) from error
+        return decode_data_url(url)
+    except InputError as error:
+        raise ApiError(400, f"'{param}.url': {error}", param=param, code="invalid_image_url") from error

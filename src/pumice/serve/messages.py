@@ -1,4 +1,4 @@
-"""What requests are made of: messages, pictures and tools; and what is dropped before they are checked.
+"""What requests are made of: messages, pictures, tools and schemas; and what is dropped before checks.
 
 Sources of the fields: OpenAI's API reference; vLLM's, llama.cpp's and TGI's documentation for theirs.
 """
@@ -17,10 +17,16 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
+    model_validator,
 )
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 
 T = TypeVar("T", bound="RequestModel")
+
+
+def field_error(field: str, message: str) -> PydanticCustomError:
+    """Return the error of a validator that sees all of a request: the field, seen from there, is wrong."""
+    return PydanticCustomError("invalid_value", "{message}", {"field": field, "message": message})
 
 
 class RequestModel(BaseModel):
@@ -38,11 +44,16 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
     "best_of": (1,),
     "cache_prompt": (True, False),
+    "backend_sampling": (True, False),
     "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
     "early_stopping": (False,),
     "echo": (False,),
     "enable_thinking": (False,),
-    "function_call": ("none", "auto"),
+    "function_call": ("none", "auto", ""),
+    "grammar": ("",),
+    "guided_grammar": ("",),
+    "guided_regex": ("",),
     "id_slot": (-1,),
     "ignore_eos": (False,),
     "include_reasoning": (True, False),
@@ -51,20 +62,36 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "mirostat": (0,),
     "priority": (0,),
+    "response_format": ("",),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "safe_prompt": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "stop": ("",),
     "tfs_z": (1,),
     "timings_per_token": (False,),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("none", "auto", ""),
+    "typ_p": (1,),
     "top_a": (0,),
     "top_logprobs": (0,),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "xtc_probability": (0,),
 }
+# Settings of samplers that another field would have to turn on; that one is refused.
+NEEDS_ANOTHER = frozenset(
+    {
+        "dry_allowed_length",
+        "dry_base",
+        "dry_penalty_last_n",
+        "dry_sequence_breakers",
+        "dynatemp_exponent",
+        "mirostat_eta",
+        "mirostat_tau",
+        "xtc_threshold",
+    }
+)
 NEVER_EMPTY = frozenset(
     {"messages", "content", "prompt", "input", "output"}
 )  # an empty one is wrong, not absent
@@ -93,7 +120,7 @@ def _drop_nothing(value: Any, verbatim: frozenset[str]) -> Any:
 
 
 def _asks_nothing(key: str, value: Any, is_verbatim: bool) -> bool:
-    if value is None:
+    if value is None or key in NEEDS_ANOTHER:
         return True
     if isinstance(value, list | dict):
         return not (value or is_verbatim or key in NEVER_EMPTY)
@@ -121,12 +148,19 @@ def _as_object(value: Any) -> Any:
 class ImageUrl(RequestModel):
     url: str = Field(min_length=1, description="data:image/...;base64,..., or http(s) where that is allowed")
     detail: Literal["auto", "low", "high", "original"] | None = Field(
-        None, description="Taken and not used: the model's own image policy decides."
+        None, description="Taken and not used, as the next one: the model's own image policy decides."
     )
+    format: str | None = None
 
 
 class PartModel(RequestModel):
-    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
+    cache_control: dict[str, Any] | None = Field(None, description="Taken and not used, as the next one.")
+    uuid: str | None = None
+
+
+class MessageModel(RequestModel):
+    name: str | None = Field(None, description="Taken and not used, as the next one.")
+    cache_control: dict[str, Any] | None = None
 
 
 class TextPart(PartModel):
@@ -177,10 +211,9 @@ Content = Annotated[
 PartList = list[TextPart | ImageUrlPart | RefusalPart]
 
 
-class ChatMessage(RequestModel):
+class ChatMessage(MessageModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content
-    name: str | None = Field(None, description="Taken and not used: templates know roles only.")
 
 
 def _check_arguments(arguments: str) -> str:
@@ -204,6 +237,7 @@ Arguments = Annotated[
 class CalledFunction(RequestModel):
     name: str
     arguments: Arguments = "{}"
+    parsed_arguments: Any = Field(None, description="Taken and not used: the arguments as an object.")
 
 
 class PastCall(RequestModel):
@@ -214,14 +248,13 @@ class PastCall(RequestModel):
     function: CalledFunction
 
 
-class PastAnswer(RequestModel):
+class PastAnswer(MessageModel):
     """An answer of before, with the fields that servers and libraries add to one."""
 
     role: Literal["assistant"]
     content: Content | None = None
     tool_calls: list[PastCall] | None = None
     function_call: CalledFunction | None = Field(None, description="The older form of tool_calls.")
-    name: str | None = None
     refusal: str | None = Field(None, description="Read as the answer's text where content is empty.")
     prefix: bool | None = Field(None, description="As continue_final_message, of a last answer.")
     annotations: list[Any] | None = Field(None, description="Taken and not used, as the next fields.")
@@ -229,24 +262,23 @@ class PastAnswer(RequestModel):
     reasoning_content: Any = None
     reasoning_details: Any = None
     thinking_blocks: Any = None
+    parsed: Any = None
     provider_specific_fields: dict[str, Any] | None = None
 
 
-class ToolMessage(RequestModel):
+class ToolMessage(MessageModel):
     """What a tool gave for a call of an earlier answer."""
 
     role: Literal["tool"]
     content: Content
     tool_call_id: str
-    name: str | None = Field(None, description="Taken and not used: the call has it.")
 
 
-class FunctionMessage(RequestModel):
+class FunctionMessage(MessageModel):
     """The older form of a tool's message."""
 
     role: Literal["function"]
     content: Content
-    name: str
 
 
 def _message_tag(value: Any) -> str:
@@ -276,7 +308,7 @@ class FunctionDescription(RequestModel):
 
 
 class ToolDescription(RequestModel):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionDescription
     cache_control: dict[str, Any] | None = Field(None, description="Taken and not used.")
 
@@ -286,11 +318,86 @@ class FunctionName(RequestModel):
 
 
 class NamedFunction(RequestModel):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionName
 
 
+class AllowedFunctions(RequestModel):
+    mode: Literal["auto", "required"]
+    tools: list[NamedFunction] = Field(min_length=1, max_length=128)
+
+
+class AllowedTools(RequestModel):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
+def choice_tag(value: Any) -> str:
+    """Return the tag of a tool_choice: a text, a function's name, or several of them."""
+    if json_kind(value) != "~object":
+        return "~string"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "~allowed" if kind == "allowed_tools" else "~object"
+
+
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("~string")] | Annotated[NamedFunction, Tag("~object")],
-    Discriminator(json_kind),
+    Annotated[Literal["none", "auto", "required"], Tag("~string")]
+    | Annotated[NamedFunction, Tag("~object")]
+    | Annotated[AllowedTools, Tag("~allowed")],
+    Discriminator(choice_tag),
 ]
+
+
+# --- what an answer is held to ---
+
+
+class JsonSchemaFormat(RequestModel):
+    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="Answers are always held to the schema.")
+
+
+class ResponseFormat(RequestModel):
+    type: Literal["text", "json_object", "json_schema", "json", "regex"]
+    json_schema: JsonSchemaFormat | None = None
+    value: Any = Field(None, description='TGI\'s: the schema, {"schema": ...}, or a regular expression.')
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama.cpp's, of json_object.")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None and not isinstance(self.value, dict):
+            raise field_error("json_schema", "the type 'json_schema' needs a schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise field_error("json_schema", "belongs to the type 'json_schema'")
+        if self.type == "regex" and not isinstance(self.value, str):
+            raise field_error("value", "the type 'regex' needs a regular expression")
+        if self.type == "json" and not isinstance(self.value, dict):
+            raise field_error("value", "the type 'json' needs a schema")
+        return self
+
+    @property
+    def schema_or_none(self) -> dict[str, Any] | None:
+        """Return the JSON Schema, or None for any object."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        value = self.value if isinstance(self.value, dict) else self.schema_
+        if value is None:
+            return None
+        inner = value.get("schema")
+        if isinstance(inner, dict) and not {"type", "properties"} & set(value):
+            value = inner
+        return {"type": "object", **value} if "properties" in value else value
+
+
+class StructuredOutputs(RequestModel):
+    """vLLM's: what the answer is held to. One of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
+    disable_any_whitespace: bool | None = Field(None, description="Taken and not used, as the next one.")
+    disable_fallback: bool | None = None

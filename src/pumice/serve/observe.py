@@ -10,6 +10,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pumice.errors import WorkError
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import ApiError, cut
 from pumice.serve.logs import request_line
 from pumice.serve.metrics import Metrics
+from pumice.serve.work import Account, Memory
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 SECURITY = {
@@ -39,10 +41,16 @@ class RequestRecord:
     started: float = field(default_factory=time.perf_counter)
     fields: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None  # its trace goes to the log
+    memory: Account = field(default_factory=lambda: Account(Memory(0)))
+    stop: Callable[[], None] = lambda: None  # ends the request in the way that its state asks for
 
     def add_error(self, error: ApiError) -> None:
         """Add the error that the client gets to the log line."""
         self.fields |= {"error": error.message, "param": error.param, "code": error.code}
+
+    def end(self) -> None:
+        """End the request, because the server stops."""
+        self.stop()
 
     @property
     def seconds(self) -> float:
@@ -106,7 +114,7 @@ class Observe:
         fields = {
             "request_id": record.id,
             "method": scope["method"],
-            "path": scope["path"],
+            "path": cut(scope["path"]),
             "status": status,
             "seconds": round(record.seconds, 4),
             "client": client[0] if client else None,

@@ -10,23 +10,26 @@ import json
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, BaseModel, Discriminator, Field, Tag
 
 from pumice.config import ModelConfig
-from pumice.serve.answers import AnswerModel, AnswerPiece
+from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece, join
 from pumice.serve.messages import (
     Arguments,
     CalledFunction,
     ChatMessage,
     ImageUrl,
     ImageUrlPart,
+    JsonSchemaFormat,
     PartList,
     PastAnswer,
     PastCall,
     RequestModel,
+    ResponseFormat,
     TextPart,
     ToolDescription,
     ToolMessage,
@@ -36,12 +39,9 @@ from pumice.serve.protocol import (
     BaseRequest,
     ChatRequest,
     ErrorBody,
-    JsonSchemaFormat,
     MinP,
     Penalty,
-    PromptProgress,
     RepetitionPenalty,
-    ResponseFormat,
     Seed,
     Temperature,
     Texts,
@@ -76,6 +76,9 @@ class OllamaOptions(RequestModel):
     use_mlock: bool | None = None
     numa: bool | None = None
     low_vram: bool | None = None
+    f16_kv: bool | None = None
+    logits_all: bool | None = None
+    vocab_only: bool | None = None
     repeat_last_n: int | None = None
     penalize_newline: bool | None = None
 
@@ -150,7 +153,6 @@ class OllamaMessage(RequestModel):
 
 class OllamaChatRequest(OllamaRequest):
     messages: list[OllamaMessage] = Field(default_factory=list)
-    # Ollama's protocol has no way to require a call, so the answer is text.
     tools: list[ToolDescription] | None = Field(None, max_length=128)
 
     def chat(self) -> ChatRequest:
@@ -224,9 +226,19 @@ class OllamaShowRequest(BaseRequest):
 # --- answers ---
 
 
+class OllamaCalledFunction(AnswerModel):
+    name: str
+    arguments: dict[str, Any]
+
+
+class OllamaCall(AnswerModel):
+    function: OllamaCalledFunction
+
+
 class OllamaAnswerMessage(AnswerModel):
     role: Literal["assistant"] = "assistant"
     content: str
+    tool_calls: list[OllamaCall] | None = None
 
 
 class OllamaAnswer(AnswerModel):
@@ -250,7 +262,7 @@ class OllamaError(AnswerModel):
     error: str
 
 
-class OllamaForm:
+class OllamaForm(AnswerForm):
     """Writes the answer to a request, whole or line by line. is_chat: of /api/chat, else of /api/generate."""
 
     media_type = "application/x-ndjson"
@@ -259,9 +271,11 @@ class OllamaForm:
         self._model, self._is_chat = model, is_chat
         self._started = self._first = time.perf_counter()
         self._is_cut = False
+        self._call = AnswerPiece()  # so far
 
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> OllamaAnswer:
         self._is_cut = answers[0].finish == "length"
+        self._call = answers[0]
         return self._end(answers[0].text, usage)
 
     def begin(self) -> bytes:
@@ -270,10 +284,8 @@ class OllamaForm:
 
     def piece(self, piece: AnswerPiece) -> bytes:
         self._is_cut = piece.finish == "length"
+        self._call = join([self._call, replace(piece, text="", tokens=())])
         return _line(self._answer(piece.text, done=False)) if piece.text else b""
-
-    def progress(self, progress: PromptProgress) -> bytes:
-        return b""  # the protocol has no event for it
 
     def end(self, usage: Usage) -> bytes:
         return _line(self._end("", usage))
@@ -300,7 +312,14 @@ class OllamaForm:
         )
 
     def _answer(self, text: str, **more: Any) -> OllamaAnswer:
-        said = {"message": OllamaAnswerMessage(content=text)} if self._is_chat else {"response": text}
+        said: dict[str, Any] = {"response": text}
+        if self._is_chat:
+            message = OllamaAnswerMessage(content=text)
+            if self._call.finish == "tool_calls":  # its arguments are an object, so they come last
+                values = json.loads(self._call.arguments)
+                function = OllamaCalledFunction(name=self._call.name, arguments=values)
+                message.tool_calls = [OllamaCall(function=function)]
+            said = {"message": message}
         return OllamaAnswer(model=self._model, created_at=_now(), **said, **more)
 
 
@@ -380,7 +399,8 @@ class OllamaCard:
         )
 
     def show(self) -> OllamaShow:
-        sees = self._config.vision.kind != "none"
+        sees, chat = self._config.vision.kind != "none", self._config.chat
+        knows_tools = chat is not None and chat.tools is not None
         return OllamaShow(
             modelfile="",
             parameters="",
@@ -391,6 +411,6 @@ class OllamaCard:
                 "general.parameter_count": self._parameters,
                 "llava.context_length": self._config.decoder.context,
             },
-            capabilities=["completion", *(["vision"] if sees else [])],
+            capabilities=["completion", *["vision"] * sees, *["tools"] * knows_tools],
             modified_at=self._opened,
         )

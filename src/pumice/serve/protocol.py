@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from pumice.serve.messages import (
     AnyMessage,
@@ -18,12 +27,16 @@ from pumice.serve.messages import (
     ImageUrlPart,
     PastAnswer,
     RequestModel,
+    ResponseFormat,
+    StructuredOutputs,
     ToolChoice,
     ToolDescription,
+    field_error,
     json_kind,
 )
 
 MAX_STOPS = 16
+MAX_STOP = 1000  # characters: every new piece of an answer is compared with all of them
 MAX_MESSAGES = 1024
 MAX_ANSWERS = 128  # of one request, as OpenAI allows: prompts times `n`
 
@@ -31,8 +44,12 @@ MAX_ANSWERS = 128  # of one request, as OpenAI allows: prompts times `n`
 # --- requests ---
 
 Texts = Annotated[
-    Annotated[str, Tag("~string")]
-    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), Tag("~list")],
+    Annotated[str, Field(max_length=MAX_STOP), Tag("~string")]
+    | Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]],
+        Field(max_length=MAX_STOPS),
+        Tag("~list"),
+    ],
     Discriminator(json_kind),
 ]
 
@@ -40,54 +57,6 @@ Texts = Annotated[
 class StreamOptions(RequestModel):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-
-
-class JsonSchemaFormat(RequestModel):
-    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = Field(None, description="Answers are always held to the schema.")
-
-
-class ResponseFormat(RequestModel):
-    type: Literal["text", "json_object", "json_schema", "json", "regex"]
-    json_schema: JsonSchemaFormat | None = None
-    value: Any = Field(None, description='TGI\'s: the schema, {"schema": ...}, or a regular expression.')
-    schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama.cpp's, of json_object.")
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> ResponseFormat:
-        if self.type == "json_schema" and self.json_schema is None and not isinstance(self.value, dict):
-            raise ValueError("json_schema and the type 'json_schema' belong together")
-        if self.type != "json_schema" and self.json_schema is not None:
-            raise ValueError("json_schema and the type 'json_schema' belong together")
-        if self.type == "regex" and not isinstance(self.value, str):
-            raise ValueError("the type 'regex' needs a regular expression as value")
-        if self.type == "json" and not isinstance(self.value, dict):
-            raise ValueError("the type 'json' needs a schema as value")
-        return self
-
-    @property
-    def schema_or_none(self) -> dict[str, Any] | None:
-        """Return the JSON Schema, or None for any object."""
-        if self.json_schema is not None:
-            return self.json_schema.schema_
-        value = self.value if isinstance(self.value, dict) else self.schema_
-        if value is None:
-            return None
-        inner = value.get("schema")
-        if isinstance(inner, dict) and not {"type", "properties"} & set(value):
-            value = inner
-        return {"type": "object", **value} if "properties" in value else value
-
-
-class StructuredOutputs(RequestModel):
-    """vLLM's: what the answer is held to. One of them."""
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    json_object: bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1)
 
 
 _LIMIT = "The longest answer; -1, and what does not fit, is as long as it fits."
@@ -101,7 +70,7 @@ def _check_limit(tokens: int) -> int:
 
 Limit = Annotated[int, Field(ge=-1), AfterValidator(_check_limit)]
 Temperature = Annotated[float, Field(ge=0, le=2, description="0, the default, is greedy.")]
-TopP = Annotated[float, Field(gt=0, le=1)]
+TopP = Annotated[float, Field(ge=0, le=1, description="0 leaves the likeliest token.")]
 TopK = Annotated[int, Field(ge=-1, le=2**31, description="0 and -1 are off.")]
 MinP = Annotated[float, Field(ge=0, le=1)]
 RepetitionPenalty = Annotated[float, Field(ge=0.01, le=10)]
@@ -115,7 +84,22 @@ class BaseRequest(RequestModel):
     model: str | None = Field(None, description="One of /v1/models; the first of them when left out.")
 
 
-class GenerationRequest(BaseRequest):
+class HintedRequest(BaseRequest):
+    """Fields of OpenAI's that change nothing here."""
+
+    metadata: dict[str, str] | None = Field(
+        None, description="Taken and not used, as the next ones; /v1/responses gives it back."
+    )
+    user: str | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class GenerationRequest(HintedRequest):
     """The fields that chat and plain completion share."""
 
     stream: bool | None = None
@@ -123,12 +107,16 @@ class GenerationRequest(BaseRequest):
     return_progress: bool | None = Field(
         None, description="Also stream how much of a long prompt is read, as llama.cpp's server does."
     )
-    max_tokens: Limit | None = Field(None, description=_LIMIT)
+    max_tokens: Limit | None = Field(
+        None, description=_LIMIT, validation_alias=AliasChoices("max_tokens", "n_predict")
+    )
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
     min_p: MinP | None = None
-    repetition_penalty: RepetitionPenalty | None = None
+    repetition_penalty: RepetitionPenalty | None = Field(
+        None, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
+    )
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     seed: Seed | None = None
@@ -137,26 +125,21 @@ class GenerationRequest(BaseRequest):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
+    json_schema: dict[str, Any] | None = Field(None, description="llama.cpp's.")
     guided_regex: str | None = None
     guided_choice: list[str] | None = Field(None, min_length=1)
-    user: str | None = Field(None, description="Taken and not used, as the next fields.")
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: str | None = Field(None, description="Taken and not used, as the next fields.")
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None
+    guided_decoding_backend: str | None = None
+    reasoning_format: str | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream to be true")
+        if self.include_usage_in_stream and not self.stream:
+            raise field_error("stream_options", "needs stream to be true")
         if self.return_progress and not self.stream:
-            raise ValueError("return_progress needs stream to be true")
+            raise field_error("return_progress", "needs stream to be true")
         return self
 
     @property
@@ -202,11 +185,16 @@ class ChatRequest(ConversationRequest, GenerationRequest):
     tools: list[ToolDescription] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     modalities: list[Literal["text"]] | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Taken and not used: a prompt begins with the model's BOS, once."
+    )
 
     @model_validator(mode="after")
-    def _check_continued(self) -> ChatRequest:
+    def _check_fields(self) -> ChatRequest:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise field_error("add_generation_prompt", "is false where continue_final_message is true")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise field_error("top_logprobs", "needs logprobs to be true")
         return self
 
     @property
@@ -247,6 +235,11 @@ class CompletionRequest(GenerationRequest):
     ] = Field(description="Text as it is, without the model's template; or token ids; or a list of either.")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = Field(None, description="Whether the answer begins with the prompt.")
+    max_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None,
+        description=f"{_LIMIT} 0 with echo gives the prompt alone.",
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+    )
     suffix: Literal[""] | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = Field(None, description="Whether a text begins with the model's BOS.")
@@ -260,11 +253,9 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_choices(self) -> CompletionRequest:
         if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of should be n: every answer is returned; leave it out")
-        if self.echo and self.logprobs is not None:
-            raise ValueError(
-                "echo has no logprobs: those of a prompt are not computed; leave one of them out"
-            )
+            raise field_error("best_of", "should be n: every answer is returned; leave it out")
+        if self.max_tokens == 0 and not self.echo:
+            raise field_error("max_tokens", "should be 1 or more, or -1 for as long as it fits")
         return self
 
 
@@ -376,8 +367,8 @@ class ChatChunk(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None] = Field(description="null for the first token of a prompt.")
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from pumice.serve.messages import (
+    AllowedFunctions,
+    AllowedTools,
     Arguments,
     CalledFunction,
     ChatMessage,
@@ -17,6 +19,7 @@ from pumice.serve.messages import (
     FunctionName,
     ImageUrl,
     ImageUrlPart,
+    JsonSchemaFormat,
     Name,
     NamedFunction,
     PartList,
@@ -24,17 +27,17 @@ from pumice.serve.messages import (
     PastAnswer,
     PastCall,
     RequestModel,
+    ResponseFormat,
     TextPart,
     ToolDescription,
     ToolMessage,
+    choice_tag,
     json_kind,
 )
 from pumice.serve.protocol import (
-    BaseRequest,
     ChatRequest,
-    JsonSchemaFormat,
+    HintedRequest,
     Limit,
-    ResponseFormat,
     StreamOptions,
     Temperature,
     TopP,
@@ -134,6 +137,19 @@ class ResponsesNamedTool(RequestModel):
     type: Literal["function"]
     name: str
 
+    def chat(self) -> NamedFunction:
+        return NamedFunction(function=FunctionName(name=self.name))
+
+
+class ResponsesAllowedTools(RequestModel):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[ResponsesNamedTool] = Field(min_length=1, max_length=128)
+
+    def chat(self) -> AllowedTools:
+        named = [tool.chat() for tool in self.tools]
+        return AllowedTools(type="allowed_tools", allowed_tools=AllowedFunctions(mode=self.mode, tools=named))
+
 
 class TextFormat(RequestModel):
     type: Literal["text", "json_object", "json_schema"]
@@ -148,7 +164,7 @@ class TextSettings(RequestModel):
     verbosity: str | None = Field(None, description="Taken and not used.")
 
 
-class ResponsesRequest(BaseRequest):
+class ResponsesRequest(HintedRequest):
     input: Annotated[
         Annotated[str, Tag("~string")] | Annotated[list[InputItem], Field(min_length=1), Tag("~list")],
         Discriminator(json_kind),
@@ -162,8 +178,9 @@ class ResponsesRequest(BaseRequest):
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag("~string")]
-            | Annotated[ResponsesNamedTool, Tag("~object")],
-            Discriminator(json_kind),
+            | Annotated[ResponsesNamedTool, Tag("~object")]
+            | Annotated[ResponsesAllowedTools, Tag("~allowed")],
+            Discriminator(choice_tag),
         ]
         | None
     ) = None
@@ -172,16 +189,8 @@ class ResponsesRequest(BaseRequest):
     include: list[str] | None = Field(None, description="Of these, message.output_text.logprobs is known.")
     top_logprobs: int | None = Field(None, ge=0, le=20)
     background: Literal[False] | None = None
-    truncation: Literal["disabled"] | None = None
-    metadata: dict[str, str] | None = Field(None, description="Given back. The next fields are not used.")
-    reasoning: dict[str, Any] | None = None
-    store: bool | None = None
-    user: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    parallel_tool_calls: bool | None = None
+    truncation: Literal["disabled", "auto"] | None = Field(None, description="Nothing is ever left out.")
+    reasoning: dict[str, Any] | None = Field(None, description="Taken and not used, as the next one.")
     max_tool_calls: int | None = None
 
     def chat(self) -> ChatRequest:
@@ -204,15 +213,12 @@ class ResponsesRequest(BaseRequest):
             response_format=_response_format(self.text.format if self.text else None),
             tools=[
                 ToolDescription(
-                    type="function",
                     function=FunctionDescription(**tool.model_dump(exclude={"type"})),
                 )
                 for tool in self.tools or ()
             ],
             tool_choice=(
-                NamedFunction(type="function", function=FunctionName(name=self.tool_choice.name))
-                if isinstance(self.tool_choice, ResponsesNamedTool)
-                else self.tool_choice
+                self.tool_choice.chat() if isinstance(self.tool_choice, BaseModel) else self.tool_choice
             ),
         )
 

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pumice.serve.answers import EVENTS, AnswerModel, AnswerPiece, join
-from pumice.serve.protocol import ErrorBody, LogprobEntry, PromptProgress, Usage
+from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece
+from pumice.serve.protocol import ErrorBody, LogprobEntry, Usage
 from pumice.serve.responses import ResponsesRequest, TextFormat, TextSettings
+
+Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class OutputText(AnswerModel):
@@ -28,7 +30,7 @@ class OutputMessage(AnswerModel):
     type: Literal["message"] = "message"
     id: str
     role: Literal["assistant"] = "assistant"
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
     content: list[OutputText]
 
 
@@ -38,10 +40,11 @@ class OutputCall(AnswerModel):
     call_id: str
     name: str
     arguments: str
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
 
 
 class InputDetails(AnswerModel):
+    cache_write_tokens: Literal[0] = 0
     cached_tokens: int
 
 
@@ -65,7 +68,7 @@ class ResponsesAnswer(AnswerModel):
     id: str
     object: Literal["response"] = "response"
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Status
     error: None = None
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None
@@ -106,73 +109,92 @@ class ResponsesEvent(AnswerModel):
     param: str | None = None
 
 
-class ResponsesForm:
-    """Writes the answer to a request, whole or as events."""
-
-    media_type = EVENTS
+class ResponsesForm(AnswerForm):
+    """Writes the answer to a request, whole or as events: a message, a call, or both."""
 
     def __init__(self, model: str, request: ResponsesRequest) -> None:
         self._model, self._request = model, request
         self._created = int(time.time())
-        self._id, self._item_id = (f"{kind}_{secrets.token_hex(12)}" for kind in ("resp", "item"))
+        self._id = f"resp_{secrets.token_hex(12)}"
         self._events = 0
-        self._pieces: list[AnswerPiece] = []
-        self._opened = False  # whether the item of the answer was announced
+        self._status: Status = "in_progress"
+        self._output: list[OutputMessage | OutputCall] = []  # the last one grows
 
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> ResponsesAnswer:
-        return self._answer(answers[0], usage)
+        self.piece(answers[0])
+        self._close()
+        return self._answer(usage)
 
     def begin(self) -> bytes:
-        return b"".join(
-            self._event(f"response.{kind}", response=self._answer(None))
-            for kind in ("created", "in_progress")
-        )
+        kinds = ("response.created", "response.in_progress")
+        return b"".join(self._event(kind, response=self._answer()) for kind in kinds)
 
     def piece(self, piece: AnswerPiece) -> bytes:
-        self._pieces.append(piece)
+        if piece.finish is not None:
+            self._status = "incomplete" if piece.finish == "length" else "completed"
         events = b""
-        # 1. Announce the item once it is clear what it is.
-        if not self._opened and (piece.text or piece.name or piece.finish):
-            self._opened = True
-            item = self._item(AnswerPiece(call_id=piece.call_id, name=piece.name), "in_progress")
-            events += self._event("response.output_item.added", output_index=0, item=item)
-            if isinstance(item, OutputMessage):
-                events += self._part("response.content_part.added", part=OutputText(text=""))
-        # 2. Send what it grew by.
-        if piece.arguments:
-            kind = "response.function_call_arguments.delta"
-            events += self._event(kind, item_id=self._item_id, output_index=0, delta=piece.arguments)
-        if piece.text:
-            events += self._part("response.output_text.delta", delta=piece.text, logprobs=list(piece.tokens))
+        # 1. Text makes a message grow, and so does an end of nothing.
+        if piece.text or (piece.finish and not piece.name and not self._output):
+            if not self._output:
+                message = OutputMessage(id=f"msg_{self._id}", status="in_progress", content=[])
+                events += self._open(message)
+                message.content.append(OutputText(text=""))
+                events += self._part("response.content_part.added", part=message.content[0])
+            [text] = self._output[0].content if isinstance(self._output[0], OutputMessage) else []
+            text.text += piece.text
+            text.logprobs += piece.tokens
+            if piece.text:
+                logprobs = list(piece.tokens)
+                events += self._part("response.output_text.delta", delta=piece.text, logprobs=logprobs)
+        # 2. A call follows it.
+        if piece.name:
+            if self._output:
+                events += self._close("completed")
+            call = OutputCall(
+                id=f"fc_{self._id}",
+                call_id=piece.call_id,
+                name=piece.name,
+                arguments="",
+                status="in_progress",
+            )
+            events += self._open(call)
+        if piece.arguments and isinstance(call_item := self._output[-1], OutputCall):
+            call_item.arguments += piece.arguments
+            events += self._of_item("response.function_call_arguments.delta", delta=piece.arguments)
         return events
 
-    def progress(self, progress: PromptProgress) -> bytes:
-        return b""  # the protocol has no event for it
-
     def end(self, usage: Usage) -> bytes:
-        answer = self._answer(join(self._pieces), usage)
-        [item] = answer.output
-        if isinstance(item, OutputCall):
-            events = self._event(
-                "response.function_call_arguments.done",
-                item_id=self._item_id,
-                output_index=0,
-                name=item.name,
-                arguments=item.arguments,
-            )
-        else:
-            [part] = item.content
-            events = self._part("response.output_text.done", text=part.text, logprobs=part.logprobs)
-            events += self._part("response.content_part.done", part=part)
-        events += self._event("response.output_item.done", output_index=0, item=item)
-        return events + self._event(f"response.{answer.status}", response=answer)
+        return self._close() + self._event(f"response.{self._status}", response=self._answer(usage))
 
     def error(self, error: ErrorBody) -> bytes:
         detail = error.error
         return self._event("error", code=detail.code, message=detail.message, param=detail.param)
 
+    def _open(self, item: OutputMessage | OutputCall) -> bytes:
+        self._output.append(item)
+        return self._event("response.output_item.added", output_index=len(self._output) - 1, item=item)
+
+    def _close(self, status: Status | None = None) -> bytes:
+        """End the last item."""
+        item = self._output[-1]
+        item.status = status or self._status
+        if isinstance(item, OutputCall):
+            kind = "response.function_call_arguments.done"
+            events = self._of_item(kind, name=item.name, arguments=item.arguments)
+        else:
+            [part] = item.content
+            events = self._part("response.output_text.done", text=part.text, logprobs=part.logprobs)
+            events += self._part("response.content_part.done", part=part)
+        done = self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
+        return events + done
+
     def _part(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)
+        return self._of_item(kind, content_index=0, **fields)
+
+    def _of_item(self, kind: str, **fields: Any) -> bytes:
+        """Return an event about the last item."""
+        index = len(self._output) - 1
+        return self._event(kind, item_id=self._output[-1].id, output_index=index, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         event = ResponsesEvent(type=kind, sequence_number=self._events, **fields)
@@ -180,40 +202,23 @@ class ResponsesForm:
         values = event.model_dump_json(include={"type", "sequence_number", *fields})
         return f"event: {kind}\ndata: {values}\n\n".encode()
 
-    def _item(
-        self, answer: AnswerPiece, status: Literal["in_progress", "completed", "incomplete"]
-    ) -> OutputMessage | OutputCall:
-        if answer.name:
-            return OutputCall(
-                id=self._item_id,
-                call_id=answer.call_id,
-                name=answer.name,
-                arguments=answer.arguments,
-                status=status,
-            )
-        content = [OutputText(text=answer.text, logprobs=list(answer.tokens))]
-        return OutputMessage(id=self._item_id, status=status, content=content[: status != "in_progress"])
-
-    def _answer(self, answer: AnswerPiece | None, usage: Usage | None = None) -> ResponsesAnswer:
-        """Return the response; without an answer it has just begun."""
+    def _answer(self, usage: Usage | None = None) -> ResponsesAnswer:
+        """Return the response so far."""
         request = self._request
-        status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
-        if answer is not None:
-            status = "incomplete" if answer.finish == "length" else "completed"
         text = request.text or TextSettings(format=TextFormat(type="text"))
         choice = request.tool_choice or "auto"
         return ResponsesAnswer(
             id=self._id,
             created_at=self._created,
-            status=status,
+            status=self._status,
             incomplete_details=IncompleteDetails(reason="max_output_tokens")
-            if status == "incomplete"
+            if self._status == "incomplete"
             else None,
             instructions=request.instructions,
             max_output_tokens=request.max_output_tokens,
             metadata=request.metadata or {},
             model=self._model,
-            output=[] if answer is None else [self._item(answer, status)],
+            output=self._output,
             temperature=request.temperature,
             text=text.model_dump(by_alias=True, exclude_none=True),
             tool_choice=choice if isinstance(choice, str) else choice.model_dump(),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
+import math
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 from uvicorn.config import Config
 
 from pumice.errors import InputError
+from pumice.serve.connection import LimitedProtocol
 from pumice.serve.guard import Gate
 from pumice.serve.logs import request_line
 from pumice.serve.settings import ServerSettings
@@ -25,7 +28,11 @@ if TYPE_CHECKING:
     from pumice.assistant import Assistant
 
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
-SHUTDOWN_GRACE = 5  # seconds for requests that still run when the time of the drain is over
+# After the time of the drain. The sum is less than the 5 s in which the process has to end.
+SEND_SECONDS = 1.5  # for clients to take the error that ends their request
+ACCEPT_SECONDS = 0.3  # for connections that the system has made and the server has not seen yet
+ARRIVE_SECONDS = 1.0  # for the first requests of new connections
+EXIT_SECONDS = 4.5  # then the process ends, whatever runs
 
 
 def make_server(assistant: Assistant, names: tuple[str, ...], settings: ServerSettings) -> Server:
@@ -46,13 +53,13 @@ def make_server(assistant: Assistant, names: tuple[str, ...], settings: ServerSe
 def config(app: Starlette, settings: ServerSettings) -> Config:
     return Config(
         app,
-        http=_protocol_with_timeout(settings.body_timeout),
+        http=_limited_protocol(settings.body_timeout),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=SHUTDOWN_GRACE,
+        timeout_graceful_shutdown=1,
     )
 
 
@@ -62,7 +69,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: Config, settings: ServerSettings, gate: Gate, name: str) -> None:
         super().__init__(config)
         self._settings, self._gate, self._name = settings, gate, name
-        self._drain_started = 0.0
+        self._drain_ends = math.inf  # time.monotonic()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -73,61 +80,61 @@ class Server(uvicorn.Server):
             request_line(logging.INFO, "listening", fields)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # 1. End the requests that are left: an error goes to each client. Who comes now gets one, too.
+        self._gate.end()
+        begun = time.monotonic()
+        await self._wait(lambda: self._gate.in_flight == 0, SEND_SECONDS)
+        await self._wait(lambda: False, begun + ACCEPT_SECONDS - time.monotonic())
+        for server in self.servers:
+            server.close()
+        await self._wait(lambda: not self._expects_requests(), ARRIVE_SECONDS)
+        # 2. Cut off clients that do not read what is sent.
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, LimitedProtocol):
+                connection.cut_off()
+        # 3. Close the other connections, then the engine.
         await super().shutdown(sockets)
+        self._log_stopped()
+
+    def _expects_requests(self) -> bool:
+        """Return whether a connection was made that has not brought its first request."""
+        connections = self.server_state.connections
+        return any(isinstance(one, LimitedProtocol) and one.cycle is None for one in connections)
+
+    @staticmethod
+    async def _wait(until: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not until() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+
+    def _log_stopped(self) -> None:
         request_line(logging.INFO, "stopped", {"model": self._name, "pid": os.getpid()})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._gate.draining:  # the second signal: leave at once
-            self.should_exit = self.force_exit = True
+        if self._gate.draining:  # the second signal: wait no longer
+            self._drain_ends = time.monotonic()
             return
         self._gate.draining = True
-        self._drain_started = time.monotonic()
+        self._drain_ends = time.monotonic() + self._settings.drain_timeout
+        threading.Thread(target=self._exit_in_time, name="pumice-exit", daemon=True).start()
 
     async def on_tick(self, counter: int) -> bool:
-        if self._gate.draining:
-            timed_out = time.monotonic() - self._drain_started > self._settings.drain_timeout
-            if self._gate.in_flight == 0 or timed_out:
-                self.should_exit = True
+        if self._gate.draining and (self._gate.in_flight == 0 or time.monotonic() > self._drain_ends):
+            self.should_exit = True
         return await super().on_tick(counter)
 
+    def _exit_in_time(self) -> None:
+        """End the process some seconds after the drain, also while threads run that nothing can stop."""
+        while time.monotonic() < self._drain_ends + EXIT_SECONDS:
+            time.sleep(0.05)
+        self._log_stopped()
+        logging.shutdown()
+        os._exit(0)
 
-def _protocol_with_timeout(seconds: float) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol with a limit, in seconds, on the arrival of a request's headers."""
-    try:
-        httptools = importlib.import_module("uvicorn.protocols.http.httptools_impl")
-    except ImportError:  # httptools is not there for every platform
-        base: Any = importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol
-    else:
-        base = httptools.HttpToolsProtocol
 
-    class HeaderTimeoutProtocol(base):  # both protocols have the methods and attributes used here
-        _timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            self._start_timer()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.cycle is None or self.cycle.response_complete:
-                self._start_timer()
-            else:
-                self._stop_timer()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timer()
-            super().connection_lost(exc)
-
-        def _start_timer(self) -> None:
-            if self._timer is None:
-                self._timer = self.loop.call_later(seconds, self.transport.close)
-
-        def _stop_timer(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-    return HeaderTimeoutProtocol
+def _limited_protocol(seconds: float) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol with limits on the time and the size of what a connection sends."""
+    return type("Protocol", (LimitedProtocol,), {"seconds": seconds})
 
 
 def bind(settings: ServerSettings) -> socket.socket:

@@ -33,7 +33,10 @@ class ServerSettings:
         int | None,
         Option(min=1, help="Tokens that the KV cache holds; about 1 GB.", show_default=False),
     ] = None
-    chunk: Annotated[int, Option(min=1, help="Tokens of prompts in one step.")] = 512
+    chunk: Annotated[
+        int | None,
+        Option(min=1, help="Tokens of prompts in one step; 512, on CUDA 2048.", show_default=False),
+    ] = None
     api_key: Annotated[
         tuple[str, ...],
         Option(help=f"A key that clients must send; repeat for more. Also ${KEYS}.", show_default=False),

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -18,9 +19,9 @@ from starlette.types import Receive, Scope, Send
 
 from pumice.engine.text import TextStream
 from pumice.serve.answers import AnswerForm, AnswerPiece
-from pumice.serve.errors import ApiError
+from pumice.serve.errors import ApiError, is_stopping, timed_out
 from pumice.serve.metrics import Metrics
-from pumice.serve.observe import RequestRecord, internal_error
+from pumice.serve.observe import RequestRecord, internal_error, request_record
 from pumice.serve.protocol import LogprobEntry, PromptDetails, PromptProgress, TopLogprob, Usage
 
 if TYPE_CHECKING:
@@ -42,6 +43,24 @@ PieceReader = Callable[[AnswerPiece], AnswerPiece]
 def as_text(piece: AnswerPiece) -> AnswerPiece:
     """Return the piece: an answer that is text."""
     return piece
+
+
+@dataclass
+class Echo:
+    """Puts the prompt before an answer. alone: the answer itself is left out, of whose tokens there is one.
+
+    text: the prompt. tokens: their number.
+    """
+
+    text: str
+    tokens: int
+    alone: bool
+
+    def __call__(self, piece: AnswerPiece) -> AnswerPiece:
+        text, self.text = self.text, ""
+        if self.alone:
+            return replace(piece, text=text, tokens=piece.tokens[: self.tokens - 1], finish="length")
+        return replace(piece, text=text + piece.text)
 
 
 class ActiveRequest:
@@ -66,7 +85,7 @@ class ActiveRequest:
         self._readers = readers
         self._texts = [TextStream(tokenizer.decode, prompt.params.stop) for prompt in prompts]
         self._open = True
-        self._deltas: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
+        self._deltas: asyncio.Queue[tuple[int, Delta] | ApiError] = asyncio.Queue()
         self._requests: list[EngineRequest] = []
         loop = asyncio.get_running_loop()
 
@@ -74,7 +93,7 @@ class ActiveRequest:
             with contextlib.suppress(RuntimeError):  # the event loop may end before the engine
                 loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
 
-        self._timer = loop.call_later(self.seconds_left, self._deltas.put_nowait, None)
+        self._timer = loop.call_later(self.seconds_left, self._deltas.put_nowait, timed_out(timeout))
         try:
             for index, prompt in enumerate(prompts):
                 self._requests.append(engine.submit(prompt, functools.partial(deliver, index)))
@@ -101,21 +120,21 @@ class ActiveRequest:
         # 1. Wait for tokens of an answer that goes on.
         while True:
             item = await self._deltas.get()
-            if item is None:
-                message = f"the answer took longer than {self._timeout:g} s; ask for a shorter one"
-                raise ApiError(504, message, code="timeout")
+            if isinstance(item, ApiError):
+                raise item
             index, delta = item
             text = self._texts[index]
             if text.finish is None:
                 break
         # 2. Turn them into text.
         first = not any(text.tokens for text in self._texts)
+        begins = not text.tokens
         new_text = text.add(delta)
         if text.error is not None:
             raise text.error
         # The engine is closing. (A request that `end` cancels never gets here.)
         if text.finish == "cancelled":
-            raise ApiError(503, "the server is about to stop; ask again soon", code="draining")
+            raise is_stopping()
         assert text.finish != "error"  # which comes with its exception
         if text.finish is not None and delta.finish is None:  # a stop string: the engine need not go on
             self._engine.cancel(self._requests[index])
@@ -125,7 +144,17 @@ class ActiveRequest:
             self._metrics.first_token.observe(seconds)
         entries = tuple(map(self._entry, delta.logprobs or ()))
         piece = AnswerPiece(index, new_text, tokens=entries, finish=text.finish, stop=text.stop)
+        # 3. The tokens of a prompt come before those of its answer.
+        prompt = self._prompts[index]
+        if begins and prompt.params.prompt_logprobs is not None:
+            scored = tuple(map(self._entry, self._requests[index].prompt_logprobs))
+            first_token = self._tokenizer.decode(prompt.input_ids[:1].tolist())
+            piece = replace(piece, first=first_token, tokens=scored + entries)
         return self._readers[index](piece)
+
+    def stop(self) -> None:
+        """Let `next` raise, because the server stops."""
+        self._deltas.put_nowait(is_stopping())
 
     async def pieces(self, return_progress: bool = False) -> AsyncIterator[AnswerPiece | PromptProgress]:
         """Yield the pieces of all answers, and with `return_progress` before them how far the prompt is read.
@@ -206,6 +235,7 @@ class EventStream(StreamingResponse):
         super().__init__(_events(running, form, first, others), media_type=form.media_type, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._running.record.stop = self._running.stop
         try:
             # The timer of the request has no effect while a slow client blocks the sending. This limit has.
             with anyio.move_on_after(self._running.seconds_left + SEND_GRACE):
@@ -239,8 +269,18 @@ async def _events(
         yield form.error(internal_error(running.record).body())
 
 
-async def run_while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`. If the client disconnects first, cancel it and raise ClientDisconnect."""
+async def run_while_connected(request: Request, work: Coroutine[Any, Any, T], timeout: float) -> T:
+    """Return the result of `work`. Cancel it if the client disconnects first or the request's time is over.
+
+    Raises ClientDisconnect, or ApiError, 504, when the request is `timeout` seconds old.
+    """
+    left = max(0.0, timeout - request_record(request).seconds)
+    with anyio.move_on_after(left):
+        return await _while_connected(request, work)
+    raise timed_out(timeout)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:

@@ -191,6 +191,34 @@ def model_from_hub(name: str) -> Path:
     return folder
 
 
+def is_gguf_name(name: str) -> bool:
+    """Return whether a name is that of GGUF files on the hub: "owner/model:Q4_K_M"."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?:[\w.-]+", name) is not None
+
+
+def gguf_from_hub(name: str) -> tuple[Path, Path | None]:
+    """Return the language model of "owner/model:Q4_K_M", and its mmproj if the repository has one.
+
+    Of several mmproj, that in F16 is taken. Raises InputError unless exactly one file is of the type.
+    """
+    repository, _, kind = name.partition(":")
+    repository, _, revision = repository.partition("@")
+    patterns = [f"*{kind}*.gguf", f"*{kind.lower()}*.gguf", f"*{kind.upper()}*.gguf", "*mmproj*.gguf"]
+    folder = from_hub(repository, patterns, revision=revision or None)
+    files = sorted(folder.glob("*.gguf"))
+    word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9_])", re.IGNORECASE)
+    seeing = [file for file in files if "mmproj" in file.name.lower()]
+    models = [file for file in files if file not in seeing and word.search(file.name)]
+    if len(models) != 1:
+        found = ", ".join(file.name for file in models) or "none"
+        raise InputError(
+            f"{repository} on the hub should have one GGUF file of type {kind}, and has {found}; name it: "
+            f"{repository}/FILE.gguf"
+        )
+    half = [file for file in seeing if re.search(r"(?<!b)f16", file.name, re.IGNORECASE)]
+    return models[0], next(iter(half or seeing), None)
+
+
 def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:
     """Return a local path for `source`: a path that exists, a known wheel, or a hub repository.
 

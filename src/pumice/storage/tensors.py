@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.kernels.packed import BlockFormat, PackedMatrix
 from pumice.storage.json_file import Keys
 
@@ -53,7 +53,8 @@ class LazyTensor:
     """A tensor that is read only when it is needed.
 
     loader: reads it in the type that it is given. origin: key and file, for messages. blocks: only of a
-    matrix that is stored in few bits, or will be; an operation that changes its values drops them.
+    matrix that is stored in few bits, or will be; an operation that changes its values drops them. stored_as:
+    ggml's name of the type, of a tensor in a GGUF file.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +62,7 @@ class LazyTensor:
     loader: Callable[[torch.dtype], Tensor]
     origin: str = ""
     blocks: Blocks | None = None
+    stored_as: str = ""
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the tensor in `dtype`, or in the type that it is stored in."""
@@ -359,10 +361,25 @@ def write_weights(
     )
 
 
+def check_written(name: str, tensor: LazyTensor, value: Tensor, remedy: str) -> None:
+    """Raise unless `value`, which will be written for `tensor`, is finite.
+
+    Raises InputError, which names the remedy, if the type is too narrow; WorkError if the tensor is spoiled.
+    """
+    # A sum is finite only if all its terms are, and costs less than a comparison of each.
+    if bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all()):
+        return
+    label = tensor.origin or name
+    if bool(tensor.read(torch.float32).isfinite().all()):
+        largest = torch.finfo(value.dtype).max
+        raise InputError(f"{label} has values beyond the {largest:g} of {FLOATS[value.dtype]}; {remedy}")
+    raise WorkError(f"{label} holds nan or inf; get the model again")
+
+
 def write_file(path: Path, state: Mapping[str, LazyTensor]) -> None:
     """Write one safetensors file: the length of the header, the header in JSON, the bytes of the tensors.
 
-    Raises InputError if a tensor is not of one of FLOATS.
+    Raises InputError if a tensor is none of FLOATS or too wide for its type, WorkError if it holds nan.
     """
     # 1. Describe the tensors. Wider types come first, so that every tensor is aligned in the file; tensors of
     # one type are in the order of their names, as the safetensors library writes them.
@@ -386,6 +403,7 @@ def write_file(path: Path, state: Mapping[str, LazyTensor]) -> None:
             value = tensor.read().detach().cpu().contiguous()
             if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
                 raise ValueError(f"{name} is {value.shape} {value.dtype}, not {tensor.shape} {tensor.dtype}")
+            check_written(name, tensor, value, "choose a wider type")
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
             del value
             close_last_file(MAPPED_BYTES)

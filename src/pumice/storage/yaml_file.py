@@ -126,6 +126,9 @@ def set_key(values: dict[str, Any], override: str) -> tuple[str, ...]:
             raise InputError(f"--set {override}: there is no {key!r} to set something in")
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):
         place[int(last)] = value
+    elif isinstance(place, list):
+        where = ".".join(outer)
+        raise InputError(f"--set {override}: {where} is a list of {len(place)}; say which, as {where}.0")
     elif not isinstance(place, dict):
         raise InputError(f"--set {override}: there is no {last!r} to set")
     elif value is None:

@@ -19,7 +19,7 @@ from pumice.conversation import Conversation, Message
 from pumice.data.check import NOTES, check
 from pumice.data.mapping import RowMapping
 from pumice.data.mixture import Groups, Mixture
-from pumice.data.packing import Pack, Tree, fitting_trees, pack
+from pumice.data.packing import Pack, Tree, fitting_trees, pack, pack_evenly
 from pumice.data.rows import ImageFinder, Rows
 from pumice.data.sources.recognise import Part
 from pumice.errors import InputError
@@ -92,7 +92,7 @@ class Batches:
                 trees.append(tree)
                 mirrored[id(tree)] = allowed and chance < self.recipe.mirror_chance
         # 3. Pack the trees, and carry each tree's flag along.
-        packs = [(p, [mirrored[id(t)] for t in p.trees]) for p in pack(trees, self._pack_budget(trees))]
+        packs = [(p, [mirrored[id(t)] for t in p.trees]) for p in self._pack(trees)]
         return Batch.of(packs)
 
     def check(self) -> None:
@@ -143,7 +143,7 @@ class Batches:
         trees = [tree for group in groups for tree in self._trees(mixture, group)]
         if not trees:
             raise InputError("held_out: none of its rows can be used; fix them or leave it out")
-        return Batch.of([(p, [False] * len(p.trees)) for p in pack(trees, self.recipe.pack_tokens)])
+        return Batch.of([(p, [False] * len(p.trees)) for p in self._pack(trees)])
 
     def questions(self, count: int) -> list[tuple[Sample, str, str]]:
         """Return held-out questions, from each source in turn, as (prompt, question, reference answer)."""
@@ -192,12 +192,11 @@ class Batches:
         rows = np.concatenate([*ordered, *leftover])
         return Groups(rows, np.ones(len(rows), np.int64))
 
-    def _pack_budget(self, trees: Sequence[Tree]) -> int:
-        """Return the most tokens of a pack; smaller packs if full ones would leave a process without any."""
-        if self.processes == 1 or not trees:
-            return self.recipe.pack_tokens
-        even = math.ceil(sum(map(len, trees)) / self.processes)
-        return min(self.recipe.pack_tokens, max(even, *map(len, trees)))
+    def _pack(self, trees: Sequence[Tree]) -> list[Pack]:
+        """Join trees to packs; with several processes, to packs that keep all of them equally busy."""
+        if self.processes == 1:
+            return pack(trees, self.recipe.pack_tokens)
+        return pack_evenly(trees, self.recipe.pack_tokens, self.processes)
 
     def _trees(self, mixture: Mixture, group: Sequence[tuple[int, int]]) -> list[Tree]:
         """Merge the rows of one group into a tree, or into several if one would not fit a pack."""

@@ -57,7 +57,7 @@ def optimizer_state(
             if isinstance(value, Tensor) and value.dim():
                 moments[f"{key}.{name}"] = value
             else:
-                plain[f"{key}.{name}"] = float(value)
+                plain[f"{key}.{name}"] = value if isinstance(value, int) else float(value)
     return moments, plain
 
 
@@ -69,8 +69,9 @@ def restore_optimizer(
         state: dict[str, Any] = {}
         for key, value in checkpoint.plain.items():
             if key.partition(".")[2] == name:
-                # Fused optimisers count their steps on the device.
-                state[key.partition(".")[0]] = torch.tensor(value, device=parameter.device)
+                # AdamW counts its steps in a tensor on the device, bitsandbytes in a number.
+                number = value if isinstance(value, int) else torch.tensor(value, device=parameter.device)
+                state[key.partition(".")[0]] = number
         for key, tensor in checkpoint.moments.items():
             if key.partition(".")[2] == name:
                 state[key.partition(".")[0]] = tensor
@@ -132,7 +133,7 @@ def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
         written += (partial / _TENSORS).glob(f"shard-{world.rank + 1:05d}-*")
     elif world.main:
         path = partial / _TENSORS / "all.safetensors"
-        safetensors.torch.save_file(tensors, path)
+        safetensors.torch.save_file(_unshared(tensors), path)
         written.append(path)
     if world.main:
         state = {
@@ -148,6 +149,17 @@ def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
         make_readable(path)
         sync(path)
     return written
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with copies of those that share memory, as all tables of an 8-bit optimiser do."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return result
 
 
 def latest(

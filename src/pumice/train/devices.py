@@ -1,16 +1,20 @@
-"""Memory and peak speed of devices, measured here or as published for known GPUs."""
+"""Memory, peak speed and numerics of devices, measured here or as published for known GPUs."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import re
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from pumice.errors import InputError
 from pumice.storage.memory import available_memory
+from pumice.train.recipe import Recipe
 
 
 class GPU(NamedTuple):
@@ -21,11 +25,13 @@ class GPU(NamedTuple):
     rate: int  # dense bf16 products, TFLOP/s
 
 
-# Of two names of which one holds the other, the longer comes first. T4, V100 and RTX 20 have no bf16: their
-# figure is that of fp16.
+# Of two names of which one holds the other, the longer comes first; of one GPU with several sizes of memory,
+# the smaller. Rates are those of NVIDIA's data sheets and architecture whitepapers, without sparsity and with
+# sums in fp32. T4, V100 and RTX 20 have no bf16: their figure is that of fp16.
 GPUS = {
     "a10": GPU("A10", 24, 125), "a10g": GPU("A10G", 24, 70), "a100-40g": GPU("A100", 40, 312),
-    "a100-80g": GPU("A100", 80, 312), "h100": GPU("H100", 80, 989), "h200": GPU("H200", 141, 989),
+    "a100-80g": GPU("A100", 80, 312), "h100-pcie": GPU("H100 PCIe", 80, 756),
+    "h100": GPU("H100", 80, 989), "h200": GPU("H200", 141, 989),
     "b200": GPU("B200", 180, 2250), "l4": GPU("L4", 24, 121), "l40s": GPU("L40S", 48, 362),
     "a30": GPU("A30", 24, 165), "a40": GPU("A40", 48, 150), "l40": GPU("L40", 48, 181),
     "t4": GPU("T4", 16, 65), "v100-16g": GPU("V100", 16, 125), "v100-32g": GPU("V100", 32, 125),
@@ -33,17 +39,54 @@ GPUS = {
     "rtx3060": GPU("RTX 3060", 12, 25), "rtx3070ti": GPU("RTX 3070 Ti", 8, 43),
     "rtx3070": GPU("RTX 3070", 8, 41), "rtx3080ti": GPU("RTX 3080 Ti", 12, 68),
     "rtx3080": GPU("RTX 3080", 10, 60), "rtx3090ti": GPU("RTX 3090 Ti", 24, 80),
-    "rtx3090": GPU("RTX 3090", 24, 71), "rtx4060ti": GPU("RTX 4060 Ti", 16, 44),
+    "rtx3090": GPU("RTX 3090", 24, 71), "rtx4060ti-8g": GPU("RTX 4060 Ti", 8, 44),
+    "rtx4060ti-16g": GPU("RTX 4060 Ti", 16, 44),
     "rtx4060": GPU("RTX 4060", 8, 30), "rtx4070ti-super": GPU("RTX 4070 Ti SUPER", 16, 88),
     "rtx4070ti": GPU("RTX 4070 Ti", 12, 80), "rtx4070-super": GPU("RTX 4070 SUPER", 12, 71),
     "rtx4070": GPU("RTX 4070", 12, 58), "rtx4080-super": GPU("RTX 4080 SUPER", 16, 104),
     "rtx4080": GPU("RTX 4080", 16, 97), "rtx4090": GPU("RTX 4090", 24, 165),
-    "rtx5060ti": GPU("RTX 5060 Ti", 16, 47),
+    "rtx5060ti-8g": GPU("RTX 5060 Ti", 8, 47), "rtx5060ti-16g": GPU("RTX 5060 Ti", 16, 47),
     "rtx5070ti": GPU("RTX 5070 Ti", 16, 88), "rtx5070": GPU("RTX 5070", 12, 62),
     "rtx5080": GPU("RTX 5080", 16, 113), "rtx5090": GPU("RTX 5090", 32, 209),
     "rtx-a4000": GPU("RTX A4000", 16, 77), "rtx-a5000": GPU("RTX A5000", 24, 111),
     "rtx-a6000": GPU("RTX A6000", 48, 155), "rtx6000-ada": GPU("RTX 6000 Ada", 48, 364),
 }  # fmt: skip
+
+
+TIMED_SIZE = {"cpu": 1024, "cuda": 4096}  # a GPU needs larger matrices to reach its peak
+PACK_TOKENS = 8192  # of a pack on a GPU, where a recipe names no number
+
+
+def for_device(recipe: Recipe, device_type: str) -> Recipe:
+    """Return the recipe with the defaults of the device ("cpu", "cuda") in the fields that it leaves out."""
+    if device_type != "cuda" or "pack_tokens" in recipe.model_fields_set:
+        return recipe
+    return recipe.model_copy(update={"pack_tokens": PACK_TOKENS})
+
+
+@contextlib.contextmanager
+def numerics(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Compute on a CUDA device as the recipe says: in fp32 or TF32, the same bits each time or not."""
+    if device.type != "cuda":
+        yield
+        return
+    before = (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    tf32 = recipe.precision == "tf32"
+    try:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32  # without this, cuDNN rounds fp32 to TF32
+        if recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.use_deterministic_algorithms(before[2])
 
 
 def find_gpu(name: str) -> str:
@@ -61,6 +104,14 @@ def find_gpu(name: str) -> str:
     )
 
 
+def gpu_of_driver(name: str) -> GPU | None:
+    """Return the figures of the GPU that a driver calls so; None if they are not known."""
+    words = set(name.replace("-", " ").split())
+    if words & {"Laptop", "MIG"}:  # slower than the GPU of that name, or a part of it
+        return None
+    return next((gpu for gpu in GPUS.values() if words.issuperset(gpu.device_name.split())), None)
+
+
 def _letters(name: str) -> str:
     """Return what tells a GPU from others, however its name is written: letters and digits."""
     bare = re.sub(r"[^a-z0-9]|nvidia|geforce|tesla|rtx", "", name.lower())
@@ -70,14 +121,13 @@ def _letters(name: str) -> str:
 def peak(device: torch.device, dtype: torch.dtype) -> float:
     """Return the device's peak FLOP/s: the published bf16 figure, or the best of a few timed products."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
-        for gpu in GPUS.values():
-            if words.issuperset(gpu.device_name.split()):
-                return gpu.rate * 1e12
-    # Another device is timed. A GPU needs larger matrices than a CPU to reach its peak.
-    size = 4096 if device.type == "cuda" else 1024
-    with torch.random.fork_rng(devices=[]):  # the run's random state must not change
-        matrix = torch.nn.init.normal_(torch.empty(size, size, device=device, dtype=dtype))
+        gpu = gpu_of_driver(torch.cuda.get_device_name(device))
+        if gpu is not None:
+            return gpu.rate * 1e12
+    # Another device is timed, with numbers from a generator of its own: the run's must not change.
+    size = TIMED_SIZE.get(device.type, TIMED_SIZE["cpu"])
+    generator = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(size, size, generator=generator, device=device).to(dtype)
     # Take the best of several: the first runs are slow, and other programs may use the device.
     best = float("inf")
     for _ in range(8):

@@ -28,6 +28,7 @@ from pumice.files import hold, replacing, sync, whole_lines
 from pumice.geometry import Layout
 from pumice.images import read_image
 from pumice.model.llava import Llava
+from pumice.model.transfer import to_device
 from pumice.processor import Processor
 
 TILES_PER_CALL = 8  # tiles in one call of a frozen tower
@@ -89,6 +90,8 @@ class TowerFeatures:
             if features is None:
                 pixels = torch.from_numpy(self.processor.pixels((image,), (layout,), mirror=mirror))
                 pixels = pixels.pin_memory() if pin else pixels
+            elif pin:
+                features = features.pin_memory()
             inputs.append(ImageInput(key, pixels, features))
         return inputs
 
@@ -97,15 +100,16 @@ class TowerFeatures:
 
         With a cache the tower sees one image per call, so that cached features do not depend on the batch.
         """
+        device = self.model.device
         with torch.set_grad_enabled(self.trains_tower and torch.is_grad_enabled()):
             if self.cache is None:
-                pixels = [image.pixels for image in images if image.pixels is not None]
+                # One by one, because a joined tensor would not lie in pinned memory.
+                parts = [to_device(i.pixels, device) for i in images if i.pixels is not None]
+                pixels = torch.cat(parts)
                 if self.trains_tower:  # one call, because FSDP gathers the tower in every call
-                    return self._run_tower(torch.cat(pixels))
-                return torch.cat(
-                    [self._run_tower(tiles) for tiles in torch.cat(pixels).split(TILES_PER_CALL)]
-                )
-            return torch.cat([self._encode_cached(image) for image in images]).to(self.model.device)
+                    return self._run_tower(pixels)
+                return torch.cat([self._run_tower(tiles) for tiles in pixels.split(TILES_PER_CALL)])
+            return torch.cat([to_device(self._encode_cached(image), device) for image in images])
 
     def _encode_cached(self, image: ImageInput) -> Tensor:
         """Return an image's features from the cache; compute and store them if they are missing."""
@@ -118,7 +122,10 @@ class TowerFeatures:
         return features
 
     def _run_tower(self, pixels: Tensor) -> Tensor:
-        # Without autocast: features must be the same in training, in the cache and in answering.
+        if self.trains_tower:
+            return self.model.features(pixels)
+        # Without autocast: a frozen tower's features must be the same in training, in the cache and in
+        # answering.
         with torch.autocast(self.model.device.type, enabled=False):
             return self.model.features(pixels)
 

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,33 +23,30 @@ from pydantic import ValidationError
 from torch import nn
 
 from pumice.data.packing import Pack, Tree
-from pumice.engine.generate import generate
-from pumice.engine.requests import Prompt
-from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError, WorkError
 from pumice.files import hold
+from pumice.formats.load import find_device
 from pumice.formats.pumice.folder import CONFIG
 from pumice.kernels.allocator import keep_freed_memory
-from pumice.model.packed import Run
 from pumice.processor import Sample
 from pumice.train import checkpoint as checkpoints
+from pumice.train.answers import answer
 from pumice.train.batches import Batch, Batches, prefetch
-from pumice.train.devices import peak
+from pumice.train.devices import for_device, numerics, peak
 from pumice.train.features import ImageInput, TowerFeatures
+from pumice.train.gradients import GradientWatch
 from pumice.train.memory import checkpoint_blocks
 from pumice.train.objective import Objective, PackTensors
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
 from pumice.train.parallel import World
-from pumice.train.preflight import check_memory, preflight
+from pumice.train.preflight import check_device, preflight
 from pumice.train.provenance import content_digests, versions
 from pumice.train.recipe import Recipe
 from pumice.train.report import PLOT, TrainingReport, draw_loss
 from pumice.train.setup import Setup, prepare
+from pumice.train.signals import stop_requested
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import check_installed
-
-ANSWER_TOKENS = 40  # longest sample answer while training
-WATCHED_STEPS = 3  # in which a gradient must reach every parameter that learns
 
 # Recipe fields that may differ when a run is resumed: they do not change its result.
 MUTABLE_FIELDS = {
@@ -68,14 +62,16 @@ def train(recipe: Recipe, trainer: type[Trainer] | None = None) -> Path:
 
     trainer: a subclass of Trainer, for another objective or schedule.
     """
-    torch.manual_seed(recipe.seed)
     world = World.join(recipe)
     try:
         check_installed(recipe)
-        check_memory(recipe, world.size)
-        # FSDP cuts the model into shards from the CPU, so that no GPU has to hold it all.
-        device = "cpu" if world.kind == "fsdp" else world.device(recipe)
-        return (trainer or Trainer)(recipe, prepare(recipe, device), world).run()
+        device = find_device(world.device(recipe))
+        recipe = for_device(recipe, device.type)
+        check_device(recipe, device, world)
+        with numerics(recipe, device):
+            torch.manual_seed(recipe.seed)
+            setup = prepare(recipe, str(device), world.load_on)
+            return (trainer or Trainer)(recipe, setup, world).run()
     finally:
         world.leave()
 
@@ -100,13 +96,12 @@ class Trainer:
     objective_class: type[Objective] = Objective
 
     def __init__(self, recipe: Recipe, setup: Setup, world: World | None = None) -> None:
-        # 1. The device: keep freed memory on a CPU, allow TF32 products where the recipe asks for them.
+        # 1. The device: keep freed memory on a CPU.
         self.recipe, self.setup, self.world = recipe, setup, world or World()
         self.model, self.device = setup.model, setup.device
         if self.device.type == "cpu":
             keep_freed_memory()
-        elif recipe.precision == "tf32":
-            torch.set_float32_matmul_precision("high")
+        self.world.share(self.model.tower, self.device)
         # 2. The data. The model's config records how many images a row of this stage shows.
         self.batches = Batches(recipe, setup.processor, self.world.size)
         setup.record_max_images(self.batches.mixture.max_images)
@@ -114,7 +109,7 @@ class Trainer:
         cache = recipe.feature_cache
         if cache is not None and self.world.size > 1:
             cache = cache / f"process-{self.world.rank}"
-        self.features = TowerFeatures(self.model, setup.processor, cache, "tower" in recipe.stage.learn)
+        self.features = TowerFeatures(self.model, setup.processor, cache, recipe.stage.learns("tower"))
         # 4. The objective, wrapped for one process or many, and the optimiser of the trainable parameters.
         self.objective = self.objective_class(
             self.model, self.features, recipe.precision == "bf16", use_all_parts=self.world.size > 1
@@ -128,9 +123,8 @@ class Trainer:
         parameters = self.model.named_parameters()
         self.trainable = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self.optimizer = make_optimizer(recipe, self.trainable, setup.part_of, self.device)
-        # 5. The parameters that no gradient has reached in the first steps of this run.
-        self._unreached = set() if self.world.kind == "fsdp" else set(self.trainable)
-        self._watched_steps = 0
+        # 5. Shards of gradients say nothing of whole parameters, so FSDP is not watched.
+        self._watch = GradientWatch({} if self.world.kind == "fsdp" else self.trainable, setup.part_of)
         # 6. The state that checkpoints save: counters, and what a resumed run must have in common.
         self.step = self.tokens = 0
         self.digests = content_digests(recipe, self.batches.mixture.rows)
@@ -148,19 +142,16 @@ class Trainer:
         blocks: list[Any] = [*self.model.decoder.blocks]
         if recipe.compile:
             for block in blocks:
-                # Attention is not compiled: its structure differs from pack to pack.
-                for part in (block.attention_norm, block.mlp_norm, block.mlp):
-                    part.compile(dynamic=True)
+                # Attention itself is not compiled: its structure differs from pack to pack.
+                block.attention_norm.compile(dynamic=True)
+                block.attention.project = torch.compile(block.attention.project, dynamic=True)
+                block.feed_forward = torch.compile(block.feed_forward, dynamic=True)
         if self.features.trains_tower:
             blocks += getattr(tower, "blocks", ())
         checkpoint_blocks(blocks, recipe.checkpointing)
-        world.choose_kind(recipe, self.model, self.device)
         # A frozen tower is not sharded: processes call it a different number of times.
         unsharded = [] if self.features.trains_tower else [tower]
-        if world.kind == "fsdp" and torch.cuda.is_available() and recipe.device != "cpu":
-            self.device = torch.device("cuda", world.local)
-            tower.to(self.device)
-        wrapped = world.wrap(self.objective, blocks, unsharded)
+        wrapped = world.wrap(self.objective, blocks, unsharded, self.device)
         if world.size > 1:
             torch.manual_seed(recipe.seed + world.rank)  # dropout differs between processes
         return wrapped
@@ -183,17 +174,17 @@ class Trainer:
             if self.world.main:
                 stack.enter_context(hold(self.recipe.output, "output folder"))
             # 2. Resume from the newest checkpoint. A new run is checked before any compute is spent on it.
-            checkpoint = checkpoints.latest(
-                folder, self.fixed_fields, self.trainable, self.device, self.world, self._complete
-            )
-            if checkpoint is not None:
-                self._restore(checkpoint)
-                if self.step == self.batches.steps and (self.recipe.output / "model" / CONFIG).is_file():
-                    print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
-                    if self.world.main and not (self.recipe.output / PLOT).is_file():
-                        draw_loss(self.recipe.output)
-                    return self.recipe.output / "model"
-            elif self.world.main:
+            resumed = self._resume(folder)
+            if (
+                resumed
+                and self.step == self.batches.steps
+                and (self.recipe.output / "model" / CONFIG).is_file()
+            ):
+                print(f"already finished: step {self.step} of {self.step}", file=sys.stderr)
+                if self.world.main and not (self.recipe.output / PLOT).is_file():
+                    draw_loss(self.recipe.output)
+                return self.recipe.output / "model"
+            if not resumed and self.world.main:
                 preflight(self.setup, self.batches)
             # 3. Save the model once for trial: a run must not fail at its end because it cannot be saved.
             state = self.world.full_state(self.model)
@@ -201,6 +192,15 @@ class Trainer:
                 self.setup.save_and_compare(state)
             del state
             return self._train(folder)
+
+    def _resume(self, folder: Path) -> bool:
+        """Go on from the newest checkpoint, which is freed again; return whether there is one."""
+        checkpoint = checkpoints.latest(
+            folder, self.fixed_fields, self.trainable, self.device, self.world, self._complete
+        )
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        return checkpoint is not None
 
     def _complete(self, stored: dict[str, Any]) -> dict[str, Any]:
         """Return a stored recipe with the defaults of fields that were added since, in lists as well."""
@@ -217,7 +217,7 @@ class Trainer:
         last = self.batches.steps
         measure_every = self.recipe.measure_every or min(100, max(1, last // 10))
         report = self._open_report()
-        with report, _stop_requested() as signals:
+        with report, stop_requested() as signals:
             # 1. Measure the untrained model, so that the report can compare before and after.
             if self.step == 0:
                 self._measure(report)
@@ -314,7 +314,8 @@ class Trainer:
         self.model.train()
         world = self.world
         # 2. Count the supervised tokens of the whole step first: each must weigh the same, in any pack.
-        [supervised] = world.sum(sum(pack.supervised for pack in prepared.packs))
+        counts = (sum(pack.supervised for pack in prepared.packs), sum(len(p.images) for p in prepared.packs))
+        supervised, images = world.sum(*counts)
         losses = []
         for number, pack in enumerate(prepared.packs, 1):
             scale = 1 / max(supervised, 1)
@@ -328,8 +329,10 @@ class Trainer:
                     # DDP and FSDP average gradients over processes; the size turns that into a sum.
                     (loss * world.size if world.size > 1 else loss).backward()
             losses.append(loss.detach())
+        if not images:
+            self._forget_zeros()
         # 4. Check loss and gradients before the update, so that a diverged step leaves the weights intact.
-        [total] = world.sum(sum(loss.item() for loss in losses))
+        [total] = world.sum(sum(torch.stack(losses).tolist()))
         norms = gradient_norms(self.optimizer, world)
         norm = math.sqrt(sum(part**2 for part in norms.values()))
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -337,7 +340,8 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {total}, its gradient's norm {norm}; "
                 "start again with a lower learning rate in another output folder"
             )
-        self._check_reached(any(pack.images for pack in prepared.packs))
+        if any(pack.images for pack in prepared.packs) or self.batches.mixture.max_images == 0:
+            self._watch.check()
         # 5. Clip by the norm over all parts, then update.
         clip(self.optimizer, norm, self.recipe.clip)
         self.optimizer.step()
@@ -345,30 +349,19 @@ class Trainer:
         parts = {f"gradient_norm/{part}": value for part, value in norms.items()} if len(norms) > 1 else {}
         return {"loss": total, "gradient_norm": norm, **parts, "rate": rate, "supervised": supervised}
 
+    def _forget_zeros(self) -> None:
+        """Remove the zero gradients that many processes need in a step without images.
+
+        One process has none there, and AdamW moves a weight whose gradient is zero.
+        """
+        for group in self.optimizer.param_groups:
+            if group["part"] in ("tower", "connector", "image_newline"):
+                for parameter in group["params"]:
+                    parameter.grad = None
+
     def rate(self, part: str) -> float:
         """Return the share of a part's peak learning rate in this step. Override it for another schedule."""
         return schedule(self.step, self.batches.steps, self.recipe.warmup)
-
-    def _check_reached(self, has_images: bool) -> None:
-        """Raise InputError if no gradient reaches a parameter in the first WATCHED_STEPS steps with images.
-
-        Such a parameter would be saved as it was, after hours, without a word.
-        """
-        if not self._unreached or self._watched_steps == WATCHED_STEPS:
-            return
-        self._watched_steps += has_images or self.batches.mixture.max_images == 0
-        self._unreached = {
-            name
-            for name in self._unreached
-            if (gradient := self.trainable[name].grad) is None or not gradient.any()
-        }
-        if self._unreached and self._watched_steps == WATCHED_STEPS:
-            name = min(self._unreached)
-            raise InputError(
-                f"{self.setup.part_of(name)} learns, but in {WATCHED_STEPS} steps no gradient reached "
-                f"{name}: the loss does not depend on it; use it in the forward pass, or take its part out "
-                "of stage.learn"
-            )
 
     @torch.no_grad()
     def _measure(self, report: TrainingReport) -> None:
@@ -387,35 +380,9 @@ class Trainer:
 
     def _answer(self, sample: Sample) -> str:
         """Answer a prompt greedily with the current weights."""
-        images = self.features.fetch(sample.images, sample.layouts, mirror=False)
-        if self.world.kind == "fsdp":
-            tokens = self._generate_without_cache(sample, images)
-        else:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.objective.bf16):
-                features = self.features.encode(images) if images else None
-                image_tokens = None if features is None else self.model.connect(features, sample.layouts)
-                ids = torch.from_numpy(sample.input_ids).to(self.device)
-                prompt = Prompt(ids, image_tokens, SamplingParams(max_new_tokens=ANSWER_TOKENS))
-                tokens = [token for _, token in generate(self.model, [prompt]) if token is not None]
+        tokens = answer(sample, self.objective, self.wrapped_objective, self.world)
         text = self.setup.processor.tokenizer.decode(tokens)
         return text.partition(self.setup.processor.template.stop)[0]
-
-    def _generate_without_cache(self, sample: Sample, images: list[ImageInput]) -> list[int]:
-        """Generate without a KV cache, one whole pass per token, with all processes in step (FSDP)."""
-        ids, tokens = torch.from_numpy(sample.input_ids), list[int]()
-        while len(tokens) < ANSWER_TOKENS:
-            # One sequence, without supervised tokens: sources, targets and weights are empty.
-            pack = PackTensors(
-                input_ids=ids, positions=torch.arange(len(ids)), runs=[Run(len(ids))],
-                sources=ids[:0], targets=ids[:0], weights=torch.zeros(0),
-                images=images, layouts=sample.layouts,
-            )  # fmt: skip
-            token = self.world.broadcast(int(self.wrapped_objective(pack, last=True).argmax()))
-            if token in self.model.config.stop_token_ids:
-                break
-            tokens.append(token)
-            ids = torch.cat((ids, torch.tensor([token])))
-        return tokens
 
     def _save(self, folder: Path) -> None:
         """Write a checkpoint: everything that the next step depends on."""
@@ -469,25 +436,3 @@ class Trainer:
             "versions": versions(),
             "answers": report.answers(),
         }
-
-
-@contextlib.contextmanager
-def _stop_requested() -> Iterator[list[int]]:
-    """Yield a list to which SIGINT and SIGTERM are added, so that the current step can finish first."""
-    received: list[int] = []
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt  # second signal: stop at once; the last checkpoint stays
-        received.append(number)
-
-    try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread may handle signals; in another one the caller stops the run
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -15,7 +15,7 @@ Kind = Literal["none", "selective", "full"]
 _SAVED_OPS = {
     "mm", "addmm", "bmm", "linear", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_cudnn_attention", "_varlen_attn", "_flash_attention_forward",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pumice.data.packing import Pack
 from pumice.geometry import Layout
 from pumice.model.llava import Llava
 from pumice.model.packed import PackedAttention, Run
+from pumice.model.transfer import numbers_on, to_device
 from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.loss import supervised_loss
 
@@ -74,21 +75,25 @@ class Objective(nn.Module):
 
         last: return the logits (V,) after the pack's last token instead.
         """
-        # 1. Move what the loss needs to the device. Pinned memory lets the copies run beside the compute.
+        # 1. Move what the loss needs to the device, beside the compute.
         device = self.model.device
-        sources, targets, weights = (
-            t.to(device, non_blocking=True) for t in (pack.sources, pack.targets, pack.weights)
-        )
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+        sources, targets, weights = (to_device(t, device) for t in (pack.sources, pack.targets, pack.weights))
+        with self.autocast():
             if last:
-                sources = torch.tensor([len(pack.input_ids) - 1], device=device)
+                sources = numbers_on(device, [len(pack.input_ids) - 1])
             # 2. Compute hidden states at the supervised positions only: no other token needs logits.
-            hidden, zero = self._hidden(pack, sources)
+            hidden = self._hidden(pack, sources)
             if last:
                 return self.model.decoder.logits(hidden[0])
-            # 3. Sum the cross-entropies. `zero` ties the unused parts to the loss and adds nothing to it.
-            loss = self.loss(hidden[0], targets, weights)
-            return loss if zero is None else loss + zero
+            # 3. Sum the cross-entropies.
+            return self.loss(hidden[0], targets, weights)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model computes: bf16 products, or the weights' own type.
+
+        Without a cache of converted weights: it would keep the whole model in bf16 through the forward pass.
+        """
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Return the summed loss of hidden states (S, D) that predict targets (S,); weights (S,).
@@ -99,30 +104,26 @@ class Objective(nn.Module):
         head, softcap = self.model.decoder.head_weight, self.model.config.decoder.logit_softcap
         return supervised_loss(hidden, head, targets, weights, softcap)
 
-    def _hidden(self, pack: PackTensors, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the decoder's hidden states at `rows`, and a zero through the connector if one is needed."""
-        device = self.model.device
-        image_tokens = zero = None
+    def _hidden(self, pack: PackTensors, rows: Tensor) -> Tensor:
+        """Return the decoder's hidden states at `rows`."""
+        model, device = self.model, self.model.device
+        image_tokens = None
         if pack.images:
-            image_tokens = self.model.connect(self.features.encode(pack.images), pack.layouts)
-        elif self.use_all_parts and torch.is_grad_enabled():
-            # DDP and FSDP wait for a gradient of every trainable part, also from a pack without images.
-            zero = self._zero_through_connector()
-        hidden = self.model(
-            pack.input_ids.to(device, non_blocking=True)[None],
-            image_tokens,
-            positions=pack.positions.to(device, non_blocking=True)[None],
-            attend=PackedAttention(pack.runs, self.model.config.decoder, device),
-            rows=rows,
-        )
-        return hidden, zero
+            image_tokens = model.connect(self.features.encode(pack.images), pack.layouts)
+        x = model.merge(pack.input_ids[None], image_tokens)
+        if not pack.images and self.use_all_parts and torch.is_grad_enabled():
+            # DDP and FSDP wait for a gradient of every trainable part, also from a pack without images. The
+            # zero is part of the embeddings, so that a gradient passes the same blocks as with images.
+            x = x + self._zero_through_connector().to(x.dtype)
+        attend = PackedAttention(pack.runs, model.config.decoder, device)
+        return model.decoder(x, to_device(pack.positions, device)[None], attend, rows=rows)
 
     def _zero_through_connector(self) -> Tensor:
         """Return zero, computed through every trainable part that an image would pass."""
         vision = self.model.config.vision
         if self.features.trains_tower:
             side = vision.image_size
-            features = self.model.features(torch.zeros(1, 3, side, side))
+            features = self.model.features(torch.zeros(1, 3, side, side, device=self.model.device))
         else:
             features = torch.zeros(1, vision.features, vision.width, device=self.model.device)
         zero = self.model.connector(features.to(self._connector_dtype())).sum() * 0

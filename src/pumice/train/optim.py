@@ -35,9 +35,7 @@ def make_optimizer(
         if not group["params"]:
             raise InputError(f"stage.learn names {group['part']}, but the model has no such part")
     if recipe.optimizer == "adamw8bit":
-        optim = optional(
-            "bitsandbytes.optim", "optimizer: adamw8bit needs bitsandbytes; pip install bitsandbytes"
-        )
+        optim = optional("bitsandbytes.optim", "optimizer: adamw8bit needs bitsandbytes")
         optimizer: torch.optim.Optimizer = optim.AdamW8bit(
             groups, betas=recipe.betas, weight_decay=recipe.weight_decay
         )

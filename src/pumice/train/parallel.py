@@ -4,20 +4,23 @@ With one process torch.distributed is not imported, and every method does nothin
 
 Every process must take part in every collective, or the run hangs. Four rules ensure it:
 - Each process runs the same number of packs per step; dummy packs fill up.
-- Each pack uses every part that learns; without images the objective adds the connector's output times zero.
-- Gradients are reduced once, after the step's last pack.
+- Each pack uses every part that learns; without images, the embeddings include the connector's output times
+  zero.
+- Gradients are reduced after the step's last pack (DDP), or after each (FSDP, whose processes would hold
+  whole gradients until then).
 - A decision that depends on one process (a signal, a sampled token) is shared before anyone acts on it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +28,14 @@ from torch import Tensor, nn
 from pumice.errors import InputError
 from pumice.train.recipe import Recipe
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 MAX_COPY_SHARE = (
     0.6  # of a device's memory; weights, gradients and optimiser states that need more are sharded
 )
+# How long a process waits for the others: the first one may read, check and save for hours alone.
+WAIT = datetime.timedelta(hours=12)
 
 
 @dataclass
@@ -42,7 +50,10 @@ class World:
 
     @classmethod
     def join(cls, recipe: Recipe) -> World:
-        """Join the processes that torchrun started; without torchrun return a world of one process."""
+        """Join the processes that torchrun started; without torchrun return a world of one process.
+
+        Raises InputError when this machine has more processes than GPUs.
+        """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
@@ -51,9 +62,15 @@ class World:
         rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
         on_gpu = torch.cuda.is_available() and (recipe.device or "cuda").startswith("cuda")
         if on_gpu:
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
+            if here > gpus:
+                raise InputError(
+                    f"{recipe.name}: {here} processes on this machine and {gpus} GPUs; start torchrun with "
+                    f"--nproc-per-node {gpus}"
+                )
             torch.cuda.set_device(local)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if on_gpu else "gloo")
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=WAIT)
         return cls(rank, size, local, "fsdp" if recipe.parallel == "fsdp" else "ddp")
 
     @property
@@ -80,23 +97,54 @@ class World:
             return f"cuda:{self.local}"
         return recipe.device
 
-    def choose_kind(self, recipe: Recipe, model: nn.Module, device: torch.device) -> None:
-        """Decide `parallel: auto`: copies if they fit the device, else shards.
+    def choose_kind(self, recipe: Recipe, model_states: float, device: torch.device) -> None:
+        """Decide `parallel: auto`, before anything is loaded: copies if they fit the device, else shards.
 
-        Raises InputError for shards with adamw8bit.
+        model_states: bytes of weights, gradients and optimiser states of a copy. Raises InputError for shards
+        with adamw8bit or nf4.
         """
         if self.size > 1 and recipe.parallel == "auto" and device.type == "cuda":
-            # A trainable parameter takes 16 bytes: fp32 weight, gradient, and two AdamW moments.
-            needed = sum(
-                p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters()
-            )
-            if needed > MAX_COPY_SHARE * torch.cuda.get_device_properties(device).total_memory:
-                self.kind = "fsdp"
+            memory = torch.cuda.get_device_properties(device).total_memory
+            self.kind = "fsdp" if model_states > MAX_COPY_SHARE * memory else "ddp"
         if self.kind == "fsdp" and recipe.optimizer == "adamw8bit":
             raise InputError("optimizer: adamw8bit keeps its states whole; use parallel: ddp, or adamw")
+        if self.kind == "fsdp" and recipe.stage.base == "nf4":
+            raise InputError("base: nf4 cannot be sharded; use parallel: ddp, or base: int8")
+
+    @property
+    def load_on(self) -> str | None:
+        """Where `prepare` builds the model. Under FSDP one process reads it; the others get their shards."""
+        if self.kind != "fsdp":
+            return None
+        return "cpu" if self.main else "meta"
+
+    def share(self, module: nn.Module, device: torch.device) -> None:
+        """Under FSDP, put a module on the device with the first process's values."""
+        if self.kind != "fsdp":
+            return
+
+        def fetch(tensor: Tensor) -> Tensor:
+            return self._from_first(tensor if self.main else None, tensor.shape, tensor.dtype, device)
+
+        module._apply(fetch)
+
+    def _from_first(
+        self, tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return the first process's tensor on the device of each process."""
+        import torch.distributed as dist
+
+        here = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device)
+        here = here.contiguous()
+        dist.broadcast(here.reshape(-1).view(torch.uint8), 0)  # bytes: gloo does not know every type
+        return here
 
     def wrap(
-        self, objective: nn.Module, blocks: Iterable[nn.Module], unsharded: Iterable[nn.Module]
+        self,
+        objective: nn.Module,
+        blocks: Iterable[nn.Module],
+        unsharded: Iterable[nn.Module],
+        device: torch.device,
     ) -> nn.Module:
         """Wrap the objective for DDP or FSDP; return it unchanged for one process.
 
@@ -114,24 +162,37 @@ class World:
                     objective, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
         elif self.kind == "fsdp":
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.device_mesh import init_device_mesh
 
-            ignored = {parameter for module in unsharded for parameter in module.parameters()}
-            for block in blocks:
-                fully_shard(block, ignored_params=ignored)
-            fully_shard(objective, ignored_params=ignored)
+            # FSDP moves a block's tensors to the device and keeps its shard. These stay where they are.
+            values = {name: tensor.detach() for name, tensor in _named_tensors(objective)}
+            shard(objective, blocks, unsharded, init_device_mesh(device.type, (self.size,)))
+            self._fill(objective, values, device)
         return self._module
+
+    @torch.no_grad()
+    def _fill(self, objective: nn.Module, values: dict[str, Tensor], device: torch.device) -> None:
+        """Give the tensors that have none yet their shard of the first process's values, one at a time."""
+        missing = {name for name, tensor in values.items() if tensor.is_meta}
+        names = sorted(set().union(*self.gather(missing)))
+        objective._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+        tensors = dict(_named_tensors(objective))
+        for name in names:
+            value, tensor = values[name], tensors[name]
+            whole = self._from_first(value if self.main else None, value.shape, value.dtype, device)
+            placements = getattr(tensor, "placements", None)
+            if placements is None:
+                tensor.copy_(whole)
+                continue
+            parts = whole.chunk(self.size, placements[0].dim)
+            if self.rank < len(parts):
+                local(tensor).copy_(parts[self.rank])
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Wrap one pack's forward and backward pass; gradients are reduced after the last pack only."""
-        if self.kind == "ddp" and not last:
-            with self._module.no_sync():
-                yield
-            return
-        if self.kind == "fsdp":
-            self._module.set_requires_gradient_sync(last)
-        yield
+        """Wrap one pack's forward and backward pass; DDP reduces gradients after the last pack only."""
+        with self._module.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext():
+            yield
 
     def sum(self, *values: float) -> list[float]:
         """Sum each value over all processes."""
@@ -192,6 +253,23 @@ class World:
 
         on_gpu = dist.get_backend() == "nccl"
         return torch.device("cuda", self.local) if on_gpu else torch.device("cpu")
+
+
+def shard(
+    objective: nn.Module, blocks: Iterable[nn.Module], unsharded: Iterable[nn.Module], mesh: DeviceMesh
+) -> None:
+    """Shard the objective's parameters over a mesh of processes (FSDP2); arguments as in `World.wrap`."""
+    from torch.distributed.fsdp import fully_shard
+
+    ignored = {parameter for module in unsharded for parameter in module.parameters()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=ignored)
+    fully_shard(objective, mesh=mesh, ignored_params=ignored)
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def local(tensor: Tensor) -> Tensor:

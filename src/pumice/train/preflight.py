@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 
+import torch
+
 from pumice.errors import InputError
-from pumice.formats.load import find_device
+from pumice.formats.load import check_bf16
 from pumice.geometry import image_layout
 from pumice.storage.memory import GB
 from pumice.train.batches import Batches
 from pumice.train.devices import total_memory
+from pumice.train.optional import check_bitsandbytes
+from pumice.train.parallel import World
 from pumice.train.recipe import Recipe
 from pumice.train.setup import Setup
 from pumice.train.shapes import read_parts, with_adapters
@@ -18,15 +22,18 @@ from pumice.train.sizes import Sizes, sizes
 TRIED_ROWS = 100  # rows of the first epoch; at least one must have supervised tokens
 
 
-def check_memory(recipe: Recipe, processes: int = 1) -> None:
-    """Raise InputError when memory cannot hold weights, gradients and optimiser states; reads no weights.
+def check_device(recipe: Recipe, device: torch.device, world: World) -> None:
+    """Raise InputError when the device cannot run the recipe; reads no weights. It also chooses `world.kind`.
 
-    Activations are not counted: `plan` estimates them.
+    Memory must hold weights, gradients and optimiser states. `plan` estimates the activations beside them.
     """
-    device = find_device(recipe.device)
+    check_bitsandbytes(recipe)
+    if recipe.precision == "bf16":
+        check_bf16(device, "use precision: fp32")
     needed = sizes(recipe, with_adapters(recipe, read_parts(recipe).config), device.type).model_states
-    if device.type == "cuda" and recipe.parallel != "ddp":
-        needed /= processes  # on a CPU all processes share one memory, which must hold at least one copy
+    world.choose_kind(recipe, needed, device)
+    if world.kind == "fsdp" and device.type == "cuda":
+        needed /= world.size  # on a CPU all processes share one memory, which must hold at least one copy
     available = total_memory(device)
     if available is not None and needed > available:
         raise InputError(

@@ -13,35 +13,75 @@ import re
 from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
-from pumice.errors import NEWER, InputError
+from pumice.errors import InputError
 from pumice.storage.yaml_file import read_yaml, set_key
+from pumice.train.recipe_errors import main_problem
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 LONGEST_CHAIN = 50  # recipes that extend each other
-Part = Literal["tower", "connector", "decoder", "lora", "embeddings", "image_newline"]
+PARTS = ("tower", "connector", "decoder", "lora", "embeddings", "image_newline")
+# Some blocks of a part, the last one included, counted from 0: decoder.28-31.
+BLOCKS = re.compile(r"(decoder|tower)\.(\d{1,4})-(\d{1,4})")
+
+
+def _known_part(name: str) -> str:
+    blocks = BLOCKS.fullmatch(name)
+    if name not in PARTS and blocks is None:
+        raise PydanticCustomError("unknown_part", "unknown part")
+    if blocks is not None and int(blocks[2]) > int(blocks[3]):
+        raise ValueError(f"{name}: the first block comes after the last")
+    return name
+
+
+Part = Annotated[str, AfterValidator(_known_part)]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+_LATER: dict[str, Any] = {"later": True}
+
+
+def later(default: Any, description: str) -> Any:
+    """Return a field that earlier versions lack: it is written only where it is not the default.
+
+    So runs that they began resume, and they can resume runs that do without it.
+    """
+    return Field(default, description=description, json_schema_extra=_LATER)
 
 
 class RecipeSection(BaseModel):
     """A mapping inside a recipe; a key that is not a field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the fields that came later, where they have their default."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if not self._is_later(name)}
+
+    def _is_later(self, name: str) -> bool:
+        field = type(self).model_fields[name]
+        return field.json_schema_extra == _LATER and getattr(self, name) == field.default
 
 
 class NewModel(RecipeSection):
@@ -91,7 +131,9 @@ class Lora(RecipeSection):
 class Stage(RecipeSection):
     """The parts that learn, each at its own rate. A part that is not named is frozen."""
 
-    learn: dict[Part, float] = Field(description="part -> peak learning rate")
+    learn: dict[Part, float] = Field(
+        description="part -> peak learning rate; blocks of a part are decoder.28-31 or tower.20-22"
+    )
     template: str | None = Field(None, description="the stage's own template; the model's when absent")
     image: dict[str, Any] = Field(
         default={}, description="fields of ImagePolicy for this stage alone; the model keeps its own"
@@ -100,6 +142,10 @@ class Stage(RecipeSection):
     base: Literal["none", "int8", "nf4"] = Field(
         "none", description="how the LLM's frozen weights are stored under the adapters (QLoRA)"
     )
+
+    def learns(self, part: str) -> bool:
+        """Return whether a part learns, or some of its blocks."""
+        return part in self.learn or any(name.startswith(f"{part}.") for name in self.learn)
 
     @model_validator(mode="after")
     def _something_learns(self) -> Stage:
@@ -112,7 +158,7 @@ class Stage(RecipeSection):
             raise ValueError("lora describes adapters, but learn gives them no rate; add lora to learn")
         if self.base != "none" and "lora" not in self.learn:
             raise ValueError(f"base: {self.base} is for adapters to learn on; add lora to learn")
-        if self.base != "none" and {"decoder", "embeddings"} & set(self.learn):
+        if self.base != "none" and (self.learns("decoder") or "embeddings" in self.learn):
             raise ValueError(f"base: {self.base} freezes the LLM; take decoder and embeddings out of learn")
         return self
 
@@ -132,13 +178,11 @@ class RowSource(RecipeSection):
     )
     weight: float = Field(1.0, gt=0, description="how often an epoch shows each row; 0.5 is a random half")
     mirror: bool = Field(False, description="pictures may be mirrored, as no row speaks of left and right")
-    columns: dict[str, str] = Field(
-        default={}, description="role (image, question, answer, ...) -> the column that has it"
-    )
-    question: str | None = Field(None, description="what is asked about a caption, a text or a label")
-    split: str | None = Field(None, description="of a set with several, by the names of files or the card")
-    config: str | None = Field(None, description="of a set with several: the folder, or the card's name")
-    revision: str | None = Field(None, description="of a set on the hub: a branch, a tag or a commit")
+    columns: dict[str, str] = later({}, "role (image, question, answer, ...) -> the column that has it")
+    question: str | None = later(None, "what is asked about a caption, a text or a label")
+    split: str | None = later(None, "of a set with several, by the names of files or the card")
+    config: str | None = later(None, "of a set with several: the folder, or the card's name")
+    revision: str | None = later(None, "of a set on the hub: a branch, a tag or a commit")
 
 
 class Recipe(RecipeSection):
@@ -162,7 +206,9 @@ class Recipe(RecipeSection):
     epochs: float = Field(1.0, gt=0)
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps")
     batch: PositiveInt = Field(32, description="pictures (with all their rows) per optimiser step")
-    pack_tokens: PositiveInt = Field(1024, description="tokens per pack; one pack is in memory at a time")
+    pack_tokens: PositiveInt = Field(
+        1024, description="tokens per pack; one pack is in memory at a time; on CUDA 8,192 when absent"
+    )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising rate")
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -170,12 +216,15 @@ class Recipe(RecipeSection):
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     device: str | None = Field(None, description="cuda, mps or cpu; the best one of this machine when absent")
     seed: int = Field(0, ge=0)
+    deterministic: bool = later(
+        False, "the same bits from every run on CUDA, at some speed; a CPU gives them anyway"
+    )
     mirror_chance: float = Field(0.5, ge=0, le=1, description="share of mirrored groups, where allowed")
     feature_cache: Path | None = Field(None, description="folder for a frozen tower's features")
 
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8-bit states need bitsandbytes")
-    shuffle_block: PositiveInt | None = Field(
-        None, description="rows that stay together in the order; when absent 1 for plain files, else 1,000"
+    shuffle_block: PositiveInt | None = later(
+        None, "rows that stay together in the order; when absent 1 for plain files, else 1,000"
     )
     order: Literal["pack", "length_grouped"] = Field(
         "pack", description="rows of a step at random, or of like length and kind, as LLaVA's own sampler"
@@ -203,17 +252,8 @@ class Recipe(RecipeSection):
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
 
     def stored(self, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """Return the recipe as JSON values, without some fields.
-
-        Fields that came later are left out at their defaults, so that runs of older versions resume.
-        """
+        """Return the recipe as JSON values, without some fields."""
         fields: dict[str, Any] = json.loads(self.model_dump_json(exclude=set(exclude)))
-        if fields.get("shuffle_block", self) is None:
-            del fields["shuffle_block"]
-        for source in (*fields.get("data", ()), *fields.get("held_out", ())):
-            for name in ("columns", "question", "split", "config", "revision"):
-                if not source[name]:
-                    del source[name]
         return fields
 
     @property
@@ -234,6 +274,13 @@ class Recipe(RecipeSection):
         if self.stage.image:
             values = as_stored(config.image) | self.stage.image
             image = from_dict(ImagePolicy, values, "stage.image")
+        # Blocks have to be there.
+        depths = {"decoder": config.decoder.depth, "tower": config.vision.depth}
+        for name in self.stage.learn:
+            if (blocks := BLOCKS.fullmatch(name)) and int(blocks[3]) >= (depth := depths[blocks[1]]):
+                raise InputError(
+                    f"stage.learn names {name}, but the {blocks[1]} has {depth} blocks, counted from 0"
+                )
         # A stage may shorten the context to save memory, but the LLM has no positions beyond its own.
         decoder = config.decoder
         if self.context is not None:
@@ -253,6 +300,11 @@ class Recipe(RecipeSection):
         return staged
 
 
+def recipe_path(path: str | Path) -> Path:
+    """Return the path of a recipe's file, also where it is named pumice:NAME. Raises InputError."""
+    return _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe with the recipes that it extends, and apply "key=value" overrides.
 
@@ -265,16 +317,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     # 1. Merge the files. `origin` remembers which file sets which key, so that an error can name it.
     origin: dict[tuple[str, ...], str] = {}
-    path = _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+    path = recipe_path(path)
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
+    set_keys = []
     for override in overrides:
-        origin[set_key(values, override)] = f"--set {override}"
+        set_keys.append(set_key(values, override))
+        origin[set_keys[-1]] = f"--set {override}"
+        if set_keys[-1] == ("extends",):
+            raise InputError(f"--set {override}: extends can be set in the recipe's file only")
     # 3. Validate only the merged values: a recipe that is extended need not be complete by itself.
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        loc, message = _main_problem(error)
+        loc, message = main_problem(error, _KNOWN_KEYS, PARTS, set_keys)
         # A missing key has no origin. Then name the file that sets the mapping around it.
         origins = [origin[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in origin]
         raise InputError(f"{next(iter(origins), path)}: {message}") from error
@@ -304,8 +360,8 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = _nearest_shipped(base_name.removesuffix(".yaml"))
-        hint = f"; one that Pumice brings is named {SHIPPED}{shipped}" if shipped else ""
+        shipped = _near_shipped(base_name.removesuffix(".yaml"))
+        hint = f"; one that Pumice brings is named {SHIPPED}{shipped[0]}" if shipped else ""
         raise InputError(f"{path}: extends {base_name}, but there is no {base_path}{hint}")
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
@@ -320,11 +376,17 @@ def _shipped_folder() -> Path:
     return inside if inside.is_dir() else package.parent.parent / "recipes"
 
 
-def _nearest_shipped(name: str) -> str | None:
+def _shipped_names() -> list[str]:
     folder = _shipped_folder()
-    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
-    by_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
-    return next(iter(by_end or difflib.get_close_matches(name, names, n=1, cutoff=0.4)), None)
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+
+
+def _near_shipped(name: str) -> list[str]:
+    """Return up to three names of shipped recipes that are like a wrong one: first by their last part."""
+    names = _shipped_names()
+    same_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
+    longer = [known for known in names if len(name) > 2 and name.lower() in known]
+    return (same_end or longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4))[:3]
 
 
 def _shipped(name: str, prefix: str) -> Path:
@@ -332,9 +394,9 @@ def _shipped(name: str, prefix: str) -> Path:
     own_name = name.removeprefix(SHIPPED)
     path = _shipped_folder() / f"{own_name}.yaml"
     if not path.is_file():
-        near = _nearest_shipped(own_name)
-        hint = f"; did you mean {SHIPPED}{near}?" if near else ""
-        raise InputError(f"{prefix}{name}: Pumice brings no such recipe{hint}")
+        near = " or ".join(f"{SHIPPED}{known}" for known in _near_shipped(own_name.removesuffix(".yaml")))
+        hint = f"did you mean {near}?" if near else f"it brings {', '.join(_shipped_names())}"
+        raise InputError(f"{prefix}{name}: Pumice brings no such recipe; {hint}")
     return path
 
 
@@ -374,50 +436,3 @@ _KNOWN_KEYS = [
     )
     for name in section.model_fields
 ]  # fmt: skip
-
-
-def _nearest(dotted: str, known: Sequence[str]) -> str | None:
-    """Return the known key that an unknown one may mean: spelt alike, at best in the same place."""
-    place, _, key = dotted.rpartition(".")
-    leaves = {name.rpartition(".")[2] for name in known}
-    near = difflib.get_close_matches(key, leaves, n=1)
-    if not near:
-        return None
-    candidates = [name for name in known if name.rpartition(".")[2] == near[0]]
-    # A list's entries have the same keys, whatever their number.
-    same_place = [name for name in candidates if name.rpartition(".")[0] == re.sub(r"\d+", "0", place)]
-    return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
-
-
-def _main_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
-    """Return (keys, message) of the one problem that helps the user most."""
-    problems = error.errors()
-    # A misspelt key comes before the key that is missing because of it.
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    first = (unknown or problems)[0]["loc"][0]
-    # `model` is a path or a mapping. A problem inside the mapping has more keys than "not a path", and says
-    # more.
-    same_field = [problem for problem in problems if problem["loc"][0] == first]
-    problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
-    # pydantic adds the names of its union members to the keys; the user never wrote them.
-    loc = [
-        str(part)
-        for part in problem["loc"]
-        if not re.match(r"New(Model|Connector)$|Path$|lax-or-", str(part))
-    ]
-    known: Sequence[str] = _KNOWN_KEYS
-    if loc[-1] == "[key]":  # an unknown part in stage.learn
-        loc, known = loc[:-1], [f"stage.learn.{part}" for part in get_args(Part)]
-    dotted = ".".join(loc)
-    if problem["type"] == "extra_forbidden" or "[key]" in map(str, problem["loc"]):
-        near = _nearest(dotted, known)
-        hint = NEWER if near is None else f"; did you mean {near!r}?"
-        return tuple(loc), f"unknown key {dotted!r}{hint}"
-    plain = {
-        "missing": "is missing",
-        "path_type": "must be a path or a mapping",
-        "too_short": "is empty; give one",
-    }
-    if problem["type"] in plain:
-        return tuple(loc), f"{dotted} {plain[problem['type']]}"
-    return tuple(loc), f"{dotted}: {problem['msg'].removeprefix('Value error, ')}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pumice.errors import InputError, install
 from pumice.files import replacing, whole_lines
+from pumice.progress import can_redraw
 from pumice.train.recipe import Recipe
 from pumice.train.trackers import TRACKERS
 
@@ -44,7 +44,7 @@ class TrainingReport:
         recipe.output.mkdir(parents=True, exist_ok=True)
         self.path = recipe.output / METRICS
         # Names, questions and answers may contain square brackets; rich must not read them as markup.
-        self.console = Console(stderr=True, markup=False, highlight=False, quiet=not enabled)
+        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True, quiet=not enabled)
         self.steps = steps
         if enabled:
             self._drop_after(step)
@@ -64,12 +64,14 @@ class TrainingReport:
                 "command draws "
                 "the picture of a finished run"
             )
-        # 3. The progress bar needs a terminal; without one, `step` prints a line from time to time.
+        # 3. The progress bar needs a terminal that can redraw it; elsewhere `step` prints a line from time to
+        # time. A narrow one has room for the numbers only.
         name, note = (
             TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]")
         )
-        bar = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
-        self._progress = Progress(*bar, console=self.console, disable=not (enabled and sys.stderr.isatty()))
+        numbers = (MofNCompleteColumn(), TimeRemainingColumn(), note)
+        bar = numbers if self.console.width < 80 else (name, BarColumn(), *numbers)
+        self._progress = Progress(*bar, console=self.console, disable=not (enabled and can_redraw()))
         self._task = self._progress.add_task(recipe.name, total=steps, completed=step, note="")
         self._last_line = 0.0
         # The time left follows from the steps of this process alone; earlier ones may have run elsewhere.
@@ -99,7 +101,7 @@ class TrainingReport:
             note += f"  {event['peak_share']:.0%} of peak"
         self._write(event)
         self._progress.update(self._task, completed=step, note=note)
-        if not sys.stderr.isatty() and time.monotonic() - self._last_line > 30:
+        if not can_redraw() and time.monotonic() - self._last_line > 30:
             self._last_line = time.monotonic()
             elapsed = time.monotonic() - self._started
             minutes_left = (self.steps - step) * elapsed / (step - self._first_step) / 60

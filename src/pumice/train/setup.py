@@ -16,14 +16,15 @@ F features of a tile, C tower width, S side of a tile in pixels):
     images          frozen tower: one call of 8 tiles without a graph, then F C in fp32 per tile until the
                     backward pass. A tower that learns keeps the activations of all the pack's tiles at once
     workers         for each, the pixels of one step: 12 S S per tile (features instead, once cached)
-    the trial save  one tensor; under FSDP the first process holds the whole model once more
+    the trial save  one tensor; under FSDP the first process gathers the whole model in host memory
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
-from collections.abc import Container
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from pumice.model.quantized_base import QuantizedLinear, quantize_base
 from pumice.model.vision import ViT
 from pumice.processor import Processor
 from pumice.storage.tensors import LazyTensor, close_last_file
-from pumice.train.recipe import NewConnector, NewModel, Recipe
+from pumice.train.recipe import BLOCKS, NewConnector, NewModel, Recipe
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Setup:
         for module in self.model.decoder.modules():
             if isinstance(module, QuantizedLinear):
                 sizes["decoder"] += module.in_features * module.out_features
-        learn = {str(part): rate for part, rate in self.recipe.stage.learn.items()}
+        learn = self.recipe.stage.learn
         lines = [f"{self.recipe.name}: {steps} steps of {self.recipe.batch} pictures on {self.device}"]
         for part, size in sizes.items():
             status = f"learns at {learn[part]:g}" if part in learn else "frozen"
@@ -94,7 +95,7 @@ class Setup:
         process has only shards of them.
         """
         # A part that learned no longer equals its source, so the folder must not name that source for it.
-        learn = {PARENT_PART.get(part, str(part)) for part in self.recipe.stage.learn}
+        learn = {PARENT_PART.get(part, part.partition(".")[0]) for part in self.recipe.stage.learn}
         parts = {part: source for part, source in self.opened.parts.items() if part not in learn}
         history = [*self.opened.provenance.get("stages", []), summary]
         state = state or self.model.state_dict()
@@ -142,23 +143,32 @@ class Setup:
 
 
 # Parts inside another part. They learn with it, unless the recipe names them with a rate of their own.
+_BLOCK = re.compile(r"(decoder|tower)\.blocks\.(\d+)\.")
 PARENT_PART = {"image_newline": "connector", "embeddings": "decoder"}
 
 
-def part_of(name: str, learn: Container[str]) -> str:
+def part_of(name: str, learn: Iterable[str]) -> str:
     """Return the part of the model that a parameter belongs to; `learn` holds the parts that the stage names.
 
-    `embeddings` are the decoder's token embeddings and its vocabulary projection.
+    `embeddings` are the decoder's token embeddings and its vocabulary projection. A parameter of a block
+    belongs to the blocks that the stage names (decoder.28-31), if they include it.
     """
+    learn = set(learn)
     inner = "image_newline" if name == "image_newline" else None
     if name.startswith(("decoder.embed.", "decoder.head.")):
         inner = "embeddings"
     if inner is not None:
         return inner if inner in learn else PARENT_PART[inner]
-    return "lora" if name.endswith((".lora_a", ".lora_b")) else name.partition(".")[0]
+    if name.endswith((".lora_a", ".lora_b")):
+        return "lora"
+    if block := _BLOCK.match(name):
+        for named in filter(None, map(BLOCKS.fullmatch, learn)):
+            if named[1] == block[1] and int(named[2]) <= int(block[2]) <= int(named[3]):
+                return named[0]
+    return name.partition(".")[0]
 
 
-def trainable_parameters(model: Llava, learn: Container[str]) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: Llava, learn: Collection[str]) -> dict[str, nn.Parameter]:
     """Return the parameters that learn, by name: all of the named parts that the forward pass uses."""
     # The tower's blocks after the chosen hidden state never run. They stay in the model, but
     # no gradient ever reaches them.
@@ -170,16 +180,17 @@ def trainable_parameters(model: Llava, learn: Container[str]) -> dict[str, nn.Pa
     return {name: p for name, p in named if part_of(name, learn) in learn and id(p) not in idle}
 
 
-def prepare(recipe: Recipe, device_name: str | None = None) -> Setup:
+def prepare(recipe: Recipe, device_name: str | None = None, load_on: str | None = None) -> Setup:
     """Return a recipe's model on its device: the stage's parts learn in fp32, all others are frozen.
 
-    device_name: replaces the recipe's device: one of several GPUs, or the CPU before FSDP makes shards.
+    device_name: replaces the recipe's device, as one of several GPUs. load_on: where the model is built and
+    stays, in the types of the device: "cpu" before FSDP makes shards, or "meta", without values.
     Raises InputError where the stage's adapters do not fit the model's.
     """
     # 1. Open or build the model. A QLoRA base starts on the CPU: unquantised it need not fit the GPU.
     device = find_device(device_name or recipe.device)
     quantised = recipe.stage.base != "none"
-    load_device = torch.device("cpu") if quantised else device
+    load_device = torch.device(load_on or ("cpu" if quantised else device))
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if isinstance(new := recipe.model, NewModel):
         opened = new_model(
@@ -197,13 +208,14 @@ def prepare(recipe: Recipe, device_name: str | None = None) -> Setup:
         lora = LoraConfig(**recipe.stage.lora.model_dump())
         add_lora(model.decoder, lora)
         model.config = dataclasses.replace(model.config, lora=lora)
-    # 3. Quantise the LLM where it is, then move the small result. A GPU runs the other parts in `dtype` too.
+    # 3. Quantise the LLM on the device, layer by layer. A GPU runs the other parts in `dtype` too.
     if quantised:
-        quantize_base(model.decoder, recipe.stage.base)
+        quantize_base(model.decoder, recipe.stage.base, device if load_on is None else load_device)
+    if load_on is None:
         model.to(device)
-        if device.type != "cpu":
-            model.tower.to(dtype)
-            model.connector.to(dtype)
+    if load_device != device and device.type != "cpu":
+        model.tower.to(dtype)
+        model.connector.to(dtype)
     # 4. Freeze everything, then let the named parts learn.
     learn = recipe.stage.learn
     if "lora" in learn and model.config.lora is None:

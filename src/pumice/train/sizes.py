@@ -20,6 +20,26 @@ NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 
 
 @dataclass(frozen=True)
+class Shards:
+    """What FSDP holds in each process beside its share, in bytes."""
+
+    whole: float  # weights that are not sharded: a frozen tower, quantised matrices, buffers
+    block: float  # parameters of one decoder block
+    block_gradients: float
+    root: float  # parameters outside blocks, which stay gathered for the whole step
+    root_gradients: float
+
+    @property
+    def gathered(self) -> float:
+        """Peak bytes of what is gathered and reduced, beside the shards.
+
+        A block's parameters, and those of the next in the buffer that they arrive in; its gradients, and
+        those of the block before it in the buffer that leaves (FSDP2's foreach_all_gather, foreach_reduce).
+        """
+        return self.root + self.root_gradients + 2 * (self.block + self.block_gradients)
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Counts of parameters, and bytes of memory and disk."""
 
@@ -31,6 +51,7 @@ class Sizes:
     files: float  # bytes of file pages, of frozen tensors that memory also holds in another type; CPU only
     model: float  # bytes on disk
     checkpoint: float  # bytes on disk
+    shards: Shards
 
     @property
     def model_states(self) -> float:
@@ -53,16 +74,27 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
     learn, base = recipe.stage.learn, recipe.stage.base
     learning = trainable_parameters(model, learn)
     parameters: dict[str, int] = {}
-    weights = files = 0.0
+    weights = files = whole = 0.0
+    places = {"block": 0.0, "root": 0.0}
+    gradients_of = {"block": 0.0, "root": 0.0}
     stored_bytes = 2 if recipe.precision == "bf16" else 4
     # 2. Add up the weights in the types in which the run holds them.
     for name, parameter in model.named_parameters():
         numel, part = parameter.numel(), part_of(name, learn)
         parameters[part] = parameters.get(part, 0) + numel
         if name in learning or base == "none" or not _is_quantized(name, parameter):
-            weights += numel * memory_dtype(name, name in learning, recipe, device).itemsize
+            size: float = numel * memory_dtype(name, name in learning, recipe, device).itemsize
+            place = _place(name, "tower" in learn)
+            if place == "whole":
+                whole += size
+            elif place != "other block":
+                places[place] += size
+                gradients_of[place] += 4 * numel * (name in learning)
+            weights += size
         else:
-            weights += numel * NF4_BYTES if base == "nf4" else numel + 4 * len(parameter)
+            size = numel * NF4_BYTES if base == "nf4" else numel + 4 * len(parameter)
+            weights += size
+            whole += size
             # Quantised weights are read from their files once, and once more when the model is saved.
             files += stored_bytes * numel
         if name not in learning and (
@@ -72,12 +104,23 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
     for name, buffer in model.named_buffers():
         dtype = memory_dtype(name, False, recipe, device) if buffer.is_floating_point() else buffer.dtype
         weights += buffer.numel() * dtype.itemsize
+        whole += buffer.numel() * dtype.itemsize
     # 3. Gradients and moments exist for learning weights alone, in fp32; AdamW keeps two moments of each.
     count = sum(parameter.numel() for parameter in learning.values())
     gradients = 4.0 * count
     moments = gradients * (2 if recipe.optimizer == "adamw" else 0.5)
     written = gradients + (sum(parameters.values()) - count) * stored_bytes
-    return Sizes(parameters, count, weights, gradients, moments, files, written, gradients + moments)
+    shards = Shards(whole, places["block"], gradients_of["block"], places["root"], gradients_of["root"])
+    return Sizes(parameters, count, weights, gradients, moments, files, written, gradients + moments, shards)
+
+
+def _place(name: str, trains_tower: bool) -> str:
+    """Return where FSDP has a parameter: "whole", "root", "block" for the first block, or "other block"."""
+    if name.startswith("tower."):
+        return "root" if trains_tower else "whole"
+    if not name.startswith("decoder.blocks."):
+        return "root"
+    return "block" if name.startswith("decoder.blocks.0.") else "other block"
 
 
 def memory_dtype(name: str, learns: bool, recipe: Recipe, device: str) -> torch.dtype:

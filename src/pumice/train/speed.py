@@ -5,6 +5,7 @@ FLOPs count a multiplication and an addition as two. What checkpointing computes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from torch import nn
@@ -18,17 +19,16 @@ def flops_per_token(model: Llava, part_of: Callable[[str], str]) -> float:
     Forward takes 2 per weight; backward takes 2 for the input's gradient and 2 more where the weight learns.
     The attention scores are left out: they depend on the lengths, and below 2,000 tokens add a few per cent.
     """
-    matrices = _matrices(model.decoder.blocks)
+    first = _first_with_gradient(model, part_of)
+    blocks = enumerate(model.decoder.blocks)
+    flops = sum(_flops(_matrices(block), 2 if number >= first else 0) for number, block in blocks)
     # The end of the last block runs for supervised tokens only; `flops_per_prediction` counts it.
-    supervised_only = _matrices(model.decoder.blocks[-1], supervised_only=True)
-    input_flops = _input_gradient_flops(model, part_of)
-    return _flops(matrices, input_flops) - _flops(supervised_only, input_flops)
+    return flops - _last_flops(model, first)
 
 
 def flops_per_prediction(model: Llava, part_of: Callable[[str], str]) -> float:
     """Return the FLOPs of one supervised token from the last block's attention output to its logits."""
-    matrices = _matrices(model.decoder.blocks[-1], supervised_only=True)
-    block_flops = _flops(matrices, _input_gradient_flops(model, part_of))
+    block_flops = _last_flops(model, _first_with_gradient(model, part_of))
     # The head always passes a gradient to its input, so it takes 4 per weight and 2 more where it learns.
     head = model.decoder.head_weight
     return block_flops + float(head.numel() * (4 + (2 if head.requires_grad else 0)))
@@ -51,10 +51,22 @@ def _flops(weights: list[nn.Parameter], input_flops: int) -> float:
     return float(sum(p.numel() * (2 + input_flops + (2 if p.requires_grad else 0)) for p in weights))
 
 
-def _input_gradient_flops(model: Llava, part_of: Callable[[str], str]) -> int:
-    """Return the FLOPs per weight for the input's gradient; 0 where at most the embeddings learn."""
-    learning = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
-    return 2 if learning - {"embeddings"} else 0
+def _last_flops(model: Llava, first: int) -> float:
+    """Return the FLOPs of the end of the last block. first: as `_first_with_gradient` returns it."""
+    matrices = _matrices(model.decoder.blocks[-1], supervised_only=True)
+    return _flops(matrices, 2 if len(model.decoder.blocks) - 1 >= first else 0)
+
+
+def _first_with_gradient(model: Llava, part_of: Callable[[str], str]) -> int:
+    """Return the first block whose input gets a gradient; the number of blocks where none does.
+
+    All do where a part before the decoder learns. Where at most the embeddings learn, none does.
+    """
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    inside = [name for name in learning if name.startswith("decoder.blocks.")]
+    if {part_of(name) for name in set(learning) - set(inside)} - {"embeddings"}:
+        return 0
+    return min(map(_block_number, inside), default=len(model.decoder.blocks))
 
 
 def flops_per_tile(model: Llava) -> float:
@@ -63,9 +75,18 @@ def flops_per_tile(model: Llava) -> float:
     if config.kind not in ("clip", "siglip"):
         return 0.0
     # A matrix with one row per patch holds position embeddings, which are added and not multiplied.
-    tower = [p for p in model.tower.parameters() if p.dim() == 2 and p.shape[0] != config.grid**2]
-    flops_per_weight = 6 if any(p.requires_grad for p in tower) else 2
+    parameters = model.tower.named_parameters()
+    named = [(name, p) for name, p in parameters if p.dim() == 2 and p.shape[0] != config.grid**2]
+    # Backward starts at the first block that learns.
+    learning = [_block_number(name) for name, p in named if p.requires_grad]
+    first = min(learning, default=config.depth)
+    tower = sum(p.numel() * (6 if _block_number(name) >= first else 2) for name, p in named)
     connector = sum(p.numel() * 6 for p in model.connector.parameters() if p.dim() == 2)
     # The connector multiplies the features that are left after its reduction.
-    tower_flops = config.grid**2 * sum(p.numel() for p in tower) * flops_per_weight
-    return float(tower_flops + model.config.image_tokens * connector)
+    return float(config.grid**2 * tower + model.config.image_tokens * connector)
+
+
+def _block_number(name: str) -> int:
+    """Return the number in `blocks.3.attention.q.weight`; -1 for what comes before the blocks."""
+    block = re.search(r"\bblocks\.(\d+)\.", name)
+    return -1 if block is None else int(block[1])

@@ -80,6 +80,20 @@ def test_parts(fetched: Path) -> None:
     assert named(checks.caches(), "remains").says.startswith("2 MB")
 
 
+def test_copies_of_quantised_weights(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert named(checks.caches(), "copies").value == 0
+    (cache / "quantized" / "key").mkdir(parents=True)
+    (cache / "quantized" / "key" / "quantized.safetensors").write_bytes(bytes(3_000_000))
+    monkeypatch.setenv("PUMICE_CACHE_LIMIT", "1.5")
+    finding = named(checks.caches(), "copies")
+    assert finding.level == "ok"
+    assert finding.says.startswith(
+        f"1 folder of quantised weights in {cache / 'quantized'}, 3 MB of at most 1.5 GB"
+    )
+    monkeypatch.setenv("PUMICE_CACHE_LIMIT", "-1")
+    assert named(checks.caches(), "copies").level == "problem"
+
+
 def test_the_pins_are_those_of_the_files_here() -> None:
     part_paths = {name: path for name, part in download.WHEELS.items() if (path := download.cached(part))}
     if not part_paths:

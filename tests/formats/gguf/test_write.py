@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pumice.config import ConnectorConfig, VisionConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.gguf.llm import open_gguf
@@ -136,14 +136,24 @@ def test_llama_3_divides_its_slow_frequencies(models: ModuleType, tmp_path: Path
     assert (divisors.diff() >= 0).all()
 
 
-def test_a_value_beyond_f16_is_refused(models: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "kind", "error", "message"),
+    [
+        (1e5, "f16", InputError, "has values beyond the 65504 of F16; use --type f32"),
+        (torch.nan, "f16", WorkError, "holds nan or inf; get the model again"),
+        (torch.inf, "q8_0", WorkError, "holds nan or inf; get the model again"),
+    ],
+)
+def test_a_value_that_cannot_be_written(
+    models: ModuleType, tmp_path: Path, value: float, kind: str, error: type[Exception], message: str
+) -> None:
     model = _tiny(models, "LLaVA 1.5")
     name = "decoder.blocks.0.mlp.up.weight"
     weight = model.state[name].read().clone()
-    weight[0, 0] = 1e5
+    weight[0, 0] = value
     model = replace(model, state=model.state | {name: as_lazy(weight)})
-    with pytest.raises(InputError, match=r"blk.0.ffn_up.weight has values beyond f16.*--type f32"):
-        export(model, "gguf", tmp_path / "out")
+    with pytest.raises(error, match=f"blk.0.ffn_up.weight {message}"):
+        export(model, "gguf", tmp_path / "out", kind=kind)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -225,8 +225,7 @@ def test_long_quantising_shows_progress_and_names_import(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    for name, value in {"TERM": "dumb", "COLUMNS": "100"}.items():  # no codes that move the cursor
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TERM", "dumb")  # no codes that move the cursor
     open_model(tiny_folder, quantize="int4")
     assert not caplog.records and not capsys.readouterr().err  # it was quick
     monkeypatch.setattr(quantize_module, "PATIENCE", 0.0)
@@ -235,7 +234,7 @@ def test_long_quantising_shows_progress_and_names_import(
     assert record.getMessage().startswith(f"{tiny_folder} is quantised at every start; `pumice import ")
     assert "--quantize int4" in record.getMessage()
     shown = capsys.readouterr().err
-    assert "15/15 matrices quantised to int4" in " ".join(shown.split())
+    assert "15 of 15 matrices quantised to int4" in " ".join(shown.split())
     caplog.clear()
     open_model(folder, quantize="auto")  # which is stored quantised
     assert not caplog.records and not capsys.readouterr().err

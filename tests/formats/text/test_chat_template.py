@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -16,7 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pumice.config import ChatFormat, DecoderConfig, ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError
-from pumice.formats.text.chat_template import Described, describe, image_wrap, to_jinja
+from pumice.formats.text.chat_template import Described, describe, image_wrap
+from pumice.formats.text.chat_template_write import to_jinja
 from pumice.templates import OWN, TEMPLATES, Plain, Template, get_template
 
 SPECIALS = [
@@ -210,9 +212,9 @@ CHATS: list[list[tuple[str, str]]] = [
 ]
 
 
-def written(source: str, messages: list[dict[str, Any]], generate: bool) -> str:
+def written(source: str, messages: list[dict[str, Any]], generate: bool, **more: Any) -> str:
     """As transformers renders a chat template."""
-    return compiled(source).render(messages=messages, add_generation_prompt=generate)
+    return compiled(source).render(messages=messages, add_generation_prompt=generate, **more)
 
 
 @lru_cache
@@ -222,6 +224,7 @@ def compiled(source: str) -> jinja2.Template:
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.from_string(source)
 
 
@@ -301,3 +304,38 @@ def test_a_format_without_a_system_message_says_so() -> None:
     source = to_jinja(Template(OWN, ChatFormat(user=("", ""), assistant="", stop="")))
     with pytest.raises(jinja2.TemplateError, match="no place for a system message"):
         written(source, [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], True)
+
+
+# Of Qwen2.5 and Qwen3, with shorter words.
+KNOW_TOOLS = sorted((Path(__file__).parents[2] / "chat_templates").glob("*.jinja"))
+
+
+@pytest.mark.parametrize("path", KNOW_TOOLS, ids=lambda path: path.name)
+def test_functions_calls_and_results(path: Path) -> None:
+    """What is read of a template writes conversations with functions as it does, in Jinja too."""
+    source = path.read_text()
+    template = template_of(describe_template(source))
+    assert template.chat.tools is not None
+    assert template.chat.tools[0].startswith("# Tools\n\n")
+    assert template_of(describe_template(to_jinja(template))).chat.tools == template.chat.tools
+    tools = [{"type": "function", "function": {"name": name, "description": "é<"}} for name in ("a", "b")]
+    call = {"type": "function", "function": {"name": "a", "arguments": {"x": "é"}}}
+    given = {"role": "tool", "content": "<b>ok</b>"}
+    hi = {"role": "user", "content": "hi"}
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "S"}, hi]
+    messages += [{"role": "assistant", "content": "T", "tool_calls": [call, call]}, given, given]
+    messages += [{"role": "assistant", "content": "", "tool_calls": [call]}, given]
+    for shown in (messages, messages[1:], [*messages, {"role": "assistant", "content": "U"}, hi]):
+        expected = written(source, shown, True, tools=tools)
+        assert written(to_jinja(template), shown, True, tools=tools) == expected
+        assert written(to_jinja(template), shown, True) == written(source, shown, True)
+    assert '{"name": "a", "arguments": {"x": "é"}}\n</tool_call>' in expected
+    assert "</tool_response>\n<tool_response>" in expected
+
+
+@pytest.mark.parametrize(
+    ("mark", "other"),
+    [("<tool_call>", "<call>"), ("<tool_response>", "<result>"), ("| tojson", "| string")],
+)
+def test_another_form_of_calls_is_no_form(mark: str, other: str) -> None:
+    assert template_of(describe_template(KNOW_TOOLS[0].read_text().replace(mark, other))).chat.tools is None

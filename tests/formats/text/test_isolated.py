@@ -9,7 +9,7 @@ import pytest
 
 from pumice.errors import InputError
 from pumice.formats.text import chat_template, isolated
-from pumice.formats.text.chat_template import to_jinja
+from pumice.formats.text.chat_template_write import to_jinja
 from pumice.templates import TEMPLATES
 
 TOKENS = {"bos": "<s>", "eos": "</s>", "specials": ("<s>", "</s>", "<im_start>", "<im_end>")}

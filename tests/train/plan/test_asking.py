@@ -35,6 +35,9 @@ def test_a_model_is_planned_with_weights_of_each_kind(tiny_folder: Path) -> None
     for name in ("tower", "KV cache", "in all", "first word", "tokens/s", "int4"):
         assert name in text
     assert json.loads(json.dumps(plan.to_dict()))["costs"][1]["total"] == plan.costs[1].total
+    table, paragraphs = (describe_ask(plan, columns)[2:] for columns in (80, 40))
+    assert max(map(len, table)) > 40 >= max(map(len, paragraphs))
+    assert set(" ".join(table).split()) == set(" ".join(paragraphs).split())
 
 
 def test_layers_that_are_not_timed_count_too_and_what_comes_once_does_not(

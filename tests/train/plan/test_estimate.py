@@ -18,7 +18,7 @@ from pumice.errors import InputError
 from pumice.model.llava import Llava
 from pumice.model.packed import PackedAttention, Run
 from pumice.train import devices, run
-from pumice.train.devices import GPUS, find_gpu, peak
+from pumice.train.devices import GPUS, find_gpu, gpu_of_driver, peak
 from pumice.train.plan.estimate import plan
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe, load_recipe
@@ -148,6 +148,8 @@ def test_a_7b_recipe_is_planned_without_its_weights() -> None:
         ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
     ],
 )
 def test_a_gpu_is_known_by_the_name_that_its_driver_tells(
@@ -155,6 +157,11 @@ def test_a_gpu_is_known_by_the_name_that_its_driver_tells(
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: gpu_name)
     assert peak(torch.device("cuda"), torch.bfloat16) == GPUS[name].rate * 1e12
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
+def test_a_part_of_a_gpu_and_a_slower_one_of_its_name_are_measured(name: str) -> None:
+    assert gpu_of_driver(name) is None
 
 
 def test_nothing_without_contents_is_left_behind() -> None:
@@ -205,6 +212,7 @@ def test_what_nothing_is_known_of_is_refused() -> None:
         ("NVIDIA GeForce RTX 3080", "rtx3080"), ("Tesla T4", "t4"), ("A100-80G", "a100-80g"),
         ("3090", "rtx3090"), ("a100 80GB", "a100-80g"), ("RTX 3060 Ti", "rtx3060ti"), ("A6000", "rtx-a6000"),
         ("rtx3060-12gb", "rtx3060"), ("RTX 4070 Super", "rtx4070-super"), ("h100-80gb", "h100"),
+        ("RTX 4060 Ti", "rtx4060ti-8g"), ("rtx4060ti 16GB", "rtx4060ti-16g"), ("H100 PCIe", "h100-pcie"),
     ],
 )  # fmt: skip
 def test_gpus_are_known_however_they_are_written(name: str, key: str) -> None:

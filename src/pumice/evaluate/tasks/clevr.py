@@ -1,4 +1,10 @@
-"""CLEVR (arXiv 1612.06890): questions about rendered scenes, each with a program that names the skill."""
+"""CLEVR (arXiv 1612.06890): questions about rendered scenes, each with a program that names the skill.
+
+A row of its files:
+
+    {"image_filename": "CLEVR_val_000000.png", "question": "What size is it?", "answer": "large",
+     "program": [...], ...}
+"""
 
 from __future__ import annotations
 

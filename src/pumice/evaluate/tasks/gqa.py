@@ -1,4 +1,10 @@
-"""GQA (arXiv 1902.09506): compositional questions about scene graphs."""
+"""GQA (arXiv 1902.09506): compositional questions about scene graphs.
+
+A row of its files:
+
+    "20123": {"imageId": "n161313", "question": "Is it cloudy?", "answer": "yes",
+     "types": {"structural": "verify", ...}, ...}
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""MM-Vet (arXiv 2308.02490): open questions that need several abilities, graded 0 to 1 by a judge."""
+"""MM-Vet (arXiv 2308.02490): open questions that need several abilities, graded 0 to 1 by a judge.
+
+A row of its files:
+
+    "v1_0": {"imagename": "v1_0.png", "question": "What is x?", "answer": "-1<AND>-5",
+     "capability": ["ocr", "math"], ...}
+"""
 
 from __future__ import annotations
 

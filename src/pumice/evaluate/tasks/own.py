@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import has_magic
 from pathlib import Path
@@ -20,29 +21,39 @@ from pumice.evaluate.metrics.presence import means_yes
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
 
-# Scripts without spaces between words: Thai to Tibetan, Burmese, Khmer, Chinese and Japanese, with the
-# punctuation of the latter.
+# Scripts without spaces between words: Thai to Burmese, Khmer, scripts of Thailand and Indonesia, Chinese and
+# Japanese, with the punctuation of the latter.
 _UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff65\U00020000-\U0003ffff]"
+    "[\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\u3000-\u30ff\u3400-\u9fff\ua980-\uaadf\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
-# Where an answer says its letter: alone, in a box, first, or after "answer is", "option" and the like.
+# Where an answer says its letter: alone, in a box, first, after "answer is", "option" and the like, or before
+# "is correct".
 _ALONE = re.compile(r"\W*(?:option\s+)?([A-Za-z])\W*", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{\s*([A-Za-z])\s*\}")
-_FIRST = re.compile(r"[\W_]*([A-Z])\s*[).:,\]*]")
+_FIRST = re.compile(r"[\W_]*([A-Z](?=\s*[).:,\]*]|[ \t]*\n)|[a-z](?=\)))")
 _NAMED = re.compile(
-    r"(?:\b(?i:answer|option|choice)(?:\s+(?i:is|would\s+be|should\s+be))?|答案|选项|選項)[\s:\uff1a=是为為]*[\W_]*([A-Z])(?![A-Za-z0-9'])"
+    r"(?:\b(?i:answer|ans|option|choice)(?:\s+(?i:is|would\s+be|should\s+be))?"
+    r"|答案|回答|答え|正解|选择|选项?|選擇|選項?|정답|답)[\s:=是为為はが은는이]*[\W_]*([A-Z]|[b-z])(?![A-Za-z0-9'])"
 )
+_RIGHT = re.compile(r"\b([A-Z])\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b")
+# The English article, which is no letter of an option: "A dog", but not "A is right".
+_ARTICLE = re.compile(r"\bA\s+(?!(?:is|was|would|as|and|or|because|since|seems|fits|matches)\b)(?=[a-z])")
 _YES_OR_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
 
 
 def _plain(text: str) -> str:
-    return " ".join(lower_without_period(text.strip().rstrip("。\uff0e")).split())
+    return " ".join(lower_without_period(_same_form(text).strip().rstrip("。")).split())
+
+
+def _same_form(text: str) -> str:
+    """Write characters that Unicode has in several forms in one: accents, full-width digits and letters."""
+    return unicodedata.normalize("NFKC", text)
 
 
 def _spaced(text: str) -> str:
     """Make each character of a script without spaces between words a word."""
-    return _UNSPACED.sub(r" \g<0> ", text)
+    return _UNSPACED.sub(r" \g<0> ", _same_form(text))
 
 
 def _exact(text: str, meta: Any) -> float:
@@ -68,11 +79,13 @@ def read_option(text: str, choices: Mapping[str, str]) -> str | None:
     VLMEvalKit's rules come first. An own file is bound to no official scorer, so sentences that name one
     letter as the answer are read as well.
     """
-    text = _THOUGHTS.sub("", text).strip()
-    if (option := infer_option(text, choices)) is not None:
+    text = _ARTICLE.sub("a ", _same_form(_THOUGHTS.sub("", text)).strip())
+    options = {letter: _same_form(str(option)) for letter, option in choices.items()}
+    if (option := infer_option(text, options)) is not None:
         return option
     readings = (
         [_ALONE.fullmatch(text)], _BOXED.finditer(text), _NAMED.finditer(text), [_FIRST.match(text)],
+        _RIGHT.finditer(text),
     )  # fmt: skip
     for matches in readings:
         letters = {match[1].upper() for match in matches if match is not None} & choices.keys()

@@ -1,4 +1,10 @@
-"""POPE (arXiv 2305.10355): yes/no questions whether an object is in the image."""
+"""POPE (arXiv 2305.10355): yes/no questions whether an object is in the image.
+
+A row of its files:
+
+    {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
+     "text": "Is there a snowboard in the image?", "label": "yes"}
+"""
 
 from __future__ import annotations
 

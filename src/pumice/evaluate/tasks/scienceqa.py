@@ -1,4 +1,10 @@
-"""ScienceQA (arXiv 2209.09513): school questions with choices, about half of them with a picture."""
+"""ScienceQA (arXiv 2209.09513): school questions with choices, about half of them with a picture.
+
+A row of its files:
+
+    "4": {"question": "Which is solid?", "choices": ["water", "stone"], "answer": 1,
+     "image": "image.png", "hint": "", ...}
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""SEED-Bench (arXiv 2307.16125): four choices about images, and about one frame of each video."""
+"""SEED-Bench (arXiv 2307.16125): four choices about images, and about one frame of each video.
+
+A row of its files:
+
+    {"question_id": "101669", "question": "How many towels?", "choice_a": "One", ...,
+     "choice_d": "Four", "answer": "A", ...}
+"""
 
 from __future__ import annotations
 

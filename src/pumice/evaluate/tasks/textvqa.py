@@ -1,4 +1,10 @@
-"""TextVQA (arXiv 1904.08920): questions that need the words written in an image."""
+"""TextVQA (arXiv 1904.08920): questions that need the words written in an image.
+
+A row of its files:
+
+    {"question_id": 34602, "image_id": "003a8ae2ef43b901", "question": "what is the brand?",
+     "answers": ["nokia", ...], ...}
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""VizWiz-VQA (arXiv 1802.08218): photographs and questions by blind people."""
+"""VizWiz-VQA (arXiv 1802.08218): photographs and questions by blind people.
+
+A row of its files:
+
+    {"image": "VizWiz_val_00000000.jpg", "question": "What is this?", "answers": [{"answer": "a can"},
+     ...], ...}
+"""
 
 from __future__ import annotations
 

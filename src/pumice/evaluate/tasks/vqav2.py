@@ -1,4 +1,10 @@
-"""VQAv2 (arXiv 1612.00837): questions about COCO images with short answers."""
+"""VQAv2 (arXiv 1612.00837): questions about COCO images with short answers.
+
+A row of its two files:
+
+    {"question_id": 262148000, "image_id": 262148, "question": "Where is he looking?"}
+    {"question_id": 262148000, "answers": [{"answer": "down"}, ...], ...}
+"""
 
 from __future__ import annotations
 

@@ -212,14 +212,25 @@ def _q8_0(blocks: Tensor) -> Tensor:
 _Decode = Callable[[Tensor], Tensor]
 # ggml's type -> (values per block, bytes per block, decoder).
 _BLOCKS: dict[int, tuple[int, int, _Decode]] = {2: (32, 18, _q4_0), 3: (32, 20, _q4_1), 8: (32, 34, _q8_0)}
+# Those that the gguf package decodes: name, values per block, bytes per block. Importing it takes a second.
+_RARE = {
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18),
+}  # fmt: skip
+_NAMES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
+
+
+def kind_name(kind: int) -> str:
+    """Return ggml's name of a tensor type, its number if it is unknown here."""
+    return _NAMES.get(kind) or (_RARE[kind][0] if kind in _RARE else f"type {kind}")
 
 
 def _end(info: TensorInfo) -> int:
-    """Return where the tensor's bytes end; for a rare block format, where they begin."""
+    """Return where the tensor's bytes end; for a type that is unknown here, where they begin."""
     count = prod(info.shape)
     if info.kind in PLAIN:
         return info.offset + count * PLAIN[info.kind].itemsize
-    values, size = _BLOCKS[info.kind][:2] if info.kind in _BLOCKS else (1, 0)
+    values, size = _BLOCKS[info.kind][:2] if info.kind in _BLOCKS else _RARE.get(info.kind, ("", 1, 0))[1:]
     return info.offset + count // values * size
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from pumice.config import DecoderConfig, RopeScaling, naming
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
-from pumice.formats.gguf.file import PLAIN, GgufFile
+from pumice.formats.gguf.file import PLAIN, GgufFile, kind_name
 from pumice.formats.gguf.metadata import check_metadata
 from pumice.formats.gguf.tokenizer import tokenizer_files
 from pumice.formats.text.files import TokenizerFiles
@@ -39,19 +40,26 @@ class GgufModel:
     config: DecoderConfig
     state: LazyStateDict
     text: TokenizerFiles
+    stop_ids: tuple[int, ...] = ()  # the tokens that the file says to end an answer
 
 
-def open_gguf(path: str | PathLike[str]) -> GgufModel:
+def open_gguf(source: str | PathLike[str] | GgufFile) -> GgufModel:
     """Read everything but the tensors, which are dequantised when they are read.
 
     Raises InputError if the file is damaged, or if our decoder or tokenizer cannot do what it asks for.
     """
-    file = GgufFile(path)
+    file = source if isinstance(source, GgufFile) else GgufFile(source)
+    if (pieces := file.metadata.get("split.count", 1)) > 1:
+        raise InputError(
+            f"{file.path} is one of {pieces} pieces of a model; join them with `llama-gguf-split --merge`"
+        )
     config = decoder_config(file)
     text = tokenizer_files(file)
     if (tokens := Tokenizer(text.backend).rows) > config.vocab_size:
-        raise InputError(f"{path} has {tokens} tokens, but embeddings of {config.vocab_size} only")
-    return GgufModel(config, _state(file, config), text)
+        raise InputError(f"{file.path} has {tokens} tokens, but embeddings of {config.vocab_size} only")
+    ends = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    stop_ids = tuple(dict.fromkeys(number for number in ends if number is not None))
+    return GgufModel(config, _state(file, config), text, stop_ids)
 
 
 def decoder_config(file: GgufFile) -> DecoderConfig:
@@ -90,7 +98,7 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
     if scaling not in ("none", "linear"):
         raise InputError(f"{file.path} scales its rotary positions ({scaling}), which is not supported")
     rope_scaling = RopeScaling("linear", value("rope.scaling.factor")) if scaling == "linear" else None
-    rope_theta = _shortest(value("rope.freq_base", 10000.0))
+    rope_theta = shortest(value("rope.freq_base", 10000.0))
     if _FACTORS in file.infos:
         rope_scaling = _llama3_scaling(file, head_dim, rope_theta)
     # 3. Biases, query norms and a head of its own show only in the tensors that the file has.
@@ -106,7 +114,7 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
             context=value("context_length"),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
+            norm_eps=shortest(value("attention.layer_norm_rms_epsilon")),
             tied_head="output.weight" not in file.infos,
             qkv_bias="blk.0.attn_q.bias" in file.infos,
             qk_norm="blk.0.attn_q_norm.weight" in file.infos,
@@ -155,11 +163,13 @@ def _state(file: GgufFile, config: DecoderConfig) -> LazyStateDict:
     # The converter permutes the queries and keys of a llama only.
     permuted = file.metadata["general.architecture"] == "llama"
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads} if permuted else {}
-    tensors = {name: _lazy_tensor(file, name, heads.get(name.split(".")[-2:][0])) for name in file.infos}
+    tensors = {name: lazy_tensor(file, name, heads.get(name.split(".")[-2:][0])) for name in file.infos}
     return tensor_names.convert(tensors, table, str(file.path))
 
 
-def _lazy_tensor(file: GgufFile, name: str, heads: int | None) -> LazyTensor:
+def lazy_tensor(file: GgufFile, name: str, heads: int | None = None) -> LazyTensor:
+    """Return a tensor that is read later. heads: of a query or key projection whose rows are permuted."""
+
     def load(dtype: torch.dtype) -> Tensor:
         tensor = file.tensor(name, dtype)
         return tensor if heads is None else unpermute(tensor, heads)
@@ -174,9 +184,10 @@ def _lazy_tensor(file: GgufFile, name: str, heads: int | None) -> LazyTensor:
         return from_blocks(kind, blocks if heads is None else unpermute(blocks, heads))
 
     blocks = None if kind is None or len(info.shape) != 2 else Blocks(kind, packed)
-    return LazyTensor(info.shape, dtype, load, f"{name} in {file.path.name}", blocks)
+    origin = f"{name} in {file.path.name}"
+    return LazyTensor(info.shape, dtype, load, origin, blocks, stored_as=kind_name(info.kind))
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """Return the shortest decimal of a float32: GGUF stores 1e-5 as 9.99999974e-06."""
-    return float(f"{value:.7g}")
+    return float(str(np.float32(value)))

@@ -45,7 +45,7 @@ class _Rule(NamedTuple):
         return f"{'a list of ' * self.many}{words}{limits}"
 
 
-SPECIAL_TOKENS = ("bos", "eos", "unknown")
+SPECIAL_TOKENS = ("bos", "eos", "eot", "eom", "unknown")
 _SIZE = _Rule(int, low=1)
 _ID = _Rule(int)
 # `*` stands for the architecture, "llama" and so on.
@@ -65,6 +65,26 @@ _RULES = {
     "*.rope.freq_base": _Rule(float, low=1, high=1e12),
     "*.rope.scaling.factor": _Rule(float, low=1e-3, high=1e6),
     "*.rope.scaling.type": _Rule(str),
+    # of an mmproj
+    "clip.has_llava_projector": _Rule(bool),
+    "clip.projector_type": _Rule(str),
+    "clip.use_gelu": _Rule(bool),
+    "clip.vision.attention.head_count": _SIZE,
+    "clip.vision.attention.layer_norm_epsilon": _Rule(float, high=1),
+    "clip.vision.block_count": _ID,
+    "clip.vision.embedding_length": _SIZE,
+    "clip.vision.feature_layer": _Rule(int, many=True),
+    "clip.vision.feed_forward_length": _SIZE,
+    "clip.vision.image_grid_pinpoints": _Rule(int, many=True, low=1),
+    "clip.vision.image_mean": _Rule(float, many=True, high=1),
+    "clip.vision.image_size": _SIZE,
+    "clip.vision.image_std": _Rule(float, many=True, low=1e-6, high=1e6),
+    "clip.vision.mm_patch_merge_type": _Rule(str),
+    "clip.vision.patch_size": _SIZE,
+    "clip.vision.projector_type": _Rule(str),
+    "clip.use_silu": _Rule(bool),
+    "pumice.vision": _Rule(str),
+    "split.count": _ID,
     "tokenizer.chat_template": _Rule(str),
     "tokenizer.ggml.add_bos_token": _Rule(bool),
     "tokenizer.ggml.add_space_prefix": _Rule(bool),

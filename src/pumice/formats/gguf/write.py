@@ -32,13 +32,15 @@ from pumice.config import (
 )
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
+from pumice.formats.gguf.mmproj import OWN_KEY, own_values
 from pumice.formats.gguf.vocab import write_vocabulary
-from pumice.formats.hf.write import as_mlp, connector_refusal, tower_refusal
-from pumice.formats.text.chat_template import quoted, to_jinja
+from pumice.formats.hf.refusal import connector_refusal, tower_refusal
+from pumice.formats.hf.write import as_mlp
+from pumice.formats.text.chat_template_write import quoted, to_jinja
 from pumice.kernels.packed import from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, as_lazy
+from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, as_lazy, check_written
 from pumice.templates import get_template
 
 CAPABILITY = Capability(
@@ -228,6 +230,7 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:
     writer.add_array("clip.vision.feature_layer", [_state_number(config)])
     writer.add_array("clip.vision.image_mean", list(config.image.mean))
     writer.add_array("clip.vision.image_std", list(config.image.std))
+    writer.add_string(OWN_KEY, own_values(vision, config.image, config.image_wrap, "first"))
 
 
 def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
@@ -304,13 +307,11 @@ def _values(tensors: LazyStateDict, kinds: dict[str, str]) -> Iterator[np.ndarra
         if tensor.blocks is not None and kinds[name] == tensor.blocks.kind.name.lower():
             yield tensor.blocks.fetch().blocks().flatten(1).numpy()  # bit for bit
             continue
-        values = tensor.read(torch.float32).detach().contiguous().numpy()
-        if kinds[name] == "f16":
-            with np.errstate(over="ignore"):
-                values = values.astype(np.float16)
-            if not np.isfinite(values).all():
-                raise InputError(f"{tensor.origin or name} has values beyond f16's 65504; use --type f32")
-        elif kinds[name] == "q8_0":
+        dtype = torch.float16 if kinds[name] == "f16" else torch.float32
+        value = tensor.read(torch.float32).detach().to(dtype).contiguous()
+        check_written(name, tensor, value, "use --type f32")
+        values = value.numpy()
+        if kinds[name] == "q8_0":
             values = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
         yield values
 

@@ -12,13 +12,13 @@ import torch
 from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionConfig
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
-from pumice.formats.families import FAMILIES
+from pumice.formats.families import FAMILIES, model_type
 from pumice.formats.hf import idefics3
 from pumice.formats.hf.config import check_unquantised, decoder_config, image_policy, vision_config
-from pumice.formats.recognise import check_classes
+from pumice.formats.recognise import HF_LLAVAS, check_classes
 from pumice.formats.text.read import read_text_side
 from pumice.media import VideoPolicy
-from pumice.storage.json_file import Keys
+from pumice.storage.json_file import Keys, read_json
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, as_lazy, open_weights
 
@@ -36,6 +36,10 @@ _DEFAULTS = {
         "vision_aspect_ratio": "anyres_max_9",
         "image_grid_pinpoints": [[384 * high, 384 * wide] for high in range(1, 7) for wide in range(1, 7)],
     },
+}  # fmt: skip
+# The keys of config.json that only some model_types use.
+_ONLY_IN = {
+    "image_grid_pinpoints": ("llava_next", "llava_onevision"), "vision_aspect_ratio": ("llava_onevision",)
 }  # fmt: skip
 # The model_type of a text_config that does not say one; "llama" for the others.
 _TEXT_MODEL_TYPE = {"llava_onevision": "qwen2"}
@@ -79,11 +83,12 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     vision = _vision(keys)
     # 2. How a picture becomes tiles, and how a conversation becomes tokens: the processor's and tokenizer's
     # files.
-    processor = _processor(folder)
-    _check_processor(folder, keys, vision)
+    processor, more_notes = _processor(folder)
+    said += more_notes
+    said += _check_processor(folder, keys, kind, vision)
     image = _image(processor, keys, kind, vision)
     text_side = read_text_side(folder, keys)
-    _check_image_token(keys, text_side.tokenizer, decoder)
+    _check_image_token(folder, keys, text_side.tokenizer, decoder)
     biases = keys.get("multimodal_projector_bias", bool, True)
     family = FAMILIES[text.get("model_type", str)]
     config, notes = text_side.model_config(
@@ -148,6 +153,13 @@ def _vision(keys: Keys) -> VisionConfig:
 
 def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> ImagePolicy:
     """Read how a picture is prepared. kind: model_type, of which LlavaNext and LlavaOnevision cut tiles."""
+    prepared_by = processor.get("image_processor_type", str, "")
+    processor_type = model_type(prepared_by)
+    if processor_type in HF_LLAVAS and processor_type != kind:
+        raise InputError(
+            f"{processor.label}: image_processor_type is {prepared_by!r}, but model_type is {kind!r} in "
+            f"{keys.label}; correct the wrong one"
+        )
     if kind == "llava":
         return image_policy(processor, vision)
     # Of these two, do_pad fills up a batch of pictures with empty tiles; it does not pad a picture.
@@ -176,32 +188,72 @@ def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> Imag
     )
 
 
-def _processor(folder: Path) -> Keys:
-    """Read the image processor's keys: since transformers 5, a part of processor_config.json."""
-    combined = folder / "processor_config.json"
-    if combined.is_file() and "image_processor" in (keys := Keys.of(combined)):
-        return keys.object("image_processor")
-    return Keys.of(folder / "preprocessor_config.json")
+def _processor(folder: Path) -> tuple[Keys, list[str]]:
+    """Read the image processor's keys: since transformers 5, a part of processor_config.json.
+
+    Also returns a note if the older file says something else.
+    """
+    combined, older = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if not combined.is_file() or "image_processor" not in (keys := Keys.of(combined)):
+        return Keys.of(older), []
+    processor, others = keys.object("image_processor"), Keys.of(older).values if older.is_file() else {}
+    differing = [
+        name for name in processor.values.keys() & others.keys() if processor.values[name] != others[name]
+    ]
+    notes = (
+        [f"{older.name} has another {sorted(differing)[0]} than {combined.name}, which was read"]
+        if differing
+        else []
+    )
+    return processor, notes
 
 
-def _check_processor(folder: Path, keys: Keys, vision: VisionConfig) -> None:
-    """Compare what processor_config.json repeats of config.json, where there is such a file."""
-    if not (file := folder / "processor_config.json").is_file():
-        return
-    processor = Keys.of(file)
-    strategy = keys.get("vision_feature_select_strategy", str)
-    for name, kind, value in (
-        ("patch_size", int, vision.stride),
-        ("vision_feature_select_strategy", str, strategy),
-    ):
-        if (stated := processor.get(name, kind, value)) != value:
+def _check_processor(folder: Path, keys: Keys, kind: str, vision: VisionConfig) -> list[str]:
+    """Compare what the files beside config.json repeat of it; return notes on what has no effect here.
+
+    kind: model_type. Raises InputError where they contradict what is computed.
+    """
+    # 1. What decides the number of image tokens.
+    repeated = Keys.of(path) if (path := folder / "processor_config.json").is_file() else Keys({}, str(path))
+    values: dict[str, Any] = {
+        "patch_size": vision.stride,
+        "vision_feature_select_strategy": keys.get("vision_feature_select_strategy", str),
+    }
+    if kind == "llava_onevision":
+        values["vision_aspect_ratio"] = keys.get("vision_aspect_ratio", str)
+    for name, value in values.items():
+        if (stated := repeated.get(name, type(value), value)) != value:
             raise InputError(
-                f"{processor.label}: {name} is {stated!r}, but {value!r} in {keys.label}; correct the wrong "
+                f"{repeated.label}: {name} is {stated!r}, but {value!r} in {keys.label}; correct the wrong "
                 "one"
             )
+    # 2. What only other programs read.
+    notes = []
+    if (stated := repeated.get("num_additional_image_tokens", int, None)) not in (
+        None,
+        vision.kind == "clip",
+    ):
+        notes.append(
+            f"num_additional_image_tokens is {stated} in {path.name}, but a {vision.kind} has "
+            f"{int(vision.kind == 'clip')}; transformers counts other image tokens"
+        )
+    for name in ("preprocessor_config.json", path.name, "tokenizer_config.json"):
+        values = read_json(folder / name) if (folder / name).is_file() else {}
+        processor_type = model_type(str(values.get("processor_class")))
+        if processor_type in HF_LLAVAS and processor_type != kind:
+            notes.append(
+                f"processor_class is {values['processor_class']} in {name}, but model_type {kind!r} was "
+                "believed"
+            )
+    notes += [
+        f"config.json has {name}, which model_type {kind!r} does not use"
+        for name, kinds in _ONLY_IN.items()
+        if keys.values.get(name) is not None and kind not in kinds
+    ]
+    return notes
 
 
-def _check_image_token(keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> None:
+def _check_image_token(folder: Path, keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> None:
     """Check the id of the token that stands for a picture in transformers.
 
     Our model does not need the token, but a tokenizer without it belongs to another model.
@@ -219,6 +271,15 @@ def _check_image_token(keys: Keys, tokenizer: Any, decoder: DecoderConfig) -> No
         )
     if number >= decoder.vocab_size:
         raise InputError(f"{keys.label}: {name} is {number}, but vocab_size only {decoder.vocab_size}")
+    # The other files name the token by its text.
+    for file in ("processor_config.json", "tokenizer_config.json"):
+        text = read_json(folder / file).get("image_token") if (folder / file).is_file() else None
+        if isinstance(text, str) and (stated := tokenizer.token_to_id(text)) != number:
+            what = "which the tokenizer lacks" if stated is None else f"whose id is {stated}"
+            raise InputError(
+                f"{folder / file}: image_token is {text!r}, {what}, but {name} is {number} in {keys.label}; "
+                "correct the wrong one"
+            )
 
 
 def _zero_biases(state: LazyStateDict) -> LazyStateDict:

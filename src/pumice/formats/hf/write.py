@@ -20,14 +20,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor
 
-from pumice.capability import CHAT, LLAMA, LORA, ROPE_SCALING, Capability, fields
 from pumice.config import (
-    ChatFormat,
-    ConnectorConfig,
     DecoderConfig,
     GenerationConfig,
     ImagePolicy,
-    LoraConfig,
     ModelConfig,
     RopeScaling,
     VisionConfig,
@@ -37,8 +33,8 @@ from pumice.formats.families import FAMILIES
 from pumice.formats.hf import idefics3
 from pumice.formats.hf.card import model_card
 from pumice.formats.hf.config import RESAMPLE, layer_types, padding
-from pumice.formats.text.chat_template import to_jinja
-from pumice.media import VideoPolicy
+from pumice.formats.hf.refusal import ACTIVATIONS, LINEAR, gemma_fields
+from pumice.formats.text.chat_template_write import to_jinja
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, write_weights
@@ -46,109 +42,11 @@ from pumice.templates import get_template
 
 IMAGE = "<image>"
 _ROW_MULTIPLE = 64  # an embedding that grows gets a multiple of this number of rows
-# Our name of an activation -> transformers'.
-_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 # Keys of vision_config that only one kind of tower has. LLaVA does not use SigLIP's pooling head.
 _TOWER_KEYS: dict[str, dict[str, Any]] = {"clip": {}, "siglip": {"vision_use_head": False}}
 # model_type -> how the names of transformers' classes begin.
 _CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
-_LINEAR = ("linear", "mlp1x_gelu")  # the connectors that are one linear layer
-_GEMMA2 = Capability(
-    "Gemma 2 in transformers",
-    {
-        DecoderConfig: fields(
-            "vocab_size width depth heads kv_heads head_dim mlp_width context rope_theta norm_eps tied_head "
-            "sliding_window window_pattern embed_scale attention_scale attention_softcap logit_softcap",
-            activation=("gelu_tanh",),
-            post_norms=(True,),
-            norm_offset=(1.0,),
-        )
-    },
-)
-_QWEN = Capability(
-    "Qwen in transformers",
-    {DecoderConfig: fields(f"{LLAMA} window_pattern"), RopeScaling: fields(ROPE_SCALING)},
-)
-_LLAMA = Capability(
-    "Llama in transformers", {DecoderConfig: fields(LLAMA), RopeScaling: fields(ROPE_SCALING)}
-)
-_DECODERS = (_LLAMA, _QWEN, _GEMMA2)
-
-
-def capability(consumer: str) -> Capability:
-    """Return what a LLaVA is written with; `text_refusal` sees to the decoder."""
-    return Capability(
-        consumer,
-        {
-            ModelConfig: fields(
-                "decoder vision connector image template chat stop_token_ids bos_token_id image_wrap "
-                "generation lora trained_pictures video"
-            ),
-            DecoderConfig: {name: None for decoder in _DECODERS for name in decoder.fields[DecoderConfig]},
-            RopeScaling: fields(ROPE_SCALING),
-            VisionConfig: fields(
-                "image_size width stride depth heads mlp_width norm_eps layer select",
-                kind=("clip", "siglip"),
-                activation=tuple(_ACTIVATIONS),
-            ),
-            ConnectorConfig: fields("kind reduce factor"),
-            ImagePolicy: fields(
-                "mean std resample pad_color pinpoints unpad max_tiles several",
-                mode=("pad", "crop", "squash", "anyres"),
-            ),
-            VideoPolicy: fields("pool max_frames"),
-            GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
-            ChatFormat: fields(CHAT),
-            LoraConfig: fields(LORA),
-        },
-    )
-
-
-CAPABILITY = capability("transformers' LLaVA")
 _RESAMPLE = {name: number for number, name in RESAMPLE.items()}
-
-
-def refusal(config: ModelConfig) -> str | None:
-    """Return why transformers' LLaVA cannot compute this model; None if it can."""
-    image = config.image
-    if config.marks is not None:
-        return text_refusal(config.decoder) or idefics3.refusal(config)
-    if reason := tower_refusal(config) or connector_refusal(config):
-        return reason
-    if config.video is not None and _kind(image) != "llava_onevision":
-        return "it was trained on videos, which there only a LlavaOnevision shows as it does"
-    if image.mode == "anyres" and not image.unpad:
-        return "the rows of its tiles do not end with image_newline, there they always do"
-    if image.mode == "pad" and image.pad_color != padding(image.mean):
-        return f"it pads with {image.pad_color}, there the colour is that of the mean, {padding(image.mean)}"
-    return text_refusal(config.decoder) or CAPABILITY.unsupported(config)
-
-
-def tower_refusal(config: ModelConfig) -> str | None:
-    """Return why no other software has this vision tower; None if another program has it."""
-    if config.vision.kind == "none":
-        return "it is a language model alone"
-    if config.vision.kind not in ("clip", "siglip"):
-        return "no other software has its vision tower, an EfficientNet-Lite"
-    return None
-
-
-def connector_refusal(config: ModelConfig) -> str | None:
-    """Return why the connector cannot be written as an mlp2x_gelu, as `as_mlp` does; None if it can."""
-    kind, reduce = config.connector.kind, config.connector.reduce
-    if reduce != "none":
-        return f"its connector has {reduce} before it, which no other software has"
-    if kind == "mlp2x_gelu":
-        return None
-    if kind not in _LINEAR:
-        return f"its connector is {kind}, there it is always mlp2x_gelu"
-    # as_mlp needs two hidden values for each feature, and an mlp2x_gelu has as many as the LLM is wide.
-    if 2 * config.vision.width > config.decoder.width:
-        return (
-            f"its connector is {kind}, there it is always mlp2x_gelu, which is a linear one only where the "
-            f"LLM ({config.decoder.width}) is twice as wide as the tower ({config.vision.width})"
-        )
-    return None
 
 
 def as_mlp(model: LoadedParts) -> LoadedParts:
@@ -158,7 +56,7 @@ def as_mlp(model: LoadedParts) -> LoadedParts:
     opposite sign. The second layer applies the linear connector's weight to their difference. No weight is
     rounded.
     """
-    if model.config.connector.kind not in _LINEAR or model.config.marks is not None:
+    if model.config.connector.kind not in LINEAR or model.config.marks is not None:
         return model
     weight, bias = (model.state[f"connector.layers.0.{part}"] for part in ("weight", "bias"))
     width, features = weight.shape  # D, C
@@ -181,30 +79,6 @@ def as_mlp(model: LoadedParts) -> LoadedParts:
     return replace(model, config=config, state=state)
 
 
-def text_refusal(config: DecoderConfig) -> str | None:
-    """Return why no decoder of transformers computes this one; None if one does."""
-    if config.qk_norm and config.qkv_bias:
-        return "its attention has both biases and query norms, which none of the decoders there has"
-    if config.qkv_bias and (inner := config.heads * config.head_dim) != config.width:
-        return f"its heads take {inner} values, Qwen2's always {config.width}"
-    if not (gemma := _gemma_fields(config)):
-        return (_QWEN if config.qkv_bias or config.qk_norm else _LLAMA).unsupported(config)
-    if reason := _GEMMA2.unsupported(config):
-        return f"{' and '.join(gemma)} make it a Gemma 2 there, and {reason}"
-    if abs(config.embed_scale - config.width**0.5) > 1e-6:
-        return f"its embeddings are scaled by {config.embed_scale:g}, Gemma 2's by the root of the width"
-    scalar = 0.0 if config.attention_scale is None else config.attention_scale**-2
-    if scalar < 1 or abs(scalar - round(scalar)) > 1e-6 * scalar:
-        return f"its attention_scale is {config.attention_scale}, Gemma 2's is a whole number's ** -0.5"
-    return None
-
-
-def _gemma_fields(config: DecoderConfig) -> list[str]:
-    """Return the names of the fields that no other family has."""
-    values = {"post_norms": False, "norm_offset": 0.0, "activation": "silu"}
-    return [name for name, value in values.items() if getattr(config, name) != value]
-
-
 def write(folder: Path, model: LoadedParts) -> list[str]:
     """Write the folder of a model without adapters. Returns notes for the user."""
     if model.config.marks is not None:
@@ -221,7 +95,7 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
             "transformers' LLaVA leaves out the cap of the logits: the likeliest token is the same, "
             "probabilities differ"
         )
-    if model.config.connector.kind in _LINEAR:
+    if model.config.connector.kind in LINEAR:
         notes.append("the linear connector is written as an mlp2x_gelu that computes the same")
     if _kind(model.config.image) == "llava_onevision":
         notes += square_notes(model.config.image, "transformers")
@@ -325,9 +199,9 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
         values |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
         if config.window_pattern > 1:
             values["layer_types"] = layer_types(config.depth, config.window_pattern)
-    elif _gemma_fields(config):
+    elif gemma_fields(config):
         family = "gemma2"
-        assert config.attention_scale is not None  # `text_refusal` refuses it
+        assert config.attention_scale is not None  # `refusal.text_refusal` refuses it
         values |= {
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": round(config.attention_scale**-2),
@@ -352,7 +226,7 @@ def vision_config(config: VisionConfig) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "image_size": config.image_size,
         "patch_size": config.stride,
-        "hidden_act": _ACTIVATIONS[config.activation],
+        "hidden_act": ACTIVATIONS[config.activation],
         "layer_norm_eps": config.norm_eps,
         **_TOWER_KEYS[config.kind],
     }

@@ -71,7 +71,9 @@ def open_original(
     tower_source = _tower_source(folder, keys, tower)
     vision, published, state, path = _tower(tower_source, keys, tensors, has_tower)
     sources["tower"] = (tower_source, path)
+    prefix = tensor_names.tower_prefix(tensors, tensor_names.ORIGINAL.tower)
     if has_tower:
+        tensor_names.check_tower(tensors, tensor_names.ORIGINAL.tower + (prefix or ""), vision, str(folder))
         said += _check_second_tower(folder, path, tensors, vision, named=tower is not None)
     tensor_names.check_family(tensors, f"{tensor_names.ORIGINAL.text}layers.0.", decoder, str(folder))
     # 3. The connector, and how pictures were prepared in training.
@@ -83,7 +85,6 @@ def open_original(
         connector=connector, image=image, image_wrap=wrap,
     )  # fmt: skip
     # 4. Rename the tensors, and apply the adapter last: it changes weights of the complete model.
-    prefix = tensor_names.tower_prefix(tensors, tensor_names.ORIGINAL.tower)
     projector = tensor_names.ORIGINAL_CONNECTORS[connector.kind]
     table = tensor_names.llava(config, tensor_names.ORIGINAL, projector, prefix)
     state |= tensor_names.convert(tensors, table, str(folder))
@@ -110,12 +111,18 @@ def _family(folder: Path, keys: Keys) -> tuple[str, list[str]]:
     # 1. What each of the two says; None if nothing.
     kind, names = keys.get("model_type", str), classes(keys)
     by_type = _FAMILIES.get(kind)
-    by_class = next((_FAMILIES[t] for name in names if (t := model_type(name) or "") in _FAMILIES), None)
+    families = list(dict.fromkeys(_FAMILIES[t] for name in names if (t := model_type(name)) in _FAMILIES))
+    by_class = families[0] if families else None
     # 2. Both must agree, or one of them must say nothing.
     if by_type is None and kind != _ANY:
         hint = f" (architectures is {', '.join(names)})" if names else ""
         raise InputError(
             f"{keys.label}: model_type is {kind!r}{hint}; {', '.join([_ANY, *_FAMILIES])} can be read"
+        )
+    if len(families) > 1:
+        raise InputError(
+            f"{keys.label}: architectures is {', '.join(names)}, of a {' and of a '.join(families)}; correct "
+            "the wrong one"
         )
     if by_type and by_class and by_type != by_class:
         raise InputError(
@@ -126,7 +133,10 @@ def _family(folder: Path, keys: Keys) -> tuple[str, list[str]]:
         differs = kind == _ANY and by_class != "llama"
         note = f"architectures is {', '.join(names)}: it was read as a {by_class}, not as a llama"
         return by_class, [note] if differs else []
-    unknown = f"architectures is {', '.join(names)}, which is unknown here; " if names else ""
+    unread = (
+        "which the original code does not write" if any(map(model_type, names)) else "which is unknown here"
+    )
+    unknown = f"architectures is {', '.join(names)}, {unread}; " if names else ""
     if by_type:
         return by_type, [f"{unknown}model_type {kind!r} was believed"] if names else []
     # 3. Nothing says it: only a Qwen2 has biases in its queries.

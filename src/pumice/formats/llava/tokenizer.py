@@ -17,7 +17,7 @@ from pumice.config import ModelConfig
 from pumice.errors import InputError
 from pumice.formats.gguf.vocab import pre_tokenizer_name
 from pumice.formats.hf import write as hf_write
-from pumice.formats.text.chat_template import to_jinja
+from pumice.formats.text.chat_template_write import to_jinja
 from pumice.formats.text.sentencepiece import SentencePiece
 from pumice.formats.text.sentencepiece_write import cuts_by_sentencepiece, fits, from_tokenizer, to_bytes
 from pumice.formats.text.tokenizer import MODEL

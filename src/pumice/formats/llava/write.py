@@ -15,15 +15,13 @@ from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, RopeScaling, 
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
 from pumice.formats.hf.config import padding
+from pumice.formats.hf.refusal import capability, text_refusal, tower_refusal
 from pumice.formats.hf.write import (
     anyres_max,
-    capability,
     generation_config,
     image_processor,
     square_notes,
     text_config,
-    text_refusal,
-    tower_refusal,
     vision_config,
 )
 from pumice.formats.llava.read import IMAGE_WRAP

@@ -14,6 +14,7 @@ import torch
 
 from pumice.config import ModelConfig
 from pumice.formats import names as tensor_names
+from pumice.formats.hf import refusal as hf_refusal
 from pumice.formats.hf import write as hf_write
 from pumice.storage.json_file import write_json
 from pumice.storage.parts import LoadedParts
@@ -28,7 +29,7 @@ def refusal(config: ModelConfig) -> str | None:
     """Return why there is no adapter to write; None if there is one."""
     if config.lora is None:
         return "it has no LoRA adapters"
-    return hf_write.refusal(config)  # PEFT puts the adapters onto that model
+    return hf_refusal.refusal(config)  # PEFT puts the adapters onto that model
 
 
 def write(folder: Path, model: LoadedParts) -> None:

@@ -9,6 +9,7 @@ Opening maps the file: nothing is converted or copied. The layout is that of `ke
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from pumice.errors import InputError
-from pumice.files import cache_folder, sync
+from pumice.files import cache_folder, folder_size, sync
 from pumice.kernels.packed import LAYOUT, BlockFormat, PackedMatrix, packed_size
 from pumice.storage.json_file import read_json, write_json
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, open_file, write_file
 
 FILE, INDEX = "quantized.safetensors", "quantized.json"
+CACHE_GB, LIMIT_VARIABLE = 20, "PUMICE_CACHE_LIMIT"
 _LOG = logging.getLogger("pumice")
 
 
@@ -67,16 +69,25 @@ def open_quantized(folder: Path) -> LazyStateDict:
     return {name: _stored(name, tensors[name], entry, index) for name, entry in matrices.items()}
 
 
-def cached(key: str, state: LazyStateDict) -> LazyStateDict:
+def cached(key: str, state: LazyStateDict, limit: float | None = None, label: str = "") -> LazyStateDict:
     """Return the state with its quantised matrices read from the cache, where they are stored first.
 
-    key: a hash of all that determines the matrices. If the folder cannot be written, the state is returned
-    unchanged.
+    key: a hash of all that determines the matrices. limit: the bytes that the cache may take; None: as
+    `cache_limit` says. label: names the source in a message on the first storing, "" for none. If they are
+    too large for the cache, or it cannot be written, the state is returned unchanged.
     """
-    folder = cache_folder() / "quantized" / key
+    folder = copies_folder() / key
+    limit = cache_limit() if limit is None else limit
     try:
         if not folder.exists():
+            size = sum(tensor.size for tensor in as_bytes(state).values())
             folder.parent.mkdir(parents=True, exist_ok=True)
+            if reason := _too_large(size, limit, folder.parent):
+                if label:
+                    _LOG.warning("%s is converted at every start: %s", label, reason)
+                return state
+            if label:
+                _LOG.warning("%s", _announcement(label, size, state, folder))
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                 fresh = Path(scratch) / "new"
                 fresh.mkdir()
@@ -84,6 +95,8 @@ def cached(key: str, state: LazyStateDict) -> LazyStateDict:
                 for path in fresh.iterdir():
                     sync(path)
                 fresh.rename(folder)
+        os.utime(folder)  # its last use
+        _trim(limit, folder)
         return state | open_quantized(folder)
     except OSError as error:
         _LOG.info("quantised weights are not kept in %s: %s", folder, error.strerror)
@@ -91,6 +104,69 @@ def cached(key: str, state: LazyStateDict) -> LazyStateDict:
     except InputError:  # damaged: the next start makes it again
         shutil.rmtree(folder, ignore_errors=True)
         return state
+
+
+def copies_folder() -> Path:
+    """Return the folder of the cache that holds matrices in the layout that the kernels read."""
+    return cache_folder() / "quantized"
+
+
+def cache_limit() -> float:
+    """Return how many bytes these copies may take together: $PUMICE_CACHE_LIMIT in GB, or CACHE_GB."""
+    given = os.environ.get(LIMIT_VARIABLE, "")
+    try:
+        gigabytes = float(given or CACHE_GB)
+    except ValueError:
+        gigabytes = -1.0
+    if not 0 <= gigabytes < float("inf"):
+        raise InputError(f"{LIMIT_VARIABLE} is {given!r}; give a number of GB, 0 or more")
+    return gigabytes * 1e9
+
+
+def _too_large(size: int, limit: float, folder: Path) -> str | None:
+    """Return why a copy of `size` bytes is not kept, or None."""
+    if size > limit:
+        return (
+            f"its copy would take {size / 1e9:.1f} GB, and the cache is limited to {limit / 1e9:g} GB "
+            f"(--cache-limit, {LIMIT_VARIABLE})"
+        )
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        return f"its copy would take {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left"
+    return None
+
+
+def _announcement(label: str, size: int, state: LazyStateDict, folder: Path) -> str:
+    """Say what is stored, and what it loses."""
+    changes = rounded(state)
+    return f"{label} is converted once, to {size / 1e9:.2f} GB in {folder}{changes and f'; {changes}'}"
+
+
+def rounded(state: LazyStateDict) -> str:
+    """Say which types of a GGUF file are held in another one, and what that loses; "" if none is."""
+    changed = {
+        (tensor.stored_as, tensor.blocks.kind)
+        for tensor in state.values()
+        if tensor.blocks is not None and tensor.stored_as not in ("", tensor.blocks.kind.name)
+    }
+    losses = {BlockFormat.Q8_0: "within 0.4 % of the largest of 32 weights"}
+    return ", ".join(
+        f"{stored} is held as {kind.name} ({losses.get(kind, 'rounded to 4 bits')})"
+        for stored, kind in sorted(changed, key=lambda change: (change[0], change[1].name))
+    )
+
+
+def _trim(limit: float, kept: Path) -> None:
+    """Remove the copies not used for longest, except `kept`, until all take at most `limit` bytes."""
+    copies = sorted(
+        (path for path in kept.parent.iterdir() if path != kept), key=lambda path: path.stat().st_mtime
+    )
+    sizes = {path: folder_size(path) for path in (*copies, kept)}
+    for path in copies:
+        if sum(sizes.values()) <= limit:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        del sizes[path]
 
 
 def _bytes(tensor: LazyTensor, blocks: Blocks) -> LazyTensor:

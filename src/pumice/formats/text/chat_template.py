@@ -1,4 +1,4 @@
-"""Convert Jinja chat templates of transformers to a ChatFormat, and a ChatFormat to such a template.
+"""Convert Jinja chat templates of transformers to a ChatFormat; `chat_template_write` is the way back.
 
 A chat template is untrusted code. It runs in Jinja's sandbox, only when a model is imported, on probe
 conversations (`isolated` bounds its time and memory). Its output gives the fixed texts of a ChatFormat, which
@@ -8,6 +8,7 @@ must write the same; afterwards only these texts are used.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,18 @@ from typing import Any
 from pumice.config import ChatFormat
 from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, ImagePart, Message
 from pumice.errors import InputError
-from pumice.templates import OWN, TEMPLATES, Plain, Template
+from pumice.templates import (
+    CALL,
+    OWN,
+    RESULT,
+    TEMPLATES,
+    Template,
+    call_text,
+    result_text,
+    tools_text,
+)
 
 _Turn = tuple[str, str]  # role, text
-_Value = str | bool | tuple[str, ...] | None
 # Texts for probe conversations. They occur in no template, so that they are found in what it writes.
 _SYSTEM = ("system", "textofsystem")
 _QUESTIONS = [("user", f"text{n}ofuser") for n in ("one", "two", "three")]
@@ -58,13 +67,16 @@ def describe(source: str, *, bos: str | None, eos: str | None, specials: Collect
         # 1. One of Pumice's own formats, if it writes the same.
         for name, template in TEMPLATES.items():
             if isinstance(template, Template) and not _difference(template, jinja):
-                return Described(name, None, writes_bos)
+                tools = _tools(template, jinja, special_tokens)
+                chat = None if tools is None else replace(template.chat, tools=tools)
+                return Described(name if chat is None else OWN, chat, writes_bos)
         # 2. A format of fixed texts that are cut out of what the template writes.
         reasons = []
         for fixed in _candidates(jinja, special_tokens, eos):
             chat = _with_pictures(jinja, fixed)
             if not (reason := _difference(Template(OWN, chat), jinja)):
-                return Described(OWN, chat, writes_bos)
+                tools = _tools(Template(OWN, chat), jinja, special_tokens)
+                return Described(OWN, replace(chat, tools=tools), writes_bos)
             reasons.append(reason)
         raise _Unsupported(reasons[0] if reasons else "its questions do not all begin with the same text")
     except _Unsupported as error:
@@ -82,87 +94,6 @@ def image_wrap(
         return _Jinja(source, bos, eos, specials).wrap
     except _Unsupported:
         return None  # `describe` raises the error, if the template is needed
-
-
-def to_jinja(template: Template | Plain, wrap: tuple[str, str] | None = None) -> str:
-    """Return a chat template for transformers that writes what `template` does.
-
-    A message's content may be text, or a list of {"type": "image"} and {"type": "text", "text": ...}; a
-    picture becomes `<image>`, with `wrap` around it. The template does not write the begin-of-text token: the
-    tokenizer puts it before everything.
-    """
-    macro = _SAID if wrap is None else _SAID.replace(_IMAGE, quoted(wrap[0] + IMAGE_PLACEHOLDER + wrap[1]))
-    if isinstance(template, Plain):
-        return (
-            macro + "{% for message in messages %}{% if message['content'] is not string %}"
-            "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-            "{{ said([part], false) }}{% endif %}{% endfor %}{% endif %}"
-            "{% if message['role'] == 'assistant' %}"
-            "{{ said(message['content'], false) + " + quoted(template.stop) + " }}{% endif %}{% endfor %}"
-        )
-    # The texts become Jinja variables, so that _TURNS is the same for every format.
-    chat = template.chat
-    fields: dict[str, _Value] = {
-        "user": chat.user,
-        "assistant": chat.assistant,
-        "opening": chat.opening,
-        "answer": chat.answer,
-        "stop": chat.stop,
-        "stop_once": chat.stop_once,
-        "between": chat.between,
-        "around": chat.system,
-        "default": chat.default_system,
-        "inside": chat.system_in_user,
-        "trim": chat.trim,
-        "text_first": chat.text_first,
-        "line": "\n" if chat.image_line else "",
-    }
-    sets = "".join("{% set " + name + " = " + quoted(value) + " %}" for name, value in fields.items())
-    return sets + macro + _TURNS
-
-
-_IMAGE = f"'{IMAGE_PLACEHOLDER}'"
-# The content of a message. Each picture at its front has its own line, as in `templates._content`.
-_SAID = (
-    "{% macro said(content, trim) %}{% if content is string %}"
-    "{{ content.strip() if trim else content }}{% else %}{% set at = namespace(front=true) %}"
-    "{% for part in content %}{% if part['type'] == 'image' %}{{ '<image>' }}"
-    "{% if at.front and not loop.last %}{{ line }}{% endif %}"
-    "{% else %}{% set text = part['text'] %}"
-    "{% if trim and loop.first %}{% set text = text.lstrip() %}{% endif %}"
-    "{% if trim and loop.last %}{% set text = text.rstrip() %}{% endif %}"
-    "{{ text.lstrip(line) if at.front and not loop.first and line else text }}{% set at.front = false %}"
-    "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
-)
-# The turns of a conversation, as in `templates.Template.render`.
-_TURNS = (
-    "{% if messages[0]['role'] == 'system' %}{% if around is none %}"
-    "{{ raise_exception('this chat format has no place for a system message') }}{% endif %}"
-    "{% set system = said(messages[0]['content'], 'system' in trim) %}{% set turns = messages[1:] %}"
-    "{% else %}{% set system = default %}{% set turns = messages %}{% endif %}"
-    "{% set head = around[0] + system + around[1] if system is not none else '' %}"
-    "{% if not inside %}{{ head }}{% endif %}"
-    "{% for message in turns %}{% if message['role'] == 'user' %}"
-    "{{ user[0] }}{% if inside and loop.first %}{{ head }}{% endif %}"
-    "{% if message['content'] is string or message['content'][0]['type'] == 'text' %}"
-    "{{ text_first }}{% endif %}"
-    "{{ said(message['content'], 'user' in trim) + user[1] }}"
-    "{% else %}{% set opens = assistant + (opening if loop.last else '') + answer[0] %}"
-    "{% set text = said(message['content'], 'assistant' in trim) %}"
-    "{{ opens + (text.lstrip() if (user[1] + opens).endswith('\\n') else text) + answer[1] }}"
-    "{% if loop.last or not stop_once %}{{ stop }}{% endif %}"
-    "{% if not loop.last %}{{ between }}{% endif %}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ assistant + opening }}{% endif %}"
-)
-
-
-def quoted(value: _Value) -> str:
-    """Return a value as Jinja source text."""
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(quoted, value)) + "]"
-    if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-    return str(value).lower()
 
 
 class _Jinja:
@@ -192,6 +123,7 @@ class _Jinja:
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
         )
         environment.globals["raise_exception"] = refuse
+        environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
         except Exception as error:  # the parser may run out of stack or memory
@@ -243,10 +175,20 @@ class _Jinja:
             text = text.replace(IMAGE_PLACEHOLDER.join(self.wrap), IMAGE_PLACEHOLDER)
         return text
 
-    def _render(self, messages: list[dict[str, Any]], generate: bool = False) -> str:
+    def called(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
+        """Return what the template writes of a conversation with functions, up to the next answer."""
+        if self.parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        return self._render(list(messages), True, tools=list(tools)).removeprefix(self.bos)
+
+    def _render(self, messages: list[dict[str, Any]], generate: bool = False, **more: Any) -> str:
         try:
             text = self._template.render(
-                messages=messages, add_generation_prompt=generate, enable_thinking=False, **self._tokens
+                messages=messages,
+                add_generation_prompt=generate,
+                enable_thinking=False,
+                **self._tokens,
+                **more,
             )
         except Exception as error:  # untrusted code may raise anything
             raise _Unsupported(f"it fails: {' '.join(str(error)[:200].split())}") from error
@@ -278,6 +220,11 @@ class _Jinja:
                 raise _Unsupported(f"it leaves out or moves the {role}'s text")
             gaps.append(before)
         return [*gaps, remaining]
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Do transformers' filter `tojson`, which escapes nothing for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator[ChatFormat]:
@@ -429,6 +376,56 @@ def _difference(template: Template, jinja: _Jinja) -> str:
                 same = len(_common(expected, actual))
                 return f"after {actual[max(same - 20, 0) : same]!r} it writes {actual[same : same + 20]!r}"
     return ""
+
+
+def _tools(template: Template, jinja: _Jinja, specials: Collection[str]) -> tuple[str, str] | None:
+    """Return what the template writes around descriptions of functions; None if it has no place for them.
+
+    Calls and what they gave must be in the one form that is known, and its marks must be ordinary text, not
+    special tokens: a decoder leaves those out.
+    """
+    marks = {mark.strip() for mark in (*CALL, *RESULT)}
+    if template.chat.system is None or not marks.isdisjoint(specials):
+        return None
+    ask, answer = _QUESTIONS[0], _ANSWERS[0][1]
+    functions = [{"name": name, "parameters": {"type": "object"}} for name in ("textofcall", "other")]
+    tools = [{"type": "function", "function": function} for function in functions]
+    call = {"name": "textofcall", "arguments": {"a": ["é<", 1]}}
+    calls = [{"id": "a", "type": "function", "function": call}] * 2
+    called = "\n".join([call_text("textofcall", {"a": ["é<", 1]})] * 2)
+    given = [{"role": "tool", "name": "textofcall", "tool_call_id": "a", "content": _ODD}] * 2
+    results = "\n".join([result_text(_ODD)] * 2)
+    asked, system = [{"role": ask[0], "content": ask[1]}], [{"role": _SYSTEM[0], "content": _SYSTEM[1]}]
+
+    def told(system: str | None) -> list[_Turn]:
+        return [("system", f"{system}\n\n{said}" if system else said), ask]
+
+    try:
+        # 1. Cut out what stands around the descriptions, after the system message.
+        written = jinja.called([*system, *asked], tools)
+        head, _, tail = written.partition(tools_text(("", ""), tools))
+        before, text, after = _written(template, [_SYSTEM, ask], True, False).partition(_SYSTEM[1])
+        before += f"{text}\n\n"
+        if not (head.startswith(before) and tail.endswith(after)):
+            return None
+        around = (head[len(before) :], tail[: len(tail) - len(after)])
+        said = tools_text(around, tools)
+        # 2. Check that conversations of several shapes are written alike.
+        shapes: list[tuple[list[Any], list[_Turn]]] = [
+            ([*system, *asked], told(_SYSTEM[1])),
+            (asked, told(template.chat.default_system)),
+        ]
+        for content, expected in (("", called), (answer, f"{answer}\n{called}")):
+            turns = [("assistant", expected), ("user", results)]
+            answers = [{"role": "assistant", "content": content, "tool_calls": calls}, *given]
+            shapes.append(([*system, *asked, *answers], [*told(_SYSTEM[1]), *turns]))
+        same = all(
+            jinja.called(shown, tools) == _written(template, expected, True, False)
+            for shown, expected in shapes
+        )
+    except _Unsupported:
+        return None
+    return around if same else None
 
 
 def _written(template: Template, turns: Sequence[_Turn], generate: bool, image: bool) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from pumice.formats.text.files import TokenizerFiles
 from pumice.formats.text.isolated import describe, image_wrap
 from pumice.formats.text.tokenizer import read_tokenizer
 from pumice.storage.json_file import Keys
-from pumice.templates import OWN, TEMPLATES, get_template
+from pumice.templates import OWN, TEMPLATES, Template, get_template
 from pumice.tokens import Tokenizer
+
+_MARKER = re.compile(r"<[^\s<>]+>")  # how tokens that end an answer are written
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,25 @@ class TextSide:
             stop_token_ids=tuple(dict.fromkeys((*self._stop_ids(), *stops))),
             bos_token_id=bos,
         )
-        return config, (note,) if note else ()
+        return config, (*([note] if note else []), *self._unknown_tokens(chat))
+
+    def _unknown_tokens(self, chat: ChatFormat | None) -> list[str]:
+        """Return notes on the tokens that the folder's files name and the tokenizer lacks."""
+        notes = [
+            f"the tokenizer's files name {text!r} as its {role} token, but its vocabulary lacks it"
+            for role, text in (("bos", self.files.bos), ("eos", self.files.eos))
+            if text is not None and self.tokenizer.token_to_id(text) is None
+        ]
+        if (
+            chat
+            and _MARKER.fullmatch(chat.stop.strip())
+            and self.tokenizer.token_to_id(chat.stop.strip()) is None
+        ):
+            notes.append(
+                f"the chat template ends answers with {chat.stop.strip()!r}, which is no token of the "
+                "tokenizer: they may belong to two models"
+            )
+        return notes
 
     def image_wrap(self) -> tuple[str, str] | None:
         """Return the special tokens that the chat template writes around each picture, if any."""
@@ -113,7 +134,9 @@ class TextSide:
             return (
                 f"{usual} was assumed; the tokenizer's chat template, which is no such format, was left out"
             )
-        if described.template == usual:
+        own, known = described.chat, TEMPLATES[usual]
+        without_tools = None if own is None else replace(own, tools=None)
+        if described.template == usual or (isinstance(known, Template) and without_tools == known.chat):
             return ""
         name = f"{described.template}, " if described.template != OWN else ""
         return (

@@ -26,7 +26,7 @@ from pumice.conversation import Conversation, user_message
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
-from pumice.formats.load import find_device
+from pumice.formats.load import find_device, usual_dtype
 from pumice.formats.quantize import can_quantize
 from pumice.formats.read import read_model
 from pumice.formats.sizes import PROCESS_BYTES, cache_dtype, weight_sizes
@@ -113,7 +113,7 @@ def _cost(
     image_seconds: float,
 ) -> AskCost:
     config = loaded.config.decoder
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = usual_dtype(device)
     # 1. Memory: weights, the cells that the prompt and the longest answer use, and the buffers of a step.
     cells = min(config.context, -(-(prompt_tokens + ANSWER) // BLOCK) * BLOCK)
     token_bytes = KVCache.bytes_per_token(config, cache_dtype(quantize, device, dtype))
@@ -233,7 +233,7 @@ def _encoder(loaded: LoadedParts, blocks: int, device: torch.device) -> Llava:
     decoder = replace(config.decoder, depth=1, vocab_size=64, mlp_width=32)
     model = Llava(replace(config, vision=vision, decoder=decoder, lora=None))
     stored = {tensor.dtype for name, tensor in loaded.state.items() if name.startswith("tower.blocks.")}
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = usual_dtype(device)
     model = model.to(device, dtype).requires_grad_(False).eval()
     for module in model.modules():
         if isinstance(module, WideningLinear) and stored & {torch.float16, torch.bfloat16}:

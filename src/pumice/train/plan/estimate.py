@@ -22,7 +22,7 @@ from pumice.geometry import image_layout
 from pumice.model.packed import Run
 from pumice.storage.memory import GB
 from pumice.train.batches import Batches
-from pumice.train.devices import GPUS, find_gpu, peak, total_memory
+from pumice.train.devices import GPUS, find_gpu, for_device, peak, total_memory
 from pumice.train.parallel import MAX_COPY_SHARE
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
@@ -99,8 +99,11 @@ def plan(
     """
     # 1. Find the model's shape, the device, and the packs that the run would compute.
     config, notes = shape(recipe, path)
+    if any("." in part for part in recipe.stage.learn):
+        notes.append("activations and time are counted as if all blocks of the part learned")
     device = describe_device(recipe, gpu, gpu_memory)
-    packs, steps, per_epoch, step_tokens = _packs(recipe, config, rows, notes)
+    recipe = for_device(recipe, device.kind)
+    packs, steps, per_epoch, step_tokens = _packs(recipe, config, rows, notes, processes)
     largest = max(packs, key=lambda pack: (pack.tokens, pack.tiles))
     kind = "cpu" if device.kind == "cpu" else "cuda"
     if device.kind == "mps":
@@ -110,13 +113,13 @@ def plan(
     footprint = measure(recipe, config, largest, kind)
     sharded = _sharded(recipe, stage_sizes, device, processes)
     shards = processes if sharded else 1
-    memory = _memory(recipe, config, stage_sizes, footprint, kind, shards)
+    memory = _memory(recipe, stage_sizes, footprint, kind, shards)
     total = sum(memory.values())
     # 3. The largest pack that fits. Activations grow linearly with the tokens, so two sizes give the slope.
     fitting_tokens = None
     if device.memory is not None:
         double = measure(recipe, config, _doubled(largest), kind)
-        double_total = sum(_memory(recipe, config, stage_sizes, double, kind, shards).values())
+        double_total = sum(_memory(recipe, stage_sizes, double, kind, shards).values())
         # With a small pack the peak may be copies of the weights. The slope is then zero: assume a byte.
         bytes_per_token = max((double_total - total) / largest.tokens, 1.0)
         fitting_tokens = max(0, int(largest.tokens + (device.memory - total) / bytes_per_token))
@@ -128,7 +131,7 @@ def plan(
     # 4. Speed. A frozen tower runs outside the measured step, and with a feature cache only once per image.
     flops_per_token = footprint.flops / largest.tokens
     tiles_per_token = sum(pack.tiles for pack in packs) / sum(pack.tokens for pack in packs)
-    if recipe.feature_cache is None and "tower" not in recipe.stage.learn:
+    if recipe.feature_cache is None and not recipe.stage.learns("tower"):
         flops_per_token += footprint.tower_flops * tiles_per_token
     speed = device.rate / flops_per_token * processes
     return Plan(
@@ -177,19 +180,18 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
 
 
 def _memory(
-    recipe: Recipe, config: ModelConfig, stage_sizes: Sizes, footprint: Footprint, kind: str, shards: int
+    recipe: Recipe, stage_sizes: Sizes, footprint: Footprint, kind: str, shards: int
 ) -> dict[str, float]:
     """Return the bytes of one process by kind. shards: the processes that share weights and states."""
-    # FSDP gathers one block to compute with, while it fetches the next.
-    gathered = 2 * stage_sizes.weights / config.decoder.depth if shards > 1 else 0.0
+    whole, gathered = (stage_sizes.shards.whole, stage_sizes.shards.gathered) if shards > 1 else (0.0, 0.0)
     slack = SLACK[kind]
     return {
-        "weights": stage_sizes.weights / shards + gathered,
+        "weights": (stage_sizes.weights - whole) / shards + whole + gathered,
         "gradients": stage_sizes.gradients / shards,
         "optimiser": stage_sizes.optimizer / shards,
         "activations": max(0.0, footprint.activations - footprint.logits) * slack,
         "logits": footprint.logits * slack,
-        "picture": 0.0 if "tower" in recipe.stage.learn else footprint.tower_pass,
+        "picture": 0.0 if recipe.stage.learns("tower") else footprint.tower_pass,
         "framework": FRAMEWORK[kind],
         # On a CPU, pages of the weights' files stay in memory when the model is saved from them.
         "files": stage_sizes.files if kind == "cpu" else 0.0,
@@ -197,7 +199,7 @@ def _memory(
 
 
 def _sharded(recipe: Recipe, stage_sizes: Sizes, device: Device, processes: int) -> bool:
-    """Return whether the run would shard its model; follows `World.choose`."""
+    """Return whether the run would shard its model; follows `World.choose_kind`."""
     if processes == 1 or recipe.parallel != "auto":
         return processes > 1 and recipe.parallel == "fsdp"
     return (
@@ -208,14 +210,14 @@ def _sharded(recipe: Recipe, stage_sizes: Sizes, device: Device, processes: int)
 
 
 def _packs(
-    recipe: Recipe, config: ModelConfig, rows: int | None, notes: list[str]
+    recipe: Recipe, config: ModelConfig, rows: int | None, notes: list[str], processes: int
 ) -> tuple[list[PackShape], int | None, int | None, float]:
     """Return (packs to plan for, steps, steps per epoch, tokens of a step); steps are None where unknown."""
     missing = [Path(s.rows) for s in recipe.data if is_missing(s.rows)]
     missing += [folder for folder in recipe.pictures if not folder.exists()]
     if not missing:
         try:
-            return _from_rows(recipe)
+            return _from_rows(recipe, processes)
         except (InputError, WorkError) as error:
             notes.append(f"the rows were not read ({error})")
     else:
@@ -245,9 +247,9 @@ def assumed_pack(recipe: Recipe, config: ModelConfig) -> PackShape:
     )
 
 
-def _from_rows(recipe: Recipe) -> tuple[list[PackShape], int, int, float]:
+def _from_rows(recipe: Recipe, processes: int) -> tuple[list[PackShape], int, int, float]:
     """Return the packs of some steps of the run, its steps, steps per epoch, and mean tokens of a step."""
-    batches = Batches(recipe, processor_of(recipe))
+    batches = Batches(recipe, processor_of(recipe), processes)
     # Reading every row takes too long, so sample steps evenly from the first to the last.
     sampled = sorted({round(n * (batches.steps - 1) / SAMPLED_STEPS) for n in range(SAMPLED_STEPS + 1)})
     packs, tokens = [], 0

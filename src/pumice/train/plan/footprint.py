@@ -3,20 +3,21 @@
 The step runs forward and backward on PyTorch's fake tensors, which have shapes and types but no contents.
 Every storage is counted from its allocation until it is freed. So checkpointing, autocast and packed
 attention count as they run, and no formula has to follow the model. All decoder blocks are alike: the step
-runs with two blocks and with four, and the difference says what each further block adds.
+runs with three blocks and with five, and the difference says what each further block adds. The peak of a deep
+model may come at another moment than a shallow one's, so each moment is extended, and the largest taken.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,7 +36,7 @@ from pumice.train.recipe import Recipe
 from pumice.train.setup import trainable_parameters
 from pumice.train.sizes import memory_dtype
 
-DEPTHS = (2, 4)  # blocks of the two decoders that run
+DEPTHS = (3, 5)  # blocks of the two decoders that run
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Footprint:
     tower_flops: float  # of one tile, forward
 
 
-class _MemoryCounter(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):
     """Count the bytes of the storages that are allocated under it, with their peak, and the FLOPs.
 
     PyTorch's `FlopCounterMode` cannot do it: it keeps tensors of a checkpointed pass, which would count here.
@@ -72,7 +73,9 @@ class _MemoryCounter(TorchDispatchMode):
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         """tensors: those that exist before and do not count."""
         super().__init__()
-        self.current = self.peak = self.flops = 0
+        self.current = self.flops = 0
+        self.moment = "begin"
+        self.peaks = {self.moment: 0}
         # Several tensors may view one storage, so storages are counted, each by its address.
         self._storages = {tensor.untyped_storage()._cdata for tensor in tensors}
 
@@ -85,16 +88,54 @@ class _MemoryCounter(TorchDispatchMode):
                 self._count_storage(value)
         return out
 
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+    def enter(self, moment: str) -> None:
+        """Count what follows as another moment of the step."""
+        self.moment = moment
+        self.peaks[moment] = max(self.peaks.get(moment, 0), self.current)
+
+    def watch(self, blocks: Sequence[nn.Module]) -> None:
+        """Take the first block, the last, and those between as moments, forward and backward.
+
+        From one block between them to the next, memory grows or shrinks evenly. The last block computes fewer
+        rows than the others.
+        """
+
+        def name_of(block: nn.Module) -> str:
+            return "first" if block is blocks[0] else "last" if block is blocks[-1] else "middle"
+
+        def before(block: nn.Module, args: tuple[Any, ...]) -> None:
+            self.enter(f"forward, {name_of(block)}")
+            if block is blocks[0] and args[0].requires_grad:
+                args[0].register_hook(lambda gradient: self.enter("backward, before the blocks"))
+
+        def after(block: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            if block is blocks[-1]:
+                self.enter("after the blocks")
+            if out.requires_grad:
+                out.register_hook(lambda gradient: self.enter(f"backward, {name_of(block)}"))
+
+        for block in blocks:
+            block.register_forward_pre_hook(before)
+            block.register_forward_hook(after)
+
     def _count_storage(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
             return
         self._storages.add(key)
-        self.current += size
-        self.peak = max(self.peak, self.current)
+        self.add(size)
         # Python says when the last tensor on this storage is gone, also inside autograd's graph.
         weakref.finalize(storage, self._count_freed, key, size)
+
+    def add(self, size: int) -> None:
+        """Count bytes that were allocated."""
+        self.current += size
+        self.peaks[self.moment] = max(self.peaks[self.moment], self.current)
 
     def _count_freed(self, key: int, size: int) -> None:
         self._storages.discard(key)
@@ -103,32 +144,32 @@ class _MemoryCounter(TorchDispatchMode):
 
 def measure(recipe: Recipe, config: ModelConfig, pack: PackShape, device: str) -> Footprint:
     """Return the footprint of the recipe's stage for such a pack on a device of this type ("cpu", "cuda")."""
-    low, high = (_run(recipe, config, pack, depth, device) for depth in DEPTHS)
+    (low, low_peaks), (high, high_peaks) = (_run(recipe, config, pack, depth, device) for depth in DEPTHS)
     # Extend the line through both depths to the model's own.
     blocks = (config.decoder.depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
-    def extrapolate(name: str) -> float:
-        low_value: float = getattr(low, name)
-        high_value: float = getattr(high, name)
+    def extrapolate(low_value: float, high_value: float) -> float:
         return low_value + (high_value - low_value) * blocks
 
     return Footprint(
-        activations=extrapolate("activations"),
+        activations=max(extrapolate(peak, high_peaks[moment]) for moment, peak in low_peaks.items()),
         logits=low.logits,
         tower_pass=low.tower_pass,
-        flops=extrapolate("flops"),
+        flops=extrapolate(low.flops, high.flops),
         tower_flops=low.tower_flops,
     )
 
 
-def _run(recipe: Recipe, config: ModelConfig, pack: PackShape, depth: int, device: str) -> Footprint:
-    """Return the footprint of the stage with a decoder of `depth` blocks."""
+def _run(
+    recipe: Recipe, config: ModelConfig, pack: PackShape, depth: int, device: str
+) -> tuple[Footprint, dict[str, int]]:
+    """Return the footprint of the stage with a decoder of `depth` blocks, and the peak of each moment."""
     shallow = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, depth=depth))
     rope = (shallow.decoder.head_dim, shallow.decoder.rope_theta, shallow.decoder.rope_scaling)
     # Fill the cache of this function with a real tensor: a fake one would stay there for later models.
     rope_inv_freq(*rope, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), _keep_generator():
-        model = _model(recipe, shallow, device)
+        model = fake_model(recipe, shallow, device)
         tower_pass, tower_flops = (
             _measure_tower(model, config, pack.tiles) if depth == DEPTHS[0] else (0.0, 0.0)
         )
@@ -138,24 +179,30 @@ def _run(recipe: Recipe, config: ModelConfig, pack: PackShape, depth: int, devic
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 existing.append(parameter.grad)
-        with _MemoryCounter(existing) as count:
-            _step(model, recipe, config, pack)
+        with MemoryCounter(existing) as count:
+            count.watch(list(model.decoder.blocks))
+            loss = loss_of(model, recipe, config, pack)
+            # A stage in which nothing before the loss learns has no graph to go back through.
+            if loss.requires_grad:
+                loss.backward()
     # The loss holds one chunk of logits twice: in fp32, and in the type of the vocabulary projection.
     itemsize = 2 if recipe.precision == "bf16" else 4
-    return Footprint(
+    footprint = Footprint(
         activations=count.peak,
         logits=min(CHUNK, pack.supervised) * config.decoder.vocab_size * (4 + itemsize),
         tower_pass=tower_pass,
         flops=count.flops,
         tower_flops=tower_flops,
     )
+    return footprint, count.peaks
 
 
-def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
+def fake_model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
     """Return the model as `prepare` sets it up for the stage, with fake weights."""
     with torch.device("meta"):
         model = Llava(config)
-    learn = recipe.stage.learn
+    # Blocks are counted as if all of their part learned: the decoders that run have other blocks.
+    learn = {part.partition(".")[0] for part in recipe.stage.learn}
     learning = trainable_parameters(model, learn)
     state = {
         name: torch.empty(
@@ -178,17 +225,18 @@ def _model(recipe: Recipe, config: ModelConfig, device: str) -> Llava:
     return model.train()
 
 
-def _step(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) -> None:
-    """Run one pack forward and backward, as the training loop does."""
+def loss_of(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) -> Tensor:
+    """Run one pack forward, as the objective does, and return its loss."""
     tokens = pack.tokens
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     is_image = torch.zeros(1, tokens, 1, dtype=torch.bool)
-    learns = "tower" in recipe.stage.learn
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+    learns = recipe.stage.learns("tower")
+    bf16 = recipe.precision == "bf16"
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         image_tokens = None
         # A frozen tower's features come from outside the step; one that learns runs here, with a graph.
         if pack.tiles:
-            with torch.set_grad_enabled(learns), torch.autocast("cpu", enabled=False):
+            with torch.set_grad_enabled(learns):
                 features = _features(model, config, pack.tiles, learns)
             weight = next(model.connector.parameters(), None)
             connected = model.connector(features if weight is None else features.to(weight.dtype))
@@ -200,10 +248,7 @@ def _step(model: Llava, recipe: Recipe, config: ModelConfig, pack: PackShape) ->
         rows = torch.zeros(pack.supervised, dtype=torch.int64)
         hidden = model.decoder(x, torch.zeros(1, tokens, dtype=torch.int64), attend, rows=rows)
         head, softcap = model.decoder.head_weight, config.decoder.logit_softcap
-        loss = supervised_loss(hidden[0], head, rows, torch.ones(pack.supervised), softcap)
-    # A stage in which nothing before the loss learns has no graph to go back through.
-    if loss.requires_grad:
-        loss.backward()
+        return supervised_loss(hidden[0], head, rows, torch.ones(pack.supervised), softcap)
 
 
 def _features(model: Llava, config: ModelConfig, tiles: int, learns: bool) -> Tensor:
@@ -221,7 +266,7 @@ def _measure_tower(model: Llava, config: ModelConfig, tiles: int) -> tuple[float
         return 0.0, 0.0
     call_tiles = min(TILES_PER_CALL, tiles)
     side = config.vision.image_size
-    with torch.no_grad(), _MemoryCounter([*model.tower.parameters(), *model.tower.buffers()]) as count:
+    with torch.no_grad(), MemoryCounter([*model.tower.parameters(), *model.tower.buffers()]) as count:
         model.features(torch.empty(call_tiles, 3, side, side))
     return float(count.peak), count.flops / call_tiles
 

@@ -1,0 +1,163 @@
+"""`pumice check`: does another form of a model compute the same, and if not, where do they part?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pumice.cli import options
+from pumice.errors import InputError
+from pumice.jsonl import print_json
+
+if TYPE_CHECKING:
+    from pumice.evaluate.parity import Program, Pumice, Question, Stage
+
+_EXACT = options.Opening(quantize="none")  # so that rounding does not hide what went wrong
+QUESTION = "What is in the picture?"
+# What to look at where two programs part.
+_HINTS = {
+    "tokenizer": "the same text becomes other tokens: compare the tokenizers' files, and the chat templates",
+    "image tokens": "a picture becomes another number of tokens: compare tiles, crop and padding",
+    "tower": "a picture is prepared or encoded otherwise: compare its resizing, the feature layer, the class "
+    "token, and the weights of tower and connector",
+    "decoder": "the language model computes otherwise: compare its weights, their types, rotary positions",
+    "prompt": "the prompts differ in length: compare chat template, tokenizer and image tokens",
+    "answer": "no single stage explains it: differences that each stay within the bounds add up",
+}
+
+
+@options.expand
+def check(
+    model: Annotated[str, typer.Argument(help="A folder, GGUF files, or a hub name.", metavar="MODEL")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Pictures to ask about; a drawn one of the tower's size if there are none.",
+            metavar="[IMAGE]...",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    against: Annotated[
+        str, typer.Option(help="The other form: a folder, GGUF files, or http://HOST/v1.", metavar="OTHER")
+    ],
+    against_mmproj: Annotated[
+        str | None, typer.Option(help="OTHER's half that sees, in GGUF.", show_default=False)
+    ] = None,
+    llama_cpp: Annotated[
+        bool, typer.Option("--llama-cpp", help="Run OTHER, in GGUF, by llama.cpp instead of Pumice.")
+    ] = False,
+    model_name: Annotated[
+        str | None,
+        typer.Option(help="OTHER's name at its address, where there are several.", show_default=False),
+    ] = None,
+    questions: Annotated[
+        list[str] | None, typer.Option("--question", help="What is asked; repeat.", show_default=QUESTION)
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
+    tolerance: Annotated[float, typer.Option(min=0, help="By how much log-probabilities may differ.")] = 0.1,
+    opening: Annotated[
+        options.Opening, "device", "quantize", "template", "tower", "base", "mmproj", "cache_limit"
+    ] = _EXACT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Ask two forms of one model the same, and say where they part: did my conversion break it?
+
+    pumice check llava --against llava-gguf --llama-cpp
+
+    Status 1 if they part.
+    """
+    served = against.startswith(("http://", "https://"))
+    if served and llama_cpp:
+        raise InputError(f"--llama-cpp opens GGUF files, not an address such as {against}; leave one out")
+    if missing := [path for path in images or () if not path.is_file()]:
+        raise InputError(f"there is no picture {missing[0]}; check the path")
+    options.share_cores()
+    from pumice.evaluate.parity import first_parting
+
+    first, second = _programs(
+        model, against, opening, against_mmproj, llama_cpp, model_name, new_tokens, served
+    )
+    asked = _questions(first, images or [], questions or [QUESTION])
+    results = _run(first, second, asked, tolerance)
+    parting = first_parting([stage for stages in results for stage in stages])
+    hint = None if parting is None else _HINTS[parting]
+    if as_json:
+        rows = [
+            {
+                "question": question.text,
+                "pictures": len(question.pictures),
+                "stages": [vars(s) for s in stages],
+            }
+            for question, stages in zip(asked, results, strict=True)
+        ]
+        print_json({"model": model, "against": against, "parts": parting, "hint": hint, "questions": rows})
+    else:
+        _print(asked, results)
+        print("They compute the same." if parting is None else f"They part first at {parting}: {hint}.")
+    if parting is not None:
+        raise typer.Exit(1)
+
+
+def _programs(
+    model: str, against: str, opening: options.Opening, mmproj: str | None, llama_cpp: bool, name: str | None,
+    new_tokens: int, served: bool,
+) -> tuple[Pumice, Program]:  # fmt: skip
+    """Return both programs. A model is opened when it is asked first, so that one is in memory at a time."""
+    from pumice.assistant import load
+    from pumice.evaluate.parity import Native, Pumice, Served
+
+    arguments = opening.arguments()
+    shared = {key: arguments[key] for key in ("device", "quantize", "cache_limit")}
+    first = Pumice(model, lambda: load(model, **arguments), new_tokens)
+    if served:
+        return first, Served(against, name, new_tokens)
+    second = Pumice(against, lambda: load(against, mmproj=mmproj, **shared), new_tokens)
+    if not llama_cpp:
+        return first, second
+    from pumice.formats.gguf.read import gguf_files
+    from pumice.formats.read import find_pair
+
+    files = gguf_files(*find_pair(against, mmproj))
+    paths = [None if file is None else file.path for file in files]
+    assert paths[0] is not None
+    return first, Native(against, paths[0], paths[1], second)
+
+
+def _questions(first: Pumice, images: Sequence[Path], texts: Sequence[str]) -> list[Question]:
+    """Return each text without a picture, and about each picture."""
+    from pumice.evaluate.parity import Question, drawn_picture
+
+    vision = first.assistant.model.config.vision
+    if vision.kind == "none":
+        if images:
+            raise InputError(f"{first.name} sees no pictures; leave {images[0]} out, or give its mmproj")
+        return [Question(text) for text in texts]
+    pictures: list[Any] = list(images) or [drawn_picture(vision.image_size)]
+    return [
+        *(Question(text) for text in texts),
+        *(Question(text, (picture,)) for picture in pictures for text in texts),
+    ]
+
+
+def _run(first: Pumice, second: Program, asked: Sequence[Question], tolerance: float) -> list[list[Stage]]:
+    from pumice.evaluate.parity import compare
+
+    traces = [first.trace(question, None) for question in asked]
+    words = {number: first.word(number) for trace in traces for number in trace.written}
+    first.close()
+    others = [second.trace(question, trace) for question, trace in zip(asked, traces, strict=True)]
+    second.close()
+    return [compare(a, b, tolerance, words.__getitem__) for a, b in zip(traces, others, strict=True)]
+
+
+def _print(asked: Sequence[Question], results: Sequence[Sequence[Stage]]) -> None:
+    marks = {True: "equal", False: "DIFFERENT", None: "unknown"}
+    for question, stages in zip(asked, results, strict=True):
+        about = " (a picture)" if question.pictures else " (no picture)"
+        print(f"{question.text}{about}")
+        for stage in stages:
+            print(f"  {stage.name:<14}{marks[stage.same]:<11}{stage.says}")

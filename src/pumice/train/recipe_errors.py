@@ -1,0 +1,81 @@
+"""Say what is wrong in a recipe: of all problems that pydantic finds, the one that helps most, in words."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from pumice.errors import NEWER
+
+# What transformers' arguments and LLaVA's scripts call a key, where its spelling is no hint.
+_ELSEWHERE = {
+    "lr": "stage.learn", "learning_rate": "stage.learn", "num_train_epochs": "epochs", "bf16": "precision",
+    "per_device_train_batch_size": "batch", "model_name_or_path": "model", "data_path": "data.0.rows",
+    "image_folder": "pictures",
+}  # fmt: skip
+
+
+def _nearest(dotted: str, known: Sequence[str]) -> str | None:
+    """Return the known key that an unknown one may mean: spelt alike, at best in the same place."""
+    if dotted in _ELSEWHERE:
+        return _ELSEWHERE[dotted]
+    place, _, key = dotted.rpartition(".")
+    leaves = {name.rpartition(".")[2] for name in known}
+    near = difflib.get_close_matches(key, leaves, n=1)
+    if not near:
+        return None
+    candidates = [name for name in known if name.rpartition(".")[2] == near[0]]
+    # A list's entries have the same keys, whatever their number.
+    same_place = [name for name in candidates if name.rpartition(".")[0] == re.sub(r"\d+", "0", place)]
+    return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
+
+
+def main_problem(
+    error: ValidationError,
+    known_keys: Sequence[str],
+    parts: Sequence[str],
+    set_keys: Sequence[tuple[str, ...]],
+) -> tuple[tuple[str, ...], str]:
+    """Return (keys, message) of the one problem that helps the user most.
+
+    known_keys: every key of a recipe, from its top. parts: those that a stage may name. set_keys: of the
+    overrides.
+    """
+    problems = error.errors()
+    # A misspelt key comes before the key that is missing because of it.
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    first = (unknown or problems)[0]["loc"][0]
+    # `model` is a path or a mapping. A problem inside the mapping has more keys than "not a path", and says
+    # more.
+    same_field = [problem for problem in problems if problem["loc"][0] == first]
+    problem = max(same_field, key=lambda p: (p["type"] == "extra_forbidden", len(p["loc"])))
+    # pydantic adds the names of its union members to the keys; the user never wrote them.
+    loc = [
+        str(part)
+        for part in problem["loc"]
+        if not re.match(r"New(Model|Connector)$|Path$|lax-or-", str(part))
+    ]
+    known = known_keys
+    if loc[-1] == "[key]":  # an unknown part in stage.learn
+        loc, known = loc[:-1], [f"stage.learn.{part}" for part in parts]
+    dotted = ".".join(loc)
+    if problem["type"] in ("extra_forbidden", "unknown_part"):
+        # An override may have made the unknown mapping: then its whole key is what the user wrote.
+        whole = next((list(keys) for keys in set_keys if list(keys[: len(loc)]) == loc), loc)
+        near = _nearest(".".join(whole), known) or _nearest(dotted, known)
+        hint = f"; did you mean {near!r}?" if near else NEWER
+        if not near and known is not known_keys:
+            hint = f"; the parts are {', '.join(parts)}"
+        return tuple(whole), f"unknown key {'.'.join(whole)!r}{hint}"
+    plain = {
+        "missing": "is missing",
+        "path_type": "must be a path or a mapping",
+        "model_type": "must be a mapping of keys to values",
+        "too_short": "is empty; give one",
+    }
+    if problem["type"] in plain:
+        return tuple(loc), f"{dotted} {plain[problem['type']]}"
+    return tuple(loc), f"{dotted}: {problem['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,49 @@
+"""The attacks run, find Pumice right, and find what is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def attacks() -> Any:
+    sys.path.insert(0, str(Path(__file__).parent))
+    return importlib.import_module("run")
+
+
+@pytest.mark.parametrize("name", ["schedules", "requests", "files"])
+def test_a_try_of_each(attacks: Any, name: str) -> None:
+    assert attacks.run(name, 28, 0, 0) == (1, [])
+
+
+def test_what_is_wrong_is_found(
+    attacks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def attack(_: Path) -> Any:
+        while True:
+            yield lambda draw: "a fault" if draw.random() < 0.5 else ""
+
+    monkeypatch.setitem(attacks.ATTACKS, "coin", attack)
+    tries, wrong = attacks.run("coin", 3, 0, 0.01)
+    assert 0 < len(wrong) < tries
+    first = int(wrong[0].partition(":")[0].split()[1])
+    assert random.Random(f"3/coin/{first}").random() < 0.5
+    assert attacks.run("coin", 3, first, 0) == (1, wrong[:1])
+    monkeypatch.setattr(sys, "argv", f"run --only coin --seed 3 --first {first} --minutes 0".split())
+    assert attacks.main() == 1
+    assert f"| coin | 1 | 0 | 1 |\ncoin {first}: a fault" in capsys.readouterr().out
+
+
+def test_an_answer_that_is_not_the_naive_one_is_found(attacks: Any) -> None:
+    schedules = importlib.import_module("engine_schedules")
+    world = schedules.make_world(None, [])
+    wrong = schedules.World(world.model, world.prompts, [[*answer[:-1], 1] for answer in world.answers])
+    problems = [schedules.schedule([wrong], random.Random(number)) for number in range(3)]
+    assert all("expected" in problem for problem in problems)
+    assert not any(schedules.schedule([world], random.Random(number)) for number in range(3))

@@ -1,0 +1,146 @@
+"""`pumice check`: two forms of one model, and where each kind of damage shows first."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pumice.cli import app
+from pumice.formats.export import export
+from pumice.formats.pumice.folder import save
+from pumice.storage.parts import LoadedParts
+from pumice.storage.tensors import as_lazy
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
+)
+Checked = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def checked(tmp_path: Path) -> Checked:
+    """Check one model against another folder or file; return what --json prints."""
+
+    def check(model: LoadedParts, other: LoadedParts | Path, *options: str) -> dict[str, Any]:
+        forms = [tmp_path / "own", other if isinstance(other, Path) else tmp_path / "other"]
+        for folder, form in zip(forms, (model, other), strict=True):
+            if isinstance(form, LoadedParts):
+                save(folder, form.config, form.state, tokenizer=form.tokenizer.to_str())
+        arguments = ["check", str(forms[0]), "--against", str(forms[1]), "--new-tokens", "3", "--json"]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        report: dict[str, Any] = json.loads(result.stdout)
+        assert result.exit_code == (report["parts"] is not None)
+        return report
+
+    return check
+
+
+def changed(model: LoadedParts, name: str) -> LoadedParts:
+    tensor = model.state[name].read()
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    return replace(model, state=model.state | {name: as_lazy(tensor + 0.5 * noise)})
+
+
+def tiny(models: ModuleType, part: str = "SigLIP + Qwen2") -> LoadedParts:
+    [name] = [name for name in models.ARCHITECTURES if part in name]
+    loaded: LoadedParts = models.tiny(models.ARCHITECTURES[name])
+    return loaded
+
+
+def stages(report: dict[str, Any]) -> dict[str, bool]:
+    """The stages of the question about a picture."""
+    return {stage["name"]: stage["same"] for stage in report["questions"][-1]["stages"]}
+
+
+def test_a_model_and_itself(models: ModuleType, checked: Checked) -> None:
+    report = checked(tiny(models), tiny(models))
+    assert report["parts"] is None
+    assert [question["pictures"] for question in report["questions"]] == [0, 1]
+    assert stages(report) == dict.fromkeys(["tokenizer", "image tokens", "tower", "decoder", "answer"], True)
+
+
+@pytest.mark.parametrize(
+    ("name", "parting"),
+    [
+        ("tower.blocks.0.mlp.up.weight", "tower"),
+        ("connector.layers.0.weight", "tower"),
+        ("decoder.blocks.1.attention.q.weight", "decoder"),
+    ],
+)
+def test_changed_weights(models: ModuleType, checked: Checked, name: str, parting: str) -> None:
+    """The decoder gets the first model's image tokens, so each part is blamed for itself."""
+    model = tiny(models)
+    report = checked(model, changed(model, name))
+    assert report["parts"] == parting
+    found = stages(report)
+    assert (found["tower"], found["decoder"]) == (parting != "tower", parting != "decoder")
+    assert found["answer"] is False
+
+
+def test_another_tokenizer_and_other_tiles(models: ModuleType, checked: Checked) -> None:
+    model = tiny(models)
+    other = replace(model, tokenizer=models.byte_level("gpt-2", models.CHATML))
+    values = json.loads(other.tokenizer.to_str())
+    values["model"]["merges"] = values["model"]["merges"][:5]
+    other = replace(other, tokenizer=type(other.tokenizer).from_str(json.dumps(values)))
+    report = checked(model, other)
+    assert report["parts"] == "tokenizer"
+    assert stages(report)["decoder"], "it gets the first model's ids"
+    cut = replace(model.config.image, mode="anyres", pinpoints=models.TILES, unpad=False)
+    report = checked(model, replace(model, config=replace(model.config, image=cut)))
+    assert report["parts"] == "image tokens"
+
+
+def test_another_model(models: ModuleType, checked: Checked) -> None:
+    report = checked(tiny(models), tiny(models, "LLaVA 1.5"))
+    assert report["parts"] == "tokenizer"
+    assert stages(report)["decoder"] is False
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("part", "parting"), [("SigLIP + Qwen2", None), ("SigLIP + SmolLM2", None), ("LLaVA 1.5", "tower")]
+)
+def test_a_pair_in_llama_cpp(
+    models: ModuleType, checked: Checked, tmp_path: Path, part: str, parting: str | None
+) -> None:
+    """A SigLIP answers there as here; a CLIP's class token stands in the wrong place (its issue 25814)."""
+    model = tiny(models, part)
+    export(model, "gguf", tmp_path / "pair", kind="f32")
+    report = checked(model, tmp_path / "pair", "--llama-cpp")
+    assert report["parts"] == parting
+    assert stages(report)["decoder"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--against", "http://127.0.0.1:9/v1", "--llama-cpp"], "not an address such as"),
+        (["--against", "nowhere"], "there is no model 'nowhere'"),
+        (["--against", "ftp://a/b"], "there is no"),
+        (["none.png", "--against", "pumice-tiny"], "there is no picture none.png"),
+    ],
+)
+def test_wrong_input(tiny_folder: Path, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["check", str(tiny_folder), *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed")
+def test_without_llama_cpp(models: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
+    export(tiny(models), "gguf", tmp_path / "pair")
+    result = CliRunner().invoke(
+        app, ["check", str(tiny_folder), "--against", str(tmp_path / "pair"), "--llama-cpp"]
+    )
+    assert result.exit_code == 2
+    assert "running a GGUF pair by llama.cpp needs llama-cpp-python: pip install" in result.stderr

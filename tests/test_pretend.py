@@ -1,0 +1,144 @@
+"""Training and answering on CUDA, tried on a pretend device that is compiled here (tests/pretend)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).parent / "pretend"
+ROOT = HERE.parents[1]
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the pretend device needs g++"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the pretend device is built for Linux"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has a CUDA of its own"),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled pretend device."""
+    path = tmp_path_factory.mktemp("library") / "libpretend.so"
+    torch_folder = Path(torch.__file__).parent
+    includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
+    libraries = torch_folder / "lib"
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", "-O0", *(f"-I{folder}" for folder in includes)]
+    command += [str(HERE / "cuda.cpp"), f"-L{libraries}", "-lc10", "-ltorch_cpu"]
+    command += [f"-Wl,-rpath,{libraries}", "-o", str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+Result = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def result(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """What a case of tests/pretend/cases.py measured; all run in one process, which must not be this one."""
+    folder = tmp_path_factory.mktemp("cases")
+    command = [sys.executable, str(HERE / "run.py"), str(library), str(HERE / "cases.py"), str(folder)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+
+    def read(name: str) -> dict[str, Any]:
+        if (error := folder / f"{name}.error").exists():
+            raise AssertionError(error.read_text())
+        found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+        return found
+
+    return read
+
+
+@pytest.mark.parametrize("stage", ["full", "connector", "embeddings", "tower", "lora", "int8"])
+def test_a_stage_has_the_losses_and_the_sample_answers_of_the_cpu(result: Result, stage: str) -> None:
+    events = result(f"stage-{stage}")
+    assert len(events["cpu"]) == len(events["cuda"]) >= 6  # 2 steps, 2 measurements, 2 answers
+    for cpu, cuda in zip(events["cpu"], events["cuda"], strict=True):
+        for name in ("loss", "held_out_loss"):
+            if name in cpu:
+                assert cuda[name] == pytest.approx(cpu[name], abs=1e-6)  # measured worst case: 9.5e-7
+        assert cpu.get("answer") == cuda.get("answer")
+
+
+def test_a_resumed_run_with_dropout_is_equal(result: Result) -> None:
+    """In tf32, where the speed of the device is timed before the first step."""
+    assert result("resume")["equal"]
+
+
+def test_a_resumed_run_frees_its_checkpoint(result: Result) -> None:
+    assert result("resume")["alive"] == [0, 0]
+
+
+def test_precision_is_that_of_the_recipe_during_the_run(result: Result) -> None:
+    found = result("precision")
+    assert found["fp32"] == [False, "highest", False]
+    assert found["tf32"] == [True, "high", True]
+    assert found["after"][1:] == ["highest", False]
+
+
+@pytest.mark.parametrize("kind", ["plain none", "qk_norm none", "window none", "plain full"])
+def test_packs_attend_in_one_call_a_layer(result: Result, kind: str) -> None:
+    """Samples that share a picture, norms of q and k, and a window included."""
+    found = result("attention")[kind]
+    assert found["branches"]
+    assert found["calls"] == (
+        4 if kind == "plain full" else 2
+    )  # the model has 2 layers; `full` runs them twice
+    for name in ("", " gradient"):
+        assert found[f"cuda{name}"] == pytest.approx(found[f"cpu{name}"], rel=5e-3)  # bf16; measured: 2.2e-3
+
+
+def test_selective_checkpointing_keeps_what_attention_gave(result: Result) -> None:
+    assert result("attention")["plain selective"]["calls"] == result("attention")["plain none"]["calls"] == 2
+
+
+@pytest.mark.parametrize("stage", ["full", "lora"])
+def test_the_host_never_waits_in_a_block_and_at_most_twice_in_a_pack(result: Result, stage: str) -> None:
+    found = result("waits")
+    shallow, deep = (sum(count for *_, count in found[f"{stage} {depth}"]) for depth in (2, 4))
+    assert shallow == deep <= 2, found
+
+
+def test_every_small_architecture_answers_and_explains_alike(result: Result) -> None:
+    for name, devices in result("answers").items():
+        cpu, cuda = devices["cpu"], devices["cuda"]
+        assert cpu["answers"] == cuda["answers"], name
+        assert cpu["sampled"] == cuda["sampled"], name
+        for values in ("logits", "weights"):  # measured worst case: 2.8e-5
+            np.testing.assert_allclose(cpu[values], cuda[values], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("model", ["plain", "window"])
+def test_one_call_of_attention_decodes_what_many_calls_do(result: Result, model: str) -> None:
+    apart, together = (result("decode")[f"{model} {one_call}"] for one_call in (False, True))
+    assert apart["calls"] == 0
+    assert together["calls"] == 2  # one for each layer
+    assert together["texts"] == apart["texts"]
+
+
+def test_a_step_of_the_engine_waits_once(result: Result) -> None:
+    waits = result("decode")["plain True"]["waits"]
+    assert sum(count for *_, count in waits) == 1, waits
+
+
+def test_a_dummy_pack_reaches_every_part(result: Result) -> None:
+    found = result("dummy")
+    assert found["loss"] == found["without gradient"] == 0
+    assert found["text"] > 0
+
+
+def test_an_old_or_full_gpu_is_refused(result: Result) -> None:
+    messages = result("old_gpu")
+    old = "Tesla T4 has compute capability 7.5, bfloat16 needs 8.0"
+    assert messages["recipe"] == f"{old}; use precision: fp32"
+    assert messages["load"] == f"{old}; leave dtype out, or use torch.float16"
+    assert messages["dtype"] == "torch.float16"
+    assert messages["sizes"] == [2 * 16 * 256, 2048]  # of 16 slots with 256 tokens each, twice; of a chunk
+    assert "KV cache" in messages["cache"] and "close other programs" in messages["cache"]

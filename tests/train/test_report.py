@@ -1,0 +1,42 @@
+"""What a run shows while it trains."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pumice.train.recipe import load_recipe
+from pumice.train.report import TrainingReport
+
+
+@pytest.mark.parametrize(
+    ("term", "columns", "shown"),
+    [
+        ("xterm", "100", r"fine-tuning .*1/12 .*loss 2\.500  40 tokens/s"),
+        ("xterm", "40", r"1/12 .*loss 2\.500"),
+        ("dumb", "40", r"step 1/12  loss 2\.500  40 tokens/s  \d+ min left"),
+    ],
+)
+def test_steps_are_counted_on_every_terminal(
+    make_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    term: str,
+    columns: str,
+    shown: str,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for name, value in {"TERM": term, "COLUMNS": columns}.items():
+        monkeypatch.setenv(name, value)
+    recipe = load_recipe(make_recipe(name="fine-tuning"))
+    with TrainingReport(
+        recipe, ["a line that is longer than forty columns, but whole"], 0, 12, None
+    ) as report:
+        report.step(1, {"loss": 2.5}, 80, 2.0)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).replace("\r", "\n").splitlines()
+    assert lines[0] == "a line that is longer than forty columns, but whole"
+    assert any(re.fullmatch(shown, line.strip()) for line in lines), lines
