@@ -187,8 +187,10 @@ def _grid(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
     """
     target = grid_size(image.size, policy.longest_edge, size, policy.enlarge)
     values = _normalise(resized := image.resize(target, _RESAMPLE[policy.resample]), policy)
-    planes = [Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR) for plane in values]
-    return np.stack([np.stack(planes), *(_normalise(tile, policy) for tile in _cut(resized, size))])
+    whole = [
+        np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR)) for plane in values
+    ]
+    return np.stack([np.stack(whole), *(_normalise(tile, policy) for tile in _cut(resized, size))])
 
 
 def _cut(image: Image.Image, size: int) -> list[Image.Image]:

@@ -101,15 +101,16 @@ def read_frames(video: Video, policy: VideoPolicy) -> Frames:
     """
     fps, count = (0.0, video.frames) if video.frames else (policy.fps, policy.max_frames)
     with tempfile.TemporaryDirectory() as folder:
-        path = video.source
-        if isinstance(path, bytes):
-            path = Path(folder) / "video"
+        path = Path(folder) / "video"
+        if isinstance(video.source, bytes):
             path.write_bytes(video.source)
-        if not Path(path).is_file() or not Path(path).stat().st_size:
+        else:
+            path = Path(video.source)
+        if not path.is_file() or not path.stat().st_size:
             raise InputError(f"there is no video {video.name}, or it is empty; check the path")
         if is_video(path):
             return _decode_apart(str(path), video.name, fps, count)
-        return _animation(Path(path), video.name, fps, count)
+        return _animation(path, video.name, fps, count)
 
 
 def show_videos(conversation: Conversation, policy: VideoPolicy | None) -> Conversation:
@@ -248,7 +249,7 @@ def _decode(path: str, fps: float, max_frames: int, output: BinaryIO) -> None:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in numbers:
                     file = io.BytesIO()
-                    frame.to_image().save(file, "PNG", compress_level=1)
+                    Image.fromarray(frame.to_ndarray(format="rgb24")).save(file, "PNG", compress_level=1)
                     files.append(file.getvalue())
                 if number >= max(numbers):
                     break

@@ -6,9 +6,11 @@ C width of the tower, D of the decoder.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tokenizers import AddedToken
+from torch import Tensor
 
 from pumice.config import (
     ConnectorConfig,
@@ -187,8 +189,10 @@ def _split(state: LazyStateDict) -> LazyStateDict:
             continue
         rows = tensor.shape[0] // 3
         for number, part in enumerate("qkv"):
-            piece = slice(number * rows, (number + 1) * rows)
-            result[name.replace("qkv_proj", f"{part}_proj")] = tensor.map(
-                lambda values, piece=piece: values[piece].clone(), (rows, *tensor.shape[1:])
-            )
+            take = partial(_third, number=number)
+            result[name.replace("qkv_proj", f"{part}_proj")] = tensor.map(take, (rows, *tensor.shape[1:]))
     return result
+
+
+def _third(values: Tensor, number: int) -> Tensor:
+    return values.chunk(3)[number].clone()

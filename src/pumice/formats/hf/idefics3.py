@@ -194,12 +194,11 @@ def refusal(config: ModelConfig) -> str | None:
     return CAPABILITY.unsupported(config)
 
 
-def model_config(config: ModelConfig, image_token: int, parts: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json. image_token: the id of `<image>`. parts: text_config, vision_config and dtype."""
+def model_config(config: ModelConfig, parts: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json. parts: text_config, vision_config, torch_dtype and image_token_id."""
     return {
         "architectures": ["Idefics3ForConditionalGeneration"],
         "model_type": "idefics3",
-        "image_token_id": image_token,
         "scale_factor": config.connector.factor,
         "tie_word_embeddings": config.decoder.tied_head,
         **parts,

@@ -128,7 +128,8 @@ def _write_idefics3(folder: Path, model: LoadedParts) -> list[str]:
     vision = vision_config(config.vision) | {"model_type": "idefics3_vision"}
     vision.pop("vision_use_head")
     parts = {"text_config": text, "vision_config": vision, "torch_dtype": dtype}
-    write_json(folder / "config.json", idefics3.model_config(config, tokenizer.token_to_id(IMAGE), parts))
+    parts["image_token_id"] = tokenizer.token_to_id(IMAGE)
+    write_json(folder / "config.json", idefics3.model_config(config, parts))
     write_json(folder / "generation_config.json", generation_config(config))
     chat = to_jinja(get_template(config.template, config.chat))
     write_tokenizer(folder, config, tokenizer, chat)
