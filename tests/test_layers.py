@@ -19,10 +19,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "pumice"
 # A part is a file or folder of src/pumice. It may import parts of the lines above its own, and itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "moved"),
+    ("media",),
     ("config", "capability", "conversation", "files", "stopping"),
     ("geometry", "jsonl", "messages", "png", "kernels"),
     ("templates", "images", "model", "webpage", "progress", "storage"),
-    ("tokens", "chat_client"),
+    ("tokens", "chat_client", "video"),
     ("processor",),
     ("formats", "data", "engine"),
     ("explain",),
@@ -36,7 +37,7 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("__init__", "names"),
     ("families",),
     ("recognise", "text"),
-    ("hf", "efficientnet_lite"),
+    ("hf", "efficientnet_lite", "nanovlm"),
     ("gguf", "peft"),
     ("components",),
     ("llava", "pumice"),

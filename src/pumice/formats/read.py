@@ -12,6 +12,7 @@ from pumice.formats.components import open_llm
 from pumice.formats.gguf.read import open_pair
 from pumice.formats.hf.read import open_hf
 from pumice.formats.llava.read import open_original
+from pumice.formats.nanovlm import open_nanovlm
 from pumice.formats.peft.read import adapt, base_name
 from pumice.formats.pumice import folder
 from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
@@ -69,7 +70,7 @@ def read_model(
     base: str | None = None,
     mmproj: str | os.PathLike[str] | None = None,
 ) -> LoadedParts:
-    """Read a Pumice folder, a transformers or original LLaVA, a LoRA on one of them, GGUF, or an LLM alone.
+    """Read a Pumice folder, a LLaVA, an Idefics3, a nanoVLM, a LoRA on one of them, GGUF, or an LLM alone.
 
     template: the chat format, to override the source's or if it has none. tower: the vision tower of an
     original LLaVA. base: what a LoRA or a projector was trained on. Both override the names in the source's
@@ -100,6 +101,8 @@ def _read(
         return folder.open_parts(path)
     if kind is FormatKind.HF:
         return open_hf(path, template)
+    if kind is FormatKind.NANOVLM:
+        return open_nanovlm(path, template)
     if kind is FormatKind.ORIGINAL:
         return open_original(path, template, tower, base)
     if kind is FormatKind.ADAPTER:

@@ -18,13 +18,14 @@ class FormatKind(Enum):
     OWN = "a Pumice model"
     HF = "a LLaVA of transformers"
     ORIGINAL = "a LLaVA of the original code"
+    NANOVLM = "a nanoVLM"
     ADAPTER = "a LoRA of PEFT"
     LLM = "a bare language model"
     GGUF = "a model in GGUF"
     TOWER = "a bare vision tower"
 
 
-HF_LLAVAS = ("llava", "llava_next", "llava_onevision")
+HF_LLAVAS = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm")
 
 
 def recognise(path: Path) -> FormatKind:
@@ -77,6 +78,8 @@ def _by_config(keys: Keys, adapter: bool) -> FormatKind:
     # The order counts. A LoRA of the original code has both files, and its config.json says more.
     if "pumice_format" in keys:
         return FormatKind.OWN
+    if "vit_hidden_dim" in keys and "lm_hidden_dim" in keys:  # which names no model_type
+        return FormatKind.NANOVLM
     kind = keys.get("model_type", str, "")
     whole = kind in HF_LLAVAS and ("text_config" in keys or "vision_config" in keys)
     if "mm_vision_tower" in keys:
