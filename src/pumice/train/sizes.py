@@ -84,7 +84,7 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
         numel, part = parameter.numel(), part_of(name, learn)
         parameters[part] = parameters.get(part, 0) + numel
         if name in learning or base == "none" or not _is_quantized(name, parameter):
-            size: float = numel * memory_dtype(name, name in learning, recipe, device).itemsize
+            size = numel * memory_dtype(name, name in learning, recipe, device).itemsize
             place = _place(name, "tower" in learn)
             if place == "whole":
                 whole += size
