@@ -129,6 +129,7 @@ def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
         },
         {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
         {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
+        {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
     ],
     ids=lambda more: next(iter(more)),
 )
