@@ -74,6 +74,7 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
     learn, base = recipe.stage.learn, recipe.stage.base
     learning = trainable_parameters(model, learn)
     parameters: dict[str, int] = {}
+    size: float
     weights = files = whole = 0.0
     places = {"block": 0.0, "root": 0.0}
     gradients_of = {"block": 0.0, "root": 0.0}
