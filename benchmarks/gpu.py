@@ -35,9 +35,11 @@ from workshop import DROPOUT, STAGES, Workshop
 
 from pumice.assistant import Assistant, load
 from pumice.config import ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
+from pumice.engine import native
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
+from pumice.kernels import compute
 from pumice.model.adapters import add_lora, merge_lora
 from pumice.model.llava import Llava
 from pumice.model.packed import Run
@@ -136,7 +138,11 @@ def rates(bench: Bench) -> dict[str, Any]:
 
 
 def parity(bench: Bench) -> dict[str, Any]:
-    """Logits and explanations of every small architecture beside the CPU's: fp32 to 1e-4, bf16 to 3e-2."""
+    """Logits and explanations of every small architecture beside the CPU's: fp32 to 1e-4, bf16 to 3e-2.
+
+    The share of the logits' norm. The CPU has no compiled code here: it would round activations to 8 bits.
+    """
+    compute.compiled = native.compiled = lambda name: (None, "")
     image, worst = picture(90, 60), {"fp32": 0.0, "bf16": 0.0, "int8": 0.0, "int4": 0.0, "explain": 0.0}
     for architecture in [*ARCHITECTURES.values()][: 2 if bench.small else None]:
         parts = tiny(architecture)
@@ -147,25 +153,23 @@ def parity(bench: Bench) -> dict[str, Any]:
                 model = Llava(parts.config)
                 model.load_state_dict({key: tensor.read() for key, tensor in parts.state.items()})
                 merge_lora(model.decoder)
-                model.requires_grad_(False).eval().to(device)
+                model.requires_grad_(False).eval()
                 if kind.startswith("int"):
                     quantize(model.decoder, kind)
-                # On the CPU the reference of bf16 is fp32.
-                if kind == "bf16" and device.type != "cpu":
-                    model.to(torch.bfloat16)
+                model.to(device, torch.bfloat16 if kind == "bf16" else None)
                 one = Assistant(model, processor, cache_tokens=1024)
                 logits = one.logits(image, "What is it?").float().cpu()
-                scale = float(logits.abs().max())
                 if device.type == "cpu" and kind not in expected:
                     expected[kind] = logits
                     if kind == "fp32":
                         expected["explain"] = one.explain(image, "What is it?", answer="A dog").weights
                     continue
-                worst[kind] = max(worst[kind], float((logits - expected[kind]).abs().max()) / scale)
+                apart = float((logits - expected[kind]).norm() / expected[kind].norm())
+                worst[kind] = max(worst[kind], apart)
                 if kind == "fp32":
                     weights = one.explain(image, "What is it?", answer="A dog").weights
                     worst["explain"] = max(worst["explain"], float(abs(weights - expected["explain"]).max()))
-    bounds = {"fp32": 1e-4, "bf16": 3e-2, "int8": 5e-2, "int4": 5e-2, "explain": 1e-4}
+    bounds = {"fp32": 1e-4, "bf16": 3e-2, "int8": 1e-4, "int4": 1e-4, "explain": 1e-4}
     return {"ok": all(worst[kind] <= bound for kind, bound in bounds.items()), **worst}
 
 
@@ -207,8 +211,10 @@ def fsdp(bench: Bench) -> dict[str, Any]:
     """Two steps with FSDP on a mesh of this one device, beside the same without."""
     import torch.distributed as dist
 
+    if bench.device.type == "cuda" and not dist.is_nccl_available():
+        return {"left out": "this PyTorch has no NCCL, as on the pretend device of the tests"}
     workshop, losses = Workshop(bench.folder / "fsdp"), []
-    backend = "nccl" if bench.device.type == "cuda" and torch.version.cuda else "gloo"
+    backend = "nccl" if bench.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{bench.folder}/group", rank=0, world_size=1)
     try:
         for kind in ("single", "fsdp"):
@@ -399,7 +405,8 @@ def decode(bench: Bench) -> dict[str, Any]:
 def answers(bench: Bench) -> dict[str, Any]:
     """pumice-tiny's answers about a drawn picture beside the CPU's, in fp32."""
     try:
-        both = [load(device=d, quantize=None, dtype=torch.float32) for d in ("cpu", bench.device.type)]
+        options: dict[str, Any] = {"quantize": None, "dtype": torch.float32, "cache_tokens": 2048}
+        both = [load(device=device, **options) for device in ("cpu", bench.device.type)]
     except ValueError as error:  # its parts are not in the cache, and there is no network
         return {"left out": str(error)}
     image = picture(320, 240)
