@@ -207,7 +207,7 @@ class Processor:
             counts += [layout.base] * layout.tiles
             if len(layouts) > 1:
                 marked.append(Span(marks.number.format(number=number)))
-            whole = [Span(marks.whole, control=True), span]
+            whole: Spans = [Span(marks.whole, control=True), span]
             tiles: Spans = []
             for row in range(1, layout.rows + 1):
                 for column in range(1, layout.columns + 1):
