@@ -1,6 +1,6 @@
 """Every format against every architecture: the numbers, the answers and the bytes that come back.
 
-    python benchmarks/formats.py [--json] [--only PART ...]
+    python benchmarks/formats.py [--json] [--types] [--only PART ...]
 
 For each architecture a tiny random model is written in Pumice's own folder, exported to each format, read
 back from it, and, where they are installed, run by transformers (hf), PEFT (peft) and llama.cpp (gguf, by
@@ -11,6 +11,9 @@ the package xllamacpp). A cell says:
     greedy       whether the next tokens are the same
     bytes        whether importing what was exported gives every tensor back, bit for bit
     refused      why the format cannot hold the model
+
+--types writes every type of GGUF instead, with the half that sees in f16, and reads it back: how far the
+logits are from the model's, and how far llama.cpp's log-probabilities are from those of what was read back.
 """
 
 from __future__ import annotations
@@ -280,9 +283,40 @@ def table(only: list[str]) -> dict[str, dict[str, Cell]]:
         for to in FORMATS:
             if to == "peft" and ARCHITECTURES[name].config.lora is None:
                 continue
+            if to == "ollama":  # the files of gguf, and a Modelfile
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 cells[name][to] = measure(name, to, Path(folder))
     return cells
+
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
+
+
+def types_table(only: list[str]) -> Iterator[str]:
+    """A table in Markdown of GGUF's types. Those of K-quants need llama-cpp-python."""
+    yield "| architecture | type | logits, read back | llama.cpp beside what was read back | greedy tokens |"
+    yield "|---|---|---|---|---|"
+    for name in (name for name in ARCHITECTURES if not only or any(part in name for part in only)):
+        model = tiny(ARCHITECTURES[name])
+        size = model.config.vision.image_size
+        shown = picture(size, size)
+        for kind in GGUF_TYPES:
+            with tempfile.TemporaryDirectory() as folder:
+                target = Path(folder) / "pair"
+                try:
+                    export(model, "gguf", target, kind=kind)
+                except InputError as error:
+                    yield f"| {name} | {kind} | refused: {str(error).partition(': ')[2] or error} | | |"
+                    break
+                back = read_model(target)
+                own, _ = own_answer(model, shown)
+                again, _ = own_answer(back, shown)
+                cell = run_llama_cpp(back, shown, target)
+                native = "-" if cell.difference is None else f"{cell.difference:.1e}"
+                last = " (class token last)" if cell.note else ""
+                difference = (own - again).abs().max().item()
+                yield f"| {name} | {kind} | {difference:.1e} | {native}{last} | {_WORDS[cell.greedy]} |"
 
 
 def printed(cells: dict[str, dict[str, Cell]]) -> Iterator[str]:
@@ -306,7 +340,12 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="*", default=[], help="architectures whose name has one of these parts"
     )
+    parser.add_argument("--types", action="store_true", help="every type of GGUF, written and read back")
     options = parser.parse_args()
+    if options.types:
+        for line in types_table(options.only):
+            print(line, flush=True)
+        return 0
     cells = table(options.only)
     if options.json:
         plain = {name: {to: asdict(cell) for to, cell in row.items()} for name, row in cells.items()}

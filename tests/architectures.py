@@ -24,8 +24,10 @@ from pumice.config import (
     VisionConfig,
 )
 from pumice.formats.gguf.tokenizer import PRE_TOKENIZERS
+from pumice.formats.hf.idefics3 import FAKE, MARKS, WHOLE
 from pumice.formats.llava.read import IMAGE_WRAP
 from pumice.formats.text.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePiece
+from pumice.media import VideoPolicy
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.storage.parts import LoadedParts
@@ -75,6 +77,8 @@ def byte_level(split: str, specials: list[str]) -> Tokenizer:
     return tokenizer
 
 
+SMOLVLM = ["<end_of_utterance>", FAKE, "<image>", WHOLE]  # and a token for each tile
+SMOLVLM += [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 DECODER = DecoderConfig(
     vocab_size=0, width=64, depth=2, heads=4, kv_heads=2, head_dim=16, mlp_width=96, context=1024
@@ -151,6 +155,7 @@ ARCHITECTURES = {
             image=ImagePolicy(
                 "anyres", HALF, HALF, pad_color=(127, 127, 127), pinpoints=TILES, max_tiles=1
             ),  # so that the tiles of most pictures are shrunk
+            video=VideoPolicy(pool=2),
         ),
         lambda: byte_level("qwen2", CHATML),
     ),
@@ -198,6 +203,32 @@ ARCHITECTURES = {
             bos_token_id=0,
         ),
         lambda: byte_level("smollm", ["<bos>", "<start_of_turn>", "<end_of_turn>"]),
+    ),
+    "SigLIP + SmolLM2, split (SmolVLM)": Architecture(
+        _chatml(
+            replace(DECODER, tied_head=True),
+            vision=replace(SIGLIP, layer=-1, final_norm=True, fractional=True),
+            connector=ConnectorConfig("linear", "pixel_shuffle", 2, bias=False),
+            image=ImagePolicy(
+                "split", HALF, HALF, "lanczos", pad_color=(127, 127, 127), longest_edge=3 * SIGLIP.image_size
+            ),
+            marks=MARKS,
+            template=OWN,
+            chat=ChatFormat(
+                user=("User:", "<end_of_utterance>\n"),
+                assistant="Assistant:",
+                stop="<end_of_utterance>",
+                answer=(" ", ""),
+                between="\n",
+                system=("System: ", "<end_of_utterance>\n"),
+                specials=("<end_of_utterance>",),
+                text_first=" ",
+                image_line=False,
+            ),
+            stop_token_ids=(1,),
+            bos_token_id=0,
+        ),
+        lambda: byte_level("smollm", ["<|im_start|>", *SMOLVLM]),
     ),
     "CLIP + Llama, LoRA": Architecture(
         _vicuna(lora=LoraConfig(rank=4, alpha=8.0, targets=("q", "v", "down"))), sentencepiece

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # Before torch is imported: results to the last bit depend on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What programs learn from here about the terminal would change what they print.
+for name in ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "PYTHONIOENCODING"):
+    os.environ.pop(name, None)
 
 settings.register_profile("pumice", deadline=None, derandomize=True, database=None)
 settings.load_profile("pumice")

@@ -34,12 +34,14 @@ from pumice.explain import maps
 from pumice.explain.attention import Passage, read
 from pumice.formats.export import REFUSALS, export
 from pumice.formats.gguf import write as gguf_write
+from pumice.formats.hf import idefics3
 from pumice.formats.hf import refusal as hf_refusal
 from pumice.formats.hf import write as hf_write
 from pumice.formats.llava import write as llava_write
 from pumice.formats.read import read_model
 from pumice.geometry import single_tile_layout
 from pumice.kernels import compute
+from pumice.media import TileMarks, VideoPolicy
 from pumice.model import adapters, connector, decoder
 from pumice.model.llava import TOWERS, Llava
 from pumice.model.quantized import KINDS, PackedEmbedding, PackedLinear, quantize
@@ -48,7 +50,7 @@ from pumice.tokens import Tokenizer
 
 CLASSES = (
     DecoderConfig, RopeScaling, VisionConfig, ConnectorConfig, ImagePolicy, GenerationConfig, LoraConfig,
-    ChatFormat, ModelConfig,
+    ChatFormat, TileMarks, VideoPolicy, ModelConfig,
 )  # fmt: skip
 # What computes an answer: it lists every field. The others may refuse some.
 COMPUTING: dict[str, Capability] = {
@@ -65,6 +67,7 @@ CONSUMERS: dict[str, Capability] = COMPUTING | {
     "maps": maps.CAPABILITY,
     "native": native.CAPABILITY,
     "hf": hf_refusal.CAPABILITY,
+    "idefics3": idefics3.CAPABILITY,
     "llava": llava_write.CAPABILITY,
     "gguf": gguf_write.CAPABILITY,
 }

@@ -310,7 +310,7 @@ class Assistant:
         )
         prompt = Prompt(torch.from_numpy(sample.input_ids), None, params, images)
         check_room(self.model, prompt)
-        self._warn_of_many_images(len(images))
+        self._warn_of_many_images(sum(not image.frame for image in sample.images))
         return prompt
 
     def _warn_of_many_images(self, count: int) -> None:
@@ -385,8 +385,8 @@ def explain(
 def too_many_images(config: ModelConfig, count: int) -> str | None:
     """Return a warning if a conversation has more images than the model was trained on, else None."""
     trained = config.trained_pictures
-    if trained is None and config.image.mode == "anyres" and config.image.several == "square":
-        return None  # a model has a policy for several images only if it was trained on several
+    if trained is None and (config.marks is not None or config.image.several == "square"):
+        return None  # a model has marks or a policy for several images only if it was trained on several
     if count <= max(1, trained or 1):
         return None
     limit = "the model's folder does not say that it was trained on more than 1"

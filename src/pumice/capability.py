@@ -22,7 +22,7 @@ LLAMA = (
 
 CHAT = (
     "user assistant stop answer between system default_system system_in_user specials trim opening stop_once "
-    "tools"
+    "text_first image_line tools"
 )
 ROPE_SCALING = "kind factor low_freq_factor high_freq_factor original_context"
 LORA = "rank alpha dropout targets"

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pumice.errors import InputError, finite, instead_of, shorten
+from pumice.media import TileMarks, VideoPolicy
 
 FORMAT_VERSION = 1
-IMAGE_MODES = ("pad", "crop", "squash", "anyres")
+IMAGE_MODES = ("pad", "crop", "squash", "anyres", "split", "grid")
+TILED = ("anyres", "split", "grid")  # the modes that may cut an image into tiles
 SEVERAL = ("tiles", "square")
-RESAMPLINGS = ("bicubic", "bilinear")
+RESAMPLINGS = ("bicubic", "bilinear", "lanczos")
 PENALTIES = (0.01, 1e6)  # the range of a repetition_penalty: one near 0 makes logits infinite
 DECODER_ACTIVATIONS = ("silu", "gelu_tanh")
 # How a connector reduces the features of a tile -> their number after it, from the features on a side and the
@@ -51,10 +53,16 @@ def naming(label: str) -> Iterator[None]:
         raise InputError(f"{label}: {error}") from error
 
 
-# The largest sizes that are read, far above those of any model: all blocks are built before weights are
-# compared, and a size that a damaged file names would take forever, or all memory.
-LARGEST = {"depth": 1000, "context": 2**24, "vocab_size": 2**24, "sliding_window": 2**31}
+# The largest sizes that are read: all blocks are built before weights are compared.
+LARGEST = {
+    "longest_edge": 8192,
+    "depth": 1000,
+    "context": 2**24,
+    "vocab_size": 2**24,
+    "sliding_window": 2**31,
+}
 LARGEST_OTHER = 2**20
+LARGEST_GRID = 32  # tiles on a side of an image
 
 
 def _at_least(minimum: int, **values: int) -> None:
@@ -87,6 +95,8 @@ class VisionConfig:
     norm_eps: float = 1e-5
     layer: int = -2  # which hidden state is the feature: 0 the embeddings, 1 the first block's, -1 the last's
     select: str = "patch"  # patch (drops the class token) | cls_patch | full (siglip, which has none)
+    final_norm: bool = later(False, repr=False)  # SigLIP only: features after the last norm (Idefics3)
+    fractional: bool = later(False, repr=False)  # positions by fractional coordinates, as in transformers
 
     @property
     def grid(self) -> int:
@@ -158,11 +168,8 @@ class DecoderConfig:
 
     def window(self, layer: int) -> int | None:
         """Return how many positions a token sees in this layer, itself included; None: all."""
-        return (
-            None
-            if (layer + 1) % self.window_pattern == 0 and self.window_pattern > 1
-            else self.sliding_window
-        )
+        full = self.window_pattern > 1 and (layer + 1) % self.window_pattern == 0
+        return None if full else self.sliding_window
 
     def __post_init__(self) -> None:
         if self.activation not in DECODER_ACTIVATIONS:
@@ -190,6 +197,7 @@ class ConnectorConfig:
     kind: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity
     reduce: str = "none"  # none | average | pixel_shuffle: how a block of features becomes one token
     factor: int = 1  # features on a side of that block
+    bias: bool = later(True)  # of each linear layer
 
     def __post_init__(self) -> None:
         _at_least(1, factor=self.factor)
@@ -206,21 +214,24 @@ class ConnectorConfig:
 class ImagePolicy:
     """How an image of any size becomes the tower's input of S x S pixels."""
 
-    mode: str = "pad"  # pad (to a square, then resize) | crop (shortest edge, centre) | squash | anyres
+    # pad (to a square, then resize) | crop (shortest edge, centre) | squash | anyres, split, grid (tiles)
+    mode: str = "pad"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    resample: str = "bicubic"  # bicubic | bilinear
+    resample: str = "bicubic"  # bicubic | bilinear | lanczos
     pad_color: tuple[int, int, int] = (124, 116, 104)  # int(mean * 255)
     # anyres only (LLaVA-NeXT): the (width, height) in pixels that an image may be resized to before it is cut
     # into tiles. The first of equally good ones is used, so the checkpoint's order matters.
     pinpoints: tuple[tuple[int, int], ...] = ()
     unpad: bool = True  # drop features of the tiles' padding, end each row with `image_newline`
     max_tiles: int | None = None  # LLaVA-OneVision's anyres_max_9: more features than that many tiles' shrink
-    # anyres only: how each of several images in a conversation is shown: in "tiles", as a single image is
+    # Tiles only: how each of several images in a conversation is shown: in "tiles", as a single image is
     # (LLaVA-NeXT), or as one "square" tile, padded as by "pad" (LLaVA-OneVision). None becomes "square" if
     # max_tiles is given, else "tiles". Feature caches take their fingerprint from repr(). This field is not
     # in it, because a cache has different keys for an image's tiles and for its square.
     several: str | None = field(default=None, repr=False)
+    longest_edge: int = later(0, repr=False)  # split, grid: of the longer side before it becomes whole tiles
+    enlarge: bool = later(True, repr=False)  # grid only: smaller images grow to longest_edge
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -233,14 +244,16 @@ class ImagePolicy:
             raise InputError(f"pixels cannot be divided by a std of {self.std}; each must be more than 0")
         if self.max_tiles is not None:
             _at_least(1, max_tiles=self.max_tiles)
-        if self.mode == "anyres" and self.several is None:
+        if self.mode in ("split", "grid"):
+            _at_least(1, longest_edge=self.longest_edge)
+        if self.mode in TILED and self.several is None:
             object.__setattr__(self, "several", "tiles" if self.max_tiles is None else "square")
         if self.several not in (None, *SEVERAL):
             raise InputError(f"unknown several {self.several!r}; use one of {', '.join(SEVERAL)}")
 
     def uses_tiles(self, images: int) -> bool:
         """Return whether each image of a conversation with this many images is cut into tiles."""
-        return self.mode == "anyres" and (images == 1 or self.several == "tiles")
+        return self.mode in TILED and (images == 1 or self.several == "tiles")
 
 
 @dataclass(frozen=True)
@@ -307,8 +320,9 @@ class ChatFormat:
     trim: tuple[str, ...] = ()  # roles whose text loses the blanks around it
     opening: str = ""  # after `assistant` before the newest answer only (Qwen3's empty thought)
     stop_once: bool = False  # only the newest answer ends with `stop` (LLaVA-1.5 in transformers)
-    # Before and after the descriptions of functions, one a line, which follow the system message. Calls are
-    # in the form of Qwen2.5 and Qwen3. None: the format has no place for them.
+    text_first: str = later("")  # after user[0] of a question that begins with text, not with a picture
+    image_line: bool = later(True)  # each picture at the front of a question has a line of its own
+    # Around the descriptions of functions, one a line, after the system message. Calls are in Qwen's form.
     tools: tuple[str, str] | None = later(None)
 
 
@@ -325,6 +339,9 @@ class ModelConfig:
     stop_token_ids: tuple[int, ...] = ()  # any of these ends an answer
     bos_token_id: int | None = None  # stands once, before everything
     image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
+    # Around each picture and its tiles; how videos are shown, None if the model was not trained on any.
+    marks: TileMarks | None = field(default=None, metadata={"later": True})
+    video: VideoPolicy | None = field(default=None, metadata={"later": True})
     generation: GenerationConfig = field(default=_GREEDY, metadata={"later": True})
     lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
     trained_pictures: int | None = None  # the most pictures in one training conversation; None: not known
@@ -332,9 +349,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.vision.kind != "none":
             _ = self.image_tokens  # raises if the connector's blocks do not fit the tower's grid
+        side = self.vision.image_size
+        if (longest := self.image.longest_edge) > LARGEST_GRID * side:
+            raise InputError(f"longest_edge {longest} is more than {LARGEST_GRID} tiles of {side} pixels")
         if self.image.mode != "anyres":
             return
-        side = self.vision.image_size
         if not self.image.pinpoints:
             raise InputError("anyres needs image.pinpoints: the widths and heights that tiles may fill")
         for width, height in self.image.pinpoints:

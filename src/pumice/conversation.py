@@ -38,10 +38,28 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video or an animation. frames: how many are shown; None: as the model was trained."""
+
+    source: str | PathLike[str] | bytes
+    frames: int | None = None
+
+    @property
+    def name(self) -> str:
+        if isinstance(self.source, bytes):
+            return f"video of {len(self.source)} bytes"
+        return str(self.source)
+
+
+@dataclass(frozen=True)
 class ImagePart:
-    """One picture in a message: a path, raw file bytes, a PIL image, or a StoredImage."""
+    """One picture in a message: a path, raw file bytes, a PIL image, or a StoredImage; or a Video.
+
+    frame: "frame" or "last" of a picture that is one of a video's, which is never cut into tiles.
+    """
 
     source: str | PathLike[str] | bytes | Any
+    frame: str = ""
 
     @property
     def name(self) -> str:
@@ -50,7 +68,7 @@ class ImagePart:
             return f"picture of {len(self.source)} bytes"
         if isinstance(self.source, str | PathLike):
             return str(self.source)
-        if isinstance(self.source, StoredImage):
+        if isinstance(self.source, StoredImage | Video):
             return self.source.name
         return type(self.source).__name__
 
@@ -87,12 +105,15 @@ class Conversation:
 
     def with_sources(self, change: Callable[[Any], Any]) -> Conversation:
         """Return the same conversation with `change` applied to every picture's source."""
+        return self.with_parts(lambda part: (replace(part, source=change(part.source)),))
+
+    def with_parts(self, change: Callable[[ImagePart], tuple[str | ImagePart, ...]]) -> Conversation:
+        """Return the same conversation with each picture replaced by the parts that `change` gives for it."""
         messages = []
         for message in self.messages:
-            parts = (
-                ImagePart(change(part.source)) if isinstance(part, ImagePart) else part
-                for part in message.parts
-            )
+            parts: list[str | ImagePart] = []
+            for part in message.parts:
+                parts += change(part) if isinstance(part, ImagePart) else (part,)
             messages.append(replace(message, parts=tuple(parts)))
         return replace(self, messages=tuple(messages))
 

@@ -1,7 +1,7 @@
 """The geometry of an image: how it is cut into tiles, and how many image tokens they become.
 
 A tile is the square of pixels that the vision tower takes. The first tile shows the whole image; under
-anyres (LLaVA-NeXT) more tiles show its parts.
+anyres (LLaVA-NeXT) and grid (nanoVLM) more tiles show its parts. Under split (Idefics3) it comes last.
 
 The rounding is that of haotian-liu/LLaVA (llava/mm_utils.py and llava_arch.py, v1.6), in floats as there: a
 count that differs by one would shift every image token after it.
@@ -26,7 +26,8 @@ class Layout:
     rows of them) are joined to one map of tokens. The map loses `top` rows at each end and `left` columns at
     each side, which show padding, and is shrunk to height x width if it is larger. Each row of the map ends
     with the newline token if `newline` is set. An image without further tiles may have a map of one row that
-    holds nothing but the newline.
+    holds nothing but the newline. pool: tokens on a side to which a video's frame is reduced
+    (LLaVA-OneVision), or 0.
     """
 
     base: int
@@ -37,6 +38,7 @@ class Layout:
     height: int = 0
     width: int = 0
     newline: bool = False
+    pool: int = 0
 
     @property
     def tiles(self) -> int:
@@ -70,6 +72,61 @@ def letterbox(size: Size, target: Size) -> Size:
     return min(math.ceil(size[0] * scale_y), target[0]), target[1]
 
 
+LONGEST_SPLIT = 4096  # pixels; the longest side that Idefics3's image processor makes
+
+
+def split_sizes(size: Size, longest_edge: int, side: int) -> tuple[Size, Size]:
+    """Return the sizes to which Idefics3 resizes an image: first the longer side, then whole tiles.
+
+    side: of a tile, in pixels. Source: transformers, Idefics3ImageProcessor.
+    """
+    width, height = size
+    aspect = width / height
+    if width >= height:
+        width, height = longest_edge, int(longest_edge / aspect)
+        height += height % 2
+    else:
+        width, height = int(longest_edge * aspect), longest_edge
+        width += width % 2
+    width, height = max(width, 1), max(height, 1)
+    aspect = width / height
+    if width >= height and width > LONGEST_SPLIT:
+        width, height = LONGEST_SPLIT, int(LONGEST_SPLIT / aspect)
+    elif height > width and height > LONGEST_SPLIT:
+        width, height = int(LONGEST_SPLIT * aspect), LONGEST_SPLIT
+    first = (max(width, 1), max(height, 1))
+    aspect = first[0] / first[1]
+    # The tiles' shorter side follows from the longer one as it is after rounding up.
+    if first[0] >= first[1]:
+        width = math.ceil(first[0] / side) * side
+        height = math.ceil(int(width / aspect) / side) * side
+    else:
+        height = math.ceil(first[1] / side) * side
+        width = math.ceil(int(height * aspect) / side) * side
+    return first, (max(width, side), max(height, side))
+
+
+def grid_size(size: Size, longest_edge: int, side: int, enlarge: bool) -> Size:
+    """Return the whole tiles to which nanoVLM resizes an image. enlarge: smaller images grow, too.
+
+    Source: huggingface/nanoVLM, data/custom_transforms.py.
+    """
+    long, short = max(size), min(size)
+    target = longest_edge if enlarge else min(longest_edge, math.ceil(long / side) * side)
+    other = max(math.ceil(short * (target / long) / side) * side, side)
+    return (target, other) if size[0] >= size[1] else (other, target)
+
+
+def tile_grid(config: ModelConfig, size: Size) -> Size:
+    """Return the (columns, rows) of tiles of an image of this size in the modes split and grid."""
+    policy, side = config.image, config.vision.image_size
+    if policy.mode == "split":
+        _, (width, height) = split_sizes(size, policy.longest_edge, side)
+    else:
+        width, height = grid_size(size, policy.longest_edge, side, policy.enlarge)
+    return width // side, height // side
+
+
 def single_tile_layout(config: ModelConfig) -> Layout:
     """Return the layout of an image that becomes one tile, whatever its size.
 
@@ -79,16 +136,29 @@ def single_tile_layout(config: ModelConfig) -> Layout:
     return Layout(config.image_tokens, height=int(config.has_newline), newline=config.has_newline)
 
 
+def frame_layout(config: ModelConfig, last: bool) -> Layout:
+    """Return the layout of a video's frame. last: the newline follows the whole video (LLaVA-OneVision)."""
+    factor = 1 if config.video is None else config.video.pool
+    newline = config.has_newline and last
+    side = math.ceil(math.isqrt(config.image_tokens) / factor) if factor > 1 else 0
+    return Layout(side**2 or config.image_tokens, height=int(newline), newline=newline, pool=side)
+
+
 def image_layout(config: ModelConfig, size: Size, images: int = 1) -> Layout:
     """Return the layout of an image of this size. images: how many images its conversation has."""
     return tile_layout(config, size) if config.image.uses_tiles(images) else single_tile_layout(config)
 
 
 def tile_layout(config: ModelConfig, size: Size) -> Layout:
-    """Return the layout of an image of this size that is cut into tiles (anyres)."""
-    # 1. Choose the resolution, and with it the grid of tiles and the size of their map of tokens.
+    """Return the layout of an image of this size that is cut into tiles."""
     policy, base = config.image, config.image_tokens
     side = math.isqrt(base)  # tokens on a side of one tile
+    if policy.mode != "anyres":
+        columns, rows = tile_grid(config, size)
+        if columns * rows == 1:  # the whole image is that tile
+            return single_tile_layout(config)
+        return Layout(base, columns, rows, height=rows * side, width=columns * side)
+    # 1. Choose the resolution, and with it the grid of tiles and the size of their map of tokens.
     target = best_resolution(size, policy.pinpoints)
     columns, rows = (n // config.vision.image_size for n in target)
     width, height = columns * side, rows * side

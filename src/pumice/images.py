@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pumice.config import ImagePolicy
+from pumice.config import TILED, ImagePolicy
 from pumice.conversation import ImagePart, StoredImage
 from pumice.errors import InputError, install
-from pumice.geometry import best_resolution, letterbox
+from pumice.geometry import best_resolution, grid_size, letterbox, split_sizes
 from pumice.png import SIGNATURE, without_long_texts
 
 
@@ -51,7 +51,11 @@ _HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
 # The first bytes of files in formats that every reader of data URLs accepts.
 _COMMON = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
 
-_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF 2.32, table 6: how to turn the stored image upright
@@ -129,7 +133,9 @@ def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
     elif policy.mode == "crop":
         tile = _crop(image, size, resample)
     else:
-        assert policy.mode == "squash", policy.mode
+        assert policy.mode in ("squash", "split", "grid"), policy.mode
+        if policy.longest_edge and policy.mode != "grid":
+            image = image.resize(split_sizes(image.size, policy.longest_edge, size)[0], resample)
         tile = image.resize((size, size), resample)
     return _normalise(tile, policy)
 
@@ -141,25 +147,59 @@ def to_tiles(
 
     Under "anyres" (LLaVA-NeXT) the first tile is the whole image, squashed. The others are cut, row by row,
     from the image at its best resolution, letterboxed in black; P = `geometry.tile_layout(...).tiles`. If
-    `tiles` is False, and in any other mode, P = 1. mirror: flip left to right.
+    `tiles` is False, and in a mode without tiles, P = 1. mirror: flip left to right.
     """
-    if policy.mode != "anyres" or not tiles:
+    if policy.mode not in TILED or not tiles:
         tile = pixels(image, size, policy)
         return np.ascontiguousarray(tile[:, :, ::-1] if mirror else tile)[None]
     # 1. Mirror before cutting: the tiles of a mirrored image are in another order.
     resample = _RESAMPLE[policy.resample]
     if mirror:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if policy.mode == "split":
+        return _split(image, size, policy)
+    if policy.mode == "grid":
+        return _grid(image, size, policy)
     # 2. Fit the image into the resolution that keeps most of its pixels, without changing its aspect ratio.
     width, height = best_resolution(image.size, policy.pinpoints)
     fitted = image.resize(letterbox(image.size, (width, height)), resample)
     boxed = Image.new("RGB", (width, height))
     boxed.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
     # 3. The squashed image first, then tiles of the fitted one, row by row.
-    crops = [image.resize((size, size), resample)]
-    for top in range(0, height, size):
-        crops += [boxed.crop((left, top, left + size, top + size)) for left in range(0, width, size)]
+    crops = [image.resize((size, size), resample), *_cut(boxed, size)]
     return np.stack([_normalise(tile, policy) for tile in crops])
+
+
+def _split(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
+    """Return Idefics3's tiles: of the image resized twice, row by row, then the whole image."""
+    resample = _RESAMPLE[policy.resample]
+    for target in split_sizes(image.size, policy.longest_edge, size):
+        image = image.resize(target, resample)
+    return np.stack(
+        [_normalise(tile, policy) for tile in (*_cut(image, size), image.resize((size, size), resample))]
+    )
+
+
+def _grid(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
+    """Return nanoVLM's tiles: the whole image, then its tiles, row by row.
+
+    The whole image is resized from floats, as torchvision does with a tensor.
+    """
+    target = grid_size(image.size, policy.longest_edge, size, policy.enlarge)
+    values = _normalise(resized := image.resize(target, _RESAMPLE[policy.resample]), policy)
+    whole = [
+        np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR)) for plane in values
+    ]
+    return np.stack([np.stack(whole), *(_normalise(tile, policy) for tile in _cut(resized, size))])
+
+
+def _cut(image: Image.Image, size: int) -> list[Image.Image]:
+    """Cut an image of whole tiles into them, row by row."""
+    return [
+        image.crop((left, top, left + size, top + size))
+        for top in range(0, image.height, size)
+        for left in range(0, image.width, size)
+    ]
 
 
 def image_key(source: Source) -> str:

@@ -5,25 +5,33 @@ Shapes: T tokens, M images, P tiles (one per image, more under anyres), S pixels
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pumice.capability import CHAT, Capability, fields
-from pumice.config import IMAGE_TOKEN, ChatFormat, ImagePolicy, ModelConfig
+from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import ContextOverflow, InputError
-from pumice.geometry import Layout, single_tile_layout, tile_layout
+from pumice.geometry import Layout, frame_layout, single_tile_layout, tile_layout
 from pumice.images import image_key, image_size, open_image, read_image, to_tiles
+from pumice.media import TileMarks, VideoPolicy
 from pumice.templates import Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
+from pumice.video import show_videos
 
 CAPABILITY = Capability(
     "the processor",
     {
-        ImagePolicy: fields("mode mean std resample pad_color pinpoints unpad max_tiles several"),
+        ImagePolicy: fields(
+            "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
+        ),
         ChatFormat: fields(CHAT),
+        VideoPolicy: fields("max_frames fps longest_edge timestamps pool"),
+        TileMarks: fields("tile row between whole end number"),
     },
 )
 
@@ -84,6 +92,11 @@ class Processor:
             if not 0 <= number < config.decoder.vocab_size:
                 rows = config.decoder.vocab_size
                 raise InputError(f"the config names the token {number}, the embedding has only {rows} rows")
+        if config.video is not None:
+            CAPABILITY.check(config.video)
+        if config.marks is not None:
+            CAPABILITY.check(config.marks)
+            self._check_marks(config.marks)
         for token in config.image_wrap or ():
             if token not in tokenizer.special:
                 raise InputError(f"image_wrap names {token!r}, which is no special token of the tokenizer")
@@ -109,7 +122,8 @@ class Processor:
         continued: it ends in the beginning of an answer instead, which the model continues.
         The sample's pictures are read: a file that is replaced afterwards changes nothing.
         """
-        conversation = conversation.check(answered=False, continued=continued).with_sources(read_image)
+        conversation = conversation.check(answered=False, continued=continued)
+        conversation = show_videos(conversation, self.config.video).with_sources(read_image)
         sample = self._sample(conversation, generate=True)
         if not len(sample.input_ids):
             raise InputError(f"the template {self.template.name!r} sees pictures only; show one")
@@ -134,7 +148,7 @@ class Processor:
                 "mmproj file of a LLaVA in GGUF with --mmproj"
             )
         layouts = self.layouts(images)
-        counts = [layout.tokens for layout in layouts]
+        spans, counts = self._marked(spans, layouts)
         if generate or not self.truncate:
             texts = [span.text for span in spans if not isinstance(span, ImagePart)]
             self.tokenizer.check_length(texts, self.config.decoder.context, "the conversation")
@@ -143,6 +157,11 @@ class Processor:
         if len(input_ids) > limit and (generate or not self.truncate):
             name = f"conversation {conversation.id!r}" if conversation.id else "the conversation"
             message = f"{name} takes {len(input_ids)} tokens, the model's context is {limit}"
+            if shown := sum(bool(image.frame) for image in images):
+                # The text is short beside the frames.
+                message += (
+                    f"; about {shown * limit // len(input_ids)} of its {shown} frames fit: use --frames"
+                )
             raise ContextOverflow(message, len(input_ids), limit)
         ids = np.array(input_ids, np.int64)
         return Sample(conversation.id, ids, np.array(labels, np.int64), images, layouts)
@@ -157,19 +176,76 @@ class Processor:
             wrapped += [before, span, after] if isinstance(span, ImagePart) else [span]
         return wrapped
 
+    def _check_marks(self, marks: TileMarks) -> None:
+        """Raise InputError unless each mark that looks like a special token is one of the tokenizer's."""
+        longest = -(-self.config.image.longest_edge // self.config.vision.image_size)
+        tiles = [
+            marks.tile.format(row=row, column=column)
+            for row in range(1, longest + 1)
+            for column in range(1, longest + 1)
+        ]
+        for token in re.findall(r"<[^<>\s:]+>", "".join((*tiles, marks.whole, marks.end))):
+            if token not in self.tokenizer.special:
+                raise InputError(f"marks names {token!r}, which is no special token of the tokenizer")
+
+    def _marked(self, spans: Spans, layouts: Sequence[Layout]) -> tuple[Spans, list[int]]:
+        """Return the spans with the marks of each image, and the number of tokens of each image in them.
+
+        With marks an image stands there once for each of its tiles, in the order of `to_tiles`.
+        """
+        marks = self.config.marks
+        if marks is None:
+            return spans, [layout.tokens for layout in layouts]
+        marked: Spans = []
+        counts: list[int] = []
+        numbers = itertools.count()
+        for span in spans:
+            if not isinstance(span, ImagePart):
+                marked.append(span)
+                continue
+            layout = layouts[number := next(numbers)]
+            counts += [layout.base] * layout.tiles
+            if len(layouts) > 1:
+                marked.append(Span(marks.number.format(number=number)))
+            whole = [Span(marks.whole, control=True), span]
+            tiles: Spans = []
+            for row in range(1, layout.rows + 1):
+                for column in range(1, layout.columns + 1):
+                    tiles += [Span(marks.tile.format(row=row, column=column), control=True), span]
+                tiles.append(Span(marks.row, control=True))
+            if tiles and self.config.image.mode == "split":
+                marked += [*tiles, Span(marks.between, control=True), *whole]
+            else:
+                marked += [*whole, *tiles]
+            marked.append(Span(marks.end, control=True))
+        return marked, counts
+
     def layouts(self, images: Sequence[ImagePart]) -> tuple[Layout, ...]:
         """Return the layout of every image of one conversation, in order.
 
         It depends on their number and, where images become tiles, on each size, so their headers are read.
         """
-        if not self.config.image.uses_tiles(len(images)):
-            return (single_tile_layout(self.config),) * len(images)
-        return tuple(tile_layout(self.config, image_size(image.source)) for image in images)
+        tiled = self.config.image.uses_tiles(len(images))
+        return tuple(self._layout(image, tiled) for image in images)
+
+    def _layout(self, image: ImagePart, tiled: bool) -> Layout:
+        if image.frame:
+            return frame_layout(self.config, image.frame == "last")
+        if tiled:
+            return tile_layout(self.config, image_size(image.source))
+        return single_tile_layout(self.config)
 
     def key(self, image: ImagePart, layout: Layout, *, mirror: bool = False) -> str:
         """Return a cache key for the tower's input: the same image in other tiles has another key."""
-        one_tile = self.config.image.mode == "anyres" and layout.tiles == 1
-        return image_key(image.source) + "-square" * one_tile + "-mirror" * mirror
+        one_tile = self.config.image.mode in TILED and layout.tiles == 1
+        shown = f"-{image.frame}" if image.frame else "-square" * one_tile
+        return image_key(image.source) + shown + "-mirror" * mirror
+
+    def _policy(self, image: ImagePart) -> ImagePolicy:
+        """Return how one image becomes pixels: a video's frame is squashed."""
+        if not image.frame or self.config.video is None:
+            return self.config.image
+        return replace(self.config.image, mode="squash", longest_edge=self.config.video.longest_edge)
 
     def pixels(
         self, images: Sequence[ImagePart], layouts: Sequence[Layout], *, mirror: bool = False
@@ -178,9 +254,11 @@ class Processor:
 
         layouts: of these images, from `layouts` of the complete conversation. mirror: flip left to right.
         """
-        size, policy = self.config.vision.image_size, self.config.image
+        size = self.config.vision.image_size
         tiles = [
-            to_tiles(open_image(image.source), size, policy, tiles=layout.tiles > 1, mirror=mirror)
+            to_tiles(
+                open_image(image.source), size, self._policy(image), tiles=layout.tiles > 1, mirror=mirror
+            )
             for image, layout in zip(images, layouts, strict=True)
         ]
         return np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.float32)

@@ -71,7 +71,9 @@ class Template:
                 spans.append(Span(chat.user[0], control=True))
                 if number == first_question and chat.system_in_user:
                     spans += system
-                spans += _content(message, trim="user" in chat.trim)
+                if message.parts and isinstance(message.parts[0], str):
+                    spans.append(Span(chat.text_first, control=True))
+                spans += _content(message, "user" in chat.trim, chat.image_line)
                 spans.append(Span(chat.user[1], control=True))
         if generate and turns[-1].role == "user":
             spans.append(Span(chat.assistant + chat.opening, control=True))
@@ -124,19 +126,22 @@ class Plain:
         return spans
 
 
-def _content(message: Message, trim: bool = False) -> Spans:
-    """Leading pictures each stand on a line of their own (`<image>\\n`), later ones where they are."""
+def _content(message: Message, trim: bool, image_line: bool) -> Spans:
+    """Leading pictures each stand on a line of their own (`<image>\\n`), later ones where they are.
+
+    image_line: False if leading ones stand where they are, too.
+    """
     parts = list(message.parts)
     if trim and parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
     if trim and parts and isinstance(parts[-1], str):
         parts[-1] = parts[-1].rstrip()
     spans: Spans = []
-    leading = True
+    leading = image_line
     for number, part in enumerate(parts):
         if isinstance(part, ImagePart):
             spans.append(part)
-            if leading and number + 1 < len(parts):
+            if leading and number + 1 < len(parts) and part.frame != "frame":  # a video is one line
                 spans.append(Span("\n"))
         else:
             # A row may hold this newline already, and must not get a second one.

@@ -134,7 +134,8 @@ class Terminal:
 
         self.end, child_end = pty.openpty()
         command = [sys.executable, "-m", "pumice", "chat", *arguments]
-        self.child = subprocess.Popen(command, stdin=child_end, stdout=child_end, stderr=child_end)
+        streams = {"stdin": child_end, "stdout": child_end, "stderr": child_end}
+        self.child = subprocess.Popen(command, **streams, env=os.environ | {"TERM": "xterm"})
         os.close(child_end)
         self.unread = b""
 

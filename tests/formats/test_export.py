@@ -114,9 +114,9 @@ def test_a_refusal_writes_nothing(llava: LoadedParts, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"to": "onnx"}, "no format 'onnx'.*hf, llava, gguf, peft"),
+        ({"to": "onnx"}, "no format 'onnx'.*hf, llava, gguf, ollama, peft"),
         ({"to": "hf", "dtype": "int8"}, "no type 'int8'.*fp16, bf16, fp32"),
-        ({"to": "gguf", "kind": "q4_0"}, "no GGUF type 'q4_0'.*f32, f16, q8_0"),
+        ({"to": "gguf", "kind": "q3"}, "no 'q3' among the options of GGUF; use one of f32, f16, bf16, q8_0"),
         ({"to": "gguf", "dtype": "fp16"}, "dtype is not for gguf.*--type"),
         ({"to": "peft"}, "no LoRA adapters; use --to hf"),
     ],

@@ -32,6 +32,14 @@ def test_a_folder_that_is_no_model_and_a_name_that_is_nothing(tmp_path: Path) ->
         find_model("nothing")
 
 
+@pytest.mark.parametrize(
+    "missing", ["runs/mine/model", "./mine/model", "/nowhere/model", "~/nowhere", "pumice-tinny"]
+)
+def test_what_is_no_model_names_the_models_that_are_there(missing: str) -> None:
+    with pytest.raises(InputError, match=r"there is no model .*, or one of: pumice-tiny$"):
+        find_model(missing)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_tower_kept_as_stored_sees_the_same(
     llava: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool

@@ -17,7 +17,7 @@ from pumice.train.report import TrainingReport
     ("term", "columns", "shown"),
     [
         ("xterm", "100", r"fine-tuning .*1/12 .*loss 2\.500  40 tokens/s"),
-        ("xterm", "40", r"1/12 .*loss 2\.500"),
+        ("xterm", "40", r"1/12 .*loss 2\.500  40 tokens/s"),
         ("dumb", "40", r"step 1/12  loss 2\.500  40 tokens/s  \d+ min left"),
     ],
 )

@@ -41,6 +41,14 @@ def ask(
         Path | None,
         typer.Option(help="Where the answers of --batch go.", metavar="OUT.jsonl", show_default=False),
     ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Frames of a video or an animation; by default as the model was trained.",
+            show_default=False,
+        ),
+    ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Questions of --batch answered at a time.")] = 8,
     *,
     sampling: options.Sampling,
@@ -67,7 +75,7 @@ def ask(
                 f"there is no picture {path!r}; if it belongs to the question, put the question in quotes: "
                 'pumice ask dog.jpg "What is this?"'
             )
-    _ask_one(images, question, model, opening, as_json, sampling.given())
+    _ask_one(images, question, model, opening, as_json, sampling.given(), frames)
 
 
 def _check_question(images: list[str], question: str) -> None:
@@ -94,6 +102,15 @@ def _is_image_path(text: str) -> bool:
     return text.lower().endswith(suffixes) and len(text.split()) == 1
 
 
+def _open(path: str, frames: int | None) -> Any:
+    """Return a picture, or a video: an animation is one only where frames are asked for."""
+    from pumice.conversation import Video
+    from pumice.images import open_image
+    from pumice.video import is_video
+
+    return Video(path, frames) if frames is not None or is_video(path) else open_image(path)
+
+
 def _ask_one(
     images: list[str],
     question: str,
@@ -101,11 +118,10 @@ def _ask_one(
     opening: options.Opening,
     as_json: bool,
     sampling: dict[str, Any],
+    frames: int | None,
 ) -> None:
-    from pumice.images import open_image
-
     # Before torch is imported, so that a wrong path fails at once.
-    opened = [open_image(path) for path in images]
+    opened = [_open(path, frames) for path in images]
     options.share_cores()
     from pumice.assistant import CHUNK_SHOWN
     from pumice.conversation import Conversation, question_message

@@ -13,7 +13,7 @@ from pumice.errors import InputError
 from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
-    from pumice.evaluate.parity import Program, Pumice, Question, Stage
+    from pumice.evaluate.parity import CheckQuestion, CheckStage, InPumice, Program
 
 _EXACT = options.Opening(quantize="none")  # so that rounding does not hide what went wrong
 QUESTION = "What is in the picture?"
@@ -105,17 +105,17 @@ def check(
 def _programs(
     model: str, against: str, opening: options.Opening, mmproj: str | None, llama_cpp: bool, name: str | None,
     new_tokens: int, served: bool,
-) -> tuple[Pumice, Program]:  # fmt: skip
+) -> tuple[InPumice, Program]:  # fmt: skip
     """Return both programs. A model is opened when it is asked first, so that one is in memory at a time."""
     from pumice.assistant import load
-    from pumice.evaluate.parity import Native, Pumice, Served
+    from pumice.evaluate.parity import AtAddress, InLlamaCpp, InPumice
 
     arguments = opening.arguments()
     shared = {key: arguments[key] for key in ("device", "quantize", "cache_limit")}
-    first = Pumice(model, lambda: load(model, **arguments), new_tokens)
+    first = InPumice(model, lambda: load(model, **arguments), new_tokens)
     if served:
-        return first, Served(against, name, new_tokens)
-    second = Pumice(against, lambda: load(against, mmproj=mmproj, **shared), new_tokens)
+        return first, AtAddress(against, name, new_tokens)
+    second = InPumice(against, lambda: load(against, mmproj=mmproj, **shared), new_tokens)
     if not llama_cpp:
         return first, second
     from pumice.formats.gguf.read import gguf_files
@@ -124,26 +124,28 @@ def _programs(
     files = gguf_files(*find_pair(against, mmproj))
     paths = [None if file is None else file.path for file in files]
     assert paths[0] is not None
-    return first, Native(against, paths[0], paths[1], second)
+    return first, InLlamaCpp(against, paths[0], paths[1], second)
 
 
-def _questions(first: Pumice, images: Sequence[Path], texts: Sequence[str]) -> list[Question]:
+def _questions(first: InPumice, images: Sequence[Path], texts: Sequence[str]) -> list[CheckQuestion]:
     """Return each text without a picture, and about each picture."""
-    from pumice.evaluate.parity import Question, drawn_picture
+    from pumice.evaluate.parity import CheckQuestion, drawn_picture
 
     vision = first.assistant.model.config.vision
     if vision.kind == "none":
         if images:
             raise InputError(f"{first.name} sees no pictures; leave {images[0]} out, or give its mmproj")
-        return [Question(text) for text in texts]
+        return [CheckQuestion(text) for text in texts]
     pictures: list[Any] = list(images) or [drawn_picture(vision.image_size)]
     return [
-        *(Question(text) for text in texts),
-        *(Question(text, (picture,)) for picture in pictures for text in texts),
+        *(CheckQuestion(text) for text in texts),
+        *(CheckQuestion(text, (picture,)) for picture in pictures for text in texts),
     ]
 
 
-def _run(first: Pumice, second: Program, asked: Sequence[Question], tolerance: float) -> list[list[Stage]]:
+def _run(
+    first: InPumice, second: Program, asked: Sequence[CheckQuestion], tolerance: float
+) -> list[list[CheckStage]]:
     from pumice.evaluate.parity import compare
 
     traces = [first.trace(question, None) for question in asked]
@@ -154,7 +156,7 @@ def _run(first: Pumice, second: Program, asked: Sequence[Question], tolerance: f
     return [compare(a, b, tolerance, words.__getitem__) for a, b in zip(traces, others, strict=True)]
 
 
-def _print(asked: Sequence[Question], results: Sequence[Sequence[Stage]]) -> None:
+def _print(asked: Sequence[CheckQuestion], results: Sequence[Sequence[CheckStage]]) -> None:
     marks = {True: "equal", False: "DIFFERENT", None: "unknown"}
     for question, stages in zip(asked, results, strict=True):
         about = " (a picture)" if question.pictures else " (no picture)"

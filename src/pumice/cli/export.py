@@ -17,13 +17,29 @@ def export(
         str, typer.Argument(help="A folder, a built-in model, or a name on the hub.", metavar="SRC")
     ],
     target: Annotated[Path, typer.Argument(help="A new folder.", metavar="DST")],
-    to: Annotated[str, typer.Option(help="hf (transformers, vLLM), llava (the original code), gguf, peft.")],
+    to: Annotated[
+        str, typer.Option(help="hf (transformers, vLLM), llava (the original code), gguf, ollama, peft.")
+    ],
     dtype: Annotated[
         str, typer.Option(help="Not gguf: store weights as fp16, bf16 or fp32; keep: as they are.")
     ] = "keep",
     kind: Annotated[
-        str, typer.Option("--type", help="gguf: f32, f16, q8_0, or keep: few bits as they are stored.")
+        str,
+        typer.Option(
+            "--type",
+            help="gguf, ollama: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k; keep: few bits as stored.",
+        ),
     ] = "f16",
+    tower_kind: Annotated[
+        str | None,
+        typer.Option(
+            "--mmproj-type", help="The same of the half that sees: f16, q8_0 or f32.", show_default="f16"
+        ),
+    ] = None,
+    class_token: Annotated[
+        str,
+        typer.Option(help="shifted: for a CLIP in a llama.cpp that puts its class token last."),
+    ] = "first",
     tower_name: Annotated[
         str | None,
         typer.Option(help="llava: the hub name from which its code builds the tower.", show_default=False),
@@ -35,7 +51,7 @@ def export(
     opening: Annotated[options.Opening, "template", "tower", "base", "mmproj"],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write a model for transformers, llama.cpp, PEFT or the original LLaVA code."""
+    """Write a model for transformers, llama.cpp, Ollama, PEFT or the original LLaVA code."""
     from pumice.formats.export import export as write
     from pumice.formats.read import read_model
 
@@ -46,7 +62,10 @@ def export(
         base=opening.base,
         mmproj=opening.mmproj,
     )
-    written = write(model, to, target, dtype=dtype, kind=kind, drop_lora=drop_lora, tower=tower_name)
+    written = write(
+        model, to, target, dtype=dtype, kind=kind, tower_kind=tower_kind, class_token=class_token,
+        drop_lora=drop_lora, tower=tower_name,
+    )  # fmt: skip
     notes = [*model.notes, *written.notes]
     if as_json:
         files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())

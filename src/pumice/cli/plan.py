@@ -119,6 +119,8 @@ def describe_ask(plan: AskPlan, columns: int = 80) -> list[str]:
 
 def describe(plan: Plan) -> list[str]:
     """Return the plan as lines of text."""
+    from pumice.train.plan.estimate import EXTRAPOLATED
+
     device = plan.device
     memory = "memory unknown" if device.memory is None else f"{device.memory / 1e9:.1f} GB"
     devices = (
@@ -135,7 +137,9 @@ def describe(plan: Plan) -> list[str]:
     lines += [f"  {kind:<14}{size / 1e9:10.2f} GB" for kind, size in plan.memory.items() if size]
     lines.append(f"  {'in all':<14}{plan.total / 1e9:10.2f} GB  {_verdict(plan)}")
     if plan.largest_pack:
-        lines.append(f"  largest pack that fits: {plan.largest_pack} tokens (pack_tokens)")
+        foretold = EXTRAPOLATED * plan.planned_pack // 64 * 64
+        least = "at least " if plan.largest_pack >= foretold else ""
+        lines.append(f"  largest pack that fits: {least}{plan.largest_pack} tokens (pack_tokens)")
     lines += ["", f"disk: {plan.disk / 1e9:.2f} GB, {plan.checkpoint / 1e9:.2f} GB a checkpoint"]
     speed = f"time: {plan.tokens_per_second:,.0f} tokens/s"
     if plan.seconds is not None:

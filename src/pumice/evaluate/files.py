@@ -7,6 +7,7 @@ import binascii
 import csv
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from pumice.files import replacing
 
 DEPTH = 4  # levels of folders below --data that are searched
 
+OPTION_COLUMNS = "ABCDEFGH"  # of tables like MMBench's; its own end with D
 # Texts that pandas reads as "no value"; the official scripts of MMBench and MMStar use pandas.
 _NO_VALUE = frozenset(
     [
@@ -293,9 +295,22 @@ def read_tsv(file: DataFile, texts: Collection[str] = ()) -> Iterator[dict[str, 
         raise InputError(f"'{file}' is damaged ({error}); fetch it again") from error
 
 
-def hidden_options(row: Mapping[str, str | None], letters: str) -> int:
+def options(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options of a row of a table by their letters; every one that stands there.
+
+    Only an empty cell is none, which parquet files of numbers hold as not-a-number.
+    """
+    values = {letter: row.get(letter) for letter in OPTION_COLUMNS}
+    return {
+        letter: str(value)
+        for letter, value in values.items()
+        if value not in (None, "") and not (isinstance(value, float) and math.isnan(value))
+    }
+
+
+def hidden_options(row: Mapping[str, Any]) -> int:
     """Return how many options of a row pandas would read as no value, so that official scripts hide them."""
-    return sum(row.get(letter) in _NO_VALUE - {""} for letter in letters)
+    return sum(option in _NO_VALUE - {""} for option in options(row).values())
 
 
 def base64_image(name: str, text: str) -> ImageFile:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pumice.errors import InputError, install
-from pumice.formats.gguf.library import llama_library, silence
+from pumice.errors import InputError
+from pumice.formats.gguf.library import llama_library, mtmd_library
 
 CONTEXT = 4096  # tokens
 
@@ -24,13 +24,9 @@ class LlamaCpp:
     """A language model and its mmproj in llama.cpp, on the CPU, with a cache of keys and values in fp32."""
 
     def __init__(self, model: Path, mmproj: Path | None) -> None:
-        self._lib = llama_library("running a GGUF pair by llama.cpp")
-        try:
-            from llama_cpp import mtmd_cpp
-        except ImportError as error:
-            raise InputError(f"this llama-cpp-python has no mtmd: {install('llama')}") from error
-        self._mtmd, lib = mtmd_cpp, self._lib
-        silence(lib, mtmd_cpp)
+        purpose = "running a GGUF pair by llama.cpp"
+        self._lib = lib = llama_library(purpose)
+        self._mtmd = mtmd = mtmd_library(purpose)
         self._model = lib.llama_model_load_from_file(str(model).encode(), lib.llama_model_default_params())
         if not self._model:
             raise InputError(f"llama.cpp cannot open {model}")
@@ -42,9 +38,9 @@ class LlamaCpp:
         self._context = lib.llama_init_from_model(self._model, settings)
         self._eyes: Any = None
         if mmproj is not None:
-            options = mtmd_cpp.mtmd_context_params_default()
+            options = mtmd.mtmd_context_params_default()
             options.use_gpu, options.n_threads, options.print_timings = False, torch.get_num_threads(), False
-            self._eyes = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), self._model, options)
+            self._eyes = mtmd.mtmd_init_from_file(str(mmproj).encode(), self._model, options)
             if not self._eyes:
                 raise InputError(f"llama.cpp cannot open {mmproj} with {model}")
         self.width = int(lib.llama_model_n_embd(self._model))

@@ -33,7 +33,7 @@ TOWER_TOLERANCE = 0.01  # of the image tokens' root mean square; fp16 weights mo
 
 
 @dataclass(frozen=True)
-class Question:
+class CheckQuestion:
     """A question, with pictures or without."""
 
     text: str
@@ -63,7 +63,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Stage:
+class CheckStage:
     """One stage of both programs: whether they agree (None: it cannot be seen), and in which numbers."""
 
     name: str
@@ -76,14 +76,14 @@ class Program(Protocol):
 
     name: str
 
-    def trace(self, question: Question, first: Trace | None) -> Trace:
+    def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
         """Compute a question. first: the trace of the other program, whose answer is given."""
 
     def close(self) -> None:
         """Free the model's memory."""
 
 
-class Pumice:
+class InPumice:
     """A model in Pumice. open_model: opens it when it is needed."""
 
     def __init__(self, name: str, open_model: Callable[[], Assistant], new_tokens: int) -> None:
@@ -100,7 +100,7 @@ class Pumice:
         self._opened = None
 
     @torch.inference_mode()
-    def trace(self, question: Question, first: Trace | None) -> Trace:
+    def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
         prompt = self.assistant.prompt(question.conversation, temperature=0.0, max_new_tokens=self._new)
         image_tokens = prompt.encode_images()
         if first is None:
@@ -131,10 +131,10 @@ class Pumice:
         return (data or b"").decode("utf-8", "replace")
 
 
-class Native:
+class InLlamaCpp:
     """A GGUF pair in llama.cpp. reader: the same model in Pumice, whose template writes the prompt."""
 
-    def __init__(self, name: str, model: Path, mmproj: Path | None, reader: Pumice) -> None:
+    def __init__(self, name: str, model: Path, mmproj: Path | None, reader: InPumice) -> None:
         self.name, self._reader = name, reader
         self._llama = LlamaCpp(model, mmproj)
 
@@ -142,7 +142,7 @@ class Native:
         self._llama.close()
         self._reader.close()
 
-    def trace(self, question: Question, first: Trace | None) -> Trace:
+    def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
         if first is None:
             raise InputError("llama.cpp is compared with a model, and is no model to compare with; swap them")
         pieces: list[list[int] | Tensor] = []
@@ -163,7 +163,7 @@ class Native:
         return Trace(len(ids), first.written, tuple(ids), image_tokens, logprobs, shared)
 
 
-class Served:
+class AtAddress:
     """A model at an address that speaks OpenAI's protocol; it may give log-probabilities."""
 
     def __init__(self, url: str, model: str | None, new_tokens: int) -> None:
@@ -176,7 +176,7 @@ class Served:
     def close(self) -> None:
         pass
 
-    def trace(self, question: Question, first: Trace | None) -> Trace:
+    def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
         import openai
 
         pictures = [p if isinstance(p, bytes) else p.read_bytes() for p in question.pictures]
@@ -202,7 +202,7 @@ class Served:
         return Trace(reply.usage.prompt_tokens if reply.usage else 0, written, words=words)
 
 
-def compare(first: Trace, second: Trace, tolerance: float, word: Callable[[int], str]) -> list[Stage]:
+def compare(first: Trace, second: Trace, tolerance: float, word: Callable[[int], str]) -> list[CheckStage]:
     """Return the stages of two traces of one question, in their order.
 
     tolerance: of log-probabilities. word: the text of one of the first program's tokens.
@@ -214,7 +214,7 @@ def compare(first: Trace, second: Trace, tolerance: float, word: Callable[[int],
     if first.image_tokens is not None or second.image_tokens is not None:
         stages += [_image_tokens(first, second), _tower(first.image_tokens, second.image_tokens)]
     if second.shared is None:
-        stages.append(Stage("decoder", False, "another width or vocabulary: it is another model"))
+        stages.append(CheckStage("decoder", False, "another width or vocabulary: it is another model"))
         return stages
     for name, logprobs in (("decoder", second.shared), ("answer", second.logprobs)):
         top = first.logprobs.topk(min(LIKELY, first.logprobs.shape[1]))
@@ -225,7 +225,7 @@ def compare(first: Trace, second: Trace, tolerance: float, word: Callable[[int],
     return stages
 
 
-def first_parting(stages: Sequence[Stage]) -> str | None:
+def first_parting(stages: Sequence[CheckStage]) -> str | None:
     """Return the first stage in which two programs differ, None if they differ in none."""
     return next((stage.name for stage in stages if stage.same is False), None)
 
@@ -268,42 +268,44 @@ def _pieces(trace: Trace) -> list[list[int] | Tensor]:
     return pieces
 
 
-def _tokenizer(first: Sequence[int], second: Sequence[int]) -> Stage:
+def _tokenizer(first: Sequence[int], second: Sequence[int]) -> CheckStage:
     texts = [[number for number in ids if number != IMAGE_TOKEN] for ids in (first, second)]
     if texts[0] == texts[1]:
-        return Stage("tokenizer", True, f"{len(texts[0])} equal ids")
+        return CheckStage("tokenizer", True, f"{len(texts[0])} equal ids")
     place = next(
         (n for n, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), min(map(len, texts))
     )
     shown = " and ".join(str(ids[place] if place < len(ids) else "nothing") for ids in texts)
-    return Stage("tokenizer", False, f"{len(texts[0])} and {len(texts[1])} ids; number {place} is {shown}")
+    return CheckStage(
+        "tokenizer", False, f"{len(texts[0])} and {len(texts[1])} ids; number {place} is {shown}"
+    )
 
 
-def _image_tokens(first: Trace, second: Trace) -> Stage:
+def _image_tokens(first: Trace, second: Trace) -> CheckStage:
     counts = [0 if trace.image_tokens is None else len(trace.image_tokens) for trace in (first, second)]
-    return Stage("image tokens", counts[0] == counts[1], " and ".join(map(str, counts)))
+    return CheckStage("image tokens", counts[0] == counts[1], " and ".join(map(str, counts)))
 
 
-def _tower(first: Tensor | None, second: Tensor | None) -> Stage:
+def _tower(first: Tensor | None, second: Tensor | None) -> CheckStage:
     if first is None or second is None or first.shape != second.shape:
-        return Stage("tower", False, "features of different shapes")
+        return CheckStage("tower", False, "features of different shapes")
     error = ((second - first).square().mean() / first.square().mean()).sqrt().item()
-    return Stage("tower", error <= TOWER_TOLERANCE, f"features differ by {error:.2%} (root mean square)")
+    return CheckStage("tower", error <= TOWER_TOLERANCE, f"features differ by {error:.2%} (root mean square)")
 
 
-def _steps(name: str, worst: float, equal: Sequence[bool], tolerance: float) -> Stage:
+def _steps(name: str, worst: float, equal: Sequence[bool], tolerance: float) -> CheckStage:
     """Return a stage of log-probabilities. equal: at each step, whether the likeliest token is the same."""
     count = next((number for number, same in enumerate(equal) if not same), len(equal))
     says = f"log-probabilities within {worst:.2g}, the first {count} of {len(equal)} likeliest tokens equal"
-    return Stage(name, count == len(equal) and worst <= tolerance, says)
+    return CheckStage(name, count == len(equal) and worst <= tolerance, says)
 
 
-def _texts(first: Trace, second: Trace, tolerance: float, word: Callable[[int], str]) -> Stage:
+def _texts(first: Trace, second: Trace, tolerance: float, word: Callable[[int], str]) -> CheckStage:
     """Compare an answer with a server's, token by token as text, until they part."""
     ours = [word(number) for number in first.written]
     if not second.words:
         same = "".join(ours) == "".join(second.written)
-        return Stage("answer", same, "only texts are compared: the server gives no log-probabilities")
+        return CheckStage("answer", same, "only texts are compared: the server gives no log-probabilities")
     equal = [a == b for a, b in zip(ours, second.written, strict=False)]
     until = equal.index(False) + 1 if False in equal else len(equal)
     differences = [
@@ -314,8 +316,8 @@ def _texts(first: Trace, second: Trace, tolerance: float, word: Callable[[int], 
     return _steps("answer", max(differences, default=0.0), equal, tolerance)
 
 
-def _lengths(first: Trace, second: Trace) -> Stage:
+def _lengths(first: Trace, second: Trace) -> CheckStage:
     if not second.length:
-        return Stage("prompt", None, "the server does not say how many tokens the prompt has")
+        return CheckStage("prompt", None, "the server does not say how many tokens the prompt has")
     same = first.length == second.length
-    return Stage("prompt", same, f"{first.length} and {second.length} tokens")
+    return CheckStage("prompt", same, f"{first.length} and {second.length} tokens")

@@ -23,8 +23,10 @@ from pumice.images import LONGEST_CROPPED, LONGEST_PADDED
 CAPABILITY = Capability(
     "the map of a picture's tokens",
     {
-        ImagePolicy: fields("mode mean std resample pad_color pinpoints unpad max_tiles several"),
-        ConnectorConfig: fields("kind reduce factor"),
+        ImagePolicy: fields(
+            "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
+        ),
+        ConnectorConfig: fields("kind reduce factor bias"),
     },
 )
 
@@ -78,12 +80,21 @@ def token_boxes(config: ModelConfig, size: Size, layout: Layout) -> TokenBoxes:
     CAPABILITY.check(config.connector)
     # 1. The tokens of the first tile, which shows the whole image.
     single_tile = config.image.mode == "anyres" and layout.tiles == 1  # one of several images, padded
+    if layout.pool:  # a frame of a video, which is squashed
+        edges = np.arange(layout.pool) * (cell := config.vision.image_size / layout.pool)
+        x, y = (np.stack((axis(edges), axis(edges + cell))) for axis in _squash(config, size))
+        boxes = np.vstack((_boxes(x, y), *[np.zeros((1, 4))] * layout.newline))
+        return TokenBoxes(size, boxes, np.arange(layout.tokens) < layout.base)
     axes = _POLICIES["pad" if single_tile else config.image.mode](config, size)
     boxes = _first_tile(config, axes)
     placed = np.ones(len(boxes), bool)
     if config.vision.select == "cls_patch":
         boxes, placed = np.vstack((np.zeros((1, 4)), boxes)), np.append(False, placed)
-    # 2. The tokens of the other tiles follow.
+    # 2. The tokens of the other tiles follow. Under split they come before, and each tile by itself.
+    if layout.tiles > 1 and config.image.mode in ("split", "grid"):
+        tile_boxes = _whole_tiles(config, size, layout)
+        parts = (tile_boxes, boxes) if config.image.mode == "split" else (boxes, tile_boxes)
+        return TokenBoxes(size, np.vstack(parts), np.ones(layout.tokens, bool))
     if config.image.mode == "anyres":
         tile_boxes, tile_placed = _tiles(config, size, layout)
         boxes, placed = np.vstack((boxes, tile_boxes)), np.append(placed, tile_placed)
@@ -138,7 +149,7 @@ _POLICIES: dict[str, Callable[[ModelConfig, Size], tuple[Axis, Axis]]] = {
     "pad": _pad,
     "crop": _crop,
     "squash": _squash,
-    "anyres": _squash,  # its first tile
+    **dict.fromkeys(("anyres", "split", "grid"), _squash),  # the tile of the whole image
 }
 
 
@@ -179,6 +190,17 @@ def _tiles(config: ModelConfig, size: Size, layout: Layout) -> tuple[np.ndarray,
         boxes = np.concatenate((boxes, np.zeros((layout.height, 1, 4))), 1)
         placed = np.concatenate((placed, np.zeros((layout.height, 1), bool)), 1)
     return boxes.reshape(-1, 4), placed.reshape(-1)
+
+
+def _whole_tiles(config: ModelConfig, size: Size, layout: Layout) -> np.ndarray:
+    """Return the boxes of the tokens of tiles that share the whole image: (tiles * side * side, 4)."""
+    scale_x, scale_y = size[0] / layout.columns, size[1] / layout.rows
+    shares = (Axis(part / config.vision.image_size, 0) for part in (scale_x, scale_y))
+    first = _first_tile(config, (next(shares), next(shares)))
+    corners = [
+        (column * scale_x, row * scale_y) for row in range(layout.rows) for column in range(layout.columns)
+    ]
+    return np.vstack([first + np.array((x, y, x, y)) for x, y in corners])
 
 
 def _pixels(edges: np.ndarray, config: ModelConfig, *, last: bool) -> np.ndarray:

@@ -10,15 +10,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pumice.config import ModelConfig
 from pumice.errors import InputError
+from pumice.formats.gguf import ollama
 from pumice.formats.gguf import write as gguf_write
-from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.hf import refusal as hf_refusal
 from pumice.formats.hf import write as hf_write
 from pumice.formats.import_ import DTYPES
@@ -33,12 +32,14 @@ from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict
+from pumice.tokens import Tokenizer
 
 # Each format's function that says why it cannot hold a model, or None.
 REFUSALS: dict[str, Callable[[ModelConfig], str | None]] = {
     "hf": hf_refusal.refusal,
     "llava": llava_write.refusal,
     "gguf": gguf_write.refusal,
+    "ollama": lambda config: gguf_write.refusal(config) or ollama.refusal(config),
     "peft": peft_write.refusal,
 }
 FORMATS = tuple(REFUSALS)
@@ -65,23 +66,27 @@ def export(
     *,
     dtype: str = "keep",
     kind: str = "f16",
+    tower_kind: str | None = None,
+    class_token: str = "first",
     drop_lora: bool = False,
     tower: str | None = None,
 ) -> Exported:
     """Write the model into the new folder `target`, in the format `to`, one of FORMATS.
 
-    dtype: one of DTYPES, for hf, llava and peft; "keep" leaves the stored types. kind: for gguf, the type of
-    the matrices. drop_lora: leave the adapters out instead of merging them. tower: for llava, what its code
-    builds the tower from. Raises InputError if the format cannot hold the model or the target exists;
-    WorkError if the disk fails. The folder appears complete or not at all.
+    dtype: one of DTYPES, for hf, llava and peft; "keep" leaves the stored types. kind, tower_kind,
+    class_token: for gguf and ollama, as in `gguf.write.write`. drop_lora: leave the adapters out instead of
+    merging them. tower: for llava, what its code builds the tower from. Raises InputError if the format
+    cannot hold the model or the target exists; WorkError if the disk fails. The folder appears complete or
+    not at all.
     """
     # 1. Refuse before anything is written.
     if to not in REFUSALS:
         raise InputError(f"there is no format {to!r} to export to; use one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise InputError(f"there is no type {dtype!r} to store; use one of {', '.join(DTYPES)}")
-    if to == "gguf" and dtype != "keep":
-        raise InputError("dtype is not for gguf; give the type of its matrices with --type instead")
+    in_gguf = to in ("gguf", "ollama")
+    if in_gguf and dtype != "keep":
+        raise InputError(f"dtype is not for {to}; give the type of its matrices with --type instead")
     if reason := refusal(to, model.config):
         raise InputError(f"this model cannot be exported to {to}: {reason}")
     target = Path(target)
@@ -102,8 +107,10 @@ def export(
             notes = hf_write.write(fresh, model)
         elif to == "llava":
             notes = llava_write.write(fresh, model, tower)
-        elif to == "gguf":
-            notes = gguf_write.write(fresh, model, kind)
+        elif in_gguf:
+            notes = gguf_write.write(fresh, model, kind, tower_kind, class_token)
+            if to == "ollama":
+                notes += ollama.write_modelfile(fresh, model.config, Tokenizer(model.tokenizer))
         else:
             peft_write.write(fresh, model)
         _check_written(to, fresh, model)
@@ -113,18 +120,19 @@ def export(
 def _check_written(to: str, folder: Path, model: LoadedParts) -> None:
     """Read the written config, and raise InputError if a field comes back as another model's."""
     expected = model.config if to == "llava" else hf_write.as_mlp(model).config
-    if to == "gguf":
-        decoder = expected.decoder
-        # The window limits the context there; `gguf_write.write` tells so.
+    if to == "peft":
+        return  # adapters alone
+    written = read_model(folder, template="plain").config  # any: the original code's files say none
+    parts = _COMPARED if expected.vision.kind != "none" else ("decoder",)
+    if to in ("gguf", "ollama"):
+        decoder, vision = expected.decoder, expected.vision
+        # The window limits the context there; `gguf_write.write` tells so. Layers count from the end.
         context = min(decoder.context, decoder.sliding_window or decoder.context)
         decoder = replace(decoder, context=context, sliding_window=None)
-        [path] = folder.glob("model-*.gguf")
-        pairs: list[tuple[str, Any, Any]] = [("decoder", decoder, open_gguf(path).config)]
-    elif to in ("hf", "llava"):
-        written = read_model(folder, template="plain").config  # any: the original code's files say none
-        pairs = [(part, getattr(expected, part), getattr(written, part)) for part in _COMPARED]
-    else:
-        return  # adapters alone
+        states = vision.depth + 1
+        vision = replace(vision, layer=vision.layer % states - states)
+        expected = replace(expected, decoder=decoder, vision=vision)
+    pairs = [(part, getattr(expected, part), getattr(written, part)) for part in parts]
     for part, before, after in pairs:
         if part == "image":
             # Only a model that pads needs its colour, which `refusal` compares. `square_notes` tells what

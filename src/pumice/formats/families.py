@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -26,10 +26,11 @@ class Family:
 
 @dataclass(frozen=True)
 class TowerFamily:
-    """A family of vision towers. kind: as in VisionConfig. defaults: as in Family."""
+    """A family of vision towers. kind, fields: as in VisionConfig. defaults: as in Family."""
 
     kind: str
     defaults: dict[str, Any]
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 # The defaults of transformers' config classes. A model may leave out any key that has its default.
@@ -65,16 +66,22 @@ _CLIP: dict[str, Any] = {
     "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
 }  # fmt: skip
 _SIGLIP = _CLIP | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_IDEFICS3 = _SIGLIP | {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
+_NORMED: dict[str, Any] = {"layer": -1, "final_norm": True, "fractional": True}
 TOWERS = {
     "clip_vision_model": TowerFamily("clip", _CLIP),
     "clip": TowerFamily("clip", _CLIP),
     "siglip_vision_model": TowerFamily("siglip", _SIGLIP),
     "siglip": TowerFamily("siglip", _SIGLIP),
+    "idefics3_vision": TowerFamily("siglip", _IDEFICS3, _NORMED),
+    "smolvlm_vision": TowerFamily("siglip", _IDEFICS3, _NORMED),
 }
 
 # What the classes of transformers and of the original code are called before `ForCausalLM` and the like.
 _STEMS = {
     "Llava": "llava", "LlavaNext": "llava_next", "LlavaOnevision": "llava_onevision",
+    "Idefics3": "idefics3", "SmolVLM": "smolvlm",
+    "Idefics3VisionTransformer": "idefics3_vision", "SmolVLMVisionTransformer": "smolvlm_vision",
     "CLIP": "clip", "CLIPVision": "clip_vision_model",
     "Siglip": "siglip", "SiglipVision": "siglip_vision_model",
 } | {

@@ -76,6 +76,11 @@ HF_NESTINGS = (
         "model.image_newline",
     ),
 )  # fmt: skip
+IDEFICS3 = Nesting(
+    "model.text_model.", "lm_head.", "model.vision_model.", "model.connector.modality_projection.",
+    "model.image_newline",
+)  # fmt: skip
+IDEFICS3_CONNECTOR: Table = {"proj.weight": "layers.0.weight"}
 ORIGINAL = Nesting(
     "model.", "lm_head.", "model.vision_tower.vision_tower.", "model.mm_projector.", "model.image_newline"
 )
@@ -164,10 +169,12 @@ def adapted(config: ModelConfig) -> Table:
     """Return the table of what a LoRA may adapt: a layer's name, in any nesting -> our weight's name."""
     # An adapter does not say with which code it was trained, so the names of all nestings are accepted.
     table: Table = {}
-    for nesting in (*HF_NESTINGS, ORIGINAL):
-        projector = (
-            hf_connector(False) if nesting in HF_NESTINGS else ORIGINAL_CONNECTORS[config.connector.kind]
-        )
+    for nesting in (*HF_NESTINGS, ORIGINAL, IDEFICS3):
+        if nesting is IDEFICS3:
+            projector = IDEFICS3_CONNECTOR
+        else:
+            hf = nesting in HF_NESTINGS
+            projector = hf_connector(False) if hf else ORIGINAL_CONNECTORS[config.connector.kind]
         for prefix in TOWER_PREFIXES if config.vision.kind in ("clip", "siglip") else ():
             table |= with_prefixes(tower(config.vision), {"": nesting.tower + prefix}, "tower.")
         table |= llava(config, nesting, projector, None)

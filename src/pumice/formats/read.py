@@ -12,10 +12,11 @@ from pumice.formats.components import open_llm
 from pumice.formats.gguf.read import open_pair
 from pumice.formats.hf.read import open_hf
 from pumice.formats.llava.read import open_original
+from pumice.formats.nanovlm import open_nanovlm
 from pumice.formats.peft.read import adapt, base_name
 from pumice.formats.pumice import folder
 from pumice.formats.recognise import ADAPTER_CONFIG, FormatKind, recognise
-from pumice.storage.download import gguf_from_hub, is_gguf_name, locate
+from pumice.storage.download import gguf_from_hub, is_gguf_name, is_hub_name, locate
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import find_weights
 
@@ -28,7 +29,7 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     Raises InputError if there is none.
     """
     # 1. What exists on disk comes first, then the models that Pumice itself brings.
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if (path / folder.CONFIG).is_file() or path.is_file():
         return path
     built_in = sorted(path.name for path in BUILT_IN.iterdir() if path.is_dir()) if BUILT_IN.is_dir() else []
@@ -42,7 +43,7 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     name = path.as_posix()
     if is_gguf_name(name):
         return gguf_from_hub(name)[0]
-    if "/" in name.partition("@")[0]:
+    if is_hub_name(str(source)):
         return locate(name)
     raise InputError(
         f"there is no model {name!r}; give a model folder, a name on the hub like 'owner/model', "
@@ -69,7 +70,7 @@ def read_model(
     base: str | None = None,
     mmproj: str | os.PathLike[str] | None = None,
 ) -> LoadedParts:
-    """Read a Pumice folder, a transformers or original LLaVA, a LoRA on one of them, GGUF, or an LLM alone.
+    """Read a Pumice folder, a LLaVA, an Idefics3, a nanoVLM, a LoRA on one of them, GGUF, or an LLM alone.
 
     template: the chat format, to override the source's or if it has none. tower: the vision tower of an
     original LLaVA. base: what a LoRA or a projector was trained on. Both override the names in the source's
@@ -100,6 +101,8 @@ def _read(
         return folder.open_parts(path)
     if kind is FormatKind.HF:
         return open_hf(path, template)
+    if kind is FormatKind.NANOVLM:
+        return open_nanovlm(path, template)
     if kind is FormatKind.ORIGINAL:
         return open_original(path, template, tower, base)
     if kind is FormatKind.ADAPTER:

@@ -18,13 +18,14 @@ class FormatKind(Enum):
     OWN = "a Pumice model"
     HF = "a LLaVA of transformers"
     ORIGINAL = "a LLaVA of the original code"
+    NANOVLM = "a nanoVLM"
     ADAPTER = "a LoRA of PEFT"
     LLM = "a bare language model"
     GGUF = "a model in GGUF"
     TOWER = "a bare vision tower"
 
 
-HF_LLAVAS = ("llava", "llava_next", "llava_onevision")
+HF_LLAVAS = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm")
 
 
 def recognise(path: Path) -> FormatKind:
@@ -40,7 +41,10 @@ def recognise(path: Path) -> FormatKind:
         return FormatKind.ADAPTER
     if any(path.glob("*.gguf")):
         return FormatKind.GGUF
-    raise InputError(f"{path / 'config.json'} is missing; the folder is not a whole model")
+    raise InputError(
+        f"{path / 'config.json'} is missing; the folder is not a whole model (of a "
+        "hub repository of GGUF files, name the type: owner/model:Q4_K_M)"
+    )
 
 
 def classes(keys: Keys) -> list[str]:
@@ -74,6 +78,8 @@ def _by_config(keys: Keys, adapter: bool) -> FormatKind:
     # The order counts. A LoRA of the original code has both files, and its config.json says more.
     if "pumice_format" in keys:
         return FormatKind.OWN
+    if "vit_hidden_dim" in keys and "lm_hidden_dim" in keys:  # which names no model_type
+        return FormatKind.NANOVLM
     kind = keys.get("model_type", str, "")
     whole = kind in HF_LLAVAS and ("text_config" in keys or "vision_config" in keys)
     if "mm_vision_tower" in keys:

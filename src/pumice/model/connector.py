@@ -60,8 +60,13 @@ def arrange(tokens: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
     newline: (D,), added at the end of each row, or None. Source: `spatial_unpad` of haotian-liu/LLaVA
     (llava_arch.py, v1.6).
     """
+    if layout.pool:  # a frame of a video: LLaVA-OneVision, arXiv 2408.03326, section 3.2
+        side = int(tokens.shape[1] ** 0.5)
+        planes = tokens.transpose(1, 2).unflatten(2, (side, side))
+        tokens = F.interpolate(planes, (layout.pool, layout.pool), mode="bilinear").flatten(2).transpose(1, 2)
     if layout.tiles == 1:
-        return tokens[0] if newline is None else torch.cat((tokens[0], newline.to(tokens)[None]))
+        ends = newline is not None and layout.newline
+        return torch.cat((tokens[0], newline.to(tokens)[None])) if newline is not None and ends else tokens[0]
     count, width = tokens.shape[1:]
     side = int(count**0.5)
     # 1. Put the tiles side by side: one map of tokens (rows, columns, D). The first tile shows the whole
@@ -82,26 +87,26 @@ def arrange(tokens: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
     return torch.cat((tokens[0], token_map.flatten(0, 1)))
 
 
-def _mlp(depth: int, in_width: int, width: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Linear(in_width, width)]
+def _mlp(depth: int, in_width: int, width: int, bias: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Linear(in_width, width, bias)]
     for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(width, width)]
+        layers += [nn.GELU(), nn.Linear(width, width, bias)]
     return nn.Sequential(*layers)
 
 
-def _identity(in_width: int, width: int) -> nn.Sequential:
+def _identity(in_width: int, width: int, bias: bool = True) -> nn.Sequential:
     if in_width != width:
         raise InputError(f"identity connector: the tower gives width {in_width}, the LLM has {width}")
     return nn.Sequential()
 
 
 # The kinds of connectors: from the width of reduced features and the decoder's width to the layers.
-KINDS: dict[str, Callable[[int, int], nn.Sequential]] = {
+KINDS: dict[str, Callable[..., nn.Sequential]] = {
     "identity": _identity,
     "linear": partial(_mlp, 1),  # LLaVA 1.0's
     **{f"mlp{depth}x_gelu": partial(_mlp, depth) for depth in range(1, 10)},  # LLaVA 1.5's has two layers
 }
-CAPABILITY = Capability("the connector", {ConnectorConfig: fields("kind reduce factor")})
+CAPABILITY = Capability("the connector", {ConnectorConfig: fields("kind reduce factor bias")})
 
 
 class Connector(nn.Module):
@@ -119,7 +124,10 @@ class Connector(nn.Module):
             raise InputError(f"unknown reduction {config.reduce!r}; use one of {', '.join(REDUCE)}")
         self.config = config
         self.reduce = REDUCE[config.reduce]
-        self.layers = KINDS[config.kind](in_width * (config.factor**2 if self.reduce.widens else 1), width)
+        # Kinds of users' own take two widths; `bias` is asked of them only where it is set.
+        options = {} if config.bias else {"bias": False}
+        in_width *= config.factor**2 if self.reduce.widens else 1
+        self.layers = KINDS[config.kind](in_width, width, **options)
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn features (B, G*G, C) into image tokens (B, N, D)."""

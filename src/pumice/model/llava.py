@@ -33,7 +33,7 @@ _VIT = f"{_SIZES} depth heads mlp_width activation norm_eps layer select"
 TOWERS: dict[str, tuple[str, Callable[[VisionConfig], nn.Module]]] = {
     "efficientnet_lite": (f"{_SIZES} variant also_stride", EfficientNetLite),
     "clip": (_VIT, ViT),
-    "siglip": (_VIT, ViT),
+    "siglip": (f"{_VIT} final_norm fractional", ViT),
     # A language model alone; `Processor` refuses pictures.
     "none": (_VIT, lambda config: nn.Identity()),
 }
@@ -86,7 +86,7 @@ class Llava(nn.Module):
         return self.connect(self.features(pixels), layouts)
 
     def connect(self, features: Tensor, layouts: Sequence[Layout] = ()) -> Tensor:
-        """Turn the tower's features (P, F, C) into image tokens (M, N, D), or (total, D) with anyres.
+        """Turn the tower's features (P, F, C) into image tokens (P, N, D), or (total, D) with anyres.
 
         layouts: of the images, in order; only anyres needs them. Raise ValueError if their number of tiles is
         not P.

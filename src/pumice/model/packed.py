@@ -31,7 +31,7 @@ class Run(NamedTuple):
     before: tuple[tuple[int, int], ...] = ()
 
 
-class _Rows(NamedTuple):
+class _RunStarts(NamedTuple):
     """Where runs begin among the queries and the keys, on the device, for one call over all runs."""
 
     starts: Tensor  # (runs + 1,) int32
@@ -87,7 +87,7 @@ class PackedAttention:
         return attend(q, k, v, rows.starts, rows.key_starts, rows.longest, rows.longest_keys, window)
 
     @functools.cached_property
-    def _rows(self) -> _Rows:
+    def _rows(self) -> _RunStarts:
         """What all layers share: computed once, because each copy to the device would stop the host."""
         starts = [0, *itertools.accumulate(self.lengths)]
         index: list[int] = []
@@ -99,7 +99,7 @@ class PackedAttention:
             key_starts.append(len(index))
         on_device = numbers_on(self.device, [starts, key_starts], torch.int32)
         branches = any(run.before for run in self.runs)
-        return _Rows(
+        return _RunStarts(
             starts=on_device[0],
             key_starts=on_device[1],
             keys=numbers_on(self.device, index) if branches else None,

@@ -2,7 +2,8 @@
 
 SigLIP 2 (arXiv 2502.14786) at a fixed resolution is SigLIP. Hidden states are numbered as in transformers: 0
 is the input of the first block, `depth` (or -1) the output of the last one, before the final norm. LLaVA uses
--2. Later blocks and the final norm exist, so that a model can be exported completely, but never run.
+-2. Later blocks and the final norm exist, so that a model can be exported completely, but never run; with
+`final_norm` (Idefics3) the features are normalised.
 
 Shapes: B tiles, S pixels on a side, G patches on a side, F features, C width, H heads.
 """
@@ -113,17 +114,37 @@ class ViT(nn.Module):
             self.pre_norm = nn.LayerNorm(config.width, config.norm_eps)
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
         self.post_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.position_ids = fractional_positions(config.grid) if config.fractional else None
 
     def forward(self, pixels: Tensor) -> Tensor:
         # Pixels beyond the last complete patch are ignored (384 = 27 * 14 + 6).
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, G*G, C)
         if self.has_class_token:
             x = torch.cat((self.class_token.expand(len(x), 1, -1), x), 1)
+        positions = self.positions if self.position_ids is None else self.positions[self.position_ids]
         # CLIP normalizes before the first block; for SigLIP this is the identity.
-        x = self.pre_norm(x + self.positions)
+        x = self.pre_norm(x + positions)
         for block in self.blocks[: self.running]:
             x = block(x)
+        if self.config.final_norm:
+            x = self.post_norm(x)
         return x[:, 1:] if self.config.select == "patch" else x
+
+
+def fractional_positions(grid: int) -> list[int] | None:
+    """Return which position embedding each of grid x grid patches takes; None if each takes its own.
+
+    transformers' Idefics3 sorts the fractional coordinates i / grid into buckets that begin at multiples of
+    1 / grid. Rounded to fp32, some fall into the bucket before theirs. Source: Idefics3VisionEmbeddings of
+    transformers 5.
+    """
+    with torch.device("cpu"):
+        starts = torch.arange(1 / grid, 1.0, 1 / grid)
+        coordinates = torch.arange(grid, dtype=torch.float32) * (1.0 / torch.tensor([grid]))
+        buckets = torch.bucketize(coordinates.clamp(max=1.0 - 1e-6), starts, right=True).tolist()
+    if buckets == list(range(grid)):
+        return None
+    return [row * grid + column for row in buckets for column in buckets]
 
 
 def resize_positions(positions: Tensor, old_grid: int, new_grid: int, class_token: bool) -> Tensor:

@@ -230,14 +230,18 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str] | None = None
     name = source if isinstance(source, str) else path.as_posix()
     if name in WHEELS:
         return from_wheel(WHEELS[name])
-    # A hub name is owner/model, or owner/model/file.gguf. Anything else is a path that does not exist.
-    pieces = name.partition("@")[0].split("/")
-    if name.startswith((".", "/", "~")) or len(pieces) != (3 if name.endswith(".gguf") else 2):
+    if not is_hub_name(name):  # a path that does not exist
         raise InputError(
             f"there is no {name!r}: give a folder, a name on the hub like 'owner/model', "
             f"or one of {', '.join(WHEELS)}"
         )
     return from_hub(name, patterns) if patterns is not None else model_from_hub(name)
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name has the form of one on the hub: owner/model, or owner/model/file.gguf."""
+    pieces = name.partition("@")[0].split("/")
+    return not name.startswith((".", "/", "~")) and len(pieces) == (3 if name.endswith(".gguf") else 2)
 
 
 def origin(source: str | os.PathLike[str], path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ a side.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -31,6 +32,7 @@ from pumice.model.transfer import to_device
 from pumice.processor import Processor
 
 TILES_PER_CALL = 8  # tiles in one call of a frozen tower
+_ADDED = ("final_norm", "fractional", "longest_edge", "enlarge")
 IMAGES_PER_SYNC = 64  # new images whose features reach the disk together: a sync costs milliseconds
 
 
@@ -76,7 +78,7 @@ class TowerFeatures:
         for source, layout in zip(images, layouts, strict=True):
             key, features, pixels = None, None, None
             # Read the file once: it may be replaced between the hash and the decoding.
-            image = ImagePart(read_image(source.source))
+            image = dataclasses.replace(source, source=read_image(source.source))
             if layout.tiles > 1 and self.processor.layouts((image,)) != (layout,):
                 raise InputError(
                     f"{source.name} has another size than when its row was read, and so another number of "
@@ -134,6 +136,14 @@ def fingerprint(model: Llava, config: ModelConfig) -> str:
     It hashes the configs' `repr`, so renaming or adding a field there would make every cache useless.
     """
     digest = hashlib.blake2b(repr((config.vision, config.image)).encode(), digest_size=16)
+    # Fields that were added later are not in repr().
+    added = [
+        f"{field.name}={getattr(part, field.name)}"
+        for part in (config.vision, config.image)
+        for field in dataclasses.fields(part)
+        if field.name in _ADDED and getattr(part, field.name) != field.default
+    ]
+    digest.update(" ".join(added).encode())
     for name, tensor in sorted(model.tower.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
     return digest.hexdigest()

@@ -69,6 +69,9 @@ DECODERS = {
     "Qwen/Qwen2.5-0.5B-Instruct": _grouped(151936, 896, 24, 14, 2, 4864, 32768, qwen=True, tied=True),
     "Qwen/Qwen2.5-1.5B-Instruct": _grouped(151936, 1536, 28, 12, 2, 8960, 32768, qwen=True, tied=True),
     "Qwen/Qwen2.5-7B-Instruct": _grouped(152064, 3584, 28, 28, 4, 18944, 32768, qwen=True),
+    "Qwen/Qwen3-0.6B": dataclasses.replace(
+        _grouped(151936, 1024, 28, 16, 8, 3072, 40960, tied=True), head_dim=128, qk_norm=True
+    ),
     "HuggingFaceTB/SmolLM2-360M-Instruct": _grouped(49152, 960, 32, 15, 5, 2560, 8192, tied=True),
     "HuggingFaceTB/SmolLM2-135M-Instruct": _grouped(49152, 576, 30, 9, 3, 1536, 8192, tied=True),
     "smollm2-135m-instruct": _grouped(49152, 576, 30, 9, 3, 1536, 8192, tied=True),
@@ -79,6 +82,7 @@ TOWERS = {
     "openai/clip-vit-large-patch14": _vit("clip", 224, 1024, 14, 24, 16, 4096),
     "openai/clip-vit-large-patch14-336": _vit("clip", 336, 1024, 14, 24, 16, 4096),
     "google/siglip-base-patch16-224": _vit("siglip", 224, 768, 16, 12, 12, 3072),
+    "google/siglip2-base-patch16-384": _vit("siglip", 384, 768, 16, 12, 12, 3072),
     "google/siglip-so400m-patch14-384": _vit("siglip", 384, 1152, 14, 27, 16, 4304),
 }
 
@@ -90,11 +94,23 @@ def _llava_hf(decoder: str) -> ModelConfig:
     return ModelConfig(language, vision, ConnectorConfig("mlp2x_gelu"), default_policy(vision), template="v1")
 
 
+def _smolvlm() -> ModelConfig:
+    """Return the config of SmolVLM-256M: a SmolLM2-135M with its own head, and a SigLIP of 512 pixels."""
+    vision = dataclasses.replace(_vit("siglip", 512, 768, 16, 12, 12, 3072), layer=-1, final_norm=True)
+    language = dataclasses.replace(
+        DECODERS["HuggingFaceTB/SmolLM2-135M-Instruct"], vocab_size=49280, tied_head=False
+    )
+    connector = ConnectorConfig("linear", "pixel_shuffle", 4, bias=False)
+    image = ImagePolicy("split", resample="lanczos", longest_edge=2048)
+    return ModelConfig(language, vision, connector, image)
+
+
 LLAVAS: dict[str, Callable[[], ModelConfig]] = {
     "llava-hf/llava-1.5-7b-hf": lambda: _llava_hf("lmsys/vicuna-7b-v1.5"),
     "llava-hf/llava-1.5-13b-hf": lambda: _llava_hf("lmsys/vicuna-13b-v1.5"),
     "liuhaotian/llava-v1.5-7b": lambda: _llava_hf("lmsys/vicuna-7b-v1.5"),
     "liuhaotian/llava-v1.5-13b": lambda: _llava_hf("lmsys/vicuna-13b-v1.5"),
+    "HuggingFaceTB/SmolVLM-256M-Instruct": _smolvlm,
 }
 
 

@@ -74,6 +74,7 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
     learn, base = recipe.stage.learn, recipe.stage.base
     learning = trainable_parameters(model, learn)
     parameters: dict[str, int] = {}
+    size: float
     weights = files = whole = 0.0
     places = {"block": 0.0, "root": 0.0}
     gradients_of = {"block": 0.0, "root": 0.0}
@@ -83,7 +84,7 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
         numel, part = parameter.numel(), part_of(name, learn)
         parameters[part] = parameters.get(part, 0) + numel
         if name in learning or base == "none" or not _is_quantized(name, parameter):
-            size = numel * memory_dtype(name, name in learning, recipe, device).itemsize
+            size: float = numel * memory_dtype(name, name in learning, recipe, device).itemsize
             place = _place(name, "tower" in learn)
             if place == "whole":
                 whole += size

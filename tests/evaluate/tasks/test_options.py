@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pumice.errors import InputError
+from pumice.evaluate.files import options
 from pumice.evaluate.result import read_questions
 from pumice.evaluate.task import Answered
 from pumice.evaluate.tasks import get_task
@@ -249,6 +250,20 @@ def test_an_option_that_looks_like_no_value_is_shown(
     result = scored(task, {"1": "A"})
     assert result["metrics"]["accuracy"] == 100
     assert any('1 questions have an option such as "None"' in note for note in result["notes"])
+
+
+def test_every_option_that_stands_in_a_table_is_one(data: Any, scored: Any, asked: Any) -> None:
+    assert options({"A": "NaN", "B": float("nan"), "C": 0, "D": None, "E": "", "F": 2.5, "G2": "?"}) == {
+        "A": "NaN", "C": "0", "F": "2.5",
+    }  # fmt: skip
+    header = ["index", "question", "image", "answer", *"ABCDE"]
+    row = ["1", "?", PICTURE, "E", "w", "x", " ", "0", "N/A"]
+    text = "\n".join("\t".join(line) for line in (header, row)) + "\n"
+    for task, name in (("mmstar", "MMStar.tsv"), ("mmbench", "MMBench_DEV_EN.tsv")):
+        data.text(name, text)
+        assert "N/A" in asked(task)["1"].prompt
+        result = scored(task, {"1": "E"})
+        assert (result["metrics"]["accuracy"], result["metrics"]["unread"]) == (100, 0)
 
 
 def test_answers_that_no_rule_reads_are_counted(data: Any, scored: Any) -> None:

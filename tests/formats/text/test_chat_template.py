@@ -188,7 +188,7 @@ def test_chatml_under_other_wording() -> None:
         ),
         (IM + "<|im_start|>assistant\n", "earlier answers and the newest one end differently"),
         (IM + ASK + "Bot:{% endif %}", "earlier answers and the newest one begin differently"),
-        (LLAVA_1_5.replace("<image>\n", "<image>"), "after 'USER: <image>' it writes"),
+        (LLAVA_1_5.replace("<image>\n", "<image>--"), "after 'USER: <image>' it writes"),
         (
             "{% for m in messages %}{{ m.content }}{{ '!' if loop.last else '?' }}</s>{% endfor %}",
             "a question is not followed by the same text everywhere",

@@ -131,6 +131,11 @@ def test_a_7b_recipe_is_planned_without_its_weights() -> None:
     assert any("1-align-7b.yaml" in note for note in estimate.notes)
     text = "\n".join(describe(estimate))
     assert "6738.4 M" in text and "fits" in text and "5,198 steps" in text
+    # Where rows are short, memory is foretold up to 16 times their largest pack: more may fit.
+    short = dataclasses.replace(estimate, planned_pack=113, largest_pack=1792)
+    assert "largest pack that fits: at least 1792 tokens" in "\n".join(describe(short))
+    exact = dataclasses.replace(estimate, planned_pack=113, largest_pack=960)
+    assert "largest pack that fits: 960 tokens" in "\n".join(describe(exact))
     assert json.loads(json.dumps(estimate.to_dict()))["fits"] is True
     parameters = ROOT / "recipes" / "llava-1.5" / "2-instruct-7b.yaml"
     alone = plan(load_recipe(parameters, SHORT), parameters, gpu="rtx4090")

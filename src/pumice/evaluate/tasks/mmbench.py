@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pumice.errors import InputError, install
-from pumice.evaluate.files import base64_image, hidden_options, read_rows
+from pumice.evaluate.files import OPTION_COLUMNS, base64_image, hidden_options, options, read_rows
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.task import (
     LETTER,
@@ -21,7 +21,6 @@ from pumice.evaluate.task import (
     options_note,
 )
 
-OPTIONS = "ABCD"
 ROTATION = 1_000_000  # a rotated copy has its question's index plus a multiple of this
 MAX_CELL = 32_767  # characters that a cell of a workbook holds
 MAX_REFERENCE = 64  # characters; a shorter "image" is the index of the row that holds the image
@@ -47,7 +46,7 @@ class MMBench(Task):
         file = self.locate(data, *self.files[self.split])
         # A rotated copy holds no image but the index of the row that does.
         image_data: dict[str, str] = {}
-        for number, row in enumerate(read_rows(file, texts=("question", *OPTIONS)), 1):
+        for number, row in enumerate(read_rows(file, texts=("question", *OPTION_COLUMNS)), 1):
             index, text, image = row.get("index"), row.get("question"), row.get("image")
             if index is None or text is None or image is None or not index.isdecimal():
                 raise InputError(
@@ -60,7 +59,7 @@ class MMBench(Task):
                 image_data[index] = image
             # The official scripts stop at an option such as "None", which pandas reads as no value. Here
             # every option in the table is shown.
-            choices = {letter: option for letter in OPTIONS if (option := row.get(letter)) is not None}
+            choices = options(row)
             hint = row.get("hint")
             full_text = text if hint is None or hint.lower() in ("nan", "none") else f"{hint}\n{text}"
             lines = [
@@ -77,16 +76,16 @@ class MMBench(Task):
                 "ability": row.get("category"),
                 "group": group,
                 "row": row | {"image": None},
-                "hidden": hidden_options(row, OPTIONS),
+                "hidden": hidden_options(row),
             }
             yield Question(index, (base64_image(group, image),), "\n".join(lines), meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         if answered and all(question.meta["answer"] is None for question, _ in answered):
             raise self.not_public("https://mmbench.opencompass.org.cn", "FILE.xlsx")
-        options = [infer_option(text, question.meta["choices"]) for question, text in answered]
+        letters = [infer_option(text, question.meta["choices"]) for question, text in answered]
         truths = [question.meta["answer"] for question, _ in answered]
-        right = [float(option == truth) for option, truth in zip(options, truths, strict=True)]
+        right = [float(letter == truth) for letter, truth in zip(letters, truths, strict=True)]
         groups: dict[str, list[float]] = {}
         for (question, _), hit in zip(answered, right, strict=True):
             groups.setdefault(question.meta["group"], []).append(hit)
@@ -100,7 +99,7 @@ class MMBench(Task):
         first = [a for a, b in zip(answered, circular_values, strict=True) if b is not None]
         circular = [b for b in circular_values if b is not None]
         vanilla = [hit for (q, _), hit in zip(answered, right, strict=True) if int(q.id) < ROTATION]
-        unread = sum(option is None for option in options)
+        unread = sum(letter is None for letter in letters)
         notes = [f"{unread} answers name no option by the rules and count as wrong"] if unread else []
         notes += options_note(answered)
         if len(groups) == len(answered):

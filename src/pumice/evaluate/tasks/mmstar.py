@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pumice.evaluate.files import base64_image, bytes_image, hidden_options
+from pumice.evaluate.files import OPTION_COLUMNS, base64_image, bytes_image, hidden_options, options
 from pumice.evaluate.metrics.choice import mmstar_right
 from pumice.evaluate.task import LETTER, Answered, Question, Score, Task, mean_score, options_note
 
@@ -20,7 +20,7 @@ class MMStar(Task):
     def questions(self, data: Path) -> Iterator[Question]:
         names = ("mmstar.parquet", "MMStar.parquet", "MMStar.tsv", "mmstar.tsv")
         keys = ("index", "question", "answer", "image")
-        for row in self.rows(data, *names, keys=keys, texts=("question", *"ABCD")):
+        for row in self.rows(data, *names, keys=keys, texts=("question", *OPTION_COLUMNS)):
             key, image = str(row["index"]), row["image"]
             image_data = image.get("bytes") if isinstance(image, dict) else image
             image_file = (
@@ -29,22 +29,22 @@ class MMStar(Task):
                 else base64_image(key, str(image_data))
             )
             text = str(row["question"])
-            options = [f"{letter}: {row[letter]}" for letter in "ABCD" if row.get(letter) is not None]
-            if options and "Options:" not in text:
-                text = f"{text}\nOptions: {', '.join(options)}"
+            choices = [f"{letter}: {option}" for letter, option in options(row).items()]
+            if choices and "Options:" not in text:
+                text = f"{text}\nOptions: {', '.join(choices)}"
             meta = {
                 "question": row["question"],
                 "answer": str(row["answer"]),
                 "category": row.get("category"),
                 "part": row.get("l2_category"),
                 "bench": row.get("bench"),
-                "hidden": hidden_options(row, "ABCD"),
+                "hidden": hidden_options(row),
             }
             yield Question(key, (image_file,), f"{text}\n{LETTER}", meta)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [float(mmstar_right(text, question.meta["answer"])) for question, text in answered]
-        unread = sum(not any(mmstar_right(text, letter) for letter in "ABCD") for _, text in answered)
+        unread = sum(not any(mmstar_right(text, letter) for letter in OPTION_COLUMNS) for _, text in answered)
         notes = [f"{unread} answers begin with no option's letter and count as wrong"] if unread else []
         notes += options_note(answered)
         score = mean_score(answered, {"accuracy": values}, {"ability": "category", "part": "part"}, notes)

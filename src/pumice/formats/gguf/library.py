@@ -11,28 +11,35 @@ _KEPT: list[Any] = []  # what C code calls must not be freed
 
 
 def llama_library(purpose: str) -> Any:
-    """Return the module of llama.cpp's C functions. Raises InputError if the package is not installed.
+    """Return the module of llama.cpp's C functions, which then write nothing to stderr.
 
-    purpose: what needs it, for the message.
+    purpose: what needs it, for the message. Raises InputError if the package is not installed.
     """
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:  # not there, or its library does not load
         raise InputError(f"{purpose} needs llama-cpp-python: {install('llama')}") from error
-    silence(llama_cpp)
+    llama_cpp.llama_log_set(_silence(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
 
 
-def silence(library: Any, mtmd: Any = None) -> None:
-    """Let llama.cpp write nothing to stderr."""
+def mtmd_library(purpose: str) -> Any:
+    """Return the module of the C functions that read pictures; as `llama_library`."""
+    library = llama_library(purpose)
+    try:
+        from llama_cpp import mtmd_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(f"{purpose} needs a newer llama-cpp-python: {install('llama')}") from error
+    callback = _silence(library)
+    mtmd_cpp.mtmd_log_set(callback, ctypes.c_void_p(0))
+    mtmd_cpp.mtmd_helper_log_set(callback, ctypes.c_void_p(0))
+    return mtmd_cpp
 
+
+def _silence(library: Any) -> Any:
     def nothing(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         pass
 
-    callback = library.llama_log_callback(nothing)
-    _KEPT.append(callback)
-    library.llama_log_set(callback, ctypes.c_void_p(0))
-    if mtmd is not None:
-        mtmd.mtmd_log_set(callback, ctypes.c_void_p(0))
-        mtmd.mtmd_helper_log_set(callback, ctypes.c_void_p(0))
+    _KEPT.append(library.llama_log_callback(nothing))
+    return _KEPT[-1]

@@ -8,6 +8,8 @@ with tanh, from a table of 16-bit values. It puts the class token of a CLIP in t
 
 from __future__ import annotations
 
+import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +32,10 @@ from pumice.config import (
     RopeScaling,
     VisionConfig,
 )
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.formats import names as tensor_names
+from pumice.formats.gguf.file import GgufFile, kind_name
+from pumice.formats.gguf.library import llama_library
 from pumice.formats.gguf.mmproj import OWN_KEY, own_values
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.refusal import connector_refusal, tower_refusal
@@ -64,8 +68,14 @@ CAPABILITY = Capability(
     },
 )
 # llama.cpp's numbers of file types; "keep" may be of several, and is called the usual one of four bits
-TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "keep": 15}
-_BLOCK = 32  # values that q8_0 quantises together
+TYPES = {
+    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "keep": 15
+}  # fmt: skip
+_BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")  # which nothing else quantises
+TOWER_TYPES = ("f32", "f16", "q8_0")
+CLASS_TOKENS = ("first", "shifted")
+_SENSITIVE = ("token_embd.weight", "output.weight")  # in 8 bits beside q4_0
+_BLOCK = 32  # values that q8_0 and q4_0 quantise together
 _PAD_COLOR = (122, 116, 104)  # llama.cpp's fixed colour
 # The content of a message. llama.cpp marks a picture with <__media__>, or with a random word in it.
 _SAID = (
@@ -108,37 +118,59 @@ def _image_refusal(config: ModelConfig) -> str | None:
     return None
 
 
-def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
-    """Write `model-{kind}.gguf` and `mmproj-{kind}.gguf` of a model without adapters. Returns notes.
+def write(
+    folder: Path,
+    model: LoadedParts,
+    kind: str = "f16",
+    tower_kind: str | None = None,
+    class_token: str = "first",
+) -> list[str]:
+    """Write `model-{kind}.gguf` and `mmproj-{tower_kind}.gguf` of a model without adapters. Returns notes.
 
     kind: of TYPES, for the matrices; the rest is f32. keep: those stored in few bits as they are, f16 else.
-    q8_0 leaves tower and connector in f16, and so any row that is no whole number of blocks.
+    Rows that are no whole number of blocks are f16. tower_kind: of TOWER_TYPES, f32 or f16 by default.
+    class_token: "shifted" rotates the positions of a CLIP for a llama.cpp that puts its class token last, so
+    that every patch has its own; the first patch is lost there. Raises InputError.
     """
-    if kind not in TYPES:
-        raise InputError(f"there is no GGUF type {kind!r} here; use one of {', '.join(TYPES)}")
+    for name, options in ((kind, TYPES), (tower_kind, (None, *TOWER_TYPES)), (class_token, CLASS_TOKENS)):
+        if name not in options:
+            listed = ", ".join(filter(None, options))
+            raise InputError(f"there is no {name!r} among the options of GGUF; use one of {listed}")
+    if class_token == "shifted" and model.config.vision.kind != "clip":
+        raise InputError(
+            f"class_token shifted is for a CLIP; a tower of kind {model.config.vision.kind!r} has no class "
+            "token: leave it out"
+        )
+    library = llama_library(f"the GGUF type {kind}") if kind in _BY_LLAMA_CPP else None
     model = as_mlp(model)
     config, state, tokenizer = model.config, model.state, model.tokenizer
-    # 1. The language model.
+    # 1. The language model. llama.cpp's quantiser reads a file with the weights as they are stored.
     decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}
+    target = folder / f"model-{kind}.gguf"
+    path, written_kind = target, kind
+    if library is not None:
+        whole = {torch.float32: "f32", torch.bfloat16: "bf16"}
+        path, written_kind = folder / "whole.gguf", whole.get(state["decoder.embed.weight"].dtype, "f16")
     _write(
-        folder / f"model-{kind}.gguf",
+        path,
         _architecture(config),
-        lambda writer: _describe_llm(writer, config, tokenizer, kind),
+        lambda writer: _describe_llm(writer, config, tokenizer, written_kind),
         _llm(config, decoder),
-        kind,
+        written_kind,
     )
+    notes = [] if library is None else [_quantize(library, path, target, TYPES[kind])]
     # 2. Tower and connector.
     if config.vision.kind != "none":
-        tower_kind = "f16" if kind in ("q8_0", "keep") else kind
+        tower_kind = tower_kind or ("f32" if kind == "f32" else "f16")
+        shifted = "-class-token-shifted" if class_token == "shifted" else ""
         _write(
-            folder / f"mmproj-{tower_kind}.gguf",
+            folder / f"mmproj-{tower_kind}{shifted}.gguf",
             "clip",
-            lambda writer: _describe_tower(writer, config, tower_kind),
-            _tower(config, state),
+            lambda writer: _describe_tower(writer, config, str(tower_kind), class_token),
+            _tower(config, state, class_token),
             tower_kind,
         )
     # 3. Tell the user what llama.cpp does differently with this model.
-    notes = []
     if '"prepend_scheme":"first"' in tokenizer.to_str():
         notes.append(
             "llama.cpp puts a space before the text behind a picture or a special token, this tokenizer only "
@@ -155,7 +187,12 @@ def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
             f"llama.cpp pads every picture to a square with {_PAD_COLOR}, this model was trained with "
             f"{config.image.mode}{color}: only square pictures are seen alike"
         )
-    if config.vision.kind == "clip":
+    if class_token == "shifted":
+        notes.append(
+            "the positions of the tower are rotated for a llama.cpp that puts the class token last (since "
+            "May 2025, its issue 25814); one that is mended reads this mmproj wrongly: export again then"
+        )
+    elif config.vision.kind == "clip":
         notes.append(
             "llama.cpp has put a CLIP's class token behind its patches since May 2025 (its issue 25814), so "
             "that every feature is that of the next patch: until it is mended, answers about pictures differ"
@@ -163,6 +200,18 @@ def write(folder: Path, model: LoadedParts, kind: str = "f16") -> list[str]:
     if config.vision.activation == "gelu":
         notes.append("llama.cpp computes the tower's GELU by its tanh form")
     return notes
+
+
+def _quantize(library: Any, source: Path, target: Path, number: int) -> str:
+    """Let llama.cpp quantise a file, which is removed. Returns a note on the types that it chose."""
+    params = library.llama_model_quantize_default_params()
+    params.ftype, params.nthread = number, torch.get_num_threads()
+    if library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        raise WorkError(f"llama.cpp could not quantise the model to {target.name}")
+    source.unlink()
+    infos = GgufFile(target).infos.values()
+    kinds = Counter(kind_name(info.kind) for info in infos if len(info.shape) > 1)
+    return "llama.cpp chose " + ", ".join(f"{kind} for {count}" for kind, count in kinds.most_common())
 
 
 def _describe_llm(writer: Any, config: ModelConfig, tokenizer: Tokenizer, kind: str) -> None:
@@ -207,7 +256,7 @@ def marked(chat: str, wrap: tuple[str, str] | None = None) -> str:
     return before + "{% macro said(content, trim) %}" + around + _SAID + "{% endmacro %}" + after
 
 
-def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:
+def _describe_tower(writer: Any, config: ModelConfig, kind: str, class_token: str) -> None:
     vision = config.vision
     numbers = {
         "image_size": vision.image_size,
@@ -230,7 +279,7 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str) -> None:
     writer.add_array("clip.vision.feature_layer", [_state_number(config)])
     writer.add_array("clip.vision.image_mean", list(config.image.mean))
     writer.add_array("clip.vision.image_std", list(config.image.std))
-    writer.add_string(OWN_KEY, own_values(vision, config.image, config.image_wrap, "first"))
+    writer.add_string(OWN_KEY, own_values(vision, config.image, config.image_wrap, class_token))
 
 
 def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
@@ -252,9 +301,11 @@ def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
     return tensors
 
 
-def _tower(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
+def _tower(config: ModelConfig, state: LazyStateDict, class_token: str) -> LazyStateDict:
     """Return the tensors of tower and connector, without the final norm, which llama.cpp would apply."""
     table = tensor_names.gguf_tower(config.vision)
+    if class_token == "shifted":
+        state = state | {"tower.positions": state["tower.positions"].map(lambda rows: rows.roll(-1, 0))}
     return {gguf_name: state[name] for gguf_name, name in table.items() if name is not None}
 
 
@@ -289,7 +340,7 @@ def _write(path: Path, arch: str, describe: Callable[[Any], None], tensors: Lazy
             per_block, size = gguf.GGML_QUANT_SIZES[quant]
             row = tensor.shape[-1] // per_block * size
             count = int(np.prod(tensor.shape[:-1])) * row
-            shape = (*tensor.shape[:-1], row) if per_block > 1 else tensor.shape
+            shape = tensor.shape if kinds[name] in ("f32", "f16") else (*tensor.shape[:-1], row)
             writer.add_tensor_info(name, shape, _numpy(kinds[name]), count, raw_dtype=quant)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -311,8 +362,8 @@ def _values(tensors: LazyStateDict, kinds: dict[str, str]) -> Iterator[np.ndarra
         value = tensor.read(torch.float32).detach().to(dtype).contiguous()
         check_written(name, tensor, value, "use --type f32")
         values = value.numpy()
-        if kinds[name] == "q8_0":
-            values = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        if kinds[name] not in ("f32", "f16"):
+            values = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kinds[name].upper()])
         yield values
 
 
@@ -322,7 +373,11 @@ def _kind(name: str, tensor: LazyTensor, kind: str) -> str:
         return "f32"
     if kind == "keep":
         return "f16" if tensor.blocks is None else tensor.blocks.kind.name.lower()
-    return kind if kind == "f16" or tensor.shape[-1] % _BLOCK == 0 else "f16"
+    if kind in ("f16", "bf16"):
+        return "f16" if len(tensor.shape) == 4 else kind
+    if kind == "q4_0" and name in _SENSITIVE:
+        kind = "q8_0"
+    return kind if len(tensor.shape) == 2 and tensor.shape[-1] % _BLOCK == 0 else "f16"
 
 
 def _numpy(kind: str) -> Any:

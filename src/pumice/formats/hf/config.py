@@ -34,7 +34,7 @@ _OF_OTHER_DECODERS: dict[str, tuple[Any, ...]] = {
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Pillow's number of a filter -> our name.
-RESAMPLE = {2: "bilinear", 3: "bicubic"}
+RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 # Mean and standard deviation of the pixels (red, green, blue) that each kind of tower was trained with.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
@@ -123,6 +123,7 @@ def vision_config(source: Keys, kind: str | None = None, **choices: Any) -> Visi
     if kind not in TOWERS:
         raise InputError(f"{source.label}: model_type is {kind!r}; {', '.join(TOWERS)} can be read")
     tower_kind, defaults = TOWERS[kind].kind, TOWERS[kind].defaults
+    choices = TOWERS[kind].fields | choices
     keys = Keys(source.values, source.label, defaults)
     check_classes(keys, kind)
     check_unquantised(keys)

@@ -1,4 +1,4 @@
-"""Read the folder of a LLaVA of transformers: LlavaForConditionalGeneration, LlavaNext or LlavaOnevision."""
+"""Read the folder of a LLaVA of transformers: Llava, LlavaNext, LlavaOnevision, Idefics3 or SmolVLM."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionCon
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES, model_type
+from pumice.formats.hf import idefics3
 from pumice.formats.hf.config import check_unquantised, decoder_config, image_policy, vision_config
 from pumice.formats.recognise import HF_LLAVAS, check_classes
 from pumice.formats.text.read import read_text_side
+from pumice.media import VideoPolicy
 from pumice.storage.json_file import Keys, read_json
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, as_lazy, open_weights
@@ -61,6 +63,8 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     # 1. config.json: the language model and the tower, each with the defaults of its model_type.
     source = Keys.of(folder / "config.json")
     kind = source.get("model_type", str)
+    if kind in idefics3.KINDS:
+        return idefics3.open_idefics3(folder, template)
     keys = Keys(source.values, source.label, _DEFAULTS[kind])
     check_unquantised(keys)
     keys.only("projector_hidden_act", ("gelu",), "gelu")
@@ -90,6 +94,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     config, notes = text_side.model_config(
         template, str(folder), fallback=family.template, decoder=decoder, vision=vision,
         connector=ConnectorConfig("mlp2x_gelu"), image=image, image_wrap=text_side.image_wrap(),
+        video=VideoPolicy(pool=2) if kind == "llava_onevision" else None,
     )  # fmt: skip
     # The conversions that transformers published lack do_pad, although LLaVA 1.5 was trained with padding.
     if image.mode == "crop" and "do_pad" not in processor.values:

@@ -14,7 +14,9 @@ from pumice.config import (
     RopeScaling,
     VisionConfig,
 )
+from pumice.formats.hf import idefics3
 from pumice.formats.hf.config import padding
+from pumice.media import VideoPolicy
 
 # Our name of an activation -> transformers'.
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -48,7 +50,7 @@ def capability(consumer: str) -> Capability:
         {
             ModelConfig: fields(
                 "decoder vision connector image template chat stop_token_ids bos_token_id image_wrap "
-                "generation lora trained_pictures"
+                "generation lora trained_pictures video"
             ),
             DecoderConfig: {name: None for decoder in _DECODERS for name in decoder.fields[DecoderConfig]},
             RopeScaling: fields(ROPE_SCALING),
@@ -58,7 +60,11 @@ def capability(consumer: str) -> Capability:
                 activation=tuple(ACTIVATIONS),
             ),
             ConnectorConfig: fields("kind reduce factor"),
-            ImagePolicy: fields("mode mean std resample pad_color pinpoints unpad max_tiles several"),
+            ImagePolicy: fields(
+                "mean std resample pad_color pinpoints unpad max_tiles several",
+                mode=("pad", "crop", "squash", "anyres"),
+            ),
+            VideoPolicy: fields("pool max_frames"),
             GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
             ChatFormat: fields(CHAT),
             LoraConfig: fields(LORA),
@@ -72,6 +78,12 @@ CAPABILITY = capability("transformers' LLaVA")
 def refusal(config: ModelConfig) -> str | None:
     """Return why transformers' LLaVA cannot compute this model; None if it can."""
     image = config.image
+    if config.marks is not None:
+        return text_refusal(config.decoder) or idefics3.refusal(config)
+    if config.video is not None and (
+        image.mode != "anyres" or (image.max_tiles is None and image.several != "square")
+    ):
+        return "it was trained on videos, which there only a LlavaOnevision shows as it does"
     if reason := tower_refusal(config) or connector_refusal(config):
         return reason
     if image.mode == "anyres" and not image.unpad:

@@ -30,6 +30,7 @@ from pumice.config import (
 )
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
+from pumice.formats.hf import idefics3
 from pumice.formats.hf.card import model_card
 from pumice.formats.hf.config import RESAMPLE, layer_types, padding
 from pumice.formats.hf.refusal import ACTIVATIONS, LINEAR, gemma_fields
@@ -55,7 +56,7 @@ def as_mlp(model: LoadedParts) -> LoadedParts:
     opposite sign. The second layer applies the linear connector's weight to their difference. No weight is
     rounded.
     """
-    if model.config.connector.kind not in LINEAR:
+    if model.config.connector.kind not in LINEAR or model.config.marks is not None:
         return model
     weight, bias = (model.state[f"connector.layers.0.{part}"] for part in ("weight", "bias"))
     width, features = weight.shape  # D, C
@@ -80,6 +81,8 @@ def as_mlp(model: LoadedParts) -> LoadedParts:
 
 def write(folder: Path, model: LoadedParts) -> list[str]:
     """Write the folder of a model without adapters. Returns notes for the user."""
+    if model.config.marks is not None:
+        return _write_idefics3(folder, model)
     # 1. Tell the user what another program will do differently.
     notes = []
     if model.config.decoder.embed_scale != 1.0:
@@ -112,6 +115,28 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
     bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
     (folder / "README.md").write_text(model_card(bos), encoding="utf-8", newline="")
     return notes
+
+
+def _write_idefics3(folder: Path, model: LoadedParts) -> list[str]:
+    """Write the folder of an Idefics3, whose processor puts the marks around pictures."""
+    model = with_image_token(model)
+    config, tokenizer = model.config, model.tokenizer
+    nesting, connector = tensor_names.IDEFICS3, tensor_names.IDEFICS3_CONNECTOR
+    names = tensor_names.inverse(tensor_names.llava(config, nesting, connector, ""))
+    write_weights(folder, {str(names[name]): tensor for name, tensor in model.state.items()})
+    text, dtype = _text_config(config, model.state)
+    vision = vision_config(config.vision) | {"model_type": "idefics3_vision"}
+    vision.pop("vision_use_head")
+    parts = {"text_config": text, "vision_config": vision, "torch_dtype": dtype}
+    parts["image_token_id"] = tokenizer.token_to_id(IMAGE)
+    write_json(folder / "config.json", idefics3.model_config(config, parts))
+    write_json(folder / "generation_config.json", generation_config(config))
+    chat = to_jinja(get_template(config.template, config.chat))
+    write_tokenizer(folder, config, tokenizer, chat)
+    idefics3.write_processor(folder, config, chat)
+    bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
+    (folder / "README.md").write_text(model_card(bos), encoding="utf-8", newline="")
+    return []
 
 
 def square_notes(image: ImagePolicy, other: str) -> list[str]:
@@ -299,13 +324,8 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
 def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, tokenizer: Tokenizer) -> None:
     # 1. The language model, with the tokens that begin a text and end an answer.
     kind = _kind(config.image)
-    text = text_config(config.decoder)
-    if config.bos_token_id is not None:
-        text["bos_token_id"] = config.bos_token_id
-    if config.stop_token_ids:
-        text["eos_token_id"] = config.stop_token_ids[0]
+    text, dtype = _text_config(config, state)
     # 2. The LLaVA around it: token for pictures, connector, and which of the tower's features are used.
-    dtype = str(state["decoder.embed.weight"].dtype).removeprefix("torch.")
     values: dict[str, Any] = {
         "architectures": [f"{_CLASSES[kind]}ForConditionalGeneration"],
         "model_type": kind,
@@ -317,7 +337,7 @@ def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, token
         "vision_feature_select_strategy": _strategy(config),
         "tie_word_embeddings": config.decoder.tied_head,
         "torch_dtype": dtype,
-        "text_config": text | {"torch_dtype": dtype},
+        "text_config": text,
         "vision_config": vision_config(config.vision),
     }
     # 3. How a picture is cut into tiles.
@@ -327,6 +347,17 @@ def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, token
         values |= {"vision_aspect_ratio": anyres_max(config)}
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", generation_config(config))
+
+
+def _text_config(config: ModelConfig, state: LazyStateDict) -> tuple[dict[str, Any], str]:
+    """Return text_config with the tokens that begin a text and end an answer, and the type of the tensors."""
+    text = text_config(config.decoder)
+    if config.bos_token_id is not None:
+        text["bos_token_id"] = config.bos_token_id
+    if config.stop_token_ids:
+        text["eos_token_id"] = config.stop_token_ids[0]
+    dtype = str(state["decoder.embed.weight"].dtype).removeprefix("torch.")
+    return text | {"torch_dtype": dtype}, dtype
 
 
 def _write_processor(folder: Path, config: ModelConfig, chat: str) -> None:

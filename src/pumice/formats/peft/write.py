@@ -38,12 +38,13 @@ def write(folder: Path, model: LoadedParts) -> None:
     config, lora = model.config, model.config.lora
     assert lora is not None
     names = tensor_names.inverse(tensor_names.hf_decoder(config.decoder))
+    language = "language_model" if config.marks is None else "text_model"  # the module in transformers
     adapters: LazyStateDict = {}
     for name, tensor in model.state.items():
         layer, _, kind = name.removeprefix("decoder.").rpartition(".")
         if kind in _SUFFIXES:
             peft_name = str(names[f"{layer}.weight"]).removeprefix("model.").removesuffix(".weight")
-            adapters[f"base_model.model.model.language_model.{peft_name}.{_SUFFIXES[kind]}"] = tensor
+            adapters[f"base_model.model.model.{language}.{peft_name}.{_SUFFIXES[kind]}"] = tensor
     # 2. The config. PEFT finds the layers by a pattern of their names.
     targets = "|".join(f"{target}_proj" for target in lora.targets)
     values: dict[str, Any] = {
@@ -54,7 +55,7 @@ def write(folder: Path, model: LoadedParts) -> None:
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         # Only in the language model: the tower's layers have the same names.
-        "target_modules": rf".*language_model\..*\.({targets})",
+        "target_modules": rf".*{language}\..*\.({targets})",
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

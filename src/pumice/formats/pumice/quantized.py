@@ -24,6 +24,7 @@ from pumice.storage.json_file import read_json, write_json
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, open_file, write_file
 
 FILE, INDEX = "quantized.safetensors", "quantized.json"
+_SCRATCH = ".new-"  # begins the names of copies that are being written
 CACHE_GB, LIMIT_VARIABLE = 20, "PUMICE_CACHE_LIMIT"
 _LOG = logging.getLogger("pumice")
 
@@ -88,7 +89,7 @@ def cached(key: str, state: LazyStateDict, limit: float | None = None, label: st
                 return state
             if label:
                 _LOG.warning("%s", _announcement(label, size, state, folder))
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder.parent) as scratch:
                 fresh = Path(scratch) / "new"
                 fresh.mkdir()
                 write_quantized(fresh, state)
@@ -158,9 +159,8 @@ def rounded(state: LazyStateDict) -> str:
 
 def _trim(limit: float, kept: Path) -> None:
     """Remove the copies not used for longest, except `kept`, until all take at most `limit` bytes."""
-    copies = sorted(
-        (path for path in kept.parent.iterdir() if path != kept), key=lambda path: path.stat().st_mtime
-    )
+    others = (path for path in kept.parent.iterdir() if path != kept and not path.name.startswith(_SCRATCH))
+    copies = sorted(others, key=lambda path: path.stat().st_mtime)
     sizes = {path: folder_size(path) for path in (*copies, kept)}
     for path in copies:
         if sum(sizes.values()) <= limit:

@@ -72,7 +72,8 @@ def describe(source: str, *, bos: str | None, eos: str | None, specials: Collect
                 return Described(name if chat is None else OWN, chat, writes_bos)
         # 2. A format of fixed texts that are cut out of what the template writes.
         reasons = []
-        for chat in _candidates(jinja, special_tokens, eos):
+        for fixed in _candidates(jinja, special_tokens, eos):
+            chat = _with_pictures(jinja, fixed)
             if not (reason := _difference(Template(OWN, chat), jinja)):
                 tools = _tools(Template(OWN, chat), jinja, special_tokens)
                 return Described(OWN, replace(chat, tools=tools), writes_bos)
@@ -199,6 +200,17 @@ class _Jinja:
         """Return what the template writes after the begin-of-text token."""
         return self.raw(turns, generate=generate, image=image).removeprefix(self.bos)
 
+    def pictured(self, text: str) -> str:
+        """Return what it writes for a question with a picture before its text; "" if it takes no picture."""
+        try:
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            written = self._render([{"role": "user", "content": content}])
+        except _Unsupported:
+            return ""
+        if self.wrap is not None:
+            written = written.replace(IMAGE_PLACEHOLDER.join(self.wrap), IMAGE_PLACEHOLDER)
+        return written.removeprefix(self.bos)
+
     def gaps(self, *turns: _Turn, generate: bool = False) -> list[str]:
         """Return what the template writes before, between and after the texts of the turns."""
         remaining, gaps = self.write(turns, generate=generate), []
@@ -284,6 +296,23 @@ def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator
         yield complete(question, system=around, system_in_user=inside, default_system=default)
     if before_later.endswith(before_first):
         yield complete(before_first)
+
+
+def _with_pictures(jinja: _Jinja, chat: ChatFormat) -> ChatFormat:
+    """Return the format with what a template writes where a question begins with a picture."""
+    text = _QUESTIONS[0]
+    opening = jinja.gaps(text)[0]
+    before, _, after = jinja.pictured(text[1]).partition(IMAGE_PLACEHOLDER)
+    if (
+        text[1] not in after
+        or not opening.startswith(before)
+        or not chat.user[0].endswith(opening[len(before) :])
+    ):
+        return chat  # `_difference` tells how they differ
+    text_first = opening[len(before) :]
+    question = chat.user[0][: len(chat.user[0]) - len(text_first)]
+    line = not after.startswith(text[1])
+    return replace(chat, user=(question, chat.user[1]), text_first=text_first, image_line=line)
 
 
 def _common(*texts: str) -> str:

@@ -38,6 +38,8 @@ def to_jinja(template: Template | Plain, wrap: tuple[str, str] | None = None) ->
         "default": chat.default_system,
         "inside": chat.system_in_user,
         "trim": chat.trim,
+        "text_first": chat.text_first,
+        "line": "\n" if chat.image_line else "",
     }
     if chat.tools is not None:
         fields |= {"tools_around": chat.tools, "call": CALL, "result": RESULT}
@@ -51,11 +53,11 @@ _SAID = (
     "{% macro said(content, trim) %}{% if content is string %}"
     "{{ content.strip() if trim else content }}{% else %}{% set at = namespace(front=true) %}"
     "{% for part in content %}{% if part['type'] == 'image' %}{{ '<image>' }}"
-    "{% if at.front and not loop.last %}{{ '\\n' }}{% endif %}"
+    "{% if at.front and not loop.last %}{{ line }}{% endif %}"
     "{% else %}{% set text = part['text'] %}"
     "{% if trim and loop.first %}{% set text = text.lstrip() %}{% endif %}"
     "{% if trim and loop.last %}{% set text = text.rstrip() %}{% endif %}"
-    "{{ text.lstrip('\\n') if at.front and not loop.first else text }}{% set at.front = false %}"
+    "{{ text.lstrip(line) if at.front and not loop.first and line else text }}{% set at.front = false %}"
     "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
 )
 # The turns of a conversation, as in `templates.Template.render`.
@@ -90,6 +92,8 @@ _TURNS = (
     "{% if not inside %}{{ head }}{% endif %}"
     "{% for message in turns %}{% if message['role'] == 'user' %}"
     "{{ user[0] }}{% if inside and loop.first %}{{ head }}{% endif %}"
+    "{% if message['content'] is string or message['content'][0]['type'] == 'text' %}"
+    "{{ text_first }}{% endif %}"
     "{{ said(message['content'], 'user' in trim) + user[1] }}"
     "{% else %}{% set opens = assistant + (opening if loop.last else '') + answer[0] %}"
     "{% set text = said(message['content'], 'assistant' in trim) %}"

@@ -36,6 +36,7 @@ SUPERVISED_SHARE = 0.4  # share of these tokens that is supervised
 FRAMEWORK = {"cpu": 0.36 * GB, "cuda": 0.8 * GB}  # Python, PyTorch and its libraries (measured on the CPU)
 SLACK = {"cpu": 1.6, "cuda": 1.08}  # allocated memory per byte in use (cpu: glibc's allocator, measured)
 SAMPLED_STEPS = 12  # steps of the run whose packs are read
+EXTRAPOLATED = 16  # times the measured pack: how far the memory of larger packs is foretold
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def plan(
         # With a small pack the peak may be copies of the weights. The slope is then zero: assume a byte.
         bytes_per_token = max((double_total - total) / largest.tokens, 1.0)
         fitting_tokens = max(0, int(largest.tokens + (device.memory - total) / bytes_per_token))
-        fitting_tokens = min(fitting_tokens, 16 * largest.tokens)
+        fitting_tokens = min(fitting_tokens, EXTRAPOLATED * largest.tokens)
         # A pack that cannot hold one sample is no use.
         fitting_tokens = fitting_tokens // 64 * 64 if fitting_tokens >= largest.runs[0].length else 0
         if total <= device.memory:

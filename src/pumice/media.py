@@ -1,0 +1,45 @@
+"""How a model was trained to see pictures in tiles and videos: texts around them, and frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pumice.errors import InputError
+
+
+@dataclass(frozen=True)
+class TileMarks:
+    """The texts around the tokens of an image and its tiles (Idefics3, nanoVLM)."""
+
+    tile: str = ""  # before each tile; {row} and {column} count from 1
+    row: str = ""  # after each row of tiles
+    between: str = ""  # between the tiles and the whole image
+    whole: str = ""  # before the whole image
+    end: str = ""  # after the image
+    number: str = ""  # before each of several images; {number} counts from 0
+
+    def __post_init__(self) -> None:
+        for text, words in ((self.tile, ("{row}", "{column}")), (self.number, ("{number}",))):
+            rest = text
+            for word in words:
+                rest = rest.replace(word, "")
+            if "{" in rest or "}" in rest:
+                raise InputError(f"marks: {text!r} may hold only {' and '.join(words)} in braces")
+
+
+@dataclass(frozen=True)
+class VideoPolicy:
+    """How the frames of a video are shown. Each is one square tile, without the tiles of a picture."""
+
+    max_frames: int = 32
+    fps: float = 0.0  # frames that are taken a second, up to max_frames; 0: max_frames, evenly
+    longest_edge: int = 0  # pixels of a frame's longer side before it becomes the square; 0: no such step
+    timestamps: bool = False  # SmolVLM2: the time before each frame, and a sentence before all
+    pool: int = 1  # LLaVA-OneVision: features on a side are reduced by this, rounded up, bilinear
+
+    def __post_init__(self) -> None:
+        for name in ("max_frames", "pool"):
+            if getattr(self, name) < 1:
+                raise InputError(f"video: {name} must be 1 or more, not {getattr(self, name)}")
+        if self.fps < 0 or self.longest_edge < 0:
+            raise InputError(f"video: fps {self.fps} and longest_edge {self.longest_edge} must be 0 or more")

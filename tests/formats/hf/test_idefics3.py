@@ -1,0 +1,200 @@
+"""Idefics3 and SmolVLM against transformers: small random ones, asked, and exported for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pumice import load
+from pumice.assistant import Assistant
+from pumice.config import IMAGE_TOKEN
+from pumice.conversation import Conversation, Message, user_message
+from pumice.errors import InputError
+from pumice.formats.export import export
+from pumice.formats.read import read_model
+from pumice.model.vision import fractional_positions
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+# SmolVLM's; Idefics3's begins with <|begin_of_text|>.
+CHAT = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+SIDE = 38  # pixels of a tile: 19 patches of 2, a grid where some positions fall into the bucket before theirs
+CLOSE = 1e-4  # measured worst case: see the test
+
+
+def write_folder(folder: Path, kind: str, models: ModuleType, **changes: Any) -> Any:
+    """A random model of this kind as transformers saves it, with the files of its processor."""
+    tokenizer = models.byte_level("smollm", ["<|endoftext|>", "<|im_start|>", *models.SMOLVLM])
+    text = {
+        "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 48,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 12, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": SIDE, "patch_size": 2,
+    }  # fmt: skip
+    name = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(
+            text_config=text, vision_config=vision, image_token_id=tokenizer.token_to_id("<image>"),
+            scale_factor=19,
+        )  # fmt: skip
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    files: dict[str, Any] = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT, "bos_token": "<|im_start|>",
+            "eos_token": "<end_of_utterance>", "pad_token": "<end_of_utterance>",
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": f"{name}ImageProcessor", "size": {"longest_edge": 4 * SIDE},
+            "max_image_size": {"longest_edge": SIDE}, "do_image_splitting": True, "resample": 1,
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        },
+        "processor_config.json": {"processor_class": f"{name}Processor", "image_seq_len": 1},
+    }  # fmt: skip
+    for file, values in files.items():
+        (folder / file).write_text(json.dumps(values | changes.get(file.partition(".")[0], {})))
+    return model
+
+
+def processor_of(folder: Path, splits: bool = True) -> Any:
+    """Idefics3's processor, which is SmolVLM's for pictures; that one needs packages that are not here."""
+    return transformers.Idefics3Processor(
+        transformers.models.idefics3.image_processing_pil_idefics3.Idefics3ImageProcessorPil(
+            size={"longest_edge": 4 * SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=splits
+        ),
+        transformers.AutoTokenizer.from_pretrained(folder), image_seq_len=1, chat_template=CHAT,
+    )  # fmt: skip
+
+
+def conversation(models: ModuleType, pictures: int) -> tuple[Conversation, list[Any], list[Image.Image]]:
+    """With 0, 1 or 2 pictures: ours, transformers' messages, and the pictures."""
+    shown = [models.picture(70, 50), models.picture(20, 90)][:pictures]
+    question = "What is in the picture?"
+    first = user_message(question, shown)
+    ours = Conversation((first, Message("assistant", ("A dog",)), Message("user", ("Is it green?",))))
+    content = [*({"type": "image"} for _ in shown), {"type": "text", "text": question}]
+    theirs = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "A dog"}]},
+        {"role": "user", "content": [{"type": "text", "text": "Is it green?"}]},
+    ]
+    return ours, theirs, shown
+
+
+def compare(folder: Path, model: Any, assistant: Assistant, models: ModuleType, pictures: int) -> float:
+    """Assert that ids, tiles, logits and greedy tokens are transformers'. Return the largest difference."""
+    ours, theirs, shown = conversation(models, pictures)
+    processor = processor_of(folder)
+    text = processor.apply_chat_template(theirs, add_generation_prompt=True)
+    inputs = processor(
+        text=text, images=[shown] if shown else None, return_tensors="pt", add_special_tokens=False
+    )
+    sample = assistant.processor.prompt(ours)
+    image_id = processor.image_token_id
+    ids = np.where(sample.input_ids == IMAGE_TOKEN, image_id, sample.input_ids)
+    assert ids.tolist() == inputs["input_ids"][0].tolist()
+    if shown:
+        tiles = assistant.processor.pixels(sample.images, sample.layouts)
+        np.testing.assert_allclose(tiles, inputs["pixel_values"][0].numpy(), atol=1e-6)
+    prompt = assistant.prompt(ours, max_new_tokens=6, temperature=0.0)
+    with torch.inference_mode():
+        expected = model(**inputs).logits[0]
+        hidden = assistant.model(prompt.input_ids[None], prompt.encode_images())
+        logits = assistant.model.decoder.logits(hidden)[0]
+    difference = (logits - expected).abs().max().item()
+    assert difference < CLOSE
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer = "".join(assistant.stream(ours, max_new_tokens=6, temperature=0.0))
+    assert answer == processor.decode(tokens, skip_special_tokens=True)
+    return float(difference)
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
+def test_ids_tiles_logits_and_greedy_tokens_are_those_of_transformers(
+    kind: str, models: ModuleType, tmp_path: Path
+) -> None:
+    """Without, with one and with two pictures; then the same of what is exported. Measured: 4e-6."""
+    model = write_folder(tmp_path / "hf", kind, models)
+    assistant = load(tmp_path / "hf", quantize=None)
+    for pictures in (0, 1, 2):
+        compare(tmp_path / "hf", model, assistant, models, pictures)
+    export(read_model(tmp_path / "hf"), "hf", tmp_path / "out")
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    compare(tmp_path / "out", again, assistant, models, 2)
+
+
+def test_a_model_that_never_cuts_pictures_is_read_too(models: ModuleType, tmp_path: Path) -> None:
+    write_folder(tmp_path / "hf", "idefics3", models, preprocessor_config={"do_image_splitting": False})
+    assistant = load(tmp_path / "hf", quantize=None)
+    picture = models.picture(70, 50)
+    inputs = processor_of(tmp_path / "hf", splits=False)(
+        text="<image>", images=[picture], return_tensors="np"
+    )
+    sample = assistant.processor.prompt(Conversation((user_message("", [picture]),)))
+    tiles = assistant.processor.pixels(sample.images, sample.layouts)
+    np.testing.assert_allclose(tiles, inputs["pixel_values"][0], atol=1e-6)
+    export(read_model(tmp_path / "hf"), "hf", tmp_path / "out")
+    assert read_model(tmp_path / "out").config == assistant.model.config
+
+
+def test_positions_are_sorted_into_the_buckets_of_transformers() -> None:
+    """Most grids of published models are in order, 19 is not; the reference is the module itself."""
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionEmbeddings
+
+    for grid in (5, 19, 26, 27, 31, 32):
+        config = Idefics3VisionConfig(hidden_size=1, image_size=grid, patch_size=1)
+        embeddings = Idefics3VisionEmbeddings(config)
+        torch.nn.init.zeros_(embeddings.patch_embedding.weight)
+        torch.nn.init.zeros_(embeddings.patch_embedding.bias)
+        embeddings.position_embedding.weight.data.copy_(torch.arange(grid**2.0)[:, None])
+        mask = torch.ones(1, grid, grid, dtype=torch.bool)
+        expected = embeddings(torch.zeros(1, 3, grid, grid), mask)[0, :, 0].long().tolist()
+        assert (fractional_positions(grid) or list(range(grid**2))) == expected
+
+
+@pytest.mark.parametrize(
+    "file, values, words",
+    [
+        (
+            "preprocessor_config",
+            {"max_image_size": {"longest_edge": 40}},
+            "is 40 pixels, but .* is 38",
+        ),
+        ("processor_config", {"image_seq_len": 4}, "image_seq_len is 4, but .* makes 1 tokens of a tile"),
+        ("config", {"image_token_id": 7}, "image_token_id is 7, but the tokenizer gives it 4"),
+        ("config", {"scale_factor": 4}, "19 x 19 features cannot be reduced by 4"),
+        ("tokenizer", None, "marks names '<row_1_col_4>', which is no special token"),
+    ],
+)
+def test_files_that_contradict_each_other_are_refused(
+    file: str, values: dict[str, Any] | None, words: str, models: ModuleType, tmp_path: Path
+) -> None:
+    write_folder(tmp_path, "smolvlm", models)
+    path = tmp_path / f"{file}.json"
+    text = path.read_text()
+    changed = (
+        text.replace("<row_1_col_4>", "<row_9>") if values is None else json.dumps(json.loads(text) | values)
+    )
+    path.write_text(changed)
+    with pytest.raises(InputError, match=words):
+        load(tmp_path)

@@ -1,0 +1,147 @@
+"""Checkpoints of nanoVLM: random ones, read, asked and compared with its own modules."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from pumice import load
+from pumice.config import IMAGE_TOKEN
+from pumice.conversation import Conversation, user_message
+from pumice.errors import InputError
+
+# A copy of huggingface/nanoVLM: git clone https://github.com/huggingface/nanoVLM build/nanoVLM
+OWN_CODE = Path(__file__).parents[2] / "build/nanoVLM"
+SIDE, MAX = 32, 96
+EXTRA = {"image_token": "<|image|>", "global_image_token": "<|global_image|>"}
+EXTRA |= {f"r{row}c{col}": f"<row_{row}_col_{col}>" for row in range(1, 9) for col in range(1, 9)}
+CHAT = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SIZES: dict[str, Any] = {
+    "vit_hidden_dim": 32, "vit_inter_dim": 48, "vit_patch_size": 8, "vit_img_size": SIDE, "vit_n_heads": 2,
+    "vit_dropout": 0.0, "vit_n_blocks": 2, "vit_ln_eps": 1e-6, "vit_cls_flag": False, "lm_hidden_dim": 48,
+    "lm_inter_dim": 64, "lm_rms_eps": 1e-5, "lm_re_base": 100000, "lm_max_position_embeddings": 1024,
+    "lm_n_heads": 4, "lm_n_kv_heads": 2, "lm_dropout": 0.0, "lm_n_blocks": 2, "lm_attn_scaling": 1.0,
+    "lm_use_tokens": False, "lm_tie_weights": True, "lm_tokenizer": "owner/never-asked",
+    "lm_chat_template": CHAT, "mp_pixel_shuffle_factor": 2, "mp_image_token_length": 4, "max_img_size": MAX,
+    "resize_to_max_side_len": False, "vlm_extra_tokens": EXTRA,
+}  # fmt: skip
+
+
+def write_folder(folder: Path, models: ModuleType, **changes: Any) -> dict[str, Any]:
+    """A checkpoint without tensors, with a tokenizer of its own; return its config."""
+    tokenizer = models.byte_level("smollm", models.CHATML)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    values = SIZES | {"lm_vocab_size": tokenizer.get_vocab_size() + len(EXTRA)} | changes
+    (folder / "config.json").write_text(json.dumps(values))
+    return values
+
+
+@pytest.fixture
+def own_code() -> Iterator[None]:
+    """Let `models.…` be nanoVLM's package; importing it needs torch alone."""
+    if not OWN_CODE.is_dir():
+        pytest.skip("build/nanoVLM, a clone of huggingface/nanoVLM, is not here")
+    sys.path.insert(0, str(OWN_CODE))
+    yield
+    sys.path.remove(str(OWN_CODE))
+    for name in [name for name in sys.modules if name == "models" or name.startswith("models.")]:
+        del sys.modules[name]
+
+
+class Reference(torch.nn.Module):
+    """nanoVLM's VisionLanguageModel without its tokenizer, which it takes from the hub."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        from models.config import VLMConfig
+        from models.language_model import LanguageModel
+        from models.modality_projector import ModalityProjector
+        from models.vision_transformer import ViT
+
+        super().__init__()
+        config = VLMConfig(**values)
+        self.vision_encoder, self.decoder, self.MP = (
+            ViT(config),
+            LanguageModel(config),
+            ModalityProjector(config),
+        )
+
+    def forward(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        embedded = self.decoder.token_embedding(ids.clamp(min=0))
+        embedded[ids == IMAGE_TOKEN] = self.MP(self.vision_encoder(pixels)).flatten(0, 1)
+        hidden, _ = self.decoder(embedded[None])
+        return self.decoder.head(hidden)[0]
+
+
+@pytest.mark.usefixtures("own_code")
+def test_tiles_and_logits_are_those_of_its_own_code(models: ModuleType, tmp_path: Path) -> None:
+    """With one picture of several tiles and one of a single one. Measured worst case of logits: 2e-6."""
+    values = write_folder(tmp_path, models)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reference = Reference(values).eval()
+        for parameter in reference.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    save_file({n: t for n, t in state.items() if n != "decoder.head.weight"}, tmp_path / "model.safetensors")
+    assistant = load(tmp_path, quantize=None)
+    large, small = models.picture(70, 50), models.picture(30, 20)
+    prompt = assistant.prompt(Conversation((user_message("What?", [large, small]),)))
+    sample = assistant.processor.prompt(Conversation((user_message("What?", [large, small]),)))
+    pixels = assistant.processor.pixels(sample.images, sample.layouts)
+    # torchvision resizes a tensor as PyTorch does with antialias; 96 x 96 is what DynamicResize gives.
+    whole = np.asarray(large.resize((96, 96), 3), np.float32).transpose(2, 0, 1) / 255
+    expected = F.interpolate(torch.tensor(whole)[None], (SIDE, SIDE), mode="bilinear", antialias=True)
+    np.testing.assert_allclose(pixels[0], expected[0].numpy(), atol=2e-6)
+    assert len(pixels) == 1 + 9 + 1
+    np.testing.assert_array_equal(pixels[3], whole[:, :SIDE, 2 * SIDE :])
+    text = assistant.processor.tokenizer.backend.decode(
+        [n for n in sample.input_ids.tolist() if n != IMAGE_TOKEN], skip_special_tokens=False
+    )
+    tiles = "".join(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3))
+    assert text == (
+        f"<|im_start|>user\n<image: 0><|global_image|>{tiles}<image: 1><|global_image|>What?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    with torch.inference_mode():
+        logits = assistant.model.decoder.logits(
+            assistant.model(prompt.input_ids[None], prompt.encode_images())
+        )[0]
+        difference = (logits - reference(prompt.input_ids, torch.from_numpy(pixels))).abs().max().item()
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"mp_image_token_length": 64},
+            "mp_image_token_length is 64, but a tile of 32 pixels makes 4 tokens",
+        ),
+        ({"vlm_extra_tokens": {}}, "names no image_token in vlm_extra_tokens"),
+        ({"vlm_extra_tokens": EXTRA | {"r1c2": "<odd>"}}, "the token r1c2 is '<odd>', not '<row_1_col_2>'"),
+        ({"max_img_size": 100}, "max_img_size 100 is no multiple of vit_img_size 32"),
+        ({"vit_cls_flag": True}, "vit_cls_flag is true; only false can be read"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(
+    changes: dict[str, Any], words: str, models: ModuleType, tmp_path: Path
+) -> None:
+    write_folder(tmp_path, models, **changes)
+    with pytest.raises(InputError, match=words):
+        load(tmp_path)

@@ -1,0 +1,164 @@
+"""Videos become frames: which are taken, what stands around them, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pumice.config import IMAGE_TOKEN
+from pumice.conversation import Conversation, ImagePart, Message, Video
+from pumice.errors import InputError
+from pumice.media import VideoPolicy
+from pumice.processor import Processor
+from pumice.tokens import Tokenizer
+from pumice.video import in_words, is_video, read_frames, sample, show_videos
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
+
+
+def animation(path: Path, frames: int = 6, seconds: float = 0.5) -> Path:
+    first, *others = (Image.new("RGB", (40, 30), COLOURS[n % 6]) for n in range(frames))
+    first.save(path, save_all=True, append_images=others, duration=round(seconds * 1000), loop=0)
+    return path
+
+
+def asked(path: Path, frames: int | None = None) -> Conversation:
+    return Conversation((Message("user", (ImagePart(Video(str(path), frames)), "What?")),))
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_frames_of_an_animation(kind: str, tmp_path: Path) -> None:
+    path = animation(tmp_path / f"a.{kind}")
+    frames = read_frames(Video(path, 3), VideoPolicy())
+    assert frames.times == (0.0, 1.0, 2.5) and frames.duration == 3.0
+    colours = [np.asarray(image).mean((0, 1)).round() for image in frames.images]
+    np.testing.assert_allclose(colours, [(255, 0, 0), (0, 0, 255), (255, 255, 255)], atol=3)
+    assert not is_video(path)  # it is a picture as well
+
+
+def test_frames_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+    from transformers.video_utils import VideoMetadata
+
+    assert transformers
+    for total, rate, most in (
+        (100, 24.0, 64),
+        (3000, 24.0, 64),
+        (3000, 30.0, 8),
+        (5, 24.0, 64),
+        (500, 25.0, 4),
+    ):
+        metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
+        owner: Any = SimpleNamespace(num_frames=most, fps=1)
+        expected = SmolVLMVideoProcessor.sample_frames(owner, metadata)
+        assert sample(total, rate, 1.0, most) == expected.tolist()
+
+
+def test_smolvlm2_says_the_time_of_each_frame(models: ModuleType, tmp_path: Path) -> None:
+    path = animation(tmp_path / "a.gif", seconds=15)
+    policy = VideoPolicy(max_frames=3, fps=1.0, longest_edge=56, timestamps=True)
+    shown = show_videos(asked(path), policy).messages[0].parts
+    assert [part for part in shown if isinstance(part, str)] == [
+        f"You are provided the following series of three frames from a {timedelta(seconds=90)} "
+        "[H:MM:SS] video.\n",
+        "\nFrame from 00:00:", "\nFrame from 00:30:", "\nFrame from 01:15:", "\n\n", "What?",
+    ]  # fmt: skip
+    # A frame is one tile, a picture of the same size several.
+    model = models.tiny(models.ARCHITECTURES["SigLIP + SmolLM2, split (SmolVLM)"])
+    processor = Processor(replace(model.config, video=policy), Tokenizer(model.tokenizer))
+    prompt = processor.prompt(asked(path))
+    assert [layout.tiles for layout in prompt.layouts] == [1, 1, 1]
+    assert processor.pixels(prompt.images, prompt.layouts).shape[0] == 3
+    picture = Conversation((Message("user", (ImagePart(str(path)), "What?")),))
+    assert processor.prompt(picture).layouts[0].tiles > 1
+
+
+def test_onevision_pools_the_tokens_of_a_frame(models: ModuleType, tmp_path: Path) -> None:
+    """As transformers' apply_pooling; one newline ends the video."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+    model = models.tiny(models.ARCHITECTURES["LLaVA-OneVision, anyres_max"])
+    assistant = models.assistant(model)
+    sample = assistant.processor.prompt(asked(animation(tmp_path / "a.gif"), 3))
+    pixels = torch.from_numpy(assistant.processor.pixels(sample.images, sample.layouts))
+    with torch.inference_mode():
+        tokens = assistant.model.encode(pixels, sample.layouts)
+        features = assistant.model.connector(assistant.model.features(pixels))
+    side = int(features.shape[1] ** 0.5)
+    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=side, patch_size=1))
+    pooled = LlavaOnevisionModel.apply_pooling(SimpleNamespace(config=config), features)
+    expected = torch.cat((pooled.flatten(0, 1), assistant.model.image_newline[None]))
+    torch.testing.assert_close(tokens, expected)
+    assert (sample.input_ids == IMAGE_TOKEN).sum() == len(tokens)
+    assert assistant.ask(Video(str(tmp_path / "a.gif"), 3), "What?", max_new_tokens=2) is not None
+
+
+def test_other_models_see_several_pictures_and_a_note_says_so(
+    models: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
+    processor = Processor(model.config, Tokenizer(model.tokenizer))
+    with caplog.at_level(logging.WARNING):
+        assert len(processor.prompt(asked(animation(tmp_path / "a.gif"), 4)).images) == 4
+    assert "was not trained on videos" in caplog.text
+    context = replace(model.config, decoder=replace(model.config.decoder, context=40), video=VideoPolicy())
+    with pytest.raises(InputError, match=r"context is 40; about \d of its 4 frames fit: use --frames"):
+        Processor(context, Tokenizer(model.tokenizer)).prompt(asked(tmp_path / "a.gif", 4))
+
+
+def test_wrong_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = animation(tmp_path / "one.gif", frames=1)
+    assert len(read_frames(Video(one), VideoPolicy()).images) == 1
+    (tmp_path / "none.gif").write_bytes(b"")
+    (tmp_path / "text.gif").write_text("no video")
+    for name, words in (
+        ("none.gif", "is empty"),
+        ("gone.gif", "no video"),
+        ("text.gif", "no video that can be"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_frames(Video(tmp_path / name), VideoPolicy())
+    noise = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+    first, *others = map(Image.fromarray, noise)
+    first.save(tmp_path / "cut.gif", save_all=True, append_images=others, duration=100)
+    whole = (tmp_path / "cut.gif").read_bytes()
+    (tmp_path / "cut.gif").write_bytes(whole[: len(whole) * 2 // 3])
+    with caplog.at_level(logging.WARNING):
+        assert 1 <= len(read_frames(Video(tmp_path / "cut.gif"), VideoPolicy()).images) < 6
+    assert [in_words(number) for number in (0, 12, 64, 101)] == [
+        "zero",
+        "twelve",
+        "sixty-four",
+        "one hundred and one",
+    ]
+
+
+def test_a_film_is_decoded_apart(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    path = tmp_path / "film"
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 64, 48
+        for number in range(30):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), COLOURS[number // 10]))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert is_video(path)
+    frames = read_frames(Video(path, 3), VideoPolicy())
+    assert len(frames.images) == 3 and frames.duration == 3.0 and frames.times[0] == 0.0
+    colours = [np.asarray(image).mean((0, 1)).argmax() for image in frames.images]
+    assert colours == [0, 1, 2]
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(InputError, match="no frame that can be read"):
+        read_frames(Video(path), VideoPolicy())
