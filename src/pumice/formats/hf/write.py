@@ -127,7 +127,7 @@ def _write_idefics3(folder: Path, model: LoadedParts) -> list[str]:
     text, dtype = _text_config(config, model.state)
     vision = vision_config(config.vision) | {"model_type": "idefics3_vision"}
     vision.pop("vision_use_head")
-    parts = {"text_config": text, "vision_config": vision, "torch_dtype": dtype}
+    parts: dict[str, Any] = {"text_config": text, "vision_config": vision, "torch_dtype": dtype}
     parts["image_token_id"] = tokenizer.token_to_id(IMAGE)
     write_json(folder / "config.json", idefics3.model_config(config, parts))
     write_json(folder / "generation_config.json", generation_config(config))
