@@ -108,7 +108,8 @@ def _open(path: str, frames: int | None) -> Any:
     from pumice.images import open_image
     from pumice.video import is_video
 
-    return Video(path, frames) if frames is not None or is_video(path) else open_image(path)
+    shown = Path(path).is_file() and (frames is not None or is_video(path))
+    return Video(path, frames) if shown else open_image(path)
 
 
 def _ask_one(
