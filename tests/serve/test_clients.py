@@ -128,8 +128,6 @@ def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
             "chat_template_kwargs": {"enable_thinking": False},
         },
         {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
-        {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
-        {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
     ],
     ids=lambda more: next(iter(more)),
 )
