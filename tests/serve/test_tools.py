@@ -343,7 +343,7 @@ def test_log_probabilities_of_a_prompt(client: openai.OpenAI, exact: Assistant) 
             first, *given = logprobs.token_logprobs[: len(prompt)]
             assert first is None
             chosen = expected[range(len(prompt) - 1), prompt[1:]]
-            assert given == pytest.approx(chosen.tolist(), abs=1e-3)  # measured: 2e-5
+            assert given == pytest.approx(chosen.tolist(), abs=1e-3)
             best = expected[: len(prompt) - 1].max(-1).values.tolist()
             for highest, top in zip(best, logprobs.top_logprobs[1 : len(prompt)], strict=True):
                 if len(top or {}) == 2:  # else both tokens have one text, such as a part of a character
