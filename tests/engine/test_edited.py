@@ -110,14 +110,25 @@ def replace_projection(model: Llava) -> None:
     attention.__dict__["project"] = lambda *inputs: [-x for x in Attention.project(attention, *inputs)]
 
 
+def change_numbers(model: Llava) -> None:
+    for block in model.decoder.blocks:
+        block.mlp_norm.eps = 1e4
+
+
+def scale_queries(model: Llava) -> None:
+    model.decoder.blocks[0].attention.q_factor = 5.0
+
+
 EDITS = {
-    "a module of another class": (replace, "the decoder's blocks.1.mlp was replaced or has hooks"),
-    "hooks": (hook_every_block, "the decoder's blocks.0.mlp was replaced or has hooks"),
-    "hooks before": (hook_before, "the decoder's blocks.0.attention.o was replaced or has hooks"),
-    "another forward": (replace_forward, "the decoder's blocks.2.mlp was replaced or has hooks"),
-    "a hook of the decoder": (hook_decoder, "the decoder was replaced or has hooks"),
-    "another projection": (replace_projection, "the decoder's blocks.1.attention was replaced or has hooks"),
-    "another activation": (replace_activation, "the decoder's blocks.0.mlp was replaced or has hooks"),
+    "another eps": (change_numbers, "the decoder's blocks.0.mlp_norm was edited or has hooks"),
+    "another scale": (scale_queries, "the decoder's blocks.0.attention was edited or has hooks"),
+    "a module of another class": (replace, "the decoder's blocks.1.mlp was edited or has hooks"),
+    "hooks": (hook_every_block, "the decoder's blocks.0.mlp was edited or has hooks"),
+    "hooks before": (hook_before, "the decoder's blocks.0.attention.o was edited or has hooks"),
+    "another forward": (replace_forward, "the decoder's blocks.2.mlp was edited or has hooks"),
+    "a hook of the decoder": (hook_decoder, "the decoder was edited or has hooks"),
+    "another projection": (replace_projection, "the decoder's blocks.1.attention was edited or has hooks"),
+    "another activation": (replace_activation, "the decoder's blocks.0.mlp was edited or has hooks"),
 }
 
 

@@ -186,5 +186,5 @@ def test_a_reduction_of_unknown_places_has_no_map(
     monkeypatch.setitem(REDUCTIONS, "strips", REDUCTIONS["average"])
     config = config_of(models, "average")
     config = replace(config, connector=replace(config.connector, reduce="strips"))
-    with pytest.raises(InputError, match="the map of .* does not implement reduce = 'strips'"):
+    with pytest.raises(InputError, match=r"the map of .* does not implement reduce = 'strips'"):
         token_boxes(config, (84, 84), single_tile_layout(config))

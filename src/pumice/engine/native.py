@@ -226,9 +226,13 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
     return NativeDecoder(decoder, cache, library, weights)
 
 
-def _edited(module: nn.Module) -> bool:
-    """Return whether a module computes anything else than its class in `_MODULES`."""
+def _edited(module: nn.Module, config: DecoderConfig) -> bool:
+    """Return whether a module computes anything else than its class in `_MODULES`, as the config says."""
     if isinstance(module, MLP) and module.activation is not F.silu:
+        return True
+    if isinstance(module, RMSNorm) and (module.eps, module.offset) != (config.norm_eps, 0.0):
+        return True
+    if isinstance(module, Attention) and module.q_factor is not None:
         return True
     is_known = type(module) in _MODULES or isinstance(module, LoraLinear)
     hooks = (module._forward_hooks, module._forward_pre_hooks, *GLOBAL_HOOKS)
@@ -240,11 +244,11 @@ def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
     config = decoder.config
     if config.head_dim % LANES or config.width % LANES or CAPABILITY.unsupported(config):
         return None
-    edited = [name for name, module in decoder.named_modules() if _edited(module)]
+    edited = [name for name, module in decoder.named_modules() if _edited(module, config)]
     if edited:
         if decoder not in _TOLD:
             _LOG.warning(
-                "the %s was replaced or has hooks, so PyTorch computes all answers, more slowly",
+                "the %s was edited or has hooks, so PyTorch computes all answers, more slowly",
                 f"decoder's {edited[0]}" if edited[0] else "decoder",
             )
         _TOLD.add(decoder)

@@ -1,4 +1,4 @@
-"""Notice that a model was edited: it has other modules, tensors, hooks or functions than at a snapshot."""
+"""Notice that a model was edited: it has other modules, tensors, hooks or values than at a snapshot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._glob
 
 
 class Snapshot:
-    """The modules of a model, with their tensors and all that runs in their place or beside them.
+    """The modules of a model, with their tensors, hooks, functions and numbers.
 
     Values that change inside a tensor, and what a hook remembers, are not seen.
     """
@@ -40,4 +40,4 @@ def _parts(model: nn.Module) -> Iterator[object]:
         yield from module._buffers.values()
         yield from module._forward_hooks.values()
         yield from module._forward_pre_hooks.values()
-        yield from functions(module).values()
+        yield from (value for name, value in vars(module).items() if name[0] != "_")  # such as a norm's eps
