@@ -521,3 +521,18 @@ def test_after_an_edit_everything_is_forgotten(tiny_folder: Path, pictures: list
     fresh = Assistant(assistant.model, assistant.processor)
     assert torch.equal(fresh.logits(pictures[0], "What?"), changed)
     assert assistant.ask(pictures[0], "What?", **SHORT) == fresh.ask(pictures[0], "What?", **SHORT)
+
+
+def test_a_hook_of_the_connector_is_computed_for_a_known_picture(
+    tiny_folder: Path, pictures: list[Path]
+) -> None:
+    assistant = load(tiny_folder, device="cpu", quantize=None)
+    before = assistant.logits(pictures[0], "What?")
+    handle = assistant.model.connector.register_forward_hook(lambda _, inputs, output: -output)
+    hooked = assistant.logits(pictures[0], "What?")
+    assert not torch.allclose(hooked, before)
+    assert assistant.ask(pictures[0], "What?", **SHORT) == Assistant(
+        assistant.model, assistant.processor
+    ).ask(pictures[0], "What?", **SHORT)
+    handle.remove()
+    assert torch.equal(assistant.logits(pictures[0], "What?"), before)

@@ -182,6 +182,16 @@ def test_a_schedule(example: Callable[[str], ModuleType], recipe: Path, tmp_path
         assert moved == {"decoder.norm.weight": decoder_moves, "connector.layers.0.bias": True}
 
 
+def test_a_schedule_of_adapters(example: Callable[[str], ModuleType], recipe: Path, tmp_path: Path) -> None:
+    """While adapters rest, half of them get no gradient; that is no fault."""
+    module = example("schedule")
+    stage = {"learn": {"connector": 1e-3, "lora": 1e-3}, "lora": {"rank": 2}}
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"stage": stage}))
+    model = train(load_recipe(recipe, ["epochs=8", "max_steps=16"]), module.ConnectorFirst)
+    adapters = [tensor.read() for name, tensor in read_model(model).state.items() if "lora_b" in name]
+    assert adapters and all(adapter.any() for adapter in adapters)
+
+
 def test_a_probe(example: Callable[[str], ModuleType], models: ModuleType, tmp_path: Path) -> None:
     """Cutting all layers' attention to the picture, one by one, changes the answer's probability."""
     module = example("probe")

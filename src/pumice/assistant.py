@@ -23,6 +23,7 @@ from pumice.engine.reply import Reply, is_done, outcome
 from pumice.engine.requests import Prompt, PromptImage, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.engine.sizes import check_sizes
+from pumice.engine.snapshot import Snapshot
 from pumice.errors import InputError
 from pumice.formats.load import check_bf16, find_device, name_of, open_model, usual_dtype
 from pumice.geometry import Layout
@@ -129,6 +130,7 @@ class Assistant:
             OrderedDict()
         )  # by image key, least recently used first
         self._lock = threading.Lock()
+        self._snapshot = Snapshot(model)
         self._warned = False  # that a conversation has more images than the model was trained on
         self.engine = Engine(
             model, slots=slots, cache_tokens=cache_tokens, chunk=chunk, memory_share=memory_share
@@ -137,10 +139,11 @@ class Assistant:
     def forget(self) -> None:
         """Forget everything that was computed: image tokens, and the engine's prefix cache.
 
-        Call it after the model's weights or modules have changed.
+        Call it after weights, or what a hook computes, have changed. Other edits are noticed without it.
         """
         with self._lock:
             self._image_tokens.clear()
+            self._snapshot = Snapshot(self.model)
         self.engine.forget()
 
     @property
@@ -328,6 +331,8 @@ class Assistant:
         """Read an image now, so that a wrong one raises now. The tower runs only if the engine needs it."""
         check_stopped()
         key = self.processor.key(image, layout)
+        if not self._snapshot.is_current():
+            self.forget()
         with self._lock:
             tokens = self._image_tokens.get(key)
             if tokens is not None:

@@ -18,7 +18,7 @@ from pumice.engine.native import native_decoder
 from pumice.engine.requests import Delta, Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.model.cache import KVCache
-from pumice.model.layers import MLP
+from pumice.model.layers import MLP, Attention
 from pumice.model.llava import Llava
 
 PROMPT = Prompt(torch.arange(9), None, SamplingParams(max_new_tokens=8))
@@ -100,12 +100,35 @@ def replace_activation(model: Llava) -> None:
         block.mlp.activation = torch.relu
 
 
+def hook_decoder(model: Llava) -> None:
+    model.decoder.register_forward_hook(lambda module, inputs, output: -output)
+
+
+def replace_projection(model: Llava) -> None:
+    """A function that `forward` calls, replaced in one module."""
+    attention = model.decoder.blocks[1].attention
+    attention.__dict__["project"] = lambda *inputs: [-x for x in Attention.project(attention, *inputs)]
+
+
+def change_numbers(model: Llava) -> None:
+    for block in model.decoder.blocks:
+        block.mlp_norm.eps = 1e4
+
+
+def scale_queries(model: Llava) -> None:
+    model.decoder.blocks[0].attention.q_factor = 5.0
+
+
 EDITS = {
-    "a module of another class": (replace, "the decoder's blocks.1.mlp was replaced or has hooks"),
-    "hooks": (hook_every_block, "the decoder's blocks.0.mlp was replaced or has hooks"),
-    "hooks before": (hook_before, "the decoder's blocks.0.attention.o was replaced or has hooks"),
-    "another forward": (replace_forward, "the decoder's blocks.2.mlp was replaced or has hooks"),
-    "another activation": (replace_activation, "the decoder's blocks.0.mlp was replaced or has hooks"),
+    "another eps": (change_numbers, "the decoder's blocks.0.mlp_norm was edited or has hooks"),
+    "another scale": (scale_queries, "the decoder's blocks.0.attention was edited or has hooks"),
+    "a module of another class": (replace, "the decoder's blocks.1.mlp was edited or has hooks"),
+    "hooks": (hook_every_block, "the decoder's blocks.0.mlp was edited or has hooks"),
+    "hooks before": (hook_before, "the decoder's blocks.0.attention.o was edited or has hooks"),
+    "another forward": (replace_forward, "the decoder's blocks.2.mlp was edited or has hooks"),
+    "a hook of the decoder": (hook_decoder, "the decoder was edited or has hooks"),
+    "another projection": (replace_projection, "the decoder's blocks.1.attention was edited or has hooks"),
+    "another activation": (replace_activation, "the decoder's blocks.0.mlp was edited or has hooks"),
 }
 
 
@@ -162,6 +185,35 @@ def test_hooks_that_are_gone_leave_compiled_code(model: Llava) -> None:
     engine.forget()
     assert engine._native is not None
     assert ask(engine) == naive_generate(model, PROMPT)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_one_edit_after_another_is_computed(
+    model: Llava, compiled: bool, told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a probe does, layer by layer. The keys and values of the last edit are not used again."""
+    if not compiled:
+        monkeypatch.setattr("pumice.engine.engine.native_decoder", lambda *_: None)
+    engine = Engine(model)
+    plain = ask(engine)
+    for block in model.decoder.blocks:
+        handle = block.mlp.register_forward_hook(lambda _, inputs, output: -2 * output)
+        expected = naive_generate(model, PROMPT)
+        assert expected != plain
+        assert ask(engine) == expected
+        handle.remove()
+    assert ask(engine) == plain
+    assert (engine._native is not None) == compiled
+    assert len(told()) == compiled
+
+
+def test_a_hook_that_only_reads_is_called(model: Llava) -> None:
+    engine = Engine(model)
+    ask(engine)
+    calls = []
+    model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    tokens = ask(engine)
+    assert len(calls) == len(tokens)
 
 
 def test_a_decoder_that_compiled_code_does_not_implement_is_left_to_pytorch() -> None:

@@ -13,7 +13,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig
+from pumice.config import REDUCTIONS, ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig
+from pumice.errors import InputError
 from pumice.explain.maps import TokenBoxes, grid_for, token_boxes
 from pumice.geometry import Layout, image_layout, single_tile_layout
 from pumice.images import to_tiles
@@ -176,3 +177,14 @@ def test_more_tokens_make_a_finer_map(side: int, cells: int) -> None:
     boxes = np.stack((left, top, left + 1200 / side, top + 1200 / side), 1)
     token_map = TokenBoxes((1200, 1200), boxes, np.ones(side * side, bool))
     assert grid_for(token_map) == (cells, cells)
+
+
+def test_a_reduction_of_unknown_places_has_no_map(
+    models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token may stand for any features there; boxes of blocks would be wrong."""
+    monkeypatch.setitem(REDUCTIONS, "strips", REDUCTIONS["average"])
+    config = config_of(models, "average")
+    config = replace(config, connector=replace(config.connector, reduce="strips"))
+    with pytest.raises(InputError, match=r"the map of .* does not implement reduce = 'strips'"):
+        token_boxes(config, (84, 84), single_tile_layout(config))

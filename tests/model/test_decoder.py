@@ -144,7 +144,7 @@ def test_logits_equal_those_of_transformers(family: str) -> None:
     assert expected.std() > 1  # otherwise the tolerance would say nothing
     difference = (logits(make_ported(reference, config), tokens) - expected).abs().max().item()
     print(f"{family}: {difference:.1e} of {expected.abs().max():.1f}")
-    assert difference < 1e-4  # measured worst: 1.1e-5
+    assert difference < 1e-4  # measured worst: 1.4e-5; Gemma 2: 1.0e-5
 
 
 @pytest.mark.parametrize("family", ["llama 3", "mistral window", "qwen2", "qwen3", "gemma 2"])
@@ -160,7 +160,7 @@ def test_padded_logits_equal_those_of_transformers(family: str, side: str) -> No
     hidden = ported(ported.embed(tokens), positions, Causal(config, real))
     difference = (ported.logits(hidden) - expected)[real].abs().max().item()
     print(f"{family}, {side}: {difference:.1e}")
-    assert difference < 1e-4  # measured worst: 1.1e-5
+    assert difference < 1e-4  # measured worst: 1.4e-5; Gemma 2: 1.0e-5
 
 
 def test_scaled_frequencies_are_those_of_transformers() -> None:

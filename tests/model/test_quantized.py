@@ -82,6 +82,11 @@ def test_a_layer_that_was_edited_is_not_replaced(replace: Callable[[Decoder], No
     decoder.blocks[0].mlp.gate.register_forward_hook(lambda _, inputs, output: -output)
     with pytest.raises(InputError, match=r"gate has hooks, which would be lost"):
         replace(decoder)
+    decoder = make()
+    gate = decoder.blocks[0].mlp.gate
+    gate.__dict__["forward"] = lambda x: -nn.Linear.forward(gate, x)
+    with pytest.raises(InputError, match=r"gate has a forward of its own, which would be lost"):
+        replace(decoder)
 
 
 @BITS

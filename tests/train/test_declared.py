@@ -12,12 +12,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pumice.config import REDUCTIONS, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.config import (
+    REDUCTIONS,
+    ConnectorConfig,
+    DecoderConfig,
+    ImagePolicy,
+    ModelConfig,
+    VisionConfig,
+)
 from pumice.errors import InputError
 from pumice.files import sha256
 from pumice.formats.export import export
 from pumice.formats.pumice.folder import save
 from pumice.formats.read import read_model
+from pumice.media import VideoPolicy
 from pumice.model.connector import REDUCE, Connector, Reduction
 from pumice.model.llava import Llava
 from pumice.train import run
@@ -79,6 +87,23 @@ def test_a_wrong_count_of_image_tokens_is_refused_by_plan_check_and_train(
     for use in uses:
         with pytest.raises(InputError, match=r"2 image tokens of a tile, config\.REDUCTIONS counts 4"):
             use()
+
+
+def test_tokens_that_make_no_square_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Reduction(lambda features, factor: features.unflatten(1, (3, 3)).mean(2), widens=False)
+    monkeypatch.setitem(REDUCE, "rows", rows)
+    monkeypatch.setitem(REDUCTIONS, "rows", lambda grid, factor: grid)
+    vision = VisionConfig(
+        kind="siglip", image_size=42, width=8, stride=14, depth=1, heads=2, mlp_width=8, layer=-1,
+        select="full", activation="gelu_tanh",
+    )  # fmt: skip
+    decoder = DecoderConfig(16, 8, 1, 2, 1, 4, 8)
+    config = ModelConfig(decoder, vision, ConnectorConfig("linear", "rows", 3))
+    assert Llava(config).config.image_tokens == 3
+    tiles = ImagePolicy(mode="anyres", pinpoints=((84, 42),))
+    for change in ({"image": tiles}, {"video": VideoPolicy(pool=2)}):
+        with pytest.raises(InputError, match="joined as squares of tokens, but 'rows' gives 3 of a tile"):
+            Llava(dataclasses.replace(config, **change))
 
 
 def test_a_wrong_key_of_a_new_connector_is_named(make_recipe: MakeRecipe, tiny_model: Path) -> None:

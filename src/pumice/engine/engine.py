@@ -25,6 +25,7 @@ from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
 from pumice.engine.sizes import cache_size, check_sizes, chunk_size, has_memory
+from pumice.engine.snapshot import Snapshot
 from pumice.errors import ContextOverflow, InputError, WorkError
 from pumice.kernels.allocator import keep_freed_memory
 from pumice.model.cache import BLOCK, KVCache, Segment
@@ -98,6 +99,7 @@ class Engine:
         self._cache = KVCache(config, self.cache_tokens, model.device, dtype, BLOCK, one_call)
         # The decoder in C, where it can run; None where PyTorch computes every step.
         self._native = native_decoder(model.decoder, self._cache)
+        self._snapshot = Snapshot(model)
         self._prefix_cache = PrefixCache(
             self._cache.blocks,
             self._cache.block,
@@ -171,7 +173,7 @@ class Engine:
         with self._changed:
             submitted, self._submitted = self._submitted, []
         self._scheduler.waiting.extend(submitted)
-        if submitted and not self._is_current():
+        if submitted and not self._snapshot.is_current():
             self.forget()
         # 2. End cancelled requests before they cost anything.
         for request in [request for request in self._requests() if request.cancelled]:
@@ -216,15 +218,12 @@ class Engine:
             for request in (*self._requests(), *submitted):
                 self._finish(request, "cancelled")
 
-    def _is_current(self) -> bool:
-        """Return whether the decoder is still the one that was prepared for native code."""
-        return self._native is None or self._native.is_current()
-
     def forget(self) -> None:
         """Clear the prefix cache. Call it after the model's weights have changed; see `Assistant.forget`."""
         with self._step_lock:
             self._prefix_cache.clear()
             self._native = native_decoder(self.model.decoder, self._cache)
+            self._snapshot = Snapshot(self.model)
             self._not_finite = None
 
     def stats(self) -> EngineStats:

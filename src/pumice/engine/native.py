@@ -14,7 +14,7 @@ import ctypes
 import itertools
 import logging
 import math
-import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pumice.capability import LLAMA, Capability, fields
 from pumice.config import DecoderConfig, RopeScaling
+from pumice.engine.snapshot import GLOBAL_HOOKS, functions
 from pumice.errors import WorkError
 from pumice.kernels.compute import PackedStruct, packed_struct
 from pumice.kernels.loader import Weights, compiled
@@ -34,7 +35,7 @@ from pumice.model.layers import MLP, Attention, Block, RMSNorm, rope_inv_freq
 from pumice.model.quantized import PackedEmbedding, PackedLinear
 
 _LOG = logging.getLogger(__name__)
-_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+_TOLD: weakref.WeakSet[Decoder] = weakref.WeakSet()  # decoders that were said to be edited
 # As in vectors.h and dense.h. Head widths, and all inputs in fp32, must be multiples of LANES. Outputs in
 # fp32 must be multiples of TILE.
 LANES, TILE = 16, 4
@@ -106,10 +107,6 @@ class NativeDecoder:
         self.max_prompt_rows = MAX_PROMPT_ROWS[weights]
         self.compared = False
         self._source = decoder, library, weights
-        self._modules = [
-            (module, list(module._modules.values()), list(module._parameters.values()))
-            for module in decoder.modules()
-        ]
         config = decoder.config
         self._decode = library.pumice_decode
         self._referenced: list[Any] = []  # C has their addresses: they must stay alive
@@ -168,15 +165,6 @@ class NativeDecoder:
             )
         return logits
 
-    def is_current(self) -> bool:
-        """Return whether the decoder still has the modules and weights that were prepared, and no hooks."""
-        return all(
-            not _edited(module)
-            and all(map(operator.is_, module._modules.values(), children))
-            and all(map(operator.is_, module._parameters.values(), parameters))
-            for module, children, parameters in self._modules
-        )
-
     def agrees(self, x: Tensor) -> bool:
         """Return whether the logits after x are PyTorch's, but for rounding.
 
@@ -226,7 +214,7 @@ def _int64_array(numbers: Sequence[int]) -> Any:
 def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
     """Return the decoder prepared for native code, or None if native code cannot run it.
 
-    If the decoder was changed by hand, this is logged, because answers are slower then.
+    If the decoder was changed by hand, this is logged once, because answers are slower then.
     """
     weights = _supported_weights(decoder, cache)
     if weights is None:
@@ -238,13 +226,17 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
     return NativeDecoder(decoder, cache, library, weights)
 
 
-def _edited(module: nn.Module) -> bool:
-    """Return whether a module computes anything else than its class in `_MODULES`."""
+def _edited(module: nn.Module, config: DecoderConfig) -> bool:
+    """Return whether a module computes anything else than its class in `_MODULES`, as the config says."""
     if isinstance(module, MLP) and module.activation is not F.silu:
         return True
+    if isinstance(module, RMSNorm) and (module.eps, module.offset) != (config.norm_eps, 0.0):
+        return True
+    if isinstance(module, Attention) and module.q_factor is not None:
+        return True
     is_known = type(module) in _MODULES or isinstance(module, LoraLinear)
-    hooks = (module._forward_hooks, module._forward_pre_hooks, *_GLOBAL_HOOKS)
-    return not is_known or any(hooks) or "forward" in module.__dict__
+    hooks = (module._forward_hooks, module._forward_pre_hooks, *GLOBAL_HOOKS)
+    return not is_known or any(hooks) or bool(functions(module).keys() - {"activation"})
 
 
 def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
@@ -252,11 +244,14 @@ def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
     config = decoder.config
     if config.head_dim % LANES or config.width % LANES or CAPABILITY.unsupported(config):
         return None
-    if changed := next((name for name, module in decoder.named_modules() if _edited(module)), None):
-        _LOG.warning(
-            "the decoder's %s was replaced or has hooks, so PyTorch computes all answers, more slowly",
-            changed or "root module",
-        )
+    edited = [name for name, module in decoder.named_modules() if _edited(module, config)]
+    if edited:
+        if decoder not in _TOLD:
+            _LOG.warning(
+                "the %s was edited or has hooks, so PyTorch computes all answers, more slowly",
+                f"decoder's {edited[0]}" if edited[0] else "decoder",
+            )
+        _TOLD.add(decoder)
         return None
     # 1. All matrices are packed, or all are plain: not adapters, and not a mixture.
     leaves = [module for module in decoder.modules() if not list(module.children())]

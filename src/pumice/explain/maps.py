@@ -26,7 +26,8 @@ CAPABILITY = Capability(
         ImagePolicy: fields(
             "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
         ),
-        ConnectorConfig: fields("kind reduce factor bias"),
+        # Their token n stands for the n-th block of features; that of another reduction may not.
+        ConnectorConfig: fields("kind factor bias", reduce=("none", "average", "pixel_shuffle")),
     },
 )
 

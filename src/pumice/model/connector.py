@@ -5,6 +5,7 @@ Shapes: B tiles, G patches on a side, C tower width, N image tokens of a tile, D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -135,7 +136,10 @@ class Connector(nn.Module):
 
 
 def check_image_tokens(config: ModelConfig) -> None:
-    """Raise InputError unless the reduction leaves as many tokens of a tile as the config counts."""
+    """Raise InputError unless the reduction leaves as many tokens of a tile as the config counts.
+
+    `arrange` joins tiles, and shrinks frames of videos, as squares of tokens: theirs must be a square.
+    """
     if config.vision.kind == "none":
         return
     # One channel on the CPU is enough to count, and costs nothing.
@@ -146,4 +150,10 @@ def check_image_tokens(config: ModelConfig) -> None:
         raise InputError(
             f"the connector gives {tokens} image tokens of a tile, config.REDUCTIONS counts "
             f"{config.image_tokens} for {reduce!r}; correct the count"
+        )
+    as_squares = config.image.mode == "anyres" or (config.video is not None and config.video.pool > 1)
+    if as_squares and math.isqrt(tokens) ** 2 != tokens:
+        raise InputError(
+            f"tiles and frames are joined as squares of tokens, but {reduce!r} gives {tokens} of a tile; use "
+            "another reduction, or an image mode without tiles"
         )

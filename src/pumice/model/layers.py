@@ -122,12 +122,18 @@ class Causal:
 
 
 def check_unedited(name: str, layer: nn.Module, *kinds: type[nn.Module]) -> None:
-    """Raise InputError if a layer that will be replaced is of none of these classes, or has hooks.
+    """Raise InputError if a layer that will be replaced is of none of these classes, or was edited.
 
     What replaces it takes over its weight alone: whatever else it computes would be lost.
     """
-    if type(layer) not in kinds or layer._forward_hooks or layer._forward_pre_hooks:
-        what = "has hooks" if type(layer) in kinds else f"is a {type(layer).__name__}"
+    what = None
+    if type(layer) not in kinds:
+        what = f"is a {type(layer).__name__}"
+    elif layer._forward_hooks or layer._forward_pre_hooks:
+        what = "has hooks"
+    elif "forward" in vars(layer):
+        what = "has a forward of its own"
+    if what is not None:
         raise InputError(
             f"the decoder's {name} {what}, which would be lost where layers are replaced; edit the decoder "
             "afterwards"

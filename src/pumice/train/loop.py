@@ -341,7 +341,7 @@ class Trainer:
                 "start again with a lower learning rate in another output folder"
             )
         if any(pack.images for pack in prepared.packs) or self.batches.mixture.max_images == 0:
-            self._watch.check()
+            self._watch.check({group["part"] for group in self.optimizer.param_groups if group["lr"]})
         # 5. Clip by the norm over all parts, then update.
         clip(self.optimizer, norm, self.recipe.clip)
         self.optimizer.step()

@@ -102,3 +102,12 @@ def test_how_several_pictures_are_shown_comes_back_or_is_told(models: ModuleType
         spoken = [note for note in notes if "several pictures" in note]
         assert len(spoken) == len(expected_note)
         assert all(words in note for words, note in zip(expected_note, spoken, strict=True))
+
+
+def test_a_model_of_videos_is_told_that_its_files_do_not_say_so(models: ModuleType, tmp_path: Path) -> None:
+    model = models.tiny(models.ARCHITECTURES["LLaVA-OneVision, anyres_max"])
+    without = replace(model, config=replace(model.config, video=None))
+    for source, told in ((model, True), (without, False)):
+        notes = export(source, "llava", tmp_path / str(told)).notes
+        assert any("trained on videos" in note for note in notes) is told
+        assert read_model(tmp_path / str(told), template=model.config.template).config.video is None

@@ -102,6 +102,8 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
             "the original code cuts each of several pictures into tiles when it answers, unless "
             "image_aspect_ratio is set to 'pad' for them"
         )
+    if config.video is not None:
+        notes.append("its files do not say that this model was trained on videos, or how it was shown them")
     if tower == TOWER:
         notes.append(
             "no published vision tower has this shape, so the original code cannot build it from "

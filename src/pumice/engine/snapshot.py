@@ -1,0 +1,43 @@
+"""Notice that a model was edited: it has other modules, tensors, hooks or values than at a snapshot."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+from torch import nn
+
+GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+class Snapshot:
+    """The modules of a model, with their tensors, hooks, functions and numbers.
+
+    Values that change inside a tensor, and what a hook remembers, are not seen.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parts = list(_parts(model))  # kept, so that no other object gets the identity of one of them
+
+    def is_current(self) -> bool:
+        """Return whether the model still has these modules, tensors, hooks and functions."""
+        parts = list(_parts(self._model))
+        return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
+
+
+def functions(module: nn.Module) -> dict[str, object]:
+    """Return the functions that a module holds itself: `forward` if it was replaced in this module alone."""
+    return {name: value for name, value in vars(module).items() if callable(value)}
+
+
+def _parts(model: nn.Module) -> Iterator[object]:
+    for hooks in GLOBAL_HOOKS:
+        yield from hooks.values()
+    for module in model.modules():
+        yield module
+        yield from module._parameters.values()
+        yield from module._buffers.values()
+        yield from module._forward_hooks.values()
+        yield from module._forward_pre_hooks.values()
+        yield from (value for name, value in vars(module).items() if name[0] != "_")  # such as a norm's eps
