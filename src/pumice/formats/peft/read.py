@@ -20,7 +20,7 @@ from pumice.formats.peft.write import BASE, fingerprint
 from pumice.formats.recognise import ADAPTER_CONFIG
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, LazyTensor, check_same, open_weights
+from pumice.storage.tensors import LazyStateDict, LazyTensor, check_same, is_same, open_weights
 
 _LORA_A, _LORA_B = ".lora_a", ".lora_b"  # our own names end so
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
@@ -164,9 +164,7 @@ def _is_copy(name: str, tensor: LazyTensor, table: tensor_names.Table, base: Laz
     """Return whether the tensor is an unchanged weight of the base."""
     match = _COPY.fullmatch(name)
     param_name = table.get(match[1]) if match else None
-    if param_name is None or base[param_name].shape != tensor.shape:
-        return False
-    return torch.equal(base[param_name].read(torch.float32), tensor.read(torch.float32))
+    return param_name is not None and is_same(base[param_name], tensor)
 
 
 def _block(name: str) -> tuple[int, str] | None:
