@@ -275,6 +275,14 @@ def test_unread_answers_to_your_own_file_are_told(data: Any, scored: Any) -> Non
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("metric", ["contains", "vqa", "exact"])
+@pytest.mark.parametrize(("answer", "value"), [("", 0), ("!", 0), ("B", 0), ("A", 100), ("a.", 100)])
+def test_an_answer_that_is_an_article(data: Any, scored: Any, metric: str, answer: str, value: float) -> None:
+    """M4C drops articles: nothing would be left of the right answer, and be found in every empty one."""
+    data.lines("questions.jsonl", [{"id": "1", "question": "?", "answers": ["A"], "metric": metric}])
+    assert scored("own", {"1": answer})["headline"]["value"] == value
+
+
 @pytest.mark.parametrize(
     ("metric", "answer", "truth", "value"),
     [

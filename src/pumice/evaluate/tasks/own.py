@@ -61,15 +61,21 @@ def _exact(text: str, meta: Any) -> float:
 
 
 def _contains(text: str, meta: Any) -> float:
-    texts = (normalize_m4c(_spaced(part)).split() for part in (text, *meta["answers"]))
-    whole, *answers = (f" {' '.join(words)} " for words in texts)
-    return float(any(answer in whole for answer in answers))
+    return float(any(_holds(text, answer) for answer in meta["answers"]))
+
+
+def _holds(text: str, answer: str) -> bool:
+    # Of an answer such as "A", which M4C drops as an article, nothing would be left to look for.
+    form = normalize_m4c if normalize_m4c(_spaced(answer)) else _plain
+    whole, part = (" ".join(form(_spaced(words)).split()) for words in (text, answer))
+    return part != "" and f" {part} " in f" {whole} "
 
 
 def _vqa(text: str, meta: Any) -> float:
     answers = meta["answers"]
     if len(answers) < 4:  # too few answers to leave one out
-        return float(normalize_m4c(text) in [normalize_m4c(answer) for answer in answers])
+        forms = [normalize_m4c(part) or _plain(part) for part in (text, *answers)]
+        return float(forms[0] in forms[1:])
     return textvqa_accuracy(text, answers)
 
 
