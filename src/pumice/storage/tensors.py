@@ -103,9 +103,9 @@ def is_same(first: LazyTensor, second: LazyTensor) -> bool:
     if first.shape != second.shape:
         return False
     common = first.dtype if first.dtype == second.dtype else torch.float32
-    values = [tensor.read(common) for tensor in (first, second)]
-    return torch.equal(*values) or torch.allclose(
-        *(tensor.float() for tensor in values), rtol=0, atol=0, equal_nan=True
+    one, other = first.read(common), second.read(common)
+    return torch.equal(one, other) or torch.allclose(
+        one.float(), other.float(), rtol=0, atol=0, equal_nan=True
     )
 
 
