@@ -293,7 +293,8 @@ def test_an_answer_that_is_an_article(data: Any, scored: Any, metric: str, answe
         ("contains", "មានឆ្កែមួយក្នុងរូបភាព", "ឆ្កែ", 100), ("contains", "犬が写っています。", "犬", 100),
         ("contains", "カ\u3099ラスです", "ガラス", 100), ("contains", "有3只猫", "\uff13只", 100),
         ("contains", "le Cafe\u0301", "café", 100), ("exact", "Cafe\u0301.", "café", 100),
-        ("exact", "猫。", "猫", 100),
+        ("exact", "猫。", "猫", 100), ("exact", "10²", "102", 0), ("exact", "10² m.", "\uff110² m", 100),
+        ("contains", "10² m", "102", 0), ("contains", "about 10² m", "10²", 100),
         ("rouge_l", "一只猫", "一只猫", 100), ("rouge_l", "一只猫", "两条狗", 0),
     ],
 )  # fmt: skip
