@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pumice.config import LoraConfig, ModelConfig, naming
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.formats import names as tensor_names
 from pumice.formats.peft.write import BASE, fingerprint
 from pumice.formats.recognise import ADAPTER_CONFIG
@@ -179,10 +179,18 @@ def _check_fit(weight: LazyTensor, a: LazyTensor, b: LazyTensor, label: str) -> 
 
 
 def add_update(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:
-    """Return weight (out, in) + scale * b (out, rank) @ a (rank, in), computed in fp32 when it is read."""
+    """Return weight (out, in) + scale * b (out, rank) @ a (rank, in), computed in fp32 when it is read.
+
+    Reading raises WorkError if `a` or `b` is not finite; the sum has the origin of `weight`, which may be
+    sound.
+    """
 
     def add(tensor: Tensor) -> Tensor:
-        update = scale * (b.read(torch.float32) @ a.read(torch.float32))
+        factors = b.read(torch.float32), a.read(torch.float32)
+        for origin, factor in zip((b.origin, a.origin), factors, strict=True):
+            if not bool(factor.isfinite().all()):
+                raise WorkError(f"{origin or 'an adapter'} holds nan or inf; get the model again")
+        update = scale * (factors[0] @ factors[1])
         return (tensor.float() + update).to(tensor.dtype)
 
     return weight.map(add)
