@@ -22,11 +22,16 @@ from pumice.train import run
 
 ROOT = Path(__file__).parent.parent
 KEPT = Path(__file__).with_suffix(".json")
-FILES = ("examples/finetune.yaml", "examples/finetune.jsonl", "recipes/finetune.yaml")
+FILES = (
+    "examples/finetune.yaml", "examples/finetune.jsonl", "recipes/finetune.yaml",
+    "examples/dog.jpg", "examples/kitten.jpg", "examples/horses.jpg", "examples/spaniels.jpg",
+    "src/pumice/models/pumice-tiny/config.json", "src/pumice/models/pumice-tiny/model.safetensors",
+    "src/pumice/models/pumice-tiny/parts.json",
+)  # fmt: skip
 
 
 def digests() -> dict[str, str]:
-    """Return the SHA-256 of each file that decides what is trained."""
+    """Return the SHA-256 of each file that is trained with: recipe, rows, pictures and weights."""
     return {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in FILES}
 
 

@@ -195,6 +195,15 @@ def test_make_targets_exist(page: str) -> None:
     assert set(problems) <= targets
 
 
+def test_extras_are_installed_from_the_clone() -> None:
+    """Until Pumice is published, `pip install 'pumice[serve]'` finds nothing, or another package."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]:
+        names = re.findall(
+            r"pip install [^`\n]*?['\"\s]pumice\[\w+\](?! @)", page.read_text(encoding="utf-8")
+        )
+        assert not names, page
+
+
 def test_scripts_exist() -> None:
     for page in PAGES:
         for _, code in blocks((ROOT / page).read_text(encoding="utf-8")):

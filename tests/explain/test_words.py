@@ -31,6 +31,10 @@ def grouped(pieces: Sequence[bytes]) -> tuple[str, list[tuple[str, int, int]]]:
         ([b"a", b"\n\n", b"b", b" \n"], [("a", 0, 1), ("b", 1, 3)]),
         (["犬が".encode(), "走".encode()[:1], "走".encode()[1:]], [("犬が", 0, 1), ("走", 1, 3)]),
         ([b"caf", "é".encode()[:1], "é".encode()[1:], b" x"], [("café", 0, 3), ("x", 3, 4)]),
+        # Signs without a width of their own: Hindi, an accent apart from its letter, Thai without spaces.
+        ([sign.encode() for sign in "स्ते दु"], [("स्ते", 0, 4), ("दु", 4, 7)]),
+        ([b"cafe", "\u0301".encode(), b" noir"], [("cafe\u0301", 0, 2), ("noir", 2, 3)]),
+        (["สวั".encode(), "ส".encode(), "ดี".encode()], [("สวั", 0, 1), ("ส", 1, 2), ("ดี", 2, 3)]),
         ([b" ", "😀".encode()[:2], "😀".encode()[2:]], [("😀", 0, 3)]),
         ([b"\xff", b"ok"], [("\ufffd", 0, 1), ("ok", 1, 2)]),
         ([b" ", b"\n"], []),

@@ -15,7 +15,9 @@ from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, user_message
 from pumice.engine.generate import naive_generate
 from pumice.errors import WorkError
+from pumice.formats.peft.read import add_update
 from pumice.model.finite import finite_rows, why_not_finite
+from pumice.storage.tensors import as_lazy
 
 SAID = "not finite numbers, as its weights .* hold nan or inf"
 
@@ -66,6 +68,16 @@ def test_a_matrix_of_the_decoder(tiny_folder: Path, tmp_path: Path, quantize: An
     folder = spoiled(tiny_folder, tmp_path / "broken", "decoder.blocks.0.mlp", value)
     with pytest.raises(WorkError, match="not finite"):
         load(folder, device="cpu", quantize=quantize).ask(None, "What is it?", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("spoiled", ["a", "b"])
+def test_an_adapter_is_blamed_and_not_the_weight_under_it(spoiled: str) -> None:
+    factors = {"a": torch.ones(1, 3), "b": torch.ones(2, 1)}
+    factors[spoiled][0, 0] = torch.nan
+    a, b = (as_lazy(factors[name], f"{name} in adapter.safetensors") for name in "ab")
+    merged = add_update(as_lazy(torch.ones(2, 3), "q in base.gguf"), a, b, 1.0)
+    with pytest.raises(WorkError, match=f"^{spoiled} in adapter.safetensors holds nan or inf"):
+        merged.read()
 
 
 def test_without_a_spoiled_weight_the_type_is_too_narrow(tiny_folder: Path) -> None:

@@ -15,6 +15,7 @@ from pumice.errors import InputError, WorkError
 from pumice.storage.tensors import (
     LazyTensor,
     as_lazy,
+    check_same,
     find_weights,
     open_file,
     open_weights,
@@ -87,6 +88,23 @@ def test_a_changed_tensor_is_changed_when_it_is_read() -> None:
     assert (doubled.shape, doubled.size, opened_names) == ((4,), 8, [])
     assert torch.equal(doubled.read(torch.float32), torch.ones(4))
     assert doubled.cast(torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("other", [0.0, float("inf"), torch.finfo(torch.float32).max])
+def test_nan_is_a_copy_of_nan_alone(other: float) -> None:
+    spoiled, sound = (as_lazy(torch.tensor([1.0, value])) for value in (float("nan"), other))
+    check_same(spoiled, spoiled, "a folder")
+    check_same(sound, sound, "a folder")
+    with pytest.raises(InputError, match="should be two copies of one tensor, but differ"):
+        check_same(spoiled, sound, "a folder")
+
+
+def test_infinity_is_no_copy_of_the_largest_number() -> None:
+    infinite, largest = (
+        as_lazy(torch.tensor([value])) for value in (float("inf"), torch.finfo(torch.float32).max)
+    )
+    with pytest.raises(InputError, match="should be two copies of one tensor, but differ"):
+        check_same(infinite, largest, "a folder")
 
 
 def test_safetensors_come_before_bin(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_the_budget_waits_for_reservations() -> None:
         assert budget.scale > 1
         assert await budget.reserve(ASKED) is None
 
-    asyncio.run(asyncio.wait_for(story(), 5))
+    asyncio.run(asyncio.wait_for(story(), 60))
 
 
 def test_the_bound_holds_for_any_text() -> None:

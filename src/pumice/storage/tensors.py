@@ -98,15 +98,20 @@ def as_lazy(tensor: Tensor, origin: str = "") -> LazyTensor:
     return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.to, origin)
 
 
+def is_same(first: LazyTensor, second: LazyTensor) -> bool:
+    """Return whether two tensors hold the same values. Not-a-number is the same as not-a-number only."""
+    if first.shape != second.shape:
+        return False
+    common = first.dtype if first.dtype == second.dtype else torch.float32
+    one, other = first.read(common), second.read(common)
+    return torch.equal(one, other) or torch.allclose(
+        one.float(), other.float(), rtol=0, atol=0, equal_nan=True
+    )
+
+
 def check_same(first: LazyTensor, second: LazyTensor, label: str, hint: str = "") -> None:
     """Raise InputError unless two copies of one tensor are equal. hint: another remedy than removing one."""
-    same = first.shape == second.shape
-    if same:
-        common = first.dtype if first.dtype == second.dtype else torch.float32
-        values = [tensor.read(common) for tensor in (first, second)]
-        # Not-a-number differs from itself, but two copies of it are still copies.
-        same = torch.equal(*values) or torch.equal(*(tensor.float().nan_to_num() for tensor in values))
-    if not same:
+    if not is_same(first, second):
         raise InputError(
             f"{label}: {first.origin} and {second.origin} should be two copies of one tensor, but differ; "
             f"remove the wrong one{f' ({hint})' if hint else ''}"

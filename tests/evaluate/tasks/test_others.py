@@ -275,6 +275,14 @@ def test_unread_answers_to_your_own_file_are_told(data: Any, scored: Any) -> Non
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("metric", ["contains", "vqa", "exact"])
+@pytest.mark.parametrize(("answer", "value"), [("", 0), ("!", 0), ("B", 0), ("A", 100), ("a.", 100)])
+def test_an_answer_that_is_an_article(data: Any, scored: Any, metric: str, answer: str, value: float) -> None:
+    """M4C drops articles: nothing would be left of the right answer, and be found in every empty one."""
+    data.lines("questions.jsonl", [{"id": "1", "question": "?", "answers": ["A"], "metric": metric}])
+    assert scored("own", {"1": answer})["headline"]["value"] == value
+
+
 @pytest.mark.parametrize(
     ("metric", "answer", "truth", "value"),
     [
@@ -285,7 +293,8 @@ def test_unread_answers_to_your_own_file_are_told(data: Any, scored: Any) -> Non
         ("contains", "មានឆ្កែមួយក្នុងរូបភាព", "ឆ្កែ", 100), ("contains", "犬が写っています。", "犬", 100),
         ("contains", "カ\u3099ラスです", "ガラス", 100), ("contains", "有3只猫", "\uff13只", 100),
         ("contains", "le Cafe\u0301", "café", 100), ("exact", "Cafe\u0301.", "café", 100),
-        ("exact", "猫。", "猫", 100),
+        ("exact", "猫。", "猫", 100), ("exact", "10²", "102", 0), ("exact", "10² m.", "\uff110² m", 100),
+        ("contains", "10² m", "102", 0), ("contains", "about 10² m", "10²", 100),
         ("rouge_l", "一只猫", "一只猫", 100), ("rouge_l", "一只猫", "两条狗", 0),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ from pumice.model.llava import Llava
 from pumice.model.packed import PackedAttention, Run
 from pumice.train import devices, run
 from pumice.train.devices import GPUS, find_gpu, gpu_of_driver, peak
-from pumice.train.plan.estimate import plan
+from pumice.train.plan.estimate import GPU_UTILISATION, describe_device, plan
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe, load_recipe
 from pumice.train.setup import prepare
@@ -222,6 +222,22 @@ def test_what_nothing_is_known_of_is_refused() -> None:
 )  # fmt: skip
 def test_gpus_are_known_however_they_are_written(name: str, key: str) -> None:
     assert find_gpu(name) == key
+
+
+@pytest.mark.parametrize("gpu", ["t4", "V100-32G", "RTX 2080 Ti"])
+def test_what_training_refuses_is_not_planned(gpu: str) -> None:
+    with pytest.raises(InputError, match="does not compute in bf16; use precision: fp32"):
+        describe_device(recipe(LORA, precision="bf16"), gpu)
+    plain = describe_device(recipe(LORA, precision="fp32"), gpu)
+    assert describe_device(recipe(LORA, precision="tf32"), gpu) == plain  # which has no TF32
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rate"), [("t4", 8.1), ("v100-16g", 15.7), ("a100-80g", 19.5), ("h100", 67), ("rtx3060", 12.7)]
+)
+def test_plain_fp32_has_its_own_rate(gpu: str, rate: float) -> None:
+    """In TFLOP/s, of NVIDIA's data sheets."""
+    assert describe_device(recipe(LORA), gpu).rate == pytest.approx(rate * 1e12 * GPU_UTILISATION, rel=0.03)
 
 
 def test_a_gpu_that_is_not_known_goes_by_its_memory() -> None:

@@ -26,6 +26,7 @@ from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
 _UNSPACED = re.compile(
     "[\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\u3000-\u30ff\u3400-\u9fff\ua980-\uaadf\uf900-\ufaff\U00020000-\U0003ffff]"
 )
+_RAISED = re.compile("([\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f\u2189])")  # ², ₂ and ½
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 # Where an answer says its letter: alone, in a box, first, after "answer is", "option" and the like, or before
 # "is correct".
@@ -48,7 +49,9 @@ def _plain(text: str) -> str:
 
 def _same_form(text: str) -> str:
     """Write characters that Unicode has in several forms in one: accents, full-width digits and letters."""
-    return unicodedata.normalize("NFKC", text)
+    # NFKC writes 10² as 102, another number, so these stay.
+    parts = _RAISED.split(text)
+    return "".join(p if _RAISED.fullmatch(p) else unicodedata.normalize("NFKC", p) for p in parts)
 
 
 def _spaced(text: str) -> str:
@@ -61,15 +64,21 @@ def _exact(text: str, meta: Any) -> float:
 
 
 def _contains(text: str, meta: Any) -> float:
-    texts = (normalize_m4c(_spaced(part)).split() for part in (text, *meta["answers"]))
-    whole, *answers = (f" {' '.join(words)} " for words in texts)
-    return float(any(answer in whole for answer in answers))
+    return float(any(_holds(text, answer) for answer in meta["answers"]))
+
+
+def _holds(text: str, answer: str) -> bool:
+    # Of an answer such as "A", which M4C drops as an article, nothing would be left to look for.
+    form = normalize_m4c if normalize_m4c(_spaced(answer)) else _plain
+    whole, part = (" ".join(form(_spaced(words)).split()) for words in (text, answer))
+    return part != "" and f" {part} " in f" {whole} "
 
 
 def _vqa(text: str, meta: Any) -> float:
     answers = meta["answers"]
     if len(answers) < 4:  # too few answers to leave one out
-        return float(normalize_m4c(text) in [normalize_m4c(answer) for answer in answers])
+        forms = [normalize_m4c(part) or _plain(part) for part in (text, *answers)]
+        return float(forms[0] in forms[1:])
     return textvqa_accuracy(text, answers)
 
 

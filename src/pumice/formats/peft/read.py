@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from pumice.config import LoraConfig, ModelConfig, naming
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.formats import names as tensor_names
 from pumice.formats.peft.write import BASE, fingerprint
 from pumice.formats.recognise import ADAPTER_CONFIG
 from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
-from pumice.storage.tensors import LazyStateDict, LazyTensor, check_same, open_weights
+from pumice.storage.tensors import LazyStateDict, LazyTensor, check_same, is_same, open_weights
 
 _LORA_A, _LORA_B = ".lora_a", ".lora_b"  # our own names end so
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
@@ -164,9 +164,7 @@ def _is_copy(name: str, tensor: LazyTensor, table: tensor_names.Table, base: Laz
     """Return whether the tensor is an unchanged weight of the base."""
     match = _COPY.fullmatch(name)
     param_name = table.get(match[1]) if match else None
-    if param_name is None or base[param_name].shape != tensor.shape:
-        return False
-    return torch.equal(base[param_name].read(torch.float32), tensor.read(torch.float32))
+    return param_name is not None and is_same(base[param_name], tensor)
 
 
 def _block(name: str) -> tuple[int, str] | None:
@@ -181,10 +179,18 @@ def _check_fit(weight: LazyTensor, a: LazyTensor, b: LazyTensor, label: str) -> 
 
 
 def add_update(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:
-    """Return weight (out, in) + scale * b (out, rank) @ a (rank, in), computed in fp32 when it is read."""
+    """Return weight (out, in) + scale * b (out, rank) @ a (rank, in), computed in fp32 when it is read.
+
+    Reading raises WorkError if `a` or `b` is not finite; the sum has the origin of `weight`, which may be
+    sound.
+    """
 
     def add(tensor: Tensor) -> Tensor:
-        update = scale * (b.read(torch.float32) @ a.read(torch.float32))
+        factors = b.read(torch.float32), a.read(torch.float32)
+        for origin, factor in zip((b.origin, a.origin), factors, strict=True):
+            if not bool(factor.isfinite().all()):
+                raise WorkError(f"{origin or 'an adapter'} holds nan or inf; get the model again")
+        update = scale * (factors[0] @ factors[1])
         return (tensor.float() + update).to(tensor.dtype)
 
     return weight.map(add)

@@ -17,7 +17,7 @@ import torch
 from pumice.config import ModelConfig
 from pumice.data.sources.recognise import is_missing
 from pumice.errors import InputError, WorkError
-from pumice.formats.load import find_device
+from pumice.formats.load import check_bf16, find_device
 from pumice.geometry import image_layout
 from pumice.model.packed import Run
 from pumice.storage.memory import GB
@@ -149,7 +149,7 @@ def plan(
 def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | None = None) -> Device:
     """Describe a GPU by its name or its memory, or the device that the recipe would use on this machine.
 
-    gpu_memory: in GB. Raises InputError on an unknown GPU.
+    gpu_memory: in GB. Raises InputError on an unknown GPU, and on a bf16 recipe for one without bf16.
     """
     # Without a name, a common GPU of that memory gives the speed.
     if gpu is None and gpu_memory is not None:
@@ -168,11 +168,15 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
             return describe_device(recipe, gpu_memory=gpu_memory)
         gpu_spec = GPUS[gpu]
         memory_gb = gpu_spec.memory if gpu_memory is None else gpu_memory
-        # tf32 has half the rate of bf16. Plain fp32 is slower still.
-        precision_factor = 1.0 if recipe.precision == "bf16" else 0.5
-        rate = gpu_spec.rate * 1e12 * GPU_UTILISATION * precision_factor
+        if recipe.precision == "bf16" and not gpu_spec.has_bf16:  # which training would refuse
+            raise InputError(f"a {gpu} does not compute in bf16; use precision: fp32")
+        tf32_share = 0.5 if gpu_spec.has_bf16 else gpu_spec.fp32_share
+        shares = {"bf16": 1.0, "tf32": tf32_share, "fp32": gpu_spec.fp32_share}
+        rate = gpu_spec.rate * 1e12 * GPU_UTILISATION * shares[recipe.precision]
         return Device(gpu, "cuda", memory_gb * GB, rate)
     device = find_device(recipe.device)
+    if recipe.precision == "bf16":
+        check_bf16(device, "use precision: fp32")
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"this machine ({device})"
     peak_rate = peak(device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
