@@ -118,7 +118,7 @@ def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
         {"prompt_cache_key": "a", "safety_identifier": "b", "top_k": -1, "chat_template_kwargs": {}},
         {"service_tier": "auto", "metadata": {"a": "b"}, "store": True, "user": "me"},
         {"response_format": {"type": "text", "json_schema": None}, "stream_options": None},
-        {"stream": False, "stream_options": {"include_usage": False}},
+        {"stream": False, "stream_options": {"include_usage": False, "continuous_usage_stats": False}},
         {"add_special_tokens": False, "skip_special_tokens": True, "guided_decoding_backend": "auto"},
         {"reasoning_format": "auto", "typ_p": 1, "dynatemp_range": 0, "dynatemp_exponent": 1},
         {"dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "xtc_threshold": 0.1},

@@ -168,6 +168,17 @@ def test_responses_give_log_probabilities(openai_client: openai.OpenAI) -> None:
             "there is no item 'item_reference' here; give 'message', 'function_call'",
         ),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "needs a schema"),
+        (
+            {"text": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}},
+            "text.format",
+            "cannot be followed",
+        ),
+        (
+            {"tools": [{"type": "function", "name": "a", "parameters": {"type": "nonsense"}}]},
+            "tools.0.parameters",
+            "cannot be followed",
+        ),
+        ({"tools": [{"type": "function", "name": "a"}] * 2}, "tools.1.name", "two tools are called 'a'"),
         ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema", "belongs to the type"),
         ({"input": [{"role": "user", "content": "a"}] * 1025}, "input", "at most 1024 items"),
         (
@@ -280,6 +291,13 @@ def test_anthropic_errors(anthropic_client: anthropic.Anthropic, roomy: str, loc
     body = {"max_tokens": 5, "messages": [{"role": "user", "content": [bad]}]}
     error = post(roomy, body, "/v1/messages").json()["error"]
     assert error["param"] == "messages.0.content.0.source"
+    tools = [{"name": "a", "input_schema": {"type": "nonsense"}}]
+    for wrong, param in (
+        (tools, "tools.0.input_schema"),
+        ([{**tools[0], "input_schema": {}}] * 2, "tools.1.name"),
+    ):
+        body = {"max_tokens": 5, "messages": [HI], "tools": wrong}
+        assert post(roomy, body, "/v1/messages").json()["error"]["param"] == param
     body = {"max_tokens": 5, "messages": [HI] * 1025}
     assert post(roomy, body, "/v1/messages").json()["error"]["param"] == "messages"
     with local(api_key=("secret-key",)) as url:
@@ -296,6 +314,10 @@ def test_anthropic_errors(anthropic_client: anthropic.Anthropic, roomy: str, loc
 
 def test_ollama(ollama_client: ollama.Client, roomy: str) -> None:
     options = {"num_predict": 9, "num_ctx": 2048, "seed": 1}
+    hints = {"truncate": True, "shift": True}
+    body = {"model": "tiny", "messages": [HI], "stream": False, "options": options}
+    answers = [post(roomy, {**body, **more}, "/api/chat").json()["message"] for more in ({}, hints)]
+    assert answers[0] == answers[1]
     seen = ollama_client.chat(
         "tiny",
         [SYSTEM, {"role": "user", "content": "What?", "images": [IMAGE]}],

@@ -28,6 +28,11 @@ PARTS = {
     "ResponsesRequest": "'input_text', 'input_image' or 'output_text'",
     "AnthropicRequest": "'text', 'image', 'tool_use' or 'tool_result'",
 }
+# Path -> fields of a chat, and what they are called there: what is checked as a chat's names those.
+FIELD_NAMES = {
+    "/v1/responses": {"response_format": "text.format", ".function.": "."},
+    "/v1/messages": {".function.parameters": ".input_schema", ".function.": "."},
+}
 ITEMS = "'message', 'function_call', 'function_call_output' or 'reasoning'"  # of /v1/responses
 TYPES = {
     400: "invalid_request_error",
@@ -75,6 +80,8 @@ class ApiError(Exception):
 
     def response(self, path: str) -> ModelResponse:
         """Return the error in the form of the protocol that the path belongs to."""
+        for field, name in FIELD_NAMES.get(path, {}).items():
+            self.param = self.param and self.param.replace(field, name)
         body: BaseModel = self.body()
         if path.startswith("/api/"):
             body = OllamaError(error=self.message)
