@@ -19,8 +19,12 @@ const weather = tool({
   execute: async ({ city }) => `It is sunny in ${city}.`,
 });
 for (const [name, model] of [["responses", provider(MODEL)], ["chat", provider.chat(MODEL)]]) {
-  const seen = await generateText({ model, messages: [{ role: "user", content }] });
+  const messages = [{ role: "user", content }];
+  const seen = await generateText({ model, messages });
   console.log(`${name}, picture:`, seen.text);
+  messages.push(...seen.response.messages, { role: "user", content: "Are you sure?" });
+  const providerOptions = { openai: { store: false } }; // else the newer responses only refer to the answer
+  console.log(`${name}, history:`, (await generateText({ model, messages, providerOptions })).text);
   const stream = streamText({ model, system: "Be brief.", prompt: "What is a dog?" });
   let text = "";
   for await (const part of stream.textStream) text += part;

@@ -118,7 +118,7 @@ def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
         {"prompt_cache_key": "a", "safety_identifier": "b", "top_k": -1, "chat_template_kwargs": {}},
         {"service_tier": "auto", "metadata": {"a": "b"}, "store": True, "user": "me"},
         {"response_format": {"type": "text", "json_schema": None}, "stream_options": None},
-        {"stream": False, "stream_options": {"include_usage": False}},
+        {"stream": False, "stream_options": {"include_usage": False, "continuous_usage_stats": False}},
         {"add_special_tokens": False, "skip_special_tokens": True, "guided_decoding_backend": "auto"},
         {"reasoning_format": "auto", "typ_p": 1, "dynatemp_range": 0, "dynatemp_exponent": 1},
         {"dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "xtc_threshold": 0.1},
@@ -127,12 +127,18 @@ def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
             "structured_outputs": {"disable_fallback": True},
             "chat_template_kwargs": {"enable_thinking": False},
         },
+        {"logprobs": False, "top_logprobs": 0},
         {"tool_choice": "", "stop": "", "guided_regex": "", "grammar": "", "response_format": ""},
     ],
     ids=lambda more: next(iter(more)),
 )
 def test_what_asks_for_nothing_changes_nothing(server: str, more: dict[str, Any]) -> None:
     assert said(server, [HI], **more) == said(server, [HI])
+
+
+def test_no_log_probabilities_of_a_completion(server: str) -> None:
+    response = post(server, {"prompt": "a", "max_tokens": 2, "logprobs": False}, "/v1/completions")
+    assert response.json()["choices"][0]["logprobs"] is None
 
 
 def test_fields_of_parts_that_change_nothing(server: str) -> None:
@@ -190,8 +196,15 @@ def test_null_in_a_schema_stays(server: str) -> None:
         "required": ["a"],
         "additionalProperties": False,
     }
-    chosen = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": None}}
-    assert said(server, [HI], response_format=chosen, max_tokens=40) == '{"a":null}'
+    only = {"type": "object", "properties": {"a": {"const": None}}, "required": ["a"]}
+    openai_form = {"name": "x", "schema": schema, "strict": None, "title": None}
+    forms: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": openai_form}},
+        {"response_format": {"type": "json", "value": {**only, "additionalProperties": False}}},
+        {"json_schema": {**only, "additionalProperties": False}},
+    ]
+    for form in forms:
+        assert said(server, [HI], max_tokens=40, **form) == '{"a":null}'
 
 
 def test_an_answer_is_as_long_as_fits(local: Any, exact: Assistant) -> None:

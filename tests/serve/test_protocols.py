@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -14,6 +15,9 @@ import openai
 import pydantic
 import pytest
 from asking import data_uri, picture, post, user_message
+
+from pumice.assistant import load
+from pumice.serve.ollama import OllamaCard
 
 WORD = {
     "type": "object",
@@ -158,7 +162,30 @@ def test_responses_give_log_probabilities(openai_client: openai.OpenAI) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
         ({"background": True}, "background", "False"),
         ({"input": []}, "input", "at least 1 item"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type", "should be 'message'"),
+        (
+            {"input": [{"type": "item_reference", "id": "x"}]},
+            "input.0.type",
+            "there is no item 'item_reference' here; give 'message', 'function_call'",
+        ),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "needs a schema"),
+        (
+            {"text": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}},
+            "text.format",
+            "cannot be followed",
+        ),
+        (
+            {"tools": [{"type": "function", "name": "a", "parameters": {"type": "nonsense"}}]},
+            "tools.0.parameters",
+            "cannot be followed",
+        ),
+        ({"tools": [{"type": "function", "name": "a"}] * 2}, "tools.1.name", "two tools are called 'a'"),
+        ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema", "belongs to the type"),
+        ({"input": [{"role": "user", "content": "a"}] * 1025}, "input", "at most 1024 items"),
+        (
+            {"instructions": "b", "input": [{"role": "user", "content": "a"}] * 1024},
+            "input",
+            "at most 1024 items",
+        ),
         (
             {"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]},
             "input",
@@ -264,6 +291,15 @@ def test_anthropic_errors(anthropic_client: anthropic.Anthropic, roomy: str, loc
     body = {"max_tokens": 5, "messages": [{"role": "user", "content": [bad]}]}
     error = post(roomy, body, "/v1/messages").json()["error"]
     assert error["param"] == "messages.0.content.0.source"
+    tools = [{"name": "a", "input_schema": {"type": "nonsense"}}]
+    for wrong, param in (
+        (tools, "tools.0.input_schema"),
+        ([{**tools[0], "input_schema": {}}] * 2, "tools.1.name"),
+    ):
+        body = {"max_tokens": 5, "messages": [HI], "tools": wrong}
+        assert post(roomy, body, "/v1/messages").json()["error"]["param"] == param
+    body = {"max_tokens": 5, "messages": [HI] * 1025}
+    assert post(roomy, body, "/v1/messages").json()["error"]["param"] == "messages"
     with local(api_key=("secret-key",)) as url:
         client = anthropic.Anthropic(base_url=url, api_key="secret-key", max_retries=0)
         assert client.messages.create(model="tiny", max_tokens=2, messages=[{"role": "user", "content": "a"}])
@@ -278,6 +314,10 @@ def test_anthropic_errors(anthropic_client: anthropic.Anthropic, roomy: str, loc
 
 def test_ollama(ollama_client: ollama.Client, roomy: str) -> None:
     options = {"num_predict": 9, "num_ctx": 2048, "seed": 1}
+    hints = {"truncate": True, "shift": True}
+    body = {"model": "tiny", "messages": [HI], "stream": False, "options": options}
+    answers = [post(roomy, {**body, **more}, "/api/chat").json()["message"] for more in ({}, hints)]
+    assert answers[0] == answers[1]
     seen = ollama_client.chat(
         "tiny",
         [SYSTEM, {"role": "user", "content": "What?", "images": [IMAGE]}],
@@ -291,6 +331,8 @@ def test_ollama(ollama_client: ollama.Client, roomy: str) -> None:
     assert "".join(piece.message.content or "" for piece in pieces) == said(roomy, HI)
     assert [piece.done for piece in pieces][-2:] == [False, True]
     assert pieces[-1].prompt_eval_count
+    assert min(pieces[-1].prompt_eval_duration or 0, pieces[-1].eval_duration or 0) > 1
+    assert (seen.prompt_eval_duration, seen.eval_duration) == (None, None)  # not known of a whole answer
     lines = list(ollama_client.generate("tiny", "hi", options=options, stream=True))
     assert "".join(line.response for line in lines) == said(roomy, HI)
     turns: Any = [HI, seen.message, HI]
@@ -326,12 +368,24 @@ def test_ollama_s_models(ollama_client: ollama.Client, roomy: str) -> None:
     assert (loaded.done, loaded.done_reason) == (True, "load")
 
 
+def test_the_card_counts_quantized_weights(tiny_folder: Path) -> None:
+    whole, packed = (load(tiny_folder, device="cpu", quantize=kind).model for kind in (None, "int8"))
+    parameters = sum(parameter.numel() for parameter in whole.parameters())
+    assert sum(parameter.numel() for parameter in packed.parameters()) < parameters
+    cards = [OllamaCard(["tiny"], model) for model in (whole, packed)]
+    assert {card.show().model_info["general.parameter_count"] for card in cards} == {parameters}
+    exact, smaller = (card.models().models[0].size for card in cards)
+    assert smaller < exact
+    assert exact == sum(tensor.nbytes for tensor in (*whole.parameters(), *whole.buffers()))
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
         (lambda client: client.chat("other", [HI]), "there is no model 'other' here"),
         (lambda client: client.show("other"), "there is no model 'other' here"),
         (lambda client: client.chat("tiny", [HI], think=True), "think"),
+        (lambda client: client.chat("tiny", [HI] * 1025), "at most 1024 items"),
         (lambda client: client.generate("tiny", "a", suffix="b"), "suffix"),
         (lambda client: client.chat("tiny", [HI], options={"temperature": 9}), "'options.temperature'"),
         (lambda client: client.chat("tiny", [{"role": "tool", "content": "x"}]), "must be a response to"),

@@ -34,6 +34,7 @@ from pumice.serve.messages import (
     json_kind,
 )
 from pumice.serve.protocol import (
+    MAX_MESSAGES,
     MAX_STOP,
     MAX_STOPS,
     BaseRequest,
@@ -140,7 +141,9 @@ class AnthropicRequest(BaseRequest):
     VERBATIM: ClassVar[frozenset[str]] = RequestModel.VERBATIM | {"input", "input_schema"}
 
     max_tokens: int = Field(ge=1)
-    messages: list[AnthropicTurn] = Field(min_length=1, description="A last answer is continued.")
+    messages: list[AnthropicTurn] = Field(
+        min_length=1, max_length=MAX_MESSAGES, description="A last answer is continued."
+    )
     system: BlockContent | None = None
     stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]] | None = Field(
         None, max_length=MAX_STOPS

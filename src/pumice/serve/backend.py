@@ -84,8 +84,7 @@ class Backend:
         self, assistant: Assistant, names: tuple[str, ...], settings: ServerSettings, metrics: Metrics
     ) -> None:
         self.assistant, self.names, self.settings, self.metrics = assistant, names, settings, metrics
-        parameters = sum(parameter.numel() for parameter in assistant.model.parameters())
-        self.ollama_card = OllamaCard(names, assistant.model.config, parameters)
+        self.ollama_card = OllamaCard(names, assistant.model)
         self._fetcher: Fetcher | None = None
         self._grammars: OrderedDict[str, Grammar] = OrderedDict()
 
@@ -115,14 +114,13 @@ class Backend:
 
     async def respond(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ResponsesRequest, body)
-        return await self._converse(
-            record, request.chat(), ResponsesForm(self._model(request), request), "input"
-        )
+        form = ResponsesForm(self._model(request), request)
+        return await self._converse(record, _as_chat(request, "input"), form, "input")
 
     async def message(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(AnthropicRequest, body)
         form = AnthropicForm(self._model(request), request)
-        return await self._converse(record, request.chat(), form, "messages")
+        return await self._converse(record, _as_chat(request, "messages"), form, "messages")
 
     async def ollama_chat(self, record: RequestRecord, body: bytes) -> Response:
         return await self._ollama(record, await self._parse(OllamaChatRequest, body), is_chat=True)
@@ -136,7 +134,8 @@ class Backend:
         form = OllamaForm(self._model(request), is_chat)
         if request.loads_only:
             return ModelResponse(form.loaded())
-        return await self._converse(record, request.chat(), form, "messages" if is_chat else "prompt")
+        field = "messages" if is_chat else "prompt"
+        return await self._converse(record, _as_chat(request, field), form, field)
 
     async def ollama_show(self, _: RequestRecord, body: bytes) -> Response:
         await self._parse(OllamaShowRequest, body)
@@ -423,6 +422,16 @@ class Backend:
         except BaseException:  # also a cancellation, after the client disconnects
             running.end()
             raise
+
+
+def _as_chat(
+    request: ResponsesRequest | AnthropicRequest | OllamaChatRequest | OllamaGenerateRequest, field: str
+) -> ChatRequest:
+    """Return a request of another protocol as one for a chat. field: where it has the conversation."""
+    try:
+        return request.chat()
+    except ValidationError as error:  # one turn may become several messages: together too many
+        raise ApiError(400, validation_error(error).message, param=field) from None
 
 
 def _several(prompt: Prompt, count: int) -> list[Prompt]:

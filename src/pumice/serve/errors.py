@@ -28,6 +28,12 @@ PARTS = {
     "ResponsesRequest": "'input_text', 'input_image' or 'output_text'",
     "AnthropicRequest": "'text', 'image', 'tool_use' or 'tool_result'",
 }
+# Path -> fields of a chat, and what they are called there: what is checked as a chat's names those.
+FIELD_NAMES = {
+    "/v1/responses": {"response_format": "text.format", ".function.": "."},
+    "/v1/messages": {".function.parameters": ".input_schema", ".function.": "."},
+}
+ITEMS = "'message', 'function_call', 'function_call_output' or 'reasoning'"  # of /v1/responses
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -74,6 +80,8 @@ class ApiError(Exception):
 
     def response(self, path: str) -> ModelResponse:
         """Return the error in the form of the protocol that the path belongs to."""
+        for field, name in FIELD_NAMES.get(path, {}).items():
+            self.param = self.param and self.param.replace(field, name)
         body: BaseModel = self.body()
         if path.startswith("/api/"):
             body = OllamaError(error=self.message)
@@ -117,6 +125,10 @@ def validation_error(error: ValidationError) -> ApiError:
     if code == "missing":
         hint = f" or null; give {content}" if path[-1] == "content" else ""
         return ApiError(400, f"the field '{param}' is missing{hint}", param=param, code="missing_field")
+    if code == "literal_error" and path[-1] == "type" and path[:1] == ["input"] and len(path) == 3:
+        kind = shorten(problem["input"], 40)
+        message = f"there is no item {kind} here; give {ITEMS} with all they hold, since nothing is stored"
+        return ApiError(400, message, param=param, code="invalid_value")
     if code == "literal_error" and path[-1] == "type" and path[-3:-2] == ["content"]:
         kind = shorten(problem["input"], 40)
         message = f"there is no part {kind} here; give {content}"

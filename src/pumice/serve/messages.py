@@ -35,7 +35,7 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     # Fields whose values are the user's own JSON, such as a schema, in which null has a meaning.
     VERBATIM: ClassVar[frozenset[str]] = frozenset(
-        {"schema", "parameters", "arguments", "guided_json", "json"}
+        {"schema", "parameters", "arguments", "guided_json", "json", "value"}
     )
 
 
@@ -45,6 +45,7 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "cache_prompt": (True, False),
     "backend_sampling": (True, False),
+    "continuous_usage_stats": (False,),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
     "early_stopping": (False,),
@@ -59,6 +60,7 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "include_reasoning": (True, False),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
+    "logprobs": (False,),
     "min_tokens": (0,),
     "mirostat": (0,),
     "priority": (0,),
@@ -66,12 +68,14 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "safe_prompt": (False,),
+    "shift": (True,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stop": ("",),
     "tfs_z": (1,),
     "timings_per_token": (False,),
     "tool_choice": ("none", "auto", ""),
+    "truncate": (True,),
     "typ_p": (1,),
     "top_a": (0,),
     "top_logprobs": (0,),
@@ -111,12 +115,15 @@ def _drop_nothing(value: Any, verbatim: frozenset[str]) -> Any:
     if not isinstance(value, dict):
         return value
     dropped = ("tools",) if value.get("tool_choice") == "none" else ()
+    kept_whole = verbatim
+    if not (isinstance(schema := value.get("json_schema"), dict) and "schema" in schema):
+        kept_whole |= {"json_schema"}  # llama.cpp's is the schema itself, OpenAI's has it in a field
     kept = {
-        key: item if key in verbatim else _drop_nothing(item, verbatim)
+        key: item if key in kept_whole else _drop_nothing(item, verbatim)
         for key, item in value.items()
         if key not in dropped
     }
-    return {key: item for key, item in kept.items() if not _asks_nothing(key, item, key in verbatim)}
+    return {key: item for key, item in kept.items() if not _asks_nothing(key, item, key in kept_whole)}
 
 
 def _asks_nothing(key: str, value: Any, is_verbatim: bool) -> bool:

@@ -14,9 +14,10 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import AliasChoices, BaseModel, Discriminator, Field, Tag
 
-from pumice.config import ModelConfig
+from pumice.model.llava import Llava
 from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece, join
 from pumice.serve.messages import (
     Arguments,
@@ -36,6 +37,7 @@ from pumice.serve.messages import (
     json_kind,
 )
 from pumice.serve.protocol import (
+    MAX_MESSAGES,
     BaseRequest,
     ChatRequest,
     ErrorBody,
@@ -152,7 +154,7 @@ class OllamaMessage(RequestModel):
 
 
 class OllamaChatRequest(OllamaRequest):
-    messages: list[OllamaMessage] = Field(default_factory=list)
+    messages: list[OllamaMessage] = Field(default_factory=list, max_length=MAX_MESSAGES)
     tools: list[ToolDescription] | None = Field(None, max_length=128)
 
     def chat(self) -> ChatRequest:
@@ -269,7 +271,8 @@ class OllamaForm(AnswerForm):
 
     def __init__(self, model: str, is_chat: bool) -> None:
         self._model, self._is_chat = model, is_chat
-        self._started = self._first = time.perf_counter()
+        self._started = time.perf_counter()
+        self._first: float | None = None  # when the first piece came; a whole answer does not tell
         self._is_cut = False
         self._call = AnswerPiece()  # so far
 
@@ -298,7 +301,10 @@ class OllamaForm(AnswerForm):
         return _line(OllamaError(error=error.error.message))
 
     def _end(self, text: str, usage: Usage) -> OllamaAnswer:
-        now = time.perf_counter()
+        now, durations = time.perf_counter(), {}
+        if self._first is not None:
+            durations["prompt_eval_duration"] = _nanoseconds(self._first - self._started)
+            durations["eval_duration"] = _nanoseconds(now - self._first)
         return self._answer(
             text,
             done=True,
@@ -306,9 +312,8 @@ class OllamaForm(AnswerForm):
             total_duration=_nanoseconds(now - self._started),
             load_duration=0,
             prompt_eval_count=usage.prompt_tokens,
-            prompt_eval_duration=_nanoseconds(self._first - self._started),
             eval_count=usage.completion_tokens,
-            eval_duration=_nanoseconds(now - self._first),
+            **durations,
         )
 
     def _answer(self, text: str, **more: Any) -> OllamaAnswer:
@@ -351,7 +356,7 @@ class OllamaModel(AnswerModel):
     name: str
     model: str
     modified_at: str
-    size: int
+    size: int = Field(description="Bytes of its weights in memory.")
     digest: str
     details: OllamaDetails
 
@@ -375,11 +380,15 @@ class OllamaVersion(AnswerModel):
 
 
 class OllamaCard:
-    """Describes the model as Ollama does. parameters: their number."""
+    """Describes the model as Ollama does."""
 
-    def __init__(self, names: Sequence[str], config: ModelConfig, parameters: int) -> None:
-        self._names, self._config, self._parameters, self._opened = names, config, parameters, _now()
-        self._digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+    def __init__(self, names: Sequence[str], model: Llava) -> None:
+        self._names, self._config, self._opened = names, model.config, _now()
+        self._size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        with torch.device("meta"):  # a quantized weight is no parameter, so count those of the config
+            whole = Llava(replace(model.config, lora=None))
+        self._parameters = parameters = sum(parameter.numel() for parameter in whole.parameters())
+        self._digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode()).hexdigest()
         size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
         self._details = OllamaDetails(parameter_size=size, quantization_level="")
 
@@ -390,7 +399,7 @@ class OllamaCard:
                     name=name,
                     model=name,
                     modified_at=self._opened,
-                    size=self._parameters,
+                    size=self._size,
                     digest=self._digest,
                     details=self._details,
                 )

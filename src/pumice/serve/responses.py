@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from pumice.serve.messages import (
     AllowedFunctions,
@@ -32,9 +32,11 @@ from pumice.serve.messages import (
     ToolDescription,
     ToolMessage,
     choice_tag,
+    field_error,
     json_kind,
 )
 from pumice.serve.protocol import (
+    MAX_MESSAGES,
     ChatRequest,
     HintedRequest,
     Limit,
@@ -158,6 +160,14 @@ class TextFormat(RequestModel):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _check_schema(self) -> TextFormat:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise field_error("schema", "the type 'json_schema' needs a schema")
+        if self.type != "json_schema" and self.schema_ is not None:
+            raise field_error("schema", "belongs to the type 'json_schema'")
+        return self
+
 
 class TextSettings(RequestModel):
     format: TextFormat | None = None
@@ -166,7 +176,8 @@ class TextSettings(RequestModel):
 
 class ResponsesRequest(HintedRequest):
     input: Annotated[
-        Annotated[str, Tag("~string")] | Annotated[list[InputItem], Field(min_length=1), Tag("~list")],
+        Annotated[str, Tag("~string")]
+        | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES), Tag("~list")],
         Discriminator(json_kind),
     ]
     instructions: str | None = Field(None, description="The system message.")
