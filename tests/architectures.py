@@ -204,7 +204,7 @@ ARCHITECTURES = {
         ),
         lambda: byte_level("smollm", ["<bos>", "<start_of_turn>", "<end_of_turn>"]),
     ),
-    "SigLIP + SmolLM2, split (SmolVLM)": Architecture(
+    "SigLIP, split (SmolVLM)": Architecture(
         _chatml(
             replace(DECODER, tied_head=True),
             vision=replace(SIGLIP, layer=-1, final_norm=True, fractional=True),

@@ -67,5 +67,5 @@ def test_a_command_beside_a_narrow_code_page(tmp_path: Path) -> None:
 def test_no_command_prints_json_by_itself() -> None:
     folder = Path(pumice.__file__).parent / "cli"
     texts = {path.name: path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
-    assert sum("print_json(" in text for text in texts.values()) == 10
+    assert sum("print_json(" in text for text in texts.values()) == 11
     assert [name for name, text in texts.items() if re.search(r"print\(\s*json\.", text)] == []

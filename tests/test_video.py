@@ -74,7 +74,7 @@ def test_smolvlm2_says_the_time_of_each_frame(models: ModuleType, tmp_path: Path
         "\nFrame from 00:00:", "\nFrame from 00:30:", "\nFrame from 01:15:", "\n\n", "What?",
     ]  # fmt: skip
     # A frame is one tile, a picture of the same size several.
-    model = models.tiny(models.ARCHITECTURES["SigLIP + SmolLM2, split (SmolVLM)"])
+    model = models.tiny(models.ARCHITECTURES["SigLIP, split (SmolVLM)"])
     processor = Processor(replace(model.config, video=policy), Tokenizer(model.tokenizer))
     prompt = processor.prompt(asked(path))
     assert [layout.tiles for layout in prompt.layouts] == [1, 1, 1]

@@ -141,8 +141,9 @@ class AnswerFile(ResumableFile["str | InputError"]):
                 f"'{self.path}', line {number + 1}: {expected} belongs here; the file is of other rows, "
                 "name another one or remove it"
             )
-        if asked != self.asked:
-            changed_keys = [key for key in {**asked, **self.asked} if asked.get(key) != self.asked.get(key)]
+        # Settings that came later are absent in older files, and None where they do nothing.
+        changed_keys = [key for key in {**asked, **self.asked} if asked.get(key) != self.asked.get(key)]
+        if changed_keys:
             then, now = ({key: settings.get(key) for key in changed_keys} for settings in (asked, self.asked))
             raise InputError(
                 f"'{self.path}', line {number + 1}: it was asked with {then}, now with {now}; "

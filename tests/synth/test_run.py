@@ -283,7 +283,7 @@ def test_the_key_goes_into_the_header_alone(
 
 
 def test_a_local_teacher_knows_its_options() -> None:
-    with pytest.raises(InputError, match="options are max_new_tokens, temperature"):
+    with pytest.raises(InputError, match="no sampling option 'max_tokens'; did you mean 'max_new_tokens'"):
         LocalTeacher("pumice-tiny", options={"max_tokens": 5}).check()
 
 

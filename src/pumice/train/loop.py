@@ -332,7 +332,7 @@ class Trainer:
         if not images:
             self._forget_zeros()
         # 4. Check loss and gradients before the update, so that a diverged step leaves the weights intact.
-        [total] = world.sum(sum(torch.stack(losses).tolist()))
+        [total] = world.sum(sum(torch.stack(losses).tolist() if losses else ()))
         norms = gradient_norms(self.optimizer, world)
         norm = math.sqrt(sum(part**2 for part in norms.values()))
         if not (math.isfinite(total) and math.isfinite(norm)):

@@ -201,7 +201,7 @@ def test_a_picture_in_the_chat_template_is_llama_cpps_marker(
     import jinja2
 
     from pumice.formats.gguf.write import marked
-    from pumice.formats.text.chat_template import to_jinja
+    from pumice.formats.text.chat_template_write import to_jinja
     from pumice.templates import get_template
 
     message_content = [{"type": "text", "text": content}] if parts else content

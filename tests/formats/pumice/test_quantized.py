@@ -177,7 +177,7 @@ def test_weights_that_are_not_finite_leave_nothing(tiny_folder: Path, tmp_path: 
     spoiled[5, 3] = torch.inf
     state = parts.state | {name: as_lazy(spoiled, name)}
     save(tmp_path / "bad", parts.config, state, tokenizer=parts.tokenizer.to_str())
-    with pytest.raises(WorkError, match=r"mlp\.down\.weight.*holds a weight that is not finite in row 5"):
+    with pytest.raises(WorkError, match=r"mlp\.down\.weight holds nan or inf"):
         import_model(str(tmp_path / "bad"), tmp_path / "m", quantize="int8")
     assert not (tmp_path / "m").exists()
     with pytest.raises(WorkError, match="not finite in row 5"):
