@@ -14,7 +14,7 @@ from typing import Any
 from pumice.errors import InputError, shorten
 
 # Fields that many consumers implement: those of DecoderConfig that make it a Llama, Mistral, Qwen2 or Qwen3,
-# and all of some other classes. A field that is added later belongs to its consumers, not here.
+# and all of some other classes. Add a field here only if every consumer that uses the list implements it.
 LLAMA = (
     "vocab_size width depth heads kv_heads head_dim mlp_width context rope_theta rope_scaling norm_eps "
     "tied_head qkv_bias qk_norm sliding_window"
@@ -49,10 +49,10 @@ class Capability:
         """
         return next(self._unsupported(config, ""), None)
 
-    def check(self, config: Any, remedy: str = "") -> None:
+    def check(self, config: Any) -> None:
         """Raise InputError if a field of the config is set but not implemented."""
         if reason := self.unsupported(config):
-            raise InputError(f"{reason}{remedy and f'; {remedy}'}")
+            raise InputError(f"{reason}; leave it at its default, or implement it there (docs/extending.md)")
 
     def _unsupported(self, config: Any, path: str) -> Iterator[str]:
         listed = self.fields.get(type(config), {})

@@ -193,6 +193,14 @@ def test_a_reducing_connector_multiplies_what_is_left() -> None:
     assert flops_per_tile(model) == 4 * tower * 2 + 1 * (4 * 8 * 8) * 6
 
 
+def test_the_connector_is_counted_beside_a_tower_that_is_no_vit() -> None:
+    vision = VisionConfig(image_size=64, variant="lite0")
+    config = ModelConfig(DecoderConfig(16, 8, 1, 2, 1, 4, 8), vision, ConnectorConfig("linear"))
+    model = Llava(config)
+    connector = sum(p.numel() for p in model.connector.parameters() if p.dim() == 2)
+    assert flops_per_tile(model) == model.config.image_tokens * connector * 6
+
+
 GEMMA = DecoderConfig(
     258, 48, 2, 4, 2, 12, 96, context=256, tied_head=True, sliding_window=40, window_pattern=2,
     activation="gelu_tanh", post_norms=True, norm_offset=1.0, embed_scale=48**0.5, attention_scale=16**-0.5,

@@ -70,20 +70,20 @@ def _first_with_gradient(model: Llava, part_of: Callable[[str], str]) -> int:
 
 
 def flops_per_tile(model: Llava) -> float:
-    """Return the FLOPs of one tile through tower and connector; 0 where the tower is not a ViT."""
-    config = model.config.vision
-    if config.kind not in ("clip", "siglip"):
-        return 0.0
-    # A matrix with one row per patch holds position embeddings, which are added and not multiplied.
-    parameters = model.tower.named_parameters()
-    named = [(name, p) for name, p in parameters if p.dim() == 2 and p.shape[0] != config.grid**2]
-    # Backward starts at the first block that learns.
-    learning = [_block_number(name) for name, p in named if p.requires_grad]
-    first = min(learning, default=config.depth)
-    tower = sum(p.numel() * (6 if _block_number(name) >= first else 2) for name, p in named)
+    """Return the FLOPs of one tile through the connector, and through the tower where it is a ViT."""
+    config, tower = model.config.vision, 0.0
+    if config.kind in ("clip", "siglip"):
+        # A matrix with one row per patch holds position embeddings, which are added and not multiplied.
+        parameters = model.tower.named_parameters()
+        named = [(name, p) for name, p in parameters if p.dim() == 2 and p.shape[0] != config.grid**2]
+        # Backward starts at the first block that learns.
+        learning = [_block_number(name) for name, p in named if p.requires_grad]
+        first = min(learning, default=config.depth)
+        per_patch = sum(p.numel() * (6 if _block_number(name) >= first else 2) for name, p in named)
+        tower = float(config.grid**2 * per_patch)
     connector = sum(p.numel() * 6 for p in model.connector.parameters() if p.dim() == 2)
     # The connector multiplies the features that are left after its reduction.
-    return float(config.grid**2 * tower + model.config.image_tokens * connector)
+    return tower + model.config.image_tokens * connector
 
 
 def _block_number(name: str) -> int:
