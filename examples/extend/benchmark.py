@@ -1,6 +1,6 @@
 """A benchmark of one's own: counting, whose score is the mean distance from the right number.
 
-    python examples/extend/benchmark.py eval counting --data FOLDER --model MODEL
+    python examples/extend/benchmark.py eval counting --data FOLDER --model MODEL --predictions OUT.jsonl
 
 FOLDER holds `counting.json`, a list of {"id", "image", "question", "count"}, and `images/`. This is the
 `pumice` command with one more benchmark. The headline is no share of right answers, so that it brings its own

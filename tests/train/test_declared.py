@@ -113,6 +113,9 @@ def test_a_wrong_key_of_a_new_connector_is_named(make_recipe: MakeRecipe, tiny_m
     ):
         with pytest.raises(InputError, match=message):
             load_recipe(make_recipe(model=model))
+    fresh = {"base": str(tiny_model), "connector": {"kind": "linear"}}
+    with pytest.raises(InputError, match="the new connector's weights are random; add connector to stage"):
+        load_recipe(make_recipe(model=fresh, stage={"learn": {"lora": 1e-3}, "lora": {"rank": 2}}))
     with pytest.raises(InputError, match="unknown connector 'mlp2'; use linear, mlpNx_gelu or identity"):
         run(make_recipe(model={"base": str(tiny_model), "connector": {"kind": "mlp2"}}, stage=CONNECTOR))
 

@@ -26,6 +26,8 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -250,6 +252,15 @@ class Recipe(RecipeSection):
     )
     measure_rows: PositiveInt = Field(200, description="held-out pictures measured each time")
     sample_answers: int = Field(4, ge=0, description="held-out questions answered at each measurement")
+
+    @field_validator("stage")
+    @classmethod
+    def _new_connector_learns(cls, stage: Stage, info: ValidationInfo) -> Stage:
+        model = info.data.get("model")
+        is_new = isinstance(model, NewConnector) and model.connector.get("kind") != "identity"
+        if is_new and "connector" not in stage.learn:
+            raise ValueError("the new connector's weights are random; add connector to stage.learn")
+        return stage
 
     def stored(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """Return the recipe as JSON values, without some fields."""
