@@ -42,10 +42,17 @@ def build(folder: Path) -> Path:
 
 def install(wheel: Path, environment: Path) -> None:
     venv.create(environment, with_pip=True)
+    pip = [environment / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    constraints = ROOT / "constraints.txt"
+    # As the Makefile does: the CPU build of PyTorch from the default index, else from TORCH_INDEX.
+    version = re.search(r"^torch==(\S+)", constraints.read_text(encoding="utf-8"), re.M)
+    assert version is not None
+    torch = ["--no-deps", f"torch=={version[1]}+cpu"]
     index = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
-    more = ["--extra-index-url", index] if index else []
-    command = ["-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), *more, str(wheel)]
-    subprocess.run([environment / "bin" / "python", *command], check=True)
+    elsewhere = ["--retries", "0", "--timeout", "15", "--index-url", index]
+    if subprocess.run([*pip, *torch], check=False, stderr=subprocess.DEVNULL).returncode:
+        subprocess.run([*pip, *elsewhere, *torch], check=False)
+    subprocess.run([*pip, "-c", str(constraints), str(wheel)], check=True)
 
 
 def said(result: subprocess.CompletedProcess[str]) -> str:
