@@ -299,3 +299,10 @@ def test_fields_that_came_later_are_written_only_where_they_say_something() -> N
 def test_how_answers_are_drawn_is_checked_as_it_is_read(fields: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"must be 0 or more, top_p .* repetition_penalty .* from 0.01"):
         GenerationConfig(**fields)
+
+
+def test_a_message_cuts_off_the_long_words_of_a_file() -> None:
+    with pytest.raises(InputError) as refusal:
+        from_dict(ModelConfig, {"x" * 5000: 1}, "config.json")
+    assert str(refusal.value).count("x") < 250 and "5002 characters" in str(refusal.value)
+    assert str(InputError(f"{'y' * 5000} is no model")) == f"{'y' * 200}... (5000 characters) is no model"

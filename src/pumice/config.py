@@ -418,7 +418,7 @@ def from_dict(cls: type, values: Any, location: str) -> Any:
     fields = {STORED_NAMES.get(f.name, f.name): f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise InputError(f"{location}: unknown key {key!r}{instead_of(key, fields)}")
+            raise InputError(f"{location}: unknown key {shorten(key)}{instead_of(key, fields)}")
     arguments = {}
     for name, spec in fields.items():
         if name in values:

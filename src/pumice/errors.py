@@ -6,13 +6,28 @@ import contextlib
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import unquote, urlparse
 
 NEWER = "; remove it, or update Pumice if a newer version wrote it"  # the remedy for an unknown name
 
 
-class InputError(ValueError):
+_LONG_WORD = re.compile(r"\S{1000,}")  # longer than a path
+
+
+class _Sentence(Exception):
+    """An error whose message quotes what files say, which may be long words: these are cut off."""
+
+    def __str__(self) -> str:
+        return _LONG_WORD.sub(_cut, super().__str__())
+
+
+def _cut(word: re.Match[str]) -> str:
+    return f"{word[0][:200]}... ({len(word[0])} characters)"
+
+
+class InputError(_Sentence, ValueError):
     """The input is wrong: a file, a row, a name or a number.
 
     The message is one sentence that names the thing and the remedy; the command line prints it
@@ -31,7 +46,7 @@ class ContextOverflow(InputError):
         self.tokens, self.limit = tokens, limit
 
 
-class WorkError(RuntimeError):
+class WorkError(_Sentence, RuntimeError):
     """The input was right, but the work could not be done: a loss that is no number, a full disk.
 
     The message is one sentence; the command line prints it without a traceback and exits with status 1.

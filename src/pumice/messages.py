@@ -156,7 +156,7 @@ def _parts(content: Sequence[Any], number: int, images: Iterator[Any]) -> Parts:
         image = next(images, None) if image is None and _is_image(part) else image
         if image is None:
             raise InputError(
-                f"message {number}: unknown part {part!r}; write {{'type': 'text', 'text': ...}} "
+                f"message {number}: unknown part {shorten(part)}; write {{'type': 'text', 'text': ...}} "
                 "or {'type': 'image', 'image': ...}"
             )
         is_url = isinstance(image, str) and image[:5].lower() == "data:"

@@ -102,7 +102,7 @@ class Tokenizer:
     def id_of(self, token: str) -> int:
         number = self.backend.token_to_id(token)
         if number is None:
-            raise InputError(f"the tokenizer has no token {token!r}, which the template needs")
+            raise InputError(f"the tokenizer has no token {shorten(token)}, which the template needs")
         return number
 
     def stops(self, template: Template | Plain) -> tuple[int, ...]:

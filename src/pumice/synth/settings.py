@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Option
 
-from pumice.errors import InputError
+from pumice.errors import InputError, shorten
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -106,7 +106,7 @@ def _validated(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
-            raise InputError(f"the settings have an unknown key '{prefix}{key}'; {hint}")
+            raise InputError(f"the settings have an unknown key {shorten(prefix + key)}; {hint}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from pumice.errors import NEWER
+from pumice.errors import NEWER, shorten
 
 # What transformers' arguments and LLaVA's scripts call a key, where its spelling is no hint.
 _ELSEWHERE = {
@@ -69,7 +69,7 @@ def main_problem(
         hint = f"; did you mean {near!r}?" if near else NEWER
         if not near and known is not known_keys:
             hint = f"; the parts are {', '.join(parts)}"
-        return tuple(whole), f"unknown key {'.'.join(whole)!r}{hint}"
+        return tuple(whole), f"unknown key {shorten('.'.join(whole))}{hint}"
     plain = {
         "missing": "is missing",
         "path_type": "must be a path or a mapping",

@@ -161,6 +161,12 @@ def folder(llava: Llavas, tmp_path: Path) -> Path:
         ),
         ("config.json", {"text_config__hidden_size": "32"}, "hidden_size should be a whole number, not '32'"),
         ("preprocessor_config.json", {"size": {"shortest_edge": 20}}, "become 16 or 20 pixels wide and high"),
+        ("preprocessor_config.json", {"size": []}, r"size should be one or two numbers of pixels, not \[\]"),
+        (
+            "preprocessor_config.json",
+            {"crop_size": {"width": {"a": 1}}},
+            "crop_size should be one or two numbers",
+        ),
         ("preprocessor_config.json", {"resample": 0}, "resample is 0; only 1 or 2 or 3"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "image_mean should be three numbers"),
         ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor is 1.0"),

@@ -278,7 +278,7 @@ def layer_types(depth: int, pattern: int) -> list[str]:
 def _three(keys: Keys, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
     value = keys.get(key, list, list(default))
     if len(value) != 3 or not all(isinstance(number, int | float) for number in value):
-        raise InputError(f"{keys.label}: {key} should be three numbers, not {value!r}")
+        raise InputError(f"{keys.label}: {key} should be three numbers, not {shorten(value)}")
     red, green, blue = map(float, value)
     return red, green, blue
 
@@ -286,10 +286,10 @@ def _three(keys: Keys, key: str, default: tuple[float, float, float]) -> tuple[f
 def _sides(keys: Keys, key: str, default: int) -> set[int]:
     """Return the sides of a size in pixels: a number, {"shortest_edge": n} or {"height": n, "width": n}."""
     value = keys.values.get(key, default)
-    sides = set(value.values()) if isinstance(value, dict) else {value}
+    sides = list(value.values()) if isinstance(value, dict) else [value]
     if not sides or not all(isinstance(side, int) for side in sides):
-        raise InputError(f"{keys.label}: {key} should be one or two numbers of pixels, not {value!r}")
-    return sides
+        raise InputError(f"{keys.label}: {key} should be one or two numbers of pixels, not {shorten(value)}")
+    return set(sides)
 
 
 def _crops(keys: Keys) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from pumice.config import ChatFormat, ModelConfig
-from pumice.errors import InputError
+from pumice.errors import InputError, shorten
 from pumice.formats.text.chat_template import Described
 from pumice.formats.text.files import TokenizerFiles
 from pumice.formats.text.isolated import describe, image_wrap
@@ -73,7 +73,7 @@ class TextSide:
     def _unknown_tokens(self, chat: ChatFormat | None) -> list[str]:
         """Return notes on the tokens that the folder's files name and the tokenizer lacks."""
         notes = [
-            f"the tokenizer's files name {text!r} as its {role} token, but its vocabulary lacks it"
+            f"the tokenizer's files name {shorten(text)} as its {role} token, but its vocabulary lacks it"
             for role, text in (("bos", self.files.bos), ("eos", self.files.eos))
             if text is not None and self.tokenizer.token_to_id(text) is None
         ]

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from pumice.errors import InputError
+from pumice.errors import InputError, shorten
 from pumice.formats.text.files import TokenizerFiles
 from pumice.formats.text.sentencepiece import SentencePiece
 from pumice.storage.json_file import read_bytes, read_json, read_text
@@ -109,7 +109,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, source: Path, confi
         if (size if old_id is None else old_id) != number:
             actual = f"{source.name} has {old_id}" if old_id is not None else f"the next free id is {size}"
             raise InputError(
-                f"{folder / file} gives {text!r} the id {number}, but {actual}; "
+                f"{folder / file} gives {shorten(text)} the id {number}, but {actual}; "
                 "take all files from the same model"
             )
         if old_id is None:
