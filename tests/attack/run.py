@@ -10,6 +10,7 @@ how to repeat the first wrong one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import sys
@@ -45,7 +46,7 @@ def run(name: str, seed: int, first: int, seconds: float) -> tuple[int, list[str
     end, tries = time.monotonic() + seconds, 0
     with tempfile.TemporaryDirectory(prefix="pumice-attack-") as folder:
         attack = ATTACKS[name](Path(folder))
-        for number, attempt in enumerate(attack, first):
+        for number, attempt in enumerate(itertools.islice(attack, first, None), first):
             try:
                 problem = attempt(random.Random(f"{seed}/{name}/{number}"))
             except Exception as error:  # the attack's own fault counts as well

@@ -96,10 +96,11 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, source: Path, confi
     ]
     for number, values in (config.get("added_tokens_decoder") or {}).items():
         text = _text(values)
-        if not number.isdecimal() or not isinstance(values, dict) or text is None:
+        is_id = number.isdecimal() and len(number) < 20  # more digits than any id has
+        if not is_id or not isinstance(values, dict) or text is None:
             raise InputError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {number!r} {values!r}, "
-                "not the id of a token with its content"
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {number!r} "
+                f"{shorten(values)}, not the id of a token with its content"
             )
         flags = {key: values[key] for key in _FLAGS if key in values}
         additions.append((int(number), text, flags, "tokenizer_config.json"))
