@@ -74,7 +74,7 @@ def test_the_files_beside_it_count(sentencepiece_file: Path, tmp_path: Path) -> 
 def test_an_added_token_needs_an_id(sentencepiece_file: Path, tmp_path: Path, number: str) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())
     write(tmp_path, "tokenizer_config.json", added_tokens_decoder={number: {"content": "<pad>"}})
-    with pytest.raises(InputError, match="added_tokens_decoder gives .*, not the id of a token"):
+    with pytest.raises(InputError, match=r"added_tokens_decoder gives .*, not the id of a token"):
         read_tokenizer(tmp_path)
 
 
