@@ -126,9 +126,8 @@ class Assistant:
         self.model = model
         self.processor = processor
         self.provenance = dict(provenance or {})
-        self._image_tokens: OrderedDict[str, Tensor] = (
-            OrderedDict()
-        )  # by image key, least recently used first
+        # By image key, least recently used first.
+        self._image_tokens: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self._snapshot = Snapshot(model)
         self._warned = False  # that a conversation has more images than the model was trained on

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
@@ -17,6 +18,7 @@ from pumice.engine.generate import generate, naive_generate
 from pumice.engine.native import native_decoder
 from pumice.engine.requests import Delta, Prompt
 from pumice.engine.sampling import SamplingParams
+from pumice.model import layers
 from pumice.model.cache import KVCache
 from pumice.model.layers import MLP, Attention
 from pumice.model.llava import Llava
@@ -163,11 +165,39 @@ def test_weights_that_are_other_tensors_are_used(model: Llava, told: Callable[[]
     assert engine._native is not None and not told()  # compiled code, on the new tensor
 
 
-def test_a_class_that_computes_otherwise_is_noticed(
+@pytest.mark.parametrize("when", ["before the engine", "after an answer"])
+def test_a_class_with_a_function_of_ones_own_is_noticed(
+    model: Llava, when: str, monkeypatch: pytest.MonkeyPatch, told: Callable[[], list[str]]
+) -> None:
+    engine = Engine(model)
+    if when == "after an answer":
+        ask(engine)
+    # A change so small that the first step through both might not show it.
+    monkeypatch.setattr(MLP, "forward", lambda self, x: 1.01 * self.down(F.silu(self.gate(x)) * self.up(x)))
+    engine = engine if when == "after an answer" else Engine(model)
+    assert ask(engine) == naive_generate(model, PROMPT)
+    assert engine._native is None
+    assert [text.partition(",")[0] for text in told()] == [
+        "the decoder's blocks.0.mlp was edited or has hooks"
+    ]
+
+
+@pytest.mark.parametrize("when", ["before the engine", "after an answer"])
+def test_a_decoder_that_lost_a_block_is_computed_without_it(model: Llava, when: str) -> None:
+    engine = Engine(model)
+    if when == "after an answer":
+        ask(engine)
+    del model.decoder.blocks[-1]
+    engine = engine if when == "after an answer" else Engine(model)
+    assert ask(engine) == naive_generate(model, PROMPT)
+    assert engine._native is None
+
+
+def test_a_function_that_computes_otherwise_is_noticed(
     model: Llava, monkeypatch: pytest.MonkeyPatch, told: Callable[[], list[str]]
 ) -> None:
-    """No module shows it; the first step through both does."""
-    monkeypatch.setattr(MLP, "forward", lambda self, x: self.down(torch.relu(self.gate(x)) * self.up(x)))
+    """No module and no class shows it; the first step through both does."""
+    monkeypatch.setattr(layers, "rotate", lambda x, cos, sin: -x.flip(-1))
     engine = Engine(model)
     assert ask(engine) == naive_generate(model, PROMPT)
     assert engine._native is None

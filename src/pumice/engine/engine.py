@@ -34,8 +34,8 @@ from pumice.model.llava import Llava
 from pumice.model.transfer import numbers_on, to_device
 
 _LOG = logging.getLogger(__name__)
-# Freed memory that the process keeps: a long prompt frees some 100 MB in every step.
 NOT_FINITE = -1  # in place of a token, where its logits are no numbers
+# Freed memory that the process keeps: a long prompt frees some 100 MB in every step.
 KEPT_FREED_BYTES = 256 * 2**20
 
 Plan = list[tuple[Request, int]]  # requests, and how many tokens of each a step computes
@@ -64,10 +64,9 @@ class Engine:
     to whole blocks. memory_share: without `cache_tokens`, the share of the memory left beside the weights
     that the cache may take, as a server wants it; None gives about a gigabyte, or one context if that is
     more, within half of that memory; on CUDA, all slots at their longest, within half. chunk: prompt tokens
-    per step; None chooses by device. prefix_cache: keep finished requests, so
-    that a prompt that begins like one of them computes only its remaining tokens.
-
-    one_call: on CUDA, attend with one kernel for all requests; off until benchmarks/gpu.py passed on a card.
+    per step; None chooses by device. prefix_cache: keep finished requests, so that a prompt that begins like
+    one of them computes only its remaining tokens. one_call: on CUDA, attend with one kernel for all
+    requests; off until benchmarks/gpu.py passed on a card.
 
     The model must not change while requests run. After weights were edited in place, call `forget`. Replaced
     modules and hooks are noticed when the next request is taken.

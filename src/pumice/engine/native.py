@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pumice.capability import LLAMA, Capability, fields
 from pumice.config import DecoderConfig, RopeScaling
-from pumice.engine.snapshot import GLOBAL_HOOKS, functions
+from pumice.engine.snapshot import GLOBAL_HOOKS, functions, is_patched
 from pumice.errors import WorkError
 from pumice.kernels.compute import PackedStruct, packed_struct
 from pumice.kernels.loader import Weights, compiled
@@ -228,6 +228,8 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
 
 def _edited(module: nn.Module, config: DecoderConfig) -> bool:
     """Return whether a module computes anything else than its class in `_MODULES`, as the config says."""
+    if isinstance(module, Decoder) and len(module.blocks) != config.depth:
+        return True
     if isinstance(module, MLP) and module.activation is not F.silu:
         return True
     if isinstance(module, RMSNorm) and (module.eps, module.offset) != (config.norm_eps, 0.0):
@@ -236,7 +238,8 @@ def _edited(module: nn.Module, config: DecoderConfig) -> bool:
         return True
     is_known = type(module) in _MODULES or isinstance(module, LoraLinear)
     hooks = (module._forward_hooks, module._forward_pre_hooks, *GLOBAL_HOOKS)
-    return not is_known or any(hooks) or bool(functions(module).keys() - {"activation"})
+    replaced = functions(module).keys() - {"activation"} or is_patched(type(module))
+    return not is_known or any(hooks) or bool(replaced)
 
 
 def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:

@@ -223,7 +223,7 @@ def _draw(
     numbers = to_device(torch.cat([torch.rand(1, generator=generator) for generator in generators]), device)
     if device.type != "cpu":
         return _draw_sorted(probabilities, params, numbers)
-    tokens = torch.empty(len(params), dtype=torch.long, device=device)
+    tokens = torch.empty(len(params), dtype=torch.long)
     # 2. Rows without a limit draw from the whole vocabulary.
     limited = {row for row, one in enumerate(params) if one.top_k or one.top_p < 1 or one.min_p > 0}
     if rows := [row for row in range(len(params)) if row not in limited]:
@@ -251,7 +251,7 @@ def _draw(
 def likeliest(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest of each row and their tokens, the largest first: twice (B, count).
 
-    probabilities: (B, V). Only the blocks that hold the largest are sorted: at most `count`.
+    probabilities: (B, V), on a CPU. Only the blocks that hold the largest are sorted: at most `count`.
     """
     rows, vocabulary = probabilities.shape
     blocks = vocabulary // BLOCK
@@ -259,8 +259,8 @@ def likeliest(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return probabilities.topk(count)
     largest = probabilities[:, : blocks * BLOCK].view(rows, blocks, BLOCK).amax(-1)
     first = largest.topk(count).indices * BLOCK
-    ids = (first[..., None] + torch.arange(BLOCK, device=first.device)).flatten(1)
-    rest = torch.arange(blocks * BLOCK, vocabulary, device=first.device).expand(rows, -1)
+    ids = (first[..., None] + torch.arange(BLOCK)).flatten(1)
+    rest = torch.arange(blocks * BLOCK, vocabulary).expand(rows, -1)
     ids = torch.cat([ids, rest], 1)
     best = probabilities.gather(1, ids).topk(count)
     return best.values, ids.gather(1, best.indices)
@@ -274,14 +274,13 @@ def _draw_wide(
     Draw from all tokens (B, V), again where the token does not belong to the set (rejection sampling). A
     token belongs to it if the likelier ones have less than top_p, which takes no sorting.
     """
-    device = probabilities.device
-    tokens = torch.empty(len(params), dtype=torch.long, device=device)
-    least = torch.tensor([one.min_p for one in params], device=device) * probabilities.amax(-1)
-    top_p = torch.tensor([one.top_p for one in params], dtype=torch.float64, device=device)
+    tokens = torch.empty(len(params), dtype=torch.long)
+    least = torch.tensor([one.min_p for one in params]) * probabilities.amax(-1)
+    top_p = torch.tensor([one.top_p for one in params], dtype=torch.float64)
     sums = probabilities.cumsum(-1)
     rows = list(range(len(params)))
     for _ in range(TRIES):
-        numbers = torch.cat([torch.rand(1, generator=generators[row], device=device) for row in rows])
+        numbers = torch.cat([torch.rand(1, generator=generators[row]) for row in rows])
         drawn = _search(_take(sums, rows), numbers)
         weights = _take(probabilities, rows)
         own = weights.gather(1, drawn[:, None])
@@ -294,7 +293,7 @@ def _draw_wide(
             return tokens
     # The set holds little of the probability: sort.
     weights, ids = probabilities[rows].sort(-1, descending=True)
-    numbers = torch.cat([torch.rand(1, generator=generators[row], device=device) for row in rows])
+    numbers = torch.cat([torch.rand(1, generator=generators[row]) for row in rows])
     picked = _pick(weights * keep([params[row] for row in rows], weights), numbers)
     tokens[rows] = ids.gather(1, picked[:, None])[:, 0]
     return tokens

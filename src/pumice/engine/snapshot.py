@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterator
+from types import FunctionType
 
 from torch import nn
 
@@ -31,10 +33,23 @@ def functions(module: nn.Module) -> dict[str, object]:
     return {name: value for name, value in vars(module).items() if callable(value)}
 
 
+def is_patched(kind: type) -> bool:
+    """Return whether a class has functions that were written outside its own file."""
+    own_file = sys.modules[kind.__module__].__file__
+    return any(function.__code__.co_filename != own_file for function in _methods(kind))
+
+
+def _methods(kind: type) -> Iterator[FunctionType]:
+    return (value for value in vars(kind).values() if isinstance(value, FunctionType))
+
+
 def _parts(model: nn.Module) -> Iterator[object]:
     for hooks in GLOBAL_HOOKS:
         yield from hooks.values()
-    for module in model.modules():
+    modules = list(model.modules())
+    for kind in dict.fromkeys(map(type, modules)):
+        yield from _methods(kind)
+    for module in modules:
         yield module
         yield from module._parameters.values()
         yield from module._buffers.values()
