@@ -1,8 +1,13 @@
-"""Long work asks between its steps whether it shall stop, as when nobody waits for it any more."""
+"""How work ends that takes too long.
+
+In a thread it asks between its steps whether it shall stop, as when nobody waits for it any more. In a process
+of its own, the system ends it at a bound of time or memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -29,3 +34,15 @@ def check_stopped() -> None:
     stop = _STOP.get()
     if stop is not None and stop.is_set():
         raise Stopped
+
+
+def limit_process(cpu_seconds: int, memory: int) -> None:
+    """Bound this process's CPU time, and its address space in bytes, where the system can."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    for kind, limit in ((resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_AS, memory)):
+        hard = resource.getrlimit(kind)[1]
+        with contextlib.suppress(ValueError):  # as for memory on macOS
+            resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

@@ -27,6 +27,7 @@ from pumice.conversation import Conversation, ImagePart, Video
 from pumice.errors import InputError, install
 from pumice.images import MAX_PIXELS, open_image
 from pumice.media import VideoPolicy
+from pumice.stopping import limit_process
 
 _LOG = logging.getLogger(__name__)
 MAX_FRAMES = 10_000  # of an animation; a longer one is cut
@@ -35,27 +36,9 @@ _FRAME_SECONDS = 0.1  # of an animation that does not say how long it shows a fr
 _CONTAINERS = {0: (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x00\x00\x01\xba", b"OggS"), 4: (b"ftyp", b"moov")}
 _INTRO = "You are provided the following series of {} frames from a {} [H:MM:SS] video.\n"
 _ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
@@ -215,17 +198,6 @@ def _decode_apart(path: str, name: str, fps: float, count: int) -> Frames:
     return Frames(images, tuple(answer["times"]), answer["duration"])
 
 
-def _limit() -> None:
-    """Bound this process's CPU time and memory, where the system can."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    for kind, limit in ((resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, MEMORY)):
-        hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
 def _decode(path: str, fps: float, max_frames: int, output: BinaryIO) -> None:
     """Write the chosen frames of a video: a line of JSON, then PNG files."""
     import av
@@ -264,6 +236,6 @@ def _decode(path: str, fps: float, max_frames: int, output: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    _limit()
+    limit_process(CPU_SECONDS, MEMORY)
     request = json.load(sys.stdin)
     _decode(request["path"], request["fps"], request["max_frames"], sys.stdout.buffer)

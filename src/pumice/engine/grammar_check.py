@@ -8,7 +8,6 @@ followed, or "".
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pumice.errors import InputError
+from pumice.stopping import limit_process
 
 LARGEST = 1 << 17  # bytes of a grammar
 ALL = 4 * LARGEST  # of those that are checked together
@@ -104,21 +104,10 @@ def compile_grammar(grammar: str, tokenizer: Any) -> tuple[Any, str]:
     return matcher, "" if any(mask) else "no answer satisfies it"
 
 
-def _limit() -> None:
-    """Bound this process's CPU time and memory, where the system can, and let others go first."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    os.nice(10)
-    for kind, limit in ((resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, MEMORY)):
-        hard = resource.getrlimit(kind)[1]
-        with contextlib.suppress(ValueError):  # as for memory on macOS
-            resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
 if __name__ == "__main__":
-    _limit()
+    limit_process(CPU_SECONDS, MEMORY)
+    if sys.platform != "win32":
+        os.nice(10)  # answers go first
     from llguidance import LLTokenizer
 
     by_bytes = LLTokenizer("byte")

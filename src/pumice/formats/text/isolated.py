@@ -19,6 +19,7 @@ from pumice.config import ChatFormat, from_dict
 from pumice.errors import InputError
 from pumice.formats.text import chat_template
 from pumice.formats.text.chat_template import Described
+from pumice.stopping import limit_process
 from pumice.templates import TEMPLATES
 
 CPU_SECONDS = 10  # far more than any real template takes
@@ -68,17 +69,6 @@ def _run(source: str, bos: str | None, eos: str | None, specials: tuple[str, ...
         }
 
 
-def _limit() -> None:
-    """Bound this process's CPU time and memory, where the system can."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    for kind, limit in ((resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, MEMORY)):
-        hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     wrap = chat_template.image_wrap(**request)
     try:
@@ -88,5 +78,5 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _limit()
+    limit_process(CPU_SECONDS, MEMORY)
     json.dump(_answer(json.load(sys.stdin)), sys.stdout)
