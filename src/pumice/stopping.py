@@ -1,7 +1,7 @@
 """How work ends that takes too long.
 
-In a thread it asks between its steps whether it shall stop, as when nobody waits for it any more. In a process
-of its own, the system ends it at a bound of time or memory.
+In a thread it asks between its steps whether it shall stop, as when nobody waits for it any more. In a
+process of its own, the system ends it at a bound of time or memory.
 """
 
 from __future__ import annotations

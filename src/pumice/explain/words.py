@@ -6,15 +6,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 # Scripts without spaces between words: each of their characters counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-# Vowel signs and accents, which `\w` leaves out, belong to the letter before them.
-_MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M"))
-_LETTER = rf"(?:[^\W{_UNSPACED}][{_MARKS}]*)"
-_WORD = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|{_LETTER}+(?:['’\-]{_LETTER}+|[.,]\d+)*|[^\w\s]+")
 
 # English function words; all other words count as content.
 _FUNCTION_WORDS = """
@@ -56,6 +53,14 @@ class Word:
         return any(map(str.isalnum, word)) and all(word.removesuffix(c) not in _FUNCTION for c in _CLITICS)
 
 
+@lru_cache(maxsize=1)  # made when it is first needed: it takes 20 ms
+def _word_pattern() -> re.Pattern[str]:
+    # Vowel signs and accents, which `\w` leaves out, belong to the letter before them.
+    marks = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M"))
+    letter = rf"(?:[^\W{_UNSPACED}][{marks}]*)"
+    return re.compile(rf"[{_UNSPACED}][{marks}]*|{letter}+(?:['’\-]{letter}+|[.,]\d+)*|[^\w\s]+")
+
+
 def split(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[Word]]:
     """Return the text of an answer's ids, without blanks around it, and its words in order.
 
@@ -77,7 +82,7 @@ def split(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[s
     # 2. Give each word the tokens that start before its end.
     words: list[Word] = []
     token = 0
-    for match in _WORD.finditer(text):
+    for match in _word_pattern().finditer(text):
         start, stop = match.span()
         first = token
         while token < len(ids) and offsets[token] < stop:
