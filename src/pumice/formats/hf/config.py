@@ -35,6 +35,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Pillow's number of a filter -> our name.
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+RESAMPLE_NUMBERS = {name: number for number, name in RESAMPLE.items()}
 # Mean and standard deviation of the pixels (red, green, blue) that each kind of tower was trained with.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)

@@ -29,7 +29,13 @@ from pumice.config import (
 )
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
-from pumice.formats.hf.config import RESAMPLE, check_unquantised, decoder_config, image_policy, vision_config
+from pumice.formats.hf.config import (
+    RESAMPLE_NUMBERS,
+    check_unquantised,
+    decoder_config,
+    image_policy,
+    vision_config,
+)
 from pumice.formats.recognise import check_classes
 from pumice.formats.text.read import read_text_side
 from pumice.media import TileMarks, VideoPolicy
@@ -46,7 +52,7 @@ _PLAIN = replace(MARKS, tile="", row="", between="")  # of a folder that never c
 # The values that transformers gives to absent keys.
 _CONFIG = {"image_token_id": 128257, "scale_factor": 2}
 _TEXT = {"model_type": "llama", "rms_norm_eps": 1e-5}  # of a config.json without text_config
-_IMAGENET = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 1}
+_PROCESSOR = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 1}
 _SIZE, _TILE = 4 * 364, 364
 
 
@@ -104,7 +110,7 @@ def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy
         source = both.object("image_processor")
     else:
         source = Keys.of(folder / "preprocessor_config.json")
-    keys = Keys(_IMAGENET | source.values, source.label)
+    keys = Keys(_PROCESSOR | source.values, source.label)
     keys.only("do_resize", (True,), True)
     longest, tile = (
         keys.object(key).get("longest_edge", int, default)
@@ -205,16 +211,15 @@ def model_config(config: ModelConfig, parts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
+def write_processor(folder: Path, config: ModelConfig) -> None:
     """Write the files of Idefics3Processor."""
     image, side = config.image, config.vision.image_size
-    number = next(number for number, name in RESAMPLE.items() if name == image.resample)
     images: dict[str, Any] = {
         "image_processor_type": "Idefics3ImageProcessor", "processor_class": "Idefics3Processor",
         "do_convert_rgb": True, "do_resize": True, "size": {"longest_edge": image.longest_edge},
         "max_image_size": {"longest_edge": side}, "do_image_splitting": image.mode == "split",
-        "resample": number, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": list(image.mean), "image_std": list(image.std), "do_pad": True,
+        "resample": RESAMPLE_NUMBERS[image.resample], "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(image.mean), "image_std": list(image.std), "do_pad": True,
     }  # fmt: skip
     if (video := config.video) is not None:  # read again by us, and by SmolVLMProcessor
         size = {"longest_edge": video.longest_edge}
@@ -222,5 +227,3 @@ def write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
     write_json(folder / "preprocessor_config.json", images)
     values = {"processor_class": "Idefics3Processor", "image_seq_len": config.image_tokens}
     write_json(folder / "processor_config.json", values)
-    (folder / "chat_template.jinja").write_text(chat, encoding="utf-8", newline="")
-    write_json(folder / "chat_template.json", {"chat_template": chat})
