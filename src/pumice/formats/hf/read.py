@@ -238,11 +238,11 @@ def _check_processor(folder: Path, keys: Keys, kind: str, vision: VisionConfig) 
             f"{int(vision.kind == 'clip')}; transformers counts other image tokens"
         )
     for name in ("preprocessor_config.json", path.name, "tokenizer_config.json"):
-        values = read_json(folder / name) if (folder / name).is_file() else {}
-        processor_type = model_type(str(values.get("processor_class")))
+        file = read_json(folder / name) if (folder / name).is_file() else {}
+        processor_type = model_type(str(file.get("processor_class")))
         if processor_type in HF_LLAVAS and processor_type != kind:
             notes.append(
-                f"processor_class is {values['processor_class']} in {name}, but model_type {kind!r} was "
+                f"processor_class is {file['processor_class']} in {name}, but model_type {kind!r} was "
                 "believed"
             )
     notes += [
