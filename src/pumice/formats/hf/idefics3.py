@@ -34,6 +34,7 @@ from pumice.formats.hf.config import (
     check_unquantised,
     decoder_config,
     image_policy,
+    read_processor,
     vision_config,
 )
 from pumice.formats.recognise import check_classes
@@ -75,7 +76,8 @@ def open_idefics3(folder: Path, template: str | None = None) -> LoadedParts:
     factor = keys.get("scale_factor", int)
     connector = ConnectorConfig("linear", "pixel_shuffle", factor, bias=False)
     # 2. How a picture becomes tiles, and how a conversation becomes tokens.
-    image, video = _image(folder, vision)
+    image, video, more_notes = _image(folder, vision)
+    said += more_notes
     marks = MARKS if image.mode == "split" else _PLAIN
     text_side = read_text_side(folder, keys)
     _check_tokens(keys, text_side.tokenizer, decoder)
@@ -100,16 +102,12 @@ def open_idefics3(folder: Path, template: str | None = None) -> LoadedParts:
     )
 
 
-def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy | None]:
-    """Read preprocessor_config.json, or its part of processor_config.json since transformers 5.
+def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy | None, list[str]]:
+    """Read how pictures and videos become tiles, with notes. A SmolVLM2 has `video_sampling`.
 
-    A SmolVLM2 says in `video_sampling` how it was trained on videos.
+    Raises InputError if tiles have another size than the tower's pictures.
     """
-    combined = folder / "processor_config.json"
-    if combined.is_file() and "image_processor" in (both := Keys.of(combined)):
-        source = both.object("image_processor")
-    else:
-        source = Keys.of(folder / "preprocessor_config.json")
+    source, notes = read_processor(folder)
     keys = Keys(_PROCESSOR | source.values, source.label)
     keys.only("do_resize", (True,), True)
     longest, tile = (
@@ -134,7 +132,7 @@ def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy
         edge = sampling.object("video_size").get("longest_edge", int, tile)
         fps = sampling.get("fps", float, 1.0)
         video = VideoPolicy(sampling.get("max_frames", int, 64), fps, edge, timestamps=True)
-    return replace(pixels, mode=mode, longest_edge=longest, several=several), video
+    return replace(pixels, mode=mode, longest_edge=longest, several=several), video, notes
 
 
 def _check_tokens(keys: Keys, tokenizer: tokenizers.Tokenizer, decoder: DecoderConfig) -> None:
