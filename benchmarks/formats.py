@@ -39,6 +39,7 @@ from pumice.conversation import Conversation, user_message
 from pumice.engine.generate import naive_generate
 from pumice.errors import InputError
 from pumice.formats.export import FORMATS, export, merge_and_compare
+from pumice.formats.gguf import write as gguf_write
 from pumice.formats.read import read_model
 from pumice.model.vision import ViT
 from pumice.storage.parts import LoadedParts
@@ -283,14 +284,14 @@ def table(only: list[str]) -> dict[str, dict[str, Cell]]:
         for to in FORMATS:
             if to == "peft" and ARCHITECTURES[name].config.lora is None:
                 continue
-            if to == "ollama":  # the files of gguf, and a Modelfile
+            if to == "ollama":  # writes the files of gguf, and a Modelfile
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 cells[name][to] = measure(name, to, Path(folder))
     return cells
 
 
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
+GGUF_TYPES = [kind for kind in gguf_write.TYPES if kind != "keep"]
 
 
 def types_table(only: list[str]) -> Iterator[str]:

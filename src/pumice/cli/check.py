@@ -106,7 +106,7 @@ def _programs(
     model: str, against: str, opening: options.Opening, mmproj: str | None, llama_cpp: bool, name: str | None,
     new_tokens: int, served: bool,
 ) -> tuple[InPumice, Program]:  # fmt: skip
-    """Return both programs. A model is opened when it is asked first, so that one is in memory at a time."""
+    """Return both programs. Pumice opens a model when it is asked first; llama.cpp opens its own here."""
     from pumice.assistant import load
     from pumice.evaluate.parity import AtAddress, InLlamaCpp, InPumice
 
@@ -121,10 +121,8 @@ def _programs(
     from pumice.formats.gguf.read import gguf_files
     from pumice.formats.read import find_pair
 
-    files = gguf_files(*find_pair(against, mmproj))
-    paths = [None if file is None else file.path for file in files]
-    assert paths[0] is not None
-    return first, InLlamaCpp(against, paths[0], paths[1], second)
+    llm, seeing = gguf_files(*find_pair(against, mmproj))
+    return first, InLlamaCpp(against, llm.path, None if seeing is None else seeing.path, second)
 
 
 def _questions(first: InPumice, images: Sequence[Path], texts: Sequence[str]) -> list[CheckQuestion]:

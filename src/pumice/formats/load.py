@@ -218,7 +218,7 @@ def _open_quantized(loaded: LoadedParts, label: str, bits: str, cache_limit: flo
     )
     state = quantize_state(loaded.config, loaded.state, bits, "" if built_in or in_gguf else hint)
     if source is not None and (built_in or in_gguf):  # the same at every start
-        key = _key(source, loaded.parts, bits) if built_in else gguf_key(weight_files(source), bits)
+        key = _key(source, loaded.parts, bits) if built_in else _gguf_key(weight_files(source), bits)
         limit = None if cache_limit is None else cache_limit * 1e9
         state = cached(key, state, limit, "" if built_in else label)
     # Weights that are mapped now need no memory of their own.
@@ -241,7 +241,7 @@ def _open_quantized(loaded: LoadedParts, label: str, bits: str, cache_limit: flo
 
 def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:
     """Return a hash of everything that determines a built-in model's quantised matrices."""
-    digest = hashlib.sha256(f"{__version__} {LAYOUT} {bits} {compute.kernel_name()}".encode())
+    digest = hashlib.sha256(_layout(bits))
     for name in (CONFIG, WEIGHTS):
         digest.update((source / name).read_bytes())
     for name in parts.values():
@@ -249,12 +249,12 @@ def _key(source: Path, parts: Mapping[str, str], bits: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def gguf_key(files: Sequence[Path], bits: str) -> str:
+def _gguf_key(files: Sequence[Path], bits: str) -> str:
     """Return a hash of what determines the quantised matrices of GGUF files; most bytes are not read.
 
     A file is known by its size, its time of change, and pieces of its contents.
     """
-    digest = hashlib.sha256(f"{__version__} {LAYOUT} {bits} {compute.kernel_name()}".encode())
+    digest = hashlib.sha256(_layout(bits))
     for path in files:
         status = path.stat()
         digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
@@ -264,6 +264,11 @@ def gguf_key(files: Sequence[Path], bits: str) -> str:
                 file.seek(place)
                 digest.update(file.read(1 << 12))
     return digest.hexdigest()[:16]
+
+
+def _layout(bits: str) -> bytes:
+    """Return what determines the layout of quantised matrices, as bytes for a hash."""
+    return f"{__version__} {LAYOUT} {bits} {compute.kernel_name()}".encode()
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

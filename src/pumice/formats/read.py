@@ -55,11 +55,9 @@ def find_pair(
     source: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None
 ) -> tuple[Path, Path | None]:
     """Return the path of a model in GGUF, and that of its mmproj where it is given or on the hub."""
-    path = find_model(source)
-    if mmproj is not None:
-        return path, locate(mmproj)
-    in_hub = not Path(source).exists() and is_gguf_name(str(source))
-    return path, gguf_from_hub(str(source))[1] if in_hub else None
+    if mmproj is None and not Path(source).exists() and is_gguf_name(str(source)):
+        return gguf_from_hub(str(source))
+    return find_model(source), None if mmproj is None else locate(mmproj)
 
 
 def read_model(

@@ -157,6 +157,21 @@ def test_a_model_that_never_cuts_pictures_is_read_too(models: ModuleType, tmp_pa
     assert read_model(tmp_path / "out").config == assistant.model.config
 
 
+def test_a_newer_processor_is_read_and_an_older_one_that_differs_is_told(
+    models: ModuleType, tmp_path: Path
+) -> None:
+    size = {"longest_edge": 2 * SIDE}
+    newer = {"image_processor": {"size": size, "max_image_size": {"longest_edge": SIDE}}}
+    write_folder(tmp_path / "hf", "smolvlm", models, processor_config=newer)
+    loaded = read_model(tmp_path / "hf")
+    assert loaded.config.image.longest_edge == 2 * SIDE
+    told = "preprocessor_config.json has another size than processor_config.json, which was read"
+    assert loaded.notes.count(told) == 1
+    newer["image_processor"]["size"] = {"longest_edge": 4 * SIDE}
+    write_folder(tmp_path / "hf", "smolvlm", models, processor_config=newer)
+    assert not any("has another" in note for note in read_model(tmp_path / "hf").notes)
+
+
 def test_positions_are_sorted_into_the_buckets_of_transformers() -> None:
     """Most grids of published models are in order, 19 is not; the reference is the module itself."""
     from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionConfig, Idefics3VisionEmbeddings

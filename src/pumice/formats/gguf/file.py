@@ -212,7 +212,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 _Decode = Callable[[Tensor], Tensor]
 # ggml's type -> (values per block, bytes per block, decoder).
 _BLOCKS: dict[int, tuple[int, int, _Decode]] = {2: (32, 18, _q4_0), 3: (32, 20, _q4_1), 8: (32, 34, _q8_0)}
-# Those that the gguf package decodes: name, values per block, bytes per block. Importing it takes a second.
+# Those that the gguf package decodes: name, values per block, bytes per block.
 _RARE = {
     6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18),

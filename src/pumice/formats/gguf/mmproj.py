@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -240,5 +240,4 @@ def _state(
 def _flat(tensor: LazyTensor) -> LazyTensor:
     if len(tensor.shape) == 1:
         return tensor
-    size: Any = torch.Size(tensor.shape).numel()
-    return tensor.map(torch.Tensor.flatten, (size,))
+    return tensor.map(torch.Tensor.flatten, (math.prod(tensor.shape),))

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 from pumice.config import ChatFormat, GenerationConfig, ModelConfig
-from pumice.errors import InputError
 from pumice.templates import Template, get_template
 from pumice.tokens import Tokenizer
 
@@ -37,9 +36,7 @@ def write_modelfile(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> 
     files = [*sorted(folder.glob("model-*.gguf")), *sorted(folder.glob("mmproj-*.gguf"))]
     lines = [f"# For Ollama {OLDEST} or newer: ollama create NAME -f Modelfile"]
     lines += [f"FROM ./{file.name}" for file in files]
-    if '"""' in go:
-        raise InputError('the chat format holds """, which ends a text in a Modelfile; use --to gguf')
-    lines.append(f'TEMPLATE """{go}"""')
+    lines.append(f'TEMPLATE """{go}"""')  # `_quoted` escapes quotes, so no three stand together in it
     # 2. What ends an answer, and how it is drawn. Ollama's own defaults differ from the model's.
     ends = [tokenizer.backend.id_to_token(number) for number in config.stop_token_ids]
     for stop in dict.fromkeys([template.stop.strip(), *ends]):

@@ -6,6 +6,7 @@ transformers gives it. A value that our model cannot compute is an InputError wh
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pumice.config import DecoderConfig, ImagePolicy, RopeScaling, VisionConfig, naming
@@ -35,6 +36,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Pillow's number of a filter -> our name.
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+RESAMPLE_NUMBERS = {name: number for number, name in RESAMPLE.items()}
 # Mean and standard deviation of the pixels (red, green, blue) that each kind of tower was trained with.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
@@ -146,6 +148,23 @@ def vision_config(source: Keys, kind: str | None = None, **choices: Any) -> Visi
             norm_eps=keys.get("layer_norm_eps", float),
             **choices,
         )
+
+
+def read_processor(folder: Path) -> tuple[Keys, list[str]]:
+    """Read the image processor's keys: since transformers 5, a part of processor_config.json.
+
+    Also returns a note if the older file says something else. Raises InputError if both are missing.
+    """
+    combined, older = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if not combined.is_file() or "image_processor" not in (keys := Keys.of(combined)):
+        return Keys.of(older), []
+    processor, others = keys.object("image_processor"), Keys.of(older).values if older.is_file() else {}
+    differing = [
+        name for name in processor.values.keys() & others.keys() if processor.values[name] != others[name]
+    ]
+    if not differing:
+        return processor, []
+    return processor, [f"{older.name} has another {min(differing)} than {combined.name}, which was read"]
 
 
 def image_policy(keys: Keys, vision: VisionConfig) -> ImagePolicy:

@@ -29,7 +29,14 @@ from pumice.config import (
 )
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
-from pumice.formats.hf.config import RESAMPLE, check_unquantised, decoder_config, image_policy, vision_config
+from pumice.formats.hf.config import (
+    RESAMPLE_NUMBERS,
+    check_unquantised,
+    decoder_config,
+    image_policy,
+    read_processor,
+    vision_config,
+)
 from pumice.formats.recognise import check_classes
 from pumice.formats.text.read import read_text_side
 from pumice.media import TileMarks, VideoPolicy
@@ -46,7 +53,7 @@ _PLAIN = replace(MARKS, tile="", row="", between="")  # of a folder that never c
 # The values that transformers gives to absent keys.
 _CONFIG = {"image_token_id": 128257, "scale_factor": 2}
 _TEXT = {"model_type": "llama", "rms_norm_eps": 1e-5}  # of a config.json without text_config
-_IMAGENET = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 1}
+_PROCESSOR = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 1}
 _SIZE, _TILE = 4 * 364, 364
 
 
@@ -69,7 +76,8 @@ def open_idefics3(folder: Path, template: str | None = None) -> LoadedParts:
     factor = keys.get("scale_factor", int)
     connector = ConnectorConfig("linear", "pixel_shuffle", factor, bias=False)
     # 2. How a picture becomes tiles, and how a conversation becomes tokens.
-    image, video = _image(folder, vision)
+    image, video, more_notes = _image(folder, vision)
+    said += more_notes
     marks = MARKS if image.mode == "split" else _PLAIN
     text_side = read_text_side(folder, keys)
     _check_tokens(keys, text_side.tokenizer, decoder)
@@ -94,17 +102,13 @@ def open_idefics3(folder: Path, template: str | None = None) -> LoadedParts:
     )
 
 
-def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy | None]:
-    """Read preprocessor_config.json, or its part of processor_config.json since transformers 5.
+def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy | None, list[str]]:
+    """Read how pictures and videos become tiles, with notes. A SmolVLM2 has `video_sampling`.
 
-    A SmolVLM2 says in `video_sampling` how it was trained on videos.
+    Raises InputError if tiles have another size than the tower's pictures.
     """
-    combined = folder / "processor_config.json"
-    if combined.is_file() and "image_processor" in (both := Keys.of(combined)):
-        source = both.object("image_processor")
-    else:
-        source = Keys.of(folder / "preprocessor_config.json")
-    keys = Keys(_IMAGENET | source.values, source.label)
+    source, notes = read_processor(folder)
+    keys = Keys(_PROCESSOR | source.values, source.label)
     keys.only("do_resize", (True,), True)
     longest, tile = (
         keys.object(key).get("longest_edge", int, default)
@@ -128,7 +132,7 @@ def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy
         edge = sampling.object("video_size").get("longest_edge", int, tile)
         fps = sampling.get("fps", float, 1.0)
         video = VideoPolicy(sampling.get("max_frames", int, 64), fps, edge, timestamps=True)
-    return replace(pixels, mode=mode, longest_edge=longest, several=several), video
+    return replace(pixels, mode=mode, longest_edge=longest, several=several), video, notes
 
 
 def _check_tokens(keys: Keys, tokenizer: tokenizers.Tokenizer, decoder: DecoderConfig) -> None:
@@ -205,16 +209,15 @@ def model_config(config: ModelConfig, parts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
+def write_processor(folder: Path, config: ModelConfig) -> None:
     """Write the files of Idefics3Processor."""
     image, side = config.image, config.vision.image_size
-    number = next(number for number, name in RESAMPLE.items() if name == image.resample)
     images: dict[str, Any] = {
         "image_processor_type": "Idefics3ImageProcessor", "processor_class": "Idefics3Processor",
         "do_convert_rgb": True, "do_resize": True, "size": {"longest_edge": image.longest_edge},
         "max_image_size": {"longest_edge": side}, "do_image_splitting": image.mode == "split",
-        "resample": number, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": list(image.mean), "image_std": list(image.std), "do_pad": True,
+        "resample": RESAMPLE_NUMBERS[image.resample], "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(image.mean), "image_std": list(image.std), "do_pad": True,
     }  # fmt: skip
     if (video := config.video) is not None:  # read again by us, and by SmolVLMProcessor
         size = {"longest_edge": video.longest_edge}
@@ -222,5 +225,3 @@ def write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
     write_json(folder / "preprocessor_config.json", images)
     values = {"processor_class": "Idefics3Processor", "image_seq_len": config.image_tokens}
     write_json(folder / "processor_config.json", values)
-    (folder / "chat_template.jinja").write_text(chat, encoding="utf-8", newline="")
-    write_json(folder / "chat_template.json", {"chat_template": chat})

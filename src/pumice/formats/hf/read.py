@@ -14,7 +14,13 @@ from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES, model_type
 from pumice.formats.hf import idefics3
-from pumice.formats.hf.config import check_unquantised, decoder_config, image_policy, vision_config
+from pumice.formats.hf.config import (
+    check_unquantised,
+    decoder_config,
+    image_policy,
+    read_processor,
+    vision_config,
+)
 from pumice.formats.recognise import HF_LLAVAS, check_classes
 from pumice.formats.text.read import read_text_side
 from pumice.media import VideoPolicy
@@ -83,7 +89,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     vision = _vision(keys)
     # 2. How a picture becomes tiles, and how a conversation becomes tokens: the processor's and tokenizer's
     # files.
-    processor, more_notes = _processor(folder)
+    processor, more_notes = read_processor(folder)
     said += more_notes
     said += _check_processor(folder, keys, kind, vision)
     image = _image(processor, keys, kind, vision)
@@ -188,26 +194,6 @@ def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> Imag
     )
 
 
-def _processor(folder: Path) -> tuple[Keys, list[str]]:
-    """Read the image processor's keys: since transformers 5, a part of processor_config.json.
-
-    Also returns a note if the older file says something else.
-    """
-    combined, older = folder / "processor_config.json", folder / "preprocessor_config.json"
-    if not combined.is_file() or "image_processor" not in (keys := Keys.of(combined)):
-        return Keys.of(older), []
-    processor, others = keys.object("image_processor"), Keys.of(older).values if older.is_file() else {}
-    differing = [
-        name for name in processor.values.keys() & others.keys() if processor.values[name] != others[name]
-    ]
-    notes = (
-        [f"{older.name} has another {sorted(differing)[0]} than {combined.name}, which was read"]
-        if differing
-        else []
-    )
-    return processor, notes
-
-
 def _check_processor(folder: Path, keys: Keys, kind: str, vision: VisionConfig) -> list[str]:
     """Compare what the files beside config.json repeat of it; return notes on what has no effect here.
 
@@ -238,11 +224,11 @@ def _check_processor(folder: Path, keys: Keys, kind: str, vision: VisionConfig) 
             f"{int(vision.kind == 'clip')}; transformers counts other image tokens"
         )
     for name in ("preprocessor_config.json", path.name, "tokenizer_config.json"):
-        values = read_json(folder / name) if (folder / name).is_file() else {}
-        processor_type = model_type(str(values.get("processor_class")))
+        file = read_json(folder / name) if (folder / name).is_file() else {}
+        processor_type = model_type(str(file.get("processor_class")))
         if processor_type in HF_LLAVAS and processor_type != kind:
             notes.append(
-                f"processor_class is {values['processor_class']} in {name}, but model_type {kind!r} was "
+                f"processor_class is {file['processor_class']} in {name}, but model_type {kind!r} was "
                 "believed"
             )
     notes += [

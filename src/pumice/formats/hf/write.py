@@ -32,7 +32,7 @@ from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES
 from pumice.formats.hf import idefics3
 from pumice.formats.hf.card import model_card
-from pumice.formats.hf.config import RESAMPLE, layer_types, padding
+from pumice.formats.hf.config import RESAMPLE_NUMBERS, layer_types, padding
 from pumice.formats.hf.refusal import ACTIVATIONS, LINEAR, gemma_fields
 from pumice.formats.text.chat_template_write import to_jinja
 from pumice.storage.json_file import write_json
@@ -46,7 +46,6 @@ _ROW_MULTIPLE = 64  # an embedding that grows gets a multiple of this number of 
 _TOWER_KEYS: dict[str, dict[str, Any]] = {"clip": {}, "siglip": {"vision_use_head": False}}
 # model_type -> how the names of transformers' classes begin.
 _CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
-_RESAMPLE = {name: number for number, name in RESAMPLE.items()}
 
 
 def as_mlp(model: LoadedParts) -> LoadedParts:
@@ -110,10 +109,8 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
     names = tensor_names.inverse(table)
     write_weights(folder, {str(names[name]): tensor for name, tensor in state.items()})
     _write_config(folder, config, state, tokenizer)
-    write_tokenizer(folder, config, tokenizer, chat)
-    _write_processor(folder, config, chat)
-    bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
-    (folder / "README.md").write_text(model_card(bos), encoding="utf-8", newline="")
+    _write_processor(folder, config)
+    _write_text_side(folder, config, tokenizer, chat)
     return notes
 
 
@@ -132,11 +129,19 @@ def _write_idefics3(folder: Path, model: LoadedParts) -> list[str]:
     write_json(folder / "config.json", idefics3.model_config(config, parts))
     write_json(folder / "generation_config.json", generation_config(config))
     chat = to_jinja(get_template(config.template, config.chat))
+    idefics3.write_processor(folder, config)
+    _write_text_side(folder, config, tokenizer, chat)
+    return []
+
+
+def _write_text_side(folder: Path, config: ModelConfig, tokenizer: Tokenizer, chat: str) -> None:
+    """Write the tokenizer, its chat template, and the model card."""
     write_tokenizer(folder, config, tokenizer, chat)
-    idefics3.write_processor(folder, config, chat)
+    (folder / "chat_template.jinja").write_text(chat, encoding="utf-8", newline="")
+    # transformers before 4.50 reads this file instead.
+    write_json(folder / "chat_template.json", {"chat_template": chat})
     bos = None if config.bos_token_id is None else tokenizer.id_to_token(config.bos_token_id)
     (folder / "README.md").write_text(model_card(bos), encoding="utf-8", newline="")
-    return []
 
 
 def square_notes(image: ImagePolicy, other: str) -> list[str]:
@@ -245,7 +250,7 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": size},
-        "resample": _RESAMPLE[image.resample],
+        "resample": RESAMPLE_NUMBERS[image.resample],
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
@@ -360,7 +365,7 @@ def _text_config(config: ModelConfig, state: LazyStateDict) -> tuple[dict[str, A
     return text | {"torch_dtype": dtype}, dtype
 
 
-def _write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
+def _write_processor(folder: Path, config: ModelConfig) -> None:
     name = f"{_CLASSES[_kind(config.image)]}Processor"
     images = image_processor(config.image, config.vision.image_size) | {"processor_class": name}
     values: dict[str, Any] = {
@@ -382,9 +387,6 @@ def _write_processor(folder: Path, config: ModelConfig, chat: str) -> None:
         values |= {"patch_size": config.vision.stride, "num_additional_image_tokens": class_tokens}
     write_json(folder / "preprocessor_config.json", images)
     write_json(folder / "processor_config.json", values)
-    (folder / "chat_template.jinja").write_text(chat, encoding="utf-8", newline="")
-    # transformers before 4.50 reads this file instead.
-    write_json(folder / "chat_template.json", {"chat_template": chat})
 
 
 def _kind(image: ImagePolicy) -> str:

@@ -60,7 +60,7 @@ _SAID = (
     "{{ text.lstrip(line) if at.front and not loop.first and line else text }}{% set at.front = false %}"
     "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
 )
-# The turns of a conversation, as in `templates.Template.render`.
+# The system message and the turns of a conversation, as in `templates.Template.render`.
 _SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{% if around is none %}"
     "{{ raise_exception('this chat format has no place for a system message') }}{% endif %}"

@@ -77,13 +77,10 @@ class TextSide:
             for role, text in (("bos", self.files.bos), ("eos", self.files.eos))
             if text is not None and self.tokenizer.token_to_id(text) is None
         ]
-        if (
-            chat
-            and _MARKER.fullmatch(chat.stop.strip())
-            and self.tokenizer.token_to_id(chat.stop.strip()) is None
-        ):
+        stop = "" if chat is None else chat.stop.strip()
+        if _MARKER.fullmatch(stop) and self.tokenizer.token_to_id(stop) is None:
             notes.append(
-                f"the chat template ends answers with {chat.stop.strip()!r}, which is no token of the "
+                f"the chat template ends answers with {stop!r}, which is no token of the "
                 "tokenizer: they may belong to two models"
             )
         return notes
