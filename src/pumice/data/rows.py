@@ -211,7 +211,7 @@ class Rows(Sequence[Row]):
     def digest(self) -> str:
         """Return a digest of the rows, which says whether a resumed run has the same: hexadecimal digits."""
         if isinstance(self.opened, JsonRows | Table):  # of one file, as older versions stored it
-            return _file_digest(self.path)
+            return _file_digest(self.opened.files[0])
         return self.contents.digest
 
 
