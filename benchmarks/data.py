@@ -112,7 +112,7 @@ def ours(path: Path, folder: Path, processor: Any) -> Iterator[tuple[int, np.nda
         yield len(sample.input_ids), processor.pixels(sample.images, sample.layouts)
 
 
-def peer(path: Path, folder: Path, image_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
+def peer(path: Path, folder: Path) -> Iterator[tuple[int, np.ndarray]]:
     """The same rows through `datasets` and a LlavaProcessor of transformers."""
     from datasets import Image as ImageFeature
     from datasets import List, load_dataset
@@ -159,7 +159,7 @@ def speed(count: int, rounds: int) -> None:
         processor = make_processor(folder)
         first, other = (
             next(ours(paths["parquet"], folder, processor)),
-            next(peer(paths["parquet"], folder, 0)),
+            next(peer(paths["parquet"], folder)),
         )
         difference = float(np.abs(first[1] - np.asarray(other[1], np.float32)).max())
         print(f"{first[0]} and {other[0]} tokens, pixels differ by at most {difference:.1e}")
@@ -168,7 +168,7 @@ def speed(count: int, rounds: int) -> None:
             for form, path in paths.items()
         }
         reference = measure(
-            "datasets + transformers, parquet", lambda: peer(paths["parquet"], folder, 0), count, rounds
+            "datasets + transformers, parquet", lambda: peer(paths["parquet"], folder), count, rounds
         )
         for form, value in best.items():
             print(f"{form}: {value / reference:.2f} x")

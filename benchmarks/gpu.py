@@ -60,11 +60,8 @@ from pumice.train.shapes import DECODERS, LLAVAS
 from pumice.train.sizes import sizes
 
 LIMIT = 300  # seconds of all sections
-PACK, SAMPLE, SUPERVISED = (
-    8192,
-    1024,
-    160,
-)  # tokens of a pack, of each sample in it, and supervised ones of each
+# Tokens of a pack, of each sample in it, and supervised ones of each.
+PACK, SAMPLE, SUPERVISED = 8192, 1024, 160
 TINY = DecoderConfig(320, 64, 2, 4, 4, 16, 96, context=1024)
 TINY_TOWER = VisionConfig("clip", 56, 32, 14, depth=3, heads=2, mlp_width=64, activation="quick_gelu")
 
@@ -359,7 +356,7 @@ def full(bench: Bench) -> dict[str, Any]:
 def decode(bench: Bench) -> dict[str, Any]:
     """Prefill, and decode at 1 and 32, with one call of attention and with one each, beside `generate`."""
     config, new = bench.llava_7b(), 8 if bench.small else 64
-    length, found = 4 * bench.sample // 2, dict[str, Any]()
+    length, found = 2 * bench.sample, dict[str, Any]()
     model = random_model(
         config, bench.device, torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     )

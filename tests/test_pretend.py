@@ -88,9 +88,8 @@ def test_packs_attend_in_one_call_a_layer(result: Result, kind: str) -> None:
     """Samples that share a picture, norms of q and k, and a window included."""
     found = result("attention")[kind]
     assert found["branches"]
-    assert found["calls"] == (
-        4 if kind == "plain full" else 2
-    )  # the model has 2 layers; `full` runs them twice
+    # The model has 2 layers; `full` runs them twice.
+    assert found["calls"] == (4 if kind == "plain full" else 2)
     for name in ("", " gradient"):
         assert found[f"cuda{name}"] == pytest.approx(found[f"cpu{name}"], rel=5e-3)  # bf16; measured: 2.2e-3
 

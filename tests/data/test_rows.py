@@ -252,3 +252,14 @@ def test_finder_refuses(tmp_path: Path) -> None:
         ImageFinder(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no image folder is given"):
         ImageFinder([])
+
+
+@pytest.mark.parametrize("path", ["rows.jsonl", "{folder}", "{folder}/*.jsonl", "~/rows.jsonl"])
+def test_a_file_has_one_digest_however_it_is_named(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", [row(0)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert Rows(path.format(folder=tmp_path)).digest() == rows.digest()

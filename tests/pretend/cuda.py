@@ -30,13 +30,8 @@ attention: list[tuple[int, int]] = []  # (queries, sequences) of each call of th
 _watching = [False]
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
-INDEXING = {
-    "index",
-    "index_put",
-    "index_put_",
-    "_index_put_impl_",
-    "_unsafe_index",
-}  # take indices of the host
+# These take indices of the host.
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
 
 @contextlib.contextmanager

@@ -28,8 +28,11 @@ from pumice.formats.read import read_model
 from pumice.media import VideoPolicy
 from pumice.model.connector import REDUCE, Connector, Reduction
 from pumice.model.llava import Llava
+from pumice.model.packed import Run
 from pumice.train import run
+from pumice.train.loop import PreparedStep, Trainer
 from pumice.train.loss import supervised_loss
+from pumice.train.objective import PackTensors
 from pumice.train.recipe import load_recipe
 from pumice.train.report import read_metrics
 from pumice.train.setup import prepare
@@ -276,3 +279,29 @@ def test_some_blocks_of_a_part_learn(make_recipe: MakeRecipe, tiny_model: Path, 
     # A resumed run has the same blocks.
     with pytest.raises(InputError, match=r"made with stage\.learn\.decoder"):
         run(make_recipe(stage={"learn": {"decoder.0-1": 1e-3}}, max_steps=2))
+
+
+@pytest.mark.parametrize("part", ["tower", "tower.0-1"])
+def test_a_step_of_many_processes_without_pictures_leaves_the_tower(
+    part: str, make_recipe: MakeRecipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    """There every part has a zero gradient, with which AdamW would go on by its momentum."""
+    loaded = read_model(tiny_model)
+    vision = VisionConfig(
+        kind="siglip", image_size=56, width=16, stride=14, depth=2, heads=2, mlp_width=24, layer=-1,
+        select="full", activation="gelu_tanh",
+    )  # fmt: skip
+    config = dataclasses.replace(loaded.config, vision=vision)
+    state = Llava(config).state_dict()
+    save(tmp_path / "model", config, state, tokenizer=loaded.tokenizer.to_str())
+    stage = {"learn": {part: 1e-3, "decoder": 1e-3}}
+    recipe = load_recipe(make_recipe(model=str(tmp_path / "model"), stage=stage))
+    trainer = Trainer(recipe, prepare(recipe))
+    trainer.objective.use_all_parts = True  # as many processes need it
+    ids = torch.arange(8)
+    text = PackTensors(ids, ids, [Run(8)], ids[:-1], ids[1:], torch.ones(7), (), ())
+    trainer._train_step(trainer._prepare_step(0))
+    before = {name: weight.detach().clone() for name, weight in trainer.trainable.items()}
+    trainer._train_step(PreparedStep([text], 1, 8, 0.0))
+    moved = {name.partition(".")[0] for name, old in before.items() if not old.equal(trainer.trainable[name])}
+    assert moved == {"decoder"}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,22 +12,15 @@ from pumice.cli.source import Source, SourceOptions
 from pumice.progress import ProgressBar
 
 
-class Form(str, Enum):
-    """What rows are written as."""
-
-    llava = "llava"
-    parquet = "parquet"
-    webdataset = "webdataset"
-
-
 @options.expand
 def convert(
     source: Source,
     out: Annotated[Path, typer.Argument(help="A new folder.", metavar="DST")],
     reading: SourceOptions,
     to: Annotated[
-        Form, typer.Option(help="LLaVA JSON Lines with a folder of pictures, or shards.")
-    ] = Form.llava,
+        Literal["llava", "parquet", "webdataset"],
+        typer.Option(help="LLaVA JSON Lines with a folder of pictures, or shards."),
+    ] = "llava",
     images: Annotated[
         list[Path] | None, typer.Option(help="A folder of the pictures; repeat for several.")
     ] = None,
@@ -44,7 +36,7 @@ def convert(
         counts = convert_rows(
             rows,
             out,
-            to.value,
+            to,
             ImageFinder(images or ["."]),
             rows_per_file=rows_per_file,
             max_bad_rows=max_bad_rows,

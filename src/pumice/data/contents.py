@@ -96,9 +96,8 @@ class Contents:
         missing = np.array([bool(name) and not is_there(name) for name in self.names()], bool)
         if not missing.any():
             return np.zeros(len(self.usable), bool)
-        shown = np.append(
-            missing[self.arrays["shown"]], False
-        )  # so that a last row without pictures has a place
+        # One more, so that a last row without pictures has a place.
+        shown = np.append(missing[self.arrays["shown"]], False)
         counts = np.add.reduceat(shown, np.minimum(self.arrays["first"][:-1], len(shown) - 1), dtype=np.int64)
         return (counts > 0) & (np.diff(self.arrays["first"]) > 0)
 

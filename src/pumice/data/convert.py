@@ -24,8 +24,8 @@ from pumice.images import read_image
 MANIFEST = "convert.json"
 _GROUP = 100  # rows of a row group: with their pictures some tens of megabytes
 
-
-Shard = Iterator[tuple[int, Row, list[bytes]]]  # a row's number in the source, the row, its pictures' files
+# Of each row: its number in the source, the row, and the bytes of its pictures' files.
+Shard = Iterator[tuple[int, Row, list[bytes]]]
 
 
 def convert(
@@ -183,6 +183,6 @@ def _ending(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data)) as image:
             kind = (image.format or "").lower()
-    except Exception:  # decoders raise anything; what it is told when the picture is opened
+    except Exception:  # decoders raise anything; what is wrong is told when the picture is opened
         kind = ""
     return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif", "": "jpg"}.get(kind, kind)

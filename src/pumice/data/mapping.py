@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, StoredImage, check_media
+from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import kind
 from pumice.data.sources.source import Record
 from pumice.errors import InputError, shorten
@@ -37,7 +38,6 @@ _OTHER_IMAGES = (
     "picture", "pictures", "photo", "image_url", "image_urls",
 )  # fmt: skip
 _IDS = ("id", "question_id", "__key__")
-_PICTURE_NAME = re.compile(r"\S.*\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 _QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
@@ -366,7 +366,7 @@ def _unknown(values: Record, form: str) -> str:
             if {"from", "value"} <= items[0].keys():
                 return f"this looks like ShareGPT turns in {form}; write columns: {{conversations: {name}}}"
     texts = [name for name, value in words.items() if isinstance(value, str)]
-    pictures = [name for name in texts if _PICTURE_NAME.fullmatch(words[name])]
+    pictures = [name for name in texts if words[name].lower().endswith(PICTURES)]
     # The columns that are left, the last as the answer: tables have the question before it.
     texts = [name for name in texts if name not in pictures]
     roles = {"image": pictures[:1], "question": texts[-2:-1], "answer": texts[-1:]}

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
     from pumice.data.rows import ImageFinder, Row
 
-COLUMNS = 40  # of a picture in the terminal
+_COLUMNS = 40  # of a picture in the terminal
 _SIDE = 320  # pixels of a picture on a page
 
 
-def blocks(image: Image.Image, columns: int = COLUMNS) -> Text:
+def blocks(image: Image.Image) -> Text:
     """Return an RGB image as text. A character is two pixels: its colour the upper, its ground the lower."""
     from rich.color import Color
     from rich.style import Style
     from rich.text import Text
 
-    lines = max(1, round(columns * image.height / image.width / 2))
-    pixels = np.asarray(image.resize((columns, 2 * lines))).tolist()
+    lines = max(1, round(_COLUMNS * image.height / image.width / 2))
+    pixels = np.asarray(image.resize((_COLUMNS, 2 * lines))).tolist()
     text = Text()
     for upper_line, lower_line in zip(pixels[::2], pixels[1::2], strict=True):
         for upper, lower in zip(upper_line, lower_line, strict=True):

@@ -41,10 +41,9 @@ class ImageFinder:
     def find(self, name: str, beside: Path | None = None) -> Path:
         """Return the file of image `name`, a path relative to a root or absolute.
 
-        beside: a folder that is searched after the roots.
-
         If it is missing, a file of the same stem with another image suffix is returned (mix665K names .jpg
-        files that are .gif). Raises InputError when there is none, and for a path that leaves its root.
+        files that are .gif). beside: a folder that is searched after the roots. Raises InputError when there
+        is no file, and for a path that leaves its root.
         """
         if Path(os.path.normpath(name)).parts[:1] == ("..",):
             raise InputError(f"picture {name!r} leads out of the image folders; write the path without '..'")
@@ -211,7 +210,7 @@ class Rows(Sequence[Row]):
     def digest(self) -> str:
         """Return a digest of the rows, which says whether a resumed run has the same: hexadecimal digits."""
         if isinstance(self.opened, JsonRows | Table):  # of one file, as older versions stored it
-            return _file_digest(self.path)
+            return _file_digest(self.opened.files[0])
         return self.contents.digest
 
 

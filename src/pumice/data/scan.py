@@ -92,10 +92,9 @@ class Scan:
             checked.findings.append((_turns_problem_kind(row), str(error)))
         else:
             if row.added:
-                reason = (
-                    f"{row.added} picture{'s' * (row.added > 1)} without {IMAGE_PLACEHOLDER}, which is put "
-                )
-                checked.findings.append(("<image> added", f"{reason}before the first question"))
+                pictures = "1 picture" if row.added == 1 else f"{row.added} pictures"
+                reason = f"{pictures} without {IMAGE_PLACEHOLDER}, which is put before the first question"
+                checked.findings.append(("<image> added", reason))
             if self.encode is not None and not any(image.missing for image in checked.images):
                 try:
                     checked.tokens = self.encode(row.conversation(self.finder))

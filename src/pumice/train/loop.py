@@ -355,7 +355,8 @@ class Trainer:
         One process has none there, and AdamW moves a weight whose gradient is zero.
         """
         for group in self.optimizer.param_groups:
-            if group["part"] in ("tower", "connector", "image_newline"):
+            # A part may be some blocks of the tower: tower.20-22.
+            if group["part"].partition(".")[0] in ("tower", "connector", "image_newline"):
                 for parameter in group["params"]:
                     parameter.grad = None
 

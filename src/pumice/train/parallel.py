@@ -31,9 +31,8 @@ from pumice.train.recipe import Recipe
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-MAX_COPY_SHARE = (
-    0.6  # of a device's memory; weights, gradients and optimiser states that need more are sharded
-)
+# Of a device's memory. Weights, gradients and optimiser states that need more are sharded.
+MAX_COPY_SHARE = 0.6
 # How long a process waits for the others: the first one may read, check and save for hours alone.
 WAIT = datetime.timedelta(hours=12)
 

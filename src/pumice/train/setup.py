@@ -142,8 +142,8 @@ class Setup:
         close_last_file()
 
 
-# Parts inside another part. They learn with it, unless the recipe names them with a rate of their own.
 _BLOCK = re.compile(r"(decoder|tower)\.blocks\.(\d+)\.")
+# Parts inside another part. They learn with it, unless the recipe names them with a rate of their own.
 PARENT_PART = {"image_newline": "connector", "embeddings": "decoder"}
 
 

@@ -85,7 +85,7 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
         parameters[part] = parameters.get(part, 0) + numel
         if name in learning or base == "none" or not _is_quantized(name, parameter):
             size = numel * memory_dtype(name, name in learning, recipe, device).itemsize
-            place = _place(name, "tower" in learn)
+            place = _place(name, recipe.stage.learns("tower"))
             if place == "whole":
                 whole += size
             elif place != "other block":

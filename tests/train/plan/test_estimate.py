@@ -59,6 +59,15 @@ def test_what_is_held_follows_from_the_model() -> None:
     assert sizes(recipe(FULL, optimizer="adamw8bit"), CONFIG, "cpu").optimizer == 2 * memory.learning
 
 
+def test_a_tower_of_which_some_blocks_learn_is_sharded() -> None:
+    whole, blocks = (
+        sizes(recipe({"learn": {part: 1e-3, "decoder": 1e-3}}), CONFIG, "cpu").shards
+        for part in ("tower", "tower.0-0")
+    )
+    assert (blocks.whole, blocks.root) == (whole.whole, whole.root)
+    assert sizes(recipe(FULL), CONFIG, "cpu").shards.whole > whole.whole  # a frozen one is not
+
+
 @pytest.mark.parametrize("base", ["none", "int8"])
 def test_what_is_held_is_what_a_run_prepares(make_recipe: Callable[..., Path], base: str) -> None:
     stage = {"learn": {"connector": 1e-3, "lora": 1e-3}, "lora": {"rank": 2}, "base": base}

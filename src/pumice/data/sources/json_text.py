@@ -143,14 +143,9 @@ class JsonRows(Source):
     def __len__(self) -> int:
         return len(self._spans)
 
-    def raw(self, index: int) -> bytes:
-        """Return row `index` as it is written."""
-        start, end = self._spans[index].tolist()
-        return self._file.read(0, start, end - start)
-
     def record(self, index: int) -> Record:
         try:
-            values = json.loads(self.raw(index))
+            values = read_values(self._file, 0, self._spans[index])
         except (ValueError, RecursionError) as error:
             what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
             remedy = "save the file as UTF-8" if what == "UTF-8" else "fix or remove the row"
@@ -170,9 +165,9 @@ def kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def read_values(reader: OpenFiles, number: int, spans: np.ndarray) -> Any:
+def read_values(reader: OpenFiles, number: int, span: np.ndarray) -> Any:
     """Return the JSON value at (start, end) of file `number`."""
-    start, end = spans.tolist()
+    start, end = span.tolist()
     return json.loads(reader.read(number, start, end - start))
 
 

@@ -200,7 +200,7 @@ def _of_part(paths: Sequence[Path], folder: Path, part: Part, label: str) -> lis
     names = {path: path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
              for path in chosen}  # fmt: skip
     if part.config is not None:
-        chosen = [path for path in chosen if part.config in re.split(r"[/]", names[path])[:-1]]
+        chosen = [path for path in chosen if part.config in names[path].split("/")[:-1]]
         if not chosen:
             folders = ", ".join(sorted({name.split("/")[0] for name in names.values() if "/" in name}))
             raise InputError(f"'{label}' has no config {part.config!r}; it has {folders or 'none'}")
