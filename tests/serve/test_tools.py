@@ -396,6 +396,20 @@ def test_a_call_is_read_alike_however_it_is_cut(several: bool) -> None:
             assert [piece.name for piece in read if piece.name] == ["say"]
 
 
+@pytest.mark.usefixtures("bounded_work")
+@pytest.mark.parametrize(
+    ("before", "after", "arguments"),
+    [('{"name":"say","arguments":', "{}}", "{}"), ('{"name":"say","arguments":{', "}}", "{}"), ("", "x", "")],
+)
+def test_long_blanks_in_a_call(before: str, after: str, arguments: str) -> None:
+    functions = [FunctionDescription(name="say"), FunctionDescription(name="count")]
+    reader, blanks = CallReader(functions), " \n" * 50_000
+    pieces = [AnswerPiece(text=before + blanks + after), AnswerPiece(text=blanks, finish="stop")]
+    answer = join([reader(piece) for piece in pieces])
+    assert answer.arguments.replace(blanks, "") == arguments
+    assert answer.finish == ("tool_calls" if arguments else "stop")
+
+
 def test_a_call_that_ends_before_its_name() -> None:
     functions = [FunctionDescription(name="say"), FunctionDescription(name="count")]
     answer = join([CallReader(functions)(AnswerPiece(text='{"na', finish="length"))])
