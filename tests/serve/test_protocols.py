@@ -372,7 +372,7 @@ def test_the_card_counts_quantized_weights(tiny_folder: Path) -> None:
     whole, packed = (load(tiny_folder, device="cpu", quantize=kind).model for kind in (None, "int8"))
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     assert sum(parameter.numel() for parameter in packed.parameters()) < parameters
-    cards = [OllamaCard(["tiny"], model) for model in (whole, packed)]
+    cards = [OllamaCard(["tiny"], model.config, *model.sizes()) for model in (whole, packed)]
     assert {card.show().model_info["general.parameter_count"] for card in cards} == {parameters}
     exact, smaller = (card.models().models[0].size for card in cards)
     assert smaller < exact

@@ -11,6 +11,7 @@ tokens of a tile, D decoder width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,13 @@ class Llava(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of the decoder's activations outside autocast."""
         return self.decoder.dtype
+
+    def sizes(self) -> tuple[int, int]:
+        """Return the bytes of the weights in memory, and the number of parameters without adapters."""
+        nbytes = sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+        with torch.device("meta"):  # a quantized weight is no parameter, so count those of the config
+            whole = Llava(replace(self.config, lora=None))
+        return nbytes, sum(parameter.numel() for parameter in whole.parameters())
 
     def features(self, pixels: Tensor) -> Tensor:
         """Turn pixels (P, 3, S, S) into the tower's features (P, F, C), in the tower's dtype."""

@@ -84,7 +84,7 @@ class Backend:
         self, assistant: Assistant, names: tuple[str, ...], settings: ServerSettings, metrics: Metrics
     ) -> None:
         self.assistant, self.names, self.settings, self.metrics = assistant, names, settings, metrics
-        self.ollama_card = OllamaCard(names, assistant.model)
+        self.ollama_card = OllamaCard(names, assistant.model.config, *assistant.model.sizes())
         self._fetcher: Fetcher | None = None
         self._grammars: OrderedDict[str, Grammar] = OrderedDict()
 

@@ -14,10 +14,9 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import AliasChoices, BaseModel, Discriminator, Field, Tag
 
-from pumice.model.llava import Llava
+from pumice.config import ModelConfig
 from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece, join
 from pumice.serve.messages import (
     Arguments,
@@ -380,17 +379,14 @@ class OllamaVersion(AnswerModel):
 
 
 class OllamaCard:
-    """Describes the model as Ollama does."""
+    """Describes the model as Ollama does. size: bytes of its weights in memory."""
 
-    def __init__(self, names: Sequence[str], model: Llava) -> None:
-        self._names, self._config, self._opened = names, model.config, _now()
-        self._size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        with torch.device("meta"):  # a quantized weight is no parameter, so count those of the config
-            whole = Llava(replace(model.config, lora=None))
-        self._parameters = parameters = sum(parameter.numel() for parameter in whole.parameters())
-        self._digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode()).hexdigest()
-        size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
-        self._details = OllamaDetails(parameter_size=size, quantization_level="")
+    def __init__(self, names: Sequence[str], config: ModelConfig, size: int, parameters: int) -> None:
+        self._names, self._config, self._opened = names, config, _now()
+        self._size, self._parameters = size, parameters
+        self._digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+        count = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+        self._details = OllamaDetails(parameter_size=count, quantization_level="")
 
     def models(self) -> OllamaModels:
         return OllamaModels(
