@@ -99,11 +99,24 @@ def test_headers_and_requests_within_the_limits(server: str) -> None:
         headers = {"Content-Type": "application/json"}
         response = client.post(f"{server}/v1/chat/completions", content=chunks, headers=headers, timeout=60)
         assert response.status_code == 200
+
+
+def test_requests_that_wait_behind_one(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    """They arrive together. One more than the limit closes the connection, and the log says why."""
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with connect(server) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * MAX_PIPELINED)
+        connection.sendall(health * (1 + MAX_PIPELINED))
         data = b""
-        while data.count(b"HTTP/1.1 200") < MAX_PIPELINED:
-            data += connection.recv(1 << 16)
+        while data.count(b"HTTP/1.1 200") < 1 + MAX_PIPELINED:
+            part = connection.recv(1 << 16)
+            assert part, "the connection was closed"
+            data += part
+    caplog.set_level("INFO", "pumice.serve")
+    with connect(server) as connection:
+        connection.sendall(health * (2 + MAX_PIPELINED))
+        assert connection.recv(1 << 16) == b""
+    codes = [record.__dict__["fields"].get("code") for record in caplog.records if "fields" in vars(record)]
+    assert "pipeline_full" in codes
 
 
 def test_bodies_in_flight_share_a_limit(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
