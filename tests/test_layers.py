@@ -34,7 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 # The same inside formats, whose `__init__` imports nothing.
 FORMATS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "names"),
+    ("__init__", "derived"),
+    ("names",),
     ("families",),
     ("recognise", "text"),
     ("hf", "efficientnet_lite", "nanovlm"),

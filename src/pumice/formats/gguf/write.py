@@ -285,7 +285,7 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str, class_token: st
 def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
     decoder = config.decoder
     table = tensor_names.inverse(tensor_names.gguf_decoder(decoder))
-    names = {f"decoder.{name}": str(gguf_name) for name, gguf_name in table.items()}
+    names = {f"decoder.{name}": gguf_name for name, gguf_name in table.items()}
     # llama.cpp pairs the rotating values of a llama differently.
     heads = {"q": decoder.heads, "k": decoder.kv_heads} if _architecture(config) == "llama" else {}
     tensors = {
@@ -303,10 +303,10 @@ def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
 
 def _tower(config: ModelConfig, state: LazyStateDict, class_token: str) -> LazyStateDict:
     """Return the tensors of tower and connector, without the final norm, which llama.cpp would apply."""
-    table = tensor_names.gguf_tower(config.vision)
+    names = tensor_names.inverse(tensor_names.gguf_tower(config.vision))
     if class_token == "shifted":
         state = state | {"tower.positions": state["tower.positions"].map(lambda rows: rows.roll(-1, 0))}
-    return {gguf_name: state[name] for gguf_name, name in table.items() if name is not None}
+    return {gguf_name: state[name] for name, gguf_name in names.items()}
 
 
 def _permuted(tensor: LazyTensor, heads: int | None) -> LazyTensor:
