@@ -10,8 +10,12 @@ from functools import lru_cache
 
 import numpy as np
 
-# Scripts without spaces between words: each of their characters counts as a word.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# Scripts without spaces between words, as the inside of a class in a pattern: each of their characters counts
+# as a word. Thai and Lao, Burmese, Khmer, scripts of Thailand and Indonesia, Japanese, Chinese.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\u3040-\u30ff\u3400-\u9fff"
+    "\ua980-\uaadf\uf900-\ufaff\U00020000-\U0003ffff"
+)
 
 # English function words; all other words count as content.
 _FUNCTION_WORDS = """
@@ -57,8 +61,8 @@ class Word:
 def _word_pattern() -> re.Pattern[str]:
     # Vowel signs and accents, which `\w` leaves out, belong to the letter before them.
     marks = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M"))
-    letter = rf"(?:[^\W{_UNSPACED}][{marks}]*)"
-    return re.compile(rf"[{_UNSPACED}][{marks}]*|{letter}+(?:['’\-]{letter}+|[.,]\d+)*|[^\w\s]+")
+    letter = rf"(?:[^\W{UNSPACED}][{marks}]*)"
+    return re.compile(rf"[{UNSPACED}][{marks}]*|{letter}+(?:['’\-]{letter}+|[.,]\d+)*|[^\w\s]+")
 
 
 def split(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[Word]]:

@@ -20,14 +20,12 @@ from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
+from pumice.explain.words import UNSPACED
 
-# Scripts without spaces between words: Thai to Burmese, Khmer, scripts of Thailand and Indonesia, Chinese and
-# Japanese, with the punctuation of the latter.
-_UNSPACED = re.compile(
-    "[\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\u3000-\u30ff\u3400-\u9fff\ua980-\uaadf\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+# A character that is looked for as a word is: also in Tibetan, which marks syllables but not words, and the
+# punctuation of Chinese and Japanese.
+_WORD_OF_ONE = re.compile(f"[{UNSPACED}\u0f00-\u0fff\u3000-\u303f]")
 _RAISED = re.compile("([\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f\u2189])")  # ², ₂ and ½
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 # Where an answer says its letter: alone, in a box, first, after "answer is", "option" and the like, or before
 # "is correct".
 _ALONE = re.compile(r"\W*(?:option\s+)?([A-Za-z])\W*", re.IGNORECASE)
@@ -35,11 +33,22 @@ _BOXED = re.compile(r"\\boxed\{\s*([A-Za-z])\s*\}")
 _FIRST = re.compile(r"[\W_]*([A-Z](?=\s*[).:,\]*]|[ \t]*\n)|[a-z](?=\)))")
 _NAMED = re.compile(
     r"(?:\b(?i:answer|ans|option|choice)(?:\s+(?i:is|would\s+be|should\s+be))?"
-    r"|答案|回答|答え|正解|选择|选项?|選擇|選項?|정답|답)[\s:=是为為はが은는이]*[\W_]*([A-Z]|[b-z])(?![A-Za-z0-9'])"
+    r"|答案|回答|答え|正解|选择|选项?|選擇|選項?|정답|답)(?:[\s:=]*[是为為はが은는이])*[\W_]*([A-Z]|[b-z])(?![A-Za-z0-9'])"
 )
 _RIGHT = re.compile(r"\b([A-Z])\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b")
 # The English article, which is no letter of an option: "A dog", but not "A is right".
 _ARTICLE = re.compile(r"\bA\s+(?!(?:is|was|would|as|and|or|because|since|seems|fits|matches)\b)(?=[a-z])")
+# Where an answer says that an option is not meant. What stands for the options comes behind the first, and
+# before the second.
+_DENIES = re.compile(
+    r"(?i:\b(?:not|cannot|never|neither|rather|instead|wrong|incorrect|false)\b|n['’]t\b)|不|并非|並非"
+)
+_NOT = (
+    r"(?:(?i:\b(?:not|cannot|never|neither|rather\s+than|instead\s+of)\b|n['’]t\b)|不是|不选|不選|并非|並非)"
+    r"(?:\s+(?:be|show|depict|contain|have|see|include|mean|match|look\s+like)\b)?(?:\s+the\b)?"
+    r"(?:\s+(?i:option|answer|choice|letter)\b)?\s*[\"'“”’`(\[{*$]{0,3}"
+)
+_IS_WRONG = r"\s+(?:(?:is|was|can|would\s+be)(?:n['’]t|\s+(?:not|wrong|incorrect|false))|cannot)\b"
 _YES_OR_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
 
 
@@ -56,7 +65,7 @@ def _same_form(text: str) -> str:
 
 def _spaced(text: str) -> str:
     """Make each character of a script without spaces between words a word."""
-    return _UNSPACED.sub(r" \g<0> ", _same_form(text))
+    return _WORD_OF_ONE.sub(r" \g<0> ", _same_form(text))
 
 
 def _exact(text: str, meta: Any) -> float:
@@ -86,10 +95,11 @@ def read_option(text: str, choices: Mapping[str, str]) -> str | None:
     """Return the option that an answer means; None if no rule reads it.
 
     VLMEvalKit's rules come first. An own file is bound to no official scorer, so sentences that name one
-    letter as the answer are read as well.
+    letter as the answer are read as well, and an option that an answer denies is not its answer.
     """
-    text = _ARTICLE.sub("a ", _same_form(_THOUGHTS.sub("", text)).strip())
+    text = _ARTICLE.sub("a ", _same_form(_without_thoughts(text)).strip())
     options = {letter: _same_form(str(option)) for letter, option in choices.items()}
+    text = _without_denied(text, options)
     if (option := infer_option(text, options)) is not None:
         return option
     readings = (
@@ -101,6 +111,26 @@ def read_option(text: str, choices: Mapping[str, str]) -> str | None:
         if len(letters) == 1:
             return letters.pop()
     return None
+
+
+def _without_thoughts(text: str) -> str:
+    """Leave out what stands between <think> and </think>."""
+    kept, start = "", 0
+    while (begin := text.find("<think>", start)) >= 0 and (end := text.find("</think>", begin)) >= 0:
+        kept += text[start:begin]
+        start = end + len("</think>")
+    return kept + text[start:]
+
+
+def _without_denied(text: str, options: Mapping[str, str]) -> str:
+    """Leave out the letters and the texts of options that an answer denies: "not A", "A is wrong"."""
+    if not options or _DENIES.search(text) is None:
+        return text
+    texts = sorted(filter(None, options.values()), key=len, reverse=True)
+    names = [*(f"(?i:{re.escape(text)})" for text in texts), *map(re.escape, options)]
+    one = rf"(?:{'|'.join(names)})(?![A-Za-z0-9'’])"
+    several = rf"{one}(?:(?:\s*,\s*{one})*(?:\s*,)?\s+n?or\s+{one})?"
+    return re.sub(rf"{_NOT}{several}|\b{one}{_IS_WRONG}", " ", text).strip()
 
 
 def _option(text: str, meta: Any) -> float:

@@ -72,7 +72,8 @@ class Kind:
 
 
 _LABEL = re.compile(
-    r"^[\s>#*_\-]*(?:(question|q|user|human)|(answer|a|assistant|gpt))\s*\d*\s*[:.)]+[*_]*[ \t]*", re.I | re.M
+    r"^[\s>#*_\-]*(?:(question|q|user|human)|(answer|a|assistant|gpt))\s*(?:\d+\s*)?[:.)]+[*_]*[ \t]*",
+    re.I | re.M,
 )
 _RULE = re.compile(r"^\s*[=\-*_]{3,}\s*$", re.M)
 
@@ -112,7 +113,7 @@ def whole(questions: Sequence[str]) -> Callable[[str, random.Random], list[Turn]
     """A parser for replies that are one answer; the question is drawn from `questions`."""
 
     def parse(reply: str, pick: random.Random) -> list[Turn]:
-        text = re.sub(r"^\s*[*#]*\s*(detailed )?description\s*:[*]*\s*", "", reply, flags=re.I).strip()
+        text = re.sub(r"^\s*(?:[*#]+\s*)?(detailed )?description\s*:[*]*\s*", "", reply, flags=re.I).strip()
         if not text:
             raise Unparsed("the reply is empty")
         if any(mark.group(1) for mark in _LABEL.finditer(text)):
