@@ -36,7 +36,7 @@ from pydantic_core import PydanticCustomError
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 from pumice.storage.yaml_file import read_yaml, set_key
-from pumice.train.recipe_errors import main_problem
+from pumice.train.recipe_errors import main_problem, missing_base
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 LONGEST_CHAIN = 50  # recipes that extend each other
@@ -371,9 +371,8 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = _near_shipped(base_name.removesuffix(".yaml"))
-        hint = f"; one that Pumice brings is named {SHIPPED}{shipped[0]}" if shipped else ""
-        raise InputError(f"{path}: extends {base_name}, but there is no {base_path}{hint}")
+        shipped = [f"{SHIPPED}{name}" for name in _near_shipped(base_name.removesuffix(".yaml"))]
+        raise missing_base(path, base_name, base_path, shipped)
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
     _record_origin(values, str(path), origin)
