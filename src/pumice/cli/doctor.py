@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from pumice import __version__
 from pumice.cli import options
@@ -22,8 +23,8 @@ _MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("FIX", 
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    test: Annotated[bool, typer.Option(help="Run small models, some seconds.")] = True,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    test: Annotated[bool, Option(help="Run small models, some seconds.")] = True,
 ) -> None:
     """Say what is installed, what works, and what to do about what does not. Status 1 on a problem."""
     environ = dict(os.environ)
