@@ -50,11 +50,7 @@ def export(
     from pumice.formats.read import read_model
 
     model = read_model(
-        source,
-        template=opening.template,
-        tower=opening.tower,
-        base=opening.base,
-        mmproj=opening.mmproj,
+        source, template=opening.template, tower=opening.tower, base=opening.base, mmproj=opening.mmproj
     )
     written = write(
         model, to, target, dtype=dtype, kind=kind, tower_kind=tower_kind, class_token=class_token,

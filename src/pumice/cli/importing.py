@@ -36,14 +36,7 @@ def import_(
 
     bits = None if quantize == "none" else quantize
     report = import_model(
-        source,
-        target,
-        dtype=dtype,
-        template=template,
-        tower=tower,
-        base=base,
-        mmproj=mmproj,
-        quantize=bits,
+        source, target, dtype=dtype, template=template, tower=tower, base=base, mmproj=mmproj, quantize=bits
     )
     summary = report.summary()
     if as_json:

@@ -32,10 +32,7 @@ class GenerateSettings:
     coco_captions: Annotated[Path | None, Option(help="COCO's captions_*.json.")] = None
     coco_instances: Annotated[Path | None, Option(help="COCO's instances_*.json.")] = None
     jsonl: Annotated[tuple[Path, ...], Option(help="Lines of {image, captions, boxes, text}.")] = ()
-    images: Annotated[
-        tuple[Path, ...],
-        Option(help="A folder of the pictures; repeat for several."),
-    ] = ()
+    images: Annotated[tuple[Path, ...], Option(help="A folder of the pictures; repeat for several.")] = ()
     kind: Annotated[
         tuple[str, ...],
         Option(

@@ -13,15 +13,7 @@ import numpy as np
 
 from pumice.errors import InputError
 from pumice.evaluate.files import ImageFolders, read_json
-from pumice.evaluate.task import (
-    Answered,
-    CategoryScore,
-    Floats,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-)
+from pumice.evaluate.task import Answered, CategoryScore, Floats, Question, Score, Task, mean_percent
 
 PROMPT = "Describe this image in detail."
 

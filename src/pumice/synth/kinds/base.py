@@ -156,8 +156,5 @@ SNOW = Context(
         "A brown dog with a red ball in its mouth runs through deep snow.",
         "A dog plays in the snow in front of a cabin.",
     ),
-    (
-        Box("dog", (0.288, 0.402, 0.644, 0.811)),
-        Box("sports ball", (0.571, 0.468, 0.622, 0.529)),
-    ),
+    (Box("dog", (0.288, 0.402, 0.644, 0.811)), Box("sports ball", (0.571, 0.468, 0.622, 0.529))),
 )
