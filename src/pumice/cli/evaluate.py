@@ -67,6 +67,7 @@ def evaluate(
     """
     from pumice.evaluate import result
     from pumice.evaluate.published import PUBLISHED
+    from pumice.evaluate.run import check_images, run
     from pumice.evaluate.tasks import get_task
     from pumice.files import replacing
 
@@ -102,10 +103,17 @@ def evaluate(
 
     # 2. Read the questions, and let the model answer them.
     asked = result.read_questions(benchmark, data, limit, keep_images=model is not None)
-    if model is not None and not _answer(
-        benchmark, asked, predictions, model, model_name, device, slots, allow_missing, max_new_tokens
-    ):
-        return  # another process of torchrun scores the answers
+    if model is not None:
+        if missing := check_images(asked.questions, allow_missing=allow_missing):
+            print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
+        answerer = _answerer(model, model_name, device, slots)
+        with ProgressBar(log_seconds=LOG_SECONDS) as bar:
+            scores_here = run(
+                benchmark, asked.questions, answerer, predictions,
+                allow_missing=allow_missing, progress=bar.show, max_new_tokens=max_new_tokens,
+            )  # fmt: skip
+        if not scores_here:
+            return  # another process of torchrun scores the answers
     answers = result.read_answers(asked, predictions, allow_missing=allow_missing)
     # 3. Write a submission, compare two files of answers, or score one.
     if submission is not None:
@@ -175,31 +183,6 @@ def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | N
     endpoint = endpoint_at(url, model, parallel=4) if url is not None and model is not None else None
     if endpoint is not None or reviews is not None:
         task.judge = Judge(reviews, endpoint)
-
-
-def _answer(
-    task: Task,
-    asked: QuestionSet,
-    path: Path,
-    model: str,
-    model_name: str | None,
-    device: str | None,
-    slots: int,
-    allow_missing: bool,
-    max_new_tokens: int | None,
-) -> bool:
-    """Let the model write its answers to `path`. Return False if another process scores them."""
-    from pumice.evaluate.run import check_images, run
-
-    missing = check_images(asked.questions, allow_missing=allow_missing)
-    if missing:
-        print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
-    answerer = _answerer(model, model_name, device, slots)
-    with ProgressBar(log_seconds=LOG_SECONDS) as bar:
-        return run(
-            task, asked.questions, answerer, path,
-            allow_missing=allow_missing, progress=bar.show, max_new_tokens=max_new_tokens,
-        )  # fmt: skip
 
 
 def _answerer(model: str, model_name: str | None, device: str | None, slots: int) -> Answerer:
