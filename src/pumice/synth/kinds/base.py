@@ -137,7 +137,7 @@ def _example(name: str) -> Context:
     """Return a picture that the worked examples of all kinds speak of."""
     path = Path(__file__).parents[1] / "tables" / "examples.yaml"
     values = read_yaml(path, "table of examples")[name]
-    boxes = tuple(Box(category, tuple(corners)) for category, *corners in values["boxes"])
+    boxes = tuple(Box(category, (x0, y0, x1, y1)) for category, x0, y0, x1, y1 in values["boxes"])
     return Context(f"example/{name}", values["image"], tuple(values["captions"]), boxes)
 
 
