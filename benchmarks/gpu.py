@@ -77,7 +77,7 @@ class Bench:
     def llava_7b(self) -> ModelConfig:
         if self.small:
             return ModelConfig(TINY, TINY_TOWER, ConnectorConfig("mlp2x_gelu"))
-        return LLAVAS["liuhaotian/llava-v1.5-7b"]()
+        return LLAVAS["liuhaotian/llava-v1.5-7b"]
 
     def decoder_1b(self) -> DecoderConfig:
         return TINY if self.small else dataclasses.replace(DECODERS["Qwen/Qwen2.5-1.5B-Instruct"], depth=20)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from pumice.cli import options, reading
 from pumice.conversation import check_media
@@ -22,34 +23,20 @@ from pumice.progress import LOG_SECONDS, ProgressBar
 @options.expand
 def ask(
     arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Pictures, if any, then the question.", metavar="[IMAGE]... QUESTION", show_default=False
-        ),
+        list[str] | None, Argument(help="Pictures, if any, then the question.", metavar="[IMAGE]... QUESTION")
     ] = None,
     model: options.Model = "pumice-tiny",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     batch: Annotated[
         Path | None,
-        typer.Option(
-            help='Answer many questions: one {"id", "image", "question"} per line.',
-            metavar="IN.jsonl",
-            show_default=False,
-        ),
+        Option(help='Answer many questions: one {"id", "image", "question"} per line.', metavar="IN.jsonl"),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Where the answers of --batch go.", metavar="OUT.jsonl", show_default=False),
-    ] = None,
+    out: Annotated[Path | None, Option(help="Where the answers of --batch go.", metavar="OUT.jsonl")] = None,
     frames: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Frames of a video or an animation; by default as the model was trained.",
-            show_default=False,
-        ),
+        Option(min=1, help="Frames of a video or an animation; by default as the model was trained."),
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Questions of --batch answered at a time.")] = 8,
+    slots: Annotated[int, Option(min=1, help="Questions of --batch answered at a time.")] = 8,
     *,
     sampling: options.Sampling,
     opening: options.Opening,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.cli.source import SourceOptions
@@ -30,44 +30,36 @@ def show(
     reading: SourceOptions,
     source: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             help="Rows in any format: a file, a folder, a glob, hf://owner/name; the recipe's if not given.",
             metavar="SOURCE",
         ),
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(
-            help="As this recipe's stage learns them: its model, template, image tokens and context.",
-            show_default=False,
-        ),
+        Option(help="As this recipe's stage learns them: its model, template, image tokens and context."),
     ] = None,
     model: options.Model = "pumice-tiny",
     template: Annotated[
-        str | None,
-        typer.Option(help="Another chat format than the model's: v1, plain, ...", show_default=False),
+        str | None, Option(help="Another chat format than the model's: v1, plain, ...")
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Not a model's but this tokenizer.json, SentencePiece tokenizer.model, folder or GGUF file.",
             metavar="PATH",
-            show_default=False,
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Look the pictures up here; without it none is needed.")
+        Path | None, Option(help="Look the pictures up here; without it none is needed.")
     ] = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="Show only so many rows of a source.", show_default=False)
-    ] = None,
-    pictures: Annotated[bool, typer.Option("--pictures", help="Draw the pictures in the terminal.")] = False,
+    rows: Annotated[int | None, Option(min=1, help="Show only so many rows of a source.")] = None,
+    pictures: Annotated[bool, Option("--pictures", help="Draw the pictures in the terminal.")] = False,
     page: Annotated[
-        Path | None,
-        typer.Option("--html", help="Write rows and pictures to this page instead.", show_default=False),
+        Path | None, Option("--html", help="Write rows and pictures to this page instead.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a list of {id, input_ids, labels}; a picture is -200.")
+        bool, Option("--json", help="Print a list of {id, input_ids, labels}; a picture is -200.")
     ] = False,
 ) -> None:
     """Print rows as the model sees them: what it learns to write is green and in [+ +]."""

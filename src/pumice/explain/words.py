@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -18,20 +19,7 @@ UNSPACED = (
 )
 
 # English function words; all other words count as content.
-_FUNCTION_WORDS = """
-a an the this that these those some any each every all both either neither no not such
-i you he she it we they me him her us them my your his its our their mine yours hers ours theirs
-myself yourself himself herself itself ourselves themselves who whom whose which what when where why how
-there here be am is are was were been being do does did done doing have has had having
-will would shall should can could may might must
-of in on at by for with from to into onto over under above below up down out off about against between
-through during before after behind beside besides near next along across around among within without
-toward towards upon as than like
-and or but nor so yet if because while although though until unless since whether
-very too also just only even then now again more most much many other another same own
-won't shan't yes
-"""
-_FUNCTION = frozenset(_FUNCTION_WORDS.split())
+_FUNCTION = frozenset((Path(__file__).parent / "function_words.txt").read_text(encoding="utf-8").split())
 _CLITICS = ("", "'s", "'t", "n't", "'re", "'ve", "'ll", "'d", "'m")
 
 

@@ -40,7 +40,7 @@ from pumice.formats.gguf.mmproj import OWN_KEY, own_values
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.refusal import connector_refusal, tower_refusal
 from pumice.formats.hf.write import as_mlp
-from pumice.formats.text.chat_template_write import quoted, to_jinja
+from pumice.formats.text.chat_template_write import jinja_part, quoted, to_jinja
 from pumice.kernels.packed import from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts
@@ -77,20 +77,6 @@ CLASS_TOKENS = ("first", "shifted")
 _SENSITIVE = ("token_embd.weight", "output.weight")  # in 8 bits beside q4_0
 _BLOCK = 32  # values that q8_0 and q4_0 quantise together
 _PAD_COLOR = (122, 116, 104)  # llama.cpp's fixed colour
-# The content of a message. llama.cpp marks a picture with <__media__>, or with a random word in it.
-_SAID = (
-    "{% set all = namespace(text='') %}{% if content is string %}{% set all.text = content %}{% else %}"
-    "{% for part in content %}{% set all.text = all.text + part['text'] %}{% endfor %}{% endif %}"
-    "{% set pieces = (all.text.strip() if trim else all.text).split('__>') %}"
-    "{% set at = namespace(front=true) %}{% for piece in pieces %}"
-    "{% if at.front and not loop.first %}{% set piece = piece.lstrip('\\n') %}{% endif %}"
-    "{% if loop.last %}{{ piece }}{% else %}{% set halves = piece.split('<__media') %}"
-    "{% if halves|length == 1 %}{{ piece + '__>' }}"
-    "{% else %}{{ halves[0] + left + '<__media' + halves[1] + '__>' + right }}{% endif %}"
-    "{% set at.front = at.front and piece.startswith('<__media') %}"
-    "{% if at.front and not (pieces[-1] == '' and loop.index + 1 == pieces|length) %}{{ '\\n' }}{% endif %}"
-    "{% endif %}{% endfor %}"
-)
 
 
 def refusal(config: ModelConfig) -> str | None:
@@ -253,7 +239,8 @@ def marked(chat: str, wrap: tuple[str, str] | None = None) -> str:
     _, _, after = remaining.partition("{% endmacro %}")
     left, right = map(quoted, wrap or ("", ""))
     around = "{% set left = " + left + " %}{% set right = " + right + " %}"
-    return before + "{% macro said(content, trim) %}" + around + _SAID + "{% endmacro %}" + after
+    said = around + jinja_part("said_by_llama_cpp")  # which marks a picture with <__media__>, or a word in it
+    return before + "{% macro said(content, trim) %}" + said + "{% endmacro %}" + after
 
 
 def _describe_tower(writer: Any, config: ModelConfig, kind: str, class_token: str) -> None:

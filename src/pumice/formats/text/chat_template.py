@@ -16,16 +16,7 @@ from typing import Any
 from pumice.config import ChatFormat
 from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, ImagePart, Message
 from pumice.errors import InputError
-from pumice.templates import (
-    CALL,
-    OWN,
-    RESULT,
-    TEMPLATES,
-    Template,
-    call_text,
-    result_text,
-    tools_text,
-)
+from pumice.templates import CALL, OWN, RESULT, TEMPLATES, Template, call_text, result_text, tools_text
 
 _Turn = tuple[str, str]  # role, text
 # Texts for probe conversations. They occur in no template, so that they are found in what it writes.
