@@ -20,6 +20,11 @@ pytestmark = [
 ]
 
 
+def recipe(**changes: Any) -> Recipe:
+    values = {"name": "a", "output": "o", "model": "m", "data": [{"rows": "r"}]}
+    return Recipe.model_validate(values | {"stage": {"learn": {"decoder": 1e-3}}} | changes)
+
+
 def test_copies_and_shards_have_the_losses_of_one_process(
     processes: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,31 +55,15 @@ def test_four_processes_learn_adapters_on_int8_with_packs_without_pictures(
     ],
 )
 def test_what_cannot_be_sharded_is_refused(changes: dict[str, Any], message: str) -> None:
-    values = {
-        "name": "a",
-        "output": "o",
-        "model": "m",
-        "data": [{"rows": "r"}],
-        "stage": {"learn": {"decoder": 1e-3}},
-    }
     world = World(0, 2, 0, "fsdp")
     with pytest.raises(InputError, match=message):
-        world.choose_kind(Recipe.model_validate(values | changes), 1e9, torch.device("cpu"))
+        world.choose_kind(recipe(**changes), 1e9, torch.device("cpu"))
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe.model_validate(
-        {
-            "name": "a",
-            "output": "o",
-            "model": "m",
-            "data": [{"rows": "r"}],
-            "stage": {"learn": {"decoder": 1e-3}},
-        }
-    )
     for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(InputError, match=r"4 processes on this machine and 2 GPUs; .* --nproc-per-node 2"):
-        World.join(recipe)
+        World.join(recipe())
