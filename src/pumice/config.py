@@ -230,7 +230,7 @@ class ImagePolicy:
     # max_tiles is given, else "tiles". Feature caches take their fingerprint from repr(). This field is not
     # in it, because a cache has different keys for an image's tiles and for its square.
     several: str | None = field(default=None, repr=False)
-    longest_edge: int = later(0, repr=False)  # split, grid: of the longer side before it becomes whole tiles
+    longest_edge: int = later(0, repr=False)  # squash, split, grid: of the longer side at first
     enlarge: bool = later(True, repr=False)  # grid only: smaller images grow to longest_edge
 
     def __post_init__(self) -> None:

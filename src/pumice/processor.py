@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pumice.capability import CHAT, Capability, fields
+from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, Capability, fields
 from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import ContextOverflow, InputError
 from pumice.geometry import Layout, frame_layout, single_tile_layout, tile_layout
 from pumice.images import image_key, image_size, open_image, read_image, to_tiles
 from pumice.media import TileMarks, VideoPolicy
-from pumice.templates import Span, Spans, get_template
+from pumice.templates import OWN, Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 from pumice.video import show_videos
 
@@ -34,6 +34,34 @@ CAPABILITY = Capability(
         TileMarks: fields("tile row between whole end number"),
     },
 )
+
+
+def check_used(config: ModelConfig) -> None:
+    """Raise InputError on a field that is set, and that nothing reads beside the others of this config."""
+    mode, chat, video = config.image.mode, config.chat, config.video
+    used = Capability(
+        f"the image mode {mode!r}",
+        {
+            ImagePolicy: fields(MODE_FIELDS[mode]),
+            TileMarks: fields(MODE_MARKS[mode]),
+            # Only tiles are joined, and so shrunk.
+            VideoPolicy: fields("max_frames fps longest_edge timestamps" + " pool" * (mode == "anyres")),
+        },
+    )
+    for part in (config.image, config.marks, video):
+        if part is not None:
+            used.check(part)
+    if chat is None:
+        return
+    if config.template != OWN:
+        raise InputError(
+            f"the template is {config.template!r}, which does not use the fields of `chat`; name {OWN!r}"
+        )
+    if chat.system is None:  # nothing that stands inside or after a system message has a place
+        without = CHAT.replace("default_system system_in_user", "").replace("tools", "")
+        Capability("a chat format without `system`", {ChatFormat: fields(without)}).check(chat)
+    if unknown := set(chat.trim) - {"system", "user", "assistant"}:
+        raise InputError(f"chat.trim names {min(unknown)!r}; the roles are system, user and assistant")
 
 
 @dataclass(frozen=True)
@@ -82,6 +110,7 @@ class Processor:
         CAPABILITY.check(config.image)
         if config.chat is not None:
             CAPABILITY.check(config.chat)
+        check_used(config)
         self.config = config
         self.truncate = truncate
         self.tokenizer = tokenizer

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pumice.config import DecoderConfig
+from pumice.capability import GEMMA2, LLAMA, ROPE_SCALING, Capability, fields
+from pumice.config import DecoderConfig, RopeScaling
 from pumice.kernels.attention import attend as attend_in_c
 from pumice.kernels.attention import can_attend
 from pumice.model import varlen
@@ -30,6 +31,9 @@ from pumice.model.transfer import numbers_on, to_device
 BLOCK = 64  # tokens of a block
 _LOG = logging.getLogger("pumice")
 AGREEMENT = 2e-2  # of values of about 1, in 16 bits, between one call for all sequences and one for each
+CAPABILITY = Capability(
+    "attention with a cache", {DecoderConfig: fields(f"{LLAMA} {GEMMA2}"), RopeScaling: fields(ROPE_SCALING)}
+)
 
 
 class Segment(NamedTuple):
@@ -71,6 +75,7 @@ class KVCache:
         one_call: bool = False,
     ) -> None:
         """one_call: attend with one call of FlashAttention's kernel for all sequences, where it can."""
+        CAPABILITY.check(config)
         self.one_call = one_call and can_use_one_call(config, device, dtype)
         if self.one_call:
             block = -(-block // varlen.PAGE) * varlen.PAGE

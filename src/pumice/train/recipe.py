@@ -33,9 +33,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pumice.capability import MODE_FIELDS
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 from pumice.storage.yaml_file import read_yaml, set_key
+from pumice.templates import OWN
 from pumice.train.recipe_errors import main_problem, missing_base
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
@@ -280,10 +282,13 @@ class Recipe(RecipeSection):
         Raises InputError on an unknown field of `stage.image`, on tiles for a model without
         `image_newline`, and on a longer context than the LLM's.
         """
-        # The stage's fields replace the model's one by one; fields that it does not name stay.
+        # The stage's fields replace the model's one by one. Fields that it does not name stay, if its mode
+        # uses them.
         image = config.image
         if self.stage.image:
-            values = as_stored(config.image) | self.stage.image
+            values = as_stored(config.image)
+            used = MODE_FIELDS.get(self.stage.image.get("mode", image.mode), "").split()
+            values = {name: value for name, value in values.items() if name in used} | self.stage.image
             image = from_dict(ImagePolicy, values, "stage.image")
         # Blocks have to be there.
         depths = {"decoder": config.decoder.depth, "tower": config.vision.depth}
@@ -302,7 +307,8 @@ class Recipe(RecipeSection):
                 )
             decoder = dataclasses.replace(decoder, context=self.context)
         template = self.stage.template or config.template
-        staged = dataclasses.replace(config, image=image, decoder=decoder, template=template)
+        chat = config.chat if template == OWN else None
+        staged = dataclasses.replace(config, image=image, decoder=decoder, template=template, chat=chat)
         # Tiles end each row with a learned vector. A stage cannot add it: it is one of the model's weights.
         if staged.has_newline and not config.has_newline:
             raise InputError(

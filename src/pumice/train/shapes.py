@@ -29,7 +29,8 @@ from pumice.formats.hf.config import decoder_config, default_policy, padding
 from pumice.formats.load import new_parts, with_connector
 from pumice.formats.pumice.folder import CONFIG
 from pumice.formats.read import find_model, read_model
-from pumice.processor import Processor
+from pumice.model.llava import check_shapes
+from pumice.processor import Processor, check_used
 from pumice.storage.download import from_hub
 from pumice.storage.json_file import Keys, read_json
 from pumice.storage.parts import LoadedParts
@@ -83,7 +84,7 @@ def shape(recipe: Recipe, path: Path | None = None) -> tuple[ModelConfig, list[s
     notes: list[str] = []
     config = with_adapters(recipe, _model_config(recipe, path, notes))
     # Call it for its errors: a stage that does not fit the model is refused here, before any work.
-    recipe.stage_config(config)
+    check_used(recipe.stage_config(config))
     return config, notes
 
 
@@ -193,6 +194,7 @@ def read_parts(recipe: Recipe) -> LoadedParts:
 def processor_of(recipe: Recipe) -> Processor:
     """Return the processor that prepares the stage's samples."""
     loaded = read_parts(recipe)
+    check_shapes(loaded.config)
     return Processor(
         recipe.stage_config(loaded.config), Tokenizer(loaded.tokenizer), truncate=recipe.truncate
     )

@@ -34,6 +34,7 @@ from pumice.config import (
 )
 from pumice.errors import InputError, WorkError
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES, INTERLEAVED
 from pumice.formats.gguf.file import GgufFile, kind_name
 from pumice.formats.gguf.library import llama_library
 from pumice.formats.gguf.mmproj import OWN_KEY, own_values
@@ -273,8 +274,9 @@ def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
     decoder = config.decoder
     table = tensor_names.inverse(tensor_names.gguf_decoder(decoder))
     names = {f"decoder.{name}": gguf_name for name, gguf_name in table.items()}
-    # llama.cpp pairs the rotating values of a llama differently.
-    heads = {"q": decoder.heads, "k": decoder.kv_heads} if _architecture(config) == "llama" else {}
+    # llama.cpp rotates neighbours in a llama.
+    permuted = FAMILIES[_architecture(config)].gguf == INTERLEAVED
+    heads = {"q": decoder.heads, "k": decoder.kv_heads} if permuted else {}
     tensors = {
         names[name]: _permuted(tensor, heads.get(name.split(".")[-2])) for name, tensor in state.items()
     }
@@ -297,7 +299,7 @@ def _tower(config: ModelConfig, state: LazyStateDict, class_token: str) -> LazyS
 
 
 def _permuted(tensor: LazyTensor, heads: int | None) -> LazyTensor:
-    """Reorder a query or key projection of a llama for llama.cpp; the inverse of `gguf.llm.unpermute`."""
+    """Reorder a query or key projection, so that neighbours rotate; the inverse of `gguf.llm.unpermute`."""
     if heads is None:
         return tensor
 

@@ -321,7 +321,8 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
         drawn = {"do_sample": False, "repetition_penalty": drawn["repetition_penalty"]}
     else:
         drawn["do_sample"] = True
-    usual = asdict(GenerationConfig())
+    # Absent keys have transformers' own values; its top_k is 50.
+    usual = asdict(replace(GenerationConfig(), top_k=50))
     values |= {key: value for key, value in drawn.items() if value != usual.get(key)}
     return {key: value for key, value in values.items() if value is not None}
 
