@@ -249,6 +249,11 @@ def check_objects(conversation: Conversation) -> None:
                 "box placeholders",
                 f"{count} {placeholder} for {len(values)} {noun}; write one placeholder per box or ref",
             )
+    check_boxes(objects, len(conversation.images))
+
+
+def check_boxes(objects: Objects, pictures: int) -> None:
+    """Raise BoxError for a box that cannot be one. pictures: how many the row has."""
     for corners, number in zip(objects.boxes, objects.images, strict=True):
         left, top, right, bottom = corners
         written = f"the box {_listed(corners)}"
@@ -260,10 +265,10 @@ def check_objects(conversation: Conversation) -> None:
             )
         if right == left or bottom == top:
             raise BoxError("empty box", f"{written} has no area; correct or remove it")
-        if not 0 <= number < len(conversation.images):
+        if not 0 <= number < pictures:
             raise BoxError(
                 "box without a picture",
-                f"{written} is of picture {number}, the row has {len(conversation.images)}, counted from 0",
+                f"{written} is of picture {number}, the row has {pictures}, counted from 0",
             )
 
 
@@ -288,7 +293,7 @@ def picture_boxes(objects: Objects, sizes: Sequence[Size]) -> list[Box]:
         tolerance = ROUNDING * max(width, height)
         outside = any(abs(a - b) > tolerance for a, b in zip(box.corners, inside.corners, strict=True))
         if outside or inside.area <= 0:
-            assumed = "" if objects.unit else f", read as {unit} because the row has no bbox_type"
+            assumed = "" if objects.unit else f", read as {unit} because the row has no bbox_type,"
             raise BoxError(
                 "box outside the picture",
                 f"the box {_listed(corners)}{assumed} reaches out of its picture of {width} x {height}; "
