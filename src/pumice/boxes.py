@@ -308,25 +308,27 @@ def holds_boxes(conversation: Conversation) -> bool:
     return any(_NUMBERS.search(message.text) for message in conversation.messages)
 
 
-def write_boxes(conversation: Conversation, maps: Sequence[BoxMap]) -> Conversation:
-    """Return the conversation with its names and boxes in their places. maps: of its pictures, in order.
+def fill(texts: Iterable[str], objects: Objects, maps: Sequence[BoxMap]) -> list[str]:
+    """Return texts with names and boxes in the places of their placeholders. maps: of the row's pictures.
 
     Raises BoxError where a box is outside its picture or of what is shown of it.
     """
-    objects = conversation.objects or Objects()
     boxes = picture_boxes(objects, [each.size for each in maps])
     refs = iter(objects.refs)
     written = (maps[number].write(box) for box, number in zip(boxes, objects.images, strict=True))
+    return [
+        _PLACEHOLDERS.sub(lambda match: next(refs if match[0] == REF_PLACEHOLDER else written), text)
+        for text in texts
+    ]
 
-    def fill(match: re.Match[str]) -> str:
-        return next(refs if match[0] == REF_PLACEHOLDER else written)
 
+def write_boxes(conversation: Conversation, maps: Sequence[BoxMap]) -> Conversation:
+    """Return the conversation with its names and boxes in its texts, as in `fill`."""
+    texts = [part for message in conversation.messages for part in message.parts if isinstance(part, str)]
+    filled = iter(fill(texts, conversation.objects or Objects(), maps))
     messages = tuple(
         dataclasses.replace(
-            message,
-            parts=tuple(
-                _PLACEHOLDERS.sub(fill, part) if isinstance(part, str) else part for part in message.parts
-            ),
+            message, parts=tuple(next(filled) if isinstance(part, str) else part for part in message.parts)
         )
         for message in conversation.messages
     )

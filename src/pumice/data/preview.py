@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from pumice.boxes import COLOURS, FORMS, Box, BoxMap, draw, picture_boxes
+from pumice.boxes import COLOURS, FORMS, Box, BoxMap, draw, fill, picture_boxes
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.geometry import Size
@@ -73,7 +73,7 @@ def row_boxes(
             found[image].append((names[number] if names else "", box))
     for _, text in row.turns if sizes else ():
         found[-1] += [(each.label, each.box) for each in box_map(sizes[-1]).find(text)]
-    return found
+    return [list(dict.fromkeys(boxes)) for boxes in found]  # a row may ask for the same box twice
 
 
 def _with_boxes(
@@ -110,7 +110,11 @@ def write_page(
         if len(images) == len(opened):  # the sizes of all are known
             try:
                 row.conversation(None)  # raises where its boxes and placeholders do not fit
-                boxes = row_boxes(row, [image.size for image in images], box_map)
+                sizes = [image.size for image in images]
+                boxes = row_boxes(row, sizes, box_map)
+                if row.objects is not None:
+                    texts = fill((text for _, text in row.turns), row.objects, [*map(box_map, sizes)])
+                    entry["turns"] = [(who, text) for (who, _), text in zip(row.turns, texts, strict=True)]
             except InputError as error:
                 entry["error"] = str(error)
         pictures = [
