@@ -1,6 +1,8 @@
 """Teach boxes to pumice-tiny with recipes/boxes.yaml, and measure it before and after on other photographs.
 
-    python benchmarks/boxes.py PHOTOS --steps 60
+    python benchmarks/boxes.py PHOTOS --steps 60 --folder runs/boxes
+
+The same command continues in the same folder.
 
 PHOTOS holds `images/` and `objects.jsonl`, a photograph per line, with boxes in shares of its sides:
 
@@ -16,7 +18,6 @@ import argparse
 import itertools
 import json
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -67,9 +68,10 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("runs/boxes"))
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        measure(arguments.photos.resolve(), arguments.steps, arguments.seed, Path(folder))
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    measure(arguments.photos.resolve(), arguments.steps, arguments.seed, arguments.folder.resolve())
 
 
 def measure(photos: Path, steps: int, seed: int, folder: Path) -> None:
@@ -80,12 +82,11 @@ def measure(photos: Path, steps: int, seed: int, folder: Path) -> None:
     overrides = [
         f"output={folder / 'run'}", f"data=[{{rows: {folder / 'learned.jsonl'}, mirror: true}}]",
         f"held_out=[{{rows: {folder / 'asked.jsonl'}}}]", f"pictures=[{folder}]", f"max_steps={steps}",
-        "epochs=1000", f"measure_every={steps}", "sample_answers=0", f"seed={seed}",
+        "epochs=1000", f"measure_every={steps}", "sample_answers=0", f"seed={seed}", "save_every=10",
     ]  # fmt: skip
-    before = answers("pumice-tiny", folder)
     finished = train(load_recipe(RECIPE, overrides))
     # 2. The same questions before and after, and guesses.
-    after = answers(str(finished), folder)
+    before, after = answers("pumice-tiny", folder), answers(str(finished), folder)
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["held_out_loss"] for line in metrics if "held_out_loss" in line]
     print(f"held-out loss: {', '.join(f'{loss:.3f}' for loss in losses)}")
