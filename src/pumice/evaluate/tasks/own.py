@@ -231,7 +231,7 @@ def _with_boxes(row: Row, folder: Path, box_map: Callable[[Size], BoxMap]) -> tu
     row = replace(row, turns=turns)
     if not right:
         return row, {}
-    corners = [box.corners for box in picture_boxes(objects, sizes)[asked : asked + right]]
+    corners = [list(box.corners) for box in picture_boxes(objects, sizes)[asked : asked + right]]
     return row, {"answers": corners, "bbox_type": "real", "metric": "box"}
 
 
