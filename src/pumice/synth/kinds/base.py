@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pumice.synth.context import Box, Context
+from pumice.synth.context import AnnotatedBox, Context
 from pumice.synth.objects import Vocabulary
 
 
@@ -141,12 +141,12 @@ MARKET = Context(
         "Two people stand at a fruit cart while a boat passes behind them.",
     ),
     (
-        Box("person", (0.212, 0.301, 0.391, 0.902)),
-        Box("person", (0.520, 0.334, 0.668, 0.918)),
-        Box("boat", (0.655, 0.148, 0.982, 0.352)),
-        Box("apple", (0.318, 0.602, 0.366, 0.655)),
-        Box("apple", (0.371, 0.598, 0.417, 0.652)),
-        Box("handbag", (0.633, 0.571, 0.701, 0.704)),
+        AnnotatedBox("person", (0.212, 0.301, 0.391, 0.902)),
+        AnnotatedBox("person", (0.520, 0.334, 0.668, 0.918)),
+        AnnotatedBox("boat", (0.655, 0.148, 0.982, 0.352)),
+        AnnotatedBox("apple", (0.318, 0.602, 0.366, 0.655)),
+        AnnotatedBox("apple", (0.371, 0.598, 0.417, 0.652)),
+        AnnotatedBox("handbag", (0.633, 0.571, 0.701, 0.704)),
     ),
 )
 SNOW = Context(
@@ -157,7 +157,7 @@ SNOW = Context(
         "A dog plays in the snow in front of a cabin.",
     ),
     (
-        Box("dog", (0.288, 0.402, 0.644, 0.811)),
-        Box("sports ball", (0.571, 0.468, 0.622, 0.529)),
+        AnnotatedBox("dog", (0.288, 0.402, 0.644, 0.811)),
+        AnnotatedBox("sports ball", (0.571, 0.468, 0.622, 0.529)),
     ),
 )
