@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pumice
-from pumice import processor
+from pumice import boxes, processor
 from pumice.capability import Capability, fields
 from pumice.config import (
     ChatFormat,
@@ -78,6 +78,7 @@ CONSUMERS: dict[str, Capability] = COMPUTING | {
     "packs": packed.CAPABILITY,
     "cache": cache.CAPABILITY,
     "loss": objective.CAPABILITY,
+    "boxes": boxes.CAPABILITY,
     "native": native.CAPABILITY,
     "hf": hf_refusal.CAPABILITY,
     "idefics3": idefics3.CAPABILITY,
@@ -114,6 +115,7 @@ def test_every_consumer_of_pictures_and_adapters_refuses_a_field_that_it_does_no
     consumers: tuple[tuple[Any, type, str, Callable[[], object]], ...] = (
         (processor, ImagePolicy, "resample", lambda: Processor(config, Tokenizer(source.tokenizer))),
         (maps, ImagePolicy, "resample", lambda: maps.token_boxes(config, (60, 40), layout)),
+        (boxes, ImagePolicy, "resample", lambda: boxes.box_map(config, (60, 40))),
         (adapters, LoraConfig, "dropout", lambda: Llava(config)),
         (decoder, DecoderConfig, "norm_eps", lambda: Llava(config)),
         (cache, DecoderConfig, "norm_eps", lambda: KVCache(config.decoder, 64, CPU, torch.float32)),

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("media",),
     ("config", "capability", "conversation", "files", "stopping"),
     ("geometry", "jsonl", "messages", "png", "kernels"),
-    ("templates", "images", "model", "webpage", "progress", "storage"),
+    ("boxes", "templates", "images", "model", "webpage", "progress", "storage"),
     ("tokens", "chat_client", "video"),
     ("processor",),
     ("formats", "data", "engine"),

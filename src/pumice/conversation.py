@@ -16,6 +16,8 @@ from typing import Any
 from pumice.errors import InputError
 
 IMAGE_PLACEHOLDER = "<image>"
+REF_PLACEHOLDER, BOX_PLACEHOLDER = "<ref-object>", "<bbox>"  # ms-swift's
+BOX_UNITS = ("real", "norm1", "norm1000")  # pixels of the picture, shares and thousandths of its sides
 ROLES = ("system", "user", "assistant")
 _FILES = r"(_?(path|file|name|url)s?)?"
 # How other programs name the key `image` of a row, and keys of what cannot be shown to a model here.
@@ -90,6 +92,20 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Objects:
+    """Names and boxes of a row's things, which replace `<ref-object>` and `<bbox>` in its texts in order.
+
+    boxes: (left, top, right, bottom). unit: one of BOX_UNITS, "" if the row does not say it. images: the
+    number of each box's picture, from 0.
+    """
+
+    refs: tuple[str, ...] = ()
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    unit: str = ""
+    images: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Conversation:
     """Messages in order: an optional system message, then user and assistant in turn.
 
@@ -98,6 +114,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     id: str = ""
+    objects: Objects | None = None
 
     @property
     def images(self) -> list[ImagePart]:

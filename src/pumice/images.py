@@ -20,7 +20,14 @@ from PIL import Image, UnidentifiedImageError
 from pumice.config import TILED, ImagePolicy
 from pumice.conversation import ImagePart, StoredImage
 from pumice.errors import InputError, install
-from pumice.geometry import best_resolution, grid_size, letterbox, split_sizes
+from pumice.geometry import (
+    LONGEST_CROPPED,
+    LONGEST_PADDED,
+    best_resolution,
+    grid_size,
+    letterbox,
+    split_sizes,
+)
 from pumice.png import SIGNATURE, without_long_texts
 
 
@@ -37,8 +44,6 @@ class ImageBytes(bytes):
 Source = str | PathLike[str] | bytes | StoredImage | Image.Image
 
 MAX_PIXELS = 100_000_000  # of one image, by its header; a larger one is refused before it is decoded
-LONGEST_PADDED = 4096  # pixels; a longer picture is shortened before it is padded to a square
-LONGEST_CROPPED = 16  # times the short side; beyond it the ends are cut off before resizing
 
 # Only formats that decode inside Pillow: EPS, for one, would start Ghostscript on a stranger's file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pumice.boxes import box_map, write_boxes
 from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, Capability, fields
 from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart
@@ -130,9 +131,12 @@ class Processor:
             if token not in tokenizer.special:
                 raise InputError(f"image_wrap names {token!r}, which is no special token of the tokenizer")
 
-    def training_sample(self, conversation: Conversation) -> Sample:
-        """An answered conversation with its labels. InputError when nothing would be supervised."""
-        conversation.check(answered=True)
+    def training_sample(self, conversation: Conversation, *, mirror: bool = False) -> Sample:
+        """An answered conversation with its labels. InputError when nothing would be supervised.
+
+        mirror: its pictures will be shown flipped left to right, so its boxes are written so.
+        """
+        conversation = self.with_boxes(conversation.check(answered=True), mirror=mirror)
         sample = self._sample(conversation, generate=False)
         limit = self.config.decoder.context
         if self.truncate and len(sample.input_ids) > limit:
@@ -144,6 +148,20 @@ class Processor:
         if not sample.supervised:
             raise InputError(f"conversation {conversation.id!r}: nothing is supervised by its template")
         return sample
+
+    def with_boxes(self, conversation: Conversation, *, mirror: bool = False) -> Conversation:
+        """Return a row with its names and boxes in its texts, as the model reads and writes them.
+
+        mirror: its pictures are shown flipped left to right. Raises InputError where a picture cannot be
+        measured, or a box is not in it.
+        """
+        if conversation.objects is None:
+            return conversation
+        images = conversation.images
+        sizes = [image_size(image.source) for image in images]
+        return write_boxes(
+            conversation, [box_map(self.config, size, len(images), mirror=mirror) for size in sizes]
+        )
 
     def prompt(self, conversation: Conversation, *, continued: bool = False) -> Sample:
         """A conversation that ends in a question, up to where the model's answer begins.

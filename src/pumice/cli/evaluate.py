@@ -57,6 +57,13 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, Option(min=1, help="The longest answer, in tokens; else the benchmark's own.")
     ] = None,
+    boxes: Annotated[
+        str | None,
+        Option(
+            help="How answers write boxes: padded, picture, qwen, pixels; by default as --model does.",
+            metavar="FORM",
+        ),
+    ] = None,
     slots: Annotated[int, Option(min=1, help="Questions answered at a time.")] = 16,
     device: options.Device = None,
     show_list: Annotated[bool, Option("--list", help="Name the benchmarks and their files.")] = False,
@@ -100,6 +107,7 @@ def evaluate(
     )
     other_values = [result.read_result(path) for path in other_results or ()]
     _set_judge(benchmark, reviews, judge_url, judge_model)
+    _set_boxes(benchmark, boxes, model)
 
     # 2. Read the questions, and let the model answer them.
     asked = result.read_questions(benchmark, data, limit, keep_images=model is not None)
@@ -183,6 +191,20 @@ def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | N
     endpoint = endpoint_at(url, model, parallel=4) if url is not None and model is not None else None
     if endpoint is not None or reviews is not None:
         task.judge = Judge(reviews, endpoint)
+
+
+def _set_boxes(task: Task, form: str | None, model: str | None) -> None:
+    """Say how answers write boxes: as --boxes names it, else as the model of this machine writes them."""
+    from pumice.media import check_box_form
+
+    if form is not None:
+        check_box_form(form)
+    if model is not None and not model.startswith(("http://", "https://")) and task.has_boxes:
+        from pumice.formats.read import read_model
+
+        task.box_model = read_model(model).config
+        task.box_form = task.box_model.boxes
+    task.box_form = form or task.box_form
 
 
 def _answerer(model: str, model_name: str | None, device: str | None, slots: int) -> Answerer:

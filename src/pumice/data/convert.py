@@ -129,14 +129,24 @@ def _write_parquet(shard: Shard, file: IO[bytes], out: Path) -> None:
     pa = arrow()
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    fields = [("id", pa.string()), ("images", pa.list_(picture)), ("conversations", pa.list_(turn))]
-    schema = pa.schema(fields)
+    objects = pa.struct(
+        [("ref", pa.list_(pa.string())), ("bbox", pa.list_(pa.list_(pa.float64()))),
+         ("bbox_type", pa.string()), ("image_id", pa.list_(pa.int64()))]
+    )  # fmt: skip
+    schema = pa.schema(
+        [("id", pa.string()), ("images", pa.list_(picture)), ("conversations", pa.list_(turn)),
+         ("objects", objects)]
+    )  # fmt: skip
     with pa.parquet.ParquetWriter(file, schema) as writer:
         group: list[dict[str, Any]] = []
         for _, row, pictures in shard:
             named = zip(row.image, pictures, strict=True)
             images = [{"bytes": data, "path": _name(image, data)} for image, data in named]
-            group.append({"id": row.id, "images": images, "conversations": to_llava(row)["conversations"]})
+            written = to_llava(row)
+            group.append(
+                {"id": row.id, "images": images, "conversations": written["conversations"],
+                 "objects": written.get("objects")}
+            )  # fmt: skip
             if len(group) == _GROUP:
                 writer.write_table(pa.Table.from_pylist(group, schema))
                 group = []

@@ -12,10 +12,12 @@ from typing import Any, overload
 
 import numpy as np
 
-from pumice.conversation import Conversation, Message, StoredImage, from_llava
+from pumice.boxes import BoxError, check_objects
+from pumice.conversation import Conversation, Message, Objects, StoredImage, from_llava
 from pumice.data.arrays import kept
 from pumice.data.contents import Contents, RowSummary, read_contents
 from pumice.data.mapping import Image, RowMapping
+from pumice.data.objects import stored
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import JsonRows
 from pumice.data.sources.recognise import HUB, Part, open_source
@@ -74,6 +76,7 @@ class Row:
 
     messages: of a row in that form, with the pictures in their places. folder: where its pictures may be
     beside the roots of a finder. added: pictures for which the row had no `<image>`; it was put in front.
+    objects: names and boxes for the placeholders in the turns.
     """
 
     id: str
@@ -83,21 +86,28 @@ class Row:
     messages: tuple[Message, ...] = ()
     folder: Path | None = field(default=None, compare=False)
     added: int = field(default=0, compare=False)
+    objects: Objects | None = None
 
     def conversation(self, finder: ImageFinder | None) -> Conversation:
         """Return the row as a checked Conversation with the paths of its images, or names without a finder.
 
         Raises InputError when a picture is missing, the placeholders do not match the pictures, or
-        the turns are not question and answer in order.
+        the turns are not question and answer in order; BoxError where `objects` do not fit the placeholders.
         """
         images: list[Any] = list(self.image)
         if finder is not None:
             images = [self.find(image, finder) for image in images]
         if not self.messages:
-            return from_llava(self.id, self.turns, images).check(answered=True)
-        remaining = iter(images)
-        conversation = Conversation(self.messages, self.id).with_sources(lambda _: next(remaining))
-        return conversation.check(answered=True)
+            conversation = from_llava(self.id, self.turns, images)
+        else:
+            remaining = iter(images)
+            conversation = Conversation(self.messages, self.id).with_sources(lambda _: next(remaining))
+        conversation = replace(conversation.check(answered=True), objects=self.objects)
+        try:
+            check_objects(conversation)
+        except BoxError as error:
+            raise BoxError(error.kind, f"row {self.id!r}: {error}") from error
+        return conversation
 
     def find(self, image: Image, finder: ImageFinder) -> Path | StoredImage:
         """Return one of the row's images as `conversation` does. Raises InputError when it is missing."""
@@ -109,7 +119,8 @@ def to_llava(row: Row, names: Sequence[str] | None = None) -> dict[str, Any]:
     images = list(row.image) if names is None else list(names)
     turns = [{"from": speaker, "value": text} for speaker, text in row.turns]
     pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
-    return {"id": row.id, **pictures, "conversations": turns}
+    objects = {} if row.objects is None else {"objects": stored(row.objects)}
+    return {"id": row.id, **pictures, "conversations": turns, **objects}
 
 
 class Rows(Sequence[Row]):
@@ -160,7 +171,10 @@ class Rows(Sequence[Row]):
     def _row(self, record: Record, index: int) -> Row:
         mapped = self.mapping.read(record, self.opened.place(index), str(index + 1), self.opened.form)
         folder = self.opened.folder
-        return Row(mapped.id, mapped.images, mapped.turns, self.source, mapped.messages, folder, mapped.added)
+        return Row(
+            mapped.id, mapped.images, mapped.turns, self.source, mapped.messages, folder, mapped.added,
+            mapped.objects,
+        )  # fmt: skip
 
     def _keyed(self, row: Row, index: int) -> Row:
         """Return the row with the keys and sizes of its pictures, so that equal pictures are the same."""
@@ -174,7 +188,7 @@ class Rows(Sequence[Row]):
     @cached_property
     def contents(self) -> Contents:
         """What training must know of all rows. Read once, and kept beside the cache until a file changes."""
-        purpose = f"contents {sorted(self.mapping.columns.items())} {self.mapping.question}"
+        purpose = f"contents, boxes {sorted(self.mapping.columns.items())} {self.mapping.question}"
         source = self.opened
 
         return Contents(kept(source.files, purpose, lambda: read_contents(self._summaries(), len(source))))
@@ -205,7 +219,8 @@ class Rows(Sequence[Row]):
                 usable = True
             except InputError:
                 usable = False  # why is said by the row itself, when it is read
-            yield RowSummary(usable, row.added > 0, row.image, (row.id, row.turns))
+            words = (row.id, row.turns) if row.objects is None else (row.id, row.turns, stored(row.objects))
+            yield RowSummary(usable, row.added > 0, row.image, words)
 
     def digest(self) -> str:
         """Return a digest of the rows, which says whether a resumed run has the same: hexadecimal digits."""

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, StoredImage
+from pumice.boxes import BoxError, assumed_unit, picture_boxes
+from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Conversation, Objects, StoredImage
 from pumice.data.images import DecodedImage, decode_image
 from pumice.data.rows import ImageFinder, Row, Rows
 from pumice.errors import InputError
+from pumice.images import image_size
 
 Encode = Callable[[Conversation], tuple[int, int]]  # to (tokens, supervised tokens)
 Finding = tuple[str, str]  # kind of problem, reason
@@ -84,13 +86,17 @@ class Scan:
         try:
             row = source[index]
         except InputError as error:
-            return CheckedRow(index + 1, findings=[("malformed row", str(error))], malformed=True)
+            kind = error.kind if isinstance(error, BoxError) else "malformed row"
+            return CheckedRow(index + 1, findings=[(kind, str(error))], malformed=True)
         checked = CheckedRow(index + 1, row.id, images=[self._check_image(image, row) for image in row.image])
         try:
             row.conversation(None)
         except InputError as error:
-            checked.findings.append((_turns_problem_kind(row), str(error)))
+            kind = error.kind if isinstance(error, BoxError) else _turns_problem_kind(row)
+            checked.findings.append((kind, str(error)))
         else:
+            if row.objects is not None and not any(image.missing for image in checked.images):
+                checked.findings += self._box_findings(row, row.objects)
             if row.added:
                 pictures = "1 picture" if row.added == 1 else f"{row.added} pictures"
                 reason = f"{pictures} without {IMAGE_PLACEHOLDER}, which is put before the first question"
@@ -101,6 +107,26 @@ class Scan:
                 except InputError as error:
                     checked.not_encoded = str(error)
         return checked
+
+    def _box_findings(self, row: Row, objects: Objects) -> list[Finding]:
+        """Compare the boxes of a row with its pictures, whose headers are read."""
+        found: list[Finding] = []
+        try:
+            sizes = [image_size(row.find(image, self.finder)) for image in row.image]
+            picture_boxes(objects, sizes)
+        except BoxError as error:
+            found.append((error.kind, f"row {row.id!r}: {error}"))
+        except InputError:
+            return []  # a picture that cannot be opened is told as such
+        if objects.boxes and not objects.unit:
+            found.append(
+                ("unit of boxes assumed", f"no bbox_type: its boxes are read as {assumed_unit(objects)}")
+            )
+        text = "".join(text for _, text in row.turns)
+        if (unused := len(objects.boxes) - text.count(BOX_PLACEHOLDER)) > 0:
+            reason = f"{unused} of {len(objects.boxes)} boxes have no {BOX_PLACEHOLDER} in its texts"
+            found.append(("boxes not used", reason))
+        return found
 
     def _check_image(self, image: str | StoredImage, row: Row) -> CheckedImage:
         if isinstance(image, StoredImage):

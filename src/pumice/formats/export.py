@@ -119,6 +119,8 @@ def export(
         else:
             peft_write.write(fresh, model)
         _check_written(to, fresh, model)
+    if config.boxes != "padded":
+        notes.append(f"its files do not say that this model writes boxes in the form {config.boxes}")
     return Exported(target, tuple(notes))
 
 

@@ -23,8 +23,9 @@ from pumice.errors import ContextOverflow, InputError
 from pumice.geometry import tile_layout
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
+from pumice.serve.boxes import BoxesRequest, boxes_in
 from pumice.serve.errors import ApiError, context_overflow, not_json, unknown_model, validation_error
-from pumice.serve.explanation import explanation_json
+from pumice.serve.explanation import check_explained, explanation_json
 from pumice.serve.fetch import Fetcher
 from pumice.serve.grammars import HeldTo, held_to, tool_schemas
 from pumice.serve.history import characters_of, conversation, texts_of
@@ -70,7 +71,6 @@ SCORED_BYTES = 1 << 13  # of each token whose log-probability is told, with the 
 TOKEN_BYTES = 24  # of each token of a prompt, in each of its answers
 MAX_GRAMMARS = 256  # compiled ones in the cache
 LEAST_TOP_P = 1e-9  # leaves the likeliest token
-MAX_EXPLAINED = 512  # tokens of an answer to explain
 CLOSE_SECONDS = 1.0  # for the engine's last step; its thread ends with the process
 
 
@@ -205,6 +205,9 @@ class Backend:
                 readers = [Echo(text, size, alone) for text, size in zip(texts, sizes, strict=True)]
             return await self._answer(record, request, prompts, readers, form)
 
+    async def boxes(self, record: RequestRecord, body: bytes) -> Response:
+        return ModelResponse(boxes_in(self.assistant.model.config, await self._parse(BoxesRequest, body)))
+
     async def explain(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ExplainRequest, body)
         pictures, pixels = await self._read_images(record, request)
@@ -218,19 +221,9 @@ class Backend:
             )
         async with self._input_errors("messages", pictures, kind=kind_of(0, pixels)):
             # Not in the thread of explanations: there is only one.
-            await self._workers.run(kind_of(characters_of(request)), self._check_explained, request)
+            texts = texts_of(request.messages[-1])
+            await self._workers.run(kind_of(characters_of(request)), check_explained, self.assistant, texts)
             return await self._workers.run("explain", self._explanation, request, pictures)
-
-    def _check_explained(self, request: ExplainRequest) -> None:
-        """Raise InputError if the answer has too many tokens to explain."""
-        tokenizer = self.assistant.processor.tokenizer
-        texts = texts_of(request.messages[-1])
-        tokenizer.check_length(texts, MAX_EXPLAINED, "the answer to explain")
-        tokens = sum(len(tokenizer.pieces(text)) for text in texts)
-        if tokens > MAX_EXPLAINED:
-            raise InputError(
-                f"the answer has {tokens} tokens, at most {MAX_EXPLAINED} can be explained; send a part of it"
-            )
 
     def _explanation(self, request: ExplainRequest, pictures: Pictures) -> Response:
         *context, answer = conversation(request, pictures, self.assistant.processor.template).messages

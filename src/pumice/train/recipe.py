@@ -36,6 +36,7 @@ from pydantic_core import PydanticCustomError
 from pumice.capability import MODE_FIELDS
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
+from pumice.media import BoxFormName
 from pumice.storage.yaml_file import read_yaml, set_key
 from pumice.templates import OWN
 from pumice.train.recipe_errors import main_problem, missing_base
@@ -57,10 +58,7 @@ def _known_part(name: str) -> str:
 
 
 Part = Annotated[str, AfterValidator(_known_part)]
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
 _LATER: dict[str, Any] = {"later": True}
 
 
@@ -201,6 +199,7 @@ class Recipe(RecipeSection):
     data: list[RowSource] = Field(min_length=1)
     held_out: list[RowSource] = Field(default=[], description="rows whose loss is measured, never learned")
     pictures: list[Path] = Field(default=[], description="folders that hold the rows' pictures")
+    boxes: BoxFormName | None = later(None, "how boxes are written (docs/boxes.md); else the model's own way")
     max_bad_rows: int = Field(0, ge=0, description="bad rows to skip before the run stops")
     context: PositiveInt | None = Field(None, description="longest row in tokens; the LLM's when absent")
     truncate: bool = Field(
@@ -277,7 +276,7 @@ class Recipe(RecipeSection):
         return self.model.base if isinstance(self.model, NewConnector) else self.model
 
     def stage_config(self, config: ModelConfig) -> ModelConfig:
-        """Return the model's config with the stage's own image policy, context and template.
+        """Return the model's config with the stage's own image policy, context, template and boxes.
 
         Raises InputError on an unknown field of `stage.image`, on tiles for a model without
         `image_newline`, and on a longer context than the LLM's.
@@ -308,7 +307,10 @@ class Recipe(RecipeSection):
             decoder = dataclasses.replace(decoder, context=self.context)
         template = self.stage.template or config.template
         chat = config.chat if template == OWN else None
-        staged = dataclasses.replace(config, image=image, decoder=decoder, template=template, chat=chat)
+        boxes = self.boxes or config.boxes
+        staged = dataclasses.replace(
+            config, image=image, decoder=decoder, template=template, chat=chat, boxes=boxes
+        )
         # Tiles end each row with a learned vector. A stage cannot add it: it is one of the model's weights.
         if staged.has_newline and not config.has_newline:
             raise InputError(

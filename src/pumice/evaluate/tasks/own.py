@@ -6,21 +6,27 @@ import contextlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from pumice.conversation import IMAGE_PLACEHOLDER, StoredImage, check_media
-from pumice.data.rows import Rows
+from pumice.boxes import BoxMap, check_boxes, picture_boxes, write_boxes
+from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Objects, StoredImage, check_media
+from pumice.data.objects import read_objects
+from pumice.data.rows import Row, Rows
 from pumice.data.sources.recognise import HUB, format_of
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, ImageFile, read_rows, search
+from pumice.evaluate.metrics.boxes import best_iou, is_right
 from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
 from pumice.explain.words import UNSPACED
+from pumice.geometry import Size
+from pumice.images import image_size
 
 # A character that is looked for as a word is: also in Tibetan, which marks syllables but not words, and the
 # punctuation of Chinese and Japanese.
@@ -145,12 +151,17 @@ def _rouge(text: str, meta: Any) -> float:
     return rouge_l(_spaced(text), [_spaced(answer) for answer in meta["answers"]])
 
 
+def _box(text: str, meta: Any) -> float:
+    return is_right(best_iou(text, meta["box_map"], meta["boxes"]))
+
+
 # Whether no rule reads an answer, and what such an answer counts as.
 UNREAD: dict[str, tuple[Callable[[str, Any], bool], str]] = {
     "option": (
         lambda text, meta: read_option(text, meta["choices"]) is None,
         "name no option and count as wrong",
     ),
+    "box": (lambda text, meta: not meta["box_map"].find(text), "hold no box and count as wrong"),
     "yes_no": (lambda text, _: _YES_OR_NO.search(text) is None, "say neither yes nor no and count as yes"),
 }
 
@@ -162,6 +173,7 @@ METRICS: dict[str, Callable[[str, Any], float]] = {
     "option": _option,  # the letter of one of "choices"
     "yes_no": _yes_no,  # as POPE reads yes and no
     "rouge_l": _rouge,
+    "box": _box,  # its first box overlaps one of the right ones by half
 }
 
 
@@ -173,18 +185,20 @@ class OwnFile(Task):
 
     name = "own"
     title = "Your own file"
+    has_boxes = True
     headline = "score"
     splits = ("all",)
     max_new_tokens = 256
 
     def questions(self, data: Path) -> Iterator[Question]:
         if (rows := _rows_to_learn(data)) is not None:
-            for number, row in enumerate(_values(rows), 1):
-                yield _question(row, rows.label, rows.opened.folder or data.parent, number)
+            folder = rows.opened.folder or data.parent
+            for number, row in enumerate(_values(rows, folder, self.box_map), 1):
+                yield _question(row, rows.label, folder, number, self.box_map)
             return
         file = DataFile(data) if data.is_file() else self.locate(data, "questions.jsonl")
         for number, row in enumerate(read_rows(file, "question"), 1):
-            yield _question(row, str(file), file.path.parent, number)
+            yield _question(row, str(file), file.path.parent, number, self.box_map)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [METRICS[question.meta["metric"]](text, question.meta) for question, text in answered]
@@ -196,6 +210,8 @@ class OwnFile(Task):
                 unread = sum(is_unread(text, meta) for text, meta in texts)
                 score.metrics["unread"] = score.metrics.get("unread", 0.0) + unread
                 score.notes += [f"{unread} answers {outcome}"] if unread else []
+        if any(question.meta["metric"] == "box" for question, _ in answered):
+            score.notes.append(self.box_note())
         return score
 
 
@@ -217,18 +233,41 @@ def _rows_to_learn(data: Path) -> Rows | None:
     return None
 
 
-def _values(rows: Rows) -> Iterator[dict[str, Any]]:
+def _values(rows: Rows, folder: Path, box_map: Callable[[Size], BoxMap]) -> Iterator[dict[str, Any]]:
     """Yield rows as this task writes them; columns that only it has are kept."""
     for index, row in enumerate(rows):
+        given: dict[str, Any] = {}
+        if row.objects is not None:
+            row, given = _with_boxes(row, folder, box_map)
         record = rows.opened.record(index)
         texts = [text for speaker, text in row.turns if speaker != "system"]
         own = {name: record[name] for name in ("metric", "category", "choices", "prompt") if record.get(name)}
         answers = record.get("answers") or texts[1:2]
         question = texts[0].replace(IMAGE_PLACEHOLDER, "").strip() if texts else ""
-        yield {"id": row.id, "image": list(row.image), "question": question, "answers": answers, **own}
+        yield {
+            "id": row.id, "image": list(row.image), "question": question, "answers": answers, **given, **own,
+        }  # fmt: skip
 
 
-def _question(row: dict[str, Any], label: str, folder: Path, number: int) -> Question:
+def _with_boxes(row: Row, folder: Path, box_map: Callable[[Size], BoxMap]) -> tuple[Row, dict[str, Any]]:
+    """Return a row with its boxes in its texts; and, if its first answer has some, what is right instead."""
+    conversation, objects = row.conversation(None), row.objects or Objects()
+    sizes = [image_size(_image(folder, image).source()) for image in row.image]
+    messages = write_boxes(conversation, [box_map(size) for size in sizes]).messages
+    turns = tuple(("gpt" if m.role == "assistant" else m.role, m.text) for m in messages)
+    answer = next(n for n, message in enumerate(messages) if message.role == "assistant")
+    texts = [message.text for message in conversation.messages[: answer + 1]]
+    asked, right = sum(text.count(BOX_PLACEHOLDER) for text in texts[:-1]), texts[-1].count(BOX_PLACEHOLDER)
+    row = replace(row, turns=turns)
+    if not right:
+        return row, {}
+    corners = [list(box.corners) for box in picture_boxes(objects, sizes)[asked : asked + right]]
+    return row, {"answers": corners, "bbox_type": "real", "metric": "box"}
+
+
+def _question(
+    row: dict[str, Any], label: str, folder: Path, number: int, box_map: Callable[[Size], BoxMap]
+) -> Question:
     error_prefix = f"'{label}', row {number}"
     # 1. Read the answers and the metric.
     answers = row.get("answers", row.get("answer"))
@@ -266,7 +305,27 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int) -> Que
         "category": row.get("category"),
     }
     images = tuple(_image(folder, name) for name in names)
+    if metric == "box":
+        meta |= _right_boxes(row, images, box_map, error_prefix)
     return Question(str(row.get("id", number)), images, prompt, meta)
+
+
+def _right_boxes(
+    row: dict[str, Any], images: tuple[ImageFile, ...], box_map: Callable[[Size], BoxMap], error_prefix: str
+) -> dict[str, Any]:
+    """Return what the metric `box` compares: the right boxes in pixels, and how answers write boxes."""
+    boxes = row.get("answers", row.get("answer"))
+    if isinstance(boxes, list) and boxes and not any(isinstance(box, list | tuple) for box in boxes):
+        boxes = [boxes]
+    if len(images) != 1:
+        raise InputError(f"{error_prefix}: the metric 'box' needs one picture, found {len(images)}")
+    try:
+        objects = read_objects({"bbox": boxes, "bbox_type": row.get("bbox_type")})
+        check_boxes(objects, 1)
+        size = image_size(images[0].source())
+        return {"boxes": picture_boxes(objects, [size]), "box_map": box_map(size)}
+    except InputError as error:
+        raise InputError(f"{error_prefix}: {error}") from error
 
 
 def _image(folder: Path, name: str | StoredImage) -> ImageFile:

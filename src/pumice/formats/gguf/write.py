@@ -53,7 +53,7 @@ CAPABILITY = Capability(
     {
         ModelConfig: fields(
             "decoder vision connector image template chat stop_token_ids bos_token_id image_wrap generation "
-            "lora trained_pictures"
+            "lora trained_pictures boxes"
         ),
         DecoderConfig: fields(LLAMA),
         RopeScaling: fields(ROPE_SCALING),

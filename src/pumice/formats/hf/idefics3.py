@@ -173,7 +173,7 @@ CAPABILITY = Capability(
     {
         ModelConfig: fields(
             "decoder vision connector image template chat stop_token_ids bos_token_id generation lora "
-            "trained_pictures marks video"
+            "trained_pictures marks video boxes"
         ),
         TileMarks: fields("tile row between whole end"),
         VideoPolicy: fields("max_frames fps longest_edge timestamps"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pumice.storage.yaml_file import read_yaml
-from pumice.synth.context import Box, Context
+from pumice.synth.context import AnnotatedBox, Context
 from pumice.synth.objects import Vocabulary
 
 
@@ -138,7 +138,7 @@ def _example(name: str) -> Context:
     """Return a picture that the worked examples of all kinds speak of."""
     path = Path(__file__).parents[1] / "tables" / "examples.yaml"
     values = read_yaml(path, "table of examples")[name]
-    boxes = tuple(Box(category, (x0, y0, x1, y1)) for category, x0, y0, x1, y1 in values["boxes"])
+    boxes = tuple(AnnotatedBox(category, (x0, y0, x1, y1)) for category, x0, y0, x1, y1 in values["boxes"])
     return Context(f"example/{name}", values["image"], tuple(values["captions"]), boxes)
 
 
