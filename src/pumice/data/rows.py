@@ -154,6 +154,7 @@ class Rows(Sequence[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         row = self._row(self.opened.record(index), index)
+        # Training has read the contents by now. Who only looks at some rows does not wait for all of them.
         if "contents" in self.__dict__ and any(isinstance(image, StoredImage) for image in row.image):
             row = self._keyed(row, index)
         return row
