@@ -13,7 +13,7 @@ the package xllamacpp). A cell says:
     refused      why the format cannot hold the model
 
 --types writes every type of GGUF instead, of models 256 wide, with the half that sees in f16, and reads it
-back: how far the logits are from the model's, and how far llama.cpp's log-probabilities are from those of what
+back: how far the logits are from the model's, and llama.cpp's log-probabilities from those of what
 was read back.
 """
 
