@@ -208,6 +208,7 @@ def write_many(folder: Path, rows: int, files: int) -> None:
 def write_jsonl(folder: Path, rows: int) -> None:
     """Write one file of rows, two about each picture. Pictures are links to 500 files."""
     pictures = [folder / f"{n}.jpg" for n in range(500)]
+    words = [texts(n) for n in range(500)]
     for n, path in enumerate(pictures):
         path.write_bytes(picture(n, (32, 24)))
     with (folder / "rows.jsonl").open("w") as file:
@@ -216,7 +217,7 @@ def write_jsonl(folder: Path, rows: int) -> None:
             if n % 2 == 0:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.link(pictures[n // 2 % 500], folder / name)
-            question, answer = texts(n)
+            question, answer = words[n % 500]
             turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
             file.write(json.dumps({"id": str(n), "image": name, "conversations": turns}) + "\n")
 
