@@ -7,6 +7,7 @@ A picture stays what the caller passed (a path, bytes, a PIL image, or a picture
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -264,9 +265,15 @@ def check_media(row: Mapping[str, Any], label: str) -> None:
     for key in given:
         if _NO_PICTURES.fullmatch(key):
             raise InputError(f"{label}: {key!r} cannot be used, only pictures; remove the row or the key")
-        other = _PICTURES.fullmatch(key) or difflib.get_close_matches(key.lower(), ("image",), cutoff=0.8)
-        if other and "image" not in given:
+        if "image" not in given and _is_like_image(key):
             raise InputError(f"{label}: the key {key!r} is not read; did you mean 'image'?")
+
+
+@functools.lru_cache(1024)  # all rows of a source have the same few keys
+def _is_like_image(key: str) -> bool:
+    """Return whether a key seems to name pictures."""
+    close = difflib.get_close_matches(key.lower(), ("image",), cutoff=0.8)
+    return bool(close or _PICTURES.fullmatch(key))
 
 
 def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[str | ImagePart, ...]:

@@ -308,4 +308,6 @@ class Processor:
             )
             for image, layout in zip(images, layouts, strict=True)
         ]
+        if len(tiles) == 1:  # most rows show one picture, which needs no copy
+            return tiles[0]
         return np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.float32)

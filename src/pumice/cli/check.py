@@ -103,23 +103,27 @@ def _programs(
     model: str, against: str, opening: options.Opening, mmproj: str | None, llama_cpp: bool, name: str | None,
     new_tokens: int, served: bool,
 ) -> tuple[InPumice, Program]:  # fmt: skip
-    """Return both programs. Pumice opens a model when it is asked first; llama.cpp opens its own here."""
+    """Return both programs."""
     from pumice.assistant import load
     from pumice.evaluate.parity import AtAddress, InLlamaCpp, InPumice
 
+    # Each opens its model when it is asked first, so that not both are in memory at once.
     arguments = opening.arguments()
     shared = {key: arguments[key] for key in ("device", "quantize", "cache_limit")}
     first = InPumice(model, lambda: load(model, **arguments), new_tokens)
     if served:
         return first, AtAddress(against, name, new_tokens)
-    second = InPumice(against, lambda: load(against, mmproj=mmproj, **shared), new_tokens)
     if not llama_cpp:
-        return first, second
+        return first, InPumice(against, lambda: load(against, mmproj=mmproj, **shared), new_tokens)
     from pumice.formats.gguf.read import gguf_files
-    from pumice.formats.read import find_pair
+    from pumice.formats.read import find_pair, read_model
+    from pumice.processor import Processor
+    from pumice.tokens import Tokenizer
 
     llm, seeing = gguf_files(*find_pair(against, mmproj))
-    return first, InLlamaCpp(against, llm.path, None if seeing is None else seeing.path, second)
+    parts = read_model(against, mmproj=mmproj)
+    processor = Processor(parts.config, Tokenizer(parts.tokenizer))
+    return first, InLlamaCpp(against, llm.path, None if seeing is None else seeing.path, processor)
 
 
 def _questions(first: InPumice, images: Sequence[Path], texts: Sequence[str]) -> list[CheckQuestion]:

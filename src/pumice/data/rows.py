@@ -47,18 +47,19 @@ class ImageFinder:
         files that are .gif). beside: a folder that is searched after the roots. Raises InputError when there
         is no file, and for a path that leaves its root.
         """
-        if Path(os.path.normpath(name)).parts[:1] == ("..",):
+        # Text instead of Path until a file is found: a start looks for every picture of all rows.
+        if os.path.normpath(name).split(os.sep, 1)[0] == "..":
             raise InputError(f"picture {name!r} leads out of the image folders; write the path without '..'")
         if name.startswith(("http://", "https://")):
             raise InputError(f"picture {name!r} is a web address; save it to a file and name that")
         roots = self.roots if beside is None else [*self.roots, beside]
         # COCO 2014's names end as 2017's do.
-        names = [name, name.rpartition("_")[2]] if Path(name).name.startswith("COCO_") else [name]
-        candidates = [root / n for root in roots for n in names]  # an absolute name replaces its root
-        for path in candidates:
-            if os.path.isfile(path):  # False for an overlong name, where Path.is_file raises
-                return path
-        for path in candidates:
+        names = [name, name.rpartition("_")[2]] if os.path.basename(name).startswith("COCO_") else [name]
+        candidates = [os.path.join(root, n) for root in roots for n in names]  # an absolute name stays alone
+        for candidate in candidates:
+            if os.path.isfile(candidate):  # False for an overlong name, where Path.is_file raises
+                return Path(candidate)
+        for path in map(Path, candidates):
             for suffix in PICTURES:
                 for variant in (suffix, suffix.upper()):
                     sibling = path.with_suffix(variant) if path.name else path
@@ -164,6 +165,7 @@ class Rows(Sequence[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         row = self._row(self.opened.record(index), index)
+        # Training has read the contents by now. Who only looks at some rows does not wait for all of them.
         if "contents" in self.__dict__ and any(isinstance(image, StoredImage) for image in row.image):
             row = self._keyed(row, index)
         return row

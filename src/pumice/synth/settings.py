@@ -38,7 +38,6 @@ class GenerateSettings:
         Option(
             help="conversation, detail, reasoning, short-answer, unanswerable, hard-negatives, or a file; "
             "NAME=0.3 for 30% of the pictures. All when none is given.",
-            show_default=False,
         ),
     ] = ()
     limit: Annotated[int | None, Option(min=1, help="Only so many pictures.")] = None

@@ -310,6 +310,8 @@ def test_files_that_do_not_belong_together(models: ModuleType, tmp_path: Path, p
         read_model(write_llm(tmp_path / "wide", wide), mmproj=mmproj)
     with pytest.raises(InputError, match="is a Pumice model, which takes no mmproj; leave --mmproj out"):
         read_model("pumice-tiny", mmproj=mmproj)
+    with pytest.raises(InputError, match=r"--mmproj none\.gguf is not there; check the path"):
+        read_model(llm, mmproj="none.gguf")
     with pytest.raises(InputError, match="ask it without pictures, or give the mmproj file"):
         pumice.load(llm, device="cpu", quantize=None).ask(models.picture(56, 56), "What?")
 

@@ -107,7 +107,8 @@ class GgufFile:
         version = cursor.scalar("I")
         if version not in (2, 3):
             raise InputError(
-                f"{self.path} is GGUF version {version}; versions 2 and 3 (little-endian) can be read"
+                f"{self.path} is GGUF version {version}, and only 2 and 3 (little-endian) can be read; "
+                "convert the model again, or fetch a newer file"
             )
         tensor_count, key_count = cursor.scalar("Q"), cursor.scalar("Q")
         metadata = {}
