@@ -53,6 +53,7 @@ from pumice.serve.protocol import (
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesForm
 from pumice.serve.settings import ServerSettings
+from pumice.serve.stored import StoredItems
 from pumice.serve.stream import ActiveRequest, Echo, EventStream, PieceReader, as_text
 from pumice.serve.tools import CLOSE, check_tools, tool_use
 from pumice.serve.work import Kind, Workers, kind_of
@@ -87,6 +88,7 @@ class Backend:
         self.ollama_card = OllamaCard(names, assistant.model.config, *assistant.model.sizes())
         self._fetcher: Fetcher | None = None
         self._grammars: OrderedDict[str, Grammar] = OrderedDict()
+        self._stored = StoredItems()
 
     async def start(self) -> None:
         self._workers = Workers()
@@ -107,14 +109,13 @@ class Backend:
     async def chat(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ChatRequest, body)
         del body
-        form = ChatForm(
-            self._model(request), bool(request.logprobs), request.include_usage_in_stream, request.n or 1
-        )
+        usage, count = request.include_usage_in_stream, request.n or 1
+        form = ChatForm(self._model(request), bool(request.logprobs), usage, count)
         return await self._converse(record, request, form)
 
     async def respond(self, record: RequestRecord, body: bytes) -> Response:
-        request = await self._parse(ResponsesRequest, body)
-        form = ResponsesForm(self._model(request), request)
+        request = self._stored.filled(await self._parse(ResponsesRequest, body), record.memory)
+        form = ResponsesForm(self._model(request), request, self._stored)
         return await self._converse(record, _as_chat(request, "input"), form, "input")
 
     async def message(self, record: RequestRecord, body: bytes) -> Response:
@@ -180,7 +181,6 @@ class Backend:
             sampling["logprobs"] = request.logprobs
             sampling["prompt_logprobs"] = request.logprobs if request.echo else None
         constraint = await self._compile(await self._workers.run("parse", held_to, request))
-        logprobs = request.logprobs is not None
         async with self._input_errors("prompt"):
             single = [
                 await self._workers.run(
@@ -196,13 +196,13 @@ class Backend:
                 text if isinstance(text, str) else await self._workers.run("long", decode, text)
                 for text in (request.prompts if request.echo else ())
             ]
-            alone = request.max_tokens == 0
-            form = CompletionForm(self._model(request), logprobs, request.include_usage_in_stream, alone)
+            scored, usage = request.logprobs is not None, request.include_usage_in_stream
+            form = CompletionForm(self._model(request), scored, usage, request.max_tokens == 0)
             readers: list[PieceReader] = [as_text] * len(prompts)
             if request.echo:
                 texts = [text for text in echoes for _ in range(count)]
                 sizes = [len(prompt.input_ids) for prompt in prompts]
-                readers = [Echo(text, size, alone) for text, size in zip(texts, sizes, strict=True)]
+                readers = [Echo(*echoed, form.only_prompts) for echoed in zip(texts, sizes, strict=True)]
             return await self._answer(record, request, prompts, readers, form)
 
     async def boxes(self, record: RequestRecord, body: bytes) -> Response:
