@@ -318,7 +318,8 @@ def test_stored_frequencies_may_be_slowed_or_not(hf: Callable[[str], Path]) -> N
     folder = hf("llava")
     unscaled = frequencies(folder)
     slowed, slower = (frequencies(folder, 1.0, RopeScaling("linear", factor)) for factor in (4.0, 8.0))
-    change(folder / "config.json", text_config__rope_scaling={"type": "linear", "factor": 4.0})
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    change(folder / "config.json", text_config__rope_parameters=rope)
     for right in (unscaled, slowed):
         with_tensors(folder, lambda tensors, values=right: tensors.update({INV_FREQ: values}))
         assert open_hf(folder).config.decoder.rope_scaling == RopeScaling("linear", 4.0)
