@@ -207,12 +207,12 @@ def test_work_has_the_time_of_its_request(local: Any, held_explanation: Held) ->
 
 def test_hard_schemas_delay_nobody(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each thread for schemas has one, and one more waits for a thread."""
-    begun, leave, run_check = threading.Semaphore(0), threading.Event(), GrammarCheck.run
+    begun, leave = threading.Semaphore(0), threading.Event()
 
     def held(check: GrammarCheck) -> list[str]:
         begun.release()
         assert leave.wait(120)
-        return run_check(check)
+        return ["it takes too long"] * len(check._grammars)
 
     monkeypatch.setattr(GrammarCheck, "run", held)
     count = THREADS["schemas"] + 1

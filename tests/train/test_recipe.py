@@ -191,6 +191,7 @@ def test_extending_in_a_circle_or_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lone\.yaml: extends gone\.yaml, but there is no"):
         load_recipe(extend(tmp_path, "lone.yaml", extends="gone.yaml"))
     extend(tmp_path, "parts/base.yaml")
+    extend(tmp_path, "parts/b.yaml")
     near = "; did you mean parts/base.yaml?"
     for name, hint in (("parts/bse.yml", near), ("parts/base", near), ("parts/other.yaml", "")):
         with pytest.raises(InputError) as caught:

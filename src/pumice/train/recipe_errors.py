@@ -39,10 +39,10 @@ def missing_base(path: Path, name: str, base: Path, shipped: Sequence[str]) -> I
 
     shipped: recipes of like names that Pumice brings.
     """
-    beside = [file.name for file in sorted(base.parent.glob("*.y*ml")) if file != path]
+    beside = {file.stem: file.name for file in sorted(base.parent.glob("*.y*ml")) if file != path}
     hint = f"; one that Pumice brings is named {shipped[0]}" if shipped else ""
-    if near := difflib.get_close_matches(f"{base.stem}.yaml", beside, cutoff=0.7):
-        hint = f"; did you mean {' or '.join(Path(name).with_name(one).as_posix() for one in near)}?"
+    if near := difflib.get_close_matches(base.stem, beside):
+        hint = f"; did you mean {' or '.join(Path(name).with_name(beside[one]).as_posix() for one in near)}?"
     return InputError(f"{path}: extends {name}, but there is no {base}{hint}")
 
 

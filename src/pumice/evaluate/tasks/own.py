@@ -43,7 +43,9 @@ _NAMED = re.compile(
 )
 _RIGHT = re.compile(r"\b([A-Z])\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b")
 # The English article, which is no letter of an option: "A dog", but not "A is right".
-_ARTICLE = re.compile(r"\bA\s+(?!(?:is|was|would|as|and|or|because|since|seems|fits|matches)\b)(?=[a-z])")
+_ARTICLE = re.compile(
+    r"\bA\s+(?!(?:is|was|would|as|and|or|nor|but|because|since|seems|fits|matches)\b)(?=[a-z])"
+)
 # Where an answer says that an option is not meant. What stands for the options comes behind the first, and
 # before the second.
 _DENIES = re.compile(
