@@ -112,11 +112,8 @@ class OllamaRequest(BaseRequest):
             form = {"type": "json_schema", "json_schema": {"schema": self.format}}
         elif self.format:
             form = {"type": "json_object"}
-        options = (self.options or OllamaOptions()).chat()
-        stream = self.stream is not False
-        return ChatRequest(
-            model=self.model, messages=messages, stream=stream, response_format=form, **options, **more
-        )
+        asked = {**(self.options or OllamaOptions()).chat(), "response_format": form, **more}
+        return ChatRequest(model=self.model, messages=messages, stream=self.stream is not False, **asked)
 
 
 class OllamaFunction(RequestModel):
