@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from asking import error_of, post
+from asking import post
 from PIL import Image
+from test_limits import error_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -21,8 +22,8 @@ def test_boxes_of_an_answer_are_shares_of_its_picture(server: str) -> None:
     # The tiny model pads to a square: of 400, in which the picture begins at 100.
     assert post(server, body, "/boxes").json() == {
         "boxes": [
-            {"label": "The dog is at", "left": 0.25, "top": 0.5, "right": 0.75, "bottom": 1.0},
-            {"label": "and a bird at", "left": 0.0, "top": 0.0, "right": 0.2, "bottom": pytest.approx(0.3)},
+            {"label": "The dog", "left": 0.25, "top": 0.5, "right": 0.75, "bottom": 1.0},
+            {"label": "a bird", "left": 0.0, "top": 0.0, "right": 0.2, "bottom": pytest.approx(0.3)},
         ]
     }
     assert post(server, {**body, "text": "A dog [0.25, 0.9, 0.75, 0.95]."}, "/boxes").json() == {"boxes": []}
@@ -46,10 +47,10 @@ def test_wrong_requests_name_their_field(server: str, changes: dict[str, Any], p
 
 
 def test_a_key_opens_it(local: Any) -> None:
-    with local(api_key=("secret",)) as url:
+    with local(api_key=("first-key",)) as url:
         body = {"text": ANSWER, "width": 400, "height": 200}
         error_of(post(url, body, "/boxes"), 401)
-        assert post(url, body, "/boxes", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert post(url, body, "/boxes", headers={"Authorization": "Bearer first-key"}).status_code == 200
 
 
 def test_the_page_draws_the_boxes_of_an_answer(page: Page, server: str, tmp_path: Path) -> None:
@@ -64,12 +65,14 @@ def test_the_page_draws_the_boxes_of_an_answer(page: Page, server: str, tmp_path
     page.locator("body[data-ready]").wait_for()
     Image.new("RGB", (400, 200), (60, 120, 60)).save(tmp_path / "meadow.png")
     page.locator("#files").set_input_files(tmp_path / "meadow.png")
+    page.get_by_role("button", name="Remove meadow.png").wait_for()
     page.locator("#question").fill("Where is the dog?")
     page.keyboard.press("Enter")
     drawn = page.locator(".assistant svg.boxed")
     drawn.wait_for()
     assert drawn.get_attribute("viewBox") == "0 0 400 200"
-    assert drawn.get_attribute("aria-label") == "The picture with 2 boxes: The dog is at, and a bird at"
+    assert drawn.get_attribute("aria-label") == "The picture with 2 boxes: The dog, a bird"
+    assert (drawn.bounding_box() or {})["width"] > 300  # pixels on the screen: no icon
     names = ("x", "y", "width", "height")
     boxes = [[float(rect.get_attribute(n) or -1) for n in names] for rect in drawn.locator("rect").all()]
     assert boxes == [[100, 100, 200, 100], [0, 0, 80, pytest.approx(60)]]
