@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -134,12 +135,13 @@ def rates(bench: Bench) -> dict[str, Any]:
     return found
 
 
+@patch.object(compute, "compiled", lambda name: (None, ""))
+@patch.object(native, "compiled", lambda name: (None, ""))
 def parity(bench: Bench) -> dict[str, Any]:
     """Logits and explanations of every small architecture beside the CPU's: fp32 to 1e-4, bf16 to 3e-2.
 
     The share of the logits' norm. The CPU has no compiled code here: it would round activations to 8 bits.
     """
-    compute.compiled = native.compiled = lambda name: (None, "")
     image, worst = picture(90, 60), {"fp32": 0.0, "bf16": 0.0, "int8": 0.0, "int4": 0.0, "explain": 0.0}
     for architecture in [*ARCHITECTURES.values()][: 2 if bench.small else None]:
         parts = tiny(architecture)
