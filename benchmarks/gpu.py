@@ -199,6 +199,7 @@ def fsdp(bench: Bench) -> dict[str, Any]:
         for kind in ("single", "fsdp"):
             recipe = workshop.recipe(kind, bench.device.type, stage=STAGES["lora"], precision="bf16")
             world = World(kind=kind)
+            torch.manual_seed(recipe.seed)  # of the new adapters
             trainer = Trainer(recipe, prepare(recipe, load_on=world.load_on), world)
             losses.append([trainer._train_step(trainer._prepare_step(step))["loss"] for step in range(2)])
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,16 +143,13 @@ def pack_four_bits(weight: Tensor, blocksize: int, **_: Any) -> tuple[Tensor, Si
 
 
 def test_a_plan_tells_what_a_7b_run_on_four_bits_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in has the sizes of bitsandbytes 0.50, where that is not installed."""
+    """A stand-in has the sizes of bitsandbytes, which needs the values of tensors."""
     recipe, path, config, pack = open_recipe("2-qlora-7b.yaml")
     expected = planned(recipe, path, "rtx4090")
     monkeypatch.setattr(footprint, "quantize_base", lambda decoder, _: quantize_base(decoder, "nf4"))
-    if find_spec("bitsandbytes") is None:
-        four_bit = SimpleNamespace(quantize_4bit=pack_four_bits)
-        monkeypatch.setattr(quantized_base, "_bitsandbytes", lambda: four_bit)
-        monkeypatch.setattr(
-            quantized_base, "_matmul_4bit", lambda x, _, state: FourBitProduct.apply(x, state)
-        )
+    four_bit = SimpleNamespace(quantize_4bit=pack_four_bits)
+    monkeypatch.setattr(quantized_base, "_bitsandbytes", lambda: four_bit)
+    monkeypatch.setattr(quantized_base, "_matmul_4bit", lambda x, _, state: FourBitProduct.apply(x, state))
     # measured: 11.37 GB planned and 11.26 allocated
     assert expected == pytest.approx(ledger(recipe, pack, config, monkeypatch), rel=0.02)
 
