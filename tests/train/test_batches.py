@@ -164,8 +164,8 @@ def test_boxes_are_mirrored_with_their_pictures(make_recipe: MakeRecipe, rows: P
         data = [{"rows": str(path), "mirror": True}]
         recipe = load_recipe(make_recipe(data=data, boxes="picture", mirror_chance=chance, epochs=1))
         batches = Batches(recipe, prepare(recipe).processor)
-        [(pack, flags)] = batches[0].packs
-        for tree, flag in zip(pack.trees, flags, strict=True):
+        flagged = [pair for pack, flags in batches[0].packs for pair in zip(pack.trees, flags, strict=True)]
+        for tree, flag in flagged:
             text = batches.processor.tokenizer.backend.decode([n for n in tree.input_ids.tolist() if n >= 0])
             learned[chance, text.rpartition("[")[2].partition("]")[0]] = flag
     assert learned == {
