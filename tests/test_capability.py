@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pumice import processor
+from pumice import boxes, processor
 from pumice.capability import Capability, fields
 from pumice.config import (
     ChatFormat,
@@ -65,6 +65,7 @@ COMPUTING: dict[str, Capability] = {
 }
 CONSUMERS: dict[str, Capability] = COMPUTING | {
     "maps": maps.CAPABILITY,
+    "boxes": boxes.CAPABILITY,
     "native": native.CAPABILITY,
     "hf": hf_refusal.CAPABILITY,
     "idefics3": idefics3.CAPABILITY,
@@ -99,6 +100,7 @@ def test_every_consumer_of_pictures_and_adapters_refuses_a_field_that_it_does_no
     consumers: tuple[tuple[Any, type, str, Callable[[], object]], ...] = (
         (processor, ImagePolicy, "resample", lambda: Processor(config, Tokenizer(source.tokenizer))),
         (maps, ImagePolicy, "resample", lambda: maps.token_boxes(config, (60, 40), layout)),
+        (boxes, ImagePolicy, "resample", lambda: boxes.box_map(config, (60, 40))),
         (adapters, LoraConfig, "dropout", lambda: Llava(config)),
     )
     for module, config_class, name, use in consumers:

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pumice.config import TILED, ModelConfig
+from pumice.capability import Capability, fields
+from pumice.config import TILED, ImagePolicy, ModelConfig
 from pumice.conversation import BOX_PLACEHOLDER, REF_PLACEHOLDER, Conversation, Objects
 from pumice.errors import InputError
 from pumice.geometry import Axis, Placement, Size, placement
@@ -30,7 +31,16 @@ ROUNDING = 0.01  # of a side: how far a box may reach out of its picture before 
 COLOURS = ((230, 60, 50), (20, 110, 220), (20, 150, 70), (240, 150, 0), (150, 70, 200), (0, 160, 170))
 INK = (255, 255, 255)
 LONGEST_LABEL = 60  # characters
-
+# What decides where a box lies in what the model is shown, besides how its pixels are normalised.
+CAPABILITY = Capability(
+    "the map of a picture's boxes",
+    {
+        ImagePolicy: fields(
+            "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
+        ),
+        ModelConfig: fields("boxes"),
+    },
+)
 
 # Four numbers in brackets, or two points in brackets: [l, t, r, b], (l,t),(r,b).
 _N = r"\s{0,4}(\d{1,6}(?:\.\d{1,9})?|\.\d{1,9})\s{0,4}"
@@ -230,6 +240,7 @@ def box_map(config: ModelConfig, size: Size, images: int = 1, *, mirror: bool = 
     size: (width, height) of the upright picture. images: how many its conversation has. mirror: it is shown
     flipped left to right, as in training.
     """
+    CAPABILITY.check(config.image)
     tiled = config.image.mode in TILED and config.image.uses_tiles(images)
     return BoxMap(FORMS[config.boxes], size, placement(config, size, images), mirror, tiled)
 
