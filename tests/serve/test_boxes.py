@@ -64,6 +64,7 @@ def test_the_page_draws_the_boxes_of_an_answer(page: Page, server: str, tmp_path
     page.locator("body[data-ready]").wait_for()
     Image.new("RGB", (400, 200), (60, 120, 60)).save(tmp_path / "meadow.png")
     page.locator("#files").set_input_files(tmp_path / "meadow.png")
+    page.get_by_role("button", name="Remove meadow.png").wait_for()
     page.locator("#question").fill("Where is the dog?")
     page.keyboard.press("Enter")
     drawn = page.locator(".assistant svg.boxed")

@@ -26,7 +26,7 @@ IMAGES = [
 BOXES = {
     10: (1, [30.5, 40.0, 100.0, 200.25]),
     11: (1, [0.0, 300.0, 299.5, 199.0]),
-    12: (2, [320.0, 100.0, 200.0, 300.0]),
+    12: (2, [320.0, 96.0, 200.0, 240.0]),
 }
 SPLITS = {"refcoco": ("unc", "testA"), "refcoco+": ("unc", "testB"), "refcocog": ("umd", "test")}
 
@@ -81,7 +81,7 @@ def test_refcoco_is_scored_as_a_script_from_its_definition(
         answers: dict[str, str] = {}
         expected = []
         for number, (image, box) in enumerate(BOXES.values()):
-            width, height = ((i["width"], i["height"]) for i in IMAGES if i["id"] == image).__next__()
+            width, height = next((i["width"], i["height"]) for i in IMAGES if i["id"] == image)
             for n in range(2 if number else 0):  # the first thing is in another split
                 side = max(width, height)
                 pads = [(side - width) // 2, (side - height) // 2] * 2
@@ -119,12 +119,11 @@ def test_every_split_is_read_from_the_file_of_its_maker(data: Any, asked: Callab
 
 def test_an_overlap_of_exactly_half_is_right(data: Any, scored: Callable[..., Any]) -> None:
     write(data, "refcoco", "unc", refs("val")[2:])
-    # The truth is 200 x 300 at (320, 100): in the square of 640, x 0.5..0.8125. Half of its width, all of it.
+    # The truth is 200 x 240 at (320, 96) of 640 x 480. These are half of its width and all of its height.
     task = get_task("refcoco")
     task.box_form = "qwen"
-    box = (500, 208.3333, 812.5, 833.3333)
     for right, correct in ((656.25, 1), (656.0, 0)):
-        text = f"({box[0]},{box[1]}),({right},{box[3]})"
+        text = f"(500,200),({right},700)"
         result = scored("refcoco", {"20": text, "21": "no"}, "val", task=task)
         assert result["metrics"]["accuracy"] == 50.0 * correct
         assert result["metrics"]["unread"] == 1
@@ -218,7 +217,7 @@ def test_rows_to_learn_are_questions_about_boxes(data: Any, scored: Callable[...
     ("changes", "words"),
     [
         ({"answers": [[1, 2, 3]]}, "the box [1, 2, 3] is not four numbers"),
-        ({"answers": ["here"]}, "the box 'here' is not four numbers"),
+        ({"answers": ["here"]}, "the box ['here'] is not four numbers"),
         ({"answers": [[30, 2, 3, 4]]}, "the box [30, 2, 3, 4] ends before it begins"),
         ({"answers": [[1, 2, 1, 4]]}, "has no area"),
         ({"answers": [[1, 2, 900, 40]]}, "reaches out of its picture of 200 x 100"),
