@@ -69,12 +69,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/boxes"))
+    parser.add_argument("--set", action="append", default=[], help="another setting of the recipe: batch=8")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    measure(arguments.photos.resolve(), arguments.steps, arguments.seed, arguments.folder.resolve())
+    folder = arguments.folder.resolve()
+    measure(arguments.photos.resolve(), arguments.steps, arguments.seed, folder, arguments.set)
 
 
-def measure(photos: Path, steps: int, seed: int, folder: Path) -> None:
+def measure(photos: Path, steps: int, seed: int, folder: Path, settings: list[str]) -> None:
     # 1. Rows to learn, and rows to ask.
     for name, rows in zip(("learned", "asked"), rows_of(photos, seed), strict=True):
         lines = [json.dumps({**row, "image": str(photos / "images" / row["image"])}) for row in rows]
@@ -83,6 +85,7 @@ def measure(photos: Path, steps: int, seed: int, folder: Path) -> None:
         f"output={folder / 'run'}", f"data=[{{rows: {folder / 'learned.jsonl'}, mirror: true}}]",
         f"held_out=[{{rows: {folder / 'asked.jsonl'}}}]", f"pictures=[{folder}]", f"max_steps={steps}",
         "epochs=1000", f"measure_every={steps}", "sample_answers=0", f"seed={seed}", "save_every=10",
+        *settings,
     ]  # fmt: skip
     finished = train(load_recipe(RECIPE, overrides))
     # 2. The same questions before and after, and guesses.
@@ -112,7 +115,7 @@ def measure(photos: Path, steps: int, seed: int, folder: Path) -> None:
 
 def answers(model: str, folder: Path) -> list[Answered]:
     """Let a model answer the questions about photographs that it did not learn."""
-    assistant = load(model, quantize=None)
+    assistant = load(model)
     questions = list(get_task("own").questions(folder / "asked.jsonl"))
     rows = [([image.source() for image in question.images], question.prompt) for question in questions]
     texts = assistant.ask_many(rows, max_new_tokens=40)
