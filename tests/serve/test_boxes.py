@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from asking import error_of, post
+from asking import post
 from PIL import Image
+from test_limits import error_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
