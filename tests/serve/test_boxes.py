@@ -47,10 +47,10 @@ def test_wrong_requests_name_their_field(server: str, changes: dict[str, Any], p
 
 
 def test_a_key_opens_it(local: Any) -> None:
-    with local(api_key=("secret",)) as url:
+    with local(api_key=("first-key",)) as url:
         body = {"text": ANSWER, "width": 400, "height": 200}
         error_of(post(url, body, "/boxes"), 401)
-        assert post(url, body, "/boxes", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert post(url, body, "/boxes", headers={"Authorization": "Bearer first-key"}).status_code == 200
 
 
 def test_the_page_draws_the_boxes_of_an_answer(page: Page, server: str, tmp_path: Path) -> None:
