@@ -31,7 +31,9 @@ class RefCoco(Task):
     title = "RefCOCO"
     has_boxes = True
     max_new_tokens = 64
-    splits = ("val", "testA", "testB", "train", "google-val", "google-test", "google-train")
+    splits: ClassVar[tuple[str, ...]] = (
+        "val", "testA", "testB", "train", "google-val", "google-test", "google-train",
+    )  # fmt: skip
     splitter: ClassVar[str] = "unc"  # who made the splits without a name before them
 
     def questions(self, data: Path) -> Iterator[Question]:
