@@ -72,6 +72,7 @@ def test_the_page_draws_the_boxes_of_an_answer(page: Page, server: str, tmp_path
     drawn.wait_for()
     assert drawn.get_attribute("viewBox") == "0 0 400 200"
     assert drawn.get_attribute("aria-label") == "The picture with 2 boxes: The dog is at, and a bird at"
+    assert (drawn.bounding_box() or {})["width"] > 300  # pixels on the screen: no icon
     names = ("x", "y", "width", "height")
     boxes = [[float(rect.get_attribute(n) or -1) for n in names] for rect in drawn.locator("rect").all()]
     assert boxes == [[100, 100, 200, 100], [0, 0, 80, pytest.approx(60)]]
