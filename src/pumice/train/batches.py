@@ -85,7 +85,8 @@ class Batches:
         first = (step - self.epoch_starts[epoch]) * self.recipe.batch
         groups = self._groups(epoch)[first : first + self.recipe.batch]
         # 2. Make trees. Each group draws its own chance, so the draw does not depend on earlier steps.
-        trees, mirrored = [], {}
+        trees: list[Tree] = []
+        mirrored: dict[int, bool] = {}  # by the id of the tree
         for number, group in enumerate(groups, first):
             allowed = all(self.may_mirror[source] for source, _ in group)
             chance = np.random.default_rng([self.recipe.seed, epoch, number]).random()
