@@ -46,6 +46,7 @@ CAPABILITY = Capability(
 _N = r"\s{0,4}(\d{1,6}(?:\.\d{1,9})?|\.\d{1,9})\s{0,4}"
 _NUMBERS = re.compile(rf"[\[(]{_N},{_N},{_N},{_N}[\])]|\({_N},{_N}\)\s{{0,4}},?\s{{0,4}}\({_N},{_N}\)")
 _TAG = re.compile(r"<[^<>\n]{1,40}>")  # <ref>, </ref>, <|box_start|>
+_AROUND = re.compile(r"^(?:and|or)\s+|\s+(?:(?:is|are)\s+)?(?:at|in)$")  # "and the dog is at"
 _JSON_LABEL = re.compile(r'"label"\s{0,4}:\s{0,4}"([^"\n]{1,60})"')
 _JSON_AFTER = re.compile(rf"\s{{0,4}},\s{{0,4}}{_JSON_LABEL.pattern}")
 _PLACEHOLDERS = re.compile(f"{REF_PLACEHOLDER}|{BOX_PLACEHOLDER}")
@@ -378,7 +379,7 @@ def _label(text: str, begin: int, start: int, end: int) -> str:
     before = text[max(begin, start - 4 * LONGEST_LABEL) : start]
     if labels := _JSON_LABEL.findall(before):
         return str(labels[-1])
-    words = _TAG.sub("", before.rpartition("\n")[2]).strip(" \t:;,.-=*>([")
+    words = _AROUND.sub("", _TAG.sub("", before.rpartition("\n")[2]).strip(" \t:;,.-=*>(["))
     return "" if any(letter in words for letter in '{}[]"') else words[-LONGEST_LABEL:]
 
 

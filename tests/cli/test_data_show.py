@@ -119,7 +119,7 @@ def test_boxes_are_drawn_and_written(
     shown = CliRunner().invoke(app, [*arguments, "--pictures"], catch_exceptions=False).stdout
     assert "Where is the cat?" in shown and "[+[0.25, 0.34, 0.75, 0.81]" in shown
     assert "■ the cat [16, 10, 48, 40]" in shown
-    assert "■ A dog at [16, 20, 48, 36]" in shown  # LLaVA's rows: 0.5 of 64 less 12
+    assert "■ A dog [16, 20, 48, 36]" in shown  # LLaVA's rows: 0.5 of 64 less 12
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, (BOXED, TOLD, BAD))))
     CliRunner().invoke(app, ["show", "rows.jsonl", "--html", "page.html"], catch_exceptions=False)
     page = Path("page.html").read_text()

@@ -22,8 +22,8 @@ def test_boxes_of_an_answer_are_shares_of_its_picture(server: str) -> None:
     # The tiny model pads to a square: of 400, in which the picture begins at 100.
     assert post(server, body, "/boxes").json() == {
         "boxes": [
-            {"label": "The dog is at", "left": 0.25, "top": 0.5, "right": 0.75, "bottom": 1.0},
-            {"label": "and a bird at", "left": 0.0, "top": 0.0, "right": 0.2, "bottom": pytest.approx(0.3)},
+            {"label": "The dog", "left": 0.25, "top": 0.5, "right": 0.75, "bottom": 1.0},
+            {"label": "a bird", "left": 0.0, "top": 0.0, "right": 0.2, "bottom": pytest.approx(0.3)},
         ]
     }
     assert post(server, {**body, "text": "A dog [0.25, 0.9, 0.75, 0.95]."}, "/boxes").json() == {"boxes": []}
@@ -71,7 +71,7 @@ def test_the_page_draws_the_boxes_of_an_answer(page: Page, server: str, tmp_path
     drawn = page.locator(".assistant svg.boxed")
     drawn.wait_for()
     assert drawn.get_attribute("viewBox") == "0 0 400 200"
-    assert drawn.get_attribute("aria-label") == "The picture with 2 boxes: The dog is at, and a bird at"
+    assert drawn.get_attribute("aria-label") == "The picture with 2 boxes: The dog, a bird"
     assert (drawn.bounding_box() or {})["width"] > 300  # pixels on the screen: no icon
     names = ("x", "y", "width", "height")
     boxes = [[float(rect.get_attribute(n) or -1) for n in names] for rect in drawn.locator("rect").all()]
