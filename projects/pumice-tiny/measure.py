@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 import pumice
 from pumice.errors import InputError
-from pumice.evaluate.metrics.bootstrap import interval
+from pumice.evaluate.metrics.bootstrap import interval_of
 from pumice.evaluate.metrics.cider import Cider
 from pumice.evaluate.metrics.presence import means_yes, presence_score
 from pumice.evaluate.metrics.vqa import normalize_m4c, vqa_accuracy
@@ -152,6 +153,13 @@ def look_at_grey(assistant: Any, held: HeldOut, photos: Path) -> dict[Ask, str]:
     answers = ask_all(assistant, [(grey[size], question) for size, question in different], "grey")
     answer_of = dict(zip(different, answers, strict=True))
     return {(image, question): answer_of[sizes[image], question] for image, question in held.asks}
+
+
+def interval(values: Sequence[float], groups: Sequence[str] | None = None) -> tuple[float, float]:
+    """The 95% interval of the mean of values; those of one group (a picture) are drawn together."""
+    return interval_of(
+        lambda weights: float(np.average(values, weights=weights)), groups or range(len(values)), samples=2000
+    )
 
 
 def score(held: HeldOut, cider: Cider, answers: dict[Ask, str]) -> dict[str, Any]:

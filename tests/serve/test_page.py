@@ -270,6 +270,7 @@ def test_nothing_comes_from_elsewhere(server: str) -> None:
     assert "unsafe" not in policy
     for address, file in files().items():
         if file.media_type.startswith("text/"):
-            assert not re.findall(rb"https?://[^\s\"'<>]+", file.body), address
+            named = file.body.replace(b"http://www.w3.org/2000/svg", b"")  # a name, not an address
+            assert not re.findall(rb"https?://[^\s\"'<>]+", named), address
     again = httpx.get(server, headers={"If-None-Match": response.headers["etag"]})
     assert again.status_code == 304

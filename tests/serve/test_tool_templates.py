@@ -29,6 +29,7 @@ from pumice.serve.ollama import OllamaForm
 from pumice.serve.protocol import ChatRequest, PromptDetails, Usage
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesForm
+from pumice.serve.stored import StoredItems
 from pumice.serve.tools import CLOSE, TextOrCall, tool_use
 from pumice.templates import Template, call_text
 
@@ -206,7 +207,7 @@ def test_items_of_responses(before: str) -> None:
     """A message, if there is a text, and a call; each event is one that the official client knows."""
     pieces = read(f"{before}\n{CALL}" if before else CALL, pieces=9)
     request = ResponsesRequest(input="hi")
-    sent = events(ResponsesForm("tiny", request), pieces)
+    sent = events(ResponsesForm("tiny", request, StoredItems()), pieces)
     known: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     assert [known.validate_python(event).sequence_number for event in sent] == list(range(len(sent)))
     output = sent[-1]["response"]["output"]

@@ -244,7 +244,7 @@ def test_a_shipped_recipe_is_extended_by_its_name(tmp_path: Path, monkeypatch: p
         ("finetune.yaml", r"did you mean pumice:finetune\?"),
         ("2-lora-7b", r"did you mean pumice:llava-1\.5/2-lora-7b\?"),
         ("qlora", r"did you mean pumice:llava-1\.5/2-qlora-13b or pumice:llava-1\.5/2-qlora-7b\?"),
-        ("nothing", r"it brings finetune, llava-1\.0/1-align-13b, .*small/smolvlm$"),
+        ("nothing", r"it brings boxes, finetune, llava-1\.0/1-align-13b, .*small/smolvlm$"),
     ):
         message = rf"mine\.yaml: extends pumice:{name}: Pumice brings no such recipe; {hint}"
         with pytest.raises(InputError, match=message):
