@@ -223,7 +223,7 @@ def test_items_of_responses(before: str) -> None:
         assert own[-1]["item"] == item
         deltas = "".join(event["delta"] for event in own if event["type"].endswith(".delta"))
         assert deltas == (item["arguments"] if item["type"] == "function_call" else before)
-    whole = ResponsesForm("tiny", request).response([join(pieces)], USAGE).model_dump()
+    whole = ResponsesForm("tiny", request, StoredItems()).response([join(pieces)], USAGE).model_dump()
     for item, streamed in zip(whole["output"], output, strict=True):
         assert {**item, "id": 0, "call_id": 0} == {**streamed, "id": 0, "call_id": 0}
 
