@@ -182,14 +182,15 @@ def _draw(row: Row, finder: ImageFinder) -> None:
     """Draw the pictures of a row; say why one cannot be opened."""
     from rich.console import Console
 
+    from pumice.data.images import open_pictures
     from pumice.data.preview import blocks
     from pumice.errors import InputError
-    from pumice.images import open_image
 
     console = Console(highlight=False)
     for image in row.image:
         try:
-            console.print(blocks(open_image(row.find(image, finder))))
+            for picture in open_pictures(row.find(image, finder)):
+                console.print(blocks(picture))
         except InputError as error:
             console.print(str(error), markup=False)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from pumice.data.images import open_pictures
 from pumice.errors import InputError
 from pumice.files import replacing
-from pumice.images import open_image
 from pumice.webpage import render, thumbnail
 
 if TYPE_CHECKING:
@@ -55,11 +55,11 @@ def write_page(
         pictures: list[tuple[str, str]] = []
         for image in row.image:
             try:
-                opened = open_image(row.find(image, finder))
+                opened = open_pictures(row.find(image, finder))
             except InputError as error:
                 pictures.append(("", str(error)))
             else:
-                pictures.append((thumbnail(opened, _SIDE, quality=80)[0], ""))
+                pictures += [(thumbnail(picture, _SIDE, quality=80)[0], "") for picture in opened]
         entry["pictures"] = pictures
     with replacing(path) as file:
         file.write(render(Path(__file__).with_name("preview.html"), title=title, rows=shown))

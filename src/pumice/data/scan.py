@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, StoredImage
-from pumice.data.images import DecodedImage, decode_image
+from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, Video
+from pumice.data.images import DecodedImage, decode_image, decode_video
+from pumice.data.pictures import Image
 from pumice.data.rows import ImageFinder, Row, Rows
 from pumice.errors import InputError
 
@@ -23,7 +24,7 @@ _ROWS_PER_TASK = 250  # rows that a process gets at once, of a source that reads
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """One image of a row: missing, a file, or inside the source and then decoded already."""
+    """One image of a row: missing, a file, or a video or inside the source and then decoded already."""
 
     name: str
     missing: str = ""  # why
@@ -102,14 +103,19 @@ class Scan:
                     checked.not_encoded = str(error)
         return checked
 
-    def _check_image(self, image: str | StoredImage, row: Row) -> CheckedImage:
-        if isinstance(image, StoredImage):
-            decoded = decode_image(image, self.compare) if self.decode else None
-            return CheckedImage(image.name, decoded=decoded)
+    def _check_image(self, image: Image, row: Row) -> CheckedImage:
+        name = image if isinstance(image, str) else image.name
         try:
-            return CheckedImage(image, path=self.finder.find(image, row.folder))
+            found = row.find(image, self.finder)
         except InputError as error:
-            return CheckedImage(image, missing=str(error))
+            return CheckedImage(name, missing=str(error))
+        if isinstance(found, Path):
+            return CheckedImage(name, path=found)
+        if not self.decode:
+            return CheckedImage(name)
+        if isinstance(found, Video):
+            return CheckedImage(name, decoded=decode_video(found))
+        return CheckedImage(name, decoded=decode_image(found, self.compare))
 
     def _check_in_own_process(self, number: int, index: int) -> CheckedRow:
         """Check one row in a new process, which it may crash."""

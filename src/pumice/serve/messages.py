@@ -199,14 +199,26 @@ class ImageUrlPart(PartModel):
         return self._field
 
 
+class VideoUrl(RequestModel):
+    url: str = Field(min_length=1, description="data:video/...;base64,...; also of a GIF or an animated WebP")
+
+
+class VideoUrlPart(PartModel):
+    """A video, as vLLM takes it."""
+
+    type: Literal["video_url"]
+    video_url: Annotated[VideoUrl, BeforeValidator(_as_object)]
+
+
 def _part_tag(value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "~image" if kind == "image_url" else "~refusal" if kind == "refusal" else "~text"
+    return {"image_url": "~image", "video_url": "~video", "refusal": "~refusal"}.get(str(kind), "~text")
 
 
 Part = Annotated[
     Annotated[TextPart, Tag("~text")]
     | Annotated[ImageUrlPart, Tag("~image")]
+    | Annotated[VideoUrlPart, Tag("~video")]
     | Annotated[RefusalPart, Tag("~refusal")],
     Discriminator(_part_tag),
 ]
@@ -215,7 +227,7 @@ Content = Annotated[
 ]
 
 
-PartList = list[TextPart | ImageUrlPart | RefusalPart]
+PartList = list[TextPart | ImageUrlPart | VideoUrlPart | RefusalPart]
 
 
 class ChatMessage(MessageModel):
