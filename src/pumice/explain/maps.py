@@ -9,6 +9,7 @@ Shapes: N tokens of one image, W words, h x w cells of a map.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,9 +82,12 @@ def token_boxes(config: ModelConfig, size: Size, layout: Layout) -> TokenBoxes:
     CAPABILITY.check(config.connector)
     # 1. The tokens of the first tile, which shows the whole image.
     single_tile = config.image.mode == "anyres" and layout.tiles == 1  # one of several images, padded
-    if layout.pool:  # a frame of a video, which is squashed
-        edges = np.arange(layout.pool) * (cell := config.vision.image_size / layout.pool)
-        x, y = (np.stack((axis(edges), axis(edges + cell))) for axis in _squash(config, size))
+    if layout.pool or layout.average:  # a frame of a video, which is squashed, or cropped
+        side = layout.pool or math.isqrt(layout.base)
+        cell = layout.average * config.vision.stride or config.vision.image_size / side
+        axes = _POLICIES["crop" if layout.average else "squash"](config, size)
+        edges = np.arange(side) * cell
+        x, y = (np.stack((axis(edges), axis(edges + cell))) for axis in axes)
         boxes = np.vstack((_boxes(x, y), *[np.zeros((1, 4))] * layout.newline))
         return TokenBoxes(size, boxes, np.arange(layout.tokens) < layout.base)
     axes = _POLICIES["pad" if single_tile else config.image.mode](config, size)
