@@ -103,12 +103,13 @@ def test_frames_are_pooled_only_where_tiles_are_joined(mode: str) -> None:
     """Elsewhere it would be counted and not computed, and end in the first video."""
     config = model(ImagePolicy(mode, **NEEDED.get(mode, {})), video=VideoPolicy(8, 1.0, 56, True))
     check_used(config)
-    pooled = replace(config, video=VideoPolicy(pool=2))
-    if mode == "anyres":
-        check_used(pooled)
-    else:
-        with pytest.raises(InputError, match=f"the image mode '{mode}' does not implement pool = 2"):
+    for name, policy in (("pool = 2", VideoPolicy(pool=2)), ("average = True", VideoPolicy(average=True))):
+        pooled = replace(config, video=policy)
+        if mode == "anyres":
             check_used(pooled)
+        else:
+            with pytest.raises(InputError, match=f"the image mode '{mode}' does not implement {name}"):
+                check_used(pooled)
 
 
 CHAT = ChatFormat(("<u>", "</u>"), "<a>", "</a>")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
+import signal
+import subprocess
+import threading
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,11 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
+from pumice import video
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, ImagePart, Message, Video
 from pumice.errors import InputError
+from pumice.images import open_image
 from pumice.media import VideoPolicy
 from pumice.processor import Processor
+from pumice.stopping import Stopped, stoppable
 from pumice.tokens import Tokenizer
 from pumice.video import in_words, is_video, read_frames, sample, show_videos
 
@@ -40,7 +48,7 @@ def test_frames_of_an_animation(kind: str, tmp_path: Path) -> None:
     path = animation(tmp_path / f"a.{kind}")
     frames = read_frames(Video(path, 3), VideoPolicy())
     assert frames.times == (0.0, 1.0, 2.5) and frames.duration == 3.0
-    colours = [np.asarray(image).mean((0, 1)).round() for image in frames.images]
+    colours = [np.asarray(open_image(image)).mean((0, 1)).round() for image in frames.images]
     np.testing.assert_allclose(colours, [(255, 0, 0), (0, 0, 255), (255, 255, 255)], atol=3)
     assert not is_video(path)  # it is a picture as well
 
@@ -125,7 +133,7 @@ def test_wrong_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, words in (
         ("none.gif", "is empty"),
         ("gone.gif", "no video"),
-        ("text.gif", "no video that can be"),
+        ("text.gif", "no frame that can be read"),
     ):
         with pytest.raises(InputError, match=words):
             read_frames(Video(tmp_path / name), VideoPolicy())
@@ -144,10 +152,39 @@ def test_wrong_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_a_film_is_decoded_apart(tmp_path: Path) -> None:
+def test_work_that_is_stopped_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = animation(tmp_path / "a.gif")
+    processes = []
+    start = subprocess.Popen
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        processes.append(start(*arguments, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    stop = threading.Event()
+    stop.set()
+    with stoppable(stop), pytest.raises(Stopped):
+        read_frames(Video(path), VideoPolicy())
+    assert [process.returncode for process in processes] == [-signal.SIGKILL]
+
+
+def test_frames_of_too_many_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = animation(tmp_path / "a.gif")
+    monkeypatch.setattr(video, "MAX_BYTES", 100)
+    output = io.BytesIO()
+    video._decode(str(path), 0.0, 6, output)
+    assert "more than 0 MB together; give a smaller copy" in json.loads(output.getvalue())["error"]
+    monkeypatch.setattr(video, "MAX_PIXELS", 1000)
+    output = io.BytesIO()
+    video._decode(str(path), 0.0, 6, output)
+    assert json.loads(output.getvalue()) == {"error": "is 40 x 30; give a smaller copy"}
+
+
+def test_a_film_is_decoded_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     av = pytest.importorskip("av", reason="PyAV is not installed")
     path = tmp_path / "film"
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(str(path), "w", format="matroska") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height = 64, 48
         for number in range(30):
@@ -157,8 +194,13 @@ def test_a_film_is_decoded_apart(tmp_path: Path) -> None:
     assert is_video(path)
     frames = read_frames(Video(path, 3), VideoPolicy())
     assert len(frames.images) == 3 and frames.duration == 3.0 and frames.times[0] == 0.0
-    colours = [np.asarray(image).mean((0, 1)).argmax() for image in frames.images]
+    colours = [np.asarray(open_image(image)).mean((0, 1)).argmax() for image in frames.images]
     assert colours == [0, 1, 2]
-    path.write_bytes(path.read_bytes()[:400])
+    assert not caplog.records
+    whole = path.read_bytes()
+    with caplog.at_level(logging.WARNING):
+        assert read_frames(Video(whole[: len(whole) // 2]), VideoPolicy()).duration < 2
+    assert "of 3.0 s: what follows is left out" in caplog.text
+    path.write_bytes(whole[:400])
     with pytest.raises(InputError, match="no frame that can be read"):
         read_frames(Video(path), VideoPolicy())

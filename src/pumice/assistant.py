@@ -326,7 +326,8 @@ class Assistant:
             self._prompt_image(image, layout)
             for image, layout in zip(sample.images, sample.layouts, strict=True)
         )
-        prompt = Prompt(torch.from_numpy(sample.input_ids), None, params, images)
+        prefix = "" if continued else self.processor.answer_prefix
+        prompt = Prompt(torch.from_numpy(sample.input_ids), None, params, images, prefix=prefix)
         check_room(self.model, prompt)
         self._warn_of_many_images(sum(not image.frame for image in sample.images))
         return prompt
@@ -387,7 +388,7 @@ def explain(
     method_options = {n: options.pop(n) for n in ("method", "layers", "occlusion") if n in options}
 
     # Read the files once, so that the pictures drawn are those asked about, even if a file is replaced.
-    conversation = conversation.with_sources(read_image)
+    conversation = assistant.processor.with_frames(conversation).with_sources(read_image)
 
     def generate_answer() -> str:
         return "".join(assistant.stream(conversation, **options))

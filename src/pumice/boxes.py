@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pumice.capability import Capability, fields
 from pumice.config import TILED, ImagePolicy, ModelConfig
-from pumice.conversation import BOX_PLACEHOLDER, REF_PLACEHOLDER, Conversation, Objects
+from pumice.conversation import BOX_PLACEHOLDER, REF_PLACEHOLDER, Conversation, Objects, Video
 from pumice.errors import InputError
 from pumice.geometry import Axis, Placement, Size, placement
 
@@ -249,7 +249,8 @@ def box_map(config: ModelConfig, size: Size, images: int = 1, *, mirror: bool = 
 def check_objects(conversation: Conversation) -> None:
     """Raise BoxError where the texts ask for more boxes or names than there are, or a box cannot be one.
 
-    Pictures are not looked at: `picture_boxes` finds boxes outside of them.
+    Names and boxes beside a video are refused, too. Pictures are not opened: `picture_boxes` finds boxes
+    outside of them.
     """
     objects = conversation.objects or Objects()
     text = "".join(message.text for message in conversation.messages)
@@ -261,6 +262,8 @@ def check_objects(conversation: Conversation) -> None:
                 "box placeholders",
                 f"{count} {placeholder} for {len(values)} {noun}; write one placeholder per box or ref",
             )
+    if conversation.objects and any(isinstance(image.source, Video) for image in conversation.images):
+        raise BoxError("objects beside a video", "'objects' are those of pictures; remove them or the video")
     check_boxes(objects, len(conversation.images))
 
 

@@ -15,15 +15,18 @@ from os import PathLike
 from typing import Any
 
 from pumice.errors import InputError
+from pumice.media import Frames
 
 IMAGE_PLACEHOLDER = "<image>"
 REF_PLACEHOLDER, BOX_PLACEHOLDER = "<ref-object>", "<bbox>"  # ms-swift's
 BOX_UNITS = ("real", "norm1", "norm1000")  # pixels of the picture, shares and thousandths of its sides
+VIDEO_PLACEHOLDER = "<video>"  # in rows of data
 ROLES = ("system", "user", "assistant")
 _FILES = r"(_?(path|file|name|url)s?)?"
 # How other programs name the key `image` of a row, and keys of what cannot be shown to a model here.
 _PICTURES = re.compile(rf"(image|img|picture|pic|photo)s?{_FILES}", re.IGNORECASE)
-_NO_PICTURES = re.compile(rf"(video|audio|sound)s?{_FILES}", re.IGNORECASE)
+_VIDEOS = re.compile(rf"videos?{_FILES}", re.IGNORECASE)
+_SOUNDS = re.compile(rf"(audio|sound)s?{_FILES}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,20 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Video:
-    """A video or an animation. frames: how many are shown; None: as the model was trained."""
+    """A video or an animation, or frames taken of one.
 
-    source: str | PathLike[str] | bytes
+    frames: how many are shown; None: as the model was trained.
+    """
+
+    source: str | PathLike[str] | bytes | Frames
     frames: int | None = None
 
     @property
     def name(self) -> str:
         if isinstance(self.source, bytes):
             return f"video of {len(self.source)} bytes"
+        if isinstance(self.source, Frames):
+            return f"video of {len(self.source.images)} frames"
         return str(self.source)
 
 
@@ -255,16 +263,19 @@ def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[A
     return Conversation(tuple(messages), id=row_id)
 
 
-def check_media(row: Mapping[str, Any], label: str) -> None:
-    """Raise InputError if a row names its pictures under another key than `image`, or a video or a sound.
+def check_media(row: Mapping[str, Any], label: str, *, videos: bool = False) -> None:
+    """Raise InputError if a row names pictures under a key that is not read, or what cannot be shown.
 
-    Such a row would be answered or learned as text alone. label: names the row. Keys without a value count
-    as absent.
+    Such a row would be answered or learned as text alone. label: names the row. videos: whether `video` is
+    read; then only other keys of videos are refused. Keys without a value count as absent.
     """
     given = [key for key, value in row.items() if value is not None and value not in ("", [], {})]
     for key in given:
-        if _NO_PICTURES.fullmatch(key):
-            raise InputError(f"{label}: {key!r} cannot be used, only pictures; remove the row or the key")
+        if videos and _VIDEOS.fullmatch(key):
+            raise InputError(f"{label}: the key {key!r} is not read; did you mean 'video'?")
+        if _VIDEOS.fullmatch(key) or _SOUNDS.fullmatch(key):
+            only = "pictures and videos" if videos else "pictures"
+            raise InputError(f"{label}: {key!r} cannot be used, only {only}; remove the row or the key")
         if "image" not in given and _is_like_image(key):
             raise InputError(f"{label}: the key {key!r} is not read; did you mean 'image'?")
 

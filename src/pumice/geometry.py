@@ -33,7 +33,8 @@ class Layout:
     each side, which show padding, and is shrunk to height x width if it is larger. Each row of the map ends
     with the newline token if `newline` is set. An image without further tiles may have a map of one row that
     holds nothing but the newline. pool: tokens on a side to which a video's frame is reduced
-    (LLaVA-OneVision), or 0.
+    (LLaVA-OneVision), or 0. average: features on a side of which a frame's token is made before the connector
+    (LLaVA-NeXT-Video), or 0.
     """
 
     base: int
@@ -45,6 +46,7 @@ class Layout:
     width: int = 0
     newline: bool = False
     pool: int = 0
+    average: int = 0
 
     @property
     def tiles(self) -> int:
@@ -236,6 +238,8 @@ def single_tile_layout(config: ModelConfig) -> Layout:
 def frame_layout(config: ModelConfig, last: bool) -> Layout:
     """Return the layout of a video's frame. last: the newline follows the whole video (LLaVA-OneVision)."""
     factor = 1 if config.video is None else config.video.pool
+    if config.video is not None and config.video.average:
+        return Layout((math.isqrt(config.image_tokens) // factor) ** 2, average=factor)
     newline = config.has_newline and last
     side = math.ceil(math.isqrt(config.image_tokens) / factor) if factor > 1 else 0
     return Layout(side**2 or config.image_tokens, height=int(newline), newline=newline, pool=side)

@@ -45,7 +45,10 @@ class VideoPolicy:
     fps: float = 0.0  # frames that are taken a second, up to max_frames; 0: max_frames, evenly
     longest_edge: int = 0  # pixels of a frame's longer side before it becomes the square; 0: no such step
     timestamps: bool = False  # SmolVLM2: the time before each frame, and a sentence before all
-    pool: int = 1  # LLaVA-OneVision: features on a side are reduced by this, rounded up, bilinear
+    pool: int = 1  # LLaVA-OneVision: tokens on a side are reduced by this, rounded up, bilinear
+    # LLaVA-NeXT-Video: a frame is cropped as by the image mode "crop", and pool x pool of its features are
+    # averaged before the connector. No newline follows.
+    average: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_frames", "pool"):
@@ -53,3 +56,14 @@ class VideoPolicy:
                 raise InputError(f"video: {name} must be 1 or more, not {getattr(self, name)}")
         if self.fps < 0 or self.longest_edge < 0:
             raise InputError(f"video: fps {self.fps} and longest_edge {self.longest_edge} must be 0 or more")
+        if self.average and self.longest_edge:
+            raise InputError("video: frames are cropped (average), so longest_edge must be 0")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames taken of a video as PNG files, the seconds at which each is shown, and those of the whole."""
+
+    images: tuple[bytes, ...]
+    times: tuple[float, ...]
+    duration: float

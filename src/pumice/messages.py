@@ -12,12 +12,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
-from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, question_message, user_message
+from pumice.conversation import (
+    IMAGE_PLACEHOLDER,
+    ImagePart,
+    Message,
+    Video,
+    question_message,
+    user_message,
+)
 from pumice.errors import InputError, shorten
 
 Parts = tuple[str | ImagePart, ...]
 
 LONGEST_HEAD = 1000  # characters of a data URL before its data
+_VIDEO_TYPES = ("video", "video_url")
 _BASE64 = str.maketrans("-_", "+/", " \t\r\n")
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]*)*(;base64)?,", re.IGNORECASE)
 
@@ -26,7 +34,8 @@ def read_message(value: Mapping[str, Any], number: int) -> Message:
     """Return one message of a caller, who places each picture with a part of its own.
 
     value: {"role", "content"}; content is text or a list of parts: {"type": "text", "text"},
-    {"type": "image", "image"}, or {"type": "image_url", "image_url": {"url"}} with a path or a data URL.
+    {"type": "image", "image"}, or {"type": "image_url", "image_url": {"url"}} with a path or a data URL, and
+    so {"type": "video", "video"} and {"type": "video_url", "video_url": {"url"}}.
     number: of the message, from 1, for errors. Raises InputError.
     """
     role, content = _role_and_content(value, number)
@@ -134,16 +143,22 @@ def _role_and_content(value: Mapping[str, Any], number: int) -> tuple[str, str |
 
 def _is_image(part: Any) -> bool:
     return isinstance(part, Mapping) and (
-        part.get("type") in ("image", "image_url") or (part.get("type") is None and "image" in part)
+        part.get("type") in ("image", "image_url", *_VIDEO_TYPES)
+        or (part.get("type") is None and "image" in part)
     )
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
-    """Return the picture that a part holds itself, or None."""
-    image = next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None)
+    """Return the picture or the video that a part holds itself, or None."""
+    keys = ("image", "image_url", "url", "path")
+    if is_video := part.get("type") in _VIDEO_TYPES:
+        keys = ("video", "video_url", "url", "path")
+    image: Any = next((part[key] for key in keys if part.get(key)), None)
     if isinstance(image, Mapping) and "url" in image:
         image = image["url"]
-    return image
+    if isinstance(image, str) and image[:5].lower() == "data:":
+        image = decode_data_url(image)
+    return Video(image) if is_video and image is not None and not isinstance(image, Video) else image
 
 
 def _parts(content: Sequence[Any], number: int, images: Iterator[Any]) -> Parts:
@@ -159,8 +174,7 @@ def _parts(content: Sequence[Any], number: int, images: Iterator[Any]) -> Parts:
                 f"message {number}: unknown part {shorten(part)}; write {{'type': 'text', 'text': ...}} "
                 "or {'type': 'image', 'image': ...}"
             )
-        is_url = isinstance(image, str) and image[:5].lower() == "data:"
-        parts.append(ImagePart(decode_data_url(image) if is_url else image))
+        parts.append(ImagePart(image))
     return tuple(parts)
 
 

@@ -6,6 +6,7 @@ Shapes: T tokens, M images, P tiles (one per image, more under anyres), S pixels
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +16,16 @@ import numpy as np
 from pumice.boxes import box_map, write_boxes
 from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, Capability, fields
 from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
-from pumice.conversation import Conversation, ImagePart
+from pumice.conversation import Conversation, ImagePart, Video
 from pumice.errors import ContextOverflow, InputError
 from pumice.geometry import Layout, frame_layout, single_tile_layout, tile_layout
 from pumice.images import image_key, image_size, open_image, read_image, to_tiles
 from pumice.media import TileMarks, VideoPolicy
-from pumice.templates import OWN, Span, Spans, get_template
+from pumice.templates import OWN, Plain, Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 from pumice.video import show_videos
 
+_LOG = logging.getLogger(__name__)
 CAPABILITY = Capability(
     "the processor",
     {
@@ -31,7 +33,7 @@ CAPABILITY = Capability(
             "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
         ),
         ChatFormat: fields(CHAT),
-        VideoPolicy: fields("max_frames fps longest_edge timestamps pool"),
+        VideoPolicy: fields("max_frames fps longest_edge timestamps pool average"),
         TileMarks: fields("tile row between whole end number"),
     },
 )
@@ -46,7 +48,9 @@ def check_used(config: ModelConfig) -> None:
             ImagePolicy: fields(MODE_FIELDS[mode]),
             TileMarks: fields(MODE_MARKS[mode]),
             # Only tiles are joined, and so shrunk.
-            VideoPolicy: fields("max_frames fps longest_edge timestamps" + " pool" * (mode == "anyres")),
+            VideoPolicy: fields(
+                "max_frames fps longest_edge timestamps" + " pool average" * (mode == "anyres")
+            ),
         },
     )
     for part in (config.image, config.marks, video):
@@ -114,6 +118,7 @@ class Processor:
         check_used(config)
         self.config = config
         self.truncate = truncate
+        self._told = False  # that frames are shown as pictures
         self.tokenizer = tokenizer
         self.template = get_template(config.template, config.chat)
         tokenizer.check_rows(config.decoder.vocab_size)
@@ -137,6 +142,7 @@ class Processor:
         mirror: its pictures will be shown flipped left to right, so its boxes are written so.
         """
         conversation = self.with_boxes(conversation.check(answered=True), mirror=mirror)
+        conversation = self.with_frames(conversation)
         sample = self._sample(conversation, generate=False)
         limit = self.config.decoder.context
         if self.truncate and len(sample.input_ids) > limit:
@@ -170,11 +176,29 @@ class Processor:
         The sample's pictures are read: a file that is replaced afterwards changes nothing.
         """
         conversation = conversation.check(answered=False, continued=continued)
-        conversation = show_videos(conversation, self.config.video).with_sources(read_image)
-        sample = self._sample(conversation, generate=True)
+        sample = self._sample(self.with_frames(conversation).with_sources(read_image), generate=True)
         if not len(sample.input_ids):
             raise InputError(f"the template {self.template.name!r} sees pictures only; show one")
         return sample
+
+    def with_frames(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with the frames of each video in its place.
+
+        If the model was not trained on videos, they are pictures, and a note says so once.
+        """
+        if not any(isinstance(image.source, Video) for image in conversation.images):
+            return conversation
+        if self.config.video is None and not self._told:
+            self._told = True
+            _LOG.warning("the model was not trained on videos: their frames are shown as pictures")
+        return show_videos(conversation, self.config.video)
+
+    @property
+    def answer_prefix(self) -> str:
+        """What the template has before an answer's text, and the model writes; "" if decoding drops it."""
+        if isinstance(self.template, Plain) or self.tokenizer.drops_space:
+            return ""
+        return self.template.chat.answer[0]
 
     def pieces(self, conversation: Conversation) -> list[str | ImagePart]:
         """Return the text of a prompt as the template writes it, cut where its pictures stand."""
@@ -289,10 +313,12 @@ class Processor:
         return image_key(image.source) + shown + "-mirror" * mirror
 
     def _policy(self, image: ImagePart) -> ImagePolicy:
-        """Return how one image becomes pixels: a video's frame is squashed."""
-        if not image.frame or self.config.video is None:
+        """Return how one image becomes pixels: a video's frame is squashed, or cropped."""
+        video = self.config.video
+        if not image.frame or video is None:
             return self.config.image
-        return replace(self.config.image, mode="squash", longest_edge=self.config.video.longest_edge)
+        mode = "crop" if video.average else "squash"
+        return replace(self.config.image, mode=mode, longest_edge=video.longest_edge)
 
     def pixels(
         self, images: Sequence[ImagePart], layouts: Sequence[Layout], *, mirror: bool = False

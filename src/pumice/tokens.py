@@ -54,7 +54,10 @@ codecs.register_error(_BAD_BYTES, _replace_each)
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer that knows which text may hold special tokens, and which may not."""
+    """A `tokenizers` tokenizer that knows which text may hold special tokens, and which may not.
+
+    drops_space: decoding leaves out the space at the front of a text, as SentencePiece does.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self.backend = backend
@@ -66,7 +69,7 @@ class Tokenizer:
         longest_first = sorted(self.special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         steps = [step["type"] for step in _state(backend.decoder).get("decoders", ())]
-        self._has_bytes, self._strips = "ByteFallback" in steps, "Strip" in steps
+        self._has_bytes, self.drops_space = "ByteFallback" in steps, "Strip" in steps
         # SentencePiece's newer behaviour: only what stands at the very beginning gets a space before it.
         self._prefix_first = _state(backend.pre_tokenizer).get("prepend_scheme") == "first"
         self._lock = threading.Lock()  # of the next line and of the backend's switches
@@ -120,7 +123,7 @@ class Tokenizer:
         # Decode as SentencePiece does. The backend's own decoder would replace a complete run of byte tokens
         # if only one byte of it is not, or not yet, a character.
         data = bytearray()
-        at_start = self._strips
+        at_start = self.drops_space
         for number in ids:
             piece = self.backend.id_to_token(number)
             if piece is None or piece in self.special:

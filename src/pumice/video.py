@@ -1,9 +1,8 @@
-"""Take frames of a video: animations by Pillow, everything else by PyAV, in a process with bounds.
+"""Take frames of a video, by Pillow of an animation, else by PyAV, in a process with bounds.
 
-    python -m pumice.video
+    python -m pumice.video '{"path": ..., "fps": ..., "max_frames": ...}'
 
-reads one JSON object from standard input, {"path", "fps", "max_frames"}, and writes one line of JSON and then
-the frames as PNG files.
+writes one line of JSON and then the frames as PNG files.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import logging
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,12 +25,15 @@ from PIL import Image
 from pumice.conversation import Conversation, ImagePart, Video
 from pumice.errors import InputError, install
 from pumice.images import MAX_PIXELS, open_image
-from pumice.media import VideoPolicy
-from pumice.stopping import limit_process
+from pumice.media import Frames, VideoPolicy
+from pumice.stopping import check_stopped, limit_process
 
 _LOG = logging.getLogger(__name__)
 MAX_FRAMES = 10_000  # of an animation; a longer one is cut
+MAX_BYTES = 400 << 20  # of the frames' files together
 CPU_SECONDS, WALL_SECONDS, MEMORY = 120, 600, 3 * 2**30
+_PAUSE = 0.1  # seconds between two looks whether anybody still waits for the frames
+PICTURE_FRAMES = 8  # of a video, shown as pictures to a model that was not trained on videos
 _FRAME_SECONDS = 0.1  # of an animation that does not say how long it shows a frame
 _CONTAINERS = {0: (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x00\x00\x01\xba", b"OggS"), 4: (b"ftyp", b"moov")}
 _INTRO = "You are provided the following series of {} frames from a {} [H:MM:SS] video.\n"
@@ -40,15 +42,6 @@ _ONES = [
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 ]  # fmt: skip
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Frames of a video with the seconds at which each is shown, and the seconds of the whole."""
-
-    images: tuple[Image.Image, ...]
-    times: tuple[float, ...]
-    duration: float
 
 
 def is_video(source: Any) -> bool:
@@ -77,41 +70,50 @@ def sample(total: int, rate: float, fps: float, max_frames: int) -> list[int]:
     return sorted(set(np.linspace(first, last, max(count, 1), dtype=int).tolist()))
 
 
-def read_frames(video: Video, policy: VideoPolicy) -> Frames:
+def read_frames(video: Video, policy: VideoPolicy | None) -> Frames:
     """Take frames of a video as the policy says; `video.frames` overrides how many.
 
-    Raises InputError if it cannot be opened or has no frame. A damaged end is left out, and a note says so.
+    policy: None for a model that was not trained on videos. Raises InputError if it cannot be opened or has
+    no frame, and Stopped when the work is stopped. A damaged end is left out, and a note says so.
     """
+    if isinstance(video.source, Frames):
+        return video.source
+    policy = policy or VideoPolicy(max_frames=PICTURE_FRAMES)
     fps, count = (0.0, video.frames) if video.frames else (policy.fps, policy.max_frames)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video"
         if isinstance(video.source, bytes):
+            if not video.source:
+                raise InputError("the video is empty (0 bytes); give the whole file")
             path.write_bytes(video.source)
         else:
             path = Path(video.source)
         if not path.is_file() or not path.stat().st_size:
             raise InputError(f"there is no video {video.name}, or it is empty; check the path")
-        if is_video(path):
-            return _decode_apart(str(path), video.name, fps, count)
-        return _animation(path, video.name, fps, count)
+        if is_video(path) and importlib.util.find_spec("av") is None:
+            raise InputError(f"{video.name} is a video, which needs the package av: {install('video')}")
+        output = io.BytesIO(_run({"path": str(path), "fps": fps, "max_frames": count}, video.name))
+    answer = json.loads(output.readline())
+    # Libraries name the file, which may be a copy of ours.
+    if "error" in answer:
+        raise InputError(f"{video.name} {answer['error']}".replace(str(path), video.name))
+    if answer["note"]:
+        _LOG.warning("%s", f"{video.name} {answer['note']}".replace(str(path), video.name))
+    return Frames(tuple(map(output.read, answer["sizes"])), tuple(answer["times"]), answer["duration"])
 
 
 def show_videos(conversation: Conversation, policy: VideoPolicy | None) -> Conversation:
     """Return the conversation with the frames of each video in its place, and their texts.
 
-    policy: None for a model that was not trained on videos: frames are then pictures, and a note says so.
+    policy: None for a model that was not trained on videos: frames are then pictures.
     """
-    if not any(isinstance(image.source, Video) for image in conversation.images):
-        return conversation
-    if policy is None:
-        _LOG.warning("the model was not trained on videos: their frames are shown as pictures")
     return conversation.with_parts(lambda part: _shown(part, policy))
 
 
 def _shown(part: ImagePart, policy: VideoPolicy | None) -> tuple[str | ImagePart, ...]:
     if not isinstance(part.source, Video):
         return (part,)
-    frames = read_frames(part.source, policy or VideoPolicy(max_frames=8))
+    frames = read_frames(part.source, policy)
     if policy is None:
         return tuple(map(ImagePart, frames.images))
     last = len(frames.images) - 1
@@ -136,11 +138,55 @@ def in_words(number: int) -> str:
     return f"{_ONES[number // 100]} hundred{rest}"
 
 
-def _animation(path: Path, name: str, fps: float, count: int) -> Frames:
+def _run(request: dict[str, Any], name: str) -> bytes:
+    """Return what the process writes, whose time and memory are bounded: decoders read strangers' files."""
+    end = time.monotonic() + WALL_SECONDS
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, json.dumps(request)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while True:
+            try:
+                output, _ = process.communicate(timeout=_PAUSE)
+                break
+            except subprocess.TimeoutExpired:
+                check_stopped()
+                if time.monotonic() > end:
+                    process.kill()
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    if process.returncode:
+        raise InputError(
+            f"{name} cannot be decoded within {CPU_SECONDS} s and {MEMORY >> 30} GB; give a shorter "
+            "or smaller one"
+        )
+    return output
+
+
+def _decode(path: str, fps: float, max_frames: int, output: BinaryIO) -> None:
+    """Write the chosen frames of a video: a line of JSON, then PNG files."""
+    take = _take_film if is_video(path) else _take_animation
+    try:
+        frames, note = take(path, fps, max_frames)
+    except ValueError as error:
+        output.write(json.dumps({"error": str(error)}).encode())
+        return
+    answer = {
+        "sizes": [len(file) for file in frames.images], "times": frames.times, "duration": frames.duration,
+        "note": note,
+    }  # fmt: skip
+    output.write(json.dumps(answer).encode() + b"\n" + b"".join(frames.images))
+
+
+def _take_animation(path: str, fps: float, count: int) -> tuple[Frames, str]:
+    """Return frames of an animation, and a note or "". Raises ValueError that ends a sentence about it."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"{name} is {image.width} x {image.height}; give a smaller copy")
+            _check_size(image.width, image.height)
             # Durations stand in the frames, so all are decoded once, and the chosen ones kept.
             starts: list[float] = []
             end, rest = 0.0, ""
@@ -153,56 +199,27 @@ def _animation(path: Path, name: str, fps: float, count: int) -> Frames:
             except Exception as error:  # EOFError is the end; decoders raise anything else on damaged data
                 rest = "" if isinstance(error, EOFError) else str(error)
         if not starts:
-            raise InputError(f"{name} has no frame that can be read ({rest}); give another")
-        if rest:
-            _LOG.warning(
-                "%s is damaged after frame %d (%s): what follows is left out", name, len(starts), rest
-            )
-        numbers = sample(len(starts), len(starts) / end, fps, count)
-        images = []
+            raise ValueError(rest)
+        files = _Files()
         with Image.open(path) as image:  # anew: a damaged end leaves it in no state to go back
-            for number in numbers:
+            for number in (numbers := sample(len(starts), len(starts) / end, fps, count)):
                 image.seek(number)
-                images.append(open_image(image.convert("RGBA")))
-    except InputError:
+                files.add(open_image(image.convert("RGBA")))
+    except _Refused:
         raise
     except Exception as error:
-        raise InputError(
-            f"{name} is no video that can be read ({error}); give GIF, WebP, MP4 or WebM"
-        ) from error
-    return Frames(tuple(images), tuple(starts[number] for number in numbers), end)
+        raise ValueError(f"has no frame that can be read ({error}); give GIF, WebP, MP4 or WebM") from error
+    times = tuple(starts[number] for number in numbers)
+    return Frames(tuple(files), times, end), _damaged(len(starts), rest) if rest else ""
 
 
-def _decode_apart(path: str, name: str, fps: float, count: int) -> Frames:
-    """Decode in another process, whose time and memory are bounded: decoders read strangers' files."""
-    if importlib.util.find_spec("av") is None:
-        raise InputError(f"{name} is a video, which needs the package av: {install('video')}")
-    request = {"path": path, "fps": fps, "max_frames": count}
-    try:
-        process = subprocess.run(
-            [sys.executable, "-m", __name__], input=json.dumps(request).encode(), capture_output=True,
-            timeout=WALL_SECONDS, check=True,
-        )  # fmt: skip
-    except subprocess.SubprocessError as error:
-        raise InputError(
-            f"{name} cannot be decoded within {CPU_SECONDS} s and {MEMORY >> 30} GB; give a shorter "
-            "or smaller one"
-        ) from error
-    output = io.BytesIO(process.stdout)
-    answer = json.loads(output.readline())
-    if "error" in answer:
-        raise InputError(f"{name} {answer['error']}")
-    if answer["note"]:
-        _LOG.warning("%s %s", name, answer["note"])
-    images = tuple(open_image(output.read(size)) for size in answer["sizes"])
-    return Frames(images, tuple(answer["times"]), answer["duration"])
-
-
-def _decode(path: str, fps: float, max_frames: int, output: BinaryIO) -> None:
-    """Write the chosen frames of a video: a line of JSON, then PNG files."""
+def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:
+    """Return frames of a film as `_take_animation` does."""
     import av
 
-    note, times = "", []
+    note = ""
+    times: list[float] = []
+    files = _Files()
     try:
         with av.open(path) as container:
             stream = container.streams.video[0]
@@ -212,30 +229,57 @@ def _decode(path: str, fps: float, max_frames: int, output: BinaryIO) -> None:
                 for number, frame in enumerate(container.decode(stream)):
                     times.append(frame.time if frame.time is not None else number / rate)
             except av.FFmpegError as error:
-                note = f"is damaged after frame {len(times)} ({error}): what follows is left out"
+                note = _damaged(len(times), str(error))
+            # A file that was cut off may end without an error.
+            stated = (container.duration or 0) / av.time_base
+            if stream.duration is not None and stream.time_base is not None:
+                stated = float(stream.duration * stream.time_base)
+            if not note and stated - len(times) / rate > max(1, stated / 10):
+                note = f"ends after {len(times) / rate:.1f} of {stated:.1f} s: what follows is left out"
         if not times:
             raise ValueError("it holds no frame")
-        numbers = set(sample(len(times), rate, fps, max_frames))
-        files = []
+        numbers = sample(len(times), rate, fps, count)
         with av.open(path) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in numbers:
-                    file = io.BytesIO()
-                    Image.fromarray(frame.to_ndarray(format="rgb24")).save(file, "PNG", compress_level=1)
-                    files.append(file.getvalue())
-                if number >= max(numbers):
+                    _check_size(frame.width, frame.height)
+                    files.add(Image.fromarray(frame.to_ndarray(format="rgb24")))
+                if number >= numbers[-1]:
                     break
+    except _Refused:
+        raise
     except (av.FFmpegError, IndexError, ValueError) as error:
-        output.write(json.dumps({"error": f"has no frame that can be read ({error}); give another"}).encode())
-        return
-    answer = {
-        "sizes": [len(file) for file in files], "times": [times[n] for n in sorted(numbers)],
-        "duration": len(times) / rate, "note": note,
-    }  # fmt: skip
-    output.write(json.dumps(answer).encode() + b"\n" + b"".join(files))
+        raise ValueError(f"has no frame that can be read ({error}); give another") from error
+    return Frames(tuple(files), tuple(times[number] for number in numbers), len(times) / rate), note
+
+
+class _Refused(ValueError):
+    """A video that could be decoded, but is larger than is allowed."""
+
+
+class _Files(list[bytes]):
+    """PNG files of frames, of at most MAX_BYTES together."""
+
+    def add(self, frame: Image.Image) -> None:
+        file = io.BytesIO()
+        frame.save(file, "PNG", compress_level=1)
+        self.append(file.getvalue())
+        if sum(map(len, self)) > MAX_BYTES:
+            raise _Refused(
+                f"has frames of more than {MAX_BYTES >> 20} MB together; give a smaller copy, or show fewer"
+            )
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise _Refused(f"is {width} x {height}; give a smaller copy")
+
+
+def _damaged(frames: int, reason: str) -> str:
+    return f"is damaged after frame {frames} ({reason}): what follows is left out"
 
 
 if __name__ == "__main__":
     limit_process(CPU_SECONDS, MEMORY)
-    request = json.load(sys.stdin)
+    request = json.loads(sys.argv[1])
     _decode(request["path"], request["fps"], request["max_frames"], sys.stdout.buffer)

@@ -133,6 +133,29 @@ def test_boxes_are_drawn_and_written(
     assert reds == [[True, False], [False, True], [False, False]]
 
 
+def test_frames_of_a_video_are_drawn(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each frame is a picture, and one row's boxes do not go to another's frames."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 40)).save("cat.png")
+    frames = [Image.new("RGB", (64, 40), (shade, 0, 0)) for shade in (90, 180, 250)]
+    frames[0].save("a.gif", save_all=True, append_images=frames[1:], duration=100)
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    rows = [BOXED, {"id": "film", "video": "a.gif", "conversations": turns}]
+    rows.append({**rows[1], "id": "gone", "video": "b.gif"})
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    CliRunner().invoke(app, ["show", "rows.jsonl", "--html", "page.html"], catch_exceptions=False)
+    page = Path("page.html").read_text()
+    assert len(re.findall(r"base64,", page)) == 4
+    assert "video &#39;b.gif&#39; is not in" in page and "[0.25, 0.34, 0.75, 0.81]" in page
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
+    arguments = ["show", "rows.jsonl", "--model", str(tiny_folder), "--pictures"]
+    shown = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
+    lines = [line for line in shown.splitlines() if "▀" in line]
+    assert len(lines) == 4 * 12 and shown.count("■") == 1
+
+
 def test_boxes_need_their_pictures(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,7 +188,7 @@ def test_two_columns_that_could_both_be_the_picture(tmp_path: Path, other: dict[
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"video": "v.mp4"}, "'video' cannot be used, only pictures; remove the row or the key"),
+        ({"video_url": "v.mp4"}, "the key 'video_url' is not read; did you mean 'video'?"),
         ({"audio_path": "a.wav"}, "'audio_path' cannot be used"),
         ({"image": "https://x.org/a.png"}, "is a web address; save it to a file"),
     ],
@@ -213,7 +213,8 @@ def test_media_under_other_keys_are_told_and_never_learned_as_text(
         ({"messages": [ASKS, ANSWERS]}, "1 <image> placeholder for 0 pictures"),
         ({"images": ["a", "b"], "messages": [ASKS, ANSWERS]}, "1 <image> placeholder for 2 pictures"),
         ({"messages": [{**ANSWERS, "weight": 0}]}, "message 1 has weight 0, and every answer is learned"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "message 1: unknown part"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "message 1: unknown part"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "1 <image> placeholder for 0"),
         ({"texts": [1]}, "its values are not of its form"),
         ({"texts": [{"user": "a"}]}, "its values are not of its form (KeyError, 'assistant')"),
         ({"query": "a", "response": "b", "history": [["c"]]}, "its values are not of its form"),

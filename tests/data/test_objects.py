@@ -107,6 +107,19 @@ def test_the_check_tells_what_is_wrong_with_boxes_by_row(folder: Path) -> None:
     assert rows.bad_rows(ImageFinder(folder)).sum() == len(BAD) - 1
 
 
+@pytest.mark.parametrize("objects", [ROW["objects"], {"ref": ["dog"], "bbox": [None]}])
+def test_objects_beside_a_video_are_refused(folder: Path, objects: dict[str, Any]) -> None:
+    """Its frames are taken when the row is learned, so no box says of which it is."""
+    Image.new("RGB", SIZE).save(folder / "a.gif")
+    turns = [{"from": "human", "value": "<video><image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    row = {**ROW, "video": "a.gif", "conversations": turns}
+    rows = read(folder, {**row, "objects": objects}, {**row, "id": "b", "objects": None})
+    [problem] = check([rows], ImageFinder(folder)).problems
+    assert (problem.row, problem.kind) == (1, "objects beside a video")
+    assert "row 'a': 'objects' are those of pictures; remove them or the video" in problem.reason
+    assert rows.contents.usable.tolist() == [False, True]
+
+
 def test_an_assumed_unit_is_told_and_the_row_is_used(folder: Path) -> None:
     rows = [
         {**changed(bbox_type=None), "id": "pixels"},

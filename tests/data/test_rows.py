@@ -100,7 +100,7 @@ def test_pictures_under_another_key_are_told(tmp_path: Path, key: str) -> None:
         write(tmp_path / "a.json", [{"id": 1, "conversations": TEXT, **values}])[0]
 
 
-@pytest.mark.parametrize("key", ["video", "videos", "video_path", "audio", "audios", "sound"])
+@pytest.mark.parametrize("key", ["audio", "audios", "sound"])
 @pytest.mark.parametrize("image", [{}, {"image": "0.jpg"}])
 def test_what_is_no_picture_is_told(tmp_path: Path, key: str, image: dict[str, str]) -> None:
     with pytest.raises(InputError, match=f"'{key}' cannot be used, only pictures"):

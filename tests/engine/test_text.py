@@ -39,3 +39,15 @@ def test_an_error_is_kept() -> None:
     wrong = RuntimeError("no memory")
     assert text.add(Delta((), finish="error", error=wrong)) == ""
     assert (text.finish, text.error) == ("error", wrong)
+
+
+def test_the_space_of_a_format_before_an_answer_is_left_out() -> None:
+    for tokens, expected in (("  a", " a"), (" a", "a"), ("a b", "a b"), (" ", ""), ("", "")):
+        text = TextStream(letters, ("##",), " ")
+        pieces = [text.add(Delta((ord(token),))) for token in tokens]
+        assert "".join([*pieces, text.add(Delta((), finish="stop"))]) == expected
+    # It may come in pieces, and what only begins like it is kept.
+    for written, expected in (("A: yes", "yes"), ("A but", "A but"), ("A", "A")):
+        text = TextStream(letters, (), "A: ")
+        pieces = [text.add(Delta((ord(token),))) for token in written]
+        assert "".join([*pieces, text.add(Delta((), finish="length"))]) == expected

@@ -16,8 +16,9 @@ from PIL import Image
 from pumice.config import REDUCTIONS, ConnectorConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.explain.maps import TokenBoxes, grid_for, token_boxes
-from pumice.geometry import Layout, image_layout, single_tile_layout
+from pumice.geometry import Layout, frame_layout, image_layout, single_tile_layout
 from pumice.images import to_tiles
+from pumice.media import VideoPolicy
 from pumice.model.connector import arrange, average
 
 PLAIN = ImagePolicy(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad_color=(0, 0, 0))
@@ -126,6 +127,25 @@ def test_one_token_is_painted_onto_its_own_box(models: ModuleType, name: str) ->
             assert (columns.min(), rows.min()) == (max(0, int(left + 1e-9)), max(0, int(top + 1e-9)))
             assert columns.max() < min(120, right + 1e-9) <= 120
             assert rows.max() < min(80, bottom + 1e-9) <= 80
+
+
+@pytest.mark.parametrize(("averaged", "mode"), [(True, "crop"), (False, "squash")])
+@pytest.mark.parametrize("size", [(200, 120), (120, 200)])
+def test_a_frame_of_a_video(models: ModuleType, averaged: bool, mode: str, size: tuple[int, int]) -> None:
+    """A frame of LLaVA-NeXT-Video is cropped, one of LLaVA-OneVision squashed; both to 3 x 3 tokens here."""
+    config = config_of(models, "anyres unpad")
+    video = VideoPolicy(pool=2, average=averaged)
+    layout = frame_layout(replace(config, video=video), last=False)
+    picture, box = Image.new("RGB", size), (70, 50, 110, 90)
+    picture.paste((255, 255, 255), box)
+    token_map = token_boxes(replace(config, video=video), size, layout)
+    # Two by two features become a token in both, by their mean.
+    shown = replace(
+        config, image=replace(config.image, mode=mode), connector=ConnectorConfig(reduce="average", factor=2)
+    )
+    measured = brightness(shown, picture, single_tile_layout(shown))
+    assert len(token_map.boxes) == layout.tokens == len(measured) == 9
+    assert np.abs(measured - expected(token_map.boxes, box)).max() < CLOSE / 4
 
 
 def test_padding_is_a_share_and_not_drawn(models: ModuleType) -> None:

@@ -189,7 +189,10 @@ def randomise(model: Any, seed: int = 0) -> None:
 
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder as transformers writes it, by kind: llava, siglip, next, onevision. Not to be changed."""
+    """A folder as transformers writes it, by kind: llava, siglip, next, next_video, onevision.
+
+    Not to be changed.
+    """
     folders: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -216,6 +219,10 @@ def _write_llava(folder: Path, kind: str) -> None:
             "LlavaNext", transformers.MistralConfig(**TEXT, sliding_window=300), clip,
             {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
         ),
+        "next_video": (
+            "LlavaNextVideo", transformers.LlamaConfig(**TEXT), clip,
+            {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]], "video_token_index": 4},
+        ),
         "onevision": (
             "LlavaOnevision", transformers.Qwen2Config(**TEXT), siglip,
             {"image_grid_pinpoints": [[16, 32], [32, 16], [48, 48]], "vision_aspect_ratio": "anyres_max_4"},
@@ -230,7 +237,7 @@ def _write_llava(folder: Path, kind: str) -> None:
     write_tokenizer(folder)
     pixels = SQUASHED if kind in ("siglip", "onevision") else PIXELS
     tiles = {"image_grid_pinpoints": more["image_grid_pinpoints"]} if "image_grid_pinpoints" in more else {}
-    write(folder / "preprocessor_config.json", pixels | tiles | {"do_pad": kind in ("next", "onevision")})
+    write(folder / "preprocessor_config.json", pixels | tiles | {"do_pad": bool(tiles)})
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -60,12 +60,13 @@ def local(tiny_folder: Path) -> Callable[..., AbstractContextManager[str]]:
         cache_tokens: int = 2048,
         names: tuple[str, ...] = ("tiny",),
         folder: Path = tiny_folder,
+        quantize: Literal["int8", "int4"] | None = None,
         **settings: Any,
     ) -> Any:
         from pumice.assistant import load
 
         sizes = {"slots": slots, "cache_tokens": cache_tokens, "chunk": 64}
-        assistant = load(folder, device="cpu", quantize=None, **sizes)
+        assistant = load(folder, device="cpu", quantize=quantize, **sizes)
         return serving(assistant, names, ServerSettings(port=0, **settings).check())
 
     return serve

@@ -85,7 +85,8 @@ FIELD = "messages.0.content.0.image_url"
         (
             {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
             "messages.0.content.0.type",
-            "no part 'video' here; give text, or a list of parts whose type is 'text' or 'image_url'",
+            "no part 'video' here; give text, or a list of parts whose type is 'text', 'image_url' or "
+            "'video_url'",
         ),
         ({"messages": [{"role": "user", "content": " "}]}, "messages", "question is empty"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "set continue_final_message"),

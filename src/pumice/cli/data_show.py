@@ -202,19 +202,19 @@ def _draw(row: Row, finder: ImageFinder, box_maps: Callable[[Size], BoxMap]) -> 
     """Draw the pictures of a row with its boxes; say why one cannot be opened."""
     from rich.console import Console
 
+    from pumice.data.images import open_pictures
     from pumice.data.preview import blocks, row_boxes
     from pumice.errors import InputError
-    from pumice.images import open_image
 
     console = Console(highlight=False)
-    opened = []
+    opened, complete = [], True
     for image in row.image:
         try:
-            opened.append(open_image(row.find(image, finder)))
+            opened += open_pictures(row.find(image, finder))
         except InputError as error:
             console.print(str(error), markup=False)
+            complete = False
     # Without one picture, which box belongs to which other is not known.
-    complete = len(opened) == len(row.image)
     boxes = row_boxes(row, [image.size for image in opened], box_maps) if complete else [[] for _ in opened]
     for picture, own_boxes in zip(opened, boxes, strict=True):
         console.print(blocks(picture, own_boxes))

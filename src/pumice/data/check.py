@@ -182,7 +182,7 @@ def _paths(rows: list[Rows], finder: ImageFinder) -> list[Path]:
     """Return the existing image files that rows name, each once, in order."""
     paths: dict[Path, None] = {}
     for source in rows:
-        for name in filter(None, source.contents.names()):
+        for name in source.contents.picture_names():
             try:
                 paths[finder.find(name, source.opened.folder)] = None
             except InputError:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pumice.conversation import StoredImage
+from pumice.conversation import StoredImage, Video
 from pumice.data.arrays import Arrays
 from pumice.errors import InputError
 from pumice.images import image_size, read_image
@@ -28,7 +28,7 @@ class RowSummary(NamedTuple):
 
     usable: bool
     added: bool = False
-    images: tuple[str | StoredImage, ...] = ()
+    images: tuple[str | StoredImage | Video, ...] = ()
     words: Any = None  # what else the digest depends on
 
 
@@ -38,7 +38,8 @@ class Contents:
 
     arrays: `usable` (R,) and `added` (R,) bool; `first` (R + 1,), where each row's pictures begin in `shown`
     (P,), numbers of pictures; `keys` (U,), a hash of a picture's name, or of its contents if it is inside the
-    source; `sizes` (U, 2), of those inside; `names` and `name_ends` (U,), UTF-8; `digest`, of everything.
+    source; `sizes` (U, 2), of those inside; `videos` (U,) bool, which are videos; `names` and `name_ends`
+    (U,), UTF-8; `digest`, of everything.
     """
 
     arrays: Arrays
@@ -63,8 +64,13 @@ class Contents:
         return not all(self.names())
 
     @property
-    def max_images(self) -> int:
-        return int(np.diff(self.arrays["first"]).max(initial=0))
+    def has_videos(self) -> bool:
+        return bool(self.arrays["videos"].any())
+
+    def max_images(self, frames: int) -> int:
+        """Return the most pictures that a row shows. frames: as how many a video counts."""
+        ends = np.cumsum([0, *np.where(self.arrays["videos"], frames, 1)[self.arrays["shown"]]])
+        return int(np.diff(ends[self.arrays["first"]]).max(initial=0))
 
     @cached_property
     def image_sets(self) -> np.ndarray:
@@ -91,9 +97,16 @@ class Contents:
             yield names[start:end].decode("utf-8", "surrogatepass")
             start = end
 
-    def rows_without_images(self, is_there: Callable[[str], bool]) -> np.ndarray:
-        """Return (R,) bool: whether a row names a picture for which `is_there`(name) is False."""
-        missing = np.array([bool(name) and not is_there(name) for name in self.names()], bool)
+    def picture_names(self) -> Iterator[str]:
+        """Yield the name of each different picture that is a file, without videos."""
+        for name, is_video in zip(self.names(), self.arrays["videos"].tolist(), strict=True):
+            if name and not is_video:
+                yield name
+
+    def rows_without_images(self, is_there: Callable[[str, bool], bool]) -> np.ndarray:
+        """Return (R,) bool: whether a row names a picture for which `is_there`(name, is video) is False."""
+        named = zip(self.names(), self.arrays["videos"].tolist(), strict=True)
+        missing = np.array([bool(name) and not is_there(name, is_video) for name, is_video in named], bool)
         if not missing.any():
             return np.zeros(len(self.usable), bool)
         # One more, so that a last row without pictures has a place.
@@ -107,21 +120,24 @@ def read_contents(rows: Iterable[RowSummary], count: int) -> Arrays:
     usable, added = np.zeros(count, bool), np.zeros(count, bool)
     first, shown = array("q", [0]), array("i")
     numbers: dict[tuple[int, bool], int] = {}
-    sizes, names, ends = array("i"), bytearray(), array("q")
+    sizes, names, ends, videos = array("i"), bytearray(), array("q"), array("b")
     digest = hashlib.blake2b(digest_size=32)
     for index, row in enumerate(rows):
         usable[index], added[index] = row.usable, row.added
         keys = []
         for image in row.images:
-            inside = isinstance(image, StoredImage)
+            inside, is_video = isinstance(image, StoredImage), isinstance(image, Video)
             data = b"" if not inside else _bytes(image)
-            name = b"" if inside else str(image).encode("utf-8", "surrogatepass")
-            key = (_hash(data if inside else name), inside)
+            name = str(image.source if isinstance(image, Video) else image)
+            encoded = b"" if inside else name.encode("utf-8", "surrogatepass")
+            # A GIF may be a picture in one row and a video in another.
+            key = (_hash(data if inside else b"video " * is_video + encoded), inside)
             keys.append(key[0])
             if key not in numbers:
                 numbers[key] = len(numbers)
                 sizes.extend(_size(data) if inside else (0, 0))
-                names += name
+                videos.append(is_video)
+                names += encoded
                 ends.append(len(names))
             shown.append(numbers[key])
         first.append(len(shown))
@@ -133,6 +149,7 @@ def read_contents(rows: Iterable[RowSummary], count: int) -> Arrays:
         "shown": np.array(shown, np.int32),
         "keys": np.array([key for key, _ in numbers], np.int64),
         "sizes": np.array(sizes, np.int32).reshape(-1, 2),
+        "videos": np.array(videos, bool),
         "names": np.frombuffer(bytes(names), np.uint8),
         "name_ends": np.array(ends, np.int64),
         "digest": np.frombuffer(digest.digest(), np.uint8),

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from PIL import Image
+from PIL import Image as Pillow
 
-from pumice.conversation import StoredImage
+from pumice.conversation import StoredImage, Video
+from pumice.data.pictures import Image
 from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.data.sources.columns import arrow
 from pumice.errors import InputError
@@ -51,6 +52,8 @@ def convert(
     # 1. Refuse what cannot be done before anything is written.
     if form == "parquet":
         arrow()
+    if form != "llava" and rows.contents.has_videos:
+        raise InputError(f"'{rows.label}' names videos, which only the form llava has; use --to llava")
     bad = rows.bad_rows(finder)
     if (count := int(bad.sum())) > max_bad_rows:
         first = int(bad.argmax())
@@ -118,7 +121,11 @@ def _claim(out: Path, manifest: dict[str, Any], rows: Rows) -> None:
 
 def _with_pictures(shard: Sequence[tuple[int, Row]], finder: ImageFinder) -> Shard:
     for number, row in shard:
-        yield number, row, [read_image(row.find(image, finder)) for image in row.image]
+        yield number, row, [_contents(row.find(image, finder)) for image in row.image]
+
+
+def _contents(found: Path | StoredImage | Video) -> bytes:
+    return Path(str(found.source)).read_bytes() if isinstance(found, Video) else read_image(found)
 
 
 def _write_llava(shard: Shard, file: IO[bytes], out: Path) -> None:
@@ -186,20 +193,24 @@ WRITERS: dict[str, tuple[str, Callable[[Shard, IO[bytes], Path], None]]] = {
 }
 
 
-def _name(image: str | StoredImage, data: bytes) -> str:
+def _name(image: Image, data: bytes) -> str:
     """Return the name of a picture in the copy: its own below `images`, or one from its contents."""
+    ending = ""
+    if isinstance(image, Video):
+        image = str(image.source)
+        ending = PurePosixPath(image).suffix.lstrip(".")
     if isinstance(image, str):
         pure = PurePosixPath(image.replace(os.sep, "/"))
         if not pure.is_absolute() and ".." not in pure.parts and ":" not in image:
             return f"images/{pure}"
     name = hashlib.blake2b(data, digest_size=8).hexdigest()
-    return f"images/{name[:2]}/{name}.{_ending(data)}"
+    return f"images/{name[:2]}/{name}.{ending or _ending(data)}"
 
 
 def _ending(data: bytes) -> str:
     """Return the ending of a picture's file by its contents."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Pillow.open(io.BytesIO(data)) as image:
             kind = (image.format or "").lower()
     except Exception:  # decoders raise anything; what is wrong is told when the picture is opened
         kind = ""

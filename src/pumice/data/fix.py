@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pumice.conversation import Video
 from pumice.data.check import NOTES, DataReport
 from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.errors import InputError
@@ -63,10 +64,10 @@ def fix(rows: Rows, finder: ImageFinder, report: DataReport, out: Path) -> Count
 
 def _values(record: dict[str, Any], row: Row) -> dict[str, Any]:
     """Return a row in LLaVA's form: as it is written, if it has this form and needs no `<image>`."""
-    if "conversations" in record and not row.added and list(row.image) in (
-        [], record.get("image"), [record.get("image")],
-    ):  # fmt: skip
-        return dict(record)
+    if "conversations" in record and not row.added:
+        images = [image for image in row.image if not isinstance(image, Video)]
+        if images in ([], record.get("image"), [record.get("image")]):
+            return dict(record)
     return {**(record if "conversations" in record else {}), **to_llava(row)}
 
 

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pumice.conversation import StoredImage
+from pumice.conversation import StoredImage, Video
 from pumice.data.processes import map_parts
 from pumice.errors import InputError
 from pumice.images import open_image, read_image
+from pumice.media import VideoPolicy
+from pumice.video import read_frames
 
 MIN_FOR_PROCESSES = 64  # fewer images are decoded here: starting a process takes as long
 _ALIKE = {"JPEG", "MPO"}  # cameras write several images into one .jpg
@@ -58,6 +60,22 @@ def decode_image(source: Path | StoredImage, compare: bool = False) -> DecodedIm
     Image.init()
     named = Image.EXTENSION.get(source.suffix.lower(), kind)
     return DecodedImage("", "" if {named, kind} <= _ALIKE or named == kind else kind, looks)
+
+
+def decode_video(source: Video) -> DecodedImage:
+    """Decode a video to its end."""
+    try:
+        read_frames(source, VideoPolicy(max_frames=1))
+    except InputError as error:
+        return DecodedImage(str(error))
+    return DecodedImage()
+
+
+def open_pictures(source: Path | StoredImage | Video) -> list[Image.Image]:
+    """Return a picture, or some frames of a video, to be shown to a person. Raises InputError."""
+    if isinstance(source, Video):
+        return [open_image(frame) for frame in read_frames(source, VideoPolicy(max_frames=4)).images]
+    return [open_image(source)]
 
 
 def _looks(data: bytes, image: Image.Image) -> Looks:

@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-import ast
-import base64
-import binascii
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from pumice.boxes import BoxError
-from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, Objects, StoredImage, check_media
+from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, Objects, check_media
 from pumice.data.objects import ask_for, is_objects, read_objects
+from pumice.data.pictures import (
+    MEDIA,
+    Image,
+    as_pictures,
+    image_of,
+    images_of,
+    is_stored,
+    place_videos,
+    structured,
+    videos_of,
+)
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import kind
 from pumice.data.sources.source import Record
-from pumice.errors import InputError, shorten
-from pumice.messages import decode_data_url, read_messages
+from pumice.errors import InputError
+from pumice.messages import read_messages
 
-Image = str | StoredImage  # the name of a file, or a picture inside the source
 Turns = list[tuple[str, str]]
 
 # What a column can be for. `columns` of a recipe names one of these and the column that has it.
 ROLES = (
-    "id", "image", "conversations", "messages", "question", "answer", "caption", "text", "label", "system",
-    "history",
+    "id", "image", "video", "conversations", "messages", "question", "answer", "caption", "text", "label",
+    "system", "history",
 )  # fmt: skip
 
 _QUESTIONS = ("question", "questions", "query", "instruction")
 _ANSWERS = ("answer", "answers", "response", "output")
 _CAPTIONS = ("caption", "captions", "text", "label")
-_IMAGES = ("image", "images")
-_OTHER_IMAGES = (
-    "image_path", "image_paths", "image_file", "file_name", "file_names", "filename", "img", "img_path",
-    "picture", "pictures", "photo", "image_url", "image_urls",
-)  # fmt: skip
 # Columns that say something about a picture. A row without them is asked for its `objects`.
 _WORDS = {*_QUESTIONS, *_ANSWERS, *_CAPTIONS, "conversations", "messages", "prompt", "completion", "texts"}
 _IDS = ("id", "question_id", "__key__")
@@ -52,9 +53,10 @@ _DESCRIBE = "Describe the picture."
 
 @dataclass(frozen=True)
 class Mapped:
-    """A record as a row says it. added: pictures for which the turns had no `<image>`.
+    """A record as a row says it. images: pictures and videos in the order of their places.
 
-    objects: names and boxes for the placeholders in the turns.
+    added: pictures for which the turns had no `<image>`. objects: names and boxes for the placeholders in the
+    turns.
     """
 
     id: str
@@ -96,19 +98,19 @@ class RowMapping:
         if row_id != fallback_id or "id" in values:
             place = f"{place} (id {row_id!r})"
         # 2. Pictures, then words. Both may name pictures: Qwen-VL's rows do it inside the text.
-        images = _images(values, place)
-        read = (*_IMAGES, *_OTHER_IMAGES)
-        unread = {name: value for name, value in values.items() if name not in read and not _is_stored(value)}
-        check_media({**unread, "image": images}, place)
+        images = images_of(values, place)
+        videos = videos_of(values, place)
+        unread = {name: value for name, value in values.items() if name not in MEDIA and not is_stored(value)}
+        check_media({**unread, "image": images}, place, videos=True)
         try:
-            objects = _structured(values.get("objects"))
+            objects = structured(values.get("objects"))
             if not is_objects(objects):
-                return self._words(row_id, values, images, place, form)
+                return self._words(row_id, values, images, videos, place, form)
             if not values.keys() & _WORDS:
                 turns, objects = ask_for(objects, self.question)
-                mapped = _finish(row_id, [*_system(values, turns), *turns], images, values)
+                mapped = _finish(row_id, [*_system(values, turns), *turns], images, videos, values)
             else:
-                mapped = self._words(row_id, values, images, place, form)
+                mapped = self._words(row_id, values, images, videos, place, form)
             return replace(mapped, objects=read_objects(objects))
         except InputError as error:
             text = str(error)
@@ -124,20 +126,24 @@ class RowMapping:
                 f"{place}: its values are not of its form ({detail}); fix or remove it"
             ) from error
 
-    def _words(self, row_id: str, values: Record, images: list[Image], place: str, form: str) -> Mapped:
+    def _words(
+        self, row_id: str, values: Record, images: list[Image], videos: list[Image], place: str, form: str
+    ) -> Mapped:
         """Return the row by the first form whose columns are there."""
         if "conversations" in values:
-            turns = _conversation(_structured(values["conversations"]), place)
-            return _finish(row_id, [*_system(values, turns), *turns], images, values)
+            turns = _conversation(structured(values["conversations"]), place)
+            return _finish(row_id, [*_system(values, turns), *turns], images, videos, values)
         if (messages := _messages(values)) is not None:
-            read, added = read_messages(messages, images)
+            if videos and images:
+                raise InputError("pictures and videos beside 'messages' have no order; write them as parts")
+            read, added = read_messages(as_pictures(messages) if videos else messages, images or videos)
             return _from_messages(row_id, read, added, place)
-        if "texts" in values and isinstance(exchanges := _structured(values["texts"]), list):
+        if "texts" in values and isinstance(exchanges := structured(values["texts"]), list):
             # The Cauldron: [{"user", "assistant", "source"}]
             turns = [(_SPEAKERS[key], str(e[key])) for e in exchanges for key in ("user", "assistant")]
-            return _finish(row_id, turns, images, values)
-        turns = self._exchange(values, bool(images), form)
-        return _finish(row_id, [*_system(values, turns), *turns], images, values)
+            return _finish(row_id, turns, images, videos, values)
+        turns = self._exchange(values, bool(images or videos), form)
+        return _finish(row_id, [*_system(values, turns), *turns], images, videos, values)
 
     def _exchange(self, values: Record, has_images: bool, form: str) -> Turns:
         """Return the turns of columns with questions and answers, or of one text about a picture."""
@@ -149,7 +155,7 @@ class RowMapping:
                 questions = f"{questions}\n{values['input']}"
             turns = [
                 (speaker, str(text))
-                for exchange in _structured(values.get("history")) or ()
+                for exchange in structured(values.get("history")) or ()
                 for speaker, text in zip(("human", "gpt"), exchange, strict=True)
             ]
             if isinstance(questions, list):
@@ -178,8 +184,12 @@ class RowMapping:
         raise InputError(_unknown(values, form))
 
 
-def _finish(row_id: str, turns: Turns, images: list[Image], values: Record) -> Mapped:
-    """Return the row, with `<image>` in front of the first question if the turns place no picture."""
+def _finish(row_id: str, turns: Turns, images: list[Image], videos: list[Image], values: Record) -> Mapped:
+    """Return the row, with `<image>` in front of the first question if the turns place no picture.
+
+    A video stands where `<video>` is written, and there is `<image>` in the row; where a row has no pictures,
+    `<image>` may stand for a video, as in LLaVA-Video's rows.
+    """
     # Qwen-VL names pictures inside the text.
     named: list[Image] = []
     for number, (speaker, text) in enumerate(turns):
@@ -187,6 +197,8 @@ def _finish(row_id: str, turns: Turns, images: list[Image], values: Record) -> M
             named += _QWEN_IMAGE.findall(text)
             turns[number] = speaker, _QWEN_IMAGE.sub(f"{IMAGE_PLACEHOLDER}\n", text)
     images = [*named, *images]
+    if videos:
+        images = place_videos(turns, images, videos)
     added, first = 0, next((n for n, (speaker, _) in enumerate(turns) if speaker == "human"), None)
     if images and first is not None and not any(IMAGE_PLACEHOLDER in text for _, text in turns):
         turns[first] = "human", f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[first][1]
@@ -206,7 +218,7 @@ def _from_messages(row_id: str, messages: tuple[Message, ...], added: int, place
             if isinstance(part, str):
                 parts.append(part)
                 continue
-            images.append(_image(part.source, place))
+            images.append(image_of(part.source, place))
             parts.append(ImagePart(images[-1]))
         text = "".join(part if isinstance(part, str) else IMAGE_PLACEHOLDER for part in parts)
         turns.append((_SPEAKERS.get(message.role, message.role), text))
@@ -226,58 +238,6 @@ def _id(values: Record, place: str, fallback: str) -> str:
         found = json.dumps(row_id) if isinstance(row_id, float) else kind(row_id)
         raise InputError(f"{place}: 'id' must be text or a whole number, found {found}")
     return str(row_id)
-
-
-def _images(values: Record, place: str) -> list[Image]:
-    """Return the pictures that the columns name. Raises InputError where two columns could be the picture."""
-    found = [name for name in _IMAGES if name in values and values[name] != []]
-    if not found:
-        found = [name for name in _OTHER_IMAGES if values.get(name)]
-        found += [name for name, value in values.items() if name not in found and _is_stored(value)]
-    if len(found) > 1:
-        raise InputError(
-            f"{place}: {found[0]!r} and {found[1]!r} could both be the picture; say which in the recipe, for "
-            f"example columns: {{image: {found[0]}}}"
-        )
-    if not found:
-        return []
-    value = _structured(values[found[0]])
-    images = value if isinstance(value, list) else [value]
-    try:
-        return [_image(image, place) for image in images]
-    except TypeError as error:
-        raise InputError(
-            f"{place}: {found[0]!r} must be a path or a list of paths, found {_shorten_json(value)}"
-        ) from error
-
-
-def _image(value: Any, place: str) -> Image:
-    """Return a picture in any of its forms. Raises TypeError if it is none."""
-    if isinstance(value, Mapping):
-        value = next(
-            (value[key] for key in ("bytes", "url", "path", "image", "file_name") if value.get(key)), None
-        )
-    if isinstance(value, str) and value:
-        if value[:5].lower() == "data:":
-            value = decode_data_url(value)
-        elif value.startswith(("/9j/", "iVBORw0KGgo")) and len(value) > 255:  # JPEG or PNG as base64
-            try:
-                value = base64.b64decode(value, validate=True)
-            except binascii.Error as error:
-                raise InputError(f"{place}: the picture is not base64 ({error}); encode it again") from error
-        else:
-            return value.removeprefix("file://")
-    if isinstance(value, bytes):
-        return StoredImage(value, f"{place.replace(chr(39), '')}, picture inside", partial(bytes, value))
-    if isinstance(value, StoredImage):
-        return value
-    raise TypeError
-
-
-def _is_stored(value: Any) -> bool:
-    return isinstance(value, StoredImage) or (
-        isinstance(value, list) and bool(value) and all(isinstance(item, StoredImage) for item in value)
-    )
 
 
 def _conversation(turns: Any, place: str) -> Turns:
@@ -305,9 +265,9 @@ def _conversation(turns: Any, place: str) -> Turns:
 def _messages(values: Record) -> list[Any] | None:
     """Return the messages of a row, also where TRL's form has them in `prompt` and `completion`."""
     if "messages" in values:
-        messages = _structured(values["messages"])
+        messages = structured(values["messages"])
     elif "prompt" in values and "completion" in values:
-        both = [_structured(values[name]) for name in ("prompt", "completion")]
+        both = [structured(values[name]) for name in ("prompt", "completion")]
         roles = ("user", "assistant")
         lists = [
             [{"role": r, "content": b}] if isinstance(b, str) else b for r, b in zip(roles, both, strict=True)
@@ -334,22 +294,10 @@ def _system(values: Record, turns: Turns) -> Turns:
     return [("system", text)] if isinstance(text, str) and text and turns[0][0] != "system" else []
 
 
-def _structured(value: Any) -> Any:
-    """Return a list or an object that a table holds as text, written as JSON or, by pandas, as Python."""
-    if not isinstance(value, str) or value[:1] + value[-1:] not in ("[]", "{}"):
-        return value
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return value
-
-
 def _many(values: Record, name: str) -> Any:
     """Return a column's value; a list that a table holds as text only where the name is a plural."""
     value = values[name]
-    return _structured(value) if name.endswith("s") else value
+    return structured(value) if name.endswith("s") else value
 
 
 def _text(value: Any) -> str:
@@ -372,11 +320,11 @@ def _most_given(answers: Any) -> str:
 
 def _unknown(values: Record, form: str) -> str:
     """Say which columns there are, and how a recipe would name them."""
-    words = {name: value for name, value in values.items() if name not in ("id", *_IMAGES)}
+    words = {name: value for name, value in values.items() if name not in ("id", "image", "images")}
     if not words:
         return "'conversations' is missing; write at least a question and its answer"
     for name, value in words.items():
-        items = _structured(value)
+        items = structured(value)
         if isinstance(items, list) and items and isinstance(items[0], dict):
             if {"role", "content"} <= items[0].keys():
                 return f"this looks like OpenAI messages in {form}; write columns: {{messages: {name}}}"
@@ -397,11 +345,3 @@ def _unknown(values: Record, form: str) -> str:
 def _listed(values: Mapping[str, Any]) -> str:
     names: Sequence[str] = [repr(name) for name in values]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def _shorten_json(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except TypeError:
-        return shorten(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"

@@ -152,10 +152,9 @@ class Mixture:
         """Return (n,) bool: whether each row of an order names an image."""
         return self._sets_of(order) != NO_IMAGES
 
-    @property
-    def max_images(self) -> int:
-        """The largest number of images that one row names."""
-        return max(rows.contents.max_images for rows in self.rows)
+    def max_images(self, frames: int = 1) -> int:
+        """Return the most pictures that one row shows. frames: as how many a video counts."""
+        return max(rows.contents.max_images(frames) for rows in self.rows)
 
     @cached_property
     def _image_sets(self) -> list[np.ndarray]:

@@ -10,16 +10,16 @@ import numpy as np
 from PIL import Image
 
 from pumice.boxes import COLOURS, FORMS, Box, BoxMap, draw, fill, picture_boxes
+from pumice.data.images import open_pictures
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.geometry import Size
-from pumice.images import open_image
 from pumice.webpage import render, thumbnail
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from pumice.conversation import StoredImage
+    from pumice.data.pictures import Image as RowImage
     from pumice.data.rows import ImageFinder, Row
 
 Labelled = tuple[str, Box]  # what is in a box, and the box in pixels of its picture
@@ -104,7 +104,7 @@ def write_page(
             entry["error"] = str(row)
             continue
         entry |= {"id": row.id, "turns": row.turns}
-        opened = [_opened(row, image, finder) for image in row.image]
+        opened = [each for image in row.image for each in _opened(row, image, finder)]
         images = [image for image in opened if not isinstance(image, InputError)]
         boxes: list[list[Labelled]] = [[] for _ in opened]
         if len(images) == len(opened):  # the sizes of all are known
@@ -126,11 +126,12 @@ def write_page(
         file.write(render(Path(__file__).with_name("preview.html"), title=title, rows=shown))
 
 
-def _opened(row: Row, image: str | StoredImage, finder: ImageFinder) -> Image.Image | InputError:
+def _opened(row: Row, image: RowImage, finder: ImageFinder) -> Sequence[Image.Image | InputError]:
+    """Return a picture of a row, some frames of a video, or why it cannot be opened."""
     try:
-        return open_image(row.find(image, finder))
+        return open_pictures(row.find(image, finder))
     except InputError as error:
-        return error
+        return [error]
 
 
 def _thumbnail(image: Image.Image, boxes: Sequence[Labelled]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,11 +14,21 @@ from typing import Any, overload
 import numpy as np
 
 from pumice.boxes import BoxError, check_objects
-from pumice.conversation import Conversation, Message, Objects, StoredImage, from_llava
+from pumice.conversation import (
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    Conversation,
+    Message,
+    Objects,
+    StoredImage,
+    Video,
+    from_llava,
+)
 from pumice.data.arrays import kept
 from pumice.data.contents import Contents, RowSummary, read_contents
-from pumice.data.mapping import Image, RowMapping
+from pumice.data.mapping import RowMapping
 from pumice.data.objects import stored
+from pumice.data.pictures import Image
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import JsonRows
 from pumice.data.sources.recognise import HUB, Part, open_source
@@ -40,18 +51,19 @@ class ImageFinder:
             if not root.is_dir():
                 raise InputError(f"the image folder '{root}' does not exist; check the path")
 
-    def find(self, name: str, beside: Path | None = None) -> Path:
+    def find(self, name: str, beside: Path | None = None, what: str = "picture") -> Path:
         """Return the file of image `name`, a path relative to a root or absolute.
 
         If it is missing, a file of the same stem with another image suffix is returned (mix665K names .jpg
-        files that are .gif). beside: a folder that is searched after the roots. Raises InputError when there
-        is no file, and for a path that leaves its root.
+        files that are .gif). beside: a folder that is searched after the roots. what: "picture" or "video",
+        which is only found under its own name. Raises InputError when there is no file, and for a path that
+        leaves its root.
         """
         # Text instead of Path until a file is found: a start looks for every picture of all rows.
         if os.path.normpath(name).split(os.sep, 1)[0] == "..":
-            raise InputError(f"picture {name!r} leads out of the image folders; write the path without '..'")
+            raise InputError(f"{what} {name!r} leads out of the image folders; write the path without '..'")
         if name.startswith(("http://", "https://")):
-            raise InputError(f"picture {name!r} is a web address; save it to a file and name that")
+            raise InputError(f"{what} {name!r} is a web address; save it to a file and name that")
         roots = self.roots if beside is None else [*self.roots, beside]
         # COCO 2014's names end as 2017's do.
         names = [name, name.rpartition("_")[2]] if os.path.basename(name).startswith("COCO_") else [name]
@@ -59,21 +71,21 @@ class ImageFinder:
         for candidate in candidates:
             if os.path.isfile(candidate):  # False for an overlong name, where Path.is_file raises
                 return Path(candidate)
-        for path in map(Path, candidates):
+        for path in map(Path, candidates if what == "picture" else ()):
             for suffix in PICTURES:
                 for variant in (suffix, suffix.upper()):
                     sibling = path.with_suffix(variant) if path.name else path
                     if os.path.isfile(sibling):
                         return sibling
         if Path(name).is_absolute():
-            raise InputError(f"picture {name!r} does not exist; check the path")
+            raise InputError(f"{what} {name!r} does not exist; check the path")
         listed = ", ".join(f"'{root}'" for root in roots)
-        raise InputError(f"picture {name!r} is not in {listed}; fetch it or name its folder")
+        raise InputError(f"{what} {name!r} is not in {listed}; fetch it or name its folder")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its pictures, by name or inside the source, and its turns as (speaker, text).
+    """One row: its pictures and videos, by name or inside the source, and its turns as (speaker, text).
 
     messages: of a row in that form, with the pictures in their places. folder: where its pictures may be
     beside the roots of a finder. added: pictures for which the row had no `<image>`; it was put in front.
@@ -110,18 +122,33 @@ class Row:
             raise BoxError(error.kind, f"row {self.id!r}: {error}") from error
         return conversation
 
-    def find(self, image: Image, finder: ImageFinder) -> Path | StoredImage:
+    def find(self, image: Image, finder: ImageFinder) -> Path | StoredImage | Video:
         """Return one of the row's images as `conversation` does. Raises InputError when it is missing."""
+        if isinstance(image, Video):
+            return replace(image, source=finder.find(str(image.source), self.folder, "video"))
         return image if isinstance(image, StoredImage) else finder.find(image, self.folder)
 
 
 def to_llava(row: Row, names: Sequence[str] | None = None) -> dict[str, Any]:
     """Return a row as LLaVA writes it. names: of its pictures, if not those that the row has."""
-    images = list(row.image) if names is None else list(names)
-    turns = [{"from": speaker, "value": text} for speaker, text in row.turns]
-    pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
+    shown: dict[str, list[Any]] = {"image": [], "video": []}
+    for image, name in zip(row.image, row.image if names is None else names, strict=True):
+        shown["video" if isinstance(image, Video) else "image"].append(
+            name.source if isinstance(name, Video) else name
+        )
+    places = iter(VIDEO_PLACEHOLDER if isinstance(image, Video) else IMAGE_PLACEHOLDER for image in row.image)
+    turns = [
+        {
+            "from": speaker,
+            "value": re.sub(IMAGE_PLACEHOLDER, lambda _: next(places, IMAGE_PLACEHOLDER), text)
+            if speaker == "human"
+            else text,
+        }
+        for speaker, text in row.turns
+    ]
+    media = {key: named[0] if len(named) == 1 else named for key, named in shown.items() if named}
     objects = {} if row.objects is None else {"objects": stored(row.objects)}
-    return {"id": row.id, **pictures, "conversations": turns, **objects}
+    return {"id": row.id, **media, "conversations": turns, **objects}
 
 
 class Rows(Sequence[Row]):
@@ -190,17 +217,17 @@ class Rows(Sequence[Row]):
     @cached_property
     def contents(self) -> Contents:
         """What training must know of all rows. Read once, and kept beside the cache until a file changes."""
-        purpose = f"contents, boxes {sorted(self.mapping.columns.items())} {self.mapping.question}"
+        purpose = f"contents, boxes, videos {sorted(self.mapping.columns.items())} {self.mapping.question}"
         source = self.opened
 
         return Contents(kept(source.files, purpose, lambda: read_contents(self._summaries(), len(source))))
 
     def bad_rows(self, finder: ImageFinder) -> np.ndarray:
-        """Return (rows,) bool: which rows cannot be used. Their pictures are looked for, but not opened."""
+        """Return (rows,) bool: which rows cannot be used. Pictures and videos are found, but not opened."""
 
-        def is_there(name: str) -> bool:
+        def is_there(name: str, is_video: bool) -> bool:
             try:
-                finder.find(name, self.opened.folder)
+                finder.find(name, self.opened.folder, "video" if is_video else "picture")
             except InputError:
                 return False
             return True

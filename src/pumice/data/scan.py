@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from pumice.boxes import BoxError, assumed_unit, picture_boxes
-from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Conversation, Objects, StoredImage
-from pumice.data.images import DecodedImage, decode_image
+from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Conversation, Objects, Video
+from pumice.data.images import DecodedImage, decode_image, decode_video
+from pumice.data.pictures import Image
 from pumice.data.processes import map_parts
 from pumice.data.rows import ImageFinder, Row, Rows
 from pumice.errors import InputError
@@ -24,7 +25,7 @@ _ROWS_PER_TASK = 250  # rows that a process gets at once, of a source that reads
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """One image of a row: missing, a file, or inside the source and then decoded already."""
+    """One image of a row: missing, a file, or a video or inside the source and then decoded already."""
 
     name: str
     missing: str = ""  # why
@@ -98,8 +99,9 @@ class Scan:
         """Compare the boxes of a row with its pictures, whose headers are read."""
         found: list[Finding] = []
         try:
-            sizes = [image_size(row.find(image, self.finder)) for image in row.image]
-            picture_boxes(objects, sizes)
+            files = [row.find(image, self.finder) for image in row.image]
+            # `check_objects` has refused videos.
+            picture_boxes(objects, [image_size(file) for file in files if not isinstance(file, Video)])
         except BoxError as error:
             found.append((error.kind, f"row {row.id!r}: {error}"))
         except InputError:
@@ -114,14 +116,19 @@ class Scan:
             found.append(("boxes not used", reason))
         return found
 
-    def _check_image(self, image: str | StoredImage, row: Row) -> CheckedImage:
-        if isinstance(image, StoredImage):
-            decoded = decode_image(image, self.compare) if self.decode else None
-            return CheckedImage(image.name, decoded=decoded)
+    def _check_image(self, image: Image, row: Row) -> CheckedImage:
+        name = image if isinstance(image, str) else image.name
         try:
-            return CheckedImage(image, path=self.finder.find(image, row.folder))
+            found = row.find(image, self.finder)
         except InputError as error:
-            return CheckedImage(image, missing=str(error))
+            return CheckedImage(name, missing=str(error))
+        if isinstance(found, Path):
+            return CheckedImage(name, path=found)
+        if not self.decode:
+            return CheckedImage(name)
+        if isinstance(found, Video):
+            return CheckedImage(name, decoded=decode_video(found))
+        return CheckedImage(name, decoded=decode_image(found, self.compare))
 
 
 def _crashed(index: int) -> CheckedRow:

@@ -28,7 +28,7 @@ class Reply(Iterator[str]):
         on_end: Callable[[], object] | None = None,
     ) -> None:
         self._engine, self._prompt, self._on_end = engine, prompt, on_end
-        self._text = TextStream(decode, prompt.params.stop)
+        self._text = TextStream(decode, prompt.params.stop, prompt.prefix)
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None comes last
         self._requests: list[Request] = []  # empty before `begin`, then one
         self.on_prompt: Callable[[int, int], object] | None = None

@@ -43,7 +43,8 @@ class Prompt:
 
     input_ids: (T,) int64, with `IMAGE_TOKEN` as the placeholder of each image token. image_tokens: (M, N, D)
     or (total, D) if they are computed already; `images` is made from them. constraint: starts the constraint
-    of one answer's tokens; None allows all tokens.
+    of one answer's tokens; None allows all tokens. prefix: what the chat format writes before an answer; it
+    is no part of the answer's text.
     """
 
     input_ids: Tensor
@@ -51,6 +52,7 @@ class Prompt:
     params: SamplingParams = field(default_factory=SamplingParams)
     images: tuple[PromptImage, ...] = ()
     constraint: Callable[[], Constraint] | None = None
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.image_tokens is None:

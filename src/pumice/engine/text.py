@@ -14,12 +14,16 @@ class Detokenizer:
 
     A character of several byte tokens is returned with its last token. Text that may be the beginning of a
     stop string is held back until that is clear. stopped: a stop string was found. The one that is complete
-    first counts, however the text is cut into tokens. found: that stop string.
+    first counts, however the text is cut into tokens. found: that stop string. prefix: what the chat format
+    writes before an answer; where the text begins with it, it is left out.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), prefix: str = ""
+    ) -> None:
         self.decode = decode
         self.stop = tuple(stop)
+        self._prefix = prefix
         self.stopped = False
         self.found: str | None = None
         self._ids: list[int] = []
@@ -47,7 +51,11 @@ class Detokenizer:
         # 1. The new text is what follows the piece that was returned last.
         self._held += decoded[len(self.decode(self._ids[self._context_start : self._decoded])) :]
         self._context_start, self._decoded = self._decoded, len(self._ids)
-        # 2. End before the stop string that is complete first.
+        # 2. Leave out the format's text before the answer, once it is clear whether it is there.
+        if len(self._held) < len(self._prefix) and self._prefix.startswith(self._held):
+            return ""
+        self._held, self._prefix = self._held.removeprefix(self._prefix), ""
+        # 3. End before the stop string that is complete first.
         matches = [
             (start + len(text), start, text) for text in self.stop if (start := self._held.find(text)) >= 0
         ]
@@ -56,7 +64,7 @@ class Detokenizer:
             _, start, self.found = min(matches)
             text, self._held = self._held[:start], ""
             return text
-        # 3. Hold back an end that may become a stop string.
+        # 4. Hold back an end that may become a stop string.
         overlap = max((_overlap(self._held, text) for text in self.stop), default=0)
         cut = len(self._held) - overlap
         text, self._held = self._held[:cut], self._held[cut:]
@@ -75,14 +83,16 @@ class TextStream:
     finish: None while the answer grows, then how it ended. It is "stop" as soon as a stop string is found:
     the caller should then cancel the request, and later deltas are ignored. error: the exception behind
     "error". tokens: number of answer tokens so far. cached_tokens: prompt tokens that came from the prefix
-    cache. stop: the stop string that was found.
+    cache. stop: the stop string that was found. prefix: as of `Detokenizer`.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), prefix: str = ""
+    ) -> None:
         self.finish: Finish | None = None
         self.error: Exception | None = None
         self.tokens = self.cached_tokens = 0
-        self._text = Detokenizer(decode, stop)
+        self._text = Detokenizer(decode, stop, prefix)
 
     @property
     def stop(self) -> str | None:

@@ -9,7 +9,8 @@ Shapes: N tokens of one image, W words, h x w cells of a map.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,9 +68,12 @@ def token_boxes(config: ModelConfig, size: Size, layout: Layout) -> TokenBoxes:
     CAPABILITY.check(config.image)
     CAPABILITY.check(config.connector)
     # 1. The tokens of the first tile, which shows the whole image.
-    if layout.pool:  # a frame of a video, which is squashed
-        edges = np.arange(layout.pool) * (cell := config.vision.image_size / layout.pool)
-        place = first_tile_placement(config.image, config.vision.image_size, size, tiled=True)
+    if layout.pool or layout.average:  # a frame of a video, which is squashed, or cropped
+        side = layout.pool or math.isqrt(layout.base)
+        cell = layout.average * config.vision.stride or config.vision.image_size / side
+        policy = replace(config.image, mode="crop" if layout.average else "squash")
+        place = first_tile_placement(policy, config.vision.image_size, size)
+        edges = np.arange(side) * cell
         x, y = (np.stack((axis(edges), axis(edges + cell))) for axis in (place.across, place.down))
         boxes = np.vstack((_boxes(x, y), *[np.zeros((1, 4))] * layout.newline))
         return TokenBoxes(size, boxes, np.arange(layout.tokens) < layout.base)

@@ -125,7 +125,8 @@ TOWERS = {
 
 # What other classes of transformers and of the original code are called before `ForCausalLM` and the like.
 _STEMS = {
-    "Llava": "llava", "LlavaNext": "llava_next", "LlavaOnevision": "llava_onevision",
+    "Llava": "llava", "LlavaNext": "llava_next", "LlavaNextVideo": "llava_next_video",
+    "LlavaOnevision": "llava_onevision",
     "Idefics3": "idefics3", "SmolVLM": "smolvlm",
     "Idefics3VisionTransformer": "idefics3_vision", "SmolVLMVisionTransformer": "smolvlm_vision",
     "CLIP": "clip", "CLIPVision": "clip_vision_model",

@@ -25,7 +25,7 @@ class FormatKind(Enum):
     TOWER = "a bare vision tower"
 
 
-HF_LLAVAS = ("llava", "llava_next", "llava_onevision", "idefics3", "smolvlm")
+HF_LLAVAS = ("llava", "llava_next", "llava_next_video", "llava_onevision", "idefics3", "smolvlm")
 
 
 def recognise(path: Path) -> FormatKind:

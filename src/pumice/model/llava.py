@@ -21,7 +21,7 @@ from pumice.config import IMAGE_TOKEN, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.geometry import Layout
 from pumice.model.adapters import add_lora
-from pumice.model.connector import Connector, arrange, check_image_tokens
+from pumice.model.connector import Connector, arrange, average, check_image_tokens
 from pumice.model.decoder import Decoder
 from pumice.model.efficientnet import EfficientNetLite
 from pumice.model.layers import Attend, Causal
@@ -118,16 +118,24 @@ class Llava(nn.Module):
         """
         # The tower may have another dtype, or its features may come from the CPU.
         weight = next(self.connector.parameters(), None)
-        tokens = self.connector(features if weight is None else features.to(weight.device, weight.dtype))
+        features = features if weight is None else features.to(weight.device, weight.dtype)
         if self.config.image.mode != "anyres":
-            return tokens
+            return self.connector(features)
         tiles = [layout.tiles for layout in layouts]
-        if sum(tiles) != len(tokens):
-            raise ValueError(f"the tower gave {len(tokens)} tiles, the layouts have {sum(tiles)}")
-        images = zip(tokens.split(tiles), layouts, strict=True)
-        arranged = [arrange(image, layout, self.image_newline) for image, layout in images]
-        # The empty part gives a batch without images the right width and dtype.
-        return torch.cat([tokens[:0].flatten(0, 1), *arranged])
+        if sum(tiles) != len(features):
+            raise ValueError(f"the tower gave {len(features)} tiles, the layouts have {sum(tiles)}")
+        if not layouts:  # the empty result has the right width and dtype
+            return self.connector(features).flatten(0, 1)
+        if any(layout.average for layout in layouts):  # such frames have fewer features than other images
+            parts = zip(features.split(tiles), layouts, strict=True)
+            images = [
+                self.connector(average(part, layout.average) if layout.average else part)
+                for part, layout in parts
+            ]
+        else:
+            images = self.connector(features).split(tiles)
+        pairs = zip(images, layouts, strict=True)
+        return torch.cat([arrange(image, layout, self.image_newline) for image, layout in pairs])
 
     def merge(self, input_ids: Tensor, image_tokens: Tensor | None) -> Tensor:
         """Embed input_ids (B, T) and replace the placeholders by image tokens, in order: (B, T, D).

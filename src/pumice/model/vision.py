@@ -32,6 +32,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
 }
+# Without gradients on a CPU, tiles are computed together only as far as the largest activations, those of an
+# MLP, take so many bytes: more would not stay in the processor's cache.
+CACHE_BYTES = 16 << 20
 SELECTS = {"clip": ("patch", "cls_patch"), "siglip": ("full",)}  # only CLIP has a class token
 
 
@@ -42,20 +45,23 @@ def multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
+def narrowed(x: Tensor, weight: Tensor) -> Tensor:
+    """Return fp32 activations as bfloat16 where products with this 16-bit weight are twice as fast so.
+
+    That is without gradients, on a processor that multiplies bfloat16. Sums are fp32 all the same.
+    """
+    is_wider = x.device.type == "cpu" and x.dtype == torch.float32 and weight.dtype != torch.float32
+    return x.bfloat16() if is_wider and not torch.is_grad_enabled() and multiplies_bf16() else x
+
+
 class WideningLinear(nn.Linear):
     """A linear layer that converts its weights to the dtype of its input.
 
-    So fp16 or bf16 weights take half the memory, and the result is that of fp32 weights. For fp32 inputs,
-    where the processor multiplies bfloat16, both factors of the product become bfloat16, which is twice as
-    fast; sums, the bias and the result stay fp32, but for one rounding.
+    So fp16 or bf16 weights take half the memory, and the result is that of fp32 weights.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        narrow = x.device.type == "cpu" and x.dtype == torch.float32 and self.weight.dtype != torch.float32
-        if narrow and not torch.is_grad_enabled() and multiplies_bf16():
-            y = F.linear(x.bfloat16(), self.weight.bfloat16()).float()
-            return y if bias is None else y.add_(bias)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
@@ -94,8 +100,9 @@ class ViTBlock(nn.Module):
         self.mlp = ViTMLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        # The residual stream stays in fp32; what is added to it may be computed in fewer bits.
+        x = x + self.attention(narrowed(self.attention_norm(x), self.attention.q.weight))
+        return x + self.mlp(narrowed(self.mlp_norm(x), self.mlp.up.weight))
 
 
 class ViT(nn.Module):
@@ -117,6 +124,13 @@ class ViT(nn.Module):
         self.position_ids = fractional_positions(config.grid) if config.fractional else None
 
     def forward(self, pixels: Tensor) -> Tensor:
+        tile_bytes = self.config.features * self.config.mlp_width * pixels.element_size()
+        count = max(1, CACHE_BYTES // tile_bytes)
+        if pixels.device.type == "cpu" and not torch.is_grad_enabled() and len(pixels) > count:
+            return torch.cat([self._features(tiles) for tiles in pixels.split(count)])
+        return self._features(pixels)
+
+    def _features(self, pixels: Tensor) -> Tensor:
         # Pixels beyond the last complete patch are ignored (384 = 27 * 14 + 6).
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # (B, G*G, C)
         if self.has_class_token:

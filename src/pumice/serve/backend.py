@@ -15,12 +15,11 @@ import torch
 from pydantic import ValidationError
 from starlette.responses import Response
 
-from pumice.conversation import Conversation
+from pumice.conversation import Conversation, Video
 from pumice.engine.grammar_check import GrammarCheck, refused
 from pumice.engine.requests import Prompt, check_room
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import ContextOverflow, InputError
-from pumice.geometry import tile_layout
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
 from pumice.serve.boxes import BoxesRequest, boxes_in
@@ -29,7 +28,7 @@ from pumice.serve.explanation import check_explained, explanation_json
 from pumice.serve.fetch import Fetcher
 from pumice.serve.grammars import HeldTo, held_to, tool_schemas
 from pumice.serve.history import characters_of, conversation, texts_of
-from pumice.serve.images import find_damaged, read_images
+from pumice.serve.images import count_tiles, find_damaged, read_images
 from pumice.serve.messages import parse
 from pumice.serve.metrics import Metrics
 from pumice.serve.observe import RequestRecord
@@ -64,7 +63,7 @@ if TYPE_CHECKING:
     from pumice.engine.constraint import Grammar
 
 T = TypeVar("T", bound=BaseRequest)
-Pictures = dict[str, bytes]  # field name -> file
+Pictures = dict[str, bytes | Video]  # field name -> file, or frames of a video
 
 LONG_BODY = 1 << 15  # bytes; parsing a longer body would block the event loop for too long
 MAX_VALUES = 1 << 17  # JSON values in a body, at least; a model with a long context gets more
@@ -233,17 +232,17 @@ class Backend:
         return ModelResponse(ExplanationBody(**values))
 
     async def _read_images(self, record: RequestRecord, request: ConversationRequest) -> tuple[Pictures, int]:
-        """Return the pictures of a conversation, in order, and their pixels together."""
-        files = await read_images(request.images, self.settings, self._fetcher, self._workers, record.memory)
+        """Return the pictures and videos of a conversation, in order, and their pixels together."""
+        config = self.assistant.model.config
+        files = await read_images(
+            request.images, self.settings, self._fetcher, self._workers, record.memory, config.video
+        )
         record.fields["pictures"] = len(files)
         self.metrics.images.inc(len(files))
         # What the tower will see of them stays in memory until it is computed.
-        config = self.assistant.model.config
-        tiled = config.image.uses_tiles(len(files))
-        tiles = sum(tile_layout(config, file.size).tiles if tiled else 1 for file in files)
-        record.memory.take(tiles * 3 * config.vision.image_size**2 * 4)
+        record.memory.take(count_tiles(files, config) * 3 * config.vision.image_size**2 * 4)
         pictures = {param: file.data for (param, _), file in zip(request.images, files, strict=True)}
-        return pictures, sum(width * height for width, height in (file.size for file in files))
+        return pictures, sum(width * height for file in files for width, height in file.sizes)
 
     async def _parse(self, kind: type[T], body: bytes) -> T:
         """Return the body as a request of this kind. Raises ApiError that names the wrong field."""

@@ -23,7 +23,7 @@ REMEDIES = {
     "audio": "this server neither hears nor speaks; leave audio out",
 }
 # Class of a request -> the kinds of parts that a content may have there.
-TEXT_OR_IMAGE = "'text' or 'image_url'"
+TEXT_OR_IMAGE = "'text', 'image_url' or 'video_url'"
 PARTS = {
     "ResponsesRequest": "'input_text', 'input_image' or 'output_text'",
     "AnthropicRequest": "'text', 'image', 'tool_use' or 'tool_result'",

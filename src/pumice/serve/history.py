@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from pumice.conversation import Conversation, ImagePart, Message
+from pumice.conversation import Conversation, ImagePart, Message, Video
 from pumice.messages import Parts, join_messages, join_parts
 from pumice.serve.messages import (
     AnyMessage,
@@ -14,6 +14,7 @@ from pumice.serve.messages import (
     ImageUrlPart,
     PastAnswer,
     ToolMessage,
+    VideoUrlPart,
 )
 from pumice.serve.protocol import ConversationRequest
 from pumice.serve.tools import past_call
@@ -22,13 +23,14 @@ from pumice.templates import RESULT, Plain, Template
 
 def conversation(
     request: ConversationRequest,
-    pictures: Mapping[str, bytes],
+    pictures: Mapping[str, bytes | Video],
     template: Template | Plain,
     instruction: str = "",
 ) -> Conversation:
     """Return the messages of a request as a Conversation.
 
-    pictures: field name -> file, in order. instruction: follows the system message, or the template's own.
+    pictures: field name -> file or video, in order. instruction: follows the system message, or the
+    template's own.
 
     `join_messages` says what becomes of roles and orders that templates have no place for. What tools gave
     becomes a message of the user's. Pictures elsewhere go to the front of the user's next message.
@@ -73,7 +75,7 @@ def texts_of(message: AnyMessage) -> list[str]:
     content = message.content
     if isinstance(content, str):
         return [content]
-    return [part.text for part in content or () if not isinstance(part, ImageUrlPart)]
+    return [part.text for part in content or () if not isinstance(part, ImageUrlPart | VideoUrlPart)]
 
 
 def characters_of(request: ConversationRequest) -> int:
@@ -89,7 +91,7 @@ def characters_of(request: ConversationRequest) -> int:
 
 def _turn(
     message: ChatMessage | PastAnswer | ToolMessage | FunctionMessage,
-    files: Iterator[bytes],
+    files: Iterator[bytes | Video],
     around: tuple[str, str] | None,
 ) -> Message:
     """Return a message with the role that it has for the template. around: as of `past_call`."""
@@ -100,7 +102,8 @@ def _turn(
         (content,)
         if isinstance(content, str)
         else tuple(
-            ImagePart(next(files)) if isinstance(part, ImageUrlPart) else part.text for part in content or ()
+            ImagePart(next(files)) if isinstance(part, ImageUrlPart | VideoUrlPart) else part.text
+            for part in content or ()
         )
     )
     if isinstance(message, PastAnswer):

@@ -1,4 +1,4 @@
-"""Read the pictures of a request: from `image_url` to file bytes that are within the limits."""
+"""Read the pictures and videos of a request: from addresses to files and frames within the limits."""
 
 from __future__ import annotations
 
@@ -6,39 +6,45 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pumice.config import ModelConfig
+from pumice.conversation import Video
 from pumice.errors import InputError
+from pumice.geometry import tile_layout
 from pumice.images import EnormousImage, image_size, open_image
+from pumice.media import Frames, VideoPolicy
 from pumice.messages import decode_data_url
 from pumice.serve.errors import ApiError
 from pumice.serve.fetch import Fetcher
-from pumice.serve.messages import ImageUrl
+from pumice.serve.messages import ImageUrl, VideoUrl
 from pumice.serve.settings import ServerSettings
 from pumice.serve.work import Account, Kind, Workers
 from pumice.stopping import check_stopped
+from pumice.video import read_frames
 
 _TIFF = (b"II", b"MM")  # how such a file begins
 
 
 @dataclass(frozen=True)
 class PictureFile:
-    """The bytes of a picture's file, and its width and height in pixels."""
+    """The bytes of a picture's file, or a video as frames; and the (width, height) of each, in pixels."""
 
-    data: bytes
-    size: tuple[int, int]
+    data: bytes | Video
+    sizes: tuple[tuple[int, int], ...]
 
 
 async def read_images(
-    images: Sequence[tuple[str, ImageUrl]],
+    images: Sequence[tuple[str, ImageUrl | VideoUrl]],
     settings: ServerSettings,
     fetcher: Fetcher | None,
     workers: Workers,
     memory: Account,
+    video: VideoPolicy | None,
 ) -> list[PictureFile]:
-    """Return each picture's file, in order.
+    """Return each picture's file and each video's frames, in order.
 
-    images: (field name, picture). Only headers are decoded here. memory: of the request; what is fetched
-    counts. Raises ApiError, 400, that names the field when there are too many pictures, or when one cannot be
-    read or has too many pixels.
+    images: (field name, picture or video). Only headers of pictures are decoded here. memory: of the request;
+    what is fetched and frames count. video: of the model. Raises ApiError, 400, that names the field when
+    there are too many pictures, or when one cannot be read or has too many pixels.
     """
     if len(images) > settings.max_images:
         raise ApiError(
@@ -47,20 +53,40 @@ async def read_images(
             param=images[settings.max_images][0],
             code="too_many_images",
         )
-    fetched = await asyncio.gather(*(_fetch(param, image.url, fetcher, memory) for param, image in images))
+    fetched = await asyncio.gather(*(_fetch(param, image, fetcher, memory) for param, image in images))
     files = []
     for (param, image), data in zip(images, fetched, strict=True):
         if data is None:
             data = await workers.run("parse", _decode, param, image.url)
+        if isinstance(image, VideoUrl):
+            frames = await workers.run("videos", _take_frames, param, data, video)
+            memory.take(sum(map(len, frames.images)))
+            sizes = tuple(_check(param, frame, settings) for frame in frames.images)
+            files.append(PictureFile(Video(frames), sizes))
+            continue
         kind: Kind = "long" if data[:2] in _TIFF else "short"  # whose size is known when it is decoded
-        files.append(PictureFile(data, await workers.run(kind, _check, param, data, settings)))
+        files.append(PictureFile(data, (await workers.run(kind, _check, param, data, settings),)))
     return files
 
 
-def find_damaged(pictures: Mapping[str, bytes]) -> str | None:
+def count_tiles(files: Sequence[PictureFile], config: ModelConfig) -> int:
+    """Return how many tiles the tower sees of the pictures and frames of one conversation."""
+    tiled = config.image.uses_tiles(sum(len(file.sizes) for file in files))
+    return sum(
+        tile_layout(config, size).tiles
+        if tiled and not (config.video is not None and isinstance(file.data, Video))
+        else 1
+        for file in files
+        for size in file.sizes
+    )
+
+
+def find_damaged(pictures: Mapping[str, bytes | Video]) -> str | None:
     """Return the field of the first picture that cannot be decoded, or None. pictures: field -> file."""
     for param, data in pictures.items():
         check_stopped()
+        if isinstance(data, Video):  # whose frames were decoded
+            continue
         try:
             open_image(data)
         except InputError:
@@ -68,11 +94,21 @@ def find_damaged(pictures: Mapping[str, bytes]) -> str | None:
     return None
 
 
-async def _fetch(param: str, url: str, fetcher: Fetcher | None, memory: Account) -> bytes | None:
+async def _fetch(
+    param: str, image: ImageUrl | VideoUrl, fetcher: Fetcher | None, memory: Account
+) -> bytes | None:
     """Return the bytes behind a web address, or None for a data URI."""
+    url = image.url
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
         return None
+    if isinstance(image, VideoUrl):
+        raise ApiError(
+            400,
+            f"'{param}.url' begins with {url[:12]!r}; send the video as data:video/mp4;base64,...",
+            param=param,
+            code="invalid_video_url",
+        )
     if not scheme.startswith(("http://", "https://")):
         raise ApiError(
             400,
@@ -90,8 +126,15 @@ async def _fetch(param: str, url: str, fetcher: Fetcher | None, memory: Account)
     return await fetcher.get(url, param, memory.take)
 
 
+def _take_frames(param: str, data: bytes, policy: VideoPolicy | None) -> Frames:
+    try:
+        return read_frames(Video(data), policy)
+    except InputError as error:
+        raise ApiError(400, str(error), param=param, code="invalid_video") from error
+
+
 def _check(param: str, data: bytes, settings: ServerSettings) -> tuple[int, int]:
-    """Return the size of a picture in pixels, once it is checked."""
+    """Return the size of a picture or a frame in pixels, once it is checked."""
     try:
         width, height = image_size(data)
     except EnormousImage:

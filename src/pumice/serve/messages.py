@@ -223,16 +223,28 @@ class ImageUrlPart(PartModel):
         return self._field
 
 
+class VideoUrl(RequestModel):
+    url: str = Field(min_length=1, description="data:video/...;base64,...; also of a GIF or an animated WebP")
+
+
+class VideoUrlPart(PartModel):
+    """A video, as vLLM takes it."""
+
+    type: Literal["video_url"]
+    video_url: Annotated[VideoUrl, BeforeValidator(_as_object)]
+
+
 Part = Annotated[
     Annotated[TextPart, Tag("~text")]
     | Annotated[ImageUrlPart, Tag("~image")]
+    | Annotated[VideoUrlPart, Tag("~video")]
     | Annotated[RefusalPart, Tag("~refusal")],
-    told_apart_by("type", {"image_url": "~image", "refusal": "~refusal"}, "~text"),
+    told_apart_by("type", {"image_url": "~image", "video_url": "~video", "refusal": "~refusal"}, "~text"),
 ]
 Content = TextOrList[Part]
 
 
-PartList = list[TextPart | ImageUrlPart | RefusalPart]
+PartList = list[TextPart | ImageUrlPart | VideoUrlPart | RefusalPart]
 
 
 class ChatMessage(MessageModel):

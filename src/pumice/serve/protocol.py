@@ -31,6 +31,8 @@ from pumice.serve.messages import (
     StructuredOutputs,
     ToolChoice,
     ToolDescription,
+    VideoUrl,
+    VideoUrlPart,
     field_error,
     json_kind,
 )
@@ -157,20 +159,22 @@ class GenerationRequest(HintedRequest):
 
 
 class ConversationRequest(BaseRequest):
-    """A request with messages, which may hold pictures."""
+    """A request with messages, which may hold pictures and videos."""
 
     messages: list[AnyMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
 
     @property
-    def images(self) -> list[tuple[str, ImageUrl]]:
-        """Return (field name, picture) for each picture, in the order of the request."""
-        return [
-            (part.field or f"messages.{m}.content.{p}.image_url", part.image_url)
-            for m, message in enumerate(self.messages)
-            if isinstance(message.content, list)
-            for p, part in enumerate(message.content)
-            if isinstance(part, ImageUrlPart)
-        ]
+    def images(self) -> list[tuple[str, ImageUrl | VideoUrl]]:
+        """Return (field name, address) for each picture and video, in the order of the request."""
+        found: list[tuple[str, ImageUrl | VideoUrl]] = []
+        for m, message in enumerate(self.messages):
+            for p, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                place = f"messages.{m}.content.{p}"
+                if isinstance(part, ImageUrlPart):
+                    found.append((part.field or f"{place}.image_url", part.image_url))
+                elif isinstance(part, VideoUrlPart):
+                    found.append((f"{place}.video_url", part.video_url))
+        return found
 
 
 class ChatRequest(ConversationRequest, GenerationRequest):

@@ -83,7 +83,7 @@ class ActiveRequest:
         self.record, self._timeout = record, timeout
         self._engine, self._tokenizer, self._prompts, self._metrics = engine, tokenizer, prompts, metrics
         self._readers = readers
-        self._texts = [TextStream(tokenizer.decode, prompt.params.stop) for prompt in prompts]
+        self._texts = [TextStream(tokenizer.decode, prompt.params.stop, prompt.prefix) for prompt in prompts]
         self._open = True
         self._deltas: asyncio.Queue[tuple[int, Delta] | ApiError] = asyncio.Queue()
         self._requests: list[EngineRequest] = []

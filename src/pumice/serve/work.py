@@ -21,9 +21,9 @@ from pumice.stopping import Stopped, stoppable
 T = TypeVar("T")
 
 # parse: JSON. short: prompts without much text or large pictures. long: all others; each thread may hold a
-# decoded picture. schemas: each waits for a process. explain: an explanation takes the most memory.
-Kind = Literal["parse", "short", "long", "schemas", "explain"]
-THREADS: dict[Kind, int] = {"parse": 2, "short": 2, "long": 2, "schemas": 4, "explain": 1}
+# decoded picture. schemas, videos: each waits for a process. explain: an explanation takes the most memory.
+Kind = Literal["parse", "short", "long", "schemas", "videos", "explain"]
+THREADS: dict[Kind, int] = {"parse": 2, "short": 2, "long": 2, "schemas": 4, "videos": 1, "explain": 1}
 
 LARGE = 16 << 20  # bytes of a request, after which freed memory goes back to the system
 REQUEST_MEMORY = 1 << 30  # bytes, for all requests in flight together

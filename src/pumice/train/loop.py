@@ -47,6 +47,7 @@ from pumice.train.setup import Setup, prepare
 from pumice.train.signals import stop_requested
 from pumice.train.speed import flops_per_prediction, flops_per_tile, flops_per_token
 from pumice.train.trackers import check_installed
+from pumice.video import PICTURE_FRAMES
 
 # Recipe fields that may differ when a run is resumed: they do not change its result.
 MUTABLE_FIELDS = {
@@ -104,7 +105,8 @@ class Trainer:
         self.world.share(self.model.tower, self.device)
         # 2. The data. The model's config records how many images a row of this stage shows.
         self.batches = Batches(recipe, setup.processor, self.world.size)
-        setup.record_max_images(self.batches.mixture.max_images)
+        frames = PICTURE_FRAMES if setup.model.config.video is None else 1
+        setup.record_max_images(self.batches.mixture.max_images(frames))
         # 3. Tower features, cached on disk if asked. One process writes a cache, so each has its own folder.
         cache = recipe.feature_cache
         if cache is not None and self.world.size > 1:
@@ -343,7 +345,7 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {total}, its gradient's norm {norm}; "
                 "start again with a lower learning rate in another output folder"
             )
-        if any(pack.images for pack in prepared.packs) or self.batches.mixture.max_images == 0:
+        if any(pack.images for pack in prepared.packs) or self.batches.mixture.max_images() == 0:
             self._watch.check({group["part"] for group in self.optimizer.param_groups if group["lr"]})
         # 5. Clip by the norm over all parts, then update.
         clip(self.optimizer, norm, self.recipe.clip)

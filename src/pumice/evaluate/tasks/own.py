@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pumice.boxes import BoxMap, check_boxes, picture_boxes, write_boxes
-from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Objects, StoredImage, check_media
+from pumice.conversation import (
+    BOX_PLACEHOLDER,
+    IMAGE_PLACEHOLDER,
+    Objects,
+    StoredImage,
+    Video,
+    check_media,
+)
 from pumice.data.objects import read_objects
 from pumice.data.rows import Row, Rows
 from pumice.data.sources.recognise import HUB, format_of
@@ -254,7 +261,9 @@ def _values(rows: Rows, folder: Path, box_map: Callable[[Size], BoxMap]) -> Iter
 def _with_boxes(row: Row, folder: Path, box_map: Callable[[Size], BoxMap]) -> tuple[Row, dict[str, Any]]:
     """Return a row with its boxes in its texts; and, if its first answer has some, what is right instead."""
     conversation, objects = row.conversation(None), row.objects or Objects()
-    sizes = [image_size(_image(folder, image).source()) for image in row.image]
+    # `row.conversation` has refused videos.
+    images = [_image(folder, image) for image in row.image if not isinstance(image, Video)]
+    sizes = [image_size(image.source()) for image in images]
     messages = write_boxes(conversation, [box_map(size) for size in sizes]).messages
     turns = tuple(("gpt" if m.role == "assistant" else m.role, m.text) for m in messages)
     answer = next(n for n, message in enumerate(messages) if message.role == "assistant")

@@ -1,4 +1,4 @@
-"""Read the folder of a LLaVA of transformers: Llava, LlavaNext, LlavaOnevision, Idefics3 or SmolVLM."""
+"""Read the folder of a LLaVA of transformers: Llava, LlavaNext, LlavaNextVideo, LlavaOnevision, Idefics3."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ _DEFAULTS = {
     "llava_next": _LLAVA | {
         "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
     },
+    "llava_next_video": _LLAVA | {
+        "image_token_index": 32001, "spatial_pool_stride": 2,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    },
     "llava_onevision": {
         "image_token_index": 151646, "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
         "vision_aspect_ratio": "anyres_max_9",
@@ -45,7 +49,8 @@ _DEFAULTS = {
 }  # fmt: skip
 # The keys of config.json that only some model_types use.
 _ONLY_IN = {
-    "image_grid_pinpoints": ("llava_next", "llava_onevision"), "vision_aspect_ratio": ("llava_onevision",)
+    "image_grid_pinpoints": ("llava_next", "llava_next_video", "llava_onevision"),
+    "vision_aspect_ratio": ("llava_onevision",),
 }  # fmt: skip
 # The model_type of a text_config that does not say one; "llama" for the others.
 _TEXT_MODEL_TYPE = {"llava_onevision": "qwen2"}
@@ -100,7 +105,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     config, notes = text_side.model_config(
         template, str(folder), fallback=family.template, decoder=decoder, vision=vision,
         connector=ConnectorConfig("mlp2x_gelu"), image=image, image_wrap=text_side.image_wrap(),
-        video=VideoPolicy(pool=2) if kind == "llava_onevision" else None,
+        video=_video(folder, keys, kind, vision),
     )  # fmt: skip
     # The conversions that transformers published lack do_pad, although LLaVA 1.5 was trained with padding.
     if image.mode == "crop" and "do_pad" not in processor.values:
@@ -114,7 +119,7 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
     if kind == "llava" and nesting.newline in tensors:
         raise InputError(
             f"{folder}: model_type is 'llava', but the tensors hold {nesting.newline}, which only llava_next "
-            "and llava_onevision have; correct the model_type"
+            "and its like have; correct the model_type"
         )
     table = tensor_names.llava(config, nesting, tensor_names.hf_connector(biases), prefix)
     state = tensor_names.convert(tensors, table, str(folder))
@@ -168,17 +173,19 @@ def _vision(keys: Keys) -> VisionConfig:
 
 
 def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> ImagePolicy:
-    """Read how a picture is prepared. kind: model_type, of which LlavaNext and LlavaOnevision cut tiles."""
+    """Read how a picture is prepared. kind: model_type, of which all but Llava cut tiles."""
     prepared_by = processor.get("image_processor_type", str, "")
     processor_type = model_type(prepared_by)
-    if processor_type in HF_LLAVAS and processor_type != kind:
+    # LlavaNextVideo has the image processor of LlavaNext.
+    allowed = {"llava_next_video": ("llava_next", kind)}.get(kind, (kind,))
+    if processor_type in HF_LLAVAS and processor_type not in allowed:
         raise InputError(
             f"{processor.label}: image_processor_type is {prepared_by!r}, but model_type is {kind!r} in "
             f"{keys.label}; correct the wrong one"
         )
     if kind == "llava":
         return image_policy(processor, vision)
-    # Of these two, do_pad fills up a batch of pictures with empty tiles; it does not pad a picture.
+    # Of these, do_pad fills up a batch of pictures with empty tiles; it does not pad a picture.
     policy = image_policy(Keys({**processor.values, "do_pad": False}, processor.label), vision)
     # Both files list the sizes that a picture may be resized to; the model was trained with only one list.
     pinpoints = keys.get("image_grid_pinpoints", list)
@@ -202,6 +209,28 @@ def _image(processor: Keys, keys: Keys, kind: str, vision: VisionConfig) -> Imag
     return dataclasses.replace(
         policy, mode="anyres", pinpoints=sizes, unpad=True, max_tiles=max_tiles, several=several
     )
+
+
+def _video(folder: Path, keys: Keys, kind: str, vision: VisionConfig) -> VideoPolicy | None:
+    """Read how videos are shown; None for a kind that was not trained on any.
+
+    Raises InputError if frames become other squares than the tower takes, or are pooled in another way.
+    """
+    if kind == "llava_onevision":
+        return VideoPolicy(pool=2)
+    if kind != "llava_next_video":
+        return None
+    keys.only("spatial_pool_mode", ("average",), "average")
+    if vision.select != "patch":
+        raise InputError(f"{keys.label}: frames can only be pooled without a class token")
+    path = folder / "video_preprocessor_config.json"
+    frames = Keys.of(path) if path.is_file() else Keys({}, str(path))
+    policy = image_policy(frames, vision)  # raises unless the tower takes what it makes
+    if policy.mode != "crop":
+        raise InputError(f"{frames.label}: do_center_crop must be true, as in LlavaNextVideo's processor")
+    # Published folders do not say how many frames; the model card shows eight.
+    count = frames.get("num_frames", int, 8)
+    return VideoPolicy(count, pool=keys.get("spatial_pool_stride", int), average=True)
 
 
 def _check_processor(folder: Path, keys: Keys, kind: str, vision: VisionConfig) -> list[str]:

@@ -1,0 +1,113 @@
+"""Rows with videos, in the forms that published sets have: where each stands, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pumice.conversation import Video
+from pumice.data.check import check
+from pumice.data.convert import convert
+from pumice.data.fix import fix
+from pumice.data.rows import ImageFinder, Rows, to_llava
+from pumice.errors import InputError
+
+ANSWER = {"from": "gpt", "value": "A cat."}
+
+
+def write(folder: Path, *rows: dict[str, Any]) -> Rows:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Rows(path)
+
+
+def row(text: str, **media: Any) -> dict[str, Any]:
+    return {"id": "1", **media, "conversations": [{"from": "human", "value": text}, ANSWER]}
+
+
+def animation(path: Path, frames: int = 3) -> None:
+    first, *others = (Image.new("RGB", (20, 10), (90 * n, 0, 0)) for n in range(frames))
+    first.save(path, save_all=True, append_images=others, duration=100)
+
+
+@pytest.mark.parametrize(
+    ("values", "media"),
+    [
+        (row("<video>\nWhat?", video="a.gif"), [Video("a.gif")]),
+        (row("<image>\nWhat?", video="a.gif"), [Video("a.gif")]),  # LLaVA-Video's
+        (row("What?", video="a.gif"), [Video("a.gif")]),
+        (row("<image> and <video>?", image="b.png", videos=["a.gif"]), ["b.png", Video("a.gif")]),
+        (row("<video> or <image>?", images=["b.png"], videos=["a.gif"]), [Video("a.gif"), "b.png"]),
+        (row("<video><video>", video=["a.gif", "c.gif"]), [Video("a.gif"), Video("c.gif")]),
+    ],
+)
+def test_forms_of_rows(tmp_path: Path, values: dict[str, Any], media: list[Any]) -> None:
+    [read] = write(tmp_path, values)
+    assert list(read.image) == media
+    conversation = read.conversation(None)
+    assert [image.source for image in conversation.images] == media
+    assert not any("<" in message.text for message in conversation.messages)
+    # Written as LLaVA has it, it is the same row.
+    [again] = write(tmp_path, to_llava(read))
+    assert (again.image, again.turns) == (read.image, read.turns)
+
+
+def test_messages(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "A cat."}
+    parts = [{"type": "video", "video": "a.gif"}, {"type": "image", "image": "b.png"}]
+    inside = {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}, answer]}
+    beside = {"messages": [{"role": "user", "content": "<video>What?"}, answer], "videos": ["a.gif"]}
+    first, second = write(tmp_path, inside, beside)
+    assert list(first.image) == [Video("a.gif"), "b.png"] and list(second.image) == [Video("a.gif")]
+    assert [image.source for image in second.conversation(None).images] == [Video("a.gif")]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (row("<video> and <video>", video="a.gif"), "2 <video> for 1 video; write"),
+        (row("<image>", image="b.png", video="a.gif"), "0 <video> for 1 video; write"),
+        (row("What?", video=3), "'video' must be a path or a list of paths of videos"),
+        (row("What?", video_path="a.gif"), r"the key 'video_path' is not read; did you mean 'video'\?"),
+        (row("What?", audio="a.wav"), "'audio' cannot be used, only pictures and videos"),
+        (row("What?", video={"bytes": "x", "path": None}), "must be a path"),
+        (
+            {"messages": [{"role": "user", "content": "What?"}], "videos": ["a.gif"], "images": ["b.png"]},
+            "have no order; write them as parts",
+        ),
+    ],
+)
+def test_wrong_rows(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write(tmp_path, values)[0]
+
+
+def test_checked_fixed_and_converted(tmp_path: Path) -> None:
+    animation(tmp_path / "a.gif")
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a")
+    Image.new("RGB", (8, 8)).save(tmp_path / "gone.png")  # a picture of the same stem is no video
+    rows = write(
+        tmp_path, row("<video>", video="a.gif") | {"id": "a"}, row("<image>", image="a.gif") | {"id": "b"},
+        row("<video>", video="broken.gif") | {"id": "c"}, row("<video>", video="gone.mp4") | {"id": "d"},
+    )  # fmt: skip
+    finder = ImageFinder(tmp_path)
+    report = check([rows], finder)
+    problems = [(problem.id, problem.kind) for problem in report.problems]
+    assert problems == [("c", "picture unreadable"), ("d", "picture missing")]
+    assert "video 'gone.mp4' is not in" in report.problems[1].reason
+    assert rows.bad_rows(finder).tolist() == [False, False, False, True]
+    assert rows.contents.max_images(8) == 8 and rows.contents.max_images(1) == 1
+    sets = rows.contents.image_sets
+    assert sets[0] != sets[1]  # the same file as a video and as a picture
+    fix(rows, finder, report, tmp_path / "fixed.jsonl")
+    assert [read.image for read in Rows(tmp_path / "fixed.jsonl")] == [(Video("a.gif"),), ("a.gif",)]
+    with pytest.raises(InputError, match="names videos, which only the form llava has"):
+        convert(rows, tmp_path / "out", "webdataset", finder)
+    convert(Rows(tmp_path / "fixed.jsonl"), tmp_path / "out", "llava", finder)
+    [video, _] = Rows(tmp_path / "out" / "rows.jsonl")
+    assert video.image == (Video("images/a.gif"),)
+    assert (tmp_path / "out" / "images" / "a.gif").read_bytes() == (tmp_path / "a.gif").read_bytes()
