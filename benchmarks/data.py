@@ -2,6 +2,7 @@
 
     python benchmarks/data.py speed                 rows/s of a whole pass to ids and pixels, in one thread
     python benchmarks/data.py size --rows 665000    memory, and time to start, over many rows in 200 files
+    python benchmarks/data.py size --rows 665000 --files 0      the same for one JSON Lines file and pictures
 
 Rows are made here: pictures of a photograph's size, with noise that compresses like one. Every row is read
 once. The peer gets the same parquet files, the same tokenizer and the same picture policy (CLIP's at 336
@@ -204,27 +205,53 @@ def write_many(folder: Path, rows: int, files: int) -> None:
         parquet.write_table(table, folder / f"train-{file:05}-of-{files:05}.parquet", row_group_size=500)
 
 
+def write_jsonl(folder: Path, rows: int) -> None:
+    """Write one file of rows, two about each picture. Pictures are links to 500 files."""
+    pictures = [folder / f"{n}.jpg" for n in range(500)]
+    words = [texts(n) for n in range(500)]
+    for n, path in enumerate(pictures):
+        path.write_bytes(picture(n, (32, 24)))
+    with (folder / "rows.jsonl").open("w") as file:
+        for n in range(rows):
+            name = f"images/{n // 2 % 1000:03}/{n // 2:09}.jpg"
+            if n % 2 == 0:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(pictures[n // 2 % 500], folder / name)
+            question, answer = words[n % 500]
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            file.write(json.dumps({"id": str(n), "image": name, "conversations": turns}) + "\n")
+
+
 def size(rows: int, files: int, step: int) -> None:
-    """Start twice, then pass over all rows in the order of an epoch, each time in a process of its own."""
+    """Start twice, then pass over all rows in the order of an epoch, each time in a process of its own.
+
+    files: of parquet; 0 writes one of JSON Lines.
+    """
     with tempfile.TemporaryDirectory(dir=os.environ.get("PUMICE_BENCHMARK_DIR")) as name:
         folder = Path(name)
         environment = os.environ | {"PUMICE_CACHE": str(folder / "cache")}
-        (folder / "rows").mkdir()
-        write_many(folder / "rows", rows, files)
+        path = folder / "rows"
+        path.mkdir()
+        if files:
+            write_many(path, rows, files)
+        else:
+            write_jsonl(path, rows)
+            path /= "rows.jsonl"
         for what in ("first start", "second start", "pass"):
-            command = [sys.executable, __file__, "one", str(folder / "rows"), what, "--step", str(step)]
+            command = [sys.executable, __file__, "one", str(path), what, "--step", str(step)]
             subprocess.run(command, check=True, env=environment)
 
 
 def one(path: Path, what: str, step: int) -> None:
     from pumice.data.mixture import Mixture
     from pumice.data.rows import ImageFinder, Rows
+    from pumice.images import read_image
 
     before, start = resident(), time.perf_counter()
-    rows = Rows(path)
+    rows, finder = Rows(path), ImageFinder(path.parent)
     mixture = Mixture([(rows, 1.0)])
     groups = mixture.groups(0)
-    bad = rows.bad_rows(ImageFinder("."))
+    bad = rows.bad_rows(finder)
     seconds = time.perf_counter() - start
     print(
         f"{what}: {len(rows)} rows, {len(groups)} groups, {bad.sum()} bad, {seconds:.1f} s, "
@@ -238,7 +265,7 @@ def one(path: Path, what: str, step: int) -> None:
         for source, index in groups[number]:
             row = mixture.rows[source][index]
             shown += 1
-            assert row.image[0].load()
+            assert read_image(row.find(row.image[0], finder))
         if number % step == 0:
             print(
                 f"  {shown} rows, {resident() - before:.0f} MB, "

@@ -40,7 +40,8 @@ from rows.flickr import read_photos, split
 import pumice
 from pumice.assistant import Assistant, explain
 from pumice.conversation import Conversation, user_message
-from pumice.evaluate.metrics.bootstrap import interval, interval_of
+from pumice.evaluate.metrics.bootstrap import interval_of
+from pumice.evaluate.task import mean_statistic
 from pumice.explain.attention import read
 from pumice.explain.explanation import Explanation, PassageBuilder
 from pumice.explain.maps import token_boxes
@@ -170,7 +171,7 @@ def show_boxes(rows: Sequence[Row]) -> None:
     for name in rows[0] if rows else ():
         values = [row[name][0] for row in rows]
         right = [row[name][0] > row[name][1] for row in rows if row[name][1] is not None]
-        low, high = interval(values)
+        low, high = interval_of(mean_statistic(values, 1.0), range(len(values)))
         share = f"{100 * statistics.mean(right):.0f}% of {len(right)}" if right else "-"
         print(f"| `{name}` | {statistics.mean(values):.2f} | {low:.2f}–{high:.2f} | {share} |")
     print(f"\n{len(rows)} pictures")

@@ -12,8 +12,9 @@ the package xllamacpp). A cell says:
     bytes        whether importing what was exported gives every tensor back, bit for bit
     refused      why the format cannot hold the model
 
---types writes every type of GGUF instead, with the half that sees in f16, and reads it back: how far the
-logits are from the model's, and how far llama.cpp's log-probabilities are from those of what was read back.
+--types writes every type of GGUF instead, of models 256 wide, with the half that sees in f16, and reads it
+back: how far the logits are from the model's, and llama.cpp's log-probabilities from those of what
+was read back.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from pumice.model.vision import ViT
 from pumice.storage.parts import LoadedParts
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from architectures import ARCHITECTURES, assistant, picture, tiny
+from architectures import ARCHITECTURES, Architecture, assistant, picture, tiny
 
 QUESTION = "What is in the picture?"
 NEW_TOKENS = 12
@@ -294,12 +295,18 @@ def table(only: list[str]) -> dict[str, dict[str, Cell]]:
 GGUF_TYPES = [kind for kind in gguf_write.TYPES if kind != "keep"]
 
 
+def wide(architecture: Architecture) -> Architecture:
+    """The same with a language model whose matrices have rows of whole blocks of K-quants, 256 weights."""
+    decoder = replace(architecture.config.decoder, width=256, heads=16, head_dim=16, mlp_width=512)
+    return replace(architecture, config=replace(architecture.config, decoder=decoder))
+
+
 def types_table(only: list[str]) -> Iterator[str]:
     """A table in Markdown of GGUF's types. Those of K-quants need llama-cpp-python."""
     yield "| architecture | type | logits, read back | llama.cpp beside what was read back | greedy tokens |"
     yield "|---|---|---|---|---|"
     for name in (name for name in ARCHITECTURES if not only or any(part in name for part in only)):
-        model = tiny(ARCHITECTURES[name])
+        model = tiny(wide(ARCHITECTURES[name]))
         size = model.config.vision.image_size
         shown = picture(size, size)
         for kind in GGUF_TYPES:

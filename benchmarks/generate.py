@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pumice.synth import kinds, run
-from pumice.synth.context import Box, Context
+from pumice.synth.context import AnnotatedBox, Context
 from pumice.synth.journal import Journal, reply
 from pumice.synth.teachers import LocalTeacher
 
@@ -51,7 +51,9 @@ def context(number: int) -> Context:
         f"A person near a {colour} {thing} at the {location}.",
         f"A {thing} at a {location}, picture {number}.",
     )
-    return Context(f"made/{number:06d}", f"{number:06d}.jpg", captions, (Box(thing, (0.1, 0.2, 0.5, 0.8)),))
+    return Context(
+        f"made/{number:06d}", f"{number:06d}.jpg", captions, (AnnotatedBox(thing, (0.1, 0.2, 0.5, 0.8)),)
+    )
 
 
 def answer(number: int) -> str:

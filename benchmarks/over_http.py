@@ -1,13 +1,16 @@
-"""Measure the server: concurrent against sequential streams, and the cost of one request.
+"""Measure the server: concurrent against sequential streams, many clients, and the cost of one request.
 
     python benchmarks/over_http.py [--model random --quantize none] [--streams 32] [--rate 200] [--json FILE]
 
-Two tables from real servers on real sockets, each a process of its own:
+Three tables from real servers on real sockets, each a process of its own:
 
 1. the given model ("random" is that of benchmarks/serve.py): `streams` different questions, each about a
    picture of its own, asked one after the other and then all at once, each answer streamed to its end, tokens
    per second of both;
-2. the server's own cost: a stand-in model of trivial size (one decoder layer of width 32, random weights,
+2. the same model under load, with the default slots and queue: 16 clients stream answer after answer for
+   30 s, then 100 requests come at once, more than the queue holds: what they get, and when those that are
+   refused are told to come back;
+3. the server's own cost: a stand-in model of trivial size (one decoder layer of width 32, random weights,
    answers of one token), asked `rate` times a second for `seconds`: what is left is HTTP, JSON, checks, the
    prompt, the queue between threads. A request is due at its own time whatever became of the others, so
    that waiting counts (no coordinated omission).
@@ -20,6 +23,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -107,7 +111,7 @@ class Connection:
         return self
 
     async def post(self, body: bytes) -> tuple[int, bytes]:
-        """(status, the whole answer)."""
+        """(status, the whole answer). `retry_after` is what its header says, in seconds."""
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.host}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -115,6 +119,8 @@ class Connection:
         self.writer.write(head.encode() + body)
         headers = (await self.reader.readuntil(b"\r\n\r\n")).lower()
         status = int(headers.split(b" ", 2)[1])
+        told = headers.partition(b"retry-after:")[2]
+        self.retry_after = int(told.split(b"\r\n")[0]) if told else None
         _, header, length = headers.partition(b"content-length:")
         if header:
             return status, await self.reader.readexactly(int(length.split(b"\r\n")[0]))
@@ -159,6 +165,52 @@ async def streams(url: str, count: int, tokens: int, pictures: bool) -> dict[str
         "at once, tokens/s": round(rates[1], 1),
         "times": round(rates[1] / rates[0], 2),
         "answers equal": f"{same} of {count}",
+    }
+
+
+CLIENTS, LOAD_SECONDS, AT_ONCE = 16, 30.0, 100
+
+
+async def load(url: str, tokens: int, pictures: bool) -> dict[str, Any]:
+    """Many clients that stream for a while; then more at once than the queue holds."""
+    await stream(url, question(10**6, tokens, pictures))  # the first request warms up
+    began = time.perf_counter()
+    counts: list[int] = []
+    waits: list[float] = []
+    numbers = itertools.count()
+
+    async def client() -> None:
+        while (asked := time.perf_counter()) - began < LOAD_SECONDS:
+            counts.append((await stream(url, question(next(numbers), tokens, pictures)))[1])
+            waits.append(time.perf_counter() - asked)
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))  # whatever is not answered ends the run
+    took = time.perf_counter() - began
+    statuses: dict[int, int] = {}
+    told: set[int] = set()
+
+    async def at_once(number: int) -> None:
+        connection = await Connection(url).open()
+        body = json.dumps(question(10**5 + number, tokens, pictures)).encode()
+        status, answer = await connection.post(body)
+        connection.writer.close()
+        statuses[status] = statuses.get(status, 0) + 1
+        if status == 429 and connection.retry_after is not None:
+            told.add(connection.retry_after)
+        elif not answer.endswith(b"data: [DONE]\n\n"):
+            raise SystemExit(f"status {status}: {answer.decode()}")
+
+    began = time.perf_counter()
+    await asyncio.gather(*map(at_once, range(AT_ONCE)))
+    waits.sort()
+    return {
+        f"answers of {CLIENTS} clients": len(counts),
+        "tokens/s": round(sum(counts) / took, 1),
+        "p50, s": round(waits[len(waits) // 2], 2),
+        "longest, s": round(waits[-1], 2),
+        f"{AT_ONCE} at once": statuses,
+        "Retry-After, s": sorted(told),
+        "all answered, s": round(time.perf_counter() - began, 1),
     }
 
 
@@ -265,29 +317,33 @@ def main() -> None:
     parser.add_argument("--without-pictures", action="store_true", help="streams answer text alone")
     parser.add_argument("--rate", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--only", choices=("streams", "cost"))
+    parser.add_argument("--only", choices=("streams", "load", "cost"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     figures: dict[str, Any] = {"cores": os.cpu_count()}
-    if arguments.only != "cost":
-        with tempfile.TemporaryDirectory() as folder:
-            model = arguments.model
-            if model == "random":
-                from serve import random_model
+    wanted = (arguments.only,) if arguments.only else ("streams", "load", "cost")
+    with tempfile.TemporaryDirectory() as folder:
+        model, shown = arguments.model, not arguments.without_pictures
+        if model == "random" and wanted != ("cost",):
+            from serve import random_model
 
-                model = folder
-                random_model(Path(folder))
-            options = ["--slots", str(arguments.streams), "--quantize", arguments.quantize]
+            model = str(Path(folder) / "random")
+            random_model(Path(model))
+        options = ("--quantize", arguments.quantize)
+        if "streams" in wanted:
+            with server(model, "--slots", str(arguments.streams), *options) as url:
+                asked = streams(url, arguments.streams, arguments.tokens, shown)
+                figures["streams"] = asyncio.run(asked)
+            print(arguments.model, figures["streams"])
+        if "load" in wanted:
             with server(model, *options) as url:
-                figures["streams"] = asyncio.run(
-                    streams(url, arguments.streams, arguments.tokens, not arguments.without_pictures)
-                )
-        print(arguments.model, figures["streams"])
-    if arguments.only != "streams":
-        with tempfile.TemporaryDirectory() as folder, server(str(tiny(Path(folder)))) as url:
-            figures["cost"] = asyncio.run(cost(url, arguments.rate, arguments.seconds))
-        print("stand-in model", figures["cost"])
+                figures["load"] = asyncio.run(load(url, arguments.tokens, shown))
+            print(arguments.model, figures["load"])
+        if "cost" in wanted:
+            with server(str(tiny(Path(folder)))) as url:
+                figures["cost"] = asyncio.run(cost(url, arguments.rate, arguments.seconds))
+            print("stand-in model", figures["cost"])
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -37,7 +37,7 @@ CHAT = ChatFormat(
 
 
 def config() -> ModelConfig:
-    shape = LLAVAS["HuggingFaceTB/SmolVLM-256M-Instruct"]()
+    shape = LLAVAS["HuggingFaceTB/SmolVLM-256M-Instruct"]
     vision = replace(shape.vision, fractional=True)
     image = replace(shape.image, mean=(0.5,) * 3, std=(0.5,) * 3, pad_color=(127,) * 3)
     text = {"template": OWN, "chat": CHAT, "stop_token_ids": (1,), "bos_token_id": 0}

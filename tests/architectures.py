@@ -28,7 +28,9 @@ from pumice.formats.hf.idefics3 import FAKE, MARKS, WHOLE
 from pumice.formats.llava.read import IMAGE_WRAP
 from pumice.formats.text.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePiece
 from pumice.media import VideoPolicy
+from pumice.model.adapters import merge_lora
 from pumice.model.llava import Llava
+from pumice.model.quantized import quantize
 from pumice.processor import Processor
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy
@@ -263,10 +265,23 @@ def tiny(architecture: Architecture, seed: int = 0) -> LoadedParts:
 
 def assistant(model: LoadedParts) -> Assistant:
     """The model in memory, to answer; adapters beside its weights."""
-    llava = Llava(model.config)
-    llava.load_state_dict({name: tensor.read() for name, tensor in model.state.items()})
-    processor = Processor(model.config, OurTokenizer(model.tokenizer))
-    return Assistant(llava.requires_grad_(False).eval(), processor)
+    return Assistant(llava(model), Processor(model.config, OurTokenizer(model.tokenizer)))
+
+
+def llava(parts: LoadedParts) -> Llava:
+    """The model in memory, frozen; adapters beside its weights."""
+    model = Llava(parts.config)
+    model.load_state_dict({name: tensor.read() for name, tensor in parts.state.items()})
+    return model.requires_grad_(False).eval()
+
+
+def merged(parts: LoadedParts, bits: str | None, device: str | torch.device) -> Llava:
+    """The model on a device, adapters merged. bits: int8 or int4, in which it is quantised before."""
+    model = llava(parts)
+    merge_lora(model.decoder)
+    if bits:
+        quantize(model.decoder, bits)
+    return model.to(device)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

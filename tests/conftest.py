@@ -66,6 +66,23 @@ def interrupts_are_heard() -> Iterator[None]:
 
 
 @pytest.fixture
+def bounded_work() -> Iterator[None]:
+    """The test fails after a minute of its own processor time, where a slow pattern would take days."""
+    if not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a minute of processor time was not enough")
+
+    before = signal.signal(signal.SIGVTALRM, fail)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 60)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, before)
+
+
+@pytest.fixture
 def replaced_when_opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Sequence[bytes]], None]:
     """Replaces a picture file by the next of `contents` each time that it has been opened."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from pumice import processor
+import pumice
+from pumice import boxes, processor
 from pumice.capability import Capability, fields
 from pumice.config import (
     ChatFormat,
@@ -30,8 +32,8 @@ from pumice.engine.generate import generate, naive_generate
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.errors import InputError
-from pumice.explain import maps
-from pumice.explain.attention import Passage, read
+from pumice.explain import attention, maps
+from pumice.explain.attention import Passage, Passages, read
 from pumice.formats.export import REFUSALS, export
 from pumice.formats.gguf import write as gguf_write
 from pumice.formats.hf import idefics3
@@ -39,15 +41,22 @@ from pumice.formats.hf import refusal as hf_refusal
 from pumice.formats.hf import write as hf_write
 from pumice.formats.llava import write as llava_write
 from pumice.formats.read import read_model
+from pumice.formats.text.chat_template_write import to_jinja
 from pumice.geometry import single_tile_layout
 from pumice.kernels import compute
 from pumice.media import TileMarks, VideoPolicy
-from pumice.model import adapters, connector, decoder
+from pumice.model import adapters, cache, connector, decoder, packed
+from pumice.model.cache import KVCache
 from pumice.model.llava import TOWERS, Llava
+from pumice.model.packed import PackedAttention, Run
 from pumice.model.quantized import KINDS, PackedEmbedding, PackedLinear, quantize
 from pumice.processor import Processor
+from pumice.templates import get_template
 from pumice.tokens import Tokenizer
+from pumice.train import objective
+from pumice.train.objective import Objective, PackTensors
 
+CPU = torch.device("cpu")
 CLASSES = (
     DecoderConfig, RopeScaling, VisionConfig, ConnectorConfig, ImagePolicy, GenerationConfig, LoraConfig,
     ChatFormat, TileMarks, VideoPolicy, ModelConfig,
@@ -65,6 +74,11 @@ COMPUTING: dict[str, Capability] = {
 }
 CONSUMERS: dict[str, Capability] = COMPUTING | {
     "maps": maps.CAPABILITY,
+    "explanations": attention.CAPABILITY,
+    "packs": packed.CAPABILITY,
+    "cache": cache.CAPABILITY,
+    "loss": objective.CAPABILITY,
+    "boxes": boxes.CAPABILITY,
     "native": native.CAPABILITY,
     "hf": hf_refusal.CAPABILITY,
     "idefics3": idefics3.CAPABILITY,
@@ -94,21 +108,44 @@ def test_every_consumer_of_pictures_and_adapters_refuses_a_field_that_it_does_no
     source = models.tiny(models.ARCHITECTURES["CLIP + Llama, LoRA"])
     image = replace(source.config.image, resample="bilinear")
     lora = replace(source.config.lora, dropout=0.5)
-    config = replace(source.config, image=image, lora=lora)
+    decoder_config = replace(source.config.decoder, norm_eps=1e-3)
+    config = replace(source.config, image=image, lora=lora, decoder=decoder_config)
+    built = Llava(config)
     layout = single_tile_layout(config)
     consumers: tuple[tuple[Any, type, str, Callable[[], object]], ...] = (
         (processor, ImagePolicy, "resample", lambda: Processor(config, Tokenizer(source.tokenizer))),
         (maps, ImagePolicy, "resample", lambda: maps.token_boxes(config, (60, 40), layout)),
+        (boxes, ImagePolicy, "resample", lambda: boxes.box_map(config, (60, 40))),
         (adapters, LoraConfig, "dropout", lambda: Llava(config)),
+        (decoder, DecoderConfig, "norm_eps", lambda: Llava(config)),
+        (cache, DecoderConfig, "norm_eps", lambda: KVCache(config.decoder, 64, CPU, torch.float32)),
+        (packed, DecoderConfig, "norm_eps", lambda: PackedAttention([], config.decoder)),
+        (attention, DecoderConfig, "norm_eps", lambda: Passages([], config.decoder, None)),
+        (objective, DecoderConfig, "norm_eps", lambda: Objective(built, None, bf16=False)),
     )
     for module, config_class, name, use in consumers:
         use()
         listed = module.CAPABILITY
         fewer = {field: values for field, values in listed.fields[config_class].items() if field != name}
         part = replace(listed, fields={**listed.fields, config_class: fewer})
-        monkeypatch.setattr(module, "CAPABILITY", part)
-        with pytest.raises(InputError, match=f"{listed.consumer} does not implement {name} = "):
-            use()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "CAPABILITY", part)
+            with pytest.raises(InputError, match=f"{listed.consumer} does not implement {name} = "):
+                use()
+
+
+def test_whatever_computes_attention_or_logits_says_which_fields_it_implements() -> None:
+    """A module that computes a part of the decoder itself would leave a new field out."""
+    root = Path(pumice.__file__).parent
+    reading = [
+        path
+        for path in root.rglob("*.py")
+        if re.search(r"_softcap|\.window\(", path.read_text(encoding="utf-8")) and "formats" not in path.parts
+    ]
+    # The decoder's list counts for its blocks. `loss` is handed the values, and `plan` runs what lists them.
+    part = {"config.py", "capability.py", "layers.py", "loss.py", "footprint.py"}
+    lacking = [p.name for p in reading if p.name not in part and "CAPABILITY" not in p.read_text("utf-8")]
+    assert len(reading) > 6 and not lacking
 
 
 def test_a_field_that_is_not_listed_is_refused_by_name() -> None:
@@ -200,6 +237,10 @@ def test_a_field_of_the_decoder_changes_what_every_engine_computes(
     prompt = Prompt(ids, None, SamplingParams(max_new_tokens=12))
     tokens = [token for _, token in generate(changed, [prompt]) if token is not None]
     assert tokens == naive_generate(changed, prompt)
+    # Training computes attention over packs and the loss in chunks, without any logits.
+    pack = PackTensors(ids, torch.arange(24), [Run(24)], torch.arange(23), ids[1:], torch.ones(23), (), ())
+    loss = torch.nn.functional.cross_entropy(logits[1][0, :-1], ids[1:], reduction="sum")
+    torch.testing.assert_close(Objective(changed, None, bf16=False)(pack), loss, atol=1e-3, rtol=1e-5)
     # An explanation computes attention itself, in three ways.
     expected = logits[1][0, -5:-1].log_softmax(-1).gather(-1, ids[-4:, None])[:, 0]
     passage = Passage.of(ids[:-4], None, ids[-4:].tolist())
@@ -209,13 +250,13 @@ def test_a_field_of_the_decoder_changes_what_every_engine_computes(
     # Packed modules do what plain ones do with the same weights; only compiled products round activations.
     monkeypatch.setattr(compute, "library", lambda: None)
     for kind in KINDS:
-        packed, rounded = small(**DECODER_FIELDS[name]), small(**DECODER_FIELDS[name])
-        quantize(packed.decoder, kind)
+        quantised, rounded = small(**DECODER_FIELDS[name]), small(**DECODER_FIELDS[name])
+        quantize(quantised.decoder, kind)
         weights = dict(rounded.decoder.named_parameters())
-        for path, module in packed.decoder.named_modules():
+        for path, module in quantised.decoder.named_modules():
             if isinstance(module, PackedLinear | PackedEmbedding) and f"{path}.weight" in weights:
                 weights[f"{path}.weight"].copy_(module.packed.restored())
-        expected, actual = (model.decoder.logits(model(ids[None])) for model in (rounded, packed))
+        expected, actual = (model.decoder.logits(model(ids[None])) for model in (rounded, quantised))
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -330,6 +371,53 @@ def test_what_a_format_loses_is_refused_before_it_appears(
     with pytest.raises(InputError, match=r"does not keep decoder\.norm_eps: 1e-05 would .* as 0\.5"):
         export(source, "hf", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def _forget(name: str) -> Callable[..., dict[str, Any]]:
+    written = hf_write.generation_config
+    return lambda config: {key: value for key, value in written(config).items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("name", "forgetful", "words"),
+    [
+        ("generation_config", _forget("top_k"), r"the generation: .*top_k=0.* come back as .*top_k=50"),
+        (
+            "generation_config",
+            _forget("do_sample"),
+            r"the generation: .*temperature=0\.5.* as .*temperature=0\.0",
+        ),
+        ("to_jinja", lambda *_: to_jinja(get_template("v0")), r"the chat template: after '.*' it writes '"),
+        (
+            "to_jinja",
+            lambda template, wrap=None: to_jinja(template),
+            r"the chat template: it writes None around a picture",
+        ),
+    ],
+)
+def test_what_a_format_loses_of_the_text_side_is_refused(
+    name: str, forgetful: Callable[..., Any], words: str, models: ModuleType, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    source = models.tiny(models.ARCHITECTURES["CLIP + Llama, linear, crop (LLaVA 1.0)"])
+    config = replace(source.config, template="v1", generation=GenerationConfig(0.5, 0.9))
+    export(replace(source, config=config), "hf", tmp_path / "whole")
+    monkeypatch.setattr(hf_write, name, forgetful)
+    with pytest.raises(InputError, match=f"hf does not keep {words}"):
+        export(replace(source, config=config), "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "llava"])
+def test_other_stop_tokens_are_refused(
+    to: str, models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = hf_write if to == "hf" else llava_write
+    written = module.generation_config
+    monkeypatch.setattr(module, "generation_config", lambda config: written(config) | {"eos_token_id": [1]})
+    source = models.tiny(models.ARCHITECTURES["CLIP + Llama, pad (LLaVA 1.5)"])
+    with pytest.raises(InputError, match=rf"{to} does not keep the stop_token_ids: \(2,\) would .* \(1,\)"):
+        export(source, to, tmp_path / "out")
 
 
 def test_a_tower_refuses_fields_of_another_kind() -> None:

@@ -29,7 +29,13 @@ def test_the_probe_sees_a_heavy_import() -> None:
     assert loaded_by("import sys, types; sys.modules['torch'] = types.ModuleType('torch')") == ["torch"]
 
 
-@pytest.mark.parametrize("module", ["pumice", "pumice.config", "pumice.conversation"])
+PROTOCOLS = ("protocol", "messages", "answers", "errors", "anthropic", "ollama", "responses", "openapi")
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["pumice", "pumice.config", "pumice.conversation", *(f"pumice.serve.{name}" for name in PROTOCOLS)],
+)
 def test_import_is_light(module: str) -> None:
     assert loaded_by(f"import {module}") == []
 

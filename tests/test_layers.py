@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("media",),
     ("config", "capability", "conversation", "files", "stopping"),
     ("geometry", "jsonl", "messages", "png", "kernels"),
-    ("templates", "images", "model", "webpage", "progress", "storage"),
+    ("boxes", "templates", "images", "model", "webpage", "progress", "storage"),
     ("tokens", "chat_client", "video"),
     ("processor",),
     ("formats", "data", "engine"),
@@ -34,7 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 # The same inside formats, whose `__init__` imports nothing.
 FORMATS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "names"),
+    ("__init__", "derived"),
+    ("names",),
     ("families",),
     ("recognise", "text"),
     ("hf", "efficientnet_lite", "nanovlm"),

@@ -116,14 +116,31 @@ def test_every_small_architecture_answers_and_explains_alike(result: Result) -> 
 
 @pytest.mark.parametrize("model", ["plain", "window"])
 def test_one_call_of_attention_decodes_what_many_calls_do(result: Result, model: str) -> None:
-    apart, together = (result("decode")[f"{model} {one_call}"] for one_call in (False, True))
+    apart, together = (result("decode")[f"{model} {kind}"] for kind in ("calls", "one call"))
     assert apart["calls"] == 0
     assert together["calls"] == 2  # one for each layer
     assert together["texts"] == apart["texts"]
 
 
-def test_a_step_of_the_engine_waits_once(result: Result) -> None:
-    waits = result("decode")["plain True"]["waits"]
+@pytest.mark.parametrize("model", ["plain", "window"])
+def test_graphs_decode_in_buffers_that_every_step_fills(result: Result, model: str) -> None:
+    """Five steps bring prompts. Then 8, 7 and 6 requests share a graph, and two go on in another."""
+    found = result("decode")[f"{model} graphs"]
+    assert found["texts"] == result("decode")[f"{model} one call"]["texts"]
+    assert (found["captured"], found["replays"], found["steps"]) == ([8, 2], 6, 11)
+    assert found["calls"] == 2
+
+
+@pytest.mark.parametrize("kind", ["wrong graphs", "no graphs"])
+def test_where_graphs_are_not_right_the_plain_loop_answers(result: Result, kind: str) -> None:
+    found = result("decode")[f"plain {kind}"]
+    assert found["texts"] == result("decode")["plain one call"]["texts"]
+    assert found["replays"] == (1 if kind == "wrong graphs" else 0)
+
+
+@pytest.mark.parametrize("kind", ["one call", "graphs"])
+def test_a_step_of_the_engine_waits_once(result: Result, kind: str) -> None:
+    waits = result("decode")[f"plain {kind}"]["waits"]
     assert sum(count for *_, count in waits) == 1, waits
 
 

@@ -28,6 +28,23 @@ def test_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     ]
 
 
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_narrow_terminal_cuts_no_number(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for name, value in {"TERM": "xterm", "COLUMNS": str(columns), "FORCE_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with ProgressBar() as bar:
+        bar.show(1, 1234567, "pictures and texts of rows", "so far")
+        bar.show(1234567, 1234567, "pictures and texts of rows", "so far")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).splitlines()
+    assert max(map(len, lines)) <= columns
+    words = " ".join(lines).split()
+    assert {"1234567/1234567", "0:00:00", "pictures", "so", "far"} <= set(words)
+    assert "…" not in "".join(words)
+
+
 def test_on_a_terminal_that_cannot_redraw(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

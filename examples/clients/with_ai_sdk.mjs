@@ -23,13 +23,14 @@ for (const [name, model] of [["responses", provider(MODEL)], ["chat", provider.c
   const seen = await generateText({ model, messages });
   console.log(`${name}, picture:`, seen.text);
   messages.push(...seen.response.messages, { role: "user", content: "Are you sure?" });
-  const providerOptions = { openai: { store: false } }; // else the newer responses only refer to the answer
-  console.log(`${name}, history:`, (await generateText({ model, messages, providerOptions })).text);
+  console.log(`${name}, history:`, (await generateText({ model, messages })).text);
   const stream = streamText({ model, system: "Be brief.", prompt: "What is a dog?" });
   let text = "";
   for await (const part of stream.textStream) text += part;
   if (!text) throw new Error(`${name}: nothing was streamed`);
   console.log(`${name}, stream:`, text);
+  const streamed = [...(await stream.response).messages, { role: "user", content: "Are you sure?" }];
+  console.log(`${name}, its history:`, (await generateText({ model, messages: streamed })).text);
   const schema = jsonSchema({
     type: "object",
     properties: { animal: { enum: ["dog", "cat"] } },

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from pumice.train.loop import Trainer, train
@@ -21,7 +20,7 @@ class WithZLoss(Objective):
     """Adds WEIGHT * log(Z)^2 for each supervised token."""
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.model.decoder.head_weight.to(hidden.dtype)).float()
+        logits = self.model.decoder.logits(hidden).float()  # with the cap of a decoder that has one
         log_z = logits.logsumexp(-1)
         return super().loss(hidden, targets, weights) + WEIGHT * (weights * log_z**2).sum()
 

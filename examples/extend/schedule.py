@@ -2,20 +2,30 @@
 
     python examples/extend/schedule.py RECIPE
 
-Both parts stand in the recipe's `stage.learn`. A rate of zero freezes a part, but its gradients are computed.
+The recipe's `stage.learn` names the connector and other parts. A rate of zero freezes a part, but its
+gradients are computed.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+from pumice.errors import InputError
 from pumice.train.loop import Trainer, train
-from pumice.train.recipe import load_recipe
+from pumice.train.recipe import Recipe, load_recipe
 
 ALONE = 0.25  # share of the steps in which only the connector learns
 
 
 class ConnectorFirst(Trainer):
+    def __init__(self, recipe: Recipe, *rest: Any) -> None:
+        if "connector" not in (learn := recipe.stage.learn) or len(learn) < 2:
+            raise InputError(
+                f"stage.learn names {', '.join(learn)}; this schedule needs the connector and another part"
+            )
+        super().__init__(recipe, *rest)
+
     def rate(self, part: str) -> float:
         if part != "connector" and self.step < ALONE * self.batches.steps:
             return 0.0

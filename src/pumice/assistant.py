@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from pumice.boxes import FoundBox, box_map, draw
 from pumice.config import ModelConfig
 from pumice.conversation import Conversation, ImagePart, Message, question_message
 from pumice.engine.engine import Engine
@@ -27,13 +28,15 @@ from pumice.engine.snapshot import Snapshot
 from pumice.errors import InputError
 from pumice.formats.load import check_bf16, find_device, name_of, open_model, usual_dtype
 from pumice.geometry import Layout
-from pumice.images import read_image
+from pumice.images import image_size, open_image, read_image
 from pumice.messages import join_messages, read_message
 from pumice.model.llava import Llava
 from pumice.processor import Processor
 from pumice.stopping import check_stopped
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from pumice.engine.constraint import JsonSchema
     from pumice.explain.explanation import Explanation
 
@@ -295,6 +298,19 @@ class Assistant:
         `pumice.explain.explanation.explain`, and fields of `SamplingParams`. Raises InputError.
         """
         return explain(self, _question(images, question), answer, **options)
+
+    def boxes(self, image: Any, answer: str, *, images: int = 1) -> list[FoundBox]:
+        """Return the boxes that an answer about a picture holds, in pixels of the upright picture.
+
+        images: how many pictures the question showed, the last of which is `image`. Raises InputError where
+        the picture cannot be measured.
+        """
+        return box_map(self.model.config, image_size(image), images).find(answer)
+
+    def draw(self, image: Any, answer: str, *, images: int = 1) -> Image.Image:
+        """Return the upright picture with the boxes of an answer; a notebook shows it. As in `boxes`."""
+        found = self.boxes(image, answer, images=images)
+        return draw(open_image(image), [(each.label, each.box) for each in found])
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         """Return the caller's options, else the model's, with the template's stop text if it has one."""

@@ -20,12 +20,32 @@ LLAMA = (
     "tied_head qkv_bias qk_norm sliding_window"
 )
 
+# The other fields of DecoderConfig: those of Gemma 2.
+GEMMA2 = (
+    "window_pattern activation post_norms norm_offset embed_scale attention_scale attention_softcap "
+    "logit_softcap"
+)
 CHAT = (
     "user assistant stop answer between system default_system system_in_user specials trim opening stop_once "
     "text_first image_line tools"
 )
 ROPE_SCALING = "kind factor low_freq_factor high_freq_factor original_context"
 LORA = "rank alpha dropout targets"
+_IMAGE = "mode mean std resample pad_color"  # explanations hide pictures behind pad_color in every mode
+# The fields of ImagePolicy that each mode uses, and those of TileMarks.
+MODE_FIELDS = {
+    "pad": _IMAGE,
+    "crop": _IMAGE,
+    "squash": f"{_IMAGE} longest_edge",
+    "anyres": f"{_IMAGE} pinpoints unpad max_tiles several",
+    "split": f"{_IMAGE} several longest_edge",
+    "grid": f"{_IMAGE} several longest_edge enlarge",
+}
+MODE_MARKS = dict.fromkeys(("pad", "crop", "squash"), "whole end number") | {
+    "anyres": "",  # its tiles are joined, so no text can stand between them
+    "split": "tile row between whole end number",
+    "grid": "tile row whole end number",
+}
 # The field's values that are implemented; None: all that the config itself allows.
 Values = tuple[Any, ...] | None
 

@@ -202,6 +202,16 @@ class ChatClient:
             return replace(outcome, what="again")  # a gateway's own page; before, it spoke the protocol
         return outcome
 
+    async def first_model(self) -> str:
+        """Return the name of the first model that the server lists. Raises WorkError where there is none."""
+        try:
+            listed = await self._client.models.list(extra_headers=self._headers)
+            return str(listed.data[0].id)
+        except (self._openai.OpenAIError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            text = f"{self._endpoint.url} did not answer which models it has ({reason}); check the address"
+            raise WorkError(text) from error
+
     async def _turn(self, tokens: float) -> bool:
         """Wait until a call may be made; False when none may be any more."""
         await self._sleep(self._calls.delay())
@@ -234,10 +244,11 @@ class Pace:
 
 
 class ChatReply(NamedTuple):
-    """A reply, and the name of the model that the server states."""
+    """A reply, the name of the model that the server states, and the whole completion."""
 
     text: str
     model: str
+    values: dict[str, Any]
 
 
 def ask_in_order(
@@ -263,7 +274,8 @@ def ask_in_order(
         if outcome.what != "reply":
             reason = f"{outcome.why} {outcome.message}".strip()
             raise WorkError(f"{endpoint.address} did not answer in {endpoint.attempts} tries ({reason})")
-        return ChatReply(text_of(outcome.raw), str(json.loads(outcome.raw).get("model") or endpoint.model))
+        values = json.loads(outcome.raw)
+        return ChatReply(text_of(outcome.raw), str(values.get("model") or endpoint.model), values)
 
     async def close() -> None:
         for task in pending:
@@ -283,6 +295,25 @@ def ask_in_order(
     finally:
         loop.run_until_complete(close())
         loop.close()
+
+
+def with_model(endpoint: ChatEndpoint) -> ChatEndpoint:
+    """Return an endpoint that names a model: the first that its server lists, if it names none.
+
+    Raises InputError on a wrong endpoint, and WorkError when its server lists none.
+    """
+    endpoint.check()
+    if endpoint.model:
+        return endpoint
+
+    async def first() -> str:
+        client = ChatClient(endpoint)
+        try:
+            return await client.first_model()
+        finally:
+            await client.close()
+
+    return replace(endpoint, model=asyncio.run(first()))
 
 
 def with_images(text: str, images: Sequence[Path | bytes]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pumice.errors import InputError, finite, instead_of, shorten
-from pumice.media import TileMarks, VideoPolicy
+from pumice.media import TileMarks, VideoPolicy, check_box_form
 
 FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop", "squash", "anyres", "split", "grid")
@@ -230,7 +230,7 @@ class ImagePolicy:
     # max_tiles is given, else "tiles". Feature caches take their fingerprint from repr(). This field is not
     # in it, because a cache has different keys for an image's tiles and for its square.
     several: str | None = field(default=None, repr=False)
-    longest_edge: int = later(0, repr=False)  # split, grid: of the longer side before it becomes whole tiles
+    longest_edge: int = later(0, repr=False)  # squash, split, grid: of the longer side at first
     enlarge: bool = later(True, repr=False)  # grid only: smaller images grow to longest_edge
 
     def __post_init__(self) -> None:
@@ -339,14 +339,15 @@ class ModelConfig:
     stop_token_ids: tuple[int, ...] = ()  # any of these ends an answer
     bos_token_id: int | None = None  # stands once, before everything
     image_wrap: tuple[str, str] | None = None  # special tokens around each picture (LLaVA 1.0's <im_start>)
-    # Around each picture and its tiles; how videos are shown, None if the model was not trained on any.
-    marks: TileMarks | None = field(default=None, metadata={"later": True})
-    video: VideoPolicy | None = field(default=None, metadata={"later": True})
+    marks: TileMarks | None = field(default=None, metadata={"later": True})  # around pictures and tiles
+    video: VideoPolicy | None = field(default=None, metadata={"later": True})  # None: not trained on any
     generation: GenerationConfig = field(default=_GREEDY, metadata={"later": True})
-    lora: LoraConfig | None = None  # adapters stored beside the parts; merged when loaded to answer
+    boxes: str = later("padded")  # how boxes are written in texts and answers: one of media.BOX_FORMS
+    lora: LoraConfig | None = None  # adapters beside the parts; merged when loaded to answer
     trained_pictures: int | None = None  # the most pictures in one training conversation; None: not known
 
     def __post_init__(self) -> None:
+        check_box_form(self.boxes)
         if self.vision.kind != "none":
             _ = self.image_tokens  # raises if the connector's blocks do not fit the tower's grid
         side = self.vision.image_size

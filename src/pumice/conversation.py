@@ -7,6 +7,7 @@ A picture stays what the caller passed (a path, bytes, a PIL image, or a picture
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from typing import Any
 from pumice.errors import InputError
 
 IMAGE_PLACEHOLDER = "<image>"
+REF_PLACEHOLDER, BOX_PLACEHOLDER = "<ref-object>", "<bbox>"  # ms-swift's
+BOX_UNITS = ("real", "norm1", "norm1000")  # pixels of the picture, shares and thousandths of its sides
 ROLES = ("system", "user", "assistant")
 _FILES = r"(_?(path|file|name|url)s?)?"
 # How other programs name the key `image` of a row, and keys of what cannot be shown to a model here.
@@ -90,6 +93,20 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Objects:
+    """Names and boxes of a row's things, which replace `<ref-object>` and `<bbox>` in its texts in order.
+
+    boxes: (left, top, right, bottom). unit: one of BOX_UNITS, "" if the row does not say it. images: the
+    number of each box's picture, from 0.
+    """
+
+    refs: tuple[str, ...] = ()
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    unit: str = ""
+    images: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Conversation:
     """Messages in order: an optional system message, then user and assistant in turn.
 
@@ -98,6 +115,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     id: str = ""
+    objects: Objects | None = None
 
     @property
     def images(self) -> list[ImagePart]:
@@ -247,9 +265,15 @@ def check_media(row: Mapping[str, Any], label: str) -> None:
     for key in given:
         if _NO_PICTURES.fullmatch(key):
             raise InputError(f"{label}: {key!r} cannot be used, only pictures; remove the row or the key")
-        other = _PICTURES.fullmatch(key) or difflib.get_close_matches(key.lower(), ("image",), cutoff=0.8)
-        if other and "image" not in given:
+        if "image" not in given and _is_like_image(key):
             raise InputError(f"{label}: the key {key!r} is not read; did you mean 'image'?")
+
+
+@functools.lru_cache(1024)  # all rows of a source have the same few keys
+def _is_like_image(key: str) -> bool:
+    """Return whether a key seems to name pictures."""
+    close = difflib.get_close_matches(key.lower(), ("image",), cutoff=0.8)
+    return bool(close or _PICTURES.fullmatch(key))
 
 
 def _with_images(text: str, images: Sequence[ImagePart], label: str) -> tuple[str | ImagePart, ...]:

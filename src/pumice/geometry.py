@@ -3,6 +3,8 @@
 A tile is the square of pixels that the vision tower takes. The first tile shows the whole image; under
 anyres (LLaVA-NeXT) and grid (nanoVLM) more tiles show its parts. Under split (Idefics3) it comes last.
 
+A `Placement` says where the image lies on what the model is shown, for boxes and for maps of tokens.
+
 The rounding is that of haotian-liu/LLaVA (llava/mm_utils.py and llava_arch.py, v1.6), in floats as there: a
 count that differs by one would shift every image token after it.
 """
@@ -12,10 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pumice.config import ModelConfig
+from pumice.config import ImagePolicy, ModelConfig
 
 Size = tuple[int, int]  # width, height
+
+LONGEST_PADDED = 4096  # pixels; a longer picture is shortened before it is padded to a square
+LONGEST_CROPPED = 16  # times the short side; beyond it the ends are cut off before resizing
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,97 @@ def tile_grid(config: ModelConfig, size: Size) -> Size:
     else:
         width, height = grid_size(size, policy.longest_edge, side, policy.enlarge)
     return width // side, height // side
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Converts pixels of a canvas to pixels of the original image along one axis: pixel * scale + start.
+
+    A pixel may be a number or an array of them.
+    """
+
+    scale: float
+    start: float
+
+    def __call__(self, pixel: Any) -> Any:
+        return pixel * self.scale + self.start
+
+    def inverse(self, pixel: Any) -> Any:
+        """Convert pixels of the image to pixels of the canvas."""
+        return (pixel - self.start) / self.scale
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies on a canvas: one tile, or all tiles beside each other.
+
+    canvas: its (width, height) in pixels. across, down: the conversion along each axis.
+    """
+
+    canvas: Size
+    across: Axis
+    down: Axis
+
+
+def first_tile_placement(policy: ImagePolicy, side: int, size: Size, *, tiled: bool = False) -> Placement:
+    """Return where an image lies on the tile that shows the whole of it, as `images.pixels` makes it.
+
+    side: of the tile in pixels. tiled: the image's parts are shown as well (anyres, split, grid).
+    """
+    squashed = policy.mode in ("squash", "split", "grid") or tiled
+    make = _squashed if squashed else _cropped if policy.mode == "crop" else _padded
+    return Placement((side, side), *make(size, side))
+
+
+def placement(config: ModelConfig, size: Size, images: int = 1) -> Placement:
+    """Return where an image lies on all of its tiles beside each other, or on its only one.
+
+    images: how many images its conversation has.
+    """
+    policy, side = config.image, config.vision.image_size
+    if not policy.uses_tiles(images):
+        return first_tile_placement(policy, side, size)
+    if policy.mode != "anyres":
+        columns, rows = tile_grid(config, size)
+        canvas = columns * side, rows * side
+        return Placement(canvas, *(Axis(n / whole, 0) for n, whole in zip(size, canvas, strict=True)))
+    canvas = best_resolution(size, policy.pinpoints)
+    return Placement(canvas, *_letterboxed(size, canvas))
+
+
+def _padded(size: Size, tile: int) -> tuple[Axis, Axis]:
+    side, scaled = max(size), size
+    if side > LONGEST_PADDED:
+        width, height = (max(1, round(n * LONGEST_PADDED / side)) for n in size)
+        scaled, side = (width, height), LONGEST_PADDED
+    across, down = (
+        Axis(side / tile * n / m, -((side - m) // 2) * n / m) for n, m in zip(size, scaled, strict=True)
+    )
+    return across, down
+
+
+def _cropped(size: Size, tile: int) -> tuple[Axis, Axis]:
+    short = min(size)
+    long = min(max(size), LONGEST_CROPPED * short)
+    axes = []
+    for n in size:
+        cut = min(n, long)  # pixels of the original that are resized
+        resized = tile if cut == short else tile * long // short
+        scale = cut / resized
+        axes.append(Axis(scale, (n - cut) // 2 + (resized - tile) // 2 * scale))
+    return axes[0], axes[1]
+
+
+def _squashed(size: Size, tile: int) -> tuple[Axis, Axis]:
+    return Axis(size[0] / tile, 0), Axis(size[1] / tile, 0)
+
+
+def _letterboxed(size: Size, canvas: Size) -> tuple[Axis, Axis]:
+    across, down = (
+        Axis(n / content, -((whole - content) // 2) * n / content)
+        for n, whole, content in zip(size, canvas, letterbox(size, canvas), strict=True)
+    )
+    return across, down
 
 
 def single_tile_layout(config: ModelConfig) -> Layout:

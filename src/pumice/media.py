@@ -1,10 +1,20 @@
-"""How a model was trained to see pictures in tiles and videos: texts around them, and frames."""
+"""How a model was trained to see pictures in tiles and videos, and to write boxes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from pumice.errors import InputError
+
+BoxFormName = Literal["padded", "picture", "qwen", "pixels"]  # `boxes.FORMS` says what they mean
+BOX_FORMS: tuple[str, ...] = get_args(BoxFormName)
+
+
+def check_box_form(name: str) -> None:
+    """Raise InputError unless there is this way to write boxes."""
+    if name not in BOX_FORMS:
+        raise InputError(f"boxes: there is no form {name!r}; use one of {', '.join(BOX_FORMS)}")
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pumice.capability import CHAT, Capability, fields
+from pumice.boxes import box_map, write_boxes
+from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, Capability, fields
 from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart
 from pumice.errors import ContextOverflow, InputError
 from pumice.geometry import Layout, frame_layout, single_tile_layout, tile_layout
 from pumice.images import image_key, image_size, open_image, read_image, to_tiles
 from pumice.media import TileMarks, VideoPolicy
-from pumice.templates import Span, Spans, get_template
+from pumice.templates import OWN, Span, Spans, get_template
 from pumice.tokens import IGNORE, Tokenizer, encode
 from pumice.video import show_videos
 
@@ -34,6 +35,34 @@ CAPABILITY = Capability(
         TileMarks: fields("tile row between whole end number"),
     },
 )
+
+
+def check_used(config: ModelConfig) -> None:
+    """Raise InputError on a field that is set, and that nothing reads beside the others of this config."""
+    mode, chat, video = config.image.mode, config.chat, config.video
+    used = Capability(
+        f"the image mode {mode!r}",
+        {
+            ImagePolicy: fields(MODE_FIELDS[mode]),
+            TileMarks: fields(MODE_MARKS[mode]),
+            # Only tiles are joined, and so shrunk.
+            VideoPolicy: fields("max_frames fps longest_edge timestamps" + " pool" * (mode == "anyres")),
+        },
+    )
+    for part in (config.image, config.marks, video):
+        if part is not None:
+            used.check(part)
+    if chat is None:
+        return
+    if config.template != OWN:
+        raise InputError(
+            f"the template is {config.template!r}, which does not use the fields of `chat`; name {OWN!r}"
+        )
+    if chat.system is None:  # nothing that stands inside or after a system message has a place
+        without = CHAT.replace("default_system system_in_user", "").replace("tools", "")
+        Capability("a chat format without `system`", {ChatFormat: fields(without)}).check(chat)
+    if unknown := set(chat.trim) - {"system", "user", "assistant"}:
+        raise InputError(f"chat.trim names {min(unknown)!r}; the roles are system, user and assistant")
 
 
 @dataclass(frozen=True)
@@ -82,6 +111,7 @@ class Processor:
         CAPABILITY.check(config.image)
         if config.chat is not None:
             CAPABILITY.check(config.chat)
+        check_used(config)
         self.config = config
         self.truncate = truncate
         self.tokenizer = tokenizer
@@ -101,9 +131,12 @@ class Processor:
             if token not in tokenizer.special:
                 raise InputError(f"image_wrap names {token!r}, which is no special token of the tokenizer")
 
-    def training_sample(self, conversation: Conversation) -> Sample:
-        """An answered conversation with its labels. InputError when nothing would be supervised."""
-        conversation.check(answered=True)
+    def training_sample(self, conversation: Conversation, *, mirror: bool = False) -> Sample:
+        """An answered conversation with its labels. InputError when nothing would be supervised.
+
+        mirror: its pictures will be shown flipped left to right, so its boxes are written so.
+        """
+        conversation = self.with_boxes(conversation.check(answered=True), mirror=mirror)
         sample = self._sample(conversation, generate=False)
         limit = self.config.decoder.context
         if self.truncate and len(sample.input_ids) > limit:
@@ -115,6 +148,20 @@ class Processor:
         if not sample.supervised:
             raise InputError(f"conversation {conversation.id!r}: nothing is supervised by its template")
         return sample
+
+    def with_boxes(self, conversation: Conversation, *, mirror: bool = False) -> Conversation:
+        """Return a row with its names and boxes in its texts, as the model reads and writes them.
+
+        mirror: its pictures are shown flipped left to right. Raises InputError where a picture cannot be
+        measured, or a box is not in it.
+        """
+        if conversation.objects is None:
+            return conversation
+        images = conversation.images
+        sizes = [image_size(image.source) for image in images]
+        return write_boxes(
+            conversation, [box_map(self.config, size, len(images), mirror=mirror) for size in sizes]
+        )
 
     def prompt(self, conversation: Conversation, *, continued: bool = False) -> Sample:
         """A conversation that ends in a question, up to where the model's answer begins.
@@ -261,4 +308,6 @@ class Processor:
             )
             for image, layout in zip(images, layouts, strict=True)
         ]
+        if len(tiles) == 1:  # most rows show one picture, which needs no copy
+            return tiles[0]
         return np.concatenate(tiles) if tiles else np.zeros((0, 3, size, size), np.float32)

@@ -10,9 +10,10 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pumice.config import ChatFormat
+from pumice.config import ChatFormat, from_dict
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError
 
@@ -166,81 +167,10 @@ def result_text(text: str) -> str:
     return RESULT[0] + text + RESULT[1]
 
 
-def _vicuna(speaker: str) -> ChatFormat:
-    return ChatFormat(
-        system=("", " "),
-        default_system=_POLITE % (speaker, speaker),
-        user=("USER: ", " "),
-        assistant="ASSISTANT:",
-        answer=(" ", ""),
-        stop="</s>",
-        specials=("</s>",),
-    )
-
-
-def _llama_2(system: str | None, begin: str) -> ChatFormat:
-    return ChatFormat(
-        system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
-        default_system=system,
-        system_in_user=True,
-        user=("[INST] ", " [/INST]"),
-        assistant="",
-        answer=(" ", " "),
-        stop="</s>",
-        between=begin,
-        specials=tuple(token for token in (begin, "</s>") if token),
-    )
-
-
-def _chatml(system: str | None, line_end: str) -> ChatFormat:
-    return ChatFormat(
-        system=("<|im_start|>system\n", "<|im_end|>" + line_end),
-        default_system=system,
-        user=("<|im_start|>user\n", "<|im_end|>" + line_end),
-        assistant="<|im_start|>assistant\n",
-        stop="<|im_end|>",
-        between=line_end,
-        specials=("<|im_start|>", "<|im_end|>"),
-    )
-
-
-# The wording of haotian-liu/LLaVA, llava/conversation.py, which its checkpoints were trained on.
-_POLITE = (
-    "A chat between a curious %s and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the %s's questions."
-)
-_SAFE = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
-    "being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, "
-    "or illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
-    "something not correct. If you don't know the answer to a question, please don't share false information."
-)
-_SEEING = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
-    "user provides, and assist the user with a variety of tasks using natural language."
-)
-_FORMATS = {
-    "chatml": _chatml(None, "\n"),
-    "chatml_direct": _chatml("Answer the questions.", ""),
-    "mpt": _chatml(
-        "A conversation between a user and an LLM-based AI assistant. "
-        "The assistant gives helpful and honest answers.",
-        "",
-    ),
-    "v1": _vicuna("user"),
-    "llava_v1": _vicuna("human"),
-    "v0": ChatFormat(
-        system=("", "###"),
-        default_system=_POLITE % ("human", "human"),
-        user=("Human: ", "###"),
-        assistant="Assistant:",
-        answer=(" ", ""),
-        stop="###",
-    ),
-    "llama_2": _llama_2(_SAFE, "<s>"),
-    "llava_llama_2": _llama_2(_SEEING, "<s>"),
-    "mistral_instruct": _llama_2(None, ""),
+# The wording is that of haotian-liu/LLaVA, llava/conversation.py, which its checkpoints were trained on.
+_FORMATS: dict[str, ChatFormat] = {
+    name: from_dict(ChatFormat, values, name)
+    for name, values in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
 }
 _SAME = {"vicuna_v1": "v1", "llava_v0": "v0"}  # further names of LLaVA's
 TEMPLATES: dict[str, Template | Plain] = {

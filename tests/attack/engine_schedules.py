@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -134,10 +135,11 @@ def attack(_: Path) -> Iterator[Callable[[random.Random], str]]:
 def schedule(worlds: list[World], draw: random.Random) -> str:
     """Run one schedule. Return what is wrong, or ""."""
     world = draw.choice(worlds)
-    engine_module.BLOCK = draw.choice((1, 2, 5, 64))
+    block = draw.choice((1, 2, 5, 64))
     sizes = {"slots": draw.randint(1, 5), "chunk": draw.choice((1, 3, 16, 512))}
     capacity = draw.choice((20, 40, 64, 100, 300))  # the smaller ones are full all the time
-    engine = Engine(world.model, cache_tokens=capacity, prefix_cache=draw.random() < 0.8, **sizes)
+    with mock.patch.object(engine_module, "BLOCK", block):
+        engine = Engine(world.model, cache_tokens=capacity, prefix_cache=draw.random() < 0.8, **sizes)
     asked: list[Asked] = []
     if draw.random() < 0.1:
         problem = _threads(world, engine, asked, draw)

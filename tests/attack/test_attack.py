@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pumice.engine import engine as engine_module
+from pumice.model import cache
+
 
 @pytest.fixture(scope="module")
-def attacks() -> Any:
-    sys.path.insert(0, str(Path(__file__).parent))
-    return importlib.import_module("run")
+def attacks() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:  # the scripts put further folders there
+        patch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+        yield importlib.import_module("run")
 
 
 @pytest.mark.parametrize("name", ["schedules", "requests", "files"])
@@ -46,4 +51,5 @@ def test_an_answer_that_is_not_the_naive_one_is_found(attacks: Any) -> None:
     wrong = schedules.World(world.model, world.prompts, [[*answer[:-1], 1] for answer in world.answers])
     problems = [schedules.schedule([wrong], random.Random(number)) for number in range(3)]
     assert all("expected" in problem for problem in problems)
+    assert engine_module.BLOCK == cache.BLOCK  # the schedules' own sizes of blocks end with them
     assert not any(schedules.schedule([world], random.Random(number)) for number in range(3))

@@ -11,10 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageChops
 
 from pumice.assistant import Assistant, load
+from pumice.boxes import COLOURS
 from pumice.engine import sizes
+from pumice.engine.reply import Reply
 from pumice.formats.export import export
 
 SHORT = ["--max-new-tokens", "8"]
@@ -24,6 +28,27 @@ def test_ask(run: Any, folder: Path, tiny_folder: Path) -> None:
     result = run("ask", "a dog.png", "cat.png", "What?", *SHORT)
     expected = load(tiny_folder, device="cpu").ask(["a dog.png", "cat.png"], "What?", max_new_tokens=8)
     assert (result.exit_code, result.stdout, result.stderr) == (0, expected + "\n", "")
+
+
+def test_the_boxes_of_an_answer_are_drawn_on_its_picture(
+    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pixels of the picture of 64 x 40, which the model writes as shares of the square of 64."""
+    monkeypatch.setattr(Reply, "__iter__", lambda self: iter(("a dog [0.25, 0.5", "0, 0.75, 0.75], a sky")))
+    plain = Image.open(folder / "cat.png").convert("RGB")
+    result = run("ask", "a dog.png", "cat.png", "Where?", "--out", "out.png", *SHORT)
+    assert (result.exit_code, result.stderr) == (0, "pumice: out.png shows the answer's boxes: 1\n")
+    with Image.open(folder / "out.png") as drawn:
+        assert drawn.size == (64, 40)
+        changed = ImageChops.difference(drawn, plain).getbbox()
+    # Rows 0.5 to 0.75 of the square are 20 to 36 of the picture. The label stands above.
+    assert changed is not None and (changed[0], changed[3]) == (16, 36)
+    assert np.asarray(Image.open(folder / "out.png"))[35, 16:48].tolist() == [list(COLOURS[0])] * 32
+    monkeypatch.setattr(Reply, "__iter__", lambda self: iter(("A dog.",)))
+    result = run("ask", "cat.png", "Where?", "--out", "out.jpg", "--json", *SHORT)
+    assert result.stderr == "pumice: out.jpg shows the answer's boxes: 0\n"
+    assert json.loads(result.stdout)["answer"] == "A dog."
+    assert Image.open(folder / "out.jpg").format == "JPEG"
 
 
 def test_ask_without_a_picture(run: Any) -> None:
@@ -153,7 +178,10 @@ def test_bits_reach_the_model(run: Any, tiny_folder: Path, word: str, bits: Any)
         (["long " * 300], "context is 256"),
         (["What?", "--batch", "in.jsonl", "--out", "o.jsonl"], "leave out 'What?'"),
         (["--batch", "in.jsonl"], "--batch needs --out"),
-        (["--out", "o.jsonl"], "--out belongs to --batch"),
+        (["cat.png", "What?", "--out", "o.jsonl"], "a file of answers belongs to --batch IN.jsonl"),
+        (["What?", "--out", "o.png"], "--out o.png draws the boxes of an answer on its picture; show one"),
+        (["cat.png", "What?", "--out", "no/o.png"], "the folder 'no' of --out does not exist"),
+        (["cat.png", "What?", "--out", "cat.png"], "--out 'cat.png' is a folder or the picture itself"),
         (["cat.png", "what", "is", "this"], "there is no picture 'what'; if it belongs to the question"),
         (["https://example.org/cat.png", "What?"], "is a web address; save the picture"),
         (["--batch", "missing.jsonl", "--out", "o.jsonl"], "'missing.jsonl' cannot be read"),

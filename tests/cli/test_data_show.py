@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
+from pumice.boxes import COLOURS
 from pumice.cli.data import app
 from pumice.config import ChatFormat, DecoderConfig, ModelConfig
 from pumice.errors import InputError
@@ -85,3 +91,52 @@ def test_one_of_our_models_says_its_own(folder: Path) -> None:
 def test_what_does_not_fit_is_refused(folder: Path, template: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         show(folder, template)
+
+
+ASKS, TELLS = "<image>\nWhere is <ref-object>?", "A dog at [0.25, 0.50, 0.75, 0.75]."
+BOXED = {
+    "id": "boxed",
+    "image": "cat.png",
+    "conversations": [{"from": "human", "value": ASKS}, {"from": "gpt", "value": "<bbox>"}],
+    "objects": {"ref": ["the cat"], "bbox": [[16, 10, 48, 40]], "bbox_type": "real"},
+}
+TOLD = {
+    "id": "told",
+    "image": "cat.png",
+    "conversations": [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": TELLS}],
+}
+BAD = {**BOXED, "id": "bad", "objects": {"ref": ["it"], "bbox": [[16, 10, 99, 40]], "bbox_type": "real"}}
+
+
+def test_boxes_are_drawn_and_written(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of 64 x 40: in the square of 64 it begins at 12."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 40)).save("cat.png")
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, (BOXED, TOLD))))
+    arguments = ["show", "rows.jsonl", "--model", str(tiny_folder), "--images", "."]
+    shown = CliRunner().invoke(app, [*arguments, "--pictures"], catch_exceptions=False).stdout
+    assert "Where is the cat?" in shown and "[+[0.25, 0.34, 0.75, 0.81]" in shown
+    assert "■ the cat [16, 10, 48, 40]" in shown
+    assert "■ A dog [16, 20, 48, 36]" in shown  # LLaVA's rows: 0.5 of 64 less 12
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, (BOXED, TOLD, BAD))))
+    CliRunner().invoke(app, ["show", "rows.jsonl", "--html", "page.html"], catch_exceptions=False)
+    page = Path("page.html").read_text()
+    assert "Where is the cat?" in page and "[0.25, 0.34, 0.75, 0.81]" in page
+    assert "the box [16, 10, 99, 40] reaches out of its picture of 64 x 40" in page
+    reds = []
+    for data in re.findall(r"base64,([^\"]+)", page):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), int)
+        reds.append([abs(pixels[row, 16:48] - COLOURS[0]).mean() < 60 for row in (39, 35)])
+    # The lower edges of both boxes; black is 113 away, and JPEG blurs.
+    assert reds == [[True, False], [False, True], [False, False]]
+
+
+def test_boxes_need_their_pictures(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps(BOXED))
+    with pytest.raises(InputError, match=r"picture 'cat\.png' is not in '\.'; fetch it or name its folder"):
+        CliRunner().invoke(app, ["show", "rows.jsonl", "--model", str(tiny_folder)], catch_exceptions=False)

@@ -11,8 +11,9 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from pumice.boxes import FORMS, BoxMap, write_boxes
 from pumice.data.rows import ImageFinder, Row
-from pumice.images import read_image
+from pumice.images import image_size, read_image
 from pumice.templates import get_template
 from pumice.tokens import Tokenizer, encode
 
@@ -41,10 +42,12 @@ Learned = Callable[[Row, ImageFinder], tuple[list[int], list[int], list[bytes]]]
 
 @pytest.fixture(scope="session")
 def learned(tokenizer: Tokenizer) -> Learned:
-    """The ids and labels of a row, and the bytes of its pictures."""
+    """The ids and labels of a row, its boxes in shares of their pictures, and the bytes of its pictures."""
 
     def learned(row: Row, finder: ImageFinder) -> tuple[list[int], list[int], list[bytes]]:
         conversation = row.conversation(finder)
+        sizes = [image_size(image.source) for image in conversation.images]
+        conversation = write_boxes(conversation, [BoxMap(FORMS["picture"], size) for size in sizes])
         spans = get_template("chatml").render(conversation)
         ids, labels = encode(spans, tokenizer, [3] * len(conversation.images), None)
         return ids, labels, [bytes(read_image(image.source)) for image in conversation.images]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,3 +87,13 @@ def make_examples(tmp_path: Path) -> Examples:
         for n in range(24)
     ]
     return Examples(folder, rows)
+
+
+CRASHES = 99
+
+
+def double(numbers: Sequence[int]) -> list[int]:
+    """Work for processes, which import it from here. `CRASHES` ends one as a crashing decoder does."""
+    if CRASHES in numbers:
+        os._exit(1)
+    return [2 * number for number in numbers]

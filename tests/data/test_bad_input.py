@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ from samples import Examples, jsonl, llava
 from pumice.data.check import check, fold
 from pumice.data.mapping import RowMapping
 from pumice.data.rows import ImageFinder, Rows
+from pumice.data.sources import columns
 from pumice.errors import InputError
 
 ASKS = {"role": "user", "content": "<image>"}
@@ -55,7 +57,19 @@ def test_a_parquet_file_that_is_damaged_inside(parquet: Path, tmp_path: Path) ->
     data[10:400] = bytes(390)
     (tmp_path / "torn.parquet").write_bytes(data)
     found = problems(Rows(tmp_path / "torn.parquet"), tmp_path)
-    assert found and all("torn.parquet' is cut off or damaged" in reason for _, _, reason in found)
+    # Row groups have five rows, and only the first is damaged.
+    assert [row for row, _, _ in found] == [1, 2, 3, 4, 5]
+    for row, _, reason in found:
+        assert f"torn.parquet', row {row}: the file is cut off or damaged here (" in reason
+
+
+def test_no_room_to_unpack_a_block(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(columns._Block, "add", full)
+    with pytest.raises(InputError, match=r"\(No space left on device\); set PUMICE_CACHE to a"):
+        Rows(parquet)[0]
 
 
 @pytest.mark.parametrize("lost", [300, 1024 * 10])

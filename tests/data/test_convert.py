@@ -76,6 +76,12 @@ def test_an_interrupted_conversion_continues(form: str, examples: Examples, tmp_
             "they are not written again"
         )
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+    # The same command once more writes nothing.
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    done: list[int] = []
+    counts = convert(rows, tmp_path / "out", form, finder, rows_per_file=5, progress=done.append)
+    assert (counts["rows written"], done[-1]) == (24, 24)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == times
 
 
 def test_what_is_refused(examples: Examples, tmp_path: Path) -> None:

@@ -230,18 +230,23 @@ def _(out: Path, e: Examples) -> Path:
     return out / "captions.json"
 
 
-OBJECTS = "List the objects in this picture, each with its box in shares of the picture's sides."
+OBJECTS = "List the objects in this picture, each with its box."
 
 
-@writes("COCO instances", lambda r: replace(r, question=OBJECTS, answer="dog [0.50, 0.25, 0.75, 0.50]\ncat"))
-def _(out: Path, e: Examples) -> Path:
+def boxed(row: Example) -> Example:
+    wide = 24 + int(row.image[:2])
+    return replace(row, question=OBJECTS, answer=f"dog [{5 / wide:.2f}, 0.25, {15 / wide:.2f}, 0.50]\ncat")
+
+
+@writes("COCO instances", boxed)
+def _(out: Path, e: Examples) -> Written:
     images = [{"id": n, "file_name": r.image, "width": 40, "height": 20} for n, r in enumerate(e.rows)]
-    dogs = [{"id": n, "image_id": n, "category_id": 3, "bbox": [20, 5, 10, 5]} for n in range(24)]
+    dogs = [{"id": n, "image_id": n, "category_id": 3, "bbox": [5, 5, 10, 5]} for n in range(24)]
     cats = [{"id": 99 + n, "image_id": n, "category_id": 1} for n in range(24)]
     names = [{"id": 3, "name": "dog"}, {"id": 1, "name": "cat"}]
     values = {"images": images, "annotations": [*dogs, *cats], "categories": names}
     (out / "instances.json").write_text(json.dumps(values))
-    return out / "instances.json"
+    return out / "instances.json", RowMapping(question=OBJECTS)
 
 
 @writes("imagefolder")

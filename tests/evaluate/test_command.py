@@ -245,6 +245,37 @@ def test_a_server_that_scores(folder: Path) -> None:
     refused(run(*OWN, "one.jsonl", "--submission", "up.json"), "own has no server")
 
 
+def test_boxes_are_read_as_the_model_or_the_option_says(folder: Path, tiny_folder: Path) -> None:
+    Image.new("RGB", (200, 100)).save(folder / "wide.png")
+    row = {"id": "1", "image": "wide.png", "question": "?", "answers": [[0, 0, 100, 100]], "metric": "box"}
+    write(folder / "questions.jsonl", [row])
+    write(folder / "b.jsonl", [{"id": "1", "answer": "(0,0),(500,1000)"}])
+    refused(
+        run(*OWN, "b.jsonl", "--boxes", "yolo"), "boxes: there is no form 'yolo'; use one of padded, picture"
+    )
+    for form, score in (("qwen", 100), ("padded", 0)):
+        values = json.loads(run(*OWN, "b.jsonl", "--json", "-", "--boxes", form).stdout)
+        assert values["metrics"]["score"] == score
+    assert values["metrics"] == json.loads(run(*OWN, "b.jsonl", "--json", "-").stdout)["metrics"]
+    shutil.copytree(tiny_folder, folder / "boxes")
+    config = json.loads((folder / "boxes" / "config.json").read_text())
+    (folder / "boxes" / "config.json").write_text(json.dumps({**config, "boxes": "pixels"}))
+    arguments = (
+        *OWN,
+        "made.jsonl",
+        "--model",
+        "boxes",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "4",
+        "--json",
+        "-",
+    )
+    notes = json.loads(run(*arguments).stdout)["notes"]
+    assert "boxes are read in the form 'pixels'; --boxes names another" in notes
+
+
 def test_a_model_answers_and_is_scored(folder: Path, tiny_folder: Path) -> None:
     """The one test here that needs torch: a whole run on a real small model, and again from its file."""
     arguments = (*OWN, "made.jsonl", "--model", str(tiny_folder), "--device", "cpu")

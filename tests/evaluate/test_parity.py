@@ -15,7 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 from pumice.cli import app
+from pumice.cli.check import _programs
+from pumice.cli.options import Opening
+from pumice.evaluate import parity
 from pumice.formats.export import export
+from pumice.formats.gguf import library
 from pumice.formats.pumice.folder import save
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy
@@ -119,6 +123,32 @@ def test_a_pair_in_llama_cpp(
     report = checked(model, tmp_path / "pair", "--llama-cpp")
     assert report["parts"] == parting
     assert stages(report)["decoder"]
+
+
+def test_no_model_is_opened_before_it_is_asked(
+    models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So one model is in memory at a time; the prompt's template needs no weights."""
+    opened: list[Any] = []
+    export(tiny(models), "gguf", tmp_path / "pair")
+    monkeypatch.setattr(parity, "mtmd_library", lambda purpose: None)
+    monkeypatch.setattr(parity, "LlamaCpp", lambda *files: opened.append(files))
+    monkeypatch.setattr("pumice.assistant.load", lambda *a, **named: opened.append(a))
+    exact = Opening(quantize="none")
+    first, second = _programs("own", str(tmp_path / "pair"), exact, None, True, None, 3, False)
+    assert isinstance(second, parity.InLlamaCpp) and not opened
+    first.close()
+    second.close()
+    assert not opened
+
+
+def test_one_callback_silences_llama_cpp() -> None:
+    """C code calls it for as long as the process lives, so it must stay, but one is enough."""
+
+    class Library:
+        llama_log_callback = staticmethod(lambda function: [function])
+
+    assert library._silence(Library) is library._silence(Library)
 
 
 @pytest.mark.parametrize(

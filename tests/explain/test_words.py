@@ -35,6 +35,7 @@ def grouped(pieces: Sequence[bytes]) -> tuple[str, list[tuple[str, int, int]]]:
         ([sign.encode() for sign in "स्ते दु"], [("स्ते", 0, 4), ("दु", 4, 7)]),
         ([b"cafe", "\u0301".encode(), b" noir"], [("cafe\u0301", 0, 2), ("noir", 2, 3)]),
         (["สวั".encode(), "ส".encode(), "ดี".encode()], [("สวั", 0, 1), ("ส", 1, 2), ("ดี", 2, 3)]),
+        (["ᨠᨡ".encode(), "ꦄ".encode()], [("ᨠᨡ", 0, 1), ("ꦄ", 1, 2)]),  # of Thailand and Indonesia, too
         ([b" ", "😀".encode()[:2], "😀".encode()[2:]], [("😀", 0, 3)]),
         ([b"\xff", b"ok"], [("\ufffd", 0, 1), ("ok", 1, 2)]),
         ([b" ", b"\n"], []),

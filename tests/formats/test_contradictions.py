@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pumice.config import RopeScaling
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.components import open_llm, open_tower
@@ -29,6 +30,7 @@ from pumice.formats.peft.read import adapt
 from pumice.formats.pumice.folder import open_parts
 from pumice.formats.read import read_model
 from pumice.formats.recognise import FormatKind, recognise
+from pumice.model.layers import rope_inv_freq
 from pumice.storage.tensors import open_weights
 
 Llavas = Callable[[str], Path]
@@ -127,7 +129,11 @@ def test_a_tied_head_may_stand_under_either_name(hf: Callable[[str], Path]) -> N
     folder = hf("siglip")
     expected = open_hf(folder).state["decoder.embed.weight"].read()
     table = tensor_names.hf_decoder(open_hf(folder).config.decoder)
-    tensors = {name: open_hf(folder).state[f"decoder.{ours}"] for name, ours in table.items() if ours}
+    tensors = {
+        name: open_hf(folder).state[f"decoder.{ours}"]
+        for name, ours in table.items()
+        if isinstance(ours, str)
+    }
     del tensors["model.embed_tokens.weight"]
     assert torch.equal(tensor_names.convert(tensors, table)["embed.weight"].read(), expected)
 
@@ -278,6 +284,65 @@ def test_a_name_twice_in_a_gguf_file(tmp_path: Path, write_gguf: Callable[..., A
     path.write_bytes(data.replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"))
     with pytest.raises(InputError, match=r"two tensors of the name blk\.0\.ffn_up\.weight"):
         GgufFile(path)
+
+
+# Tensors that the config decides
+
+INV_FREQ = "language_model.model.layers.1.self_attn.rotary_emb.inv_freq"
+POSITIONS = "vision_tower.vision_model.embeddings.position_ids"
+
+
+def frequencies(folder: Path, times: float = 1.0, scaling: RopeScaling | None = None) -> Tensor:
+    """Rotary frequencies of the folder's config, but for so many times its rope_theta."""
+    config = open_hf(folder).config.decoder
+    return rope_inv_freq(config.head_dim, config.rope_theta * times, scaling, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_stored_frequencies_must_be_those_of_the_config(
+    hf: Callable[[str], Path], dtype: torch.dtype
+) -> None:
+    folder = hf("llava")
+    names = open_hf(folder).state.keys()
+    with_tensors(folder, lambda tensors: tensors.update({INV_FREQ: frequencies(folder).to(dtype)}))
+    assert open_hf(folder).state.keys() == names
+    wrong = frequencies(folder, times=1.1).to(dtype)
+    with_tensors(folder, lambda tensors: tensors.update({INV_FREQ: wrong}))
+    with pytest.raises(
+        InputError, match=rf"{INV_FREQ} in model\.safetensors is not what rope_theta 10000 and"
+    ):
+        open_hf(folder)
+    with_tensors(folder, lambda tensors: tensors.update({INV_FREQ: torch.full_like(wrong, torch.nan)}))
+    with pytest.raises(InputError, match=r"\(its value 0 is nan, not 1\)"):
+        open_hf(folder)
+
+
+def test_stored_frequencies_may_be_slowed_or_not(hf: Callable[[str], Path]) -> None:
+    """Older code of transformers divided the positions instead, and stored what is not slowed."""
+    folder = hf("llava")
+    unscaled = frequencies(folder)
+    slowed, slower = (frequencies(folder, 1.0, RopeScaling("linear", factor)) for factor in (4.0, 8.0))
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    change(folder / "config.json", text_config__rope_parameters=rope)
+    for right in (unscaled, slowed):
+        with_tensors(folder, lambda tensors, values=right: tensors.update({INV_FREQ: values}))
+        assert open_hf(folder).config.decoder.rope_scaling == RopeScaling("linear", 4.0)
+    with_tensors(folder, lambda tensors: tensors.update({INV_FREQ: slower}))
+    with pytest.raises(InputError, match=r"rope_theta 10000, slowed as linear, and heads"):
+        open_hf(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
+def test_stored_positions_must_be_in_order(hf: Callable[[str], Path], dtype: torch.dtype) -> None:
+    folder = hf("llava")
+    names, grid = open_hf(folder).state.keys(), open_hf(folder).config.vision.grid
+    right = torch.arange(grid**2 + 1)[None].to(dtype)
+    with_tensors(folder, lambda tensors: tensors.update({POSITIONS: right}))
+    assert open_hf(folder).state.keys() == names
+    for wrong in (right.flip(1), right[:, :-1]):
+        with_tensors(folder, lambda tensors, values=wrong: tensors.update({POSITIONS: values.contiguous()}))
+        with pytest.raises(InputError, match=rf"{POSITIONS} in .* is not what the tower's {grid**2 + 1} pos"):
+            open_hf(folder)
 
 
 # `architectures`, model_type and tensors

@@ -204,6 +204,16 @@ def test_weights_are_stored_as_they_were_or_as_asked(llava: LoadedParts, tmp_pat
         assert f"torch.{stored_dtype}" == str(dtype)
 
 
+def test_a_form_of_boxes_that_no_file_names_is_told(llava: LoadedParts, tmp_path: Path) -> None:
+    for form, told in (("padded", False), ("qwen", True)):
+        model = replace(llava, config=replace(llava.config, boxes=form))
+        notes = export(model, "hf", tmp_path / form).notes
+        assert (
+            any("its files do not say that this model writes boxes in the form qwen" in n for n in notes)
+            == told
+        )
+
+
 def test_command(llava: LoadedParts, tmp_path: Path) -> None:
     state = {name: tensor.read() for name, tensor in llava.state.items()}
     save(tmp_path / "model", llava.config, state, tokenizer=llava.tokenizer.to_str())

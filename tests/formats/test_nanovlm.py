@@ -19,6 +19,11 @@ from pumice import load
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, user_message
 from pumice.errors import InputError
+from pumice.formats import nanovlm
+from pumice.formats.derived import Derived
+from pumice.model.layers import rope_inv_freq
+from pumice.storage.json_file import Keys
+from pumice.storage.tensors import as_lazy
 
 # A copy of huggingface/nanoVLM: git clone https://github.com/huggingface/nanoVLM build/nanoVLM
 OWN_CODE = Path(__file__).parents[2] / "build/nanoVLM"
@@ -86,6 +91,17 @@ class Reference(torch.nn.Module):
         embedded[ids == IMAGE_TOKEN] = self.MP(self.vision_encoder(pixels)).flatten(0, 1)
         hidden, _ = self.decoder(embedded[None])
         return self.decoder.head(hidden)[0]
+
+
+def test_stored_frequencies_must_be_those_of_the_config() -> None:
+    keys = Keys(SIZES | {"lm_vocab_size": 300}, "config.json")
+    decoder, vision = nanovlm._decoder(keys), nanovlm._vision(keys)
+    derived = nanovlm._table(decoder, vision)["decoder.rotary_embd.inv_freq"]
+    assert isinstance(derived, Derived)
+    cpu = torch.device("cpu")
+    derived.check(as_lazy(rope_inv_freq(12, 100000, None, cpu)), "m")
+    with pytest.raises(InputError, match="is not what rope_theta 100000 and heads of 12 values give"):
+        derived.check(as_lazy(rope_inv_freq(12, 10000, None, cpu)), "m")
 
 
 @pytest.mark.usefixtures("own_code")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pumice.config import REDUCTIONS, ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.geometry import Layout
-from pumice.model.connector import REDUCE, Connector, Reduction, arrange, average, pixel_shuffle
+from pumice.model.connector import KINDS, REDUCE, Connector, Reduction, arrange, average, pixel_shuffle
 from pumice.model.llava import Llava
 
 
@@ -85,7 +85,7 @@ def test_identity_passes_through_and_checks_both_widths() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "mlp0x_gelu", "mlp2x_relu", "mlp2x_gelu_", "resampler", ""])
 def test_unknown_kinds_are_refused_by_name(kind: str) -> None:
-    with pytest.raises(InputError, match=f"unknown connector '{kind}'; use linear, mlpNx_gelu or identity"):
+    with pytest.raises(InputError, match=f"unknown connector '{kind}'; use one of {', '.join(KINDS)}$"):
         Connector(ConnectorConfig(kind), 4, 4)
 
 
@@ -194,3 +194,49 @@ def test_a_reduction_that_is_counted_wrongly_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setitem(REDUCTIONS, "first", lambda grid, factor: factor)
     with torch.device("meta"):
         assert Llava(config).config.image_tokens == 2
+
+
+class Halved(nn.Module):
+    """Layers that leave half of the tokens. looks: at values, as no trial without values can."""
+
+    def __init__(self, in_width: int, width: int, every: int, looks: bool) -> None:
+        super().__init__()
+        self.layer, self.every, self.looks = nn.Linear(in_width, width), every, looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.looks and x.abs().max().item() < 0:
+            return x
+        return self.layer(x[:, :: self.every])
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_kind_of_another_number_or_width_of_tokens_is_refused(
+    looks: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be counted wrongly everywhere, and end training in its first step."""
+    config = ModelConfig(
+        decoder=DecoderConfig(8, 6, 1, 1, 1, 6, 8),
+        vision=VisionConfig(image_size=64, width=1280, variant="lite0"),
+        connector=ConnectorConfig("own"),
+    )
+
+    def build(every: int, width: int = 6, in_width: int = 1280) -> None:
+        monkeypatch.setitem(KINDS, "own", lambda *_: Halved(in_width, width, every, looks))
+        with torch.device(device):
+            Llava(config)
+
+    state = torch.random.get_rng_state()
+    with torch.device("meta"):
+        monkeypatch.setitem(KINDS, "own", lambda *_: Halved(1280, 6, 1, looks))
+        Llava(config)
+    assert torch.equal(torch.random.get_rng_state(), state), "the trial drew from the run's generator"
+    build(every=1)
+    with pytest.raises(
+        InputError, match=r"kind 'own', whose .* tokens, gives 2 tokens of a tile, 4 are counted"
+    ):
+        build(every=2)
+    with pytest.raises(InputError, match=r"kind 'own', .* gives tokens of width 7, the LLM has 6"):
+        build(every=1, width=7)
+    with pytest.raises(InputError, match=r"kind 'own', .* fails on an input of shape \(1, 4, 1280\) "):
+        build(every=1, in_width=1279)

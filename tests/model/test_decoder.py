@@ -192,7 +192,9 @@ def test_the_window_is_shorter_than_the_sequence_and_matters() -> None:
 @torch.no_grad()
 def test_sequences_in_one_cache_compute_as_alone(family: str, window: int | None) -> None:
     """Prompts in one or two pieces, single tokens and several at once, all in the same passes."""
-    config = dataclasses.replace(FAMILIES[family][1], sliding_window=window)
+    config = FAMILIES[family][1]
+    pattern = 1 if window is None else config.window_pattern
+    config = dataclasses.replace(config, sliding_window=window, window_pattern=pattern)
     decoder = make(config)
     rows = ids(3)
     expected = logits(decoder, rows)

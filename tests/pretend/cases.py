@@ -8,31 +8,26 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import shutil
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import architectures
 import cuda
 import torch
-from safetensors.torch import load_file
-from workshop import DROPOUT, STAGES, Workshop
+from workshop import STAGES, Workshop
 
 from pumice.assistant import load
-from pumice.config import ModelConfig
-from pumice.engine import native
+from pumice.engine import graphs, native
 from pumice.engine.engine import Engine
 from pumice.engine.requests import Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.kernels import compute
-from pumice.model.adapters import merge_lora
-from pumice.model.llava import Llava
 from pumice.model.packed import Run
-from pumice.model.quantized import quantize
 from pumice.train import checkpoint, devices, loop
 from pumice.train.objective import PackTensors
 from pumice.train.setup import prepare
@@ -44,23 +39,13 @@ def stage(name: str) -> Callable[[Workshop], dict[str, Any]]:
     """Two steps of a stage with held-out rows and sample answers, on both devices."""
 
     def case(workshop: Workshop) -> dict[str, Any]:
-        held_out = [{"rows": str(workshop.rows / "rows.jsonl")}]
-        changes = {"stage": STAGES[name], "held_out": held_out, "sample_answers": 1, "measure_rows": 2}
-        return {device: workshop.train(name, device, **changes) for device in ("cpu", "cuda")}
+        return {device: workshop.stage(name, device, measure_rows=2) for device in ("cpu", "cuda")}
 
     return case
 
 
 def resume(workshop: Workshop) -> dict[str, Any]:
     """A run with dropout in tf32, and the same resumed from the middle. What lives beside the parameters."""
-    changes = {"stage": DROPOUT, "precision": "tf32", "save_every": 2, "keep_last": 9}
-    changes |= {"max_steps": 4, "epochs": 2}
-    output = workshop.recipe("resume", "cuda", **changes).output
-    workshop.train("resume", "cuda", **changes)
-    last = output / "checkpoints" / "step-000004"
-    whole = load_file(last / "tensors" / "all.safetensors")
-    shutil.rmtree(last)
-    shutil.rmtree(output / "model")
     alive: list[int] = []
 
     class Watched(loop.Trainer):
@@ -69,9 +54,7 @@ def resume(workshop: Workshop) -> dict[str, Any]:
             alive.append(sum(isinstance(thing, checkpoint.Checkpoint) for thing in gc.get_objects()))
             return super()._train_step(prepared)
 
-    loop.train(workshop.recipe("resume", "cuda", **changes), Watched)
-    resumed = load_file(last / "tensors" / "all.safetensors")
-    return {"equal": all(torch.equal(whole[name], resumed[name]) for name in whole), "alive": alive}
+    return {"equal": workshop.resumes("cuda", Watched, precision="tf32"), "alive": alive}
 
 
 def precision(workshop: Workshop) -> dict[str, Any]:
@@ -132,23 +115,13 @@ def waits(workshop: Workshop) -> dict[str, Any]:
     return results
 
 
-def _model(parts: Any, bits: str | None, device: str) -> Llava:
-    config: ModelConfig = parts.config
-    model = Llava(config)
-    model.load_state_dict({name: tensor.read() for name, tensor in parts.state.items()})
-    merge_lora(model.decoder)
-    model.requires_grad_(False).eval()
-    if bits:
-        quantize(model.decoder, bits)
-    return model.to(device)
-
-
+@patch.object(compute, "compiled", lambda name: (None, ""))
+@patch.object(native, "compiled", lambda name: (None, ""))
 def answers(workshop: Workshop) -> dict[str, Any]:
     """Answers, sampled answers and explanations of every small architecture on both devices.
 
     Without compiled code, which rounds activations to 8 bits where weights are in few bits; a GPU does not.
     """
-    compute.compiled = native.compiled = lambda name: (None, "")
     results: dict[str, Any] = {}
     image = architectures.picture(90, 60)
     for name, architecture in architectures.ARCHITECTURES.items():
@@ -157,7 +130,8 @@ def answers(workshop: Workshop) -> dict[str, Any]:
             found: dict[str, Any] = {}
             for device in ("cpu", "cuda"):
                 processor = architectures.Processor(parts.config, architectures.OurTokenizer(parts.tokenizer))
-                one = architectures.Assistant(_model(parts, bits, device), processor, cache_tokens=2048)
+                model = architectures.merged(parts, bits, device)
+                one = architectures.Assistant(model, processor, cache_tokens=2048)
                 questions = [(image, "What?"), (None, "Who is there?"), ([image, image], "Which?")]
                 found[device] = {
                     "answers": one.ask_many(questions, max_new_tokens=6),
@@ -169,27 +143,53 @@ def answers(workshop: Workshop) -> dict[str, Any]:
     return results
 
 
+class Capture:
+    """Stands for CUDA graphs, which need a GPU: runs a step again where a graph is replayed."""
+
+    def __init__(self, add: float = 0.0) -> None:
+        """add: to the logits of a replay, as of a graph that is wrong."""
+        self.add, self.captured, self.replays = add, list[int](), 0
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        out = run()
+        self.captured.append(len(out))
+
+        def replay() -> None:
+            self.replays += 1
+            out.copy_(run() + self.add)
+
+        return replay, out
+
+
 def decode(workshop: Workshop) -> dict[str, Any]:
-    """Answers of the engine in bf16 with one call of attention a layer and with one for each request."""
+    """Answers of the engine in bf16: one call of attention a layer, one for each request, and by graphs."""
     results: dict[str, Any] = {}
+    kinds: dict[str, dict[str, Any]] = {"calls": {}, "one call": {"one_call": True}}
+    kinds["graphs"] = kinds["wrong graphs"] = kinds["no graphs"] = {"one_call": True, "graphs": True}
+    really_capture = graphs.capture
     for name, fields in {"plain": {}, "window": {"sliding_window": 24}}.items():
         model = prepare(workshop.recipe("decode", "cuda", model=str(workshop.model(**fields)))).model
         model = model.bfloat16().eval()
-        for one_call in (False, True):
-            engine = Engine(model, slots=8, cache_tokens=8 * 256, one_call=one_call)
+        for kind, options in kinds.items():
+            # PyTorch without CUDA refuses to capture.
+            capture = Capture(1.0 if kind == "wrong graphs" else 0.0)
+            graphs.capture = really_capture if kind == "no graphs" else capture
+            engine = Engine(model, slots=8, cache_tokens=8 * 256, **options)
             texts: list[list[int]] = [[] for _ in range(8)]
             for number, tokens in enumerate(texts):
-                ids = torch.arange(3 + 5 * number) % 200 + 1
-                params = SamplingParams(max_new_tokens=8, temperature=0.7 * (number % 2), top_p=0.9, seed=1)
+                ids, new = torch.arange(3 + 5 * number) % 200 + 1, 8 - number % 3
+                params = SamplingParams(max_new_tokens=new, temperature=0.7 * (number % 2), top_p=0.9, seed=1)
                 engine.submit(Prompt(ids, params=params), lambda delta, to=tokens: to.extend(delta.tokens))
-            engine.step()
+            for _ in range(6):
+                engine.step()
             with cuda.watch() as seen:
                 engine.step()
             calls, counted = len(cuda.attention), Counter(seen)
             while engine.step():
                 pass
-            results[f"{name} {one_call}"] = {
-                "texts": texts, "calls": calls, "waits": [[*map(str, w), n] for w, n in counted.items()]
+            results[f"{name} {kind}"] = {
+                "texts": texts, "calls": calls, "waits": [[*map(str, w), n] for w, n in counted.items()],
+                "captured": capture.captured, "replays": capture.replays, "steps": engine.stats().steps,
             }  # fmt: skip
     return results
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from pumice.config import VisionConfig
 from pumice.formats.pumice import folder as folders
@@ -81,6 +83,28 @@ class Workshop:
         recipe = self.recipe(name, device, **changes)
         loop.train(recipe)
         return read_metrics(recipe.output / "metrics.jsonl")
+
+    def stage(self, name: str, device: str, **changes: Any) -> list[dict[str, Any]]:
+        """Train a stage with held-out rows and a sample answer, and return its metrics."""
+        changes |= {"held_out": [{"rows": str(self.rows / "rows.jsonl")}], "sample_answers": 1}
+        return self.train(name, device, stage=STAGES[name], **changes)
+
+    def resumes(self, device: str, trainer: type[loop.Trainer] | None = None, **changes: Any) -> bool:
+        """Return whether a run with dropout and the same resumed from its middle have equal weights.
+
+        trainer: of the resumed run.
+        """
+        changes |= {"stage": DROPOUT, "max_steps": 4, "epochs": 2, "save_every": 2, "keep_last": 9}
+        recipe = self.recipe("resume", device, **changes)
+        last = recipe.output / "checkpoints" / "step-000004"
+        weights = []
+        for kind in (None, trainer):
+            loop.train(recipe, kind)
+            weights.append(load_file(last / "tensors" / "all.safetensors"))
+            shutil.rmtree(last)
+            shutil.rmtree(recipe.output / "model")
+        whole, resumed = weights
+        return all(torch.equal(whole[name], resumed[name]) for name in whole)
 
     def trainer(self, name: str, device: str, **changes: Any) -> loop.Trainer:
         recipe = self.recipe(name, device, **changes)

@@ -97,6 +97,8 @@ def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
     begun = {"role": "assistant", "content": whole[:4]}
     rest = said(server, [HI, begun], continue_final_message=True, add_generation_prompt=False, max_tokens=8)
     assert rest == naive(exact, ("user", "hi"), ("assistant", whole[:4]), continued=True)
+    assert said(server, [HI, {**begun, "prefix": True}], add_generation_prompt=False, max_tokens=8) == rest
+    assert said(server, [HI], add_generation_prompt=True, max_tokens=8) == whole
     prompt = exact.prompt(
         Conversation((Message("user", ("hi",)), Message("assistant", (whole[:4],)))), continued=True
     )

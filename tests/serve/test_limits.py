@@ -104,6 +104,11 @@ FIELD = "messages.0.content.0.image_url"
             "messages",
             "maximum context length is 256",
         ),
+        (
+            {"add_generation_prompt": False},
+            "add_generation_prompt",
+            "is false only where continue_final",
+        ),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "needs a schema"),
         ({"response_format": {"type": "regex"}}, "response_format.value", "needs a regular expression"),
         (

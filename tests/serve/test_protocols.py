@@ -17,7 +17,12 @@ import pytest
 from asking import data_uri, picture, post, user_message
 
 from pumice.assistant import load
+from pumice.serve import stored
+from pumice.serve.errors import ApiError
 from pumice.serve.ollama import OllamaCard
+from pumice.serve.responses import MessageItem, ResponsesRequest
+from pumice.serve.stored import StoredItems
+from pumice.serve.work import BODY_COPIES, Account, Memory
 
 WORD = {
     "type": "object",
@@ -145,6 +150,71 @@ def test_responses_with_schemas_and_tools(openai_client: openai.OpenAI) -> None:
     assert text.output[0].type == "message"
 
 
+def test_answers_that_are_only_referred_to(openai_client: openai.OpenAI, roomy: str) -> None:
+    """Vercel's AI SDK sends the ids of an answer's items, and not the items, unless it is told otherwise."""
+    create: Any = openai_client.responses.create
+    hi: Any = {"role": "user", "content": "hi"}
+
+    def second(item: Any, *more: Any) -> str:
+        turns = [hi, {"type": "item_reference", "id": item.id}, *more, hi]
+        return str(create(model="tiny", input=turns, max_output_tokens=9).output_text)
+
+    first = create(model="tiny", input="hi", max_output_tokens=9)
+    expected = said(roomy, HI, {"role": "assistant", "content": first.output_text}, HI)
+    assert (first.store, second(first.output[0])) == (True, expected)
+    *_, last = create(model="tiny", input="hi", max_output_tokens=9, stream=True)
+    assert second(last.response.output[0]) == expected
+    tools: Any = [{"type": "function", "name": "say", "parameters": WORD}]
+    [call] = create(model="tiny", input="hi", tools=tools, tool_choice="required").output
+    function = {"name": "say", "arguments": call.arguments}
+    calls = [{"id": "a", "type": "function", "function": function}]
+    history = [HI, {"role": "assistant", "content": None, "tool_calls": calls}, AFTER_CALL[2], HI]
+    given = {"type": "function_call_output", "call_id": call.call_id, "output": "said"}
+    assert second(call, given) == said(roomy, *history)
+    # What the client does not want to be kept is not; nor is a call that is cut off, which is no JSON.
+    private = create(model="tiny", input="hi", max_output_tokens=9, store=False)
+    assert private.store is False
+    cut = create(model="tiny", input="hi", tools=tools, tool_choice="required", max_output_tokens=2)
+    for answer in (private, cut):
+        with pytest.raises(openai.BadRequestError, match="send it whole") as raised:
+            second(answer.output[0])
+        assert (raised.value.code, raised.value.param) == ("item_not_found", "input.1.id")
+
+
+def test_answers_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "MAX_BYTES", 3 * stored.ITEM_BYTES + 1500)
+    items, room = StoredItems(), Account(Memory(10**6))
+
+    def are_kept(*ids: str) -> bool:
+        request = ResponsesRequest.model_validate(
+            {"input": [{"type": "item_reference", "id": item} for item in ids]}
+        )
+        try:
+            filled = items.filled(request, room).input
+        except ApiError as error:
+            if error.code != "item_not_found":
+                raise
+            return False
+        return [item.content for item in filled if isinstance(item, MessageItem)] == [*ids]
+
+    for item in "abc":
+        items.add_text(item, item)
+    assert are_kept("a", "b", "c")
+    items.add_text("d", "d")  # one more item than there is room for
+    assert (are_kept("a"), are_kept("b", "c", "d")) == (False, True)
+    room.memory.limit = room.memory.taken + 2 * BODY_COPIES * (stored.ITEM_BYTES + 100)
+    assert are_kept("d", "d")
+    with pytest.raises(ApiError, match="ask again soon"):  # they count as if they were sent
+        are_kept("d", "d")
+    room.close()
+    items.add_text("e", "x" * 1400)  # text takes room, too
+    assert (are_kept("b"), are_kept("c")) == (False, False)
+    items.add_text("f", "x" * 100_000)  # larger than all the room
+    assert not are_kept("f")
+    assert not items._items
+    assert items._bytes == 0
+
+
 def test_responses_give_log_probabilities(openai_client: openai.OpenAI) -> None:
     include: Any = ["message.output_text.logprobs"]
     answer: Any = openai_client.responses.create(
@@ -164,8 +234,13 @@ def test_responses_give_log_probabilities(openai_client: openai.OpenAI) -> None:
         ({"input": []}, "input", "at least 1 item"),
         (
             {"input": [{"type": "item_reference", "id": "x"}]},
+            "input.0.id",
+            "the item 'x' is not here any more; send it whole",
+        ),
+        (
+            {"input": [{"type": "web_search_call", "id": "x"}]},
             "input.0.type",
-            "there is no item 'item_reference' here; give 'message', 'function_call'",
+            "there is no item 'web_search_call' here; give 'message', 'function_call'",
         ),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "needs a schema"),
         (
@@ -298,6 +373,13 @@ def test_anthropic_errors(anthropic_client: anthropic.Anthropic, roomy: str, loc
     ):
         body = {"max_tokens": 5, "messages": [HI], "tools": wrong}
         assert post(roomy, body, "/v1/messages").json()["error"]["param"] == param
+    use = {"type": "tool_use", "id": "a", "name": "say", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": "said"}
+    for role, block in (("user", use), ("assistant", result)):
+        body = {"max_tokens": 5, "messages": [{"role": role, "content": [block]}, HI]}
+        error = post(roomy, body, "/v1/messages").json()["error"]
+        assert error["param"] == "messages.0.content"
+        assert "does not belong to the role" in error["message"]
     body = {"max_tokens": 5, "messages": [HI] * 1025}
     assert post(roomy, body, "/v1/messages").json()["error"]["param"] == "messages"
     with local(api_key=("secret-key",)) as url:
@@ -372,7 +454,7 @@ def test_the_card_counts_quantized_weights(tiny_folder: Path) -> None:
     whole, packed = (load(tiny_folder, device="cpu", quantize=kind).model for kind in (None, "int8"))
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     assert sum(parameter.numel() for parameter in packed.parameters()) < parameters
-    cards = [OllamaCard(["tiny"], model) for model in (whole, packed)]
+    cards = [OllamaCard(["tiny"], model.config, *model.sizes()) for model in (whole, packed)]
     assert {card.show().model_info["general.parameter_count"] for card in cards} == {parameters}
     exact, smaller = (card.models().models[0].size for card in cards)
     assert smaller < exact

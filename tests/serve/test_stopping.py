@@ -205,11 +205,25 @@ def test_work_has_the_time_of_its_request(local: Any, held_explanation: Held) ->
         assert any(post(url, ask()).status_code == 200 for _ in range(60))
 
 
-def test_hard_schemas_delay_nobody(server: str) -> None:
-    with concurrent.futures.ThreadPoolExecutor(5) as pool:
-        hard = [pool.submit(post, server, ask(response_format=hard_schema(number))) for number in range(5)]
-        assert post(server, ask()).status_code == 200
-        assert not any(future.done() for future in hard)
+def test_hard_schemas_delay_nobody(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread for schemas has one, and one more waits for a thread."""
+    begun, leave = threading.Semaphore(0), threading.Event()
+
+    def held(check: GrammarCheck) -> list[str]:
+        begun.release()
+        assert leave.wait(120)
+        return ["it takes too long"] * len(check._grammars)
+
+    monkeypatch.setattr(GrammarCheck, "run", held)
+    count = THREADS["schemas"] + 1
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        hard = [pool.submit(post, server, ask(response_format=hard_schema(n))) for n in range(count)]
+        try:
+            assert all(begun.acquire(timeout=60) for _ in range(THREADS["schemas"]))
+            assert post(server, ask()).status_code == 200
+            assert not any(future.done() for future in hard)
+        finally:
+            leave.set()
         for future in hard:
             assert future.result(120).status_code == 400
             assert future.result().json()["error"]["code"] == "invalid_json_schema"

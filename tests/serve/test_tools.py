@@ -114,6 +114,18 @@ def test_a_call_that_is_cut_off(roomy: str) -> None:
         assert all(call["function"]["arguments"].startswith('{"text":"') for call in calls)
 
 
+def test_a_form_of_texts_does_not_touch_a_call(roomy: str) -> None:
+    """As with OpenAI's: clients send both where only a later answer is a text."""
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": NUMBER}}
+    body = {"messages": [HI], "tools": [SAY], "tool_choice": "required", "max_tokens": 100}
+    [plain], [held] = (
+        post(roomy, {**body, **more}).json()["choices"] for more in ({}, {"response_format": form})
+    )
+    function = held["message"]["tool_calls"][0]["function"]
+    assert is_right("say", function["arguments"])
+    assert function == plain["message"]["tool_calls"][0]["function"]
+
+
 def test_calls_in_the_history(roomy: str) -> None:
     """The model sees calls and what they gave; nothing depends on how clients write them."""
     call = {"id": "a", "type": "function", "function": {"name": "say", "arguments": '{"word": "yes"}'}}
@@ -210,6 +222,18 @@ BAD_CALL = {"id": "a", "type": "function", "function": {"name": "say", "argument
             "guided_choice",
             "invalid_value",
             "exclude each other",
+        ),
+        (
+            {"tools": [SAY], "tool_choice": "required", "guided_json": WORD},
+            "guided_json",
+            "invalid_value",
+            "and a tool_choice that requires a call exclude each other",
+        ),
+        (
+            {"tools": [SAY], "tool_choice": named("say"), "structured_outputs": {"choice": ["a"]}},
+            "structured_outputs.choice",
+            "invalid_value",
+            "and a tool_choice that requires a call exclude each other",
         ),
     ],
 )
@@ -394,6 +418,20 @@ def test_a_call_is_read_alike_however_it_is_cut(several: bool) -> None:
             assert (answer.name, answer.arguments, answer.finish) == expected
             assert not answer.text
             assert [piece.name for piece in read if piece.name] == ["say"]
+
+
+@pytest.mark.usefixtures("bounded_work")
+@pytest.mark.parametrize(
+    ("before", "after", "arguments"),
+    [('{"name":"say","arguments":', "{}}", "{}"), ('{"name":"say","arguments":{', "}}", "{}"), ("", "x", "")],
+)
+def test_long_blanks_in_a_call(before: str, after: str, arguments: str) -> None:
+    functions = [FunctionDescription(name="say"), FunctionDescription(name="count")]
+    reader, blanks = CallReader(functions), " \n" * 50_000
+    pieces = [AnswerPiece(text=before + blanks + after), AnswerPiece(text=blanks, finish="stop")]
+    answer = join([reader(piece) for piece in pieces])
+    assert answer.arguments.replace(blanks, "") == arguments
+    assert answer.finish == ("tool_calls" if arguments else "stop")
 
 
 def test_a_call_that_ends_before_its_name() -> None:

@@ -9,7 +9,7 @@ import pytest
 from pumice.errors import InputError
 from pumice.synth import kinds
 from pumice.synth.checks import CheckSettings, Rejection, examine, is_refusal, row
-from pumice.synth.context import Box, Context
+from pumice.synth.context import AnnotatedBox, Context
 from pumice.synth.kinds.base import MARKET, SNOW, Draft, Turn, Unparsed, pairs
 from pumice.synth.objects import Vocabulary
 
@@ -18,7 +18,7 @@ PARK = Context(
     "park",
     "park.jpg",
     ("A man throws a red frisbee to his dog in a park.",),
-    (Box("person", (0.1, 0.1, 0.3, 0.9)), Box("dog", (0.5, 0.5, 0.8, 0.9))),
+    (AnnotatedBox("person", (0.1, 0.1, 0.3, 0.9)), AnnotatedBox("dog", (0.5, 0.5, 0.8, 0.9))),
 )
 
 

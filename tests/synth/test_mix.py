@@ -181,7 +181,7 @@ def test_a_pickle_of_code_is_refused(make: Any) -> None:
         make(source)
     assert not Path("pwned").exists()
     Path("evil.p").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="neither a pickle nor a JSON list of refs"):
+    with pytest.raises(InputError, match="is no whole pickle"):
         make(source)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError
-from pumice.synth.context import BadRows, Box, Context
+from pumice.synth.context import AnnotatedBox, BadRows, Context
 from pumice.synth.sources import coco, flickr30k, gather, plain, visual_genome
 
 IMAGES = [{"id": 7, "file_name": "000000000007.jpg", "width": 200, "height": 100}]
@@ -48,7 +48,7 @@ def test_coco(written: Callable[..., Path]) -> None:
         "coco/000000000007",
         "000000000007.jpg",
         ("A dog runs.", "The dog."),
-        (Box("dog", (0.1, 0.1, 0.4025, 0.6)),),
+        (AnnotatedBox("dog", (0.1, 0.1, 0.4025, 0.6)),),
     )
     assert context.described(boxes=True) == "A dog runs.\nThe dog.\n\ndog: [0.100, 0.100, 0.403, 0.600]"
     assert context.described(boxes=False) == "A dog runs.\nThe dog."
@@ -68,7 +68,7 @@ def test_visual_genome(written: Callable[..., Path], tmp_path: Path) -> None:
         "objects.json", [{"image_id": 3, "objects": [{"names": ["cat"], "x": 10, "y": 5, "w": 20, "h": 10}]}]
     )
     [context] = visual_genome(tmp_path, BadRows())
-    box = Box("cat", (0.1, 0.1, 0.3, 0.3))
+    box = AnnotatedBox("cat", (0.1, 0.1, 0.3, 0.3))
     assert context == Context("vg/3", "VG_100K_2/3.jpg", ("grey cat",), (box,))
 
 
@@ -100,7 +100,7 @@ def test_plain(written: Callable[..., Path]) -> None:
     }
     more = {"id": "x", "image": "c.jpg", "captions": ["Tea."], "text": "Taken in 1990."}
     examples = list(plain(written("l.jsonl", f"{json.dumps(line)}\n\n{json.dumps(more)}\n"), BadRows()))
-    assert examples[0] == Context("a/b", "a/b.jpg", (), (Box("cup", (0, 0.5, 0.5, 1)),))
+    assert examples[0] == Context("a/b", "a/b.jpg", (), (AnnotatedBox("cup", (0, 0.5, 0.5, 1)),))
     assert examples[1] == Context("x", "c.jpg", ("Tea.",), (), "Taken in 1990.")
 
 

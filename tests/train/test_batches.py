@@ -146,3 +146,50 @@ def test_a_finished_model_tells_what_it_was_made_of(
     assert first["peak_share"] > 0
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
     assert load_recipe(tmp_path / "run" / "recipe.yaml").max_steps == 4
+
+
+def test_boxes_are_mirrored_with_their_pictures(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
+    """And a row whose text itself holds a box is not mirrored: it would no longer be right."""
+
+    def turns(answer: str) -> list[dict[str, str]]:
+        return [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": answer}]
+
+    objects = {"ref": [], "bbox": [[0.1, 0.2, 0.3, 0.4]], "bbox_type": "norm1"}
+    boxed = {"id": "a", "image": "0.png", "conversations": turns("<bbox>"), "objects": objects}
+    told = {"id": "b", "image": "1.png", "conversations": turns("[0.1, 0.2, 0.3, 0.4]")}
+    path = tmp_path / "boxes.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (boxed, told)))
+    learned = {}
+    for chance in (0.0, 1.0):
+        data = [{"rows": str(path), "mirror": True}]
+        recipe = load_recipe(make_recipe(data=data, boxes="picture", mirror_chance=chance, epochs=1))
+        batches = Batches(recipe, prepare(recipe).processor)
+        flagged = [pair for pack, flags in batches[0].packs for pair in zip(pack.trees, flags, strict=True)]
+        for tree, flag in flagged:
+            text = batches.processor.tokenizer.backend.decode([n for n in tree.input_ids.tolist() if n >= 0])
+            learned[chance, text.rpartition("[")[2].partition("]")[0]] = flag
+    assert learned == {
+        (0.0, "0.10, 0.20, 0.30, 0.40"): False, (0.0, "0.1, 0.2, 0.3, 0.4"): False,
+        (1.0, "0.70, 0.20, 0.90, 0.40"): True, (1.0, "0.1, 0.2, 0.3, 0.4"): False,
+    }  # fmt: skip
+
+
+def test_a_finished_model_writes_boxes_as_its_recipe_said(make_recipe: MakeRecipe) -> None:
+    for form, expected in (("qwen", "qwen"), (None, "padded")):
+        recipe = load_recipe(make_recipe(**({"boxes": form} if form else {})))
+        setup = prepare(recipe)
+        assert setup.processor.config.boxes == setup.model.config.boxes == expected
+        assert ("boxes" in recipe.stored()) == (form is not None)  # earlier versions read the others
+    with pytest.raises(InputError, match=r"boxes.*'padded', 'picture', 'qwen' or 'pixels'"):
+        load_recipe(make_recipe(boxes="yolo"))
+
+
+def test_a_box_outside_its_picture_is_a_bad_row(make_recipe: MakeRecipe, rows: Path, tmp_path: Path) -> None:
+    row = json.loads((rows / "rows.jsonl").read_text().splitlines()[0]) | {"id": "out"}
+    row |= {"objects": {"ref": [], "bbox": [[0, 0, 5000, 1]], "bbox_type": "real"}}
+    row["conversations"][1]["value"] += " <bbox>"
+    path = tmp_path / "out.jsonl"
+    path.write_text(json.dumps(row))
+    recipe = load_recipe(make_recipe(data=[{"rows": str(path)}], epochs=1))
+    with pytest.raises(InputError, match=r"1 bad rows, max_bad_rows allows 0.*reaches out of its picture of"):
+        Batches(recipe, prepare(recipe).processor)[0]

@@ -26,9 +26,10 @@ from pumice.formats.export import export
 from pumice.formats.pumice.folder import save
 from pumice.formats.read import read_model
 from pumice.media import VideoPolicy
-from pumice.model.connector import REDUCE, Connector, Reduction
+from pumice.model.connector import KINDS, REDUCE, Connector, Reduction
 from pumice.model.llava import Llava
 from pumice.model.packed import Run
+from pumice.processor import check_used
 from pumice.train import run
 from pumice.train.loop import PreparedStep, Trainer
 from pumice.train.loss import supervised_loss
@@ -92,6 +93,35 @@ def test_a_wrong_count_of_image_tokens_is_refused_by_plan_check_and_train(
             use()
 
 
+def test_a_kind_that_halves_tokens_is_refused_by_plan_check_and_train(
+    make_recipe: MakeRecipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the recipe makes the connector, or starts from a model whose kind was changed since."""
+    own = torch.nn.Linear
+    monkeypatch.setitem(KINDS, "own", lambda *widths: torch.nn.Sequential(own(*widths)))
+    new = {"base": str(tiny_model), "connector": {"kind": "own"}}
+    trained = run(make_recipe("trained", model=new, stage=CONNECTOR, max_steps=1))
+
+    class Half(own):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, ::2])
+
+    monkeypatch.setitem(KINDS, "own", lambda *widths: torch.nn.Sequential(Half(*widths)))
+    for number, model in enumerate((new, str(trained))):
+        path = make_recipe(f"half {number}", model=model, stage=CONNECTOR)
+        recipe = load_recipe(path)
+        uses: tuple[Callable[[], object], ...] = (
+            lambda recipe=recipe: processor_of(recipe),
+            lambda recipe=recipe, path=path: sizes(recipe, shape(recipe, path)[0], "cpu"),
+            lambda path=path: run(path),
+        )
+        for use in uses:
+            with pytest.raises(
+                InputError, match=r"kind 'own', whose .* tokens, gives 2 tokens of a tile, 4 are counted"
+            ):
+                use()
+
+
 def test_tokens_that_make_no_square_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Reduction(lambda features, factor: features.unflatten(1, (3, 3)).mean(2), widens=False)
     monkeypatch.setitem(REDUCE, "rows", rows)
@@ -109,6 +139,22 @@ def test_tokens_that_make_no_square_are_not_joined(monkeypatch: pytest.MonkeyPat
             Llava(dataclasses.replace(config, **change))
 
 
+def test_a_stage_leaves_out_what_its_mode_does_not_use(make_recipe: MakeRecipe, tiny_model: Path) -> None:
+    """A model with tiles may be aligned without; what the stage itself sets must be used."""
+    model = read_model(tiny_model).config
+    policy = ImagePolicy("anyres", pinpoints=((128, 64),), max_tiles=4, resample="lanczos")
+    tiles = dataclasses.replace(model, image=policy)
+    path = make_recipe(stage=CONNECTOR | {"image": {"mode": "pad"}})
+    staged = load_recipe(path).stage_config(tiles)
+    assert staged.image == ImagePolicy("pad", resample="lanczos")
+    check_used(staged)
+    path = make_recipe(stage=CONNECTOR | {"image": {"mode": "pad", "pinpoints": [[128, 64]]}})
+    recipe = load_recipe(path)
+    for use in (lambda: shape(recipe, path), lambda: processor_of(recipe), lambda: run(path)):
+        with pytest.raises(InputError, match="the image mode 'pad' does not implement pinpoints = "):
+            use()
+
+
 def test_a_wrong_key_of_a_new_connector_is_named(make_recipe: MakeRecipe, tiny_model: Path) -> None:
     for model, message in (
         ({"base": str(tiny_model), "conector": {"kind": "linear"}}, r"unknown key 'model\.conector'"),
@@ -119,7 +165,9 @@ def test_a_wrong_key_of_a_new_connector_is_named(make_recipe: MakeRecipe, tiny_m
     fresh = {"base": str(tiny_model), "connector": {"kind": "linear"}}
     with pytest.raises(InputError, match="the new connector's weights are random; add connector to stage"):
         load_recipe(make_recipe(model=fresh, stage={"learn": {"lora": 1e-3}, "lora": {"rank": 2}}))
-    with pytest.raises(InputError, match="unknown connector 'mlp2'; use linear, mlpNx_gelu or identity"):
+    with pytest.raises(
+        InputError, match="unknown connector 'mlp2'; use one of identity, linear, mlp1x_gelu, "
+    ):
         run(make_recipe(model={"base": str(tiny_model), "connector": {"kind": "mlp2"}}, stage=CONNECTOR))
 
 

@@ -193,12 +193,16 @@ def test_cached_features_and_mirrored_pictures(make_recipe: MakeRecipe, rows: Pa
     assert same(cached, again)
 
 
-class Stopping(Trainer):
-    """A run that stops after its first checkpoint."""
+def run_to_first_checkpoint(path: Path) -> None:
+    save = Trainer._save
 
-    def _save(self, folder: Path) -> None:
-        super()._save(folder)
+    def save_and_stop(trainer: Trainer, folder: Path) -> None:
+        save(trainer, folder)
         raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_save", save_and_stop)
+        run(path)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -217,10 +221,7 @@ def test_a_picture_that_changed_gets_its_own_features(
         with_cache = {} if name == "without" else {"feature_cache": str(cache)}
         make_recipe(name, **options, **with_cache)
         if stopped:
-            recipe = load_recipe(tmp_path / f"{name}.yaml")
-            torch.manual_seed(recipe.seed)
-            with pytest.raises(KeyboardInterrupt):
-                Stopping(recipe, prepare(recipe)).run()
+            run_to_first_checkpoint(tmp_path / f"{name}.yaml")
         else:
             run(tmp_path / f"{name}.yaml")
     for path in folder.glob("*.png"):  # the same colours, in other places

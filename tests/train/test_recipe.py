@@ -190,6 +190,13 @@ def test_extending_in_a_circle_or_nothing_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "a.yaml")
     with pytest.raises(InputError, match=r"lone\.yaml: extends gone\.yaml, but there is no"):
         load_recipe(extend(tmp_path, "lone.yaml", extends="gone.yaml"))
+    extend(tmp_path, "parts/base.yaml")
+    extend(tmp_path, "parts/b.yaml")
+    near = "; did you mean parts/base.yaml?"
+    for name, hint in (("parts/bse.yml", near), ("parts/base", near), ("parts/other.yaml", "")):
+        with pytest.raises(InputError) as caught:
+            load_recipe(extend(tmp_path, "lone.yaml", extends=name))
+        assert str(caught.value).endswith(f"there is no {tmp_path / name}{hint}")
     with pytest.raises(InputError, match=r"extends must be the path of one recipe"):
         load_recipe(extend(tmp_path, "two.yaml", extends=["a.yaml", "b.yaml"]))
 

@@ -40,3 +40,20 @@ def test_steps_are_counted_on_every_terminal(
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).replace("\r", "\n").splitlines()
     assert lines[0] == "a line that is longer than forty columns, but whole"
     assert any(re.fullmatch(shown, line.strip()) for line in lines), lines
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_narrow_terminal_cuts_no_number(
+    make_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: int,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for name, value in {"TERM": "xterm", "COLUMNS": str(columns)}.items():
+        monkeypatch.setenv(name, value)
+    recipe = load_recipe(make_recipe(name="a run with a long name, of many words"))
+    with TrainingReport(recipe, [], 0, 12000, peak=1e9) as report:
+        report.step(700, {"loss": 2.345}, 24690, 2.0, flops=9e8)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).replace("\r", "\n")
+    assert {"700/12000", "loss", "2.345", "12345", "tokens/s", "45%", "peak"} <= set(shown.split())

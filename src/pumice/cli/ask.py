@@ -10,46 +10,41 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from pumice.cli import options, reading
-from pumice.conversation import check_media
+from pumice.conversation import Video, check_media
 from pumice.errors import InputError
 from pumice.files import replacing
 from pumice.jsonl import json_text, print_json
 from pumice.progress import LOG_SECONDS, ProgressBar
 
+DRAWN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of --out, and Pillow's names
+
 
 @options.expand
 def ask(
     arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Pictures, if any, then the question.", metavar="[IMAGE]... QUESTION", show_default=False
-        ),
+        list[str] | None, Argument(help="Pictures, if any, then the question.", metavar="[IMAGE]... QUESTION")
     ] = None,
     model: options.Model = "pumice-tiny",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     batch: Annotated[
         Path | None,
-        typer.Option(
-            help='Answer many questions: one {"id", "image", "question"} per line.',
-            metavar="IN.jsonl",
-            show_default=False,
-        ),
+        Option(help='Answer many questions: one {"id", "image", "question"} per line.', metavar="IN.jsonl"),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the answers of --batch go.", metavar="OUT.jsonl", show_default=False),
+        Option(
+            help="Where the answers of --batch go; or, of one answer, the picture with its boxes.",
+            metavar="OUT",
+        ),
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Frames of a video or an animation; by default as the model was trained.",
-            show_default=False,
-        ),
+        Option(min=1, help="Frames of a video or an animation; by default as the model was trained."),
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Questions of --batch answered at a time.")] = 8,
+    slots: Annotated[int, Option(min=1, help="Questions of --batch answered at a time.")] = 8,
     *,
     sampling: options.Sampling,
     opening: options.Opening,
@@ -58,13 +53,11 @@ def ask(
 
     pumice ask dog.jpg "What is the dog doing?"
     """
-    if batch is not None or out is not None:
-        if arguments and batch is not None:
+    if batch is not None:
+        if arguments:
             raise InputError(f"--batch reads its questions from the file; leave out {arguments[-1]!r}")
         if out is None:
             raise InputError("--batch needs --out OUT.jsonl, where the answers go")
-        if batch is None:
-            raise InputError("--out belongs to --batch IN.jsonl; one answer goes to the terminal")
         _ask_batch(batch, out, model, opening, slots, as_json, sampling.given())
         return
     *images, question = arguments or [""]
@@ -75,7 +68,9 @@ def ask(
                 f"there is no picture {path!r}; if it belongs to the question, put the question in quotes: "
                 'pumice ask dog.jpg "What is this?"'
             )
-    _ask_one(images, question, model, opening, as_json, sampling.given(), frames)
+    if out is not None:
+        _check_drawing(out, images)
+    _ask_one(images, question, model, opening, as_json, sampling.given(), frames, out)
 
 
 def _check_question(images: list[str], question: str) -> None:
@@ -94,6 +89,21 @@ def _check_question(images: list[str], question: str) -> None:
     Conversation((message,)).check(answered=False)
 
 
+def _check_drawing(out: Path, images: list[str]) -> None:
+    """Raise InputError unless the boxes of an answer can be drawn into `out`."""
+    if out.suffix.lower() not in DRAWN:
+        raise InputError(
+            f"--out {out}: of one answer it is the picture with its boxes, named .png, .jpg or .webp; "
+            "a file of answers belongs to --batch IN.jsonl"
+        )
+    if not images:
+        raise InputError(f"--out {out} draws the boxes of an answer on its picture; show one")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"the folder '{out.parent}' of --out does not exist; make it first")
+    if out.is_dir() or (out.exists() and any(Path(path).exists() and out.samefile(path) for path in images)):
+        raise InputError(f"--out '{out}' is a folder or the picture itself; name another file")
+
+
 def _is_image_path(text: str) -> bool:
     with contextlib.suppress(OSError, ValueError):  # a long question cannot be a file name
         if Path(text).is_file():
@@ -104,7 +114,6 @@ def _is_image_path(text: str) -> bool:
 
 def _open(path: str, frames: int | None) -> Any:
     """Return a picture, or a video: an animation is one only where frames are asked for."""
-    from pumice.conversation import Video
     from pumice.images import open_image
     from pumice.video import is_video
 
@@ -120,23 +129,36 @@ def _ask_one(
     as_json: bool,
     sampling: dict[str, Any],
     frames: int | None,
+    out: Path | None,
 ) -> None:
     # Before torch is imported, so that a wrong path fails at once.
     opened = [_open(path, frames) for path in images]
+    if out is not None and isinstance(opened[-1], Video):
+        raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
     options.share_cores()
     from pumice.assistant import CHUNK_SHOWN
     from pumice.conversation import Conversation, question_message
 
     assistant = opening.load(model, chunk=CHUNK_SHOWN)
     reply = assistant.stream(Conversation((question_message(question, opened),)), **sampling)
+    pieces = []
+    for piece in reply if as_json else reading.pieces(reply):
+        pieces.append(piece)
+        if not as_json:
+            print(piece, end="", flush=True)
+    answer = "".join(pieces)
     if as_json:
-        answer = "".join(reply)
         values = {"model": assistant.name, "images": images, "question": question, "answer": answer}
         print_json({**values, "finish": reply.finish, "tokens": reply.tokens})
-        return
-    for piece in reading.pieces(reply):
-        print(piece, end="", flush=True)
-    print()
+    else:
+        print()
+    if out is not None:
+        # Of several pictures, boxes are of the last.
+        count = len(assistant.boxes(opened[-1], answer, images=len(opened)))
+        with replacing(out) as file:
+            drawn = assistant.draw(opened[-1], answer, images=len(opened))
+            drawn.save(file.buffer, DRAWN[out.suffix.lower()])
+        print(f"pumice: {out} shows the answer's boxes: {count}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import unquote, urlparse
 
-import typer
+from typer import Argument
 
 from pumice.cli import options, reading
 from pumice.conversation import IMAGE_PLACEHOLDER, Message, question_message
@@ -37,8 +37,7 @@ Ctrl-C stops an answer and keeps the conversation."""
 @options.expand
 def chat(
     images: Annotated[
-        list[str] | None,
-        typer.Argument(help="Pictures to begin with.", metavar="[IMAGE]...", show_default=False),
+        list[str] | None, Argument(help="Pictures to begin with.", metavar="[IMAGE]...")
     ] = None,
     model: options.Model = "pumice-tiny",
     sampling: options.Sampling = SAMPLING,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.errors import InputError
@@ -31,38 +32,34 @@ _HINTS = {
 
 @options.expand
 def check(
-    model: Annotated[str, typer.Argument(help="A folder, GGUF files, or a hub name.", metavar="MODEL")],
+    model: Annotated[str, Argument(help="A folder, GGUF files, or a hub name.", metavar="MODEL")],
     images: Annotated[
         list[Path] | None,
-        typer.Argument(
+        Argument(
             help="Pictures to ask about; a drawn one of the tower's size if there are none.",
             metavar="[IMAGE]...",
-            show_default=False,
         ),
     ] = None,
     *,
     against: Annotated[
-        str, typer.Option(help="The other form: a folder, GGUF files, or http://HOST/v1.", metavar="OTHER")
+        str, Option(help="The other form: a folder, GGUF files, or http://HOST/v1.", metavar="OTHER")
     ],
-    against_mmproj: Annotated[
-        str | None, typer.Option(help="OTHER's half that sees, in GGUF.", show_default=False)
-    ] = None,
+    against_mmproj: Annotated[str | None, Option(help="OTHER's half that sees, in GGUF.")] = None,
     llama_cpp: Annotated[
-        bool, typer.Option("--llama-cpp", help="Run OTHER, in GGUF, by llama.cpp instead of Pumice.")
+        bool, Option("--llama-cpp", help="Run OTHER, in GGUF, by llama.cpp instead of Pumice.")
     ] = False,
     model_name: Annotated[
-        str | None,
-        typer.Option(help="OTHER's name at its address, where there are several.", show_default=False),
+        str | None, Option(help="OTHER's name at its address, where there are several.")
     ] = None,
     questions: Annotated[
-        list[str] | None, typer.Option("--question", help="What is asked; repeat.", show_default=QUESTION)
+        list[str] | None, Option("--question", help="What is asked; repeat.", show_default=QUESTION)
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
-    tolerance: Annotated[float, typer.Option(min=0, help="By how much log-probabilities may differ.")] = 0.1,
+    new_tokens: Annotated[int, Option(min=1, help="Tokens of an answer.")] = 16,
+    tolerance: Annotated[float, Option(min=0, help="By how much log-probabilities may differ.")] = 0.1,
     opening: Annotated[
         options.Opening, "device", "quantize", "template", "tower", "base", "mmproj", "cache_limit"
     ] = _EXACT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Ask two forms of one model the same, and say where they part: did my conversion break it?
 
@@ -106,23 +103,27 @@ def _programs(
     model: str, against: str, opening: options.Opening, mmproj: str | None, llama_cpp: bool, name: str | None,
     new_tokens: int, served: bool,
 ) -> tuple[InPumice, Program]:  # fmt: skip
-    """Return both programs. Pumice opens a model when it is asked first; llama.cpp opens its own here."""
+    """Return both programs."""
     from pumice.assistant import load
     from pumice.evaluate.parity import AtAddress, InLlamaCpp, InPumice
 
+    # Each opens its model when it is asked first, so that not both are in memory at once.
     arguments = opening.arguments()
     shared = {key: arguments[key] for key in ("device", "quantize", "cache_limit")}
     first = InPumice(model, lambda: load(model, **arguments), new_tokens)
     if served:
         return first, AtAddress(against, name, new_tokens)
-    second = InPumice(against, lambda: load(against, mmproj=mmproj, **shared), new_tokens)
     if not llama_cpp:
-        return first, second
+        return first, InPumice(against, lambda: load(against, mmproj=mmproj, **shared), new_tokens)
     from pumice.formats.gguf.read import gguf_files
-    from pumice.formats.read import find_pair
+    from pumice.formats.read import find_pair, read_model
+    from pumice.processor import Processor
+    from pumice.tokens import Tokenizer
 
     llm, seeing = gguf_files(*find_pair(against, mmproj))
-    return first, InLlamaCpp(against, llm.path, None if seeing is None else seeing.path, second)
+    parts = read_model(against, mmproj=mmproj)
+    processor = Processor(parts.config, Tokenizer(parts.tokenizer))
+    return first, InLlamaCpp(against, llm.path, None if seeing is None else seeing.path, processor)
 
 
 def _questions(first: InPumice, images: Sequence[Path], texts: Sequence[str]) -> list[CheckQuestion]:

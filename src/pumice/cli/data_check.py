@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.cli.data_show import print_row
@@ -51,42 +52,30 @@ def check(
     reading: SourceOptions,
     sources: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             help="Rows in any format: files, folders, globs, hf://owner/name; the recipe's if none is given.",
             metavar="SOURCE...",
         ),
     ] = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option(help="A folder of the pictures; repeat for several. The recipe's if none is given."),
+        Option(help="A folder of the pictures; repeat for several. The recipe's if none is given."),
     ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="Also count tokens as this recipe's stage has them.", show_default=False),
-    ] = None,
+    recipe: Annotated[Path | None, Option(help="Also count tokens as this recipe's stage has them.")] = None,
     held_out: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Rows whose pictures should not be among them; the recipe's if none is given.",
             metavar="SOURCE",
-            show_default=False,
         ),
     ] = None,
-    budget: Annotated[float, typer.Option(help="The share of rows that may be unusable.")] = 0.0,
-    decode: Annotated[bool, typer.Option(help="Open every picture.")] = True,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that open them; one per core.", show_default=False)
-    ] = None,
-    sample: Annotated[bool, typer.Option(help="Show a row of each source in tokens (with --recipe).")] = True,
-    fixed: Annotated[
-        Path | None, typer.Option("--fix", help="Write a cleaned copy of SOURCE here.", show_default=False)
-    ] = None,
-    report_to: Annotated[
-        Path | None, typer.Option("--report", help="Write the report here as JSON.", show_default=False)
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the whole report as one JSON object.")
-    ] = False,
+    budget: Annotated[float, Option(help="The share of rows that may be unusable.")] = 0.0,
+    decode: Annotated[bool, Option(help="Open every picture.")] = True,
+    workers: Annotated[int | None, Option(min=0, help="Processes that open them; one per core.")] = None,
+    sample: Annotated[bool, Option(help="Show a row of each source in tokens (with --recipe).")] = True,
+    fixed: Annotated[Path | None, Option("--fix", help="Write a cleaned copy of SOURCE here.")] = None,
+    report_to: Annotated[Path | None, Option("--report", help="Write the report here as JSON.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the whole report as one JSON object.")] = False,
 ) -> None:
     """Check rows and their pictures. Status 1 when more rows than --budget are unusable."""
     from pumice.data.check import check as check_rows

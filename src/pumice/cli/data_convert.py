@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.cli.source import Source, SourceOptions
@@ -15,17 +15,15 @@ from pumice.progress import ProgressBar
 @options.expand
 def convert(
     source: Source,
-    out: Annotated[Path, typer.Argument(help="A new folder.", metavar="DST")],
+    out: Annotated[Path, Argument(help="A new folder.", metavar="DST")],
     reading: SourceOptions,
     to: Annotated[
         Literal["llava", "parquet", "webdataset"],
-        typer.Option(help="LLaVA JSON Lines with a folder of pictures, or shards."),
+        Option(help="LLaVA JSON Lines with a folder of pictures, or shards."),
     ] = "llava",
-    images: Annotated[
-        list[Path] | None, typer.Option(help="A folder of the pictures; repeat for several.")
-    ] = None,
-    rows_per_file: Annotated[int, typer.Option(min=1, help="Rows of a shard.")] = 1000,
-    max_bad_rows: Annotated[int, typer.Option(min=0, help="Rows to leave out before it is refused.")] = 0,
+    images: Annotated[list[Path] | None, Option(help="A folder of the pictures; repeat for several.")] = None,
+    rows_per_file: Annotated[int, Option(min=1, help="Rows of a shard.")] = 1000,
+    max_bad_rows: Annotated[int, Option(min=0, help="Rows to leave out before it is refused.")] = 0,
 ) -> None:
     """Write rows in another format. The source stays; the same command continues where it was interrupted."""
     from pumice.data.convert import convert as convert_rows

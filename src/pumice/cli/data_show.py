@@ -7,16 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.cli.source import SourceOptions
 from pumice.jsonl import print_json
 
 if TYPE_CHECKING:
+    from pumice.boxes import BoxMap
     from pumice.config import ModelConfig
     from pumice.conversation import Conversation
     from pumice.data.rows import ImageFinder, Row, Rows
+    from pumice.geometry import Size
     from pumice.processor import Processor
     from pumice.templates import Plain, Template
     from pumice.tokens import Tokenizer
@@ -30,44 +32,36 @@ def show(
     reading: SourceOptions,
     source: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             help="Rows in any format: a file, a folder, a glob, hf://owner/name; the recipe's if not given.",
             metavar="SOURCE",
         ),
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(
-            help="As this recipe's stage learns them: its model, template, image tokens and context.",
-            show_default=False,
-        ),
+        Option(help="As this recipe's stage learns them: its model, template, image tokens and context."),
     ] = None,
     model: options.Model = "pumice-tiny",
     template: Annotated[
-        str | None,
-        typer.Option(help="Another chat format than the model's: v1, plain, ...", show_default=False),
+        str | None, Option(help="Another chat format than the model's: v1, plain, ...")
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Not a model's but this tokenizer.json, SentencePiece tokenizer.model, folder or GGUF file.",
             metavar="PATH",
-            show_default=False,
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Look the pictures up here; without it none is needed.")
+        Path | None, Option(help="Look the pictures up here; without it none is needed.")
     ] = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="Show only so many rows of a source.", show_default=False)
-    ] = None,
-    pictures: Annotated[bool, typer.Option("--pictures", help="Draw the pictures in the terminal.")] = False,
+    rows: Annotated[int | None, Option(min=1, help="Show only so many rows of a source.")] = None,
+    pictures: Annotated[bool, Option("--pictures", help="Draw the pictures in the terminal.")] = False,
     page: Annotated[
-        Path | None,
-        typer.Option("--html", help="Write rows and pictures to this page instead.", show_default=False),
+        Path | None, Option("--html", help="Write rows and pictures to this page instead.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a list of {id, input_ids, labels}; a picture is -200.")
+        bool, Option("--json", help="Print a list of {id, input_ids, labels}; a picture is -200.")
     ] = False,
 ) -> None:
     """Print rows as the model sees them: what it learns to write is green and in [+ +]."""
@@ -77,6 +71,7 @@ def show(
     # 1. The rows, where their pictures are, and how they become tokens: by the recipe, if there is one.
     sources = [] if source is None else [reading.open(source)]
     folders = [] if images is None else [images]
+    encoding: RowEncoding | None = None
     if recipe is not None:
         if template is not None or tokenizer is not None or model != "pumice-tiny":
             raise InputError(
@@ -94,18 +89,22 @@ def show(
     if not sources:
         raise InputError("there is nothing to show: give a file of rows, or --recipe")
     finder = ImageFinder(folders) if folders else None
+    box_maps = _box_maps(None if encoding is None else encoding.config)
     # 2. A page shows rows as they are.
     if page is not None:
         if len(sources) > 1:
             raise InputError(f"--html writes a page of one source, the recipe has {len(sources)}; name one")
-        _write_page(sources[0], rows or PAGE_ROWS, finder or ImageFinder("."), page)
+        _write_page(sources[0], rows or PAGE_ROWS, finder or ImageFinder("."), page, box_maps)
         return
+    assert encoding is not None  # only a page needs none
     # 3. Print tokens. A row that a recipe cannot use says why; without a recipe it ends the command.
     printed = []
     for opened in sources:
         for row in (opened[index] for index in range(min(len(opened), rows or len(opened)))):
             try:
-                ids, labels = encoding.encode(row.conversation(finder))
+                # Boxes are written by the sizes of their pictures.
+                pictures_at = finder or (None if row.objects is None else ImageFinder("."))
+                ids, labels = encoding.encode(row.conversation(pictures_at))
             except InputError as error:
                 if recipe is None or as_json:
                     raise
@@ -115,7 +114,7 @@ def show(
                 printed.append({"id": row.id, "input_ids": ids, "labels": labels})
                 continue
             if pictures:
-                _draw(row, finder or ImageFinder("."))
+                _draw(row, finder or ImageFinder("."), box_maps)
             print_row(row.id, ids, labels, encoding.tokenizer, encoding.count(ids))
     if as_json:
         print_json(printed)
@@ -123,8 +122,12 @@ def show(
 
 @dataclasses.dataclass(frozen=True)
 class RowEncoding:
-    """How a row becomes (input_ids, labels). count: says in words how pictures count in input_ids."""
+    """How a row becomes (input_ids, labels). count: says in words how pictures count in input_ids.
 
+    config: of the model, None for a tokenizer alone.
+    """
+
+    config: ModelConfig | None
     tokenizer: Tokenizer
     encode: Callable[[Conversation], tuple[list[int], list[int]]]
     count: Callable[[list[int]], str]
@@ -140,11 +143,13 @@ def _learned(recipe: Recipe) -> RowEncoding:
         sample = processor.training_sample(conversation)
         return sample.input_ids.tolist(), sample.labels.tolist()
 
-    return RowEncoding(processor.tokenizer, encode, lambda ids: "")
+    return RowEncoding(processor.config, processor.tokenizer, encode, lambda ids: "")
 
 
 def _seen(model: str, template: str | None, path: Path | None) -> RowEncoding:
     """Return the encoding of a model, or of the tokenizer at `path`, with one token for each picture."""
+    from pumice.boxes import write_boxes
+    from pumice.images import image_size
     from pumice.templates import OWN
     from pumice.tokens import encode as encode_spans
 
@@ -157,13 +162,28 @@ def _seen(model: str, template: str | None, path: Path | None) -> RowEncoding:
         bos = config.bos_token_id
 
     def encode(conversation: Conversation) -> tuple[list[int], list[int]]:
+        if conversation.objects is not None:
+            maps = [
+                _box_maps(config, len(conversation.images))(image_size(i.source)) for i in conversation.images
+            ]
+            conversation = write_boxes(conversation, maps)
         ones = [1] * len(conversation.images)
         return encode_spans(chat_format.render(conversation), tokenizer, ones, bos)
 
-    return RowEncoding(tokenizer, encode, lambda ids: _counted(ids, config))
+    return RowEncoding(config, tokenizer, encode, lambda ids: _counted(ids, config))
 
 
-def _write_page(rows: Rows, count: int, finder: ImageFinder, page: Path) -> None:
+def _box_maps(config: ModelConfig | None, images: int = 1) -> Callable[[Size], BoxMap]:
+    """Return how a model reads and writes boxes; without one, as LLaVA-1.5 does."""
+    from pumice.boxes import box_map
+    from pumice.data.preview import padded_map
+
+    return padded_map if config is None else lambda size: box_map(config, size, images)
+
+
+def _write_page(
+    rows: Rows, count: int, finder: ImageFinder, page: Path, box_maps: Callable[[Size], BoxMap]
+) -> None:
     from pumice.data.preview import write_page
     from pumice.errors import InputError
 
@@ -174,24 +194,30 @@ def _write_page(rows: Rows, count: int, finder: ImageFinder, page: Path) -> None
             return error
 
     shown = min(count, len(rows))
-    write_page(((index + 1, read(index)) for index in range(shown)), finder, page, rows.label)
+    write_page(((index + 1, read(index)) for index in range(shown)), finder, page, rows.label, box_maps)
     print(f"{page}: {shown} of {len(rows)} rows ({rows.opened.form})")
 
 
-def _draw(row: Row, finder: ImageFinder) -> None:
-    """Draw the pictures of a row; say why one cannot be opened."""
+def _draw(row: Row, finder: ImageFinder, box_maps: Callable[[Size], BoxMap]) -> None:
+    """Draw the pictures of a row with its boxes; say why one cannot be opened."""
     from rich.console import Console
 
-    from pumice.data.preview import blocks
+    from pumice.data.preview import blocks, row_boxes
     from pumice.errors import InputError
     from pumice.images import open_image
 
     console = Console(highlight=False)
+    opened = []
     for image in row.image:
         try:
-            console.print(blocks(open_image(row.find(image, finder))))
+            opened.append(open_image(row.find(image, finder)))
         except InputError as error:
             console.print(str(error), markup=False)
+    # Without one picture, which box belongs to which other is not known.
+    complete = len(opened) == len(row.image)
+    boxes = row_boxes(row, [image.size for image in opened], box_maps) if complete else [[] for _ in opened]
+    for picture, own_boxes in zip(opened, boxes, strict=True):
+        console.print(blocks(picture, own_boxes))
 
 
 def _format(template: str, path: Path) -> tuple[Template | Plain, Tokenizer, int | None]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from pumice import __version__
 from pumice.cli import options
@@ -22,20 +23,17 @@ _MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("FIX", 
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    test: Annotated[bool, typer.Option(help="Run small models, some seconds.")] = True,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    test: Annotated[bool, Option(help="Run small models, some seconds.")] = True,
 ) -> None:
     """Say what is installed, what works, and what to do about what does not. Status 1 on a problem."""
-    environ = dict(os.environ)
     options.share_cores()
     from rich.console import Console
-
-    from pumice.cli.checks import examine
 
     start = time.perf_counter()
     sections: dict[str, list[Finding]] = {}
     console = Console(highlight=False, soft_wrap=True)
-    for title, findings in examine(test=test, environ=environ):
+    for title, findings in examine(test=test):
         sections[title] = findings
         if not as_json:
             _print(console, title, findings)
@@ -55,6 +53,24 @@ def doctor(
         console.print("Nothing is wrong.")
     if problems:
         raise typer.Exit(1)
+
+
+def examine(*, test: bool = True) -> Iterator[tuple[str, list[Finding]]]:
+    """Run all checks, and yield (title, findings) for each section.
+
+    test: also run the self-test, which takes some seconds.
+    """
+    from pumice.cli import checks, trial
+
+    libraries = checks.versions()
+    yield "versions", libraries
+    torch_works = next(finding.level == "ok" for finding in libraries if finding.name == "torch")
+    if torch_works:
+        yield "devices", checks.devices()
+        yield "threads", checks.threads()
+    yield "caches", checks.caches()
+    if test and torch_works:
+        yield "self-test", trial.self_test()
 
 
 def _print(console: Console, title: str, findings: list[Finding]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.errors import InputError
@@ -21,81 +21,52 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    task: Annotated[
-        str | None, typer.Argument(help="A benchmark; --list names them.", show_default=False)
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="The folder with the official files.", metavar="DIR", show_default=False),
-    ] = None,
+    task: Annotated[str | None, Argument(help="A benchmark; --list names them.")] = None,
+    data: Annotated[Path | None, Option(help="The folder with the official files.", metavar="DIR")] = None,
     predictions: Annotated[
-        Path | None,
-        typer.Option(
-            help="Answers to score (ours or LLaVA's); with --model, where they are kept.", show_default=False
-        ),
+        Path | None, Option(help="Answers to score (ours or LLaVA's); with --model, where they are kept.")
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="A model folder, a built-in name, or http://HOST/v1.", show_default=False
-        ),
+        str | None, Option("--model", "-m", help="A model folder, a built-in name, or http://HOST/v1.")
     ] = None,
-    model_name: Annotated[
-        str | None, typer.Option(help="The model's name at an address.", show_default=False)
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Another split than the first.", show_default=False)
-    ] = None,
+    model_name: Annotated[str | None, Option(help="The model's name at an address.")] = None,
+    split: Annotated[str | None, Option(help="Another split than the first.")] = None,
     json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", help="Write the result here; - prints it.", metavar="FILE", show_default=False
-        ),
+        Path | None, Option("--json", help="Write the result here; - prints it.", metavar="FILE")
     ] = None,
     report: Annotated[
-        Path | None,
-        typer.Option(help="Write a page with numbers and pictures.", metavar="FILE", show_default=False),
+        Path | None, Option(help="Write a page with numbers and pictures.", metavar="FILE")
     ] = None,
     other_results: Annotated[
-        list[Path] | None, typer.Option("--with", help="Results of other tasks for the page; repeat.")
+        list[Path] | None, Option("--with", help="Results of other tasks for the page; repeat.")
     ] = None,
     compare: Annotated[
-        Path | None,
-        typer.Option(
-            help="Other answers, which those of --predictions are measured against.", show_default=False
-        ),
+        Path | None, Option(help="Other answers, which those of --predictions are measured against.")
     ] = None,
-    submission: Annotated[
-        Path | None, typer.Option(help="Write what the benchmark's server takes.", show_default=False)
-    ] = None,
+    submission: Annotated[Path | None, Option(help="Write what the benchmark's server takes.")] = None,
     reference: Annotated[
-        str | None,
-        typer.Option(help="Whose published number this should be, such as LLaVA-1.5-7B.", show_default=False),
+        str | None, Option(help="Whose published number this should be, such as LLaVA-1.5-7B.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first questions; marked as partial.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, Option(help="Only the first questions; marked as partial.")] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Score what there is; marked as partial.")
+        bool, Option("--allow-missing", help="Score what there is; marked as partial.")
     ] = False,
-    reviews: Annotated[
-        Path | None, typer.Option(help="The judge's replies: read, and new ones added.", show_default=False)
-    ] = None,
-    judge_url: Annotated[
-        str | None, typer.Option(help="The judge's OpenAI-compatible address.", show_default=False)
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(help="The judge's name there.", show_default=False)
-    ] = None,
+    reviews: Annotated[Path | None, Option(help="The judge's replies: read, and new ones added.")] = None,
+    judge_url: Annotated[str | None, Option(help="The judge's OpenAI-compatible address.")] = None,
+    judge_model: Annotated[str | None, Option(help="The judge's name there.")] = None,
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="The longest answer, in tokens; else the benchmark's own.", show_default=False
+        int | None, Option(min=1, help="The longest answer, in tokens; else the benchmark's own.")
+    ] = None,
+    boxes: Annotated[
+        str | None,
+        Option(
+            help="How answers write boxes: padded, picture, qwen, pixels; by default as --model does.",
+            metavar="FORM",
         ),
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
+    slots: Annotated[int, Option(min=1, help="Questions answered at a time.")] = 16,
     device: options.Device = None,
-    show_list: Annotated[bool, typer.Option("--list", help="Name the benchmarks and their files.")] = False,
+    show_list: Annotated[bool, Option("--list", help="Name the benchmarks and their files.")] = False,
 ) -> None:
     """Score answers to a benchmark, or let a model answer and score it.
 
@@ -103,6 +74,7 @@ def evaluate(
     """
     from pumice.evaluate import result
     from pumice.evaluate.published import PUBLISHED
+    from pumice.evaluate.run import check_images, run
     from pumice.evaluate.tasks import get_task
     from pumice.files import replacing
 
@@ -135,13 +107,21 @@ def evaluate(
     )
     other_values = [result.read_result(path) for path in other_results or ()]
     _set_judge(benchmark, reviews, judge_url, judge_model)
+    _set_boxes(benchmark, boxes, model)
 
     # 2. Read the questions, and let the model answer them.
     asked = result.read_questions(benchmark, data, limit, keep_images=model is not None)
-    if model is not None and not _answer(
-        benchmark, asked, predictions, model, model_name, device, slots, allow_missing, max_new_tokens
-    ):
-        return  # another process of torchrun scores the answers
+    if model is not None:
+        if missing := check_images(asked.questions, allow_missing=allow_missing):
+            print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
+        answerer = _answerer(model, model_name, device, slots)
+        with ProgressBar(log_seconds=LOG_SECONDS) as bar:
+            scores_here = run(
+                benchmark, asked.questions, answerer, predictions,
+                allow_missing=allow_missing, progress=bar.show, max_new_tokens=max_new_tokens,
+            )  # fmt: skip
+        if not scores_here:
+            return  # another process of torchrun scores the answers
     answers = result.read_answers(asked, predictions, allow_missing=allow_missing)
     # 3. Write a submission, compare two files of answers, or score one.
     if submission is not None:
@@ -213,29 +193,18 @@ def _set_judge(task: Task, reviews: Path | None, url: str | None, model: str | N
         task.judge = Judge(reviews, endpoint)
 
 
-def _answer(
-    task: Task,
-    asked: QuestionSet,
-    path: Path,
-    model: str,
-    model_name: str | None,
-    device: str | None,
-    slots: int,
-    allow_missing: bool,
-    max_new_tokens: int | None,
-) -> bool:
-    """Let the model write its answers to `path`. Return False if another process scores them."""
-    from pumice.evaluate.run import check_images, run
+def _set_boxes(task: Task, form: str | None, model: str | None) -> None:
+    """Say how answers write boxes: as --boxes names it, else as the model of this machine writes them."""
+    from pumice.media import check_box_form
 
-    missing = check_images(asked.questions, allow_missing=allow_missing)
-    if missing:
-        print(f"pumice: {missing} pictures are missing; their questions stay unanswered", file=sys.stderr)
-    answerer = _answerer(model, model_name, device, slots)
-    with ProgressBar(log_seconds=LOG_SECONDS) as bar:
-        return run(
-            task, asked.questions, answerer, path,
-            allow_missing=allow_missing, progress=bar.show, max_new_tokens=max_new_tokens,
-        )  # fmt: skip
+    if form is not None:
+        check_box_form(form)
+    if model is not None and not model.startswith(("http://", "https://")) and task.has_boxes:
+        from pumice.formats.read import read_model
+
+        task.box_model = read_model(model).config
+        task.box_form = task.box_model.boxes
+    task.box_form = form or task.box_form
 
 
 def _answerer(model: str, model_name: str | None, device: str | None, slots: int) -> Answerer:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.errors import InputError
@@ -19,32 +19,17 @@ SUFFIXES = (".html", ".png", ".json")
 @options.expand
 def explain(
     arguments: Annotated[
-        list[str] | None,
-        typer.Argument(help="Pictures, then the question.", metavar="IMAGE... QUESTION", show_default=False),
+        list[str] | None, Argument(help="Pictures, then the question.", metavar="IMAGE... QUESTION")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="page.html, picture.png or data.json.", metavar="FILE", show_default=False),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    answer: Annotated[
-        str | None,
-        typer.Option(help="Explain this answer instead of the model's own.", show_default=False),
-    ] = None,
+    out: Annotated[Path | None, Option(help="page.html, picture.png or data.json.", metavar="FILE")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    answer: Annotated[str | None, Option(help="Explain this answer instead of the model's own.")] = None,
     method: Annotated[
-        str | None,
-        typer.Option(
-            help="mean, best-layers, rollout, gradient or gradient-best-layers (the default).",
-            show_default=False,
-        ),
+        str | None, Option(help="mean, best-layers, rollout, gradient or gradient-best-layers (the default).")
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="Layers to look at, from 0: 12-23 or 3,7,21.", show_default=False),
-    ] = None,
+    layers: Annotated[str | None, Option(help="Layers to look at, from 0: 12-23 or 3,7,21.")] = None,
     occlusion: Annotated[
-        int,
-        typer.Option(help="Also grey so many regions on a side, one by one: slow, but causal; not in a PNG."),
+        int, Option(help="Also grey so many regions on a side, one by one: slow, but causal; not in a PNG.")
     ] = 0,
     model: options.Model = "pumice-tiny",
     *,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from pumice.cli.options import expand, given
 from pumice.errors import InputError, WorkError, install
@@ -28,23 +29,17 @@ if TYPE_CHECKING:
 @expand
 def generate(
     context: typer.Context,
-    out: Annotated[
-        Path, typer.Argument(help="The folder of this run: journal, rows, report.", metavar="OUT")
-    ],
+    out: Annotated[Path, Argument(help="The folder of this run: journal, rows, report.", metavar="OUT")],
     settings: GenerateSettings,
     settings_file: Annotated[
-        Path | None,
-        typer.Option("--settings", help="Further settings, YAML.", metavar="FILE.yaml", show_default=False),
+        Path | None, Option("--settings", help="Further settings, YAML.", metavar="FILE.yaml")
     ] = None,
     overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A key of that file; repeat.", metavar="KEY=VALUE", show_default=False),
+        list[str] | None, Option("--set", help="A key of that file; repeat.", metavar="KEY=VALUE")
     ] = None,
-    estimate_only: Annotated[bool, typer.Option("--estimate", help="Stop before the first call.")] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="No calls: only check again what was said.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object.")] = False,
+    estimate_only: Annotated[bool, Option("--estimate", help="Stop before the first call.")] = False,
+    offline: Annotated[bool, Option("--offline", help="No calls: only check again what was said.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the numbers as one JSON object.")] = False,
 ) -> None:
     """Have a teacher write instruction data about annotated pictures. Run it again to go on."""
     from pumice.data.rows import ImageFinder
@@ -172,10 +167,10 @@ def _sources(settings: GenerateSettings, bad_rows: BadRows) -> list[Iterable[Con
 
 
 def mix(
-    recipe: Annotated[Path, typer.Argument(help="Sources, weights and a seed, YAML.", metavar="MIX.yaml")],
-    out: Annotated[Path, typer.Argument(help="The rows to write, .json or .jsonl.", metavar="OUT")],
-    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+    recipe: Annotated[Path, Argument(help="Sources, weights and a seed, YAML.", metavar="MIX.yaml")],
+    out: Annotated[Path, Argument(help="The rows to write, .json or .jsonl.", metavar="OUT")],
+    seed: Annotated[int | None, Option(help="Instead of the recipe's.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the manifest.")] = False,
 ) -> None:
     """Build a mixture of tasks from official files, as LLaVA-1.5 has it; a manifest stands beside it."""
     from pumice.synth.mix.build import build, load

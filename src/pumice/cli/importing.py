@@ -5,35 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from pumice.cli import options
 from pumice.jsonl import print_json
 
 
 def import_(
-    source: Annotated[
-        str, typer.Argument(help="A folder, a GGUF file, or a name on the hub.", metavar="SRC")
-    ],
-    target: Annotated[Path, typer.Argument(help="The folder to write.", metavar="DST")],
+    source: Annotated[str, Argument(help="A folder, a GGUF file, or a name on the hub.", metavar="SRC")],
+    target: Annotated[Path, Argument(help="The folder to write.", metavar="DST")],
     template: options.Template = None,
     tower: Annotated[
         str | None,
-        typer.Option(
-            help="The vision tower: of an original LLaVA, or to join to a bare language model.",
-            show_default=False,
-        ),
+        Option(help="The vision tower: of an original LLaVA, or to join to a bare language model."),
     ] = None,
     base: options.Base = None,
     mmproj: options.Mmproj = None,
-    dtype: Annotated[
-        str, typer.Option(help="Store weights as fp16, bf16 or fp32; keep: as they are.")
-    ] = "keep",
+    dtype: Annotated[str, Option(help="Store weights as fp16, bf16 or fp32; keep: as they are.")] = "keep",
     quantize: Annotated[
         Literal["none", "int8", "int4"],
-        typer.Option(help="Store the language model in 8 or 4 bits, which a CPU opens at once."),
+        Option(help="Store the language model in 8 or 4 bits, which a CPU opens at once."),
     ] = "none",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model of transformers, the original LLaVA, PEFT or GGUF as a Pumice folder.
 
@@ -43,14 +36,7 @@ def import_(
 
     bits = None if quantize == "none" else quantize
     report = import_model(
-        source,
-        target,
-        dtype=dtype,
-        template=template,
-        tower=tower,
-        base=base,
-        mmproj=mmproj,
-        quantize=bits,
+        source, target, dtype=dtype, template=template, tower=tower, base=base, mmproj=mmproj, quantize=bits
     )
     summary = report.summary()
     if as_json:

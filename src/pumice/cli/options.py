@@ -11,6 +11,7 @@ from types import GenericAlias
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from typer import Option
 
 if TYPE_CHECKING:
     from pumice.assistant import Assistant
@@ -97,24 +98,12 @@ def share_cores(*, waits_for_people: bool = False) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", policy)
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A built-in model, a folder or a hub name.")]
-Device = Annotated[
-    str | None, typer.Option(help="cuda, mps or cpu; the best one here if not given.", show_default=False)
-]
-Template = Annotated[
-    str | None, typer.Option(help="The chat format, where the model does not say it.", show_default=False)
-]
-Tower = Annotated[
-    str | None, typer.Option(help="The vision tower, where the model does not hold it.", show_default=False)
-]
-Base = Annotated[
-    str | None,
-    typer.Option(help="What the model, a LoRA or a projector, was trained on.", show_default=False),
-]
-Mmproj = Annotated[
-    str | None,
-    typer.Option(help="The half of a LLaVA in GGUF that sees, where it lies elsewhere.", show_default=False),
-]
+Model = Annotated[str, Option("--model", "-m", help="A built-in model, a folder or a hub name.")]
+Device = Annotated[str | None, Option(help="cuda, mps or cpu; the best one here if not given.")]
+Template = Annotated[str | None, Option(help="The chat format, where the model does not say it.")]
+Tower = Annotated[str | None, Option(help="The vision tower, where the model does not hold it.")]
+Base = Annotated[str | None, Option(help="What the model, a LoRA or a projector, was trained on.")]
+Mmproj = Annotated[str | None, Option(help="The half of a LLaVA in GGUF that sees, where it lies elsewhere.")]
 
 
 @dataclass(frozen=True)
@@ -124,7 +113,7 @@ class Opening:
     device: Device = None
     quantize: Annotated[
         Literal["auto", "int8", "int4", "none"],
-        typer.Option(help="Bits of the language model's weights; auto: int8 on a CPU, none elsewhere."),
+        Option(help="Bits of the language model's weights; auto: int8 on a CPU, none elsewhere."),
     ] = "auto"
     template: Template = None
     tower: Tower = None
@@ -132,7 +121,7 @@ class Opening:
     mmproj: Mmproj = None
     cache_limit: Annotated[
         float | None,
-        typer.Option(
+        Option(
             min=0,
             help="GB that converted GGUF files may take in the cache; 0 keeps none.",
             show_default="$PUMICE_CACHE_LIMIT, else 20",
@@ -156,37 +145,30 @@ MODELS = "as the model says"
 class Sampling:
     """How an answer is drawn: fields of `SamplingParams`. None means as the model's folder says."""
 
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 256
+    max_new_tokens: Annotated[int, Option(help="The longest answer, in tokens.")] = 256
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 takes the likeliest word each time; 1 draws freely.", show_default=MODELS),
+        Option(help="0 takes the likeliest word each time; 1 draws freely.", show_default=MODELS),
     ] = None
     top_p: Annotated[
         float | None,
-        typer.Option(help="Draw from the likeliest words of this probability together.", show_default=MODELS),
+        Option(help="Draw from the likeliest words of this probability together.", show_default=MODELS),
     ] = None
     top_k: Annotated[
-        int | None,
-        typer.Option(help="Draw from this many likeliest words; 0 is all.", show_default=MODELS),
+        int | None, Option(help="Draw from this many likeliest words; 0 is all.", show_default=MODELS)
     ] = None
     min_p: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Draw from words at least this share as likely as the likeliest; 0 is all.",
             show_default=MODELS,
         ),
     ] = None
     repetition_penalty: Annotated[
-        float | None,
-        typer.Option(help="Above 1, words already said become less likely.", show_default=MODELS),
+        float | None, Option(help="Above 1, words already said become less likely.", show_default=MODELS)
     ] = None
-    stop: Annotated[
-        tuple[str, ...],
-        typer.Option(help="End the answer before this text; repeat as needed.", show_default=False),
-    ] = ()
-    seed: Annotated[
-        int | None, typer.Option(help="Draw the same answer again (with a temperature).", show_default=False)
-    ] = None
+    stop: Annotated[tuple[str, ...], Option(help="End the answer before this text; repeat as needed.")] = ()
+    seed: Annotated[int | None, Option(help="Draw the same answer again (with a temperature).")] = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that do not come from the model's folder."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from pumice.errors import InputError
 from pumice.jsonl import print_json
@@ -17,33 +18,21 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe, YAML.", metavar="RECIPE.yaml", show_default=False)
-    ] = None,
+    recipe: Annotated[Path | None, Argument(help="A recipe, YAML.", metavar="RECIPE.yaml")] = None,
     ask: Annotated[
-        str | None,
-        typer.Option(
-            help="Say instead what the answers of this model take here.",
-            metavar="MODEL",
-            show_default=False,
-        ),
+        str | None, Option(help="Say instead what the answers of this model take here.", metavar="MODEL")
     ] = None,
     gpu: Annotated[
-        str | None,
-        typer.Option(help="a100-80g, h100, rtx4090, ...; this machine if not given.", show_default=False),
+        str | None, Option(help="a100-80g, h100, rtx4090, ...; this machine if not given.")
     ] = None,
-    gpu_memory: Annotated[
-        float | None, typer.Option(min=0.1, help="Memory of the GPU in GB.", show_default=False)
-    ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="GPUs that share the run.")] = 1,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows of an epoch, where they are not here.", show_default=False)
-    ] = None,
+    gpu_memory: Annotated[float | None, Option(min=0.1, help="Memory of the GPU in GB.")] = None,
+    processes: Annotated[int, Option(min=1, help="GPUs that share the run.")] = 1,
+    rows: Annotated[int | None, Option(min=1, help="Rows of an epoch, where they are not here.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Another value for a key of the recipe; repeat.", metavar="KEY=VALUE"),
+        Option("--set", help="Another value for a key of the recipe; repeat.", metavar="KEY=VALUE"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the plan as one JSON object.")] = False,
 ) -> None:
     """Say what a recipe takes before it runs, or what answers take: memory and time.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from pumice.errors import InputError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Source = Annotated[
     str,
-    typer.Argument(
+    Argument(
         help="Rows in any format: a file, a folder, a glob, or hf://owner/name (docs/data.md lists them).",
         metavar="SOURCE",
     ),
@@ -27,16 +27,14 @@ class SourceOptions:
     """How a source is read, as a recipe's `data` says it."""
 
     columns: Annotated[
-        tuple[str, ...],
-        typer.Option(help="What a column is for: image=photo; repeat.", metavar="ROLE=COLUMN"),
+        tuple[str, ...], Option(help="What a column is for: image=photo; repeat.", metavar="ROLE=COLUMN")
     ] = ()
     ask: Annotated[
-        str | None,
-        typer.Option(help="What is asked about a caption, a text or a label.", metavar="QUESTION"),
+        str | None, Option(help="What is asked about a caption, a text or a label.", metavar="QUESTION")
     ] = None
-    split: Annotated[str | None, typer.Option(help="Of a set with several.")] = None
-    config: Annotated[str | None, typer.Option(help="Of a set with several.")] = None
-    revision: Annotated[str | None, typer.Option(help="Of a set on the hub.")] = None
+    split: Annotated[str | None, Option(help="Of a set with several.")] = None
+    config: Annotated[str | None, Option(help="Of a set with several.")] = None
+    revision: Annotated[str | None, Option(help="Of a set on the hub.")] = None
 
     def open(self, source: str) -> Rows:
         """Return the rows of a source. Raises InputError."""

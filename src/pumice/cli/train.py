@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.", metavar="RECIPE.yaml")],
+    recipe: Annotated[Path, Argument(help="A recipe, YAML.", metavar="RECIPE.yaml")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="Another value for a key of the recipe; repeat as needed.", metavar="KEY=VALUE"
-        ),
+        Option("--set", help="Another value for a key of the recipe; repeat as needed.", metavar="KEY=VALUE"),
     ] = None,
 ) -> None:
     """Train by a recipe. Run it again to go on where it was stopped."""

@@ -18,7 +18,10 @@ from pumice.data.scan import CheckedRow, Encode, Finding, Scan
 from pumice.errors import InputError
 
 # Reported, but the row is usable.
-NOTES = ("wrong extension", "duplicate id", "<image> added", "also learned")
+NOTES = (
+    "wrong extension", "duplicate id", "<image> added", "also learned", "unit of boxes assumed",
+    "boxes not used",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pumice.files import replacing
 from pumice.images import read_image
 
 MANIFEST = "convert.json"
+ROWS = "rows.jsonl"  # of LLaVA's form, whose readers want one file
 _GROUP = 100  # rows of a row group: with their pictures some tens of megabytes
 
 # Of each row: its number in the source, the row, and the bytes of its pictures' files.
@@ -59,6 +60,13 @@ def convert(
         )
     manifest = {"rows": len(rows), "digest": rows.contents.digest, "to": form, "rows_per_file": rows_per_file}
     _claim(out, manifest, rows)
+    done = Counter({"rows written": len(rows) - count, "rows left out": count})
+    if form == "llava" and (out / ROWS).exists():  # it is written last
+        for path in out.glob("rows-*.jsonl"):
+            path.unlink()
+        if progress is not None:
+            progress(len(rows))
+        return done
     # 2. Write the files that are not there yet.
     suffix, write = WRITERS[form]
     names = []
@@ -72,14 +80,14 @@ def convert(
                 write(_with_pictures(shard, finder), file.buffer, out)
         if progress is not None:
             progress(end)
-    # 3. LLaVA's readers want one file.
+    # 3. Join the parts of LLaVA's form.
     if form == "llava":
-        with replacing(out / "rows.jsonl") as file:
+        with replacing(out / ROWS) as file:
             for path in names:
                 file.write(path.read_text("utf-8"))
         for path in names:
             path.unlink()
-    return Counter({"rows written": len(rows) - count, "rows left out": count})
+    return done
 
 
 def _why(rows: Rows, index: int, finder: ImageFinder) -> str:
@@ -129,14 +137,24 @@ def _write_parquet(shard: Shard, file: IO[bytes], out: Path) -> None:
     pa = arrow()
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    fields = [("id", pa.string()), ("images", pa.list_(picture)), ("conversations", pa.list_(turn))]
-    schema = pa.schema(fields)
+    objects = pa.struct(
+        [("ref", pa.list_(pa.string())), ("bbox", pa.list_(pa.list_(pa.float64()))),
+         ("bbox_type", pa.string()), ("image_id", pa.list_(pa.int64()))]
+    )  # fmt: skip
+    schema = pa.schema(
+        [("id", pa.string()), ("images", pa.list_(picture)), ("conversations", pa.list_(turn)),
+         ("objects", objects)]
+    )  # fmt: skip
     with pa.parquet.ParquetWriter(file, schema) as writer:
         group: list[dict[str, Any]] = []
         for _, row, pictures in shard:
             named = zip(row.image, pictures, strict=True)
             images = [{"bytes": data, "path": _name(image, data)} for image, data in named]
-            group.append({"id": row.id, "images": images, "conversations": to_llava(row)["conversations"]})
+            written = to_llava(row)
+            group.append(
+                {"id": row.id, "images": images, "conversations": written["conversations"],
+                 "objects": written.get("objects")}
+            )  # fmt: skip
             if len(group) == _GROUP:
                 writer.write_table(pa.Table.from_pylist(group, schema))
                 group = []

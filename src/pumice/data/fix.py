@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -36,7 +37,7 @@ def fix(rows: Rows, finder: ImageFinder, report: DataReport, out: Path) -> Count
             kinds.setdefault(problem.row, set()).add(problem.kind)
     counts: Counter[str] = Counter(dict.fromkeys(("rows written", "rows left out"), 0))
     is_list = out.suffix == ".json"
-    ids: dict[str, set[str]] = {}  # id -> the rows that have it, as text
+    ids: dict[str, set[bytes]] = {}  # id -> hashes of the rows that have it
     # 2. Write row after row into a temporary file that replaces `out` at the end.
     with replacing(out) as file:
         file.write("[\n" if is_list else "")
@@ -76,12 +77,13 @@ def _stored_names(image: Any, row: Row, finder: ImageFinder) -> Any:
 
 
 def _make_id_unique(
-    values: dict[str, Any], row_id: str, ids: dict[str, set[str]], counts: Counter[str]
+    values: dict[str, Any], row_id: str, ids: dict[str, set[bytes]], counts: Counter[str]
 ) -> bool:
     """Give the row a new id if an earlier row has it. Return False if that row also says the same."""
     text = json.dumps([values.get("image"), values["conversations"]])
+    contents = hashlib.blake2b(text.encode(), digest_size=16).digest()
     same = ids.setdefault(row_id, set())
-    if text in same:
+    if contents in same:
         counts["repeated rows left out"] += 1
         return False
     if same:
@@ -89,7 +91,7 @@ def _make_id_unique(
         while f"{row_id}-{copy}" in ids:
             copy += 1
         values["id"] = f"{row_id}-{copy}"
-        ids[values["id"]] = {text}
+        ids[values["id"]] = {contents}
         counts["ids made different"] += 1
-    same.add(text)
+    same.add(contents)
     return True

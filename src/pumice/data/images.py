@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from pumice.conversation import StoredImage
+from pumice.data.processes import map_parts
 from pumice.errors import InputError
 from pumice.images import open_image, read_image
 
@@ -84,44 +83,20 @@ def decode_all(
     compare: as in `decode_image`.
     """
     decoded: dict[Path, DecodedImage] = {}
-    for batch, results in _decode_all(paths, workers, compare):
-        decoded.update(zip(batch, results, strict=True))
+    workers = workers if len(paths) > MIN_FOR_PROCESSES else 0
+    size = IMAGES_PER_TASK if workers else 1
+    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
+    done = map_parts(partial(_decode_images, compare), parts, workers, _crashed)
+    for part, results in zip(parts, done, strict=True):
+        decoded.update(zip(part, results, strict=True))
         if progress is not None:
-            progress(len(batch))
+            progress(len(part))
     return decoded
 
 
-def _decode_all(
-    paths: Sequence[Path], workers: int, compare: bool
-) -> Iterator[tuple[Sequence[Path], list[DecodedImage]]]:
-    if not workers or len(paths) <= MIN_FOR_PROCESSES:
-        for path in paths:
-            yield [path], [decode_image(path, compare)]
-        return
-    parts = [paths[start : start + IMAGES_PER_TASK] for start in range(0, len(paths), IMAGES_PER_TASK)]
-    decoded_count = 0
-    try:
-        # Spawned, not forked: a fork would copy other libraries' threads while they hold locks.
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            for part, results in zip(
-                parts, pool.map(_decode_images, parts, [compare] * len(parts)), strict=True
-            ):
-                yield part, results
-                decoded_count += 1
-    except BrokenProcessPool:
-        # An image crashed its process. Decode the rest one by one to find out which.
-        for part in parts[decoded_count:]:
-            yield part, [_decode_in_own_process(path, compare) for path in part]
-
-
-def _decode_images(paths: Sequence[Path], compare: bool) -> list[DecodedImage]:
+def _decode_images(compare: bool, paths: Sequence[Path]) -> list[DecodedImage]:
     return [decode_image(path, compare) for path in paths]
 
 
-def _decode_in_own_process(path: Path, compare: bool) -> DecodedImage:
-    """Decode one image in a new process, which it may crash."""
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(decode_image, path, compare).result()
-    except BrokenProcessPool:
-        return DecodedImage(f"'{path}' crashes the library that decodes it; remove it")
+def _crashed(path: Path) -> DecodedImage:
+    return DecodedImage(f"'{path}' crashes the library that decodes it; remove it")

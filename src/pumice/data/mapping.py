@@ -9,11 +9,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, StoredImage, check_media
+from pumice.boxes import BoxError
+from pumice.conversation import IMAGE_PLACEHOLDER, ImagePart, Message, Objects, StoredImage, check_media
+from pumice.data.objects import ask_for, is_objects, read_objects
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import kind
 from pumice.data.sources.source import Record
@@ -31,33 +33,36 @@ ROLES = (
 
 _QUESTIONS = ("question", "questions", "query", "instruction")
 _ANSWERS = ("answer", "answers", "response", "output")
-_CAPTIONS = ("caption", "captions", "text", "label", "objects")
+_CAPTIONS = ("caption", "captions", "text", "label")
 _IMAGES = ("image", "images")
 _OTHER_IMAGES = (
     "image_path", "image_paths", "image_file", "file_name", "file_names", "filename", "img", "img_path",
     "picture", "pictures", "photo", "image_url", "image_urls",
 )  # fmt: skip
+# Columns that say something about a picture. A row without them is asked for its `objects`.
+_WORDS = {*_QUESTIONS, *_ANSWERS, *_CAPTIONS, "conversations", "messages", "prompt", "completion", "texts"}
 _IDS = ("id", "question_id", "__key__")
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 _QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
 
-_DEFAULT_QUESTIONS = {
-    "label": "What is shown in this picture?",
-    "objects": "List the objects in this picture, each with its box in shares of the picture's sides.",
-}
+_DEFAULT_QUESTIONS = {"label": "What is shown in this picture?"}
 _DESCRIBE = "Describe the picture."
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """A record as a row says it. added: pictures for which the turns had no `<image>`."""
+    """A record as a row says it. added: pictures for which the turns had no `<image>`.
+
+    objects: names and boxes for the placeholders in the turns.
+    """
 
     id: str
     images: tuple[Image, ...]
     turns: tuple[tuple[str, str], ...]
     messages: tuple[Message, ...] = ()  # of a row in that form, with the pictures in their places
     added: int = 0
+    objects: Objects | None = None
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,22 @@ class RowMapping:
         unread = {name: value for name, value in values.items() if name not in read and not _is_stored(value)}
         check_media({**unread, "image": images}, place)
         try:
-            return self._words(row_id, values, images, place, form)
+            objects = _structured(values.get("objects"))
+            if not is_objects(objects):
+                return self._words(row_id, values, images, place, form)
+            if not values.keys() & _WORDS:
+                turns, objects = ask_for(objects, self.question)
+                mapped = _finish(row_id, [*_system(values, turns), *turns], images, values)
+            else:
+                mapped = self._words(row_id, values, images, place, form)
+            return replace(mapped, objects=read_objects(objects))
         except InputError as error:
             text = str(error)
-            raise (error if text.startswith(place) else InputError(f"{place}: {text}")) from error
+            if text.startswith(place):
+                raise
+            if isinstance(error, BoxError):
+                raise BoxError(error.kind, f"{place}: {text}") from error
+            raise InputError(f"{place}: {text}") from error
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             # Lists and objects where others belong, at any depth: a row must not end a check or a run.
             detail = f"{type(error).__name__}, {error}"

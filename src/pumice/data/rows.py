@@ -12,10 +12,12 @@ from typing import Any, overload
 
 import numpy as np
 
-from pumice.conversation import Conversation, Message, StoredImage, from_llava
+from pumice.boxes import BoxError, check_objects
+from pumice.conversation import Conversation, Message, Objects, StoredImage, from_llava
 from pumice.data.arrays import kept
 from pumice.data.contents import Contents, RowSummary, read_contents
 from pumice.data.mapping import Image, RowMapping
+from pumice.data.objects import stored
 from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import JsonRows
 from pumice.data.sources.recognise import HUB, Part, open_source
@@ -45,18 +47,19 @@ class ImageFinder:
         files that are .gif). beside: a folder that is searched after the roots. Raises InputError when there
         is no file, and for a path that leaves its root.
         """
-        if Path(os.path.normpath(name)).parts[:1] == ("..",):
+        # Text instead of Path until a file is found: a start looks for every picture of all rows.
+        if os.path.normpath(name).split(os.sep, 1)[0] == "..":
             raise InputError(f"picture {name!r} leads out of the image folders; write the path without '..'")
         if name.startswith(("http://", "https://")):
             raise InputError(f"picture {name!r} is a web address; save it to a file and name that")
         roots = self.roots if beside is None else [*self.roots, beside]
         # COCO 2014's names end as 2017's do.
-        names = [name, name.rpartition("_")[2]] if Path(name).name.startswith("COCO_") else [name]
-        candidates = [root / n for root in roots for n in names]  # an absolute name replaces its root
-        for path in candidates:
-            if os.path.isfile(path):  # False for an overlong name, where Path.is_file raises
-                return path
-        for path in candidates:
+        names = [name, name.rpartition("_")[2]] if os.path.basename(name).startswith("COCO_") else [name]
+        candidates = [os.path.join(root, n) for root in roots for n in names]  # an absolute name stays alone
+        for candidate in candidates:
+            if os.path.isfile(candidate):  # False for an overlong name, where Path.is_file raises
+                return Path(candidate)
+        for path in map(Path, candidates):
             for suffix in PICTURES:
                 for variant in (suffix, suffix.upper()):
                     sibling = path.with_suffix(variant) if path.name else path
@@ -74,6 +77,7 @@ class Row:
 
     messages: of a row in that form, with the pictures in their places. folder: where its pictures may be
     beside the roots of a finder. added: pictures for which the row had no `<image>`; it was put in front.
+    objects: names and boxes for the placeholders in the turns.
     """
 
     id: str
@@ -83,21 +87,28 @@ class Row:
     messages: tuple[Message, ...] = ()
     folder: Path | None = field(default=None, compare=False)
     added: int = field(default=0, compare=False)
+    objects: Objects | None = None
 
     def conversation(self, finder: ImageFinder | None) -> Conversation:
         """Return the row as a checked Conversation with the paths of its images, or names without a finder.
 
         Raises InputError when a picture is missing, the placeholders do not match the pictures, or
-        the turns are not question and answer in order.
+        the turns are not question and answer in order; BoxError where `objects` do not fit the placeholders.
         """
         images: list[Any] = list(self.image)
         if finder is not None:
             images = [self.find(image, finder) for image in images]
         if not self.messages:
-            return from_llava(self.id, self.turns, images).check(answered=True)
-        remaining = iter(images)
-        conversation = Conversation(self.messages, self.id).with_sources(lambda _: next(remaining))
-        return conversation.check(answered=True)
+            conversation = from_llava(self.id, self.turns, images)
+        else:
+            remaining = iter(images)
+            conversation = Conversation(self.messages, self.id).with_sources(lambda _: next(remaining))
+        conversation = replace(conversation.check(answered=True), objects=self.objects)
+        try:
+            check_objects(conversation)
+        except BoxError as error:
+            raise BoxError(error.kind, f"row {self.id!r}: {error}") from error
+        return conversation
 
     def find(self, image: Image, finder: ImageFinder) -> Path | StoredImage:
         """Return one of the row's images as `conversation` does. Raises InputError when it is missing."""
@@ -109,7 +120,8 @@ def to_llava(row: Row, names: Sequence[str] | None = None) -> dict[str, Any]:
     images = list(row.image) if names is None else list(names)
     turns = [{"from": speaker, "value": text} for speaker, text in row.turns]
     pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
-    return {"id": row.id, **pictures, "conversations": turns}
+    objects = {} if row.objects is None else {"objects": stored(row.objects)}
+    return {"id": row.id, **pictures, "conversations": turns, **objects}
 
 
 class Rows(Sequence[Row]):
@@ -153,6 +165,7 @@ class Rows(Sequence[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         row = self._row(self.opened.record(index), index)
+        # Training has read the contents by now. Who only looks at some rows does not wait for all of them.
         if "contents" in self.__dict__ and any(isinstance(image, StoredImage) for image in row.image):
             row = self._keyed(row, index)
         return row
@@ -160,7 +173,10 @@ class Rows(Sequence[Row]):
     def _row(self, record: Record, index: int) -> Row:
         mapped = self.mapping.read(record, self.opened.place(index), str(index + 1), self.opened.form)
         folder = self.opened.folder
-        return Row(mapped.id, mapped.images, mapped.turns, self.source, mapped.messages, folder, mapped.added)
+        return Row(
+            mapped.id, mapped.images, mapped.turns, self.source, mapped.messages, folder, mapped.added,
+            mapped.objects,
+        )  # fmt: skip
 
     def _keyed(self, row: Row, index: int) -> Row:
         """Return the row with the keys and sizes of its pictures, so that equal pictures are the same."""
@@ -174,7 +190,7 @@ class Rows(Sequence[Row]):
     @cached_property
     def contents(self) -> Contents:
         """What training must know of all rows. Read once, and kept beside the cache until a file changes."""
-        purpose = f"contents {sorted(self.mapping.columns.items())} {self.mapping.question}"
+        purpose = f"contents, boxes {sorted(self.mapping.columns.items())} {self.mapping.question}"
         source = self.opened
 
         return Contents(kept(source.files, purpose, lambda: read_contents(self._summaries(), len(source))))
@@ -205,7 +221,8 @@ class Rows(Sequence[Row]):
                 usable = True
             except InputError:
                 usable = False  # why is said by the row itself, when it is read
-            yield RowSummary(usable, row.added > 0, row.image, (row.id, row.turns))
+            words = (row.id, row.turns) if row.objects is None else (row.id, row.turns, stored(row.objects))
+            yield RowSummary(usable, row.added > 0, row.image, words)
 
     def digest(self) -> str:
         """Return a digest of the rows, which says whether a resumed run has the same: hexadecimal digits."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
-from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, StoredImage
+from pumice.boxes import BoxError, assumed_unit, picture_boxes
+from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Conversation, Objects, StoredImage
 from pumice.data.images import DecodedImage, decode_image
+from pumice.data.processes import map_parts
 from pumice.data.rows import ImageFinder, Row, Rows
 from pumice.errors import InputError
+from pumice.images import image_size
 
 Encode = Callable[[Conversation], tuple[int, int]]  # to (tokens, supervised tokens)
 Finding = tuple[str, str]  # kind of problem, reason
@@ -59,38 +60,29 @@ class Scan:
         """Yield every row of source `number`, in order."""
         source = self.sources[number]
         size = source.opened.shuffle_block if source.opened.shuffle_block > 1 else _ROWS_PER_TASK
-        tasks = [(start, min(start + size, len(source))) for start in range(0, len(source), size)]
-        if not self.workers or len(source) < MIN_FOR_PROCESSES:
-            for start, end in tasks:
-                yield from self.check(number, start, end)
-            return
-        done = 0
-        try:
-            # Spawned, not forked: a fork would copy other libraries' threads while they hold locks.
-            with ProcessPoolExecutor(self.workers, get_context("spawn"), _start, (self, number)) as pool:
-                for rows in pool.map(_check, tasks):
-                    yield from rows
-                    done += 1
-        except BrokenProcessPool:
-            # An image inside the source crashed its process. Go on row by row to find out which.
-            for index in range(tasks[done][0], len(source)):
-                yield self._check_in_own_process(number, index)
+        parts = [range(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+        workers = self.workers if len(source) >= MIN_FOR_PROCESSES else 0
+        for rows in map_parts(partial(self._check, number), parts, workers, _crashed):
+            yield from rows
 
-    def check(self, number: int, start: int, end: int) -> list[CheckedRow]:
-        """Check rows start to end of source `number`."""
-        return [self._check_row(self.sources[number], index) for index in range(start, end)]
+    def _check(self, number: int, part: Sequence[int]) -> list[CheckedRow]:
+        return [self._check_row(self.sources[number], index) for index in part]
 
     def _check_row(self, source: Rows, index: int) -> CheckedRow:
         try:
             row = source[index]
         except InputError as error:
-            return CheckedRow(index + 1, findings=[("malformed row", str(error))], malformed=True)
+            kind = error.kind if isinstance(error, BoxError) else "malformed row"
+            return CheckedRow(index + 1, findings=[(kind, str(error))], malformed=True)
         checked = CheckedRow(index + 1, row.id, images=[self._check_image(image, row) for image in row.image])
         try:
             row.conversation(None)
         except InputError as error:
-            checked.findings.append((_turns_problem_kind(row), str(error)))
+            kind = error.kind if isinstance(error, BoxError) else _turns_problem_kind(row)
+            checked.findings.append((kind, str(error)))
         else:
+            if row.objects is not None and not any(image.missing for image in checked.images):
+                checked.findings += self._box_findings(row, row.objects)
             if row.added:
                 pictures = "1 picture" if row.added == 1 else f"{row.added} pictures"
                 reason = f"{pictures} without {IMAGE_PLACEHOLDER}, which is put before the first question"
@@ -102,6 +94,26 @@ class Scan:
                     checked.not_encoded = str(error)
         return checked
 
+    def _box_findings(self, row: Row, objects: Objects) -> list[Finding]:
+        """Compare the boxes of a row with its pictures, whose headers are read."""
+        found: list[Finding] = []
+        try:
+            sizes = [image_size(row.find(image, self.finder)) for image in row.image]
+            picture_boxes(objects, sizes)
+        except BoxError as error:
+            found.append((error.kind, f"row {row.id!r}: {error}"))
+        except InputError:
+            return []  # a picture that cannot be opened is told as such
+        if objects.boxes and not objects.unit:
+            found.append(
+                ("unit of boxes assumed", f"no bbox_type: its boxes are read as {assumed_unit(objects)}")
+            )
+        text = "".join(text for _, text in row.turns)
+        if (unused := len(objects.boxes) - text.count(BOX_PLACEHOLDER)) > 0:
+            reason = f"{unused} of {len(objects.boxes)} boxes have no {BOX_PLACEHOLDER} in its texts"
+            found.append(("boxes not used", reason))
+        return found
+
     def _check_image(self, image: str | StoredImage, row: Row) -> CheckedImage:
         if isinstance(image, StoredImage):
             decoded = decode_image(image, self.compare) if self.decode else None
@@ -111,27 +123,10 @@ class Scan:
         except InputError as error:
             return CheckedImage(image, missing=str(error))
 
-    def _check_in_own_process(self, number: int, index: int) -> CheckedRow:
-        """Check one row in a new process, which it may crash."""
-        try:
-            with ProcessPoolExecutor(1, get_context("spawn"), _start, (self, number)) as pool:
-                [row] = pool.submit(_check, (index, index + 1)).result()
-                return row
-        except BrokenProcessPool:
-            reason = "its picture crashes the library that decodes it; remove it"
-            return CheckedRow(index + 1, findings=[("picture unreadable", reason)], malformed=True)
 
-
-_in_process: list[tuple[Scan, int]] = []  # what the rows of this process belong to
-
-
-def _start(scan: Scan, number: int) -> None:
-    _in_process[:] = [(scan, number)]
-
-
-def _check(task: tuple[int, int]) -> list[CheckedRow]:
-    scan, number = _in_process[0]
-    return scan.check(number, *task)
+def _crashed(index: int) -> CheckedRow:
+    reason = "its picture crashes the library that decodes it; remove it"
+    return CheckedRow(index + 1, findings=[("picture unreadable", reason)], malformed=True)
 
 
 def _turns_problem_kind(row: Row) -> str:

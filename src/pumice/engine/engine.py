@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pumice.engine.cache import PrefixCache
+from pumice.engine.graphs import DecodeGraphs
 from pumice.engine.native import TRIAL_ROWS, NativeDecoder, native_decoder
 from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
@@ -66,7 +67,8 @@ class Engine:
     more, within half of that memory; on CUDA, all slots at their longest, within half. chunk: prompt tokens
     per step; None chooses by device. prefix_cache: keep finished requests, so that a prompt that begins like
     one of them computes only its remaining tokens. one_call: on CUDA, attend with one kernel for all
-    requests; off until benchmarks/gpu.py passed on a card.
+    requests. graphs: with one_call, capture steps of answers as CUDA graphs. Both are off until
+    benchmarks/gpu.py passed on a card; the first call is compared with the plain loop.
 
     The model must not change while requests run. After weights were edited in place, call `forget`. Replaced
     modules and hooks are noticed when the next request is taken.
@@ -82,6 +84,7 @@ class Engine:
         prefix_cache: bool = True,
         memory_share: float | None = None,
         one_call: bool = False,
+        graphs: bool = False,
     ) -> None:
         chunk = chunk_size(model.device) if chunk is None else chunk
         check_sizes(slots, cache_tokens, chunk)
@@ -98,6 +101,7 @@ class Engine:
         self._cache = KVCache(config, self.cache_tokens, model.device, dtype, BLOCK, one_call)
         # The decoder in C, where it can run; None where PyTorch computes every step.
         self._native = native_decoder(model.decoder, self._cache)
+        self._graphs = DecodeGraphs(model.decoder, self._cache) if graphs else None
         self._snapshot = Snapshot(model)
         self._prefix_cache = PrefixCache(
             self._cache.blocks,
@@ -222,6 +226,7 @@ class Engine:
         with self._step_lock:
             self._prefix_cache.clear()
             self._native = native_decoder(self.model.decoder, self._cache)
+            self._graphs = self._graphs and DecodeGraphs(self.model.decoder, self._cache)
             self._snapshot = Snapshot(self.model)
             self._not_finite = None
 
@@ -290,31 +295,15 @@ class Engine:
         encoded = []
         for request, count in plan:
             try:
-                request.step_images = self._image_tokens(request, count)
+                request.step_images = request.next_image_tokens(count)
             except Exception as error:
                 self._finish(request, "error", error)
             else:
                 encoded.append((request, count))
         return encoded
 
-    def _image_tokens(self, request: Request, count: int) -> tuple[np.ndarray, Tensor] | None:
-        """Return the placeholders among the next `count` tokens, as offsets, and their image tokens."""
-        start = request.computed
-        first, last = np.searchsorted(request.placeholders, (start, start + count))
-        if first == last:
-            return None
-        # Placeholders `first` to `last` of all images: take from each image the part that lies in this range.
-        parts, preceding = [], 0
-        for image in request.prompt.images:
-            lower, upper = max(first - preceding, 0), min(last - preceding, image.count)
-            if lower < upper:
-                parts.append(request.encode(image)[lower:upper])
-            preceding += image.count
-        return request.placeholders[first:last] - start, torch.cat(parts)
-
     def _forward(self, plan: Plan) -> Tensor | None:
         """Return logits (R, V) for the requests whose next token is due, or None if there are none."""
-        model = self.model
         # 1. Lay the new tokens of all requests end to end, and note the rows whose logits are wanted: those
         #    after which a token is due, and those that predict a token of a prompt that is scored.
         segments, new_ids, rows_before = [], [], 0
@@ -335,35 +324,15 @@ class Engine:
             if slot.length + count == request.length:
                 due.append(len(wanted))
                 wanted.append(rows_before - 1)
-        # 2. Embed them. Placeholders have a negative id: embed any token, then overwrite it.
-        ids = to_device(torch.from_numpy(np.concatenate(new_ids)), model.device)
-        x = model.decoder.embed(ids.clamp(min=0))  # (T, D)
-        rows_before = 0
-        for request, count in plan:
-            if request.step_images is not None:
-                offsets, image_tokens = request.step_images
-                x[to_device(torch.from_numpy(offsets + rows_before), x.device)] = image_tokens.to(x)
-                request.step_images = None
-            rows_before += count
-        # 3. Choose compiled code or PyTorch. The first time, compare both.
-        native = self._native_for(plan)
-        if native and not native.compared and not native.agrees(x[:TRIAL_ROWS]):
-            _LOG.warning(
-                "compiled code does not give the logits of the decoder's modules, so PyTorch computes all "
-                "answers, more slowly"
-            )
-            self._native = native = None
-        # 4. Run the decoder. Only the wanted rows need logits: the vocabulary is the largest matrix.
-        if native:
-            logits = native.logits(x, segments, wanted)
-        else:
-            rows = numbers_on(x.device, wanted)
-            positions, attend = self._cache.positions(segments), self._cache.attend(segments)
-            hidden = model.decoder(x[None], positions, attend, rows=rows)[0]
-            logits = model.decoder.logits(hidden)
+        # 2. Run a step of answers alone as a CUDA graph, if there is one for so many.
+        ids, logits = np.concatenate(new_ids), None
+        if self._graphs is not None and self._answers_alone(plan, wanted):
+            logits = self._graphs.logits(ids, segments)
+        if logits is None:
+            logits = self._compute(plan, ids, segments, wanted)
         for request, own in scored:
             request.score(logits[own])
-        # 5. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
+        # 3. Only now record the tokens in their slots: if the pass is interrupted, the next step computes it
         #    again.
         for request, count in plan:
             slot = request.slot
@@ -371,7 +340,39 @@ class Engine:
             self._prefix_cache.record(slot, request.token_hashes[: slot.length + count])
         if not due:
             return None
-        return logits if len(due) == len(logits) else logits.index_select(0, numbers_on(x.device, due))
+        return logits if len(due) == len(logits) else logits.index_select(0, numbers_on(logits.device, due))
+
+    def _answers_alone(self, plan: Plan, wanted: list[int]) -> bool:
+        """Return whether each request of a step brings one token and gets the next."""
+        simple = all(request.step_images is None and not request.scores_prompt for request, _ in plan)
+        return simple and len(wanted) == len(plan) == sum(count for _, count in plan)
+
+    def _compute(self, plan: Plan, ids: np.ndarray, segments: list[Segment], wanted: list[int]) -> Tensor:
+        """Return the logits of the wanted rows, of new tokens `ids` (T,) that lie end to end."""
+        model = self.model
+        # 1. Embed them. Placeholders have a negative id: embed any token, then overwrite it.
+        x = model.decoder.embed(to_device(torch.from_numpy(ids), model.device).clamp(min=0))  # (T, D)
+        rows_before = 0
+        for request, count in plan:
+            if request.step_images is not None:
+                offsets, image_tokens = request.step_images
+                x[to_device(torch.from_numpy(offsets + rows_before), x.device)] = image_tokens.to(x)
+                request.step_images = None
+            rows_before += count
+        # 2. Choose compiled code or PyTorch. The first time, compare both.
+        native = self._native_for(plan)
+        if native and not native.compared and not native.agrees(x[:TRIAL_ROWS]):
+            _LOG.warning(
+                "compiled code does not give the logits of the decoder's modules, so PyTorch computes all "
+                "answers, more slowly"
+            )
+            self._native = native = None
+        # 3. Run the decoder. Only the wanted rows need logits: the vocabulary is the largest matrix.
+        if native:
+            return native.logits(x, segments, wanted)
+        positions, attend = self._cache.positions(segments), self._cache.attend(segments)
+        hidden = model.decoder(x[None], positions, attend, rows=numbers_on(x.device, wanted))[0]
+        return model.decoder.logits(hidden)
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[int | Exception]:
         """Return the next token of each request, from logits (R, V), or the exception that prevented it."""

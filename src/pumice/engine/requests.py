@@ -201,6 +201,21 @@ class Request:
             self._image_tokens[image.key] = image.encode()
         return self._image_tokens[image.key]
 
+    def next_image_tokens(self, count: int) -> tuple[np.ndarray, Tensor] | None:
+        """Return the placeholders among the next `count` tokens, as offsets, and their image tokens."""
+        start = self.computed
+        first, last = np.searchsorted(self.placeholders, (start, start + count))
+        if first == last:
+            return None
+        # Placeholders `first` to `last` of all images: take from each image the part that lies in this range.
+        parts, preceding = [], 0
+        for image in self.prompt.images:
+            lower, upper = max(first - preceding, 0), min(last - preceding, image.count)
+            if lower < upper:
+                parts.append(self.encode(image)[lower:upper])
+            preceding += image.count
+        return self.placeholders[first:last] - start, torch.cat(parts)
+
     def append(self, token: int) -> None:
         """Add a token to the answer."""
         self._ids[self.length] = self._token_hashes[self.length] = token

@@ -18,15 +18,15 @@ from pumice.errors import InputError
 from pumice.formats.gguf.library import llama_library, mtmd_library
 
 CONTEXT = 4096  # tokens
+PURPOSE = "running a GGUF pair by llama.cpp"
 
 
 class LlamaCpp:
     """A language model and its mmproj in llama.cpp, on the CPU, with a cache of keys and values in fp32."""
 
     def __init__(self, model: Path, mmproj: Path | None) -> None:
-        purpose = "running a GGUF pair by llama.cpp"
-        self._lib = lib = llama_library(purpose)
-        self._mtmd = mtmd = mtmd_library(purpose)
+        self._lib = lib = llama_library(PURPOSE)
+        self._mtmd = mtmd = mtmd_library(PURPOSE)
         self._model = lib.llama_model_load_from_file(str(model).encode(), lib.llama_model_default_params())
         if not self._model:
             raise InputError(f"llama.cpp cannot open {model}")

@@ -21,13 +21,15 @@ from PIL import Image
 from torch import Tensor
 
 from pumice.assistant import Assistant
-from pumice.chat_client import ChatEndpoint, with_images
+from pumice.chat_client import ChatEndpoint, ask_in_order, with_images, with_model
 from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, ImagePart, question_message
 from pumice.engine.generate import generate
-from pumice.errors import InputError, WorkError
-from pumice.evaluate.llama_cpp import LlamaCpp
+from pumice.errors import InputError
+from pumice.evaluate.llama_cpp import PURPOSE, LlamaCpp
+from pumice.formats.gguf.library import mtmd_library
 from pumice.images import open_image
+from pumice.processor import Processor
 
 LIKELY = 10  # tokens whose log-probabilities are compared at each step: the first model's likeliest
 # Of the image tokens' root mean square. Weights in fp16 move those of tiny random models by at most 0.0035.
@@ -134,22 +136,31 @@ class InPumice:
 
 
 class InLlamaCpp:
-    """A GGUF pair in llama.cpp. reader: the same model in Pumice, whose template writes the prompt."""
+    """A GGUF pair in llama.cpp. processor: of the same model, whose template writes the prompt."""
 
-    def __init__(self, name: str, model: Path, mmproj: Path | None, reader: InPumice) -> None:
-        self.name, self._reader = name, reader
-        self._llama = LlamaCpp(model, mmproj)
+    def __init__(self, name: str, model: Path, mmproj: Path | None, processor: Processor) -> None:
+        """Raises InputError without llama.cpp. The pair is opened when it is asked first."""
+        mtmd_library(PURPOSE)
+        self.name, self._files, self._processor = name, (model, mmproj), processor
+        self._opened: LlamaCpp | None = None
+
+    @property
+    def _llama(self) -> LlamaCpp:
+        if self._opened is None:
+            self._opened = LlamaCpp(*self._files)
+        return self._opened
 
     def close(self) -> None:
-        self._llama.close()
-        self._reader.close()
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
     def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
         if first is None:
             raise InputError("llama.cpp is compared with a model, and is no model to compare with; swap them")
         pieces: list[list[int] | Tensor] = []
         ids: list[int] = []
-        for piece in self._reader.assistant.processor.pieces(question.conversation):
+        for piece in self._processor.pieces(question.conversation):
             if isinstance(piece, ImagePart):
                 seen = self._llama.image_tokens(open_image(piece.source))
                 pieces.append(seen)
@@ -170,38 +181,24 @@ class AtAddress:
 
     def __init__(self, url: str, model: str | None, new_tokens: int) -> None:
         """model: its name there; None: the first one that the server lists."""
-        self.name = url
-        self._endpoint = ChatEndpoint(url=url, model=model or "")
-        self._endpoint.check()
-        self._new = new_tokens
+        self.name, self._new = url, new_tokens
+        self._endpoint = with_model(ChatEndpoint(url=url, model=model or ""))
 
     def close(self) -> None:
         pass
 
     def trace(self, question: CheckQuestion, first: Trace | None) -> Trace:
-        import openai
-
         pictures = [p if isinstance(p, bytes) else p.read_bytes() for p in question.pictures]
-        client = openai.OpenAI(
-            base_url=self._endpoint.base, api_key=self._endpoint.key or "none", max_retries=0
-        )
-        message: Any = {"role": "user", "content": with_images(question.text, pictures)}
-        try:
-            model = self._endpoint.model or client.models.list().data[0].id
-            reply = client.chat.completions.create(
-                model=model, messages=[message], temperature=0, max_tokens=self._new,
-                logprobs=True, top_logprobs=LIKELY,
-            )  # fmt: skip
-        except (openai.OpenAIError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise WorkError(f"{self.name} did not answer ({reason})") from error
-        finally:
-            client.close()
-        choice = reply.choices[0]
-        steps = (choice.logprobs.content if choice.logprobs else None) or []
-        words = tuple({top.token: top.logprob for top in step.top_logprobs} for step in steps)
-        written = tuple(step.token for step in steps) or (choice.message.content or "",)
-        return Trace(reply.usage.prompt_tokens if reply.usage else 0, written, words=words)
+        message = {"role": "user", "content": with_images(question.text, pictures)}
+        options = {"temperature": 0, "max_tokens": self._new, "logprobs": True, "top_logprobs": LIKELY}
+        [reply] = ask_in_order(self._endpoint, [{"messages": [message], **options}])
+        if isinstance(reply, InputError):
+            raise reply
+        steps = (reply.values["choices"][0].get("logprobs") or {}).get("content") or []
+        words = tuple({top["token"]: top["logprob"] for top in step["top_logprobs"]} for step in steps)
+        written = tuple(step["token"] for step in steps) or (reply.text,)
+        length = (reply.values.get("usage") or {}).get("prompt_tokens") or 0
+        return Trace(length, written, words=words)
 
 
 def compare(first: Trace, second: Trace, tolerance: float, word: Callable[[int], str]) -> list[CheckStage]:

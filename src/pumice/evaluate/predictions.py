@@ -142,10 +142,7 @@ def match(questions: Sequence[Question], rows: Iterable[Prediction]) -> MatchedA
 
 
 def _choose(
-    questions: Sequence[Question],
-    candidates: list[int],
-    row: Prediction,
-    uses: dict[tuple[str, str], int],
+    questions: Sequence[Question], candidates: list[int], row: Prediction, uses: dict[tuple[str, str], int]
 ) -> int | None:
     """Choose, among questions that share an id, the one whose text is in the prompt of the answer.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -16,8 +16,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pumice.boxes import FORMS, BoxMap, box_map
+from pumice.config import ModelConfig
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, ImageFile, locate, read_rows
+from pumice.geometry import Size
 from pumice.storage.yaml_file import read_yaml
 
 SHORT = "Answer the question using a single word or phrase."
@@ -122,6 +125,7 @@ class Task(ABC):
     source: ClassVar[DatasetSource]  # that of benchmarks.yaml if the class has none
     max_new_tokens: ClassVar[int] = 128
     judged: ClassVar[bool] = False  # whether a language model grades the answers
+    has_boxes: ClassVar[bool] = False  # whether answers may hold boxes, which models write in several forms
     splits: ClassVar[tuple[str, ...]]  # first: the published split that has public answers
 
     def __init_subclass__(cls) -> None:
@@ -134,6 +138,19 @@ class Task(ABC):
         if split is not None and split not in self.splits:
             raise InputError(f"{self.name} has no split {split!r}; use one of {', '.join(self.splits)}")
         self.split = split or self.splits[0]
+        # How answers write boxes; and the model that gives them, which the form "pixels" depends on.
+        self.box_form = "padded"
+        self.box_model: ModelConfig | None = None
+
+    def box_map(self, size: Size) -> BoxMap:
+        """Return the map of a picture's boxes as answers write them. size: (width, height)."""
+        if self.box_model is None:
+            return BoxMap(FORMS[self.box_form], size)
+        return box_map(replace(self.box_model, boxes=self.box_form), size)
+
+    def box_note(self) -> str:
+        """Return a note on how the boxes of answers were read."""
+        return f"boxes are read in the form {self.box_form!r}; --boxes names another"
 
     def locate(self, data: Path, *names: str) -> DataFile:
         """Return the first official file of `names` in folder `data`. Raises InputError without one."""

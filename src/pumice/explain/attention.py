@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumice.config import IMAGE_TOKEN, DecoderConfig
+from pumice.capability import GEMMA2, LLAMA, ROPE_SCALING, Capability, fields
+from pumice.config import IMAGE_TOKEN, DecoderConfig, RopeScaling
 from pumice.model.finite import check_finite
 from pumice.model.layers import Causal, causal_mask, rotary, soft_cap
 from pumice.model.llava import Llava
@@ -26,6 +27,10 @@ from pumice.stopping import check_stopped
 
 LOGIT_ROWS = 128  # whose logits, of the complete vocabulary, are computed at a time
 HEADS_LIMIT = 512 * 2**20  # bytes; if attention by head takes more, only the mean over heads is recorded
+CAPABILITY = Capability(
+    "the attention of explanations",
+    {DecoderConfig: fields(f"{LLAMA} {GEMMA2}"), RopeScaling: fields(ROPE_SCALING)},
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class Passages:
     """Causal attention of passages laid end to end in one row; the first one is recorded."""
 
     def __init__(self, lengths: Sequence[int], config: DecoderConfig, recorder: Recorder | None) -> None:
+        CAPABILITY.check(config)
         self.lengths, self.causal, self.recorder = list(lengths), Causal(config), recorder
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

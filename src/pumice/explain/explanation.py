@@ -21,14 +21,7 @@ from pumice.errors import InputError
 from pumice.explain.attention import Passage, read, score
 from pumice.explain.maps import TokenBoxes, grid_for, token_boxes
 from pumice.explain.methods import DEFAULT, METHODS, choose_layers, get_method
-from pumice.explain.reliance import (
-    PLAIN,
-    Reliance,
-    occluded,
-    plain_picture,
-    with_pictures,
-    without_pictures,
-)
+from pumice.explain.reliance import PLAIN, Reliance, occluded, plain_picture, with_pictures, without_pictures
 from pumice.explain.words import Word, averages, split
 from pumice.images import open_image
 from pumice.model.llava import Llava
@@ -147,10 +140,7 @@ def explain(
     text, words = split(ids[first:].tolist(), processor.tokenizer.decode)
     color = config.image.pad_color
     greys = [[plain_picture(image.size, color, *kind) for image in images] for kind in PLAIN]
-    passages = [
-        reader.passage(conversation, ids, first),
-        *_baselines(reader, conversation, greys, answer),
-    ]
+    passages = [reader.passage(conversation, ids, first), *_baselines(reader, conversation, greys, answer)]
     lowest = used[0] if chosen.gradient else None
     logprobs, record = read(model, passages, rollout=chosen.rollout, gradient_from=lowest)
     # 3. From tokens to words: attention is averaged, log-probabilities are summed.
@@ -179,16 +169,7 @@ def explain(
         ]
     maps = _maps(image_boxes, weights[method], occlusions)
     return Explanation(
-        question,
-        text,
-        tuple(words),
-        method,
-        tuple(used),
-        maps,
-        reliance,
-        weights[method],
-        attention,
-        weights,
+        question, text, tuple(words), method, tuple(used), maps, reliance, weights[method], attention, weights
     )
 
 

@@ -1,6 +1,6 @@
 """Map each image token to the part of the original image that it shows.
 
-This file follows a pixel backwards through `pumice.images` and `pumice.geometry`. A test sends bright pixels
+This file follows a pixel backwards, by `pumice.geometry.Placement`. A test sends bright pixels
 forwards through both and checks that they meet. A token's box is the patch of pixels that its feature belongs
 to. The feature also depends on its surroundings, which no map can show.
 
@@ -9,15 +9,13 @@ Shapes: N tokens of one image, W words, h x w cells of a map.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from pumice.capability import Capability, fields
 from pumice.config import ConnectorConfig, ImagePolicy, ModelConfig
-from pumice.geometry import Layout, Size, best_resolution, letterbox
-from pumice.images import LONGEST_CROPPED, LONGEST_PADDED
+from pumice.geometry import Axis, Layout, Size, first_tile_placement, placement
 
 # What decides where a token lies in the picture, besides how its pixels are normalised.
 CAPABILITY = Capability(
@@ -30,17 +28,6 @@ CAPABILITY = Capability(
         ConnectorConfig: fields("kind factor bias", reduce=("none", "average", "pixel_shuffle")),
     },
 )
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Converts pixels of a tile to pixels of the original image along one axis: pixel * scale + start."""
-
-    scale: float
-    start: float
-
-    def __call__(self, pixel: np.ndarray) -> np.ndarray:
-        return pixel * self.scale + self.start
 
 
 @dataclass(frozen=True)
@@ -80,14 +67,14 @@ def token_boxes(config: ModelConfig, size: Size, layout: Layout) -> TokenBoxes:
     CAPABILITY.check(config.image)
     CAPABILITY.check(config.connector)
     # 1. The tokens of the first tile, which shows the whole image.
-    single_tile = config.image.mode == "anyres" and layout.tiles == 1  # one of several images, padded
     if layout.pool:  # a frame of a video, which is squashed
         edges = np.arange(layout.pool) * (cell := config.vision.image_size / layout.pool)
-        x, y = (np.stack((axis(edges), axis(edges + cell))) for axis in _squash(config, size))
+        place = first_tile_placement(config.image, config.vision.image_size, size, tiled=True)
+        x, y = (np.stack((axis(edges), axis(edges + cell))) for axis in (place.across, place.down))
         boxes = np.vstack((_boxes(x, y), *[np.zeros((1, 4))] * layout.newline))
         return TokenBoxes(size, boxes, np.arange(layout.tokens) < layout.base)
-    axes = _POLICIES["pad" if single_tile else config.image.mode](config, size)
-    boxes = _first_tile(config, axes)
+    place = first_tile_placement(config.image, config.vision.image_size, size, tiled=layout.tiles > 1)
+    boxes = _first_tile(config, (place.across, place.down))
     placed = np.ones(len(boxes), bool)
     if config.vision.select == "cls_patch":
         boxes, placed = np.vstack((np.zeros((1, 4)), boxes)), np.append(False, placed)
@@ -113,47 +100,6 @@ def grid_for(boxes: TokenBoxes) -> Size:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _pad(config: ModelConfig, size: Size) -> tuple[Axis, Axis]:
-    side = max(size)
-    scaled = size
-    if side > LONGEST_PADDED:
-        scaled = (
-            max(1, round(size[0] * LONGEST_PADDED / side)),
-            max(1, round(size[1] * LONGEST_PADDED / side)),
-        )
-        side = LONGEST_PADDED
-    across, down = (
-        Axis(side / config.vision.image_size * n / m, -((side - m) // 2) * n / m)
-        for n, m in zip(size, scaled, strict=True)
-    )
-    return across, down
-
-
-def _crop(config: ModelConfig, size: Size) -> tuple[Axis, Axis]:
-    side = config.vision.image_size
-    short = min(size)
-    long = min(max(size), LONGEST_CROPPED * short)
-    axes = []
-    for n in size:
-        cut = min(n, long)  # pixels of the original that are resized
-        resized = side if cut == short else side * long // short
-        scale = cut / resized
-        axes.append(Axis(scale, (n - cut) // 2 + (resized - side) // 2 * scale))
-    return axes[0], axes[1]
-
-
-def _squash(config: ModelConfig, size: Size) -> tuple[Axis, Axis]:
-    return Axis(size[0] / config.vision.image_size, 0), Axis(size[1] / config.vision.image_size, 0)
-
-
-_POLICIES: dict[str, Callable[[ModelConfig, Size], tuple[Axis, Axis]]] = {
-    "pad": _pad,
-    "crop": _crop,
-    "squash": _squash,
-    **dict.fromkeys(("anyres", "split", "grid"), _squash),  # the tile of the whole image
-}
-
-
 def _first_tile(config: ModelConfig, axes: tuple[Axis, Axis]) -> np.ndarray:
     """Return the boxes of the tokens of the first tile, row by row: (side * side, 4)."""
     side, cell = _tokens(config)
@@ -170,19 +116,16 @@ def _tokens(config: ModelConfig) -> tuple[int, int]:
 
 def _tiles(config: ModelConfig, size: Size, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """Return boxes and `placed` of an anyres image's tokens after those of the first tile."""
-    target = best_resolution(size, config.image.pinpoints)
-    fitted = letterbox(size, target)
-    spans = []
+    place, spans = placement(config, size), []
     # 1. Along each axis: the first and last pixel of each column or row of tokens.
-    for n, canvas, content, cut, count, tiles in zip(
-        size, target, fitted, (layout.left, layout.top), (layout.width, layout.height),
+    for axis, cut, count, tiles in zip(
+        (place.across, place.down), (layout.left, layout.top), (layout.width, layout.height),
         (layout.columns, layout.rows), strict=True,
     ):  # fmt: skip
         side, _ = _tokens(config)
         # `count` tokens share what is left of the side * tiles columns (rows) after the padding is cut off.
         edges = cut + np.arange(count + 1) * ((side * tiles - 2 * cut) / max(count, 1))
         begin, end = _pixels(edges[:-1], config, last=False), _pixels(edges[1:], config, last=True)
-        axis = Axis(n / content, -((canvas - content) // 2) * n / content)
         spans.append(np.stack((axis(begin), axis(end))))
     boxes = _boxes(*spans).reshape(layout.height, layout.width, 4)
     placed = np.ones(boxes.shape[:2], bool)

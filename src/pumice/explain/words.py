@@ -7,27 +7,19 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
-# Scripts without spaces between words: each of their characters counts as a word.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# Scripts without spaces between words, as the inside of a class in a pattern: each of their characters counts
+# as a word. Thai and Lao, Burmese, Khmer, scripts of Thailand and Indonesia, Japanese, Chinese.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\u3040-\u30ff\u3400-\u9fff"
+    "\ua980-\uaadf\uf900-\ufaff\U00020000-\U0003ffff"
+)
 
 # English function words; all other words count as content.
-_FUNCTION_WORDS = """
-a an the this that these those some any each every all both either neither no not such
-i you he she it we they me him her us them my your his its our their mine yours hers ours theirs
-myself yourself himself herself itself ourselves themselves who whom whose which what when where why how
-there here be am is are was were been being do does did done doing have has had having
-will would shall should can could may might must
-of in on at by for with from to into onto over under above below up down out off about against between
-through during before after behind beside besides near next along across around among within without
-toward towards upon as than like
-and or but nor so yet if because while although though until unless since whether
-very too also just only even then now again more most much many other another same own
-won't shan't yes
-"""
-_FUNCTION = frozenset(_FUNCTION_WORDS.split())
+_FUNCTION = frozenset((Path(__file__).parent / "function_words.txt").read_text(encoding="utf-8").split())
 _CLITICS = ("", "'s", "'t", "n't", "'re", "'ve", "'ll", "'d", "'m")
 
 
@@ -57,8 +49,8 @@ class Word:
 def _word_pattern() -> re.Pattern[str]:
     # Vowel signs and accents, which `\w` leaves out, belong to the letter before them.
     marks = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M"))
-    letter = rf"(?:[^\W{_UNSPACED}][{marks}]*)"
-    return re.compile(rf"[{_UNSPACED}][{marks}]*|{letter}+(?:['’\-]{letter}+|[.,]\d+)*|[^\w\s]+")
+    letter = rf"(?:[^\W{UNSPACED}][{marks}]*)"
+    return re.compile(rf"[{UNSPACED}][{marks}]*|{letter}+(?:['’\-]{letter}+|[.,]\d+)*|[^\w\s]+")
 
 
 def split(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[Word]]:

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pumice.config import ModelConfig
+from pumice.config import GenerationConfig, ModelConfig
 from pumice.errors import InputError
 from pumice.formats.gguf import ollama
 from pumice.formats.gguf import write as gguf_write
 from pumice.formats.hf import refusal as hf_refusal
 from pumice.formats.hf import write as hf_write
+from pumice.formats.hf.read import read_generation
 from pumice.formats.import_ import DTYPES
 from pumice.formats.llava import write as llava_write
 from pumice.formats.load import shapes
@@ -27,11 +28,15 @@ from pumice.formats.peft import write as peft_write
 from pumice.formats.peft.read import drop_adapters, merge_adapters
 from pumice.formats.pumice.folder import check, writing
 from pumice.formats.read import read_model
+from pumice.formats.text.chat_template import difference
+from pumice.formats.text.read import read_text_side
 from pumice.model.adapters import add_lora
 from pumice.model.decoder import Decoder
 from pumice.model.layers import Causal
+from pumice.storage.json_file import Keys
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict
+from pumice.templates import Template, get_template
 from pumice.tokens import Tokenizer
 
 # Each format's function that says why it cannot hold a model, or None.
@@ -114,14 +119,18 @@ def export(
         else:
             peft_write.write(fresh, model)
         _check_written(to, fresh, model)
+    if config.boxes != "padded":
+        notes.append(f"its files do not say that this model writes boxes in the form {config.boxes}")
     return Exported(target, tuple(notes))
 
 
 def _check_written(to: str, folder: Path, model: LoadedParts) -> None:
-    """Read the written config, and raise InputError if a field comes back as another model's."""
+    """Read what was written, and raise InputError if a field comes back as another model's."""
     expected = model.config if to == "llava" else hf_write.as_mlp(model).config
     if to == "peft":
         return  # adapters alone
+    if to in ("hf", "llava"):
+        _check_text_side(to, folder, model)
     written = read_model(folder, template="plain").config  # any: the original code's files say none
     parts = _COMPARED if expected.vision.kind != "none" else ("decoder",)
     if to in ("gguf", "ollama"):
@@ -148,6 +157,30 @@ def _check_written(to: str, folder: Path, model: LoadedParts) -> None:
                     f"{to} does not keep {part}.{field.name}: {old!r} would come back as {new!r}; share the "
                     "Pumice folder itself"
                 )
+
+
+def _check_text_side(to: str, folder: Path, model: LoadedParts) -> None:
+    """The same of how a conversation is written, where an answer ends, and how it is drawn."""
+    config = model.config
+    text = read_text_side(folder, Keys.of(folder / "config.json"))
+    drawn = config.generation
+    if not drawn.temperature:  # greedy: only the penalty is used, and written
+        drawn = GenerationConfig(repetition_penalty=drawn.repetition_penalty)
+    pairs: list[tuple[str, object, object]] = [
+        ("generation", drawn, read_generation(folder)),
+        ("bos_token_id", config.bos_token_id, text.files.bos_id),
+        ("stop_token_ids", config.stop_token_ids, text.stop_ids),
+    ]
+    template = get_template(config.template, config.chat)
+    if to == "hf" and isinstance(template, Template):
+        source = text.files.chat_template or ""
+        specials = list(Tokenizer(text.tokenizer).special)
+        reason = difference(source, template, config.image_wrap, specials)
+        pairs.append(("chat template", "", reason))
+    for name, old, new in pairs:
+        if old != new:
+            came = f"{old!r} would come back as {new!r}" if old else str(new)
+            raise InputError(f"{to} does not keep the {name}: {came}; share the Pumice folder itself")
 
 
 def refusal(to: str, config: ModelConfig) -> str | None:

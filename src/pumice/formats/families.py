@@ -6,6 +6,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from pumice.errors import InputError
+
+# Rotary positions turn pairs of values of a head: value i with value i + d / 2 (GPT-NeoX), or value 2 i with
+# value 2 i + 1 (GPT-J). The tensors of both have the same names and shapes.
+HALVES, INTERLEAVED = ROTATIONS = ("halves", "interleaved")
+# Which layers have the key `sliding_window`: none, whatever it says; all; those of the key `layer_types`; the
+# same, if `use_sliding_window` is true.
+WINDOWS = ("never", "all", "layer_types", "use_sliding_window")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -14,14 +23,27 @@ class Family:
     defaults: the values that transformers gives to absent keys of config.json. class_name: the class in
     transformers. template: the chat format of a LLaVA of transformers that has no chat template; None: the
     user must name it. original: the name in the classes of the original LLaVA, None if it has no such class.
-    gguf: whether it can be read from GGUF, under the same name.
+
+    Shapes and keys do not say the next three, so every row must. rotation: which values of a head rotate
+    together, one of ROTATIONS; the decoder computes "halves" alone. window: which layers have the sliding
+    window, one of WINDOWS. gguf: the rotation in GGUF files of the architecture of this name; None: they
+    cannot be read. fields: what differs from the defaults of DecoderConfig.
     """
 
     defaults: dict[str, Any]
     class_name: str
     template: str | None
     original: str | None
-    gguf: bool = True
+    rotation: str
+    window: str
+    gguf: str | None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("rotation", ROTATIONS), ("window", WINDOWS), ("gguf", (*ROTATIONS, None))):
+            if (value := getattr(self, name)) not in allowed:
+                listed = ", ".join(map(repr, allowed))
+                raise InputError(f"{self.class_name}: {name} is {value!r}; use one of {listed}")
 
 
 @dataclass(frozen=True)
@@ -53,13 +75,37 @@ _GEMMA2: dict[str, Any] = {
     "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
 FAMILIES = {
-    "llama": Family(_LLAMA, "LlamaForCausalLM", "v1", "Llama"),
+    "llama": Family(_LLAMA, "LlamaForCausalLM", "v1", "Llama", HALVES, "never", gguf=INTERLEAVED),
     # In GGUF files a Mistral has the architecture llama.
-    "mistral": Family(_MISTRAL, "MistralForCausalLM", "mistral_instruct", "Mistral", gguf=False),
-    "qwen2": Family(_QWEN2, "Qwen2ForCausalLM", "chatml", "Qwen"),
-    "qwen3": Family(_QWEN2 | {"head_dim": 128}, "Qwen3ForCausalLM", "chatml", None),
-    "gemma2": Family(_GEMMA2, "Gemma2ForCausalLM", None, None, gguf=False),
-}
+    "mistral": Family(
+        _MISTRAL, "MistralForCausalLM", "mistral_instruct", "Mistral", HALVES, "all", gguf=None
+    ),
+    "qwen2": Family(
+        _QWEN2, "Qwen2ForCausalLM", "chatml", "Qwen", HALVES, "use_sliding_window", gguf=HALVES,
+        fields={"qkv_bias": True},
+    ),
+    "qwen3": Family(
+        _QWEN2 | {"head_dim": 128}, "Qwen3ForCausalLM", "chatml", None, HALVES, "use_sliding_window",
+        gguf=HALVES, fields={"qk_norm": True},
+    ),
+    "gemma2": Family(
+        _GEMMA2, "Gemma2ForCausalLM", None, None, HALVES, "layer_types", gguf=None,
+        fields={"window_pattern": 2, "post_norms": True, "norm_offset": 1.0},
+    ),
+}  # fmt: skip
+# Families of transformers that rotate neighbours, some with exactly the tensors of a Llama. A row that says
+# something else of them is refused.
+ROTATE_NEIGHBOURS = frozenset(("codegen", "cohere", "cohere2", "ernie4_5", "glm", "glm4", "gptj", "helium"))
+
+
+def check_rotation(kind: str, label: str) -> None:
+    """Raise InputError if the decoder does not rotate as this family does. label: of its config."""
+    if FAMILIES[kind].rotation != HALVES or kind in ROTATE_NEIGHBOURS:
+        raise InputError(
+            f"{label}: rotary positions of {kind} turn neighbouring values (interleaved, as in GPT-J), which "
+            "Pumice does not compute"
+        )
+
 
 _CLIP: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -77,23 +123,23 @@ TOWERS = {
     "smolvlm_vision": TowerFamily("siglip", _IDEFICS3, _NORMED),
 }
 
-# What the classes of transformers and of the original code are called before `ForCausalLM` and the like.
+# What other classes of transformers and of the original code are called before `ForCausalLM` and the like.
 _STEMS = {
     "Llava": "llava", "LlavaNext": "llava_next", "LlavaOnevision": "llava_onevision",
     "Idefics3": "idefics3", "SmolVLM": "smolvlm",
     "Idefics3VisionTransformer": "idefics3_vision", "SmolVLMVisionTransformer": "smolvlm_vision",
     "CLIP": "clip", "CLIPVision": "clip_vision_model",
     "Siglip": "siglip", "SiglipVision": "siglip_vision_model",
-} | {
-    family.class_name.removesuffix("ForCausalLM"): kind for kind, family in FAMILIES.items()
-} | {
-    f"Llava{family.original}": f"llava_{family.original.lower()}"
-    for family in FAMILIES.values()
-    if family.original is not None
 }  # fmt: skip
 _ENDING = re.compile(r"(For[A-Z]\w*|Model(WithProjection)?|(Image)?Processor(Fast|Pil)?|FeatureExtractor)$")
 
 
 def model_type(class_name: str) -> str | None:
     """Return the model_type that a class of a model or its processor stands for; None if it is unknown."""
-    return _STEMS.get(_ENDING.sub("", class_name))
+    stem = _ENDING.sub("", class_name)
+    for kind, family in FAMILIES.items():
+        if stem == family.class_name.removesuffix("ForCausalLM"):
+            return kind
+        if family.original is not None and stem == f"Llava{family.original}":
+            return f"llava_{family.original.lower()}"
+    return _STEMS.get(stem)

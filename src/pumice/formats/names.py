@@ -1,8 +1,9 @@
 """Tables that map the tensor names of other formats to the names in `pumice.model`.
 
-In a table `{i}` stands for the number of a block. None means that a tensor is dropped on purpose; it may be
-missing. Two names of one parameter are copies: one of them must be there, and both must be equal. Everything
-else is exact: an unknown or missing name is an error.
+In a table `{i}` stands for the number of a block. None means that a tensor is dropped on purpose, `Derived`
+that it is compared with the config and dropped; both may be missing. Two names of one parameter are copies:
+one of them must be there, and both must be equal. Everything else is exact: an unknown or missing name is an
+error.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import NamedTuple
 
 from pumice.config import DecoderConfig, ModelConfig, VisionConfig
 from pumice.errors import InputError
+from pumice.formats.derived import Derived, position_numbers, rotary_frequencies
 from pumice.storage.tensors import LazyStateDict, check_same
 
-Table = dict[str, str | None]  # name in the source -> name in pumice.model
+Target = str | Derived | None
+Table = dict[str, Target]  # name in the source -> name in pumice.model
 
 # Hugging Face's Llama, Mistral, Qwen2 and Qwen3: what stands outside the blocks, and the layers of a block.
 _HF_ENDS = {"model.embed_tokens.weight": "embed.weight", "model.norm.weight": "norm.weight"}
@@ -95,8 +98,9 @@ def hf_decoder(config: DecoderConfig) -> Table:
     """Return the table of Hugging Face's names for a decoder of one of `FAMILIES` of this shape."""
     block = _HF_BLOCK | (_HF_POST_NORMS if config.post_norms else {})
     table = _decoder(config, _HF_ENDS, "model.layers.{i}.", block, "lm_head.weight")
-    # Old Llama checkpoints store the rotary frequencies, which follow from the config.
-    return table | expand({"model.layers.{i}.self_attn.rotary_emb.inv_freq": None}, config.depth)
+    # Old Llama checkpoints store the rotary frequencies.
+    frequencies: Table = {"model.layers.{i}.self_attn.rotary_emb.inv_freq": rotary_frequencies(config)}
+    return table | expand(frequencies, config.depth)
 
 
 def gguf_decoder(config: DecoderConfig) -> Table:
@@ -165,7 +169,7 @@ def llava(config: ModelConfig, nesting: Nesting, connector: Table, tower_prefix:
     return table
 
 
-def adapted(config: ModelConfig) -> Table:
+def adapted(config: ModelConfig) -> dict[str, str]:
     """Return the table of what a LoRA may adapt: a layer's name, in any nesting -> our weight's name."""
     # An adapter does not say with which code it was trained, so the names of all nestings are accepted.
     table: Table = {}
@@ -181,7 +185,7 @@ def adapted(config: ModelConfig) -> Table:
     return {
         source_name.removesuffix(".weight"): param_name
         for source_name, param_name in table.items()
-        if param_name and source_name.endswith(".weight")
+        if isinstance(param_name, str) and source_name.endswith(".weight")
     }
 
 
@@ -195,7 +199,7 @@ def with_prefixes(table: Table, prefixes: Mapping[str, str], added: str) -> Tabl
     for source_name, param_name in table.items():
         old = next(prefix for prefix in prefixes if source_name.startswith(prefix))
         new_name = prefixes[old] + source_name.removeprefix(old)
-        result[new_name] = None if param_name is None else added + param_name
+        result[new_name] = added + param_name if isinstance(param_name, str) else param_name
     return result
 
 
@@ -205,10 +209,10 @@ def tower_prefix(names: Container[str], before: str = "") -> str | None:
     return next((prefix for prefix in TOWER_PREFIXES if probe % prefix in names), None)
 
 
-def expand(patterns: Mapping[str, str | None], count: int) -> Table:
+def expand(patterns: Mapping[str, Target], count: int) -> Table:
     """Return the table with `{i}` replaced by 0 .. count - 1 in each pattern."""
     return {
-        source_name.format(i=i): None if param_name is None else param_name.format(i=i)
+        source_name.format(i=i): param_name.format(i=i) if isinstance(param_name, str) else param_name
         for source_name, param_name in patterns.items()
         for i in (range(count) if "{i}" in source_name else (0,))
     }
@@ -217,12 +221,12 @@ def expand(patterns: Mapping[str, str | None], count: int) -> Table:
 def convert(state: LazyStateDict, table: Table, label: str = "the checkpoint") -> LazyStateDict:
     """Return `state` under our names. label: names the source in errors.
 
-    Raises InputError on a name that the table lacks, on one that the table needs and `state` lacks, and on
-    copies of one parameter that differ.
+    Raises InputError on a name that the table lacks, on one that the table needs and `state` lacks, on copies
+    of one parameter that differ, and on a tensor that is not what the config says.
     """
     sources: dict[str, list[str]] = {}
     for name, param_name in table.items():
-        if param_name is not None:
+        if isinstance(param_name, str):
             sources.setdefault(param_name, []).append(name)
     unknown = [name for name in state if name not in table]
     missing = [names[0] for names in sources.values() if not any(name in state for name in names)]
@@ -235,9 +239,12 @@ def convert(state: LazyStateDict, table: Table, label: str = "the checkpoint") -
         raise InputError(f"{label} does not have the tensors of its kind of model: {'; '.join(problems)}")
     renamed: LazyStateDict = {}
     for name, tensor in state.items():
-        if (param_name := table[name]) is None:
+        param_name = table[name]
+        if isinstance(param_name, Derived):
+            param_name.check(tensor, label)
+        elif param_name is None:
             continue
-        if param_name in renamed:
+        elif param_name in renamed:
             check_same(
                 renamed[param_name], tensor, label, "a head of its own needs tie_word_embeddings false"
             )
@@ -278,11 +285,11 @@ def check_tower(names: Container[str], before: str, config: VisionConfig, label:
         )
 
 
-def inverse(table: Table) -> Table:
+def inverse(table: Table) -> dict[str, str]:
     """Return the table from our names to the source's, without the names that are dropped, and copies."""
-    names: Table = {}
+    names: dict[str, str] = {}
     for source_name, param_name in table.items():
-        if param_name is not None:
+        if isinstance(param_name, str):
             names.setdefault(param_name, source_name)
     return names
 
@@ -312,7 +319,6 @@ def _decoder(
 _VIT_ENDS: Table = {
     "embeddings.patch_embedding.weight": "patch.weight",
     "embeddings.position_embedding.weight": "positions",
-    "embeddings.position_ids": None,  # in old checkpoints: 0, 1, 2, ...
     "post_layernorm.weight": "post_norm.weight",
     "post_layernorm.bias": "post_norm.bias",
 }
@@ -351,7 +357,7 @@ def siglip_tower(config: VisionConfig) -> Table:
 
 
 def _vit(config: VisionConfig) -> Table:
-    patterns = dict(_VIT_ENDS)
+    patterns = _VIT_ENDS | {"embeddings.position_ids": position_numbers(config)}  # in old checkpoints
     for source_layer, layer in _VIT_BLOCK.items():
         for part in ("weight", "bias"):
             patterns[f"encoder.layers.{{i}}.{source_layer}.{part}"] = f"blocks.{{i}}.{layer}.{part}"
@@ -359,7 +365,7 @@ def _vit(config: VisionConfig) -> Table:
 
 
 # Tower and connector in llama.cpp's mmproj files.
-_GGUF_TOWER_ENDS: Table = {
+_GGUF_TOWER_ENDS = {
     "v.class_embd": "tower.class_token",
     "v.patch_embd.weight": "tower.patch.weight",
     "v.patch_embd.bias": "tower.patch.bias",
@@ -391,7 +397,7 @@ def gguf_tower(config: VisionConfig, *, swapped: bool = False) -> Table:
     # A CLIP has a class token and a norm before its blocks; a SigLIP has a bias in its patch embedding
     # instead.
     absent = "tower.patch.bias" if config.kind == "clip" else "tower.class_token"
-    patterns = {name: param for name, param in _GGUF_TOWER_ENDS.items() if param != absent}
+    patterns: Table = {name: param for name, param in _GGUF_TOWER_ENDS.items() if param != absent}
     if config.kind == "siglip":
         patterns = {name: param for name, param in patterns.items() if not name.startswith("v.pre_ln")}
     swap = {"mlp.up": "mlp.down", "mlp.down": "mlp.up"} if swapped else {}
@@ -399,4 +405,5 @@ def gguf_tower(config: VisionConfig, *, swapped: bool = False) -> Table:
         layer = swap.get(layer, layer)
         for part in ("weight", "bias"):
             patterns[f"v.blk.{{i}}.{source_layer}.{part}"] = f"tower.blocks.{{i}}.{layer}.{part}"
+    patterns |= dict.fromkeys(("v.position_ids", "v.embd.position_ids"), position_numbers(config))
     return expand(patterns, config.depth)

@@ -20,6 +20,7 @@ from pumice.config import (
     naming,
 )
 from pumice.errors import InputError
+from pumice.formats.derived import rotary_frequencies
 from pumice.formats.names import Table, convert, expand
 from pumice.formats.text.read import TextSide
 from pumice.formats.text.tokenizer import read_tokenizer
@@ -41,7 +42,6 @@ _ENDS: Table = {
     "MP.proj.weight": "connector.layers.0.weight",
     "decoder.token_embedding.weight": "decoder.embed.weight",
     "decoder.norm.weight": "decoder.norm.weight",
-    "decoder.rotary_embd.inv_freq": None,
 }
 # Layers of a block: of the tower, each with weight and bias, and of the decoder, with a weight alone.
 _TOWER_BLOCK = {
@@ -164,7 +164,7 @@ def _pictures(keys: Keys, vision: VisionConfig, extra: dict[str, str]) -> tuple[
 
 
 def _table(decoder: DecoderConfig, vision: VisionConfig) -> Table:
-    table = dict(_ENDS)
+    table = _ENDS | {"decoder.rotary_embd.inv_freq": rotary_frequencies(decoder)}
     # Writers store a tied head once or twice.
     table["decoder.head.weight"] = "decoder.embed.weight" if decoder.tied_head else "decoder.head.weight"
     blocks = {

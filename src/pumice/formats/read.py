@@ -57,7 +57,13 @@ def find_pair(
     """Return the path of a model in GGUF, and that of its mmproj where it is given or on the hub."""
     if mmproj is None and not Path(source).exists() and is_gguf_name(str(source)):
         return gguf_from_hub(str(source))
-    return find_model(source), None if mmproj is None else locate(mmproj)
+    if mmproj is None:
+        return find_model(source), None
+    if not Path(mmproj).expanduser().exists() and not is_hub_name(str(mmproj)):
+        raise InputError(
+            f"--mmproj {mmproj} is not there; check the path, or name a file on the hub: owner/model/file"
+        )
+    return find_model(source), locate(mmproj)
 
 
 def read_model(

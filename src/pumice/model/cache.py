@@ -20,16 +20,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pumice.config import DecoderConfig
+from pumice.capability import GEMMA2, LLAMA, ROPE_SCALING, Capability, fields
+from pumice.config import DecoderConfig, RopeScaling
 from pumice.kernels.attention import attend as attend_in_c
 from pumice.kernels.attention import can_attend
 from pumice.model import varlen
 from pumice.model.layers import Attend, causal_mask, sdpa
-from pumice.model.transfer import numbers_on
+from pumice.model.transfer import numbers_on, to_device
 
 BLOCK = 64  # tokens of a block
 _LOG = logging.getLogger("pumice")
 AGREEMENT = 2e-2  # of values of about 1, in 16 bits, between one call for all sequences and one for each
+CAPABILITY = Capability(
+    "attention with a cache", {DecoderConfig: fields(f"{LLAMA} {GEMMA2}"), RopeScaling: fields(ROPE_SCALING)}
+)
 
 
 class Segment(NamedTuple):
@@ -38,6 +42,21 @@ class Segment(NamedTuple):
     table: Sequence[int]
     past: int
     new: int
+
+
+class StepNumbers(NamedTuple):
+    """What one call of attention for N sequences reads beside keys and values.
+
+    positions: (1, T). cells: (T,), where the new tokens are written. The others are int32: query_starts and
+    key_starts (N + 1,), used (N,) tokens of each sequence, and table (N, blocks).
+    """
+
+    positions: Tensor
+    cells: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    used: Tensor
+    table: Tensor
 
 
 class KVCache:
@@ -56,6 +75,7 @@ class KVCache:
         one_call: bool = False,
     ) -> None:
         """one_call: attend with one call of FlashAttention's kernel for all sequences, where it can."""
+        CAPABILITY.check(config)
         self.one_call = one_call and can_use_one_call(config, device, dtype)
         if self.one_call:
             block = -(-block // varlen.PAGE) * varlen.PAGE
@@ -82,8 +102,7 @@ class KVCache:
 
     def positions(self, segments: Sequence[Segment]) -> Tensor:
         """Return the position of each new token in its sequence: (1, T)."""
-        positions = [n for _, past, new in segments for n in range(past, past + new)]
-        return numbers_on(self.keys.device, [positions])
+        return numbers_on(self.keys.device, [_positions(segments)])
 
     def check(self, segments: Sequence[Segment]) -> None:
         """Raise ValueError unless the table of each segment has a block of the cache for all its tokens."""
@@ -105,7 +124,7 @@ class KVCache:
         if self.one_call:
             return self._attend_at_once(segments)
         # 1. What all layers share is computed once: the cells to write, and what each segment may see.
-        new_cells = self._new_cells(segments)
+        new_cells = numbers_on(self.keys.device, self._new_cells(segments))
         view = functools.cache(lambda number, window: self._view(segments[number], window))
         new_counts = [segment.new for segment in segments]
         softcap = self.config.attention_softcap
@@ -129,33 +148,43 @@ class KVCache:
 
         return attend
 
-    def _attend_at_once(self, segments: Sequence[Segment]) -> Attend:
-        """As `attend`, in one call for all segments: keys are read where they lie, through the tables."""
-        device, blocks = self.keys.device, max(len(segment.table) for segment in segments)
-        new_cells = self._new_cells(segments)
-        starts = [0, *itertools.accumulate(segment.new for segment in segments)]
+    def step_numbers(self, segments: Sequence[Segment], blocks: int) -> StepNumbers:
+        """Return the numbers of a step, on the host. blocks: the columns of the table."""
         lengths = [segment.past + segment.new for segment in segments]
+        starts = [0, *itertools.accumulate(segment.new for segment in segments)]
         tables = [[*segment.table, *[0] * (blocks - len(segment.table))] for segment in segments]
-        key_starts = [0, *itertools.accumulate(lengths)]
-        query_starts, key_ends, used, block_table = (
-            numbers_on(device, numbers, torch.int32) for numbers in (starts, key_starts, lengths, tables)
-        )
-        longest, longest_keys = max(segment.new for segment in segments), max(lengths)
+        int32 = functools.partial(torch.tensor, dtype=torch.int32)
+        return StepNumbers(
+            torch.tensor([_positions(segments)]), torch.tensor(self._new_cells(segments)), int32(starts),
+            int32([0, *itertools.accumulate(lengths)]), int32(lengths), int32(tables),
+        )  # fmt: skip
+
+    def attend_at_once(self, numbers: StepNumbers, longest: int, longest_keys: int) -> Attend:
+        """As `attend`, in one call for all segments: keys are read where they lie, through the tables.
+
+        numbers: on the device. longest, longest_keys: the most new tokens and the most tokens of a segment.
+        """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self._layers[layer]
-            keys.index_copy_(1, new_cells, k[0].to(keys.dtype))
-            values.index_copy_(1, new_cells, v[0].to(values.dtype))
+            keys.index_copy_(1, numbers.cells, k[0].to(keys.dtype))
+            values.index_copy_(1, numbers.cells, v[0].to(values.dtype))
             # (K, C, d) as (blocks, block, K, d)
             key_pages, value_pages = (
                 x.unflatten(1, (-1, self.block)).permute(1, 2, 0, 3) for x in (keys, values)
             )
             return varlen.attend(
-                q.to(keys.dtype), key_pages, value_pages, query_starts, key_ends, longest, longest_keys,
-                self.config.window(layer), seqused_k=used, block_table=block_table,
+                q.to(keys.dtype), key_pages, value_pages, numbers.query_starts, numbers.key_starts, longest,
+                longest_keys, self.config.window(layer), seqused_k=numbers.used, block_table=numbers.table,
             ).to(q.dtype)  # fmt: skip
 
         return attend
+
+    def _attend_at_once(self, segments: Sequence[Segment]) -> Attend:
+        numbers = self.step_numbers(segments, max(len(segment.table) for segment in segments))
+        on_device = StepNumbers(*(to_device(tensor, self.keys.device) for tensor in numbers))
+        longest_keys = max(segment.past + segment.new for segment in segments)
+        return self.attend_at_once(on_device, max(segment.new for segment in segments), longest_keys)
 
     def _view(
         self, segment: Segment, window: int | None
@@ -193,15 +222,19 @@ class KVCache:
 
         return gather, mask
 
-    def _new_cells(self, segments: Sequence[Segment]) -> Tensor:
+    def _new_cells(self, segments: Sequence[Segment]) -> list[int]:
         """Return the cell of each new token: (T,)."""
         block = self.block
-        cells = [
+        return [
             table[position // block] * block + position % block
             for table, past, new in segments
             for position in range(past, past + new)
         ]
-        return numbers_on(self.keys.device, cells)
+
+
+def _positions(segments: Sequence[Segment]) -> list[int]:
+    """Return the position of each new token in its sequence: (T,)."""
+    return [position for _, past, new in segments for position in range(past, past + new)]
 
 
 def can_use_one_call(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> bool:

@@ -5,6 +5,7 @@ Shapes: B tiles, G patches on a side, C tower width, N image tokens of a tile, D
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pumice.capability import Capability, fields
 from pumice.config import ConnectorConfig, ModelConfig
 from pumice.errors import InputError
 from pumice.geometry import Layout
+from pumice.model.trial import try_shapes
 
 
 def pixel_shuffle(features: Tensor, factor: int) -> Tensor:
@@ -53,6 +55,12 @@ REDUCE = {
     "average": Reduction(average, widens=False),
     "pixel_shuffle": Reduction(pixel_shuffle, widens=True),
 }
+
+
+def _reduction(name: str) -> Reduction:
+    if name not in REDUCE:
+        raise InputError(f"unknown reduction {name!r}; use one of {', '.join(REDUCE)}")
+    return REDUCE[name]
 
 
 def arrange(tokens: Tensor, layout: Layout, newline: Tensor | None) -> Tensor:
@@ -95,7 +103,7 @@ def _mlp(depth: int, in_width: int, width: int, bias: bool = True) -> nn.Sequent
     return nn.Sequential(*layers)
 
 
-def _identity(in_width: int, width: int, bias: bool = True) -> nn.Sequential:
+def _identity(in_width: int, width: int) -> nn.Sequential:
     if in_width != width:
         raise InputError(f"identity connector: the tower gives width {in_width}, the LLM has {width}")
     return nn.Sequential()
@@ -107,6 +115,7 @@ KINDS: dict[str, Callable[..., nn.Sequential]] = {
     "linear": partial(_mlp, 1),  # LLaVA 1.0's
     **{f"mlp{depth}x_gelu": partial(_mlp, depth) for depth in range(1, 10)},  # LLaVA 1.5's has two layers
 }
+_OWN_KINDS = dict(KINDS)  # known to keep the number of tokens
 CAPABILITY = Capability("the connector", {ConnectorConfig: fields("kind reduce factor bias")})
 
 
@@ -120,15 +129,19 @@ class Connector(nn.Module):
         super().__init__()
         CAPABILITY.check(config)
         if config.kind not in KINDS:
-            raise InputError(f"unknown connector {config.kind!r}; use linear, mlpNx_gelu or identity")
-        if config.reduce not in REDUCE:
-            raise InputError(f"unknown reduction {config.reduce!r}; use one of {', '.join(REDUCE)}")
+            kinds = ", ".join(KINDS)
+            raise InputError(f"unknown connector {config.kind!r}; use one of {kinds}")
         self.config = config
-        self.reduce = REDUCE[config.reduce]
-        # Kinds of users' own take two widths; `bias` is asked of them only where it is set.
+        self.reduce = _reduction(config.reduce)
+        # Every kind takes two widths; `bias` is asked only where it is set.
         options = {} if config.bias else {"bias": False}
         in_width *= config.factor**2 if self.reduce.widens else 1
-        self.layers = KINDS[config.kind](in_width, width, **options)
+        try:
+            arguments = inspect.signature(KINDS[config.kind]).bind(in_width, width, **options)
+        except TypeError as error:
+            what = "takes no widths" if config.bias else "does not implement bias = False"
+            raise InputError(f"a connector of kind {config.kind!r} {what} ({error})") from error
+        self.layers = KINDS[config.kind](*arguments.args, **arguments.kwargs)
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn features (B, G*G, C) into image tokens (B, N, D)."""
@@ -136,21 +149,33 @@ class Connector(nn.Module):
 
 
 def check_image_tokens(config: ModelConfig) -> None:
-    """Raise InputError unless the reduction leaves as many tokens of a tile as the config counts.
+    """Raise InputError unless the connector gives as many tokens of a tile as the config counts.
 
-    `arrange` joins tiles, and shrinks frames of videos, as squares of tokens: theirs must be a square.
+    One trial of the shapes, without values. `arrange` joins tiles, and shrinks frames of videos, as squares
+    of tokens: theirs must be a square.
     """
     if config.vision.kind == "none":
         return
-    # One channel on the CPU is enough to count, and costs nothing.
+    # 1. The reduction. One channel on the CPU is enough to count, and costs nothing.
     features = torch.zeros(1, config.vision.features, 1, device="cpu")
-    reduce, factor = config.connector.reduce, config.connector.factor
-    tokens = REDUCE[reduce].apply(features, factor).shape[1]
+    kind, reduce, factor = config.connector.kind, config.connector.reduce, config.connector.factor
+    tokens = _reduction(reduce).apply(features, factor).shape[1]
     if tokens != config.image_tokens:
         raise InputError(
             f"the connector gives {tokens} image tokens of a tile, config.REDUCTIONS counts "
             f"{config.image_tokens} for {reduce!r}; correct the count"
         )
+    # 2. The layers of a user's own kind.
+    vision, width = config.vision, config.decoder.width
+    if kind not in _OWN_KINDS or KINDS.get(kind) is not _OWN_KINDS[kind]:
+        try_shapes(
+            f"a connector of kind {kind!r}, whose layers may not change the number of tokens,",
+            lambda: Connector(config.connector, vision.width, width),
+            (1, vision.features, vision.width),
+            ("tokens", tokens, width),
+            "the LLM has",
+        )
+    # 3. What is joined later.
     as_squares = config.image.mode == "anyres" or (config.video is not None and config.video.pool > 1)
     if as_squares and math.isqrt(tokens) ** 2 != tokens:
         raise InputError(

@@ -11,27 +11,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pumice.capability import LLAMA, Capability, fields
+from pumice.capability import GEMMA2, LLAMA, ROPE_SCALING, Capability, fields
 from pumice.config import DecoderConfig, RopeScaling
+from pumice.errors import InputError
 from pumice.model.layers import Attend, Block, RMSNorm, ScaledEmbedding, rotary, soft_cap
 from pumice.model.quantized import PackedEmbedding, PackedLinear
 
 CAPABILITY = Capability(
     "the decoder",
     {
-        DecoderConfig: fields(
-            f"{LLAMA} window_pattern activation post_norms norm_offset embed_scale attention_scale "
-            "attention_softcap logit_softcap"
-        ),
-        RopeScaling: fields("kind factor low_freq_factor high_freq_factor original_context"),
+        DecoderConfig: fields(f"{LLAMA} {GEMMA2}"),
+        RopeScaling: fields(ROPE_SCALING),
     },
 )
+# The kinds of rotary scaling, and the fields that each uses.
+_SCALINGS = {"linear": "kind factor", "llama3": ROPE_SCALING}
 
 
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         CAPABILITY.check(config)
+        if (scaling := config.rope_scaling) is not None:
+            used = fields(_SCALINGS[scaling.kind])
+            Capability(f"{scaling.kind} scaling", {RopeScaling: used}).check(scaling)
+        if config.window_pattern > 1 and config.sliding_window is None:
+            raise InputError(
+                f"window_pattern is {config.window_pattern}, but no layer has a window; set sliding_window "
+                "or leave window_pattern out"
+            )
         self.config = config
         # nn.Embedding draws random values, even on meta, where this only imports torch's compiler. So pass it
         # a weight, and draw here if there is something to draw.

@@ -11,6 +11,7 @@ tokens of a tile, D decoder width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from pumice.model.decoder import Decoder
 from pumice.model.efficientnet import EfficientNetLite
 from pumice.model.layers import Attend, Causal
 from pumice.model.transfer import to_device
+from pumice.model.trial import try_shapes
 from pumice.model.vision import ViT
 
 # The kinds of towers: the fields that each implements, and its module.
@@ -35,8 +37,9 @@ TOWERS: dict[str, tuple[str, Callable[[VisionConfig], nn.Module]]] = {
     "clip": (_VIT, ViT),
     "siglip": (f"{_VIT} final_norm fractional", ViT),
     # A language model alone; `Processor` refuses pictures.
-    "none": (_VIT, lambda config: nn.Identity()),
+    "none": ("kind width", lambda config: nn.Identity()),
 }
+_OWN_TOWERS = dict(TOWERS)  # known to give config.features of config.width
 
 
 def make_tower(config: VisionConfig) -> nn.Module:
@@ -46,6 +49,21 @@ def make_tower(config: VisionConfig) -> nn.Module:
     implemented, module = TOWERS[config.kind]
     Capability(f"a tower of kind {config.kind}", {VisionConfig: fields(implemented)}).check(config)
     return module(config)
+
+
+def check_shapes(config: ModelConfig) -> None:
+    """Raise InputError unless the tower and the connector give as many features and tokens as are counted."""
+    vision = config.vision
+    side, kind = vision.image_size, vision.kind
+    if kind not in _OWN_TOWERS or TOWERS.get(kind) is not _OWN_TOWERS[kind]:
+        try_shapes(
+            f"a tower of kind {kind!r}",
+            lambda: make_tower(vision),
+            (1, 3, side, side),
+            ("features", vision.features, vision.width),
+            "the config says",
+        )
+    check_image_tokens(config)
 
 
 class Llava(nn.Module):
@@ -61,7 +79,7 @@ class Llava(nn.Module):
             if not newline.is_meta:
                 nn.init.normal_(newline, std=config.decoder.width**-0.5)
             self.image_newline = nn.Parameter(newline)
-        check_image_tokens(config)
+        check_shapes(config)
         # Last: adapters replace layers that have to exist.
         if config.lora is not None:
             add_lora(self.decoder, config.lora)
@@ -74,6 +92,13 @@ class Llava(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of the decoder's activations outside autocast."""
         return self.decoder.dtype
+
+    def sizes(self) -> tuple[int, int]:
+        """Return the bytes of the weights in memory, and the number of parameters without adapters."""
+        nbytes = sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+        with torch.device("meta"):  # a quantized weight is no parameter, so count those of the config
+            whole = Llava(replace(self.config, lora=None))
+        return nbytes, sum(parameter.numel() for parameter in whole.parameters())
 
     def features(self, pixels: Tensor) -> Tensor:
         """Turn pixels (P, 3, S, S) into the tower's features (P, F, C), in the tower's dtype."""

@@ -18,10 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pumice.config import DecoderConfig
+from pumice.capability import GEMMA2, LLAMA, ROPE_SCALING, Capability, fields
+from pumice.config import DecoderConfig, RopeScaling
 from pumice.model.layers import causal_mask, sdpa
 from pumice.model.transfer import numbers_on
 from pumice.model.varlen import attend, can_attend
+
+CAPABILITY = Capability(
+    "attention over packs", {DecoderConfig: fields(f"{LLAMA} {GEMMA2}"), RopeScaling: fields(ROPE_SCALING)}
+)
 
 
 class Run(NamedTuple):
@@ -48,6 +53,7 @@ class PackedAttention:
         self, runs: Sequence[Run], config: DecoderConfig, device: torch.device | None = None
     ) -> None:
         """config: of the decoder. device: of the masks, which are made once for all layers."""
+        CAPABILITY.check(config)
         self.runs, self.config, self.device = runs, config, device or torch.device("cpu")
         self.lengths = [run.length for run in runs]
 

@@ -55,6 +55,11 @@ def event(content: BaseModel) -> bytes:
     return b"data: " + content.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
+def named_event(kind: str, content: BaseModel) -> bytes:
+    """Return a model as a server-sent event that has a name."""
+    return f"event: {kind}\n".encode() + event(content)
+
+
 class AnswerModel(BaseModel):
     """A part of an answer whose constants, such as its type, are written although nobody sets them."""
 

@@ -10,28 +10,19 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 
-from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece
+from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece, named_event
 from pumice.serve.messages import (
-    CalledFunction,
-    ChatMessage,
-    FunctionDescription,
-    FunctionName,
-    ImageUrl,
     ImageUrlPart,
     Name,
-    NamedFunction,
     PartList,
     PartModel,
-    PastAnswer,
-    PastCall,
     RequestModel,
+    TextOrList,
     TextPart,
-    ToolChoice,
-    ToolDescription,
-    ToolMessage,
-    json_kind,
+    field_error,
+    told_apart_by,
 )
 from pumice.serve.protocol import (
     MAX_MESSAGES,
@@ -40,6 +31,7 @@ from pumice.serve.protocol import (
     BaseRequest,
     ChatRequest,
     ErrorBody,
+    ErrorDetail,
     Temperature,
     TopK,
     TopP,
@@ -67,6 +59,12 @@ class ImageBlock(PartModel):
     source: ImageSource
 
 
+ShownBlock = Annotated[
+    Annotated[TextBlock, Tag("~text")] | Annotated[ImageBlock, Tag("~image")],
+    told_apart_by("type", {"image": "~image"}, "~text"),
+]
+
+
 class ToolUseBlock(PartModel):
     type: Literal["tool_use"]
     id: str
@@ -77,7 +75,7 @@ class ToolUseBlock(PartModel):
 class ToolResultBlock(PartModel):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: BlockContent | None = None
+    content: TextOrList[ShownBlock] | None = None
     is_error: bool | None = Field(None, description="Taken and not used.")
 
 
@@ -89,33 +87,35 @@ class ThinkingBlock(BaseModel):
     type: Literal["thinking", "redacted_thinking"]
 
 
-_KINDS = {
-    "image": "~image", "tool_use": "~tool_use", "tool_result": "~tool_result",
-    "thinking": "~thinking", "redacted_thinking": "~thinking",
-}  # fmt: skip
-
-
-def _block_tag(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return _KINDS.get(kind, "~text") if isinstance(kind, str) else "~text"
-
-
 Block = Annotated[
     Annotated[TextBlock, Tag("~text")]
     | Annotated[ImageBlock, Tag("~image")]
     | Annotated[ToolUseBlock, Tag("~tool_use")]
     | Annotated[ToolResultBlock, Tag("~tool_result")]
     | Annotated[ThinkingBlock, Tag("~thinking")],
-    Discriminator(_block_tag),
-]
-BlockContent = Annotated[
-    Annotated[str, Tag("~string")] | Annotated[list[Block], Tag("~list")], Discriminator(json_kind)
+    told_apart_by(
+        "type",
+        {
+            **{kind: f"~{kind}" for kind in ("image", "tool_use", "tool_result", "thinking")},
+            "redacted_thinking": "~thinking",
+        },
+        "~text",
+    ),
 ]
 
 
 class AnthropicTurn(RequestModel):
     role: Literal["user", "assistant"]
-    content: BlockContent
+    content: TextOrList[Block]
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> AnthropicTurn:
+        blocks = () if isinstance(self.content, str) else self.content
+        other = ToolUseBlock if self.role == "user" else ToolResultBlock
+        for block in blocks:
+            if isinstance(block, other):
+                raise field_error("content", f"a {block.type} block does not belong to the role {self.role}")
+        return self
 
 
 class AnthropicTool(RequestModel):
@@ -144,7 +144,7 @@ class AnthropicRequest(BaseRequest):
     messages: list[AnthropicTurn] = Field(
         min_length=1, max_length=MAX_MESSAGES, description="A last answer is continued."
     )
-    system: BlockContent | None = None
+    system: TextOrList[ShownBlock] | None = None
     stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]] | None = Field(
         None, max_length=MAX_STOPS
     )
@@ -160,65 +160,49 @@ class AnthropicRequest(BaseRequest):
 
     def chat(self) -> ChatRequest:
         """Return the request as one for a chat."""
-        messages: list[Any] = []
-        if self.system:
-            messages.append(ChatMessage(role="system", content=_parts("system", self.system)))
+        messages = [{"role": "system", "content": _parts("system", self.system)}] if self.system else []
         for number, turn in enumerate(self.messages):
             messages += _messages(f"messages.{number}.content", turn)
-        choice = self.tool_choice
-        tools = self.tools if choice is None or choice.type != "none" else ()
-        return ChatRequest(
-            model=self.model,
-            messages=messages,
-            max_tokens=self.max_tokens,
-            stop=self.stop_sequences,
-            stream=self.stream,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            continue_final_message=self.messages[-1].role == "assistant",
-            tools=[
-                ToolDescription(
-                    function=FunctionDescription(
-                        name=tool.name, description=tool.description, parameters=tool.input_schema
-                    ),
-                )
-                for tool in tools or ()
+        choice = self.tool_choice or AnthropicChoice(type="auto")
+        named = {"function": {"name": choice.name or ""}}
+        asked: dict[str, Any] = {
+            "messages": messages,
+            "stop": self.stop_sequences,
+            "continue_final_message": self.messages[-1].role == "assistant",
+            "tools": [
+                {"function": {"name": t.name, "description": t.description, "parameters": t.input_schema}}
+                for t in (self.tools or () if choice.type != "none" else ())
             ],
-            tool_choice=None if choice is None else _tool_choice(choice),
-        )
+            "tool_choice": {"any": "required", "tool": named}.get(choice.type),
+        }
+        same = {"model", "max_tokens", "stream", "temperature", "top_p", "top_k"}
+        return ChatRequest(**self.model_dump(include=same), **asked)
 
 
-def _tool_choice(choice: AnthropicChoice) -> ToolChoice | None:
-    if choice.type == "tool":
-        return NamedFunction(function=FunctionName(name=choice.name or ""))
-    return "required" if choice.type == "any" else None
-
-
-def _messages(field: str, turn: AnthropicTurn) -> list[ChatMessage | PastAnswer | ToolMessage]:
+def _messages(field: str, turn: AnthropicTurn) -> list[dict[str, Any]]:
     """Return a turn as messages of a chat: a tool's results each become one."""
     blocks = [] if isinstance(turn.content, str) else turn.content
-    results: list[ChatMessage | PastAnswer | ToolMessage] = [
-        ToolMessage(
-            role="tool",
-            content=_parts(f"{field}.{number}.content", block.content or ""),
-            tool_call_id=block.tool_use_id,
-        )
+    content = _parts(field, turn.content)
+    if turn.role == "assistant":
+        calls = [
+            {"id": block.id, "function": {"name": block.name, "arguments": json.dumps(block.input)}}
+            for block in blocks
+            if isinstance(block, ToolUseBlock)
+        ]
+        return [{"role": "assistant", "content": content, "tool_calls": calls}]
+    results = [
+        {
+            "role": "tool",
+            "tool_call_id": block.tool_use_id,
+            "content": _parts(f"{field}.{number}.content", block.content or ""),
+        }
         for number, block in enumerate(blocks)
         if isinstance(block, ToolResultBlock)
     ]
-    content = _parts(field, turn.content)
-    if turn.role == "user":
-        return [*results, ChatMessage(role="user", content=content)] if content or not results else results
-    calls = [
-        PastCall(id=block.id, function=CalledFunction(name=block.name, arguments=json.dumps(block.input)))
-        for block in blocks
-        if isinstance(block, ToolUseBlock)
-    ]
-    return [PastAnswer(role="assistant", content=content, tool_calls=calls)]
+    return [*results, {"role": "user", "content": content}] if content or not results else results
 
 
-def _parts(field: str, content: str | list[Any]) -> str | PartList:
+def _parts(field: str, content: str | Sequence[Block]) -> str | PartList:
     """Return the texts and pictures of a content."""
     if isinstance(content, str):
         return content
@@ -229,8 +213,7 @@ def _parts(field: str, content: str | list[Any]) -> str | PartList:
         elif isinstance(block, ImageBlock):
             source = block.source
             url = source.url or f"data:{source.media_type or 'image/png'};base64,{source.data or ''}"
-            image = ImageUrlPart(type="image_url", image_url=ImageUrl(url=url))
-            parts.append(image.named(f"{field}.{number}.source"))
+            parts.append(ImageUrlPart.named(f"{field}.{number}.source", url))
     return parts
 
 
@@ -289,8 +272,22 @@ class AnthropicEvent(AnswerModel):
     usage: AnthropicUsage | None = None
 
 
-class AnthropicError(ErrorBody):
+# Type or code of an error -> the type that it has here, where that is another.
+_ERROR_TYPES = {
+    "request_too_large": "request_too_large",
+    "server_error": "api_error",
+    "service_unavailable_error": "overloaded_error",
+}
+
+
+class AnthropicError(AnswerModel):
     type: Literal["error"] = "error"
+    error: ErrorDetail
+
+    @classmethod
+    def of(cls, error: ErrorDetail) -> AnthropicError:
+        kind = _ERROR_TYPES.get(error.code or "") or _ERROR_TYPES.get(error.type, error.type)
+        return cls(error=error.model_copy(update={"type": kind}))
 
 
 class AnthropicForm(AnswerForm):
@@ -310,13 +307,11 @@ class AnthropicForm(AnswerForm):
         if answer.finish == "tool_calls":
             values = json.loads(answer.arguments)
             content.append(AnthropicCall(id=answer.call_id, name=answer.name, input=values))
-        reason, stop = self._reason()
-        return self._answer(content, _usage(usage), reason, stop)
+        return self._answer(content, _usage(usage))
 
     def begin(self) -> bytes:
-        return self._event(
-            "message_start", message=self._answer([], AnthropicUsage(input_tokens=0, output_tokens=0))
-        )
+        none = AnthropicUsage(input_tokens=0, output_tokens=0)
+        return self._event("message_start", message=self._answer([], none))
 
     def piece(self, piece: AnswerPiece) -> bytes:
         self._last = piece
@@ -333,13 +328,11 @@ class AnthropicForm(AnswerForm):
 
     def end(self, usage: Usage) -> bytes:
         events = self._close()
-        reason, stop = self._reason()
-        delta = AnthropicDelta(stop_reason=reason, stop_sequence=stop)
-        events += self._event("message_delta", delta=delta, usage=_usage(usage))
+        events += self._event("message_delta", delta=AnthropicDelta(**self._ending()), usage=_usage(usage))
         return events + self._event("message_stop")
 
     def error(self, error: ErrorBody) -> bytes:
-        return f"event: error\ndata: {AnthropicError(error=error.error).model_dump_json()}\n\n".encode()
+        return named_event("error", AnthropicError.of(error.error))
 
     def _open(self, block: AnthropicText | AnthropicCall) -> bytes:
         self._blocks += 1
@@ -353,30 +346,17 @@ class AnthropicForm(AnswerForm):
         return self._event("content_block_stop", index=self._blocks - 1) if self._blocks else b""
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        values = AnthropicEvent(type=kind, **fields).model_dump_json(exclude_unset=True)
-        return f"event: {kind}\ndata: {values}\n\n".encode()
+        return named_event(kind, AnthropicEvent(type=kind, **fields))
 
-    def _reason(self) -> tuple[StopReason, str | None]:
+    def _ending(self) -> dict[str, str | None]:
+        """Return why the answer ended, None as long as it has not."""
+        reasons = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"}
         if self._last.stop in self._stops:
-            return "stop_sequence", self._last.stop
-        reasons: dict[Any, StopReason] = {"length": "max_tokens", "tool_calls": "tool_use"}
-        return reasons.get(self._last.finish, "end_turn"), None
+            return {"stop_reason": "stop_sequence", "stop_sequence": self._last.stop}
+        return {"stop_reason": reasons.get(self._last.finish or ""), "stop_sequence": None}
 
-    def _answer(
-        self,
-        content: list[AnthropicText | AnthropicCall],
-        usage: AnthropicUsage,
-        reason: StopReason | None = None,
-        stop: str | None = None,
-    ) -> AnthropicAnswer:
-        return AnthropicAnswer(
-            id=self._id,
-            model=self._model,
-            content=content,
-            stop_reason=reason,
-            stop_sequence=stop,
-            usage=usage,
-        )
+    def _answer(self, content: list[AnthropicText | AnthropicCall], usage: AnthropicUsage) -> AnthropicAnswer:
+        return AnthropicAnswer(id=self._id, model=self._model, content=content, usage=usage, **self._ending())
 
 
 def _usage(usage: Usage) -> AnthropicUsage:

@@ -107,8 +107,8 @@ def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
         "ollamaChat": answering(backend.ollama_chat), "ollamaGenerate": answering(backend.ollama_generate),
         "ollamaShow": answering(backend.ollama_show), "ollamaModels": ollama_models,
         "ollamaVersion": ollama_version,
-        "explain": answering(backend.explain), "models": models, "model": model, "health": health,
-        "metrics": prometheus,
+        "explain": answering(backend.explain), "boxes": answering(backend.boxes),
+        "models": models, "model": model, "health": health, "metrics": prometheus,
     }  # fmt: skip
     routes = [
         Route(

@@ -23,8 +23,9 @@ from pumice.errors import ContextOverflow, InputError
 from pumice.geometry import tile_layout
 from pumice.serve.answers import AnswerForm, AnswerPiece, ChatForm, CompletionForm, ModelResponse, join
 from pumice.serve.anthropic import AnthropicForm, AnthropicRequest
+from pumice.serve.boxes import BoxesRequest, boxes_in
 from pumice.serve.errors import ApiError, context_overflow, not_json, unknown_model, validation_error
-from pumice.serve.explanation import explanation_json
+from pumice.serve.explanation import check_explained, explanation_json
 from pumice.serve.fetch import Fetcher
 from pumice.serve.grammars import HeldTo, held_to, tool_schemas
 from pumice.serve.history import characters_of, conversation, texts_of
@@ -52,6 +53,7 @@ from pumice.serve.protocol import (
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesForm
 from pumice.serve.settings import ServerSettings
+from pumice.serve.stored import StoredItems
 from pumice.serve.stream import ActiveRequest, Echo, EventStream, PieceReader, as_text
 from pumice.serve.tools import CLOSE, check_tools, tool_use
 from pumice.serve.work import Kind, Workers, kind_of
@@ -70,7 +72,6 @@ SCORED_BYTES = 1 << 13  # of each token whose log-probability is told, with the 
 TOKEN_BYTES = 24  # of each token of a prompt, in each of its answers
 MAX_GRAMMARS = 256  # compiled ones in the cache
 LEAST_TOP_P = 1e-9  # leaves the likeliest token
-MAX_EXPLAINED = 512  # tokens of an answer to explain
 CLOSE_SECONDS = 1.0  # for the engine's last step; its thread ends with the process
 
 
@@ -84,9 +85,10 @@ class Backend:
         self, assistant: Assistant, names: tuple[str, ...], settings: ServerSettings, metrics: Metrics
     ) -> None:
         self.assistant, self.names, self.settings, self.metrics = assistant, names, settings, metrics
-        self.ollama_card = OllamaCard(names, assistant.model)
+        self.ollama_card = OllamaCard(names, assistant.model.config, *assistant.model.sizes())
         self._fetcher: Fetcher | None = None
         self._grammars: OrderedDict[str, Grammar] = OrderedDict()
+        self._stored = StoredItems()
 
     async def start(self) -> None:
         self._workers = Workers()
@@ -107,14 +109,13 @@ class Backend:
     async def chat(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ChatRequest, body)
         del body
-        form = ChatForm(
-            self._model(request), bool(request.logprobs), request.include_usage_in_stream, request.n or 1
-        )
+        usage, count = request.include_usage_in_stream, request.n or 1
+        form = ChatForm(self._model(request), bool(request.logprobs), usage, count)
         return await self._converse(record, request, form)
 
     async def respond(self, record: RequestRecord, body: bytes) -> Response:
-        request = await self._parse(ResponsesRequest, body)
-        form = ResponsesForm(self._model(request), request)
+        request = self._stored.filled(await self._parse(ResponsesRequest, body), record.memory)
+        form = ResponsesForm(self._model(request), request, self._stored)
         return await self._converse(record, _as_chat(request, "input"), form, "input")
 
     async def message(self, record: RequestRecord, body: bytes) -> Response:
@@ -180,7 +181,6 @@ class Backend:
             sampling["logprobs"] = request.logprobs
             sampling["prompt_logprobs"] = request.logprobs if request.echo else None
         constraint = await self._compile(await self._workers.run("parse", held_to, request))
-        logprobs = request.logprobs is not None
         async with self._input_errors("prompt"):
             single = [
                 await self._workers.run(
@@ -196,14 +196,17 @@ class Backend:
                 text if isinstance(text, str) else await self._workers.run("long", decode, text)
                 for text in (request.prompts if request.echo else ())
             ]
-            alone = request.max_tokens == 0
-            form = CompletionForm(self._model(request), logprobs, request.include_usage_in_stream, alone)
+            scored, usage = request.logprobs is not None, request.include_usage_in_stream
+            form = CompletionForm(self._model(request), scored, usage, request.max_tokens == 0)
             readers: list[PieceReader] = [as_text] * len(prompts)
             if request.echo:
                 texts = [text for text in echoes for _ in range(count)]
                 sizes = [len(prompt.input_ids) for prompt in prompts]
-                readers = [Echo(text, size, alone) for text, size in zip(texts, sizes, strict=True)]
+                readers = [Echo(*echoed, form.only_prompts) for echoed in zip(texts, sizes, strict=True)]
             return await self._answer(record, request, prompts, readers, form)
+
+    async def boxes(self, record: RequestRecord, body: bytes) -> Response:
+        return ModelResponse(boxes_in(self.assistant.model.config, await self._parse(BoxesRequest, body)))
 
     async def explain(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ExplainRequest, body)
@@ -218,19 +221,9 @@ class Backend:
             )
         async with self._input_errors("messages", pictures, kind=kind_of(0, pixels)):
             # Not in the thread of explanations: there is only one.
-            await self._workers.run(kind_of(characters_of(request)), self._check_explained, request)
+            texts = texts_of(request.messages[-1])
+            await self._workers.run(kind_of(characters_of(request)), check_explained, self.assistant, texts)
             return await self._workers.run("explain", self._explanation, request, pictures)
-
-    def _check_explained(self, request: ExplainRequest) -> None:
-        """Raise InputError if the answer has too many tokens to explain."""
-        tokenizer = self.assistant.processor.tokenizer
-        texts = texts_of(request.messages[-1])
-        tokenizer.check_length(texts, MAX_EXPLAINED, "the answer to explain")
-        tokens = sum(len(tokenizer.pieces(text)) for text in texts)
-        if tokens > MAX_EXPLAINED:
-            raise InputError(
-                f"the answer has {tokens} tokens, at most {MAX_EXPLAINED} can be explained; send a part of it"
-            )
 
     def _explanation(self, request: ExplainRequest, pictures: Pictures) -> Response:
         *context, answer = conversation(request, pictures, self.assistant.processor.template).messages

@@ -12,11 +12,15 @@ from pumice.serve.logs import request_line
 
 MAX_HEADERS = 1 << 16  # bytes of a request without its body; up to FED more pass
 FED = 1 << 14  # bytes that the parser gets at a time
-MAX_PIPELINED = 16  # requests that a client may send before it has read the answers
+MAX_PIPELINED = 16  # requests that may wait on a connection, behind the one that is answered
 
 _TOO_LARGE = ApiError(
     431, f"the headers are larger than {MAX_HEADERS} bytes; send fewer", code="headers_too_large"
 )
+_PIPELINED = ApiError(
+    429, f"more than {MAX_PIPELINED} requests wait on this connection; read the answers first",
+    code="pipeline_full",
+)  # fmt: skip
 _INVALID = ApiError(400, "this is no HTTP/1.1 request; ask with an HTTP client", code="invalid_http")
 
 try:
@@ -52,8 +56,11 @@ class LimitedProtocol(_base):
             super().data_received(part)
             if _COUNTS:
                 self._kept = 0 if self._events else self._kept + len(part) - self._body
-            if self._kept > MAX_HEADERS or len(getattr(self, "pipeline", ())) > MAX_PIPELINED:
+            if self._kept > MAX_HEADERS:
                 self._refuse(_TOO_LARGE)
+                return
+            if len(getattr(self, "pipeline", ())) > MAX_PIPELINED:
+                self._refuse(_PIPELINED)
                 return
         if self.cycle is None or self.cycle.response_complete:
             self._start_timer()

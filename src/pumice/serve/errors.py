@@ -33,7 +33,7 @@ FIELD_NAMES = {
     "/v1/responses": {"response_format": "text.format", ".function.": "."},
     "/v1/messages": {".function.parameters": ".input_schema", ".function.": "."},
 }
-ITEMS = "'message', 'function_call', 'function_call_output' or 'reasoning'"  # of /v1/responses
+ITEMS = "'message', 'function_call', 'function_call_output', 'item_reference' or 'reasoning'"
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -86,7 +86,7 @@ class ApiError(Exception):
         if path.startswith("/api/"):
             body = OllamaError(error=self.message)
         elif path.startswith("/v1/messages"):
-            body = AnthropicError(type="error", error=self.body().error)
+            body = AnthropicError.of(self.body().error)
         return ModelResponse(body, self.status, self.headers)
 
 
@@ -127,7 +127,7 @@ def validation_error(error: ValidationError) -> ApiError:
         return ApiError(400, f"the field '{param}' is missing{hint}", param=param, code="missing_field")
     if code == "literal_error" and path[-1] == "type" and path[:1] == ["input"] and len(path) == 3:
         kind = shorten(problem["input"], 40)
-        message = f"there is no item {kind} here; give {ITEMS} with all they hold, since nothing is stored"
+        message = f"there is no item {kind} here; give {ITEMS}"
         return ApiError(400, message, param=param, code="invalid_value")
     if code == "literal_error" and path[-1] == "type" and path[-3:-2] == ["content"]:
         kind = shorten(problem["input"], 40)

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pumice.assistant import Assistant, explain
 from pumice.conversation import Conversation
+from pumice.errors import InputError
 from pumice.explain.page import to_json
+
+MAX_EXPLAINED = 512  # tokens of an answer to explain
+
+
+def check_explained(assistant: Assistant, texts: Sequence[str]) -> None:
+    """Raise InputError if the answer to explain, given as its texts, has too many tokens."""
+    tokenizer = assistant.processor.tokenizer
+    tokenizer.check_length(texts, MAX_EXPLAINED, "the answer to explain")
+    tokens = sum(len(tokenizer.pieces(text)) for text in texts)
+    if tokens > MAX_EXPLAINED:
+        raise InputError(
+            f"the answer has {tokens} tokens, at most {MAX_EXPLAINED} can be explained; send a part of it"
+        )
 
 
 def explanation_json(

@@ -31,10 +31,9 @@ class HeldTo:
 def held_to(request: GenerationRequest, tools: ToolUse | None = None) -> HeldTo | None:
     """Return what the answer is held to; None if it is free.
 
-    Raises ApiError if the request asks for two things at once, or for what is no schema.
+    Raises ApiError if the request asks for two things at once, or for what is no schema. `response_format` is
+    for answers in text: where a call is required, it has no effect, as in OpenAI's protocol.
     """
-    if tools is not None and tools.required:
-        return _calls(tools.functions, with_marks=tools.around is not None)
     outputs, form = request.structured_outputs, request.response_format
     asked: dict[str, tuple[str, Any]] = {}  # field -> kind and value
     if form is not None and form.type != "text":
@@ -53,6 +52,12 @@ def held_to(request: GenerationRequest, tools: ToolUse | None = None) -> HeldTo 
         value = getattr(request, f"guided_{kind}")
         if value is not None:
             asked[f"guided_{kind}"] = (kind, value)
+    if tools is not None and tools.required:
+        for field in asked:
+            if field != "response_format":
+                message = f"{field} and a tool_choice that requires a call exclude each other; give one"
+                raise ApiError(400, message, param=field, code="invalid_value")
+        return _calls(tools.functions, with_marks=tools.around is not None)
     if len(asked) > 1:
         fields = " and ".join(asked)
         raise ApiError(400, f"{fields} exclude each other; give one", param=[*asked][1], code="invalid_value")

@@ -161,7 +161,9 @@ class Guard:
         )
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._keys or not (path.startswith(("/v1/", "/api/")) or path in ("/explain", "/metrics")):
+        if not self._keys or not (
+            path.startswith(("/v1/", "/api/")) or path in ("/explain", "/boxes", "/metrics")
+        ):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if not scheme:  # as Anthropic's clients send it

@@ -6,6 +6,7 @@ Sources of the fields: OpenAI's API reference; vLLM's, llama.cpp's and TGI's doc
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -22,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 T = TypeVar("T", bound="RequestModel")
+Item = TypeVar("Item")
 
 
 def field_error(field: str, message: str) -> PydanticCustomError:
@@ -144,6 +146,26 @@ def json_kind(value: Any) -> str:
     return "~list" if isinstance(value, list) else "~string"
 
 
+TextOrList = Annotated[
+    Annotated[str, Tag("~string")] | Annotated[list[Item], Tag("~list")], Discriminator(json_kind)
+]
+
+
+def told_apart_by(field: str, tags: Mapping[str, str], other: str) -> Discriminator:
+    """Tell the members of a union apart by a field. tags: its value -> a tag; other: that of all others."""
+
+    def tag(value: Any) -> str:
+        kind = _field(value, field)
+        return tags.get(kind, other) if isinstance(kind, str) else other
+
+    return Discriminator(tag)
+
+
+def _field(value: Any, name: str) -> Any:
+    """Return a field of what may be an object, not checked so far; None if there is none."""
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
 # --- messages ---
 
 
@@ -189,30 +211,25 @@ class ImageUrlPart(PartModel):
     image_url: Annotated[ImageUrl, BeforeValidator(_as_object)]
     _field: str | None = PrivateAttr(None)  # its name in a request of another protocol
 
-    def named(self, field: str) -> ImageUrlPart:
-        """Return the part. An error about it names this field of the request."""
-        self._field = field
-        return self
+    @classmethod
+    def named(cls, field: str, url: str) -> ImageUrlPart:
+        """Return a picture's part. An error about it names this field of the request."""
+        part = cls(type="image_url", image_url=ImageUrl(url=url))
+        part._field = field
+        return part
 
     @property
     def field(self) -> str | None:
         return self._field
 
 
-def _part_tag(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "~image" if kind == "image_url" else "~refusal" if kind == "refusal" else "~text"
-
-
 Part = Annotated[
     Annotated[TextPart, Tag("~text")]
     | Annotated[ImageUrlPart, Tag("~image")]
     | Annotated[RefusalPart, Tag("~refusal")],
-    Discriminator(_part_tag),
+    told_apart_by("type", {"image_url": "~image", "refusal": "~refusal"}, "~text"),
 ]
-Content = Annotated[
-    Annotated[str, Tag("~string")] | Annotated[list[Part], Tag("~list")], Discriminator(json_kind)
-]
+Content = TextOrList[Part]
 
 
 PartList = list[TextPart | ImageUrlPart | RefusalPart]
@@ -288,17 +305,12 @@ class FunctionMessage(MessageModel):
     content: Content
 
 
-def _message_tag(value: Any) -> str:
-    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    return f"~{role}" if role in ("assistant", "tool", "function") else "~other"
-
-
 AnyMessage = Annotated[
     Annotated[PastAnswer, Tag("~assistant")]
     | Annotated[ToolMessage, Tag("~tool")]
     | Annotated[FunctionMessage, Tag("~function")]
     | Annotated[ChatMessage, Tag("~other")],
-    Discriminator(_message_tag),
+    told_apart_by("role", {"assistant": "~assistant", "tool": "~tool", "function": "~function"}, "~other"),
 ]
 
 
@@ -345,8 +357,7 @@ def choice_tag(value: Any) -> str:
     """Return the tag of a tool_choice: a text, a function's name, or several of them."""
     if json_kind(value) != "~object":
         return "~string"
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "~allowed" if kind == "allowed_tools" else "~object"
+    return "~allowed" if _field(value, "type") == "allowed_tools" else "~object"
 
 
 ToolChoice = Annotated[

@@ -14,26 +14,17 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import AliasChoices, BaseModel, Discriminator, Field, Tag
 
-from pumice.model.llava import Llava
+from pumice.config import ModelConfig
 from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece, join
 from pumice.serve.messages import (
     Arguments,
-    CalledFunction,
-    ChatMessage,
-    ImageUrl,
     ImageUrlPart,
-    JsonSchemaFormat,
     PartList,
-    PastAnswer,
-    PastCall,
     RequestModel,
-    ResponseFormat,
     TextPart,
     ToolDescription,
-    ToolMessage,
     json_kind,
 )
 from pumice.serve.protocol import (
@@ -55,19 +46,11 @@ from pumice.serve.protocol import (
 # --- requests ---
 
 
-class OllamaOptions(RequestModel):
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    repeat_penalty: RepetitionPenalty | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    seed: Seed | None = None
-    stop: Texts | None = None
-    num_predict: int | None = Field(None, ge=-2, description="-1 and -2 are as long as it fits.")
+class EngineOptions(RequestModel):
+    """Options that set up Ollama's engine."""
+
     num_ctx: int | None = Field(
-        None, description="Taken and not used, as the next fields: of Ollama's engine."
+        None, description="Taken and not used, as all to `penalize_newline`: of Ollama's engine."
     )
     num_keep: int | None = None
     num_batch: int | None = None
@@ -83,6 +66,25 @@ class OllamaOptions(RequestModel):
     vocab_only: bool | None = None
     repeat_last_n: int | None = None
     penalize_newline: bool | None = None
+
+
+class OllamaOptions(EngineOptions):
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repeat_penalty: RepetitionPenalty | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: Seed | None = None
+    stop: Texts | None = None
+    num_predict: int | None = Field(None, ge=-2, description="-1 and -2 are as long as it fits.")
+
+    def chat(self) -> dict[str, Any]:
+        """Return the fields of a chat, most of which have the same names."""
+        fields = self.model_dump(exclude={"num_predict", *EngineOptions.model_fields})
+        limit = self.num_predict
+        return {**fields, "max_tokens": None if limit is None else max(limit, -1) or 1}
 
 
 Form = Annotated[
@@ -105,30 +107,13 @@ class OllamaRequest(BaseRequest):
 
     def _chat(self, messages: list[Any], **more: Any) -> ChatRequest:
         """Return the request as one for a chat."""
-        options = self.options or OllamaOptions()
-        form = None
+        form: dict[str, Any] | None = None
         if isinstance(self.format, dict):
-            form = ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=self.format))
+            form = {"type": "json_schema", "json_schema": {"schema": self.format}}
         elif self.format:
-            form = ResponseFormat(type="json_object")
-        limit = options.num_predict
-        return ChatRequest(
-            model=self.model,
-            messages=messages,
-            stream=self.stream is not False,
-            max_tokens=None if limit is None else max(limit, -1) or 1,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            min_p=options.min_p,
-            repetition_penalty=options.repeat_penalty,
-            frequency_penalty=options.frequency_penalty,
-            presence_penalty=options.presence_penalty,
-            seed=options.seed,
-            stop=options.stop,
-            response_format=form,
-            **more,
-        )
+            form = {"type": "json_object"}
+        asked = {**(self.options or OllamaOptions()).chat(), "response_format": form, **more}
+        return ChatRequest(model=self.model, messages=messages, stream=self.stream is not False, **asked)
 
 
 class OllamaFunction(RequestModel):
@@ -163,21 +148,20 @@ class OllamaChatRequest(OllamaRequest):
         calls: deque[str] = deque()  # of the last answer, without a result so far
         for number, message in enumerate(self.messages):
             content = _content(message.content, message.images, f"messages.{number}.images")
+            turn: dict[str, Any] = {"role": message.role, "content": content}
             if message.role == "assistant":
-                past = [
-                    PastCall(
-                        id=call.id or f"call_{number}_{place}",
-                        function=CalledFunction(name=call.function.name, arguments=call.function.arguments),
-                    )
+                called = [
+                    {
+                        "id": call.id or f"call_{number}_{place}",
+                        "function": call.function.model_dump(exclude={"index"}),
+                    }
                     for place, call in enumerate(message.tool_calls or ())
                 ]
-                calls = deque(str(call.id) for call in past)
-                messages.append(PastAnswer(role="assistant", content=content, tool_calls=past))
+                calls = deque(str(call["id"]) for call in called)
+                turn["tool_calls"] = called
             elif message.role == "tool":
-                call_id = message.tool_call_id or (calls.popleft() if calls else "")
-                messages.append(ToolMessage(role="tool", content=content, tool_call_id=call_id))
-            else:
-                messages.append(ChatMessage(role=message.role, content=content))
+                turn["tool_call_id"] = message.tool_call_id or (calls.popleft() if calls else "")
+            messages.append(turn)
         return self._chat(messages, tools=self.tools)
 
     @property
@@ -197,8 +181,8 @@ class OllamaGenerateRequest(OllamaRequest):
 
     def chat(self) -> ChatRequest:
         """Return the request as one for a chat."""
-        system = [ChatMessage(role="system", content=self.system)] if self.system else []
-        question = ChatMessage(role="user", content=_content(self.prompt, self.images, "images"))
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        question = {"role": "user", "content": _content(self.prompt, self.images, "images")}
         return self._chat([*system, question])
 
     @property
@@ -214,8 +198,7 @@ def _content(text: str, images: Sequence[str] | None, field: str) -> str | PartL
     parts: PartList = []
     for number, image in enumerate(images):
         url = image if image.startswith("data:") else f"data:image/png;base64,{image}"
-        part = ImageUrlPart(type="image_url", image_url=ImageUrl(url=url))
-        parts.append(part.named(f"{field}.{number}"))
+        parts.append(ImageUrlPart.named(f"{field}.{number}", url))
     return [*parts, TextPart(type="text", text=text)] if text else parts
 
 
@@ -380,17 +363,14 @@ class OllamaVersion(AnswerModel):
 
 
 class OllamaCard:
-    """Describes the model as Ollama does."""
+    """Describes the model as Ollama does. size: bytes of its weights in memory."""
 
-    def __init__(self, names: Sequence[str], model: Llava) -> None:
-        self._names, self._config, self._opened = names, model.config, _now()
-        self._size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        with torch.device("meta"):  # a quantized weight is no parameter, so count those of the config
-            whole = Llava(replace(model.config, lora=None))
-        self._parameters = parameters = sum(parameter.numel() for parameter in whole.parameters())
-        self._digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode()).hexdigest()
-        size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
-        self._details = OllamaDetails(parameter_size=size, quantization_level="")
+    def __init__(self, names: Sequence[str], config: ModelConfig, size: int, parameters: int) -> None:
+        self._names, self._config, self._opened = names, config, _now()
+        self._size, self._parameters = size, parameters
+        self._digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+        count = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+        self._details = OllamaDetails(parameter_size=count, quantization_level="")
 
     def models(self) -> OllamaModels:
         return OllamaModels(

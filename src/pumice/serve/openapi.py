@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from pumice.serve import anthropic, ollama, protocol
+from pumice.serve.boxes import BoxesBody, BoxesRequest
 from pumice.serve.responses import ResponsesRequest
 from pumice.serve.responses_form import ResponsesAnswer, ResponsesEvent
 
@@ -21,6 +22,7 @@ PUBLISHED_NAMES = {
     "JsonSchemaFormat": "JsonSchema",
     "LogprobEntry": "TokenLogprob",
     "ExplanationBody": "Explanation",
+    "BoxesBody": "Boxes",
 }
 _ERRORS = {
     "400": "Something in the request is wrong; `param` names the field.",
@@ -118,6 +120,9 @@ OPERATIONS = (
     Operation(
         "explain", "/explain", "Where an answer's words looked",
         protocol.ExplanationBody, protocol.ExplainRequest,
+    ),
+    Operation(
+        "boxes", "/boxes", "The boxes that an answer holds", BoxesBody, BoxesRequest
     ),
     Operation("models", "/v1/models", "The models here", protocol.ModelList),
     Operation("model", "/v1/models/{name}", "One of them", protocol.ModelCard),

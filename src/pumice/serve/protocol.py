@@ -193,6 +193,9 @@ class ChatRequest(ConversationRequest, GenerationRequest):
     def _check_fields(self) -> ChatRequest:
         if self.continue_final_message and self.add_generation_prompt:
             raise field_error("add_generation_prompt", "is false where continue_final_message is true")
+        if self.add_generation_prompt is False and not self.continues:
+            message = "is false only where continue_final_message is true: every other answer begins anew"
+            raise field_error("add_generation_prompt", message)
         if self.top_logprobs is not None and not self.logprobs:
             raise field_error("top_logprobs", "needs logprobs to be true")
         return self

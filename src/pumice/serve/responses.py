@@ -1,6 +1,6 @@
 """Requests of OpenAI's newer protocol, /v1/responses, as a translation to the chat's.
 
-Nothing is kept: a request holds the whole conversation. Source: OpenAI's API reference, "Responses".
+Source: OpenAI's API reference, "Responses".
 """
 
 from __future__ import annotations
@@ -10,30 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from pumice.serve.messages import (
-    AllowedFunctions,
-    AllowedTools,
     Arguments,
-    CalledFunction,
-    ChatMessage,
-    FunctionDescription,
-    FunctionName,
-    ImageUrl,
     ImageUrlPart,
-    JsonSchemaFormat,
     Name,
-    NamedFunction,
     PartList,
     PartModel,
-    PastAnswer,
-    PastCall,
     RequestModel,
-    ResponseFormat,
+    TextOrList,
     TextPart,
-    ToolDescription,
-    ToolMessage,
     choice_tag,
     field_error,
     json_kind,
+    told_apart_by,
 )
 from pumice.serve.protocol import (
     MAX_MESSAGES,
@@ -64,20 +52,13 @@ class ItemRefusal(RequestModel):
     refusal: str
 
 
-def _part_tag(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"~{kind}" if kind in ("input_image", "refusal") else "~text"
-
-
 ItemPart = Annotated[
     Annotated[ItemText, Tag("~text")]
     | Annotated[ItemImage, Tag("~input_image")]
     | Annotated[ItemRefusal, Tag("~refusal")],
-    Discriminator(_part_tag),
+    told_apart_by("type", {"input_image": "~input_image", "refusal": "~refusal"}, "~text"),
 ]
-ItemContent = Annotated[
-    Annotated[str, Tag("~string")] | Annotated[list[ItemPart], Tag("~list")], Discriminator(json_kind)
-]
+ItemContent = TextOrList[ItemPart]
 
 
 class ItemModel(RequestModel):
@@ -113,17 +94,21 @@ class ReasoningItem(BaseModel):
     type: Literal["reasoning"]
 
 
-def _item_tag(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"~{kind}" if kind in ("function_call", "function_call_output", "reasoning") else "~message"
+class ReferenceItem(RequestModel):
+    """An item of an earlier answer, as `StoredItems` has it."""
+
+    type: Literal["item_reference"]
+    id: str
 
 
+_ITEM_KINDS = ("function_call", "function_call_output", "reasoning", "item_reference")
 InputItem = Annotated[
     Annotated[MessageItem, Tag("~message")]
     | Annotated[CallItem, Tag("~function_call")]
     | Annotated[CallOutputItem, Tag("~function_call_output")]
-    | Annotated[ReasoningItem, Tag("~reasoning")],
-    Discriminator(_item_tag),
+    | Annotated[ReasoningItem, Tag("~reasoning")]
+    | Annotated[ReferenceItem, Tag("~item_reference")],
+    told_apart_by("type", {kind: f"~{kind}" for kind in _ITEM_KINDS}, "~message"),
 ]
 
 
@@ -139,8 +124,8 @@ class ResponsesNamedTool(RequestModel):
     type: Literal["function"]
     name: str
 
-    def chat(self) -> NamedFunction:
-        return NamedFunction(function=FunctionName(name=self.name))
+    def chat(self) -> dict[str, Any]:
+        return {"function": {"name": self.name}}
 
 
 class ResponsesAllowedTools(RequestModel):
@@ -148,9 +133,9 @@ class ResponsesAllowedTools(RequestModel):
     mode: Literal["auto", "required"]
     tools: list[ResponsesNamedTool] = Field(min_length=1, max_length=128)
 
-    def chat(self) -> AllowedTools:
+    def chat(self) -> dict[str, Any]:
         named = [tool.chat() for tool in self.tools]
-        return AllowedTools(type="allowed_tools", allowed_tools=AllowedFunctions(mode=self.mode, tools=named))
+        return {"type": "allowed_tools", "allowed_tools": {"mode": self.mode, "tools": named}}
 
 
 class TextFormat(RequestModel):
@@ -205,69 +190,55 @@ class ResponsesRequest(HintedRequest):
     max_tool_calls: int | None = None
 
     def chat(self) -> ChatRequest:
-        """Return the request as one for a chat."""
+        """Return the request as one for a chat. It refers to no items."""
         messages: list[Any] = []
         if self.instructions:
-            messages.append(ChatMessage(role="system", content=self.instructions))
+            messages.append({"role": "system", "content": self.instructions})
         items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         messages += [m for number, item in enumerate(items) if (m := _message(number, item)) is not None]
         logprobs = "message.output_text.logprobs" in (self.include or ()) or bool(self.top_logprobs)
-        return ChatRequest(
-            model=self.model,
-            messages=messages or [ChatMessage(role="user", content="")],
-            stream=self.stream,
-            max_completion_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            logprobs=logprobs,
-            top_logprobs=self.top_logprobs if logprobs else None,
-            response_format=_response_format(self.text.format if self.text else None),
-            tools=[
-                ToolDescription(
-                    function=FunctionDescription(**tool.model_dump(exclude={"type"})),
-                )
-                for tool in self.tools or ()
-            ],
-            tool_choice=(
-                self.tool_choice.chat() if isinstance(self.tool_choice, BaseModel) else self.tool_choice
-            ),
-        )
+        choice, form = self.tool_choice, self.text.format if self.text else None
+        asked: dict[str, Any] = {
+            "messages": messages or [{"role": "user", "content": ""}],
+            "max_completion_tokens": self.max_output_tokens,
+            "logprobs": logprobs,
+            "top_logprobs": self.top_logprobs if logprobs else None,
+            "response_format": _response_format(form),
+            "tools": [{"function": tool.model_dump(exclude={"type"})} for tool in self.tools or ()],
+            "tool_choice": choice.chat() if isinstance(choice, BaseModel) else choice,
+        }
+        same = self.model_dump(include={"model", "stream", "temperature", "top_p"})
+        return ChatRequest(**same, **asked)
 
 
-def _message(
-    number: int, item: MessageItem | CallItem | CallOutputItem | ReasoningItem
-) -> ChatMessage | PastAnswer | ToolMessage | None:
+def _message(number: int, item: InputItem) -> dict[str, Any] | None:
     """Return an item of the input as a message of a chat."""
     if isinstance(item, ReasoningItem):
         return None
+    assert not isinstance(item, ReferenceItem)
     if isinstance(item, CallItem):
-        function = CalledFunction(name=item.name, arguments=item.arguments)
-        return PastAnswer(role="assistant", tool_calls=[PastCall(id=item.call_id, function=function)])
+        function = {"name": item.name, "arguments": item.arguments}
+        return {"role": "assistant", "tool_calls": [{"id": item.call_id, "function": function}]}
     if isinstance(item, CallOutputItem):
         content = _content(f"input.{number}.output", item.output)
-        return ToolMessage(role="tool", content=content, tool_call_id=item.call_id)
-    content = _content(f"input.{number}.content", item.content)
-    if item.role == "assistant":
-        return PastAnswer(role="assistant", content=content)
-    return ChatMessage(role=item.role, content=content)
+        return {"role": "tool", "tool_call_id": item.call_id, "content": content}
+    return {"role": item.role, "content": _content(f"input.{number}.content", item.content)}
 
 
-def _content(field: str, content: str | list[ItemText | ItemImage | ItemRefusal]) -> str | PartList:
+def _content(field: str, content: str | list[ItemPart]) -> str | PartList:
     if isinstance(content, str):
         return content
     parts: PartList = []
     for number, part in enumerate(content):
         if isinstance(part, ItemImage):
-            image = ImageUrlPart(type="image_url", image_url=ImageUrl(url=part.image_url))
-            parts.append(image.named(f"{field}.{number}.image_url"))
+            parts.append(ImageUrlPart.named(f"{field}.{number}.image_url", part.image_url))
         else:
             text = part.refusal if isinstance(part, ItemRefusal) else part.text
             parts.append(TextPart(type="text", text=text))
     return parts
 
 
-def _response_format(asked: TextFormat | None) -> ResponseFormat | None:
-    if asked is None:
-        return None
-    schema = None if asked.schema_ is None else JsonSchemaFormat(schema=asked.schema_)
-    return ResponseFormat(type=asked.type, json_schema=schema)
+def _response_format(asked: TextFormat | None) -> dict[str, Any] | None:
+    if asked is None or asked.schema_ is None:
+        return None if asked is None else {"type": asked.type}
+    return {"type": asked.type, "json_schema": {"schema": asked.schema_}}

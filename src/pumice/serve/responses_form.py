@@ -15,6 +15,7 @@ from pydantic import Field
 from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece
 from pumice.serve.protocol import ErrorBody, LogprobEntry, Usage
 from pumice.serve.responses import ResponsesRequest, TextFormat, TextSettings
+from pumice.serve.stored import StoredItems
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -78,7 +79,7 @@ class ResponsesAnswer(AnswerModel):
     output: list[OutputMessage | OutputCall]
     parallel_tool_calls: bool = False
     previous_response_id: None = None
-    store: Literal[False] = False
+    store: bool
     temperature: float | None
     text: dict[str, Any]
     tool_choice: Any
@@ -110,10 +111,14 @@ class ResponsesEvent(AnswerModel):
 
 
 class ResponsesForm(AnswerForm):
-    """Writes the answer to a request, whole or as events: a message, a call, or both."""
+    """Writes the answer to a request, whole or as events: a message, a call, or both.
 
-    def __init__(self, model: str, request: ResponsesRequest) -> None:
+    stored: where what is complete is kept, unless the request says otherwise.
+    """
+
+    def __init__(self, model: str, request: ResponsesRequest, stored: StoredItems) -> None:
         self._model, self._request = model, request
+        self._stored = None if request.store is False else stored
         self._created = int(time.time())
         self._id = f"resp_{secrets.token_hex(12)}"
         self._events = 0
@@ -179,10 +184,14 @@ class ResponsesForm(AnswerForm):
         item = self._output[-1]
         item.status = status or self._status
         if isinstance(item, OutputCall):
+            if self._stored is not None:
+                self._stored.add_call(item.id, item.call_id, item.name, item.arguments)
             kind = "response.function_call_arguments.done"
             events = self._of_item(kind, name=item.name, arguments=item.arguments)
         else:
             [part] = item.content
+            if self._stored is not None:
+                self._stored.add_text(item.id, part.text)
             events = self._part("response.output_text.done", text=part.text, logprobs=part.logprobs)
             events += self._part("response.content_part.done", part=part)
         done = self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
@@ -219,6 +228,7 @@ class ResponsesForm(AnswerForm):
             metadata=request.metadata or {},
             model=self._model,
             output=self._output,
+            store=self._stored is not None,
             temperature=request.temperature,
             text=text.model_dump(by_alias=True, exclude_none=True),
             tool_choice=choice if isinstance(choice, str) else choice.model_dump(),

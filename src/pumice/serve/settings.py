@@ -25,39 +25,37 @@ class ServerSettings:
     port: Annotated[int, Option("--port", "-p", help="0 takes a free one.")] = 8000
     name: Annotated[
         tuple[str, ...],
-        Option(help="What clients call the model; repeat for further names.", show_default=False),
+        Option(help="What clients call the model; repeat for further names."),
     ] = ()
     slots: Annotated[int, Option(min=1, help="Requests answered at a time.")] = 16
     queue: Annotated[int, Option(min=0, help="Requests that may wait beyond them.")] = 64
     cache_tokens: Annotated[
         int | None,
-        Option(min=1, help="Tokens that the KV cache holds; about 1 GB.", show_default=False),
+        Option(min=1, help="Tokens that the KV cache holds; about 1 GB."),
     ] = None
     chunk: Annotated[
         int | None,
-        Option(min=1, help="Tokens of prompts in one step; 512, on CUDA 2048.", show_default=False),
+        Option(min=1, help="Tokens of prompts in one step; 512, on CUDA 2048."),
     ] = None
     api_key: Annotated[
         tuple[str, ...],
-        Option(help=f"A key that clients must send; repeat for more. Also ${KEYS}.", show_default=False),
-    ] = ()  # any one opens /v1, /explain and /metrics
-    api_key_file: Annotated[Path | None, Option(help="A file with one key per line.", show_default=False)] = (
-        None
-    )
+        Option(help=f"A key that clients must send; repeat for more. Also ${KEYS}."),
+    ] = ()  # any one opens /v1, /explain, /boxes and /metrics
+    api_key_file: Annotated[Path | None, Option(help="A file with one key per line.")] = None
     cors: Annotated[
         tuple[str, ...],
-        Option(help="An origin whose pages may ask, https://HOST or '*'; repeat.", show_default=False),
+        Option(help="An origin whose pages may ask, https://HOST or '*'; repeat."),
     ] = ()
     allow_host: Annotated[
         tuple[str, ...],
-        Option(help="A further host name that a server on 127.0.0.1 answers to.", show_default=False),
+        Option(help="A further host name that a server on 127.0.0.1 answers to."),
     ] = ()
     allow_image_urls: Annotated[
         bool, Option("--allow-image-urls", help="Fetch http(s) pictures from public addresses.")
     ] = False
     max_tokens: Annotated[
         int | None,
-        Option(help="The longest answer a request gets; all that fits if not given.", show_default=False),
+        Option(help="The longest answer a request gets; all that fits if not given."),
     ] = None
     default_tokens: Annotated[int, Option(help="The longest answer of a request that names no limit.")] = 512
     max_body: Annotated[str, Option(help="Size of a request: bytes, or with K, M, G.")] = "20M"

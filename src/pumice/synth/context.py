@@ -18,7 +18,7 @@ ROUNDING = 1e-2  # of a side: how far outside a box may reach before it is an er
 
 
 @dataclass(frozen=True)
-class Box:
+class AnnotatedBox:
     """One annotated object: its category and (left, top, right, bottom) as shares of width and height."""
 
     category: str
@@ -37,7 +37,7 @@ class Context:
     id: str
     image: str
     captions: tuple[str, ...] = ()
-    boxes: tuple[Box, ...] = ()
+    boxes: tuple[AnnotatedBox, ...] = ()
     text: str = ""
 
     def described(self, *, boxes: bool) -> str:

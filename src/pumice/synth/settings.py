@@ -29,31 +29,23 @@ class GenerateSettings:
         Option(help="An OpenAI-compatible address (http://.../v1), or `local` for --model in our engine."),
     ]
     model: Annotated[str, Option("--model", "-m", help="The teacher's name, or a model folder.")]
-    coco_captions: Annotated[Path | None, Option(help="COCO's captions_*.json.", show_default=False)] = None
-    coco_instances: Annotated[Path | None, Option(help="COCO's instances_*.json.", show_default=False)] = None
-    jsonl: Annotated[
-        tuple[Path, ...], Option(help="Lines of {image, captions, boxes, text}.", show_default=False)
-    ] = ()
-    images: Annotated[
-        tuple[Path, ...],
-        Option(help="A folder of the pictures; repeat for several.", show_default=False),
-    ] = ()
+    coco_captions: Annotated[Path | None, Option(help="COCO's captions_*.json.")] = None
+    coco_instances: Annotated[Path | None, Option(help="COCO's instances_*.json.")] = None
+    jsonl: Annotated[tuple[Path, ...], Option(help="Lines of {image, captions, boxes, text}.")] = ()
+    images: Annotated[tuple[Path, ...], Option(help="A folder of the pictures; repeat for several.")] = ()
     kind: Annotated[
         tuple[str, ...],
         Option(
             help="conversation, detail, reasoning, short-answer, unanswerable, hard-negatives, or a file; "
             "NAME=0.3 for 30% of the pictures. All when none is given.",
-            show_default=False,
         ),
     ] = ()
-    limit: Annotated[int | None, Option(min=1, help="Only so many pictures.", show_default=False)] = None
+    limit: Annotated[int | None, Option(min=1, help="Only so many pictures.")] = None
     show: Annotated[bool, Option("--show", help="Show the teacher the picture too.")] = False
     told: Annotated[bool, Option("--told/--no-told", help="Tell the teacher the annotations.")] = True
     language: Annotated[str, Option(help="What rows must be written in; `any` for no check.")] = "en"
     parallel: Annotated[int, Option(help="Calls at once (local: answers together).")] = 16
-    budget_tokens: Annotated[
-        int | None, Option(help="Tokens, in and out, that this folder may cost.", show_default=False)
-    ] = None
+    budget_tokens: Annotated[int | None, Option(help="Tokens, in and out, that this folder may cost.")] = None
 
     visual_genome: Path | None = None  # a folder with Visual Genome's JSON files
     flickr30k: Path | None = None  # its captions

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 from pumice.data.rows import ImageFinder
 from pumice.errors import InputError, official
-from pumice.synth.context import BadAnnotation, BadRows, Box, Context, normalised
+from pumice.synth.context import AnnotatedBox, BadAnnotation, BadRows, Context, normalised
 from pumice.synth.files import first_byte, items, json_lines, lines
 
 
@@ -23,7 +23,7 @@ class _Gathered:
         self.listing = listing  # of its pictures, for messages
         self.images: dict[Any, tuple[str, float, float]] = {}  # id -> name, width, height
         self.captions: dict[Any, list[str]] = {}
-        self.boxes: dict[Any, list[Box]] = {}
+        self.boxes: dict[Any, list[AnnotatedBox]] = {}
 
     def check_listed(self, key: Any, where: str) -> None:
         if key not in self.images:
@@ -37,7 +37,7 @@ class _Gathered:
         _, width, height = self.images[key]
         left, top, wide, high = box
         corners = normalised((left, top, left + wide, top + high), width, height, where)
-        self.boxes.setdefault(key, []).append(Box(category, corners))
+        self.boxes.setdefault(key, []).append(AnnotatedBox(category, corners))
 
     def contexts(self, source: str, bad_rows: BadRows, file: Path) -> Iterator[Context]:
         for key, (name, _, _) in self.images.items():
@@ -217,7 +217,7 @@ def plain(file: Path, bad_rows: BadRows) -> Iterator[Context]:
             yield Context(key, image, tuple(texts), tuple(boxes), text)
 
 
-def _plain_box(entry: Any, width: float, height: float, where: str) -> Box:
+def _plain_box(entry: Any, width: float, height: float, where: str) -> AnnotatedBox:
     category = entry.get("category") if isinstance(entry, dict) else None
     if not isinstance(category, str) or not category.strip():
         raise BadAnnotation(f"{where}: the box {entry!r} has no category; write one")
@@ -226,7 +226,7 @@ def _plain_box(entry: Any, width: float, height: float, where: str) -> Box:
             f"{where}: the box of '{category}' is {box!r}; write 'box': left, top, right, bottom"
         )
     try:
-        return Box(category.strip(), normalised(box, width, height, where))
+        return AnnotatedBox(category.strip(), normalised(box, width, height, where))
     except BadAnnotation as error:
         if (width, height) != (1, 1):
             raise

@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pumice.chat_client import ChatClient, Outcome
@@ -26,28 +26,18 @@ Progress = Callable[[dict[str, Any]], None]
 class Teacher(Protocol):
     """What `run` needs of a teacher. Its name and its options of sampling enter a request's identity."""
 
-    @property
-    def model(self) -> str: ...
-    @property
-    def options(self) -> dict[str, Any]: ...
+    model: str
+    options: dict[str, Any]
 
     def check(self) -> None: ...
     def answer(self, requests: Iterable[TeacherRequest], journal: Journal, progress: Progress) -> str: ...
 
 
-@dataclass(frozen=True)
 class RemoteTeacher:
     """A teacher behind an OpenAI-compatible endpoint."""
 
-    endpoint: Endpoint
-
-    @property
-    def model(self) -> str:
-        return self.endpoint.model
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return self.endpoint.options
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint, self.model, self.options = endpoint, endpoint.model, endpoint.options
 
     def check(self) -> None:
         self.endpoint.check()

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from pumice.boxes import holds_boxes
 from pumice.conversation import Conversation, Message
 from pumice.data.check import NOTES, check
 from pumice.data.mapping import RowMapping
@@ -84,13 +85,15 @@ class Batches:
         first = (step - self.epoch_starts[epoch]) * self.recipe.batch
         groups = self._groups(epoch)[first : first + self.recipe.batch]
         # 2. Make trees. Each group draws its own chance, so the draw does not depend on earlier steps.
-        trees, mirrored = [], {}
+        trees: list[Tree] = []
+        mirrored: dict[int, bool] = {}  # by the id of the tree
         for number, group in enumerate(groups, first):
             allowed = all(self.may_mirror[source] for source, _ in group)
             chance = np.random.default_rng([self.recipe.seed, epoch, number]).random()
-            for tree in self._trees(self.mixture, group):
-                trees.append(tree)
-                mirrored[id(tree)] = allowed and chance < self.recipe.mirror_chance
+            mirror = allowed and chance < self.recipe.mirror_chance
+            group_trees, mirror = self._trees(self.mixture, group, mirror)
+            trees += group_trees
+            mirrored |= dict.fromkeys(map(id, group_trees), mirror)
         # 3. Pack the trees, and carry each tree's flag along.
         packs = [(p, [mirrored[id(t)] for t in p.trees]) for p in self._pack(trees)]
         return Batch.of(packs)
@@ -140,7 +143,7 @@ class Batches:
         """The held-out rows as one batch, the same at every measurement."""
         mixture = self._held_out_mixture
         groups = mixture.groups(0)[: self.recipe.measure_rows]
-        trees = [tree for group in groups for tree in self._trees(mixture, group)]
+        trees = [tree for group in groups for tree in self._trees(mixture, group)[0]]
         if not trees:
             raise InputError("held_out: none of its rows can be used; fix them or leave it out")
         return Batch.of([(p, [False] * len(p.trees)) for p in self._pack(trees)])
@@ -151,7 +154,8 @@ class Batches:
         questions = []
         for number in range(count):
             source = rows[number % len(rows)]
-            messages = source[number // len(rows) % len(source)].conversation(self.finder).messages
+            row = source[number // len(rows) % len(source)]
+            messages = self.processor.with_boxes(row.conversation(self.finder)).messages
             turn = next(n for n, message in enumerate(messages) if message.role == "assistant")
             # Rows for the plain template may have no question: the template drops it.
             question = messages[turn - 1].text or "Describe the picture."
@@ -198,17 +202,30 @@ class Batches:
             return pack(trees, self.recipe.pack_tokens)
         return pack_evenly(trees, self.recipe.pack_tokens, self.processes)
 
-    def _trees(self, mixture: Mixture, group: Sequence[tuple[int, int]]) -> list[Tree]:
-        """Merge the rows of one group into a tree, or into several if one would not fit a pack."""
-        samples = []
+    def _trees(
+        self, mixture: Mixture, group: Sequence[tuple[int, int]], mirror: bool = False
+    ) -> tuple[list[Tree], bool]:
+        """Merge the rows of one group into a tree, or into several if one would not fit a pack.
+
+        mirror: show the group's pictures flipped left to right, and write its boxes so. Returns also whether
+        that is done: not where a text itself holds boxes, which would no longer be right.
+        """
+        conversations = []
         for source, index in group:
             rows = mixture.rows[source]
+            name = f"{rows.label}:{index + 1}"
             try:
-                row = rows[index]
-                samples.append(self.processor.training_sample(row.conversation(self.finder)))
+                conversations.append((name, rows[index].conversation(self.finder)))
             except InputError as error:
-                self.skipped.add(f"{rows.label}:{index + 1}", error)
-        return fitting_trees(samples, self.recipe.pack_tokens)
+                self.skipped.add(name, error)
+        mirror = mirror and not any(holds_boxes(conversation) for _, conversation in conversations)
+        samples = []
+        for name, conversation in conversations:
+            try:
+                samples.append(self.processor.training_sample(conversation, mirror=mirror))
+            except InputError as error:
+                self.skipped.add(name, error)
+        return fitting_trees(samples, self.recipe.pack_tokens), mirror
 
 
 def open_rows(source: RowSource) -> Rows:

@@ -31,6 +31,8 @@ from pumice.errors import InputError, WorkError
 from pumice.files import make_readable, sha256, sync
 from pumice.train.parallel import World
 
+# The classes of a run, by which a resumed run is compared as by its recipe; a checkpoint leaves these out.
+CLASSES = {"trainer": "Trainer", "objective": "Objective"}
 _STATE, _MANIFEST, _TENSORS = "state.json", "manifest.json", "tensors"
 
 
@@ -139,7 +141,7 @@ def _write(partial: Path, checkpoint: Checkpoint, world: World) -> list[Path]:
         state = {
             "step": checkpoint.step,
             "processes": world.size,
-            "recipe": checkpoint.recipe,
+            "recipe": {k: v for k, v in checkpoint.recipe.items() if (k, v) not in CLASSES.items()},
             "progress": checkpoint.progress,
             "optimizer": checkpoint.plain,
         }
@@ -206,10 +208,10 @@ def latest(
             progress=state["progress"],
         )
     except _RecipeDiffers as error:
+        now = "this run has" if error.key in CLASSES else "the recipe now says"
         raise InputError(
-            f"{path} was made with {error.key}: {error.stored!r}, the recipe now says {error.current!r}; set "
-            "it back to continue, start again in another output folder, or start a new run from the finished "
-            "model"
+            f"{path} was made with {error.key}: {error.stored!r}, {now} {error.current!r}; set it back to "
+            "continue, start again in another output folder, or start a new run from the finished model"
         ) from error
     except FileNotFoundError as error:
         missing = Path(error.filename or str(error).rpartition(": ")[2]).name

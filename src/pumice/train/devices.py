@@ -8,55 +8,35 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from pumice.errors import InputError
 from pumice.storage.memory import available_memory
+from pumice.storage.yaml_file import read_yaml
 from pumice.train.recipe import Recipe
 
 
 class GPU(NamedTuple):
-    """Published figures of a GPU."""
+    """Published figures of a GPU, a row of gpus.yaml."""
 
     device_name: str  # words that the driver's name of the device contains
     memory: int  # GB
     rate: int  # dense bf16 products, TFLOP/s
-    fp32_share: float = 1 / 2  # of that rate, for plain fp32 products; 1 / 2 on most GeForce cards
-    has_bf16: bool = True  # and TF32: both came with Ampere
+    fp32_part: int = 2  # plain fp32 products have one such part of that rate
+    has_bf16: bool = True  # and TF32
+
+    @property
+    def fp32_share(self) -> float:
+        return 1 / self.fp32_part
 
 
-# Of two names of which one holds the other, the longer comes first; of one GPU with several sizes of memory,
-# the smaller. Rates are those of NVIDIA's data sheets and architecture whitepapers, without sparsity and with
-# sums in fp32. T4, V100 and RTX 20 have no bf16: their figure is that of fp16.
 GPUS = {
-    "a10": GPU("A10", 24, 125, 1 / 4), "a10g": GPU("A10G", 24, 70), "a100-40g": GPU("A100", 40, 312, 1 / 16),
-    "a100-80g": GPU("A100", 80, 312, 1 / 16), "h100-pcie": GPU("H100 PCIe", 80, 756, 1 / 15),
-    "h100": GPU("H100", 80, 989, 1 / 15), "h200": GPU("H200", 141, 989, 1 / 15),
-    "b200": GPU("B200", 180, 2250, 1 / 30), "l4": GPU("L4", 24, 121, 1 / 4),
-    "l40s": GPU("L40S", 48, 362, 1 / 4), "l40": GPU("L40", 48, 181),
-    "a30": GPU("A30", 24, 165, 1 / 16), "a40": GPU("A40", 48, 150, 1 / 4),
-    "t4": GPU("T4", 16, 65, 1 / 8, False), "v100-16g": GPU("V100", 16, 125, 1 / 8, False),
-    "v100-32g": GPU("V100", 32, 125, 1 / 8, False),
-    "rtx2080ti": GPU("RTX 2080 Ti", 11, 54, 1 / 4, False), "rtx3060ti": GPU("RTX 3060 Ti", 8, 32),
-    "rtx3060": GPU("RTX 3060", 12, 25), "rtx3070ti": GPU("RTX 3070 Ti", 8, 43),
-    "rtx3070": GPU("RTX 3070", 8, 41), "rtx3080ti": GPU("RTX 3080 Ti", 12, 68),
-    "rtx3080": GPU("RTX 3080", 10, 60), "rtx3090ti": GPU("RTX 3090 Ti", 24, 80),
-    "rtx3090": GPU("RTX 3090", 24, 71), "rtx4060ti-8g": GPU("RTX 4060 Ti", 8, 44),
-    "rtx4060ti-16g": GPU("RTX 4060 Ti", 16, 44),
-    "rtx4060": GPU("RTX 4060", 8, 30), "rtx4070ti-super": GPU("RTX 4070 Ti SUPER", 16, 88),
-    "rtx4070ti": GPU("RTX 4070 Ti", 12, 80), "rtx4070-super": GPU("RTX 4070 SUPER", 12, 71),
-    "rtx4070": GPU("RTX 4070", 12, 58), "rtx4080-super": GPU("RTX 4080 SUPER", 16, 104),
-    "rtx4080": GPU("RTX 4080", 16, 97), "rtx4090": GPU("RTX 4090", 24, 165),
-    "rtx5060ti-8g": GPU("RTX 5060 Ti", 8, 47), "rtx5060ti-16g": GPU("RTX 5060 Ti", 16, 47),
-    "rtx5070ti": GPU("RTX 5070 Ti", 16, 88), "rtx5070": GPU("RTX 5070", 12, 62),
-    "rtx5080": GPU("RTX 5080", 16, 113), "rtx5090": GPU("RTX 5090", 32, 209),
-    "rtx-a4000": GPU("RTX A4000", 16, 77, 1 / 4), "rtx-a5000": GPU("RTX A5000", 24, 111, 1 / 4),
-    "rtx-a6000": GPU("RTX A6000", 48, 155, 1 / 4), "rtx6000-ada": GPU("RTX 6000 Ada", 48, 364, 1 / 4),
-}  # fmt: skip
-
-
+    name: GPU(*values)
+    for name, values in read_yaml(Path(__file__).parent / "gpus.yaml", "table of GPUs").items()
+}
 TIMED_SIZE = {"cpu": 1024, "cuda": 4096}  # a GPU needs larger matrices to reach its peak
 PACK_TOKENS = 8192  # of a pack on a GPU, where a recipe names no number
 

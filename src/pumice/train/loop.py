@@ -40,7 +40,7 @@ from pumice.train.objective import Objective, PackTensors
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
 from pumice.train.parallel import World
 from pumice.train.preflight import check_device, preflight
-from pumice.train.provenance import content_digests, versions
+from pumice.train.provenance import changed_code, code_digests, content_digests, versions
 from pumice.train.recipe import Recipe
 from pumice.train.report import PLOT, TrainingReport, draw_loss
 from pumice.train.setup import Setup, prepare
@@ -89,8 +89,8 @@ class PreparedStep:
 class Trainer:
     """One run: its model, batches, optimiser and checkpoints.
 
-    A subclass may name another objective, or other learning rates. It must not change between runs that
-    resume each other: only the recipe is compared.
+    A subclass may name another objective, or other learning rates. A resumed run must have the same classes,
+    by name; that their files changed is told.
     """
 
     objective_class: type[Objective] = Objective
@@ -132,6 +132,9 @@ class Trainer:
         if (block := self.batches.mixture.shuffle_block) != 1:  # 1 is what older versions did
             self.fixed_fields["shuffle_block"] = block
         self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
+        classes = (type(self), self.objective_class)
+        self.fixed_fields |= dict(zip(checkpoints.CLASSES, (code.__name__ for code in classes), strict=True))
+        self._code = code_digests(classes)
 
     def _wrap_objective(self) -> nn.Module:
         """Set up the blocks as the recipe says, and wrap the objective for DDP or FSDP.
@@ -209,8 +212,8 @@ class Trainer:
         try:
             recipe = Recipe.model_validate(current | own)
         except ValidationError:  # such as a field that is gone: the comparison names it
-            return stored
-        return stored | recipe.stored(exclude=FIXED_APART)
+            return checkpoints.CLASSES | stored
+        return checkpoints.CLASSES | stored | recipe.stored(exclude=FIXED_APART)
 
     def _train(self, folder: Path) -> Path:
         """Run the steps that remain, with their measurements and checkpoints, and save the model."""
@@ -400,7 +403,7 @@ class Trainer:
             rng=rng,
             recipe=self.fixed_fields,
             # A copy: the thread that prepares the next step may add a bad row while this is written.
-            progress={"tokens": self.tokens, "skipped": dict(self.batches.skipped.reasons)},
+            progress={"tokens": self.tokens, "skipped": dict(self.batches.skipped.reasons), **self._code},
         )
         checkpoints.save(folder, checkpoint, self.recipe.keep_last, self.world)
 
@@ -416,6 +419,8 @@ class Trainer:
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], self.device)
         self.step, self.tokens = checkpoint.step, checkpoint.progress["tokens"]
         self.batches.skipped.reasons.update(checkpoint.progress["skipped"])
+        if self.world.main and (changes := changed_code(checkpoint.progress, self._code)):
+            print("\n".join(changes), file=sys.stderr)
         threads = torch.get_num_threads()
         stored = int(checkpoint.rng.get("threads", threads))
         if self.world.main and self.device.type == "cpu" and stored != threads:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pumice.capability import GEMMA2, LLAMA, ROPE_SCALING, Capability, fields
+from pumice.config import DecoderConfig, RopeScaling
 from pumice.data.packing import Pack
 from pumice.geometry import Layout
 from pumice.model.llava import Llava
@@ -19,6 +21,10 @@ from pumice.model.packed import PackedAttention, Run
 from pumice.model.transfer import numbers_on, to_device
 from pumice.train.features import ImageInput, TowerFeatures
 from pumice.train.loss import supervised_loss
+
+CAPABILITY = Capability(
+    "the loss", {DecoderConfig: fields(f"{LLAMA} {GEMMA2}"), RopeScaling: fields(ROPE_SCALING)}
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Objective(nn.Module):
     ) -> None:
         """bf16: compute under autocast. use_all_parts: run the connector even for a pack without images."""
         super().__init__()
+        CAPABILITY.check(model.config.decoder)
         self.model, self.bf16, self.use_all_parts = model, bf16, use_all_parts
         self.features = features  # not a module, so the tower's parameters are not registered twice
 

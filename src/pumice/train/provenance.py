@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from pumice.data.rows import Rows
 from pumice.files import sha256
@@ -37,3 +41,26 @@ def content_digests(recipe: Recipe, rows: Sequence[Rows]) -> dict[str, str]:
     return {f"contents of {source.label}": source.digest() for source in rows} | {
         f"contents of {path}": sha256(path) for path in paths
     }
+
+
+def code_digests(classes: Sequence[type]) -> dict[str, dict[str, str]]:
+    """Return, under "code", the SHA-256 of the file of each class that is not Pumice's, by its name.
+
+    Classes without a file, as in an interactive session, are left out; without any, the result is empty.
+    """
+    digests = {}
+    for own in classes:
+        if own.__module__.partition(".")[0] != "pumice":
+            with contextlib.suppress(TypeError, OSError):
+                digests[own.__name__] = sha256(Path(inspect.getfile(own)))
+    return {"code": digests} if digests else {}
+
+
+def changed_code(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each class whose file is another one than before; both as `code_digests` says."""
+    digests = now.get("code", {})
+    return [
+        f"The file of {name} has changed since this run was saved: its next steps may compute something else."
+        for name, digest in before.get("code", {}).items()
+        if digests.get(name, digest) != digest
+    ]

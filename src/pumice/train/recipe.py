@@ -33,10 +33,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pumice.capability import MODE_FIELDS
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
+from pumice.media import BoxFormName
 from pumice.storage.yaml_file import read_yaml, set_key
-from pumice.train.recipe_errors import main_problem
+from pumice.templates import OWN
+from pumice.train.recipe_errors import main_problem, missing_base
 
 SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 LONGEST_CHAIN = 50  # recipes that extend each other
@@ -55,10 +58,7 @@ def _known_part(name: str) -> str:
 
 
 Part = Annotated[str, AfterValidator(_known_part)]
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
 _LATER: dict[str, Any] = {"later": True}
 
 
@@ -199,6 +199,7 @@ class Recipe(RecipeSection):
     data: list[RowSource] = Field(min_length=1)
     held_out: list[RowSource] = Field(default=[], description="rows whose loss is measured, never learned")
     pictures: list[Path] = Field(default=[], description="folders that hold the rows' pictures")
+    boxes: BoxFormName | None = later(None, "how boxes are written (docs/boxes.md); else the model's own way")
     max_bad_rows: int = Field(0, ge=0, description="bad rows to skip before the run stops")
     context: PositiveInt | None = Field(None, description="longest row in tokens; the LLM's when absent")
     truncate: bool = Field(
@@ -275,15 +276,18 @@ class Recipe(RecipeSection):
         return self.model.base if isinstance(self.model, NewConnector) else self.model
 
     def stage_config(self, config: ModelConfig) -> ModelConfig:
-        """Return the model's config with the stage's own image policy, context and template.
+        """Return the model's config with the stage's own image policy, context, template and boxes.
 
         Raises InputError on an unknown field of `stage.image`, on tiles for a model without
         `image_newline`, and on a longer context than the LLM's.
         """
-        # The stage's fields replace the model's one by one; fields that it does not name stay.
+        # The stage's fields replace the model's one by one. Fields that it does not name stay, if its mode
+        # uses them.
         image = config.image
         if self.stage.image:
-            values = as_stored(config.image) | self.stage.image
+            values = as_stored(config.image)
+            used = MODE_FIELDS.get(self.stage.image.get("mode", image.mode), "").split()
+            values = {name: value for name, value in values.items() if name in used} | self.stage.image
             image = from_dict(ImagePolicy, values, "stage.image")
         # Blocks have to be there.
         depths = {"decoder": config.decoder.depth, "tower": config.vision.depth}
@@ -302,7 +306,11 @@ class Recipe(RecipeSection):
                 )
             decoder = dataclasses.replace(decoder, context=self.context)
         template = self.stage.template or config.template
-        staged = dataclasses.replace(config, image=image, decoder=decoder, template=template)
+        chat = config.chat if template == OWN else None
+        boxes = self.boxes or config.boxes
+        staged = dataclasses.replace(
+            config, image=image, decoder=decoder, template=template, chat=chat, boxes=boxes
+        )
         # Tiles end each row with a learned vector. A stage cannot add it: it is one of the model's weights.
         if staged.has_newline and not config.has_newline:
             raise InputError(
@@ -371,9 +379,8 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = _near_shipped(base_name.removesuffix(".yaml"))
-        hint = f"; one that Pumice brings is named {SHIPPED}{shipped[0]}" if shipped else ""
-        raise InputError(f"{path}: extends {base_name}, but there is no {base_path}{hint}")
+        shipped = [f"{SHIPPED}{name}" for name in _near_shipped(base_name.removesuffix(".yaml"))]
+        raise missing_base(path, base_name, base_path, shipped)
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
     _record_origin(values, str(path), origin)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import ValidationError
 
-from pumice.errors import NEWER, shorten
+from pumice.errors import NEWER, InputError, shorten
 
 # What transformers' arguments and LLaVA's scripts call a key, where its spelling is no hint.
 _ELSEWHERE = {
@@ -31,6 +32,18 @@ def _nearest(dotted: str, known: Sequence[str]) -> str | None:
     # A list's entries have the same keys, whatever their number.
     same_place = [name for name in candidates if name.rpartition(".")[0] == re.sub(r"\d+", "0", place)]
     return f"{place}.{near[0]}".lstrip(".") if same_place else candidates[0]
+
+
+def missing_base(path: Path, name: str, base: Path, shipped: Sequence[str]) -> InputError:
+    """Return the error of a recipe at `path` that extends `name`, a file `base` that is not there.
+
+    shipped: recipes of like names that Pumice brings.
+    """
+    beside = {file.stem: file.name for file in sorted(base.parent.glob("*.y*ml")) if file != path}
+    hint = f"; one that Pumice brings is named {shipped[0]}" if shipped else ""
+    if near := difflib.get_close_matches(base.stem, beside):
+        hint = f"; did you mean {' or '.join(Path(name).with_name(beside[one]).as_posix() for one in near)}?"
+    return InputError(f"{path}: extends {name}, but there is no {base}{hint}")
 
 
 def main_problem(

@@ -11,11 +11,12 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from pumice.errors import InputError, install
 from pumice.files import replacing, whole_lines
-from pumice.progress import can_redraw
+from pumice.progress import can_redraw, number_columns
 from pumice.train.recipe import Recipe
 from pumice.train.trackers import TRACKERS
 
@@ -65,12 +66,13 @@ class TrainingReport:
                 "the picture of a finished run"
             )
         # 3. The progress bar needs a terminal that can redraw it; elsewhere `step` prints a line from time to
-        # time. A narrow one has room for the numbers only.
-        name, note = (
-            TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]")
-        )
-        numbers = (MofNCompleteColumn(), TimeRemainingColumn(), note)
-        bar = numbers if self.console.width < 80 else (name, BarColumn(), *numbers)
+        # time. A narrow one has room for the numbers only, in several lines.
+        wide = self.console.width >= 80
+        short = Column(no_wrap=True, max_width=self.console.width // 5)
+        name = TextColumn("{task.description}", markup=False, table_column=short)
+        note = TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=wide))
+        numbers = (*number_columns(), note)
+        bar = (name, BarColumn(), *numbers) if wide else numbers
         self._progress = Progress(*bar, console=self.console, disable=not (enabled and can_redraw()))
         self._task = self._progress.add_task(recipe.name, total=steps, completed=step, note="")
         self._last_line = 0.0

@@ -225,8 +225,9 @@ def prepare(recipe: Recipe, device_name: str | None = None, load_on: str | None 
         parameter.requires_grad_(True)
         # bf16 has eight bits of precision: small updates would round to nothing.
         parameter.data = parameter.data.float()
-    # 5. Prepare samples with the stage's config. The model keeps its own, which is what `save` writes.
-    processor = Processor(
-        recipe.stage_config(model.config), opened.processor.tokenizer, truncate=recipe.truncate
-    )
+    # 5. Prepare samples with the stage's config. The model keeps its own, which is what `save` writes: only
+    # how it writes boxes is what it learns now.
+    staged = recipe.stage_config(model.config)
+    model.config = dataclasses.replace(model.config, boxes=staged.boxes)
+    processor = Processor(staged, opened.processor.tokenizer, truncate=recipe.truncate)
     return Setup(model, processor, opened, recipe, device)

@@ -7,8 +7,8 @@ those that the shipped recipes name; `pumice plan` alone uses the tables.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,89 +29,50 @@ from pumice.formats.hf.config import decoder_config, default_policy, padding
 from pumice.formats.load import new_parts, with_connector
 from pumice.formats.pumice.folder import CONFIG
 from pumice.formats.read import find_model, read_model
-from pumice.processor import Processor
+from pumice.model.llava import check_shapes
+from pumice.processor import Processor, check_used
 from pumice.storage.download import from_hub
 from pumice.storage.json_file import Keys, read_json
 from pumice.storage.parts import LoadedParts
+from pumice.storage.yaml_file import read_yaml
 from pumice.tokens import Tokenizer
 from pumice.train.recipe import NewConnector, NewModel, Recipe, load_recipe
 
-
-def _llama(vocab: int, width: int, depth: int, heads: int, mlp: int, context: int) -> DecoderConfig:
-    return DecoderConfig(vocab, width, depth, heads, heads, width // heads, mlp, context)
-
-
-def _grouped(
-    vocab: int, width: int, depth: int, heads: int, kv_heads: int, mlp: int, context: int, *,
-    qwen: bool = False, tied: bool = False,
-) -> DecoderConfig:  # fmt: skip
-    return DecoderConfig(
-        vocab, width, depth, heads, kv_heads, width // heads, mlp, context, qkv_bias=qwen, tied_head=tied
-    )
-
-
-def _vit(kind: str, size: int, width: int, stride: int, depth: int, heads: int, mlp: int) -> VisionConfig:
-    select = "patch" if kind == "clip" else "full"
-    return VisionConfig(
-        kind, size, width, stride, depth=depth, heads=heads, mlp_width=mlp, select=select,
-        activation="quick_gelu" if kind == "clip" else "gelu_tanh",
-    )  # fmt: skip
-
-
-# The numbers stand in the config.json of each model.
+_PUBLISHED = read_yaml(Path(__file__).parent / "published.yaml", "table of models")
 DECODERS = {
-    "lmsys/vicuna-7b-v1.3": _llama(32000, 4096, 32, 32, 11008, 2048),
-    "lmsys/vicuna-13b-v1.3": _llama(32000, 5120, 40, 40, 13824, 2048),
-    "lmsys/vicuna-7b-v1.5": _llama(32000, 4096, 32, 32, 11008, 4096),
-    "lmsys/vicuna-13b-v1.5": _llama(32000, 5120, 40, 40, 13824, 4096),
-    "mistralai/Mistral-7B-Instruct-v0.2": _grouped(32000, 4096, 32, 32, 8, 14336, 32768),
-    "meta-llama/Meta-Llama-3-8B-Instruct": _grouped(128256, 4096, 32, 32, 8, 14336, 8192),
-    "Qwen/Qwen2.5-0.5B-Instruct": _grouped(151936, 896, 24, 14, 2, 4864, 32768, qwen=True, tied=True),
-    "Qwen/Qwen2.5-1.5B-Instruct": _grouped(151936, 1536, 28, 12, 2, 8960, 32768, qwen=True, tied=True),
-    "Qwen/Qwen2.5-7B-Instruct": _grouped(152064, 3584, 28, 28, 4, 18944, 32768, qwen=True),
-    "Qwen/Qwen3-0.6B": dataclasses.replace(
-        _grouped(151936, 1024, 28, 16, 8, 3072, 40960, tied=True), head_dim=128, qk_norm=True
-    ),
-    "HuggingFaceTB/SmolLM2-360M-Instruct": _grouped(49152, 960, 32, 15, 5, 2560, 8192, tied=True),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": _grouped(49152, 576, 30, 9, 3, 1536, 8192, tied=True),
-    "smollm2-135m-instruct": _grouped(49152, 576, 30, 9, 3, 1536, 8192, tied=True),
-}
-TOWERS = {
-    "openai/clip-vit-base-patch32": _vit("clip", 224, 768, 32, 12, 12, 3072),
-    "openai/clip-vit-base-patch16": _vit("clip", 224, 768, 16, 12, 12, 3072),
-    "openai/clip-vit-large-patch14": _vit("clip", 224, 1024, 14, 24, 16, 4096),
-    "openai/clip-vit-large-patch14-336": _vit("clip", 336, 1024, 14, 24, 16, 4096),
-    "google/siglip-base-patch16-224": _vit("siglip", 224, 768, 16, 12, 12, 3072),
-    "google/siglip2-base-patch16-384": _vit("siglip", 384, 768, 16, 12, 12, 3072),
-    "google/siglip-so400m-patch14-384": _vit("siglip", 384, 1152, 14, 27, 16, 4304),
+    name: DecoderConfig(*values.pop("sizes"), **values) for name, values in _PUBLISHED["decoders"].items()
 }
 
 
-def _llava_hf(decoder: str) -> ModelConfig:
-    """Return the config of LLaVA-1.5 in transformers, where the vocabulary is padded to 32,064 rows."""
+def _vit(kind: str, **sizes: Any) -> VisionConfig:
+    if kind == "siglip":
+        sizes |= {"select": "full", "activation": "gelu_tanh"}
+    return VisionConfig(kind, **sizes)
+
+
+TOWERS = {name: _vit(**values) for name, values in _PUBLISHED["towers"].items()}
+
+
+def _llava_hf(decoder: str, vocab_size: int) -> ModelConfig:
+    """Return the config of LLaVA-1.5 in transformers."""
     vision = TOWERS["openai/clip-vit-large-patch14-336"]
-    language = dataclasses.replace(DECODERS[decoder], vocab_size=32064)
+    language = dataclasses.replace(DECODERS[decoder], vocab_size=vocab_size)
     return ModelConfig(language, vision, ConnectorConfig("mlp2x_gelu"), default_policy(vision), template="v1")
 
 
 def _smolvlm() -> ModelConfig:
     """Return the config of SmolVLM-256M: a SmolLM2-135M with its own head, and a SigLIP of 512 pixels."""
-    vision = dataclasses.replace(_vit("siglip", 512, 768, 16, 12, 12, 3072), layer=-1, final_norm=True)
-    language = dataclasses.replace(
-        DECODERS["HuggingFaceTB/SmolLM2-135M-Instruct"], vocab_size=49280, tied_head=False
-    )
+    siglip = TOWERS["google/siglip-base-patch16-224"]
+    vision = dataclasses.replace(siglip, image_size=512, layer=-1, final_norm=True)
+    smollm = DECODERS["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    language = dataclasses.replace(smollm, vocab_size=49280, tied_head=False)
     connector = ConnectorConfig("linear", "pixel_shuffle", 4, bias=False)
     image = ImagePolicy("split", resample="lanczos", longest_edge=2048)
     return ModelConfig(language, vision, connector, image)
 
 
-LLAVAS: dict[str, Callable[[], ModelConfig]] = {
-    "llava-hf/llava-1.5-7b-hf": lambda: _llava_hf("lmsys/vicuna-7b-v1.5"),
-    "llava-hf/llava-1.5-13b-hf": lambda: _llava_hf("lmsys/vicuna-13b-v1.5"),
-    "liuhaotian/llava-v1.5-7b": lambda: _llava_hf("lmsys/vicuna-7b-v1.5"),
-    "liuhaotian/llava-v1.5-13b": lambda: _llava_hf("lmsys/vicuna-13b-v1.5"),
-    "HuggingFaceTB/SmolVLM-256M-Instruct": _smolvlm,
-}
+LLAVAS = {name: _llava_hf(**values) for name, values in _PUBLISHED["llavas"].items()}
+LLAVAS["HuggingFaceTB/SmolVLM-256M-Instruct"] = _smolvlm()
 
 
 def shape(recipe: Recipe, path: Path | None = None) -> tuple[ModelConfig, list[str]]:
@@ -123,7 +84,7 @@ def shape(recipe: Recipe, path: Path | None = None) -> tuple[ModelConfig, list[s
     notes: list[str] = []
     config = with_adapters(recipe, _model_config(recipe, path, notes))
     # Call it for its errors: a stage that does not fit the model is refused here, before any work.
-    recipe.stage_config(config)
+    check_used(recipe.stage_config(config))
     return config, notes
 
 
@@ -155,7 +116,7 @@ def _stored_config(model: Path, path: Path | None, notes: list[str]) -> ModelCon
             return with_adapters(previous, _model_config(previous, previous_path, notes))
         if name in LLAVAS:
             notes.append(f"the sizes of {name} are the published ones; its files were not read")
-            return LLAVAS[name]()
+            return LLAVAS[name]
     # A Pumice folder has its whole config in one file. Other formats have to be recognised first.
     model_path = find_model(model)
     if (model_path / CONFIG).is_file() and "pumice_format" in (values := read_json(model_path / CONFIG)):
@@ -233,6 +194,7 @@ def read_parts(recipe: Recipe) -> LoadedParts:
 def processor_of(recipe: Recipe) -> Processor:
     """Return the processor that prepares the stage's samples."""
     loaded = read_parts(recipe)
+    check_shapes(loaded.config)
     return Processor(
         recipe.stage_config(loaded.config), Tokenizer(loaded.tokenizer), truncate=recipe.truncate
     )

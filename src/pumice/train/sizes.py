@@ -27,7 +27,7 @@ class Shards:
     block: float  # parameters of one decoder block
     block_gradients: float
     root: float  # parameters outside blocks, which stay gathered for the whole step
-    root_gradients: float
+    root_gradients: float  # of those after the blocks; others come when the blocks' are gone
 
     @property
     def gathered(self) -> float:
@@ -79,6 +79,7 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
     places = {"block": 0.0, "root": 0.0}
     gradients_of = {"block": 0.0, "root": 0.0}
     stored_bytes = 2 if recipe.precision == "bf16" else 4
+    after_blocks = ("decoder.norm.", "decoder.embed." if config.decoder.tied_head else "decoder.head.")
     # 2. Add up the weights in the types in which the run holds them.
     for name, parameter in model.named_parameters():
         numel, part = parameter.numel(), part_of(name, learn)
@@ -90,7 +91,8 @@ def sizes(recipe: Recipe, config: ModelConfig, device: str) -> Sizes:
                 whole += size
             elif place != "other block":
                 places[place] += size
-                gradients_of[place] += 4 * numel * (name in learning)
+                if name in learning and (place == "block" or name.startswith(after_blocks)):
+                    gradients_of[place] += 4 * numel
             weights += size
         else:
             size = numel * NF4_BYTES if base == "nf4" else numel + 4 * len(parameter)

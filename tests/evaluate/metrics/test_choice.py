@@ -53,6 +53,7 @@ def test_scienceqa(answer: str, option: int) -> None:
         ("A b c d e rabbit", "B"),  # so is this A, but the text is read
         ("Z", "Z"),
         ("Cannot determine the answer", "Z"),
+        ("Not B", "B"),  # the official rules read no denial
         ("", None),
     ],
 )
@@ -97,6 +98,12 @@ def test_mmmu_takes_the_last_letter_and_brackets_first() -> None:
 )
 def test_mmmu_open(answer: str, truths: list[str], right: bool) -> None:
     assert mmmu_open_right(answer, truths) is right
+
+
+@pytest.mark.usefixtures("bounded_work")
+def test_long_numbers_are_read_in_time() -> None:
+    for answer in ("1" * 300_000, f"0.{'1' * 300_000},", "1," * 100_000):
+        assert not mmmu_open_right(f"it is {answer} of them", ["2"])
 
 
 def test_lists_as_python_prints_them() -> None:

@@ -152,8 +152,8 @@ def test_an_endpoint_is_tried_again_and_refusals_are_told(chat_server: Any) -> N
         chat = {"messages": [{"role": "user", "content": "hello"}]}
         return next(ask_in_order(chat_server(*replies).endpoint(), [chat]))
 
-    assert say(503, 429, "fine") == ("fine", "judge-1")
-    assert say("") == ("", "judge-1")  # an answer like any other
+    assert say(503, 429, "fine")[:2] == ("fine", "judge-1")
+    assert say("")[:2] == ("", "judge-1")  # an answer like any other
     with pytest.raises(WorkError, match=r"did not answer in 5 tries \(500 no\)"):
         say(*[500] * 5)
     with pytest.raises(InputError, match=r"refuses the key in \$OPENAI_API_KEY \(401"):

@@ -256,10 +256,28 @@ def test_your_own_file_with_a_mistake(data: Any, scored: Any, row: dict[str, Any
         ("ans: b", "B"), ("b) a dog", "B"), ("B\n\nA shows none.", "B"),
         ("B is the correct answer, as A is none.", "B"),
         ("", None),
+        # What an answer denies is not read.
+        ("Not A", None), ("not (A).", None), ("Neither A nor B.", None), ("It is not A, but B.", "B"),
+        ("not A, B, or C", None), ("The answer is not option A", None), ("It can't be A", None),
+        ("A is wrong", None), ("A isn't right, B is", "B"), ("B rather than A", "B"), ("不是A", None),
+        ("不是 A", None), ("This is not a dog.", None), ("It does not show a dog", None),
+        ("a dog, not a cat", "B"), ("Not sure, maybe A", "A"), ("I cannot see: A", "A"),
+        ("It isn't B; the right one is: A", "A"), ("<think>not</think>A", "A"),
     ],
 )  # fmt: skip
 def test_which_option_an_answer_to_your_own_file_means(answer: str, letter: str | None) -> None:
     assert read_option(answer, {"A": "a cat", "B": "a dog", "C": "None"}) == letter
+
+
+@pytest.mark.usefixtures("bounded_work")
+def test_long_answers_to_your_own_file_are_read_in_time() -> None:
+    blanks = " " * 100_000
+    for answer, letter in (
+        (f"answer{blanks}!", None), (f"The answer is{blanks}B", "B"), (f"not{blanks}A", None),
+        (f"A{blanks}is{blanks}wrong", None), (f"not A{blanks}, but B", "B"), ("<think>" * 100_000, None),
+        ("<think>A</think>" * 10_000 + "B", "B"), (f"({blanks}b)", "B"),
+    ):  # fmt: skip
+        assert read_option(answer, {"A": "a cat", "B": "a dog", "C": "None"}) == letter
 
 
 def test_unread_answers_to_your_own_file_are_told(data: Any, scored: Any) -> None:
@@ -268,7 +286,7 @@ def test_unread_answers_to_your_own_file_are_told(data: Any, scored: Any) -> Non
     ]
     rows += [{"id": n, "question": "?", "answers": ["yes"], "metric": "yes_no"} for n in "cd"]
     data.lines("questions.jsonl", rows)
-    result = scored("own", {"a": "A", "b": "unsure", "c": "Yes.", "d": "unsure"})
+    result = scored("own", {"a": "A", "b": "Not A", "c": "Yes.", "d": "unsure"})
     assert result["metrics"]["unread"] == 2
     assert result["notes"] == [
         "1 answers name no option and count as wrong", "1 answers say neither yes nor no and count as yes",
@@ -291,6 +309,7 @@ def test_an_answer_that_is_an_article(data: Any, scored: Any, metric: str, answe
         ("contains", "有3只猫", "3只", 100),
         ("contains", "แมวดำตัวหนึ่ง", "แมว", 100), ("contains", "a catalogue", "cat", 0),
         ("contains", "មានឆ្កែមួយក្នុងរូបភាព", "ឆ្កែ", 100), ("contains", "犬が写っています。", "犬", 100),
+        ("contains", "བོད་ཡིག་ཡིན", "ཡིག", 100), ("contains", "ꦄꦏꦄ", "ꦏ", 100),
         ("contains", "カ\u3099ラスです", "ガラス", 100), ("contains", "有3只猫", "\uff13只", 100),
         ("contains", "le Cafe\u0301", "café", 100), ("exact", "Cafe\u0301.", "café", 100),
         ("exact", "猫。", "猫", 100), ("exact", "10²", "102", 0), ("exact", "10² m.", "\uff110² m", 100),

@@ -106,7 +106,8 @@ def write_mmproj(
         add(key, value)
     for name, tensor in (tensors | (extra or {})).items():
         half = tensor.dim() == 4 or (tensor.dim() == 2 and name.endswith("weight"))
-        writer.add_tensor(name, tensor.numpy().astype(np.float16 if half else np.float32))
+        dtype = np.float16 if half else np.float32
+        writer.add_tensor(name, tensor.numpy().astype(dtype if tensor.is_floating_point() else np.int32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -252,6 +253,15 @@ def rewrite(source: Path, target: Path, without: str = "", **changes: Any) -> Pa
     return target
 
 
+@pytest.mark.parametrize("positions", [torch.arange(16), torch.arange(16.0)[None]])
+def test_numbers_of_positions_are_left_out(models: ModuleType, tmp_path: Path, positions: Tensor) -> None:
+    model = tiny(models, "SigLIP + SmolLM2")
+    extra = {"v.position_ids": positions, "v.head.probe": torch.ones(3)}
+    mmproj = write_mmproj(tmp_path / "mmproj.gguf", model, extra=extra)
+    back = read_model(write_llm(tmp_path / "llm", model), mmproj=mmproj)
+    assert back.state.keys() == model.state.keys()
+
+
 @pytest.mark.parametrize(
     ("changes", "extra", "message"),
     [
@@ -260,6 +270,8 @@ def rewrite(source: Path, target: Path, without: str = "", **changes: Any) -> Pa
         ({}, {"mm.3.weight": torch.ones(2, 2)}, "its projector is mlp_norm, Yi-VL's"),
         ({}, {"v.post_ln.weight": torch.ones(32)}, "a norm behind the tower that no LLaVA has"),
         ({}, {"v.extra": torch.ones(1)}, r"unknown v\.extra"),
+        ({}, {"v.position_ids": torch.ones(16)}, r"v\.position_ids in mmproj\.gguf is not .* 16 positions"),
+        ({}, {"v.embd.position_ids": torch.arange(15)}, "it holds 15 values, not 16"),
         ({"clip__vision__feature_layer": [1, 2]}, {}, "those of 2 layers; one can be read"),
         ({"clip__vision__feature_layer": [9]}, {}, "its feature layer is 9, but it has 3 blocks"),
         ({"clip__vision__block_count": 2**30}, {}, "depth must be 1000 or less, not 1073741824"),
@@ -298,6 +310,8 @@ def test_files_that_do_not_belong_together(models: ModuleType, tmp_path: Path, p
         read_model(write_llm(tmp_path / "wide", wide), mmproj=mmproj)
     with pytest.raises(InputError, match="is a Pumice model, which takes no mmproj; leave --mmproj out"):
         read_model("pumice-tiny", mmproj=mmproj)
+    with pytest.raises(InputError, match=r"--mmproj none\.gguf is not there; check the path"):
+        read_model(llm, mmproj="none.gguf")
     with pytest.raises(InputError, match="ask it without pictures, or give the mmproj file"):
         pumice.load(llm, device="cpu", quantize=None).ask(models.picture(56, 56), "What?")
 

@@ -149,7 +149,10 @@ def cut(data: bytes, share: float) -> bytes:
         (lambda data: b"", "is not a GGUF file"),
         (lambda data: cut(data, 0.9), "damaged or cut short"),
         (lambda data: cut(data, 0.0005), "damaged or cut short"),
-        (lambda data: data[:4] + b"\1\0\0\0" + data[8:], "GGUF version 1"),
+        (
+            lambda data: data[:4] + b"\1\0\0\0" + data[8:],
+            "GGUF version 1, and only 2 and 3 .* convert",
+        ),
         (lambda data: data[:16] + b"\xff" * 8 + data[24:], "damaged or cut short"),
     ],
 )

@@ -18,6 +18,7 @@ from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, Message, user_message
 from pumice.errors import InputError
 from pumice.formats.export import export
+from pumice.formats.hf.idefics3 import FAKE
 from pumice.formats.read import read_model
 from pumice.model.vision import fractional_positions
 
@@ -170,6 +171,25 @@ def test_a_newer_processor_is_read_and_an_older_one_that_differs_is_told(
     newer["image_processor"]["size"] = {"longest_edge": 4 * SIDE}
     write_folder(tmp_path / "hf", "smolvlm", models, processor_config=newer)
     assert not any("has another" in note for note in read_model(tmp_path / "hf").notes)
+
+
+def test_the_tokens_around_pictures_are_special_also_as_the_first_of_the_vocabulary(
+    models: ModuleType, tmp_path: Path
+) -> None:
+    write_folder(tmp_path, "smolvlm", models)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocabulary, added = values["model"]["vocab"], values["added_tokens"]
+    old = vocabulary[FAKE]
+    new_ids = {FAKE: 0, next(token for token, number in vocabulary.items() if number == 0): old}
+    vocabulary.update(new_ids)
+    for token in added:
+        token |= {"id": new_ids.get(token["content"], token["id"]), "special": False}
+    values["added_tokens"] = sorted(added, key=lambda token: token["id"])
+    path.write_text(json.dumps(values))
+    special = load(tmp_path, quantize=None).processor.tokenizer.special
+    assert special.keys() >= {*models.SMOLVLM} - {"<image>"}
+    assert special[FAKE] == 0
 
 
 def test_positions_are_sorted_into_the_buckets_of_transformers() -> None:

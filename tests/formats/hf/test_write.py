@@ -120,7 +120,8 @@ def test_how_answers_are_drawn_travels(models: ModuleType) -> None:
     plain = generation_config(config)
     assert plain["do_sample"] is False
     assert settings(repetition_penalty=1.2) == plain | {"repetition_penalty": 1.2}
-    drawn = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
+    # Without a top_k, transformers takes the 50 likeliest tokens.
+    drawn = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 0}
     assert settings(temperature=0.5, top_p=0.9) == plain | drawn
 
 

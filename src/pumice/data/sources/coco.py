@@ -24,7 +24,7 @@ class _Lists:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.subset = ""  # VQA's name of COCO's part, "train2014"
-        self.images: dict[Any, dict[str, Any]] = {}
+        self.images: dict[Any, Any] = {}  # id -> file_name
         self.categories: dict[Any, str] = {}
         keys: dict[str, array[int]] = {"annotations": array("q"), "questions": array("q")}
         spans: dict[str, array[int]] = {"annotations": array("q"), "questions": array("q")}
@@ -58,14 +58,13 @@ class _Lists:
 
     def _add(self, name: str, item: dict[str, Any]) -> None:
         if name == "images":
-            kept_keys = ("file_name", "width", "height")
-            self.images[item.get("id")] = {key: item.get(key) for key in kept_keys}
+            self.images[item.get("id")] = item.get("file_name")
         elif name == "categories":
             self.categories[item.get("id")] = str(item.get("name"))
 
 
 class CocoRows(Source):
-    """COCO's captions, a row each, or its instances, a row for each picture: what is there, and where."""
+    """COCO's captions, a row each, or its instances, a row for each picture: names and boxes."""
 
     def __init__(self, path: Path, lists: _Lists) -> None:
         self.label, self.files, self._lists = str(path), [path], lists
@@ -88,26 +87,32 @@ class CocoRows(Source):
         notes = [read_values(self._file, 0, self._lists.spans["annotations"][number]) for number in numbers]
         key = notes[0].get("image_id")
         image = self._lists.images.get(key)
-        if image is None or not isinstance(image["file_name"], str):
+        if not isinstance(image, str):
             raise InputError(
                 f"{self.place(index)}: picture {key} is not in the file's list 'images'; remove it"
             )
-        record: Record = {"image": image["file_name"]}
+        record: Record = {"image": image}
         if self._lists.has_captions:
             return {"id": notes[0].get("id"), **record, "caption": notes[0].get("caption")}
-        lines = [self._object(note, image) for note in notes]
-        return {"id": key, **record, "objects": "\n".join(lines)}
+        # A crowd's box is around many things.
+        things = [note for note in notes if not note.get("iscrowd")]
+        names = [self._lists.categories.get(note.get("category_id"), "object") for note in things]
+        return {
+            "id": key,
+            **record,
+            "objects": {"ref": names, "bbox": [_corners(note) for note in things], "bbox_type": "real"},
+        }
 
-    def _object(self, note: dict[str, Any], image: dict[str, Any]) -> str:
-        """Return an object and its box in shares of the picture's sides: left, top, right, bottom."""
-        name = self._lists.categories.get(note.get("category_id"), "object")
-        try:
-            left, top, wide, high = note["bbox"]
-            width, height = image["width"], image["height"]
-            corners = (left / width, top / height, (left + wide) / width, (top + high) / height)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            return name
-        return f"{name} [{', '.join(f'{corner:.2f}' for corner in corners)}]"
+
+def _corners(note: dict[str, Any]) -> Any:
+    """Return an annotation's box as left, top, right, bottom; None without one."""
+    if note.get("bbox") is None:
+        return None
+    try:
+        left, top, width, height = note["bbox"]
+        return [left, top, left + width, top + height]
+    except (TypeError, ValueError):
+        return note["bbox"]  # what is wrong with it is told with the row
 
 
 class VqaRows(Source):

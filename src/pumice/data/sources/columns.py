@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import marshal
 import tempfile
@@ -61,10 +60,22 @@ class _Block:
         self._file.write(data)
         self._ends.append(self._file.tell())
 
+    def add_damaged(self, reason: str) -> None:
+        """Append a row that cannot be read."""
+        self._starts.append(self._file.tell())
+        self._file.write(marshal.dumps(reason))
+        self._ends.append(self._file.tell())
+
     def row(self, number: int) -> tuple[Record, dict[str, Any]]:
-        """Return what a row holds, and of each column with pictures their places: see `_store`."""
+        """Return what a row holds, and of each column with pictures their places: see `_store`.
+
+        Raises ValueError with the reason if the row cannot be read.
+        """
         start = self._starts[number]
-        record, places = marshal.loads(self.read(start, self._ends[number + 1] - start))
+        stored = marshal.loads(self.read(start, self._ends[number + 1] - start))
+        if isinstance(stored, str):
+            raise ValueError(stored)
+        record, places = stored
         return record, places
 
     def read(self, start: int, size: int) -> bytes:
@@ -124,7 +135,10 @@ class ColumnRows(Source):
 
     def record(self, index: int) -> Record:
         number, row = divmod(index, BLOCK)
-        record, places = self._block(number).row(row)
+        try:
+            record, places = self._block(number).row(row)
+        except ValueError as error:
+            raise InputError(f"{self.place(index)}: {error}") from error
         for column, pictures in places.items():
             several = isinstance(pictures, list)
             images = [
@@ -153,7 +167,13 @@ class ColumnRows(Source):
                 return self._unpacked[number]
             if number not in self._blocks:
                 first, last = self._together(number)
-                blocks = dict(enumerate(self._read(first * BLOCK, min(len(self), last * BLOCK)), first))
+                try:
+                    blocks = dict(enumerate(self._read(first * BLOCK, min(len(self), last * BLOCK)), first))
+                except OSError as error:
+                    raise InputError(
+                        f"rows of '{self.label}' do not fit into {cache_folder()} ({error.strerror}); "
+                        "set PUMICE_CACHE to a folder with room"
+                    ) from error
                 if len(blocks) > 1:
                     self._unpacked |= blocks
                     return blocks[number]
@@ -180,31 +200,50 @@ class ColumnRows(Source):
         while start < end:
             first = int(self._ends[group] - self._groups[group, 2])
             stop = min(end, int(self._ends[group]))
-            number, own_group, _ = self._groups[group].tolist()
-            with self._told(self.files[number]):
-                for batch in _batches(self.files[number], own_group, start - first, stop - first):
-                    for record, pictures in _split(batch):
-                        if len(block) == BLOCK:
-                            yield block
-                            block = _Block()
-                        block.add(record, pictures)
+            for row in self._rows(group, start - first, stop - first):
+                if len(block) == BLOCK:
+                    yield block
+                    block = _Block()
+                if isinstance(row, str):
+                    block.add_damaged(row)
+                else:
+                    block.add(*row)
             start, group = stop, group + 1
         yield block
+
+    def _rows(self, group: int, start: int, end: int) -> Iterator[tuple[Record, Record] | str]:
+        """Yield rows start to end of a row group as `_split` does; where it is damaged, why, for each row."""
+        number, own_group, _ = self._groups[group].tolist()
+        done, reason = start, "the file has changed since it was opened; run again"
+        try:
+            for batch in _batches(self.files[number], own_group, start, end):
+                for row in _split(batch):
+                    yield row
+                    done += 1
+        except _unreadable() as error:
+            reason = f"the file is cut off or damaged here ({_first_line(error)}); fetch it again"
+        for _ in range(done, end):
+            yield reason
 
     def _index(self) -> dict[str, np.ndarray]:
         groups: list[tuple[int, int, int]] = []
         for number, path in enumerate(self.files):
-            with self._told(path):
+            try:
                 groups += [(number, group, rows) for group, rows in enumerate(_group_sizes(path))]
+            except _unreadable() as error:
+                raise InputError(
+                    f"'{path}' is cut off or damaged ({_first_line(error)}); fetch it again"
+                ) from error
         return {"groups": np.array(groups, np.int64).reshape(-1, 3)}
 
-    @contextlib.contextmanager
-    def _told(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except (arrow().ArrowException, OSError, UnicodeDecodeError) as error:
-            text = str(error).split("\n", maxsplit=1)[0]
-            raise InputError(f"'{path}' is cut off or damaged ({text}); fetch it again") from error
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """Return the errors that mean that a file is damaged."""
+    return arrow().ArrowException, OSError, UnicodeDecodeError
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", maxsplit=1)[0].rstrip(".")
 
 
 def _is_parquet(path: Path) -> bool:

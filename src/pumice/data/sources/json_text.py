@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -176,11 +177,8 @@ def _index(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         start = len(BOM) if file.read(len(BOM)) == BOM else 0
         reader = JsonReader(file, start)
-        spans = np.array(
-            list(_list_spans(reader, str(path)) if reader.peek() == "[" else _line_spans(file, start)),
-            np.int64,
-        )
-    return spans.reshape(-1, 2)
+        spans = _list_spans(reader, str(path)) if reader.peek() == "[" else _line_spans(file, start)
+        return np.fromiter(chain.from_iterable(spans), np.int64).reshape(-1, 2)
 
 
 def _line_spans(file: BinaryIO, offset: int) -> Iterator[tuple[int, int]]:

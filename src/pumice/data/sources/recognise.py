@@ -15,13 +15,7 @@ from typing import Any
 
 from pumice.data.sources.coco import lists_in, open_lists
 from pumice.data.sources.columns import ColumnRows
-from pumice.data.sources.folders import (
-    PICTURES,
-    ClassFolders,
-    ImageFolder,
-    has_class_folders,
-    is_visible,
-)
+from pumice.data.sources.folders import PICTURES, ClassFolders, ImageFolder, has_class_folders, is_visible
 from pumice.data.sources.json_text import BOM, JsonRows
 from pumice.data.sources.source import Joined, Source, unreadable
 from pumice.data.sources.tables import Table, header_of
@@ -94,16 +88,15 @@ def is_missing(path: str) -> bool:
 
 
 def format_of(path: Path) -> str:
-    """Return the format of a file by its contents: parquet, tar, arrow, lists, json, table or other."""
+    """Return the format of a file by its contents: one of OPENERS, or other."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError as error:
         raise unreadable(path, error) from error
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return "arrow"
+    for name, beginnings in MAGIC.items():
+        if head.startswith(beginnings):
+            return name
     if head[257:262] == b"ustar":
         return "tar"
     for magic, packer in _PACKED.items():
@@ -123,7 +116,8 @@ def format_of(path: Path) -> str:
     return "json"
 
 
-_OPENERS: dict[str, Callable[[Sequence[Path], str], Source]] = {
+# The formats that rows come in: how their files are opened, and, where that tells a format, how they begin.
+OPENERS: dict[str, Callable[[Sequence[Path], str], Source]] = {
     "parquet": ColumnRows,
     "tar": TarRows,
     "arrow": ColumnRows,
@@ -131,6 +125,7 @@ _OPENERS: dict[str, Callable[[Sequence[Path], str], Source]] = {
     "json": lambda paths, label: _join([JsonRows(path) for path in paths], label),
     "table": lambda paths, label: _join([Table(path) for path in paths], label),
 }
+MAGIC: dict[str, tuple[bytes, ...]] = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 
 
 def _join(parts: list[Source], label: str) -> Source:
@@ -140,7 +135,7 @@ def _join(parts: list[Source], label: str) -> Source:
 
 
 def _open_files(paths: Sequence[Path], label: str, *, strict: bool = True) -> Source:
-    """Return the rows of some files. Of several formats the one that comes first in `_OPENERS` counts.
+    """Return the rows of some files. Of several formats the one that comes first in `OPENERS` counts.
 
     strict: refuse files that hold no rows instead of leaving them out.
     """
@@ -149,7 +144,7 @@ def _open_files(paths: Sequence[Path], label: str, *, strict: bool = True) -> So
         kinds.setdefault(format_of(path), []).append(path)
     for path in kinds.get("other", ()) if strict else ():
         raise InputError(f"'{path}' is no text file; give rows as JSON or JSON Lines")
-    for kind, opener in _OPENERS.items():
+    for kind, opener in OPENERS.items():
         if kind in kinds:
             return opener(kinds[kind], label)
     raise InputError(f"'{label}' holds no rows; write a JSON list or one JSON object per line")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -78,7 +79,7 @@ class Table(Source):
 
     def _index(self) -> np.ndarray:
         """Return where each row begins and ends: (rows, 2) int64 byte offsets."""
-        spans: list[tuple[int, int]] = []
+        spans = array("q")
         with self.path.open("rb") as file:
             file.seek(self._start)
             lines = _CountedLines(file, self._start)
@@ -86,11 +87,11 @@ class Table(Source):
             try:
                 for number, cells in enumerate(csv.reader(lines, delimiter=self.delimiter, strict=True)):
                     if number and cells:
-                        spans.append((start, lines.offset))
+                        spans.extend((start, lines.offset))
                     start = lines.offset
             except csv.Error as error:
                 raise InputError(
-                    f"{self.place(len(spans))}: a quote is not closed or stands alone ({error}); write "
+                    f"{self.place(len(spans) // 2)}: a quote is not closed or stands alone ({error}); write "
                     "a quote inside quotes twice"
                 ) from error
         return np.array(spans, np.int64).reshape(-1, 2)

@@ -8,40 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pumice.errors import InputError
-
 Weights = NDArray[np.float64]
-
-
-def interval(
-    values: Sequence[float],
-    groups: Sequence[Hashable] | None = None,
-    *,
-    level: float = 0.95,
-    samples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return (low, high), the interval of the mean of `values` at confidence `level`.
-
-    groups: values of one group (the questions about one image) are drawn together, because they are not
-    independent; None puts each value into its own group. Equal seeds give equal intervals. Raises
-    InputError without values, or where the number of groups differs.
-    """
-    if not len(values) or (groups is not None and len(groups) != len(values)):
-        raise InputError(
-            f"an interval needs values, and a group for each: {len(values)} values, "
-            f"{len(values) if groups is None else len(groups)} groups"
-        )
-    member = _members(groups if groups else range(len(values)))
-    sums = np.bincount(member, weights=np.asarray(values, dtype=np.float64))
-    sizes = np.bincount(member)
-    generator = np.random.default_rng(seed)
-    means = np.empty(samples)
-    for number in range(samples):
-        drawn = generator.integers(len(sums), size=len(sums))
-        means[number] = sums[drawn].sum() / sizes[drawn].sum()
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def interval_of(

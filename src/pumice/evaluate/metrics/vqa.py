@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 _MAX_PERIODS = 32  # the value of re.UNICODE, which the official scorers pass as the count
 _PERIOD = re.compile(r"\.(?!\d)")  # the effect of the official pattern
@@ -32,25 +33,7 @@ _NT = (
     "aren couldn didn doesn don hadn hasn haven isn mightn mustn needn oughtn shan shouldn wasn weren won "
     "wouldn ain can"
 )
-_OTHERS = """
-couldve=could've couldn'tve=couldn't've couldnt've=couldn't've hadnt've=hadn't've hadn'tve=hadn't've
-hed=he'd hed've=he'd've he'dve=he'd've hes=he's howd=how'd howll=how'll hows=how's Id've=I'd've
-I'dve=I'd've Im=I'm Ive=I've itd=it'd itd've=it'd've it'dve=it'd've itll=it'll let's=let's maam=ma'am
-mightnt've=mightn't've mightn'tve=mightn't've mightve=might've mustve=must've notve=not've
-oclock=o'clock ow's'at='ow's'at 'ows'at='ow's'at 'ow'sat='ow's'at shed've=she'd've she'dve=she'd've
-she's=she's shouldve=should've shouldnt've=shouldn't've shouldn'tve=shouldn't've somebody'd=somebodyd
-somebodyd've=somebody'd've somebody'dve=somebody'd've somebodyll=somebody'll somebodys=somebody's
-someoned=someone'd someoned've=someone'd've someone'dve=someone'd've someonell=someone'll
-someones=someone's somethingd=something'd somethingd've=something'd've something'dve=something'd've
-somethingll=something'll thats=that's thered=there'd thered've=there'd've there'dve=there'd've
-therere=there're theres=there's theyd=they'd theyd've=they'd've they'dve=they'd've theyll=they'll
-theyre=they're theyve=they've twas='twas wed've=we'd've we'dve=we'd've weve=we've whatll=what'll
-whatre=what're whats=what's whatve=what've whens=when's whered=where'd wheres=where's whereve=where've
-whod=who'd whod've=who'd've who'dve=who'd've wholl=who'll whos=who's whove=who've whyll=why'll
-whyre=why're whys=why's wouldve=would've wouldnt've=wouldn't've wouldn'tve=wouldn't've yall=y'all
-yall'll=y'all'll y'allll=y'all'll yall'd've=y'all'd've y'alld've=y'all'd've y'all'dve=y'all'd've
-youd=you'd youd've=you'd've you'dve=you'd've youll=you'll youre=you're youve=you've
-"""
+_OTHERS = (Path(__file__).parent / "contractions.txt").read_text(encoding="utf-8")
 CONTRACTIONS = {f"{stem}t": f"{stem}'t" for stem in _NT.split()} | dict(
     entry.split("=") for entry in _OTHERS.split()
 )

@@ -11,14 +11,7 @@ import numpy as np
 from pumice.evaluate.files import ImageFolders, read_json, read_rows, write_json
 from pumice.evaluate.metrics.captions import bleu, java_metrics, rouge_l
 from pumice.evaluate.metrics.cider import Cider
-from pumice.evaluate.task import (
-    Answered,
-    Floats,
-    Question,
-    Score,
-    Task,
-    scores_by_category,
-)
+from pumice.evaluate.task import Answered, Floats, Question, Score, Task, scores_by_category
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 SPICE = (

@@ -8,15 +8,7 @@ from pathlib import Path
 from pumice.errors import InputError
 from pumice.evaluate.files import ImageFolders, read_json
 from pumice.evaluate.metrics.vqa import lower_without_period
-from pumice.evaluate.task import (
-    SHORT,
-    Answered,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-    mean_score,
-)
+from pumice.evaluate.task import SHORT, Answered, Question, Score, Task, mean_percent, mean_score
 
 ROW = 3  # columns: question, answer, number of the image
 

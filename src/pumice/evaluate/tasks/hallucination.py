@@ -13,45 +13,22 @@ import numpy as np
 
 from pumice.errors import InputError
 from pumice.evaluate.files import ImageFolders, read_json
-from pumice.evaluate.task import (
-    Answered,
-    CategoryScore,
-    Floats,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-)
+from pumice.evaluate.task import Answered, CategoryScore, Floats, Question, Score, Task, mean_percent
+from pumice.storage.yaml_file import read_yaml
 
 PROMPT = "Describe this image in detail."
 
-
-_DOUBLE = (
-    "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light",
-    "fire hydrant", "stop sign", "parking meter", "suit case", "sports ball", "baseball bat",
-    "baseball glove", "tennis racket", "wine glass", "hot dog", "cell phone", "mobile phone", "teddy bear",
-    "hair drier", "potted plant", "bow tie", "laptop computer", "stove top oven", "home plate", "train track",
-)  # fmt: skip
-_ANIMALS = (
-    "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub",
-)  # fmt: skip
-# Two words that count as one: "baby bird" names no person, "train track" names no train.
-_TWO_WORDS = (
-    {pair: pair for pair in _DOUBLE}
-    | {f"{young} {animal}": animal for young in ("baby", "adult") for animal in _ANIMALS}
-    | {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"}
-    | {"wine glas": "wine glass"}
+_WORDS = read_yaml(Path(__file__).parent / "chair.yaml", "table of words")
+_TWO_WORDS: dict[str, str] = (
+    {pair: pair for pair in _WORDS["double"]}
+    | {f"{young} {animal}": animal for young in ("baby", "adult") for animal in _WORDS["animals"]}
+    | _WORDS["others"]
 )
 # What NLTK's word_tokenize splits off; "dog/cat" stays one word, which names no object.
 _SEPARATORS = re.compile(
     r"--|\.\.+|[\u2012-\u2015*;@#$%&?!()\[\]{}<>\"“”\u2018’«»„`]|[:,](?!\d)|\.(?=[\s\"')\]}>”’»]|$)"
     r"|(?<=\w)(?:'(?:s|m|d|ll|re|ve)|n't)(?!\w)|(?<!\w)'|'(?!\w)"
 )
-# The rules of pattern.en's singularize that concern the words of synonyms.txt.
-_IRREGULAR = {
-    "men": "man", "children": "child", "people": "person", "geese": "goose", "oxen": "ox", "kine": "cow",
-    "scissors": "scissors", "doggies": "doggie", "collies": "collie", "mice": "mouse",
-}  # fmt: skip
 _PLURALS = tuple(
     (re.compile(plural), one)
     for plural, one in (
@@ -67,7 +44,7 @@ _PLURALS = tuple(
 @lru_cache(maxsize=1 << 16)
 def singular(word: str) -> str:
     """Return the singular as the original's library does: "bus" becomes "bu", "ties" become "ty"."""
-    for plural, one in _IRREGULAR.items():
+    for plural, one in _WORDS["plurals"].items():
         if word.endswith(plural):
             return word.removesuffix(plural) + one
     return next((plural.sub(one, word) for plural, one in _PLURALS if plural.search(word)), word)

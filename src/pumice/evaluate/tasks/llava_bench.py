@@ -13,26 +13,7 @@ from pumice.evaluate.judge import JudgedTask, judge_notes
 from pumice.evaluate.task import Answered, CategoryScore, Floats, Question, Score
 
 PROMPT_VERSION = "pumice-llava-bench-1"
-PROMPT = """\
-Two assistants were asked about a picture. You cannot see it; here is what is in it.
-
-[Picture]
-{context}
-
-[Question]
-{question}
-
-[Answer of assistant 1]
-{reference}
-
-[Answer of assistant 2]
-{answer}
-
-Grade each answer from 1 (useless) to 10 (excellent) by how helpful, relevant, correct and detailed it is, \
-judging by the description alone. Do not let the order of the answers count.
-Write the two grades in the first line, assistant 1's first, separated by one space and nothing else in \
-that line. Then explain them in a few sentences.
-"""
+PROMPT = (Path(__file__).parent / "llava_bench.txt").read_text(encoding="utf-8")
 
 
 def parse_scores(reply: str) -> tuple[float, float] | None:

@@ -18,17 +18,7 @@ from pumice.evaluate.judge import JudgedTask, judge_notes
 from pumice.evaluate.task import Answered, CategoryScore, Question, Score, mean_statistic
 
 PROMPT_VERSION = "pumice-mmvet-1"
-PROMPT = """\
-Grade an answer against the truth. <AND> in the truth joins elements that must all be in the answer; <OR> \
-separates elements of which one is enough. The grade is one of 0.0, 0.1, 0.2, ... 1.0: 0.0 is wholly \
-wrong, 1.0 wholly right, and an answer with half of the elements gets 0.5.
-
-Question: {question}
-Truth: {truth}
-Answer: {answer}
-
-Reply with the grade alone.
-Grade: """
+PROMPT = (Path(__file__).parent / "mmvet.txt").read_text(encoding="utf-8")
 
 
 def parse_grade(reply: str) -> float | None:

@@ -6,28 +6,32 @@ import contextlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from pumice.conversation import IMAGE_PLACEHOLDER, StoredImage, check_media
-from pumice.data.rows import Rows
+from pumice.boxes import BoxMap, check_boxes, picture_boxes, write_boxes
+from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Objects, StoredImage, check_media
+from pumice.data.objects import read_objects
+from pumice.data.rows import Row, Rows
 from pumice.data.sources.recognise import HUB, format_of
 from pumice.errors import InputError
 from pumice.evaluate.files import DataFile, ImageFile, read_rows, search
+from pumice.evaluate.metrics.boxes import best_iou, is_right
 from pumice.evaluate.metrics.captions import rouge_l
 from pumice.evaluate.metrics.choice import infer_option
 from pumice.evaluate.metrics.presence import means_yes
 from pumice.evaluate.metrics.vqa import lower_without_period, normalize_m4c, textvqa_accuracy
 from pumice.evaluate.task import Answered, Question, Score, Task, mean_score
+from pumice.explain.words import UNSPACED
+from pumice.geometry import Size
+from pumice.images import image_size
 
-# Scripts without spaces between words: Thai to Burmese, Khmer, scripts of Thailand and Indonesia, Chinese and
-# Japanese, with the punctuation of the latter.
-_UNSPACED = re.compile(
-    "[\u0e00-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\u3000-\u30ff\u3400-\u9fff\ua980-\uaadf\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+# A character that is looked for as a word is: also in Tibetan, which marks syllables but not words, and the
+# punctuation of Chinese and Japanese.
+_WORD_OF_ONE = re.compile(f"[{UNSPACED}\u0f00-\u0fff\u3000-\u303f]")
 _RAISED = re.compile("([\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f\u2189])")  # ², ₂ and ½
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 # Where an answer says its letter: alone, in a box, first, after "answer is", "option" and the like, or before
 # "is correct".
 _ALONE = re.compile(r"\W*(?:option\s+)?([A-Za-z])\W*", re.IGNORECASE)
@@ -35,11 +39,24 @@ _BOXED = re.compile(r"\\boxed\{\s*([A-Za-z])\s*\}")
 _FIRST = re.compile(r"[\W_]*([A-Z](?=\s*[).:,\]*]|[ \t]*\n)|[a-z](?=\)))")
 _NAMED = re.compile(
     r"(?:\b(?i:answer|ans|option|choice)(?:\s+(?i:is|would\s+be|should\s+be))?"
-    r"|答案|回答|答え|正解|选择|选项?|選擇|選項?|정답|답)[\s:=是为為はが은는이]*[\W_]*([A-Z]|[b-z])(?![A-Za-z0-9'])"
+    r"|答案|回答|答え|正解|选择|选项?|選擇|選項?|정답|답)(?:[\s:=]*[是为為はが은는이])*[\W_]*([A-Z]|[b-z])(?![A-Za-z0-9'])"
 )
 _RIGHT = re.compile(r"\b([A-Z])\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b")
 # The English article, which is no letter of an option: "A dog", but not "A is right".
-_ARTICLE = re.compile(r"\bA\s+(?!(?:is|was|would|as|and|or|because|since|seems|fits|matches)\b)(?=[a-z])")
+_ARTICLE = re.compile(
+    r"\bA\s+(?!(?:is|was|would|as|and|or|nor|but|because|since|seems|fits|matches)\b)(?=[a-z])"
+)
+# Where an answer says that an option is not meant. What stands for the options comes behind the first, and
+# before the second.
+_DENIES = re.compile(
+    r"(?i:\b(?:not|cannot|never|neither|rather|instead|wrong|incorrect|false)\b|n['’]t\b)|不|并非|並非"
+)
+_NOT = (
+    r"(?:(?i:\b(?:not|cannot|never|neither|rather\s+than|instead\s+of)\b|n['’]t\b)|不是|不选|不選|并非|並非)"
+    r"(?:\s+(?:be|show|depict|contain|have|see|include|mean|match|look\s+like)\b)?(?:\s+the\b)?"
+    r"(?:\s+(?i:option|answer|choice|letter)\b)?\s*[\"'“”’`(\[{*$]{0,3}"
+)
+_IS_WRONG = r"\s+(?:(?:is|was|can|would\s+be)(?:n['’]t|\s+(?:not|wrong|incorrect|false))|cannot)\b"
 _YES_OR_NO = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
 
 
@@ -56,7 +73,7 @@ def _same_form(text: str) -> str:
 
 def _spaced(text: str) -> str:
     """Make each character of a script without spaces between words a word."""
-    return _UNSPACED.sub(r" \g<0> ", _same_form(text))
+    return _WORD_OF_ONE.sub(r" \g<0> ", _same_form(text))
 
 
 def _exact(text: str, meta: Any) -> float:
@@ -86,10 +103,11 @@ def read_option(text: str, choices: Mapping[str, str]) -> str | None:
     """Return the option that an answer means; None if no rule reads it.
 
     VLMEvalKit's rules come first. An own file is bound to no official scorer, so sentences that name one
-    letter as the answer are read as well.
+    letter as the answer are read as well, and an option that an answer denies is not its answer.
     """
-    text = _ARTICLE.sub("a ", _same_form(_THOUGHTS.sub("", text)).strip())
+    text = _ARTICLE.sub("a ", _same_form(_without_thoughts(text)).strip())
     options = {letter: _same_form(str(option)) for letter, option in choices.items()}
+    text = _without_denied(text, options)
     if (option := infer_option(text, options)) is not None:
         return option
     readings = (
@@ -101,6 +119,26 @@ def read_option(text: str, choices: Mapping[str, str]) -> str | None:
         if len(letters) == 1:
             return letters.pop()
     return None
+
+
+def _without_thoughts(text: str) -> str:
+    """Leave out what stands between <think> and </think>."""
+    kept, start = "", 0
+    while (begin := text.find("<think>", start)) >= 0 and (end := text.find("</think>", begin)) >= 0:
+        kept += text[start:begin]
+        start = end + len("</think>")
+    return kept + text[start:]
+
+
+def _without_denied(text: str, options: Mapping[str, str]) -> str:
+    """Leave out the letters and the texts of options that an answer denies: "not A", "A is wrong"."""
+    if not options or _DENIES.search(text) is None:
+        return text
+    texts = sorted(filter(None, options.values()), key=len, reverse=True)
+    names = [*(f"(?i:{re.escape(text)})" for text in texts), *map(re.escape, options)]
+    one = rf"(?:{'|'.join(names)})(?![A-Za-z0-9'’])"
+    several = rf"{one}(?:(?:\s*,\s*{one})*(?:\s*,)?\s+n?or\s+{one})?"
+    return re.sub(rf"{_NOT}{several}|\b{one}{_IS_WRONG}", " ", text).strip()
 
 
 def _option(text: str, meta: Any) -> float:
@@ -115,12 +153,17 @@ def _rouge(text: str, meta: Any) -> float:
     return rouge_l(_spaced(text), [_spaced(answer) for answer in meta["answers"]])
 
 
+def _box(text: str, meta: Any) -> float:
+    return is_right(best_iou(text, meta["box_map"], meta["boxes"]))
+
+
 # Whether no rule reads an answer, and what such an answer counts as.
 UNREAD: dict[str, tuple[Callable[[str, Any], bool], str]] = {
     "option": (
         lambda text, meta: read_option(text, meta["choices"]) is None,
         "name no option and count as wrong",
     ),
+    "box": (lambda text, meta: not meta["box_map"].find(text), "hold no box and count as wrong"),
     "yes_no": (lambda text, _: _YES_OR_NO.search(text) is None, "say neither yes nor no and count as yes"),
 }
 
@@ -132,6 +175,7 @@ METRICS: dict[str, Callable[[str, Any], float]] = {
     "option": _option,  # the letter of one of "choices"
     "yes_no": _yes_no,  # as POPE reads yes and no
     "rouge_l": _rouge,
+    "box": _box,  # its first box overlaps one of the right ones by half
 }
 
 
@@ -143,18 +187,20 @@ class OwnFile(Task):
 
     name = "own"
     title = "Your own file"
+    has_boxes = True
     headline = "score"
     splits = ("all",)
     max_new_tokens = 256
 
     def questions(self, data: Path) -> Iterator[Question]:
         if (rows := _rows_to_learn(data)) is not None:
-            for number, row in enumerate(_values(rows), 1):
-                yield _question(row, rows.label, rows.opened.folder or data.parent, number)
+            folder = rows.opened.folder or data.parent
+            for number, row in enumerate(_values(rows, folder, self.box_map), 1):
+                yield _question(row, rows.label, folder, number, self.box_map)
             return
         file = DataFile(data) if data.is_file() else self.locate(data, "questions.jsonl")
         for number, row in enumerate(read_rows(file, "question"), 1):
-            yield _question(row, str(file), file.path.parent, number)
+            yield _question(row, str(file), file.path.parent, number, self.box_map)
 
     def score(self, answered: Sequence[Answered]) -> Score:
         values = [METRICS[question.meta["metric"]](text, question.meta) for question, text in answered]
@@ -166,6 +212,8 @@ class OwnFile(Task):
                 unread = sum(is_unread(text, meta) for text, meta in texts)
                 score.metrics["unread"] = score.metrics.get("unread", 0.0) + unread
                 score.notes += [f"{unread} answers {outcome}"] if unread else []
+        if any(question.meta["metric"] == "box" for question, _ in answered):
+            score.notes.append(self.box_note())
         return score
 
 
@@ -187,18 +235,41 @@ def _rows_to_learn(data: Path) -> Rows | None:
     return None
 
 
-def _values(rows: Rows) -> Iterator[dict[str, Any]]:
+def _values(rows: Rows, folder: Path, box_map: Callable[[Size], BoxMap]) -> Iterator[dict[str, Any]]:
     """Yield rows as this task writes them; columns that only it has are kept."""
     for index, row in enumerate(rows):
+        given: dict[str, Any] = {}
+        if row.objects is not None:
+            row, given = _with_boxes(row, folder, box_map)
         record = rows.opened.record(index)
         texts = [text for speaker, text in row.turns if speaker != "system"]
         own = {name: record[name] for name in ("metric", "category", "choices", "prompt") if record.get(name)}
         answers = record.get("answers") or texts[1:2]
         question = texts[0].replace(IMAGE_PLACEHOLDER, "").strip() if texts else ""
-        yield {"id": row.id, "image": list(row.image), "question": question, "answers": answers, **own}
+        yield {
+            "id": row.id, "image": list(row.image), "question": question, "answers": answers, **given, **own,
+        }  # fmt: skip
 
 
-def _question(row: dict[str, Any], label: str, folder: Path, number: int) -> Question:
+def _with_boxes(row: Row, folder: Path, box_map: Callable[[Size], BoxMap]) -> tuple[Row, dict[str, Any]]:
+    """Return a row with its boxes in its texts; and, if its first answer has some, what is right instead."""
+    conversation, objects = row.conversation(None), row.objects or Objects()
+    sizes = [image_size(_image(folder, image).source()) for image in row.image]
+    messages = write_boxes(conversation, [box_map(size) for size in sizes]).messages
+    turns = tuple(("gpt" if m.role == "assistant" else m.role, m.text) for m in messages)
+    answer = next(n for n, message in enumerate(messages) if message.role == "assistant")
+    texts = [message.text for message in conversation.messages[: answer + 1]]
+    asked, right = sum(text.count(BOX_PLACEHOLDER) for text in texts[:-1]), texts[-1].count(BOX_PLACEHOLDER)
+    row = replace(row, turns=turns)
+    if not right:
+        return row, {}
+    corners = [list(box.corners) for box in picture_boxes(objects, sizes)[asked : asked + right]]
+    return row, {"answers": corners, "bbox_type": "real", "metric": "box"}
+
+
+def _question(
+    row: dict[str, Any], label: str, folder: Path, number: int, box_map: Callable[[Size], BoxMap]
+) -> Question:
     error_prefix = f"'{label}', row {number}"
     # 1. Read the answers and the metric.
     answers = row.get("answers", row.get("answer"))
@@ -236,7 +307,27 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int) -> Que
         "category": row.get("category"),
     }
     images = tuple(_image(folder, name) for name in names)
+    if metric == "box":
+        meta |= _right_boxes(row, images, box_map, error_prefix)
     return Question(str(row.get("id", number)), images, prompt, meta)
+
+
+def _right_boxes(
+    row: dict[str, Any], images: tuple[ImageFile, ...], box_map: Callable[[Size], BoxMap], error_prefix: str
+) -> dict[str, Any]:
+    """Return what the metric `box` compares: the right boxes in pixels, and how answers write boxes."""
+    boxes = row.get("answers", row.get("answer"))
+    if isinstance(boxes, list) and boxes and not any(isinstance(box, list | tuple) for box in boxes):
+        boxes = [boxes]
+    if len(images) != 1:
+        raise InputError(f"{error_prefix}: the metric 'box' needs one picture, found {len(images)}")
+    try:
+        objects = read_objects({"bbox": boxes, "bbox_type": row.get("bbox_type")})
+        check_boxes(objects, 1)
+        size = image_size(images[0].source())
+        return {"boxes": picture_boxes(objects, [size]), "box_map": box_map(size)}
+    except InputError as error:
+        raise InputError(f"{error_prefix}: {error}") from error
 
 
 def _image(folder: Path, name: str | StoredImage) -> ImageFile:

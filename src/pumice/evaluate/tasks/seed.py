@@ -13,15 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pumice.evaluate.files import ImageFolders, read_json, read_rows
-from pumice.evaluate.task import (
-    LETTER,
-    Answered,
-    Question,
-    Score,
-    Task,
-    mean_percent,
-    mean_score,
-)
+from pumice.evaluate.task import LETTER, Answered, Question, Score, Task, mean_percent, mean_score
 from pumice.files import replacing
 
 

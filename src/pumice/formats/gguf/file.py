@@ -27,8 +27,8 @@ from pumice.formats.gguf.metadata import check_metadata
 # Type numbers of metadata values: of scalars with their struct codes, of strings and arrays.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# ggml's tensor types that are not quantised.
-PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+# ggml's tensor types that are not quantised; numbers of positions may be whole numbers.
+PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 26: torch.int32, 27: torch.int64}
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 _CHUNK = 1 << 13  # blocks dequantised at a time: 1 MB of values, which stays in the processor's cache
 
@@ -107,7 +107,8 @@ class GgufFile:
         version = cursor.scalar("I")
         if version not in (2, 3):
             raise InputError(
-                f"{self.path} is GGUF version {version}; versions 2 and 3 (little-endian) can be read"
+                f"{self.path} is GGUF version {version}, and only 2 and 3 (little-endian) can be read; "
+                "convert the model again, or fetch a newer file"
             )
         tensor_count, key_count = cursor.scalar("Q"), cursor.scalar("Q")
         metadata = {}
@@ -217,7 +218,7 @@ _RARE = {
     6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18),
 }  # fmt: skip
-_NAMES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
+_NAMES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 26: "I32", 27: "I64", 30: "BF16"}
 
 
 def kind_name(kind: int) -> str:

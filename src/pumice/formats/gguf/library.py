@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 from pumice.errors import InputError, install
-
-_KEPT: list[Any] = []  # what C code calls must not be freed
 
 
 def llama_library(purpose: str) -> Any:
@@ -37,9 +36,9 @@ def mtmd_library(purpose: str) -> Any:
     return mtmd_cpp
 
 
+@functools.cache  # what C code calls must not be freed
 def _silence(library: Any) -> Any:
     def nothing(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         pass
 
-    _KEPT.append(library.llama_log_callback(nothing))
-    return _KEPT[-1]
+    return library.llama_log_callback(nothing)

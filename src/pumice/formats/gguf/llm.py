@@ -13,7 +13,7 @@ from torch import Tensor
 from pumice.config import DecoderConfig, RopeScaling, naming
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
-from pumice.formats.families import FAMILIES
+from pumice.formats.families import FAMILIES, INTERLEAVED
 from pumice.formats.gguf.file import PLAIN, GgufFile, kind_name
 from pumice.formats.gguf.metadata import check_metadata
 from pumice.formats.gguf.tokenizer import tokenizer_files
@@ -23,7 +23,6 @@ from pumice.model.layers import rope_inv_freq
 from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor
 from pumice.tokens import Tokenizer
 
-ARCHITECTURES = tuple(name for name, family in FAMILIES.items() if family.gguf)
 # The divisors of the rotary frequencies, which only Llama 3 has.
 _FACTORS = "rope_freqs.weight"
 # Metadata with which other decoders scale or cap a part of their computation, or choose between experts.
@@ -67,10 +66,9 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
     # 1. The architecture, whose name begins the keys of all sizes.
     metadata = file.metadata
     kind = metadata.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        raise InputError(
-            f"{file.path} holds the architecture {kind!r}; {', '.join(ARCHITECTURES)} can be read"
-        )
+    known = [name for name, family in FAMILIES.items() if family.gguf is not None]
+    if kind not in known:
+        raise InputError(f"{file.path} holds the architecture {kind!r}; {', '.join(known)} can be read")
 
     check_metadata(metadata, str(file.path), kind)
 
@@ -122,8 +120,9 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         )
     # llama.cpp's llama may have biases; the other families differ by their tensors.
     has = (config.qkv_bias, config.qk_norm)
-    expected = {"llama": (config.qkv_bias, False), "qwen2": (True, False), "qwen3": (False, True)}[kind]
-    if has != expected:
+    own = FAMILIES[kind].fields
+    biases = config.qkv_bias if kind == "llama" else own.get("qkv_bias", False)
+    if has != (biases, own.get("qk_norm", False)):
         found = [name for name, there in zip(("attn_q.bias", "attn_q_norm"), has, strict=True) if there]
         raise InputError(
             f"{file.path}: general.architecture is {kind!r}, but its blocks hold "
@@ -160,8 +159,8 @@ def _llama3_scaling(file: GgufFile, head_dim: int, base: float) -> RopeScaling:
 
 def _state(file: GgufFile, config: DecoderConfig) -> LazyStateDict:
     table = tensor_names.gguf_decoder(config) | {_FACTORS: None}
-    # The converter permutes the queries and keys of a llama only.
-    permuted = file.metadata["general.architecture"] == "llama"
+    # The converter permutes queries and keys of the architectures that rotate neighbours.
+    permuted = FAMILIES[file.metadata["general.architecture"]].gguf == INTERLEAVED
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads} if permuted else {}
     tensors = {name: lazy_tensor(file, name, heads.get(name.split(".")[-2:][0])) for name in file.infos}
     return tensor_names.convert(tensors, table, str(file.path))

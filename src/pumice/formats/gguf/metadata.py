@@ -46,55 +46,42 @@ class _Rule(NamedTuple):
 
 
 SPECIAL_TOKENS = ("bos", "eos", "eot", "eom", "unknown")
-_SIZE = _Rule(int, low=1)
-_ID = _Rule(int)
-# `*` stands for the architecture, "llama" and so on.
+# `*` stands for the architecture, "llama" and so on; "clip." and "pumice." begin the keys of an mmproj.
 _RULES = {
-    "general.architecture": _Rule(str),
-    "general.alignment": _Rule(int, low=1, high=2**20),
-    "*.attention.head_count": _SIZE,
-    "*.attention.head_count_kv": _SIZE,
-    "*.attention.key_length": _SIZE,
-    "*.attention.layer_norm_rms_epsilon": _Rule(float, high=1),
-    "*.attention.sliding_window": _SIZE,
-    "*.block_count": _ID,
-    "*.context_length": _SIZE,
-    "*.embedding_length": _SIZE,
-    "*.feed_forward_length": _SIZE,
-    "*.rope.dimension_count": _SIZE,
-    "*.rope.freq_base": _Rule(float, low=1, high=1e12),
-    "*.rope.scaling.factor": _Rule(float, low=1e-3, high=1e6),
-    "*.rope.scaling.type": _Rule(str),
-    # of an mmproj
-    "clip.has_llava_projector": _Rule(bool),
-    "clip.projector_type": _Rule(str),
-    "clip.use_gelu": _Rule(bool),
-    "clip.vision.attention.head_count": _SIZE,
-    "clip.vision.attention.layer_norm_epsilon": _Rule(float, high=1),
-    "clip.vision.block_count": _ID,
-    "clip.vision.embedding_length": _SIZE,
-    "clip.vision.feature_layer": _Rule(int, many=True),
-    "clip.vision.feed_forward_length": _SIZE,
-    "clip.vision.image_grid_pinpoints": _Rule(int, many=True, low=1),
-    "clip.vision.image_mean": _Rule(float, many=True, high=1),
-    "clip.vision.image_size": _SIZE,
-    "clip.vision.image_std": _Rule(float, many=True, low=1e-6, high=1e6),
-    "clip.vision.mm_patch_merge_type": _Rule(str),
-    "clip.vision.patch_size": _SIZE,
-    "clip.vision.projector_type": _Rule(str),
-    "clip.use_silu": _Rule(bool),
-    "pumice.vision": _Rule(str),
-    "split.count": _ID,
-    "tokenizer.chat_template": _Rule(str),
-    "tokenizer.ggml.add_bos_token": _Rule(bool),
-    "tokenizer.ggml.add_space_prefix": _Rule(bool),
-    "tokenizer.ggml.merges": _Rule(str, many=True),
-    "tokenizer.ggml.model": _Rule(str),
-    "tokenizer.ggml.pre": _Rule(str),
-    "tokenizer.ggml.scores": _Rule(float, many=True, low=-1e30, high=1e30),
-    "tokenizer.ggml.token_type": _Rule(int, many=True),
-    "tokenizer.ggml.tokens": _Rule(str, many=True),
-    **{f"tokenizer.ggml.{name}_token_id": _ID for name in SPECIAL_TOKENS},
+    key: rule
+    for keys, rule in (
+        (
+            "general.architecture *.rope.scaling.type clip.projector_type clip.vision.projector_type "
+            "clip.vision.mm_patch_merge_type pumice.vision tokenizer.chat_template tokenizer.ggml.model "
+            "tokenizer.ggml.pre",
+            _Rule(str),
+        ),
+        (
+            "clip.has_llava_projector clip.use_gelu clip.use_silu tokenizer.ggml.add_bos_token "
+            "tokenizer.ggml.add_space_prefix",
+            _Rule(bool),
+        ),
+        (
+            "*.attention.head_count *.attention.head_count_kv *.attention.key_length "
+            "*.attention.sliding_window *.context_length *.embedding_length *.feed_forward_length "
+            "*.rope.dimension_count clip.vision.attention.head_count clip.vision.embedding_length "
+            "clip.vision.feed_forward_length clip.vision.image_size clip.vision.patch_size",
+            _Rule(int, low=1),
+        ),
+        ("*.block_count clip.vision.block_count split.count", _Rule(int)),
+        (" ".join(f"tokenizer.ggml.{name}_token_id" for name in SPECIAL_TOKENS), _Rule(int)),
+        ("general.alignment", _Rule(int, low=1, high=2**20)),
+        ("*.attention.layer_norm_rms_epsilon clip.vision.attention.layer_norm_epsilon", _Rule(float, high=1)),
+        ("*.rope.freq_base", _Rule(float, low=1, high=1e12)),
+        ("*.rope.scaling.factor", _Rule(float, low=1e-3, high=1e6)),
+        ("tokenizer.ggml.merges tokenizer.ggml.tokens", _Rule(str, many=True)),
+        ("clip.vision.feature_layer tokenizer.ggml.token_type", _Rule(int, many=True)),
+        ("clip.vision.image_grid_pinpoints", _Rule(int, many=True, low=1)),
+        ("clip.vision.image_mean", _Rule(float, many=True, high=1)),
+        ("clip.vision.image_std", _Rule(float, many=True, low=1e-6, high=1e6)),
+        ("tokenizer.ggml.scores", _Rule(float, many=True, low=-1e30, high=1e30)),
+    )
+    for key in keys.split()
 }
 
 

@@ -35,8 +35,7 @@ ARCHITECTURE = "clip"
 OWN_KEY = "pumice.vision"
 _LEGACY = "clip.has_llava_projector"
 _NEWLINES = ("v.image_newline", "model.image_newline")
-# Tensors that a LLaVA does not need: SigLIP's pooling, numbers of positions.
-_UNUSED = ("v.head.", "v.position_ids", "v.embd.position_ids")
+_UNUSED = "v.head."  # SigLIP's pooling, which a LLaVA does not need
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,13 +34,14 @@ from pumice.config import (
 )
 from pumice.errors import InputError, WorkError
 from pumice.formats import names as tensor_names
+from pumice.formats.families import FAMILIES, INTERLEAVED
 from pumice.formats.gguf.file import GgufFile, kind_name
 from pumice.formats.gguf.library import llama_library
 from pumice.formats.gguf.mmproj import OWN_KEY, own_values
 from pumice.formats.gguf.vocab import write_vocabulary
 from pumice.formats.hf.refusal import connector_refusal, tower_refusal
 from pumice.formats.hf.write import as_mlp
-from pumice.formats.text.chat_template_write import quoted, to_jinja
+from pumice.formats.text.chat_template_write import jinja_part, quoted, to_jinja
 from pumice.kernels.packed import from_blocks
 from pumice.model.layers import rope_inv_freq
 from pumice.storage.parts import LoadedParts
@@ -52,7 +53,7 @@ CAPABILITY = Capability(
     {
         ModelConfig: fields(
             "decoder vision connector image template chat stop_token_ids bos_token_id image_wrap generation "
-            "lora trained_pictures"
+            "lora trained_pictures boxes"
         ),
         DecoderConfig: fields(LLAMA),
         RopeScaling: fields(ROPE_SCALING),
@@ -77,20 +78,6 @@ CLASS_TOKENS = ("first", "shifted")
 _SENSITIVE = ("token_embd.weight", "output.weight")  # in 8 bits beside q4_0
 _BLOCK = 32  # values that q8_0 and q4_0 quantise together
 _PAD_COLOR = (122, 116, 104)  # llama.cpp's fixed colour
-# The content of a message. llama.cpp marks a picture with <__media__>, or with a random word in it.
-_SAID = (
-    "{% set all = namespace(text='') %}{% if content is string %}{% set all.text = content %}{% else %}"
-    "{% for part in content %}{% set all.text = all.text + part['text'] %}{% endfor %}{% endif %}"
-    "{% set pieces = (all.text.strip() if trim else all.text).split('__>') %}"
-    "{% set at = namespace(front=true) %}{% for piece in pieces %}"
-    "{% if at.front and not loop.first %}{% set piece = piece.lstrip('\\n') %}{% endif %}"
-    "{% if loop.last %}{{ piece }}{% else %}{% set halves = piece.split('<__media') %}"
-    "{% if halves|length == 1 %}{{ piece + '__>' }}"
-    "{% else %}{{ halves[0] + left + '<__media' + halves[1] + '__>' + right }}{% endif %}"
-    "{% set at.front = at.front and piece.startswith('<__media') %}"
-    "{% if at.front and not (pieces[-1] == '' and loop.index + 1 == pieces|length) %}{{ '\\n' }}{% endif %}"
-    "{% endif %}{% endfor %}"
-)
 
 
 def refusal(config: ModelConfig) -> str | None:
@@ -253,7 +240,8 @@ def marked(chat: str, wrap: tuple[str, str] | None = None) -> str:
     _, _, after = remaining.partition("{% endmacro %}")
     left, right = map(quoted, wrap or ("", ""))
     around = "{% set left = " + left + " %}{% set right = " + right + " %}"
-    return before + "{% macro said(content, trim) %}" + around + _SAID + "{% endmacro %}" + after
+    said = around + jinja_part("said_by_llama_cpp")  # which marks a picture with <__media__>, or a word in it
+    return before + "{% macro said(content, trim) %}" + said + "{% endmacro %}" + after
 
 
 def _describe_tower(writer: Any, config: ModelConfig, kind: str, class_token: str) -> None:
@@ -285,9 +273,10 @@ def _describe_tower(writer: Any, config: ModelConfig, kind: str, class_token: st
 def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
     decoder = config.decoder
     table = tensor_names.inverse(tensor_names.gguf_decoder(decoder))
-    names = {f"decoder.{name}": str(gguf_name) for name, gguf_name in table.items()}
-    # llama.cpp pairs the rotating values of a llama differently.
-    heads = {"q": decoder.heads, "k": decoder.kv_heads} if _architecture(config) == "llama" else {}
+    names = {f"decoder.{name}": gguf_name for name, gguf_name in table.items()}
+    # llama.cpp rotates neighbours in a llama.
+    permuted = FAMILIES[_architecture(config)].gguf == INTERLEAVED
+    heads = {"q": decoder.heads, "k": decoder.kv_heads} if permuted else {}
     tensors = {
         names[name]: _permuted(tensor, heads.get(name.split(".")[-2])) for name, tensor in state.items()
     }
@@ -303,14 +292,14 @@ def _llm(config: ModelConfig, state: LazyStateDict) -> LazyStateDict:
 
 def _tower(config: ModelConfig, state: LazyStateDict, class_token: str) -> LazyStateDict:
     """Return the tensors of tower and connector, without the final norm, which llama.cpp would apply."""
-    table = tensor_names.gguf_tower(config.vision)
+    names = tensor_names.inverse(tensor_names.gguf_tower(config.vision))
     if class_token == "shifted":
         state = state | {"tower.positions": state["tower.positions"].map(lambda rows: rows.roll(-1, 0))}
-    return {gguf_name: state[name] for gguf_name, name in table.items() if name is not None}
+    return {gguf_name: state[name] for name, gguf_name in names.items()}
 
 
 def _permuted(tensor: LazyTensor, heads: int | None) -> LazyTensor:
-    """Reorder a query or key projection of a llama for llama.cpp; the inverse of `gguf.llm.unpermute`."""
+    """Reorder a query or key projection, so that neighbours rotate; the inverse of `gguf.llm.unpermute`."""
     if heads is None:
         return tensor
 

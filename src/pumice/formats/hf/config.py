@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pumice.config import DecoderConfig, ImagePolicy, RopeScaling, VisionConfig, naming
 from pumice.errors import InputError, shorten
-from pumice.formats.families import FAMILIES, TOWERS
+from pumice.formats.families import FAMILIES, TOWERS, Family, check_rotation
 from pumice.formats.recognise import check_classes
 from pumice.storage.json_file import Keys
 
@@ -30,7 +30,7 @@ _OF_OTHER_DECODERS: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1.0,), "attention_multiplier": (), "residual_multiplier": (1.0,),
     "logits_scaling": (1.0,), "logit_scale": (1.0,), "scale_emb": (1.0,), "scale_depth": (), "clip_qkv": (),
     "no_rope_layers": (), "rope_local_base_freq": (), "use_qk_norm": (False,),
-    "use_parallel_residual": (False,),
+    "use_parallel_residual": (False,), "rope_interleave": (False,),
 }  # fmt: skip
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -53,10 +53,12 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
     kind = source.get("model_type", str)
     if kind not in FAMILIES:
         raise InputError(f"{source.label}: model_type is {kind!r}; {', '.join(FAMILIES)} can be read")
-    keys = Keys(source.values, source.label, FAMILIES[kind].defaults)
+    family = FAMILIES[kind]
+    keys = Keys(source.values, source.label, family.defaults)
     check_classes(keys, kind)
     check_unquantised(keys)
     # 2. Refuse what our decoder does not compute; a model without it would answer nonsense and raise nothing.
+    check_rotation(kind, keys.label)
     # Gemma 2 computes with hidden_activation, whatever hidden_act says.
     key, allowed = ("hidden_activation", _GEGLU) if kind == "gemma2" else ("hidden_act", _SWIGLU)
     activation = keys.only(key, allowed, next(iter(allowed)))
@@ -84,14 +86,13 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
     gemma: dict[str, Any] = {}
     if kind == "gemma2":
         gemma = {
-            "post_norms": True,
-            "norm_offset": 1.0,
             "embed_scale": width**0.5,
             "attention_scale": keys.get("query_pre_attn_scalar", float) ** -0.5,
             "attention_softcap": _nullable(keys, "attn_logit_softcapping", float),
             "logit_softcap": _nullable(keys, "final_logit_softcapping", float),
         }
-    window, pattern = _window(keys, kind, depth, context)
+    window, pattern = _window(keys, family, depth, context)
+    fields = family.fields | gemma | {"window_pattern": pattern}
     with naming(keys.label):
         return DecoderConfig(
             vocab_size=keys.get("vocab_size", int),
@@ -106,12 +107,9 @@ def decoder_config(source: Keys, tied: bool | None = None) -> DecoderConfig:
             rope_scaling=rope_scaling,
             norm_eps=keys.get("rms_norm_eps", float),
             tied_head=keys.get("tie_word_embeddings", bool, default_tied) if tied is None else tied,
-            qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
             sliding_window=window,
-            window_pattern=pattern,
             activation=activation,
-            **gemma,
+            **fields,
         )
 
 
@@ -241,7 +239,8 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
     rope = keys.object("rope_parameters" if "rope_parameters" in keys else "rope_scaling")
     if any(isinstance(value, dict) for value in rope.values.values()):
         raise InputError(f"{rope.label} differs between layers, which cannot be read")
-    rope_theta = rope.get("rope_theta", float, keys.get("rope_theta", float, 10000.0))
+    default = keys.defaults.get("rope_theta", 10000.0)
+    rope_theta = rope.get("rope_theta", float, keys.get("rope_theta", float, default))
     rope.only("partial_rotary_factor", (1.0,), 1.0, "every value of a head must rotate")
     name = "rope_type" if "rope_type" in rope else "type"
     kind = rope.only(name, ("default", "linear", "llama3"), "default")
@@ -255,28 +254,29 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
     return rope_theta, RopeScaling("llama3", factor, low, high, original)
 
 
-def _window(keys: Keys, kind: str, depth: int, context: int) -> tuple[int | None, int]:
+def _window(keys: Keys, family: Family, depth: int, context: int) -> tuple[int | None, int]:
     """Return the sliding window in tokens, and the pattern of layers without one (1: all layers have it).
 
     Raises InputError if the layers without one have no such pattern.
     """
-    always = kind in ("mistral", "gemma2")
-    if kind == "llama" or not (always or keys.get("use_sliding_window", bool, False)):
+    switched_off = family.window == "use_sliding_window" and not keys.get("use_sliding_window", bool, False)
+    if family.window == "never" or switched_off:
         return None, 1
     # A window as long as the context hides nothing, so it counts as none.
     window = _nullable(keys, "sliding_window")
     if window is None or window >= context:
         return None, 1
-    if kind == "mistral":  # which has the window in every layer
+    if family.window == "all":
         return window, 1
-    # In configs older than layer_types, every second layer of a Gemma 2 has full attention, and the first
-    # max_window_layers layers of the others.
+    # Configs older than layer_types have the family's pattern, or full attention in the first
+    # max_window_layers layers.
     layers = keys.get("layer_types", list, None)
-    if layers is None and kind == "gemma2":
-        layers = [_LAYER_TYPES[(layer + 1) % 2] for layer in range(depth)]
-    elif layers is None:
-        full_layers = min(keys.get("max_window_layers", int), depth)
-        layers = [_LAYER_TYPES[layer >= full_layers] for layer in range(depth)]
+    if layers is None:
+        full_layers = min(
+            keys.get("max_window_layers", int, keys.defaults.get("max_window_layers", 0)), depth
+        )
+        sliding = layer_types(depth, family.fields.get("window_pattern", 1))
+        layers = [_LAYER_TYPES[False]] * full_layers + sliding[full_layers:]
     if layers == [_LAYER_TYPES[False]] * depth:
         return None, 1
     for pattern in range(1, depth + 1):

@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 
 from pumice.capability import CHAT, LLAMA, LORA, ROPE_SCALING, Capability, fields
 from pumice.config import (
+    LARGEST_GRID,
     ChatFormat,
     ConnectorConfig,
     DecoderConfig,
@@ -145,11 +146,13 @@ def _check_tokens(keys: Keys, tokenizer: tokenizers.Tokenizer, decoder: DecoderC
         raise InputError(
             f"{keys.label}: image_token_id is {number}, but vocab_size only {decoder.vocab_size}"
         )
-    names = [FAKE, WHOLE, *(f"<row_{row}_col_{column}>" for row in range(1, 33) for column in range(1, 33))]
-    known = [
-        AddedToken(name, special=True, normalized=False) for name in names if tokenizer.token_to_id(name)
-    ]
-    tokenizer.add_special_tokens(known)
+    places = range(1, LARGEST_GRID + 1)
+    names = [FAKE, WHOLE, *(f"<row_{row}_col_{column}>" for row in places for column in places)]
+    tokenizer.add_special_tokens([
+        AddedToken(name, special=True, normalized=False)
+        for name in names
+        if tokenizer.token_to_id(name) is not None
+    ])  # fmt: skip
 
 
 def _check_processor(folder: Path, keys: Keys, config: ModelConfig) -> None:
@@ -170,7 +173,7 @@ CAPABILITY = Capability(
     {
         ModelConfig: fields(
             "decoder vision connector image template chat stop_token_ids bos_token_id generation lora "
-            "trained_pictures marks video"
+            "trained_pictures marks video boxes"
         ),
         TileMarks: fields("tile row between whole end"),
         VideoPolicy: fields("max_frames fps longest_edge timestamps"),

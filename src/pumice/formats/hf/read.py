@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pumice.config import ConnectorConfig, DecoderConfig, ImagePolicy, VisionConfig
+from pumice.config import ConnectorConfig, DecoderConfig, GenerationConfig, ImagePolicy, VisionConfig
 from pumice.errors import InputError
 from pumice.formats import names as tensor_names
 from pumice.formats.families import FAMILIES, model_type
@@ -128,6 +128,16 @@ def open_hf(folder: Path, template: str | None = None) -> LoadedParts:
         notes=(*said, *notes),
         sentencepiece=text_side.files.sentencepiece,
     )
+
+
+def read_generation(folder: Path) -> GenerationConfig:
+    """Read generation_config.json: how transformers draws answers, with its values of absent keys."""
+    keys = Keys.of(folder / "generation_config.json")
+    penalty = keys.get("repetition_penalty", float, 1.0)
+    if not keys.get("do_sample", bool, False):
+        return GenerationConfig(repetition_penalty=penalty)
+    temperature, top_p = keys.get("temperature", float, 1.0), keys.get("top_p", float, 1.0)
+    return GenerationConfig(temperature, top_p, keys.get("top_k", int, 50), penalty)
 
 
 def _nesting(tensors: LazyStateDict, folder: Path) -> tensor_names.Nesting:

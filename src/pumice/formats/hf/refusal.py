@@ -50,7 +50,7 @@ def capability(consumer: str) -> Capability:
         {
             ModelConfig: fields(
                 "decoder vision connector image template chat stop_token_ids bos_token_id image_wrap "
-                "generation lora trained_pictures video"
+                "generation lora trained_pictures video boxes"
             ),
             DecoderConfig: {name: None for decoder in _DECODERS for name in decoder.fields[DecoderConfig]},
             RopeScaling: fields(ROPE_SCALING),

@@ -107,7 +107,7 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
         config, tensor_names.HF_NESTINGS[0], tensor_names.hf_connector(True), "vision_model."
     )
     names = tensor_names.inverse(table)
-    write_weights(folder, {str(names[name]): tensor for name, tensor in state.items()})
+    write_weights(folder, {names[name]: tensor for name, tensor in state.items()})
     _write_config(folder, config, state, tokenizer)
     _write_processor(folder, config)
     _write_text_side(folder, config, tokenizer, chat)
@@ -120,7 +120,7 @@ def _write_idefics3(folder: Path, model: LoadedParts) -> list[str]:
     config, tokenizer = model.config, model.tokenizer
     nesting, connector = tensor_names.IDEFICS3, tensor_names.IDEFICS3_CONNECTOR
     names = tensor_names.inverse(tensor_names.llava(config, nesting, connector, ""))
-    write_weights(folder, {str(names[name]): tensor for name, tensor in model.state.items()})
+    write_weights(folder, {names[name]: tensor for name, tensor in model.state.items()})
     text, dtype = _text_config(config, model.state)
     vision = vision_config(config.vision) | {"model_type": "idefics3_vision"}
     vision.pop("vision_use_head")
@@ -321,7 +321,8 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
         drawn = {"do_sample": False, "repetition_penalty": drawn["repetition_penalty"]}
     else:
         drawn["do_sample"] = True
-    usual = asdict(GenerationConfig())
+    # Absent keys have transformers' own values; its top_k is 50.
+    usual = asdict(replace(GenerationConfig(), top_k=50))
     values |= {key: value for key, value in drawn.items() if value != usual.get(key)}
     return {key: value for key, value in values.items() if value is not None}
 

@@ -77,7 +77,7 @@ def write(folder: Path, model: LoadedParts, tower: str | None = None) -> list[st
     names = tensor_names.inverse(
         tensor_names.llava(config, tensor_names.ORIGINAL, connector, "vision_model.")
     )
-    write_weights(folder, {str(names[name]): tensor for name, tensor in state.items()})
+    write_weights(folder, {names[name]: tensor for name, tensor in state.items()})
     write_json(folder / "config.json", _config(config, state, tower))
     write_json(folder / "generation_config.json", generation_config(config))
     notes = write_tokenizer(folder, model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -160,7 +161,7 @@ def _pairs(
     }
 
 
-def _is_copy(name: str, tensor: LazyTensor, table: tensor_names.Table, base: LazyStateDict) -> bool:
+def _is_copy(name: str, tensor: LazyTensor, table: Mapping[str, str], base: LazyStateDict) -> bool:
     """Return whether the tensor is an unchanged weight of the base."""
     match = _COPY.fullmatch(name)
     param_name = table.get(match[1]) if match else None

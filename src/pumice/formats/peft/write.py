@@ -43,7 +43,7 @@ def write(folder: Path, model: LoadedParts) -> None:
     for name, tensor in model.state.items():
         layer, _, kind = name.removeprefix("decoder.").rpartition(".")
         if kind in _SUFFIXES:
-            peft_name = str(names[f"{layer}.weight"]).removeprefix("model.").removesuffix(".weight")
+            peft_name = names[f"{layer}.weight"].removeprefix("model.").removesuffix(".weight")
             adapters[f"base_model.model.model.{language}.{peft_name}.{_SUFFIXES[kind]}"] = tensor
     # 2. The config. PEFT finds the layers by a pattern of their names.
     targets = "|".join(f"{target}_proj" for target in lora.targets)

@@ -8,7 +8,6 @@ must write the same; afterwards only these texts are used.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,23 +15,9 @@ from typing import Any
 from pumice.config import ChatFormat
 from pumice.conversation import IMAGE_PLACEHOLDER, Conversation, ImagePart, Message
 from pumice.errors import InputError
-from pumice.templates import (
-    CALL,
-    OWN,
-    RESULT,
-    TEMPLATES,
-    Template,
-    call_text,
-    result_text,
-    tools_text,
-)
+from pumice.formats.text.jinja import ANSWERS, QUESTIONS, SYSTEM, Jinja, Turn, Unsupported
+from pumice.templates import CALL, OWN, RESULT, TEMPLATES, Template, call_text, result_text, tools_text
 
-_Turn = tuple[str, str]  # role, text
-# Texts for probe conversations. They occur in no template, so that they are found in what it writes.
-_SYSTEM = ("system", "textofsystem")
-_QUESTIONS = [("user", f"text{n}ofuser") for n in ("one", "two", "three")]
-_ANSWERS = [("assistant", f"text{n}ofassistant") for n in ("one", "two")]
-_LONGEST = 100_000  # characters of a probe conversation, far more than any real template writes
 # A text that shows whether a template trims, escapes or splits what it is given.
 _ODD = " Two\n\nlines, {{ braces }} & 'quotes' <b> é🙂 "
 
@@ -49,10 +34,6 @@ class Described:
     writes_bos: bool
 
 
-class _Unsupported(Exception):
-    """A chat template writes something that no ChatFormat can."""
-
-
 def describe(source: str, *, bos: str | None, eos: str | None, specials: Collection[str]) -> Described:
     """Return the chat format that a template writes, checked on conversations of every shape.
 
@@ -62,8 +43,8 @@ def describe(source: str, *, bos: str | None, eos: str | None, specials: Collect
     """
     special_tokens = list(dict.fromkeys([*specials, *filter(None, (bos, eos))]))
     try:
-        jinja = _Jinja(source, bos, eos, special_tokens)
-        writes_bos = bool(bos) and jinja.raw([_QUESTIONS[0]]).startswith(bos or "")
+        jinja = Jinja(source, bos, eos, special_tokens)
+        writes_bos = bool(bos) and jinja.raw([QUESTIONS[0]]).startswith(bos or "")
         # 1. One of Pumice's own formats, if it writes the same.
         for name, template in TEMPLATES.items():
             if isinstance(template, Template) and not _difference(template, jinja):
@@ -78,8 +59,8 @@ def describe(source: str, *, bos: str | None, eos: str | None, specials: Collect
                 tools = _tools(Template(OWN, chat), jinja, special_tokens)
                 return Described(OWN, replace(chat, tools=tools), writes_bos)
             reasons.append(reason)
-        raise _Unsupported(reasons[0] if reasons else "its questions do not all begin with the same text")
-    except _Unsupported as error:
+        raise Unsupported(reasons[0] if reasons else "its questions do not all begin with the same text")
+    except Unsupported as error:
         raise InputError(
             f"this chat template cannot be turned into fixed texts around each turn ({error}); "
             f"name the format with --template, one of: {', '.join(TEMPLATES)}"
@@ -91,160 +72,48 @@ def image_wrap(
 ) -> tuple[str, str] | None:
     """Return the special tokens that a chat template writes around each picture, as LLaVA 1.0 does."""
     try:
-        return _Jinja(source, bos, eos, specials).wrap
-    except _Unsupported:
+        return Jinja(source, bos, eos, specials).wrap
+    except Unsupported:
         return None  # `describe` raises the error, if the template is needed
 
 
-class _Jinja:
-    """A chat template, run as transformers runs it."""
+def difference(
+    source: str, template: Template, wrap: tuple[str, str] | None, specials: Collection[str]
+) -> str:
+    """Describe how a chat template that Pumice wrote differs from a format; "" if it writes the same.
 
-    def __init__(self, source: str, bos: str | None, eos: str | None, specials: Collection[str]) -> None:
-        import jinja2
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        class GenerationTag(Extension):
-            """{% generation %} marks what the model writes, for transformers; it adds no text."""
-
-            def __init__(self, environment: Any) -> None:
-                super().__init__(environment)
-                self.tags = {"generation"}
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        # The settings of transformers' `apply_chat_template`.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
-        )
-        environment.globals["raise_exception"] = refuse
-        environment.filters["tojson"] = _to_json
-        try:
-            self._template = environment.from_string(source)
-        except Exception as error:  # the parser may run out of stack or memory
-            raise _Unsupported(f"it is not Jinja: {error}") from error
-        self._tokens = {"bos_token": bos or "", "eos_token": eos or ""}
-        self.bos = bos or ""
-        self.parts = False  # whether the template wants a message's content as a list of parts
-        self.wrap: tuple[str, str] | None = None  # the special tokens around a picture
-        # Templates of text models take text; those of models with pictures want a list of parts.
-        try:
-            takes_text = _QUESTIONS[0][1] in self.raw([_QUESTIONS[0]])
-        except _Unsupported:
-            takes_text = False
-        if not takes_text:
-            self.parts = True
-            if _QUESTIONS[0][1] not in self.raw([_QUESTIONS[0]]):
-                raise _Unsupported("it leaves out what the user says")
-        self.wrap = self._around_an_image(specials)
-
-    def _around_an_image(self, specials: Collection[str]) -> tuple[str, str] | None:
-        content = [{"type": "image"}, {"type": "text", "text": "?"}]
-        try:
-            written = self._render([{"role": "user", "content": content}])
-        except _Unsupported:
-            return None
-        # The longest special token on each side: one token may end with another.
-        before, _, after = written.partition(IMAGE_PLACEHOLDER)
-        left = max((token for token in specials if before.endswith(token)), key=len, default=None)
-        right = max((token for token in specials if after.startswith(token)), key=len, default=None)
-        return None if left is None or right is None else (left, right)
-
-    def raw(self, turns: Sequence[_Turn], *, generate: bool = False, image: bool = False) -> str:
-        """Return what the template writes, without the tokens around pictures.
-
-        generate: ask for the beginning of an answer at the end. image: show a picture in the first question,
-        if contents are lists of parts.
-        """
-        messages: list[dict[str, Any]] = []
-        for role, text in turns:
-            content: Any = text
-            if self.parts:
-                content = [{"type": "text", "text": text}]
-                if role == "user" and image:
-                    content.insert(0, {"type": "image"})
-                    image = False
-            messages.append({"role": role, "content": content})
-        text = self._render(messages, generate)
-        if self.wrap is not None:
-            text = text.replace(IMAGE_PLACEHOLDER.join(self.wrap), IMAGE_PLACEHOLDER)
-        return text
-
-    def called(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
-        """Return what the template writes of a conversation with functions, up to the next answer."""
-        if self.parts:
-            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        return self._render(list(messages), True, tools=list(tools)).removeprefix(self.bos)
-
-    def _render(self, messages: list[dict[str, Any]], generate: bool = False, **more: Any) -> str:
-        try:
-            text = self._template.render(
-                messages=messages,
-                add_generation_prompt=generate,
-                enable_thinking=False,
-                **self._tokens,
-                **more,
-            )
-        except Exception as error:  # untrusted code may raise anything
-            raise _Unsupported(f"it fails: {' '.join(str(error)[:200].split())}") from error
-        if len(text) > _LONGEST:
-            raise _Unsupported(f"it writes {len(text)} characters for a few short messages")
-        return text
-
-    def write(self, turns: Sequence[_Turn], *, generate: bool = False, image: bool = False) -> str:
-        """Return what the template writes after the begin-of-text token."""
-        return self.raw(turns, generate=generate, image=image).removeprefix(self.bos)
-
-    def pictured(self, text: str) -> str:
-        """Return what it writes for a question with a picture before its text; "" if it takes no picture."""
-        try:
-            content = [{"type": "image"}, {"type": "text", "text": text}]
-            written = self._render([{"role": "user", "content": content}])
-        except _Unsupported:
-            return ""
-        if self.wrap is not None:
-            written = written.replace(IMAGE_PLACEHOLDER.join(self.wrap), IMAGE_PLACEHOLDER)
-        return written.removeprefix(self.bos)
-
-    def gaps(self, *turns: _Turn, generate: bool = False) -> list[str]:
-        """Return what the template writes before, between and after the texts of the turns."""
-        remaining, gaps = self.write(turns, generate=generate), []
-        for role, text in turns:
-            before, match, remaining = remaining.partition(text)
-            if not match:
-                raise _Unsupported(f"it leaves out or moves the {role}'s text")
-            gaps.append(before)
-        return [*gaps, remaining]
+    wrap: the special tokens that stand around each picture. specials: all special tokens of the tokenizer.
+    """
+    try:
+        jinja = Jinja(source, None, None, specials)
+        if reason := _difference(template, jinja):
+            return reason
+        tools = _tools(template, jinja, specials)
+    except Unsupported as error:
+        return str(error)
+    if jinja.wrap != wrap:
+        return f"it writes {jinja.wrap} around a picture"
+    return "" if tools == template.chat.tools else f"it writes {tools} around functions"
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Do transformers' filter `tojson`, which escapes nothing for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator[ChatFormat]:
+def _candidates(jinja: Jinja, specials: list[str], eos: str | None) -> Iterator[ChatFormat]:
     """Yield the formats that could write what the template does.
 
     They have a system message before the questions, inside the first question, or none.
     """
     # 1. Cut the fixed texts out of a conversation: before the first question, around answers, at the end.
-    one, two, three = _QUESTIONS
+    one, two, three = QUESTIONS
     shapes: list[tuple[str, bool, tuple[str, str]]]  # a question's beginning, system_in_user, system
-    before_first, opens, gap, *_ = jinja.gaps(one, _ANSWERS[0], two, _ANSWERS[1], three, generate=True)
-    after_question, end = jinja.gaps(one)[-1], jinja.gaps(one, _ANSWERS[0])[-1]
+    before_first, opens, gap, *_ = jinja.gaps(one, ANSWERS[0], two, ANSWERS[1], three, generate=True)
+    after_question, end = jinja.gaps(one)[-1], jinja.gaps(one, ANSWERS[0])[-1]
     prompt = jinja.gaps(one, generate=True)[-1]
     # 2. The text after a question must always be the same; then come the beginnings of the newest answer and
     # of earlier ones, of which one may be longer, as with an empty block of thoughts.
     if not (prompt.startswith(after_question) and opens.startswith(after_question)):
-        raise _Unsupported("a question is not followed by the same text everywhere")
+        raise Unsupported("a question is not followed by the same text everywhere")
     newest, earlier = prompt[len(after_question) :], opens[len(after_question) :]
     if not (earlier.startswith(newest) or newest.startswith(earlier)):
-        raise _Unsupported("earlier answers and the newest one begin differently")
+        raise Unsupported("earlier answers and the newest one begin differently")
     # 3. The end of an answer. Some templates write the stop token only after the newest one.
     before_stop, stop, after_stop, once = _stop(end, specials, eos)
     if gap.startswith(end):
@@ -252,7 +121,7 @@ def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator
     elif gap.startswith(before_stop) and not after_stop:
         before_later, once = gap[len(before_stop) :], True
     else:
-        raise _Unsupported("earlier answers and the newest one end differently")
+        raise Unsupported("earlier answers and the newest one end differently")
     # 4. What all candidates have in common; `complete` adds what a question begins with.
     base = ChatFormat(
         user=("", after_question),
@@ -274,8 +143,8 @@ def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator
     # 5. Where the system message stands. What precedes a first question and what precedes later ones end
     # alike: that is how a question begins.
     try:
-        before, after, _ = jinja.gaps(_SYSTEM, one)
-    except _Unsupported:
+        before, after, _ = jinja.gaps(SYSTEM, one)
+    except Unsupported:
         shapes = []
     else:
         question = _common(before_later[::-1], after[::-1], before_first[::-1])[::-1]
@@ -298,9 +167,9 @@ def _candidates(jinja: _Jinja, specials: list[str], eos: str | None) -> Iterator
         yield complete(before_first)
 
 
-def _with_pictures(jinja: _Jinja, chat: ChatFormat) -> ChatFormat:
+def _with_pictures(jinja: Jinja, chat: ChatFormat) -> ChatFormat:
     """Return the format with what a template writes where a question begins with a picture."""
-    text = _QUESTIONS[0]
+    text = QUESTIONS[0]
     opening = jinja.gaps(text)[0]
     before, _, after = jinja.pictured(text[1]).partition(IMAGE_PLACEHOLDER)
     if (
@@ -330,34 +199,34 @@ def _stop(end: str, specials: list[str], eos: str | None) -> tuple[str, str, str
         before, _, after = end.partition(stop)
         return before, stop, after, False
     if eos is None:
-        raise _Unsupported("nothing says where an answer ends")
+        raise Unsupported("nothing says where an answer ends")
     return "", eos, end, True
 
 
-def _trims(jinja: _Jinja, role: str) -> bool:
+def _trims(jinja: Jinja, role: str) -> bool:
     """Return whether the template strips the blanks around a role's text."""
-    shapes: dict[str, Callable[[str], list[_Turn]]] = {
-        "system": lambda text: [("system", text), _QUESTIONS[0]],
+    shapes: dict[str, Callable[[str], list[Turn]]] = {
+        "system": lambda text: [("system", text), QUESTIONS[0]],
         "user": lambda text: [("user", text)],
-        "assistant": lambda text: [_QUESTIONS[0], ("assistant", text), _QUESTIONS[1]],
+        "assistant": lambda text: [QUESTIONS[0], ("assistant", text), QUESTIONS[1]],
     }
     try:
         written = jinja.write(shapes[role]("textpadded  "))
-    except _Unsupported:
+    except Unsupported:
         return False
     return "textpadded" in written and "textpadded  " not in written
 
 
-def _difference(template: Template, jinja: _Jinja) -> str:
+def _difference(template: Template, jinja: Jinja) -> str:
     """Describe the first difference between what the two write; "" if they write the same on all probes."""
     # 1. Probe with plain and odd texts, with and without a system message, with one to five turns.
     chat = template.chat
     texts = [("one", "two", "three", "four"), (_ODD, "And \nthis? ", _ODD + "\n", "Last  ")]
     systems: list[str | None] = [None]
     try:
-        jinja.gaps(_SYSTEM, _QUESTIONS[0])
+        jinja.gaps(SYSTEM, QUESTIONS[0])
         systems += ["Be brief.", _ODD] if chat.system is not None else []
-    except _Unsupported:
+    except Unsupported:
         pass  # it has no system message, or moves it
     for (a, b, c, d), system in itertools.product(texts, systems):
         turns = [("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", a)]
@@ -378,7 +247,7 @@ def _difference(template: Template, jinja: _Jinja) -> str:
     return ""
 
 
-def _tools(template: Template, jinja: _Jinja, specials: Collection[str]) -> tuple[str, str] | None:
+def _tools(template: Template, jinja: Jinja, specials: Collection[str]) -> tuple[str, str] | None:
     """Return what the template writes around descriptions of functions; None if it has no place for them.
 
     Calls and what they gave must be in the one form that is known, and its marks must be ordinary text, not
@@ -387,7 +256,7 @@ def _tools(template: Template, jinja: _Jinja, specials: Collection[str]) -> tupl
     marks = {mark.strip() for mark in (*CALL, *RESULT)}
     if template.chat.system is None or not marks.isdisjoint(specials):
         return None
-    ask, answer = _QUESTIONS[0], _ANSWERS[0][1]
+    ask, answer = QUESTIONS[0], ANSWERS[0][1]
     functions = [{"name": name, "parameters": {"type": "object"}} for name in ("textofcall", "other")]
     tools = [{"type": "function", "function": function} for function in functions]
     call = {"name": "textofcall", "arguments": {"a": ["é<", 1]}}
@@ -395,40 +264,40 @@ def _tools(template: Template, jinja: _Jinja, specials: Collection[str]) -> tupl
     called = "\n".join([call_text("textofcall", {"a": ["é<", 1]})] * 2)
     given = [{"role": "tool", "name": "textofcall", "tool_call_id": "a", "content": _ODD}] * 2
     results = "\n".join([result_text(_ODD)] * 2)
-    asked, system = [{"role": ask[0], "content": ask[1]}], [{"role": _SYSTEM[0], "content": _SYSTEM[1]}]
+    asked, system = [{"role": ask[0], "content": ask[1]}], [{"role": SYSTEM[0], "content": SYSTEM[1]}]
 
-    def told(system: str | None) -> list[_Turn]:
+    def told(system: str | None) -> list[Turn]:
         return [("system", f"{system}\n\n{said}" if system else said), ask]
 
     try:
         # 1. Cut out what stands around the descriptions, after the system message.
         written = jinja.called([*system, *asked], tools)
         head, _, tail = written.partition(tools_text(("", ""), tools))
-        before, text, after = _written(template, [_SYSTEM, ask], True, False).partition(_SYSTEM[1])
+        before, text, after = _written(template, [SYSTEM, ask], True, False).partition(SYSTEM[1])
         before += f"{text}\n\n"
         if not (head.startswith(before) and tail.endswith(after)):
             return None
         around = (head[len(before) :], tail[: len(tail) - len(after)])
         said = tools_text(around, tools)
         # 2. Check that conversations of several shapes are written alike.
-        shapes: list[tuple[list[Any], list[_Turn]]] = [
-            ([*system, *asked], told(_SYSTEM[1])),
+        shapes: list[tuple[list[Any], list[Turn]]] = [
+            ([*system, *asked], told(SYSTEM[1])),
             (asked, told(template.chat.default_system)),
         ]
         for content, expected in (("", called), (answer, f"{answer}\n{called}")):
             turns = [("assistant", expected), ("user", results)]
             answers = [{"role": "assistant", "content": content, "tool_calls": calls}, *given]
-            shapes.append(([*system, *asked, *answers], [*told(_SYSTEM[1]), *turns]))
+            shapes.append(([*system, *asked, *answers], [*told(SYSTEM[1]), *turns]))
         same = all(
             jinja.called(shown, tools) == _written(template, expected, True, False)
             for shown, expected in shapes
         )
-    except _Unsupported:
+    except Unsupported:
         return None
     return around if same else None
 
 
-def _written(template: Template, turns: Sequence[_Turn], generate: bool, image: bool) -> str:
+def _written(template: Template, turns: Sequence[Turn], generate: bool, image: bool) -> str:
     messages = []
     for role, text in turns:
         has_image = image and role == "user"

@@ -26,6 +26,14 @@ export async function healthy() {
   }
 }
 
+/** The boxes that an answer about a picture of width x height holds, [{label, left, top, right, bottom}] in shares. */
+export async function boxesOf(text, { width, height }, pictures, key) {
+  const body = JSON.stringify({ text, width, height, pictures });
+  const response = await fetch("/boxes", { method: "POST", headers: headers(key), body });
+  if (!response.ok) throw await errorOf(response);
+  return (await response.json()).boxes;
+}
+
 /** The explanation of an answer, which is the last of `messages` in the body. */
 export async function explanation(body, key) {
   let response;

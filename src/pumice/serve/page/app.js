@@ -1,6 +1,7 @@
 // The chat page. Requests to the server are in api.js, storage in store.js.
 
-import { answer, Away, explanation, healthy, models, Refused } from "/page/api.js";
+import { answer, Away, boxesOf, explanation, healthy, models, Refused } from "/page/api.js";
+import { drawing, mayHoldBoxes } from "/page/boxes.js";
 import { mount } from "/page/explain.js";
 import { render } from "/page/markdown.js";
 import { readPicture } from "/page/pictures.js";
@@ -24,6 +25,7 @@ const state = {
   controller: null, // an AbortController for the answer in progress
 };
 const explanations = new WeakMap(); // answer -> its explanation, while it is shown
+const answerBoxes = new WeakMap(); // finished answer -> a promise of its boxes
 
 // --- elements ---
 
@@ -84,6 +86,7 @@ function reply(message, number) {
     mount(explanationNode, explanations.get(message), picturesUpTo(number).map((picture) => picture.url));
     node.append(explanationNode);
   }
+  showBoxes(node, message, number);
   if (message.error) node.append(element("p", { class: "problem", role: "alert" }, message.error));
   if (message.finish === null && !message.error) {
     node.setAttribute("aria-busy", "true");
@@ -118,6 +121,18 @@ function showText(node, message, progress = null) {
       textNode.append(element("small", {}, `${processed} of ${total} tokens read`));
     }
   } else textNode.replaceChildren();
+}
+
+/** Draw the boxes of a finished answer on the picture that was shown last; ask the server for them once. */
+async function showBoxes(node, message, number) {
+  const pictures = picturesUpTo(number), picture = pictures.at(-1);
+  if (message.finish === null || !picture?.width || !mayHoldBoxes(message.text)) return;
+  if (!answerBoxes.has(message)) {
+    // Without the server, an answer is complete without the drawing.
+    answerBoxes.set(message, boxesOf(message.text, picture, pictures.length, $("key").value).catch(() => []));
+  }
+  const boxes = await answerBoxes.get(message);
+  if (boxes.length) node.querySelector(".said").after(drawing(picture, boxes));
 }
 
 function facts(message) {

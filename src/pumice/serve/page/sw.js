@@ -3,7 +3,7 @@
 
 const CACHE_NAME = "pumice-page";
 const FILES = ["/", "/page/style.css", "/page/app.js", "/page/api.js", "/page/store.js", "/page/pictures.js",
-  "/page/markdown.js", "/page/explain.js", "/page/explain.css", "/page/icon.svg"];
+  "/page/boxes.js", "/page/markdown.js", "/page/explain.js", "/page/explain.css", "/page/icon.svg"];
 
 self.addEventListener("install", (event) => {
   event.waitUntil(caches.open(CACHE_NAME).then((cache) => cache.addAll(FILES)).then(() => self.skipWaiting()));

@@ -6,8 +6,10 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from pumice.synth.context import Box, Context
+from pumice.storage.yaml_file import read_yaml
+from pumice.synth.context import AnnotatedBox, Context
 from pumice.synth.objects import Vocabulary
 
 
@@ -72,7 +74,8 @@ class Kind:
 
 
 _LABEL = re.compile(
-    r"^[\s>#*_\-]*(?:(question|q|user|human)|(answer|a|assistant|gpt))\s*\d*\s*[:.)]+[*_]*[ \t]*", re.I | re.M
+    r"^[\s>#*_\-]*(?:(question|q|user|human)|(answer|a|assistant|gpt))\s*(?:\d+\s*)?[:.)]+[*_]*[ \t]*",
+    re.I | re.M,
 )
 _RULE = re.compile(r"^\s*[=\-*_]{3,}\s*$", re.M)
 
@@ -112,7 +115,7 @@ def whole(questions: Sequence[str]) -> Callable[[str, random.Random], list[Turn]
     """A parser for replies that are one answer; the question is drawn from `questions`."""
 
     def parse(reply: str, pick: random.Random) -> list[Turn]:
-        text = re.sub(r"^\s*[*#]*\s*(detailed )?description\s*:[*]*\s*", "", reply, flags=re.I).strip()
+        text = re.sub(r"^\s*(?:[*#]+\s*)?(detailed )?description\s*:[*]*\s*", "", reply, flags=re.I).strip()
         if not text:
             raise Unparsed("the reply is empty")
         if any(mark.group(1) for mark in _LABEL.finditer(text)):
@@ -131,33 +134,12 @@ def says_yes(answer: str) -> bool:
     return re.match(r"\W*yes\b", answer, re.I) is not None
 
 
-# Two pictures that the worked examples of all kinds speak of.
-MARKET = Context(
-    "example/market",
-    "market.jpg",
-    (
-        "An elderly man sells apples from a wooden cart beside a canal.",
-        "A street vendor in a blue apron weighs fruit for a woman.",
-        "Two people stand at a fruit cart while a boat passes behind them.",
-    ),
-    (
-        Box("person", (0.212, 0.301, 0.391, 0.902)),
-        Box("person", (0.520, 0.334, 0.668, 0.918)),
-        Box("boat", (0.655, 0.148, 0.982, 0.352)),
-        Box("apple", (0.318, 0.602, 0.366, 0.655)),
-        Box("apple", (0.371, 0.598, 0.417, 0.652)),
-        Box("handbag", (0.633, 0.571, 0.701, 0.704)),
-    ),
-)
-SNOW = Context(
-    "example/snow",
-    "snow.jpg",
-    (
-        "A brown dog with a red ball in its mouth runs through deep snow.",
-        "A dog plays in the snow in front of a cabin.",
-    ),
-    (
-        Box("dog", (0.288, 0.402, 0.644, 0.811)),
-        Box("sports ball", (0.571, 0.468, 0.622, 0.529)),
-    ),
-)
+def _example(name: str) -> Context:
+    """Return a picture that the worked examples of all kinds speak of."""
+    path = Path(__file__).parents[1] / "tables" / "examples.yaml"
+    values = read_yaml(path, "table of examples")[name]
+    boxes = tuple(AnnotatedBox(category, (x0, y0, x1, y1)) for category, x0, y0, x1, y1 in values["boxes"])
+    return Context(f"example/{name}", values["image"], tuple(values["captions"]), boxes)
+
+
+MARKET, SNOW = _example("market"), _example("snow")

@@ -5,7 +5,6 @@ Field names are the publishers'. Prompts are data to be compatible with (arXiv 2
 
 from __future__ import annotations
 
-import pickle
 import random
 import sys
 from collections import Counter
@@ -14,16 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pumice.boxes import FORMS, Box, BoxMap
 from pumice.conversation import IMAGE_PLACEHOLDER
+from pumice.data.objects import WHERE
 from pumice.data.rows import Rows
 from pumice.errors import InputError
+from pumice.storage.plain_pickle import read_plain_pickle
 from pumice.synth.files import first_byte, items, pairs
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
 WHAT = "Please provide a short description for this region: "
-WHERE = "Please provide the bounding box coordinate of the region this sentence describes: "
 
 REGIONS = 10  # of one picture of Visual Genome, as the paper samples them
 REFERRED = 9  # turns in one row of RefCOCO: the paper keeps to fewer than ten
@@ -164,7 +165,7 @@ def textcaps(inputs: ReaderInput) -> Iterator[Unit]:
 
 def refcoco(inputs: ReaderInput) -> Iterator[Unit]:
     """RefCOCO, RefCOCO+ and RefCOCOg: refs(...).p and COCO's instances.json; the train split."""
-    sizes: dict[Any, tuple[str, float, float]] = {}
+    sizes: dict[Any, tuple[str, int, int]] = {}
     boxes: dict[Any, list[float]] = {}
     for file in inputs.files["instances"]:
         for image in items(file, "images.item"):
@@ -287,41 +288,24 @@ def _region(text: str, place: str, pick: random.Random) -> tuple[str, str]:
     return (WHAT + place, text) if pick.random() < 0.5 else (WHERE + text, place)
 
 
-def _place(box: list[Any], size: tuple[str, float, float], padded: bool) -> str | None:
+def _place(box: list[Any], size: tuple[str, int, int], padded: bool) -> str | None:
     """A box of pixels (left, top, width, height) as text with two decimals; None when nothing is left of it.
 
     padded: shares of the square with the picture in its middle, as LLaVA-1.5's boxes are (its issue 606).
     """
     _, width, height = size
     left, top, wide, high = box
-    corners = [max(left, 0), max(top, 0), min(left + wide, width), min(top + high, height)]
-    if corners[2] <= corners[0] or corners[3] <= corners[1]:
+    placed = Box(left, top, left + wide, top + high)
+    if placed.meet(Box(0, 0, width, height)).area <= 0:
         return None
-    sides, shifts = (width, height), (0.0, 0.0)
-    if padded:
-        side = max(width, height)
-        sides, shifts = (side, side), ((side - width) // 2, (side - height) // 2)
-    return f"[{', '.join(f'{(v + shifts[n % 2]) / sides[n % 2]:.2f}' for n, v in enumerate(corners))}]"
-
-
-class _Plain(pickle.Unpickler):
-    """Reads lists, dictionaries, text and numbers; anything that would name code is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise InputError(f"the pickle names the code {module}.{name}; only plain data is read")
+    return BoxMap(FORMS["padded" if padded else "picture"], (width, height)).write(placed)
 
 
 def _refs(file: Path) -> list[dict[str, Any]]:
     """RefCOCO's refs, which are published as pickles of plain data, or the same list as JSON."""
     if first_byte(file) == "[":
         return list(items(file, "item"))
-    try:
-        with file.open("rb") as data:
-            refs = _Plain(data, encoding="latin-1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"'{file}' is neither a pickle nor a JSON list of refs ({error})") from error
+    refs = read_plain_pickle(file.read_bytes(), str(file))
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise InputError(f"'{file}' holds no list of refs; give RefCOCO's own file")
     return refs

@@ -1,7 +1,7 @@
 """Estimate the memory and time that a recipe needs, before it runs.
 
 On this machine the speed of matrix products is timed. For a named GPU it is the manufacturer's peak, times
-the share that dense training reaches.
+a share that is assumed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pumice.train.recipe import Recipe
 from pumice.train.shapes import processor_of, shape
 from pumice.train.sizes import Sizes, sizes
 
-GPU_UTILISATION = 0.4  # share of a GPU's peak that dense training of this size reaches; not measured by us
+GPU_UTILISATION = 0.4  # share of a GPU's peak that a step reaches: assumed, as none was measured yet
 CPU_UTILISATION = 0.6  # share of the timed products that a step reaches on a CPU (benchmarks/plan.py)
 TEXT_TOKENS = 160  # tokens of text beside a picture, assumed without rows: mix665K's mean
 SUPERVISED_SHARE = 0.4  # share of these tokens that is supervised

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pumice.cli.checks.finding import Finding
+from pumice.cli.checks import Finding
 from pumice.errors import InputError, WorkError
 
 SMALL_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
@@ -48,43 +48,32 @@ def _attempt(name: str, run: Callable[[], Finding]) -> Finding:
     except InputError as error:
         return Finding(name, str(error), "problem", "do what the message says")
     except Exception as error:  # the self-test reports every failure
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        remedy = "run it on --device cpu; if that fails too, report it with the output of this command"
-        return Finding(name, reason, "problem", remedy)
+        reason = str(error) if isinstance(error, WorkError) else f"{type(error).__name__}: {error}"
+        remedy = "use --device cpu; if that fails too, report it with the output of this command"
+        return Finding(name, " ".join(reason.split()), "problem", remedy, value=False)
 
 
 def _test_random_model(device: Any) -> Finding:
     """Compare a tiny random model's logits with the CPU's, and its answer with one without a KV cache."""
-
     from pumice.assistant import Assistant
     from pumice.conversation import Conversation, user_message
     from pumice.engine.generate import naive_generate
 
-    name = f"random model, {device.type}"
     processor, model = _tiny_model()
-    assistant = Assistant(model, processor)
     question, image = "What is this?", _draw_circle()
-    expected = assistant.logits(image, question)
-    if device.type != "cpu":
-        assistant = Assistant(model.to(device), processor)
-        difference = float(
-            (assistant.logits(image, question).cpu() - expected).abs().max() / expected.abs().max()
-        )
-        if not difference < 1e-2:
-            remedy = "use --device cpu, and update torch and the driver"
-            return Finding(
-                name, f"its logits differ from the CPU's by {difference:.1%}", "problem", remedy, difference
-            )
+    expected = Assistant(model, processor).logits(image, question)
+    assistant = Assistant(model.to(device), processor)
+    logits = assistant.logits(image, question).cpu()
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    if not difference < 1e-2:
+        raise WorkError(f"its logits differ from the CPU's by {difference:.1%}")
     prompt = assistant.prompt(Conversation((user_message(question, [image]),)), max_new_tokens=8)
-    remedy = "report it with the output of this command"
-    try:
-        reference = processor.tokenizer.decode(naive_generate(assistant.model, prompt))
-        answer = assistant.ask(image, question, max_new_tokens=8)
-    except WorkError as error:  # numbers that are not finite
-        return Finding(name, str(error), "problem", remedy, value=False)
+    reference = processor.tokenizer.decode(naive_generate(assistant.model, prompt))
+    answer = assistant.ask(image, question, max_new_tokens=8)
     if answer != reference:
-        return Finding(name, f"answers {answer!r} instead of {reference!r}", "problem", remedy, value=False)
-    return Finding(name, "forward pass, and a greedy answer equal to the one without a cache", value=True)
+        raise WorkError(f"answers {answer!r} instead of {reference!r}")
+    says = "forward pass, and a greedy answer equal to the one without a cache"
+    return Finding(f"random model, {device.type}", says, value=True)
 
 
 def _tiny_model() -> tuple[Any, Any]:
@@ -131,8 +120,7 @@ def _test_pumice_tiny() -> Finding:
     answer = assistant.ask(_draw_circle(), question, max_new_tokens=32)
     answered = time.perf_counter()
     if not answer.strip():
-        remedy = "delete the cache of its parts (above), so that they are fetched again"
-        return Finding("pumice-tiny", "gives an empty answer", "problem", remedy)
+        raise InputError("gives an empty answer; delete the cache of its parts (above)")
     timing = f"opened in {opened - start:.1f} s, answered in {answered - opened:.1f} s"
     says = f"{timing}; to {question!r} of a drawing it said {answer!r} (small models err)"
     larger = "a better small model, untested on its published weights: --model " + SMALL_MODEL
