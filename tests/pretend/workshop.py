@@ -92,14 +92,14 @@ class Workshop:
     def resumes(self, device: str, trainer: type[loop.Trainer] | None = None, **changes: Any) -> bool:
         """Return whether a run with dropout and the same resumed from its middle have equal weights.
 
-        trainer: of the resumed run.
+        trainer: of both runs.
         """
         changes |= {"stage": DROPOUT, "max_steps": 4, "epochs": 2, "save_every": 2, "keep_last": 9}
         recipe = self.recipe("resume", device, **changes)
         last = recipe.output / "checkpoints" / "step-000004"
         weights = []
-        for kind in (None, trainer):
-            loop.train(recipe, kind)
+        for _ in ("whole", "resumed"):
+            loop.train(recipe, trainer)
             weights.append(load_file(last / "tensors" / "all.safetensors"))
             shutil.rmtree(last)
             shutil.rmtree(recipe.output / "model")
