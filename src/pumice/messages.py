@@ -121,7 +121,7 @@ def decode_data_url(url: str) -> bytes:
         letters = (unquote(data) if "%" in data else data).translate(_BASE64)
         return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError(f"{shorten(url, 40)} is not base64 ({error}); encode the file again") from error
+        raise InputError(f"{shorten(data, 40)} is not base64 ({error}); encode the file again") from error
 
 
 def join_parts(first: Parts, second: Parts) -> Parts:

@@ -138,6 +138,12 @@ def test_what_asks_for_nothing_changes_nothing(server: str, more: dict[str, Any]
     assert said(server, [HI], **more) == said(server, [HI])
 
 
+def test_seed_minus_one_is_no_seed(server: str) -> None:
+    """llama.cpp's, vLLM's and Ollama's clients ask for other words each time so."""
+    assert len({said(server, [HI], temperature=2, max_tokens=8, seed=1) for _ in range(3)}) == 1
+    assert len({said(server, [HI], temperature=2, max_tokens=8, seed=-1) for _ in range(3)}) > 1
+
+
 def test_no_log_probabilities_of_a_completion(server: str) -> None:
     response = post(server, {"prompt": "a", "max_tokens": 2, "logprobs": False}, "/v1/completions")
     assert response.json()["choices"][0]["logprobs"] is None
@@ -246,6 +252,8 @@ def test_too_long_in_openai_s_words(server: str, exact: Assistant) -> None:
         ("/chat/completions", "/v1/chat/completions"),
         ("/v1/v1/messages", "/v1/messages"),
         ("/models", "/v1/models"),
+        ("/v1/", "/v1/models"),
+        ("/completions/", "/v1/completions"),
         ("/generate", "/v1/chat/completions"),
     ],
 )

@@ -227,10 +227,15 @@ def test_responses_give_log_probabilities(openai_client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("more", "param", "message"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps no responses; send the whole"),
+        (
+            {"previous_response_id": "resp_1"},
+            "previous_response_id",
+            "continues no earlier response; send the whole",
+        ),
+        ({"max_tokens": 9}, "max_tokens", "did you mean 'max_output_tokens'?"),
         ({"conversation": "conv_1"}, "conversation", "keeps no conversations"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
-        ({"background": True}, "background", "False"),
+        ({"background": True}, "background", "background is not supported; leave it out"),
         ({"input": []}, "input", "at least 1 item"),
         (
             {"input": [{"type": "item_reference", "id": "x"}]},
@@ -466,7 +471,10 @@ def test_the_card_counts_quantized_weights(tiny_folder: Path) -> None:
     [
         (lambda client: client.chat("other", [HI]), "there is no model 'other' here"),
         (lambda client: client.show("other"), "there is no model 'other' here"),
-        (lambda client: client.chat("tiny", [HI], think=True), "think"),
+        (lambda client: client.chat("tiny", [HI], think=True), "think is not supported; leave it out"),
+        (lambda client: client.generate("tiny", "a", raw=True), "raw is not supported; leave it out"),
+        (lambda client: client.generate("tiny", "a", template="b"), "template is not supported"),
+        (lambda client: client.generate("tiny", "a", context=[1]), "context is not supported"),
         (lambda client: client.chat("tiny", [HI] * 1025), "at most 1024 items"),
         (lambda client: client.generate("tiny", "a", suffix="b"), "suffix"),
         (lambda client: client.chat("tiny", [HI], options={"temperature": 9}), "'options.temperature'"),
@@ -478,3 +486,20 @@ def test_the_card_counts_quantized_weights(tiny_folder: Path) -> None:
 def test_ollama_errors(ollama_client: ollama.Client, ask: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(ollama.ResponseError, match=message):
         ask(ollama_client)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (
+            {"content": [{"type": "text", "text": "a"}]},
+            "'messages.0.content': give text; pictures belong in 'images'",
+        ),
+        ({"images": ["./a.jpg"]}, "'messages.0.images.0': './a.jpg' is not base64"),
+        ({"images": ["https://a.b/c.jpg"]}, "'messages.0.images.0': 'https://a.b/c.jpg' is not base64"),
+    ],
+)
+def test_messages_that_ollama_s_client_does_not_send(roomy: str, message: dict[str, Any], words: str) -> None:
+    response = post(roomy, {"model": "tiny", "messages": [{"role": "user", **message}]}, "/api/chat")
+    assert response.status_code == 400
+    assert response.json()["error"].startswith(words)

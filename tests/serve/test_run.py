@@ -69,7 +69,7 @@ def test_a_drain_finishes_what_it_began(process: Callable[..., Any]) -> None:
         (["--port", "99999"], "the port is 99999"),
         (["--host", "nowhere.invalid"], "no address of this machine"),
         (["--max-body", "huge"], "the size 'huge' is not valid"),
-        (["--api-key", "x"], "an API key is too short"),
+        (["--api-key", "x"], "an API key has fewer than 8 characters"),
         (["--api-key", ""], "--api-key is empty"),
         (["--api-key-file", "missing"], "the keys 'missing' cannot be read"),
         (["--log", "xml"], "--log is 'xml'"),

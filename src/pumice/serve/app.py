@@ -161,10 +161,11 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path
+    instead = ELSEWHERE.get(path.rstrip("/"))
     if error.status_code == 405:
         message = f"{path[:100]} does not accept {request.method}; /openapi.json lists the methods"
-    elif error.status_code == 404 and path in ELSEWHERE:
-        message = f"there is nothing at {path}; ask at {ELSEWHERE[path]}"
+    elif error.status_code == 404 and instead:
+        message = f"there is nothing at {path[:100]}; ask at {instead}"
     elif error.status_code == 404:
         message = f"there is nothing at {path[:100]!r}; /openapi.json lists what is there"
     else:

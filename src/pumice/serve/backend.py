@@ -253,7 +253,7 @@ class Backend:
                 else await self._workers.run("parse", self._parse_long, kind, body)
             )
         except ValidationError as error:
-            raise validation_error(error) from None
+            raise validation_error(error, kind.model_fields) from None
         except ValueError as error:
             raise not_json(error) from None
         if request.model is not None and self._model(request) not in self.names:

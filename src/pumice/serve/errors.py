@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,7 +19,7 @@ REMEDIES = {
     "modalities": "this server answers in text only; leave modalities out",
     "suffix": "suffix is not supported; leave it out",
     "functions": "functions are an older form of tools; use tools",
-    "previous_response_id": "this server keeps no responses; send the whole conversation as input",
+    "previous_response_id": "this server continues no earlier response; send the whole conversation as input",
     "conversation": "this server keeps no conversations; send the whole conversation as input",
     "audio": "this server neither hears nor speaks; leave audio out",
 }
@@ -28,6 +29,7 @@ PARTS = {
     "ResponsesRequest": "'input_text', 'input_image' or 'output_text'",
     "AnthropicRequest": "'text', 'image', 'tool_use' or 'tool_result'",
 }
+NEAR = 0.73  # how much alike two names are of which one is taken for the other: "images" is not "messages"
 # Path -> fields of a chat, and what they are called there: what is checked as a chat's names those.
 FIELD_NAMES = {
     "/v1/responses": {"response_format": "text.format", ".function.": "."},
@@ -108,20 +110,30 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(504, f"the answer took longer than {seconds:g} s; ask for a shorter one", code="timeout")
 
 
-def validation_error(error: ValidationError) -> ApiError:
-    """Return the first problem that pydantic reports of a body as an ApiError."""
+def validation_error(error: ValidationError, known: Collection[str] = ()) -> ApiError:
+    """Return the first problem that pydantic reports of a body as an ApiError.
+
+    known: the request's fields, of which an unknown one may mean one.
+    """
     problem = error.errors(include_url=False)[0]
     # Steps that begin with ~ are the tags of unions in `protocol`, not fields.
     path = [cut(str(step)) for step in problem["loc"] if not str(step).startswith("~")]
     code, message = problem["type"], problem["msg"]
     content = f"text, or a list of parts whose type is {PARTS.get(error.title, TEXT_OR_IMAGE)}"
-    if "field" in problem.get("ctx", {}):  # of `field_error`
-        path.append(problem["ctx"]["field"])
+    if error.title == "OllamaChatRequest":
+        content = "text; pictures belong in 'images'"
+    context = problem.get("ctx", {})
+    if "field" in context:  # of `field_error`
+        path.append(context["field"])
     param = cut(".".join(path)) or None
     if path and path[0] in REMEDIES and len(path) == 1:
         return ApiError(400, REMEDIES[path[0]], param=param, code="unsupported_value")
+    if context.get("expected") in ("False", "''") or context.get("max_length") == 0:  # only absent is right
+        return ApiError(400, f"{param} is not supported; leave it out", param=param, code="unsupported_value")
     if code == "extra_forbidden":
-        return ApiError(400, f"unknown field '{param}'; leave it out", param=param, code="unknown_field")
+        near = difflib.get_close_matches(path[0], known, n=1, cutoff=NEAR) if len(path) == 1 else ()
+        remedy = f"did you mean '{near[0]}'?" if near else "leave it out"
+        return ApiError(400, f"unknown field '{param}'; {remedy}", param=param, code="unknown_field")
     if code == "missing":
         hint = f" or null; give {content}" if path[-1] == "content" else ""
         return ApiError(400, f"the field '{param}' is missing{hint}", param=param, code="missing_field")
@@ -138,12 +150,13 @@ def validation_error(error: ValidationError) -> ApiError:
     elif code == "model_type":
         message = "input should be an object"
     prefix = f"'{param}': " if param else "the body: "
-    message = message.removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ").replace(" after validation", "")
+    message = message.replace("a valid dictionary", "an object")
     return ApiError(400, f"{prefix}{message[:1].lower()}{message[1:]}", param=param, code="invalid_value")
 
 
 def not_json(error: ValueError) -> ApiError:
-    return ApiError(400, f"the body is not JSON: {cut(str(error))}", code="json_invalid")
+    return ApiError(400, f"the body is not JSON in UTF-8: {cut(str(error))}", code="json_invalid")
 
 
 def context_overflow(error: ContextOverflow, param: str) -> ApiError:

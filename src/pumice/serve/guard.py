@@ -190,7 +190,7 @@ class Guard:
         if content_type != "application/json" and not no_type:
             raise ApiError(
                 415,
-                f"the content type is {shorten(content_type)}; send application/json",
+                f"the content type is {shorten(content_type)}; send Content-Type: application/json",
                 code="unsupported_media_type",
             )
         if self.gate.full:

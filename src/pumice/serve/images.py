@@ -112,7 +112,7 @@ async def _fetch(
     if not scheme.startswith(("http://", "https://")):
         raise ApiError(
             400,
-            f"'{param}.url' begins with {url[:12]!r}; give a picture as data:image/jpeg;base64,...",
+            f"'{param}' begins with {url[:12]!r}; give a picture as data:image/jpeg;base64,...",
             param=param,
             code="invalid_image_url",
         )
@@ -157,4 +157,4 @@ def _decode(param: str, url: str) -> bytes:
     try:
         return decode_data_url(url)
     except InputError as error:
-        raise ApiError(400, f"'{param}.url': {error}", param=param, code="invalid_image_url") from error
+        raise ApiError(400, f"'{param}': {error}", param=param, code="invalid_image_url") from error

@@ -70,6 +70,7 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "safe_prompt": (False,),
+    "seed": (-1,),
     "shift": (True,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),

@@ -91,7 +91,7 @@ class ServerSettings:
         for key in self.api_key:
             if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
                 raise InputError(
-                    "an API key is too short or holds blanks or characters outside ASCII; "
+                    "an API key has fewer than 8 characters, or blanks, or characters outside ASCII; "
                     "make one with: openssl rand -hex 24"
                 )
         for origin in self.cors:
