@@ -367,3 +367,9 @@ def test_every_client_that_has_a_script_has_a_row() -> None:
     scripts = {path.name for path in (ROOT / "examples" / "clients").glob("with_*")}
     page = (ROOT / "docs" / "serving.md").read_text()
     assert scripts == set(re.findall(r"^\| \[.*?\]\(\.\./examples/clients/(.*?)\)", page, re.MULTILINE))
+
+
+def test_a_client_without_a_script_is_an_error() -> None:
+    command = [sys.executable, ROOT / "examples" / "clients" / "run.py", "with_openai"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (process.returncode, "no with_openai beside" in process.stdout) == (2, True)

@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -29,13 +31,23 @@ QUIET = {
 
 def main(names: list[str]) -> int:
     scripts = sorted([*HERE.glob("with_*.py"), *HERE.glob("with_*.mjs")])
+    if unknown := sorted({*names} - {script.name for script in scripts}):
+        print("there is no", *unknown, "beside", *(script.name for script in scripts))
+        return 2
     scripts = [script for script in scripts if not names or script.name in names]
     command = [sys.executable, "-m", "pumice", "serve", "--port", "0", "--log", "json"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server,
+        ThreadPoolExecutor(1) as reader,
+    ):
         try:
             assert server.stderr is not None
             lines = (json.loads(line) for line in server.stderr if line.startswith("{"))
-            host = next(line["url"] for line in lines if line["message"] == "listening")
+            host = next((line["url"] for line in lines if line["message"] == "listening"), None)
+            if host is None:
+                print("the server did not start; `pumice serve` says why")
+                return 1
+            reader.submit(deque, server.stderr, 0)  # a full pipe would stop the server
             failed = [script.name for script in scripts if not run(script, host)]
         finally:
             server.terminate()
