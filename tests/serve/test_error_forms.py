@@ -124,7 +124,7 @@ def test_errors_that_end_an_answer(path: str) -> None:
             assert line.endswith(b"\n")
             check(path, error.status, json.loads(line))
         elif path == "/v1/responses":
-            form = ResponsesForm("tiny", ResponsesRequest(input="a"), StoredItems())
+            form = ResponsesForm("tiny", ResponsesRequest(input="a"), StoredItems(), b"")
             values = json.loads(form.error(error.body()).decode().partition("data: ")[2])
             assert (values["type"], values["code"]) == ("error", error.code)
             assert values["message"] == error.message

@@ -181,6 +181,17 @@ def test_answers_that_are_only_referred_to(openai_client: openai.OpenAI, roomy: 
         assert (raised.value.code, raised.value.param) == ("item_not_found", "input.1.id")
 
 
+def test_answers_are_kept_for_the_key_that_asked(local: Any) -> None:
+    keys = ("first-key", "second-key")
+    with local(api_key=keys) as url:
+        first, second = (openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in keys)
+        [item] = first.responses.create(model="tiny", input="hi", max_output_tokens=3).output
+        turns: Any = [HI, {"type": "item_reference", "id": item.id}, HI]
+        assert first.responses.create(model="tiny", input=turns, max_output_tokens=3).output
+        with pytest.raises(openai.BadRequestError, match="send it whole"):
+            second.responses.create(model="tiny", input=turns, max_output_tokens=3)
+
+
 def test_answers_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "MAX_BYTES", 3 * stored.ITEM_BYTES + 1500)
     items, room = StoredItems(), Account(Memory(10**6))
@@ -190,7 +201,7 @@ def test_answers_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> Non
             {"input": [{"type": "item_reference", "id": item} for item in ids]}
         )
         try:
-            filled = items.filled(request, room).input
+            filled = items.filled(b"", request, room).input
         except ApiError as error:
             if error.code != "item_not_found":
                 raise
@@ -198,18 +209,18 @@ def test_answers_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> Non
         return [item.content for item in filled if isinstance(item, MessageItem)] == [*ids]
 
     for item in "abc":
-        items.add_text(item, item)
+        items.add_text(b"", item, item)
     assert are_kept("a", "b", "c")
-    items.add_text("d", "d")  # one more item than there is room for
+    items.add_text(b"", "d", "d")  # one more item than there is room for
     assert (are_kept("a"), are_kept("b", "c", "d")) == (False, True)
     room.memory.limit = room.memory.taken + 2 * BODY_COPIES * (stored.ITEM_BYTES + 100)
     assert are_kept("d", "d")
     with pytest.raises(ApiError, match="ask again soon"):  # they count as if they were sent
         are_kept("d", "d")
     room.close()
-    items.add_text("e", "x" * 1400)  # text takes room, too
+    items.add_text(b"", "e", "x" * 1400)  # text takes room, too
     assert (are_kept("b"), are_kept("c")) == (False, False)
-    items.add_text("f", "x" * 100_000)  # larger than all the room
+    items.add_text(b"", "f", "x" * 100_000)  # larger than all the room
     assert not are_kept("f")
     assert not items._items
     assert items._bytes == 0

@@ -207,7 +207,7 @@ def test_items_of_responses(before: str) -> None:
     """A message, if there is a text, and a call; each event is one that the official client knows."""
     pieces = read(f"{before}\n{CALL}" if before else CALL, pieces=9)
     request = ResponsesRequest(input="hi")
-    sent = events(ResponsesForm("tiny", request, StoredItems()), pieces)
+    sent = events(ResponsesForm("tiny", request, StoredItems(), b""), pieces)
     known: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     assert [known.validate_python(event).sequence_number for event in sent] == list(range(len(sent)))
     output = sent[-1]["response"]["output"]
@@ -223,7 +223,7 @@ def test_items_of_responses(before: str) -> None:
         assert own[-1]["item"] == item
         deltas = "".join(event["delta"] for event in own if event["type"].endswith(".delta"))
         assert deltas == (item["arguments"] if item["type"] == "function_call" else before)
-    whole = ResponsesForm("tiny", request, StoredItems()).response([join(pieces)], USAGE).model_dump()
+    whole = ResponsesForm("tiny", request, StoredItems(), b"").response([join(pieces)], USAGE).model_dump()
     for item, streamed in zip(whole["output"], output, strict=True):
         assert {**item, "id": 0, "call_id": 0} == {**streamed, "id": 0, "call_id": 0}
 

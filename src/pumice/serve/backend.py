@@ -113,8 +113,9 @@ class Backend:
         return await self._converse(record, request, form)
 
     async def respond(self, record: RequestRecord, body: bytes) -> Response:
-        request = self._stored.filled(await self._parse(ResponsesRequest, body), record.memory)
-        form = ResponsesForm(self._model(request), request, self._stored)
+        request = await self._parse(ResponsesRequest, body)
+        request = self._stored.filled(record.key, request, record.memory)
+        form = ResponsesForm(self._model(request), request, self._stored, record.key)
         return await self._converse(record, _as_chat(request, "input"), form, "input")
 
     async def message(self, record: RequestRecord, body: bytes) -> Response:

@@ -111,7 +111,7 @@ class Guard:
         try:
             self._check_connections()
             self._check_host(headers)
-            self._check_key(scope["path"], headers)
+            request_record(Request(scope)).key = self._check_key(scope["path"], headers)
             if needs_slot:
                 self._admit(headers)
         except ApiError as error:
@@ -160,11 +160,12 @@ class Guard:
             code="unknown_host",
         )
 
-    def _check_key(self, path: str, headers: Headers) -> None:
+    def _check_key(self, path: str, headers: Headers) -> bytes:
+        """Return the digest of the key; empty where none is needed."""
         if not self._keys or not (
             path.startswith(("/v1/", "/api/")) or path in ("/explain", "/boxes", "/metrics")
         ):
-            return
+            return b""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if not scheme:  # as Anthropic's clients send it
             scheme, key = "bearer", headers.get("x-api-key", "")
@@ -179,6 +180,7 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return digest
 
     def _admit(self, headers: Headers) -> None:
         """Raise ApiError unless there is room for this request and its headers are right."""

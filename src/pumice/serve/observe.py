@@ -42,6 +42,7 @@ class RequestRecord:
     fields: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None  # its trace goes to the log
     memory: Account = field(default_factory=lambda: Account(Memory(0)))
+    key: bytes = b""  # digest of the client's API key; empty where the server has none
     stop: Callable[[], None] = lambda: None  # ends the request in the way that its state asks for
 
     def add_error(self, error: ApiError) -> None:

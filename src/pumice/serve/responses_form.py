@@ -113,11 +113,11 @@ class ResponsesEvent(AnswerModel):
 class ResponsesForm(AnswerForm):
     """Writes the answer to a request, whole or as events: a message, a call, or both.
 
-    stored: where what is complete is kept, unless the request says otherwise.
+    stored: where what is complete is kept for its owner, unless the request says otherwise.
     """
 
-    def __init__(self, model: str, request: ResponsesRequest, stored: StoredItems) -> None:
-        self._model, self._request = model, request
+    def __init__(self, model: str, request: ResponsesRequest, stored: StoredItems, owner: bytes) -> None:
+        self._model, self._request, self._owner = model, request, owner
         self._stored = None if request.store is False else stored
         self._created = int(time.time())
         self._id = f"resp_{secrets.token_hex(12)}"
@@ -185,13 +185,13 @@ class ResponsesForm(AnswerForm):
         item.status = status or self._status
         if isinstance(item, OutputCall):
             if self._stored is not None:
-                self._stored.add_call(item.id, item.call_id, item.name, item.arguments)
+                self._stored.add_call(self._owner, item.id, item.call_id, item.name, item.arguments)
             kind = "response.function_call_arguments.done"
             events = self._of_item(kind, name=item.name, arguments=item.arguments)
         else:
             [part] = item.content
             if self._stored is not None:
-                self._stored.add_text(item.id, part.text)
+                self._stored.add_text(self._owner, item.id, part.text)
             events = self._part("response.output_text.done", text=part.text, logprobs=part.logprobs)
             events += self._part("response.content_part.done", part=part)
         done = self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
