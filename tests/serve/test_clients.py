@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import ask, data_uri, picture, post
+from asking import ask, data_uri, picture, post, user_message
 
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, ImagePart, Message
@@ -106,6 +106,15 @@ def test_an_answer_is_continued(server: str, exact: Assistant) -> None:
     ids = plain.input_ids.tolist()
     assert prompt.input_ids.tolist()[: len(ids)] == ids
     assert exact.processor.tokenizer.decode(prompt.input_ids.tolist()[len(ids) :]) == whole[:4]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/explain"])
+def test_a_picture_in_a_last_answer_is_told(server: str, path: str) -> None:
+    """There is no question after it that could show it."""
+    answer = {**user_message("A dog", picture()), "role": "assistant"}
+    more = {"continue_final_message": True} if path != "/explain" else {}
+    error = post(server, {"messages": [HI, answer], **more}, path).json()["error"]
+    assert "the last answer has a picture; put it into the question before" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
@@ -38,7 +38,7 @@ WORDS = ({"word": "yes"}, {"word": "no"})
 class Word(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    word: str
+    word: Literal["yes", "no"]
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,14 @@ def test_responses_as_events(openai_client: openai.OpenAI) -> None:
     assert final.usage.total_tokens == whole.usage.total_tokens
 
 
-def test_responses_with_schemas_and_tools(openai_client: openai.OpenAI) -> None:
-    parsed = openai_client.responses.parse(model="tiny", input="hi", text_format=Word, max_output_tokens=2000)
-    assert parsed.status == "incomplete" or isinstance(parsed.output_parsed, Word)
+def test_responses_with_schemas_and_tools(openai_client: openai.OpenAI, roomy: str) -> None:
+    parsed = openai_client.responses.parse(model="tiny", input="hi", text_format=Word)
+    assert parsed.output_parsed is not None
+    create: Any = openai_client.responses.create
+    history = [HI, *parsed.model_dump(mode="json", warnings=False)["output"], HI]
+    again = create(model="tiny", input=history, max_output_tokens=9)
+    answer = {"role": "assistant", "content": parsed.output_text}
+    assert again.output_text == said(roomy, HI, answer, HI)
     form: Any = {"format": {"type": "json_schema", "name": "word", "schema": WORD, "strict": True}}
     held = openai_client.responses.create(model="tiny", input="hi", text=form)
     assert json.loads(held.output_text) in WORDS
@@ -136,8 +141,10 @@ def test_responses_with_schemas_and_tools(openai_client: openai.OpenAI) -> None:
     choices: list[Any] = ["required", {"type": "function", "name": "say"}]
     for choice in choices:
         asked: dict[str, Any] = {"model": "tiny", "input": "hi", "tools": tools, "tool_choice": choice}
-        [call] = openai_client.responses.create(**asked).output
+        [call] = openai_client.responses.parse(**asked).output
         assert call.type == "function_call"
+        given = {"type": "function_call_output", "call_id": call.call_id, "output": "said"}
+        assert create(model="tiny", input=[HI, call.model_dump(), given, HI], max_output_tokens=1).output
         assert (call.name, json.loads(call.arguments) in WORDS) == ("say", True)
         with openai_client.responses.stream(**asked) as stream:
             events = list(stream)
@@ -162,6 +169,8 @@ def test_answers_that_are_only_referred_to(openai_client: openai.OpenAI, roomy: 
     first = create(model="tiny", input="hi", max_output_tokens=9)
     expected = said(roomy, HI, {"role": "assistant", "content": first.output_text}, HI)
     assert (first.store, second(first.output[0])) == (True, expected)
+    without_type = [hi, {"id": first.output[0].id}, hi]
+    assert create(model="tiny", input=without_type, max_output_tokens=9).output_text == expected
     *_, last = create(model="tiny", input="hi", max_output_tokens=9, stream=True)
     assert second(last.response.output[0]) == expected
     tools: Any = [{"type": "function", "name": "say", "parameters": WORD}]
@@ -347,6 +356,17 @@ def test_anthropic_as_events(anthropic_client: anthropic.Anthropic) -> None:
         final: Any = stream.get_final_message()
     assert final.content[0].text == whole.content[0].text
     assert (final.stop_reason, final.usage.output_tokens) == (whole.stop_reason, whole.usage.output_tokens)
+    # Some clients count the prompt by the first event alone.
+    begun, *_ = anthropic_client.messages.create(**asked, stream=True)
+    assert begun.type == "message_start"
+    counts = [
+        usage.input_tokens + (usage.cache_read_input_tokens or 0)
+        for usage in (
+            begun.message.usage,
+            whole.usage,
+        )
+    ]
+    assert counts[0] == counts[1] > 0
 
 
 def test_anthropic_with_tools(anthropic_client: anthropic.Anthropic) -> None:
@@ -362,6 +382,9 @@ def test_anthropic_with_tools(anthropic_client: anthropic.Anthropic) -> None:
         with anthropic_client.messages.stream(**asked, tool_choice=choice) as stream:
             final: Any = stream.get_final_message()
         assert (final.content[0].name, final.content[0].input) == ("say", call.input)
+        cut = anthropic_client.messages.create(**{**asked, "max_tokens": 2}, tool_choice=choice)
+        assert cut.stop_reason == "max_tokens"
+        assert [(block.type, block.name, block.input) for block in cut.content] == [("tool_use", "say", {})]
     for more in ({"tool_choice": {"type": "none"}}, {"tool_choice": {"type": "auto"}}, {}):
         text: Any = anthropic_client.messages.create(
             model="tiny", max_tokens=5, messages=[HI], tools=tools, **more
@@ -396,6 +419,17 @@ def test_anthropic_errors(anthropic_client: anthropic.Anthropic, roomy: str, loc
         error = post(roomy, body, "/v1/messages").json()["error"]
         assert error["param"] == "messages.0.content"
         assert "does not belong to the role" in error["message"]
+    for source, field in (
+        ({"type": "base64"}, "data"),
+        ({"type": "url"}, "url"),
+        ({"type": "base64", "data": BASE64, "url": "https://example.com/a.png"}, "url"),
+    ):
+        turn = {"role": "user", "content": [{"type": "image", "source": source}]}
+        error = post(roomy, {"max_tokens": 5, "messages": [turn]}, "/v1/messages").json()["error"]
+        assert error["param"] == f"messages.0.content.0.source.{field}"
+    for wrong_choice in ({"type": "tool"}, {"type": "any", "name": "a"}):
+        body = {"max_tokens": 5, "messages": [HI], "tools": tools, "tool_choice": wrong_choice}
+        assert post(roomy, body, "/v1/messages").json()["error"]["param"] == "tool_choice.name"
     body = {"max_tokens": 5, "messages": [HI] * 1025}
     assert post(roomy, body, "/v1/messages").json()["error"]["param"] == "messages"
     with local(api_key=("secret-key",)) as url:

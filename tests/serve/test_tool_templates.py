@@ -194,7 +194,7 @@ USAGE = Usage(
 
 
 def events(form: AnswerForm, pieces: list[AnswerPiece]) -> list[dict[str, Any]]:
-    parts = [form.begin(), *(form.piece(piece) for piece in pieces), form.end(USAGE)]
+    parts = [form.begin(USAGE), *(form.piece(piece) for piece in pieces), form.end(USAGE)]
     return [
         json.loads(line.removeprefix("data: "))
         for line in b"".join(parts).decode().splitlines()

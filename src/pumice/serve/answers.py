@@ -129,8 +129,8 @@ class AnswerForm(ABC):
     def end(self, usage: Usage) -> bytes:
         """Return what a stream ends with."""
 
-    def begin(self) -> bytes:
-        """Return what a stream begins with."""
+    def begin(self, usage: Usage) -> bytes:
+        """Return what a stream begins with. usage: so far, the prompt's tokens."""
         return b""
 
     def progress(self, progress: PromptProgress) -> bytes:
@@ -160,7 +160,7 @@ class ChatForm(AnswerForm):
         choices = [self._choice(answer) for answer in answers]
         return ChatCompletion(**self._head("chat.completion"), choices=choices, usage=usage)
 
-    def begin(self) -> bytes:
+    def begin(self, _: Usage) -> bytes:
         """Return the events that name the role."""
         deltas = [ChatDelta(role="assistant", content="") for _ in range(self.count)]
         return b"".join(self._event(index, delta) for index, delta in enumerate(deltas))

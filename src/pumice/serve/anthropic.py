@@ -53,6 +53,15 @@ class ImageSource(RequestModel):
     data: str | None = None
     url: str | None = None
 
+    @model_validator(mode="after")
+    def _check_fields(self) -> ImageSource:
+        needed, other = ("url", "data") if self.type == "url" else ("data", "url")
+        if not getattr(self, needed):
+            raise field_error(needed, f"the type '{self.type}' needs {needed}")
+        if getattr(self, other) is not None:
+            raise field_error(other, f"does not belong to the type '{self.type}'")
+        return self
+
 
 class ImageBlock(PartModel):
     type: Literal["image"]
@@ -131,6 +140,12 @@ class AnthropicChoice(RequestModel):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = Field(None, description="An answer has one call at most.")
+
+    @model_validator(mode="after")
+    def _check_name(self) -> AnthropicChoice:
+        if (self.type == "tool") != (self.name is not None):
+            raise field_error("name", "is the tool's, where the type is 'tool'")
+        return self
 
 
 class Thinking(RequestModel):
@@ -304,14 +319,13 @@ class AnthropicForm(AnswerForm):
         content: list[AnthropicText | AnthropicCall] = []
         if answer.text:
             content.append(AnthropicText(text=answer.text))
-        if answer.finish == "tool_calls":
-            values = json.loads(answer.arguments)
+        if answer.name and answer.finish != "stop":  # a call that is cut off has no input, as in a stream
+            values = json.loads(answer.arguments) if answer.finish == "tool_calls" else {}
             content.append(AnthropicCall(id=answer.call_id, name=answer.name, input=values))
         return self._answer(content, _usage(usage))
 
-    def begin(self) -> bytes:
-        none = AnthropicUsage(input_tokens=0, output_tokens=0)
-        return self._event("message_start", message=self._answer([], none))
+    def begin(self, usage: Usage) -> bytes:
+        return self._event("message_start", message=self._answer([], _usage(usage)))
 
     def piece(self, piece: AnswerPiece) -> bytes:
         self._last = piece

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from pumice.conversation import Conversation, ImagePart, Message, Video
+from pumice.errors import InputError
 from pumice.messages import Parts, join_messages, join_parts
 from pumice.serve.messages import (
     AnyMessage,
@@ -34,7 +35,7 @@ def conversation(
 
     `join_messages` says what becomes of roles and orders that templates have no place for. What tools gave
     becomes a message of the user's. Pictures elsewhere go to the front of the user's next message.
-    `<image>` in a text is plain text, not a placeholder.
+    `<image>` in a text is plain text, not a placeholder. Raises InputError for a picture of a last answer.
     """
     chat = None if isinstance(template, Plain) else template.chat
     has_system = chat is not None and chat.system is not None
@@ -56,6 +57,8 @@ def conversation(
         if turn.parts or turn.role != "system":
             messages.append(turn)
         was_result = is_result
+    if waiting and messages and messages[-1].role == "assistant":
+        raise InputError("the last answer has a picture; put it into the question before")
     if waiting:
         messages.append(Message("user", waiting))
     # 2. Tell of functions. If there are only system messages, they are the question.

@@ -264,7 +264,7 @@ class OllamaForm(AnswerForm):
         self._call = answers[0]
         return self._end(answers[0].text, usage)
 
-    def begin(self) -> bytes:
+    def begin(self, _: Usage) -> bytes:
         self._first = time.perf_counter()
         return b""
 

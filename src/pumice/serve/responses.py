@@ -37,8 +37,9 @@ from pumice.serve.protocol import (
 class ItemText(PartModel):
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[Any] | None = Field(None, description="Taken and not used, as the next one.")
+    annotations: list[Any] | None = Field(None, description="Taken and not used, as the next ones.")
     logprobs: list[Any] | None = None
+    parsed: Any = None
 
 
 class ItemImage(PartModel):
@@ -78,6 +79,7 @@ class CallItem(ItemModel):
     call_id: str
     name: str
     arguments: Arguments
+    parsed_arguments: Any = Field(None, description="Taken and not used: the arguments as an object.")
 
 
 class CallOutputItem(ItemModel):
@@ -97,8 +99,18 @@ class ReasoningItem(BaseModel):
 class ReferenceItem(RequestModel):
     """An item of an earlier answer, as `StoredItems` has it."""
 
-    type: Literal["item_reference"]
+    type: Literal["item_reference"] | None = None
     id: str
+
+
+def _item_tag(value: Any) -> str:
+    """Return the tag of an item. Its type may be left out of a message, and of a reference."""
+    if not isinstance(value, dict):
+        return f"~{getattr(value, 'type', None) or 'message'}"
+    if value.keys() == {"id"}:
+        return "~item_reference"
+    kind = value.get("type")
+    return f"~{kind}" if kind in _ITEM_KINDS else "~message"
 
 
 _ITEM_KINDS = ("function_call", "function_call_output", "reasoning", "item_reference")
@@ -108,7 +120,7 @@ InputItem = Annotated[
     | Annotated[CallOutputItem, Tag("~function_call_output")]
     | Annotated[ReasoningItem, Tag("~reasoning")]
     | Annotated[ReferenceItem, Tag("~item_reference")],
-    told_apart_by("type", {kind: f"~{kind}" for kind in _ITEM_KINDS}, "~message"),
+    Discriminator(_item_tag),
 ]
 
 

@@ -130,7 +130,7 @@ class ResponsesForm(AnswerForm):
         self._close()
         return self._answer(usage)
 
-    def begin(self) -> bytes:
+    def begin(self, _: Usage) -> bytes:
         kinds = ("response.created", "response.in_progress")
         return b"".join(self._event(kind, response=self._answer()) for kind in kinds)
 
@@ -220,6 +220,7 @@ class ResponsesForm(AnswerForm):
             id=self._id,
             created_at=self._created,
             status=self._status,
+            error=None,
             incomplete_details=IncompleteDetails(reason="max_output_tokens")
             if self._status == "incomplete"
             else None,
@@ -228,6 +229,7 @@ class ResponsesForm(AnswerForm):
             metadata=request.metadata or {},
             model=self._model,
             output=self._output,
+            previous_response_id=None,
             store=self._stored is not None,
             temperature=request.temperature,
             text=text.model_dump(by_alias=True, exclude_none=True),

@@ -256,7 +256,7 @@ async def _events(
         return form.piece(piece) if piece.has_content else b""
 
     try:
-        yield form.begin() + data_of(first)
+        yield form.begin(running.usage()) + data_of(first)
         async for piece in others:
             if data := data_of(piece):
                 yield data
