@@ -142,17 +142,20 @@ def test_bodies_in_flight_share_a_limit(local: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_prepared_prompts_share_the_limit(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the tower will see counts, and what is told of each token."""
+    """What the tower will see counts, and what is told of each token. Alone, none of these could ever fit."""
     monkeypatch.setattr(guard, "REQUEST_MEMORY", 0)
     with local(max_body="12K") as url:  # so that 72 kB may be taken, of which pixels take 49 kB for a picture
         assert post(url, ask("What?", picture())).status_code == 200
-        assert error_of(post(url, ask("What?", picture(), picture(1))), 429)["code"] == "queue_full"
+        assert error_of(post(url, ask("What?", picture(), picture(1))), 413)["code"] == "request_too_large"
         body = {"prompt": "x y z " * 20, "max_tokens": 1, "echo": True}
         assert post(url, body, "/v1/completions").status_code == 200
         scored = {**body, "logprobs": 1}
-        assert error_of(post(url, scored, "/v1/completions"), 429)["code"] == "queue_full"
+        assert error_of(post(url, scored, "/v1/completions"), 413)["code"] == "request_too_large"
+        for count, top, status in ((4, 3, 200), (40, 3, 413), (4, 20, 413)):  # each takes 1 kB
+            scored = ask(max_tokens=count, logprobs=True, top_logprobs=top)
+            assert post(url, scored).status_code == status
         monkeypatch.setattr(backend, "TOKEN_BYTES", 100_000)
-        assert error_of(post(url, body, "/v1/completions"), 429)["code"] == "queue_full"
+        assert error_of(post(url, body, "/v1/completions"), 413)["code"] == "request_too_large"
 
 
 def test_few_schemas_stay_compiled(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,9 @@ from asking import data_uri, picture, post, user_message
 
 from pumice.assistant import load
 from pumice.serve import stored
+from pumice.serve.anthropic import AnthropicRequest
 from pumice.serve.errors import ApiError
-from pumice.serve.ollama import OllamaCard
+from pumice.serve.ollama import OllamaCard, OllamaChatRequest, OllamaGenerateRequest
 from pumice.serve.responses import MessageItem, ResponsesRequest
 from pumice.serve.stored import StoredItems
 from pumice.serve.work import BODY_COPIES, Account, Memory
@@ -224,9 +226,14 @@ def test_answers_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (are_kept("a"), are_kept("b", "c", "d")) == (False, True)
     room.memory.limit = room.memory.taken + 2 * BODY_COPIES * (stored.ITEM_BYTES + 100)
     assert are_kept("d", "d")
-    with pytest.raises(ApiError, match="ask again soon"):  # they count as if they were sent
+    with pytest.raises(ApiError, match="ask for less at once"):  # they count as if they were sent
         are_kept("d", "d")
+    other = Account(room.memory)
+    with pytest.raises(ApiError, match="ask again soon"):  # there is room once the first one is answered
+        other.take(room.memory.limit)
     room.close()
+    other.take(room.memory.limit)
+    other.close()
     items.add_text(b"", "e", "x" * 1400)  # text takes room, too
     assert (are_kept("b"), are_kept("c")) == (False, False)
     items.add_text(b"", "f", "x" * 100_000)  # larger than all the room
@@ -310,6 +317,31 @@ def test_wrong_responses(roomy: str, more: dict[str, Any], param: str, message: 
     error = response.json()["error"]
     assert error["param"] == param
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "body"),
+    [
+        (ResponsesRequest, "/v1/responses", {"input": "hi"}),
+        (AnthropicRequest, "/v1/messages", {"messages": [HI], "max_tokens": 1}),
+        (OllamaChatRequest, "/api/chat", {"model": "tiny", "messages": [HI]}),
+        (OllamaGenerateRequest, "/api/generate", {"model": "tiny", "prompt": "hi"}),
+    ],
+)
+def test_requests_are_translated_beside_the_event_loop(
+    roomy: str, monkeypatch: pytest.MonkeyPatch, kind: Any, path: str, body: dict[str, Any]
+) -> None:
+    """A conversation of 20,000 parts takes 0.3 s, in which nobody else would be answered."""
+    threads: list[str] = []
+    translate = kind.chat
+
+    def chat(request: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return translate(request)
+
+    monkeypatch.setattr(kind, "chat", chat)
+    assert post(roomy, body, path).status_code == 200
+    assert [name.startswith("pumice-parse") for name in threads] == [True]
 
 
 # --- /v1/messages ---

@@ -67,7 +67,7 @@ Pictures = dict[str, bytes | Video]  # field name -> file, or frames of a video
 
 LONG_BODY = 1 << 15  # bytes; parsing a longer body would block the event loop for too long
 MAX_VALUES = 1 << 17  # JSON values in a body, at least; a model with a long context gets more
-SCORED_BYTES = 1 << 13  # of each token whose log-probability is told, with the most likely ones beside it
+SCORED_BYTES = 1 << 10  # of each log-probability that is told: of a token, and of each likely one beside it
 TOKEN_BYTES = 24  # of each token of a prompt, in each of its answers
 MAX_GRAMMARS = 256  # compiled ones in the cache
 LEAST_TOP_P = 1e-9  # leaves the likeliest token
@@ -116,12 +116,14 @@ class Backend:
         request = await self._parse(ResponsesRequest, body)
         request = self._stored.filled(record.key, request, record.memory)
         form = ResponsesForm(self._model(request), request, self._stored, record.key)
-        return await self._converse(record, _as_chat(request, "input"), form, "input")
+        chat = await self._workers.run("parse", _as_chat, request, "input")
+        return await self._converse(record, chat, form, "input")
 
     async def message(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(AnthropicRequest, body)
         form = AnthropicForm(self._model(request), request)
-        return await self._converse(record, _as_chat(request, "messages"), form, "messages")
+        chat = await self._workers.run("parse", _as_chat, request, "messages")
+        return await self._converse(record, chat, form, "messages")
 
     async def ollama_chat(self, record: RequestRecord, body: bytes) -> Response:
         return await self._ollama(record, await self._parse(OllamaChatRequest, body), is_chat=True)
@@ -136,7 +138,8 @@ class Backend:
         if request.loads_only:
             return ModelResponse(form.loaded())
         field = "messages" if is_chat else "prompt"
-        return await self._converse(record, _as_chat(request, field), form, field)
+        chat = await self._workers.run("parse", _as_chat, request, field)
+        return await self._converse(record, chat, form, field)
 
     async def ollama_show(self, _: RequestRecord, body: bytes) -> Response:
         await self._parse(OllamaShowRequest, body)
@@ -388,13 +391,7 @@ class Backend:
         cells = min(engine.model.config.decoder.context, engine.stats().cache_capacity + 1)
         prompts = [_cut(prompt, cells) for prompt in prompts]
         tokenizer = self.assistant.processor.tokenizer
-        record.memory.take(
-            sum(
-                len(prompt.input_ids)
-                * (TOKEN_BYTES if prompt.params.prompt_logprobs is None else SCORED_BYTES)
-                for prompt in prompts
-            )
-        )
+        record.memory.take(sum(map(_bytes_of, prompts)))
         running = ActiveRequest(
             engine, tokenizer, prompts, readers, record, self.metrics, self.settings.timeout
         )
@@ -440,3 +437,11 @@ def _cut(prompt: Prompt, cells: int) -> Prompt:
     """Return the prompt with an answer that fits in so many cells."""
     longest = min(max(1, cells - len(prompt.input_ids)), prompt.params.max_new_tokens)
     return replace(prompt, params=replace(prompt.params, max_new_tokens=longest))
+
+
+def _bytes_of(prompt: Prompt) -> int:
+    """Return the bytes that a prompt's tokens take, and the log-probabilities of all that is scored."""
+    params, tokens = prompt.params, len(prompt.input_ids)
+    scores = 0 if params.logprobs is None else params.max_new_tokens * (1 + params.logprobs)
+    scores += 0 if params.prompt_logprobs is None else tokens * (1 + params.prompt_logprobs)
+    return tokens * TOKEN_BYTES + scores * SCORED_BYTES

@@ -95,7 +95,14 @@ class Account:
     taken: int = 0
 
     def take(self, count: int) -> None:
-        """Count so many bytes. Raises ApiError, 429, if there is no room for them."""
+        """Count so many bytes. Raises ApiError if there is no room: 413 if there never is, else 429."""
+        if self.taken + count > self.memory.limit:
+            raise ApiError(
+                413,
+                f"the request would take {(self.taken + count) / 1e6:.1f} MB of memory, at most "
+                f"{self.memory.limit / 1e6:.1f} are there; ask for less at once",
+                code="request_too_large",
+            )
         if self.memory.taken + count > self.memory.limit:
             raise ApiError(
                 429,
