@@ -98,6 +98,14 @@ def test_a_mark(mode: str, name: str) -> None:
             check_used(config)
 
 
+def test_empty_marks_beside_joined_tiles() -> None:
+    """With marks a picture stands in the text once for each tile, but joined tiles are one picture."""
+    policy = ImagePolicy("anyres", **NEEDED["anyres"])
+    check_used(model(policy))
+    with pytest.raises(InputError, match="the image mode 'anyres' joins its tiles and has no marks; leave"):
+        check_used(model(policy, marks=TileMarks()))
+
+
 @pytest.mark.parametrize("mode", IMAGE_MODES)
 def test_frames_are_pooled_only_where_tiles_are_joined(mode: str) -> None:
     """Elsewhere it would be counted and not computed, and end in the first video."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pumice.errors import InputError, shorten
 
@@ -32,7 +32,7 @@ CHAT = (
 ROPE_SCALING = "kind factor low_freq_factor high_freq_factor original_context"
 LORA = "rank alpha dropout targets"
 _IMAGE = "mode mean std resample pad_color"  # explanations hide pictures behind pad_color in every mode
-# The fields of ImagePolicy that each mode uses, and those of TileMarks.
+# The fields of ImagePolicy that each mode uses, and those of TileMarks and VideoPolicy.
 MODE_FIELDS = {
     "pad": _IMAGE,
     "crop": _IMAGE,
@@ -46,13 +46,23 @@ MODE_MARKS = dict.fromkeys(("pad", "crop", "squash"), "whole end number") | {
     "split": "tile row between whole end number",
     "grid": "tile row whole end number",
 }
+_VIDEO = "max_frames fps longest_edge timestamps"
+MODE_VIDEO = dict.fromkeys(MODE_FIELDS, _VIDEO) | {"anyres": f"{_VIDEO} pool average"}  # joined tiles shrink
 # The field's values that are implemented; None: all that the config itself allows.
 Values = tuple[Any, ...] | None
+T = TypeVar("T")
 
 
 def fields(names: str, **some: Values) -> dict[str, Values]:
     """Return the fields of one config class: `names` with all of their values, `some` with those given."""
     return dict.fromkeys(names.split()) | some
+
+
+def only(names: str, part: T | None) -> T | None:
+    """Return a part of a config with all fields but the named ones at their defaults; None without names."""
+    if part is None or not names:
+        return None
+    return type(part)(**{name: getattr(part, name) for name in names.split()})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pumice.boxes import box_map, write_boxes
-from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, Capability, fields
+from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, MODE_VIDEO, Capability, fields
 from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart, Video
 from pumice.errors import ContextOverflow, InputError
@@ -47,15 +47,14 @@ def check_used(config: ModelConfig) -> None:
         {
             ImagePolicy: fields(MODE_FIELDS[mode]),
             TileMarks: fields(MODE_MARKS[mode]),
-            # Only tiles are joined, and so shrunk.
-            VideoPolicy: fields(
-                "max_frames fps longest_edge timestamps" + " pool average" * (mode == "anyres")
-            ),
+            VideoPolicy: fields(MODE_VIDEO[mode]),
         },
     )
     for part in (config.image, config.marks, video):
         if part is not None:
             used.check(part)
+    if config.marks is not None and not MODE_MARKS[mode]:  # empty ones, too, say that tiles are apart
+        raise InputError(f"the image mode {mode!r} joins its tiles and has no marks; leave `marks` out")
     if chat is None:
         return
     if config.template != OWN:

@@ -25,7 +25,7 @@ from pumice.files import sha256
 from pumice.formats.export import export
 from pumice.formats.pumice.folder import save
 from pumice.formats.read import read_model
-from pumice.media import VideoPolicy
+from pumice.media import TileMarks, VideoPolicy
 from pumice.model.connector import KINDS, REDUCE, Connector, Reduction
 from pumice.model.llava import Llava
 from pumice.model.packed import Run
@@ -144,10 +144,21 @@ def test_a_stage_leaves_out_what_its_mode_does_not_use(make_recipe: MakeRecipe, 
     model = read_model(tiny_model).config
     policy = ImagePolicy("anyres", pinpoints=((128, 64),), max_tiles=4, resample="lanczos")
     tiles = dataclasses.replace(model, image=policy)
-    path = make_recipe(stage=CONNECTOR | {"image": {"mode": "pad"}})
-    staged = load_recipe(path).stage_config(tiles)
-    assert staged.image == ImagePolicy("pad", resample="lanczos")
-    check_used(staged)
+    squared, resampled = (
+        load_recipe(make_recipe(stage=CONNECTOR | {"image": image}))
+        for image in ({"mode": "pad"}, {"resample": "lanczos"})
+    )
+    assert squared.stage_config(tiles).image == ImagePolicy("pad", resample="lanczos")
+    # The same of the texts around tiles, and of frames.
+    split = ImagePolicy("split", longest_edge=128)
+    marked = dataclasses.replace(model, image=split, marks=TileMarks("<{row}>", "|", "-", "<", ">", "#"))
+    assert squared.stage_config(marked).marks == TileMarks(whole="<", end=">", number="#")
+    filmed = dataclasses.replace(tiles, video=VideoPolicy(8, 1.0, pool=2))
+    assert squared.stage_config(filmed).video == VideoPolicy(8, 1.0)
+    for config in (tiles, marked, filmed):
+        check_used(squared.stage_config(config))
+        staged = resampled.stage_config(config)
+        assert (staged.marks, staged.video) == (config.marks, config.video)
     path = make_recipe(stage=CONNECTOR | {"image": {"mode": "pad", "pinpoints": [[128, 64]]}})
     recipe = load_recipe(path)
     for use in (lambda: shape(recipe, path), lambda: processor_of(recipe), lambda: run(path)):

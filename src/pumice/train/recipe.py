@@ -33,7 +33,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pumice.capability import MODE_FIELDS
+from pumice.capability import MODE_FIELDS, MODE_MARKS, MODE_VIDEO, only
 from pumice.config import ImagePolicy, ModelConfig, as_stored, from_dict
 from pumice.errors import InputError
 from pumice.media import BoxFormName
@@ -283,12 +283,14 @@ class Recipe(RecipeSection):
         """
         # The stage's fields replace the model's one by one. Fields that it does not name stay, if its mode
         # uses them.
-        image = config.image
+        image, marks, video = config.image, config.marks, config.video
         if self.stage.image:
             values = as_stored(config.image)
             used = MODE_FIELDS.get(self.stage.image.get("mode", image.mode), "").split()
             values = {name: value for name, value in values.items() if name in used} | self.stage.image
             image = from_dict(ImagePolicy, values, "stage.image")
+        if image.mode != config.image.mode:
+            marks, video = only(MODE_MARKS[image.mode], marks), only(MODE_VIDEO[image.mode], video)
         # Blocks have to be there.
         depths = {"decoder": config.decoder.depth, "tower": config.vision.depth}
         for name in self.stage.learn:
@@ -309,8 +311,9 @@ class Recipe(RecipeSection):
         chat = config.chat if template == OWN else None
         boxes = self.boxes or config.boxes
         staged = dataclasses.replace(
-            config, image=image, decoder=decoder, template=template, chat=chat, boxes=boxes
-        )
+            config, image=image, marks=marks, video=video, decoder=decoder, template=template, chat=chat,
+            boxes=boxes,
+        )  # fmt: skip
         # Tiles end each row with a learned vector. A stage cannot add it: it is one of the model's weights.
         if staged.has_newline and not config.has_newline:
             raise InputError(
