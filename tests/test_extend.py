@@ -311,14 +311,19 @@ def test_a_schedule(example: Callable[[str], ModuleType], recipe: Path, tmp_path
 def test_a_run_continues_with_its_own_classes_only(
     example: Callable[[str], ModuleType], recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another schedule or loss would change the run halfway, as another recipe would."""
+    """Another schedule or loss would change the run halfway, as another recipe would.
+
+    So would a class of a user's own that has the name of Pumice's.
+    """
     schedule, loss = example("schedule").ConnectorFirst, example("loss").ZLossTrainer
+    own_trainer, no_loss = type("Trainer", (schedule,), {}), type("ZLossTrainer", (Trainer,), {})
     for began, then, message in (
         (Trainer, schedule, r"made with trainer: 'Trainer', this run has 'ConnectorFirst'; set it back"),
         (schedule, Trainer, "made with trainer: 'ConnectorFirst', this run has 'Trainer'"),
-        (Trainer, type("Trainer", (loss,), {}), "made with objective: 'Objective', this run has 'WithZLoss'"),
+        (own_trainer, Trainer, "made with trainer: 'own Trainer', this run has 'Trainer'"),
+        (no_loss, loss, "made with objective: 'Objective', this run has 'WithZLoss'"),
     ):
-        output = tmp_path / f"{began.__name__} then {then.objective_class.__name__} {then.__name__}"
+        output = tmp_path / " ".join(code.__name__ for code in (began, then, began.objective_class))
         overrides = [f"output={output}", "max_steps=4", "save_every=2"]
         train(load_recipe(recipe, overrides), began)
         shutil.rmtree(output / "checkpoints" / "step-000004")

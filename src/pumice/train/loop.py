@@ -40,7 +40,7 @@ from pumice.train.objective import Objective, PackTensors
 from pumice.train.optim import clip, gradient_norms, make_optimizer, schedule
 from pumice.train.parallel import World
 from pumice.train.preflight import check_device, preflight
-from pumice.train.provenance import changed_code, code_digests, content_digests, versions
+from pumice.train.provenance import changed_code, code_digests, content_digests, is_own, versions
 from pumice.train.recipe import Recipe
 from pumice.train.report import PLOT, TrainingReport, draw_loss
 from pumice.train.setup import Setup, prepare
@@ -135,7 +135,9 @@ class Trainer:
             self.fixed_fields["shuffle_block"] = block
         self.fixed_fields |= {"steps": self.batches.steps, **self.digests}
         classes = (type(self), self.objective_class)
-        self.fixed_fields |= dict(zip(checkpoints.CLASSES, (code.__name__ for code in classes), strict=True))
+        for (key, usual), code in zip(checkpoints.CLASSES.items(), classes, strict=True):
+            name = code.__name__
+            self.fixed_fields[key] = f"own {name}" if name == usual and is_own(code) else name
         self._code = code_digests(classes)
 
     def _wrap_objective(self) -> nn.Module:

@@ -43,6 +43,11 @@ def content_digests(recipe: Recipe, rows: Sequence[Rows]) -> dict[str, str]:
     }
 
 
+def is_own(code: type) -> bool:
+    """Return whether a class is not Pumice's."""
+    return code.__module__.partition(".")[0] != "pumice"
+
+
 def code_digests(classes: Sequence[type]) -> dict[str, dict[str, str]]:
     """Return, under "code", the SHA-256 of the file of each class that is not Pumice's, by its name.
 
@@ -50,7 +55,7 @@ def code_digests(classes: Sequence[type]) -> dict[str, dict[str, str]]:
     """
     digests = {}
     for own in classes:
-        if own.__module__.partition(".")[0] != "pumice":
+        if is_own(own):
             with contextlib.suppress(TypeError, OSError):
                 digests[own.__name__] = sha256(Path(inspect.getfile(own)))
     return {"code": digests} if digests else {}
