@@ -269,6 +269,15 @@ def test_which_option_an_answer_to_your_own_file_means(answer: str, letter: str 
     assert read_option(answer, {"A": "a cat", "B": "a dog", "C": "None"}) == letter
 
 
+@pytest.mark.parametrize(
+    ("answer", "letter"), [("Not visible.", "B"), ("visible", "A"), ("D", "D"), ("neither A nor B", "D")]
+)
+def test_an_answer_that_repeats_an_option(answer: str, letter: str) -> None:
+    """Such as an option that holds another's text, or denies one."""
+    choices = {"A": "Visible", "B": "Not visible", "C": "D", "D": "Neither A nor B."}
+    assert read_option(answer, choices) == letter
+
+
 @pytest.mark.usefixtures("bounded_work")
 def test_long_answers_to_your_own_file_are_read_in_time() -> None:
     blanks = " " * 100_000

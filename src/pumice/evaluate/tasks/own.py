@@ -110,10 +110,16 @@ def read_option(text: str, choices: Mapping[str, str]) -> str | None:
     """Return the option that an answer means; None if no rule reads it.
 
     VLMEvalKit's rules come first. An own file is bound to no official scorer, so sentences that name one
-    letter as the answer are read as well, and an option that an answer denies is not its answer.
+    letter as the answer, and answers that repeat one option, are read as well, and an option that an answer
+    denies is not its answer.
     """
     text = _ARTICLE.sub("a ", _same_form(_without_thoughts(text)).strip())
     options = {letter: _same_form(str(option)) for letter, option in choices.items()}
+    # An answer may be the text of an option that holds another's or a "not": "not visible" beside "visible".
+    said = text.removesuffix(".").casefold()
+    whole = [letter for letter, option in options.items() if option.removesuffix(".").casefold() == said]
+    if len(whole) == 1 and text not in options:
+        return whole[0]
     text = _without_denied(text, options)
     if (option := infer_option(text, options)) is not None:
         return option
