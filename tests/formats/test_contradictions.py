@@ -289,6 +289,7 @@ def test_a_name_twice_in_a_gguf_file(tmp_path: Path, write_gguf: Callable[..., A
 # Tensors that the config decides
 
 INV_FREQ = "language_model.model.layers.1.self_attn.rotary_emb.inv_freq"
+NORM = "language_model.model.norm.weight"
 POSITIONS = "vision_tower.vision_model.embeddings.position_ids"
 
 
@@ -329,6 +330,16 @@ def test_stored_frequencies_may_be_slowed_or_not(hf: Callable[[str], Path]) -> N
         assert open_hf(folder).config.decoder.rope_scaling == RopeScaling("linear", 4.0)
     with_tensors(folder, lambda tensors: tensors.update({INV_FREQ: slower}))
     with pytest.raises(InputError, match=r"rope_theta 10000, slowed as linear, and heads"):
+        open_hf(folder)
+
+
+def test_weights_of_whole_numbers_are_refused(hf: Callable[[str], Path]) -> None:
+    """They are another quantisation's, and would be computed with as they are."""
+    folder = hf("llava")
+    with_tensors(folder, lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.int8)}))
+    with pytest.raises(
+        InputError, match=rf"{NORM} in model\.safetensors holds whole numbers \(int8\), no weig"
+    ):
         open_hf(folder)
 
 

@@ -242,9 +242,15 @@ def convert(state: LazyStateDict, table: Table, label: str = "the checkpoint") -
         param_name = table[name]
         if isinstance(param_name, Derived):
             param_name.check(tensor, label)
-        elif param_name is None:
             continue
-        elif param_name in renamed:
+        if param_name is None:
+            continue
+        if not tensor.dtype.is_floating_point:
+            raise InputError(
+                f"{label}: {tensor.origin} holds whole numbers ({str(tensor.dtype).removeprefix('torch.')}), "
+                "no weights; convert the model again, without quantising it"
+            )
+        if param_name in renamed:
             check_same(
                 renamed[param_name], tensor, label, "a head of its own needs tie_word_embeddings false"
             )

@@ -272,6 +272,11 @@ def test_numbers_of_positions_are_left_out(models: ModuleType, tmp_path: Path, p
         ({}, {"v.extra": torch.ones(1)}, r"unknown v\.extra"),
         ({}, {"v.position_ids": torch.ones(16)}, r"v\.position_ids in mmproj\.gguf is not .* 16 positions"),
         ({}, {"v.embd.position_ids": torch.arange(15)}, "it holds 15 values, not 16"),
+        (
+            {},
+            {"v.blk.0.ln1.weight": torch.ones(32).int()},
+            r"ln1\.weight in .* whole numbers \(int32\), no w",
+        ),
         ({"clip__vision__feature_layer": [1, 2]}, {}, "those of 2 layers; one can be read"),
         ({"clip__vision__feature_layer": [9]}, {}, "its feature layer is 9, but it has 3 blocks"),
         ({"clip__vision__block_count": 2**30}, {}, "depth must be 1000 or less, not 1073741824"),
