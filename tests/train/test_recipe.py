@@ -197,8 +197,10 @@ def test_extending_in_a_circle_or_nothing_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             load_recipe(extend(tmp_path, "lone.yaml", extends=name))
         assert str(caught.value).endswith(f"there is no {tmp_path / name}{hint}")
-    with pytest.raises(InputError, match=r"extends must be the path of one recipe"):
-        load_recipe(extend(tmp_path, "two.yaml", extends=["a.yaml", "b.yaml"]))
+    extend(tmp_path, "parts.yaml")  # a name like that of the folder
+    for value in (["a.yaml", "b.yaml"], "", "."):
+        with pytest.raises(InputError, match=r"extends must be the path of one recipe"):
+            load_recipe(extend(tmp_path, "parts/two.yaml", extends=value))
 
 
 def test_a_stage_has_its_own_pictures_and_context() -> None:

@@ -7,7 +7,6 @@ Relative paths start at the folder in which the command runs. Only `extends` sta
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -40,8 +39,8 @@ from pumice.media import BoxFormName
 from pumice.storage.yaml_file import read_yaml, set_key
 from pumice.templates import OWN
 from pumice.train.recipe_errors import main_problem, missing_base
+from pumice.train.shipped import SHIPPED, near_shipped, shipped_recipe
 
-SHIPPED = "pumice:"  # before the name of a recipe that Pumice brings
 LONGEST_CHAIN = 50  # recipes that extend each other
 PARTS = ("tower", "connector", "decoder", "lora", "embeddings", "image_newline")
 # Some blocks of a part, the last one included, counted from 0: decoder.28-31.
@@ -324,7 +323,7 @@ class Recipe(RecipeSection):
 
 def recipe_path(path: str | Path) -> Path:
     """Return the path of a recipe's file, also where it is named pumice:NAME. Raises InputError."""
-    return _shipped(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
+    return shipped_recipe(str(path), "") if str(path).startswith(SHIPPED) else Path(path)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -375,50 +374,19 @@ def _read(path: Path, chain: tuple[Path, ...], origin: dict[tuple[str, ...], str
         _record_origin(values, str(path), origin)
         return values
     base_name = values.pop("extends")
-    if not isinstance(base_name, str) or not base_name:
+    if not isinstance(base_name, str) or not Path(base_name).name:
         raise InputError(f"{path}: extends must be the path of one recipe, not {base_name!r}")
     if base_name.startswith(SHIPPED):
-        base_path = _shipped(base_name, f"{path}: extends ")
+        base_path = shipped_recipe(base_name, f"{path}: extends ")
     else:
         base_path = path.parent / base_name
     if not base_path.is_file():
-        shipped = [f"{SHIPPED}{name}" for name in _near_shipped(base_name.removesuffix(".yaml"))]
+        shipped = [f"{SHIPPED}{name}" for name in near_shipped(base_name.removesuffix(".yaml"))]
         raise missing_base(path, base_name, base_path, shipped)
     # The base comes first, so that this file's keys replace it in `origin` as they do in the values.
     base = _read(base_path, (*chain, path.resolve()), origin)
     _record_origin(values, str(path), origin)
     return _merge(base, values)
-
-
-def _shipped_folder() -> Path:
-    """Return the folder of the recipes that Pumice brings: in the package, or beside it in a clone."""
-    package = Path(__file__).parent.parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent.parent / "recipes"
-
-
-def _shipped_names() -> list[str]:
-    folder = _shipped_folder()
-    return [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
-
-
-def _near_shipped(name: str) -> list[str]:
-    """Return up to three names of shipped recipes that are like a wrong one: first by their last part."""
-    names = _shipped_names()
-    same_end = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
-    longer = [known for known in names if len(name) > 2 and name.lower() in known]
-    return (same_end or longer or difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4))[:3]
-
-
-def _shipped(name: str, prefix: str) -> Path:
-    """Return the path of a recipe named pumice:NAME. prefix: of the error where there is none."""
-    own_name = name.removeprefix(SHIPPED)
-    path = _shipped_folder() / f"{own_name}.yaml"
-    if not path.is_file():
-        near = " or ".join(f"{SHIPPED}{known}" for known in _near_shipped(own_name.removesuffix(".yaml")))
-        hint = f"did you mean {near}?" if near else f"it brings {', '.join(_shipped_names())}"
-        raise InputError(f"{prefix}{name}: Pumice brings no such recipe; {hint}")
-    return path
 
 
 def _record_origin(
