@@ -99,7 +99,8 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path, changes: dict[str, An
     [
         ("seed", "write key=value"),
         ("seed.deep=1", "seed: .*valid integer"),
-        ("name.deep=1", "no 'deep' to set"),
+        ("name.deep=1", "no 'deep' to set, as name is '[^']+' and has no keys; write it as a mapping"),
+        ("name.deep.er=1", "no 'deep' to set, as name is '[^']+' and has no keys; write it as a mapping"),
         ("sead=1", "did you mean 'seed'"),
         ("lora.rank=4", r"^--set lora\.rank=4: unknown key 'lora\.rank'; did you mean 'stage\.lora\.rank'\?"),
         ("lora.r=4", r"^--set lora\.r=4: unknown key 'lora\.r'; did you mean 'stage\.lora'\?"),
@@ -121,8 +122,13 @@ def test_a_wrong_override_is_refused(tmp_path: Path, override: str, message: str
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read.*gone\.yaml"):
+    with pytest.raises(InputError, match=r"cannot read the recipe .*gone\.yaml: .*; check the path$"):
         load_recipe(tmp_path / "gone.yaml")
+    (tmp_path / "mine.yaml").write_text("name: mine")
+    with pytest.raises(InputError, match=r"mine\.yml: there is no such file; did you mean .*/mine\.yaml\?$"):
+        load_recipe(tmp_path / "mine.yml")
+    with pytest.raises(InputError, match=r"one that Pumice brings is named pumice:finetune$"):
+        load_recipe(tmp_path / "finetune")
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     with pytest.raises(InputError, match="holds no recipe"):
         load_recipe(tmp_path / "list.yaml")

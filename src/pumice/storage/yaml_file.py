@@ -115,7 +115,7 @@ def set_key(values: dict[str, Any], override: str) -> tuple[str, ...]:
         raise InputError(f"--set {override}: the value is not YAML; quote it as in a file") from error
     *outer, last = keys = dotted.strip().split(".")
     place: Any = values
-    for key in outer:
+    for number, key in enumerate(outer):
         if isinstance(place, list) and key.isdigit() and int(key) < len(place):
             place = place[int(key)]
         elif isinstance(place, dict):
@@ -123,16 +123,24 @@ def set_key(values: dict[str, Any], override: str) -> tuple[str, ...]:
                 place[key] = {}
             place = place[key]
         else:
-            raise InputError(f"--set {override}: there is no {key!r} to set something in")
+            raise _no_mapping(override, ".".join(outer[:number]), place, key)
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):
         place[int(last)] = value
     elif isinstance(place, list):
         where = ".".join(outer)
         raise InputError(f"--set {override}: {where} is a list of {len(place)}; say which, as {where}.0")
     elif not isinstance(place, dict):
-        raise InputError(f"--set {override}: there is no {last!r} to set")
+        raise _no_mapping(override, ".".join(outer), place, last)
     elif value is None:
         place.pop(last, None)
     else:
         place[last] = value
     return tuple(keys)
+
+
+def _no_mapping(override: str, where: str, value: object, key: str) -> InputError:
+    """Return the error of an override that sets `key` in a value, at `where`, that has no keys."""
+    return InputError(
+        f"--set {override}: there is no {key!r} to set, as {where} is {shorten(value)} and has no keys; "
+        "write it as a mapping in the file"
+    )

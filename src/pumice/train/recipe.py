@@ -38,7 +38,7 @@ from pumice.errors import InputError
 from pumice.media import BoxFormName
 from pumice.storage.yaml_file import read_yaml, set_key
 from pumice.templates import OWN
-from pumice.train.recipe_errors import main_problem, missing_base
+from pumice.train.recipe_errors import main_problem, missing_base, missing_recipe
 from pumice.train.shipped import SHIPPED, near_shipped, shipped_recipe
 
 LONGEST_CHAIN = 50  # recipes that extend each other
@@ -339,6 +339,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     # 1. Merge the files. `origin` remembers which file sets which key, so that an error can name it.
     origin: dict[tuple[str, ...], str] = {}
     path = recipe_path(path)
+    if not path.exists():
+        raise missing_recipe(path, [f"{SHIPPED}{name}" for name in near_shipped(path.stem)])
     values = _read(path, (), origin)
     # 2. Overrides come last, because they replace what any of the files says.
     set_keys = []

@@ -39,11 +39,26 @@ def missing_base(path: Path, name: str, base: Path, shipped: Sequence[str]) -> I
 
     shipped: recipes of like names that Pumice brings.
     """
-    beside = {file.stem: file.name for file in sorted(base.parent.glob("*.y*ml")) if file != path}
     hint = f"; one that Pumice brings is named {shipped[0]}" if shipped else ""
-    if near := difflib.get_close_matches(base.stem, beside):
-        hint = f"; did you mean {' or '.join(Path(name).with_name(beside[one]).as_posix() for one in near)}?"
+    if near := _like_named(base, path):
+        hint = f"; did you mean {' or '.join(Path(name).with_name(one).as_posix() for one in near)}?"
     return InputError(f"{path}: extends {name}, but there is no {base}{hint}")
+
+
+def missing_recipe(path: Path, shipped: Sequence[str]) -> InputError:
+    """Return the error of a recipe that is not there. shipped: as in `missing_base`."""
+    last_parts = {re.split("[:/]", name)[-1]: name for name in shipped}
+    same = difflib.get_close_matches(path.stem, last_parts, n=1)
+    hint = f"one that Pumice brings is named {last_parts[same[0]]}" if same else "check the path"
+    if near := _like_named(path):
+        hint = f"did you mean {' or '.join(path.with_name(one).as_posix() for one in near)}?"
+    return InputError(f"cannot read the recipe {path}: there is no such file; {hint}")
+
+
+def _like_named(path: Path, but: Path | None = None) -> list[str]:
+    """Return the names of recipes beside `path` that are like its own, without that of `but`."""
+    beside = {file.stem: file.name for file in sorted(path.parent.glob("*.y*ml")) if file != but}
+    return [beside[stem] for stem in difflib.get_close_matches(path.stem, beside)]
 
 
 def main_problem(
