@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import re
+import runpy
 import shutil
 import sqlite3
 import sys
@@ -280,6 +281,25 @@ def test_the_loss_has_the_cap_of_the_logits(
         expected = 1e-4 * (weights * logits.logsumexp(-1) ** 2).sum().item()
         assert terms[-1] == pytest.approx(expected, rel=1e-2)  # a difference of sums in fp32
     assert terms[0] > 2 * terms[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "usage"),
+    [
+        ("loss", ["gone.yaml"], "RECIPE [KEY=VALUE ...]"),
+        ("schedule", ["gone.yaml"], "RECIPE [KEY=VALUE ...]"),
+        ("probe", ["gone", "dog.jpg", "Who?"], "MODEL PICTURE QUESTION"),
+    ],
+)
+def test_wrong_input_ends_without_a_traceback(
+    name: str, given: list[str], usage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(EXAMPLES / f"{name}.py")
+    for words, message in (([], f"write: python {path} {usage}"), (given, "gone")):
+        monkeypatch.setattr(sys, "argv", [path, *words])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(path, run_name="__main__")
+        assert message in str(end.value.code)
 
 
 @pytest.mark.parametrize("learn", [{"decoder": 1e-3}, {"connector": 1e-3}])

@@ -2,6 +2,7 @@
 
     python examples/extend/connector.py train RECIPE --set model.connector.kind=mlp2x_silu
 
+In the recipe, `model` is a mapping (docs/extending.md), not a name alone.
 It is the `pumice` command with one more kind. The folder that it writes opens only where the kind is known,
 so ask the model through this file as well.
 """

@@ -1,6 +1,6 @@
 """Another loss: cross-entropy and z-loss, which keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311).
 
-python examples/extend/loss.py RECIPE
+python examples/extend/loss.py RECIPE [KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import sys
 
 from torch import Tensor
 
+from pumice.errors import InputError, WorkError
 from pumice.train.loop import Trainer, train
 from pumice.train.objective import Objective
 from pumice.train.recipe import load_recipe
@@ -30,4 +31,9 @@ class ZLossTrainer(Trainer):
 
 
 if __name__ == "__main__":
-    train(load_recipe(sys.argv[1], sys.argv[2:]), ZLossTrainer)
+    if len(sys.argv) < 2:
+        sys.exit(f"write: python {sys.argv[0]} RECIPE [KEY=VALUE ...]")
+    try:
+        print(f"The model is in {train(load_recipe(sys.argv[1], sys.argv[2:]), ZLossTrainer)}")
+    except (InputError, WorkError) as error:
+        sys.exit(str(error))

@@ -16,6 +16,7 @@ from torch import Tensor
 from pumice.assistant import Assistant, conversation_of, load
 from pumice.config import IMAGE_TOKEN, DecoderConfig
 from pumice.engine.generate import generate
+from pumice.errors import InputError, WorkError
 from pumice.explain.attention import log_probabilities
 from pumice.model.layers import causal_mask, sdpa
 
@@ -58,6 +59,11 @@ def losses(assistant: Assistant, picture: str, question: str) -> list[float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(f"write: python {sys.argv[0]} MODEL PICTURE QUESTION")
     source, picture, question = sys.argv[1:]
-    for layer, loss in enumerate(losses(load(source, quantize=None), picture, question)):
-        print(f"layer {layer:3d}  {loss:7.3f} nats")
+    try:
+        for layer, loss in enumerate(losses(load(source, quantize=None), picture, question)):
+            print(f"layer {layer:3d}  {loss:7.3f} nats")
+    except (InputError, WorkError) as error:
+        sys.exit(str(error))

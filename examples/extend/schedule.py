@@ -1,6 +1,6 @@
 """Another schedule: the connector learns alone first, then the LLM joins it.
 
-    python examples/extend/schedule.py RECIPE
+    python examples/extend/schedule.py RECIPE [KEY=VALUE ...]
 
 The recipe's `stage.learn` names the connector and other parts. A rate of zero freezes a part, but its
 gradients are computed.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from pumice.errors import InputError
+from pumice.errors import InputError, WorkError
 from pumice.train.loop import Trainer, train
 from pumice.train.recipe import Recipe, load_recipe
 
@@ -33,4 +33,9 @@ class ConnectorFirst(Trainer):
 
 
 if __name__ == "__main__":
-    train(load_recipe(sys.argv[1], sys.argv[2:]), ConnectorFirst)
+    if len(sys.argv) < 2:
+        sys.exit(f"write: python {sys.argv[0]} RECIPE [KEY=VALUE ...]")
+    try:
+        print(f"The model is in {train(load_recipe(sys.argv[1], sys.argv[2:]), ConnectorFirst)}")
+    except (InputError, WorkError) as error:
+        sys.exit(str(error))

@@ -37,6 +37,8 @@ TOWERS["patches"] = ("kind image_size width stride", Patches)
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["weights"]:
+        if len(sys.argv) != 3:
+            sys.exit(f"write: python {sys.argv[0]} weights FILE.safetensors")
         tower = Patches(VisionConfig("patches", image_size=64, width=32, stride=16))
         save_file(tower.state_dict(), sys.argv[2])
     else:
