@@ -212,7 +212,6 @@ def test_an_llm(
     positions = torch.arange(19).expand_as(ids)
     with torch.no_grad():
         hidden = decoder(decoder.embed(ids), positions, Causal(opened.config))
-        # Measured: 6e-8 of 0.3.
         torch.testing.assert_close(decoder.logits(hidden), reference(ids).logits, atol=1e-5, rtol=0)
     tower = example("tower")
     vision = {"kind": "patches", "image_size": 64, "stride": 16, "width": 32}
