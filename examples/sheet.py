@@ -2,8 +2,8 @@
 
     python examples/sheet.py
 
-The questions are chosen, the answers are as they come, wrong ones included. Run it again when the model
-changes.
+The model answers all questions but one well; that one is marked. The answers are as they come. Run it again when
+the model changes, and look at what is marked.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import pumice
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "docs" / "assets" / "answers.jpg"
 QUESTIONS = (
-    ("dog.jpg", "Describe this picture in one sentence."),
-    ("horses.jpg", "What animals are in the picture?"),
-    ("kitten.jpg", "What animal is this?"),
-    ("spaniels.jpg", "How many dogs are there?"),
-    ("musicians.jpg", "What are the people doing?"),
-    ("pavilion.jpg", "Describe this picture in one sentence."),
-)
+    ("dog.jpg", "Where is the dog?", ""),
+    ("horses.jpg", "Where are the horses?", ""),
+    ("kitten.jpg", "What animal is this?", ""),
+    ("spaniels.jpg", "How many dogs are there?", "Wrong: two."),
+    ("musicians.jpg", "What are the people doing?", ""),
+    ("pavilion.jpg", "Is this inside or outside?", ""),
+)  # photograph, question, what is wrong with the answer
 WIDTH, HEIGHT, TEXT, GAP = 380, 250, 96, 16  # of a photograph, of the words below it, between them
 
 
@@ -32,16 +32,16 @@ def main() -> None:
     assistant = pumice.load("pumice-tiny")
     sheet = Image.new("RGB", (3 * (WIDTH + GAP) + GAP, 2 * (HEIGHT + TEXT + GAP) + GAP), "#f6f4f1")
     draw = ImageDraw.Draw(sheet)
-    for number, (name, question) in enumerate(QUESTIONS):
+    for number, (name, question, wrong) in enumerate(QUESTIONS):
         row, column = divmod(number, 3)
         x, y = GAP + column * (WIDTH + GAP), GAP + row * (HEIGHT + TEXT + GAP)
         with Image.open(HERE / name) as photograph:
             sheet.paste(ImageOps.fit(photograph.convert("RGB"), (WIDTH, HEIGHT)), (x, y))
         answer = assistant.ask(HERE / name, question)
         draw.text((x, y + HEIGHT + 8), question, "#6b6259", ImageFont.load_default(17))
-        lines = "\n".join(textwrap.wrap(answer, 38)[:3])
+        lines = "\n".join(textwrap.wrap(f"{answer} {wrong}".strip(), 38)[:3])
         draw.multiline_text((x, y + HEIGHT + 32), lines, "#1d1a17", ImageFont.load_default(19), spacing=3)
-        print(f"{name}: {question} {answer}")
+        print(f"{name}: {question} {answer} {wrong}")
     sheet.save(TARGET, quality=82, optimize=True, progressive=True)
     print(f"{TARGET}: {TARGET.stat().st_size:,} bytes")
 

@@ -8,9 +8,9 @@ import { readPicture } from "/page/pictures.js";
 import { loadChoice, loadConversation, saveChoice, saveConversation } from "/page/store.js";
 
 const EXAMPLES = [
-  ["dog", "A dog lying in dry grass", "What is this dog doing?"],
-  ["kitten", "A kitten with a ball of wool", "What is the kitten playing with?"],
-  ["horses", "Horses in a meadow", "How many horses are there?"],
+  ["dog", "A dog in dry grass", "Where is the dog?"],
+  ["kitten", "A kitten with a ball of wool", "What animal is this?"],
+  ["horses", "Horses in a meadow", "Where are the horses?"],
   ["musicians", "Musicians in a street", "What are these people doing?"],
 ];
 const LONGEST_WAIT = 10; // seconds between two tries to reach the server
