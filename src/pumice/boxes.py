@@ -288,8 +288,9 @@ def check_boxes(objects: Objects, pictures: int) -> None:
 
 
 def assumed_unit(objects: Objects) -> str:
-    """Return the unit of boxes that do not state one: norm1 if none exceeds 1, else real."""
-    return "norm1" if all(abs(n) <= 1 for corners in objects.boxes for n in corners) else "real"
+    """Return the unit of boxes that state none: norm1 if none exceeds 1, but for rounding, else real."""
+    shares = all(abs(n) <= 1 + ROUNDING for corners in objects.boxes for n in corners)
+    return "norm1" if shares else "real"
 
 
 def picture_boxes(objects: Objects, sizes: Sequence[Size]) -> list[Box]:

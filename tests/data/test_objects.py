@@ -85,6 +85,7 @@ BAD = [
     ({"bbox": [[20, 10, 20, 50]]}, "empty box", "[20, 10, 20, 50] has no area"),
     ({"bbox": [[20, 10, float("nan"), 50]]}, "box without numbers", "[20, 10, nan, 50] is not four finite"),
     ({"bbox": [[20, 10]]}, "box without numbers", "the box [20, 10] is not four numbers"),
+    ({"bbox": [[20, 10, 10**400, 50]]}, "box without numbers", "has a whole number that is too large"),
     ({"bbox": []}, "box placeholders", "1 <bbox> for 0 boxes"),
     ({"ref": []}, "box placeholders", "1 <ref-object> for 0 refs"),
     ({"bbox_type": "percent"}, "unknown unit of boxes", "bbox_type is 'percent'; use one of real, norm1"),
@@ -124,17 +125,20 @@ def test_an_assumed_unit_is_told_and_the_row_is_used(folder: Path) -> None:
     rows = [
         {**changed(bbox_type=None), "id": "pixels"},
         {**changed(bbox_type=None, bbox=[[0.1, 0.1, 0.5, 0.5]]), "id": "shares"},
+        {**changed(bbox_type=None, bbox=[[0.1, 0.1, 1.0004, 0.5]]), "id": "rounded"},
         {**changed(bbox=[[20, 10, 100, 50], [1, 1, 9, 9]]), "id": "more"},
     ]
     opened = read(folder, *rows)
     report = check([opened], ImageFinder(folder))
-    assert report.ok and report.usable == 3
+    assert report.ok and report.usable == 4
     assert [(problem.id, problem.kind, problem.reason) for problem in report.problems] == [
         ("pixels", "unit of boxes assumed", "no bbox_type: its boxes are read as real"),
         ("shares", "unit of boxes assumed", "no bbox_type: its boxes are read as norm1"),
+        ("rounded", "unit of boxes assumed", "no bbox_type: its boxes are read as norm1"),
         ("more", "boxes not used", "1 of 2 boxes have no <bbox> in its texts"),
     ]
     assert texts(opened) == texts(opened, 1)
+    assert texts(opened, 2)[1] == "[0.10, 0.10, 1.00, 0.50]"
 
 
 def instances(folder: Path, **first: Any) -> Path:
@@ -213,3 +217,15 @@ def test_boxes_without_names_need_words(folder: Path) -> None:
     row = {"id": "a", "image": "a.png", "objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4], [1, 2, 3, 4]]}}
     with pytest.raises(InputError, match=re.escape("'objects' has 1 names in 'ref' and 2 boxes in 'bbox'")):
         read(folder, row)[0]
+
+
+def test_boxes_without_words_are_of_the_first_picture_where_no_number_says_otherwise(folder: Path) -> None:
+    Image.new("RGB", SIZE).save(folder / "b.png")
+    corners = [[20, 10, 100, 50], [0, 0, 200, 100]]
+    objects = {"ref": ["dog", "cat"], "bbox": corners, "bbox_type": "real"}
+    rows = read(folder, *(
+        {"id": str(n), "image": ["a.png", "b.png"], "objects": {**objects, "image_id": numbers}}
+        for n, numbers in enumerate(([1], [1, 0, 1], []))
+    ))  # fmt: skip
+    # The list of both, then the question about each.
+    assert [row.objects.images for row in rows if row.objects] == [(1, 0, 1, 0), (1, 0, 1, 0), (0, 0, 0, 0)]

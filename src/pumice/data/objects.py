@@ -39,9 +39,11 @@ def read_objects(value: Mapping[str, Any]) -> Objects:
         )
     if not all(isinstance(ref, str) for ref in refs):
         raise InputError("'ref' of 'objects' must be a list of texts")
-    # As in ms-swift, boxes without a number are of the first picture.
-    numbers = [*numbers, *[0] * (len(boxes) - len(numbers))]
-    placed = [(_corners(box), number) for box, number in zip(boxes, numbers, strict=False) if box is not None]
+    placed = [
+        (_corners(box), number)
+        for box, number in zip(boxes, _padded(numbers, len(boxes)), strict=False)
+        if box is not None
+    ]
     if not all(isinstance(number, int) and not isinstance(number, bool) for _, number in placed):
         raise InputError("'image_id' of 'objects' must be a list of whole numbers, counted from 0")
     return Objects(
@@ -71,7 +73,7 @@ def ask_for(
     single = [n for n, ref in enumerate(refs) if counts[str(ref)] == 1 and boxes[n] is not None]
     for _ in single:
         turns += [("human", WHERE + REF_PLACEHOLDER), ("gpt", BOX_PLACEHOLDER)]
-    numbers = _list(value, "image_id") or [0] * len(boxes)
+    numbers = _padded(_list(value, "image_id"), len(boxes))[: len(boxes)]
     return turns, {
         **value,
         "ref": [*refs, *(refs[n] for n in single)],
@@ -99,11 +101,21 @@ def _list(values: Mapping[str, Any], key: str) -> list[Any]:
     return list(value)
 
 
+def _padded(numbers: list[Any], count: int) -> list[Any]:
+    """Return the numbers of boxes' pictures; as in ms-swift, boxes without one are of the first picture."""
+    return [*numbers, *[0] * (count - len(numbers))]
+
+
 def _corners(box: Any) -> tuple[float, float, float, float]:
     numbers = list(box) if isinstance(box, Sequence) and not isinstance(box, str) else []
     if len(numbers) != 4 or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
         raise BoxError(
             "box without numbers", f"the box {shorten(box)} is not four numbers: left, top, right, bottom"
         )
-    left, top, right, bottom = map(float, numbers)
+    try:
+        left, top, right, bottom = map(float, numbers)
+    except OverflowError as error:
+        raise BoxError(
+            "box without numbers", f"the box {shorten(box)} has a whole number that is too large; correct it"
+        ) from error
     return left, top, right, bottom
