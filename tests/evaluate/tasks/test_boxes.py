@@ -147,7 +147,10 @@ class Evil:
         (b"", r"is no whole pickle \("),
         (pickle.dumps({"a": 1}), "holds no list of refs"),
         (pickle.dumps([{"ref_id": 3}]), r"ref 1: 'ann_id', 'image_id', 'split', 'sentences' is missing"),
-        (pickle.dumps([{**refs("val")[0], "ann_id": 99}]), r"ref 0 names picture 1 and annotation 99, which"),
+        (
+            pickle.dumps([{**refs("val")[0], "ann_id": 99}]),
+            r"refs\(unc\)\.p': ref 0 names picture 1 and annotation 99, which '[^']*' does not have; give",
+        ),
     ],
 )
 def test_a_pickle_that_is_not_the_official_one(
@@ -156,6 +159,55 @@ def test_a_pickle_that_is_not_the_official_one(
     write(data, "refcoco", "unc", [])
     (data.path / "refcoco" / "refs(unc).p").write_bytes(content)
     with pytest.raises(InputError, match=words):
+        asked("refcoco", "val")
+
+
+@pytest.mark.parametrize(
+    ("note", "image", "sentence", "words"),
+    [
+        (
+            {"bbox": [1, 2, 3]},
+            {},
+            {},
+            "ref 1: its sentences, picture or box are not of their form (ValueError",
+        ),
+        (
+            {"bbox": [1, 2, "3", 4]},
+            {},
+            {},
+            "ref 1: its sentences, picture or box are not of their form (Type",
+        ),
+        ({"bbox": [1, 2, float("nan"), 4]}, {}, {}, "the box [1, 2, nan, 4] is not four finite numbers"),
+        ({}, {"height": None}, {}, "ref 1: its sentences, picture or box are not of their form (TypeError"),
+        ({}, {"width": "wide"}, {}, "ref 1: its sentences, picture or box are not of their form (ValueError"),
+        ({}, {}, {"sent": 3}, "ref 1: its sentences, picture or box are not of their form (TypeError"),
+        (
+            {"id": [1]},
+            {},
+            {},
+            "instances.json' does not list images with their id, and annotations with id and",
+        ),
+    ],
+)
+def test_refs_whose_values_are_not_of_their_form(
+    note: dict[str, Any],
+    image: dict[str, Any],
+    sentence: dict[str, Any],
+    words: str,
+    data: Any,
+    asked: Callable[..., Any],
+) -> None:
+    def write_files(note: dict[str, Any], image: dict[str, Any], sentence: dict[str, Any]) -> None:
+        ref = {**refs("val")[0], "sentences": [{"sent_id": 0, "sent": "a dog", **sentence}]}
+        (data.path / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([ref]))
+        notes = [{"id": 10, "image_id": 1, "bbox": [1, 2, 3, 4], **note}]
+        data.json("refcoco/instances.json", {"images": [{**IMAGES[0], **image}], "annotations": notes})
+
+    write(data, "refcoco", "unc", [])
+    write_files({}, {}, {})
+    assert set(asked("refcoco", "val")) == {"0"}
+    write_files(note, image, sentence)
+    with pytest.raises(InputError, match=re.escape(words)):
         asked("refcoco", "val")
 
 

@@ -9,6 +9,7 @@ and instances.json beside it has COCO's annotations with these numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,8 +46,14 @@ class RefCoco(Task):
         beside = f"{self.name}/instances.json"
         instances = self.locate(data, beside, "instances.json") if file.member else _beside(file)
         values = read_json(instances, "images", "annotations")
-        boxes = {note["id"]: note["bbox"] for note in values["annotations"]}
-        pictures = {image["id"]: image for image in values["images"]}
+        try:
+            boxes = {note["id"]: note["bbox"] for note in values["annotations"]}
+            pictures = {image["id"]: image for image in values["images"]}
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"'{instances}' does not list images with their id, and annotations with id and bbox "
+                f"({type(error).__name__}, {error}); is this the official file?"
+            ) from error
         images = ImageFolders(data, *FOLDERS)
         if not isinstance(refs, list):
             raise InputError(f"'{file}' holds no list of refs; is this the official file?")
@@ -57,29 +64,42 @@ class RefCoco(Task):
             )
             if ref["split"] != split:
                 continue
-            picture, corners = pictures.get(ref["image_id"]), boxes.get(ref["ann_id"])
-            if picture is None or corners is None:
+            try:
+                picture, corners = pictures.get(ref["image_id"]), boxes.get(ref["ann_id"])
+                if picture is None or corners is None:
+                    raise InputError(
+                        f"'{file}': ref {ref['ref_id']} names picture {ref['image_id']} and annotation "
+                        f"{ref['ann_id']}, which '{instances}' does not have; give the one beside it"
+                    )
+                asked = self._sentences(ref, picture, corners, images)
+            except InputError:  # which is a ValueError, too
+                raise
+            except (KeyError, TypeError, ValueError) as error:
                 raise InputError(
-                    f"'{file}': ref {ref['ref_id']} names picture {ref['image_id']} and annotation "
-                    f"{ref['ann_id']}, which '{instances}' does not have; give the one beside it"
-                )
-            yield from self._sentences(ref, picture, corners, images)
+                    f"'{file}', ref {number}: its sentences, picture or box are not of their form "
+                    f"({type(error).__name__}, {error}); are these the official files?"
+                ) from error
+            yield from asked
 
     def _sentences(
         self, ref: dict[str, Any], picture: dict[str, Any], corners: Sequence[float], images: ImageFolders
-    ) -> Iterator[Question]:
+    ) -> list[Question]:
         left, top, width, height = corners
         truth = Box(left, top, left + width, top + height)
+        if not all(map(math.isfinite, truth.corners)):
+            raise ValueError(f"the box {corners} is not four finite numbers")
+        questions = []
         for sentence in ref["sentences"]:
             meta = {
                 "question": sentence["sent"],
                 "answer": f"[{', '.join(f'{n:.2f}' for n in truth.corners)}] pixels",
                 "group": picture["file_name"],
                 "truth": truth,
-                "size": (picture["width"], picture["height"]),
+                "size": (int(picture["width"]), int(picture["height"])),
             }
             image = images.get(picture["file_name"])
-            yield Question(str(sentence["sent_id"]), (image,), WHERE + sentence["sent"], meta)
+            questions.append(Question(str(sentence["sent_id"]), (image,), WHERE + sentence["sent"], meta))
+        return questions
 
     def score(self, answered: Sequence[Answered]) -> Score:
         ious = [
