@@ -81,3 +81,35 @@ def test_the_page_draws_the_boxes_of_an_answer(page: Page, server: str, tmp_path
     page.reload()
     page.locator(".assistant svg.boxed").wait_for()
     assert page.locator("svg.boxed").count() == 1
+
+
+def test_a_label_on_the_right_ends_at_its_box(page: Page, server: str) -> None:
+    """Names of things at the right edge would be cut off if they began at the box."""
+    page.goto(server)
+    page.locator("body[data-ready]").wait_for()
+    sides = page.evaluate("""async () => {
+      const { drawing } = await import("/page/boxes.js");
+      const box = { label: "a white sailing boat", top: 0.5, bottom: 0.9 };
+      const drawn = drawing({ url: "", width: 400, height: 200 },
+        [{ ...box, left: 0.05, right: 0.2 }, { ...box, left: 0.9, right: 0.98 }]);
+      document.body.append(drawn);
+      return [...drawn.querySelectorAll("text")].map((text) => {
+        const { x, width } = text.getBBox();
+        return [x, x + width];
+      });
+    }""")
+    assert sides[0][0] == pytest.approx(22, abs=1) and sides[1][1] == pytest.approx(390, abs=1)
+    assert all(0 <= left < right <= 400 for left, right in sides)
+
+
+def test_an_answer_of_many_blanks_takes_the_page_no_time(page: Page, server: str) -> None:
+    page.goto(server)
+    page.locator("body[data-ready]").wait_for()
+    found, milliseconds = page.evaluate("""async () => {
+      const { mayHoldBoxes } = await import("/page/boxes.js");
+      const start = performance.now();
+      const blanks = mayHoldBoxes(`(1, 2)${" ".repeat(60000)}`);
+      const others = ["(1, 2), (3, 4)", "[ .1, 0.2,0.3 , 1 ]"].map(mayHoldBoxes);
+      return [[blanks, ...others], performance.now() - start];
+    }""")
+    assert found == [False, True, True] and milliseconds < 1000  # it was seven seconds

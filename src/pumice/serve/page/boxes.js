@@ -3,7 +3,9 @@
 const SVG = "http://www.w3.org/2000/svg";
 const COLOURS = 6; // classes box-0 to box-5 of style.css
 // Four numbers in brackets: the server says whether they are boxes, and where these lie.
-const LIKE_BOXES = /[[(]\s*[\d.]+\s*,\s*[\d.]+\s*(?:,|\)\s*,?\s*\()\s*[\d.]+\s*,\s*[\d.]+\s*[\])]/;
+// Blanks are few, as there: a search through many of them would take the page seconds.
+const LIKE_BOXES =
+  /[[(]\s{0,4}[\d.]+\s{0,4},\s{0,4}[\d.]+\s{0,4}(?:,|\)\s{0,4},?\s{0,4}\()\s{0,4}[\d.]+\s{0,4},\s{0,4}[\d.]+\s{0,4}[\])]/;
 
 /** Return whether it is worth asking the server for the boxes of a text. */
 export const mayHoldBoxes = (text) => LIKE_BOXES.test(text);
@@ -31,7 +33,10 @@ export function drawing(picture, boxes) {
       "stroke-width": line }));
     if (box.label) {
       const text = box.label.length > 40 ? `${box.label.slice(0, 39)}…` : box.label;
-      group.append(element("text", { x: x + line, y: y > letters * 1.2 ? y - line * 1.5 : y + letters,
+      // A box on the right has its label at its right edge, where there is room for it.
+      const right = box.left + box.right > 1;
+      group.append(element("text", { x: right ? box.right * width - line : x + line,
+        "text-anchor": right ? "end" : "start", y: y > letters * 1.2 ? y - line * 1.5 : y + letters,
         "font-size": letters, "stroke-width": letters / 6 }, text));
     }
     svg.append(group);
