@@ -286,3 +286,13 @@ def test_boxes_are_drawn_in_colours_of_their_own() -> None:
     assert drawn.getpixel((100, 50)) == COLOURS[1]
     assert drawn.getpixel((40, 55)) == drawn.getpixel((60, 80)) == (128, 128, 128)
     assert grey.getcolors() == [(20000, (128, 128, 128))]  # the original stays
+
+
+def test_what_a_box_has_outside_of_the_picture_is_not_drawn() -> None:
+    """As on the page: an answer's box may reach into the padding, and its edge and label stay in view."""
+    grey = Image.new("RGB", (200, 100), (128, 128, 128))
+    drawn = draw(grey, [("dog", Box(20, -50, 60, 150)), ("cat", Box(20, 110, 60, 150))])
+    assert all(drawn.getpixel(place) == COLOURS[0] for place in ((58, 0), (40, 99), (20, 50)))
+    assert COLOURS[1] not in {colour for _, colour in drawn.getcolors(200 * 100) or []}
+    inside = draw(grey, [("dog", Box(20, 0, 60, 100))])
+    assert drawn.tobytes() == inside.tobytes()

@@ -354,7 +354,8 @@ def write_boxes(conversation: Conversation, maps: Sequence[BoxMap]) -> Conversat
 def draw(image: Image.Image, boxes: Iterable[tuple[str, Box]], line: int | None = None) -> Image.Image:
     """Return a copy of an RGB image with boxes, each in a colour of its own, and their labels.
 
-    boxes: (label, box in the image's pixels). line: pixels; by the image's size if None.
+    boxes: (label, box in the image's pixels); what lies outside of the image is cut off. line: pixels; by the
+    image's size if None.
     """
     from PIL import ImageDraw, ImageFont
 
@@ -364,7 +365,9 @@ def draw(image: Image.Image, boxes: Iterable[tuple[str, Box]], line: int | None 
     font = ImageFont.load_default(max(11, round(max(image.size) / 40)))
     for number, (label, box) in enumerate(boxes):
         colour = COLOURS[number % len(COLOURS)]
-        left, top, right, bottom = map(round, box.corners)
+        left, top, right, bottom = map(round, box.meet(Box(0, 0, *image.size)).corners)
+        if right < left or bottom < top:
+            continue
         pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=line)
         if label:
             text = label[:LONGEST_LABEL]
