@@ -2,8 +2,8 @@
 
     python examples/sheet.py
 
-The model answers all questions but one well; that one is marked. The answers are as they come. Run it again when
-the model changes, and look at what is marked.
+The model answers all questions but one well; that one is marked. The answers are as they come. Run it again
+when the model changes, and look at what is marked.
 """
 
 from __future__ import annotations
