@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from pumice.config import DecoderConfig
 from pumice.errors import InputError
@@ -53,15 +54,16 @@ def test_both_families_of_names_have_the_same_targets() -> None:
 
 def test_unknown_missing_and_dropped() -> None:
     table = tensor_names.expand({"a.{i}.w": "b.{i}", "old.{i}": None, "c": "d"}, 2)
-    full = {"a.0.w": 0, "a.1.w": 1, "c": 2}
-    assert tensor_names.convert(full, table) == {"b.0": 0, "b.1": 1, "d": 2}
-    assert tensor_names.convert({**full, "old.1": 9}, table) == {"b.0": 0, "b.1": 1, "d": 2}
+    first, second, third, other = (as_lazy(torch.rand(2)) for _ in range(4))
+    full = {"a.0.w": first, "a.1.w": second, "c": third}
+    assert tensor_names.convert(full, table) == {"b.0": first, "b.1": second, "d": third}
+    assert tensor_names.convert({**full, "old.1": other}, table).keys() == {"b.0", "b.1", "d"}
     with pytest.raises(InputError, match=r"^m\.bin does not .* unknown a\.2\.w, x$"):
-        tensor_names.convert({**full, "a.2.w": 3, "x": 4}, table, "m.bin")
+        tensor_names.convert({**full, "a.2.w": other, "x": other}, table, "m.bin")
     with pytest.raises(InputError, match=r"missing a\.1\.w$"):
-        tensor_names.convert({"a.0.w": 0, "c": 2}, table)
+        tensor_names.convert({"a.0.w": first, "c": third}, table)
     with pytest.raises(InputError, match=r"unknown old\.2; missing c$"):
-        tensor_names.convert({"a.0.w": 0, "a.1.w": 1, "old.2": 5}, table)
+        tensor_names.convert({"a.0.w": first, "a.1.w": second, "old.2": other}, table)
 
 
 def test_long_lists_are_counted() -> None:
