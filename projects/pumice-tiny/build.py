@@ -28,7 +28,7 @@ from rows.easy_vqa import easy_vqa_rows
 from rows.flickr import raw_captions, read_photos, split
 from rows.follow_up import follow_up_rows
 from rows.happening import happening_rows
-from rows.labels import coco_naming_rows, label_align, label_questions, list_rows
+from rows.labels import coco_naming_rows, label_questions, list_rows
 from rows.naming import naming_align, naming_rows, read_named
 from rows.presence import Question, as_test, choose, presence_rows, presence_test
 from rows.refusal import refusal_rows
@@ -74,7 +74,6 @@ def coco_rows(scenes: Sequence[Scene], seed: int) -> dict[str, list[Row]]:
     counted, sides = box_rows(scenes, seed)
     captions, consensus = caption_rows(captioned, seed)
     return {
-        "coco_align": label_align(scenes),
         "coco_captions": captions,
         "coco_consensus": consensus,
         "coco_describe": describe_rows(captioned, seed),

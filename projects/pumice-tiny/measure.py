@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -38,7 +37,7 @@ from pumice.evaluate.metrics.presence import means_yes, presence_score
 from pumice.evaluate.metrics.vqa import normalize_m4c, vqa_accuracy
 from pumice.evaluate.result import AnswerSet, QuestionSet, format_result, make_result, read_questions
 from pumice.evaluate.run import check_images
-from pumice.evaluate.task import SHORT, Answered
+from pumice.evaluate.task import SHORT, Answered, mean_statistic
 from pumice.evaluate.tasks import get_task
 
 PROMPTS = (
@@ -157,9 +156,7 @@ def look_at_grey(assistant: Any, held: HeldOut, photos: Path) -> dict[Ask, str]:
 
 def interval(values: Sequence[float], groups: Sequence[str] | None = None) -> tuple[float, float]:
     """The 95% interval of the mean of values; those of one group (a picture) are drawn together."""
-    return interval_of(
-        lambda weights: float(np.average(values, weights=weights)), groups or range(len(values)), samples=2000
-    )
+    return interval_of(mean_statistic(values, scale=1.0), groups or range(len(values)), samples=2000)
 
 
 def score(held: HeldOut, cider: Cider, answers: dict[Ask, str]) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,19 +13,12 @@ from PIL import Image
 
 from pumice.errors import InputError
 
-SCRIPT = Path(__file__).parents[2] / "projects" / "pumice-tiny" / "measure.py"
 CAPTIONS = {"dog": ["a brown dog runs"], "cat": ["two cats sleep on grass"], "man": ["the man rides a bike"]}
 
 
 @pytest.fixture(scope="module")
-def measure() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("pumice_tiny_measure", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
+def measure(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("measure")
 
 
 @pytest.fixture

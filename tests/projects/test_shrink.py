@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,16 +15,10 @@ from safetensors.torch import load_file, save_file
 from pumice.errors import InputError
 from pumice.formats.pumice.folder import PROVENANCE, WEIGHTS
 
-SCRIPT = Path(__file__).parents[2] / "projects" / "pumice-tiny" / "shrink.py"
-
 
 @pytest.fixture(scope="module")
-def shrink() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pumice_tiny_shrink", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def shrink(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("shrink")
 
 
 @pytest.fixture

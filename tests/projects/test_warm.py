@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +16,6 @@ from pumice.errors import InputError
 from pumice.train.recipe import Recipe
 from pumice.train.setup import prepare
 
-SCRIPT = Path(__file__).parents[2] / "projects" / "pumice-tiny" / "warm.py"
 WORDS = {
     "is": (250, 20, 20),
     "system": (20, 250, 20),
@@ -27,13 +24,9 @@ WORDS = {
 
 
 @pytest.fixture(scope="module")
-def warm() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("pumice_tiny_warm", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def warm(script: Callable[[str], ModuleType]) -> Iterator[ModuleType]:
+    module = script("warm")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
         patch.setattr(module, "COMMON", "a")
         yield module
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,16 +15,10 @@ from pumice.formats.pumice.folder import open_parts
 from pumice.model.llava import Llava
 from pumice.storage.parts import LoadedParts
 
-SCRIPT = Path(__file__).parents[2] / "projects" / "pumice-tiny" / "widen.py"
-
 
 @pytest.fixture(scope="module")
-def widen() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pumice_tiny_widen", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def widen(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("widen")
 
 
 def connect(parts: LoadedParts, pixels: torch.Tensor) -> torch.Tensor:

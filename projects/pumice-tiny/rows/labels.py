@@ -223,15 +223,3 @@ def coco_naming_rows(scenes: Sequence[Scene], seed: int) -> list[Row]:
         for scene in scenes
         for number, turn in enumerate(naming_turns(scene, rng(seed, "coco-naming", scene.photo.name)))
     ]
-
-
-def label_align(scenes: Sequence[Scene]) -> list[Row]:
-    """Every photograph with its captions, or with its categories where nobody captioned it (stage 1)."""
-    rows = []
-    for scene in scenes:
-        texts = scene.photo.captions
-        if not texts and scene.labels:
-            texts = (f"{capital(', '.join(map(spoken_name, sorted(scene.labels))))}.",)
-        for number, text in enumerate(texts):
-            rows.append(row(f"align-{scene.photo.name}-{number}", scene.photo.image, [("", text)]))
-    return rows
