@@ -127,17 +127,20 @@ def read_contents(rows: Iterable[RowSummary], count: int) -> Arrays:
         keys = []
         for image in row.images:
             inside, is_video = isinstance(image, StoredImage), isinstance(image, Video)
-            data = b"" if not inside else _bytes(image)
-            name = str(image.source if isinstance(image, Video) else image)
-            encoded = b"" if inside else name.encode("utf-8", "surrogatepass")
+            data = name = b""
+            if isinstance(image, StoredImage):
+                data = _bytes(image)
+            else:
+                path = image.source if isinstance(image, Video) else image
+                name = str(path).encode("utf-8", "surrogatepass")
             # A GIF may be a picture in one row and a video in another.
-            key = (_hash(data if inside else b"video " * is_video + encoded), inside)
+            key = (_hash(data if inside else b"video " * is_video + name), inside)
             keys.append(key[0])
             if key not in numbers:
                 numbers[key] = len(numbers)
                 sizes.extend(_size(data) if inside else (0, 0))
                 videos.append(is_video)
-                names += encoded
+                names += name
                 ends.append(len(names))
             shown.append(numbers[key])
         first.append(len(shown))
