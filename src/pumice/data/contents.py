@@ -97,16 +97,14 @@ class Contents:
             yield names[start:end].decode("utf-8", "surrogatepass")
             start = end
 
-    def picture_names(self) -> Iterator[str]:
-        """Yield the name of each different picture that is a file, without videos."""
+    def files(self) -> Iterator[str | Video | None]:
+        """Yield each different picture or video by its name; None for a picture inside the source."""
         for name, is_video in zip(self.names(), self.arrays["videos"].tolist(), strict=True):
-            if name and not is_video:
-                yield name
+            yield Video(name) if is_video else name or None
 
-    def rows_without_images(self, is_there: Callable[[str, bool], bool]) -> np.ndarray:
-        """Return (R,) bool: whether a row names a picture for which `is_there`(name, is video) is False."""
-        named = zip(self.names(), self.arrays["videos"].tolist(), strict=True)
-        missing = np.array([bool(name) and not is_there(name, is_video) for name, is_video in named], bool)
+    def rows_without_images(self, is_there: Callable[[str | Video], bool]) -> np.ndarray:
+        """Return (R,) bool: whether a row names a picture or a video for which `is_there` is False."""
+        missing = np.array([file is not None and not is_there(file) for file in self.files()], bool)
         if not missing.any():
             return np.zeros(len(self.usable), bool)
         # One more, so that a last row without pictures has a place.
