@@ -252,6 +252,7 @@ class Rows(Sequence[Row]):
                 usable = True
             except InputError:
                 usable = False  # why is said by the row itself, when it is read
+            # A row without boxes keeps the digest that older runs have stored.
             words = (row.id, row.turns) if row.objects is None else (row.id, row.turns, stored(row.objects))
             yield RowSummary(usable, row.added > 0, row.image, words)
 
