@@ -11,15 +11,14 @@ writes, and back. What these numbers count depends on the model's form (`config.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pumice.capability import Capability, fields
-from pumice.config import TILED, ImagePolicy, ModelConfig
+from pumice.config import ImagePolicy, ModelConfig
 from pumice.conversation import BOX_PLACEHOLDER, REF_PLACEHOLDER, Conversation, Objects, Video
 from pumice.errors import InputError
 from pumice.geometry import Axis, Placement, Size, placement
@@ -242,7 +241,7 @@ def box_map(config: ModelConfig, size: Size, images: int = 1, *, mirror: bool = 
     flipped left to right, as in training.
     """
     CAPABILITY.check(config.image)
-    tiled = config.image.mode in TILED and config.image.uses_tiles(images)
+    tiled = config.image.uses_tiles(images)
     return BoxMap(FORMS[config.boxes], size, placement(config, size, images), mirror, tiled)
 
 
@@ -343,12 +342,12 @@ def write_boxes(conversation: Conversation, maps: Sequence[BoxMap]) -> Conversat
     texts = [part for message in conversation.messages for part in message.parts if isinstance(part, str)]
     filled = iter(fill(texts, conversation.objects or Objects(), maps))
     messages = tuple(
-        dataclasses.replace(
+        replace(
             message, parts=tuple(next(filled) if isinstance(part, str) else part for part in message.parts)
         )
         for message in conversation.messages
     )
-    return dataclasses.replace(conversation, messages=messages, objects=None)
+    return replace(conversation, messages=messages, objects=None)
 
 
 def draw(image: Image.Image, boxes: Iterable[tuple[str, Box]], line: int | None = None) -> Image.Image:
@@ -359,8 +358,7 @@ def draw(image: Image.Image, boxes: Iterable[tuple[str, Box]], line: int | None 
     """
     from PIL import ImageDraw, ImageFont
 
-    drawn = image.convert("RGB")
-    drawn = drawn.copy() if drawn is image else drawn
+    drawn = image.convert("RGB")  # a copy, also of RGB
     pen, line = ImageDraw.Draw(drawn), line or max(2, round(max(image.size) / 200))
     font = ImageFont.load_default(max(11, round(max(image.size) / 40)))
     for number, (label, box) in enumerate(boxes):

@@ -170,9 +170,11 @@ def first_tile_placement(policy: ImagePolicy, side: int, size: Size, *, tiled: b
 
     side: of the tile in pixels. tiled: the image's parts are shown as well (anyres, split, grid).
     """
-    squashed = policy.mode in ("squash", "split", "grid") or tiled
-    make = _squashed if squashed else _cropped if policy.mode == "crop" else _padded
-    return Placement((side, side), *make(size, side))
+    if tiled or policy.mode in ("squash", "split", "grid"):
+        axes = _squashed(size, (side, side))
+    else:
+        axes = _cropped(size, side) if policy.mode == "crop" else _padded(size, side)
+    return Placement((side, side), *axes)
 
 
 def placement(config: ModelConfig, size: Size, images: int = 1) -> Placement:
@@ -186,16 +188,22 @@ def placement(config: ModelConfig, size: Size, images: int = 1) -> Placement:
     if policy.mode != "anyres":
         columns, rows = tile_grid(config, size)
         canvas = columns * side, rows * side
-        return Placement(canvas, *(Axis(n / whole, 0) for n, whole in zip(size, canvas, strict=True)))
+        return Placement(canvas, *_squashed(size, canvas))
     canvas = best_resolution(size, policy.pinpoints)
     return Placement(canvas, *_letterboxed(size, canvas))
 
 
+def shortened(size: Size) -> Size:
+    """Return the size that an image has before it is padded to a square: its own, up to LONGEST_PADDED."""
+    side = max(size)
+    if side <= LONGEST_PADDED:
+        return size
+    return max(1, round(size[0] * LONGEST_PADDED / side)), max(1, round(size[1] * LONGEST_PADDED / side))
+
+
 def _padded(size: Size, tile: int) -> tuple[Axis, Axis]:
-    side, scaled = max(size), size
-    if side > LONGEST_PADDED:
-        width, height = (max(1, round(n * LONGEST_PADDED / side)) for n in size)
-        scaled, side = (width, height), LONGEST_PADDED
+    scaled = shortened(size)
+    side = max(scaled)
     across, down = (
         Axis(side / tile * n / m, -((side - m) // 2) * n / m) for n, m in zip(size, scaled, strict=True)
     )
@@ -214,8 +222,8 @@ def _cropped(size: Size, tile: int) -> tuple[Axis, Axis]:
     return axes[0], axes[1]
 
 
-def _squashed(size: Size, tile: int) -> tuple[Axis, Axis]:
-    return Axis(size[0] / tile, 0), Axis(size[1] / tile, 0)
+def _squashed(size: Size, canvas: Size) -> tuple[Axis, Axis]:
+    return Axis(size[0] / canvas[0], 0), Axis(size[1] / canvas[1], 0)
 
 
 def _letterboxed(size: Size, canvas: Size) -> tuple[Axis, Axis]:

@@ -22,10 +22,10 @@ from pumice.conversation import ImagePart, StoredImage
 from pumice.errors import InputError, install
 from pumice.geometry import (
     LONGEST_CROPPED,
-    LONGEST_PADDED,
     best_resolution,
     grid_size,
     letterbox,
+    shortened,
     split_sizes,
 )
 from pumice.png import SIGNATURE, without_long_texts
@@ -378,10 +378,9 @@ def _normalise(tile: Image.Image, policy: ImagePolicy) -> np.ndarray:
 
 
 def _pad(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    if (size := shortened(image.size)) != image.size:  # the square of 1 x 50000 would take ten gigabytes
+        image = image.resize(size, Image.Resampling.BOX)
     side = max(image.size)
-    if side > LONGEST_PADDED:  # the square of a 1 x 50000 picture would take ten gigabytes
-        width, height = (max(1, round(n * LONGEST_PADDED / side)) for n in image.size)
-        image, side = image.resize((width, height), Image.Resampling.BOX), LONGEST_PADDED
     if image.width == image.height:
         return image
     square = Image.new("RGB", (side, side), color)

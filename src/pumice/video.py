@@ -224,7 +224,7 @@ def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:
         with av.open(path) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or stream.guessed_rate or 24)
-            # Headers err, so frames are counted by decoding, small and without colour.
+            # Headers err, so frames are counted by decoding.
             try:
                 for number, frame in enumerate(container.decode(stream)):
                     times.append(frame.time if frame.time is not None else number / rate)

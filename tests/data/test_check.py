@@ -220,6 +220,16 @@ def test_a_fixed_copy_can_be_used_and_the_original_stays(tmp_path: Path, images:
     assert len(Rows(out)) == 3
 
 
+@pytest.mark.parametrize("key", ["images", "file_name"])
+def test_a_fixed_copy_names_its_pictures_once(tmp_path: Path, images: ImageFinder, key: str) -> None:
+    values = {"id": "a", key: "good.jpg", "conversations": [ASK, ANSWER], "extra": "kept"}
+    source = rows(tmp_path / "rows.jsonl", [values])
+    fix(source, images, check([source], images), tmp_path / "fixed.jsonl")
+    [written] = map(json.loads, (tmp_path / "fixed.jsonl").read_text().splitlines())
+    assert written == {**row("a"), "extra": "kept"}
+    assert Rows(tmp_path / "fixed.jsonl")[0].image == ("good.png",)
+
+
 def test_a_fixed_copy_never_replaces_what_is_checked(tmp_path: Path, images: ImageFinder) -> None:
     source = rows(tmp_path / "rows.jsonl", [row("a")])
     (tmp_path / "link.jsonl").symlink_to(source.path)

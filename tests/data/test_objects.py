@@ -142,12 +142,13 @@ def test_an_assumed_unit_is_told_and_the_row_is_used(folder: Path) -> None:
 
 
 def instances(folder: Path, **first: Any) -> Path:
-    images = [{"id": 7, "file_name": "a.png", "width": 200, "height": 100}]
+    images = [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "b.png"}]
     notes: list[dict[str, Any]] = [
         {"id": 1, "image_id": 7, "category_id": 3, "bbox": [20, 10, 80, 40], **first},
         {"id": 2, "image_id": 7, "category_id": 1, "bbox": [0, 0, 10, 10]},
         {"id": 3, "image_id": 7, "category_id": 1, "bbox": [10, 0, 10, 10]},
         {"id": 4, "image_id": 7, "category_id": 5, "bbox": [0, 0, 200, 100], "iscrowd": 1},
+        {"id": 6, "image_id": 8, "category_id": 5, "bbox": [0, 0, 200, 100], "iscrowd": 1},
         {"id": 5, "image_id": 7, "category_id": 6},
     ]
     categories = {3: "dog", 1: "cat", 5: "person", 6: "sky"}
@@ -162,6 +163,7 @@ LISTED = "dog [0.10, 0.10, 0.50, 0.50]\ncat [0.00, 0.00, 0.05, 0.10]\ncat [0.05,
 
 def test_coco_s_instances_become_questions(folder: Path) -> None:
     """All things in a list, then those that occur once, in LLaVA-1.5's words. Crowds are left out."""
+    assert len(Rows(instances(folder))) == 1  # the other picture shows nothing but a crowd
     where = "Please provide the bounding box coordinate of the region this sentence describes: dog"
     assert texts(Rows(instances(folder))) == [
         "List the objects in this picture, each with its box.", LISTED,
@@ -199,10 +201,12 @@ def test_conversion_keeps_boxes(form: str, folder: Path) -> None:
 
 
 def test_a_cleaned_copy_keeps_boxes(folder: Path) -> None:
-    rows = read(folder, ROW, {**changed(bbox=[[3, 2, 1, 4]]), "id": "b"})
+    # The third has the id and the words of the first, and another box.
+    rows = read(folder, ROW, {**changed(bbox=[[3, 2, 1, 4]]), "id": "b"}, changed(bbox=[[0, 0, 9, 9]]), ROW)
     counts = fix(rows, ImageFinder(folder), check([rows], ImageFinder(folder)), folder / "clean.jsonl")
-    assert counts["rows left out"] == 1
-    assert Rows(folder / "clean.jsonl")[0].objects == rows[0].objects
+    assert counts["rows left out"] == counts["ids made different"] == counts["repeated rows left out"] == 1
+    clean = Rows(folder / "clean.jsonl")
+    assert [(row.id, row.objects) for row in clean] == [("a", rows[0].objects), ("a-2", rows[2].objects)]
 
 
 def test_a_changed_box_is_another_digest(folder: Path) -> None:

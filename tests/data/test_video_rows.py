@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from pumice.conversation import Video
+from pumice.data import images
 from pumice.data.check import check
 from pumice.data.convert import convert
 from pumice.data.fix import fix
+from pumice.data.images import DecodedImage
 from pumice.data.rows import ImageFinder, Rows, to_llava
 from pumice.errors import InputError
 
@@ -84,6 +86,16 @@ def test_messages(tmp_path: Path) -> None:
 def test_wrong_rows(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         write(tmp_path, values)[0]
+
+
+def test_a_video_of_several_rows_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    animation(tmp_path / "a.gif")
+    rows = write(tmp_path, *(row("<video>", video="a.gif") | {"id": str(n)} for n in range(3)))
+    decoded: list[Video] = []
+    monkeypatch.setattr(images, "decode_video", lambda video: decoded.append(video) or DecodedImage("torn"))
+    report = check([rows], ImageFinder(tmp_path))
+    assert decoded == [Video(tmp_path / "a.gif")]
+    assert [problem.kind for problem in report.problems] == ["picture unreadable"] * 3
 
 
 def test_checked_fixed_and_converted(tmp_path: Path) -> None:

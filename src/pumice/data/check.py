@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pumice.conversation import Video
 from pumice.data.images import DecodedImage, Looks, decode_all
 from pumice.data.lookalikes import Lookalikes
 from pumice.data.rows import ImageFinder, Rows
@@ -130,14 +131,14 @@ def check(
     """
     if not 0 <= budget <= 1:
         raise InputError(f"the budget is {budget}; give the share of rows that may be unusable, 0 to 1")
-    # 1. Decode each file of an image once, however many rows show it.
+    # 1. Decode each file of an image or a video once, however many rows show it.
     report = DataReport(budget)
     rows = list(rows)
-    opened: dict[Path, DecodedImage] = {}
+    opened: dict[Path | Video, DecodedImage] = {}
     if decode:
-        paths = _paths([*rows, *held_out], finder)
-        on_decoded = None if decoded is None else lambda count: decoded(count, len(paths))
-        opened = decode_all(paths, workers, on_decoded, compare=bool(held_out))
+        files = _files([*rows, *held_out], finder)
+        on_decoded = None if decoded is None else lambda count: decoded(count, len(files))
+        opened = decode_all(files, workers, on_decoded, compare=bool(held_out))
     scan = Scan([*rows, *held_out], finder, encode, decode, bool(held_out), workers)
     lookalikes = Lookalikes()
     for number, source in enumerate(rows):
@@ -178,27 +179,29 @@ def _usable(findings: list[Finding]) -> bool:
     return all(kind in NOTES for kind, _ in findings)
 
 
-def _paths(rows: list[Rows], finder: ImageFinder) -> list[Path]:
-    """Return the existing image files that rows name, each once, in order."""
-    paths: dict[Path, None] = {}
+def _files(rows: list[Rows], finder: ImageFinder) -> list[Path | Video]:
+    """Return the existing files of images and videos that rows name, each once, in order."""
+    files: dict[Path | Video, None] = {}
     for source in rows:
-        for name in source.contents.picture_names():
+        for image in source.contents.files():
             try:
-                paths[finder.find(name, source.opened.folder)] = None
+                found = finder.find_any(image, source.opened.folder) if image else None
             except InputError:
                 continue  # the missing image is reported with each row that names it
-    return list(paths)
+            if isinstance(found, Path | Video):
+                files[found] = None
+    return list(files)
 
 
-def _image_findings(row: CheckedRow, opened: dict[Path, DecodedImage], decode: bool) -> list[Finding]:
+def _image_findings(row: CheckedRow, opened: dict[Path | Video, DecodedImage], decode: bool) -> list[Finding]:
     findings = []
     for image in row.images:
         if image.missing:
             findings.append(("picture missing", image.missing))
             continue
-        if image.path is not None and image.path.name != Path(image.name).name:
-            findings.append(("wrong extension", f"picture {image.name!r} is stored as {image.path.name!r}"))
-        result = opened.get(image.path) if image.path is not None else image.decoded
+        if isinstance(image.file, Path) and image.file.name != Path(image.name).name:
+            findings.append(("wrong extension", f"picture {image.name!r} is stored as {image.file.name!r}"))
+        result = opened.get(image.file) if image.file is not None else image.decoded
         if result is None or not decode:
             continue
         if result.unreadable:
@@ -208,9 +211,9 @@ def _image_findings(row: CheckedRow, opened: dict[Path, DecodedImage], decode: b
     return findings
 
 
-def _looks(row: CheckedRow, opened: dict[Path, DecodedImage]) -> Iterable[Looks]:
+def _looks(row: CheckedRow, opened: dict[Path | Video, DecodedImage]) -> Iterable[Looks]:
     for image in row.images:
-        result = opened.get(image.path) if image.path is not None else image.decoded
+        result = opened.get(image.file) if image.file is not None else image.decoded
         if result is not None and result.looks is not None:
             yield result.looks
 

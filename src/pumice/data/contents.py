@@ -97,16 +97,14 @@ class Contents:
             yield names[start:end].decode("utf-8", "surrogatepass")
             start = end
 
-    def picture_names(self) -> Iterator[str]:
-        """Yield the name of each different picture that is a file, without videos."""
+    def files(self) -> Iterator[str | Video | None]:
+        """Yield each different picture or video by its name; None for a picture inside the source."""
         for name, is_video in zip(self.names(), self.arrays["videos"].tolist(), strict=True):
-            if name and not is_video:
-                yield name
+            yield Video(name) if is_video else name or None
 
-    def rows_without_images(self, is_there: Callable[[str, bool], bool]) -> np.ndarray:
-        """Return (R,) bool: whether a row names a picture for which `is_there`(name, is video) is False."""
-        named = zip(self.names(), self.arrays["videos"].tolist(), strict=True)
-        missing = np.array([bool(name) and not is_there(name, is_video) for name, is_video in named], bool)
+    def rows_without_images(self, is_there: Callable[[str | Video], bool]) -> np.ndarray:
+        """Return (R,) bool: whether a row names a picture or a video for which `is_there` is False."""
+        missing = np.array([file is not None and not is_there(file) for file in self.files()], bool)
         if not missing.any():
             return np.zeros(len(self.usable), bool)
         # One more, so that a last row without pictures has a place.
@@ -127,17 +125,20 @@ def read_contents(rows: Iterable[RowSummary], count: int) -> Arrays:
         keys = []
         for image in row.images:
             inside, is_video = isinstance(image, StoredImage), isinstance(image, Video)
-            data = b"" if not inside else _bytes(image)
-            name = str(image.source if isinstance(image, Video) else image)
-            encoded = b"" if inside else name.encode("utf-8", "surrogatepass")
+            data = name = b""
+            if isinstance(image, StoredImage):
+                data = _bytes(image)
+            else:
+                path = image.source if isinstance(image, Video) else image
+                name = str(path).encode("utf-8", "surrogatepass")
             # A GIF may be a picture in one row and a video in another.
-            key = (_hash(data if inside else b"video " * is_video + encoded), inside)
+            key = (_hash(data if inside else b"video " * is_video + name), inside)
             keys.append(key[0])
             if key not in numbers:
                 numbers[key] = len(numbers)
                 sizes.extend(_size(data) if inside else (0, 0))
                 videos.append(is_video)
-                names += encoded
+                names += name
                 ends.append(len(names))
             shown.append(numbers[key])
         first.append(len(shown))

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from PIL import Image as Pillow
 
-from pumice.conversation import StoredImage, Video
+from pumice.conversation import Video
 from pumice.data.pictures import Image
 from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.data.sources.columns import arrow
@@ -121,11 +121,8 @@ def _claim(out: Path, manifest: dict[str, Any], rows: Rows) -> None:
 
 def _with_pictures(shard: Sequence[tuple[int, Row]], finder: ImageFinder) -> Shard:
     for number, row in shard:
-        yield number, row, [_contents(row.find(image, finder)) for image in row.image]
-
-
-def _contents(found: Path | StoredImage | Video) -> bytes:
-    return Path(str(found.source)).read_bytes() if isinstance(found, Video) else read_image(found)
+        found = [row.find(image, finder) for image in row.image]
+        yield number, row, [read_image(f.name if isinstance(f, Video) else f) for f in found]
 
 
 def _write_llava(shard: Shard, file: IO[bytes], out: Path) -> None:

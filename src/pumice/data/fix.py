@@ -10,6 +10,7 @@ from typing import Any
 
 from pumice.conversation import Video
 from pumice.data.check import NOTES, DataReport
+from pumice.data.pictures import MEDIA
 from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.errors import InputError
 from pumice.files import replacing
@@ -53,7 +54,7 @@ def fix(rows: Rows, finder: ImageFinder, report: DataReport, out: Path) -> Count
                 old_names, values["image"] = values["image"], _stored_names(values["image"], row, finder)
                 counts["pictures named as they are stored"] += old_names != values["image"]
             counts["rows given <image>"] += "<image> added" in problem_kinds
-            if not _make_id_unique(values, row.id, ids, counts):
+            if not _make_id_unique(values, row, ids, counts):
                 continue
             comma = ",\n" if is_list and counts["rows written"] else ""
             file.write(comma + json.dumps(values, ensure_ascii=False) + ("" if is_list else "\n"))
@@ -68,7 +69,8 @@ def _values(record: dict[str, Any], row: Row) -> dict[str, Any]:
         images = [image for image in row.image if not isinstance(image, Video)]
         if images in ([], record.get("image"), [record.get("image")]):
             return dict(record)
-    return {**(record if "conversations" in record else {}), **to_llava(row)}
+    kept = {key: value for key, value in record.items() if key not in MEDIA}
+    return {**(kept if "conversations" in record else {}), **to_llava(row)}
 
 
 def _stored_names(image: Any, row: Row, finder: ImageFinder) -> Any:
@@ -78,20 +80,20 @@ def _stored_names(image: Any, row: Row, finder: ImageFinder) -> Any:
 
 
 def _make_id_unique(
-    values: dict[str, Any], row_id: str, ids: dict[str, set[bytes]], counts: Counter[str]
+    values: dict[str, Any], row: Row, ids: dict[str, set[bytes]], counts: Counter[str]
 ) -> bool:
     """Give the row a new id if an earlier row has it. Return False if that row also says the same."""
-    text = json.dumps([values.get("image"), values["conversations"]])
-    contents = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    same = ids.setdefault(row_id, set())
+    said = {**to_llava(row), "id": "", "image": values.get("image")}  # as its files are really called
+    contents = hashlib.blake2b(json.dumps(said).encode(), digest_size=16).digest()
+    same = ids.setdefault(row.id, set())
     if contents in same:
         counts["repeated rows left out"] += 1
         return False
     if same:
         copy = 2
-        while f"{row_id}-{copy}" in ids:
+        while f"{row.id}-{copy}" in ids:
             copy += 1
-        values["id"] = f"{row_id}-{copy}"
+        values["id"] = f"{row.id}-{copy}"
         ids[values["id"]] = {contents}
         counts["ids made different"] += 1
     same.add(contents)

@@ -89,21 +89,21 @@ def _looks(data: bytes, image: Image.Image) -> Looks:
 
 
 def decode_all(
-    paths: Sequence[Path],
+    files: Sequence[Path | Video],
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
     *,
     compare: bool = False,
-) -> dict[Path, DecodedImage]:
-    """Decode images and return the result of each.
+) -> dict[Path | Video, DecodedImage]:
+    """Decode images and videos and return the result of each.
 
     workers: number of processes; 0 decodes in this one. progress: called with the number of images just done.
     compare: as in `decode_image`.
     """
-    decoded: dict[Path, DecodedImage] = {}
-    workers = workers if len(paths) > MIN_FOR_PROCESSES else 0
+    decoded: dict[Path | Video, DecodedImage] = {}
+    workers = workers if len(files) > MIN_FOR_PROCESSES else 0
     size = IMAGES_PER_TASK if workers else 1
-    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
+    parts = [files[start : start + size] for start in range(0, len(files), size)]
     done = map_parts(partial(_decode_images, compare), parts, workers, _crashed)
     for part, results in zip(parts, done, strict=True):
         decoded.update(zip(part, results, strict=True))
@@ -112,9 +112,10 @@ def decode_all(
     return decoded
 
 
-def _decode_images(compare: bool, paths: Sequence[Path]) -> list[DecodedImage]:
-    return [decode_image(path, compare) for path in paths]
+def _decode_images(compare: bool, files: Sequence[Path | Video]) -> list[DecodedImage]:
+    return [decode_video(f) if isinstance(f, Video) else decode_image(f, compare) for f in files]
 
 
-def _crashed(path: Path) -> DecodedImage:
-    return DecodedImage(f"'{path}' crashes the library that decodes it; remove it")
+def _crashed(file: Path | Video) -> DecodedImage:
+    name = file.name if isinstance(file, Video) else file
+    return DecodedImage(f"'{name}' crashes the library that decodes it; remove it")

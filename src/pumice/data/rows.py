@@ -82,6 +82,12 @@ class ImageFinder:
         listed = ", ".join(f"'{root}'" for root in roots)
         raise InputError(f"{what} {name!r} is not in {listed}; fetch it or name its folder")
 
+    def find_any(self, image: Image, beside: Path | None = None) -> Path | StoredImage | Video:
+        """Return a picture or a video of a row with its file. Raises InputError as `find`."""
+        if isinstance(image, Video):
+            return replace(image, source=self.find(str(image.source), beside, "video"))
+        return image if isinstance(image, StoredImage) else self.find(image, beside)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -124,9 +130,7 @@ class Row:
 
     def find(self, image: Image, finder: ImageFinder) -> Path | StoredImage | Video:
         """Return one of the row's images as `conversation` does. Raises InputError when it is missing."""
-        if isinstance(image, Video):
-            return replace(image, source=finder.find(str(image.source), self.folder, "video"))
-        return image if isinstance(image, StoredImage) else finder.find(image, self.folder)
+        return finder.find_any(image, self.folder)
 
 
 def to_llava(row: Row, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -225,9 +229,9 @@ class Rows(Sequence[Row]):
     def bad_rows(self, finder: ImageFinder) -> np.ndarray:
         """Return (rows,) bool: which rows cannot be used. Pictures and videos are found, but not opened."""
 
-        def is_there(name: str, is_video: bool) -> bool:
+        def is_there(file: str | Video) -> bool:
             try:
-                finder.find(name, self.opened.folder, "video" if is_video else "picture")
+                finder.find_any(file, self.opened.folder)
             except InputError:
                 return False
             return True
@@ -248,6 +252,7 @@ class Rows(Sequence[Row]):
                 usable = True
             except InputError:
                 usable = False  # why is said by the row itself, when it is read
+            # A row without boxes keeps the digest that older runs have stored.
             words = (row.id, row.turns) if row.objects is None else (row.id, row.turns, stored(row.objects))
             yield RowSummary(usable, row.added > 0, row.image, words)
 

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from pumice.boxes import BoxError, assumed_unit, picture_boxes
-from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Conversation, Objects, Video
-from pumice.data.images import DecodedImage, decode_image, decode_video
+from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Conversation, Objects, StoredImage, Video
+from pumice.data.images import DecodedImage, decode_image
 from pumice.data.pictures import Image
 from pumice.data.processes import map_parts
 from pumice.data.rows import ImageFinder, Row, Rows
@@ -25,11 +25,11 @@ _ROWS_PER_TASK = 250  # rows that a process gets at once, of a source that reads
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """One image of a row: missing, a file, or a video or inside the source and then decoded already."""
+    """One image or video of a row: missing, a file, or inside the source and then decoded already."""
 
     name: str
     missing: str = ""  # why
-    path: Path | None = None
+    file: Path | Video | None = None
     decoded: DecodedImage | None = None
 
 
@@ -122,13 +122,9 @@ class Scan:
             found = row.find(image, self.finder)
         except InputError as error:
             return CheckedImage(name, missing=str(error))
-        if isinstance(found, Path):
-            return CheckedImage(name, path=found)
-        if not self.decode:
-            return CheckedImage(name)
-        if isinstance(found, Video):
-            return CheckedImage(name, decoded=decode_video(found))
-        return CheckedImage(name, decoded=decode_image(found, self.compare))
+        if not isinstance(found, StoredImage):
+            return CheckedImage(name, file=found)
+        return CheckedImage(name, decoded=decode_image(found, self.compare) if self.decode else None)
 
 
 def _crashed(index: int) -> CheckedRow:

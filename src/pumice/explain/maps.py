@@ -1,8 +1,8 @@
 """Map each image token to the part of the original image that it shows.
 
-This file follows a pixel backwards, by `pumice.geometry.Placement`. A test sends bright pixels
-forwards through both and checks that they meet. A token's box is the patch of pixels that its feature belongs
-to. The feature also depends on its surroundings, which no map can show.
+This file follows a pixel backwards, by `pumice.geometry.Placement`. A test sends bright pixels forwards
+through `pumice.images` and checks that they meet. A token's box is the patch of pixels that its feature
+belongs to. The feature also depends on its surroundings, which no map can show.
 
 Shapes: N tokens of one image, W words, h x w cells of a map.
 """
@@ -73,12 +73,11 @@ def token_boxes(config: ModelConfig, size: Size, layout: Layout) -> TokenBoxes:
         cell = layout.average * config.vision.stride or config.vision.image_size / side
         policy = replace(config.image, mode="crop" if layout.average else "squash")
         place = first_tile_placement(policy, config.vision.image_size, size)
-        edges = np.arange(side) * cell
-        x, y = (np.stack((axis(edges), axis(edges + cell))) for axis in (place.across, place.down))
-        boxes = np.vstack((_boxes(x, y), *[np.zeros((1, 4))] * layout.newline))
+        boxes = _grid(place.across, place.down, side, cell)
+        boxes = np.vstack((boxes, *[np.zeros((1, 4))] * layout.newline))
         return TokenBoxes(size, boxes, np.arange(layout.tokens) < layout.base)
     place = first_tile_placement(config.image, config.vision.image_size, size, tiled=layout.tiles > 1)
-    boxes = _first_tile(config, (place.across, place.down))
+    boxes = _grid(place.across, place.down, *_tokens(config))
     placed = np.ones(len(boxes), bool)
     if config.vision.select == "cls_patch":
         boxes, placed = np.vstack((np.zeros((1, 4)), boxes)), np.append(False, placed)
@@ -104,11 +103,10 @@ def grid_for(boxes: TokenBoxes) -> Size:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _first_tile(config: ModelConfig, axes: tuple[Axis, Axis]) -> np.ndarray:
-    """Return the boxes of the tokens of the first tile, row by row: (side * side, 4)."""
-    side, cell = _tokens(config)
+def _grid(across: Axis, down: Axis, side: int, cell: float) -> np.ndarray:
+    """Return the boxes of a tile's side x side tokens of `cell` pixels, row by row: (side * side, 4)."""
     begin = np.arange(side) * cell
-    x, y = (np.stack((axis(begin), axis(begin + cell))) for axis in axes)
+    x, y = (np.stack((axis(begin), axis(begin + cell))) for axis in (across, down))
     return _boxes(x, y)
 
 
@@ -143,8 +141,8 @@ def _tiles(config: ModelConfig, size: Size, layout: Layout) -> tuple[np.ndarray,
 def _whole_tiles(config: ModelConfig, size: Size, layout: Layout) -> np.ndarray:
     """Return the boxes of the tokens of tiles that share the whole image: (tiles * side * side, 4)."""
     scale_x, scale_y = size[0] / layout.columns, size[1] / layout.rows
-    shares = (Axis(part / config.vision.image_size, 0) for part in (scale_x, scale_y))
-    first = _first_tile(config, (next(shares), next(shares)))
+    across, down = (Axis(part / config.vision.image_size, 0) for part in (scale_x, scale_y))
+    first = _grid(across, down, *_tokens(config))
     corners = [
         (column * scale_x, row * scale_y) for row in range(layout.rows) for column in range(layout.columns)
     ]

@@ -18,8 +18,6 @@ UNSPACED = (
     "\ua980-\uaadf\uf900-\ufaff\U00020000-\U0003ffff"
 )
 
-# English function words; all other words count as content.
-_FUNCTION = frozenset((Path(__file__).parent / "function_words.txt").read_text(encoding="utf-8").split())
 _CLITICS = ("", "'s", "'t", "n't", "'re", "'ve", "'ll", "'d", "'m")
 
 
@@ -42,7 +40,15 @@ class Word:
     def is_content(self) -> bool:
         """Whether the word names something (noun, verb, colour, number): it is no English function word."""
         word = self.text.lower().replace("’", "'")
-        return any(map(str.isalnum, word)) and all(word.removesuffix(c) not in _FUNCTION for c in _CLITICS)
+        return any(map(str.isalnum, word)) and all(
+            word.removesuffix(c) not in _function_words() for c in _CLITICS
+        )
+
+
+@lru_cache(maxsize=1)
+def _function_words() -> frozenset[str]:
+    """Return English function words; all other words count as content."""
+    return frozenset((Path(__file__).parent / "function_words.txt").read_text(encoding="utf-8").split())
 
 
 @lru_cache(maxsize=1)  # made when it is first needed: it takes 20 ms

@@ -38,6 +38,8 @@ class _Lists:
                         continue
                     else:
                         for start, end, item in value:
+                            if isinstance(item, dict) and item.get("iscrowd"):
+                                continue  # its box is around many things
                             if name in spans:
                                 spans[name].extend((start, end))
                                 keys[name].extend(self._keys_of(item))
@@ -94,13 +96,11 @@ class CocoRows(Source):
         record: Record = {"image": image}
         if self._lists.has_captions:
             return {"id": notes[0].get("id"), **record, "caption": notes[0].get("caption")}
-        # A crowd's box is around many things.
-        things = [note for note in notes if not note.get("iscrowd")]
-        names = [self._lists.categories.get(note.get("category_id"), "object") for note in things]
+        names = [self._lists.categories.get(note.get("category_id"), "object") for note in notes]
         return {
             "id": key,
             **record,
-            "objects": {"ref": names, "bbox": [_corners(note) for note in things], "bbox_type": "real"},
+            "objects": {"ref": names, "bbox": [_corners(note) for note in notes], "bbox_type": "real"},
         }
 
 
