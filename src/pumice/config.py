@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ REDUCTIONS: dict[str, Callable[[int, int], int]] = {
 IMAGE_TOKEN = -200  # a picture's placeholder in input_ids, LLaVA's own number
 # Fields that have another name in config.json, so that models written by earlier versions stay readable.
 STORED_NAMES = {"head_dim": "head_width", "rope_theta": "rope_base"}
+_hints = functools.cache(typing.get_type_hints)  # which evaluates all annotations of a class
 
 
 def later(default: Any, **options: Any) -> Any:
@@ -234,11 +236,8 @@ class ImagePolicy:
     enlarge: bool = later(True, repr=False)  # grid only: smaller images grow to longest_edge
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("mode", self.mode, IMAGE_MODES),
-            ("resample", self.resample, RESAMPLINGS),
-        ):
-            if value not in allowed:
+        for name, allowed in (("mode", IMAGE_MODES), ("resample", RESAMPLINGS)):
+            if (value := getattr(self, name)) not in allowed:
                 raise InputError(f"unknown {name} {value!r}; use one of {', '.join(allowed)}")
         if not all(part > 0 for part in self.std):
             raise InputError(f"pixels cannot be divided by a std of {self.std}; each must be more than 0")
@@ -415,7 +414,7 @@ def from_dict(cls: type, values: Any, location: str) -> Any:
     """
     if not isinstance(values, dict):
         raise InputError(f"{location}: expected an object for {cls.__name__}, found {type(values).__name__}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {STORED_NAMES.get(f.name, f.name): f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:

@@ -62,8 +62,10 @@ def check_used(config: ModelConfig) -> None:
             f"the template is {config.template!r}, which does not use the fields of `chat`; name {OWN!r}"
         )
     if chat.system is None:  # nothing that stands inside or after a system message has a place
-        without = CHAT.replace("default_system system_in_user", "").replace("tools", "")
-        Capability("a chat format without `system`", {ChatFormat: fields(without)}).check(chat)
+        without = fields(CHAT)
+        for name in ("default_system", "system_in_user", "tools"):
+            del without[name]
+        Capability("a chat format without `system`", {ChatFormat: without}).check(chat)
     if unknown := set(chat.trim) - {"system", "user", "assistant"}:
         raise InputError(f"chat.trim names {min(unknown)!r}; the roles are system, user and assistant")
 

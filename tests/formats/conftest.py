@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from pumice.config import DecoderConfig
 from pumice.formats import names as tensor_names
+from pumice.formats.hf.read import open_hf
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2"]
@@ -254,3 +257,71 @@ def parts_of(tmp_path_factory: pytest.TempPathFactory, llava: Callable[[str], Pa
     language.save_pretrained(llm)
     write_tokenizer(llm)
     return tower, llm
+
+
+@pytest.fixture(scope="session")
+def change() -> Callable[..., None]:
+    """Sets keys of a JSON file; `a__b` is the key b of the object a, and None removes a key."""
+
+    def set_keys(path: Path, **values: Any) -> None:
+        whole = json.loads(path.read_text()) if path.is_file() else {}
+        for key, value in values.items():
+            *above, last = key.split("__")
+            place = whole
+            for name in above:
+                place = place[name]
+            place[last] = value
+            if value is None:
+                del place[last]
+        write(path, whole)
+
+    return set_keys
+
+
+@pytest.fixture
+def hf(llava: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a LLaVA of transformers, with the head and names of an older version."""
+
+    def make(kind: str) -> Path:
+        folder = Path(shutil.copytree(llava(kind), tmp_path / kind))
+        loaded = open_hf(folder)
+        table = tensor_names.llava(
+            loaded.config, tensor_names.HF_NESTINGS[0], tensor_names.hf_connector(True), "vision_model."
+        )
+        names = tensor_names.inverse(table)
+        state = {names[ours]: tensor.read() for ours, tensor in loaded.state.items()}
+        save_file(state, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def original(
+    llava: Callable[[str], Path], parts_of: tuple[Path, Path], tmp_path: Path, change: Callable[..., None]
+) -> Callable[..., Path]:
+    """A folder of the original code: a Llama's or, as `kind` onevision, a Qwen2's."""
+
+    def make(kind: str = "llava", **values: Any) -> Path:
+        loaded = open_hf(llava(kind))
+        projector = tensor_names.ORIGINAL_CONNECTORS["mlp2x_gelu"]
+        table = tensor_names.llava(loaded.config, tensor_names.ORIGINAL, projector, "vision_model.")
+        names = tensor_names.inverse(table)
+        folder = tmp_path / "original"
+        folder.mkdir()
+        state = {names[ours]: tensor.read() for ours, tensor in loaded.state.items()}
+        torch.save(state, folder / "pytorch_model.bin")
+        own = json.loads((llava(kind) / "config.json").read_text())
+        tower = folder / "eye"
+        tower.mkdir()
+        change(tower / "config.json", **own["vision_config"])
+        text = own["text_config"] | {"architectures": None}
+        change(folder / "config.json", **text | {
+            "model_type": "llava", "mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "eye",
+            "mm_vision_select_layer": -2, "image_aspect_ratio": "pad",
+        } | values)  # fmt: skip
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(parts_of[1] / file, folder)
+        return folder
+
+    return make

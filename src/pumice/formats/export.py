@@ -171,16 +171,15 @@ def _check_text_side(to: str, folder: Path, model: LoadedParts) -> None:
         ("bos_token_id", config.bos_token_id, text.files.bos_id),
         ("stop_token_ids", config.stop_token_ids, text.stop_ids),
     ]
+    lost = [f"{name}: {old!r} would come back as {new!r}" for name, old, new in pairs if old != new]
     template = get_template(config.template, config.chat)
     if to == "hf" and isinstance(template, Template):
         source = text.files.chat_template or ""
         specials = list(Tokenizer(text.tokenizer).special)
-        reason = difference(source, template, config.image_wrap, specials)
-        pairs.append(("chat template", "", reason))
-    for name, old, new in pairs:
-        if old != new:
-            came = f"{old!r} would come back as {new!r}" if old else str(new)
-            raise InputError(f"{to} does not keep the {name}: {came}; share the Pumice folder itself")
+        if reason := difference(source, template, config.image_wrap, specials):
+            lost.append(f"chat template: {reason}")
+    if lost:
+        raise InputError(f"{to} does not keep the {lost[0]}; share the Pumice folder itself")
 
 
 def refusal(to: str, config: ModelConfig) -> str | None:

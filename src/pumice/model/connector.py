@@ -115,7 +115,7 @@ KINDS: dict[str, Callable[..., nn.Sequential]] = {
     "linear": partial(_mlp, 1),  # LLaVA 1.0's
     **{f"mlp{depth}x_gelu": partial(_mlp, depth) for depth in range(1, 10)},  # LLaVA 1.5's has two layers
 }
-_OWN_KINDS = dict(KINDS)  # known to keep the number of tokens
+_BUILT_IN = dict(KINDS)  # known to keep the number of tokens
 CAPABILITY = Capability("the connector", {ConnectorConfig: fields("kind reduce factor bias")})
 
 
@@ -129,19 +129,18 @@ class Connector(nn.Module):
         super().__init__()
         CAPABILITY.check(config)
         if config.kind not in KINDS:
-            kinds = ", ".join(KINDS)
-            raise InputError(f"unknown connector {config.kind!r}; use one of {kinds}")
+            raise InputError(f"unknown connector {config.kind!r}; use one of {', '.join(KINDS)}")
         self.config = config
         self.reduce = _reduction(config.reduce)
         # Every kind takes two widths; `bias` is asked only where it is set.
         options = {} if config.bias else {"bias": False}
         in_width *= config.factor**2 if self.reduce.widens else 1
         try:
-            arguments = inspect.signature(KINDS[config.kind]).bind(in_width, width, **options)
+            inspect.signature(KINDS[config.kind]).bind(in_width, width, **options)
         except TypeError as error:
             what = "takes no widths" if config.bias else "does not implement bias = False"
             raise InputError(f"a connector of kind {config.kind!r} {what} ({error})") from error
-        self.layers = KINDS[config.kind](*arguments.args, **arguments.kwargs)
+        self.layers = KINDS[config.kind](in_width, width, **options)
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn features (B, G*G, C) into image tokens (B, N, D)."""
@@ -167,7 +166,7 @@ def check_image_tokens(config: ModelConfig) -> None:
         )
     # 2. The layers of a user's own kind.
     vision, width = config.vision, config.decoder.width
-    if kind not in _OWN_KINDS or KINDS.get(kind) is not _OWN_KINDS[kind]:
+    if kind not in _BUILT_IN or KINDS.get(kind) is not _BUILT_IN[kind]:
         try_shapes(
             f"a connector of kind {kind!r}, whose layers may not change the number of tokens,",
             lambda: Connector(config.connector, vision.width, width),

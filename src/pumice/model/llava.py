@@ -39,7 +39,7 @@ TOWERS: dict[str, tuple[str, Callable[[VisionConfig], nn.Module]]] = {
     # A language model alone; `Processor` refuses pictures.
     "none": ("kind width", lambda config: nn.Identity()),
 }
-_OWN_TOWERS = dict(TOWERS)  # known to give config.features of config.width
+_BUILT_IN = dict(TOWERS)  # known to give config.features of config.width
 
 
 def make_tower(config: VisionConfig) -> nn.Module:
@@ -55,7 +55,7 @@ def check_shapes(config: ModelConfig) -> None:
     """Raise InputError unless the tower and the connector give as many features and tokens as are counted."""
     vision = config.vision
     side, kind = vision.image_size, vision.kind
-    if kind not in _OWN_TOWERS or TOWERS.get(kind) is not _OWN_TOWERS[kind]:
+    if kind not in _BUILT_IN or TOWERS.get(kind) is not _BUILT_IN[kind]:
         try_shapes(
             f"a tower of kind {kind!r}",
             lambda: make_tower(vision),

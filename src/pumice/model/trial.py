@@ -21,7 +21,7 @@ def try_shapes(
     """Raise InputError unless a module gives (1, count, width) for zeros of the shape `given`.
 
     name: of the module, for messages. expected: what is counted ("features"), their number, and their width.
-    width: whose width it is.
+    width: the words before the right width in a message, "the LLM has".
     """
 
     def trial(device: str) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from pumice.errors import InputError
 from pumice.files import cache_folder, sha256
-from pumice.storage.yaml_file import read_yaml
+from pumice.storage.json_file import read_json
 
 _STAMP = "stamp.json"
 
@@ -54,8 +54,9 @@ class WheelPart:
         return cache_folder() / "wheels" / f"{self.package}-{self.version}-{self.sha256[:12]}"
 
 
-_WHEELS_FILE = Path(__file__).parent / "wheels.yaml"
-WHEELS = {name: WheelPart(**values) for name, values in read_yaml(_WHEELS_FILE, "table of wheels").items()}
+# JSON, which is quick to read: who asks a model needs no YAML.
+_WHEELS_FILE = Path(__file__).parent / "wheels.json"
+WHEELS = {name: WheelPart(**values) for name, values in read_json(_WHEELS_FILE).items()}
 
 
 def wheel(name: str) -> WheelPart:

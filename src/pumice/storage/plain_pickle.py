@@ -9,7 +9,7 @@ from typing import Any
 from pumice.errors import InputError
 
 
-class PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle.Unpickler):
     """Reads lists, dictionaries, text and numbers. It admits no class and no function."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -22,7 +22,7 @@ def read_plain_pickle(data: bytes, label: str) -> Any:
     Raises InputError where it is damaged or names code.
     """
     try:
-        return PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
+        return _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
     except InputError as error:
         raise InputError(f"'{label}': {error}") from error
     except Exception as error:  # damaged bytes make the library raise errors of many kinds

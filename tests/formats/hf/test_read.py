@@ -34,6 +34,7 @@ PIXELS: dict[str, Any] = {
 
 KINDS = ["llava", "siglip", "next", "next_video", "onevision"]
 Llavas = Callable[[str], Path]
+Change = Callable[..., None]
 
 
 def picture(width: int = 40, height: int = 26) -> ImagePart:
@@ -131,7 +132,7 @@ def test_each_of_several_pictures_is_a_square_for_a_llava_interleave(llava: Llav
     ],
 )
 def test_a_llava_next_video_that_pools_in_another_way_is_refused(
-    llava: Llavas, tmp_path: Path, file: str, values: dict[str, Any], words: str
+    llava: Llavas, tmp_path: Path, file: str, values: dict[str, Any], words: str, change: Change
 ) -> None:
     folder = tmp_path / "m"
     shutil.copytree(llava("next_video"), folder)
@@ -199,7 +200,7 @@ def test_every_nesting_and_file_format(
     assert all(torch.equal(loaded_again.state[n].read(), t.read()) for n, t in expected.state.items())
 
 
-def test_a_projector_without_biases_has_zeros(llava: Llavas, tmp_path: Path) -> None:
+def test_a_projector_without_biases_has_zeros(llava: Llavas, tmp_path: Path, change: Change) -> None:
     folder = rewrite(llava("llava"), tmp_path / "m", tensor_names.HF_NESTINGS[0], "bin")
     tensors = torch.load(folder / "pytorch_model.bin")
     torch.save({n: t for n, t in tensors.items() if "linear_1.bias" not in n and "linear_2.bias" not in n},
@@ -208,20 +209,6 @@ def test_a_projector_without_biases_has_zeros(llava: Llavas, tmp_path: Path) -> 
     loaded = open_hf(folder)
     check(loaded.state, shapes(loaded.config), "here")
     assert not loaded.state["connector.layers.2.bias"].read().any()
-
-
-def change(path: Path, **values: Any) -> None:
-    """Set keys of a JSON file; "a.b" is a key of the object `a`, None removes it."""
-    whole_config = json.loads(path.read_text())
-    for key, value in values.items():
-        parent = whole_config
-        *above, last = key.split("__")
-        for name in above:
-            parent = parent[name]
-        parent[last] = value
-        if value is None:
-            del parent[last]
-    path.write_text(json.dumps(whole_config))
 
 
 @pytest.fixture
@@ -265,7 +252,7 @@ def folder(llava: Llavas, tmp_path: Path) -> Path:
     ],
 )
 def test_wrong_values_are_named_by_file_and_key(
-    folder: Path, file: str, values: dict[str, Any], message: str
+    folder: Path, file: str, values: dict[str, Any], message: str, change: Change
 ) -> None:
     change(folder / file, **values)
     with pytest.raises(InputError, match=message) as caught:
@@ -274,7 +261,7 @@ def test_wrong_values_are_named_by_file_and_key(
     assert str(folder) in str(caught.value)
 
 
-def test_a_config_that_contradicts_the_shapes_of_weights(folder: Path) -> None:
+def test_a_config_that_contradicts_the_shapes_of_weights(folder: Path, change: Change) -> None:
     change(folder / "config.json", text_config__intermediate_size=50)
     with pytest.raises(
         InputError, match=r"gate_proj\.weight in model-.*\) is \[48, 32\] instead of \[50, 32\]"
@@ -282,7 +269,7 @@ def test_a_config_that_contradicts_the_shapes_of_weights(folder: Path) -> None:
         open_model(folder)
 
 
-def test_padding_to_a_square_is_read(folder: Path) -> None:
+def test_padding_to_a_square_is_read(folder: Path, change: Change) -> None:
     change(folder / "preprocessor_config.json", do_pad=True)
     image = open_hf(folder).config.image
     assert (image.mode, image.pad_color) == ("pad", (122, 116, 104))
@@ -292,7 +279,7 @@ def test_padding_to_a_square_is_read(folder: Path) -> None:
     )
 
 
-def test_newer_and_older_files_of_the_processor(folder: Path) -> None:
+def test_newer_and_older_files_of_the_processor(folder: Path, change: Change) -> None:
     inner = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": inner | {"resample": 2}}))
     assert open_hf(folder).config.image.resample == "bilinear"
@@ -304,7 +291,7 @@ def test_newer_and_older_files_of_the_processor(folder: Path) -> None:
         open_hf(folder)
 
 
-def test_without_a_chat_template_the_usual_one_is_assumed_and_told(folder: Path) -> None:
+def test_without_a_chat_template_the_usual_one_is_assumed_and_told(folder: Path, change: Change) -> None:
     change(folder / "tokenizer_config.json", chat_template=None)
     loaded = open_hf(folder)
     assert loaded.config.template == "v1"

@@ -80,7 +80,7 @@ def test_a_whole_folder(make: Callable[..., Path], llava: Callable[[str], Path],
     equal(loaded, open_hf(llava("llava")))
     config = loaded.config
     assert (config.template, config.bos_token_id, config.stop_token_ids) == ("v1", 1, (2,))
-    assert len(loaded.notes) == 1  # of the chat format, in test_contradictions
+    assert len(loaded.notes) == 1  # of the chat format, in test_contradicting_processors
     assert (config.image.mode, config.image.pad_color) == ("pad", (122, 116, 104))
     assert (config.vision.layer, config.vision.select, config.connector.kind) == (-2, "patch", "mlp2x_gelu")
 

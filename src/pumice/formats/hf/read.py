@@ -1,4 +1,4 @@
-"""Read the folder of a LLaVA of transformers: Llava, LlavaNext, LlavaNextVideo, LlavaOnevision, Idefics3."""
+"""Read the folder of a LLaVA of transformers, of any model_type in `recognise.HF_LLAVAS`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,11 @@ from pumice.storage.tensors import LazyStateDict, as_lazy, open_weights
 _LLAVA: dict[str, Any] = {
     "image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
 }  # fmt: skip
+_NEXT = _LLAVA | {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]}
 _DEFAULTS = {
     "llava": _LLAVA,
-    "llava_next": _LLAVA | {
-        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-    },
-    "llava_next_video": _LLAVA | {
-        "image_token_index": 32001, "spatial_pool_stride": 2,
-        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-    },
+    "llava_next": _NEXT,
+    "llava_next_video": _NEXT | {"image_token_index": 32001, "spatial_pool_stride": 2},
     "llava_onevision": {
         "image_token_index": 151646, "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
         "vision_aspect_ratio": "anyres_max_9",

@@ -62,7 +62,7 @@ def jinja_part(name: str) -> str:
     system, turns: the system message and the turns, as in `templates.Template.render`. tools: functions
     follow the system message; calls are text of an answer, and what they gave is a question.
     """
-    text = (Path(__file__).parent / "jinja" / f"{name}.jinja").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "chat_template_parts" / f"{name}.jinja").read_text(encoding="utf-8")
     return "".join(line.strip() for line in text.split("\n"))
 
 
