@@ -155,8 +155,10 @@ def test_responses_with_schemas_and_tools(openai_client: openai.OpenAI, roomy: s
         assert same.arguments == call.arguments
         deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
         assert "".join(deltas) == call.arguments
-    text = openai_client.responses.create(model="tiny", input="hi", tools=tools, max_output_tokens=5)
-    assert text.output[0].type == "message"
+    for more in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
+        text = create(model="tiny", input="hi", tools=tools, max_output_tokens=5, **more)
+        assert text.output[0].type == "message"
+        assert text.tool_choice == more.get("tool_choice", "auto")
 
 
 def test_answers_that_are_only_referred_to(openai_client: openai.OpenAI, roomy: str) -> None:
@@ -242,6 +244,12 @@ def test_answers_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> Non
     assert items._bytes == 0
 
 
+def test_responses_give_metadata_back(openai_client: openai.OpenAI) -> None:
+    most = {f"{number:064}": "x" * 512 for number in range(16)}
+    answer = openai_client.responses.create(model="tiny", input="hi", metadata=most, max_output_tokens=1)
+    assert answer.metadata == most
+
+
 def test_responses_give_log_probabilities(openai_client: openai.OpenAI) -> None:
     include: Any = ["message.output_text.logprobs"]
     answer: Any = openai_client.responses.create(
@@ -261,6 +269,9 @@ def test_responses_give_log_probabilities(openai_client: openai.OpenAI) -> None:
         ),
         ({"max_tokens": 9}, "max_tokens", "did you mean 'max_output_tokens'?"),
         ({"conversation": "conv_1"}, "conversation", "keeps no conversations"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "object should have at most 16 items"),
+        ({"metadata": {"k" * 65: ""}}, f"metadata.{'k' * 65}.[key]", "at most 64 characters"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a", "at most 512 characters"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
         ({"background": True}, "background", "background is not supported; leave it out"),
         ({"input": []}, "input", "at least 1 item"),
