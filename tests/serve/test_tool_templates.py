@@ -247,6 +247,18 @@ def test_blocks_of_anthropic(before: str) -> None:
     assert [block.type for block in whole.content] == starts
 
 
+@pytest.mark.parametrize("finish", ["length", "stop"])
+def test_a_call_that_is_cut_off_is_a_block_without_input(finish: str) -> None:
+    """By the limit, or by a stop text of the client's: whole as in a stream."""
+    pieces = read(CALL[: CALL.index("yes")], pieces=9, finish=finish)
+    request = AnthropicRequest.model_validate({"max_tokens": 9, "messages": [HI]})
+    sent = events(AnthropicForm("tiny", request), pieces)
+    [started] = [event["content_block"] for event in sent if event["type"] == "content_block_start"]
+    whole = AnthropicForm("tiny", request).response([join(pieces)], USAGE).model_dump()
+    assert whole["content"] == [started]
+    assert started == {"type": "tool_use", "id": pieces[-1].call_id, "name": "say", "input": {}}
+
+
 def test_messages_of_ollama() -> None:
     pieces = read(f"Let me see.\n{CALL}", pieces=9)
     *texts, last = events(OllamaForm("tiny", is_chat=True), pieces)
