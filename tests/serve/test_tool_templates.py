@@ -15,7 +15,7 @@ import jinja2
 import ollama
 import openai
 import pytest
-from asking import picture, post, user_message
+from asking import HI, WORD, picture, post, user_message
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -34,13 +34,6 @@ from pumice.serve.tools import CLOSE, TextOrCall, tool_use
 from pumice.templates import Template, call_text
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
-HI = {"role": "user", "content": "hi"}
-WORD = {
-    "type": "object",
-    "properties": {"word": {"enum": ["yes", "no"]}},
-    "required": ["word"],
-    "additionalProperties": False,
-}
 SAY = {"type": "function", "function": {"name": "say", "description": "Say <it>.", "parameters": WORD}}
 NOW = {"type": "function", "function": {"name": "now"}}
 CALL = call_text("say", {"word": "yes"})
