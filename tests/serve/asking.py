@@ -1,4 +1,4 @@
-"""Helpers of the server's tests that make pictures, messages and request bodies."""
+"""Helpers of the server's tests that make pictures, messages and request bodies, and what they ask."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image
+
+HI = {"role": "user", "content": "hi"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+WORD = {
+    "type": "object",
+    "properties": {"word": {"enum": ["yes", "no"]}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
+WORDS = ({"word": "yes"}, {"word": "no"})  # all that WORD allows
+CALL = {"id": "a", "type": "function", "function": {"name": "say", "arguments": '{"word":"yes"}'}}
+AFTER_CALL = [
+    HI,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a", "content": "said"},
+    HI,
+]
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30), file_format: str = "PNG") -> bytes:
@@ -37,3 +54,10 @@ def post(url: str, body: Any, path: str = "/v1/chat/completions", **more: Any) -
 def ask(text: str = "What?", *images: bytes, **more: Any) -> dict[str, Any]:
     """Return the body of a chat request with one question."""
     return {"messages": [user_message(text, *images)], "max_tokens": 8, **more}
+
+
+def said(url: str, *messages: dict[str, Any], **more: Any) -> str:
+    """Return what the chat's protocol answers."""
+    response = post(url, {"messages": messages, "max_tokens": 9, **more})
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])

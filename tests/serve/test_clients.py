@@ -7,15 +7,13 @@ from typing import Any
 
 import httpx
 import pytest
-from asking import ask, data_uri, picture, post, user_message
+from asking import HI, SYSTEM, ask, data_uri, picture, post, user_message
 
 from pumice.assistant import Assistant, load
 from pumice.conversation import Conversation, ImagePart, Message
 from pumice.engine.generate import naive_generate
 
-HI = {"role": "user", "content": "hi"}
 PICTURE = {"type": "image_url", "image_url": {"url": data_uri(picture(1))}}
-SYSTEM = {"role": "system", "content": "Be brief."}
 TEXT = {"type": "text", "text": "Hello."}
 SHOWN = ImagePart(picture(1))
 GREETED = [("user", "hi"), ("assistant", "Hello.")]

@@ -15,7 +15,7 @@ import jinja2
 import ollama
 import openai
 import pytest
-from asking import picture, post, user_message
+from asking import HI, WORD, picture, post, user_message
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -34,13 +34,6 @@ from pumice.serve.tools import CLOSE, TextOrCall, tool_use
 from pumice.templates import Template, call_text
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "chat_templates"
-HI = {"role": "user", "content": "hi"}
-WORD = {
-    "type": "object",
-    "properties": {"word": {"enum": ["yes", "no"]}},
-    "required": ["word"],
-    "additionalProperties": False,
-}
 SAY = {"type": "function", "function": {"name": "say", "description": "Say <it>.", "parameters": WORD}}
 NOW = {"type": "function", "function": {"name": "now"}}
 CALL = call_text("say", {"word": "yes"})
@@ -245,6 +238,18 @@ def test_blocks_of_anthropic(before: str) -> None:
     whole = AnthropicForm("tiny", request).response([join(pieces)], USAGE)
     assert isinstance(whole, AnthropicAnswer)
     assert [block.type for block in whole.content] == starts
+
+
+@pytest.mark.parametrize("finish", ["length", "stop"])
+def test_a_call_that_is_cut_off_is_a_block_without_input(finish: str) -> None:
+    """By the limit, or by a stop text of the client's: whole as in a stream."""
+    pieces = read(CALL[: CALL.index("yes")], pieces=9, finish=finish)
+    request = AnthropicRequest.model_validate({"max_tokens": 9, "messages": [HI]})
+    sent = events(AnthropicForm("tiny", request), pieces)
+    [started] = [event["content_block"] for event in sent if event["type"] == "content_block_start"]
+    whole = AnthropicForm("tiny", request).response([join(pieces)], USAGE).model_dump()
+    assert whole["content"] == [started]
+    assert started == {"type": "tool_use", "id": pieces[-1].call_id, "name": "say", "input": {}}
 
 
 def test_messages_of_ollama() -> None:

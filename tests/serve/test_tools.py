@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 import torch
-from asking import picture, post, user_message
+from asking import HI, picture, post, user_message
 
 from pumice import __version__
 from pumice.assistant import Assistant, load
@@ -18,7 +18,6 @@ from pumice.serve.answers import AnswerPiece, join
 from pumice.serve.messages import FunctionDescription
 from pumice.serve.tools import CallReader
 
-HI = {"role": "user", "content": "hi"}
 WORD = {
     "type": "object",
     "properties": {"word": {"$ref": "#/$defs/Word"}},

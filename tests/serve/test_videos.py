@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from pumice import video
 from pumice.assistant import conversation_of, load
 from pumice.conversation import Video
 from pumice.formats.pumice import folder as model_folder
+from pumice.images import image_size
 from pumice.media import Frames, VideoPolicy
+from pumice.serve import images
 from pumice.serve.images import PictureFile, count_tiles
 
 FIELD = "messages.0.content.0.video_url"
@@ -35,9 +38,12 @@ def animation(frames: int = 3, side: int = 40) -> bytes:
     return buffer.getvalue()
 
 
-def video_part(data: bytes) -> dict[str, Any]:
-    address = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+def at(address: str) -> dict[str, Any]:
     return {"type": "video_url", "video_url": {"url": address}}
+
+
+def video_part(data: bytes) -> dict[str, Any]:
+    return at(f"data:video/mp4;base64,{base64.b64encode(data).decode()}")
 
 
 def asked(*parts: Any, text: str = "What?") -> dict[str, Any]:
@@ -84,22 +90,34 @@ def small(local: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("part", "message"),
+    ("part", "code", "message"),
     [
-        ({"type": "video_url", "video_url": "http://example.org/a.mp4"}, "send the video as data:video/mp4"),
-        ({"type": "video_url", "video_url": "clip.mp4"}, "send the video as data:video/mp4"),
-        ({"type": "video_url", "video_url": "data:video/mp4;base64,$$"}, "not base64"),
-        (video_part(b""), "the video is empty (0 bytes)"),
-        (video_part(b"no video"), "no frame that can be read"),
-        (video_part(animation()[:20]), "no frame that can be read"),
-        (video_part(animation(2, side=120)), "is 120 x 120, more than 0.01 megapixels"),
+        (at("http://a.b/c.mp4"), "invalid_video_url", f"'{FIELD}' begins with 'http://a.b/c"),
+        (at("clip.mp4"), "invalid_video_url", "give a video as data:video/mp4"),
+        (at("data:video/mp4;base64,$$"), "invalid_video_url", f"'{FIELD}': '$$' is not base64"),
+        (video_part(b""), "invalid_video", "the video is empty (0 bytes)"),
+        (video_part(b"no video"), "invalid_video", "no frame that can be read"),
+        (video_part(animation()[:20]), "invalid_video", "no frame that can be read"),
+        (video_part(animation(2, side=120)), "image_too_large", "is 120 x 120, more than 0.01 megapixels"),
     ],
 )
-def test_wrong_videos(small: str, part: dict[str, Any], message: str) -> None:
+def test_wrong_videos(small: str, part: dict[str, Any], code: str, message: str) -> None:
     error = error_of(post(small, asked(part)), 400)
-    assert error["param"].startswith(FIELD)
+    assert (error["param"], error["code"]) == (FIELD, code)
     assert message in error["message"]
     assert tempfile.gettempdir() not in error["message"]
+
+
+def test_frames_are_checked_beside_the_event_loop(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def size(data: bytes) -> tuple[int, int]:
+        threads.append(threading.current_thread().name)
+        return image_size(data)
+
+    monkeypatch.setattr(images, "image_size", size)
+    assert post(server, asked(video_part(animation(3)))).status_code == 200
+    assert [name.startswith("pumice-videos") for name in threads] == [True] * 3
 
 
 def test_videos_count_as_pictures_do(small: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def _messages(field: str, turn: AnthropicTurn) -> list[dict[str, Any]]:
     content = _parts(field, turn.content)
     if turn.role == "assistant":
         calls = [
-            {"id": block.id, "function": {"name": block.name, "arguments": json.dumps(block.input)}}
+            {"id": block.id, "function": {"name": block.name, "arguments": block.input}}
             for block in blocks
             if isinstance(block, ToolUseBlock)
         ]
@@ -227,7 +227,7 @@ def _parts(field: str, content: str | Sequence[Block]) -> str | PartList:
             parts.append(TextPart(type="text", text=block.text))
         elif isinstance(block, ImageBlock):
             source = block.source
-            url = source.url or f"data:{source.media_type or 'image/png'};base64,{source.data or ''}"
+            url = source.url or f"data:{source.media_type or 'image/png'};base64,{source.data}"
             parts.append(ImageUrlPart.named(f"{field}.{number}.source", url))
     return parts
 
@@ -319,7 +319,7 @@ class AnthropicForm(AnswerForm):
         content: list[AnthropicText | AnthropicCall] = []
         if answer.text:
             content.append(AnthropicText(text=answer.text))
-        if answer.name and answer.finish != "stop":  # a call that is cut off has no input, as in a stream
+        if answer.name:  # a call that is cut off has no input, as in a stream
             values = json.loads(answer.arguments) if answer.finish == "tool_calls" else {}
             content.append(AnthropicCall(id=answer.call_id, name=answer.name, input=values))
         return self._answer(content, _usage(usage))

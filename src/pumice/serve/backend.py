@@ -209,7 +209,8 @@ class Backend:
             return await self._answer(record, request, prompts, readers, form)
 
     async def boxes(self, record: RequestRecord, body: bytes) -> Response:
-        return ModelResponse(boxes_in(self.assistant.model.config, await self._parse(BoxesRequest, body)))
+        request = await self._parse(BoxesRequest, body)
+        return ModelResponse(await self._workers.run("parse", boxes_in, self.assistant.model.config, request))
 
     async def explain(self, record: RequestRecord, body: bytes) -> Response:
         request = await self._parse(ExplainRequest, body)

@@ -151,7 +151,7 @@ def validation_error(error: ValidationError, known: Collection[str] = ()) -> Api
         message = "input should be an object"
     prefix = f"'{param}': " if param else "the body: "
     message = message.removeprefix("Value error, ").replace(" after validation", "")
-    message = message.replace("a valid dictionary", "an object")
+    message = message.replace("a valid dictionary", "an object").replace("Dictionary", "Object")
     return ApiError(400, f"{prefix}{message[:1].lower()}{message[1:]}", param=param, code="invalid_value")
 
 

@@ -57,11 +57,10 @@ async def read_images(
     files = []
     for (param, image), data in zip(images, fetched, strict=True):
         if data is None:
-            data = await workers.run("parse", _decode, param, image.url)
+            data = await workers.run("parse", _decode, param, image)
         if isinstance(image, VideoUrl):
-            frames = await workers.run("videos", _take_frames, param, data, video)
+            frames, sizes = await workers.run("videos", _take_frames, param, data, video, settings)
             memory.take(sum(map(len, frames.images)))
-            sizes = tuple(_check(param, frame, settings) for frame in frames.images)
             files.append(PictureFile(Video(frames), sizes))
             continue
         kind: Kind = "long" if data[:2] in _TIFF else "short"  # whose size is known when it is decoded
@@ -105,7 +104,7 @@ async def _fetch(
     if isinstance(image, VideoUrl):
         raise ApiError(
             400,
-            f"'{param}.url' begins with {url[:12]!r}; send the video as data:video/mp4;base64,...",
+            f"'{param}' begins with {url[:12]!r}; give a video as data:video/mp4;base64,...",
             param=param,
             code="invalid_video_url",
         )
@@ -126,11 +125,15 @@ async def _fetch(
     return await fetcher.get(url, param, memory.take)
 
 
-def _take_frames(param: str, data: bytes, policy: VideoPolicy | None) -> Frames:
+def _take_frames(
+    param: str, data: bytes, policy: VideoPolicy | None, settings: ServerSettings
+) -> tuple[Frames, tuple[tuple[int, int], ...]]:
+    """Return the frames of a video and their sizes in pixels, once they are checked."""
     try:
-        return read_frames(Video(data), policy)
+        frames = read_frames(Video(data), policy)
     except InputError as error:
         raise ApiError(400, str(error), param=param, code="invalid_video") from error
+    return frames, tuple(_check(param, frame, settings) for frame in frames.images)
 
 
 def _check(param: str, data: bytes, settings: ServerSettings) -> tuple[int, int]:
@@ -153,8 +156,9 @@ def _check(param: str, data: bytes, settings: ServerSettings) -> tuple[int, int]
     )
 
 
-def _decode(param: str, url: str) -> bytes:
+def _decode(param: str, image: ImageUrl | VideoUrl) -> bytes:
     try:
-        return decode_data_url(url)
+        return decode_data_url(image.url)
     except InputError as error:
-        raise ApiError(400, f"'{param}': {error}", param=param, code="invalid_image_url") from error
+        code = "invalid_video_url" if isinstance(image, VideoUrl) else "invalid_image_url"
+        raise ApiError(400, f"'{param}': {error}", param=param, code=code) from error

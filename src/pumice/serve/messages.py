@@ -31,16 +31,6 @@ def field_error(field: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("invalid_value", "{message}", {"field": field, "message": message})
 
 
-class RequestModel(BaseModel):
-    """A part of a request: exact types, no unknown fields, no infinite numbers."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    # Fields whose values are the user's own JSON, such as a schema, in which null has a meaning.
-    VERBATIM: ClassVar[frozenset[str]] = frozenset(
-        {"schema", "parameters", "arguments", "guided_json", "json", "value"}
-    )
-
-
 # Fields -> values that ask for nothing. They are taken as if the field were absent, as null and [] are.
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
@@ -104,37 +94,52 @@ NEVER_EMPTY = frozenset(
 )  # an empty one is wrong, not absent
 
 
+class RequestModel(BaseModel):
+    """A part of a request: exact types, no unknown fields, no infinite numbers."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    # Fields whose values are the user's own JSON, such as a schema, in which null has a meaning.
+    VERBATIM: ClassVar[frozenset[str]] = frozenset(
+        {"schema", "parameters", "arguments", "guided_json", "json", "value"}
+    )
+    ASKS_NOTHING: ClassVar[Mapping[str, tuple[Any, ...]]] = ASKS_NOTHING
+
+
 def parse(kind: type[T], body: bytes) -> T:
     """Return the body as a request of this kind, without what is null or asks for nothing.
 
     Raises ValueError if it is not JSON, and pydantic's ValidationError if it is no such request.
     """
-    return kind.model_validate(_drop_nothing(from_json(body, allow_inf_nan=False), kind.VERBATIM))
+    return kind.model_validate(_drop_nothing(from_json(body, allow_inf_nan=False), kind))
 
 
-def _drop_nothing(value: Any, verbatim: frozenset[str]) -> Any:
+def _drop_nothing(value: Any, kind: type[RequestModel]) -> Any:
     if isinstance(value, list):
-        return [_drop_nothing(item, verbatim) for item in value]
+        return [_drop_nothing(item, kind) for item in value]
     if not isinstance(value, dict):
         return value
     dropped = ("tools",) if value.get("tool_choice") == "none" else ()
-    kept_whole = verbatim
+    kept_whole = kind.VERBATIM
     if not (isinstance(schema := value.get("json_schema"), dict) and "schema" in schema):
         kept_whole |= {"json_schema"}  # llama.cpp's is the schema itself, OpenAI's has it in a field
     kept = {
-        key: item if key in kept_whole else _drop_nothing(item, verbatim)
+        key: item if key in kept_whole else _drop_nothing(item, kind)
         for key, item in value.items()
         if key not in dropped
     }
-    return {key: item for key, item in kept.items() if not _asks_nothing(key, item, key in kept_whole)}
+    nothings = kind.ASKS_NOTHING
+    return {
+        key: item
+        for key, item in kept.items()
+        if not _asks_nothing(key, item, key in kept_whole, nothings.get(key, ()))
+    }
 
 
-def _asks_nothing(key: str, value: Any, is_verbatim: bool) -> bool:
+def _asks_nothing(key: str, value: Any, is_verbatim: bool, nothings: tuple[Any, ...]) -> bool:
     if value is None or key in NEEDS_ANOTHER:
         return True
     if isinstance(value, list | dict):
         return not (value or is_verbatim or key in NEVER_EMPTY)
-    nothings = ASKS_NOTHING.get(key, ())
     return any(
         value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in nothings
     )

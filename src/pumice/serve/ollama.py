@@ -256,11 +256,9 @@ class OllamaForm(AnswerForm):
         self._model, self._is_chat = model, is_chat
         self._started = time.perf_counter()
         self._first: float | None = None  # when the first piece came; a whole answer does not tell
-        self._is_cut = False
-        self._call = AnswerPiece()  # so far
+        self._call = AnswerPiece()  # so far, without text that is streamed already
 
     def response(self, answers: Sequence[AnswerPiece], usage: Usage) -> OllamaAnswer:
-        self._is_cut = answers[0].finish == "length"
         self._call = answers[0]
         return self._end(answers[0].text, usage)
 
@@ -269,7 +267,6 @@ class OllamaForm(AnswerForm):
         return b""
 
     def piece(self, piece: AnswerPiece) -> bytes:
-        self._is_cut = piece.finish == "length"
         self._call = join([self._call, replace(piece, text="", tokens=())])
         return _line(self._answer(piece.text, done=False)) if piece.text else b""
 
@@ -291,7 +288,7 @@ class OllamaForm(AnswerForm):
         return self._answer(
             text,
             done=True,
-            done_reason="length" if self._is_cut else "stop",
+            done_reason="length" if self._call.finish == "length" else "stop",
             total_duration=_nanoseconds(now - self._started),
             load_duration=0,
             prompt_eval_count=usage.prompt_tokens,

@@ -89,10 +89,8 @@ class BaseRequest(RequestModel):
 class HintedRequest(BaseRequest):
     """Fields of OpenAI's that change nothing here."""
 
-    metadata: dict[str, str] | None = Field(
-        None, description="Taken and not used, as the next ones; /v1/responses gives it back."
-    )
-    user: str | None = None
+    metadata: dict[str, str] | None = Field(None, description="Taken and not used.")
+    user: str | None = Field(None, description="Taken and not used, as the next ones.")
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None

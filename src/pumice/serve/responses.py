@@ -5,7 +5,7 @@ Source: OpenAI's API reference, "Responses".
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -132,6 +132,12 @@ class ResponsesTool(RequestModel):
     strict: bool | None = None
 
 
+# As much as OpenAI allows: it comes back in three events of a stream.
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
 class ResponsesNamedTool(RequestModel):
     type: Literal["function"]
     name: str
@@ -172,6 +178,12 @@ class TextSettings(RequestModel):
 
 
 class ResponsesRequest(HintedRequest):
+    ASKS_NOTHING: ClassVar = {**RequestModel.ASKS_NOTHING, "tool_choice": ("",)}  # the answer gives it back
+
+    metadata: Metadata | None = Field(None, description="Comes back in the answer, and is not used.")
+    store: bool | None = Field(
+        None, description="Whether requests may refer to the answer; true if left out."
+    )
     input: Annotated[
         Annotated[str, Tag("~string")]
         | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES), Tag("~list")],

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece
+from pumice.serve.answers import AnswerForm, AnswerModel, AnswerPiece, named_event
 from pumice.serve.protocol import ErrorBody, LogprobEntry, Usage
 from pumice.serve.responses import ResponsesRequest, TextFormat, TextSettings
 from pumice.serve.stored import StoredItems
@@ -208,8 +208,7 @@ class ResponsesForm(AnswerForm):
     def _event(self, kind: str, **fields: Any) -> bytes:
         event = ResponsesEvent(type=kind, sequence_number=self._events, **fields)
         self._events += 1
-        values = event.model_dump_json(include={"type", "sequence_number", *fields})
-        return f"event: {kind}\ndata: {values}\n\n".encode()
+        return named_event(kind, event)
 
     def _answer(self, usage: Usage | None = None) -> ResponsesAnswer:
         """Return the response so far."""

@@ -40,7 +40,7 @@ class ServerSettings:
     api_key: Annotated[
         tuple[str, ...],
         Option(help=f"A key that clients must send; repeat for more. Also ${KEYS}."),
-    ] = ()  # any one opens /v1, /explain, /boxes and /metrics
+    ] = ()  # any one opens /v1, /api, /explain, /boxes and /metrics
     api_key_file: Annotated[Path | None, Option(help="A file with one key per line.")] = None
     cors: Annotated[
         tuple[str, ...],
