@@ -56,7 +56,7 @@ from pumice.train.plan.estimate import SLACK
 from pumice.train.plan.footprint import PackShape, measure
 from pumice.train.recipe import Recipe
 from pumice.train.setup import prepare, trainable_parameters
-from pumice.train.shapes import DECODERS, LLAVAS
+from pumice.train.shapes import published
 from pumice.train.sizes import sizes
 
 LIMIT = 300  # seconds of all sections
@@ -78,10 +78,12 @@ class Bench:
     def llava_7b(self) -> ModelConfig:
         if self.small:
             return ModelConfig(TINY, TINY_TOWER, ConnectorConfig("mlp2x_gelu"))
-        return LLAVAS["liuhaotian/llava-v1.5-7b"]
+        return published().llavas["liuhaotian/llava-v1.5-7b"]
 
     def decoder_1b(self) -> DecoderConfig:
-        return TINY if self.small else dataclasses.replace(DECODERS["Qwen/Qwen2.5-1.5B-Instruct"], depth=20)
+        if self.small:
+            return TINY
+        return dataclasses.replace(published().decoders["Qwen/Qwen2.5-1.5B-Instruct"], depth=20)
 
     @property
     def pack(self) -> int:

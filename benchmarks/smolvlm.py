@@ -27,7 +27,7 @@ from pumice.model.llava import Llava
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy
 from pumice.templates import OWN
-from pumice.train.shapes import LLAVAS
+from pumice.train.shapes import published
 
 CHAT = ChatFormat(
     user=("User:", "<end_of_utterance>\n"), assistant="Assistant:", stop="<end_of_utterance>",
@@ -37,7 +37,7 @@ CHAT = ChatFormat(
 
 
 def config() -> ModelConfig:
-    shape = LLAVAS["HuggingFaceTB/SmolVLM-256M-Instruct"]
+    shape = published().llavas["HuggingFaceTB/SmolVLM-256M-Instruct"]
     vision = replace(shape.vision, fractional=True)
     image = replace(shape.image, mean=(0.5,) * 3, std=(0.5,) * 3, pad_color=(127,) * 3)
     text = {"template": OWN, "chat": CHAT, "stop_token_ids": (1,), "bos_token_id": 0}

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from pumice.boxes import COLOURS
 from pumice.cli.data import app
-from pumice.config import ChatFormat, DecoderConfig, ModelConfig
+from pumice.cli.data_show import _draw
+from pumice.config import ChatFormat, DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
+from pumice.data.rows import ImageFinder, Rows
 from pumice.errors import InputError
 from pumice.formats.text.tokenizer import read_tokenizer
 
@@ -131,6 +133,25 @@ def test_boxes_are_drawn_and_written(
         reds.append([abs(pixels[row, 16:48] - COLOURS[0]).mean() < 60 for row in (39, 35)])
     # The lower edges of both boxes; black is 113 away, and JPEG blurs.
     assert reds == [[True, False], [False, True], [False, False]]
+
+
+def test_boxes_of_a_row_of_two_pictures_are_read_as_the_model_sees_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In pixels of the square of 56 as which two pictures are shown; one alone is cut into tiles of it."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (112, 56)).save("wide.png")
+    turns = [
+        {"from": "human", "value": "<image>\n<image>\nWhere?"},
+        {"from": "gpt", "value": "[14, 28, 28, 42]"},
+    ]
+    Path("rows.jsonl").write_text(json.dumps({"image": ["wide.png"] * 2, "conversations": turns}))
+    [row] = Rows("rows.jsonl")
+    decoder = DecoderConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
+    vision = VisionConfig("clip", 56, 32, 14, depth=2, heads=2, mlp_width=64)
+    policy = ImagePolicy("anyres", pinpoints=((112, 56),), several="square")
+    _draw(row, ImageFinder("."), ModelConfig(decoder, vision, image=policy, boxes="pixels"))
+    assert "■ box [28, 28, 56, 56]" in capsys.readouterr().out
 
 
 def test_frames_of_a_video_are_drawn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pumice.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
+from pumice.config import ConnectorConfig, DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from pumice.engine import native
 from pumice.engine.engine import Engine
 from pumice.engine.generate import generate, naive_generate
@@ -19,9 +20,11 @@ from pumice.engine.native import native_decoder
 from pumice.engine.requests import Delta, Prompt
 from pumice.engine.sampling import SamplingParams
 from pumice.model import layers
+from pumice.model.adapters import add_lora
 from pumice.model.cache import KVCache
 from pumice.model.layers import MLP, Attention
 from pumice.model.llava import Llava
+from pumice.train.memory import checkpoint_blocks
 
 PROMPT = Prompt(torch.arange(9), None, SamplingParams(max_new_tokens=8))
 
@@ -83,6 +86,12 @@ def replace(model: Llava) -> None:
     model.decoder.blocks[1].mlp = mlp
 
 
+def replace_from_notebook(model: Llava) -> None:
+    """By a class whose module has no file, or is not known by name."""
+    own = type("Own", (Doubled,), {"__module__": "notebook"})
+    model.decoder.blocks[1].mlp = own(model.config.decoder).requires_grad_(False)
+
+
 def hook_every_block(model: Llava) -> None:
     for block in model.decoder.blocks:
         block.mlp.register_forward_hook(cap)
@@ -125,6 +134,7 @@ EDITS = {
     "another eps": (change_numbers, "the decoder's blocks.0.mlp_norm was edited or has hooks"),
     "another scale": (scale_queries, "the decoder's blocks.0.attention was edited or has hooks"),
     "a module of another class": (replace, "the decoder's blocks.1.mlp was edited or has hooks"),
+    "a class of a notebook": (replace_from_notebook, "the decoder's blocks.1.mlp was edited or has hooks"),
     "hooks": (hook_every_block, "the decoder's blocks.0.mlp was edited or has hooks"),
     "hooks before": (hook_before, "the decoder's blocks.0.attention.o was edited or has hooks"),
     "another forward": (replace_forward, "the decoder's blocks.2.mlp was edited or has hooks"),
@@ -205,6 +215,39 @@ def test_a_function_that_computes_otherwise_is_noticed(
         "compiled code does not give the logits of the decoder's modules, so PyTorch computes all answers, "
         "more slowly"
     ]
+
+
+def test_adapters_are_no_edit_and_nothing_is_told(model: Llava, told: Callable[[], list[str]]) -> None:
+    """PyTorch computes them in any case, as of a model in training, whose trainer replaces functions."""
+    add_lora(model.decoder, LoraConfig(2, 4.0))
+    replace_forward(model)
+    engine = Engine(model)
+    assert ask(engine) == naive_generate(model, PROMPT)
+    assert engine._native is None and not told()
+
+
+@pytest.mark.parametrize("edited", ["", "before", "after"])
+def test_checkpointed_blocks_are_no_edit(model: Llava, edited: str, told: Callable[[], list[str]]) -> None:
+    """But a function that wraps theirs, or that they wrap, is."""
+
+    def negate() -> None:
+        plain = model.decoder.blocks[1].forward
+
+        @functools.wraps(plain)  # which copies what is known of the wrapped function
+        def forward(*args: Any) -> Tensor:
+            return -plain(*args)
+
+        model.decoder.blocks[1].__dict__["forward"] = forward
+
+    if edited == "before":
+        negate()
+    checkpoint_blocks(model.decoder.blocks, "full")
+    if edited == "after":
+        negate()
+    engine = Engine(model)
+    assert (engine._native is None) == bool(edited)
+    assert ask(engine) == naive_generate(model, PROMPT)
+    assert [text.partition(" was")[0] for text in told()] == (["the decoder's blocks.1"] if edited else [])
 
 
 def test_hooks_that_are_gone_leave_compiled_code(model: Llava) -> None:

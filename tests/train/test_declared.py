@@ -266,6 +266,10 @@ def test_the_connector_is_counted_beside_a_tower_that_is_no_vit() -> None:
     assert flops_per_tile(model) == model.config.image_tokens * connector * 6
 
 
+SIGLIP = VisionConfig(
+    kind="siglip", image_size=56, width=16, stride=14, depth=2, heads=2, mlp_width=24, layer=-1,
+    select="full", activation="gelu_tanh",
+)  # fmt: skip
 GEMMA = DecoderConfig(
     258, 48, 2, 4, 2, 12, 96, context=256, tied_head=True, sliding_window=40, window_pattern=2,
     activation="gelu_tanh", post_norms=True, norm_offset=1.0, embed_scale=48**0.5, attention_scale=16**-0.5,
@@ -294,11 +298,7 @@ def test_a_gemma_2_learns_with_adapters_and_is_exported(
 ) -> None:
     """Training's loss falls, the merged model is written for transformers and read back equal."""
     loaded = read_model(tiny_model)
-    vision = VisionConfig(
-        kind="siglip", image_size=56, width=16, stride=14, depth=2, heads=2, mlp_width=24, layer=-1,
-        select="full", activation="gelu_tanh",
-    )  # fmt: skip
-    config = dataclasses.replace(loaded.config, decoder=GEMMA, vision=vision)
+    config = dataclasses.replace(loaded.config, decoder=GEMMA, vision=SIGLIP)
     torch.manual_seed(0)
     model = Llava(config)
     with torch.no_grad():
@@ -346,11 +346,7 @@ def test_a_step_of_many_processes_without_pictures_leaves_the_tower(
 ) -> None:
     """There every part has a zero gradient, with which AdamW would go on by its momentum."""
     loaded = read_model(tiny_model)
-    vision = VisionConfig(
-        kind="siglip", image_size=56, width=16, stride=14, depth=2, heads=2, mlp_width=24, layer=-1,
-        select="full", activation="gelu_tanh",
-    )  # fmt: skip
-    config = dataclasses.replace(loaded.config, vision=vision)
+    config = dataclasses.replace(loaded.config, vision=SIGLIP)
     state = Llava(config).state_dict()
     save(tmp_path / "model", config, state, tokenizer=loaded.tokenizer.to_str())
     stage = {"learn": {part: 1e-3, "decoder": 1e-3}}

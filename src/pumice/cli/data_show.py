@@ -89,12 +89,12 @@ def show(
     if not sources:
         raise InputError("there is nothing to show: give a file of rows, or --recipe")
     finder = ImageFinder(folders) if folders else None
-    box_maps = _box_maps(None if encoding is None else encoding.config)
+    config = None if encoding is None else encoding.config
     # 2. A page shows rows as they are.
     if page is not None:
         if len(sources) > 1:
             raise InputError(f"--html writes a page of one source, the recipe has {len(sources)}; name one")
-        _write_page(sources[0], rows or PAGE_ROWS, finder or ImageFinder("."), page, box_maps)
+        _write_page(sources[0], rows or PAGE_ROWS, finder or ImageFinder("."), page, _box_maps(config))
         return
     assert encoding is not None  # only a page needs none
     # 3. Print tokens. A row that a recipe cannot use says why; without a recipe it ends the command.
@@ -114,7 +114,7 @@ def show(
                 printed.append({"id": row.id, "input_ids": ids, "labels": labels})
                 continue
             if pictures:
-                _draw(row, finder or ImageFinder("."), box_maps)
+                _draw(row, finder or ImageFinder("."), config)
             print_row(row.id, ids, labels, encoding.tokenizer, encoding.count(ids))
     if as_json:
         print_json(printed)
@@ -163,10 +163,10 @@ def _seen(model: str, template: str | None, path: Path | None) -> RowEncoding:
 
     def encode(conversation: Conversation) -> tuple[list[int], list[int]]:
         if conversation.objects is not None:
-            maps = [
-                _box_maps(config, len(conversation.images))(image_size(i.source)) for i in conversation.images
-            ]
-            conversation = write_boxes(conversation, maps)
+            box_map = _box_maps(config, len(conversation.images))
+            conversation = write_boxes(
+                conversation, [box_map(image_size(i.source)) for i in conversation.images]
+            )
         ones = [1] * len(conversation.images)
         return encode_spans(chat_format.render(conversation), tokenizer, ones, bos)
 
@@ -174,7 +174,7 @@ def _seen(model: str, template: str | None, path: Path | None) -> RowEncoding:
 
 
 def _box_maps(config: ModelConfig | None, images: int = 1) -> Callable[[Size], BoxMap]:
-    """Return how a model reads and writes boxes; without one, as LLaVA-1.5 does."""
+    """Return how a model reads and writes boxes; without one, as LLaVA-1.5 does. images: of a row."""
     from pumice.boxes import box_map
     from pumice.data.preview import padded_map
 
@@ -198,8 +198,8 @@ def _write_page(
     print(f"{page}: {shown} of {len(rows)} rows ({rows.opened.form})")
 
 
-def _draw(row: Row, finder: ImageFinder, box_maps: Callable[[Size], BoxMap]) -> None:
-    """Draw the pictures of a row with its boxes; say why one cannot be opened."""
+def _draw(row: Row, finder: ImageFinder, config: ModelConfig | None) -> None:
+    """Draw the pictures of a row with its boxes; say why one cannot be opened. config: of the model."""
     from rich.console import Console
 
     from pumice.data.images import open_pictures
@@ -215,7 +215,8 @@ def _draw(row: Row, finder: ImageFinder, box_maps: Callable[[Size], BoxMap]) -> 
             console.print(str(error), markup=False)
             complete = False
     # Without one picture, which box belongs to which other is not known.
-    boxes = row_boxes(row, [image.size for image in opened], box_maps) if complete else [[] for _ in opened]
+    box_map = _box_maps(config, len(opened))
+    boxes = row_boxes(row, [image.size for image in opened], box_map) if complete else [[] for _ in opened]
     for picture, own_boxes in zip(opened, boxes, strict=True):
         console.print(blocks(picture, own_boxes))
 

@@ -33,6 +33,7 @@ from pumice.model.cache import KVCache, Segment
 from pumice.model.decoder import Decoder
 from pumice.model.layers import MLP, Attention, Block, RMSNorm, rope_inv_freq
 from pumice.model.quantized import PackedEmbedding, PackedLinear
+from pumice.model.quantized_base import QuantizedLinear
 
 _LOG = logging.getLogger(__name__)
 _TOLD: weakref.WeakSet[Decoder] = weakref.WeakSet()  # decoders that were said to be edited
@@ -228,6 +229,8 @@ def native_decoder(decoder: Decoder, cache: KVCache) -> NativeDecoder | None:
 
 def _edited(module: nn.Module, config: DecoderConfig) -> bool:
     """Return whether a module computes anything else than its class in `_MODULES`, as the config says."""
+    if type(module) not in _MODULES or is_patched(type(module)):
+        return True
     if isinstance(module, Decoder) and len(module.blocks) != config.depth:
         return True
     if isinstance(module, MLP) and module.activation is not F.silu:
@@ -236,10 +239,8 @@ def _edited(module: nn.Module, config: DecoderConfig) -> bool:
         return True
     if isinstance(module, Attention) and module.q_factor is not None:
         return True
-    is_known = type(module) in _MODULES or isinstance(module, LoraLinear)
     hooks = (module._forward_hooks, module._forward_pre_hooks, *GLOBAL_HOOKS)
-    replaced = functions(module).keys() - {"activation"} or is_patched(type(module))
-    return not is_known or any(hooks) or bool(replaced)
+    return any(hooks) or bool(functions(module).keys() - {"activation"})
 
 
 def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
@@ -247,6 +248,12 @@ def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
     config = decoder.config
     if config.head_dim % LANES or config.width % LANES or CAPABILITY.unsupported(config):
         return None
+    # 1. Layers of a training and other devices are left to PyTorch, edited or not.
+    in_training = any(isinstance(module, LoraLinear | QuantizedLinear) for module in decoder.modules())
+    tensors = [*decoder.parameters(), *decoder.buffers()]
+    if in_training or any(tensor.device.type != "cpu" for tensor in [*tensors, cache.keys]):
+        return None
+    # 2. So are edited modules.
     edited = [name for name, module in decoder.named_modules() if _edited(module, config)]
     if edited:
         if decoder not in _TOLD:
@@ -256,7 +263,7 @@ def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
             )
         _TOLD.add(decoder)
         return None
-    # 1. All matrices are packed, or all are plain: not adapters, and not a mixture.
+    # 3. All matrices are packed, or all are plain: not a mixture.
     leaves = [module for module in decoder.modules() if not list(module.children())]
     layers = [module for module in leaves if not isinstance(module, RMSNorm | nn.Identity)]
     if all(isinstance(module, PackedLinear | PackedEmbedding) for module in layers):
@@ -267,9 +274,7 @@ def _supported_weights(decoder: Decoder, cache: KVCache) -> Weights | None:
         weights = "fp32"
     else:
         return None
-    # 2. All tensors have the types that decode.c reads, and lie in memory of the CPU.
-    tensors = [*decoder.parameters(), *decoder.buffers()]
+    # 4. All tensors have the types that decode.c reads.
     cache_dtype = torch.bfloat16 if weights == "packed" else torch.float32
     floats_fit = all(t.dtype == torch.float32 for t in tensors if t.dtype != torch.uint8)
-    on_cpu = all(t.device.type == "cpu" for t in [*tensors, cache.keys])
-    return weights if floats_fit and on_cpu and cache.keys.dtype == cache_dtype else None
+    return weights if floats_fit and cache.keys.dtype == cache_dtype else None

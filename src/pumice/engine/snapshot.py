@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FunctionType
+from typing import Any
 
 from torch import nn
 
 GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+_MARK = "_pumice_keeps_results"
 
 
 class Snapshot:
@@ -29,14 +31,23 @@ class Snapshot:
 
 
 def functions(module: nn.Module) -> dict[str, object]:
-    """Return the functions that a module holds itself: `forward` if it was replaced in this module alone."""
-    return {name: value for name, value in vars(module).items() if callable(value)}
+    """Return the functions that a module holds itself: `forward` if it was replaced in this module alone.
+
+    Those that `keeps_results` marked are left out.
+    """
+    own = {name: value for name, value in vars(module).items() if callable(value)}
+    return {name: value for name, value in own.items() if getattr(value, _MARK, None) is not value}
+
+
+def keeps_results(function: Callable[..., Any]) -> None:
+    """Mark a function that takes the place of a module's own and gives the same results."""
+    setattr(function, _MARK, function)  # not True: functools.wraps copies the mark to other functions
 
 
 def is_patched(kind: type) -> bool:
-    """Return whether a class has functions that were written outside its own file."""
-    own_file = sys.modules[kind.__module__].__file__
-    return any(function.__code__.co_filename != own_file for function in _methods(kind))
+    """Return whether a class has functions that were written outside its own module."""
+    own_names = vars(sys.modules[kind.__module__])
+    return any(function.__globals__ is not own_names for function in _methods(kind))
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:

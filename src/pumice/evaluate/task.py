@@ -142,11 +142,14 @@ class Task(ABC):
         self.box_form = "padded"
         self.box_model: ModelConfig | None = None
 
-    def box_map(self, size: Size) -> BoxMap:
-        """Return the map of a picture's boxes as answers write them. size: (width, height)."""
+    def box_map(self, size: Size, images: int = 1) -> BoxMap:
+        """Return the map of a picture's boxes as answers write them.
+
+        size: (width, height). images: how many the question has.
+        """
         if self.box_model is None:
             return BoxMap(FORMS[self.box_form], size)
-        return box_map(replace(self.box_model, boxes=self.box_form), size)
+        return box_map(replace(self.box_model, boxes=self.box_form), size, images)
 
     def box_note(self) -> str:
         """Return a note on how the boxes of answers were read."""

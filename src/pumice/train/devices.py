@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,15 @@ class GPU(NamedTuple):
         return 1 / self.fp32_part
 
 
-GPUS = {
-    name: GPU(*values)
-    for name, values in read_yaml(Path(__file__).parent / "gpus.yaml", "table of GPUs").items()
-}
 TIMED_SIZE = {"cpu": 1024, "cuda": 4096}  # a GPU needs larger matrices to reach its peak
 PACK_TOKENS = 8192  # of a pack on a GPU, where a recipe names no number
+
+
+@cache
+def gpus() -> dict[str, GPU]:
+    """Return the GPUs of gpus.yaml by name."""
+    table = read_yaml(Path(__file__).parent / "gpus.yaml", "table of GPUs")
+    return {name: GPU(*values) for name, values in table.items()}
 
 
 def for_device(recipe: Recipe, device_type: str) -> Recipe:
@@ -74,13 +78,13 @@ def numerics(recipe: Recipe, device: torch.device) -> Iterator[None]:
 
 
 def find_gpu(name: str) -> str:
-    """Return the key in GPUS of a name, however it is written. Raises InputError if it is unknown."""
+    """Return the key in `gpus` of a name, however it is written. Raises InputError if it is unknown."""
     wanted = _letters(name)
-    for key, gpu in GPUS.items():
+    for key, gpu in gpus().items():
         named = _letters(gpu.device_name)
         if wanted in (_letters(key), named, f"{named}{gpu.memory}g"):
             return key
-    keys = {_letters(key): key for key in GPUS}
+    keys = {_letters(key): key for key in gpus()}
     near = [keys[letters] for letters in difflib.get_close_matches(wanted, keys, n=3, cutoff=0.7)]
     raise InputError(
         f"the figures of the GPU {name!r} are not known here; say its memory in GB with --gpu-memory, or "
@@ -93,7 +97,7 @@ def gpu_of_driver(name: str) -> GPU | None:
     words = set(name.replace("-", " ").split())
     if words & {"Laptop", "MIG"}:  # slower than the GPU of that name, or a part of it
         return None
-    return next((gpu for gpu in GPUS.values() if words.issuperset(gpu.device_name.split())), None)
+    return next((gpu for gpu in gpus().values() if words.issuperset(gpu.device_name.split())), None)
 
 
 def _letters(name: str) -> str:

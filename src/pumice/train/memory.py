@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pumice.engine.snapshot import keeps_results
+
 Kind = Literal["none", "selective", "full"]
 
 # Matrix products and attention: expensive to compute again, cheap to save.
@@ -46,4 +48,6 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], kind: Kind) -> None:
                 return plain(*args, **named)
             return checkpoint(plain, *args, **options, **named)
 
+        if "forward" not in vars(block):  # else it was replaced before, by a function of the caller's
+            keeps_results(forward)
         block.forward = forward

@@ -7,8 +7,9 @@ those that the shipped recipes name; `pumice plan` alone uses the tables.
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -38,41 +39,41 @@ from pumice.storage.yaml_file import read_yaml
 from pumice.tokens import Tokenizer
 from pumice.train.recipe import NewConnector, NewModel, Recipe, load_recipe
 
-_PUBLISHED = read_yaml(Path(__file__).parent / "published.yaml", "table of models")
-DECODERS = {
-    name: DecoderConfig(*values.pop("sizes"), **values) for name, values in _PUBLISHED["decoders"].items()
-}
+
+class Published(NamedTuple):
+    """Published sizes of models, by their names on the hub."""
+
+    decoders: dict[str, DecoderConfig]
+    towers: dict[str, VisionConfig]
+    llavas: dict[str, ModelConfig]
 
 
-def _vit(kind: str, **sizes: Any) -> VisionConfig:
-    if kind == "siglip":
-        sizes |= {"select": "full", "activation": "gelu_tanh"}
-    return VisionConfig(kind, **sizes)
-
-
-TOWERS = {name: _vit(**values) for name, values in _PUBLISHED["towers"].items()}
-
-
-def _llava_hf(decoder: str, vocab_size: int) -> ModelConfig:
-    """Return the config of LLaVA-1.5 in transformers."""
-    vision = TOWERS["openai/clip-vit-large-patch14-336"]
-    language = dataclasses.replace(DECODERS[decoder], vocab_size=vocab_size)
-    return ModelConfig(language, vision, ConnectorConfig("mlp2x_gelu"), default_policy(vision), template="v1")
-
-
-def _smolvlm() -> ModelConfig:
-    """Return the config of SmolVLM-256M: a SmolLM2-135M with its own head, and a SigLIP of 512 pixels."""
-    siglip = TOWERS["google/siglip-base-patch16-224"]
-    vision = dataclasses.replace(siglip, image_size=512, layer=-1, final_norm=True)
-    smollm = DECODERS["HuggingFaceTB/SmolLM2-135M-Instruct"]
-    language = dataclasses.replace(smollm, vocab_size=49280, tied_head=False)
-    connector = ConnectorConfig("linear", "pixel_shuffle", 4, bias=False)
-    image = ImagePolicy("split", resample="lanczos", longest_edge=2048)
-    return ModelConfig(language, vision, connector, image)
-
-
-LLAVAS = {name: _llava_hf(**values) for name, values in _PUBLISHED["llavas"].items()}
-LLAVAS["HuggingFaceTB/SmolVLM-256M-Instruct"] = _smolvlm()
+@cache
+def published() -> Published:
+    """Return the models of published.yaml."""
+    table = read_yaml(Path(__file__).parent / "published.yaml", "table of models")
+    decoders = {
+        name: DecoderConfig(*values.pop("sizes"), **values) for name, values in table["decoders"].items()
+    }
+    towers = {name: VisionConfig(**values) for name, values in table["towers"].items()}
+    # LLaVA-1.5 in transformers.
+    clip = towers["openai/clip-vit-large-patch14-336"]
+    llavas = {
+        name: ModelConfig(
+            dataclasses.replace(decoders[values.pop("decoder")], **values), clip,
+            ConnectorConfig("mlp2x_gelu"), default_policy(clip), template="v1",
+        )
+        for name, values in table["llavas"].items()
+    }  # fmt: skip
+    # SmolVLM-256M: a SmolLM2-135M with its own head, and a SigLIP of 512 pixels.
+    siglip, smollm = towers["google/siglip-base-patch16-224"], decoders["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    llavas["HuggingFaceTB/SmolVLM-256M-Instruct"] = ModelConfig(
+        dataclasses.replace(smollm, vocab_size=49280, tied_head=False),
+        dataclasses.replace(siglip, image_size=512, layer=-1, final_norm=True),
+        ConnectorConfig("linear", "pixel_shuffle", 4, bias=False),
+        ImagePolicy("split", resample="lanczos", longest_edge=2048),
+    )
+    return Published(decoders, towers, llavas)
 
 
 def shape(recipe: Recipe, path: Path | None = None) -> tuple[ModelConfig, list[str]]:
@@ -114,9 +115,9 @@ def _stored_config(model: Path, path: Path | None, notes: list[str]) -> ModelCon
             previous, previous_path = previous_stage
             notes.append(f"{name} does not exist yet: its shape follows from {previous_path.name}")
             return with_adapters(previous, _model_config(previous, previous_path, notes))
-        if name in LLAVAS:
+        if (known := published().llavas.get(name)) is not None:
             notes.append(f"the sizes of {name} are the published ones; its files were not read")
-            return LLAVAS[name]
+            return known
     # A Pumice folder has its whole config in one file. Other formats have to be recognised first.
     model_path = find_model(model)
     if (model_path / CONFIG).is_file() and "pumice_format" in (values := read_json(model_path / CONFIG)):
@@ -156,10 +157,9 @@ def _tower(new: NewModel, notes: list[str]) -> tuple[VisionConfig, ImagePolicy]:
     folder = Path(new.tower).expanduser()
     if folder.is_dir():
         vision, policy = describe_tower(folder)
-    elif new.tower in TOWERS:
+    elif (known := published().towers.get(new.tower)) is not None:
         notes.append(f"the sizes of {new.tower} are the published ones; its files were not read")
-        vision = TOWERS[new.tower]
-        policy = default_policy(vision)
+        vision, policy = known, default_policy(known)
     else:
         vision, policy = describe_tower(from_hub(new.tower, ["config.json", "preprocessor_config.json"]))
     return from_dict(VisionConfig, as_stored(vision) | new.vision, "model.vision"), policy
@@ -171,9 +171,9 @@ def _decoder(name: str, notes: list[str]) -> DecoderConfig:
         return open_gguf(path).config
     if path.is_dir():
         return decoder_config(Keys.of(path / "config.json"))
-    if name in DECODERS:
+    if (known := published().decoders.get(name)) is not None:
         notes.append(f"the sizes of {name} are the published ones; its files were not read")
-        return DECODERS[name]
+        return known
     return decoder_config(Keys.of(from_hub(name, ["config.json"]) / "config.json"))
 
 

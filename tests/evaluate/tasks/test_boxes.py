@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pumice.config import DecoderConfig, ImagePolicy, ModelConfig, VisionConfig
 from pumice.errors import InputError
 from pumice.evaluate.tasks import get_task
 from pumice.evaluate.tasks.refcoco import RefCoco
@@ -263,6 +264,24 @@ def test_rows_to_learn_are_questions_about_boxes(data: Any, scored: Callable[...
     assert questions["b"].prompt == "What is in (0,0),(500,500)?"
     assert (questions["b"].meta["metric"], questions["b"].meta["answers"]) == ("exact", ["A dog"])
     assert [box.corners for box in questions["a"].meta["boxes"]] == [(100, 50, 200, 100), (0, 50, 100, 100)]
+
+
+def test_boxes_in_a_question_about_two_pictures_are_written_as_the_model_sees_two(data: Any) -> None:
+    """In pixels of the square of 56 as which two pictures are shown; one alone is cut into tiles of it."""
+    Image.new("RGB", (112, 56)).save(data.path / "a.png")
+    objects = {"ref": [], "bbox": [[28, 28, 56, 56]], "bbox_type": "real", "image_id": [1]}
+    turns = [
+        {"from": "human", "value": "<image>\n<image>\nWhat is in <bbox>?"},
+        {"from": "gpt", "value": "It"},
+    ]
+    data.lines("rows.jsonl", [{"image": ["a.png"] * 2, "objects": objects, "conversations": turns}])
+    task = get_task("own")
+    decoder = DecoderConfig(vocab_size=8, width=8, depth=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
+    vision = VisionConfig("clip", 56, 32, 14, depth=2, heads=2, mlp_width=64)
+    policy = ImagePolicy("anyres", pinpoints=((112, 56),), several="square")
+    task.box_form, task.box_model = "pixels", ModelConfig(decoder, vision, image=policy)
+    [question] = task.questions(data.path / "rows.jsonl")
+    assert question.prompt == "What is in [14, 28, 28, 42]?"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pumice.errors import InputError
 from pumice.model.llava import Llava
 from pumice.model.packed import PackedAttention, Run
 from pumice.train import devices, run
-from pumice.train.devices import GPUS, find_gpu, gpu_of_driver, peak
+from pumice.train.devices import find_gpu, gpu_of_driver, gpus, peak
 from pumice.train.plan.estimate import GPU_UTILISATION, describe_device, plan
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe, load_recipe
@@ -170,7 +170,7 @@ def test_a_gpu_is_known_by_the_name_that_its_driver_tells(
     monkeypatch: pytest.MonkeyPatch, gpu_name: str, name: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: gpu_name)
-    assert peak(torch.device("cuda"), torch.bfloat16) == GPUS[name].rate * 1e12
+    assert peak(torch.device("cuda"), torch.bfloat16) == gpus()[name].rate * 1e12
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
@@ -258,7 +258,7 @@ def test_a_gpu_that_is_not_known_goes_by_its_memory() -> None:
 
 def test_no_name_of_a_gpu_hides_behind_a_shorter_one() -> None:
     """`peak` takes the first whose words are all in the driver's name."""
-    for number, gpu in enumerate(GPUS.values()):
-        earlier = [other.device_name for other in list(GPUS.values())[:number] if other != gpu]
+    for number, gpu in enumerate(gpus().values()):
+        earlier = [other.device_name for other in list(gpus().values())[:number] if other != gpu]
         words = set(gpu.device_name.split())
         assert not any(words > set(name.split()) for name in earlier), gpu

@@ -35,6 +35,8 @@ from pumice.explain.words import UNSPACED
 from pumice.geometry import Size
 from pumice.images import image_size
 
+BoxMaps = Callable[[Size, int], BoxMap]  # of a picture of that size in a question with so many
+
 # A character that is looked for as a word is: also in Tibetan, which marks syllables but not words, and the
 # punctuation of Chinese and Japanese.
 _WORD_OF_ONE = re.compile(f"[{UNSPACED}\u0f00-\u0fff\u3000-\u303f]")
@@ -248,7 +250,7 @@ def _rows_to_learn(data: Path) -> Rows | None:
     return None
 
 
-def _values(rows: Rows, folder: Path, box_map: Callable[[Size], BoxMap]) -> Iterator[dict[str, Any]]:
+def _values(rows: Rows, folder: Path, box_map: BoxMaps) -> Iterator[dict[str, Any]]:
     """Yield rows as this task writes them; columns that only it has are kept."""
     for index, row in enumerate(rows):
         given: dict[str, Any] = {}
@@ -264,13 +266,13 @@ def _values(rows: Rows, folder: Path, box_map: Callable[[Size], BoxMap]) -> Iter
         }  # fmt: skip
 
 
-def _with_boxes(row: Row, folder: Path, box_map: Callable[[Size], BoxMap]) -> tuple[Row, dict[str, Any]]:
+def _with_boxes(row: Row, folder: Path, box_map: BoxMaps) -> tuple[Row, dict[str, Any]]:
     """Return a row with its boxes in its texts; and, if its first answer has some, what is right instead."""
     conversation, objects = row.conversation(None), row.objects or Objects()
     # `row.conversation` has refused videos.
     images = [_image(folder, image) for image in row.image if not isinstance(image, Video)]
     sizes = [image_size(image.source()) for image in images]
-    messages = write_boxes(conversation, [box_map(size) for size in sizes]).messages
+    messages = write_boxes(conversation, [box_map(size, len(sizes)) for size in sizes]).messages
     turns = tuple(("gpt" if m.role == "assistant" else m.role, m.text) for m in messages)
     answer = next(n for n, message in enumerate(messages) if message.role == "assistant")
     texts = [message.text for message in conversation.messages[: answer + 1]]
@@ -282,9 +284,7 @@ def _with_boxes(row: Row, folder: Path, box_map: Callable[[Size], BoxMap]) -> tu
     return row, {"answers": corners, "bbox_type": "real", "metric": "box"}
 
 
-def _question(
-    row: dict[str, Any], label: str, folder: Path, number: int, box_map: Callable[[Size], BoxMap]
-) -> Question:
+def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_map: BoxMaps) -> Question:
     error_prefix = f"'{label}', row {number}"
     # 1. Read the answers and the metric.
     answers = row.get("answers", row.get("answer"))
@@ -328,7 +328,7 @@ def _question(
 
 
 def _right_boxes(
-    row: dict[str, Any], images: tuple[ImageFile, ...], box_map: Callable[[Size], BoxMap], error_prefix: str
+    row: dict[str, Any], images: tuple[ImageFile, ...], box_map: BoxMaps, error_prefix: str
 ) -> dict[str, Any]:
     """Return what the metric `box` compares: the right boxes in pixels, and how answers write boxes."""
     boxes = row.get("answers", row.get("answer"))
@@ -340,7 +340,7 @@ def _right_boxes(
         objects = read_objects({"bbox": boxes, "bbox_type": row.get("bbox_type")})
         check_boxes(objects, 1)
         size = image_size(images[0].source())
-        return {"boxes": picture_boxes(objects, [size]), "box_map": box_map(size)}
+        return {"boxes": picture_boxes(objects, [size]), "box_map": box_map(size, 1)}
     except InputError as error:
         raise InputError(f"{error_prefix}: {error}") from error
 

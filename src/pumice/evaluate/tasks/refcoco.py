@@ -71,7 +71,7 @@ class RefCoco(Task):
                         f"'{file}': ref {ref['ref_id']} names picture {ref['image_id']} and annotation "
                         f"{ref['ann_id']}, which '{instances}' does not have; give the one beside it"
                     )
-                asked = self._sentences(ref, picture, corners, images)
+                asked = _questions(ref, picture, corners, images)
             except InputError:  # which is a ValueError, too
                 raise
             except (KeyError, TypeError, ValueError) as error:
@@ -80,26 +80,6 @@ class RefCoco(Task):
                     f"({type(error).__name__}, {error}); are these the official files?"
                 ) from error
             yield from asked
-
-    def _sentences(
-        self, ref: dict[str, Any], picture: dict[str, Any], corners: Sequence[float], images: ImageFolders
-    ) -> list[Question]:
-        left, top, width, height = corners
-        truth = Box(left, top, left + width, top + height)
-        if not all(map(math.isfinite, truth.corners)):
-            raise ValueError(f"the box {corners} is not four finite numbers")
-        questions = []
-        for sentence in ref["sentences"]:
-            meta = {
-                "question": sentence["sent"],
-                "answer": f"[{', '.join(f'{n:.2f}' for n in truth.corners)}] pixels",
-                "group": picture["file_name"],
-                "truth": truth,
-                "size": (int(picture["width"]), int(picture["height"])),
-            }
-            image = images.get(picture["file_name"])
-            questions.append(Question(str(sentence["sent_id"]), (image,), WHERE + sentence["sent"], meta))
-        return questions
 
     def score(self, answered: Sequence[Answered]) -> Score:
         ious = [
@@ -130,6 +110,28 @@ class RefCocoG(RefCoco):
     title = "RefCOCOg"
     splits = ("val", "test", "train", "google-val", "google-train")
     splitter = "umd"
+
+
+def _questions(
+    ref: dict[str, Any], picture: dict[str, Any], corners: Sequence[float], images: ImageFolders
+) -> list[Question]:
+    """Return a question for each sentence about a thing. corners: left, top, width, height in pixels."""
+    left, top, width, height = corners
+    truth = Box(left, top, left + width, top + height)
+    if not all(map(math.isfinite, truth.corners)):
+        raise ValueError(f"the box {corners} is not four finite numbers")
+    questions = []
+    for sentence in ref["sentences"]:
+        meta = {
+            "question": sentence["sent"],
+            "answer": f"[{', '.join(f'{n:.2f}' for n in truth.corners)}] pixels",
+            "group": picture["file_name"],
+            "truth": truth,
+            "size": (int(picture["width"]), int(picture["height"])),
+        }
+        image = images.get(picture["file_name"])
+        questions.append(Question(str(sentence["sent_id"]), (image,), WHERE + sentence["sent"], meta))
+    return questions
 
 
 def _beside(file: DataFile) -> DataFile:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pumice.storage.yaml_file import read_yaml
 from pumice.synth.context import AnnotatedBox, Context
@@ -134,12 +135,11 @@ def says_yes(answer: str) -> bool:
     return re.match(r"\W*yes\b", answer, re.I) is not None
 
 
-def _example(name: str) -> Context:
+def _example(name: str, values: Mapping[str, Any]) -> Context:
     """Return a picture that the worked examples of all kinds speak of."""
-    path = Path(__file__).parents[1] / "tables" / "examples.yaml"
-    values = read_yaml(path, "table of examples")[name]
     boxes = tuple(AnnotatedBox(category, (x0, y0, x1, y1)) for category, x0, y0, x1, y1 in values["boxes"])
     return Context(f"example/{name}", values["image"], tuple(values["captions"]), boxes)
 
 
-MARKET, SNOW = _example("market"), _example("snow")
+_EXAMPLES = read_yaml(Path(__file__).parents[1] / "tables" / "examples.yaml", "table of examples")
+MARKET, SNOW = (_example(name, _EXAMPLES[name]) for name in ("market", "snow"))

@@ -22,7 +22,7 @@ from pumice.geometry import image_layout
 from pumice.model.packed import Run
 from pumice.storage.memory import GB
 from pumice.train.batches import Batches
-from pumice.train.devices import GPUS, find_gpu, for_device, peak, total_memory
+from pumice.train.devices import find_gpu, for_device, gpus, peak, total_memory
 from pumice.train.parallel import MAX_COPY_SHARE
 from pumice.train.plan.footprint import Footprint, PackShape, measure
 from pumice.train.recipe import Recipe
@@ -166,7 +166,7 @@ def describe_device(recipe: Recipe, gpu: str | None = None, gpu_memory: float | 
             if gpu_memory is None:
                 raise
             return describe_device(recipe, gpu_memory=gpu_memory)
-        gpu_spec = GPUS[gpu]
+        gpu_spec = gpus()[gpu]
         memory_gb = gpu_spec.memory if gpu_memory is None else gpu_memory
         if recipe.precision == "bf16" and not gpu_spec.has_bf16:  # which training would refuse
             raise InputError(f"a {gpu} does not compute in bf16; use precision: fp32")
