@@ -81,8 +81,11 @@ class TarRows(Source):
             raise InputError(f"{self.place(index)}: its .{ending} is not {what} ({error}); fix it") from error
         if isinstance(values, dict):
             record |= values
+        elif isinstance(values, list):
+            keys = values[0] if values and isinstance(values[0], dict) else ()
+            record["texts" if "user" in keys else "conversations" if "from" in keys else "messages"] = values
         else:
-            record["messages" if isinstance(values, list) else "text"] = values
+            record["text"] = values
 
     def _name(self, member: int) -> tuple[str, str]:
         start = int(self._name_ends[member - 1]) if member else 0

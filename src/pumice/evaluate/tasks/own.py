@@ -241,7 +241,7 @@ def _rows_to_learn(data: Path) -> Rows | None:
         return Rows(data) if has_magic(text) else None
     if data.is_dir():
         return Rows(data) if search(data, ["questions.jsonl"]) is None else None
-    if format_of(data) not in ("json", "table"):
+    if format_of(data) not in ("json", "table", "text"):
         return Rows(data)
     with contextlib.suppress(InputError):  # what is wrong with it is told by the own format
         rows = Rows(data)
