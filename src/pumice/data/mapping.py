@@ -336,13 +336,19 @@ def _most_given(answers: Any) -> str:
     return Counter(texts).most_common(1)[0][0]
 
 
-def _check_unread(values: Record) -> None:
-    """Raise InputError if a row without pictures names one in a column that is not read."""
+def unread_picture(values: Record) -> str | None:
+    """Return the column of a row that names a picture and is not read as one; None if there is none."""
     for name, value in values.items():
         if name not in {*_WORDS, *_IDS, *MEDIA} and names_picture(structured(value)):
-            raise InputError(
-                f"{name!r} names a picture, and is not read as one; write columns: {{image: {name}}}"
-            )
+            return name
+    return None
+
+
+def _check_unread(values: Record) -> None:
+    if (name := unread_picture(values)) is not None:
+        raise InputError(
+            f"{name!r} names a picture, and is not read as one; write columns: {{image: {name}}}"
+        )
 
 
 def _check_choices(values: Record, name: str, answer: Any) -> None:
