@@ -210,6 +210,10 @@ def test_media_under_other_keys_are_told_and_never_learned_as_text(
         ({"chat": [ASKS]}, "this looks like OpenAI messages in JSON; write columns: {messages: chat}"),
         ({"chat": '[{"from": "a", "value": "b"}]'}, "ShareGPT turns in JSON; write columns: {conv"),
         ({"my": "a.png", "ask": "?", "reply": "!"}, "columns: {image: my, question: ask, answer: reply}"),
+        (
+            {"messages": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]},
+            "(they are from 'human', 'gpt'), so there is nothing to learn; roles are written 'user' and",
+        ),
         ({"messages": []}, "'messages' must be a list of messages, found an empty list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message is from 'assistant'"),
         ({"messages": [ASKS, ANSWERS]}, "1 <image> placeholder for 0 pictures"),
@@ -280,6 +284,14 @@ def test_pictures_with_texts_beside_them(examples: Examples, tmp_path: Path) -> 
     command = str(caught.value).rpartition(": ")[2]
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert [row.turns[1][1] for row in Rows(tmp_path / "rows.tar")] == [f"A cat, {n}." for n in range(12)]
+
+
+def test_a_folder_in_a_tar_is_no_webdataset(examples: Examples, tmp_path: Path) -> None:
+    jsonl(examples.folder / "rows.jsonl", [])
+    with tarfile.open(tmp_path / "r.tar", "w") as archive:
+        archive.add(examples.folder, "set")
+    with pytest.raises(InputError, match=r"r\.tar' holds 'set/rows\.jsonl', a file of rows; unpack it and"):
+        Rows(tmp_path / "r.tar")
 
 
 def test_wrong_columns_in_a_recipe(tmp_path: Path, examples: Examples) -> None:

@@ -457,6 +457,13 @@ def test_other_ways_to_write_the_same_rows(name: str, examples: Examples, tmp_pa
         assert image.tobytes() == open_image(examples.folder / example.image).tobytes()
 
 
+def test_a_table_of_pictures_whose_name_begins_large(examples: Examples, tmp_path: Path) -> None:
+    shutil.copytree(examples.folder, tmp_path / "set" / "deep")
+    text = "file_name,text\n" + "".join(f"{n:02}.png,A cat.\n" for n in range(12))
+    (tmp_path / "set" / "deep" / "Metadata.csv").write_text(text)
+    assert [row.image for row in Rows(tmp_path / "set")] == [(f"deep/{n:02}.png",) for n in range(12)]
+
+
 def test_a_folder_of_classes_with_their_names_beside_it(examples: Examples, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         shutil.copytree(examples.folder, tmp_path / "set" / name)

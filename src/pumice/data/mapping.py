@@ -49,6 +49,7 @@ _REPLY = ("response", "completion", "answer", "assistant", "solution", "output",
 _IDS = ("id", "question_id", "__key__")
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+_ROLES = {"user", "assistant", "system", "developer", "tool", "None"}
 _QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
 
 _DEFAULT_QUESTIONS = {"label": "What is shown in this picture?"}
@@ -295,6 +296,13 @@ def _messages(values: Record) -> list[Any] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InputError(f"'messages' must be a list of messages, found {kind(messages)}")
+    roles = [str(message.get("role")) for message in messages if isinstance(message, dict)]
+    if "assistant" not in roles and not {*roles} <= _ROLES:
+        listed = ", ".join(map(repr, dict.fromkeys(roles)))
+        raise InputError(
+            f"no message is from 'assistant' (they are from {listed}), so there is nothing to learn; roles "
+            "are written 'user' and 'assistant'"
+        )
     # Arrow writes every key that any message of the file has, without a value where one has it not.
     return [_without_nulls(message) for message in messages]
 

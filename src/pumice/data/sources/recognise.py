@@ -35,6 +35,7 @@ _SIDE_FILES = (
     "*.py",
     "*.ini",
 )
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
     "valid": "validation", "val": "validation", "dev": "validation",
@@ -174,7 +175,7 @@ def _open_folder(folder: Path, part: Part, label: str) -> Source:
         return ColumnRows(shards, label)
     # 2. A table that describes pictures beside it.
     below = sorted(path for path in folder.rglob("*") if path.is_file() and _visible_below(path, folder))
-    tables = [path for path in below if path.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")]
+    tables = [path for path in below if path.name.lower() in _METADATA]
     if tables:
         chosen = _of_part(tables, folder, part, label)
         return ImageFolder([_open_files([path], str(path)) for path in chosen], folder)
