@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pumice.errors import InputError
 from pumice.evaluate.tasks import get_task
@@ -61,6 +62,15 @@ def test_the_own_format_keeps_its_messages(pictures: Path) -> None:
     (pictures / "own.jsonl").write_text(json.dumps({"id": "a", "question": "?", "answers": {}}) + "\n")
     with pytest.raises(InputError, match="'answers' must be a text or a list of texts"):
         asked(pictures / "own.jsonl")
+
+
+def test_a_file_of_the_own_format_may_have_rows_that_nothing_learns(pictures: Path) -> None:
+    Image.new("RGB", (20, 20)).save(pictures / "a.png")
+    box = {"id": "b", "image": "a.png", "question": "Where?", "answers": [[1, 2, 3, 4]], "metric": "box"}
+    rows = [{"id": "a", "question": "What?", "answers": ["dog"]}, box]
+    (pictures / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = list(get_task("own").questions(pictures / "own.jsonl"))
+    assert [question.meta["metric"] for question in questions] == ["exact", "box"]
 
 
 def test_tables_and_other_columns(pictures: Path) -> None:

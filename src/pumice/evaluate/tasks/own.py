@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from pumice.explain.words import UNSPACED
 from pumice.geometry import Size
 from pumice.images import image_size
 
+_KEPT = ("metric", "category", "choices", "prompt", "bbox_type")
 _OWN_KEYS = {"question", "answer", "answers", "metric", "choices"}
 BoxMaps = Callable[[Size, int], BoxMap]  # of a picture of that size in a question with so many
 
@@ -248,12 +250,18 @@ def _rows_to_learn(data: Path) -> Rows | None:
     own = True
     try:
         rows = Rows(data)
-        own = bool(_OWN_KEYS & rows.opened.record(0).keys())
-        _ = rows[0]
+        record = rows.opened.record(0)
+        own = bool(_OWN_KEYS & record.keys())
+        images = [*rows[0].image]
     except InputError:
         if own:  # what is wrong with it is told by the own format
             return None
         raise
+    names = record.get("image")
+    if own and images == ([names] if isinstance(names, str) else names or []):
+        with contextlib.suppress(InputError):  # as the list in an object, which the own format is not
+            next(read_rows(DataFile(data), "question"), None)
+            return None
     return rows
 
 
@@ -265,7 +273,7 @@ def _values(rows: Rows, folder: Path, box_map: BoxMaps) -> Iterator[dict[str, An
             row, given = _with_boxes(row, folder, box_map)
         record = rows.opened.record(index)
         texts = [text for speaker, text in row.turns if speaker != "system"]
-        own = {name: record[name] for name in ("metric", "category", "choices", "prompt") if record.get(name)}
+        own = {name: record[name] for name in _KEPT if record.get(name)}
         answers = structured(record.get("answers")) or texts[1:2]
         if isinstance(answers, list):  # VQA's sets hold what each person answered
             answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
