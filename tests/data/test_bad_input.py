@@ -282,6 +282,9 @@ def test_pictures_with_texts_beside_them(examples: Examples, tmp_path: Path) -> 
     with pytest.raises(InputError, match="beside each a file of its name; pack them") as caught:
         Rows(examples.folder)
     command = str(caught.value).rpartition(": ")[2]
+    version = subprocess.run(["tar", "--version"], capture_output=True, text=True, check=False).stdout
+    if "GNU" not in version:
+        pytest.skip("this tar does not sort")
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert [row.turns[1][1] for row in Rows(tmp_path / "rows.tar")] == [f"A cat, {n}." for n in range(12)]
 
