@@ -6,6 +6,8 @@ import errno
 import gzip
 import io
 import json
+import re
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,10 @@ def test_media_under_other_keys_are_told_and_never_learned_as_text(
         ({"chat": [ASKS]}, "this looks like OpenAI messages in JSON; write columns: {messages: chat}"),
         ({"chat": '[{"from": "a", "value": "b"}]'}, "ShareGPT turns in JSON; write columns: {conv"),
         ({"my": "a.png", "ask": "?", "reply": "!"}, "columns: {image: my, question: ask, answer: reply}"),
+        (
+            {"messages": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]},
+            "(they are from 'human', 'gpt'), so there is nothing to learn; roles are written 'user' and",
+        ),
         ({"messages": []}, "'messages' must be a list of messages, found an empty list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message is from 'assistant'"),
         ({"messages": [ASKS, ANSWERS]}, "1 <image> placeholder for 0 pictures"),
@@ -224,12 +230,71 @@ def test_media_under_other_keys_are_told_and_never_learned_as_text(
         ({"text": "A cat."}, "'text' stands without a picture and without a question"),
         ({"question": "What?", "answers": []}, "the list of answers is empty"),
         ({"question": "What?", "answer": {"a": 1}}, "expected a text, found an object"),
+        ({"path": "a.JPG", "question": "?", "answer": "!"}, "'path' names a picture, and is not read as one"),
+        ({"file": {"path": "a.png"}, "text": "A cat."}, "write columns: {image: file}"),
+        ({"jpg": "/9j/" + "A" * 99, "query": "?", "response": "!"}, "write columns: {image: jpg}"),
+        ({"image": "a.png", "question": "?", "choices": ["a", "b"], "answer": 1}, "number of one of the"),
+        ({"image": "a.png", "question": "?", "options": "['a', 'b']", "answer": "0"}, "number of one of the"),
+        ({"question_id": 1, "image": "a.png", "text": "What?"}, "a question of LLaVA's without its answer"),
+        ({"prompt": "?", "chosen": "a", "rejected": "b"}, "columns: {question: prompt, answer: chosen}"),
+        ({"image": "a.png", "prompt": "?", "response": "!"}, "columns: {question: prompt, answer: response}"),
+        ({"image": "a.png", "description": "A cat."}, "columns: {caption: description}"),
+        ({"image": "a.png", "question": "?", "answer": float("nan")}, "'question' has no answer beside it"),
+        ({"image": "a.png", "height": 5}, "there is a picture, but no question, answer, caption"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_mapped_says_how_it_could(tmp_path: Path, value: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         Rows(jsonl(tmp_path / "r", [value]))[0]
     assert message in str(caught.value) and "r', row 1: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a.png,What?,A cat.\n", "has no header, its first line names a picture"),
+        (b"caption\nA cat.\n", "is neither JSON nor a table of several columns"),
+        (b"names: [cat]\n", "is neither JSON nor a table of several columns"),
+        (
+            b'{"1": {"image": "a.png"}, "2": {"image": "b.png"}}',
+            "is one JSON object of 2 objects; write a list",
+        ),
+        (b'{\n"id": 1}\n{"id": \n', "the JSON is malformed or cut off near byte 19; fix the file"),
+        (b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml", "is an Excel workbook; save its table as CSV"),
+    ],
+)
+def test_files_in_no_form_say_what_to_do(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "r").write_bytes(data)
+    with pytest.raises(InputError, match=re.escape(message)):
+        Rows(tmp_path / "r")
+
+
+def test_a_first_row_that_is_damaged_spoils_no_other(tmp_path: Path) -> None:
+    good = json.dumps({"question": "What?", "answer": "A cat."})
+    for bad in ('{"id": "torn", "conversations": [', "nothing", '{"a": "not closed'):
+        (tmp_path / "r").write_text(f"{bad}\n{good}\n{good}\n")
+        assert [row for row, _, _ in problems(Rows(tmp_path / "r"), tmp_path)] == [1]
+
+
+def test_pictures_with_texts_beside_them(examples: Examples, tmp_path: Path) -> None:
+    for number in range(12):
+        (examples.folder / f"{number:02}.txt").write_text(f"A cat, {number}.")
+    with pytest.raises(InputError, match="beside each a file of its name; pack them") as caught:
+        Rows(examples.folder)
+    command = str(caught.value).rpartition(": ")[2]
+    version = subprocess.run(["tar", "--version"], capture_output=True, text=True, check=False).stdout
+    if "GNU" not in version:
+        pytest.skip("this tar does not sort")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert [row.turns[1][1] for row in Rows(tmp_path / "rows.tar")] == [f"A cat, {n}." for n in range(12)]
+
+
+def test_a_folder_in_a_tar_is_no_webdataset(examples: Examples, tmp_path: Path) -> None:
+    jsonl(examples.folder / "rows.jsonl", [])
+    with tarfile.open(tmp_path / "r.tar", "w") as archive:
+        archive.add(examples.folder, "set")
+    with pytest.raises(InputError, match=r"r\.tar' holds 'set/rows\.jsonl', a file of rows; unpack it and"):
+        Rows(tmp_path / "r.tar")
 
 
 def test_wrong_columns_in_a_recipe(tmp_path: Path, examples: Examples) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import json
 import pickle
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -14,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from samples import Example, Examples, jsonl, llava
 
 from pumice.data.mapping import RowMapping
 from pumice.data.rows import ImageFinder, Rows
 from pumice.data.sources import columns
 from pumice.data.sources.recognise import Part
+from pumice.images import open_image
 
 Written = Path | tuple[Path, RowMapping]
 Writer = Callable[[Path, Examples], Written]
@@ -222,11 +227,16 @@ def _(out: Path, e: Examples) -> Path:
     return out / "questions.json"
 
 
+LICENSES = [{"url": "http://x.org/by/2.0/", "id": 4, "name": "Attribution License"}]  # first in COCO's files
+
+
 @writes("COCO captions", asked("Describe the picture."))
 def _(out: Path, e: Examples) -> Path:
     images = [{"id": n, "file_name": f"{n:02}.png", "width": 24 + n, "height": 20} for n in range(12)]
     notes = [{"id": n, "image_id": int(r.image[:2]), "caption": r.answer} for n, r in enumerate(e.rows)]
-    (out / "captions.json").write_text(json.dumps({"info": {}, "images": images, "annotations": notes}))
+    (out / "captions.json").write_text(
+        json.dumps({"info": {}, "images": images, "licenses": LICENSES, "annotations": notes})
+    )
     return out / "captions.json"
 
 
@@ -245,6 +255,7 @@ def _(out: Path, e: Examples) -> Written:
     cats = [{"id": 99 + n, "image_id": n, "category_id": 1} for n in range(24)]
     names = [{"id": 3, "name": "dog"}, {"id": 1, "name": "cat"}]
     values = {"images": images, "annotations": [*dogs, *cats], "categories": names}
+    values = {"info": {}, "licenses": LICENSES, **values}
     (out / "instances.json").write_text(json.dumps(values))
     return out / "instances.json", RowMapping(question=OBJECTS)
 
@@ -386,6 +397,97 @@ def test_the_table_of_the_documentation_has_a_test_for_each_line() -> None:
     table = text.split("| format |", 1)[1].split("\n\n", 1)[0]
     names = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)
     assert [name for name in names if not name.startswith("-")] == list(WRITERS)
+
+
+def asked_about(e: Examples, **more: Any) -> list[dict[str, Any]]:
+    return [{"id": r.id, "image": r.image, "question": r.question, "answer": r.answer} | more for r in e.rows]
+
+
+def as_base64(e: Examples, kind: str) -> list[dict[str, Any]]:
+    values = asked_about(e)
+    for value in values:
+        buffer = io.BytesIO()
+        Image.open(e.folder / value["image"]).save(buffer, kind, lossless=True)
+        # Python's own `encodebytes` breaks lines.
+        value["image"] = base64.encodebytes(buffer.getvalue()).decode()
+    return values
+
+
+def table(e: Examples, delimiter: str, first: str = "id", lead: str = "") -> str:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, delimiter=delimiter, lineterminator="\r\n")
+    writer.writerow([first, "image", "question", "answer"])
+    writer.writerows([value.values() for value in asked_about(e)])
+    return lead + buffer.getvalue()
+
+
+# Other ways in which people write the same rows: the text of a file, and whether it has ids.
+VARIANTS: dict[str, tuple[Callable[[Examples], str], bool]] = {
+    "a list in an object": (lambda e: json.dumps({"name": "x", "data": asked_about(e)}), True),
+    "a list in an object, indented": (lambda e: json.dumps({"rows": asked_about(e)}, indent=2), True),
+    "objects over several lines": (
+        lambda e: "\n".join(json.dumps(v, indent=1) for v in asked_about(e)),
+        True,
+    ),
+    "paths of Windows": (
+        lambda e: "\n".join(json.dumps(v | {"image": ".\\" + v["image"]}) for v in asked_about(e)),
+        True,
+    ),
+    "a table with an index of pandas": (lambda e: table(e, ",", ""), False),
+    "a table of Excel": (lambda e: table(e, ";", lead="\ufeff"), True),
+    "a picture as base64, PNG": (lambda e: "\n".join(map(json.dumps, as_base64(e, "PNG"))), True),
+    "a picture as base64, WebP": (lambda e: "\n".join(map(json.dumps, as_base64(e, "WEBP"))), True),
+    "a picture as base64, BMP": (lambda e: "\n".join(map(json.dumps, as_base64(e, "BMP"))), True),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_ways_to_write_the_same_rows(name: str, examples: Examples, tmp_path: Path) -> None:
+    write, has_ids = VARIANTS[name]
+    # Pictures are found beside the rows.
+    path = examples.folder / "rows"
+    path.write_text(write(examples), "utf-8", newline="")
+    rows, finder = Rows(path), ImageFinder(tmp_path)
+    assert [row.turns for row in rows] == [
+        (("human", f"<image>\n{r.question}"), ("gpt", r.answer)) for r in examples.rows
+    ]
+    assert not has_ids or [row.id for row in rows] == [r.id for r in examples.rows]
+    for row, example in zip(rows, examples.rows, strict=True):
+        image = open_image(row.find(row.image[0], finder))
+        assert image.tobytes() == open_image(examples.folder / example.image).tobytes()
+
+
+def test_a_table_of_pictures_whose_name_begins_large(examples: Examples, tmp_path: Path) -> None:
+    shutil.copytree(examples.folder, tmp_path / "set" / "deep")
+    text = "file_name,text\n" + "".join(f"{n:02}.png,A cat.\n" for n in range(12))
+    (tmp_path / "set" / "deep" / "Metadata.csv").write_text(text)
+    assert [row.image for row in Rows(tmp_path / "set")] == [(f"deep/{n:02}.png",) for n in range(12)]
+
+
+def test_a_folder_of_classes_with_their_names_beside_it(examples: Examples, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        shutil.copytree(examples.folder, tmp_path / "set" / name)
+    (tmp_path / "set" / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "set" / "desktop.ini").write_text("[.ShellClassInfo]\n")
+    assert [row.turns[1][1] for row in Rows(tmp_path / "set")] == ["cat"] * 12 + ["dog"] * 12
+
+
+@pytest.mark.parametrize("form", ["conversations", "texts", "messages"])
+def test_a_list_as_the_json_of_a_tar(form: str, examples: Examples, tmp_path: Path) -> None:
+    row = examples.rows[0]
+    values: dict[str, list[dict[str, str]]] = {
+        "conversations": turns(row, ("human", "gpt"), ""),
+        "texts": [{"user": row.question, "assistant": row.answer}],
+        "messages": dialogue(row.question, row.answer),
+    }
+    with tarfile.open(tmp_path / "r.tar", "w") as archive:
+        for ending, data in (("png", examples.bytes_of(row)), ("json", json.dumps(values[form]).encode())):
+            member = tarfile.TarInfo(f"a.{ending}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    [read] = Rows(tmp_path / "r.tar")
+    assert [text.removeprefix("<image>").strip() for _, text in read.turns] == [row.question, row.answer]
+    assert len(read.image) == 1
 
 
 def test_splits_are_chosen_by_name(examples: Examples, tmp_path: Path) -> None:

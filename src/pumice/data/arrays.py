@@ -17,7 +17,7 @@ from pumice.files import Lock, cache_folder, replacing
 
 Arrays = dict[str, np.ndarray]
 
-VERSION = 1  # of what is kept; another one is computed again
+VERSION = 2  # of what is kept; another one is computed again
 SMALLEST_KEPT = 1 << 20  # bytes of files whose arrays are kept: those of smaller files take milliseconds
 _WAIT = 0.2  # seconds between two looks at what another process computes
 

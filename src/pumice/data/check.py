@@ -199,7 +199,7 @@ def _image_findings(row: CheckedRow, opened: dict[Path | Video, DecodedImage], d
         if image.missing:
             findings.append(("picture missing", image.missing))
             continue
-        if isinstance(image.file, Path) and image.file.name != Path(image.name).name:
+        if isinstance(image.file, Path) and image.file.name != Path(image.name.replace("\\", "/")).name:
             findings.append(("wrong extension", f"picture {image.name!r} is stored as {image.file.name!r}"))
         result = opened.get(image.file) if image.file is not None else image.decoded
         if result is None or not decode:

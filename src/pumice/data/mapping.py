@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,11 @@ from pumice.data.pictures import (
     image_of,
     images_of,
     is_stored,
+    names_picture,
     place_videos,
     structured,
     videos_of,
 )
-from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import kind
 from pumice.data.sources.source import Record
 from pumice.errors import InputError
@@ -42,9 +43,13 @@ _ANSWERS = ("answer", "answers", "response", "output")
 _CAPTIONS = ("caption", "captions", "text", "label")
 # Columns that say something about a picture. A row without them is asked for its `objects`.
 _WORDS = {*_QUESTIONS, *_ANSWERS, *_CAPTIONS, "conversations", "messages", "prompt", "completion", "texts"}
+# What questions and answers are called in sets that name their columns in other ways, for an example.
+_ASK = ("prompt", "question", "query", "instruction", "user", "problem", "input", "ask")
+_REPLY = ("response", "completion", "answer", "assistant", "solution", "output", "reply", "target")
 _IDS = ("id", "question_id", "__key__")
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+_ROLES = {"user", "assistant", "system", "developer", "tool", "None"}
 _QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
 
 _DEFAULT_QUESTIONS = {"label": "What is shown in this picture?"}
@@ -86,7 +91,7 @@ class RowMapping:
     def read(self, record: Record, place: str, fallback_id: str, form: str = "JSON") -> Mapped:
         """Return the row of a record. place, form: of the record, for messages. Raises InputError."""
         # 1. Name the columns by their roles. A column without a value counts as absent.
-        values = {name: value for name, value in record.items() if value is not None}
+        values = {name: value for name, value in record.items() if not _is_absent(value)}
         for role, column in self.columns.items():
             if column not in record:
                 raise InputError(
@@ -105,7 +110,10 @@ class RowMapping:
         try:
             objects = structured(values.get("objects"))
             if not is_objects(objects):
-                return self._words(row_id, values, images, videos, place, form)
+                mapped = self._words(row_id, values, images, videos, place, form)
+                if not mapped.images:
+                    _check_unread(values)
+                return mapped
             if not values.keys() & _WORDS:
                 turns, objects = ask_for(objects, self.question)
                 mapped = _finish(row_id, [*_system(values, turns), *turns], images, videos, values)
@@ -151,6 +159,7 @@ class RowMapping:
         answer = next((name for name in _ANSWERS if name in values), None)
         if question is not None and answer is not None:
             questions, answers = _many(values, question), _many(values, answer)
+            _check_choices(values, answer, answers)
             if question == "instruction" and values.get("input"):  # Alpaca's form, as LLaMA-Factory has it
                 questions = f"{questions}\n{values['input']}"
             turns = [
@@ -170,8 +179,14 @@ class RowMapping:
             return [*turns, ("human", _text(questions)), ("gpt", _most_given(answers))]
         caption = next((name for name in _CAPTIONS if name in values), None)
         if caption is not None and not has_images:
+            _check_unread(values)
             raise InputError(
                 f"{caption!r} stands without a picture and without a question; add one or the other"
+            )
+        if caption == "text" and "question_id" in values and question is None:
+            raise InputError(
+                "'text' beside 'question_id' is a question of LLaVA's without its answer; add a column "
+                "'answer' and call this one 'question'"
             )
         if caption is not None:
             asked = self.question or _DEFAULT_QUESTIONS.get(caption, _DESCRIBE)
@@ -228,6 +243,10 @@ def _from_messages(row_id: str, messages: tuple[Message, ...], added: int, place
     return Mapped(row_id, tuple(images), tuple(turns), tuple(placed), added)
 
 
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))  # which pandas writes
+
+
 def _id(values: Record, place: str, fallback: str) -> str:
     known = "conversations" in values  # LLaVA's rows have `id`, or their number
     names = [name for name in _IDS if name in values and not (known and name == "question_id")]
@@ -277,6 +296,13 @@ def _messages(values: Record) -> list[Any] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InputError(f"'messages' must be a list of messages, found {kind(messages)}")
+    roles = [str(message.get("role")) for message in messages if isinstance(message, dict)]
+    if "assistant" not in roles and not {*roles} <= _ROLES:
+        listed = ", ".join(map(repr, dict.fromkeys(roles)))
+        raise InputError(
+            f"no message is from 'assistant' (they are from {listed}), so there is nothing to learn; roles "
+            "are written 'user' and 'assistant'"
+        )
     # Arrow writes every key that any message of the file has, without a value where one has it not.
     return [_without_nulls(message) for message in messages]
 
@@ -318,6 +344,32 @@ def _most_given(answers: Any) -> str:
     return Counter(texts).most_common(1)[0][0]
 
 
+def unread_picture(values: Record) -> str | None:
+    """Return the column of a row that names a picture and is not read as one; None if there is none."""
+    for name, value in values.items():
+        if name not in {*_WORDS, *_IDS, *MEDIA} and names_picture(structured(value)):
+            return name
+    return None
+
+
+def _check_unread(values: Record) -> None:
+    if (name := unread_picture(values)) is not None:
+        raise InputError(
+            f"{name!r} names a picture, and is not read as one; write columns: {{image: {name}}}"
+        )
+
+
+def _check_choices(values: Record, name: str, answer: Any) -> None:
+    """Raise InputError if an answer is only the number of one of its row's choices, as in ScienceQA."""
+    for column in ("choices", "options"):
+        choices = structured(values.get(column))
+        if isinstance(choices, list | dict) and re.fullmatch(r"\d+", str(answer)):
+            raise InputError(
+                f"{name!r} is {answer}, the number of one of the {column!r}; write the answer's text, and "
+                f"the {column} into the question"
+            )
+
+
 def _unknown(values: Record, form: str) -> str:
     """Say which columns there are, and how a recipe would name them."""
     words = {name: value for name, value in values.items() if name not in ("id", "image", "images")}
@@ -330,12 +382,28 @@ def _unknown(values: Record, form: str) -> str:
                 return f"this looks like OpenAI messages in {form}; write columns: {{messages: {name}}}"
             if {"from", "value"} <= items[0].keys():
                 return f"this looks like ShareGPT turns in {form}; write columns: {{conversations: {name}}}"
-    texts = [name for name, value in words.items() if isinstance(value, str)]
-    pictures = [name for name in texts if words[name].lower().endswith(PICTURES)]
+    if {"chosen", "rejected"} <= words.keys():
+        asked = next((name for name in _ASK if name in words), "...")
+        return (
+            "these are preferences, and one answer is learned; write columns: "
+            f"{{question: {asked}, answer: chosen}}"
+        )
     # The columns that are left, the last as the answer: tables have the question before it.
+    texts = [n for n, v in words.items() if isinstance(v, str) and not n.startswith("__")]
+    pictures = [name for name in texts if names_picture(words[name])]
     texts = [name for name in texts if name not in pictures]
-    roles = {"image": pictures[:1], "question": texts[-2:-1], "answer": texts[-1:]}
-    example = ", ".join(f"{role}: {names[0]}" for role, names in roles.items() if names)
+    has_picture = bool(pictures) or any(is_stored(v) or n in MEDIA for n, v in values.items())
+    if texts and {*texts} <= {*_QUESTIONS}:
+        return f"{texts[0]!r} has no answer beside it; add one or remove the row"
+    if not texts and has_picture:
+        return "there is a picture, but no question, answer, caption, text or label beside it; add one"
+    answer = next((name for name in _REPLY if name in texts), texts[-1] if texts else None)
+    rest = [name for name in texts if name != answer]
+    question = next((name for name in _ASK if name in rest), rest[-1] if rest else None)
+    roles = {"image": pictures[0] if pictures else None, "question": question, "answer": answer}
+    if question is None and has_picture:
+        roles = {"image": roles["image"], "caption": answer}
+    example = ", ".join(f"{role}: {name}" for role, name in roles.items() if name)
     return (
         f"'conversations' is missing, and no known form has the columns {_listed(values)}; say what they are "
         f"in the recipe, for example columns: {{{example or 'question: ..., answer: ...'}}}"

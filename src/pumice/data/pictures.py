@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import itertools
 import json
 import re
@@ -13,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from pumice.conversation import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, StoredImage, Video
+from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.source import Record
 from pumice.errors import InputError, shorten
 from pumice.messages import decode_data_url
@@ -25,6 +24,10 @@ _OTHER_IMAGES = (
     "picture", "pictures", "photo", "image_url", "image_urls",
 )  # fmt: skip
 _VIDEOS = ("video", "videos")
+# How JPEG, PNG, GIF, WebP and BMP begin as base64.
+_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
+_SHORTEST_BASE64 = 64  # letters: no picture is smaller
+_LONGEST_PATH = 1024  # characters
 _PLACES = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 # Columns that `images_of` and `videos_of` read.
 MEDIA = (*_IMAGES, *_OTHER_IMAGES, *_VIDEOS)
@@ -119,11 +122,8 @@ def image_of(value: Any, place: str) -> Image:
     if isinstance(value, str) and value:
         if value[:5].lower() == "data:":
             value = decode_data_url(value)
-        elif value.startswith(("/9j/", "iVBORw0KGgo")) and len(value) > 255:  # JPEG or PNG as base64
-            try:
-                value = base64.b64decode(value, validate=True)
-            except binascii.Error as error:
-                raise InputError(f"{place}: the picture is not base64 ({error}); encode it again") from error
+        elif is_base64(value):
+            value = decode_data_url(f"data:;base64,{value}")
         else:
             return value.removeprefix("file://")
     if isinstance(value, bytes):
@@ -131,6 +131,24 @@ def image_of(value: Any, place: str) -> Image:
     if isinstance(value, StoredImage):
         return value
     raise TypeError
+
+
+def is_base64(value: str) -> bool:
+    """Whether a text is a picture in one of the common formats as base64, and not a path."""
+    return len(value) >= _SHORTEST_BASE64 and value.startswith(_BASE64) and "." not in value
+
+
+def names_picture(value: Any) -> bool:
+    """Whether a value is the path, the address or the contents of a picture, or a list of them."""
+    if isinstance(value, list):
+        return bool(value) and all(map(names_picture, value))
+    if isinstance(value, Mapping):
+        return any(names_picture(value.get(key)) for key in ("path", "url", "bytes"))
+    if not isinstance(value, str):
+        return is_stored(value) or isinstance(value, bytes)
+    if value[:11].lower() == "data:image/" or is_base64(value):
+        return True
+    return value.lower().endswith(PICTURES) and len(value) < _LONGEST_PATH and "\n" not in value
 
 
 def is_stored(value: Any) -> bool:

@@ -60,13 +60,15 @@ class ImageFinder:
         leaves its root.
         """
         # Text instead of Path until a file is found: a start looks for every picture of all rows.
-        if os.path.normpath(name).split(os.sep, 1)[0] == "..":
+        from_windows = name.replace("\\", "/")
+        if os.path.normpath(from_windows).split(os.sep, 1)[0] == "..":
             raise InputError(f"{what} {name!r} leads out of the image folders; write the path without '..'")
         if name.startswith(("http://", "https://")):
             raise InputError(f"{what} {name!r} is a web address; save it to a file and name that")
-        roots = self.roots if beside is None else [*self.roots, beside]
+        roots = self.roots if beside is None or beside in self.roots else [*self.roots, beside]
         # COCO 2014's names end as 2017's do.
         names = [name, name.rpartition("_")[2]] if os.path.basename(name).startswith("COCO_") else [name]
+        names += [from_windows] if from_windows != name else []
         candidates = [os.path.join(root, n) for root in roots for n in names]  # an absolute name stays alone
         for candidate in candidates:
             if os.path.isfile(candidate):  # False for an overlong name, where Path.is_file raises

@@ -247,6 +247,16 @@ def test_the_best_of_several_right_boxes_counts(data: Any, scored: Callable[...,
     assert result["metrics"]["unread"] == 4 and "4 answers hold no box and count as wrong" in result["notes"]
 
 
+@pytest.mark.parametrize("unit", ["real", "norm1000"])
+def test_one_right_box_in_a_file_has_its_unit(data: Any, unit: str) -> None:
+    Image.new("RGB", (200, 100)).save(data.path / "a.png")
+    row = {"image": "a.png", "question": "Where?", "metric": "box", "answers": [20, 50, 180, 90]}
+    data.lines("own.jsonl", [{**row, "bbox_type": unit}])
+    [question] = get_task("own").questions(data.path / "own.jsonl")
+    [box] = question.meta["boxes"]
+    assert box.corners == ((20, 50, 180, 90) if unit == "real" else (4, 5, 36, 9))
+
+
 def test_rows_to_learn_are_questions_about_boxes(data: Any, scored: Callable[..., Any]) -> None:
     Image.new("RGB", (200, 100)).save(data.path / "a.png")
     objects = {"ref": ["the dog"], "bbox": [[0, 0, 100, 50], [100, 50, 200, 100], [0, 50, 100, 100]]}

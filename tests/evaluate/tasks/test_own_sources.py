@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pumice.errors import InputError
 from pumice.evaluate.tasks import get_task
@@ -60,3 +62,40 @@ def test_the_own_format_keeps_its_messages(pictures: Path) -> None:
     (pictures / "own.jsonl").write_text(json.dumps({"id": "a", "question": "?", "answers": {}}) + "\n")
     with pytest.raises(InputError, match="'answers' must be a text or a list of texts"):
         asked(pictures / "own.jsonl")
+
+
+def test_a_file_of_the_own_format_may_have_rows_that_nothing_learns(pictures: Path) -> None:
+    Image.new("RGB", (20, 20)).save(pictures / "a.png")
+    box = {"id": "b", "image": "a.png", "question": "Where?", "answers": [[1, 2, 3, 4]], "metric": "box"}
+    rows = [{"id": "a", "question": "What?", "answers": ["dog"]}, box]
+    (pictures / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = list(get_task("own").questions(pictures / "own.jsonl"))
+    assert [question.meta["metric"] for question in questions] == ["exact", "box"]
+
+
+def test_tables_and_other_columns(pictures: Path) -> None:
+    expected = [(r["id"], r["question"], [r["answer"]], [pictures / r["image"]]) for r in ROWS]
+    header = "id,image,question,answer\n"
+    (pictures / "rows.csv").write_text(header + "".join(",".join(r.values()) + "\n" for r in ROWS))
+    assert asked(pictures / "rows.csv") == expected
+    renamed = [
+        {"id": r["id"], "img": r["image"], "query": r["question"], "response": r["answer"]} for r in ROWS
+    ]
+    (pictures / "rows.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    assert asked(pictures / "rows.jsonl") == expected
+    voted = [r | {"answers": [{"answer": r["answer"]}]} for r in ROWS]
+    (pictures / "rows.json").write_text(json.dumps({"data": voted}))
+    assert asked(pictures / "rows.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"path": "a.png", "question": "?", "answer": "!"}, "'path' names a picture, and is not read as one"),
+        ({"image": "a.png", "ask": "?", "reply": "!"}, "columns: {question: ask, answer: reply}"),
+    ],
+)
+def test_rows_that_would_be_asked_wrongly(pictures: Path, row: dict[str, str], message: str) -> None:
+    (pictures / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=re.escape(message)):
+        asked(pictures / "rows.jsonl")

@@ -191,6 +191,9 @@ def test_what_our_decoder_is_not(
 def test_scaled_rotary_positions(tmp_path: Path, write_gguf: Any) -> None:
     write_gguf(tmp_path / "l.gguf", llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
     assert open_gguf(tmp_path / "l.gguf").config.rope_scaling == RopeScaling("linear", 4.0)
+    for key in ("llama__rope__scaling__factor", "llama__rope__scale_linear"):  # older files say no type
+        write_gguf(tmp_path / "l.gguf", **{key: 4.0})
+        assert open_gguf(tmp_path / "l.gguf").config.rope_scaling == RopeScaling("linear", 4.0)
     config = dataclasses.replace(CONFIG, rope_theta=500000.0)
     scaling = RopeScaling("llama3", 32.0)
     device = torch.device("cpu")

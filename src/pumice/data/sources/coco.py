@@ -16,6 +16,7 @@ from pumice.errors import InputError
 
 # Lists that only these files have, at the top of their object.
 LISTS = ("images", "annotations", "questions", "categories")
+_LICENSES = "licenses"  # which says nothing of the file, and comes first in some
 
 
 class _Lists:
@@ -167,9 +168,10 @@ def lists_in(path: Path) -> set[str]:
             if not hasattr(value, "__next__"):
                 continue
             first = next(value, None)
-            if name not in LISTS or (first is not None and not _fits(name, first[2])):
+            if first is not None and name != _LICENSES and not (name in LISTS and _fits(name, first[2])):
                 return found
-            found.add(name)
+            if name in LISTS:
+                found.add(name)
             # These two tell what the file is. What comes before them may be long, and must be read.
             if name in ("annotations", "questions"):
                 return found

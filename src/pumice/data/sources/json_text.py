@@ -16,6 +16,11 @@ from pumice.errors import InputError
 
 BOM = b"\xef\xbb\xbf"
 _BLOCK = 1 << 22  # bytes read at once
+# A file of one object with one of these is one row.
+_ROW_KEYS = {
+    "image", "images", "conversations", "messages", "texts", "question", "questions", "query", "instruction",
+    "prompt", "caption", "captions", "text", "answer", "answers", "response", "completion", "objects",
+}  # fmt: skip
 _NEAR_END = 16  # characters: a number or `false` that the end of a block cuts is shorter
 
 
@@ -177,8 +182,86 @@ def _index(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         start = len(BOM) if file.read(len(BOM)) == BOM else 0
         reader = JsonReader(file, start)
-        spans = _list_spans(reader, str(path)) if reader.peek() == "[" else _line_spans(file, start)
+        first = reader.peek()
+        if first == "[":
+            spans = _list_spans(reader, str(path))
+        elif first != "{" or _has_whole_line(file, reader.offset):
+            spans = _line_spans(file, start)
+        else:
+            spans = _object_spans(file, start, str(path))
         return np.fromiter(chain.from_iterable(spans), np.int64).reshape(-1, 2)
+
+
+def _has_whole_line(file: BinaryIO, start: int) -> bool:
+    """Whether the first line is a JSON value, and others follow: then damaged ones are told one by one."""
+    file.seek(start)
+    line, _, rest = file.read(_BLOCK).partition(b"\n")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return bool(rest.strip())
+
+
+def _object_spans(file: BinaryIO, start: int, name: str) -> Iterator[tuple[int, int]]:
+    """Return the rows of a file that begins with an object, which is not known to be the first of many lines.
+
+    It may be the only one, and hold the rows as a list: {"data": [...]}. Or all are written over several
+    lines.
+    Raises InputError where an object holds its rows in another way.
+    """
+    # 1. Read the first object, if it is one: the first line may be damaged.
+    reader = JsonReader(file, start)
+    reader.peek()
+    begin = reader.offset
+    rows: list[tuple[int, int]] = []
+    keys: list[str] = []
+    row_lists = objects = 0
+    try:
+        for key, value in reader.sections(name):
+            keys.append(key)
+            objects += isinstance(value, dict)
+            if isinstance(value, Iterator):
+                spans = [(*span, _is_row(item)) for *span, item in value]
+                if spans and all(is_row for *_, is_row in spans):
+                    row_lists, rows = row_lists + 1, [(begin, end) for begin, end, _ in spans]
+    except InputError:
+        return _line_spans(file, start)
+    reader.skip()
+    end = reader.offset
+    # 2. The only one holds rows, or is a row.
+    if not reader.peek():
+        if row_lists == 1 and not _ROW_KEYS & {*keys}:
+            return iter(rows)
+        if objects == len(keys) > 0:
+            raise InputError(
+                f"'{name}' is one JSON object of {objects} objects; write a list of rows, or one object per "
+                "line"
+            )
+        return iter([(begin, end)])
+    # 3. Several, each in a line of its own or over several lines.
+    file.seek(begin)
+    if b"\n" not in file.read(end - begin):
+        return _line_spans(file, start)
+    return _value_spans(JsonReader(file, start), name)
+
+
+def _is_row(item: Any) -> bool:
+    """Whether an item of a list could be a row, and not a turn, a message or a picture of one."""
+    return isinstance(item, dict) and not {"role", "from", "user", "bytes", "path"} & item.keys()
+
+
+def _value_spans(reader: JsonReader, name: str) -> Iterator[tuple[int, int]]:
+    while reader.peek():
+        begin = reader.offset
+        try:
+            reader.value()
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"'{name}': the JSON is malformed or cut off near byte {reader.offset}; fix the file, or "
+                "write one object per line"
+            ) from error
+        yield begin, reader.offset
 
 
 def _line_spans(file: BinaryIO, offset: int) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,7 +33,9 @@ _SIDE_FILES = (
     "dataset_dict.json",
     "*.md",
     "*.py",
+    "*.ini",
 )
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
     "valid": "validation", "val": "validation", "dev": "validation",
@@ -66,20 +68,25 @@ def open_source(path: str | os.PathLike[str], part: Part | None = None) -> Sourc
     Raises InputError when there is nothing, or nothing whose format is known, or more than one split.
     """
     name, part = os.fspath(path), part or Part()
-    if name.startswith(HUB):
-        return _open_hub(name, part)
+    source, folder = _open_hub(name, part) if name.startswith(HUB) else _open_path(name, part)
+    source.folder = source.folder or folder
+    return source
+
+
+def _open_path(name: str, part: Part) -> tuple[Source, Path]:
+    """Return the rows at a path, and the folder beside which their pictures may lie."""
     if part.revision is not None:
         raise InputError(f"revision: {part.revision} is for sets on the hub (hf://...), and '{name}' is none")
     found = Path(name).expanduser()
     if found.is_dir():
-        return _open_folder(found, part, name)
+        return _open_folder(found, part, name), found
     if not found.exists() and glob.has_magic(name):
         paths = [Path(p) for p in sorted(glob.glob(str(found), recursive=True)) if os.path.isfile(p)]
         if not paths:
             raise InputError(f"the rows '{name}' match no file; check the pattern")
         fixed = [*itertools.takewhile(lambda piece: not glob.has_magic(piece), found.parts)]
-        return _open_files(_of_part(paths, Path(*fixed), part, name), name)
-    return _open_files([found], name)
+        return _open_files(_of_part(paths, Path(*fixed), part, name), name), Path(*fixed)
+    return _open_files([found], name), found.parent
 
 
 def is_missing(path: str) -> bool:
@@ -88,7 +95,7 @@ def is_missing(path: str) -> bool:
 
 
 def format_of(path: Path) -> str:
-    """Return the format of a file by its contents: one of OPENERS, or other."""
+    """Return the format of a file by its contents: one of OPENERS, or text or other, which hold no rows."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -99,6 +106,8 @@ def format_of(path: Path) -> str:
             return name
     if head[257:262] == b"ustar":
         return "tar"
+    if head.startswith(b"PK") and b"[Content_Types].xml" in head:
+        raise InputError(f"'{path}' is an Excel workbook; save its table as CSV")
     for magic, packer in _PACKED.items():
         if head.startswith(magic):
             raise InputError(f"'{path}' is packed with {packer}; unpack it first")
@@ -109,11 +118,13 @@ def format_of(path: Path) -> str:
     text = head.removeprefix(BOM).lstrip()
     if text.startswith(b"{"):
         return "lists" if lists_in(path) else "json"
-    if not text.startswith(b"["):
-        line = text.split(b"\n", maxsplit=1)[0].decode("utf-8", "replace")
-        if header_of(line.rstrip("\r")) is not None:
-            return "table"
-    return "json"
+    if not text or text.startswith(b"["):
+        return "json"
+    lines = text.split(b"\n")
+    if header_of(lines[0].decode("utf-8", "replace").rstrip("\r")) is not None:
+        return "table"
+    # JSON Lines whose first line is damaged, or other text.
+    return "json" if any(line.startswith(b"{") for line in lines) else "text"
 
 
 # The formats that rows come in: how their files are opened, and, where that tells a format, how they begin.
@@ -134,19 +145,25 @@ def _join(parts: list[Source], label: str) -> Source:
     return next(iter(unique.values())) if len(unique) == 1 else Joined(list(unique.values()), label)
 
 
-def _open_files(paths: Sequence[Path], label: str, *, strict: bool = True) -> Source:
-    """Return the rows of some files. Of several formats the one that comes first in `OPENERS` counts.
+def _open_files(paths: Sequence[Path], label: str) -> Source:
+    """Return the rows of some files. Raises InputError if one of them cannot hold rows."""
+    formats = {path: format_of(path) for path in paths}
+    for path, name in formats.items():
+        if name == "other":
+            raise InputError(f"'{path}' is no text file; give rows as JSON or JSON Lines")
+        if name == "text":
+            raise InputError(
+                f"'{path}' is neither JSON nor a table of several columns; write one JSON object per "
+                "line, or a first line with the columns' names"
+            )
+    return _open_formats(formats, label)
 
-    strict: refuse files that hold no rows instead of leaving them out.
-    """
-    kinds: dict[str, list[Path]] = {}
-    for path in paths:
-        kinds.setdefault(format_of(path), []).append(path)
-    for path in kinds.get("other", ()) if strict else ():
-        raise InputError(f"'{path}' is no text file; give rows as JSON or JSON Lines")
-    for kind, opener in OPENERS.items():
-        if kind in kinds:
-            return opener(kinds[kind], label)
+
+def _open_formats(formats: Mapping[Path, str], label: str) -> Source:
+    """Return the rows of files in these formats. Of several the one that is first in `OPENERS` counts."""
+    for name, opener in OPENERS.items():
+        if paths := [path for path, own in formats.items() if own == name]:
+            return opener(paths, label)
     raise InputError(f"'{label}' holds no rows; write a JSON list or one JSON object per line")
 
 
@@ -158,14 +175,22 @@ def _open_folder(folder: Path, part: Part, label: str) -> Source:
         return ColumnRows(shards, label)
     # 2. A table that describes pictures beside it.
     below = sorted(path for path in folder.rglob("*") if path.is_file() and _visible_below(path, folder))
-    tables = [path for path in below if path.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")]
+    tables = [path for path in below if path.name.lower() in _METADATA]
     if tables:
         chosen = _of_part(tables, folder, part, label)
         return ImageFolder([_open_files([path], str(path)) for path in chosen], folder)
     # 3. Files of rows.
     files = [path for path in below if not _is_side_file(path)]
-    if files:
-        return _open_files(_of_part(files, folder, part, label), label, strict=False)
+    pictures = {path.with_suffix("") for path in below if path.name.lower().endswith(PICTURES)}
+    if len(files) > 1 and all(path.with_suffix("") in pictures for path in files):
+        raise InputError(
+            f"the folder '{label}' holds pictures and beside each a file of its name; pack them as "
+            f"WebDataset: tar --sort=name -cf rows.tar -C '{label}' ."
+        )
+    formats = {path: name for path in files if (name := format_of(path)) in OPENERS}
+    if formats:
+        chosen = _of_part([*formats], folder, part, label)
+        return _open_formats({path: formats[path] for path in chosen}, label)
     # 4. A folder of pictures for each class.
     names = [path.name for path in folder.iterdir() if path.is_dir() and is_visible(path)]
     if names and all(name.lower() in _SPLITS for name in names):
@@ -222,7 +247,7 @@ def _choose(splits: Sequence[str], part: Part, label: str) -> str:
     raise InputError(f"'{label}' has no split {part.split!r}; it has {listed}")
 
 
-def _open_hub(name: str, part: Part) -> Source:
+def _open_hub(name: str, part: Part) -> tuple[Source, Path]:
     """Return the rows of a set on the hub, of which only the files of the chosen part are fetched."""
     from pumice.storage.download import from_hub
 
@@ -231,11 +256,12 @@ def _open_hub(name: str, part: Part) -> Source:
     folder = from_hub(repository, ["README.md"], revision=part.revision, kind="dataset")
     splits = _splits_of_card(folder / "README.md", part, name)
     if not splits:
-        return _open_folder(from_hub(repository, revision=part.revision, kind="dataset"), part, name)
+        folder = from_hub(repository, revision=part.revision, kind="dataset")
+        return _open_folder(folder, part, name), folder
     patterns = splits[_choose(list(splits), part, name)]
     folder = from_hub(repository, patterns, revision=part.revision, kind="dataset")
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return _open_files(files, name)
+    return _open_files(files, name), folder
 
 
 def _splits_of_card(card: Path, part: Part, label: str) -> dict[str, list[str]]:

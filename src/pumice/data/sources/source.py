@@ -26,7 +26,7 @@ class Source(ABC):
     form: str  # of the rows, for messages: "JSON Lines"
     label: str  # the path as the user gave it, for messages
     files: Sequence[Path]  # their sizes and times tell whether the rows changed
-    folder: Path | None = None  # the rows' pictures are named relative to it, if it is set
+    folder: Path | None = None  # where the rows' pictures may lie, beside the roots of a finder
     shuffle_block = 1  # rows that are read together: 1 where any row is read as fast as the next one
 
     @abstractmethod

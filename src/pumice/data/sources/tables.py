@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pumice.data.arrays import kept
+from pumice.data.sources.folders import PICTURES
 from pumice.data.sources.json_text import BOM
 from pumice.data.sources.source import OpenFiles, Record, Source, unreadable
 from pumice.errors import InputError
@@ -30,7 +31,8 @@ def header_of(line: str) -> tuple[str, list[str]] | None:
         except csv.Error:
             continue
         unique = len(set(names)) == len(names) > (len(best[1]) if best else 1)
-        if unique and all(0 < len(name) <= _LONGEST_NAME and name[0] not in "{[" for name in names):
+        named = names[1:] if names[:1] == [""] else names  # pandas writes its index without a name
+        if unique and all(0 < len(name) <= _LONGEST_NAME and name[0] not in "{[" for name in named):
             best = delimiter, names
     return best
 
@@ -51,6 +53,11 @@ class Table(Source):
             if found is None:
                 raise InputError(f"'{path}' has no header; write the names of its columns in the first line")
             self.delimiter, self.columns = found
+            if any(name.lower().endswith(PICTURES) for name in self.columns):
+                raise InputError(
+                    f"'{path}' has no header, its first line names a picture; write the names of its columns "
+                    "above it"
+                )
             self._spans = kept(self.files, "table", lambda: {"spans": self._index()})["spans"]
         except OSError as error:
             raise unreadable(path, error) from error
@@ -75,7 +82,7 @@ class Table(Source):
                 f"{self.place(index)}: {len(cells)} columns where the header has {len(self.columns)}; put "
                 "quotes around text that holds the delimiter"
             )
-        return {name: cell or None for name, cell in zip(self.columns, cells, strict=True)}
+        return {name: cell or None for name, cell in zip(self.columns, cells, strict=True) if name}
 
     def _index(self) -> np.ndarray:
         """Return where each row begins and ends: (rows, 2) int64 byte offsets."""

@@ -19,6 +19,7 @@ _PICTURES = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|h
 _TEXTS = {"txt": "text", "text": "text", "caption": "caption", "cls": "label"}
 _OTHER_MEDIA = dict.fromkeys(("mp4", "webm", "avi", "mov", "mkv"), "video")  # told, and never learned as text
 _OTHER_MEDIA |= dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a"), "audio")
+_TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")  # of a packed folder, which is no WebDataset
 _CUT = "!cut"  # the ending of a sample in which its archive is cut off
 
 
@@ -81,8 +82,11 @@ class TarRows(Source):
             raise InputError(f"{self.place(index)}: its .{ending} is not {what} ({error}); fix it") from error
         if isinstance(values, dict):
             record |= values
+        elif isinstance(values, list):
+            keys = values[0] if values and isinstance(values[0], dict) else ()
+            record["texts" if "user" in keys else "conversations" if "from" in keys else "messages"] = values
         else:
-            record["messages" if isinstance(values, list) else "text"] = values
+            record["text"] = values
 
     def _name(self, member: int) -> tuple[str, str]:
         start = int(self._name_ends[member - 1]) if member else 0
@@ -97,6 +101,8 @@ class TarRows(Source):
         for shard, path in enumerate(self.files):
             key = None
             for name, start, size in _read_members(path):
+                if name.lower().endswith(_TABLES):
+                    raise InputError(f"'{path}' holds {name!r}, a file of rows; unpack it and give that file")
                 own_key, _, ending = name.rpartition("/")[2].partition(".")
                 own_key = name[: len(name) - len(ending) - bool(ending)] if ending else name
                 if own_key != key:

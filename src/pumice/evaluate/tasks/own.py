@@ -20,7 +20,9 @@ from pumice.conversation import (
     Video,
     check_media,
 )
+from pumice.data.mapping import unread_picture
 from pumice.data.objects import read_objects
+from pumice.data.pictures import structured
 from pumice.data.rows import Row, Rows
 from pumice.data.sources.recognise import HUB, format_of
 from pumice.errors import InputError
@@ -35,6 +37,8 @@ from pumice.explain.words import UNSPACED
 from pumice.geometry import Size
 from pumice.images import image_size
 
+_KEPT = ("metric", "category", "choices", "prompt", "bbox_type")
+_OWN_KEYS = {"question", "answer", "answers", "metric", "choices"}
 BoxMaps = Callable[[Size, int], BoxMap]  # of a picture of that size in a question with so many
 
 # A character that is looked for as a word is: also in Tibetan, which marks syllables but not words, and the
@@ -233,7 +237,7 @@ class OwnFile(Task):
 
 
 def _rows_to_learn(data: Path) -> Rows | None:
-    """Return the rows of a source in a format that is not this task's own, else None."""
+    """Return the rows of a source that can be learned from; None where it is this task's own alone."""
     text = str(data)
     if text.startswith("hf:/"):  # a path has lost one of the slashes
         return Rows(text.replace("hf:/", HUB, 1))
@@ -241,13 +245,24 @@ def _rows_to_learn(data: Path) -> Rows | None:
         return Rows(data) if has_magic(text) else None
     if data.is_dir():
         return Rows(data) if search(data, ["questions.jsonl"]) is None else None
-    if format_of(data) not in ("json", "table"):
+    if format_of(data) != "json":
         return Rows(data)
-    with contextlib.suppress(InputError):  # what is wrong with it is told by the own format
+    own = True
+    try:
         rows = Rows(data)
-        if {"conversations", "messages"} & rows.opened.record(0).keys():
-            return rows
-    return None
+        record = rows.opened.record(0)
+        own = bool(_OWN_KEYS & record.keys())
+        images = [*rows[0].image]
+    except InputError:
+        if own:  # what is wrong with it is told by the own format
+            return None
+        raise
+    names = record.get("image")
+    if own and images == ([names] if isinstance(names, str) else names or []):
+        with contextlib.suppress(InputError):  # as the list in an object, which the own format is not
+            next(read_rows(DataFile(data), "question"), None)
+            return None
+    return rows
 
 
 def _values(rows: Rows, folder: Path, box_map: BoxMaps) -> Iterator[dict[str, Any]]:
@@ -258,8 +273,10 @@ def _values(rows: Rows, folder: Path, box_map: BoxMaps) -> Iterator[dict[str, An
             row, given = _with_boxes(row, folder, box_map)
         record = rows.opened.record(index)
         texts = [text for speaker, text in row.turns if speaker != "system"]
-        own = {name: record[name] for name in ("metric", "category", "choices", "prompt") if record.get(name)}
-        answers = record.get("answers") or texts[1:2]
+        own = {name: record[name] for name in _KEPT if record.get(name)}
+        answers = structured(record.get("answers")) or texts[1:2]
+        if isinstance(answers, list):  # VQA's sets hold what each person answered
+            answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
         question = texts[0].replace(IMAGE_PLACEHOLDER, "").strip() if texts else ""
         yield {
             "id": row.id, "image": list(row.image), "question": question, "answers": answers, **given, **own,
@@ -322,6 +339,10 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
         "category": row.get("category"),
     }
     images = tuple(_image(folder, name) for name in names)
+    if not names and (column := unread_picture(row)):
+        raise InputError(
+            f"{error_prefix}: {column!r} names a picture, and is not read as one; call it 'image'"
+        )
     if metric == "box":
         meta |= _right_boxes(row, images, box_map, error_prefix)
     return Question(str(row.get("id", number)), images, prompt, meta)

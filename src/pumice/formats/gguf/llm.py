@@ -92,10 +92,12 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         raise InputError(
             f"{file.path} rotates {value('rope.dimension_count')} of {head_dim} per head; all must rotate"
         )
-    scaling = value("rope.scaling.type", "none")
+    # As llama.cpp reads them: a factor without a type is linear, and files of 2023 have a key of their own.
+    scaling = value("rope.scaling.type", "linear")
+    factor = value("rope.scaling.factor", value("rope.scale_linear", 1.0))
     if scaling not in ("none", "linear"):
         raise InputError(f"{file.path} scales its rotary positions ({scaling}), which is not supported")
-    rope_scaling = RopeScaling("linear", value("rope.scaling.factor")) if scaling == "linear" else None
+    rope_scaling = RopeScaling("linear", factor) if scaling == "linear" and factor != 1 else None
     rope_theta = shortest(value("rope.freq_base", 10000.0))
     if _FACTORS in file.infos:
         rope_scaling = _llama3_scaling(file, head_dim, rope_theta)

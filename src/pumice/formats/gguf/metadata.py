@@ -73,7 +73,7 @@ _RULES = {
         ("general.alignment", _Rule(int, low=1, high=2**20)),
         ("*.attention.layer_norm_rms_epsilon clip.vision.attention.layer_norm_epsilon", _Rule(float, high=1)),
         ("*.rope.freq_base", _Rule(float, low=1, high=1e12)),
-        ("*.rope.scaling.factor", _Rule(float, low=1e-3, high=1e6)),
+        ("*.rope.scaling.factor *.rope.scale_linear", _Rule(float, low=1e-3, high=1e6)),
         ("tokenizer.ggml.merges tokenizer.ggml.tokens", _Rule(str, many=True)),
         ("clip.vision.feature_layer tokenizer.ggml.token_type", _Rule(int, many=True)),
         ("clip.vision.image_grid_pinpoints", _Rule(int, many=True, low=1)),
