@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+# The limit for a compiler. It needs some seconds, and minutes beside much other work; a process that gives up
+# computes in PyTorch, with weights of 32 bits.
+COMPILE_SECONDS = 600
 # The fastest first; the first that the compiler accepts is used. Without OpenMP the code has one thread.
 TARGET_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 
@@ -26,7 +29,7 @@ def compile_library(command: list[str], sources: list[Path], library_path: Path)
         libraries = openmp if "-fopenmp" in target_flags else []
         process = subprocess.run(
             [*command, *FLAGS, *target_flags, *map(str, sources), *libraries, "-o", str(library_path), "-lm"],
-            capture_output=True, text=True, errors="replace", timeout=120, check=False,
+            capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS, check=False,
         )  # fmt: skip
         if process.returncode == 0:
             return library_path
