@@ -1,7 +1,6 @@
 """Packed (quantised) matrices: convert them to and from floats and GGUF's blocks, in PyTorch.
 
-`packed.h` describes the layout in memory and in files. The compiled code must give the same results as this
-file.
+`packed.h` describes the layout in memory and in files. Compiled code reads and writes the same layout.
 
 Shapes: N outputs (rows), K inputs, G = K / 32 groups, T = N / 16 tiles, rounded up.
 """
