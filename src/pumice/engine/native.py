@@ -191,7 +191,7 @@ class NativeDecoder:
     def _linear(self, layer: Any) -> ctypes.Structure:
         """Return a linear layer, or an embedding used as one, as C reads it."""
         bias = getattr(layer, "bias", None)
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PackedLinear | PackedEmbedding):
             self._referenced += [layer.data, bias]
             return packed_struct(layer.packed, bias)
         bias_address = None if bias is None else self._address(bias)
