@@ -192,6 +192,16 @@ def test_keys_that_are_not_finite_are_not_passed_over(weights: str, new: int) ->
     assert native_code.logits(x, [segment], [0]).isnan().all()
 
 
+@WEIGHTS
+@torch.inference_mode()
+def test_only_finite_numbers_prove_that_it_agrees(weights: str) -> None:
+    decoder = make(weights)
+    native_code, x = ready(decoder, filled(decoder)[0]), decoder.embed(torch.arange(4))
+    assert native_code.agrees(torch.full_like(x, torch.nan))  # a broken picture says nothing about the code
+    assert not native_code.compared
+    assert native_code.agrees(x) and native_code.compared
+
+
 def test_a_token_without_a_place_is_refused() -> None:
     decoder = make()
     cache, _ = filled(decoder)
