@@ -397,6 +397,8 @@ class Engine:
         for row, request in enumerate(requests):
             if tokens[row] == NOT_FINITE:
                 failed[row] = WorkError(self._why_not_finite())
+                if request.slot is not None:  # in attention, one NaN spoils what stands before it as well
+                    self._prefix_cache.hide(request.slot)
             elif request.constraint is not None and row not in failed and tokens[row] not in self._stops:
                 try:
                     request.constraint.accept(tokens[row])
