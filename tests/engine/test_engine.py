@@ -444,6 +444,16 @@ def test_a_picture_that_fails_ends_its_own_request_only(kit: Kit, make_engine: C
     assert good.tokens == EXPECTED[None][2]
 
 
+@pytest.mark.parametrize("found", [3, 5])
+def test_a_picture_of_another_size_ends_its_own_request_only(
+    found: int, kit: Kit, make_engine: Callable[..., Engine]
+) -> None:
+    wrong = PromptImage("wrong", 4, lambda: torch.zeros(found, WIDTH))
+    bad, good = kit.run(make_engine(), kit.prompt(1, wrong, 2), PROMPTS[2])
+    assert str(bad.last.error) == f"a picture has 4 placeholders and {found} image tokens"
+    assert good.tokens == EXPECTED[None][2]
+
+
 def test_what_was_computed_beside_nan_is_not_kept(kit: Kit, make_engine: Callable[..., Engine]) -> None:
     """Text before a broken picture may be spoiled too: a weight of zero times NaN is NaN."""
     text = [n % 100 for n in range(60)]

@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def kernel_name() -> str:
-    """Return what multiplies packed matrices: "AVX-512 VNNI", "AVX2", "plain C" or "PyTorch"."""
+    """Return what multiplies packed matrices: "PyTorch", or the kernel that product.h chose, as "AVX2"."""
     code = library()
     if code is None:
         return "PyTorch"
