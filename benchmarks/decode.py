@@ -45,27 +45,25 @@ def pumice(bits: str | None, threads: int) -> Measure:
 
     torch.set_num_threads(threads)
     import pumice as package
-    from pumice.model.layers import Causal
+    from pumice.engine.requests import Prompt
+    from pumice.engine.sampling import SamplingParams
 
     assistant = package.load(from_wheel(wheel(NAME)), device="cpu", quantize=bits)
-    decoder = assistant.model.decoder
     object.__setattr__(assistant.model.config, "stop_token_ids", ())  # answers as long as is asked for
-    decoding = assistant.processor.tokenizer.decode
+
+    def timed(ids: list[int], count: int) -> list[float]:
+        """When the prompt came, and when each token of its answer did."""
+        times = [time.perf_counter()]
+        asked = Prompt(torch.tensor(ids), params=SamplingParams(max_new_tokens=count))
+        assistant.engine.submit(asked, lambda delta: times.append(time.perf_counter()))
+        while assistant.engine.step():
+            pass
+        return times
 
     def measure(ids: list[int], new: int) -> tuple[float, float]:
-        with torch.inference_mode():
-            start = time.perf_counter()
-            x = decoder.embed(torch.tensor([ids]))
-            positions = torch.arange(len(ids))[None]
-            decoder.logits(decoder(x, positions, Causal(decoder.config))[:, -1]).argmax(-1)
-            prefill = time.perf_counter() - start
-        text = decoding(ids[: len(ids) // 3])
-        reply = assistant.stream([{"role": "user", "content": text}], max_new_tokens=new)
-        next(reply)
-        first, start = reply.tokens, time.perf_counter()
-        for _ in reply:
-            pass
-        return prefill, (time.perf_counter() - start) / max(1, reply.tokens - first) * new
+        came, first = timed(ids, 1)
+        _, begun, *others = timed(ids[: len(ids) // 3], new + 1)
+        return first - came, others[-1] - begun
 
     return measure
 

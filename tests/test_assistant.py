@@ -22,7 +22,7 @@ from pumice.files import Lock
 from pumice.formats.load import open_model
 from pumice.formats.pumice.folder import save
 from pumice.kernels import compute
-from pumice.model.quantized import PackedLinear
+from pumice.model.quantized import PackedEmbedding
 from pumice.processor import Processor
 
 SHORT = {"max_new_tokens": 12}
@@ -264,7 +264,7 @@ def test_logits_are_those_that_the_answer_comes_from(exact: Assistant, pictures:
 def test_int8_is_close(exact: Assistant, tiny_folder: Path, pictures: list[Path]) -> None:
     int8 = load(tiny_folder, device="cpu", quantize="int8")
     assert int8.model.dtype == torch.float32
-    assert isinstance(int8.model.decoder.head, PackedLinear)
+    assert isinstance(int8.model.decoder.embed, PackedEmbedding)
     actual, expected = (a.logits(pictures[0], "What?") for a in (int8, exact))
     away = ((actual - expected).abs().mean() / expected.std()).item()
     assert away < 0.04  # measured: 3.0e-2, of which 0.8e-2 by weights
@@ -275,7 +275,7 @@ def test_without_compiled_code_auto_stays_in_fp32(tiny_folder: Path, monkeypatch
     monkeypatch.setattr(compute, "library", lambda: None)
     assistant = load(tiny_folder, device="cpu")
     assert assistant.model.dtype == torch.float32
-    assert assistant.model.decoder.head is None
+    assert not isinstance(assistant.model.decoder.embed, PackedEmbedding)
     assert load(tiny_folder, device="cpu", quantize="int8").ask(None, "What?", **SHORT)
 
 

@@ -187,6 +187,30 @@ def test_blocks_without_memory_are_not_given_out() -> None:
     cells.check([second, third])
 
 
+def test_after_an_interruption_ends_are_evicted_before_beginnings_too() -> None:
+    cells = Cells(3, 2)
+    cells.opened(1, 2, 3, 4)
+    cells.cache.recover([])
+    cells.opened(9, 9, 9)
+    assert cells.cache.match(hashes(1, 2, 3, 4)).length == 2
+
+
+def test_what_is_hidden_is_found_by_nobody_and_free_afterwards() -> None:
+    cells = Cells(6, 2)
+    first, second = cells.opened(1, 2, 3, capacity=6), cells.opened(1, 2, 4)
+    cells.cache.hide(first)
+    assert cells.cache.match(hashes(1, 2, 3)).length == 0
+    cells.write(first, 1, 2, 3, 4, 5)
+    cells.write(second, 1, 2, 4, 5)
+    cells.check([first, second])
+    cells.cache.release(first)
+    cells.cache.release(second)
+    cells.check([])
+    again = cells.opened(1, 2, 3, 4, 5)
+    assert cells.cache.match(hashes(1, 2, 3, 4, 5)).length == 5
+    cells.check([again])
+
+
 def test_clear_forgets_what_is_idle() -> None:
     cells = Cells(6, 2)
     cells.cache.release(cells.opened(1, 2, 3))

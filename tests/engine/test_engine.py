@@ -29,6 +29,7 @@ from pumice.engine.engine import Engine
 from pumice.engine.generate import naive_generate
 from pumice.engine.requests import Delta, Prompt, PromptImage, Request
 from pumice.engine.sampling import SamplingParams
+from pumice.errors import WorkError
 from pumice.model.llava import Llava
 from pumice.model.quantized import quantize
 
@@ -441,6 +442,29 @@ def test_a_picture_that_fails_ends_its_own_request_only(kit: Kit, make_engine: C
     bad, good = kit.run(make_engine(), kit.prompt(1, PromptImage("torn", 4, encode), 2), PROMPTS[2])
     assert (bad.last.finish, str(bad.last.error), bad.tokens) == ("error", "the picture is torn", [])
     assert good.tokens == EXPECTED[None][2]
+
+
+@pytest.mark.parametrize("found", [3, 5])
+def test_a_picture_of_another_size_ends_its_own_request_only(
+    found: int, kit: Kit, make_engine: Callable[..., Engine]
+) -> None:
+    wrong = PromptImage("wrong", 4, lambda: torch.zeros(found, WIDTH))
+    bad, good = kit.run(make_engine(), kit.prompt(1, wrong, 2), PROMPTS[2])
+    assert str(bad.last.error) == f"a picture has 4 placeholders and {found} image tokens"
+    assert good.tokens == EXPECTED[None][2]
+
+
+def test_what_was_computed_beside_nan_is_not_kept(kit: Kit, make_engine: Callable[..., Engine]) -> None:
+    """Text before a broken picture may be spoiled too: a weight of zero times NaN is NaN."""
+    text = [n % 100 for n in range(60)]
+    nan = PromptImage("nan", 4, lambda: torch.full((4, WIDTH), torch.nan))
+    engine = make_engine()
+    [bad] = kit.run(engine, kit.prompt(*text, nan, 2))
+    assert (bad.last.finish, type(bad.last.error)) == ("error", WorkError)
+    prompt = kit.prompt(*text, 7)
+    [good] = kit.run(engine, prompt)
+    assert good.tokens == naive_generate(engine.model, prompt)
+    assert good.last.cached_tokens == 0
 
 
 def test_a_pass_that_fails_ends_the_requests_in_it_and_the_next_work(

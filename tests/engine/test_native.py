@@ -177,6 +177,31 @@ def test_a_prompt_equals_the_modules_and_does_not_depend_on_company(window: int 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("new", [1, 3], ids=["an answer", "a prompt"])
+@WEIGHTS
+@torch.inference_mode()
+def test_keys_that_are_not_finite_are_not_passed_over(weights: str, new: int) -> None:
+    """A softmax that took NaN for a small number would answer from the values alone, as if all was well."""
+    decoder = make(weights)
+    cache, segments = filled(decoder)
+    segment = segments[2]._replace(new=new)
+    x = decoder.embed(torch.arange(new))
+    native_code = ready(decoder, cache)
+    assert native_code.logits(x, [segment], [0]).isfinite().all()
+    cache.keys[1, 0, segment.table[0] * cache.block] = torch.nan
+    assert native_code.logits(x, [segment], [0]).isnan().all()
+
+
+@WEIGHTS
+@torch.inference_mode()
+def test_only_finite_numbers_prove_that_it_agrees(weights: str) -> None:
+    decoder = make(weights)
+    native_code, x = ready(decoder, filled(decoder)[0]), decoder.embed(torch.arange(4))
+    assert native_code.agrees(torch.full_like(x, torch.nan))  # a broken picture says nothing about the code
+    assert not native_code.compared
+    assert native_code.agrees(x) and native_code.compared
+
+
 def test_a_token_without_a_place_is_refused() -> None:
     decoder = make()
     cache, _ = filled(decoder)

@@ -93,6 +93,36 @@ def test_extreme_settings_give_a_token_and_leave_the_other_rows_alone() -> None:
         assert tokens[1] == draw(rows[1:], usual, history)[0], (name, value)
 
 
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.999}])
+def test_a_row_that_is_not_finite_leaves_the_others_alone(more: dict[str, float], spoiled: float) -> None:
+    """The engine ends such a request; those beside it go on."""
+    params = SamplingParams(**{"temperature": 9.0, **more})
+    rows = logits(3)
+    expected = draw(rows, params)
+    for place in (slice(None), slice(7, 8)):
+        changed = rows.clone()
+        changed[1, place] = spoiled
+        assert draw(changed, params)[[0, 2]].tolist() == expected[[0, 2]].tolist()
+
+
+@pytest.mark.parametrize("tries", [0, 1, 16])
+def test_of_equally_likely_tokens_as_many_are_drawn_as_top_p_says(
+    monkeypatch: pytest.MonkeyPatch, tries: int
+) -> None:
+    """Logits in 16 bits have many ties. However a token is found, the set is the smallest one."""
+    monkeypatch.setattr(sampling, "LIKELIEST", 4)
+    monkeypatch.setattr(sampling, "TRIES", tries)
+    row = torch.tensor([2.0] * 8 + [1.0] * 40)
+    count = 4000
+    one_each = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    params = [SamplingParams(temperature=1, top_p=0.6)] * count
+    drawn = sample(row.expand(count, -1), params, [np.array([], np.int64)] * count, one_each)
+    probabilities = row.softmax(-1)
+    size = int((probabilities.cumsum(0) - probabilities < 0.6).sum())
+    assert sorted(set(drawn.tolist())) == list(range(size))
+
+
 @pytest.mark.parametrize("tries", [0, 1, 16])
 @pytest.mark.parametrize(("top_p", "min_p"), [(0.8, 0), (1, 0.3), (0.9, 0.2)])
 def test_draws_from_a_wide_set_follow_its_probabilities(

@@ -72,6 +72,23 @@ def test_weights_that_are_mapped_are_not_free(free: list[float], monkeypatch: py
     assert sizes._own_memory(weights) == weights + 1000
 
 
+def test_a_block_gets_no_memory_that_mapped_weights_need(
+    free: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their pages count as free. A cache that took them would have every token read weights from the disk."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(sizes, "available_memory", lambda: sizes.RESERVE + 5e9 + 1)
+    assert sizes.has_memory(cpu, 5e9)
+    assert not sizes.has_memory(cpu, 5e9 + 1)
+    # An engine passes on what is mapped of its own model.
+    monkeypatch.setattr(sizes, "_own_memory", lambda default: 0.0)
+    engine = Engine(MODEL, cache_tokens=100)
+    assert engine._prefix_cache.has_memory()
+    weights = sum(tensor.nbytes for tensor in (*MODEL.parameters(), *MODEL.buffers()))
+    monkeypatch.setattr(sizes, "available_memory", lambda: float(sizes.RESERVE + weights))
+    assert not engine._prefix_cache.has_memory()
+
+
 def test_more_than_is_free_is_refused_at_once(free: list[float]) -> None:
     free.append(1000)
     with pytest.raises(InputError, match=r"KV cache of 1001 tokens takes .* GB .* give at most 1000 tokens"):
@@ -90,7 +107,7 @@ def test_when_memory_goes_away_requests_wait_for_others_or_end_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     there = [True]
-    monkeypatch.setattr(engine_module, "has_memory", lambda device: there[-1])
+    monkeypatch.setattr(engine_module, "has_memory", lambda device, mapped: there[-1])
     engine = Engine(MODEL, cache_tokens=1000, prefix_cache=False)
     first, first_deltas = ask(engine, 60, 4)
     engine.step()
@@ -118,7 +135,7 @@ def test_when_memory_goes_away_requests_wait_for_others_or_end_with_the_reason(
 def test_an_answer_goes_on_where_its_blocks_end_and_memory_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends with the reason, and what it said until then was right."""
     there = [True]
-    monkeypatch.setattr(engine_module, "has_memory", lambda device: there[-1])
+    monkeypatch.setattr(engine_module, "has_memory", lambda device, mapped: there[-1])
     engine = Engine(MODEL, cache_tokens=1000)
     prompt, deltas = ask(engine, 10, 350)
     engine.step()

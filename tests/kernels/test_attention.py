@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pumice.config import DecoderConfig
+from pumice.errors import WorkError
 from pumice.kernels import attention, loader
 from pumice.model.cache import KVCache, Segment
 
@@ -79,3 +82,10 @@ def test_a_query_does_not_depend_on_others(monkeypatch: pytest.MonkeyPatch) -> N
         results.append(torch.cat(parts, 2)[:, :, :399])  # a single token takes PyTorch's way
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_without_memory_it_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "library", lambda: SimpleNamespace(pumice_attend=lambda *_: 1))
+    cells = torch.zeros(2, 64, 16, dtype=torch.bfloat16)
+    with pytest.raises(WorkError, match="no memory is left for the attention of 3 tokens"):
+        attention.attend(torch.zeros(1, 2, 3, 16), cells, cells, [0], 64, 0, None)

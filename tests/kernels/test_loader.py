@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pumice.kernels import loader
+
+KERNELS = Path(loader.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +20,21 @@ def compiler() -> None:
     code, reason = loader.compiled()
     if code is None:
         pytest.skip(reason)
+
+
+@pytest.mark.parametrize("source", ["attend.c", "decode.c", "-DDENSE", "linear.c", "quantize.c"])
+@pytest.mark.parametrize("target", ["x86-64", "ivybridge", "haswell", "skylake-avx512", "sapphirerapids"])
+def test_every_generation_of_processors_has_its_code(target: str, source: str) -> None:
+    """What cannot be compiled for a processor leaves it without OpenMP, and so to PyTorch, in silence."""
+    compiler = shutil.which("gcc")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("needs gcc for x86-64")
+    arguments = [source, "decode.c"] if source.startswith("-") else [source]
+    command = [compiler, "-fsyntax-only", "-fopenmp", f"-march={target}", *arguments]
+    process = subprocess.run(command, cwd=KERNELS, capture_output=True, text=True, check=False)
+    if "bad value" in process.stderr:
+        pytest.skip(f"this gcc does not know {target}")
+    assert process.returncode == 0, process.stderr
 
 
 def test_code_that_other_users_can_write_is_not_loaded(

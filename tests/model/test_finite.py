@@ -70,6 +70,15 @@ def test_a_matrix_of_the_decoder(tiny_folder: Path, tmp_path: Path, quantize: An
         load(folder, device="cpu", quantize=quantize).ask(None, "What is it?", max_new_tokens=4)
 
 
+def test_a_scale_of_a_packed_matrix(tiny_folder: Path) -> None:
+    """As a folder that was damaged on the disk has it: nothing else would notice."""
+    assistant = load(tiny_folder, device="cpu", quantize="int8")
+    layer = assistant.model.decoder.blocks[1].attention.k
+    layer.data[16 * layer.in_features :].view(torch.float16)[0] = torch.nan
+    with pytest.raises(WorkError, match=r"as its weights decoder\.blocks\.1\.attention\.k\.weight hold nan"):
+        assistant.ask(None, "What is it?", max_new_tokens=4)
+
+
 @pytest.mark.parametrize("spoiled", ["a", "b"])
 def test_an_adapter_is_blamed_and_not_the_weight_under_it(spoiled: str) -> None:
     factors = {"a": torch.ones(1, 3), "b": torch.ones(2, 1)}

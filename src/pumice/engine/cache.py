@@ -225,6 +225,11 @@ class PrefixCache:
         for block in reversed(slot.blocks):  # so that the end of it is evicted first
             self._let_go(block)
 
+    def hide(self, slot: CacheSlot) -> None:
+        """Let no other sequence find what a slot holds, because it is not right. It is free once released."""
+        for block in slot.blocks:
+            self._remove(block)
+
     def recover(self, slots: Sequence[CacheSlot]) -> None:
         """Put everything in order after an interruption: only `slots` own blocks."""
         # 1. The tables of the running sequences say which blocks are busy. The others have no owner.
@@ -232,7 +237,7 @@ class PrefixCache:
         for block in [block for slot in slots for block in slot.blocks]:
             self.busy[block.number] = block
             self.idle.pop(block.number, None)
-        for block in list(self.busy.values()):
+        for block in reversed(list(self.busy.values())):  # the end of a sequence first, as in `release`
             block.owners = owners[block.number]
             if not block.owners:
                 block.owners = 1

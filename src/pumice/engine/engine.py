@@ -25,7 +25,7 @@ from pumice.engine.native import TRIAL_ROWS, NativeDecoder, native_decoder
 from pumice.engine.requests import Delta, Finish, Prompt, Request, check_room
 from pumice.engine.sampling import TokenLogprob, sample, token_logprobs
 from pumice.engine.scheduler import Scheduler
-from pumice.engine.sizes import cache_size, check_sizes, chunk_size, has_memory
+from pumice.engine.sizes import cache_size, check_sizes, chunk_size, has_memory, mapped_bytes
 from pumice.engine.snapshot import Snapshot
 from pumice.errors import ContextOverflow, InputError, WorkError
 from pumice.kernels.allocator import keep_freed_memory
@@ -108,7 +108,7 @@ class Engine:
             self._cache.block,
             self._cache.copy,
             keep_finished=prefix_cache,
-            has_memory=functools.partial(has_memory, model.device),
+            has_memory=functools.partial(has_memory, model.device, mapped_bytes(model)),
         )
         self._scheduler = Scheduler(slots, chunk, self._prefix_cache)
         self._stops = frozenset(model.config.stop_token_ids)
@@ -397,6 +397,8 @@ class Engine:
         for row, request in enumerate(requests):
             if tokens[row] == NOT_FINITE:
                 failed[row] = WorkError(self._why_not_finite())
+                if request.slot is not None:  # in attention, one NaN spoils what stands before it as well
+                    self._prefix_cache.hide(request.slot)
             elif request.constraint is not None and row not in failed and tokens[row] not in self._stops:
                 try:
                     request.constraint.accept(tokens[row])

@@ -101,7 +101,7 @@ class NativeDecoder:
     """A decoder and its KV cache, prepared for decode.c, which reads their memory in place.
 
     max_prompt_rows: prompt tokens per step up to which this is faster than PyTorch. compared: whether
-    `agrees` was called.
+    `agrees` had numbers to compare.
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache, library: ctypes.CDLL, weights: Weights) -> None:
@@ -172,14 +172,14 @@ class NativeDecoder:
         x: (R, D), taken as a sequence of its own. So a forward function that was replaced in a class is
         noticed as well. The cache is left alone.
         """
-        self.compared = True
         decoder, library, weights = self._source
         cache = KVCache(decoder.config, len(x), self._cache.keys.device, self._cache.keys.dtype)
         segments = [Segment(range(cache.blocks), 0, len(x))]
         hidden = decoder(x[None], cache.positions(segments), cache.attend(segments))
         reference = decoder.logits(hidden[0, -1:])
-        if not reference.isfinite().all():  # a fault of the model, which the engine reports
+        if not reference.isfinite().all():  # a fault of the model or a picture, which the engine reports
             return True
+        self.compared = True
         logits = NativeDecoder(decoder, cache, library, weights).logits(x, segments, [len(x) - 1])
         return bool((logits - reference).abs().max() <= _MAX_DIFFERENCE[weights] * reference.abs().max())
 
@@ -191,7 +191,7 @@ class NativeDecoder:
     def _linear(self, layer: Any) -> ctypes.Structure:
         """Return a linear layer, or an embedding used as one, as C reads it."""
         bias = getattr(layer, "bias", None)
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PackedLinear | PackedEmbedding):
             self._referenced += [layer.data, bias]
             return packed_struct(layer.packed, bias)
         bias_address = None if bias is None else self._address(bias)

@@ -198,9 +198,15 @@ class Request:
         ]
 
     def encode(self, image: PromptImage) -> Tensor:
-        """Return the image's tokens (N, D). They are computed once, even if several chunks need them."""
+        """Return the image's tokens (N, D). They are computed once, even if several chunks need them.
+
+        Raise ValueError if they are not as many as its placeholders.
+        """
         if image.key not in self._image_tokens:
-            self._image_tokens[image.key] = image.encode()
+            tokens = image.encode()
+            if len(tokens) != image.count:
+                raise ValueError(f"a picture has {image.count} placeholders and {len(tokens)} image tokens")
+            self._image_tokens[image.key] = tokens
         return self._image_tokens[image.key]
 
     def next_image_tokens(self, count: int) -> tuple[np.ndarray, Tensor] | None:

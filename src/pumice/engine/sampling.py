@@ -272,19 +272,21 @@ def _draw_wide(
     """Draw a token of each row (B,) where sets are so wide that to sort them would take long.
 
     Draw from all tokens (B, V), again where the token does not belong to the set (rejection sampling). A
-    token belongs to it if the likelier ones have less than top_p, which takes no sorting.
+    token belongs to it if the likelier ones have less than top_p, which takes no sorting. Of equally likely
+    tokens, those with lower ids come first.
     """
     tokens = torch.empty(len(params), dtype=torch.long)
     least = torch.tensor([one.min_p for one in params]) * probabilities.amax(-1)
     top_p = torch.tensor([one.top_p for one in params], dtype=torch.float64)
-    sums = probabilities.cumsum(-1)
+    sums, ids = probabilities.cumsum(-1), torch.arange(probabilities.shape[1])
     rows = list(range(len(params)))
     for _ in range(TRIES):
         numbers = torch.cat([torch.rand(1, generator=generators[row]) for row in rows])
         drawn = _search(_take(sums, rows), numbers)
         weights = _take(probabilities, rows)
         own = weights.gather(1, drawn[:, None])
-        before = weights.masked_fill(weights <= own, 0).sum(-1, dtype=torch.float64)
+        comes_first = (weights > own) | ((weights == own) & (ids < drawn[:, None]))
+        before = weights.masked_fill(~comes_first, 0).sum(-1, dtype=torch.float64)
         belongs = (before < top_p[rows]) | (top_p[rows] == 1)
         tokens[rows] = drawn
         accepted = (belongs & (own[:, 0] >= least[rows])).tolist()
@@ -292,7 +294,7 @@ def _draw_wide(
         if not rows:
             return tokens
     # The set holds little of the probability: sort.
-    weights, ids = probabilities[rows].sort(-1, descending=True)
+    weights, ids = probabilities[rows].sort(dim=-1, descending=True, stable=True)
     numbers = torch.cat([torch.rand(1, generator=generators[row]) for row in rows])
     picked = _pick(weights * keep([params[row] for row in rows], weights), numbers)
     tokens[rows] = ids.gather(1, picked[:, None])[:, 0]
@@ -327,8 +329,10 @@ def _pick(weights: Tensor, numbers: Tensor) -> Tensor:
 
 def _search(sums: Tensor, numbers: Tensor) -> Tensor:
     """Return (B,) where running sums (B, n) pass a share of the last; numbers: (B,), these shares."""
-    # Never beyond the last: a number is at most 1 - 2**-24, so the product is below the whole sum.
-    return torch.searchsorted(sums, (numbers * sums[:, -1])[:, None], right=True)[:, 0]
+    # A number is at most 1 - 2**-24, so the product is below the whole sum. Only a row with NaN passes its
+    # end. Its token does not count, but a place behind the end would fail the whole batch.
+    places = torch.searchsorted(sums, (numbers * sums[:, -1])[:, None], right=True)[:, 0]
+    return places.clamp_(max=sums.shape[1] - 1)
 
 
 def keep(params: Sequence[SamplingParams], candidates: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ CACHE_BYTES = 1 << 30
 FREE_SHARE = 0.5
 # A block that was never used gets memory only while this much is free: activations need some, too.
 RESERVE = 256 * 2**20
-# Prompt tokens of a step. A GPU needs more rows to be busy, and has no one waiting for a shorter step.
 LEAST_TOKENS = 256  # of a GPU's cache: a short question and its answer
+# Prompt tokens of a step. A GPU needs more rows to be busy, and has no one waiting for a shorter step.
 CHUNK = {"cpu": 512, "cuda": 2048}
 _STATUS = Path("/proc/self/status")
 _LOG = logging.getLogger("pumice")
@@ -41,12 +41,17 @@ def free_memory(model: Llava) -> float | None:
     if model.device.type == "cuda":
         return float(torch.cuda.mem_get_info(model.device)[0])
     free = available_memory()
-    if free is None:
-        return None
-    # Weights that are mapped from a file are not in memory yet, or count as free there.
+    return None if free is None else max(0.0, free - mapped_bytes(model))
+
+
+def mapped_bytes(model: Llava) -> float:
+    """Return the bytes of weights that are mapped from files. The system counts their pages as free memory.
+
+    It is right before the model answers: later this process has other memory of its own.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(tensor.nbytes for tensor in tensors if tensor.device.type == model.device.type)
-    return max(0.0, free - max(0.0, weights - _own_memory(weights)))
+    return max(0.0, weights - _own_memory(weights))
 
 
 def _own_memory(default: float) -> float:
@@ -103,9 +108,12 @@ def cache_size(model: Llava, slots: int, cache_tokens: int | None, memory_share:
     return tokens
 
 
-def has_memory(device: torch.device) -> bool:
-    """Return whether the system can give memory to more of a KV cache. On a GPU it was taken at the start."""
+def has_memory(device: torch.device, mapped: float = 0.0) -> bool:
+    """Return whether the system can give memory to more of a KV cache. On a GPU it was taken at the start.
+
+    mapped: bytes of weights, as `mapped_bytes` counts them. Their pages are no room: each token reads them.
+    """
     if device.type != "cpu":
         return True
     free = available_memory()
-    return free is None or free > RESERVE
+    return free is None or free - mapped > RESERVE

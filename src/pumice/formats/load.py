@@ -30,7 +30,6 @@ from pumice.kernels.packed import LAYOUT, PackedMatrix
 from pumice.model.adapters import merge_lora
 from pumice.model.connector import Connector, check_image_tokens
 from pumice.model.llava import Llava
-from pumice.model.quantized import quantize as quantize_decoder
 from pumice.model.quantized import swap
 from pumice.model.varlen import OLDEST_CAPABILITY, is_recent
 from pumice.model.vision import WideningLinear
@@ -76,9 +75,9 @@ def open_model(
     weights then stay in the type they are stored in. quantize: "int8" or "int4" quantises the decoder's
     matrices, with adapters merged. "auto" does so on a CPU with compiled code: to int8, or as they are
     stored. cache_limit: the GB that converted GGUF files may take in the cache, $PUMICE_CACHE_LIMIT if None.
-    connector: of a new connector, as for `with_connector`. On a CPU, one matrix at a time is read and
-    quantised, and quantised files are mapped. Assumptions are logged. Raises InputError if a part is missing,
-    extra, misshapen or cannot be downloaded.
+    connector: of a new connector, as for `with_connector`. One matrix at a time is read and quantised. Those
+    that are stored quantised stay as they are; on a CPU their files are mapped. Assumptions are logged.
+    Raises InputError if a part is missing, extra, misshapen or cannot be downloaded.
     """
     loaded = read_model(source, template=template, tower=tower, base=base, mmproj=mmproj)
     if connector is not None:
@@ -93,15 +92,10 @@ def open_model(
         quantize = (
             "int8" if target.type == "cpu" and worthwhile and can_quantize(loaded.config.decoder) else None
         )
-    if quantize is None or target.type != "cpu":
-        check_memory(loaded, str(source), quantize, target, dtype)
-    if quantize is None:
-        return _build(loaded, str(source), target, dtype, merge)
-    if target.type == "cpu":
-        return _open_quantized(loaded, str(source), quantize, cache_limit)
-    opened = _build(loaded, str(source), target, dtype, merge=True)
-    quantize_decoder(opened.model.decoder, quantize)
-    return opened
+    if quantize is not None:
+        return _open_quantized(loaded, str(source), quantize, target, dtype, cache_limit)
+    check_memory(loaded, str(source), quantize, target, dtype)
+    return _build(loaded, str(source), target, dtype, merge)
 
 
 def new_model(
@@ -191,9 +185,6 @@ def _drawn(config: ModelConfig) -> LazyStateDict:
 
 
 def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.dtype, merge: bool) -> Opened:
-    if device.type == "cuda" and dtype == torch.float32:
-        # cuDNN rounds fp32 to TF32 unless told not to, matrix products only when asked: it follows them.
-        torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     model = _empty_model(loaded.config)
     check(loaded.state, _shapes(model), label)
@@ -206,7 +197,16 @@ def _build(loaded: LoadedParts, label: str, device: torch.device, dtype: torch.d
     )
 
 
-def _open_quantized(loaded: LoadedParts, label: str, bits: str, cache_limit: float | None) -> Opened:
+def _open_quantized(
+    loaded: LoadedParts,
+    label: str,
+    bits: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_limit: float | None,
+) -> Opened:
+    """dtype: of activations, norms and biases, where the device is not a CPU; there they are fp32."""
+    dtype = torch.float32 if device.type == "cpu" else dtype
     processor = Processor(loaded.config, Tokenizer(loaded.tokenizer))
     check(loaded.state, shapes(loaded.config), label)
     source = loaded.sources["model"][1] if "model" in loaded.sources else None
@@ -223,16 +223,17 @@ def _open_quantized(loaded: LoadedParts, label: str, bits: str, cache_limit: flo
         state = cached(key, state, limit, "" if built_in else label)
     # Weights that are mapped now need no memory of their own.
     merged = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, lora=None), state=state)
-    check_memory(merged, label, bits, torch.device("cpu"), torch.float32)
+    check_memory(merged, label, bits, device, dtype)
     model = _empty_model(dataclasses.replace(loaded.config, lora=None))
 
     def packed(name: str, _: torch.Tensor) -> PackedMatrix:
         blocks = state.pop(f"decoder.{name}").blocks
         assert blocks is not None
-        return blocks.fetch()
+        matrix = blocks.fetch()
+        return dataclasses.replace(matrix, data=matrix.data.to(device))
 
-    swap(model.decoder, packed)
-    _fill(model, state, torch.device("cpu"), torch.float32, as_stored=True)
+    swap(model.decoder, packed, dtype)
+    _fill(model, state, device, dtype, as_stored=True)
     model.config = loaded.config
     return Opened(
         model, processor, loaded.provenance, loaded.parts, loaded.state, sentencepiece=loaded.sentencepiece
@@ -294,6 +295,9 @@ def _fill(
     as_stored: keep 16-bit weights of layers that widen them when they compute (`WideningLinear`). Tensors are
     read one at a time: besides the model, only the pages of one file are in memory.
     """
+    if device.type == "cuda" and dtype == torch.float32:
+        # cuDNN rounds fp32 to TF32 unless told not to, matrix products only when asked: it follows them.
+        torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     # On a CPU the tower and the connector compute in fp32; half precision is slow there and less exact. On
     # meta they are as on the CPU that will fill them.
     tower_dtype = torch.float32 if device.type in ("cpu", "meta") else dtype

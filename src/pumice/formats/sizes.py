@@ -73,7 +73,8 @@ def least_memory(
     tokens = min(SHORT_PROMPT, config.context)
     cache = tokens * KVCache.bytes_per_token(config, cache_dtype(quantize, device, dtype))
     process = PROCESS_BYTES if device.type == "cpu" else 0
-    weights = weight_sizes(loaded, quantize, device, dtype, with_mapped=False)
+    # Only a CPU computes with the pages of a file.
+    weights = weight_sizes(loaded, quantize, device, dtype, with_mapped=device.type != "cpu")
     return sum(weights.values()) + cache + process
 
 

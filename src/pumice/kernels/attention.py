@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pumice.errors import WorkError
 from pumice.kernels.compute import library
 
 LANES = 16  # head widths must be multiples of it, as in vectors.h
@@ -16,7 +17,6 @@ LANES = 16  # head widths must be multiples of it, as in vectors.h
 class _TaskStruct(ctypes.Structure):
     """`Task` of attend.c."""
 
-    _sizes = "block capacity past tokens window heads kv_heads size"
     _fields_ = [
         ("q", ctypes.c_void_p),
         ("q_head", ctypes.c_int64),
@@ -46,7 +46,7 @@ def attend(
 
     q: (1, H, T, d) fp32. keys, values: (K, C, d) bf16, contiguous. table: the sequence's blocks of `block`
     cells. past: its earlier tokens. window: a token sees so many, itself included. Return (1, H, T, d). Raise
-    MemoryError if C cannot allocate its buffers.
+    WorkError if C cannot allocate its buffers.
     """
     code = library()
     assert code is not None
@@ -58,5 +58,5 @@ def attend(
         block, keys.shape[1], past, tokens, window or 0, heads, len(keys), size, y.data_ptr(),
     )  # fmt: skip
     if code.pumice_attend(ctypes.byref(task), torch.get_num_threads()):
-        raise MemoryError(f"no memory is left for the attention of {tokens} tokens")
+        raise WorkError(f"no memory is left for the attention of {tokens} tokens")
     return y.transpose(1, 2)

@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def kernel_name() -> str:
-    """Return what multiplies packed matrices: "AVX-512 VNNI", "AVX2", "plain C" or "PyTorch"."""
+    """Return what multiplies packed matrices: "PyTorch", or the kernel that product.h chose, as "AVX2"."""
     code = library()
     if code is None:
         return "PyTorch"
@@ -137,7 +137,7 @@ def _restored_linear(x: Tensor, packed: PackedMatrix, bias: Tensor | None) -> Te
 
 
 def _quantize_in_pytorch(weight: Tensor, kind: BlockFormat, name: str) -> PackedMatrix:
-    """Quantise weights as `quantize` does, some rows at a time to save memory."""
+    """Quantise weights with about the error of compiled code, some rows at a time to save memory."""
     to_parts = {BlockFormat.Q8_0: _to_q8_0, BlockFormat.Q4_1: _to_q4_1, BlockFormat.Q4_K: _to_q4_k}[kind]
     chunks = []
     chunk_rows = max(1, _CHUNK // weight.shape[1])
@@ -158,7 +158,8 @@ def _to_q8_0(groups: Tensor) -> Parts:
 
 def _to_q4_1(groups: Tensor) -> Parts:
     """Quantise groups (n, G, 32): a scale and an offset for each group."""
-    scales, offsets = (x.half() for x in _fit(groups, positive_offsets=True))
+    # The best line may begin beyond the lowest weight, and beyond what 16 bits hold.
+    scales, offsets = (x.clamp(-LARGEST, LARGEST).half() for x in _fit(groups, positive_offsets=True))
     numbers = _round((groups - offsets.float()) / _divisor(scales), 0, 15)
     return Parts(numbers.to(torch.uint8), torch.cat((scales, offsets), -1))
 

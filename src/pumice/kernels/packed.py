@@ -1,7 +1,6 @@
 """Packed (quantised) matrices: convert them to and from floats and GGUF's blocks, in PyTorch.
 
-`packed.h` describes the layout in memory and in files. The compiled code must give the same results as this
-file.
+`packed.h` describes the layout in memory and in files. Compiled code reads and writes the same layout.
 
 Shapes: N outputs (rows), K inputs, G = K / 32 groups, T = N / 16 tiles, rounded up.
 """
@@ -49,7 +48,7 @@ class BlockFormat(Enum):
 def packed_size(kind: BlockFormat, outputs: int, inputs: int) -> int:
     """Return the bytes of a packed matrix (outputs, inputs)."""
     tiles, groups = -(-outputs // TILE), inputs // GROUP
-    scales = {BlockFormat.Q4_1: 4, BlockFormat.Q4_K: 2}.get(kind, 2) * TILE * groups
+    scales = (4 if kind is BlockFormat.Q4_1 else 2) * TILE * groups
     if kind is BlockFormat.Q4_K:
         scales += 4 * TILE * groups // SUPER
     return tiles * (_number_bytes(kind, inputs) + -(-scales // 64) * 64)

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__) || defined(__AVX2__)
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -61,9 +61,10 @@ static inline vector load_bf16(const uint16_t *from) {
 #endif
 }
 
-/* exp(x) for x <= 0, to 2e-7 of it, in a form that compilers turn into vectors (Cephes' expf). */
+/* exp(x) for x <= 0, to 2e-7 of it, in a form that compilers turn into vectors (Cephes' expf). NaN stays NaN, so that a
+ * damaged key does not pass for one that nobody looks at. */
 static inline float exp_negative(float x) {
-    x = x > -87 ? x : -87;
+    x = x < -87 ? -87 : x;
     const float shift = 12582912; /* 1.5 * 2^23: adding it rounds to a whole number */
     float whole = x * 1.44269504f + shift - shift;
     float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pumice.capability import GEMMA2, LLAMA, ROPE_SCALING, Capability, fields
 from pumice.config import DecoderConfig, RopeScaling
 from pumice.errors import InputError
+from pumice.kernels.compute import linear
 from pumice.model.layers import Attend, Block, RMSNorm, ScaledEmbedding, rotary, soft_cap
 from pumice.model.quantized import PackedEmbedding, PackedLinear
 
@@ -110,8 +111,11 @@ class Decoder(nn.Module):
         """Project hidden states (..., D) to logits (..., V). Pass only the positions that need logits."""
         # As one matrix: for a slice such as hidden[:, -1:], PyTorch would copy the whole weight.
         rows = hidden.reshape(-1, self.config.width)
-        if isinstance(self.head, PackedLinear):
-            logits = self.head(rows)
+        layer = self.embed if self.head is None else self.head
+        if isinstance(layer, PackedLinear):
+            logits = layer(rows)
+        elif isinstance(layer, PackedEmbedding):  # tied: its bytes are held once, on every device
+            logits = linear(rows, layer.packed)
         else:
             logits = F.linear(rows, self.head_weight.to(rows.dtype))
         logits = soft_cap(logits, self.config.logit_softcap)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import WorkError
+from pumice.model.quantized import PackedEmbedding, PackedLinear
 
 _NAMED = 3  # weights in a message
 
@@ -29,6 +30,11 @@ def why_not_finite(model: nn.Module) -> str:
         for name, tensor in model.state_dict().items()
         if tensor.is_floating_point() and not bool(tensor.isfinite().all())
     ]
+    # Packed matrices are not in the state: their scales may be spoiled.
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            finite = all(bool(parts.halves.isfinite().all()) for _, parts in module.packed.parts())
+            spoiled += [] if finite else [f"{name}.weight"]
     what = "the model computes values that are not finite numbers"
     if not spoiled:
         if any(parameter.dtype == torch.float16 for parameter in model.parameters()):

@@ -102,7 +102,7 @@ def swap(
 ) -> None:
     """Replace the matrices of a decoder. packed(name, weight) returns the packed matrix of a weight.
 
-    dtype: of norms, biases and activations. A tied vocabulary projection shares the embedding's bytes.
+    dtype: of norms, biases and activations.
     """
     for path, parent in list(decoder.named_modules()):
         for name, child in list(parent.named_children()):
@@ -116,6 +116,4 @@ def swap(
                 check_unedited(layer_name, child, nn.Embedding, ScaledEmbedding)
                 scale = getattr(child, "scale", 1.0)
                 setattr(parent, name, PackedEmbedding(packed(weight_name, child.weight), dtype, scale))
-    if decoder.head is None:
-        decoder.head = PackedLinear(decoder.embed.packed)
     decoder.to(dtype)  # changes floats only: packed matrices are integers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +22,7 @@ from pumice.files import folder_size
 from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile
 from pumice.formats.load import open_model
-from pumice.formats.pumice.quantized import copies_folder
+from pumice.formats.pumice.quantized import ABANDONED, copies_folder
 from pumice.formats.read import read_model
 from pumice.storage.parts import LoadedParts
 
@@ -391,6 +393,20 @@ def test_a_file_is_converted_once(
     shutil.rmtree(pair)
     export(models.tiny(models.ARCHITECTURES["SigLIP + Qwen2, squash"], seed=1), "gguf", pair, kind="q8_0")
     assert len(converted(pair)) == 2
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path / "cache"))
+    [copy] = converted(pair)
+    killed, at_work = (copies_folder() / name for name in (".new-killed", ".new-at-work"))
+    for scratch in (killed, at_work):
+        scratch.mkdir()
+        (scratch / "quantized.safetensors").write_bytes(bytes(100))
+    long_ago = time.time() - 2 * ABANDONED
+    os.utime(killed, (long_ago, long_ago))
+    assert converted(pair) == sorted((at_work, copy))
 
 
 def test_the_cache_is_bounded(

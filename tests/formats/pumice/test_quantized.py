@@ -29,7 +29,7 @@ from pumice.formats.pumice.folder import open_parts
 from pumice.formats.quantize import quantize_state
 from pumice.formats.read import read_model
 from pumice.kernels.packed import BlockFormat, PackedMatrix
-from pumice.model.quantized import PackedLinear
+from pumice.model.quantized import PackedEmbedding, PackedLinear
 from pumice.storage import tensors
 from pumice.storage.tensors import close_last_file, open_file
 
@@ -78,6 +78,38 @@ def test_it_is_mapped_not_copied(folder: Path) -> None:
         if int(line.split("-")[0], 16) <= layer.data.data_ptr() < int(line.split("-")[1].split()[0], 16)
     ]  # fmt: skip
     assert line.endswith("quantized.safetensors")
+
+
+def test_on_other_devices_the_blocks_stay_too(
+    folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No floats of the whole decoder are put there first, and stored blocks are not quantised once more."""
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_module, "quantize", lambda *_: pytest.fail("it was quantised again"))
+        stored = open_model(folder, device="meta", dtype=torch.bfloat16, quantize="int4").model
+    fresh = open_model(tiny_folder, device="meta", dtype=torch.bfloat16, quantize="int4").model
+    matrices = {name: tensor.blocks for name, tensor in open_parts(folder).state.items() if tensor.blocks}
+    for model in (stored, fresh):
+        layers = {
+            f"decoder.{name}.weight": module.kind
+            for name, module in model.decoder.named_modules()
+            if isinstance(module, PackedLinear | PackedEmbedding)
+        }
+        assert layers == {name: blocks.kind for name, blocks in matrices.items()}
+        assert all(tensor.is_meta for tensor in (*model.parameters(), *model.decoder.buffers()))
+        assert model.dtype == torch.bfloat16
+
+
+def test_only_a_cpu_computes_with_mapped_pages(folder: Path, tiny_folder: Path) -> None:
+    """What another device computes with needs memory there, whether it is stored quantised or not."""
+    stored, fresh = read_model(folder), read_model(tiny_folder)
+    matrices = sum(tensor.size for tensor in quantized.as_bytes(stored.state).values())
+
+    def difference(device: str) -> float:
+        needed = (sizes.least_memory(m, "int4", torch.device(device), torch.float32) for m in (fresh, stored))
+        return next(needed) - next(needed)
+
+    assert (difference("cpu"), difference("meta")) == (matrices, 0)
 
 
 def test_floats_are_what_the_blocks_stand_for(folder: Path, tmp_path: Path) -> None:

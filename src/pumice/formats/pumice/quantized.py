@@ -9,9 +9,11 @@ Opening maps the file: nothing is converted or copied. The layout is that of `ke
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from pumice.storage.tensors import Blocks, LazyStateDict, LazyTensor, open_file,
 
 FILE, INDEX = "quantized.safetensors", "quantized.json"
 _SCRATCH = ".new-"  # begins the names of copies that are being written
+ABANDONED = 24 * 3600.0  # seconds after which such a copy is what a killed process left
 CACHE_GB, LIMIT_VARIABLE = 20, "PUMICE_CACHE_LIMIT"
 _LOG = logging.getLogger("pumice")
 
@@ -158,15 +161,30 @@ def rounded(state: LazyStateDict) -> str:
 
 
 def _trim(limit: float, kept: Path) -> None:
-    """Remove the copies not used for longest, except `kept`, until all take at most `limit` bytes."""
-    others = (path for path in kept.parent.iterdir() if path != kept and not path.name.startswith(_SCRATCH))
-    copies = sorted(others, key=lambda path: path.stat().st_mtime)
+    """Remove the copies not used for longest, except `kept`, until all take at most `limit` bytes.
+
+    Copies that were never finished are removed as well.
+    """
+    others = [path for path in kept.parent.iterdir() if path != kept]
+    for path in others:
+        if path.name.startswith(_SCRATCH) and _last_use(path) < time.time() - ABANDONED:
+            shutil.rmtree(path, ignore_errors=True)
+    finished = (path for path in others if not path.name.startswith(_SCRATCH))
+    copies = sorted(finished, key=_last_use)
     sizes = {path: folder_size(path) for path in (*copies, kept)}
     for path in copies:
         if sum(sizes.values()) <= limit:
             return
         shutil.rmtree(path, ignore_errors=True)
         del sizes[path]
+
+
+def _last_use(copy: Path) -> float:
+    """Return the time of a copy's last use; infinity if another process removes or renames it just now."""
+    try:
+        return copy.stat().st_mtime
+    except OSError:
+        return math.inf
 
 
 def _bytes(tensor: LazyTensor, blocks: Blocks) -> LazyTensor:
