@@ -177,7 +177,7 @@ def test_a_checkpoint_is_trained_by_a_recipe(models: ModuleType, tmp_path: Path)
     recipe = {
         "name": "run", "output": str(tmp_path / "run"), "model": str(folder),
         "stage": {"learn": {"connector": 3e-3, "decoder": 3e-3}}, "data": [{"rows": str(data / "rows.json")}],
-        "pictures": [str(data)], "epochs": 40, "batch": 8, "pack_tokens": 512, "precision": "fp32",
+        "pictures": [str(data)], "epochs": 60, "batch": 8, "pack_tokens": 512, "precision": "fp32",
         "device": "cpu",
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
