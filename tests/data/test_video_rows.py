@@ -111,7 +111,7 @@ def test_videos_inside_tables_and_archives(tmp_path: Path) -> None:
     ]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
     with tarfile.open(tmp_path / "rows.tar", "w") as archive:
-        values = row("<image> beside <video>?", video="elsewhere.mp4")
+        values = row("<image> beside <video>?", video="elsewhere.mp4") | {"id": "0"}
         sample(archive, "0.json", json.dumps(values).encode())
         sample(archive, "0.mp4", clip)
         picture = io.BytesIO()
