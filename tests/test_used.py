@@ -21,7 +21,7 @@ from pumice.config import (
     RopeScaling,
     VisionConfig,
 )
-from pumice.conversation import Conversation, Message
+from pumice.conversation import Conversation, ImagePart, Message
 from pumice.errors import InputError
 from pumice.geometry import image_layout
 from pumice.images import to_tiles
@@ -125,19 +125,20 @@ CHAT_FIELDS: dict[str, Any] = {
     "user": ("U:", "\n"), "assistant": "A:", "stop": "!", "answer": (" ", " "), "between": "\n",
     "system": ("[", "]"), "default_system": "Be brief.", "system_in_user": True, "specials": ("<u>",),
     "trim": ("user",), "opening": "<think>", "stop_once": True, "text_first": " ", "image_line": False,
-    "tools": ("<t>", "</t>"),
+    "shared_line": True, "earlier": "B:", "tools": ("<t>", "</t>"),
 }  # fmt: skip
 
 
 def written(chat: ChatFormat) -> list[Any]:
     template = get_template(OWN, chat)
-    turns = [Message("user", (" What? ",)), Message("assistant", ("This.",)), Message("user", (" And? ",))]
+    shown = Message("user", (ImagePart("a"), ImagePart("b"), " What? "))
+    turns = [shown, Message("assistant", ("This.",)), Message("user", (" And? ",))]
     rendered: list[Any] = []
     for system in ([], [Message("system", ("Be brief.",))]):
         if system and chat.system is None:
             continue
         rendered.append(template.render(Conversation((*system, *turns)), generate=True))
-    return [*rendered, chat.tools if chat.system else None, chat.specials, chat.image_line]
+    return [*rendered, chat.tools if chat.system else None, chat.specials]
 
 
 @pytest.mark.parametrize("system", [None, ("<s>", "</s>")])
@@ -157,6 +158,9 @@ def test_other_chat_formats_that_say_what_is_not_used() -> None:
     assert CHAT_FIELDS.keys() == {field.name for field in dataclasses.fields(ChatFormat)}
     with pytest.raises(InputError, match="the template is 'v1', which does not use the fields of `chat`"):
         check_used(model(ImagePolicy(), template="v1", chat=CHAT))
+    shared = replace(CHAT, shared_line=True, image_line=False)
+    with pytest.raises(InputError, match=r"chat\.shared_line is of a format whose pictures have lines"):
+        check_used(model(ImagePolicy(), template=OWN, chat=shared))
     with pytest.raises(InputError, match=r"chat\.trim names 'human'; the roles are system, user and"):
         check_used(model(ImagePolicy(), template=OWN, chat=replace(CHAT, trim=("human",))))
 

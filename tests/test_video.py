@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import signal
+import struct
 import subprocess
 import threading
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,35 @@ def test_smolvlm2_says_the_time_of_each_frame(models: ModuleType, tmp_path: Path
     assert processor.prompt(picture).layouts[0].tiles > 1
 
 
+def test_smolvlm2_is_asked_in_the_words_of_transformers(
+    models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.smolvlm import processing_smolvlm
+    from transformers.video_utils import VideoMetadata
+
+    path = animation(tmp_path / "a.gif", seconds=15)
+    model = models.tiny(models.ARCHITECTURES["SigLIP, split (SmolVLM)"])
+    policy = VideoPolicy(max_frames=3, fps=1.0, longest_edge=56, timestamps=True)
+    processor = Processor(replace(model.config, video=policy), Tokenizer(model.tokenizer))
+    sample = processor.prompt(asked(path))
+    image = model.tokenizer.token_to_id("<image>")
+    ids = np.where(sample.input_ids == IMAGE_TOKEN, image, sample.input_ids)
+    # Their processor without its half that decodes, which needs torchvision, and num2words.
+    monkeypatch.setattr(processing_smolvlm, "num2words", in_words, raising=False)
+    owner: Any = SimpleNamespace(
+        image_seq_len=processor.config.image_tokens, image_token="<image>",
+        fake_image_token="<fake_token_around_image>", global_image_token="<global-img>",
+    )  # fmt: skip
+    metadata = VideoMetadata(total_num_frames=6, fps=1 / 15, duration=90, frames_indices=[0, 2, 5])
+    inputs = {"pixel_values": np.zeros((1, 3)), "video_metadata": [metadata]}
+    video_text = processing_smolvlm.SmolVLMProcessor.replace_video_token(owner, inputs, 0)
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]}]
+    chat = jinja2.Template(processing_smolvlm.DEFAULT_CHAT_TEMPLATE)
+    expected = chat.render(messages=messages, add_generation_prompt=True).replace("<video>", video_text)
+    assert model.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == expected
+
+
 def test_onevision_pools_the_tokens_of_a_frame(models: ModuleType, tmp_path: Path) -> None:
     """As transformers' apply_pooling; one newline ends the video."""
     pytest.importorskip("transformers", reason="transformers is not installed")
@@ -120,9 +151,11 @@ def test_other_models_see_several_pictures_and_a_note_says_so(
     with caplog.at_level(logging.WARNING):
         assert len(processor.prompt(asked(animation(tmp_path / "a.gif"), 4)).images) == 4
     assert "was not trained on videos" in caplog.text
-    context = replace(model.config, decoder=replace(model.config.decoder, context=40), video=VideoPolicy())
-    with pytest.raises(InputError, match=r"context is 40; about \d of its 4 frames fit: use --frames"):
-        Processor(context, Tokenizer(model.tokenizer)).prompt(asked(tmp_path / "a.gif", 4))
+    # Both where frames are pictures, and where the model knows videos.
+    for policy in (None, VideoPolicy()):
+        context = replace(model.config, decoder=replace(model.config.decoder, context=40), video=policy)
+        with pytest.raises(InputError, match=r"is 40; about \d of its 4 frames fit: show fewer \(--frames\)"):
+            Processor(context, Tokenizer(model.tokenizer)).prompt(asked(tmp_path / "a.gif", 4))
 
 
 def test_wrong_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -141,9 +174,14 @@ def test_wrong_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, *others = map(Image.fromarray, noise)
     first.save(tmp_path / "cut.gif", save_all=True, append_images=others, duration=100)
     whole = (tmp_path / "cut.gif").read_bytes()
-    (tmp_path / "cut.gif").write_bytes(whole[: len(whole) * 2 // 3])
-    with caplog.at_level(logging.WARNING):
-        assert 1 <= len(read_frames(Video(tmp_path / "cut.gif"), VideoPolicy()).images) < 6
+    # Inside a frame, and between two, where nothing but the end of the file is missing.
+    for end in (len(whole) * 2 // 3, whole.rindex(b"\x21\xf9\x04")):
+        caplog.clear()
+        (tmp_path / "cut.gif").write_bytes(whole[:end])
+        with caplog.at_level(logging.WARNING):
+            frames = len(read_frames(Video(tmp_path / "cut.gif"), VideoPolicy()).images)
+        assert 1 <= frames < 6
+        assert f"cut.gif is damaged after frame {frames} (" in caplog.text
     assert [in_words(number) for number in (0, 12, 64, 101)] == [
         "zero",
         "twelve",
@@ -204,3 +242,28 @@ def test_a_film_is_decoded_apart(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     path.write_bytes(whole[:400])
     with pytest.raises(InputError, match="no frame that can be read"):
         read_frames(Video(path), VideoPolicy())
+
+
+def test_a_film_is_shown_upright(tmp_path: Path) -> None:
+    """As a telephone stores it: lying, with a matrix in its header that turns it clockwise."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    path = tmp_path / "film.mp4"
+    lying = Image.new("RGB", (64, 48), "red")
+    lying.paste("blue", (0, 0, 32, 48))  # the left half, which becomes the upper one
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = lying.size
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_image(lying)))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # ISO/IEC 14496-12, TrackHeaderBox of version 0
+    one = 1 << 16
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 48 * one, 0, 1 << 30)
+    [image] = read_frames(Video(bytes(data), 1), None).images
+    shown = open_image(image)
+    assert shown.size == (48, 64)
+    assert (
+        np.asarray(shown.getpixel((24, 8))).argmax() == 2
+        and np.asarray(shown.getpixel((24, 56))).argmax() == 0
+    )

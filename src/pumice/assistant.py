@@ -405,17 +405,22 @@ def explain(
 
 def too_many_images(config: ModelConfig, count: int) -> str | None:
     """Return a warning if a conversation has more images than the model was trained on, else None."""
-    trained = config.trained_pictures
-    if trained is None and (config.marks is not None or config.image.several == "square"):
-        return None  # a model has marks or a policy for several images only if it was trained on several
-    if count <= max(1, trained or 1):
+    most = most_pictures(config)
+    if most is None or count <= most:
         return None
-    limit = "the model's folder does not say that it was trained on more than 1"
-    if trained is not None:
-        limit = f"the model was trained on at most {max(1, trained)}"
+    limit = f"the model was trained on at most {most}"
+    if config.trained_pictures is None:
+        limit = "the model's folder does not say that it was trained on more than 1"
     return (
         f"the conversation has {count} pictures, and {limit}: answers may be poor; ask about fewer at a time"
     )
+
+
+def most_pictures(config: ModelConfig) -> int | None:
+    """Return how many pictures of a conversation the model knows from training; None if as many as fit."""
+    if config.trained_pictures is None and (config.marks is not None or config.image.several == "square"):
+        return None  # a model has marks or a policy for several images only if it was trained on several
+    return max(1, config.trained_pictures or 1)
 
 
 def _question(images: Any, question: str) -> Conversation:

@@ -27,8 +27,9 @@ GEMMA2 = (
 )
 CHAT = (
     "user assistant stop answer between system default_system system_in_user specials trim opening stop_once "
-    "text_first image_line tools"
+    "earlier tools"
 )
+PICTURED = "text_first image_line shared_line"  # fields of ChatFormat that only questions with pictures show
 ROPE_SCALING = "kind factor low_freq_factor high_freq_factor original_context"
 LORA = "rank alpha dropout targets"
 _IMAGE = "mode mean std resample pad_color"  # explanations hide pictures behind pad_color in every mode

@@ -6,6 +6,7 @@ The openai library sends each attempt once. What is tried again, when, and what 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import math
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from pumice.conversation import Video
 from pumice.errors import InputError, WorkError
-from pumice.images import data_url
+from pumice.images import data_url, read_image
 
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_CONNECT = 10.0  # seconds
@@ -316,12 +318,12 @@ def with_model(endpoint: ChatEndpoint) -> ChatEndpoint:
     return replace(endpoint, model=asyncio.run(first()))
 
 
-def with_images(text: str, images: Sequence[Path | bytes]) -> list[dict[str, Any]]:
-    """Return the content of a message with images (as data URLs) before the text.
+def with_images(text: str, images: Sequence[Path | bytes | Video]) -> list[dict[str, Any]]:
+    """Return the content of a message with images and videos (as data URLs) before the text.
 
     Where the text has one `<image>` per image, each image takes the place of its `<image>` instead.
     """
-    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    parts = [_part(image) for image in images]
     pieces = text.split("<image>")
     if len(pieces) != len(parts) + 1:
         return [*parts, *([{"type": "text", "text": text}] if text else [])]
@@ -330,6 +332,13 @@ def with_images(text: str, images: Sequence[Path | bytes]) -> list[dict[str, Any
         content += [parts[number - 1]] if number else []
         content += [{"type": "text", "text": piece}] if piece.strip() else []
     return content
+
+
+def _part(image: Path | bytes | Video) -> dict[str, Any]:
+    if isinstance(image, Video):  # decoders look at the contents, not at the type
+        data = base64.b64encode(read_image(image.file)).decode()
+        return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
 
 
 def judge(status: int, headers: Mapping[str, str], raw: str, endpoint: ChatEndpoint) -> Outcome:

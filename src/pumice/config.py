@@ -321,6 +321,8 @@ class ChatFormat:
     stop_once: bool = False  # only the newest answer ends with `stop` (LLaVA-1.5 in transformers)
     text_first: str = later("")  # after user[0] of a question that begins with text, not with a picture
     image_line: bool = later(True)  # each picture at the front of a question has a line of its own
+    shared_line: bool = later(False)  # pictures at the front of a question have one line together
+    earlier: str = later("")  # opens answers before the newest, where `assistant` opens only that one
     # Around the descriptions of functions, one a line, after the system message. Calls are in Qwen's form.
     tools: tuple[str, str] | None = later(None)
 

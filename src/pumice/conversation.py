@@ -31,7 +31,7 @@ _SOUNDS = re.compile(rf"(audio|sound)s?{_FILES}", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A picture that is stored inside a larger file, such as a table or an archive, and read where it lies.
+    """A picture inside a larger file, such as a table or an archive, read where it lies; also of a Video.
 
     key: equal keys mean equal pictures. name: for messages. load: return the bytes of the picture's own file.
     size: (width, height) as it is shown, if that is known already.
@@ -45,16 +45,25 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Video:
-    """A video or an animation, or frames taken of one.
+    """A video or an animation, also inside a larger file, or frames taken of one.
 
     frames: how many are shown; None: as the model was trained.
     """
 
-    source: str | PathLike[str] | bytes | Frames
+    source: str | PathLike[str] | bytes | StoredImage | Frames
     frames: int | None = None
 
     @property
+    def file(self) -> str | PathLike[str] | bytes | StoredImage:
+        """What holds the video. Raises InputError if only its frames are known."""
+        if isinstance(self.source, Frames):
+            raise InputError(f"the {self.name} has no file; give the video itself")
+        return self.source
+
+    @property
     def name(self) -> str:
+        if isinstance(self.source, StoredImage):
+            return self.source.name
         if isinstance(self.source, bytes):
             return f"video of {len(self.source)} bytes"
         if isinstance(self.source, Frames):
@@ -266,11 +275,13 @@ def from_llava(row_id: str, turns: Iterable[tuple[str, str]], images: Sequence[A
 def check_media(row: Mapping[str, Any], label: str, *, videos: bool = False) -> None:
     """Raise InputError if a row names pictures under a key that is not read, or what cannot be shown.
 
-    Such a row would be answered or learned as text alone. label: names the row. videos: whether `video` is
-    read; then only other keys of videos are refused. Keys without a value count as absent.
+    Such a row would be answered or learned as text alone. label: names the row. videos: whether `video` and
+    `videos` are read; then only other keys of videos are refused. Keys without a value count as absent.
     """
     given = [key for key, value in row.items() if value is not None and value not in ("", [], {})]
     for key in given:
+        if videos and key in ("video", "videos"):
+            continue
         if videos and _VIDEOS.fullmatch(key):
             raise InputError(f"{label}: the key {key!r} is not read; did you mean 'video'?")
         if _VIDEOS.fullmatch(key) or _SOUNDS.fullmatch(key):

@@ -126,6 +126,15 @@ def image_size(source: Source) -> tuple[int, int]:
         return (height, width) if _turn(image) in _SIDEWAYS else (width, height)
 
 
+def is_animated(source: Source) -> bool:
+    """Return whether a picture's file holds several frames. Raises InputError as `image_size` does."""
+    with _opened(source) as image:
+        try:
+            return bool(getattr(image, "is_animated", False))
+        except Exception as error:  # Pillow looks for a second frame, and decoders raise anything
+            raise _damaged(_name(source), error) from error
+
+
 def pixels(image: Image.Image, size: int, policy: ImagePolicy) -> np.ndarray:
     """Return an RGB image from `open_image` as one tile for the tower, float32 (3, S, S), S = size.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pumice.boxes import box_map, write_boxes
-from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, MODE_VIDEO, Capability, fields
+from pumice.capability import CHAT, MODE_FIELDS, MODE_MARKS, MODE_VIDEO, PICTURED, Capability, fields
 from pumice.config import IMAGE_TOKEN, TILED, ChatFormat, ImagePolicy, ModelConfig
 from pumice.conversation import Conversation, ImagePart, Video
 from pumice.errors import ContextOverflow, InputError
@@ -32,7 +32,7 @@ CAPABILITY = Capability(
         ImagePolicy: fields(
             "mode mean std resample pad_color pinpoints unpad max_tiles several longest_edge enlarge"
         ),
-        ChatFormat: fields(CHAT),
+        ChatFormat: fields(f"{CHAT} {PICTURED}"),
         VideoPolicy: fields("max_frames fps longest_edge timestamps pool average"),
         TileMarks: fields("tile row between whole end number"),
     },
@@ -62,10 +62,12 @@ def check_used(config: ModelConfig) -> None:
             f"the template is {config.template!r}, which does not use the fields of `chat`; name {OWN!r}"
         )
     if chat.system is None:  # nothing that stands inside or after a system message has a place
-        without = fields(CHAT)
+        without = fields(f"{CHAT} {PICTURED}")
         for name in ("default_system", "system_in_user", "tools"):
             del without[name]
         Capability("a chat format without `system`", {ChatFormat: without}).check(chat)
+    if chat.shared_line and not chat.image_line:
+        raise InputError("chat.shared_line is of a format whose pictures have lines; set image_line")
     if unknown := set(chat.trim) - {"system", "user", "assistant"}:
         raise InputError(f"chat.trim names {min(unknown)!r}; the roles are system, user and assistant")
 
@@ -108,6 +110,11 @@ def cut(sample: Sample, limit: int) -> Sample:
     )
 
 
+def _frames(conversation: Conversation, shown: Conversation) -> int:
+    """Return the number of frames in a conversation as it is shown, of which the videos became frames."""
+    return len(shown.images) - sum(not isinstance(image.source, Video) for image in conversation.images)
+
+
 class Processor:
     """Prepares input as a checkpoint needs it: with its template, tokenizer and image policy."""
 
@@ -143,8 +150,8 @@ class Processor:
         mirror: its pictures will be shown flipped left to right, so its boxes are written so.
         """
         conversation = self.with_boxes(conversation.check(answered=True), mirror=mirror)
-        conversation = self.with_frames(conversation)
-        sample = self._sample(conversation, generate=False)
+        shown = self.with_frames(conversation)
+        sample = self._sample(shown, generate=False, frames=_frames(conversation, shown))
         limit = self.config.decoder.context
         if self.truncate and len(sample.input_ids) > limit:
             sample = cut(sample, limit)
@@ -177,7 +184,9 @@ class Processor:
         The sample's pictures are read: a file that is replaced afterwards changes nothing.
         """
         conversation = conversation.check(answered=False, continued=continued)
-        sample = self._sample(self.with_frames(conversation).with_sources(read_image), generate=True)
+        shown = self.with_frames(conversation)
+        frames = _frames(conversation, shown)
+        sample = self._sample(shown.with_sources(read_image), generate=True, frames=frames)
         if not len(sample.input_ids):
             raise InputError(f"the template {self.template.name!r} sees pictures only; show one")
         return sample
@@ -211,7 +220,8 @@ class Processor:
                 pieces[-1] = f"{pieces[-1]}{span.text}"
         return pieces
 
-    def _sample(self, conversation: Conversation, *, generate: bool) -> Sample:
+    def _sample(self, conversation: Conversation, *, generate: bool, frames: int) -> Sample:
+        """frames: how many of the conversation's pictures are those of videos."""
         spans = self.template.render(conversation, generate=generate)
         images = tuple(span for span in spans if isinstance(span, ImagePart))
         if images and self.config.vision.kind == "none":
@@ -229,11 +239,9 @@ class Processor:
         if len(input_ids) > limit and (generate or not self.truncate):
             name = f"conversation {conversation.id!r}" if conversation.id else "the conversation"
             message = f"{name} takes {len(input_ids)} tokens, the model's context is {limit}"
-            if shown := sum(bool(image.frame) for image in images):
-                # The text is short beside the frames.
-                message += (
-                    f"; about {shown * limit // len(input_ids)} of its {shown} frames fit: use --frames"
-                )
+            if frames:  # beside which the text is short
+                fitting = frames * limit // len(input_ids)
+                message += f"; about {fitting} of its {frames} frames fit: show fewer (--frames)"
             raise ContextOverflow(message, len(input_ids), limit)
         ids = np.array(input_ids, np.int64)
         return Sample(conversation.id, ids, np.array(labels, np.int64), images, layouts)
@@ -295,9 +303,10 @@ class Processor:
     def layouts(self, images: Sequence[ImagePart]) -> tuple[Layout, ...]:
         """Return the layout of every image of one conversation, in order.
 
-        It depends on their number and, where images become tiles, on each size, so their headers are read.
+        It depends on the number of pictures (a video's frames are none) and, where images become tiles, on
+        each size, so their headers are read.
         """
-        tiled = self.config.image.uses_tiles(len(images))
+        tiled = self.config.image.uses_tiles(sum(not image.frame for image in images))
         return tuple(self._layout(image, tiled) for image in images)
 
     def _layout(self, image: ImagePart, tiled: bool) -> Layout:

@@ -74,7 +74,7 @@ class Template:
                     spans += system
                 if message.parts and isinstance(message.parts[0], str):
                     spans.append(Span(chat.text_first, control=True))
-                spans += _content(message, "user" in chat.trim, chat.image_line)
+                spans += _content(message, chat)
                 spans.append(Span(chat.user[1], control=True))
         if generate and turns[-1].role == "user":
             spans.append(Span(chat.assistant + chat.opening, control=True))
@@ -95,7 +95,7 @@ class Template:
 
     def _answer(self, message: Message, newest: bool) -> list[Span]:
         chat = self.chat
-        opens = chat.assistant + (chat.opening if newest else "")
+        opens = chat.assistant + chat.opening if newest else chat.earlier or chat.assistant
         text = message.text.strip() if "assistant" in chat.trim else message.text
         if (chat.user[1] + opens + chat.answer[0]).endswith("\n"):
             # A space at the front would merge with the newline before it, which is a token of its own when
@@ -127,22 +127,25 @@ class Plain:
         return spans
 
 
-def _content(message: Message, trim: bool, image_line: bool) -> Spans:
+def _content(message: Message, chat: ChatFormat) -> Spans:
     """Leading pictures each stand on a line of their own (`<image>\\n`), later ones where they are.
 
-    image_line: False if leading ones stand where they are, too.
+    Leading ones have one line together in a format with `shared_line`, and none without `image_line`.
     """
-    parts = list(message.parts)
+    parts, trim = list(message.parts), "user" in chat.trim
     if trim and parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
     if trim and parts and isinstance(parts[-1], str):
         parts[-1] = parts[-1].rstrip()
     spans: Spans = []
-    leading = image_line
+    leading = chat.image_line
     for number, part in enumerate(parts):
         if isinstance(part, ImagePart):
             spans.append(part)
-            if leading and number + 1 < len(parts) and part.frame != "frame":  # a video is one line
+            following = parts[number + 1] if number + 1 < len(parts) else None
+            same_line = part.frame == "frame"  # a video is one line
+            same_line |= chat.shared_line and isinstance(following, ImagePart)
+            if leading and following is not None and not same_line:
                 spans.append(Span("\n"))
         else:
             # A row may hold this newline already, and must not get a second one.

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from pumice.conversation import Conversation, ImagePart, Video
+from pumice.conversation import Conversation, ImagePart, StoredImage, Video
 from pumice.errors import InputError, install
 from pumice.images import MAX_PIXELS, open_image
 from pumice.media import Frames, VideoPolicy
@@ -82,10 +82,12 @@ def read_frames(video: Video, policy: VideoPolicy | None) -> Frames:
     fps, count = (0.0, video.frames) if video.frames else (policy.fps, policy.max_frames)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video"
-        if isinstance(video.source, bytes):
-            if not video.source:
-                raise InputError("the video is empty (0 bytes); give the whole file")
-            path.write_bytes(video.source)
+        if isinstance(video.source, bytes | StoredImage):
+            data = video.source if isinstance(video.source, bytes) else video.source.load()
+            name = "the video" if isinstance(video.source, bytes) else video.name
+            if not data:
+                raise InputError(f"{name} is empty (0 bytes); give the whole file")
+            path.write_bytes(data)
         else:
             path = Path(video.source)
         if not path.is_file() or not path.stat().st_size:
@@ -197,7 +199,7 @@ def _take_animation(path: str, fps: float, count: int) -> tuple[Frames, str]:
                     starts.append(end)
                     end += image.info.get("duration", 0) / 1000 or _FRAME_SECONDS
             except Exception as error:  # EOFError is the end; decoders raise anything else on damaged data
-                rest = "" if isinstance(error, EOFError) else str(error)
+                rest = _torn(path, image.format) if isinstance(error, EOFError) else str(error)
         if not starts:
             raise ValueError(rest)
         files = _Files()
@@ -211,6 +213,13 @@ def _take_animation(path: str, fps: float, count: int) -> tuple[Frames, str]:
         raise ValueError(f"has no frame that can be read ({error}); give GIF, WebP, MP4 or WebM") from error
     times = tuple(starts[number] for number in numbers)
     return Frames(tuple(files), times, end), _damaged(len(starts), rest) if rest else ""
+
+
+def _torn(path: str, kind: str | None) -> str:
+    """Return why an animation that has no more frames may lack its end; "" if it does not."""
+    # Pillow takes a GIF that is cut off between two frames for a whole one.
+    ending = Path(path).read_bytes()[-64:].rstrip(b"\0\r\n")
+    return "it does not end as a GIF does" if kind == "GIF" and not ending.endswith(b";") else ""
 
 
 def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:
@@ -243,7 +252,10 @@ def _take_film(path: str, fps: float, count: int) -> tuple[Frames, str]:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in numbers:
                     _check_size(frame.width, frame.height)
-                    files.add(Image.fromarray(frame.to_ndarray(format="rgb24")))
+                    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                    # A telephone stores how its film is turned: counter-clockwise, as Pillow counts degrees.
+                    turn = getattr(frame, "rotation", 0)  # older versions of PyAV have no such field
+                    files.add(image.rotate(turn, expand=True) if turn else image)
                 if number >= numbers[-1]:
                     break
     except _Refused:

@@ -17,6 +17,7 @@ from PIL import Image, ImageChops
 
 from pumice.assistant import Assistant, load
 from pumice.boxes import COLOURS
+from pumice.conversation import Video
 from pumice.engine import sizes
 from pumice.engine.reply import Reply
 from pumice.formats.export import export
@@ -182,7 +183,10 @@ def test_bits_reach_the_model(run: Any, tiny_folder: Path, word: str, bits: Any)
         (["What?", "--out", "o.png"], "--out o.png draws the boxes of an answer on its picture; show one"),
         (["cat.png", "What?", "--out", "no/o.png"], "the folder 'no' of --out does not exist"),
         (["cat.png", "What?", "--out", "cat.png"], "--out 'cat.png' is a folder or the picture itself"),
-        (["cat.png", "what", "is", "this"], "there is no picture 'what'; if it belongs to the question"),
+        (
+            ["cat.png", "what", "is", "this"],
+            "there is no picture or video 'what'; if it belongs to the question",
+        ),
         (["https://example.org/cat.png", "What?"], "is a web address; save the picture"),
         (["--batch", "missing.jsonl", "--out", "o.jsonl"], "'missing.jsonl' cannot be read"),
     ],
@@ -237,6 +241,42 @@ def test_batch(run: Any, folder: Path, tiny_folder: Path, monkeypatch: pytest.Mo
     alone = load(tiny_folder, device="cpu").ask(None, "Who are\u2028you?", max_new_tokens=8)
     assert answers[6]["answer"] == alone
     assert sorted(p.name for p in folder.iterdir()) == ["a dog.png", "inside", "out.jsonl"]
+
+
+def test_videos_in_a_batch(run: Any, folder: Path, tiny_folder: Path) -> None:
+    """Beside pictures, where they are marked; --frames holds for each."""
+    first, *others = (Image.new("RGB", (20, 10), (60 * n, 0, 0)) for n in range(4))
+    first.save(folder / "clip.gif", save_all=True, append_images=others, duration=100)
+    rows = [
+        {"id": 0, "video": "clip.gif", "question": "What?"},
+        {"id": 1, "video": "clip.gif", "question": "<video> What?"},
+        {"id": 2, "video": ["clip.gif"], "image": "cat.png", "question": "<video> or <image>?"},
+        {"id": 3, "image": "clip.gif", "question": "What?"},  # its first frame
+        {"id": 6, "videos": ["clip.gif"], "question": "What?"},
+        {"id": 4, "video": "no.mp4", "question": "What?"},
+        {"id": 5, "video": "cat.png", "image": "cat.png", "question": "<image>?"},
+        {"id": 7, "video": [""], "question": "What?"},
+        {"id": 8, "video_path": "clip.gif", "question": "What?"},
+    ]
+    write_rows(folder / "in.jsonl", rows)
+    command = ("ask", "--batch", "in.jsonl", "--out", "out.jsonl", *SHORT)
+    assert run(*command, "--frames", "2").exit_code == 0
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assistant = load(tiny_folder, device="cpu")
+    clip = Video(folder / "clip.gif", 2)
+    expected = [
+        assistant.ask(clip, "What?", max_new_tokens=8),
+        assistant.ask(clip, "What?", max_new_tokens=8),
+        assistant.ask([clip, folder / "cat.png"], "<image> or <image>?", max_new_tokens=8),
+        assistant.ask(folder / "clip.gif", "What?", max_new_tokens=8),
+        assistant.ask(clip, "What?", max_new_tokens=8),
+    ]
+    assert [answer["answer"] for answer in answers[:5]] == expected
+    for answer, words in zip(answers[5:], (
+        "there is no video no.mp4", "0 <video> for 1 video",
+        "'video' must be a path or a list of paths", "did you mean 'video'?",
+    ), strict=True):  # fmt: skip
+        assert words in answer["error"]
 
 
 def test_a_batch_without_a_single_answer_has_failed(run: Any, folder: Path) -> None:
@@ -311,3 +351,25 @@ finally:
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr) == (0, "[]\n")
+
+
+def test_frames_are_of_animations_alone(
+    run: Any, refused: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A still picture beside a video stays a picture, which may be cut into tiles."""
+    first, *others = (Image.new("RGB", (20, 10), (60 * n, 0, 0)) for n in range(4))
+    first.save(folder / "clip.gif", save_all=True, append_images=others, duration=100)
+    first.save(folder / "still.gif")
+    asked: list[Any] = []
+    stream = Assistant.stream
+
+    def recorded(self: Assistant, conversation: Any, **options: Any) -> Any:
+        asked.extend(image.source for image in conversation.images)
+        return stream(self, conversation, **options)
+
+    monkeypatch.setattr(Assistant, "stream", recorded)
+    result = run("ask", "cat.png", "clip.gif", "still.gif", "What?", "--frames", "2", *SHORT)
+    assert result.exit_code == 0
+    assert [isinstance(source, Video) for source in asked] == [False, True, False]
+    assert asked[1] == Video("clip.gif", 2)
+    refused(run("ask", "cat.png", "still.gif", "What?", "--frames", "2"), "--frames 2 is of a video or an")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from pumice.conversation import Video
+from pumice.conversation import StoredImage, Video
 from pumice.data import images
 from pumice.data.check import check
 from pumice.data.convert import convert
@@ -17,6 +19,7 @@ from pumice.data.fix import fix
 from pumice.data.images import DecodedImage
 from pumice.data.rows import ImageFinder, Rows, to_llava
 from pumice.errors import InputError
+from pumice.video import read_frames
 
 ANSWER = {"from": "gpt", "value": "A cat."}
 
@@ -86,6 +89,63 @@ def test_messages(tmp_path: Path) -> None:
 def test_wrong_rows(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         write(tmp_path, values)[0]
+
+
+def sample(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def test_videos_inside_tables_and_archives(tmp_path: Path) -> None:
+    """Bytes of a parquet column `video`, members of a tar: the same rows as of a file."""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    pq = pytest.importorskip("pyarrow.parquet")
+    animation(tmp_path / "a.gif")
+    clip = (tmp_path / "a.gif").read_bytes()
+    turns = row("<video>\nWhat?")["conversations"]
+    table = [
+        {"id": "0", "video": {"bytes": clip, "path": "a.mp4"}, "conversations": turns},
+        {"id": "1", "video": {"bytes": None, "path": "a.gif"}, "conversations": turns},
+        {"id": "2", "video": {"bytes": b"broken", "path": None}, "conversations": turns},
+    ]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
+    with tarfile.open(tmp_path / "rows.tar", "w") as archive:
+        values = row("<image> beside <video>?", video="elsewhere.mp4") | {"id": "0"}
+        sample(archive, "0.json", json.dumps(values).encode())
+        sample(archive, "0.mp4", clip)
+        picture = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(picture, "PNG")
+        sample(archive, "0.png", picture.getvalue())
+        sample(archive, "1.json", json.dumps({"question": "What?", "answer": "A cat."}).encode())
+        sample(archive, "1.0.webm", clip)
+        sample(archive, "1.1.webm", b"torn")
+        sample(archive, "2.json", json.dumps({"question": "What?", "answer": "A cat."}).encode())
+        sample(archive, "2.wav", b"RIFF")
+    finder = ImageFinder(tmp_path)
+    for rows, count in ((Rows(tmp_path / "rows.parquet"), 3), (Rows(tmp_path / "rows.tar"), 2)):
+        conversation = rows[0].conversation(finder)
+        [video] = [image.source for image in conversation.images if isinstance(image.source, Video)]
+        assert len(read_frames(video, None).images) == 3
+        assert rows.contents.usable.sum() == count and rows.contents.has_videos and rows.contents.has_stored
+        assert not rows.bad_rows(finder)[:count].any()
+        assert rows.contents.max_images(8) >= 8
+        report = check([rows], finder)
+        assert [p.kind for p in report.problems if p.row <= count] == ["picture unreadable"]
+        convert(rows, tmp_path / f"{rows.path.suffix}.out", "llava", finder, max_bad_rows=1)
+        [same, *_] = Rows(tmp_path / f"{rows.path.suffix}.out" / "rows.jsonl")
+        [file] = [image for image in same.image if isinstance(image, Video)]
+        assert Path(file.name).suffix == ".mp4"
+        assert (tmp_path / f"{rows.path.suffix}.out" / file.name).read_bytes() == clip
+    # Equal contents in a table and in an archive are the same video; order is that of the places.
+    table_row, tar_row = Rows(tmp_path / "rows.parquet"), Rows(tmp_path / "rows.tar")
+    keys = [rows.contents.arrays["keys"].tolist() for rows in (table_row, tar_row)]
+    assert keys[0][0] in keys[1]
+    assert [isinstance(image, Video) for image in tar_row[0].image] == [False, True]
+    assert isinstance(table_row[0].image[0].source, StoredImage)
+    assert table_row[1].image == (Video("a.gif"),)
+    with pytest.raises(InputError, match="'audio' cannot be used, only pictures and videos"):
+        tar_row[2]
 
 
 def test_a_video_of_several_rows_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,8 @@ def _write_llava(folder: Path, kind: str) -> None:
         ),
         "onevision": (
             "LlavaOnevision", transformers.Qwen2Config(**TEXT), siglip,
-            {"image_grid_pinpoints": [[16, 32], [32, 16], [48, 48]], "vision_aspect_ratio": "anyres_max_4"},
+            {"image_grid_pinpoints": [[16, 32], [32, 16], [48, 48]], "vision_aspect_ratio": "anyres_max_4",
+             "video_token_index": 4},
         ),
     }[kind]  # fmt: skip
     config_class = getattr(transformers, f"{name}Config")

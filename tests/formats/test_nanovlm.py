@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from pumice import load
-from pumice.config import IMAGE_TOKEN
+from pumice.config import IMAGE_TOKEN, ConnectorConfig, ModelConfig
 from pumice.conversation import Conversation, user_message
 from pumice.errors import InputError
 from pumice.formats import nanovlm
 from pumice.formats.derived import Derived
 from pumice.model.layers import rope_inv_freq
+from pumice.model.llava import Llava
 from pumice.storage.json_file import Keys
 from pumice.storage.tensors import as_lazy
+from pumice.train import run
 
 # A copy of huggingface/nanoVLM: git clone https://github.com/huggingface/nanoVLM build/nanoVLM
 OWN_CODE = Path(__file__).parents[2] / "build/nanoVLM"
@@ -140,6 +144,49 @@ def test_tiles_and_logits_are_those_of_its_own_code(models: ModuleType, tmp_path
         )[0]
         difference = (logits - reference(prompt.input_ids, torch.from_numpy(pixels))).abs().max().item()
     assert difference < 1e-4
+
+
+def test_a_checkpoint_is_trained_by_a_recipe(models: ModuleType, tmp_path: Path) -> None:
+    """Eight rows about pictures of several tiles, until every answer is known."""
+    # 1. A random checkpoint under its own names. Its tied head is stored once.
+    folder, data = tmp_path / "base", tmp_path / "data"
+    folder.mkdir()
+    data.mkdir()
+    keys = Keys(write_folder(folder, models), "config.json")
+    decoder, vision = nanovlm._decoder(keys), nanovlm._vision(keys)
+    config = ModelConfig(decoder, vision, ConnectorConfig("linear", "pixel_shuffle", 2, bias=False))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ours = Llava(config).state_dict()
+    table = nanovlm._table(decoder, vision)
+    state = {name: ours[own].clone() for name, own in table.items() if isinstance(own, str) and own in ours}
+    positions = "vision_encoder.patch_embedding.position_embedding"
+    state[positions] = state[positions][None]
+    state["decoder.token_embedding.weight"] *= 0.1  # it is the head, too
+    state.pop("decoder.head.weight")
+    save_file(state, folder / "model.safetensors")
+    # 2. Two questions about each of four pictures.
+    colours = {"red": (200, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 200), "yellow": (230, 220, 30)}
+    rows = []
+    for number, (name, colour) in enumerate(colours.items()):
+        Image.new("RGB", (60, 40 + 40 * (number % 2)), colour).save(data / f"{name}.png")
+        for question, answer in (("Colour?", name), ("Number?", str(number))):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            rows.append({"id": f"{name} {question}", "image": f"{name}.png", "conversations": turns})
+    (data / "rows.json").write_text(json.dumps(rows))
+    recipe = {
+        "name": "run", "output": str(tmp_path / "run"), "model": str(folder),
+        "stage": {"learn": {"connector": 3e-3, "decoder": 3e-3}}, "data": [{"rows": str(data / "rows.json")}],
+        "pictures": [str(data)], "epochs": 60, "batch": 8, "pack_tokens": 512, "precision": "fp32",
+        "device": "cpu",
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    # 3. The trained folder is Pumice's own, with nanoVLM's tiles.
+    assistant = load(run(tmp_path / "run.yaml"), quantize=None)
+    assert assistant.model.config.image.mode == "grid"
+    for row in rows:
+        question, answer = (turn["value"].removeprefix("<image>\n") for turn in row["conversations"])
+        assert assistant.ask(data / row["image"], question, max_new_tokens=8) == answer
 
 
 @pytest.mark.parametrize(

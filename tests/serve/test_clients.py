@@ -271,7 +271,9 @@ def test_wrong_addresses_name_the_right_one(server: str, path: str, instead: str
 
 
 def test_the_list_of_models_with_a_slash(server: str) -> None:
-    assert httpx.get(f"{server}/v1/models/").json() == httpx.get(f"{server}/v1/models").json()
+    models = httpx.get(f"{server}/v1/models").json()
+    assert httpx.get(f"{server}/v1/models/").json() == models
+    assert models["data"][0]["max_pictures"] == 1  # of a folder that does not say it
 
 
 def test_bytes_of_parts_of_a_character(exact: Assistant) -> None:

@@ -57,8 +57,10 @@ def test_a_conversation(page: Page, server: str, tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
     page.locator("#files").set_input_files([tmp_path / "1.png", tmp_path / "2.png"])
+    page.get_by_text("This conversation will show 2 pictures").wait_for()  # of which no folder says anything
     page.get_by_role("button", name="Remove 2.png").click()
     page.get_by_role("button", name="Remove 1.png").wait_for()
+    assert page.locator("#many").is_hidden()
     write(page, "What is it?")
     [first] = answered(page, 1)
     assert page.locator(".user img").count() == 1

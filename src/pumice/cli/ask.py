@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,10 @@ def ask(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     batch: Annotated[
         Path | None,
-        Option(help='Answer many questions: one {"id", "image", "question"} per line.', metavar="IN.jsonl"),
+        Option(
+            help='Answer many questions: one {"id", "image", "video", "question"} per line.',
+            metavar="IN.jsonl",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -58,15 +61,15 @@ def ask(
             raise InputError(f"--batch reads its questions from the file; leave out {arguments[-1]!r}")
         if out is None:
             raise InputError("--batch needs --out OUT.jsonl, where the answers go")
-        _ask_batch(batch, out, model, opening, slots, as_json, sampling.given())
+        _ask_batch(batch, out, model, opening, slots, as_json, sampling.given(), frames)
         return
     *images, question = arguments or [""]
     _check_question(images, question)
     for path in images:
         if not Path(path).exists() and not _is_image_path(path) and "/" not in path:
             raise InputError(
-                f"there is no picture {path!r}; if it belongs to the question, put the question in quotes: "
-                'pumice ask dog.jpg "What is this?"'
+                f"there is no picture or video {path!r}; if it belongs to the question, put the question in "
+                'quotes: pumice ask dog.jpg "What is this?"'
             )
     if out is not None:
         _check_drawing(out, images)
@@ -114,11 +117,12 @@ def _is_image_path(text: str) -> bool:
 
 def _open(path: str, frames: int | None) -> Any:
     """Return a picture, or a video: an animation is one only where frames are asked for."""
-    from pumice.images import open_image
+    from pumice.images import is_animated, open_image
     from pumice.video import is_video
 
-    shown = Path(path).is_file() and (frames is not None or is_video(path))
-    return Video(path, frames) if shown else open_image(path)
+    if is_video(path) or (frames is not None and is_animated(path)):
+        return Video(path, frames)
+    return open_image(path)
 
 
 def _ask_one(
@@ -133,6 +137,8 @@ def _ask_one(
 ) -> None:
     # Before torch is imported, so that a wrong path fails at once.
     opened = [_open(path, frames) for path in images]
+    if frames is not None and not any(isinstance(each, Video) for each in opened):
+        raise InputError(f"--frames {frames} is of a video or an animation, and none is shown; leave it out")
     if out is not None and isinstance(opened[-1], Video):
         raise InputError(f"--out {out} draws boxes on a picture, {images[-1]!r} is a video; leave it out")
     options.share_cores()
@@ -153,10 +159,12 @@ def _ask_one(
     else:
         print()
     if out is not None:
-        # Of several pictures, boxes are of the last.
-        count = len(assistant.boxes(opened[-1], answer, images=len(opened)))
+        # Of several pictures, boxes are of the last. A model that knows videos counts no frame as a picture.
+        videos = sum(isinstance(each, Video) for each in opened)
+        shown = len(opened) - (0 if assistant.model.config.video is None else videos)
+        count = len(assistant.boxes(opened[-1], answer, images=shown))
         with replacing(out) as file:
-            drawn = assistant.draw(opened[-1], answer, images=len(opened))
+            drawn = assistant.draw(opened[-1], answer, images=shown)
             drawn.save(file.buffer, DRAWN[out.suffix.lower()])
         print(f"pumice: {out} shows the answer's boxes: {count}", file=sys.stderr)
 
@@ -166,7 +174,7 @@ class _Row:
     """A line of the input: a question, or the error of the line."""
 
     id: Any
-    images: tuple[str | Path, ...] = ()
+    images: tuple[str | Path | Video, ...] = ()
     question: str = ""
     error: str = ""
 
@@ -179,6 +187,7 @@ def _ask_batch(
     slots: int,
     as_json: bool,
     sampling: dict[str, Any],
+    frames: int | None,
 ) -> None:
     # 1. Read all rows and check the paths, before the model is loaded.
     try:
@@ -190,7 +199,9 @@ def _ask_batch(
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"'{source}' is not UTF-8 text; save it as UTF-8") from error
-    rows = [_read_row(line, number, source.parent) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [
+        _read_row(line, number, source.parent, frames) for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not rows:
         raise InputError(f"'{source}' holds no questions; write one JSON object per line")
     if not out.parent.is_dir():
@@ -200,7 +211,7 @@ def _ask_batch(
     partial = out.with_name(f"{out.name}.partial")
     # 2. Answer the rows without an error. `partial` keeps the answers of a run that is stopped.
     valid_rows = [row for row in rows if not row.error]
-    answers = iter(_answer_rows(valid_rows, partial, model, opening, slots, sampling))
+    answers = iter(_answer_rows(valid_rows, partial, model, opening, slots, sampling, frames))
     # 3. Write one line for every row, in the order of the input.
     failed = 0
     with replacing(out) as file:
@@ -226,6 +237,7 @@ def _answer_rows(
     opening: options.Opening,
     slots: int,
     sampling: dict[str, Any],
+    frames: int | None,
 ) -> list[str | InputError]:
     """Return the answer or the error of each row. A stopped run continues from the answers in `partial`."""
     if not rows:
@@ -238,7 +250,7 @@ def _answer_rows(
     assistant = opening.load(model)
     sampling = {**assistant.generation, **sampling}  # the file says with what it was asked in full
     questions = [(list(row.images), row.question) for row in rows]
-    asked = {"model": model, **opening.arguments(), **sampling}
+    asked = {"model": model, "frames": frames, **opening.arguments(), **sampling}
     with AnswerFile(partial, questions, asked) as file, ProgressBar(log_seconds=LOG_SECONDS) as bar:
         if done := len(file.answers):
             print(f"pumice: {done} of {len(rows)} answers are in '{partial}' already", file=sys.stderr)
@@ -248,8 +260,13 @@ def _answer_rows(
     return file.answers
 
 
-def _read_row(line: str, number: int, folder: Path) -> _Row:
-    """Parse one line. A relative picture path is searched in `folder`, then in the working folder."""
+def _read_row(line: str, number: int, folder: Path, frames: int | None) -> _Row:
+    """Parse one line. A relative path is searched in `folder`, then in the working folder.
+
+    frames: of each video.
+    """
+    from pumice.data.pictures import beside
+
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -257,16 +274,32 @@ def _read_row(line: str, number: int, folder: Path) -> _Row:
     if not isinstance(values, dict):
         return _Row(number, error=f"line {number} is not an object with 'id' and 'question'")
     row_id = values.get("id", number)
+    question = values.get("question")
     try:
-        check_media(values, f"line {number}")
+        check_media(values, f"line {number}", videos=True)
+        images = _paths(values, "image")
+        videos = _paths(values, "video") or _paths(values, "videos")
+        if not isinstance(question, str):
+            return _Row(row_id, error="'question' is missing or not text")
+        if videos:
+            shown, question = beside(images, [Video(path, frames) for path in videos], question)
+        else:
+            shown = list(images)
     except InputError as error:
         return _Row(row_id, error=str(error))
-    image, question = values.get("image"), values.get("question")
-    paths = [] if image is None else [image] if isinstance(image, str) else image
+    return _Row(row_id, tuple(_found(each, folder) for each in shown), question)
+
+
+def _paths(values: dict[str, Any], key: str) -> list[str]:
+    """Return the paths that a row has under a key. Raises InputError where anything else stands there."""
+    value = values.get(key)
+    paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        return _Row(row_id, error="'image' must be a path or a list of paths")
-    if not isinstance(question, str):
-        return _Row(row_id, error="'question' is missing or not text")
-    candidates = [folder / path for path in paths]
-    images = tuple(c if c.exists() else path for c, path in zip(candidates, paths, strict=True))
-    return _Row(row_id, images, question)
+        raise InputError(f"{key!r} must be a path or a list of paths")
+    return paths
+
+
+def _found(image: Any, folder: Path) -> str | Path | Video:
+    name = image.name if isinstance(image, Video) else image
+    path = candidate if (candidate := folder / name).exists() else name
+    return replace(image, source=path) if isinstance(image, Video) else path

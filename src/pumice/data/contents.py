@@ -98,9 +98,9 @@ class Contents:
             start = end
 
     def files(self) -> Iterator[str | Video | None]:
-        """Yield each different picture or video by its name; None for a picture inside the source."""
+        """Yield each different picture or video by its name; None for one inside the source."""
         for name, is_video in zip(self.names(), self.arrays["videos"].tolist(), strict=True):
-            yield Video(name) if is_video else name or None
+            yield Video(name) if is_video and name else name or None
 
     def rows_without_images(self, is_there: Callable[[str | Video], bool]) -> np.ndarray:
         """Return (R,) bool: whether a row names a picture or a video for which `is_there` is False."""
@@ -124,19 +124,19 @@ def read_contents(rows: Iterable[RowSummary], count: int) -> Arrays:
         usable[index], added[index] = row.usable, row.added
         keys = []
         for image in row.images:
-            inside, is_video = isinstance(image, StoredImage), isinstance(image, Video)
+            is_video = isinstance(image, Video)
+            source = image.source if isinstance(image, Video) else image
             data = name = b""
-            if isinstance(image, StoredImage):
-                data = _bytes(image)
+            if inside := isinstance(source, StoredImage):
+                data = _bytes(source)
             else:
-                path = image.source if isinstance(image, Video) else image
-                name = str(path).encode("utf-8", "surrogatepass")
+                name = str(source).encode("utf-8", "surrogatepass")
             # A GIF may be a picture in one row and a video in another.
-            key = (_hash(data if inside else b"video " * is_video + name), inside)
+            key = (_hash(b"video " * is_video + (data or name)), inside)
             keys.append(key[0])
             if key not in numbers:
                 numbers[key] = len(numbers)
-                sizes.extend(_size(data) if inside else (0, 0))
+                sizes.extend(_size(data) if inside and not is_video else (0, 0))
                 videos.append(is_video)
                 names += name
                 ends.append(len(names))

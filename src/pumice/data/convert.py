@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from PIL import Image as Pillow
 
-from pumice.conversation import Video
+from pumice.conversation import StoredImage, Video
 from pumice.data.pictures import Image
 from pumice.data.rows import ImageFinder, Row, Rows, to_llava
 from pumice.data.sources.columns import arrow
@@ -122,7 +122,7 @@ def _claim(out: Path, manifest: dict[str, Any], rows: Rows) -> None:
 def _with_pictures(shard: Sequence[tuple[int, Row]], finder: ImageFinder) -> Shard:
     for number, row in shard:
         found = [row.find(image, finder) for image in row.image]
-        yield number, row, [read_image(f.name if isinstance(f, Video) else f) for f in found]
+        yield number, row, [read_image(file.file if isinstance(file, Video) else file) for file in found]
 
 
 def _write_llava(shard: Shard, file: IO[bytes], out: Path) -> None:
@@ -194,8 +194,8 @@ def _name(image: Image, data: bytes) -> str:
     """Return the name of a picture in the copy: its own below `images`, or one from its contents."""
     ending = ""
     if isinstance(image, Video):
-        image = str(image.source)
-        ending = PurePosixPath(image).suffix.lstrip(".")
+        ending = PurePosixPath(image.name).suffix.lstrip(".") or "mp4"
+        image = image.source if isinstance(image.source, StoredImage) else image.name
     if isinstance(image, str):
         pure = PurePosixPath(image.replace(os.sep, "/"))
         if not pure.is_absolute() and ".." not in pure.parts and ":" not in image:

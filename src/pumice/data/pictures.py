@@ -6,7 +6,7 @@ import ast
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,6 +56,17 @@ def place_videos(turns: list[tuple[str, str]], images: list[Image], videos: list
     return [*placed, *rest[False]]
 
 
+def beside(images: Sequence[Image], videos: Sequence[Image], question: str) -> tuple[list[Image], str]:
+    """Return a question's pictures and videos in the order of their places, and the question.
+
+    As in `place_videos`: `<video>` in the question becomes `<image>`. A single one moves to the front.
+    """
+    turns = [("human", question)]
+    placed = place_videos(turns, list(images), list(videos))
+    text = turns[0][1]
+    return placed, text.replace(IMAGE_PLACEHOLDER, "").strip() if len(placed) == 1 else text
+
+
 def as_pictures(messages: list[Any]) -> list[Any]:
     """Return messages with the places of videos written as those of pictures."""
     return [
@@ -71,7 +82,8 @@ def images_of(values: Record, place: str) -> list[Image]:
     found = [name for name in _IMAGES if name in values and values[name] != []]
     if not found:
         found = [name for name in _OTHER_IMAGES if values.get(name)]
-        found += [name for name, value in values.items() if name not in found and is_stored(value)]
+        stored = [name for name, value in values.items() if name not in _VIDEOS and is_stored(value)]
+        found += [name for name in stored if name not in found]
     if len(found) > 1:
         raise InputError(
             f"{place}: {found[0]!r} and {found[1]!r} could both be the picture; say which in the recipe, for "
@@ -110,8 +122,8 @@ def image_of(value: Any, place: str) -> Image:
         name: Any = value.source
         if isinstance(name, Mapping):
             name = next((name[key] for key in ("url", "path", "video", "file_name") if name.get(key)), None)
-        if isinstance(name, bytes):
-            raise InputError(f"{place}: a video inside a row cannot be read; name its file")
+        if isinstance(name, StoredImage):
+            return value
         if not isinstance(name, str) or not name:
             raise TypeError
         return Video(name.removeprefix("file://"))

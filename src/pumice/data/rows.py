@@ -86,9 +86,9 @@ class ImageFinder:
 
     def find_any(self, image: Image, beside: Path | None = None) -> Path | StoredImage | Video:
         """Return a picture or a video of a row with its file. Raises InputError as `find`."""
-        if isinstance(image, Video):
-            return replace(image, source=self.find(str(image.source), beside, "video"))
-        return image if isinstance(image, StoredImage) else self.find(image, beside)
+        if isinstance(image, Video) and not _is_inside(image):
+            return replace(image, source=self.find(image.name, beside, "video"))
+        return self.find(image, beside) if isinstance(image, str) else image
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Rows(Sequence[Row]):
         index = range(len(self))[index]
         row = self._row(self.opened.record(index), index)
         # Training has read the contents by now. Who only looks at some rows does not wait for all of them.
-        if "contents" in self.__dict__ and any(isinstance(image, StoredImage) for image in row.image):
+        if "contents" in self.__dict__ and any(_is_inside(image) for image in row.image):
             row = self._keyed(row, index)
         return row
 
@@ -213,17 +213,21 @@ class Rows(Sequence[Row]):
 
     def _keyed(self, row: Row, index: int) -> Row:
         """Return the row with the keys and sizes of its pictures, so that equal pictures are the same."""
-        known = zip(row.image, self.contents.pictures_of(index), strict=True)
-        images = tuple(
-            replace(image, key=key, size=size) if isinstance(image, StoredImage) else image
-            for image, (key, size) in known
-        )
-        return replace(row, image=images)
+        images: list[Image] = []
+        for image, (key, size) in zip(row.image, self.contents.pictures_of(index), strict=True):
+            if isinstance(image, StoredImage):
+                image = replace(image, key=key, size=size)
+            elif isinstance(image, Video) and isinstance(image.source, StoredImage):
+                image = replace(image, source=replace(image.source, key=key))
+            images.append(image)
+        return replace(row, image=tuple(images))
 
     @cached_property
     def contents(self) -> Contents:
         """What training must know of all rows. Read once, and kept beside the cache until a file changes."""
-        purpose = f"contents, boxes, videos {sorted(self.mapping.columns.items())} {self.mapping.question}"
+        purpose = (
+            f"contents, boxes, videos inside {sorted(self.mapping.columns.items())} {self.mapping.question}"
+        )
         source = self.opened
 
         return Contents(kept(source.files, purpose, lambda: read_contents(self._summaries(), len(source))))
@@ -263,6 +267,11 @@ class Rows(Sequence[Row]):
         if isinstance(self.opened, JsonRows | Table):  # of one file, as older versions stored it
             return _file_digest(self.opened.files[0])
         return self.contents.digest
+
+
+def _is_inside(image: Image) -> bool:
+    """Return whether a picture or a video lies inside the source of its row."""
+    return isinstance(image.source if isinstance(image, Video) else image, StoredImage)
 
 
 def _file_digest(path: Path) -> str:

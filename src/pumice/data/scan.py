@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pumice.boxes import BoxError, assumed_unit, picture_boxes
 from pumice.conversation import BOX_PLACEHOLDER, IMAGE_PLACEHOLDER, Conversation, Objects, StoredImage, Video
-from pumice.data.images import DecodedImage, decode_image
+from pumice.data.images import DecodedImage, decode_image, decode_video
 from pumice.data.pictures import Image
 from pumice.data.processes import map_parts
 from pumice.data.rows import ImageFinder, Row, Rows
@@ -122,6 +122,8 @@ class Scan:
             found = row.find(image, self.finder)
         except InputError as error:
             return CheckedImage(name, missing=str(error))
+        if isinstance(found, Video) and isinstance(found.source, StoredImage):
+            return CheckedImage(name, decoded=decode_video(found) if self.decode else None)
         if not isinstance(found, StoredImage):
             return CheckedImage(name, file=found)
         return CheckedImage(name, decoded=decode_image(found, self.compare) if self.decode else None)

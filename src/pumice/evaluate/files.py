@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pumice.conversation import Video
 from pumice.errors import InputError
 from pumice.evaluate.archives import members, read_bounded, read_member, read_table
 from pumice.files import replacing
@@ -34,14 +35,14 @@ _NO_VALUE = frozenset(
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of a question, read only when the question is asked."""
+    """An image or a video of a question, read only when the question is asked."""
 
     name: str
-    load: Callable[[], Path | bytes] = field(compare=False, repr=False)
+    load: Callable[[], Path | bytes | Video] = field(compare=False, repr=False)
     # Says, without reading the image, why it is missing; "" where it exists or is stored in a table.
     problem: Callable[[], str] = field(default=lambda: "", compare=False, repr=False)
 
-    def source(self) -> Path | bytes:
+    def source(self) -> Path | bytes | Video:
         """Return the path or the bytes of the image. Raises InputError when it is missing or damaged."""
         return self.load()
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pumice.conversation import Video
 from pumice.errors import InputError
 from pumice.evaluate.compare import format_points, verdict
 from pumice.evaluate.files import ImageFile
 from pumice.evaluate.published import PUBLISHED
 from pumice.evaluate.task import Answered, Task, releases
 from pumice.images import open_image
+from pumice.media import VideoPolicy
+from pumice.video import read_frames
 from pumice.webpage import render, thumbnail
 
 TEMPLATE = Path(__file__).parent / "report.html"
@@ -103,7 +106,10 @@ def _with_images(task: Task, data: Path, chosen: list[Card]) -> list[Card]:
 
 def _thumbnail(file: ImageFile) -> str:
     try:
-        return thumbnail(open_image(file.source()), THUMBNAIL_SIDE, quality=75)[0]
+        source = file.source()
+        if isinstance(source, Video):  # its first frame
+            [source] = read_frames(source, VideoPolicy(max_frames=1)).images
+        return thumbnail(open_image(source), THUMBNAIL_SIDE, quality=75)[0]
     except (InputError, OSError):
         return ""
 

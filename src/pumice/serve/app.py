@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pumice import __version__
+from pumice.assistant import most_pictures
 from pumice.serve.answers import ModelResponse
 from pumice.serve.backend import Backend
 from pumice.serve.errors import ApiError, unknown_model
@@ -83,7 +84,10 @@ def build(settings: ServerSettings, backend: Backend, gate: Gate) -> Starlette:
         return ModelResponse(card(name))
 
     def card(name: str) -> ModelCard:
-        return ModelCard(id=name, object="model", created=started, owned_by="pumice")
+        return ModelCard(
+            id=name, object="model", created=started, owned_by="pumice",
+            max_pictures=most_pictures(backend.assistant.model.config),
+        )  # fmt: skip
 
     async def health(_: Request) -> Response:
         state = Health(status="draining" if gate.draining else "ok", version=__version__)

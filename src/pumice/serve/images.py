@@ -70,14 +70,13 @@ async def read_images(
 
 def count_tiles(files: Sequence[PictureFile], config: ModelConfig) -> int:
     """Return how many tiles the tower sees of the pictures and frames of one conversation."""
-    tiled = config.image.uses_tiles(sum(len(file.sizes) for file in files))
-    return sum(
-        tile_layout(config, size).tiles
-        if tiled and not (config.video is not None and isinstance(file.data, Video))
-        else 1
-        for file in files
-        for size in file.sizes
-    )
+    # Frames are pictures for a model that was not trained on videos, and never cut into tiles for others.
+    pictures = [file for file in files if config.video is None or not isinstance(file.data, Video)]
+    sizes = [size for file in pictures for size in file.sizes]
+    frames = sum(len(file.sizes) for file in files) - len(sizes)
+    if not config.image.uses_tiles(len(sizes)):
+        return frames + len(sizes)
+    return frames + sum(tile_layout(config, size).tiles for size in sizes)
 
 
 def find_damaged(pictures: Mapping[str, bytes | Video]) -> str | None:

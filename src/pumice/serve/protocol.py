@@ -422,6 +422,9 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    max_pictures: int | None = Field(
+        description="Pictures of a conversation that the model knows from training; null: as many as fit."
+    )
 
 
 class ModelList(BaseModel):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from pumice.chat_client import with_images
+from pumice.conversation import StoredImage, Video
 from pumice.errors import InputError
 from pumice.evaluate.tasks import get_task
+from pumice.messages import decode_data_url
 
 ROWS = [
     {"id": "a", "image": "a.png", "question": "What is it?", "answer": "dog"},
@@ -18,7 +23,7 @@ ROWS = [
 ]
 
 
-def asked(data: Path) -> list[tuple[str, str, list[str], list[bytes | Path]]]:
+def asked(data: Path) -> list[tuple[str, str, list[str], list[bytes | Path | Video]]]:
     questions = get_task("own").questions(data)
     return [(q.id, q.prompt, q.meta["answers"], [image.source() for image in q.images]) for q in questions]
 
@@ -56,6 +61,55 @@ def test_tables_with_pictures_inside(pictures: Path) -> None:
     ]
     metrics = [question.meta["metric"] for question in get_task("own").questions(pictures / "set")]
     assert metrics == ["contains", "exact"]
+
+
+def test_videos_beside_pictures(pictures: Path) -> None:
+    (pictures / "c.mp4").write_bytes(b"a film")
+    answers = {"answers": ["dog"]}
+    rows = [
+        {"id": "0", "video": "c.mp4", "question": "<video> What?"} | answers,
+        {"id": "1", "video": ["c.mp4"], "image": "a.png", "question": "Is <video> like <image>?"} | answers,
+        {"id": "2", "videos": ["c.mp4"], "image": "a.png", "question": "Same?"} | answers,
+        {"id": "3", "video": "gone.mp4", "question": "What?"} | answers,
+    ]
+    (pictures / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clip = Video(pictures / "c.mp4")
+    questions = list(get_task("own").questions(pictures))
+    assert [(q.prompt, [image.source() for image in q.images]) for q in questions[:3]] == [
+        ("What?", [clip]),
+        ("Is <image> like <image>?", [clip, pictures / "a.png"]),
+        ("Same?", [pictures / "a.png", clip]),
+    ]
+    assert "video 'gone.mp4' is not beside" in questions[3].images[0].problem()
+    # Behind an address a video is a data URL, as vLLM takes it.
+    [part, text] = with_images("What?", [clip])
+    assert part["type"] == "video_url" and text == {"type": "text", "text": "What?"}
+    assert decode_data_url(part["video_url"]["url"]) == b"a film"
+    for row, words in (
+        ({"video": "c.mp4", "image": "a.png", "question": "<image>?"}, "0 <video> for 1 video"),
+        ({"video": 3, "question": "?"}, "'video' must be a path or a list of paths of videos"),
+        ({"video": "c.mp4", "question": "?", "metric": "box"}, "needs one picture, found a video"),
+        ({"video_file": "c.mp4", "question": "?"}, "did you mean 'video'"),
+    ):
+        (pictures / "questions.jsonl").write_text(json.dumps(row | answers) + "\n")
+        with pytest.raises(InputError, match=words):
+            list(get_task("own").questions(pictures))
+
+
+def test_videos_of_rows_to_learn_from(pictures: Path) -> None:
+    """A file of rows with turns, and one inside an archive."""
+    (pictures / "c.mp4").write_bytes(b"a film")
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "dog"}]
+    (pictures / "rows.json").write_text(json.dumps([{"video": "c.mp4", "conversations": turns}]))
+    with tarfile.open(pictures / "rows.tar", "w") as archive:
+        for name, data in (("0.json", json.dumps({"conversations": turns}).encode()), ("0.mp4", b"a film")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert asked(pictures / "rows.json") == [("1", "What?", ["dog"], [Video(pictures / "c.mp4")])]
+    [(_, prompt, _, [video])] = asked(pictures / "rows.tar")
+    assert prompt == "What?" and isinstance(video, Video)
+    assert isinstance(video.file, StoredImage) and video.file.load() == b"a film"
 
 
 def test_the_own_format_keeps_its_messages(pictures: Path) -> None:

@@ -23,6 +23,7 @@ from pumice.templates import TEMPLATES, Template, get_template
 
 PICTURE = object()  # stands for one
 QWEN3 = replace(get_template("chatml").chat, opening="<think>\n\n</think>\n\n", default_system=None)
+EARLIER = replace(get_template("chatml").chat, earlier="<|im_start|>assistant \n")  # llava-hf's Qwen2
 
 
 class Go:
@@ -176,10 +177,10 @@ def conversations(chat: Any) -> list[Conversation]:
 FORMATS = {name: template.chat for name, template in TEMPLATES.items() if isinstance(template, Template)}
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "qwen3"])
+@pytest.mark.parametrize("name", [*FORMATS, "qwen3", "earlier"])
 @pytest.mark.parametrize("wrap", [("", ""), ("<im_start>", "<im_end>")])
 def test_go_writes_what_our_template_writes(name: str, wrap: tuple[str, str]) -> None:
-    chat = FORMATS.get(name, QWEN3)
+    chat = (FORMATS | {"qwen3": QWEN3, "earlier": EARLIER})[name]
     template = go_template(chat, wrap)
     for conversation in conversations(chat):
         assert ollama(template, conversation) == ours(Template(name, chat), conversation, wrap)

@@ -17,9 +17,11 @@ from pumice.formats.export import export
 from pumice.formats.gguf.file import GgufFile, kind_name
 from pumice.formats.gguf.llm import open_gguf
 from pumice.formats.gguf.vocab import write_vocabulary
+from pumice.formats.gguf.write import refusal
 from pumice.formats.read import read_model
 from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import as_lazy
+from pumice.templates import OWN, Template, get_template
 
 NAMES = ["LLaVA 1.5", "Mistral, pad", "Llama 3", "SigLIP + Qwen2", "Qwen3", "SigLIP + SmolLM2"]
 
@@ -27,6 +29,19 @@ NAMES = ["LLaVA 1.5", "Mistral, pad", "Llama 3", "SigLIP + Qwen2", "Qwen3", "Sig
 def _tiny(models: ModuleType, part: str) -> LoadedParts:
     [name] = [name for name in models.ARCHITECTURES if part in name]
     return models.tiny(models.ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("text_first", "\n"), ("image_line", False), ("shared_line", True)]
+)
+def test_other_places_of_pictures_are_refused(name: str, value: object, models: ModuleType) -> None:
+    """llama.cpp gives a chat template pictures as words of the text; the one written has a line for each."""
+    config = _tiny(models, "SigLIP + Qwen2").config
+    template = get_template(config.template)
+    assert isinstance(template, Template)
+    changed = replace(config, template=OWN, chat=replace(template.chat, **{name: value}))
+    assert f"the GGUF writer does not implement chat.{name} = {value!r}" in str(refusal(changed))
+    assert refusal(replace(config, template=OWN, chat=template.chat)) is None
 
 
 @pytest.mark.parametrize("part", NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,9 @@ from pumice.config import IMAGE_TOKEN
 from pumice.conversation import Conversation, Message, user_message
 from pumice.errors import InputError
 from pumice.formats.export import export
-from pumice.formats.hf.idefics3 import FAKE
+from pumice.formats.hf.idefics3 import FAKE, refusal
 from pumice.formats.read import read_model
+from pumice.media import VideoPolicy
 from pumice.model.vision import fractional_positions
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -143,6 +145,26 @@ def test_ids_tiles_logits_and_greedy_tokens_are_those_of_transformers(
     export(read_model(tmp_path / "hf"), "hf", tmp_path / "out")
     again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     compare(tmp_path / "out", again, assistant, models, 2)
+
+
+def test_how_videos_are_shown_is_read_and_written(models: ModuleType, tmp_path: Path) -> None:
+    sampling = {"fps": 2, "max_frames": 5, "video_size": {"longest_edge": SIDE}}
+    write_folder(tmp_path / "hf", "smolvlm", models, preprocessor_config={"video_sampling": sampling})
+    loaded = read_model(tmp_path / "hf")
+    # transformers overwrites `video_size` by `size`, which both of its processors read.
+    policy = VideoPolicy(5, 2.0, 4 * SIDE, timestamps=True)
+    assert loaded.config.video == policy
+    export(loaded, "hf", tmp_path / "out")
+    assert read_model(tmp_path / "out").config.video == policy
+    changed = replace(loaded.config, video=replace(policy, longest_edge=SIDE))
+    assert "first resized to 38 pixels, there as pictures are, to 152" in str(refusal(changed))
+    # As transformers 5 saves it.
+    saved = {"num_frames": 6, "fps": 1, "size": {"longest_edge": 2 * SIDE}}
+    write_folder(tmp_path / "new", "smolvlm", models, processor_config={"video_processor": saved})
+    assert read_model(tmp_path / "new").config.video == VideoPolicy(6, 1.0, 2 * SIDE, timestamps=True)
+    unknown = {"video_processor": saved | {"num_frames": None, "fps": None}}
+    write_folder(tmp_path / "first", "smolvlm", models, processor_config=unknown)
+    assert read_model(tmp_path / "first").config.video is None
 
 
 def test_a_model_that_never_cuts_pictures_is_read_too(models: ModuleType, tmp_path: Path) -> None:

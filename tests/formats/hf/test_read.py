@@ -16,15 +16,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pumice.config import IMAGE_TOKEN
-from pumice.conversation import Conversation, ImagePart, Message, Video
+from pumice.conversation import ImagePart
 from pumice.errors import InputError
-from pumice.explain.maps import token_boxes
 from pumice.formats import names as tensor_names
 from pumice.formats.hf.read import open_hf
-from pumice.formats.hf.refusal import refusal
 from pumice.formats.load import open_model, shapes
 from pumice.formats.pumice.folder import check
-from pumice.media import VideoPolicy
 
 # Of their preprocessor_config.json.
 PIXELS: dict[str, Any] = {
@@ -62,86 +59,6 @@ def test_logits_equal_those_of_transformers(llava: Llavas, kind: str) -> None:
     difference = (actual - expected).abs().max().item()
     print(f"{kind}: {difference:.1e} of {expected.abs().max():.1f}")
     assert difference < 1e-4  # measured worst: 0.0
-
-
-@torch.no_grad()
-def test_frames_of_a_llava_next_video(llava: Llavas, tmp_path: Path) -> None:
-    """A picture in tiles and a video in one conversation, in both orders, against transformers."""
-    import transformers
-
-    folder = llava("next_video")
-    opened = open_model(folder)
-    noise = np.random.default_rng(1).integers(0, 256, (5, 26, 40, 3), np.uint8)
-    first, *others = map(Image.fromarray, noise)
-    first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=200)
-    hf_model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    shown = [picture(), ImagePart(Video(tmp_path / "a.gif"))]
-    for parts in (shown, shown[::-1], shown[1:]):
-        sample = opened.processor.prompt(Conversation((Message("user", (*parts, "What?")),)))
-        is_frame = [bool(image.frame) for image in sample.images]
-        assert sum(is_frame) == 5
-        pixels = [
-            torch.from_numpy(opened.processor.pixels([image], [layout]))
-            for image, layout in zip(sample.images, sample.layouts, strict=True)
-        ]
-        ids = torch.from_numpy(sample.input_ids)[None]
-        image_tokens = opened.model.encode(torch.cat(pixels), sample.layouts)
-        actual = opened.model.decoder.logits(opened.model(ids, image_tokens))
-        # Theirs has another token for videos: four of them are a frame.
-        numbers = [4 if frame else 3 for frame, layout in zip(is_frame, sample.layouts, strict=True)
-                   for _ in range(layout.tokens)]  # fmt: skip
-        assert numbers.count(4) == 5 * 4
-        hf_ids = ids.clone()
-        hf_ids[ids == IMAGE_TOKEN] = torch.tensor(numbers)
-        frames = torch.cat([part for part, frame in zip(pixels, is_frame, strict=True) if frame])
-        tiles = [part for part, frame in zip(pixels, is_frame, strict=True) if not frame]
-        images = {"pixel_values": tiles[0][None], "image_sizes": torch.tensor([[26, 40]])} if tiles else {}
-        expected = hf_model(input_ids=hf_ids, pixel_values_videos=frames[None], **images).logits
-        assert (actual - expected).abs().max().item() < 1e-4  # measured worst: 0.0
-    config = opened.model.config
-    assert config.video == VideoPolicy(8, pool=2, average=True)
-    assert "trained on videos" in str(refusal(config))
-    boxes = token_boxes(config, (40, 26), sample.layouts[0])
-    np.testing.assert_allclose(boxes.boxes[0], [6.7, 0, 20, 13], atol=0.1)  # of the square in the middle
-
-
-@torch.no_grad()
-def test_each_of_several_pictures_is_a_square_for_a_llava_interleave(llava: Llavas) -> None:
-    """A Llava with a SigLIP: two pictures of other sizes, each as many tokens as one tile has."""
-    import transformers
-
-    opened = open_model(llava("siglip"))
-    shown = (picture(), picture(20, 60))
-    sample = opened.processor.prompt(Conversation((Message("user", (*shown, "Which?")),)))
-    pixels = torch.from_numpy(opened.processor.pixels(sample.images, sample.layouts))
-    assert [layout.tokens for layout in sample.layouts] == [16, 16]
-    ids = torch.from_numpy(sample.input_ids)[None]
-    actual = opened.model.decoder.logits(opened.model(ids, opened.model.encode(pixels, sample.layouts)))
-    hf_model = transformers.AutoModelForImageTextToText.from_pretrained(llava("siglip"), dtype=torch.float32)
-    expected = hf_model.eval()(input_ids=ids.where(ids >= 0, 3), pixel_values=pixels).logits
-    assert (actual - expected).abs().max().item() < 1e-4  # measured worst: 0.0
-
-
-@pytest.mark.parametrize(
-    ("file", "values", "words"),
-    [
-        ("config.json", {"spatial_pool_mode": "max"}, "spatial_pool_mode"),
-        ("config.json", {"spatial_pool_stride": 0}, "pool must be 1 or more"),
-        ("video_preprocessor_config.json", {**PIXELS, "do_center_crop": False}, "do_center_crop"),
-        ("video_preprocessor_config.json", PIXELS | {"crop_size": {"height": 8, "width": 8}}, "become 8"),
-    ],
-)
-def test_a_llava_next_video_that_pools_in_another_way_is_refused(
-    llava: Llavas, tmp_path: Path, file: str, values: dict[str, Any], words: str, change: Change
-) -> None:
-    folder = tmp_path / "m"
-    shutil.copytree(llava("next_video"), folder)
-    if file == "config.json":
-        change(folder / file, **values)
-    else:
-        (folder / file).write_text(json.dumps(values))
-    with pytest.raises(InputError, match=words):
-        open_hf(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

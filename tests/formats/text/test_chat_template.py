@@ -87,6 +87,15 @@ LLAVA_1_6 = (
     "{% elif m.role == 'user' %}[INST] " + PICTURES + TEXTS + "{{ p.text }}{% endfor %} [/INST]"
     "{% else %} {{ m.content[0].text }}</s> {% endif %}{% endfor %}"
 )
+# Of llava-hf's LLaVA-OneVision; LLaVA-Interleave's has no videos. Pictures have one line together. A blank
+# stands before the line end of a complete answer, and none where the model goes on.
+LLAVA_QWEN2 = (
+    "{% for m in messages %}<|im_start|>{{ m.role + ' ' }}"
+    "{% for p in m.content if p.type == 'image' %}<image>{% endfor %}"
+    "{% for p in m.content if p.type == 'video' %}<video>{% endfor %}"
+    + TEXTS + "{{ '\n' + p.text }}{% endfor %}<|im_end|>{% endfor %}"
+    + ASK + "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)  # fmt: skip
 OWN_FORMATS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "SmolLM2": (SMOLLM2, {"default_system": "Be Smol.", "stop": "<|im_end|>"}, False),
     "Llama-3": (
@@ -123,7 +132,14 @@ OWN_FORMATS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "LLaVA-1.6": (
         LLAVA_1_6,
         {"system": ("<<SYS>>\n", "\n<</SYS>>\n\n"), "answer": (" ", ""), "stop": "</s>", "between": " ",
-         "stop_once": False},
+         "stop_once": False, "shared_line": False},
+        False,
+    ),
+    "LLaVA-OneVision": (
+        LLAVA_QWEN2,
+        {"user": ("<|im_start|>user ", "<|im_end|>"), "text_first": "\n", "image_line": True,
+         "shared_line": True, "assistant": "<|im_start|>assistant\n",
+         "earlier": "<|im_start|>assistant \n", "system": ("<|im_start|>system \n", "<|im_end|>")},
         False,
     ),
 }  # fmt: skip
@@ -169,6 +185,13 @@ def test_a_known_format_is_known_by_what_it_writes(name: str) -> None:
     assert template_of(described).chat == template_of(Described(name, None, False)).chat
 
 
+def test_a_template_that_takes_one_picture_alone() -> None:
+    pictures = "{% for p in m.content if p.type == 'image' %}"
+    refused = "{% if not loop.first %}{{ raise_exception('one picture') }}{% endif %}"
+    chat = describe_template(LLAVA_1_6.replace(pictures, pictures + refused)).chat
+    assert chat == describe_template(LLAVA_1_6).chat
+
+
 def test_chatml_under_other_wording() -> None:
     assert describe_template(IM + IM_ASK) == Described("chatml", None, False)
     assert describe_template("{{ bos_token }}" + IM + IM_ASK) == Described("chatml", None, True)
@@ -189,6 +212,12 @@ def test_chatml_under_other_wording() -> None:
         (IM + "<|im_start|>assistant\n", "earlier answers and the newest one end differently"),
         (IM + ASK + "Bot:{% endif %}", "earlier answers and the newest one begin differently"),
         (LLAVA_1_5.replace("<image>\n", "<image>--"), "after 'USER: <image>' it writes"),
+        # The second of two pictures.
+        (LLAVA_1_5.replace("<image>\n", "<image>{{ loop.index }}\n"), "after 'USER: <image>' it writes"),
+        (
+            LLAVA_1_5.replace("<image>\n", "{{ '' if loop.first else '--' }}<image>\n"),
+            r"after 'USER: <image>\\n' it writes '--<image>",
+        ),
         (
             "{% for m in messages %}{{ m.content }}{{ '!' if loop.last else '?' }}</s>{% endfor %}",
             "a question is not followed by the same text everywhere",

@@ -17,9 +17,9 @@ from pumice.errors import InputError
 
 _PICTURES = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|heic)", re.IGNORECASE)
 _TEXTS = {"txt": "text", "text": "text", "caption": "caption", "cls": "label"}
-_OTHER_MEDIA = dict.fromkeys(("mp4", "webm", "avi", "mov", "mkv"), "video")  # told, and never learned as text
-_OTHER_MEDIA |= dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a"), "audio")
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")  # of a packed folder, which is no WebDataset
+_VIDEOS = re.compile(r"(?:.*\.)?(?:mp4|webm|avi|mov|mkv)", re.IGNORECASE)
+_SOUNDS = ("wav", "mp3", "flac", "ogg", "m4a")  # told, and never learned as text
 _CUT = "!cut"  # the ending of a sample in which its archive is cut off
 
 
@@ -50,25 +50,27 @@ class TarRows(Source):
 
     def record(self, index: int) -> Record:
         record: Record = {}
-        images: list[Any] = []
+        media: dict[str, list[Any]] = {"image": [], "video": []}
         for member in range(int(self._first[index]), int(self._first[index + 1])):
             shard, start, size = self._members[member].tolist()
             key, ending = self._name(member)
             if ending == _CUT:
                 raise InputError(f"{self.place(index)}: the archive is cut off here; fetch it again")
             record.setdefault("__key__", key)
-            if _PICTURES.fullmatch(ending):
+            kind = "image" if _PICTURES.fullmatch(ending) else "video" if _VIDEOS.fullmatch(ending) else ""
+            if kind:
                 name = f"{self.files[shard]}, {key}.{ending}"
-                images.append(self._contents.stored_image(shard, start, size, name))
+                media[kind].append(self._contents.stored_image(shard, start, size, name))
             elif ending == "json" or ending in _TEXTS:
                 self._add(record, index, ending, self._contents.read(shard, start, size))
             else:
-                record.setdefault(_OTHER_MEDIA.get(ending, ending), f"{key}.{ending}")
-        if images:
-            # Names inside the .json are of files that became members of the archive.
-            for column in ("images", "image"):
-                record.pop(column, None)
-            record["images" if len(images) > 1 else "image"] = images if len(images) > 1 else images[0]
+                record.setdefault("audio" if ending in _SOUNDS else ending, f"{key}.{ending}")
+        for kind, files in media.items():
+            if files:
+                # Names inside the .json are of files that became members of the archive.
+                for column in (f"{kind}s", kind):
+                    record.pop(column, None)
+                record[f"{kind}s" if len(files) > 1 else kind] = files if len(files) > 1 else files[0]
         return record
 
     def _add(self, record: Record, index: int, ending: str, data: bytes) -> None:

@@ -22,7 +22,7 @@ from pumice.conversation import (
 )
 from pumice.data.mapping import unread_picture
 from pumice.data.objects import read_objects
-from pumice.data.pictures import structured
+from pumice.data.pictures import Image, beside, structured, videos_of
 from pumice.data.rows import Row, Rows
 from pumice.data.sources.recognise import HUB, format_of
 from pumice.errors import InputError
@@ -199,7 +199,7 @@ METRICS: dict[str, Callable[[str, Any], float]] = {
 
 
 class OwnFile(Task):
-    """Rows {"id", "image", "question", "answers", "metric"}; "category", "choices", "prompt" if any.
+    """Rows {"id", "image", "question", "answers", "metric"}; "video", "category", "choices", "prompt" if any.
 
     Rows in another format that can be learned from ask their first question; its answer is the right one.
     """
@@ -288,7 +288,7 @@ def _with_boxes(row: Row, folder: Path, box_map: BoxMaps) -> tuple[Row, dict[str
     conversation, objects = row.conversation(None), row.objects or Objects()
     # `row.conversation` has refused videos.
     images = [_image(folder, image) for image in row.image if not isinstance(image, Video)]
-    sizes = [image_size(image.source()) for image in images]
+    sizes = [image_size(_picture(image)) for image in images]
     messages = write_boxes(conversation, [box_map(size, len(sizes)) for size in sizes]).messages
     turns = tuple(("gpt" if m.role == "assistant" else m.role, m.text) for m in messages)
     answer = next(n for n, message in enumerate(messages) if message.role == "assistant")
@@ -322,15 +322,20 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
         raise InputError(
             f"{error_prefix}: 'answers' of '{metric}' are of {', '.join(possible)}, found {answers!r}"
         )
-    # 2. Read the images and the prompt.
-    check_media(row, error_prefix)
+    # 2. Read the images, the videos and the prompt.
+    check_media(row, error_prefix, videos=True)
     names = row.get("image", [])
     names = [names] if isinstance(names, str) else names or []
-    if not isinstance(names, list) or not all(isinstance(name, str | StoredImage) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str | StoredImage | Video) for name in names):
         raise InputError(f"{error_prefix}: 'image' must be a path or a list of paths, found {names!r}")
     prompt = row.get("prompt", row["question"])
     if choices and "prompt" not in row:
         prompt = "\n".join([prompt, *(f"{letter}. {text}" for letter, text in choices.items())])
+    if videos := videos_of(row, error_prefix):
+        try:
+            names, prompt = beside(names, videos, prompt)
+        except InputError as error:
+            raise InputError(f"{error_prefix}: {error}") from error
     meta = {
         "question": row["question"],
         "answers": answers,
@@ -343,6 +348,8 @@ def _question(row: dict[str, Any], label: str, folder: Path, number: int, box_ma
         raise InputError(
             f"{error_prefix}: {column!r} names a picture, and is not read as one; call it 'image'"
         )
+    if metric == "box" and any(isinstance(name, Video) for name in names):
+        raise InputError(f"{error_prefix}: the metric 'box' needs one picture, found a video")
     if metric == "box":
         meta |= _right_boxes(row, images, box_map, error_prefix)
     return Question(str(row.get("id", number)), images, prompt, meta)
@@ -360,25 +367,36 @@ def _right_boxes(
     try:
         objects = read_objects({"bbox": boxes, "bbox_type": row.get("bbox_type")})
         check_boxes(objects, 1)
-        size = image_size(images[0].source())
+        size = image_size(_picture(images[0]))
         return {"boxes": picture_boxes(objects, [size]), "box_map": box_map(size, 1)}
     except InputError as error:
         raise InputError(f"{error_prefix}: {error}") from error
 
 
-def _image(folder: Path, name: str | StoredImage) -> ImageFile:
-    if isinstance(name, StoredImage):
-        return ImageFile(name.name, name.load)
+def _picture(image: ImageFile) -> Path | bytes:
+    source = image.source()
+    assert not isinstance(source, Video)  # a row with boxes has none
+    return source
+
+
+def _image(folder: Path, image: Image) -> ImageFile:
+    """Return a picture or a video of a row with its file, or with its place inside the rows."""
+    name = image if isinstance(image, str) else image.name
+    if isinstance(image, StoredImage):
+        return ImageFile(name, image.load)
+    if isinstance(image, Video) and isinstance(image.source, StoredImage):
+        return ImageFile(name, lambda: image)
     path = folder / name
 
     def problem() -> str:
         if path.is_file():
             return ""
-        return f"picture '{name}' is not beside '{folder}'; write its path relative to the file"
+        what = "video" if isinstance(image, Video) else "picture"
+        return f"{what} '{name}' is not beside '{folder}'; write its path relative to the file"
 
-    def load() -> Path:
+    def load() -> Path | Video:
         if text := problem():
             raise InputError(text)
-        return path
+        return Video(path) if isinstance(image, Video) else path
 
     return ImageFile(name, load, problem)

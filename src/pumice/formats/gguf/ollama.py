@@ -78,7 +78,8 @@ def go_template(chat: ChatFormat, image_wrap: tuple[str, str] | None = None) -> 
         start += system
     question += _content(*(image_wrap or ("", ""))) + "{{ $first = false }}" + _text(chat.user[1])
     # An answer that comes last is continued.
-    opens = _text(chat.assistant) + "{{ if $last }}" + _text(chat.opening) + "{{ end }}"
+    newest, earlier = _text(chat.assistant + chat.opening), _text(chat.earlier or chat.assistant)
+    opens = "{{ if $last }}" + newest + "{{ else }}" + earlier + "{{ end }}"
     ends = _text(chat.answer[1]) + stop + _text(chat.between)
     answer = opens + _text(chat.answer[0]) + "{{ .Content }}{{ if not $last }}" + ends + "{{ end }}"
     return (

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from pumice.capability import CHAT, LLAMA, LORA, ROPE_SCALING, Capability, fields
+from pumice.capability import CHAT, LLAMA, LORA, PICTURED, ROPE_SCALING, Capability, fields
 from pumice.config import (
     LARGEST_GRID,
     ChatFormat,
@@ -104,8 +104,9 @@ def open_idefics3(folder: Path, template: str | None = None) -> LoadedParts:
 
 
 def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy | None, list[str]]:
-    """Read how pictures and videos become tiles, with notes. A SmolVLM2 has `video_sampling`.
+    """Read how pictures and videos become tiles, with notes.
 
+    A SmolVLM2 has `video_sampling`, or the `video_processor` with `num_frames` that transformers 5 saves.
     Raises InputError if tiles have another size than the tower's pictures.
     """
     source, notes = read_processor(folder)
@@ -127,12 +128,18 @@ def _image(folder: Path, vision: VisionConfig) -> tuple[ImagePolicy, VideoPolicy
     # A model that never cuts pictures shows each as one tile, which is resized in both steps as well.
     cuts = keys.get("do_image_splitting", bool, True)
     mode, several = ("split", "tiles") if cuts else ("squash", None)
+    file = folder / "processor_config.json"
+    saved = (Keys.of(file) if file.is_file() else Keys({}, str(file))).object("video_processor")
     video = None
     if "video_sampling" in keys:
         sampling = keys.object("video_sampling")
-        edge = sampling.object("video_size").get("longest_edge", int, tile)
+        # transformers takes `size` instead of `video_size` where the file has both.
+        edge = longest if "size" in keys else sampling.object("video_size").get("longest_edge", int, tile)
         fps = sampling.get("fps", float, 1.0)
         video = VideoPolicy(sampling.get("max_frames", int, 64), fps, edge, timestamps=True)
+    elif (frames := saved.get("num_frames", int, None)) is not None:
+        edge = saved.object("size").get("longest_edge", int, _SIZE)
+        video = VideoPolicy(frames, saved.get("fps", float, 1.0), edge, timestamps=True)
     return replace(pixels, mode=mode, longest_edge=longest, several=several), video, notes
 
 
@@ -186,7 +193,7 @@ CAPABILITY = Capability(
         ConnectorConfig: fields("factor", kind=("linear",), reduce=("pixel_shuffle",), bias=(False,)),
         ImagePolicy: fields("mean std resample pad_color several longest_edge", mode=("split", "squash")),
         GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
-        ChatFormat: fields(CHAT),
+        ChatFormat: fields(f"{CHAT} {PICTURED}"),
         LoraConfig: fields(LORA),
     },
 )  # fmt: skip
@@ -196,6 +203,12 @@ def refusal(config: ModelConfig) -> str | None:
     """Return why transformers' Idefics3 cannot prepare pictures as this model does; None if it can."""
     if not config.image.longest_edge:
         return "its pictures are not resized to a longest_edge first, there they are"
+    video = config.video
+    if video is not None and video.longest_edge != config.image.longest_edge:
+        return (
+            f"its frames are first resized to {video.longest_edge} pixels, there as pictures are, to "
+            f"{config.image.longest_edge}"
+        )
     if config.marks != (MARKS if config.image.mode == "split" else _PLAIN):
         return f"its marks around pictures are {config.marks}, not Idefics3's"
     return CAPABILITY.unsupported(config)

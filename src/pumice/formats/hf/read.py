@@ -212,15 +212,15 @@ def _video(folder: Path, keys: Keys, kind: str, vision: VisionConfig) -> VideoPo
 
     Raises InputError if frames become other squares than the tower takes, or are pooled in another way.
     """
+    path = folder / "video_preprocessor_config.json"
+    frames = Keys.of(path) if path.is_file() else Keys({}, str(path))
     if kind == "llava_onevision":
-        return VideoPolicy(pool=2)
+        return VideoPolicy(frames.get("num_frames", int, VideoPolicy.max_frames), pool=2)
     if kind != "llava_next_video":
         return None
     keys.only("spatial_pool_mode", ("average",), "average")
     if vision.select != "patch":
         raise InputError(f"{keys.label}: frames can only be pooled without a class token")
-    path = folder / "video_preprocessor_config.json"
-    frames = Keys.of(path) if path.is_file() else Keys({}, str(path))
     policy = image_policy(frames, vision)  # raises unless the tower takes what it makes
     if policy.mode != "crop":
         raise InputError(f"{frames.label}: do_center_crop must be true, as in LlavaNextVideo's processor")

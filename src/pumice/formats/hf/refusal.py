@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pumice.capability import CHAT, LLAMA, LORA, ROPE_SCALING, Capability, fields
+from pumice.capability import CHAT, LLAMA, LORA, PICTURED, ROPE_SCALING, Capability, fields
 from pumice.config import (
     ChatFormat,
     ConnectorConfig,
@@ -64,9 +64,9 @@ def capability(consumer: str) -> Capability:
                 "mean std resample pad_color pinpoints unpad max_tiles several",
                 mode=("pad", "crop", "squash", "anyres"),
             ),
-            VideoPolicy: fields("pool max_frames"),
+            VideoPolicy: fields("max_frames", pool=(2,), average=(True, False)),
             GenerationConfig: fields("temperature top_p top_k repetition_penalty"),
-            ChatFormat: fields(CHAT),
+            ChatFormat: fields(f"{CHAT} {PICTURED}"),
             LoraConfig: fields(LORA),
         },
     )
@@ -80,10 +80,8 @@ def refusal(config: ModelConfig) -> str | None:
     image = config.image
     if config.marks is not None:
         return text_refusal(config.decoder) or idefics3.refusal(config)
-    if config.video is not None and (
-        image.mode != "anyres" or (image.max_tiles is None and image.several != "square")
-    ):
-        return "it was trained on videos, which there only a LlavaOnevision shows as it does"
+    if config.video is not None and (reason := _video_refusal(config)):
+        return reason
     if reason := tower_refusal(config) or connector_refusal(config):
         return reason
     if image.mode == "anyres" and not image.unpad:
@@ -91,6 +89,23 @@ def refusal(config: ModelConfig) -> str | None:
     if image.mode == "pad" and image.pad_color != padding(image.mean):
         return f"it pads with {image.pad_color}, there the colour is that of the mean, {padding(image.mean)}"
     return text_refusal(config.decoder) or CAPABILITY.unsupported(config)
+
+
+def _video_refusal(config: ModelConfig) -> str | None:
+    """Return why neither LlavaOnevision nor LlavaNextVideo shows videos as this model does."""
+    image, video = config.image, config.video
+    assert video is not None
+    if image.mode != "anyres" or video.pool != 2:
+        return "it was trained on videos, which there only models with anyres show, in half of a tile's rows"
+    is_next = image.max_tiles is None and image.several != "square"
+    if is_next != video.average:
+        which = ("LlavaNextVideo", "averages") if is_next else ("LlavaOnevision", "does not average")
+        return (
+            f"it was trained on videos, and there a {which[0]} {which[1]} their features before the connector"
+        )
+    if is_next and config.vision.select != "patch":
+        return "it was trained on videos, of which there a LlavaNextVideo leaves out the class token"
+    return None
 
 
 def tower_refusal(config: ModelConfig) -> str | None:

@@ -1,11 +1,11 @@
-"""Write a model as the folder of a LLaVA of transformers: Llava, LlavaNext or LlavaOnevision.
+"""Write a model as the folder of a LLaVA of transformers: Llava, LlavaNext, LlavaNextVideo or LlavaOnevision.
 
 Tensors have the names of transformers 4.36 to 4.51, which every later version translates when it loads:
 `language_model.model.*`, `language_model.lm_head`, `vision_tower.vision_model.*`,
-`multi_modal_projector.linear_1/2`, `image_newline`. The token `<image>` stands for a picture in the text. If
-the tokenizer lacks it, it becomes the last token. If the embedding has no row for it, the embedding grows to
-a multiple of 64 rows, as in the published models. The new rows are the mean of the old ones: their logit is
-the mean of the others', so that greedy decoding never takes one.
+`multi_modal_projector.linear_1/2`, `image_newline`. The token `<image>` stands for a picture in the text, and
+`<video>` for a video. If the tokenizer lacks one, it becomes the last token. If the embedding has no row for
+it, the embedding grows to a multiple of 64 rows, as in the published models. The new rows are the mean of the
+old ones: their logit is the mean of the others', so that greedy decoding never takes one.
 
 A model that pads pictures needs transformers 4.49 or newer, which has LlavaImageProcessor.
 """
@@ -40,12 +40,15 @@ from pumice.storage.parts import LoadedParts
 from pumice.storage.tensors import LazyStateDict, write_weights
 from pumice.templates import get_template
 
-IMAGE = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 _ROW_MULTIPLE = 64  # an embedding that grows gets a multiple of this number of rows
 # Keys of vision_config that only one kind of tower has. LLaVA does not use SigLIP's pooling head.
 _TOWER_KEYS: dict[str, dict[str, Any]] = {"clip": {}, "siglip": {"vision_use_head": False}}
 # model_type -> how the names of transformers' classes begin.
-_CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
+_CLASSES = {
+    "llava": "Llava", "llava_next": "LlavaNext", "llava_next_video": "LlavaNextVideo",
+    "llava_onevision": "LlavaOnevision",
+}  # fmt: skip
 
 
 def as_mlp(model: LoadedParts) -> LoadedParts:
@@ -96,10 +99,10 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
         )
     if model.config.connector.kind in LINEAR:
         notes.append("the linear connector is written as an mlp2x_gelu that computes the same")
-    if _kind(model.config.image) == "llava_onevision":
+    if _kind(model.config) == "llava_onevision":
         notes += square_notes(model.config.image, "transformers")
-    # 2. Change the model to one that transformers can compute: an mlp2x_gelu, and a token for pictures.
-    model = as_mlp(with_image_token(model))
+    # 2. Change the model to one that transformers can compute: an mlp2x_gelu, and tokens for what it shows.
+    model = as_mlp(with_media_tokens(model))
     config, state, tokenizer = model.config, model.state, model.tokenizer
     chat = to_jinja(get_template(config.template, config.chat), config.image_wrap)
     # 3. Write the tensors under transformers' names, then the config and the files that prepare the input.
@@ -116,7 +119,7 @@ def write(folder: Path, model: LoadedParts) -> list[str]:
 
 def _write_idefics3(folder: Path, model: LoadedParts) -> list[str]:
     """Write the folder of an Idefics3, whose processor puts the marks around pictures."""
-    model = with_image_token(model)
+    model = with_media_tokens(model)
     config, tokenizer = model.config, model.tokenizer
     nesting, connector = tensor_names.IDEFICS3, tensor_names.IDEFICS3_CONNECTOR
     names = tensor_names.inverse(tensor_names.llava(config, nesting, connector, ""))
@@ -154,11 +157,13 @@ def square_notes(image: ImagePolicy, other: str) -> list[str]:
     return []
 
 
-def with_image_token(model: LoadedParts) -> LoadedParts:
-    """Return the model with `<image>` among its tokens, and an embedding with a row for it."""
+def with_media_tokens(model: LoadedParts) -> LoadedParts:
+    """Return the model with `<image>`, and `<video>` if it has one, among its tokens, and rows for them."""
     config, state = model.config, model.state
+    # Idefics3 shows the frames of a video as pictures.
+    names = [IMAGE, VIDEO] if config.video is not None and config.marks is None else [IMAGE]
     tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
-    tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+    tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed <= config.decoder.vocab_size:
         return replace(model, tokenizer=tokenizer)
@@ -240,10 +245,10 @@ def vision_config(config: VisionConfig) -> dict[str, Any]:
 
 def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
     """Return preprocessor_config.json. size: the width and height of a tile, in pixels."""
-    # 1. The class: CLIP's crops, Llava's pads, the other two cut tiles.
+    # 1. The class: CLIP's crops, Llava's pads, the other two cut tiles. LlavaNextVideo has LlavaNext's.
     kind = "LlavaImageProcessor" if image.mode == "pad" else "CLIPImageProcessor"
     if image.mode == "anyres":
-        kind = f"{_CLASSES[_kind(image)]}ImageProcessor"
+        kind = f"{_CLASSES[_kind_of(image)]}ImageProcessor"
     # 2. CLIP's own steps, which all classes have: the short side to `size`, crop the middle, normalise.
     values: dict[str, Any] = {
         "image_processor_type": kind,
@@ -260,7 +265,7 @@ def image_processor(image: ImagePolicy, size: int) -> dict[str, Any]:
         "image_std": list(image.std),
     }
     # 3. What the mode changes.
-    if image.mode == "squash" or _kind(image) == "llava_onevision":
+    if image.mode == "squash" or _kind_of(image) == "llava_onevision":
         values |= {"size": {"height": size, "width": size}, "do_center_crop": False}
     if image.mode in ("pad", "anyres"):
         values["do_pad"] = True  # the default is False, which would crop and say nothing
@@ -329,7 +334,7 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
 
 def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, tokenizer: Tokenizer) -> None:
     # 1. The language model, with the tokens that begin a text and end an answer.
-    kind = _kind(config.image)
+    kind = _kind(config)
     text, dtype = _text_config(config, state)
     # 2. The LLaVA around it: token for pictures, connector, and which of the tower's features are used.
     values: dict[str, Any] = {
@@ -351,6 +356,10 @@ def _write_config(folder: Path, config: ModelConfig, state: LazyStateDict, token
         values["image_grid_pinpoints"] = _pinpoints(config.image)
     if kind == "llava_onevision":
         values |= {"vision_aspect_ratio": anyres_max(config)}
+    if config.video is not None:
+        values["video_token_index"] = tokenizer.token_to_id(VIDEO)
+        if config.video.average:
+            values |= {"spatial_pool_mode": "average", "spatial_pool_stride": config.video.pool}
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", generation_config(config))
 
@@ -367,30 +376,41 @@ def _text_config(config: ModelConfig, state: LazyStateDict) -> tuple[dict[str, A
 
 
 def _write_processor(folder: Path, config: ModelConfig) -> None:
-    name = f"{_CLASSES[_kind(config.image)]}Processor"
+    kind = _kind(config)
+    name = f"{_CLASSES[kind]}Processor"
     images = image_processor(config.image, config.vision.image_size) | {"processor_class": name}
     values: dict[str, Any] = {
         "processor_class": name,
         "image_token": IMAGE,
         "vision_feature_select_strategy": _strategy(config),
     }
-    if _kind(config.image) == "llava_onevision":
+    if kind == "llava_onevision":
         values |= {
             "num_image_tokens": config.vision.grid**2 + (config.vision.kind == "clip"),
             "vision_aspect_ratio": anyres_max(config),
         }
-        videos = {key: value for key, value in images.items() if key != "image_grid_pinpoints"}
-        videos |= {"image_processor_type": None, "video_processor_type": "LlavaOnevisionVideoProcessor"}
-        # transformers cannot build the processor without this file.
-        write_json(folder / "video_preprocessor_config.json", videos)
     else:
         class_tokens = int(config.vision.kind == "clip")
         values |= {"patch_size": config.vision.stride, "num_additional_image_tokens": class_tokens}
+    if kind in ("llava_onevision", "llava_next_video"):  # whose processors need the file
+        images_only = ("image_grid_pinpoints", "do_pad")
+        videos = {key: value for key, value in images.items() if key not in images_only}
+        videos |= {"image_processor_type": None, "video_processor_type": f"{_CLASSES[kind]}VideoProcessor"}
+        if config.video is not None:
+            values["video_token"] = VIDEO
+            videos["num_frames"] = config.video.max_frames
+        write_json(folder / "video_preprocessor_config.json", videos)
     write_json(folder / "preprocessor_config.json", images)
     write_json(folder / "processor_config.json", values)
 
 
-def _kind(image: ImagePolicy) -> str:
+def _kind(config: ModelConfig) -> str:
+    """Return the model_type, one of `_CLASSES`, that prepares pictures and videos as this model does."""
+    kind = _kind_of(config.image)
+    return "llava_next_video" if kind == "llava_next" and config.video is not None else kind
+
+
+def _kind_of(image: ImagePolicy) -> str:
     """Return the model_type (`llava`, `llava_next`, `llava_onevision`) that prepares pictures in this way."""
     if image.mode != "anyres":
         return "llava"

@@ -63,7 +63,7 @@ def write(folder: Path, model: LoadedParts) -> None:
     }
     write_weights(folder, adapters, "adapter_model")
     write_json(folder / "adapter_config.json", values)
-    exported = hf_write.with_image_token(model)
+    exported = hf_write.with_media_tokens(model)
     write_json(folder / BASE, {"fingerprint": fingerprint(exported.state)})
 
 

@@ -112,8 +112,12 @@ def _candidates(jinja: Jinja, specials: list[str], eos: str | None) -> Iterator[
     if not (prompt.startswith(after_question) and opens.startswith(after_question)):
         raise Unsupported("a question is not followed by the same text everywhere")
     newest, earlier = prompt[len(after_question) :], opens[len(after_question) :]
+    own_earlier = ""
     if not (earlier.startswith(newest) or newest.startswith(earlier)):
-        raise Unsupported("earlier answers and the newest one begin differently")
+        if earlier.split() != newest.split():
+            raise Unsupported("earlier answers and the newest one begin differently")
+        # llava-hf's templates of Qwen2 differ in a blank: "assistant \\n", and "assistant\\n" of the newest.
+        own_earlier, earlier = earlier, newest
     # 3. The end of an answer. Some templates write the stop token only after the newest one.
     before_stop, stop, after_stop, once = _stop(end, specials, eos)
     if gap.startswith(end):
@@ -126,6 +130,7 @@ def _candidates(jinja: Jinja, specials: list[str], eos: str | None) -> Iterator[
     base = ChatFormat(
         user=("", after_question),
         assistant=min(newest, earlier, key=len),
+        earlier=own_earlier,
         opening=newest[len(earlier) :],
         answer=(earlier[len(newest) :], before_stop),
         stop=stop,
@@ -136,7 +141,7 @@ def _candidates(jinja: Jinja, specials: list[str], eos: str | None) -> Iterator[
     def complete(question: str, **more: Any) -> ChatFormat:
         between = after_stop + before_later[: len(before_later) - len(question)]
         chat = replace(base, user=(question, after_question), between=between, **more)
-        texts = [*chat.user, chat.assistant, chat.stop, between, *chat.answer, chat.opening]
+        texts = [*chat.user, chat.assistant, chat.earlier, chat.stop, between, *chat.answer, chat.opening]
         texts += [*(chat.system or ()), chat.default_system or ""]
         return replace(chat, specials=tuple(s for s in specials if any(s in text for text in texts)))
 
@@ -181,7 +186,11 @@ def _with_pictures(jinja: Jinja, chat: ChatFormat) -> ChatFormat:
     text_first = opening[len(before) :]
     question = chat.user[0][: len(chat.user[0]) - len(text_first)]
     line = not after.startswith(text[1])
-    return replace(chat, user=(question, chat.user[1]), text_first=text_first, image_line=line)
+    # Two pictures have one line together where nothing stands between them.
+    shared = line and jinja.pictured(text[1], 2).count(2 * IMAGE_PLACEHOLDER) == 1
+    return replace(
+        chat, user=(question, chat.user[1]), text_first=text_first, image_line=line, shared_line=shared
+    )
 
 
 def _common(*texts: str) -> str:
@@ -228,18 +237,25 @@ def _difference(template: Template, jinja: Jinja) -> str:
         systems += ["Be brief.", _ODD] if chat.system is not None else []
     except Unsupported:
         pass  # it has no system message, or moves it
+    counts = [0]  # of pictures; some templates take one alone
+    if jinja.parts:
+        counts += [1, 2] if jinja.pictured(QUESTIONS[0][1], 2) else [1]
     for (a, b, c, d), system in itertools.product(texts, systems):
         turns = [("user", a), ("assistant", b), ("user", c), ("assistant", d), ("user", a)]
         first = [("system", system)] if system is not None else []
-        for length, image in itertools.product(range(1, 6), {False, jinja.parts}):
+        for length, images in itertools.product(range(1, 6), counts):
             shown, generate = [*first, *turns[:length]], bool(length % 2)
-            actual = jinja.write(shown, generate=generate, image=image)
-            expected = _written(template, shown, generate, image)
+            actual = jinja.write(shown, generate=generate, images=images)
+            expected = _written(template, shown, generate, images)
             accepted = [expected]
             if not generate:
-                # 2. After the last answer a template may leave the stop out, or write what precedes a
+                # 2. An answer that is complete may begin as earlier ones do.
+                if chat.earlier:
+                    alike = Template(template.name, replace(chat, assistant=chat.earlier))
+                    accepted.append(_written(alike, shown, generate, images))
+                # 3. After the last answer a template may leave the stop out, or write what precedes a
                 # question.
-                accepted += [expected.removesuffix(chat.stop)] if chat.stop_once else []
+                accepted += [text.removesuffix(chat.stop) for text in accepted] if chat.stop_once else []
                 accepted += [text + chat.between for text in accepted]
             if actual not in accepted:
                 same = len(_common(expected, actual))
@@ -273,7 +289,7 @@ def _tools(template: Template, jinja: Jinja, specials: Collection[str]) -> tuple
         # 1. Cut out what stands around the descriptions, after the system message.
         written = jinja.called([*system, *asked], tools)
         head, _, tail = written.partition(tools_text(("", ""), tools))
-        before, text, after = _written(template, [SYSTEM, ask], True, False).partition(SYSTEM[1])
+        before, text, after = _written(template, [SYSTEM, ask], True).partition(SYSTEM[1])
         before += f"{text}\n\n"
         if not (head.startswith(before) and tail.endswith(after)):
             return None
@@ -289,19 +305,18 @@ def _tools(template: Template, jinja: Jinja, specials: Collection[str]) -> tuple
             answers = [{"role": "assistant", "content": content, "tool_calls": calls}, *given]
             shapes.append(([*system, *asked, *answers], [*told(SYSTEM[1]), *turns]))
         same = all(
-            jinja.called(shown, tools) == _written(template, expected, True, False)
-            for shown, expected in shapes
+            jinja.called(shown, tools) == _written(template, expected, True) for shown, expected in shapes
         )
     except Unsupported:
         return None
     return around if same else None
 
 
-def _written(template: Template, turns: Sequence[Turn], generate: bool, image: bool) -> str:
+def _written(template: Template, turns: Sequence[Turn], generate: bool, images: int = 0) -> str:
     messages = []
     for role, text in turns:
-        has_image = image and role == "user"
-        messages.append(Message(role, (ImagePart(IMAGE_PLACEHOLDER), text) if has_image else (text,)))
-        image = image and not has_image
+        shown = images if role == "user" else 0
+        messages.append(Message(role, (*[ImagePart(IMAGE_PLACEHOLDER)] * shown, text)))
+        images -= shown
     spans = template.render(Conversation(tuple(messages)), generate=generate)
     return "".join(IMAGE_PLACEHOLDER if isinstance(span, ImagePart) else span.text for span in spans)

@@ -33,6 +33,7 @@ def to_jinja(template: Template | Plain, wrap: tuple[str, str] | None = None) ->
     fields: dict[str, _Value] = {
         "user": chat.user,
         "assistant": chat.assistant,
+        "earlier": chat.earlier or chat.assistant,
         "opening": chat.opening,
         "answer": chat.answer,
         "stop": chat.stop,
@@ -44,6 +45,7 @@ def to_jinja(template: Template | Plain, wrap: tuple[str, str] | None = None) ->
         "trim": chat.trim,
         "text_first": chat.text_first,
         "line": "\n" if chat.image_line else "",
+        "shared": chat.shared_line,
     }
     if chat.tools is not None:
         fields |= {"tools_around": chat.tools, "call": CALL, "result": RESULT}

@@ -79,22 +79,24 @@ class Jinja:
         right = max((token for token in specials if after.startswith(token)), key=len, default=None)
         return None if left is None or right is None else (left, right)
 
-    def raw(self, turns: Sequence[Turn], *, generate: bool = False, image: bool = False) -> str:
+    def raw(self, turns: Sequence[Turn], *, generate: bool = False, images: int = 0) -> str:
         """Return what the template writes, without the tokens around pictures.
 
-        generate: ask for the beginning of an answer at the end. image: show a picture in the first question,
-        if contents are lists of parts.
+        generate: ask for the beginning of an answer at the end. images: to show in the first question, before
+        its text, if contents are lists of parts.
         """
         messages: list[dict[str, Any]] = []
         for role, text in turns:
             content: Any = text
             if self.parts:
                 content = [{"type": "text", "text": text}]
-                if role == "user" and image:
-                    content.insert(0, {"type": "image"})
-                    image = False
+                if role == "user":
+                    content = [{"type": "image"}] * images + content
+                    images = 0
             messages.append({"role": role, "content": content})
-        text = self._render(messages, generate)
+        return self._unwrapped(self._render(messages, generate))
+
+    def _unwrapped(self, text: str) -> str:
         if self.wrap is not None:
             text = text.replace(IMAGE_PLACEHOLDER.join(self.wrap), IMAGE_PLACEHOLDER)
         return text
@@ -120,20 +122,18 @@ class Jinja:
             raise Unsupported(f"it writes {len(text)} characters for a few short messages")
         return text
 
-    def write(self, turns: Sequence[Turn], *, generate: bool = False, image: bool = False) -> str:
+    def write(self, turns: Sequence[Turn], *, generate: bool = False, images: int = 0) -> str:
         """Return what the template writes after the begin-of-text token."""
-        return self.raw(turns, generate=generate, image=image).removeprefix(self.bos)
+        return self.raw(turns, generate=generate, images=images).removeprefix(self.bos)
 
-    def pictured(self, text: str) -> str:
-        """Return what it writes for a question with a picture before its text; "" if it takes no picture."""
+    def pictured(self, text: str, images: int = 1) -> str:
+        """Return what it writes for a question with pictures before its text; "" if it takes none."""
         try:
-            content = [{"type": "image"}, {"type": "text", "text": text}]
+            content = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
             written = self._render([{"role": "user", "content": content}])
         except Unsupported:
             return ""
-        if self.wrap is not None:
-            written = written.replace(IMAGE_PLACEHOLDER.join(self.wrap), IMAGE_PLACEHOLDER)
-        return written.removeprefix(self.bos)
+        return self._unwrapped(written).removeprefix(self.bos)
 
     def gaps(self, *turns: Turn, generate: bool = False) -> list[str]:
         """Return what the template writes before, between and after the texts of the turns."""

@@ -12,10 +12,11 @@ export class Refused extends Error {
 
 const headers = (key) => ({ "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) });
 
+/** The models here, the first of them first: {id, max_pictures, ...}. */
 export async function models(key) {
   const response = await fetch("/v1/models", { headers: headers(key) });
   if (!response.ok) throw await errorOf(response);
-  return (await response.json()).data.map((model) => model.id);
+  return (await response.json()).data;
 }
 
 export async function healthy() {

@@ -22,6 +22,7 @@ const state = {
   chosen: [], // pictures of the next question
   editing: null, // the number of the question that the next one replaces
   model: null,
+  maxPictures: null, // that the model knows from training; null: as many as fit
   controller: null, // an AbortController for the answer in progress
 };
 const explanations = new WeakMap(); // answer -> its explanation, while it is shown
@@ -361,6 +362,10 @@ function showChosen() {
       $("question").focus();
     }, `Remove ${picture.name}`))));
   $("editing").hidden = state.editing === null;
+  const shown = picturesUpTo(state.editing ?? state.messages.length).length + state.chosen.length;
+  $("many").hidden = !state.chosen.length || !state.maxPictures || shown <= state.maxPictures;
+  $("many").textContent = `This conversation will show ${shown} pictures. As far as the model's folder says, it learned from `
+    + `${state.maxPictures} at a time: answers may be poor.`;
   showBusy();
 }
 
@@ -503,8 +508,11 @@ function addListeners() {
 async function connect() {
   for (let wait = 1; ; wait = Math.min(1.6 * wait, LONGEST_WAIT)) {
     try {
-      [state.model] = await models($("key").value);
+      const [card] = await models($("key").value);
+      state.model = card.id;
+      state.maxPictures = card.max_pictures;
       $("model").textContent = state.model;
+      showChosen();
       if (!busy()) showAway(null);
       return;
     } catch (error) {
